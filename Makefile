@@ -1,0 +1,54 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Two architectures keep a developer's build short; an install without make takes all.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
+# An activated environment or a user's site must not leak into .venv.
+export PYTHONNOUSERSITE := 1
+
+CSRC := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build demo test bench lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.venv-done ## .venv with the pinned requirements
+
+# Debian's python3 may come without ensurepip: then the pip outside installs one inside.
+$(VENV)/.venv-done: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV) 2>/dev/null || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
+	$(PY) -m pip install -q -r requirements-dev.txt
+	@touch $@
+
+build: $(VENV)/.build-done ## the extension, compiled in place
+
+$(VENV)/.build-done: $(VENV)/.venv-done setup.py pyproject.toml $(CSRC)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: build ## sample digits with the model that comes along; pictures in demo/
+	$(PY) -m ddpm_ext.demo --out demo
+
+test: build ## all tests
+	$(PY) -m pytest -q
+
+bench: build ## benchmarks, with a table of ratios
+	$(PY) -m pytest -q benchmarks
+
+lint: venv ## style of Python and C++
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: venv ## rewrite files in that style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info ddpm_ext/_C.* $(VENV)/.build-done

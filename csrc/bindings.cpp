@@ -1,0 +1,176 @@
+// ddpm_ext._C: the operators without the dispatcher, which costs more than a small step's arithmetic. Where the
+// dispatcher has something to do (gradients, tensor subclasses, modes, function transforms), it is called.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Device.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <initializer_list>
+
+#include "core/philox.h"
+#include "cpu/loops.h"
+#include "library.h"
+
+namespace py = pybind11;
+namespace library = ddpm_ext::library;
+using at::Tensor;
+using ddpm_ext::OptionalTensor;
+
+namespace {
+
+const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
+
+bool needs_dispatcher(std::initializer_list<const Tensor*> tensors) {
+  using c10::DispatchKey;
+  using c10::DispatchKeySet;
+  constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
+                                  DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch});
+  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return true;
+  constexpr DispatchKeySet plain =
+      DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
+                      DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
+  const bool grad = at::GradMode::is_enabled();
+  for (const Tensor* t : tensors) {
+    if (t == nullptr) continue;
+    if ((t->key_set() | plain) != plain || (grad && t->requires_grad())) return true;
+  }
+  return false;
+}
+
+void refuse_grad(const char* op, std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return;
+  for (const Tensor* t : tensors) {
+    TORCH_CHECK_VALUE(t == nullptr || !t->requires_grad(), op,
+                      ": out= records no gradients, expected no argument that requires one, or torch.no_grad()");
+  }
+}
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
+  if (out.has_value()) refuse_grad("reverse_step", {&x_t, &model_output, pointer(noise), &*out});
+  if (needs_dispatcher({&x_t, &model_output, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) {
+    if (out.has_value()) {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("ddpm_ext::reverse_step", "out")
+                                 .typed<decltype(library::reverse_step_out)>();
+      Tensor result = *out;
+      return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS,
+                     result);
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::reverse_step", "")
+                               .typed<decltype(library::reverse_step)>();
+    return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS);
+  }
+  RECORD_FUNCTION("ddpm_ext::reverse_step", std::vector<c10::IValue>());
+  return ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG,
+                                out);
+}
+
+void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
+  if (needs_dispatcher({&x_t, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) return;
+  ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
+}
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
+  if (out.has_value()) refuse_grad("forward_process", {&x_start, pointer(noise), &*out});
+  if (needs_dispatcher({&x_start, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) {
+    if (out.has_value()) {
+      static const auto op = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("ddpm_ext::forward_process", "out")
+                                 .typed<decltype(library::forward_process_out)>();
+      Tensor result = *out;
+      return op.call(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_ARGUMENTS, result);
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::forward_process", "")
+                               .typed<decltype(library::forward_process)>();
+    return op.call(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_ARGUMENTS);
+  }
+  RECORD_FUNCTION("ddpm_ext::forward_process", std::vector<c10::IValue>());
+  return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
+}
+
+using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
+
+template <Affine* kDirect>
+Tensor affine(const char* name, const Tensor& x, const Tensor& y, const Tensor& table, const OptionalTensor& t,
+              int64_t t_index) {
+  if (needs_dispatcher({&x, &y, pointer(t)})) {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Affine>();
+    return op.call(x, y, table, t, t_index);
+  }
+  RECORD_FUNCTION(name, std::vector<c10::IValue>());
+  return kDirect(x, y, table, t, t_index);
+}
+
+Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                     int64_t t_index) {
+  return affine<ddpm_ext::predict_start>("ddpm_ext::predict_start", x_t, model_output, table, t, t_index);
+}
+
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index) {
+  return affine<ddpm_ext::posterior_mean>("ddpm_ext::posterior_mean", x_start, x_t, table, t, t_index);
+}
+
+// The published test vectors reach the kernels' own Philox through this.
+std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
+  std::array<uint32_t, 4> w;
+  uint32_t out[4];
+  ddpm_ext::philox_block(keys, ddpm_ext::philox_sample(keys, {counter[1], counter[2], counter[3]}), counter[0], out);
+  std::copy(out, out + 4, w.begin());
+  return w;
+}
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = DDPM_EXT_TORCH_VERSION;
+#ifdef DDPM_EXT_WITH_CUDA
+  info["cuda"] = DDPM_EXT_CUDA_VERSION;
+  info["cuda_architectures"] = DDPM_EXT_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  info["compiler"] = kCompiler;
+  info["cpu"] = ddpm_ext::cpu::instruction_set();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const c10::TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+    } catch (const c10::ValueError& e) {
+      PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+    } catch (const c10::Error& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+    }
+  });
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.def("reverse_step", &reverse_step, Unlocked());
+  m.def("check_reverse_step", &check_reverse_step);
+  m.def("forward_process", &forward_process, Unlocked());
+  m.def("predict_start", &predict_start, Unlocked());
+  m.def("posterior_mean", &posterior_mean, Unlocked());
+  m.def("draw_seed", &ddpm_ext::draw_seed);
+  m.def("philox4x32", &philox4x32);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,75 @@
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the counter that the noise
+// contract lays out in it: (block, draw, sample id, sample id's upper bits and stream).
+#pragma once
+
+#include "core/scalar.h"
+
+namespace ddpm_ext {
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+
+// The key of every round: computed once a launch, read as constants by every element.
+struct PhiloxKeys {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+};
+
+DDPM_HD PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  DDPM_UNROLL
+  for (int i = 0; i < kPhiloxRounds; ++i, k0 += kPhiloxW0, k1 += kPhiloxW1) keys.k0[i] = k0, keys.k1[i] = k1;
+  return keys;
+}
+
+// Rounds first to 9, over counter words of type U (uint32_t, or a vector of them).
+template <class U>
+DDPM_HD void philox_rounds(const PhiloxKeys& keys, int first, U& c0, U& c1, U& c2, U& c3) {
+  DDPM_UNROLL
+  for (int i = first; i < kPhiloxRounds; ++i) {
+    auto p0 = multiply_wide(c0, kPhiloxM0), p1 = multiply_wide(c2, kPhiloxM1);
+    c0 = xor3(high(p1), c1, keys.k0[i]);
+    c1 = low(p1);
+    c2 = xor3(high(p0), c3, keys.k1[i]);
+    c3 = low(p0);
+  }
+}
+
+// Three of the counter's words are the same for a whole sample.
+struct SampleCounter {
+  uint32_t draw, id_low, id_high;
+};
+
+constexpr uint64_t kIdMask = (uint64_t{1} << 56) - 1;  // so that no id reaches another stream
+
+DDPM_HD SampleCounter sample_counter(uint64_t id, uint32_t stream, uint32_t draw) {
+  id &= kIdMask;
+  return {draw, static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32) + (stream << 24)};
+}
+
+// What of rounds 0 and 1 does not depend on the block, taken out of the loop over a sample: half of round 0's
+// multiplications and half of round 1's.
+struct PhiloxSample {
+  uint32_t c3_key, c0_high, c1_key, c3;
+};
+
+DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& counter) {
+  uint64_t p1 = multiply_wide(counter.id_low, kPhiloxM1);
+  uint64_t q0 = multiply_wide(xor3(high(p1), counter.draw, keys.k0[0]), kPhiloxM0);
+  return {counter.id_high ^ keys.k1[0], high(q0) ^ keys.k1[1], low(p1) ^ keys.k0[1], low(q0)};
+}
+
+// The four words w[0..3] of counter (block, draw, id_low, id_high).
+template <class U>
+DDPM_HD void philox_block(const PhiloxKeys& keys, const PhiloxSample& sample, U block, U (&w)[4]) {
+  auto p0 = multiply_wide(block, kPhiloxM0);
+  auto p1 = multiply_wide(high(p0) ^ sample.c3_key, kPhiloxM1);
+  w[0] = high(p1) ^ sample.c1_key;
+  w[1] = low(p1);
+  w[2] = low(p0) ^ sample.c0_high;
+  w[3] = U(sample.c3);
+  philox_rounds(keys, 2, w[0], w[1], w[2], w[3]);
+}
+
+}  // namespace ddpm_ext

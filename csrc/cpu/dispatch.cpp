@@ -1,0 +1,47 @@
+// Chooses the instruction set once a process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
+#include <c10/util/Exception.h>
+#include <stdlib.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/loops.h"
+
+namespace ddpm_ext::cpu {
+namespace {
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
+    found.push_back(&avx512::kernels);
+  if (has_avx2) found.push_back(&avx2::kernels);
+#endif
+  found.push_back(&portable::kernels);
+  return found;
+}
+
+const Kernels& choose() {
+  const auto found = available();
+  const char* forced = getenv("DDPM_EXT_CPU");
+  if (forced == nullptr || *forced == '\0') return *found.front();
+  std::string names;
+  for (const Kernels* k : found) {
+    if (std::string(k->name) == forced) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  }
+  TORCH_CHECK_VALUE(false, "DDPM_EXT_CPU is '", forced, "', expected one that this CPU has: ", names);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* instruction_set() { return kernels().name; }
+
+}  // namespace ddpm_ext::cpu

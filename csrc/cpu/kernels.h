@@ -1,0 +1,54 @@
+// The table of CPU kernels of one instruction set, and what each takes: a run of elements of one sample, contiguous in
+// memory, a multiple of kRunMultiple long.
+#pragma once
+
+#include "args.h"
+#include "core/forward.h"
+#include "core/normal.h"
+#include "core/philox.h"
+#include "core/step.h"
+
+namespace ddpm_ext {
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr int64_t kRunMultiple = 64;
+
+struct Run {
+  const void *x, *model_output, *noise;
+  void* out;
+  int64_t count;
+  const void* row;  // StepRow or AffineRow
+  float clip_min, clip_max;
+  const PhiloxKeys* keys;
+  PhiloxSample counter;
+  uint32_t block;  // of the first element
+};
+
+using RunKernel = void (*)(const Run&);
+
+struct Kernels {
+  const char* name;
+  // By Noise, by the dtype of x and out, by the dtype of the second tensor (the model's output; affine: the noise).
+  // Null where that pair isn't taken.
+  RunKernel reverse_step[3][3][3];
+  RunKernel affine[3][3][3];
+  RunKernel randn[3];  // by the dtype of out
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,88 @@
+// The loops over a run, once for every instruction set: the file that includes this one has included one simd_*.h and
+// defined DDPM_ISA as its namespace.
+
+namespace ddpm_ext::DDPM_ISA {
+namespace {
+
+// Four vectors of normals, in memory order, from as many blocks as a vector has lanes.
+DDPM_HD void normals(const PhiloxKeys& keys, const PhiloxSample& counter, uint32_t block, F32 (&z)[4]) {
+  Words w[4];
+  philox_block(keys, counter, block_words(block), w);
+  box_muller(join(w[0]), join(w[1]), z[0], z[1]);
+  box_muller(join(w[2]), join(w[3]), z[2], z[3]);
+  transpose(z);
+}
+
+// Calls body(offset, z) for every vector of the run, z its noise where it is drawn.
+template <Noise kNoise, class Body>
+DDPM_HD void for_each_vector(const Run& run, Body body) {
+  static_assert(kRunMultiple % (4 * F32::kLanes) == 0);
+  const PhiloxSample counter = run.counter;  // a copy: the compiler can't know that no store of the body changes it
+  const int64_t count = run.count;
+  uint32_t block = run.block;
+  for (int64_t i = 0; i < count; i += 4 * F32::kLanes, block += F32::kLanes) {
+    F32 z[4];
+    if constexpr (kNoise == Noise::drawn) normals(*run.keys, counter, block, z);
+    for (int k = 0; k < 4; ++k) body(i + k * F32::kLanes, z[k]);
+  }
+}
+
+template <Noise kNoise, class X, class M>
+void reverse_step(const Run& run) {
+  const StepRow row = *static_cast<const StepRow*>(run.row);
+  const X* x = static_cast<const X*>(run.x);
+  const M* m = static_cast<const M*>(run.model_output);
+  const X* noise = static_cast<const X*>(run.noise);
+  X* out = static_cast<X*>(run.out);
+  const float clip_min = run.clip_min, clip_max = run.clip_max;
+  for_each_vector<kNoise>(run, [=](int64_t i, F32 z) {
+    F32 y = step_mean(row, load(x + i), load(m + i), clip_min, clip_max);
+    if constexpr (kNoise == Noise::given) z = load(noise + i);
+    if constexpr (kNoise != Noise::none) y = add_noise(row, y, z);
+    store(out + i, y);
+  });
+}
+
+template <Noise kNoise, class X, class Z>
+void affine_run(const Run& run) {
+  const AffineRow row = *static_cast<const AffineRow*>(run.row);
+  const X* x = static_cast<const X*>(run.x);
+  const Z* noise = static_cast<const Z*>(run.noise);
+  X* out = static_cast<X*>(run.out);
+  for_each_vector<kNoise>(run, [=](int64_t i, F32 z) {
+    if constexpr (kNoise == Noise::none) {
+      store(out + i, F32(row.k0) * load(x + i));
+    } else {
+      if constexpr (kNoise == Noise::given) z = load(noise + i);
+      store(out + i, affine(row, load(x + i), z));
+    }
+  });
+}
+
+template <class X>
+void randn(const Run& run) {
+  X* out = static_cast<X*>(run.out);
+  for_each_vector<Noise::drawn>(run, [=](int64_t i, F32 z) { store(out + i, z); });
+}
+
+}  // namespace
+
+#define DDPM_BY_DTYPE(kernel, noise)                                                          \
+  {                                                                                           \
+    {kernel<noise, float, float>, kernel<noise, float, Float16>, kernel<noise, float, BFloat16>}, \
+        {nullptr, kernel<noise, Float16, Float16>, nullptr},                                  \
+        {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>},                                \
+  }
+#define DDPM_STRING2(x) #x
+#define DDPM_STRING(x) DDPM_STRING2(x)
+
+const Kernels kernels = {
+    DDPM_STRING(DDPM_ISA),
+    {DDPM_BY_DTYPE(reverse_step, Noise::none), DDPM_BY_DTYPE(reverse_step, Noise::given),
+     DDPM_BY_DTYPE(reverse_step, Noise::drawn)},
+    {DDPM_BY_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
+     DDPM_BY_DTYPE(affine_run, Noise::drawn)},
+    {randn<float>, randn<Float16>, randn<BFloat16>},
+};
+
+}  // namespace ddpm_ext::DDPM_ISA

@@ -1,0 +1,44 @@
+#include "core/step.h"
+#include "cuda/elementwise.cuh"
+#include "cuda/launch.h"
+
+namespace ddpm_ext::cuda {
+namespace {
+
+struct ReverseStep {
+  using Row = StepRow;
+  static constexpr bool kX = true, kSecond = true, kRowless = false;
+
+  static __device__ __forceinline__ bool draws(const Row& row) { return row.s != 0.0f; }
+  static __device__ __forceinline__ uint32_t draw(const Row& row, int64_t) { return row.draw; }
+
+  template <Noise kNoise>
+  static __device__ __forceinline__ float element(const Row& row, const Args& args, float x, float m, float z) {
+    const float mean = step_mean(row, x, m, args.clip_min, args.clip_max);
+    return kNoise == Noise::none ? mean : add_noise(row, mean, z);
+  }
+};
+
+}  // namespace
+
+void reverse_step(const Args& args, int device) {
+  on_device(device, [&](cudaStream_t stream) {
+    switch (args.x.dtype) {
+      case DType::float16:
+        return launch_noise<ReverseStep, __half, __half, __half>(args, stream);
+      case DType::bfloat16:
+        return launch_noise<ReverseStep, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(args, stream);
+      case DType::float32:
+        switch (args.model_output.dtype) {
+          case DType::float32:
+            return launch_noise<ReverseStep, float, float, float>(args, stream);
+          case DType::float16:
+            return launch_noise<ReverseStep, float, __half, float>(args, stream);
+          case DType::bfloat16:
+            return launch_noise<ReverseStep, float, __nv_bfloat16, float>(args, stream);
+        }
+    }
+  });
+}
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,83 @@
+#include "library.h"
+
+#include <ATen/ops/mse_loss.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+namespace ddpm_ext::library {
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    DDPM_RNG_PARAMETERS) {
+  return ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG,
+                                std::nullopt);
+}
+
+Tensor& reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                         int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise,
+                         bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
+  ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG, out);
+  return out;
+}
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS) {
+  return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, std::nullopt);
+}
+
+Tensor& forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                            const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
+  ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
+  return out;
+}
+
+Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device) {
+  return ddpm_ext::randn(size, DDPM_RNG, dtype, device);
+}
+
+Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
+
+Tensor mse_loss(const Tensor& model_output, const Tensor& target) { return at::mse_loss(model_output, target); }
+
+}  // namespace ddpm_ext::library
+
+#define DDPM_RNG_SCHEMA                                                                                    \
+  "Tensor? seed=None, int seed_value=0, Tensor? sample_ids=None, int first_id=0, int stream=0, int draw=-1"
+
+TORCH_LIBRARY(ddpm_ext, m) {
+  m.def(
+      "reverse_step(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
+  m.def(
+      "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "forward_process(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool draw_noise, "
+      DDPM_RNG_SCHEMA ") -> Tensor");
+  m.def(
+      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool draw_noise, "
+      DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("predict_start(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index) -> Tensor");
+  m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, int t_index) -> Tensor");
+  m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
+  m.def("mse_loss(Tensor model_output, Tensor target) -> Tensor");
+  m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
+}
+
+// One function for every device: it looks at its arguments' device itself.
+static void register_kernels(torch::Library& m) {
+  m.impl("reverse_step", ddpm_ext::library::reverse_step);
+  m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
+  m.impl("forward_process", ddpm_ext::library::forward_process);
+  m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
+  m.impl("predict_start", ddpm_ext::predict_start);
+  m.impl("posterior_mean", ddpm_ext::posterior_mean);
+}
+
+TORCH_LIBRARY_IMPL(ddpm_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(ddpm_ext, CUDA, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // no tensor argument tells a device
+  m.impl("randn", ddpm_ext::library::randn);
+  m.impl("mse_loss", ddpm_ext::library::mse_loss);
+  m.impl("draw_seed", ddpm_ext::library::draw_seed);
+}

@@ -1,0 +1,346 @@
+#include "ops.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <initializer_list>
+#include <mutex>
+
+#include "core/forward.h"
+#include "core/step.h"
+#include "cpu/loops.h"
+#ifdef DDPM_EXT_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace ddpm_ext {
+namespace {
+
+constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
+constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four are numbered by 32 bits
+
+#define CHECK_VALUE(condition, name, ...) TORCH_CHECK_VALUE(condition, op, ": ", name, __VA_ARGS__)
+#define CHECK_TYPE(condition, name, ...) TORCH_CHECK_TYPE(condition, op, ": ", name, __VA_ARGS__)
+
+DType dtype_of(const char* op, const char* name, at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::float32;
+    case at::kHalf:
+      return DType::float16;
+    case at::kBFloat16:
+      return DType::bfloat16;
+    default:
+      CHECK_TYPE(false, name, " has dtype ", toString(type), ", expected float32, float16 or bfloat16",
+                 type == at::kDouble ? " (float64: backend=\"reference\")" : "");
+  }
+}
+
+void check_device(const char* op, const char* name, at::Device device) {
+  CHECK_VALUE(device.is_cpu() || device.is_cuda(), name, " is on ", device, ", expected cpu or cuda");
+#ifndef DDPM_EXT_WITH_CUDA
+  CHECK_VALUE(device.is_cpu(), name, " is on ", device,
+              ", but ddpm_ext was built without CUDA kernels: install it again with DDPM_EXT_CUDA=1");
+#endif
+}
+
+// The first tensor of an operator: what it is, all others must match.
+DType check_sample(const char* op, const char* name, const Tensor& x) {
+  const DType dtype = dtype_of(op, name, x.scalar_type());
+  CHECK_VALUE(x.layout() == at::kStrided, name, " has layout ", x.layout(), ", expected strided");
+  check_device(op, name, x.device());
+  CHECK_VALUE(x.dim() >= 1, name, " is 0-dimensional, expected (batch, ...)");
+  return dtype;
+}
+
+void check_like(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
+  CHECK_VALUE(y.layout() == at::kStrided, name, " has layout ", y.layout(), ", expected strided");
+  CHECK_VALUE(y.sizes() == x.sizes(), name, " has shape ", y.sizes(), ", expected that of ", x_name, ", ", x.sizes());
+  CHECK_VALUE(y.device() == x.device(), name, " is on ", y.device(), ", expected ", x_name, "'s device, ", x.device());
+}
+
+// A second tensor whose precision may be lower than x's.
+DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
+  check_like(op, name, y, x_name, x);
+  const DType dtype = dtype_of(op, name, y.scalar_type());
+  CHECK_TYPE(y.scalar_type() == x.scalar_type() || x.scalar_type() == at::kFloat, name, " has dtype ",
+             y.scalar_type(), ", expected that of ", x_name, ", ", x.scalar_type());
+  return dtype;
+}
+
+DType check_same(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
+  CHECK_TYPE(y.scalar_type() == x.scalar_type(), name, " has dtype ", y.scalar_type(), ", expected that of ", x_name,
+             ", ", x.scalar_type());
+  check_like(op, name, y, x_name, x);
+  return dtype_of(op, name, y.scalar_type());
+}
+
+// An int64 tensor with one value a sample. Returns its stride.
+int64_t check_per_sample(const char* op, const char* name, const Tensor& v, int64_t batch, at::Device device) {
+  CHECK_TYPE(v.scalar_type() == at::kLong, name, " has dtype ", v.scalar_type(), ", expected int64");
+  CHECK_VALUE(v.dim() == 1 && v.size(0) == batch, name, " has shape ", v.sizes(), ", expected [", batch,
+              "], one a sample");
+  CHECK_VALUE(v.device() == device, name, " is on ", v.device(), ", expected the samples' device, ", device);
+  return v.stride(0);
+}
+
+void check_range(const char* op, const char* name, const Tensor& v, int64_t last) {
+  if (!v.is_cpu()) return;  // not read back: the kernel clamps
+  const int64_t* p = v.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < v.size(0); ++i) {
+    const int64_t value = p[i * v.stride(0)];
+    CHECK_VALUE(0 <= value && value <= last, name, "[", i, "] is ", value, ", expected 0 <= ", name, " <= ", last);
+  }
+}
+
+void set_table(const char* op, Args& args, const Tensor& table, int64_t columns, const OptionalTensor& t,
+               int64_t t_index, at::Device device) {
+  CHECK_TYPE(table.scalar_type() == at::kFloat, "table", " has dtype ", table.scalar_type(), ", expected float32");
+  CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
+              " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
+  CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
+  args.table = table.const_data_ptr();
+  args.rows = table.size(0);
+  if (t.has_value()) {
+    args.t_stride = check_per_sample(op, "t", *t, args.batch, device);
+    check_range(op, "t", *t, args.rows - 1);
+    args.t = t->const_data_ptr<int64_t>();
+  } else {
+    CHECK_VALUE(0 <= t_index && t_index < args.rows, "t", " is ", t_index, ", expected 0 <= t < ", args.rows);
+    args.t_index = t_index;
+  }
+}
+
+void set_rng(const char* op, Args& args, const Rng& rng, at::Device device) {
+  CHECK_VALUE(0 <= rng.stream && rng.stream < 256, "stream", " is ", rng.stream, ", expected 0 <= stream < 256");
+  CHECK_VALUE(rng.draw < (int64_t{1} << 32), "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
+  if (rng.sample_ids.has_value()) {
+    args.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, args.batch, device);
+    check_range(op, "sample_ids", *rng.sample_ids, kMaxId);
+    args.sample_ids = rng.sample_ids->const_data_ptr<int64_t>();
+  } else {
+    CHECK_VALUE(0 <= rng.first_id && rng.first_id <= kMaxId - std::max<int64_t>(args.batch - 1, 0), "sample_ids",
+                " start at ", rng.first_id, " for a batch of ", args.batch, ", expected all in 0 <= id < 2^56");
+    args.first_id = rng.first_id;
+  }
+  args.seed = static_cast<uint64_t>(rng.seed_value);
+  if (rng.seed.has_value()) {
+    const Tensor& seed = *rng.seed;
+    CHECK_TYPE(seed.scalar_type() == at::kLong, "seed", " has dtype ", seed.scalar_type(), ", expected int64");
+    CHECK_VALUE(seed.dim() == 0, "seed", " has shape ", seed.sizes(), ", expected a 0-dimensional tensor");
+    CHECK_VALUE(seed.is_cpu() || seed.device() == device, "seed", " is on ", seed.device(), ", expected cpu or ",
+                device);
+    if (seed.is_cpu()) {
+      args.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+    } else {
+      args.seed_data = seed.const_data_ptr<int64_t>();
+    }
+  }
+  args.stream = static_cast<uint32_t>(rng.stream);
+  args.draw = rng.draw;
+}
+
+void set_noise(const char* op, Args& args, const Tensor& x, const char* x_name, const OptionalTensor& noise,
+               bool draw_noise, const Rng& rng) {
+  CHECK_VALUE(!(noise.has_value() && draw_noise), "noise", " is given together with rng, expected one of them");
+  if (noise.has_value()) {
+    args.noise.dtype = check_same(op, "noise", *noise, x_name, x);
+    args.noise_kind = Noise::given;
+  } else if (draw_noise) {
+    set_rng(op, args, rng, x.device());
+    args.noise_kind = Noise::drawn;
+  }
+}
+
+struct Bound {
+  const Tensor* tensor;  // null: the operator has none
+  TensorArg* arg;
+};
+
+// Shapes, strides and addresses. Dimensions of a sample that lie behind one another in every tensor are merged.
+void bind(const char* op, Args& args, std::initializer_list<Bound> inputs, const Tensor& out) {
+  c10::SmallVector<Bound, 4> tensors;
+  for (const Bound& bound : inputs) {
+    if (bound.tensor == nullptr) continue;
+    bound.arg->data = const_cast<void*>(bound.tensor->const_data_ptr());
+    tensors.push_back(bound);
+  }
+  args.out.data = out.mutable_data_ptr();
+  tensors.push_back({&out, &args.out});
+
+  args.batch = out.size(0);
+  args.numel = args.batch == 0 ? 0 : out.numel() / args.batch;
+  CHECK_VALUE(args.numel < kMaxNumel, "a sample", " has ", args.numel, " elements, expected fewer than 2^34");
+  for (const Bound& bound : tensors) bound.arg->batch_stride = bound.tensor->stride(0);
+  for (int64_t d = 1; d < out.dim(); ++d) {
+    const int64_t size = out.size(d);
+    if (size == 1) continue;
+    bool merges = args.dims > 0;
+    for (const Bound& bound : tensors)
+      merges = merges && bound.arg->strides[args.dims - 1] == size * bound.tensor->stride(d);
+    if (!merges) {
+      CHECK_VALUE(args.dims < kMaxDims, "a sample", " has more than ", kMaxDims,
+                  " dimensions whose strides do not merge, expected contiguous tensors");
+      args.sizes[args.dims++] = 1;
+    }
+    args.sizes[args.dims - 1] *= size;
+    for (const Bound& bound : tensors) bound.arg->strides[args.dims - 1] = bound.tensor->stride(d);
+  }
+  if (args.dims == 0) {  // one element a sample
+    args.sizes[args.dims++] = 1;
+    for (const Bound& bound : tensors) bound.arg->strides[0] = 1;
+  }
+  args.contiguous = args.dims == 1;
+  for (const Bound& bound : tensors) args.contiguous = args.contiguous && bound.arg->strides[0] == 1;
+}
+
+// That no element of out is written before another needs it.
+void check_overlap(const char* op, const Tensor& out, const Tensor& input) {
+  const auto status = at::get_overlap_status(out, input);
+  CHECK_VALUE(status != at::MemOverlapStatus::Partial, "out",
+              " overlaps an input in part, expected the same memory or none of it");
+  CHECK_VALUE(status != at::MemOverlapStatus::Full || out.strides() == input.strides(), "out",
+              " shares an input's memory in another order, expected the same strides");
+}
+
+// inputs may hold nulls.
+void check_out(const char* op, const Tensor& out, const char* x_name, const Tensor& x,
+               std::initializer_list<const Tensor*> inputs) {
+  check_same(op, "out", out, x_name, x);
+  CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes, "out",
+              " has elements that share memory, expected one place an element");
+  for (const Tensor* input : inputs)
+    if (input != nullptr) check_overlap(op, out, *input);
+}
+
+// Autograd must learn that a given output changed.
+Tensor finish(const Tensor& result, const OptionalTensor& out) {
+  if (out.has_value() && !result.is_inference()) result.unsafeGetTensorImpl()->bump_version();
+  return result;
+}
+
+template <class Cpu, class Cuda>
+void dispatch(const Args& args, at::Device device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (args.batch == 0 || args.numel == 0) return;
+#ifdef DDPM_EXT_WITH_CUDA
+  if (device.is_cuda()) return cuda(args, device.index());
+#endif
+  (void)device;
+  cpu(args);
+}
+
+#ifdef DDPM_EXT_WITH_CUDA
+#define DDPM_DISPATCH(function, args, device) dispatch(args, device, cpu::function, cuda::function)
+#else
+#define DDPM_DISPATCH(function, args, device) dispatch(args, device, cpu::function, nullptr)
+#endif
+
+// affine in two tensors x and y, whose names the three operators choose.
+Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const char* y_name, const Tensor& y,
+                  const Tensor& table, const OptionalTensor& t, int64_t t_index) {
+  Args args;
+  args.x.dtype = args.out.dtype = check_sample(op, x_name, x);
+  args.noise.dtype = check_same_or_lower(op, y_name, y, x_name, x);
+  args.batch = x.size(0);
+  args.noise_kind = Noise::given;
+  set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x.device());
+  const Tensor result = at::empty_like(x);
+  bind(op, args, {{&x, &args.x}, {&y, &args.noise}}, result);
+  DDPM_DISPATCH(affine, args, x.device());
+  return result;
+}
+
+}  // namespace
+
+namespace {
+
+// All of reverse_step's arguments but the model's output.
+Args check_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  constexpr const char* op = "reverse_step";
+  Args args;
+  args.x.dtype = args.out.dtype = check_sample(op, "x_t", x_t);
+  args.batch = x_t.size(0);
+  set_table(op, args, table, sizeof(StepRow) / sizeof(float), t, t_index, x_t.device());
+  set_noise(op, args, x_t, "x_t", noise, draw_noise, rng);
+  if (out.has_value()) check_out(op, *out, "x_t", x_t, {&x_t, noise.has_value() ? &*noise : nullptr});
+  return args;
+}
+
+}  // namespace
+
+void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  check_step(x_t, table, t, t_index, noise, draw_noise, rng, out);
+}
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    const Rng& rng, const OptionalTensor& out) {
+  constexpr const char* op = "reverse_step";
+  Args args = check_step(x_t, table, t, t_index, noise, draw_noise, rng, out);
+  args.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
+  if (out.has_value()) check_overlap(op, *out, model_output);
+  CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
+  args.clip_min = static_cast<float>(clip_min);
+  args.clip_max = static_cast<float>(clip_max);
+  const Tensor result = out.has_value() ? *out : at::empty_like(x_t);
+  bind(op, args,
+       {{&x_t, &args.x}, {&model_output, &args.model_output}, {noise.has_value() ? &*noise : nullptr, &args.noise}},
+       result);
+  DDPM_DISPATCH(reverse_step, args, x_t.device());
+  return finish(result, out);
+}
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  constexpr const char* op = "forward_process";
+  const Tensor* given = noise.has_value() ? &*noise : nullptr;
+  Args args;
+  args.x.dtype = args.out.dtype = check_sample(op, "x_start", x_start);
+  args.batch = x_start.size(0);
+  set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x_start.device());
+  set_noise(op, args, x_start, "x_start", noise, draw_noise, rng);
+  if (out.has_value()) check_out(op, *out, "x_start", x_start, {&x_start, given});
+  const Tensor result = out.has_value() ? *out : at::empty_like(x_start);
+  bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result);
+  DDPM_DISPATCH(affine, args, x_start.device());
+  return finish(result, out);
+}
+
+Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                     int64_t t_index) {
+  return run_affine("predict_start", "x_t", x_t, "model_output", model_output, table, t, t_index);
+}
+
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index) {
+  return run_affine("posterior_mean", "x_start", x_start, "x_t", x_t, table, t, t_index);
+}
+
+Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Device device) {
+  constexpr const char* op = "randn";
+  Args args;
+  args.out.dtype = dtype_of(op, "dtype", dtype);
+  check_device(op, "device", device);
+  CHECK_VALUE(!size.empty(), "shape", " is empty, expected (batch, ...)");
+  for (int64_t n : size) CHECK_VALUE(n >= 0, "shape", " is ", size, ", expected sizes >= 0");
+  args.batch = size[0];
+  args.noise_kind = Noise::drawn;
+  const Tensor result = at::empty(size, at::TensorOptions().dtype(dtype).device(device));
+  set_rng(op, args, rng, result.device());  // a plain "cuda" has its index by now
+  args.draw = std::max<int64_t>(args.draw, 0);
+  bind(op, args, {}, result);
+  DDPM_DISPATCH(randn, args, result.device());
+  return result;
+}
+
+int64_t draw_seed() {
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  return static_cast<int64_t>(at::check_generator<at::CPUGeneratorImpl>(generator)->random64());
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,52 @@
+// The operators, on either device. Each checks every argument before it reads or writes anything: a ValueError or a
+// TypeError names the argument, what came and what is expected.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace ddpm_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Where drawn noise comes from: see "noise contract" in core/philox.h. `seed` (0-d int64, on the CPU or the samples'
+// device) stands in for seed_value, which holds an unsigned 64-bit number's bits; `sample_ids` (batch,) int64 stands in
+// for first_id + 0, 1, 2 ...; a negative draw means the timestep's own.
+struct Rng {
+  OptionalTensor seed;
+  int64_t seed_value;
+  OptionalTensor sample_ids;
+  int64_t first_id, stream, draw;
+};
+
+// x_{t-1} from x_t (batch, ...) and the model's output of the same shape, by the rows (rows, 8) of a step table.
+// `t` (batch,) int64 stands in for t_index. Without noise and with draw_noise false: the mean.
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    const Rng& rng, const OptionalTensor& out);
+
+// What reverse_step says of these arguments, before a model is called with them.
+void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+
+// k0 x_start + k1 noise by the rows (rows, 2) of `table`. Without noise and with draw_noise false: k0 x_start.
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+
+// k0 x_t + k1 model_output.
+Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                     int64_t t_index);
+
+// k0 x_start + k1 x_t.
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index);
+
+// The contract's standard normals, of shape (batch, ...).
+Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Device device);
+
+// A seed from torch's default CPU generator.
+int64_t draw_seed();
+
+}  // namespace ddpm_ext

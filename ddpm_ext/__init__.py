@@ -1,0 +1,24 @@
+"""Each step of a Gaussian diffusion in one kernel launch, with the same noise for the same seed everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpm_ext._extension import C
+from ddpm_ext import reference
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.noise import Philox, randn
+
+__all__ = ["GaussianDiffusion", "Philox", "build_info", "randn", "reference"]
+
+__version__ = "0.1.0"
+
+
+def build_info() -> dict[str, Any]:
+    """What this build is.
+
+    Returns:
+        version: of ddpm_ext; torch: it was built for; cuda: the toolkit, or None; cuda_architectures: built for, ""
+        without CUDA; compiler; cpu: the CPU instruction set in use, "avx512", "avx2" or "portable".
+    """
+    return {"version": __version__, **C.build_info()}

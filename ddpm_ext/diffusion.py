@@ -1,0 +1,361 @@
+"""GaussianDiffusion: the tutorial's class, with each of its steps in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_ext import ops, reference, sampling
+from ddpm_ext.noise import Philox, fresh_rng
+from ddpm_ext.schedules import make_betas
+from ddpm_ext.tables import PREDICTIONS, StepTable, ddpm_table, pack_affine, prediction_coefficients
+
+__all__ = ["GaussianDiffusion"]
+
+Model = Callable[[Tensor, Tensor], Any]
+
+VARIANCES = ("fixed_small", "fixed_large")
+BACKENDS: dict[str, ModuleType] = {"fused": ops, "reference": reference}
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")
+    return value
+
+
+class GaussianDiffusion:
+    """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
+
+    Args:
+        timesteps: steps of the forward process, at least 1.
+        beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
+            which the last may be 1.
+        prediction: what the model's output is: the noise "eps", the clean sample "x0", or
+            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0.
+        variance: of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta).
+        backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
+
+    Everywhere, samples have shape (batch, ...); `t` is int64 of shape (batch,) on the samples' device, or an int for
+    all samples; `model(x_t, t)` gives a tensor of x_t's shape (or an object that holds it as `.sample`).
+
+    Attributes:
+        betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
+        log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
+        posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: float64 (timesteps,), on the CPU.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, an unknown name, or out of range. "learned" variances are
+            not supported yet and refused.
+    """
+
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        beta_schedule: str | Tensor = "linear",
+        *,
+        prediction: str = "eps",
+        variance: str = "fixed_small",
+        backend: str = "fused",
+    ) -> None:
+        self.betas = betas = make_betas(beta_schedule, timesteps)
+        self.timesteps = timesteps
+        self.prediction: str = _one_of("prediction", prediction, PREDICTIONS)
+        if variance in ("learned", "learned_range"):
+            raise ValueError(f"variance is {variance!r}, which is not supported yet, expected one of {VARIANCES}")
+        self.variance: str = _one_of("variance", variance, VARIANCES)
+        self.backend: str = _one_of("backend", backend, tuple(BACKENDS))
+        self._ops = BACKENDS[backend]
+
+        self.alphas = 1 - betas
+        self.alphas_cumprod = alphas_cumprod = self.alphas.cumprod(0)
+        self.alphas_cumprod_prev = alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
+
+        # q(x_t | x_0), eq. (4) of Ho et al. 2020, and its inverse
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.log_one_minus_alphas_cumprod = (1 - alphas_cumprod).log()
+        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
+
+        # q(x_{t-1} | x_t, x_0), eq. (6) and (7); its variance at t = 0 is 0, whose log is clipped
+        self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+        self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
+        self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
+
+        # p_sample's rows: row t is timestep t
+        descending = ddpm_table(
+            betas, alphas_cumprod, torch.arange(timesteps - 1, -1, -1), prediction=prediction, variance=variance
+        )
+        self._step_table = StepTable(
+            *(getattr(descending, c).flip(0) for c in ("timestep", "a", "b", "c0", "c1", "c2", "s"))
+        )
+        self._device_tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"GaussianDiffusion(timesteps={self.timesteps}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, backend={self.backend!r})"
+        )
+
+    # ------------------------------------------------------------------------------------------------- tables
+
+    def _columns(self, name: str) -> tuple[Tensor, Tensor]:
+        """k0, k1 of an affine operator, float64 (timesteps,)."""
+        zeros, ones = torch.zeros_like(self.betas), torch.ones_like(self.betas)
+        if name == "q_sample":
+            return self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        if name == "posterior_mean":
+            return self.posterior_mean_coef1, self.posterior_mean_coef2
+        if name == "predict_start_from_noise":
+            return prediction_coefficients(self.alphas_cumprod, "eps")
+        # what a model of this prediction is trained towards: k0 x_start + k1 noise
+        return {
+            "eps": (zeros, ones),
+            "x0": (ones, zeros),
+            "v": (-self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod),
+        }[self.prediction]
+
+    def _table(self, name: str, x: Tensor) -> Tensor:
+        """A table for the operators, on x's device; float64 for float64 samples. Made once."""
+        dtype = torch.float64 if x.dtype == torch.float64 and self.backend == "reference" else torch.float32
+        key = (name, x.device, dtype)
+        table = self._device_tables.get(key)
+        if table is None:
+            if name == "step":
+                table = self._step_table.packed(x.device, dtype)
+            else:
+                table = pack_affine(*self._columns(name), x.device, dtype)
+            self._device_tables[key] = table
+        return table
+
+    def _extract(self, values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+        """values[t] of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
+        values = values.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
+        return picked.reshape(len(x), *[1] * (x.dim() - 1))
+
+    def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
+        """The model's output; an int t goes to it as a view of a table, which costs no launch."""
+        if not isinstance(t, Tensor):
+            key = ("timesteps", x.device, torch.int64)
+            if key not in self._device_tables:
+                self._device_tables[key] = torch.arange(self.timesteps, device=x.device)
+            t = self._device_tables[key][t].expand(len(x))
+        return sampling.unwrap(model(x, t))
+
+    # ---------------------------------------------------------------------------------------- forward process
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        *,
+        rng: Philox | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
+
+        Args:
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+            out: as x_start: where the result goes; x_start itself is fine. No gradients then.
+
+        Returns:
+            x_t, as x_start. Differentiable in x_start and noise.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
+        table = self._table("q_sample", x_start)
+        return self._ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
+
+    def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...).
+        """
+        mean = self._ops.forward_process(x_start, self._table("q_sample", x_start), t, add_noise=False)
+        return (
+            mean,
+            self._extract(1 - self.alphas_cumprod, t, x_start),
+            self._extract(self.log_one_minus_alphas_cumprod, t, x_start),
+        )
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
+        """
+        mean = self._ops.posterior_mean(x_start, x_t, self._table("posterior_mean", x_start), t)
+        return (
+            mean,
+            self._extract(self.posterior_variance, t, x_start),
+            self._extract(self.posterior_log_variance_clipped, t, x_start),
+        )
+
+    def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
+
+        Where alphas_cumprod is 0 there is none: the result is 1e30 (x_t - noise), whose sign alone means something.
+        """
+        return self._ops.predict_start(x_t, noise, self._table("predict_start_from_noise", x_t), t)
+
+    # ---------------------------------------------------------------------------------------- reverse process
+
+    def p_mean_variance(
+        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
+
+        Args:
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1].
+
+        Returns:
+            mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
+            (batch, 1, ...).
+        """
+        table = self._table("step", x_t)
+        self._ops.check_reverse_step(x_t, table, t)
+        model_output = self._call(model, x_t, t)
+        clip = (-1.0, 1.0) if clip_denoised else None
+        mean = self._ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
+        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+        if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
+            first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
+            variance = torch.cat([first, self.betas[1:]])
+            log_variance = variance.log()
+        return mean, self._extract(variance, t, x_t), self._extract(log_variance, t, x_t)
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        model: Model,
+        x_t: Tensor,
+        t: int | Tensor,
+        clip_denoised: bool = True,
+        *,
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x_{t-1} ~ p(x_{t-1} | x_t): one step of algorithm 2, in one launch after the model's call.
+
+        Args:
+            model: model(x_t, t) -> (batch, ...).
+            x_t: (batch, ...).
+            t: int64 (batch,) or int, in [0, timesteps).
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1].
+            noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
+            out: as x_t: where the result goes; x_t itself is fine.
+
+        Returns:
+            x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
+        table = self._table("step", x_t)
+        self._ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
+        model_output = self._call(model, x_t, t)
+        clip = (-1.0, 1.0) if clip_denoised else None
+        return self._ops.reverse_step(x_t, model_output, table, t, clip=clip, noise=noise, rng=rng, out=out)
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        *,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        clip_denoised: bool = True,
+        rng: Philox | None = None,
+        record: str | int = "all",
+        progress: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[np.ndarray] | Tensor:
+        """From pure noise to samples: algorithm 2, or DDIM's (Song et al. 2021).
+
+        Args:
+            model: model(x_t, t) -> (batch, ...).
+            shape: (batch, ...).
+            sampler: "ddpm" or "ddim".
+            steps: how many of the timesteps, evenly spaced with both ends; None: all.
+            eta: ddim's noise, 0 (none) to 1 (as much as ddpm) and beyond.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step.
+            rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
+                its own is refused: it would give each step the same noise.
+            record: "all": each step's samples; an int k: every k-th step's and the last; "last": the last alone.
+            progress: whether to show a progress bar (where tqdm is installed).
+            device: where to sample; None: where the model's parameters are, else the CPU.
+            dtype: of the samples.
+
+        Returns:
+            A list of numpy arrays of `shape` (bfloat16 as float32), or with record="last" a tensor.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+        """
+        return sampling.loop(
+            self._ops,
+            model,
+            shape,
+            sampling.make_table(self, sampler, steps, eta),
+            clip=(-1.0, 1.0) if clip_denoised else None,
+            rng=rng,
+            record=record,
+            progress=progress,
+            device=device,
+            dtype=dtype,
+        )
+
+    def sample(
+        self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any
+    ) -> list[np.ndarray] | Tensor:
+        """Images of shape (batch_size, channels, image_size, image_size): p_sample_loop, and its options."""
+        return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def train_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        *,
+        rng: Philox | None = None,
+    ) -> Tensor:
+        """Mean squared error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14).
+
+        Args:
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise, rng: as in q_sample.
+
+        Returns:
+            A scalar loss, float32 (float64 for float64 samples).
+        """
+        if noise is None and rng is None:
+            rng = fresh_rng()
+        x_t = self.q_sample(x_start, t, noise, rng=rng)
+        # the same noise, drawn again
+        target = self._ops.forward_process(x_start, self._table("target", x_start), t, noise=noise, rng=rng)
+        model_output = self._call(model, x_t, t)
+        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+        return ops.mse_loss(model_output.to(dtype), target.to(dtype))

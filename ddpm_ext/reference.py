@@ -1,0 +1,241 @@
+"""The operators in plain torch: slow, obvious, of any float dtype, the truth in tests and `backend="reference"`.
+
+Each function is the twin of the one of the same name in `ops`, with the same arguments; arithmetic is float64 for
+float64 samples and float32 for all others, tables likewise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, random_seed
+from ddpm_ext.ops import NO_CLIP, Clip, split_t
+
+__all__ = [
+    "check_reverse_step",
+    "forward_process",
+    "philox4x32",
+    "posterior_mean",
+    "predict_start",
+    "randn",
+    "reverse_step",
+]
+
+_WORD = 0xFFFFFFFF
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of two words, in int64 without overflow."""
+    low = a * (b & 0xFFFF)  # 48 bits
+    high = a * (b >> 16)
+    middle = high + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 of Salmon et al. 2011.
+
+    Args:
+        counter: int64 (..., 4), words in [0, 2^32).
+        key: int64 (..., 2), words in [0, 2^32); broadcast against counter.
+
+    Returns:
+        int64 (..., 4), words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+
+
+def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words to two standard normals, in float64: the noise contract's formula, w int64 in [0, 2^32)."""
+    # u is a float32 number: both roundings (to float32, of the fma) belong to the contract
+    u = (w0.float().double() * 2.0**-32 + 2.0**-33).float().double()
+    radius, angle = (-2 * u.log()).sqrt(), w1.double() * (2 * math.pi / 2**32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def _normals(shape: torch.Size, seed: int, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
+    """float64 z of `shape` (batch, ...), for sample ids and draws of shape (batch,)."""
+    numel = math.prod(shape[1:])
+    blocks = torch.arange((numel + 3) // 4, device=ids.device)
+    words = (blocks, draw[:, None], ids[:, None] & _WORD, (ids[:, None] >> 32) + (stream << 24))
+    counter = torch.stack(torch.broadcast_tensors(*words), -1)
+    w = philox4x32(counter, torch.tensor([seed & _WORD, seed >> 32], device=ids.device))
+    z = torch.stack([*box_muller(w[..., 0], w[..., 1]), *box_muller(w[..., 2], w[..., 3])], -1)
+    return z.flatten(1)[:, :numel].reshape(shape)
+
+
+def randn(
+    shape: tuple[int, ...] | torch.Size,
+    rng: Philox | None = None,
+    *,
+    draw: int | Tensor | None = None,
+    stream: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The twin of ddpm_ext.randn, by the contract's formula in float64; draw may be an int64 tensor (batch,)."""
+    if rng is None:
+        rng = Philox(random_seed())
+    check_rng(rng)
+    batch = shape[0]
+    device = torch.device(device)
+    own_seed, seed_value, ids, first_id, own_stream, own_draw = rng.arguments(0, 0)
+    seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
+    ids = torch.arange(first_id, first_id + batch, device=device) if ids is None else ids.to(device)
+    if ids.shape != (batch,):
+        raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected ({batch},), one a sample")
+    if ids.numel() and not (0 <= ids.min() and ids.max() < 2**56):
+        raise ValueError("sample_ids leave 0 <= id < 2^56")
+    if draw is None:
+        draw = own_draw
+    if not isinstance(draw, Tensor):
+        draw = torch.full((batch,), draw, device=device)
+    z = _normals(torch.Size(shape), seed, ids, own_stream if stream is None else stream, draw)
+    return z.to(dtype)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None]) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{x_name} has dtype {x.dtype}, expected a floating one")
+    if x.dim() < 1:
+        raise ValueError(f"{x_name} is 0-dimensional, expected (batch, ...)")
+    row, index = split_t(t)
+    if row is None:
+        if not 0 <= index < len(table):
+            raise ValueError(f"t is {index}, expected 0 <= t < {len(table)}")
+    elif row.dtype != torch.int64:
+        raise TypeError(f"t has dtype {row.dtype}, expected int64")
+    elif row.shape != x.shape[:1] or row.device != x.device:
+        raise ValueError(f"t has shape {tuple(row.shape)} on {row.device}, expected ({len(x)},) on {x.device}")
+    elif row.is_cpu and row.numel() and not (0 <= row.min() and row.max() < len(table)):
+        raise ValueError(f"t is in [{row.min()}, {row.max()}], expected 0 <= t < {len(table)}")
+    for name, y in others.items():
+        if y is None:
+            continue
+        if y.shape != x.shape or y.device != x.device:
+            raise ValueError(
+                f"{name} has shape {tuple(y.shape)} on {y.device}, expected {x_name}'s, {tuple(x.shape)} on {x.device}"
+            )
+        if not y.is_floating_point() or (name in ("noise", "out") and y.dtype != x.dtype):
+            raise TypeError(f"{name} has dtype {y.dtype}, expected that of {x_name}, {x.dtype}")
+
+
+def _rows(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
+    """The columns of each sample's row, of shape (batch, 1, ...)."""
+    rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
+    return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
+
+
+def _resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
+    if noise is not None:
+        if rng is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
+        return noise.to(_compute_dtype(x))
+    if rng is None:
+        rng = Philox(random_seed())
+    check_rng(rng)
+    return randn(
+        x.shape,
+        rng,
+        draw=draw if rng.draw is None else None,
+        stream=stream if rng.stream is None else None,
+        device=x.device,
+        dtype=_compute_dtype(x),
+    )
+
+
+def _finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    result = result.to(x.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def check_reverse_step(x_t: Tensor, table: Tensor, t: int | Tensor, **given: Any) -> None:
+    """Twin of ops.check_reverse_step."""
+    rng = given.pop("rng", None)
+    if rng is not None:
+        check_rng(rng)
+        if given.get("noise") is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
+    _check("x_t", x_t, table, t, given)
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x0 = clip(a x + b m); prev = c0 x0 + c1 x + c2 m + s z. Twin of ops.reverse_step."""
+    _check("x_t", x_t, table, t, {"model_output": model_output, "noise": noise, "out": out})
+    dtype = _compute_dtype(x_t)
+    a, b, c0, c1, c2, s, *_ = _rows(table.to(dtype), t, x_t)
+    x, m = x_t.to(dtype), model_output.to(dtype)
+    x_start = (a * x + b * m).clamp(*(NO_CLIP if clip is None else clip))
+    # c2 is 0 but where the model's eps is kept, and 0 times an infinite m would be NaN where the clip tamed it
+    prev = c0 * x_start + c1 * x + torch.where(c2 == 0, 0.0, c2 * m)
+    if add_noise or noise is not None or rng is not None:
+        draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long()
+        row, index = split_t(t)
+        draw = draws[row] if row is not None else draws[index].expand(len(x_t))
+        prev = prev + s * _resolve_noise(x_t, noise, rng, STREAM_REVERSE, draw)
+    return _finish(prev, x_t, out)
+
+
+def forward_process(
+    x_start: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """k0 x_start + k1 z. Twin of ops.forward_process."""
+    _check("x_start", x_start, table, t, {"noise": noise, "out": out})
+    dtype = _compute_dtype(x_start)
+    k0, k1 = _rows(table.to(dtype), t, x_start)
+    x_t = k0 * x_start.to(dtype)
+    if add_noise or noise is not None or rng is not None:
+        draw = t if isinstance(t, Tensor) else torch.full((len(x_start),), t, device=x_start.device)
+        x_t = x_t + k1 * _resolve_noise(x_start, noise, rng, STREAM_FORWARD, draw)
+    return _finish(x_t, x_start, out)
+
+
+def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    dtype = _compute_dtype(x)
+    k0, k1 = _rows(table.to(dtype), t, x)
+    return _finish(k0 * x.to(dtype) + k1 * y.to(dtype), x, None)
+
+
+def predict_start(x_t: Tensor, model_output: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_t + k1 model_output. Twin of ops.predict_start."""
+    _check("x_t", x_t, table, t, {"model_output": model_output})
+    return _affine(x_t, model_output, table, t)
+
+
+def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_start + k1 x_t. Twin of ops.posterior_mean."""
+    _check("x_start", x_start, table, t, {"x_t": x_t})
+    return _affine(x_start, x_t, table, t)

@@ -1,0 +1,135 @@
+"""The sampling loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
+from ddpm_ext.tables import StepTable, ddim_table, ddpm_table, spaced_timesteps
+
+if TYPE_CHECKING:
+    from ddpm_ext.diffusion import GaussianDiffusion, Model
+
+__all__ = ["loop", "make_table"]
+
+
+def unwrap(model_output: Any) -> Tensor:
+    """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""
+    if isinstance(model_output, Tensor):
+        return model_output
+    sample = getattr(model_output, "sample", None)
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"the model's output is a {type(model_output).__name__}, expected a tensor or one as .sample")
+    return sample
+
+
+def make_table(diffusion: GaussianDiffusion, sampler: str, steps: int | None, eta: float) -> StepTable:
+    """The rows of p_sample_loop's options, checked."""
+    if isinstance(eta, bool) or not isinstance(eta, int | float):
+        raise TypeError(f"eta is {eta!r}, expected a float")
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta is {eta}, expected a finite eta >= 0")
+    timestep = spaced_timesteps(diffusion.timesteps, steps)
+    if sampler == "ddpm":
+        return ddpm_table(
+            diffusion.betas,
+            diffusion.alphas_cumprod,
+            timestep,
+            prediction=diffusion.prediction,
+            variance=diffusion.variance,
+        )
+    if sampler == "ddim":
+        return ddim_table(diffusion.alphas_cumprod, timestep, prediction=diffusion.prediction, eta=float(eta))
+    raise ValueError(f"sampler is {sampler!r}, expected 'ddpm' or 'ddim'")
+
+
+def _check_record(record: str | int) -> None:
+    if record in ("all", "last"):
+        return
+    if isinstance(record, str):
+        raise ValueError(f"record is {record!r}, expected 'all', 'last' or an int k for every k-th step")
+    if isinstance(record, bool) or not isinstance(record, int):
+        raise TypeError(f"record is {record!r}, expected 'all', 'last' or an int")
+    if record < 1:
+        raise ValueError(f"record is {record}, expected at least 1")
+
+
+def _check_shape(shape: Iterable[int]) -> tuple[int, ...]:
+    shape = tuple(shape)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
+        raise TypeError(f"shape is {shape}, expected ints (batch, ...)")
+    if min(shape) < 1:
+        raise ValueError(f"shape is {shape}, expected sizes of at least 1")
+    return shape
+
+
+def _model_device(model: Any) -> torch.device:
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _steps(count: int, progress: bool) -> Iterable[int]:
+    if progress:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:
+            return range(count)
+        return tqdm(range(count), desc="sampling loop time step", total=count)
+    return range(count)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A copy on the host; bfloat16, which numpy lacks, as float32."""
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    return np.array(x.cpu().numpy())
+
+
+@torch.no_grad()
+def loop(
+    backend: ModuleType,
+    model: Model,
+    shape: Iterable[int],
+    table: StepTable,
+    *,
+    clip: tuple[float, float] | None,
+    rng: Philox | None,
+    record: str | int,
+    progress: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype,
+) -> list[np.ndarray] | Tensor:
+    """Takes the rows of `table` one by one from pure noise: see GaussianDiffusion.p_sample_loop.
+
+    A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
+    """
+    shape = _check_shape(shape)
+    _check_record(record)
+    if rng is None:
+        rng = fresh_rng()
+    check_rng(rng)
+    if rng.draw is not None or rng.stream is not None:
+        raise ValueError(f"rng is {rng}: a loop refuses a draw or a stream of its own, the same noise in each step")
+    device = _model_device(model) if device is None else torch.device(device)
+
+    x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
+    spare = torch.empty_like(x)
+    rows = table.packed(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
+    timesteps = table.timestep.to(x.device)[:, None].repeat(1, shape[0])
+    last = len(table) - 1
+    recorded = []
+    for i in _steps(len(table), progress):
+        model_output = unwrap(model(x, timesteps[i]))
+        x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
+        if record != "last" and (record == "all" or (i + 1) % record == 0 or i == last):
+            recorded.append(to_numpy(x))
+    return x if record == "last" else recorded
+

@@ -1,0 +1,258 @@
+"""Builds `ddpm_ext._C`: CPU kernels always, CUDA kernels where torch has CUDA and an nvcc fits it.
+
+Environment variables:
+- DDPM_EXT_CUDA: 0 leaves CUDA out, 1 demands it; unset takes it where it can be had
+- CUDA_HOME, else CUDA_PATH: the CUDA toolkit; else the one behind `nvcc` on PATH
+- TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"
+- MAX_JOBS: how many compilers run at once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from setuptools import Extension, setup
+
+MODULE = "ddpm_ext._C"
+OLDEST_TORCH = (2, 7)
+ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+LICENSE = "Apache-2.0"  # here, since pyproject.toml has no form that setuptools before and after 77 both take
+INSTALL = "pip install --no-build-isolation ."
+
+# Contraction, or any flag that lets the compiler reorder arithmetic, would break the noise contract. No -march: the
+# instruction set is chosen at run time.
+HOST_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-O3", "-fmad=false", "-lineinfo", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+
+# Commands of setuptools that compile. The others (sdist, metadata) need no torch.
+COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit, its version and the architectures its nvcc compiles for; without a home, why there is none."""
+
+    home: str | None
+    version: str = ""
+    archs: Collection[str] = ()
+    problem: str = ""
+
+
+class Plan(NamedTuple):
+    """What to build: with this toolkit, or for the CPU alone and why."""
+
+    toolkit: Toolkit | None
+    why_cpu: str = ""
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"ddpm_ext: {message}")
+
+
+def ask(*command: str) -> str:
+    """What a command prints, on either stream; nothing if it fails."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError:
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def has_nvcc(home: str | os.PathLike[str]) -> bool:
+    return (Path(home) / "bin" / "nvcc").is_file()
+
+
+def home_behind(nvcc: str) -> str | None:
+    """The toolkit that an nvcc belongs to: nvcc is asked, since what PATH finds may be a wrapper script."""
+    here = re.search(r"^#\$ _HERE_=(.+)$", ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
+    bins = [Path(here[1].strip())] if here else []
+    for folder in [*bins, Path(nvcc).resolve().parent]:
+        home = os.path.normpath(folder.parent)
+        if folder.name == "bin" and has_nvcc(home):
+            return home
+    return None
+
+
+def find_toolkit(env: Mapping[str, str]) -> Toolkit:
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if env.get(name):
+            home = env[name]
+            if not has_nvcc(home):
+                return Toolkit(None, problem=f"{name}={home} has no bin/nvcc")
+            break
+    else:
+        nvcc = shutil.which("nvcc", path=env.get("PATH", ""))
+        if nvcc is None:
+            return Toolkit(None, problem="there is no nvcc on PATH and CUDA_HOME is not set")
+        home = home_behind(nvcc)
+        if home is None:
+            return Toolkit(None, problem=f"{nvcc} does not say where its CUDA toolkit is and CUDA_HOME is not set")
+    nvcc = str(Path(home) / "bin" / "nvcc")
+    release = re.search(r"release (\d+\.\d+)", ask(nvcc, "--version"))
+    if release is None:
+        return Toolkit(None, problem=f"{nvcc} --version fails")
+    codes = re.findall(r"\bsm_(\d+)(\d)\b", ask(nvcc, "--list-gpu-code"))
+    return Toolkit(home, release[1], [f"{major}.{minor}" for major, minor in codes])
+
+
+def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> Plan:
+    """CUDA or not. Ends the build where DDPM_EXT_CUDA=1 can't be had."""
+    wish = env.get("DDPM_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        fail(f"DDPM_EXT_CUDA={wish} is unknown: 0 leaves CUDA out, 1 demands it, unset takes it where it can be had")
+    if wish == "0":
+        return Plan(None, "DDPM_EXT_CUDA=0")
+    toolkit = Toolkit(None)
+    if torch_cuda is None:
+        why = f"torch {torch_version} is built without CUDA"
+        remedy = "install a torch with CUDA (pip install --upgrade --force-reinstall torch), then build again"
+    else:
+        toolkit = find_toolkit(env)
+        major = torch_cuda.split(".")[0]
+        remedy = f"point CUDA_HOME at a CUDA {major} toolkit: CUDA_HOME=/path/to/cuda-{major} {INSTALL}"
+        why = toolkit.problem
+        if toolkit.home and toolkit.version.split(".")[0] != major:
+            why = f"nvcc is of CUDA {toolkit.version} and torch {torch_version} of CUDA {torch_cuda}"
+    if not why:
+        return Plan(toolkit)
+    if wish == "1":
+        fail(f"DDPM_EXT_CUDA=1, but {why}; {remedy}")
+    return Plan(None, why)
+
+
+def default_archs(nvcc_knows: Collection[str], torch_knows: Callable[[str], bool]) -> str:
+    """Of ARCHS those that both know, and PTX for the last, so that later GPUs run too."""
+    archs = [arch for arch in ARCHS if arch in nvcc_knows and torch_knows(arch)]
+    if not archs:
+        fail(f"nvcc and torch share none of the architectures {' '.join(ARCHS)}; set TORCH_CUDA_ARCH_LIST")
+    return " ".join(archs) + "+PTX"
+
+
+def torch_knows(arch: str) -> bool:
+    """Whether torch's own build helper takes an architecture; it keeps no public list."""
+    from torch.utils import cpp_extension
+
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = arch
+    try:
+        return bool(cpp_extension._get_cuda_arch_flags())
+    except ValueError:
+        return False
+    finally:
+        if before is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+        else:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
+
+
+def check_torch():
+    """The torch module, or the end of the build with the command that helps."""
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        fail(f"torch is needed to build; pip install torch setuptools wheel ninja pybind11, then {INSTALL}")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        fail(f"torch {torch.__version__} is too old; pip install 'torch>={oldest}', then {INSTALL}")
+    return torch
+
+
+def files(*patterns: str) -> list[str]:
+    """Paths under csrc, relative to this folder, as setuptools wants them."""
+    root = Path(__file__).resolve().parent
+    return sorted(path.relative_to(root).as_posix() for p in patterns for path in (root / "csrc").glob(p))
+
+
+def sources(cuda: bool) -> list[str]:
+    return files("*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if cuda else []))
+
+
+def macro(name: str, text: str) -> str:
+    return f'-D{name}="{text}"'
+
+
+def configure():
+    """The extension and the command that builds it, for the torch at hand."""
+    torch = check_torch()
+    plan = make_plan(os.environ, torch.__version__, torch.version.cuda)
+    info = {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
+    info |= {"cuda": None, "archs": "", "why_cpu": plan.why_cpu}
+    if plan.toolkit:
+        os.environ["CUDA_HOME"] = str(plan.toolkit.home)  # torch looks here when cpp_extension is imported
+    add_ninja_to_path()
+    from torch.utils import cpp_extension
+
+    if plan.toolkit:
+        cpp_extension.CUDA_HOME = plan.toolkit.home
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(
+            plan.toolkit.archs, torch_knows
+        )
+        info["cuda"] = plan.toolkit.version
+        info["archs"] = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ")
+        print(f"ddpm_ext: CPU and CUDA kernels, nvcc {info['cuda']} for {info['archs']}")
+    else:
+        print(f"ddpm_ext: CPU kernels only: {plan.why_cpu}")
+
+    cxx = [*CXX_FLAGS, macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
+    if sys.platform == "linux":
+        # at::parallel_for is a serial loop without it. The linker doesn't get it: OpenMP must be the one torch loaded.
+        cxx.append("-fopenmp")
+    if plan.toolkit:
+        cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
+    make = cpp_extension.CUDAExtension if plan.toolkit else cpp_extension.CppExtension
+    extension = make(
+        MODULE,
+        sources(cuda=plan.toolkit is not None),
+        include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
+        depends=files("**/*.h", "**/*.cuh"),
+        define_macros=[("DDPM_EXT_WITH_CUDA", None)] if plan.toolkit else [],
+        extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
+    )
+    # Ours warn, torch's headers don't: g++ ignores -I for a folder that is also given so.
+    cxx += [f"-isystem{folder}" for folder in extension.include_dirs[1:]]
+
+    class BuildExt(cpp_extension.BuildExtension):
+        """Leaves a note beside the module of what it was built for; `ddpm_ext._extension` reads it before loading."""
+
+        def run(self):
+            self.force = True  # without ninja, a change of torch or flags alone would go unnoticed
+            if self.inplace:  # pip gives an editable build a temporary folder, and all would be compiled anew each time
+                self.build_temp = f"build/temp.{sys.platform}-{sys.implementation.cache_tag}"
+            super().run()
+            for folder in {False, bool(self.inplace)}:
+                self.inplace, inplace = folder, self.inplace
+                Path(self.get_ext_fullpath(MODULE)).with_suffix(".json").write_text(json.dumps(info, indent=1) + "\n")
+                self.inplace = inplace
+
+    return extension, BuildExt
+
+
+def add_ninja_to_path() -> None:
+    """pip called by its path leaves the environment's bin folder off PATH, where torch looks for ninja."""
+    try:
+        import ninja
+    except ModuleNotFoundError:
+        return
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+
+
+def main() -> None:
+    if COMPILING.isdisjoint(sys.argv):
+        setup(license=LICENSE, ext_modules=[Extension(MODULE, sources(cuda=True))])
+    else:
+        extension, build_ext = configure()
+        setup(license=LICENSE, ext_modules=[extension], cmdclass={"build_ext": build_ext})
+
+
+if __name__ == "__main__":
+    main()
