@@ -30,8 +30,8 @@ INSTALL = "pip install --no-build-isolation ."
 # Contraction, or any flag that lets the compiler reorder arithmetic, would break the noise contract. No -march: the
 # instruction set is chosen at run time.
 HOST_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-O3", "-fmad=false", "-lineinfo", f"-Xcompiler={','.join(HOST_FLAGS)}"]
+CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall"]
+NVCC_FLAGS = ["-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all", f"-Xcompiler={','.join(HOST_FLAGS)}"]
 
 # Commands of setuptools that compile. The others (sdist, metadata) need no torch.
 COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}

@@ -20,45 +20,67 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
+struct Named {
+  const char* name;
+  const Tensor* tensor;  // null: not given
 
-bool needs_dispatcher(std::initializer_list<const Tensor*> tensors) {
+  Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
+  Named(const char* name, const OptionalTensor& t) : name(name), tensor(t.has_value() ? &*t : nullptr) {}
+};
+
+// Also sees to what a kernel would say of its arguments, but never does where one of them decides that another kernel
+// is called.
+bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
                                   DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch});
-  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return true;
   constexpr DispatchKeySet plain =
       DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
                       DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   const bool grad = at::GradMode::is_enabled();
-  for (const Tensor* t : tensors) {
-    if (t == nullptr) continue;
-    if ((t->key_set() | plain) != plain || (grad && t->requires_grad())) return true;
+  bool needed = c10::impl::tls_local_dispatch_key_set().included_.has_any(modes);
+  for (const Named& t : tensors)
+    needed = needed ||
+             (t.tensor != nullptr && ((t.tensor->key_set() | plain) != plain || (grad && t.tensor->requires_grad())));
+  if (!needed) return false;
+  const Tensor& first = *tensors.begin()->tensor;
+  for (const Named& t : tensors) {
+    if (t.tensor == nullptr) continue;
+    TORCH_CHECK_VALUE(t.tensor->layout() == at::kStrided, op, ": ", t.name, " has layout ", t.tensor->layout(),
+                      ", expected strided");
+    TORCH_CHECK_VALUE(t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
+                      ", expected the samples' device, ", first.device());
   }
-  return false;
+  return true;
 }
 
-void refuse_grad(const char* op, std::initializer_list<const Tensor*> tensors) {
+void refuse_grad(const char* op, std::initializer_list<Named> tensors) {
   if (!at::GradMode::is_enabled()) return;
-  for (const Tensor* t : tensors) {
-    TORCH_CHECK_VALUE(t == nullptr || !t->requires_grad(), op,
-                      ": out= records no gradients, expected no argument that requires one, or torch.no_grad()");
+  for (const Named& t : tensors) {
+    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
+                      " requires a gradient, which out= does not record, expected none that does, or torch.no_grad()");
   }
 }
 
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                     int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                     DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  if (out.has_value()) refuse_grad("reverse_step", {&x_t, &model_output, pointer(noise), &*out});
-  if (needs_dispatcher({&x_t, &model_output, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) {
+  if (out.has_value())
+    refuse_grad("reverse_step", {{"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"out", out}});
+  if (needs_dispatcher("reverse_step", {{"x_t", x_t},
+                                        {"model_output", model_output},
+                                        {"noise", noise},
+                                        {"t", t},
+                                        {"sample_ids", sample_ids},
+                                        {"out", out}})) {
     if (out.has_value()) {
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("ddpm_ext::reverse_step", "out")
                                  .typed<decltype(library::reverse_step_out)>();
       Tensor result = *out;
-      return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS,
-                     result);
+      op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS, result);
+      return result;
     }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("ddpm_ext::reverse_step", "")
@@ -72,20 +94,24 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  if (needs_dispatcher({&x_t, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) return;
+  if (needs_dispatcher("reverse_step",
+                       {{"x_t", x_t}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}}))
+    return;
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
 }
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  if (out.has_value()) refuse_grad("forward_process", {&x_start, pointer(noise), &*out});
-  if (needs_dispatcher({&x_start, pointer(noise), pointer(t), pointer(sample_ids), pointer(out)})) {
+  if (out.has_value()) refuse_grad("forward_process", {{"x_start", x_start}, {"noise", noise}, {"out", out}});
+  if (needs_dispatcher("forward_process",
+                       {{"x_start", x_start}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}})) {
     if (out.has_value()) {
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("ddpm_ext::forward_process", "out")
                                  .typed<decltype(library::forward_process_out)>();
       Tensor result = *out;
-      return op.call(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_ARGUMENTS, result);
+      op.call(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_ARGUMENTS, result);
+      return result;
     }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("ddpm_ext::forward_process", "")
@@ -98,25 +124,28 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 
 using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 
+// `name` is "ddpm_ext::" and the operator's.
 template <Affine* kDirect>
-Tensor affine(const char* name, const Tensor& x, const Tensor& y, const Tensor& table, const OptionalTensor& t,
+Tensor affine(const char* name, const Named& x, const Named& y, const Tensor& table, const OptionalTensor& t,
               int64_t t_index) {
-  if (needs_dispatcher({&x, &y, pointer(t)})) {
+  if (needs_dispatcher(name + sizeof("ddpm_ext::") - 1, {x, y, {"t", t}})) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Affine>();
-    return op.call(x, y, table, t, t_index);
+    return op.call(*x.tensor, *y.tensor, table, t, t_index);
   }
   RECORD_FUNCTION(name, std::vector<c10::IValue>());
-  return kDirect(x, y, table, t, t_index);
+  return kDirect(*x.tensor, *y.tensor, table, t, t_index);
 }
 
 Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                      int64_t t_index) {
-  return affine<ddpm_ext::predict_start>("ddpm_ext::predict_start", x_t, model_output, table, t, t_index);
+  return affine<ddpm_ext::predict_start>("ddpm_ext::predict_start", {"x_t", x_t}, {"model_output", model_output}, table,
+                                         t, t_index);
 }
 
 Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
                       int64_t t_index) {
-  return affine<ddpm_ext::posterior_mean>("ddpm_ext::posterior_mean", x_start, x_t, table, t, t_index);
+  return affine<ddpm_ext::posterior_mean>("ddpm_ext::posterior_mean", {"x_start", x_start}, {"x_t", x_t}, table, t,
+                                          t_index);
 }
 
 // The published test vectors reach the kernels' own Philox through this.

@@ -13,11 +13,10 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
                                 std::nullopt);
 }
 
-Tensor& reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                         int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise,
-                         bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                      DDPM_RNG_PARAMETERS, Tensor& out) {
   ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG, out);
-  return out;
 }
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
@@ -25,10 +24,9 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, std::nullopt);
 }
 
-Tensor& forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                            const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
+void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
   ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
-  return out;
 }
 
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device) {
@@ -41,7 +39,7 @@ Tensor mse_loss(const Tensor& model_output, const Tensor& target) { return at::m
 
 }  // namespace ddpm_ext::library
 
-#define DDPM_RNG_SCHEMA                                                                                    \
+#define DDPM_RNG_SCHEMA \
   "Tensor? seed=None, int seed_value=0, Tensor? sample_ids=None, int first_id=0, int stream=0, int draw=-1"
 
 TORCH_LIBRARY(ddpm_ext, m) {
@@ -50,13 +48,13 @@ TORCH_LIBRARY(ddpm_ext, m) {
       "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
   m.def(
       "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index, float clip_min, "
-      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> Tensor(a!)");
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
   m.def(
-      "forward_process(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool draw_noise, "
-      DDPM_RNG_SCHEMA ") -> Tensor");
+      "forward_process(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool "
+      "draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
   m.def(
-      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool draw_noise, "
-      DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> Tensor(a!)");
+      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool "
+      "draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
   m.def("predict_start(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index) -> Tensor");
   m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, int t_index) -> Tensor");
   m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");

@@ -5,7 +5,7 @@
 
 #include "ops.h"
 
-#define DDPM_RNG_PARAMETERS                                                                                            \
+#define DDPM_RNG_PARAMETERS                                                                                           \
   const OptionalTensor &seed, int64_t seed_value, const OptionalTensor &sample_ids, int64_t first_id, int64_t stream, \
       int64_t draw
 #define DDPM_RNG \
@@ -17,13 +17,13 @@ namespace ddpm_ext::library {
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                     int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                     DDPM_RNG_PARAMETERS);
-Tensor& reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                         int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise,
-                         bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                      DDPM_RNG_PARAMETERS, Tensor& out);
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS);
-Tensor& forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                            const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
+void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
 Tensor draw_seed();
 // torch's own, as one operator: a compiler that fuses the mean sums in another order than eager torch.

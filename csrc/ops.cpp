@@ -1,7 +1,6 @@
 #include "ops.h"
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -11,6 +10,7 @@
 #include "core/forward.h"
 #include "core/step.h"
 #include "cpu/loops.h"
+#include "overlap.h"
 #ifdef DDPM_EXT_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -65,8 +65,8 @@ void check_like(const char* op, const char* name, const Tensor& y, const char* x
 DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
   check_like(op, name, y, x_name, x);
   const DType dtype = dtype_of(op, name, y.scalar_type());
-  CHECK_TYPE(y.scalar_type() == x.scalar_type() || x.scalar_type() == at::kFloat, name, " has dtype ",
-             y.scalar_type(), ", expected that of ", x_name, ", ", x.scalar_type());
+  CHECK_TYPE(y.scalar_type() == x.scalar_type() || x.scalar_type() == at::kFloat, name, " has dtype ", y.scalar_type(),
+             ", expected that of ", x_name, ", ", x.scalar_type());
   return dtype;
 }
 
@@ -198,19 +198,17 @@ void bind(const char* op, Args& args, std::initializer_list<Bound> inputs, const
 
 // That no element of out is written before another needs it.
 void check_overlap(const char* op, const Tensor& out, const Tensor& input) {
-  const auto status = at::get_overlap_status(out, input);
-  CHECK_VALUE(status != at::MemOverlapStatus::Partial, "out",
-              " overlaps an input in part, expected the same memory or none of it");
-  CHECK_VALUE(status != at::MemOverlapStatus::Full || out.strides() == input.strides(), "out",
-              " shares an input's memory in another order, expected the same strides");
+  const bool same = out.is_alias_of(input) && out.const_data_ptr() == input.const_data_ptr() &&
+                    out.scalar_type() == input.scalar_type() && out.strides() == input.strides();
+  CHECK_VALUE(same || !may_overlap(out, input), "out",
+              " shares memory with an input, expected the same elements in the same order, or none");
 }
 
 // inputs may hold nulls.
 void check_out(const char* op, const Tensor& out, const char* x_name, const Tensor& x,
                std::initializer_list<const Tensor*> inputs) {
   check_same(op, "out", out, x_name, x);
-  CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes, "out",
-              " has elements that share memory, expected one place an element");
+  CHECK_VALUE(!may_overlap_itself(out), "out", " has elements that share memory, expected one place an element");
   for (const Tensor* input : inputs)
     if (input != nullptr) check_overlap(op, out, *input);
 }

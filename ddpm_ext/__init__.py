@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ddpm_ext._extension import C
 from ddpm_ext import reference
+from ddpm_ext._extension import C
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.noise import Philox, randn
 

@@ -192,9 +192,7 @@ class GaussianDiffusion:
             self._extract(self.log_one_minus_alphas_cumprod, t, x_start),
         )
 
-    def q_posterior_mean_variance(
-        self, x_start: Tensor, x_t: Tensor, t: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
 
         Returns:
@@ -210,7 +208,7 @@ class GaussianDiffusion:
     def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """The x_0 of which x_t is made with this noise: the inverse of q_sample.
 
-        Where alphas_cumprod is 0 there is none: the result is 1e30 (x_t - noise), whose sign alone means something.
+        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), whose sign alone means something.
         """
         return self._ops.predict_start(x_t, noise, self._table("predict_start_from_noise", x_t), t)
 

@@ -13,6 +13,10 @@ __all__ = ["STREAM_FORWARD", "STREAM_REVERSE", "STREAM_START", "Philox", "randn"
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 
 
+# seed, seed_value, sample_ids, first_id, stream, draw: as the operators take them
+RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
+
+
 def _check_int(name: str, value: object, stop: int, stop_name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}, expected an int")
@@ -79,8 +83,8 @@ class Philox:
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
-    def arguments(self, stream: int, draw: int | None = None) -> tuple[Tensor | None, int, Tensor | None, int, int, int]:
-        """What the operators take: seed, seed_value, sample_ids, first_id, stream, draw; those of its own first."""
+    def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
+        """What the operators take; a stream and a draw of its own come first."""
         if self.stream is not None:
             stream = self.stream
         if self.draw is not None:
@@ -106,7 +110,7 @@ def fresh_rng() -> Philox:
     return Philox(random_seed())
 
 
-def fresh_arguments(stream: int) -> tuple[Tensor | None, int, Tensor | None, int, int, int]:
+def fresh_arguments(stream: int) -> RngArguments:
     """fresh_rng().arguments(stream), without the object."""
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
@@ -139,13 +143,16 @@ def randn(
     """
     if rng is not None:
         check_rng(rng)
+    size = list(shape)
+    if not all(isinstance(n, int | torch.SymInt) for n in size):
+        raise TypeError(f"shape is {size}, expected ints (batch, ...)")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {dtype!r}, expected a torch.dtype")
     draw = None if draw is None else _check_int("draw", draw, 2**32, "2^32")
     stream = None if stream is None else _check_int("stream", stream, 2**8, "2^8")
-    seed, seed_value, ids, first_id, own_stream, own_draw = (
-        fresh_arguments(0) if rng is None else rng.arguments(0, 0)
-    )
+    seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
     return torch.ops.ddpm_ext.randn(
-        list(shape),
+        size,
         seed,
         seed_value,
         ids,

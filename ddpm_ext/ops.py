@@ -16,7 +16,15 @@ from torch import Tensor
 from ddpm_ext._extension import C
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, fresh_arguments, randn
 
-__all__ = ["check_reverse_step", "forward_process", "mse_loss", "posterior_mean", "predict_start", "randn", "reverse_step"]
+__all__ = [
+    "check_reverse_step",
+    "forward_process",
+    "mse_loss",
+    "posterior_mean",
+    "predict_start",
+    "randn",
+    "reverse_step",
+]
 
 Clip = tuple[float, float]
 NO_CLIP = (-math.inf, math.inf)
@@ -46,6 +54,13 @@ def _noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stre
     if drawn:
         return None, True, *fresh_arguments(stream)
     return None, False, *_NO_RNG
+
+
+def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    """As C does for an eager call."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires a gradient, which out= does not record, expected none that does")
 
 
 def reverse_step(
@@ -86,7 +101,9 @@ def reverse_step(
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
-    return torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
+    _refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
+    torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
+    return out
 
 
 def check_reverse_step(
@@ -138,7 +155,9 @@ def forward_process(
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
-    return torch.ops.ddpm_ext.forward_process.out(x_start, table, *arguments, out=out)
+    _refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)
+    torch.ops.ddpm_ext.forward_process.out(x_start, table, *arguments, out=out)
+    return out
 
 
 def predict_start(x_t: Tensor, model_output: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
@@ -196,13 +215,11 @@ def _(x_start: Tensor, *_: Any) -> Tensor:
 
 
 @_lib.register_fake("ddpm_ext::reverse_step.out")
-def _(*_: Any, out: Tensor) -> Tensor:
-    return out
+def _(*_: Any, out: Tensor) -> None: ...
 
 
 @_lib.register_fake("ddpm_ext::forward_process.out")
-def _(*_: Any, out: Tensor) -> Tensor:
-    return out
+def _(*_: Any, out: Tensor) -> None: ...
 
 
 @_lib.register_fake("ddpm_ext::randn")
@@ -224,7 +241,7 @@ def _() -> Tensor:
 
 
 def _affine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, table, t, ctx.index = inputs
+    _x, y, table, t, ctx.index = inputs
     ctx.save_for_backward(table, t)
     ctx.y_dtype = y.dtype
 
@@ -273,12 +290,14 @@ def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x_t, model_output, table, t = ctx.saved_tensors
-    # The same operation as in the step, so that the clip holds back exactly the elements that it clipped.
-    x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
-    inside = (x_start >= ctx.clip_min) & (x_start <= ctx.clip_max)
     rows = table[t] if t is not None else table[ctx.index].expand(len(x_t), -1)
     a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
-    clipped = torch.where(inside, c0 * grad, 0.0)
+    clipped = c0 * grad
+    if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
+        # The same operation as in the step, so that the clip holds back exactly what it clipped; as torch.clamp's, the
+        # edge counts as clipped.
+        x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
+        clipped = torch.where((x_start > ctx.clip_min) & (x_start < ctx.clip_max), clipped, 0.0)
     grads: list[Any] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
         grads[0] = (a * clipped + c1 * grad).to(x_t.dtype)

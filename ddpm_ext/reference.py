@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, random_seed
-from ddpm_ext.ops import NO_CLIP, Clip, split_t
+from ddpm_ext.ops import Clip, split_t
 
 __all__ = [
     "check_reverse_step",
@@ -95,7 +95,7 @@ def randn(
     ids = torch.arange(first_id, first_id + batch, device=device) if ids is None else ids.to(device)
     if ids.shape != (batch,):
         raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected ({batch},), one a sample")
-    if ids.numel() and not (0 <= ids.min() and ids.max() < 2**56):
+    if ids.numel() and not (ids.min() >= 0 and ids.max() < 2**56):
         raise ValueError("sample_ids leave 0 <= id < 2^56")
     if draw is None:
         draw = own_draw
@@ -122,7 +122,7 @@ def _check(x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[
         raise TypeError(f"t has dtype {row.dtype}, expected int64")
     elif row.shape != x.shape[:1] or row.device != x.device:
         raise ValueError(f"t has shape {tuple(row.shape)} on {row.device}, expected ({len(x)},) on {x.device}")
-    elif row.is_cpu and row.numel() and not (0 <= row.min() and row.max() < len(table)):
+    elif row.is_cpu and row.numel() and not (row.min() >= 0 and row.max() < len(table)):
         raise ValueError(f"t is in [{row.min()}, {row.max()}], expected 0 <= t < {len(table)}")
     for name, y in others.items():
         if y is None:
@@ -191,7 +191,9 @@ def reverse_step(
     dtype = _compute_dtype(x_t)
     a, b, c0, c1, c2, s, *_ = _rows(table.to(dtype), t, x_t)
     x, m = x_t.to(dtype), model_output.to(dtype)
-    x_start = (a * x + b * m).clamp(*(NO_CLIP if clip is None else clip))
+    x_start = a * x + b * m
+    if clip is not None:
+        x_start = x_start.clamp(*clip)
     # c2 is 0 but where the model's eps is kept, and 0 times an infinite m would be NaN where the clip tamed it
     prev = c0 * x_start + c1 * x + torch.where(c2 == 0, 0.0, c2 * m)
     if add_noise or noise is not None or rng is not None:

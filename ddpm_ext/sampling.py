@@ -50,15 +50,17 @@ def make_table(diffusion: GaussianDiffusion, sampler: str, steps: int | None, et
     raise ValueError(f"sampler is {sampler!r}, expected 'ddpm' or 'ddim'")
 
 
-def _check_record(record: str | int) -> None:
-    if record in ("all", "last"):
-        return
+def _record_every(record: str | int) -> int | None:
+    """Every how many steps to record; None for the last alone, as a tensor."""
     if isinstance(record, str):
-        raise ValueError(f"record is {record!r}, expected 'all', 'last' or an int k for every k-th step")
+        if record not in ("all", "last"):
+            raise ValueError(f"record is {record!r}, expected 'all', 'last' or an int k for every k-th step")
+        return 1 if record == "all" else None
     if isinstance(record, bool) or not isinstance(record, int):
         raise TypeError(f"record is {record!r}, expected 'all', 'last' or an int")
     if record < 1:
         raise ValueError(f"record is {record}, expected at least 1")
+    return record
 
 
 def _check_shape(shape: Iterable[int]) -> tuple[int, ...]:
@@ -111,7 +113,7 @@ def loop(
     A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
     """
     shape = _check_shape(shape)
-    _check_record(record)
+    every = _record_every(record)
     if rng is None:
         rng = fresh_rng()
     check_rng(rng)
@@ -129,7 +131,6 @@ def loop(
     for i in _steps(len(table), progress):
         model_output = unwrap(model(x, timesteps[i]))
         x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
-        if record != "last" and (record == "all" or (i + 1) % record == 0 or i == last):
+        if every is not None and ((i + 1) % every == 0 or i == last):
             recorded.append(to_numpy(x))
-    return x if record == "last" else recorded
-
+    return x if every is None else recorded

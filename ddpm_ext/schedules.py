@@ -1,4 +1,4 @@
-"""Noise schedules: betas of the forward process q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), in float64."""
+"""Noise schedules: betas of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), in float64."""
 
 from __future__ import annotations
 

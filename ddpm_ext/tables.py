@@ -18,8 +18,9 @@ from torch import Tensor
 __all__ = ["StepTable", "ddim_table", "ddpm_table", "pack_affine", "prediction_coefficients", "spaced_timesteps"]
 
 PREDICTIONS = ("eps", "x0", "v")
-# Where alphas_cumprod is 0 and the model predicts eps, x0 is the sign of x - m once it is clipped.
-HUGE = 1e30
+# Where alphas_cumprod is 0 and the model predicts eps, x0 is the sign of x - m once it is clipped: a power of two near
+# 1e30, so that both products are exact.
+HUGE = 2.0**100
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +137,7 @@ def ddpm_table(
     )
 
 
-def ddim_table(
-    alphas_cumprod: Tensor, timestep: Tensor, *, prediction: str = "eps", eta: float = 0.0
-) -> StepTable:
+def ddim_table(alphas_cumprod: Tensor, timestep: Tensor, *, prediction: str = "eps", eta: float = 0.0) -> StepTable:
     """DDIM over a descending subset of timesteps, keeping the model's own eps after x0 is clipped.
 
     Song et al. 2021, eq. (12), sigma from eq. (16).

@@ -67,11 +67,11 @@ void randn(const Run& run) {
 
 }  // namespace
 
-#define DDPM_BY_DTYPE(kernel, noise)                                                          \
-  {                                                                                           \
-    {kernel<noise, float, float>, kernel<noise, float, Float16>, kernel<noise, float, BFloat16>}, \
-        {nullptr, kernel<noise, Float16, Float16>, nullptr},                                  \
-        {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>},                                \
+#define DDPM_BY_DTYPE(kernel, noise)                                                                \
+  {                                                                                                 \
+      {kernel<noise, float, float>, kernel<noise, float, Float16>, kernel<noise, float, BFloat16>}, \
+      {nullptr, kernel<noise, Float16, Float16>, nullptr},                                          \
+      {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>},                                        \
   }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)

@@ -77,9 +77,9 @@ struct Source {
   Source(const Args& args, const TensorArg& tensor, int64_t b)
       : args(args),
         tensor(tensor),
-        sample(tensor.data == nullptr ? nullptr
-                                      : static_cast<char*>(tensor.data) +
-                                            b * tensor.batch_stride * element_size(tensor.dtype)) {}
+        sample(tensor.data == nullptr
+                   ? nullptr
+                   : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype)) {}
 
   char* at(int64_t j) const { return sample == nullptr ? nullptr : sample + j * element_size(tensor.dtype); }
 
@@ -196,8 +196,7 @@ void affine(const Args& args) {
 
 void randn(const Args& args) {
   const RunKernel kernel = kernels().randn[index(args.out.dtype)];
-  for_each_sample<NoRow>(
-      args, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; });
+  for_each_sample<NoRow>(args, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; });
 }
 
 }  // namespace ddpm_ext::cpu

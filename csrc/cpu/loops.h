@@ -9,7 +9,7 @@ void reverse_step(const Args& args);
 void affine(const Args& args);
 void randn(const Args& args);
 
-const Kernels& kernels();      // of the instruction set in use
+const Kernels& kernels();       // of the instruction set in use
 const char* instruction_set();  // its name: "avx512", "avx2", "portable"
 
 }  // namespace ddpm_ext::cpu

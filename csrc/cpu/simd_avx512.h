@@ -46,8 +46,8 @@ DDPM_HD F32 select_bit30(U32 u, F32 if_set, F32 if_clear) {
   return _mm512_mask_blend_ps(_mm512_test_epi32_mask(u.v, _mm512_set1_epi32(0x40000000)), if_clear.v, if_set.v);
 }
 
-// 16 words of Philox's state: even and odd lanes apart, each in the low half of a 64-bit lane, whose upper half is never
-// read. So a product's low word needs no instruction and its high word one shift.
+// 16 words of Philox's state: even and odd lanes apart, each in the low half of a 64-bit lane, whose upper half is
+// never read. So a product's low word needs no instruction and its high word one shift.
 struct Words {
   __m512i even, odd;
   Words() = default;
@@ -72,9 +72,7 @@ DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
   const __m512i k = _mm512_set1_epi32(static_cast<int>(c));
   return {_mm512_ternarylogic_epi32(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi32(a.odd, b.odd, k, 0x96)};
 }
-DDPM_HD U32 join(Words w) {
-  return _mm512_mask_shuffle_epi32(w.even, 0xAAAA, w.odd, static_cast<_MM_PERM_ENUM>(0xA0));
-}
+DDPM_HD U32 join(Words w) { return _mm512_mask_shuffle_epi32(w.even, 0xAAAA, w.odd, static_cast<_MM_PERM_ENUM>(0xA0)); }
 
 // 16 consecutive blocks, in the lanes from which transpose() brings their elements into memory order.
 DDPM_HD Words block_words(uint32_t first) {
@@ -98,9 +96,7 @@ DDPM_HD void transpose(F32 (&z)[4]) {
 DDPM_HD F32 load(const float* p) { return _mm512_loadu_ps(p); }
 DDPM_HD void store(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 
-DDPM_HD F32 load(const Float16* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+DDPM_HD F32 load(const Float16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 DDPM_HD void store(Float16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }

@@ -25,8 +25,8 @@ enum class Access { vector, strided32, strided64 };
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 struct Elementwise {
   using Row = typename Op::Row;
-  static constexpr bool kNarrow = sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) ||
-                                  (kNoise == Noise::given && sizeof(Z) == 2);
+  static constexpr bool kNarrow =
+      sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
   static constexpr int kItems = kNarrow ? 8 : 4;  // so that each load of the narrowest type is 128 bits
 
   static __device__ __forceinline__ void draw(const PhiloxKeys& keys, const SampleCounter& counter, uint32_t block,

@@ -1,5 +1,5 @@
-// Loads and stores: 128 bits at a time where alignment allows, else element by element by any strides. All arithmetic is
-// float32.
+// Loads and stores: 128 bits at a time where alignment allows, else element by element by any strides. All arithmetic
+// is float32.
 #pragma once
 
 #include <cuda_bf16.h>

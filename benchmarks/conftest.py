@@ -1,0 +1,88 @@
+"""Shapes, and the table of ratios at the end of a run. `--table FILE` writes it as Markdown too."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddpm_ext
+
+SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
+BASELINE = "eager"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--table", metavar="FILE", help="write the table of ratios to FILE")
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    config.option.benchmark_group_by = "group"
+    config.option.benchmark_sort = "mean"
+    config.option.benchmark_warmup = "on"
+    config.option.benchmark_min_rounds = 25
+    config.option.benchmark_columns = ["min", "median", "iqr", "rounds"]
+
+
+def machine() -> list[str]:
+    info = ddpm_ext.build_info()
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return [
+        f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
+        f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
+        "medians of one process, float32, warm cache; ratio: eager's median over this one's",
+    ]
+
+
+def table(benchmarks) -> list[str]:
+    groups = defaultdict(list)
+    for bench in benchmarks:
+        groups[bench.group].append(bench)
+    lines = ["| operation, shape | way | median µs | iqr µs | ns/element | ratio |", "|---|---|---:|---:|---:|---:|"]
+    for group, members in groups.items():
+        medians = {b.extra_info["way"]: b.stats.median for b in members}
+        for b in members:
+            way, median = b.extra_info["way"], b.stats.median
+            ratio = f"{medians[BASELINE] / median:.1f}" if BASELINE in medians else ""
+            lines.append(
+                f"| {group} | {way} | {median * 1e6:.1f} | {b.stats.iqr * 1e6:.1f} "
+                f"| {median * 1e9 / b.extra_info['elements']:.2f} | {ratio} |"
+            )
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    benchmarks = [b for b in session.benchmarks if b] if session else []
+    if not benchmarks:
+        return
+    rows = table(benchmarks)
+    terminalreporter.write_sep("-", "ratios")
+    for line in (*machine(), "", *rows):
+        terminalreporter.write_line(line)
+    if path := config.getoption("--table"):
+        command = "make bench"
+        text = "\n".join(["# Benchmarks", "", *(f"- {line}" for line in machine()), f"- `{command}`", "", *rows, ""])
+        beside = Path(f"{path}.part")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text)
+        beside.replace(path)

@@ -1,0 +1,51 @@
+"""`ddpm-ext` on the command line: runs a command, and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ddpm_ext.options import build_parser, given_to_train
+
+__all__ = ["main"]
+
+_WRONG_INPUT, _INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `ddpm-ext` and returns its exit code: 0, 2 for anything wrong with the input, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    name = "ddpm-ext"
+    try:
+        options = build_parser().parse_args(arguments)
+        name = f"ddpm-ext {options.command}"
+        from ddpm_ext import commands
+
+        if options.command == "train":
+            commands.train(options, given_to_train(arguments), arguments)
+        else:
+            run = {"sample": commands.sample, "trajectory": commands.trajectory, "info": commands.info}
+            run[options.command](options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # nobody reads what we print: no second error when Python ends
+        return 1
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
+        return _wrong(name, " ".join(str(error).split()) or type(error).__name__)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise  # a fault of ours, which a traceback helps to find
+        return _wrong(name, f"not enough memory on {options.device}; a smaller batch may fit")
+    return 0
+
+
+def _wrong(name: str, reason: str) -> int:
+    print(f"{name}: {reason}", file=sys.stderr)
+    return _WRONG_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Seeds derived from a seed and what it is for, so that a step's random numbers need no history."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+__all__ = ["generator", "seed_for"]
+
+
+def seed_for(seed: int, purpose: str, index: int = 0) -> int:
+    """A number in [0, 2^63) that differs for every (seed, purpose, index)."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A CPU generator that starts from `seed_for(seed, purpose, index)`."""
+    return torch.Generator().manual_seed(seed_for(seed, purpose, index))

@@ -1,0 +1,452 @@
+"""Bad input, in tables: each is a ValueError or TypeError that names the argument, what came and what is expected,
+before the model is called and with no argument changed."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox
+
+SHAPE = (3, 2, 4)
+TIMESTEPS = 50
+META = torch.device("meta")
+backends = pytest.mark.parametrize("backend", ["fused", "reference"])
+
+
+def ones(*shape, **options):
+    return torch.ones(shape or SHAPE, **options)
+
+
+def steps(*values, **options):
+    return torch.tensor(values, **options)
+
+
+GOOD_T = [0, 20, 49]
+
+
+class Model:
+    """Gives `output` and counts its calls."""
+
+    def __init__(self, output=None):
+        self.output, self.calls = output, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return x * 0.5 if self.output is None else self.output
+
+
+def call(method, backend, **changes):
+    """`method` with good arguments but for `changes`, on copies that are compared afterwards."""
+    gd = GaussianDiffusion(TIMESTEPS, backend=backend)
+    model = Model()
+    arguments = {
+        "q_sample": {"x_start": ones(), "t": steps(*GOOD_T)},
+        "q_mean_variance": {"x_start": ones(), "t": steps(*GOOD_T)},
+        "q_posterior_mean_variance": {"x_start": ones(), "x_t": ones(), "t": steps(*GOOD_T)},
+        "predict_start_from_noise": {"x_t": ones(), "t": steps(*GOOD_T), "noise": ones()},
+        "p_mean_variance": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
+        "p_sample": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
+        "train_losses": {"model": model, "x_start": ones(), "t": steps(*GOOD_T)},
+        "p_sample_loop": {"model": model, "shape": SHAPE, "steps": 2, "progress": False},
+        "sample": {"model": model, "image_size": 4, "batch_size": 2, "steps": 2, "progress": False},
+    }[method]
+    return gd, model, {**arguments, **changes}
+
+
+def refuse(method, backend, error, words, **changes):
+    """All of `words` (patterns) occur in the message."""
+    gd, model, arguments = call(method, backend, **changes)
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
+    copies = {k: v.clone() for k, v in tensors.items()}
+    with pytest.raises(error) as info:
+        getattr(gd, method)(**arguments)
+    assert type(info.value) in (TypeError, ValueError)
+    message = str(info.value)
+    for word in words:
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+    assert "expected" in message
+    assert "\n" not in message
+    assert model.calls == 0
+    assert all(torch.equal(tensors[k], copies[k]) for k in tensors)
+
+
+# The samples and t have other names in each method.
+SAMPLES = {
+    "q_sample": "x_start",
+    "q_mean_variance": "x_start",
+    "q_posterior_mean_variance": "x_start",
+    "predict_start_from_noise": "x_t",
+    "p_mean_variance": "x_t",
+    "p_sample": "x_t",
+    "train_losses": "x_start",
+}
+methods = pytest.mark.parametrize("method", SAMPLES)
+
+
+def test_good_arguments_pass():
+    for method in (*SAMPLES, "p_sample_loop", "sample"):
+        for backend in ("fused", "reference"):
+            gd, model, arguments = call(method, backend)
+            assert getattr(gd, method)(**arguments) is not None
+            assert (model.calls > 0) == ("model" in arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------ t
+
+BAD_T = {
+    "tensor too large": (lambda: steps(0, 50, 3), ValueError, ["50"]),
+    "tensor negative": (lambda: steps(0, 3, -1), ValueError, ["-1"]),
+    "tensor huge": (lambda: steps(0, 2**62, 3), ValueError, [str(2**62)]),
+    "int too large": (lambda: 50, ValueError, ["50"]),
+    "int negative": (lambda: -1, ValueError, ["-1"]),
+    "int huge": (lambda: 2**70, ValueError, [str(2**70)]),
+    "int32": (lambda: steps(*GOOD_T, dtype=torch.int32), TypeError, ["int32|Int", "int64"]),
+    "float tensor": (lambda: steps(*GOOD_T, dtype=torch.float32), TypeError, ["float|Float", "int64"]),
+    "bool tensor": (lambda: steps(True, False, True), TypeError, ["bool|Bool", "int64"]),
+    "too short": (lambda: steps(0, 1), ValueError, ["2", "3"]),
+    "too long": (lambda: steps(0, 1, 2, 3), ValueError, ["4", "3"]),
+    "broadcastable": (lambda: steps(7), ValueError, ["1", "3"]),
+    "0-dimensional": (lambda: torch.tensor(7), ValueError, ["3"]),
+    "2-dimensional": (lambda: steps(*GOOD_T).reshape(3, 1), ValueError, ["3, 1"]),
+    "float": (lambda: 3.0, TypeError, ["float"]),
+    "bool": (lambda: True, TypeError, ["bool"]),
+    "None": (lambda: None, TypeError, ["None"]),
+    "list": (lambda: [1, 2, 3], TypeError, ["list"]),
+    "numpy": (lambda: np.array([1, 2, 3]), TypeError, ["ndarray"]),
+    "device": (lambda: steps(*GOOD_T, device=META), ValueError, ["meta", "cpu"]),
+}
+
+
+@backends
+@methods
+@pytest.mark.parametrize("case", BAD_T)
+def test_t(backend, method, case):
+    make, error, words = BAD_T[case]
+    refuse(method, backend, error, [r"\bt\b", *words], t=make())
+
+
+# ------------------------------------------------------------------------------------------------------ samples
+
+BAD_SAMPLES = {
+    "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),
+    "uint8": (lambda: ones(dtype=torch.uint8), TypeError, ["uint8|Byte"]),
+    "bool": (lambda: ones(dtype=torch.bool), TypeError, ["bool|Bool"]),
+    "complex": (lambda: ones(dtype=torch.complex64), TypeError, ["complex|Complex"]),
+    "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["0-dim"]),
+    "numpy": (lambda: np.ones(SHAPE, dtype=np.float32), TypeError, ["ndarray"]),
+    "None": (lambda: None, TypeError, ["None"]),
+}
+
+
+@backends
+@methods
+@pytest.mark.parametrize("case", BAD_SAMPLES)
+def test_samples(backend, method, case):
+    make, error, words = BAD_SAMPLES[case]
+    refuse(method, backend, error, [SAMPLES[method], *words], **{SAMPLES[method]: make()})
+
+
+@methods
+def test_float64_needs_the_reference(method):
+    changes = {SAMPLES[method]: ones(dtype=torch.float64)}
+    refuse(method, "fused", TypeError, [SAMPLES[method], "Double|float64", "reference"], **changes)
+
+
+# ------------------------------------------------------------------------------------- tensors like the samples
+
+LIKE_SAMPLES = {
+    "batch": (lambda: ones(2, 2, 4), ValueError, ["2, 2, 4", "3, 2, 4"]),
+    "broadcastable": (lambda: ones(3, 1, 4), ValueError, ["3, 1, 4", "3, 2, 4"]),
+    "leading 1": (lambda: ones(1, 3, 2, 4), ValueError, ["1, 3, 2, 4"]),
+    "flat": (lambda: ones(3, 8), ValueError, ["3, 8", "3, 2, 4"]),
+    "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["3, 2, 4"]),
+    "device": (lambda: ones(device=META), ValueError, ["meta", "cpu"]),
+    "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),
+    "complex": (lambda: ones(dtype=torch.complex64), TypeError, ["complex|Complex"]),
+}
+SAME_DTYPE = {
+    "float16": (lambda: ones(dtype=torch.float16), TypeError, ["float16|Half", "float32|Float"]),
+    "float64": (lambda: ones(dtype=torch.float64), TypeError, ["float64|Double", "float32|Float"]),
+}
+NO_TENSOR = {
+    "numpy": (lambda: np.ones(SHAPE, dtype=np.float32), TypeError, ["ndarray"]),
+    "float": (lambda: 0.5, TypeError, ["float"]),
+}
+GIVEN = [
+    ("q_sample", "noise", {**LIKE_SAMPLES, **SAME_DTYPE, **NO_TENSOR}),
+    ("q_sample", "out", {**LIKE_SAMPLES, **SAME_DTYPE, **NO_TENSOR}),
+    ("p_sample", "noise", {**LIKE_SAMPLES, **SAME_DTYPE, **NO_TENSOR}),
+    ("p_sample", "out", {**LIKE_SAMPLES, **SAME_DTYPE, **NO_TENSOR}),
+    ("train_losses", "noise", {**LIKE_SAMPLES, **SAME_DTYPE, **NO_TENSOR}),
+    ("q_posterior_mean_variance", "x_t", {**LIKE_SAMPLES, **NO_TENSOR}),
+    ("predict_start_from_noise", "noise", {**LIKE_SAMPLES, **NO_TENSOR}),
+]
+
+
+@backends
+@pytest.mark.parametrize(
+    "method, name, make, error, words",
+    [
+        pytest.param(method, name, *case, id=f"{method}-{name}-{label}")
+        for method, name, cases in GIVEN
+        for label, case in cases.items()
+    ],
+)
+def test_given_tensors(backend, method, name, make, error, words):
+    refuse(method, backend, error, [rf"\b{name}\b", *words], **{name: make()})
+
+
+def test_out_that_overlaps_in_part():
+    memory = torch.ones(4, 2, 4)
+    before = memory.clone()
+    for method in ("q_sample", "p_sample"):
+        gd, model, arguments = call(method, "fused", **{SAMPLES[method]: memory[:3]})
+        with pytest.raises(ValueError, match=r"\bout overlaps"):
+            getattr(gd, method)(**arguments, out=memory[1:])
+        assert model.calls == 0
+        with pytest.raises(ValueError, match=r"\bout .*share memory"):
+            getattr(gd, method)(**arguments, out=torch.ones(1, 2, 4).expand(3, 2, 4))
+    assert torch.equal(memory, before)
+
+
+BAD_OUTPUT = {
+    **LIKE_SAMPLES,
+    "channels twice": (lambda: ones(3, 4, 4), ValueError, ["3, 4, 4", "3, 2, 4"]),
+    "numpy": (lambda: np.ones(SHAPE, dtype=np.float32), TypeError, ["ndarray"]),
+    "None inside": (lambda: SimpleNamespace(sample=None), TypeError, ["SimpleNamespace"]),
+    "a tuple": (lambda: (ones(),), TypeError, ["tuple"]),
+}
+
+
+@backends
+@pytest.mark.parametrize("method", ["p_sample", "p_mean_variance", "train_losses", "p_sample_loop"])
+@pytest.mark.parametrize("case", BAD_OUTPUT)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_model_output(backend, method, case):
+    make, error, words = BAD_OUTPUT[case]
+    gd, _, arguments = call(method, backend, model=Model(make()))
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+    copies = {k: v.clone() for k, v in tensors.items()}
+    with pytest.raises(error) as info:
+        getattr(gd, method)(**arguments)
+    assert type(info.value) in (TypeError, ValueError)
+    for word in (r"model_output|model's output", "expected", *words):
+        assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
+    assert all(torch.equal(tensors[k], copies[k]) for k in tensors)
+
+
+def test_loop_on_a_device_without_kernels():
+    refuse("p_sample_loop", "fused", ValueError, ["device", "meta"], device="meta")
+
+
+@backends
+@pytest.mark.parametrize("method", ["p_sample", "p_mean_variance"])
+def test_model_output_of_a_higher_precision(backend, method):
+    gd, _, arguments = call(method, backend, model=Model(ones(dtype=torch.float64)))
+    with pytest.raises(TypeError, match=r"model_output .*(float64|Double).*expected"):
+        getattr(gd, method)(**arguments)
+
+
+@backends
+def test_bad_model_output_leaves_out_alone(backend):
+    gd, _, arguments = call("p_sample", backend, model=Model(ones(3, 1, 4)), out=torch.full(SHAPE, 7.0))
+    with pytest.raises(ValueError, match="model_output"):
+        gd.p_sample(**arguments)
+    assert (arguments["out"] == 7).all()
+
+
+# -------------------------------------------------------------------------------------------------------- noise
+
+BAD_RNG = {
+    "a seed": (lambda: 3, TypeError, ["int", "Philox"]),
+    "a torch generator": (lambda: torch.Generator(), TypeError, ["Generator", "Philox"]),
+    "the class": (lambda: Philox, TypeError, ["type", "Philox"]),
+    "id past the end": (lambda: Philox(0, 2**56 - 2), ValueError, ["sample_ids", str(2**56 - 2), r"2\^56"]),
+    "ids too few": (lambda: Philox(0, steps(1, 2)), ValueError, ["sample_ids", "2", "3"]),
+    "ids too many": (lambda: Philox(0, steps(1, 2, 3, 4)), ValueError, ["sample_ids", "4", "3"]),
+    "ids broadcastable": (lambda: Philox(0, steps(1)), ValueError, ["sample_ids", "1", "3"]),
+    "id negative": (lambda: Philox(0, steps(1, -2, 3)), ValueError, ["sample_ids", "-2"]),
+    "id too large": (lambda: Philox(0, steps(1, 2, 2**56)), ValueError, ["sample_ids", str(2**56)]),
+    "ids elsewhere": (lambda: Philox(0, steps(1, 2, 3, device=META)), ValueError, ["sample_ids", "meta", "cpu"]),
+}
+
+
+@backends
+@pytest.mark.parametrize("method", ["q_sample", "p_sample", "train_losses", "p_sample_loop"])
+@pytest.mark.parametrize("case", BAD_RNG)
+def test_rng(backend, method, case):
+    make, error, words = BAD_RNG[case]
+    refuse(method, backend, error, ["rng|sample_ids", *words], rng=make())
+
+
+@backends
+@pytest.mark.parametrize("method", ["q_sample", "p_sample", "train_losses"])
+def test_noise_together_with_rng(backend, method):
+    refuse(method, backend, ValueError, ["noise", "rng"], noise=ones(), rng=Philox(0))
+
+
+@pytest.mark.parametrize("make", [ddpm_ext.randn, ddpm_ext.reference.randn], ids=["fused", "reference"])
+@pytest.mark.parametrize("case", BAD_RNG)
+def test_rng_of_randn(make, case):
+    rng, error, words = BAD_RNG[case]
+    with pytest.raises(error) as info:
+        make(SHAPE, rng())
+    for word in ("rng|sample_ids", "expected", *words):
+        assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
+
+
+@pytest.mark.parametrize("make", [ddpm_ext.randn, ddpm_ext.reference.randn], ids=["fused", "reference"])
+@pytest.mark.parametrize(
+    "shape, options, error, words",
+    [
+        ((), {}, ValueError, ["shape", "batch"]),
+        ((2, -1), {}, ValueError, ["shape", "-1"]),
+        ((2.0, 3), {}, TypeError, ["shape", "2.0"]),
+        (3, {}, TypeError, ["shape", "3"]),
+        (None, {}, TypeError, ["shape", "None"]),
+        (SHAPE, {"draw": -1}, ValueError, ["draw", "-1"]),
+        (SHAPE, {"draw": 2**32}, ValueError, ["draw", str(2**32)]),
+        (SHAPE, {"draw": 1.0}, TypeError, ["draw", "1.0"]),
+        (SHAPE, {"stream": -1}, ValueError, ["stream", "-1"]),
+        (SHAPE, {"stream": 256}, ValueError, ["stream", "256"]),
+        (SHAPE, {"stream": True}, TypeError, ["stream", "True"]),
+        (SHAPE, {"dtype": torch.int64}, TypeError, ["dtype", "int64|Long"]),
+        (SHAPE, {"dtype": torch.complex64}, TypeError, ["dtype", "complex|Complex"]),
+    ],
+)
+def test_randn(make, shape, options, error, words):
+    with pytest.raises(error) as info:
+        make(shape, Philox(0), **options)
+    assert type(info.value) in (TypeError, ValueError)
+    for word in ("expected", *words):
+        assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, words",
+    [
+        ((-1,), {}, ValueError, ["seed is -1"]),
+        ((2**64,), {}, ValueError, [f"seed is {2**64}"]),
+        ((1.0,), {}, TypeError, ["seed is 1.0"]),
+        ((True,), {}, TypeError, ["seed is True"]),
+        (("1",), {}, TypeError, ["seed is '1'"]),
+        ((None,), {}, TypeError, ["seed is None"]),
+        ((torch.tensor([1]),), {}, TypeError, ["seed", r"\(1,\)"]),
+        ((torch.tensor(1.0),), {}, TypeError, ["seed", "float32"]),
+        ((0, -1), {}, ValueError, ["sample_ids is -1"]),
+        ((0, 2**56), {}, ValueError, [f"sample_ids is {2**56}"]),
+        ((0, 0.0), {}, TypeError, ["sample_ids is 0.0"]),
+        ((0, None), {}, TypeError, ["sample_ids is None"]),
+        ((0, [1, 2]), {}, TypeError, [r"sample_ids is \[1, 2\]"]),
+        ((0, torch.tensor(3)), {}, TypeError, ["sample_ids", r"\(\)"]),
+        ((0, torch.tensor([[3]])), {}, TypeError, ["sample_ids", r"\(1, 1\)"]),
+        ((0, torch.tensor([3], dtype=torch.int32)), {}, TypeError, ["sample_ids", "int32"]),
+        ((0, 0), {"draw": -1}, ValueError, ["draw is -1"]),
+        ((0, 0), {"draw": 2**32}, ValueError, [f"draw is {2**32}"]),
+        ((0, 0), {"draw": 0.5}, TypeError, ["draw is 0.5"]),
+        ((0, 0), {"stream": -1}, ValueError, ["stream is -1"]),
+        ((0, 0), {"stream": 256}, ValueError, ["stream is 256"]),
+        ((0, 0), {"stream": "1"}, TypeError, ["stream is '1'"]),
+    ],
+)
+def test_philox(arguments, options, error, words):
+    with pytest.raises(error) as info:
+        Philox(*arguments, **options)
+    for word in ("expected", *words):
+        assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
+
+
+# --------------------------------------------------------------------------------------------------- the object
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, words",
+    [
+        ((0,), {}, ValueError, ["timesteps is 0"]),
+        ((-5,), {}, ValueError, ["timesteps is -5"]),
+        ((100.0,), {}, TypeError, ["timesteps is 100.0"]),
+        ((10,), {}, ValueError, ["timesteps is 10", "linear"]),
+        ((100, "quadratic"), {}, ValueError, ["beta_schedule is 'quadratic'", "'cosine'"]),
+        ((100, None), {}, TypeError, ["beta_schedule", "None"]),
+        ((3, torch.tensor([0.1, 0.2])), {}, ValueError, [r"betas", r"\(2,\)", r"\(3,\)"]),
+        ((2, torch.tensor([0.1, 1.1])), {}, ValueError, [r"betas\[1\] is 1.1"]),
+        ((2, torch.tensor([0.1, float("nan")])), {}, ValueError, [r"betas\[1\] is nan"]),
+        ((100,), {"prediction": "noise"}, ValueError, ["prediction is 'noise'", "'eps'", "'x0'", "'v'"]),
+        ((100,), {"prediction": None}, ValueError, ["prediction is None"]),
+        ((100,), {"variance": "small"}, ValueError, ["variance is 'small'", "'fixed_small'", "'fixed_large'"]),
+        ((100,), {"variance": "learned"}, ValueError, ["variance is 'learned'"]),
+        ((100,), {"backend": "cuda"}, ValueError, ["backend is 'cuda'", "'fused'", "'reference'"]),
+    ],
+)
+def test_gaussian_diffusion(arguments, options, error, words):
+    with pytest.raises(error) as info:
+        GaussianDiffusion(*arguments, **options)
+    for word in ("expected", *words):
+        assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'", "'ddpm'", "'ddim'"]),
+        ({"sampler": None}, ValueError, ["sampler is None"]),
+        ({"steps": 0}, ValueError, ["steps is 0"]),
+        ({"steps": -1}, ValueError, ["steps is -1"]),
+        ({"steps": 51}, ValueError, ["steps is 51", "50"]),
+        ({"steps": 2.0}, TypeError, ["steps is 2.0"]),
+        ({"steps": True}, TypeError, ["steps is True"]),
+        ({"eta": float("nan")}, ValueError, ["eta is nan"]),
+        ({"eta": float("inf")}, ValueError, ["eta is inf"]),
+        ({"eta": -0.1}, ValueError, ["eta is -0.1"]),
+        ({"eta": "0"}, TypeError, ["eta is '0'"]),
+        ({"eta": None}, TypeError, ["eta is None"]),
+        ({"record": "every"}, ValueError, ["record is 'every'", "'all'", "'last'"]),
+        ({"record": 0}, ValueError, ["record is 0"]),
+        ({"record": -3}, ValueError, ["record is -3"]),
+        ({"record": 2.0}, TypeError, ["record is 2.0"]),
+        ({"record": True}, TypeError, ["record is True"]),
+        ({"record": None}, TypeError, ["record is None"]),
+        ({"shape": ()}, (TypeError, ValueError), [r"shape is \(\)"]),
+        ({"shape": (2, 0)}, ValueError, [r"shape is \(2, 0\)"]),
+        ({"shape": (2, -1)}, ValueError, [r"shape is \(2, -1\)"]),
+        ({"shape": (2.0, 3)}, TypeError, [r"shape is \(2.0, 3\)"]),
+        ({"shape": 3}, TypeError, ["shape is 3"]),
+        ({"shape": None}, TypeError, ["shape is None"]),
+        ({"dtype": torch.int64}, TypeError, ["dtype", "int64|Long"]),
+        ({"dtype": "float32"}, TypeError, ["dtype", "float32"]),
+        ({"device": "nowhere"}, ValueError, ["device", "nowhere"]),
+        ({"rng": Philox(0, draw=1)}, ValueError, ["rng", "draw"]),
+        ({"rng": Philox(0, stream=1)}, ValueError, ["rng", "stream"]),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_loop(backend, changes, error, words):
+    refuse("p_sample_loop", backend, error, words, **changes)
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"image_size": 0}, ValueError, ["image_size|shape", "0"]),
+        ({"image_size": 4.0}, TypeError, ["image_size|shape", "4.0"]),
+        ({"batch_size": 0}, ValueError, ["batch_size|shape", "0"]),
+        ({"channels": -1}, ValueError, ["channels|shape", "-1"]),
+        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'"]),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_sample(backend, changes, error, words):
+    refuse("sample", backend, error, words, **changes)
+
+
+@backends
+def test_ids_that_run_past_the_end_in_a_loop(backend):
+    refuse("p_sample_loop", backend, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))
+    gd, _, arguments = call("p_sample_loop", backend, rng=Philox(0, 2**56 - 3))
+    assert len(gd.p_sample_loop(**arguments)) == 2

@@ -1,0 +1,141 @@
+"""What a step dispatches and allocates, counted by torch's profiler."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox
+
+SHAPE = (8, 3, 16, 16)
+BYTES = 8 * 3 * 16 * 16 * 4
+# at::empty_like as the profiler shows it
+ALLOCATION = {"aten::empty_like", "aten::empty", "aten::empty_strided"}
+VIEWS = {"aten::select", "aten::expand", "aten::as_strided"}
+
+GD = GaussianDiffusion(1000)
+X = torch.linspace(-1, 1, BYTES // 4).reshape(SHAPE)
+M = X.flip(0).contiguous()
+T = torch.arange(8) * 100
+
+
+def measure(function):
+    """Operators by name, and the bytes that were allocated, of a second call."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()
+    events = profiler.events()
+    names = Counter(e.name for e in events if e.name.startswith(("aten::", "ddpm_ext::")))
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in events)
+    del kept
+    return names, allocated
+
+
+def model(x, t):
+    return M
+
+
+STEPS = {
+    "p_sample": ("ddpm_ext::reverse_step", lambda t, **o: GD.p_sample(model, X, t, **o)),
+    "q_sample": ("ddpm_ext::forward_process", lambda t, **o: GD.q_sample(X, t, **o)),
+}
+NOISE = {"rng": lambda: {"rng": Philox(1)}, "given": lambda: {"noise": X}, "default generator": lambda: {}}
+
+steps = pytest.mark.parametrize("name", STEPS)
+noises = pytest.mark.parametrize("noise", NOISE)
+
+
+@steps
+@noises
+def test_one_operator_and_one_allocation(name, noise):
+    operator, step = STEPS[name]
+    names, allocated = measure(lambda: step(T, **NOISE[noise]()))
+    assert names[operator] == 1
+    assert set(names) <= {operator} | ALLOCATION, names
+    assert allocated == BYTES
+
+
+@steps
+@noises
+def test_out_allocates_nothing(name, noise):
+    operator, step = STEPS[name]
+    buffer = torch.empty_like(X)
+    names, allocated = measure(lambda: step(T, out=buffer, **NOISE[noise]()))
+    assert names == {operator: 1}
+    assert allocated == 0
+
+
+@steps
+def test_int_t_makes_only_views(name):
+    operator, step = STEPS[name]
+    buffer = torch.empty_like(X)
+    names, allocated = measure(lambda: step(500, out=buffer, rng=Philox(1)))
+    assert names[operator] == 1
+    assert set(names) <= {operator} | VIEWS, names
+    assert allocated == 0
+    if name == "q_sample":  # there is no model that wants to be told
+        assert names == {operator: 1}
+
+
+@pytest.mark.parametrize(
+    "operator, call",
+    [
+        ("ddpm_ext::predict_start", lambda: GD.predict_start_from_noise(X, T, M)),
+        ("ddpm_ext::randn", lambda: ddpm_ext.randn(SHAPE, Philox(1))),
+    ],
+    ids=["predict_start_from_noise", "randn"],
+)
+def test_other_operators(operator, call):
+    names, allocated = measure(call)
+    assert names[operator] == 1
+    assert set(names) <= {operator} | ALLOCATION, names
+    assert allocated == BYTES
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@steps
+def test_a_dispatch_mode_sees_one_operator(name):
+    """The direct entry steps aside where a mode listens."""
+    operator, step = STEPS[name]
+    step(T, rng=Philox(1))
+    with Count() as count:
+        step(T, rng=Philox(1))
+    assert count.names == {operator.replace("::", ".") + ".default": 1}
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_loop_launches_once_a_step(sampler):
+    def loop(steps):
+        return measure(
+            lambda: GD.p_sample_loop(
+                model, SHAPE, sampler=sampler, steps=steps, rng=Philox(1), record="last", progress=False
+            )
+        )
+
+    (few, few_bytes), (many, many_bytes) = loop(5), loop(25)
+    assert (few["ddpm_ext::reverse_step"], many["ddpm_ext::reverse_step"]) == (5, 25)
+    assert few["ddpm_ext::randn"] == many["ddpm_ext::randn"] == 1
+    more = many - few
+    # a step: one launch, and the view of its timesteps that the model gets
+    assert more == {"ddpm_ext::reverse_step": 20, "aten::select": 20, "aten::as_strided": 20}
+    # 25 rows are longer than 5 (the float64 columns they are made of, too), but no sample is allocated for a step
+    assert many_bytes - few_bytes < BYTES
+
+
+def test_train_losses_runs_the_forward_process_twice():
+    """x_t, and the same noise again: nothing is kept between them."""
+    names, _ = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
+    assert {n: c for n, c in names.items() if n.startswith("ddpm_ext::")} == {"ddpm_ext::forward_process": 2}
+    assert not {"aten::randn", "aten::normal_", "aten::gather", "aten::index"} & set(names)

@@ -1,0 +1,158 @@
+"""DDPM_EXT_CPU: every instruction set gives the same bits, and a wrong name one clear error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# What a CPU must have, by the names in /proc/cpuinfo.
+NEEDS = {
+    "portable": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq"},
+}
+
+PROGRAM = """
+import itertools, math, sys
+import torch
+import ddpm_ext
+from ddpm_ext import Philox, ops
+
+def normal(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+table = normal(4, 8, seed=0)
+table[::3, 4] = table[2, 5] = 0
+table.view(torch.int32)[:, 6] = torch.tensor([0, 9, 2**31 - 1, 77])
+affine, t = normal(4, 2, seed=1), torch.tensor([3, 0, 1, 2, 1])
+dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+results = {}
+for shape in [(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)]:
+    x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
+    for (a, x_dtype), (b, m_dtype) in itertools.product(dtypes.items(), dtypes.items()):
+        if a not in (b, "float32"):
+            continue
+        xs, ms, zs = x.to(x_dtype), m.to(m_dtype), z.to(x_dtype)
+        for noise, options in {
+            "drawn": {"rng": Philox(2**64 - 3, 2**32 - 2)},
+            "given": {"noise": zs},
+            "none": {"add_noise": False},
+        }.items():
+            key = f"{shape} {a} {b} {noise}"
+            results[f"reverse_step {key}"] = ops.reverse_step(xs, ms, table, t, **options)
+            results[f"reverse_step unclipped {key}"] = ops.reverse_step(xs, ms, table, t, clip=None, **options)
+            results[f"forward_process {key}"] = ops.forward_process(xs, affine, t, **options)
+        results[f"predict_start {shape} {a} {b}"] = ops.predict_start(xs, ms, affine, t)
+    for name, dtype in dtypes.items():
+        for stream in (0, 255):
+            rng = Philox(0xDEADBEEFCAFEF00D, 2**56 - 5, draw=2**32 - 1, stream=stream)
+            results[f"randn {shape} {name} {stream}"] = ddpm_ext.randn(shape, rng, dtype=dtype)
+results["randn long"] = ddpm_ext.randn((1, 2_000_003), Philox(1))
+
+# every 16-bit number there is, and float32 numbers all the way to overflow and underflow when rounded to 16 bits
+bits = torch.arange(2**16).to(torch.int32)
+whole = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+third = torch.tensor([[1 / 3, 0.0], [1.0, 0.0], [3.0, 0.0]])
+for name in ("float16", "bfloat16"):
+    every = bits.to(torch.int16).view(dtypes[name]).view(1, -1)
+    every = torch.where(every.isnan(), torch.zeros_like(every), every)
+    results[f"clipped {name}"] = ops.reverse_step(every, every, whole, 0, add_noise=False)
+    for row in range(3):
+        results[f"scaled {name} {row}"] = ops.forward_process(every, third, row, add_noise=False)
+special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -3e38]).repeat(20).view(1, -1)
+for row in range(4):
+    key = f"special {row}"
+    results[key] = ops.reverse_step(special, special.flip(1), table, row, noise=special.roll(3))
+torch.save({key: result.clone() for key, result in results.items()}, sys.argv[1])
+print(ddpm_ext.build_info()["cpu"])
+"""
+
+
+def run(root: Path, name: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {key: value for key, value in os.environ.items() if key != "DDPM_EXT_CPU"}
+    env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env["OMP_NUM_THREADS"] = "1"
+    if name is not None:
+        env["DDPM_EXT_CPU"] = name
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+
+
+def flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith("flags")), "").split())
+
+
+def available() -> list[str]:
+    return [name for name, needs in NEEDS.items() if needs <= flags()]
+
+
+@pytest.fixture(scope="module")
+def results(root, tmp_path_factory):
+    """What each instruction set computes, by its name."""
+    found = {}
+    for name in available():
+        path = tmp_path_factory.mktemp("bits") / f"{name}.pt"
+        done = run(root, name, "-c", PROGRAM, str(path))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == name
+        found[name] = torch.load(path)
+    return found
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_same_bits_as_portable(results, name):
+    if name not in results:
+        pytest.skip(f"this CPU has no {name}")
+    assert results[name].keys() == results["portable"].keys()
+    for key, expected in results["portable"].items():
+        got = results[name][key]
+        number = ~expected.isnan()  # which of the NaNs it is, is nobody's promise
+        integer = torch.int32 if got.dtype == torch.float32 else torch.int16
+        assert torch.equal(got.isnan(), expected.isnan()), key
+        assert torch.equal(got.view(integer)[number], expected.view(integer)[number]), key
+
+
+def test_the_best_is_chosen(root):
+    done = run(root, None, "-c", "import ddpm_ext; print(ddpm_ext.build_info()['cpu'])")
+    assert done.stdout.strip() == available()[-1], done.stderr
+    done = run(root, "", "-c", "import ddpm_ext; print(ddpm_ext.build_info()['cpu'])")
+    assert done.stdout.strip() == available()[-1], done.stderr
+
+
+WRONG = """
+import ddpm_ext, torch
+from ddpm_ext import ops
+for call in (
+    lambda: ddpm_ext.randn((1, 4), ddpm_ext.Philox(0)),
+    lambda: ops.forward_process(torch.zeros(1, 4), torch.ones(1, 2), 0, add_noise=False),
+    lambda: ddpm_ext.build_info(),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "portable,avx2", "0"])
+def test_a_wrong_name_is_one_clear_error(root, name):
+    done = run(root, name, "-c", WRONG)
+    assert done.returncode == 0, done.stderr
+    expected = f"DDPM_EXT_CPU is '{name}', expected one that this CPU has: {', '.join(reversed(available()))}"
+    assert done.stdout.splitlines() == [expected] * 3
+
+
+def test_a_set_that_the_cpu_lacks_is_refused(root):
+    lacking = [name for name in NEEDS if name not in available()]
+    if not lacking:
+        pytest.skip("this CPU has them all")
+    done = run(root, lacking[-1], "-c", WRONG)
+    assert done.stdout.count(f"DDPM_EXT_CPU is '{lacking[-1]}'") == 3, done.stderr

@@ -1,0 +1,254 @@
+"""Where results go: out=, in place, overlaps; and what a step costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import Philox, ops, reference
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
+SHAPE = (3, 4, 5, 13)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def step(make_step_table):
+    """One of either operator, by name, on x: reverse_step(x, m) or forward_process(x)."""
+    table = make_step_table(4)
+
+    def call(name, x, m=None, backend=ops, **options):
+        if not {"noise", "rng", "add_noise"} & set(options):
+            options["rng"] = Philox(3)
+        if name == "forward_process":
+            return backend.forward_process(x, AFFINE, 1, **options)
+        return backend.reverse_step(x, normal(*x.shape, seed=1, dtype=x.dtype) if m is None else m, table, 1, **options)
+
+    return call
+
+
+NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process"])
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_out_is_filled_and_returned(step, name, dtype, backend):
+    x = normal(*SHAPE, dtype=dtype)
+    expected = step(name, x, backend=backend)
+    out = torch.full_like(x, float("nan"))
+    assert step(name, x, out=out, backend=backend) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(x, normal(*SHAPE, dtype=dtype))
+
+
+@NAMES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("memory", ["contiguous", "channels_last", "sliced"])
+def test_in_place(step, name, dtype, memory):
+    x = normal(*SHAPE, dtype=dtype)
+    expected = step(name, x)
+    if memory == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    if memory == "sliced":
+        x = torch.stack([x, x], -1)[..., 1]
+    step(name, x, out=x)
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_may_be_the_model_output_or_the_noise(step, dtype):
+    x, m, z = (normal(*SHAPE, seed=i, dtype=dtype) for i in range(3))
+    expected = step("reverse_step", x, m, noise=z)
+    out = m.clone()
+    step("reverse_step", x, out, noise=z, out=out)
+    assert torch.equal(out, expected)
+    out = z.clone()
+    step("reverse_step", x, m, noise=out, out=out)
+    assert torch.equal(out, expected)
+    out = x.clone()
+    expected = step("forward_process", out, noise=out)
+    step("forward_process", out, noise=out, out=out)
+    assert torch.equal(out, expected)
+
+
+@NAMES
+def test_out_of_other_strides_than_x(step, name):
+    x = normal(*SHAPE)
+    expected = step(name, x)
+    for out in (
+        torch.empty(SHAPE).to(memory_format=torch.channels_last),
+        torch.empty(SHAPE[::-1]).permute(3, 2, 1, 0),
+        torch.empty(*SHAPE, 2)[..., 0],
+        torch.empty(x.numel() + 1)[1:].view(SHAPE),
+    ):
+        step(name, x, out=out)
+        assert torch.equal(out, expected)
+
+
+def test_out_writes_nothing_else(step):
+    x, m = normal(2, 3, 37), normal(2, 3, 37, seed=1)
+    memory = torch.full((4, 5, 39), 7.0)
+    step("reverse_step", x, m, out=memory[1:3, 1:4, 1:38])
+    expected = torch.full_like(memory, 7.0)
+    expected[1:3, 1:4, 1:38] = step("reverse_step", x, m)
+    assert torch.equal(memory, expected)
+
+
+def overlaps():
+    """Memory, and views x and out of it that share some but not all of it, or share it in another order."""
+    line = normal(129)
+    yield "shifted", line, lambda v: v[:128].view(2, 64), lambda v: v[1:].view(2, 64)
+    yield "shifted back", line, lambda v: v[1:].view(2, 64), lambda v: v[:128].view(2, 64)
+    yield "transposed", normal(8, 8), lambda v: v, lambda v: v.t()
+    yield "next sample", normal(5, 7), lambda v: v[:4], lambda v: v[1:]
+    yield "channels", normal(4, 4, 9), lambda v: v[:, :2], lambda v: v[:, 1:3]
+    yield "sliced", normal(66), lambda v: v[:64:2].view(4, 8), lambda v: v[2::2].view(4, 8)
+    yield "expanded x", normal(64), lambda v: v[:8].expand(8, 8), lambda v: v.view(8, 8)
+    yield "one place for all", normal(8), lambda v: normal(4, 8), lambda v: v.expand(4, 8)
+    yield "windows", normal(16), lambda v: normal(4, 8), lambda v: v.as_strided((4, 8), (2, 1))
+
+
+OVERLAPS = pytest.mark.parametrize(("memory", "x_of", "out_of"), [pytest.param(*o[1:], id=o[0]) for o in overlaps()])
+
+
+@NAMES
+@OVERLAPS
+def test_partial_overlap_is_refused(step, name, memory, x_of, out_of):
+    memory = memory.clone()
+    before = memory.clone()
+    with pytest.raises(ValueError, match="out"):
+        step(name, x_of(memory), out=out_of(memory))
+    assert torch.equal(memory, before)
+
+
+@OVERLAPS
+def test_partial_overlap_with_model_output_or_noise_is_refused(step, memory, x_of, out_of):
+    memory = memory.clone()
+    before = memory.clone()
+    other = x_of(memory)
+    x = normal(*other.shape, seed=5)
+    with pytest.raises(ValueError, match="out"):
+        step("reverse_step", x, other, out=out_of(memory))
+    with pytest.raises(ValueError, match="out"):
+        step("reverse_step", x, noise=other, out=out_of(memory))
+    with pytest.raises(ValueError, match="out"):
+        step("forward_process", x, noise=other, out=out_of(memory))
+    assert torch.equal(memory, before)
+
+
+def test_narrower_model_output_in_outs_memory_is_refused(step):
+    out = normal(2, 64)
+    before = out.clone()
+    narrow = out.view(torch.float16)[:, :64]
+    with pytest.raises(ValueError, match="out"):
+        step("reverse_step", normal(2, 64), narrow, out=out)
+    assert torch.equal(out, before)
+
+
+def test_neighbours_in_one_memory_are_taken(step):
+    memory = normal(4, 4, 9)
+    x, out = memory[:, :2], memory[:, 2:]
+    expected = step("reverse_step", x)
+    step("reverse_step", x, out=out)
+    assert torch.equal(out, expected)
+
+
+@NAMES
+def test_out_of_another_kind_is_refused(step, name):
+    x = normal(2, 8)
+    for out, error in (
+        (normal(2, 9), ValueError),
+        (normal(1, 8), ValueError),
+        (normal(2, 8, 1), ValueError),
+        (normal(2, 8, dtype=torch.float16), TypeError),
+        (normal(2, 8, dtype=torch.float64), TypeError),
+        ([0.0] * 16, TypeError),
+    ):
+        with pytest.raises(error):
+            step(name, x, out=out)
+
+
+@NAMES
+def test_out_on_another_device_is_refused(step, name):
+    with pytest.raises(ValueError, match="out is on meta"):
+        step(name, normal(2, 8), out=torch.empty(2, 8, device="meta"))
+
+
+@NAMES
+def test_autograd_learns_that_out_changed(step, name):
+    out = normal(2, 8)
+    version = out._version
+    step(name, normal(2, 8), out=out)
+    assert out._version > version
+    x = normal(2, 8).requires_grad_()
+    loss = (x * out).sum()
+    step(name, normal(2, 8), out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@NAMES
+def test_inference_mode(step, name):
+    expected = step(name, normal(2, 8))
+    with torch.inference_mode():
+        x = normal(2, 8)
+        assert torch.equal(step(name, x), expected)
+        step(name, x, out=x)
+        assert torch.equal(x, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of the operators that torch's dispatcher sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@NAMES
+@pytest.mark.parametrize("t", [1, torch.tensor([0, 1, 1])], ids=["int", "tensor"])
+@pytest.mark.parametrize("noise", ["drawn", "given", "none", "ids"])
+def test_a_step_is_one_operator(make_step_table, name, t, noise):
+    table, x, m = make_step_table(4), normal(*SHAPE), normal(*SHAPE, seed=1)
+    options = {
+        "drawn": {},
+        "given": {"noise": normal(*SHAPE, seed=2)},
+        "none": {"add_noise": False},
+        "ids": {"rng": Philox(1, torch.tensor([4, 5, 6]))},
+    }[noise]
+    out = torch.empty_like(x)
+
+    def call(**more):
+        if name == "reverse_step":
+            return ops.reverse_step(x, m, table, t, **options, **more)
+        return ops.forward_process(x, AFFINE, t, **options, **more)
+
+    for more, operator in (({}, f"ddpm_ext.{name}.default"), ({"out": out}, f"ddpm_ext.{name}.out")):
+        with Dispatched() as seen:
+            call(**more)
+        assert seen.names == [operator]
+    # without a mode the dispatcher is passed by, but the profiler still sees the step, and what it allocates
+    for more, bytes_ in (({}, x.numel() * x.element_size()), ({"out": out}, 0)):
+        call(**more)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            call(**more)
+        events = {event.key: event for event in profile.key_averages()}
+        assert events[f"ddpm_ext::{name}"].count == 1
+        assert events[f"ddpm_ext::{name}"].cpu_memory_usage == bytes_
+        others = set(events) - {f"ddpm_ext::{name}", "aten::empty_like", "aten::empty_strided", "aten::empty"}
+        assert not {key for key in others if "::" in key}
+        if more:
+            assert not {key for key in events if key.startswith("aten::")}

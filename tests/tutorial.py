@@ -1,0 +1,119 @@
+"""What the tutorial's GaussianDiffusion computes, in float64, with x0- and v-predictions and the large variance beside.
+
+The truth in the tests: nothing here is imported from ddpm_ext.
+"""
+
+import torch
+from torch import Tensor
+
+ATTRIBUTES = (
+    "betas",
+    "alphas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
+def linear_betas(timesteps: int) -> Tensor:
+    i = torch.arange(timesteps, dtype=torch.float64)
+    return 1000 / timesteps * (1e-4 + (0.02 - 1e-4) * i / (timesteps - 1))
+
+
+class Tutorial:
+    """Samples, noise and model outputs may have any float dtype; all is computed and returned in float64."""
+
+    def __init__(self, betas: Tensor, prediction: str = "eps", variance: str = "fixed_small"):
+        self.prediction, self.variance = prediction, variance
+        self.betas = betas.double()
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = torch.stack([self.alphas[: i + 1].prod() for i in range(len(betas))])
+        before = self.alphas_cumprod_prev = torch.cat([betas.new_ones(1).double(), self.alphas_cumprod[:-1]])
+        kept, lost = self.alphas_cumprod, 1 - self.alphas_cumprod
+        self.sqrt_alphas_cumprod = kept**0.5
+        self.sqrt_one_minus_alphas_cumprod = lost**0.5
+        self.log_one_minus_alphas_cumprod = torch.log(lost)
+        self.sqrt_recip_alphas_cumprod = kept**-0.5
+        self.sqrt_recipm1_alphas_cumprod = (lost / kept) ** 0.5
+        self.posterior_variance = (1 - before) / lost * self.betas
+        self.posterior_log_variance_clipped = torch.log(self.posterior_variance.clamp(min=1e-20))
+        self.posterior_mean_coef1 = before**0.5 * self.betas / lost
+        self.posterior_mean_coef2 = self.alphas**0.5 * (1 - before) / lost
+
+    def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        return values[t].reshape(-1, *[1] * (x.dim() - 1))
+
+    def q_sample(self, x_start, t, noise):
+        return (
+            self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double()
+            + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise.double()
+        )
+
+    def q_mean_variance(self, x_start, t):
+        mean = self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double()
+        variance = self.at(1 - self.alphas_cumprod, t, x_start)
+        return mean, variance, self.at(self.log_one_minus_alphas_cumprod, t, x_start)
+
+    def q_posterior_mean_variance(self, x_start, x_t, t):
+        mean = (
+            self.at(self.posterior_mean_coef1, t, x_t) * x_start.double()
+            + self.at(self.posterior_mean_coef2, t, x_t) * x_t.double()
+        )
+        variance = self.at(self.posterior_variance, t, x_t)
+        return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
+
+    def predict_start_from_noise(self, x_t, t, noise):
+        return (
+            self.at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t.double()
+            - self.at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise.double()
+        )
+
+    def predict_start(self, x_t, t, model_output):
+        """From whatever the model predicts."""
+        if self.prediction == "x0":
+            return model_output.double()
+        if self.prediction == "v":
+            return (
+                self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t.double()
+                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * model_output.double()
+            )
+        return self.predict_start_from_noise(x_t, t, model_output)
+
+    def target(self, x_start, t, noise):
+        """What the model is trained towards."""
+        if self.prediction == "x0":
+            return x_start.double()
+        if self.prediction == "v":
+            return (
+                self.at(self.sqrt_alphas_cumprod, t, x_start) * noise.double()
+                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start.double()
+            )
+        return noise.double()
+
+    def p_mean_variance(self, model, x_t, t, clip_denoised=True):
+        x_recon = self.predict_start(x_t, t, model(x_t, t))
+        if clip_denoised:
+            x_recon = torch.clamp(x_recon, min=-1.0, max=1.0)
+        mean, variance, log_variance = self.q_posterior_mean_variance(x_recon, x_t, t)
+        if self.variance == "fixed_large":  # beta; at t = 0, where no noise is added, the small one of t = 1
+            large = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
+            variance = self.at(large, t, x_t)
+            log_variance = variance.log()
+        return mean, variance, log_variance
+
+    def p_sample(self, model, x_t, t, clip_denoised=True, *, noise):
+        mean, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
+        moving = self.at((torch.arange(len(self.betas)) != 0).double(), t, x_t)
+        return mean + moving * (0.5 * log_variance).exp() * noise.double()
+
+    def train_losses(self, model, x_start, t, *, noise):
+        x_t = self.q_sample(x_start, t, noise)
+        return ((model(x_t, t).double() - self.target(x_start, t, noise)) ** 2).mean()
