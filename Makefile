@@ -37,8 +37,8 @@ demo: build ## sample digits with the model that comes along; pictures in demo/
 test: build ## all tests
 	$(PY) -m pytest -q
 
-bench: build ## benchmarks, with a table of ratios
-	$(PY) -m pytest -q benchmarks
+bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
+	$(PY) -m pytest -q benchmarks $(if $(TABLE),--table $(TABLE))
 
 lint: venv ## style of Python and C++
 	$(PY) -m ruff check .

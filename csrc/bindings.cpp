@@ -58,8 +58,9 @@ bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
 void refuse_grad(const char* op, std::initializer_list<Named> tensors) {
   if (!at::GradMode::is_enabled()) return;
   for (const Named& t : tensors) {
-    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
-                      " requires a gradient, which out= does not record, expected none that does, or torch.no_grad()");
+    TORCH_CHECK_VALUE(
+        t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
+        " requires a gradient, but out= records no gradients, expected none");
   }
 }
 
@@ -136,10 +137,9 @@ Tensor affine(const char* name, const Named& x, const Named& y, const Tensor& ta
   return kDirect(*x.tensor, *y.tensor, table, t, t_index);
 }
 
-Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
                      int64_t t_index) {
-  return affine<ddpm_ext::predict_start>("ddpm_ext::predict_start", {"x_t", x_t}, {"model_output", model_output}, table,
-                                         t, t_index);
+  return affine<ddpm_ext::predict_start>("ddpm_ext::predict_start", {"x_t", x_t}, {"noise", noise}, table, t, t_index);
 }
 
 Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,

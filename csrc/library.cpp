@@ -55,7 +55,7 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def(
       "forward_process.out(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool "
       "draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
-  m.def("predict_start(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index) -> Tensor");
+  m.def("predict_start(Tensor x_t, Tensor noise, Tensor table, Tensor? t, int t_index) -> Tensor");
   m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, int t_index) -> Tensor");
   m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
   m.def("mse_loss(Tensor model_output, Tensor target) -> Tensor");

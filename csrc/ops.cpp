@@ -308,9 +308,9 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   return finish(result, out);
 }
 
-Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
                      int64_t t_index) {
-  return run_affine("predict_start", "x_t", x_t, "model_output", model_output, table, t, t_index);
+  return run_affine("predict_start", "x_t", x_t, "noise", noise, table, t, t_index);
 }
 
 Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,

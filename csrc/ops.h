@@ -35,8 +35,8 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
 
-// k0 x_t + k1 model_output.
-Tensor predict_start(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+// k0 x_t + k1 noise.
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
                      int64_t t_index);
 
 // k0 x_start + k1 x_t.

@@ -17,34 +17,43 @@ class EagerDiffusion:
     def __init__(self, timesteps: int = 1000) -> None:
         scale = 1000 / timesteps
         betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
-        kept = torch.cumprod(1 - betas, 0)
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        variance = betas * (1 - before) / (1 - kept)
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         # The tables stay in float64 on the CPU, as people leave them, and are taken to t's device when used.
-        self.root_kept = kept.sqrt()
-        self.root_lost = (1 - kept).sqrt()
-        self.root_recip = (1 / kept).sqrt()
-        self.root_recip_less_1 = (1 / kept - 1).sqrt()
-        self.log_variance = variance.clamp(min=1e-20).log()
-        self.weight_start = betas * before.sqrt() / (1 - kept)
-        self.weight_x = (1 - before) * (1 - betas).sqrt() / (1 - kept)
+        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
+        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
+        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
+        self.posterior_log_variance_clipped = variance.clamp(min=1e-20).log()
+        self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
+        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * (1 - betas).sqrt() / (1 - alphas_cumprod)
 
     @staticmethod
-    def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
         """The entries at `t`, (batch,) int64, shaped to multiply `like`, (batch, ...)."""
         return table.to(t.device).gather(0, t).float().reshape(len(t), *(1,) * (like.dim() - 1))
 
     def q_sample(self, x_start: Tensor, t: Tensor) -> Tensor:
         """x_t from x_0, eq. (4)"""
         noise = torch.randn_like(x_start)
-        return self.at(self.root_kept, t, x_start) * x_start + self.at(self.root_lost, t, x_start) * noise
+        return (
+            self.extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
+            + self.extract(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        )
 
     def p_sample(self, predicted_noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_{t-1} from x_t and the model's output, eqs. (6), (7) and (11)"""
-        start = self.at(self.root_recip, t, x_t) * x_t - self.at(self.root_recip_less_1, t, x_t) * predicted_noise
+        start = (
+            self.extract(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+            - self.extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * predicted_noise
+        )
         start = torch.clamp(start, min=-1.0, max=1.0)
-        mean = self.at(self.weight_start, t, x_t) * start + self.at(self.weight_x, t, x_t) * x_t
-        log_variance = self.at(self.log_variance, t, x_t)
+        mean = (
+            self.extract(self.posterior_mean_coef1, t, x_t) * start
+            + self.extract(self.posterior_mean_coef2, t, x_t) * x_t
+        )
+        log_variance = self.extract(self.posterior_log_variance_clipped, t, x_t)
         noise = torch.randn_like(x_t)
         moving = (t != 0).float().view(-1, *(1,) * (x_t.dim() - 1))
         return mean + moving * (0.5 * log_variance).exp() * noise

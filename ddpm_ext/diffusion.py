@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_ext import ops, reference, sampling
+from ddpm_ext import checks, ops, reference, sampling
 from ddpm_ext.noise import Philox, fresh_rng
 from ddpm_ext.schedules import make_betas
 from ddpm_ext.tables import PREDICTIONS, StepTable, ddpm_table, pack_affine, prediction_coefficients
@@ -22,12 +22,6 @@ Model = Callable[[Tensor, Tensor], Any]
 
 VARIANCES = ("fixed_small", "fixed_large")
 BACKENDS: dict[str, ModuleType] = {"fused": ops, "reference": reference}
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected {' or '.join(repr(c) for c in choices)}")
-    return value
 
 
 class GaussianDiffusion:
@@ -66,11 +60,11 @@ class GaussianDiffusion:
     ) -> None:
         self.betas = betas = make_betas(beta_schedule, timesteps)
         self.timesteps = timesteps
-        self.prediction: str = _one_of("prediction", prediction, PREDICTIONS)
+        self.prediction: str = checks.one_of("prediction", prediction, PREDICTIONS)
         if variance in ("learned", "learned_range"):
             raise ValueError(f"variance is {variance!r}, which is not supported yet, expected one of {VARIANCES}")
-        self.variance: str = _one_of("variance", variance, VARIANCES)
-        self.backend: str = _one_of("backend", backend, tuple(BACKENDS))
+        self.variance: str = checks.one_of("variance", variance, VARIANCES)
+        self.backend: str = checks.one_of("backend", backend, BACKENDS)
         self._ops = BACKENDS[backend]
 
         self.alphas = 1 - betas
@@ -123,8 +117,9 @@ class GaussianDiffusion:
             "v": (-self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod),
         }[self.prediction]
 
-    def _table(self, name: str, x: Tensor) -> Tensor:
+    def _table(self, name: str, x_name: str, x: Tensor) -> Tensor:
         """A table for the operators, on x's device; float64 for float64 samples. Made once."""
+        checks.tensor(x_name, x)
         dtype = torch.float64 if x.dtype == torch.float64 and self.backend == "reference" else torch.float32
         key = (name, x.device, dtype)
         table = self._device_tables.get(key)
@@ -176,7 +171,7 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
         """
-        table = self._table("q_sample", x_start)
+        table = self._table("q_sample", "x_start", x_start)
         return self._ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
 
     def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +180,7 @@ class GaussianDiffusion:
         Returns:
             mean as x_start; variance and log-variance of shape (batch, 1, ...).
         """
-        mean = self._ops.forward_process(x_start, self._table("q_sample", x_start), t, add_noise=False)
+        mean = self._ops.forward_process(x_start, self._table("q_sample", "x_start", x_start), t, add_noise=False)
         return (
             mean,
             self._extract(1 - self.alphas_cumprod, t, x_start),
@@ -198,7 +193,7 @@ class GaussianDiffusion:
         Returns:
             mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
         """
-        mean = self._ops.posterior_mean(x_start, x_t, self._table("posterior_mean", x_start), t)
+        mean = self._ops.posterior_mean(x_start, x_t, self._table("posterior_mean", "x_start", x_start), t)
         return (
             mean,
             self._extract(self.posterior_variance, t, x_start),
@@ -210,7 +205,7 @@ class GaussianDiffusion:
 
         Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), whose sign alone means something.
         """
-        return self._ops.predict_start(x_t, noise, self._table("predict_start_from_noise", x_t), t)
+        return self._ops.predict_start(x_t, noise, self._table("predict_start_from_noise", "x_t", x_t), t)
 
     # ---------------------------------------------------------------------------------------- reverse process
 
@@ -226,7 +221,7 @@ class GaussianDiffusion:
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
             (batch, 1, ...).
         """
-        table = self._table("step", x_t)
+        table = self._table("step", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t)
         model_output = self._call(model, x_t, t)
         clip = (-1.0, 1.0) if clip_denoised else None
@@ -266,7 +261,7 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
         """
-        table = self._table("step", x_t)
+        table = self._table("step", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
         model_output = self._call(model, x_t, t)
         clip = (-1.0, 1.0) if clip_denoised else None
@@ -353,7 +348,8 @@ class GaussianDiffusion:
             rng = fresh_rng()
         x_t = self.q_sample(x_start, t, noise, rng=rng)
         # the same noise, drawn again
-        target = self._ops.forward_process(x_start, self._table("target", x_start), t, noise=noise, rng=rng)
+        target = self._ops.forward_process(x_start, self._table("target", "x_start", x_start), t, noise=noise, rng=rng)
         model_output = self._call(model, x_t, t)
+        checks.like("model_output", model_output, "x_start", x_start, lower=True)
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         return ops.mse_loss(model_output.to(dtype), target.to(dtype))

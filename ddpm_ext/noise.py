@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_ext import checks
 from ddpm_ext._extension import C
 
 __all__ = ["STREAM_FORWARD", "STREAM_REVERSE", "STREAM_START", "Philox", "randn", "random_seed"]
@@ -15,14 +16,6 @@ STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 
 # seed, seed_value, sample_ids, first_id, stream, draw: as the operators take them
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
-
-
-def _check_int(name: str, value: object, stop: int, stop_name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected an int")
-    if not 0 <= value < stop:
-        raise ValueError(f"{name} is {value}, expected 0 <= {name} < {stop_name}")
-    return value
 
 
 class Philox:
@@ -62,7 +55,7 @@ class Philox:
                 )
             self.seed = seed
         else:
-            value = _check_int("seed", seed, 2**64, "2^64")
+            value = checks.integer("seed", seed, 2**64, "2^64")
             self.seed_value = value - 2**64 if value >= 2**63 else value  # the operators take its bits as an int64
         self.sample_ids: Tensor | None = None
         self.first_id = 0
@@ -74,9 +67,9 @@ class Philox:
                 )
             self.sample_ids = sample_ids
         else:
-            self.first_id = _check_int("sample_ids", sample_ids, 2**56, "2^56")
-        self.draw = None if draw is None else _check_int("draw", draw, 2**32, "2^32")
-        self.stream = None if stream is None else _check_int("stream", stream, 2**8, "2^8")
+            self.first_id = checks.integer("sample_ids", sample_ids, 2**56, "2^56")
+        self.draw = None if draw is None else checks.integer("draw", draw, 2**32, "2^32")
+        self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
 
     def __repr__(self) -> str:
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
@@ -117,6 +110,17 @@ def fresh_arguments(stream: int) -> RngArguments:
     return None, C.draw_seed(), None, 0, stream, -1
 
 
+def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:
+    """randn's arguments but rng and device; the shape."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}, expected a floating torch.dtype")
+    if draw is not None:
+        checks.integer("draw", draw, 2**32, "2^32")
+    if stream is not None:
+        checks.integer("stream", stream, 2**8, "2^8")
+    return checks.shape(shape)
+
+
 def randn(
     shape: tuple[int, ...] | torch.Size,
     rng: Philox | None = None,
@@ -141,18 +145,18 @@ def randn(
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
     """
+    sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:
         check_rng(rng)
-    size = list(shape)
-    if not all(isinstance(n, int | torch.SymInt) for n in size):
-        raise TypeError(f"shape is {size}, expected ints (batch, ...)")
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {dtype!r}, expected a torch.dtype")
-    draw = None if draw is None else _check_int("draw", draw, 2**32, "2^32")
-    stream = None if stream is None else _check_int("stream", stream, 2**8, "2^8")
     seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
+    device = torch.device(device)
+    # Checked here, since without a sample the dispatcher goes by these tensors' device.
+    if ids is not None and ids.device.type != device.type:
+        raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
+    if seed is not None and seed.device.type not in ("cpu", device.type):
+        raise ValueError(f"seed is on {seed.device}, expected cpu or {device}")
     return torch.ops.ddpm_ext.randn(
-        size,
+        list(sizes),
         seed,
         seed_value,
         ids,
@@ -160,5 +164,5 @@ def randn(
         own_stream if stream is None else stream,
         max(own_draw, 0) if draw is None else draw,
         dtype=dtype,
-        device=torch.device(device),
+        device=device,
     )

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm_ext import checks
 from ddpm_ext._extension import C
+from ddpm_ext.checks import split_t
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, fresh_arguments, randn
 
 __all__ = [
@@ -31,15 +33,6 @@ NO_CLIP = (-math.inf, math.inf)
 _NO_RNG = (None, 0, None, 0, 0, -1)
 
 
-def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """t as the operators take it: a tensor, or None and an int."""
-    if isinstance(t, Tensor):
-        return t, 0
-    if isinstance(t, bool) or not isinstance(t, int | torch.SymInt):
-        raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
-    return None, t
-
-
 def _noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
     """noise, draw_noise and the rng's arguments."""
     if rng is not None:
@@ -48,8 +41,7 @@ def _noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stre
             raise ValueError("noise and rng are both given, expected one of them")
         return None, True, *rng.arguments(stream)
     if noise is not None:
-        if not isinstance(noise, Tensor):
-            raise TypeError(f"noise is a {type(noise).__name__}, expected a tensor")
+        checks.tensor("noise", noise)
         return noise, False, *_NO_RNG
     if drawn:
         return None, True, *fresh_arguments(stream)
@@ -60,7 +52,7 @@ def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
     """As C does for an eager call."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {name} requires a gradient, which out= does not record, expected none that does")
+            raise ValueError(f"{op}: {name} requires a gradient, but out= records no gradients, expected none")
 
 
 def reverse_step(
@@ -94,6 +86,10 @@ def reverse_step(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
+    checks.tensor("x_t", x_t)
+    checks.tensor("model_output", model_output)
+    if out is not None:
+        checks.tensor("out", out)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
     arguments = (row, index, low, high, *_noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
@@ -116,6 +112,9 @@ def check_reverse_step(
     out: Tensor | None = None,
 ) -> None:
     """What reverse_step would say of these, before a model is called with them."""
+    checks.tensor("x_t", x_t)
+    if out is not None:
+        checks.tensor("out", out)
     row, index = split_t(t)
     arguments = _noise_arguments(noise, rng, False, STREAM_REVERSE)
     if not torch.compiler.is_compiling():
@@ -149,6 +148,9 @@ def forward_process(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
+    checks.tensor("x_start", x_start)
+    if out is not None:
+        checks.tensor("out", out)
     row, index = split_t(t)
     arguments = (row, index, *_noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
     if not torch.compiler.is_compiling():
@@ -160,15 +162,17 @@ def forward_process(
     return out
 
 
-def predict_start(x_t: Tensor, model_output: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_t + k1 model_output by row t of a table (rows, 2): the predicted clean sample.
+def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample of which x_t is made with this noise.
 
-    Args, raises: as reverse_step. Differentiable in x_t and model_output.
+    Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
     """
+    checks.tensor("x_t", x_t)
+    checks.tensor("noise", noise)
     row, index = split_t(t)
     if torch.compiler.is_compiling():
-        return torch.ops.ddpm_ext.predict_start(x_t, model_output, table, row, index)
-    return C.predict_start(x_t, model_output, table, row, index)
+        return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
+    return C.predict_start(x_t, noise, table, row, index)
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
@@ -176,6 +180,8 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
 
     Args, raises: as reverse_step. Differentiable in x_start and x_t.
     """
+    checks.tensor("x_start", x_start)
+    checks.tensor("x_t", x_t)
     row, index = split_t(t)
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)

@@ -7,13 +7,14 @@ float64 samples and float32 for all others, tables likewise.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, random_seed
-from ddpm_ext.ops import Clip, split_t
+from ddpm_ext import checks
+from ddpm_ext.checks import split_t
+from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_randn, check_rng, fresh_rng
+from ddpm_ext.ops import Clip
 
 __all__ = [
     "check_reverse_step",
@@ -75,6 +76,17 @@ def _normals(shape: torch.Size, seed: int, ids: Tensor, stream: int, draw: Tenso
     return z.flatten(1)[:, :numel].reshape(shape)
 
 
+def _sample_ids(rng: Philox, batch: int, device: torch.device) -> Tensor:
+    """int64 (batch,) on device."""
+    check_rng(rng)
+    if rng.sample_ids is not None:
+        checks.per_sample("sample_ids", rng.sample_ids, batch, device, 2**56 - 1)
+        return rng.sample_ids
+    if rng.first_id + batch > 2**56:
+        raise ValueError(f"sample_ids start at {rng.first_id} for a batch of {batch}, expected all in 0 <= id < 2^56")
+    return torch.arange(rng.first_id, rng.first_id + batch, device=device)
+
+
 def randn(
     shape: tuple[int, ...] | torch.Size,
     rng: Philox | None = None,
@@ -85,23 +97,18 @@ def randn(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The twin of ddpm_ext.randn, by the contract's formula in float64; draw may be an int64 tensor (batch,)."""
+    sizes = check_randn(shape, None if isinstance(draw, Tensor) else draw, stream, dtype)
     if rng is None:
-        rng = Philox(random_seed())
-    check_rng(rng)
-    batch = shape[0]
-    device = torch.device(device)
-    own_seed, seed_value, ids, first_id, own_stream, own_draw = rng.arguments(0, 0)
+        rng = fresh_rng()
+    batch, device = sizes[0], torch.device(device)
+    ids = _sample_ids(rng, batch, device)
+    own_seed, seed_value, _, _, own_stream, own_draw = rng.arguments(0, 0)
     seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
-    ids = torch.arange(first_id, first_id + batch, device=device) if ids is None else ids.to(device)
-    if ids.shape != (batch,):
-        raise ValueError(f"sample_ids has shape {tuple(ids.shape)}, expected ({batch},), one a sample")
-    if ids.numel() and not (ids.min() >= 0 and ids.max() < 2**56):
-        raise ValueError("sample_ids leave 0 <= id < 2^56")
     if draw is None:
         draw = own_draw
     if not isinstance(draw, Tensor):
         draw = torch.full((batch,), draw, device=device)
-    z = _normals(torch.Size(shape), seed, ids, own_stream if stream is None else stream, draw)
+    z = _normals(torch.Size(sizes), seed, ids, own_stream if stream is None else stream, draw)
     return z.to(dtype)
 
 
@@ -109,30 +116,26 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check(x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None]) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{x_name} has dtype {x.dtype}, expected a floating one")
-    if x.dim() < 1:
-        raise ValueError(f"{x_name} is 0-dimensional, expected (batch, ...)")
+def _check(
+    x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
+) -> None:
+    """What the compiled operators check; `lower` names the one tensor that may be of lower precision than x."""
+    checks.samples(x_name, x)
     row, index = split_t(t)
-    if row is None:
-        if not 0 <= index < len(table):
-            raise ValueError(f"t is {index}, expected 0 <= t < {len(table)}")
-    elif row.dtype != torch.int64:
-        raise TypeError(f"t has dtype {row.dtype}, expected int64")
-    elif row.shape != x.shape[:1] or row.device != x.device:
-        raise ValueError(f"t has shape {tuple(row.shape)} on {row.device}, expected ({len(x)},) on {x.device}")
-    elif row.is_cpu and row.numel() and not (row.min() >= 0 and row.max() < len(table)):
-        raise ValueError(f"t is in [{row.min()}, {row.max()}], expected 0 <= t < {len(table)}")
+    if row is not None:
+        checks.per_sample("t", row, len(x), x.device, len(table) - 1)
+    elif not 0 <= index < len(table):
+        raise ValueError(f"t is {index}, expected 0 <= t < {len(table)}")
     for name, y in others.items():
-        if y is None:
-            continue
-        if y.shape != x.shape or y.device != x.device:
-            raise ValueError(
-                f"{name} has shape {tuple(y.shape)} on {y.device}, expected {x_name}'s, {tuple(x.shape)} on {x.device}"
-            )
-        if not y.is_floating_point() or (name in ("noise", "out") and y.dtype != x.dtype):
-            raise TypeError(f"{name} has dtype {y.dtype}, expected that of {x_name}, {x.dtype}")
+        if y is not None:
+            checks.like(name, y, x_name, x, lower=name == lower)
+
+
+def _check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None) -> None:
+    if rng is not None:
+        _sample_ids(rng, len(x), x.device)
+        if noise is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
 
 
 def _rows(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
@@ -143,12 +146,9 @@ def _rows(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
 
 def _resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
     if noise is not None:
-        if rng is not None:
-            raise ValueError("noise and rng are both given, expected one of them")
         return noise.to(_compute_dtype(x))
     if rng is None:
-        rng = Philox(random_seed())
-    check_rng(rng)
+        rng = fresh_rng()
     return randn(
         x.shape,
         rng,
@@ -164,14 +164,18 @@ def _finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def check_reverse_step(x_t: Tensor, table: Tensor, t: int | Tensor, **given: Any) -> None:
+def check_reverse_step(
+    x_t: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    out: Tensor | None = None,
+) -> None:
     """Twin of ops.check_reverse_step."""
-    rng = given.pop("rng", None)
-    if rng is not None:
-        check_rng(rng)
-        if given.get("noise") is not None:
-            raise ValueError("noise and rng are both given, expected one of them")
-    _check("x_t", x_t, table, t, given)
+    _check("x_t", x_t, table, t, {"noise": noise, "out": out})
+    _check_noise(x_t, noise, rng)
 
 
 def reverse_step(
@@ -187,7 +191,8 @@ def reverse_step(
     out: Tensor | None = None,
 ) -> Tensor:
     """x0 = clip(a x + b m); prev = c0 x0 + c1 x + c2 m + s z. Twin of ops.reverse_step."""
-    _check("x_t", x_t, table, t, {"model_output": model_output, "noise": noise, "out": out})
+    check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
+    checks.like("model_output", model_output, "x_t", x_t, lower=True)
     dtype = _compute_dtype(x_t)
     a, b, c0, c1, c2, s, *_ = _rows(table.to(dtype), t, x_t)
     x, m = x_t.to(dtype), model_output.to(dtype)
@@ -216,6 +221,7 @@ def forward_process(
 ) -> Tensor:
     """k0 x_start + k1 z. Twin of ops.forward_process."""
     _check("x_start", x_start, table, t, {"noise": noise, "out": out})
+    _check_noise(x_start, noise, rng)
     dtype = _compute_dtype(x_start)
     k0, k1 = _rows(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
@@ -231,13 +237,13 @@ def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
     return _finish(k0 * x.to(dtype) + k1 * y.to(dtype), x, None)
 
 
-def predict_start(x_t: Tensor, model_output: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_t + k1 model_output. Twin of ops.predict_start."""
-    _check("x_t", x_t, table, t, {"model_output": model_output})
-    return _affine(x_t, model_output, table, t)
+def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_t + k1 noise. Twin of ops.predict_start."""
+    _check("x_t", x_t, table, t, {"noise": noise}, lower="noise")
+    return _affine(x_t, noise, table, t)
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
     """k0 x_start + k1 x_t. Twin of ops.posterior_mean."""
-    _check("x_start", x_start, table, t, {"x_t": x_t})
+    _check("x_start", x_start, table, t, {"x_t": x_t}, lower="x_t")
     return _affine(x_start, x_t, table, t)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ext import checks
 from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
 from ddpm_ext.tables import StepTable, ddim_table, ddpm_table, spaced_timesteps
 
@@ -63,19 +64,17 @@ def _record_every(record: str | int) -> int | None:
     return record
 
 
-def _check_shape(shape: Iterable[int]) -> tuple[int, ...]:
-    shape = tuple(shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) for n in shape):
-        raise TypeError(f"shape is {shape}, expected ints (batch, ...)")
-    if min(shape) < 1:
-        raise ValueError(f"shape is {shape}, expected sizes of at least 1")
-    return shape
-
-
 def _model_device(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return torch.device("cpu") if first is None else first.device
+
+
+def _parse_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected a torch device such as 'cpu' or 'cuda:0'") from error
 
 
 def _steps(count: int, progress: bool) -> Iterable[int]:
@@ -98,7 +97,7 @@ def to_numpy(x: Tensor) -> np.ndarray:
 def loop(
     backend: ModuleType,
     model: Model,
-    shape: Iterable[int],
+    shape: tuple[int, ...],
     table: StepTable,
     *,
     clip: tuple[float, float] | None,
@@ -112,14 +111,14 @@ def loop(
 
     A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
     """
-    shape = _check_shape(shape)
+    shape = checks.shape(shape, least=1)
     every = _record_every(record)
     if rng is None:
         rng = fresh_rng()
     check_rng(rng)
     if rng.draw is not None or rng.stream is not None:
-        raise ValueError(f"rng is {rng}: a loop refuses a draw or a stream of its own, the same noise in each step")
-    device = _model_device(model) if device is None else torch.device(device)
+        raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
+    device = _model_device(model) if device is None else _parse_device(device)
 
     x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
     spare = torch.empty_like(x)

@@ -16,7 +16,7 @@ IDS = torch.arange(4)
 TENSORS = {
     "reverse_step": ("x_t", "model_output"),
     "forward_process": ("x_start",),
-    "predict_start": ("x_t", "model_output"),
+    "predict_start": ("x_t", "noise"),
     "posterior_mean": ("x_start", "x_t"),
 }
 

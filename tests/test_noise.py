@@ -300,7 +300,7 @@ def test_philox_checks_its_arguments(arguments, options, error, message):
 @pytest.mark.parametrize(
     ("shape", "options", "error", "message"),
     [
-        ((), {}, ValueError, "shape is empty"),
+        ((), {}, ValueError, r"shape is \(\)"),
         ((2, -1), {}, ValueError, "shape is .*-1"),
         ((2, 1.5), {}, TypeError, "shape"),
         (5, {}, TypeError, "int"),

@@ -4,12 +4,17 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// Four vectors of normals, in memory order, from as many blocks as a vector has lanes.
-DDPM_HD void normals(const PhiloxKeys& keys, const PhiloxSample& counter, uint32_t block, F32 (&z)[4]) {
-  Words w[4];
-  philox_block(keys, counter, block_words(block), w);
-  box_muller(join(w[0]), join(w[1]), z[0], z[1]);
-  box_muller(join(w[2]), join(w[3]), z[2], z[3]);
+// Philox's words of as many blocks as a vector has lanes.
+DDPM_HD void draw_words(const PhiloxKeys& keys, const PhiloxSample& counter, uint32_t block, U32 (&w)[4]) {
+  Words words[4];
+  philox_block(keys, counter, block_words(block), words);
+  for (int k = 0; k < 4; ++k) w[k] = join(words[k]);
+}
+
+// Four vectors of normals, in memory order.
+DDPM_HD void normals(const U32 (&w)[4], F32 (&z)[4]) {
+  box_muller(w[0], w[1], z[0], z[1]);
+  box_muller(w[2], w[3], z[2], z[3]);
   transpose(z);
 }
 
@@ -17,12 +22,18 @@ DDPM_HD void normals(const PhiloxKeys& keys, const PhiloxSample& counter, uint32
 template <Noise kNoise, class Body>
 DDPM_HD void for_each_vector(const Run& run, Body body) {
   static_assert(kRunMultiple % (4 * F32::kLanes) == 0);
-  const PhiloxSample counter = run.counter;  // a copy: the compiler can't know that no store of the body changes it
+  const PhiloxSample counter = run.counter;  // copies: the compiler can't know that no store of the body changes them
   const int64_t count = run.count;
   uint32_t block = run.block;
-  for (int64_t i = 0; i < count; i += 4 * F32::kLanes, block += F32::kLanes) {
+  U32 w[4];
+  if constexpr (kNoise == Noise::drawn) draw_words(*run.keys, counter, block, w);
+  for (int64_t i = 0; i < count; i += 4 * F32::kLanes) {
     F32 z[4];
-    if constexpr (kNoise == Noise::drawn) normals(*run.keys, counter, block, z);
+    if constexpr (kNoise == Noise::drawn) {
+      // Both are long chains of dependent instructions: the next words are drawn beside these normals, not after them.
+      normals(w, z);
+      draw_words(*run.keys, counter, block += F32::kLanes, w);
+    }
     for (int k = 0; k < 4; ++k) body(i + k * F32::kLanes, z[k]);
   }
 }

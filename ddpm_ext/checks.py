@@ -1,0 +1,90 @@
+"""What arguments must be. Each check says the argument's name, what came and what is expected.
+
+The compiled operators check tensors against one another themselves; here is what must be known before they are called,
+and what `reference` checks in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["integer", "like", "one_of", "per_sample", "samples", "shape", "split_t", "tensor"]
+
+
+def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
+    """An int in [start, stop)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int")
+    if not start <= value < stop:
+        raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected {' or '.join(repr(choice) for choice in choices)}")
+    return value
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+
+
+def shape(value: object, least: int = 0) -> tuple[int, ...]:
+    """(batch, ...), of sizes of at least `least`."""
+    sizes = tuple(value) if isinstance(value, Iterable) else None
+    if sizes is None or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in sizes):
+        raise TypeError(f"shape is {value if sizes is None else sizes}, expected ints (batch, ...)")
+    if not sizes or any(n < least for n in sizes):
+        raise ValueError(f"shape is {sizes}, expected (batch, ...), sizes of at least {least}")
+    return sizes
+
+
+def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
+    """t as the operators take it: a tensor, or None and an int."""
+    if isinstance(t, Tensor):
+        return t, 0
+    if isinstance(t, bool) or not isinstance(t, int | torch.SymInt):
+        raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
+    if not -(2**63) <= t < 2**63:
+        raise ValueError(f"t is {t}, expected one of the timesteps")
+    return None, t
+
+
+def samples(name: str, x: Tensor) -> None:
+    """A float tensor (batch, ...)."""
+    tensor(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
+    if x.dim() < 1:
+        raise ValueError(f"{name} is 0-dimensional, expected (batch, ...)")
+
+
+def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -> None:
+    """A tensor of x's shape, device and dtype, or with `lower` of 16 bits where x has 32."""
+    tensor(name, y)
+    if y.shape != x.shape:
+        raise ValueError(f"{name} has shape {tuple(y.shape)}, expected that of {x_name}, {tuple(x.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name} is on {y.device}, expected {x_name}'s device, {x.device}")
+    narrow = lower and x.dtype == torch.float32 and y.dtype in (torch.float16, torch.bfloat16)
+    if y.dtype != x.dtype and not narrow:
+        raise TypeError(f"{name} has dtype {y.dtype}, expected that of {x_name}, {x.dtype}")
+
+
+def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
+    """int64 (batch,), with values in [0, last] where they can be seen without a synchronisation."""
+    if v.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {v.dtype}, expected int64")
+    if v.shape != (batch,):
+        raise ValueError(f"{name} has shape {tuple(v.shape)}, expected ({batch},), one a sample")
+    if v.device != device:
+        raise ValueError(f"{name} is on {v.device}, expected the samples' device, {device}")
+    if v.is_cpu and v.numel() and not (v.min() >= 0 and v.max() <= last):
+        i = int(((v < 0) | (v > last)).nonzero()[0])
+        raise ValueError(f"{name}[{i}] is {v[i]}, expected 0 <= {name} <= {last}")
