@@ -33,6 +33,11 @@ def test_q_sample_eager(run):
     run("q_sample", "eager", lambda x, t: eager.q_sample(x, t))
 
 
+def test_q_sample_eager_warm_heap(run, warm_heap):
+    eager = EagerDiffusion()
+    run("q_sample", "eager, warm heap", lambda x, t: eager.q_sample(x, t))
+
+
 def test_q_sample_compiled(run):
     torch._dynamo.reset()
     compiled = torch.compile(EagerDiffusion().q_sample)

@@ -45,6 +45,12 @@ def test_eager(run):
 
 
 @torch.no_grad()
+def test_eager_warm_heap(run, warm_heap):
+    eager = EagerDiffusion()
+    run("eager, warm heap", lambda x, m, t: eager.p_sample(m, x, t))
+
+
+@torch.no_grad()
 def test_compiled(run):
     torch._dynamo.reset()
     compiled = torch.compile(EagerDiffusion().p_sample)

@@ -58,9 +58,8 @@ bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
 void refuse_grad(const char* op, std::initializer_list<Named> tensors) {
   if (!at::GradMode::is_enabled()) return;
   for (const Named& t : tensors) {
-    TORCH_CHECK_VALUE(
-        t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
-        " requires a gradient, but out= records no gradients, expected none");
+    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
+                      " requires a gradient, but out= records no gradients, expected none");
   }
 }
 

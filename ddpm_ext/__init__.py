@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddpm_ext import reference
-from ddpm_ext._extension import C
+from ddpm_ext._extension import BUILT, C
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.noise import Philox, randn
 
@@ -19,6 +19,7 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         version: of ddpm_ext; torch: it was built for; cuda: the toolkit, or None; cuda_architectures: built for, ""
-        without CUDA; compiler; cpu: the CPU instruction set in use, "avx512", "avx2" or "portable".
+        without CUDA; why_cpu: why there is no CUDA, "" with it; compiler; cpu: the CPU instruction set in use,
+        "avx512", "avx2" or "portable".
     """
-    return {"version": __version__, **C.build_info()}
+    return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}

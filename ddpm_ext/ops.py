@@ -73,7 +73,8 @@ def reverse_step(
         x_t: (batch, ...), float32, float16 or bfloat16.
         model_output: as x_t; of a lower precision, too.
         table: float32 (rows, 8): StepTable.packed.
-        t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). On a GPU its values are not read back
+            to be checked: the kernel takes the nearest row.
         clip: range of the predicted clean sample, None for no clip.
         noise: as x_t: used in place of drawn noise.
         rng: whose noise to draw (stream 0, the row's draw); None: a seed from torch's default CPU generator.
