@@ -1,9 +1,9 @@
 """Shapes, and the table of ratios at the end of a run. `--table FILE` writes it as Markdown too.
 
-Order matters: glibc's allocator gives the memory of large tensors back to the system, and asks for it anew at each call,
-until the process has freed a larger one. Eager code, which makes a dozen tensors a step, is two to three times as slow
-before. So shapes come in rising order, each as in a process that has seen nothing larger, and at the end eager is measured
-again after a large tensor was freed, as after a model's call ("warm heap").
+Order matters: glibc's allocator gives the memory of large tensors back to the system, and asks for it anew at each
+call, until the process has freed a larger one. Eager code, which makes a dozen tensors a step, is two to three times as
+slow before. So shapes come in rising order, each as in a process that has seen nothing larger, and at the end eager is
+measured again after a large tensor was freed, as after a model's call ("warm heap").
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def machine() -> list[str]:
     return [
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
-        "medians of one process, float32, warm cache; ratio: eager's median over this one's; warm heap: see conftest.py",
+        "medians of one process, float32, warm cache; ratio: eager's median over this one's",
+        "warm heap: after a larger tensor was freed, see benchmarks/conftest.py",
     ]
 
 

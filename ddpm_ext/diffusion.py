@@ -37,7 +37,8 @@ class GaussianDiffusion:
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
     Everywhere, samples have shape (batch, ...); `t` is int64 of shape (batch,) on the samples' device, or an int for
-    all samples (a tensor on a GPU is not read back: values out of range count as the nearest); `model(x_t, t)` gives a tensor of x_t's shape (or an object that holds it as `.sample`).
+    all samples (a tensor on a GPU is not read back: values out of range count as the nearest); `model(x_t, t)` gives a
+    tensor of x_t's shape (or an object that holds it as `.sample`).
 
     Attributes:
         betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,

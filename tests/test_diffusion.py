@@ -1,72 +1,30 @@
-"""GaussianDiffusion against the tutorial's formulas in float64, and the tutorial's own code with the import swapped."""
+"""GaussianDiffusion against the tutorial's formulas in float64."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from comparison import (
+    BACKENDS,
+    HALF_ULPS,
+    SHAPE,
+    T,
+    backends,
+    check,
+    check_variances,
+    clips,
+    normals,
+    pair,
+    predictions,
+    step_magnitude,
+    variances,
+)
 from tutorial import ATTRIBUTES, Tutorial
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.schedules import SCHEDULES
-
-BACKENDS = ("fused", "reference")
-PREDICTIONS = ("eps", "x0", "v")
-VARIANCES = ("fixed_small", "fixed_large")
-SHAPE = (6, 3, 5, 7)
-T = torch.tensor([0, 1, 17, 500, 998, 999])
-# An operator rounds its coefficients, its products and its sums to float32: a few ulps of the terms' magnitude.
-# Measured over all tests here: 2.6 half-ulps, factor 2.
-HALF_ULPS = 5 * 2.0**-24
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
-variances = pytest.mark.parametrize("variance", VARIANCES)
-clips = pytest.mark.parametrize("clip", [True, False])
-
-
-def normals(count, shape=SHAPE, seed=0, dtype=torch.float32):
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(dtype).unbind(0)
-
-
-def pair(prediction="eps", variance="fixed_small", backend="fused", schedule="linear"):
-    gd = GaussianDiffusion(1000, schedule, prediction=prediction, variance=variance, backend=backend)
-    return gd, Tutorial(gd.betas, prediction, variance)
-
-
-def check(actual, expected, magnitude, dtype=torch.float32):
-    """Within rounding of terms whose absolute values add up to `magnitude`."""
-    assert actual.dtype == dtype
-    assert actual.shape == expected.shape
-    allowed = HALF_ULPS * magnitude
-    if dtype != torch.float32:  # the result is rounded once more
-        allowed = allowed + torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(dtype).smallest_normal
-    assert ((actual.double() - expected).abs() <= allowed).all(), ((actual - expected).abs() / allowed).max()
-
-
-def check_variances(actual, expected, batch=6, dims=4):
-    """variance and log-variance: (batch, 1, ...), float32 numbers of the float64 ones."""
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == (batch, *[1] * (dims - 1))
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, e.float(), rtol=2.0**-23, atol=0)
-
-
-def start_magnitude(truth, x, m, t):
-    """Of the terms of the predicted x_0."""
-    if truth.prediction == "x0":
-        return m.double().abs()
-    if truth.prediction == "v":
-        return x.double().abs() + m.double().abs()
-    return truth.predict_start_from_noise(x.abs(), t, -m.abs())
-
-
-def step_magnitude(truth, x, m, t, z=None):
-    magnitude = truth.q_posterior_mean_variance(start_magnitude(truth, x, m, t), x.abs(), t)[0]
-    return magnitude if z is None else magnitude + z.double().abs()
-
 
 # ------------------------------------------------------------------------------------------------- attributes
 
@@ -460,191 +418,3 @@ def test_zero_terminal_snr_where_the_model_gives_x(backend):
     x = torch.tensor([[0.1, -0.7, 3.3]])
     mean, _, _ = gd.p_mean_variance(lambda x_t, _: x_t.clone(), x, 2)
     assert (mean == 0).all()  # the sign of 0
-
-
-# -------------------------------------------------------------------------------------------------- gradients
-
-
-def gradients(function, tensors):
-    leaves = [v.detach().clone().requires_grad_() for v in tensors]
-    output = function(*leaves)
-    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
-    (output.double() * weight).sum().backward()
-    return [leaf.grad for leaf in leaves]
-
-
-def check_gradients(ours, theirs, tensors):
-    mine = gradients(ours, tensors)
-    true = gradients(theirs, [v.double() for v in tensors])
-    for a, b, v in zip(mine, true, tensors, strict=True):
-        assert a.dtype == v.dtype
-        # a product of two rounded numbers: measured 2.6 half-ulps, factor 2
-        assert ((a.double() - b).abs() <= 5 * 2.0**-24 * b.abs()).all()
-
-
-@backends
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda d, x, z: d.q_sample(x, T, z),
-        lambda d, x, z: d.predict_start_from_noise(x, T, z),
-        lambda d, x, z: d.q_posterior_mean_variance(x, z, T)[0],
-    ],
-    ids=["q_sample", "predict_start_from_noise", "q_posterior_mean_variance"],
-)
-def test_gradients_of_affine_methods(backend, call):
-    gd, truth = pair(backend=backend)
-    check_gradients(lambda x, z: call(gd, x, z), lambda x, z: call(truth, x, z), normals(2))
-
-
-@backends
-def test_gradient_of_q_mean_variance(backend):
-    gd, truth = pair(backend=backend)
-    check_gradients(lambda x: gd.q_mean_variance(x, T)[0], lambda x: truth.q_mean_variance(x, T)[0], normals(1))
-
-
-@backends
-@predictions
-@clips
-@pytest.mark.parametrize("t", [T, 20], ids=["tensor", "int"])
-def test_gradients_of_p_mean_variance(backend, prediction, clip, t):
-    """In x_t, directly and through the model, and in the model's parameters."""
-    gd, truth = pair(prediction, backend=backend)
-    (x,) = normals(1)
-    w = torch.tensor(0.9)
-    steps = T if t is T else torch.full((6,), t)
-
-    def run(d, t, x, w):
-        return d.p_mean_variance(lambda x_t, _: w * x_t + 0.1 * x_t**2, x, t, clip)[0]
-
-    mine, mine_w = gradients(lambda x, w: run(gd, t, x, w), (x, w))
-    true, true_w = gradients(lambda x, w: run(truth, steps, x, w), (x.double(), w.double()))
-    largest = gradient_terms(truth, steps, x, w)
-    # measured 2.4 half-ulps of the terms, factor 3
-    assert ((mine.double() - true).abs() <= 8 * 2.0**-24 * largest).all(), ((mine - true).abs() / largest).max() * 2**24
-    terms = (largest * x.abs()).sum()
-    # measured 0.06 half-ulps (rounding averages out), factor 8
-    assert abs(mine_w.double() - true_w) <= 0.5 * 2.0**-24 * terms
-
-
-def gradient_terms(truth, t, x, w):
-    """A bound of the terms of the mean's gradient in x_t: |c0| (|a| + |b| |dm/dx|) + |c1|."""
-    slope = w.abs() + 0.2 * x.double().abs()
-    ones = torch.ones_like(x).double()
-    start = start_magnitude(truth, ones, slope, t)
-    return truth.q_posterior_mean_variance(start, ones, t)[0]
-
-
-@backends
-def test_p_sample_builds_no_graph(backend):
-    gd, _ = pair(backend=backend)
-    x, m, z = (v.requires_grad_() for v in normals(3))
-    w = nn.Parameter(torch.tensor(0.5))
-    graphs = []
-
-    def model(x_t, t):
-        graphs.append((w * m).requires_grad)
-        return w * m
-
-    result = gd.p_sample(model, x, T, noise=z)
-    assert not result.requires_grad
-    assert result.grad_fn is None
-    assert graphs == [False]
-    assert torch.is_grad_enabled()
-
-
-@backends
-def test_loop_builds_no_graph(backend):
-    gd, _ = pair(backend=backend)
-    w = nn.Parameter(torch.tensor(0.5))
-    result = gd.p_sample_loop(lambda x_t, _: w * x_t, (2, 3), steps=2, record="last", progress=False)
-    assert not result.requires_grad
-    assert gd.p_mean_variance(lambda x_t, _: w * x_t, result, 3)[0].requires_grad
-
-
-# -------------------------------------------------------------------------------------------- the tutorial's cells
-
-
-class TinyModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
-        self.embedding = nn.Embedding(500, 3)
-        nn.init.zeros_(self.embedding.weight)
-
-    def forward(self, x, t):
-        return self.convolution(x) + self.embedding(t)[:, :, None, None]
-
-
-@backends
-def test_training_loop(backend):
-    timesteps, batch_size, device = 500, 8, "cpu"
-    torch.manual_seed(0)
-    model = TinyModel()
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
-    gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
-    losses = []
-    for _ in range(30):
-        images = torch.zeros(batch_size, 3, 8, 8).to(device)
-        optimizer.zero_grad()
-        t = torch.randint(0, timesteps, (batch_size,), device=device).long()
-        loss = gaussian_diffusion.train_losses(model, images, t)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    # With images of 0 the noise is x_t / sqrt(1 - alphas_cumprod): a model that is linear in x_t learns most of it.
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-
-
-@backends
-@predictions
-def test_parameter_gradients_of_train_losses(backend, prediction):
-    gd = GaussianDiffusion(500, prediction=prediction, backend=backend)
-    truth = Tutorial(gd.betas, prediction)
-    torch.manual_seed(0)
-    model, exact = TinyModel(), TinyModel().double()
-    exact.load_state_dict(model.state_dict())
-    x, z = normals(2, (4, 3, 8, 8))
-    t = torch.tensor([0, 3, 250, 499])
-    gd.train_losses(model, x, t, z).backward()
-    truth.train_losses(exact, x, t, noise=z).backward()
-    for a, b in zip(model.parameters(), exact.parameters(), strict=True):
-        # measured 3.3e-7 of the largest, factor 3
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
-
-
-@backends
-def test_sampling_cell(backend):
-    timesteps = 500
-    model = TinyModel()
-    gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
-    steps = timesteps if backend == "fused" else 4
-    if backend == "fused":
-        generated_images = gaussian_diffusion.sample(model, 8, batch_size=64, channels=3)
-    else:
-        generated_images = gaussian_diffusion.sample(model, 8, batch_size=64, channels=3, steps=steps)
-    assert isinstance(generated_images, list)
-    assert len(generated_images) == steps
-    for images in generated_images:
-        assert isinstance(images, np.ndarray)
-        assert images.shape == (64, 3, 8, 8)
-        assert images.dtype == np.float32
-    assert np.isfinite(generated_images[-1]).all()
-    assert np.abs(generated_images[-1]).max() <= 1  # the last step is x_0 alone, clipped
-    assert generated_images[-1].reshape(8, 8, 3, 8, 8).shape == (8, 8, 3, 8, 8)
-    # the afterword's cell: x_0 as predicted on the way
-    t = torch.full((64,), timesteps - 1).long()
-    ori = torch.from_numpy(generated_images[0])
-    with torch.no_grad():
-        pred_noise = model(ori, t)
-        x_recon = gaussian_diffusion.predict_start_from_noise(ori, t, pred_noise).to("cpu").numpy()
-    assert x_recon.shape == (64, 3, 8, 8)
-
-
-def test_sample_defaults():
-    gd = GaussianDiffusion(20)
-    images = gd.sample(lambda x_t, _: x_t, 4, steps=2, progress=False)
-    assert [v.shape for v in images] == [(8, 3, 4, 4)] * 2
-    positional = gd.sample(lambda x_t, _: x_t, 4, 2, 1, steps=2, progress=False, record="last", dtype=torch.float16)
-    assert positional.shape == (2, 1, 4, 4)
-    assert positional.dtype == torch.float16
