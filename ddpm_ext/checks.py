@@ -15,6 +15,10 @@ from torch import Tensor
 __all__ = ["integer", "like", "one_of", "per_sample", "samples", "shape", "split_t", "tensor"]
 
 
+# A tuple, and loops instead of any(): older versions of torch.compile trace these.
+_INTS = (int, torch.SymInt)
+
+
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
     """An int in [start, stop)."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -37,11 +41,16 @@ def tensor(name: str, value: object) -> None:
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:
     """(batch, ...), of sizes of at least `least`."""
-    sizes = tuple(value) if isinstance(value, Iterable) else None
-    if sizes is None or any(isinstance(n, bool) or not isinstance(n, int | torch.SymInt) for n in sizes):
-        raise TypeError(f"shape is {value if sizes is None else sizes}, expected ints (batch, ...)")
-    if not sizes or any(n < least for n in sizes):
-        raise ValueError(f"shape is {sizes}, expected (batch, ...), sizes of at least {least}")
+    if not isinstance(value, Iterable):
+        raise TypeError(f"shape is {value}, expected ints (batch, ...)")
+    sizes = tuple(value)
+    for n in sizes:
+        if isinstance(n, bool) or not isinstance(n, _INTS):
+            raise TypeError(f"shape is {sizes}, expected ints (batch, ...)")
+        if n < least:
+            raise ValueError(f"shape is {sizes}, expected sizes of at least {least}")
+    if not sizes:
+        raise ValueError("shape is (), expected (batch, ...)")
     return sizes
 
 
@@ -49,7 +58,7 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
     """t as the operators take it: a tensor, or None and an int."""
     if isinstance(t, Tensor):
         return t, 0
-    if isinstance(t, bool) or not isinstance(t, int | torch.SymInt):
+    if isinstance(t, bool) or not isinstance(t, _INTS):
         raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
     if not -(2**63) <= t < 2**63:
         raise ValueError(f"t is {t}, expected one of the timesteps")

@@ -289,6 +289,16 @@ def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_context=_forward_setup)
 
 
+def _clamp_lets_edges_through() -> bool:
+    """Whether torch.clamp's gradient at the very edge is 1, as in older versions, or 0, as in newer ones."""
+    with torch.inference_mode(False), torch.enable_grad():
+        edge = torch.ones((), requires_grad=True)
+        return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
+
+
+_EDGES_INSIDE = _clamp_lets_edges_through()
+
+
 def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_t, model_output, table, t, ctx.index, ctx.clip_min, ctx.clip_max, *_ = inputs
     ctx.save_for_backward(x_t, model_output, table, t)
@@ -301,10 +311,12 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
     clipped = c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # The same operation as in the step, so that the clip holds back exactly what it clipped; as torch.clamp's, the
-        # edge counts as clipped.
+        # The same operation as in the step, so that the clip holds back exactly what it clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
-        clipped = torch.where((x_start > ctx.clip_min) & (x_start < ctx.clip_max), clipped, 0.0)
+        inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
+        if _EDGES_INSIDE:
+            inside = (x_start >= ctx.clip_min) & (x_start <= ctx.clip_max)
+        clipped = torch.where(inside, clipped, 0.0)
     grads: list[Any] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
         grads[0] = (a * clipped + c1 * grad).to(x_t.dtype)

@@ -41,6 +41,7 @@ def test_demo_writes_three_pictures(tmp_path, capsys):
 
 
 def test_demo_errors_are_one_sentence(tmp_path, capsys):
+    pytest.importorskip("tqdm")
     from ddpm_ext.demo import main
 
     (tmp_path / "file").touch()
