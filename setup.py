@@ -187,10 +187,14 @@ def sources(cuda: bool) -> list[str]:
     return files("*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if cuda else []))
 
 
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
 def known_flags(flags: Collection[str]) -> list[str]:
     """Those that the C++ compiler takes without a warning."""
-    compiler = [*shlex.split(os.environ.get("CXX", "c++")), "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
-    return [flag for flag in flags if succeeds(*compiler, flag)]
+    command = [*compiler(), "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return [flag for flag in flags if succeeds(*command, flag)]
 
 
 def macro(name: str, text: str) -> str:
@@ -220,7 +224,10 @@ def configure():
         print(f"ddpm_ext: CPU kernels only: {plan.why_cpu}")
 
     cxx = [*CXX_FLAGS, *known_flags(TUNING_FLAGS), macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
-    if sys.platform == "linux":
+    if sys.platform == "linux" and "clang" in ask(*compiler(), "--version"):
+        # Its OpenMP calls another runtime than the one that torch brings.
+        print("ddpm_ext: built by clang, the CPU kernels run on one thread; CXX=g++ uses all")
+    elif sys.platform == "linux":
         # at::parallel_for is a serial loop without it. The linker doesn't get it: OpenMP must be the one torch loaded.
         cxx.append("-fopenmp")
     if plan.toolkit:

@@ -28,22 +28,40 @@ struct Named {
   Named(const char* name, const OptionalTensor& t) : name(name), tensor(t.has_value() ? &*t : nullptr) {}
 };
 
-// Also sees to what a kernel would say of its arguments, but never does where one of them decides that another kernel
-// is called.
-bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
+// Whether no mode is active and every tensor is one of the CPU's or a GPU's own, so that a kernel may be called
+// directly.
+bool plain(std::initializer_list<Named> tensors) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
                                   DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch});
-  constexpr DispatchKeySet plain =
-      DispatchKeySet({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA,
-                      DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
-  const bool grad = at::GradMode::is_enabled();
-  bool needed = c10::impl::tls_local_dispatch_key_set().included_.has_any(modes);
+  constexpr DispatchKeySet own({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
+                                DispatchKey::AutocastCUDA});
+  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return false;
   for (const Named& t : tensors)
-    needed = needed ||
-             (t.tensor != nullptr && ((t.tensor->key_set() | plain) != plain || (grad && t.tensor->requires_grad())));
-  if (!needed) return false;
+    if (t.tensor != nullptr && (t.tensor->key_set() | own) != own) return false;
+  return true;
+}
+
+bool records_grad(std::initializer_list<Named> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Named& t : tensors)
+    if (t.tensor != nullptr && t.tensor->requires_grad()) return true;
+  return false;
+}
+
+// The dispatcher would drop a tangent without a word.
+void refuse_forward_mode(const char* op, std::initializer_list<Named> tensors) {
+  for (const Named& t : tensors) {
+    if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.tensor->_fw_grad(0).defined(), op, ": ", t.name,
+                                " has a forward-mode derivative, expected none (backend=\"reference\" takes them)");
+  }
+}
+
+// Where the dispatcher chooses the kernel, it goes by the tensors' devices and layouts: they must agree before.
+void check_agreement(const char* op, std::initializer_list<Named> tensors) {
   const Tensor& first = *tensors.begin()->tensor;
   for (const Named& t : tensors) {
     if (t.tensor == nullptr) continue;
@@ -52,6 +70,12 @@ bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
     TORCH_CHECK_VALUE(t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
                       ", expected the samples' device, ", first.device());
   }
+}
+
+bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
+  refuse_forward_mode(op, tensors);
+  if (plain(tensors) && !records_grad(tensors)) return false;
+  check_agreement(op, tensors);
   return true;
 }
 
@@ -94,9 +118,9 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  if (needs_dispatcher("reverse_step",
-                       {{"x_t", x_t}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}}))
-    return;
+  const std::initializer_list<Named> tensors = {
+      {"x_t", x_t}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}};
+  if (!plain(tensors)) return check_agreement("reverse_step", tensors);
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
 }
 
@@ -181,15 +205,14 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  py::register_exception_translator([](std::exception_ptr p) {
+  // Of this module alone, and of what it raises itself: torch knows the others.
+  py::register_local_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const c10::TypeError& e) {
       PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
     } catch (const c10::ValueError& e) {
       PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
-    } catch (const c10::Error& e) {
-      PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
     }
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;

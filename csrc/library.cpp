@@ -39,24 +39,25 @@ Tensor mse_loss(const Tensor& model_output, const Tensor& target) { return at::m
 
 }  // namespace ddpm_ext::library
 
-#define DDPM_RNG_SCHEMA \
-  "Tensor? seed=None, int seed_value=0, Tensor? sample_ids=None, int first_id=0, int stream=0, int draw=-1"
+#define DDPM_RNG_SCHEMA                                                                                          \
+  "Tensor? seed=None, SymInt seed_value=0, Tensor? sample_ids=None, SymInt first_id=0, SymInt stream=0, SymInt " \
+  "draw=-1"
 
 TORCH_LIBRARY(ddpm_ext, m) {
   m.def(
-      "reverse_step(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index, float clip_min, "
+      "reverse_step(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
       "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
   m.def(
-      "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, int t_index, float clip_min, "
+      "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
       "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
   m.def(
-      "forward_process(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool "
+      "forward_process(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
       "draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
   m.def(
-      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, int t_index, Tensor? noise, bool "
+      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
       "draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
-  m.def("predict_start(Tensor x_t, Tensor noise, Tensor table, Tensor? t, int t_index) -> Tensor");
-  m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, int t_index) -> Tensor");
+  m.def("predict_start(Tensor x_t, Tensor noise, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
+  m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
   m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
   m.def("mse_loss(Tensor model_output, Tensor target) -> Tensor");
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});

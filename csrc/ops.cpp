@@ -24,6 +24,8 @@ constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four are numbered 
 #define CHECK_VALUE(condition, name, ...) TORCH_CHECK_VALUE(condition, op, ": ", name, __VA_ARGS__)
 #define CHECK_TYPE(condition, name, ...) TORCH_CHECK_TYPE(condition, op, ": ", name, __VA_ARGS__)
 
+const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
+
 DType dtype_of(const char* op, const char* name, at::ScalarType type) {
   switch (type) {
     case at::kFloat:
@@ -198,8 +200,9 @@ void bind(const char* op, Args& args, std::initializer_list<Bound> inputs, const
 
 // That no element of out is written before another needs it.
 void check_overlap(const char* op, const Tensor& out, const Tensor& input) {
-  const bool same = out.is_alias_of(input) && out.const_data_ptr() == input.const_data_ptr() &&
-                    out.scalar_type() == input.scalar_type() && out.strides() == input.strides();
+  bool same = out.is_alias_of(input) && out.const_data_ptr() == input.const_data_ptr() &&
+              out.scalar_type() == input.scalar_type() && out.sizes() == input.sizes();
+  for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == input.stride(d);
   CHECK_VALUE(same || !may_overlap(out, input), "out",
               " shares memory with an input, expected the same elements in the same order, or none");
 }
@@ -263,7 +266,9 @@ Args check_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
   args.batch = x_t.size(0);
   set_table(op, args, table, sizeof(StepRow) / sizeof(float), t, t_index, x_t.device());
   set_noise(op, args, x_t, "x_t", noise, draw_noise, rng);
-  if (out.has_value()) check_out(op, *out, "x_t", x_t, {&x_t, noise.has_value() ? &*noise : nullptr});
+  if (out.has_value())
+    check_out(op, *out, "x_t", x_t,
+              {&x_t, pointer(noise), &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
   return args;
 }
 
@@ -285,9 +290,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
   args.clip_min = static_cast<float>(clip_min);
   args.clip_max = static_cast<float>(clip_max);
   const Tensor result = out.has_value() ? *out : at::empty_like(x_t);
-  bind(op, args,
-       {{&x_t, &args.x}, {&model_output, &args.model_output}, {noise.has_value() ? &*noise : nullptr, &args.noise}},
-       result);
+  bind(op, args, {{&x_t, &args.x}, {&model_output, &args.model_output}, {pointer(noise), &args.noise}}, result);
   DDPM_DISPATCH(reverse_step, args, x_t.device());
   return finish(result, out);
 }
@@ -295,13 +298,15 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
   constexpr const char* op = "forward_process";
-  const Tensor* given = noise.has_value() ? &*noise : nullptr;
+  const Tensor* given = pointer(noise);
   Args args;
   args.x.dtype = args.out.dtype = check_sample(op, "x_start", x_start);
   args.batch = x_start.size(0);
   set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x_start.device());
   set_noise(op, args, x_start, "x_start", noise, draw_noise, rng);
-  if (out.has_value()) check_out(op, *out, "x_start", x_start, {&x_start, given});
+  if (out.has_value())
+    check_out(op, *out, "x_start", x_start,
+              {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
   const Tensor result = out.has_value() ? *out : at::empty_like(x_start);
   bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result);
   DDPM_DISPATCH(affine, args, x_start.device());

@@ -6,13 +6,14 @@ and what `reference` checks in their place.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["integer", "like", "one_of", "per_sample", "samples", "shape", "split_t", "tensor"]
+__all__ = ["device", "integer", "like", "one_of", "per_sample", "samples", "shape", "split_t", "tensor"]
 
 
 # A tuple, and loops instead of any(): older versions of torch.compile trace these.
@@ -21,8 +22,9 @@ _INTS = (int, torch.SymInt)
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
     """An int in [start, stop)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
+    value = int(value)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value
@@ -58,11 +60,20 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
     """t as the operators take it: a tensor, or None and an int."""
     if isinstance(t, Tensor):
         return t, 0
+    if isinstance(t, numbers.Integral) and not isinstance(t, int):  # numpy's
+        t = int(t)
     if isinstance(t, bool) or not isinstance(t, _INTS):
         raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
     if not -(2**63) <= t < 2**63:
         raise ValueError(f"t is {t}, expected one of the timesteps")
     return None, t
+
+
+def device(value: object) -> torch.device:
+    try:
+        return torch.device(value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {value!r}, expected a torch device such as 'cpu' or 'cuda:0'") from None
 
 
 def samples(name: str, x: Tensor) -> None:

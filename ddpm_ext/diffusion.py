@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ddpm_ext import checks, ops, reference, sampling
 from ddpm_ext.noise import Philox, fresh_rng
 from ddpm_ext.schedules import make_betas
-from ddpm_ext.tables import PREDICTIONS, StepTable, ddpm_table, pack_affine, prediction_coefficients
+from ddpm_ext.tables import PREDICTIONS, DeviceTables, StepTable, ddpm_table, prediction_coefficients
 
 __all__ = ["GaussianDiffusion"]
 
@@ -38,7 +39,8 @@ class GaussianDiffusion:
 
     Everywhere, samples have shape (batch, ...); `t` is int64 of shape (batch,) on the samples' device, or an int for
     all samples (a tensor on a GPU is not read back: values out of range count as the nearest); `model(x_t, t)` gives a
-    tensor of x_t's shape (or an object that holds it as `.sample`).
+    tensor of x_t's shape (or an object that holds it as `.sample`) and must not write to its arguments, which are views
+    and buffers that later steps use again.
 
     Attributes:
         betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
@@ -60,13 +62,12 @@ class GaussianDiffusion:
         backend: str = "fused",
     ) -> None:
         self.betas = betas = make_betas(beta_schedule, timesteps)
-        self.timesteps = timesteps
+        self.timesteps = len(betas)
         self.prediction: str = checks.one_of("prediction", prediction, PREDICTIONS)
         if variance in ("learned", "learned_range"):
             raise ValueError(f"variance is {variance!r}, which is not supported yet, expected one of {VARIANCES}")
         self.variance: str = checks.one_of("variance", variance, VARIANCES)
         self.backend: str = checks.one_of("backend", backend, BACKENDS)
-        self._ops = BACKENDS[backend]
 
         self.alphas = 1 - betas
         self.alphas_cumprod = alphas_cumprod = self.alphas.cumprod(0)
@@ -85,14 +86,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
-        # p_sample's rows: row t is timestep t
-        descending = ddpm_table(
-            betas, alphas_cumprod, torch.arange(timesteps - 1, -1, -1), prediction=prediction, variance=variance
-        )
-        self._step_table = StepTable(
-            *(getattr(descending, c).flip(0) for c in ("timestep", "a", "b", "c0", "c1", "c2", "s"))
-        )
-        self._device_tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._tables = self._make_tables()
 
     def __repr__(self) -> str:
         return (
@@ -102,49 +96,61 @@ class GaussianDiffusion:
 
     # ------------------------------------------------------------------------------------------------- tables
 
-    def _columns(self, name: str) -> tuple[Tensor, Tensor]:
-        """k0, k1 of an affine operator, float64 (timesteps,)."""
+    @property
+    def _ops(self) -> ModuleType:
+        return BACKENDS[self.backend]
+
+    def _make_tables(self) -> DeviceTables:
         zeros, ones = torch.zeros_like(self.betas), torch.ones_like(self.betas)
-        if name == "q_sample":
-            return self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
-        if name == "posterior_mean":
-            return self.posterior_mean_coef1, self.posterior_mean_coef2
-        if name == "predict_start_from_noise":
-            return prediction_coefficients(self.alphas_cumprod, "eps")
+        descending = ddpm_table(
+            self.betas,
+            self.alphas_cumprod,
+            torch.arange(self.timesteps - 1, -1, -1),
+            prediction=self.prediction,
+            variance=self.variance,
+        )
         # what a model of this prediction is trained towards: k0 x_start + k1 noise
-        return {
+        target = {
             "eps": (zeros, ones),
             "x0": (ones, zeros),
             "v": (-self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod),
         }[self.prediction]
+        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
+        if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
+            first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
+            variance = torch.cat([first, self.betas[1:]])
+            log_variance = variance.log()
+        return DeviceTables(
+            # row t is timestep t
+            StepTable(*(getattr(descending, f.name).flip(0) for f in fields(descending))),
+            q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
+            predict_start_from_noise=torch.stack(prediction_coefficients(self.alphas_cumprod, "eps"), 1),
+            posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),
+            target=torch.stack(target, 1),
+            q_variance=1 - self.alphas_cumprod,
+            q_log_variance=self.log_one_minus_alphas_cumprod,
+            posterior_variance=self.posterior_variance,
+            posterior_log_variance_clipped=self.posterior_log_variance_clipped,
+            p_variance=variance,
+            p_log_variance=log_variance,
+        )
 
     def _table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """A table for the operators, on x's device; float64 for float64 samples. Made once."""
+        """A table for the operators, on x's device; float64 for the reference's float64 samples."""
         checks.tensor(x_name, x)
-        dtype = torch.float64 if x.dtype == torch.float64 and self.backend == "reference" else torch.float32
-        key = (name, x.device, dtype)
-        table = self._device_tables.get(key)
-        if table is None:
-            if name == "step":
-                table = self._step_table.packed(x.device, dtype)
-            else:
-                table = pack_affine(*self._columns(name), x.device, dtype)
-            self._device_tables[key] = table
-        return table
+        double = x.dtype == torch.float64 and self.backend == "reference"
+        return self._tables.get(name, x.device, torch.float64 if double else torch.float32)
 
-    def _extract(self, values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-        """values[t] of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
-        values = values.to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    def _extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
+        """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
+        values = self._tables.get(name, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
         picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
         """The model's output; an int t goes to it as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
-            key = ("timesteps", x.device, torch.int64)
-            if key not in self._device_tables:
-                self._device_tables[key] = torch.arange(self.timesteps, device=x.device)
-            t = self._device_tables[key][t].expand(len(x))
+            t = self._tables.get("timesteps", x.device, torch.int64)[t].expand(len(x))
         return sampling.unwrap(model(x, t))
 
     # ---------------------------------------------------------------------------------------- forward process
@@ -184,8 +190,8 @@ class GaussianDiffusion:
         mean = self._ops.forward_process(x_start, self._table("q_sample", "x_start", x_start), t, add_noise=False)
         return (
             mean,
-            self._extract(1 - self.alphas_cumprod, t, x_start),
-            self._extract(self.log_one_minus_alphas_cumprod, t, x_start),
+            self._extract("q_variance", t, x_start),
+            self._extract("q_log_variance", t, x_start),
         )
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,8 +203,8 @@ class GaussianDiffusion:
         mean = self._ops.posterior_mean(x_start, x_t, self._table("posterior_mean", "x_start", x_start), t)
         return (
             mean,
-            self._extract(self.posterior_variance, t, x_start),
-            self._extract(self.posterior_log_variance_clipped, t, x_start),
+            self._extract("posterior_variance", t, x_start),
+            self._extract("posterior_log_variance_clipped", t, x_start),
         )
 
     def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
@@ -222,17 +228,12 @@ class GaussianDiffusion:
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
             (batch, 1, ...).
         """
-        table = self._table("step", "x_t", x_t)
+        table = self._table("steps", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t)
         model_output = self._call(model, x_t, t)
         clip = (-1.0, 1.0) if clip_denoised else None
         mean = self._ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
-        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
-        if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
-            first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
-            variance = torch.cat([first, self.betas[1:]])
-            log_variance = variance.log()
-        return mean, self._extract(variance, t, x_t), self._extract(log_variance, t, x_t)
+        return mean, self._extract("p_variance", t, x_t), self._extract("p_log_variance", t, x_t)
 
     @torch.no_grad()
     def p_sample(
@@ -262,7 +263,7 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
         """
-        table = self._table("step", "x_t", x_t)
+        table = self._table("steps", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
         model_output = self._call(model, x_t, t)
         clip = (-1.0, 1.0) if clip_denoised else None
@@ -286,7 +287,7 @@ class GaussianDiffusion:
         """From pure noise to samples: algorithm 2, or DDIM's (Song et al. 2021).
 
         Args:
-            model: model(x_t, t) -> (batch, ...).
+            model: model(x_t, t) -> (batch, ...). It sees two buffers in turn: what it wants to keep, it must copy.
             shape: (batch, ...).
             sampler: "ddpm" or "ddim".
             steps: how many of the timesteps, evenly spaced with both ends; None: all.
@@ -348,8 +349,13 @@ class GaussianDiffusion:
         if noise is None and rng is None:
             rng = fresh_rng()
         x_t = self.q_sample(x_start, t, noise, rng=rng)
-        # the same noise, drawn again
-        target = self._ops.forward_process(x_start, self._table("target", "x_start", x_start), t, noise=noise, rng=rng)
+        if self.prediction == "x0":
+            target = x_start
+        elif self.prediction == "eps" and noise is not None:
+            target = noise
+        else:  # drawn noise is drawn again
+            table = self._table("target", "x_start", x_start)
+            target = self._ops.forward_process(x_start, table, t, noise=noise, rng=rng)
         model_output = self._call(model, x_t, t)
         checks.like("model_output", model_output, "x_start", x_start, lower=True)
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32

@@ -149,7 +149,7 @@ def randn(
     if rng is not None:
         check_rng(rng)
     seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
-    device = torch.device(device)
+    device = checks.device(device)
     # Checked here, since without a sample the dispatcher goes by these tensors' device.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")

@@ -336,7 +336,7 @@ def _mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _mse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     model_output, target = ctx.saved_tensors
-    grad_output = (model_output - target) * (grad * (2 / model_output.numel()))
+    grad_output = (model_output - target) * (grad * (2 / max(model_output.numel(), 1)))
     return grad_output, -grad_output
 
 

@@ -100,7 +100,7 @@ def randn(
     sizes = check_randn(shape, None if isinstance(draw, Tensor) else draw, stream, dtype)
     if rng is None:
         rng = fresh_rng()
-    batch, device = sizes[0], torch.device(device)
+    batch, device = sizes[0], checks.device(device)
     ids = _sample_ids(rng, batch, device)
     own_seed, seed_value, _, _, own_stream, own_draw = rng.arguments(0, 0)
     seed = (seed_value if own_seed is None else int(own_seed)) % 2**64

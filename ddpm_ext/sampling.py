@@ -57,24 +57,13 @@ def _record_every(record: str | int) -> int | None:
         if record not in ("all", "last"):
             raise ValueError(f"record is {record!r}, expected 'all', 'last' or an int k for every k-th step")
         return 1 if record == "all" else None
-    if isinstance(record, bool) or not isinstance(record, int):
-        raise TypeError(f"record is {record!r}, expected 'all', 'last' or an int")
-    if record < 1:
-        raise ValueError(f"record is {record}, expected at least 1")
-    return record
+    return checks.integer("record", record, 2**63, "2^63", start=1)
 
 
 def _model_device(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
     return torch.device("cpu") if first is None else first.device
-
-
-def _parse_device(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, expected a torch device such as 'cpu' or 'cuda:0'") from error
 
 
 def _steps(count: int, progress: bool) -> Iterable[int]:
@@ -118,7 +107,7 @@ def loop(
     check_rng(rng)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
-    device = _model_device(model) if device is None else _parse_device(device)
+    device = _model_device(model) if device is None else checks.device(device)
 
     x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
     spare = torch.empty_like(x)

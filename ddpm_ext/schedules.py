@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_ext import checks
+
 __all__ = ["SCHEDULES", "make_betas"]
 
 
@@ -55,10 +57,7 @@ def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
         TypeError: `beta_schedule` is neither a name nor a tensor, or `timesteps` is no int.
         ValueError: an unknown name, or betas of another length, not finite or out of range.
     """
-    if isinstance(timesteps, bool) or not isinstance(timesteps, int):
-        raise TypeError(f"timesteps is {timesteps!r}, expected an int")
-    if not 1 <= timesteps < 2**31:
-        raise ValueError(f"timesteps is {timesteps}, expected 1 <= timesteps < 2^31")
+    timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
     if isinstance(beta_schedule, str):
         if beta_schedule not in SCHEDULES:
             names = ", ".join(repr(name) for name in SCHEDULES)
@@ -82,4 +81,6 @@ def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
     if bad.any():
         i = int(bad.nonzero()[0])
         raise ValueError(f"betas[{i}] is {betas[i].item()}, expected 0 < beta < 1 (the last may be 1)")
+    if 1 - betas[0] == 1:
+        raise ValueError(f"betas[0] is {betas[0].item()}, expected at least 2^-52: 1 - alphas_cumprod would be 0")
     return betas

@@ -10,16 +10,18 @@ with x the sample at a timestep, m the model's output, z a standard normal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-__all__ = ["StepTable", "ddim_table", "ddpm_table", "pack_affine", "prediction_coefficients", "spaced_timesteps"]
+from ddpm_ext import checks
+
+__all__ = ["DeviceTables", "StepTable", "ddim_table", "ddpm_table", "prediction_coefficients", "spaced_timesteps"]
 
 PREDICTIONS = ("eps", "x0", "v")
-# Where alphas_cumprod is 0 and the model predicts eps, x0 is the sign of x - m once it is clipped: a power of two near
-# 1e30, so that both products are exact.
+# Where alphas_cumprod is 0 (or all but) and the model predicts eps, x0 is the sign of x - m once it is
+# clipped: a power of two near 1e30, so that both products are exact.
 HUGE = 2.0**100
 
 
@@ -39,27 +41,46 @@ class StepTable:
     c1: Tensor
     c2: Tensor
     s: Tensor
-    _packed: dict[tuple[torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.timestep)
 
     def packed(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The kernels' form, (rows, 8) on `device`: a, b, c0, c1, c2, s, the timestep's bits as an integer of the same
-        width as `dtype` (float32, or float64 for the reference), and a zero. Made once for each device and dtype."""
-        key = (device, dtype)
-        if key not in self._packed:
-            table = torch.zeros(len(self), 8, dtype=dtype)
-            for column, f in enumerate(fields(self)[1:7]):
-                table[:, column] = getattr(self, f.name)
-            table.view(torch.int32 if dtype == torch.float32 else torch.int64)[:, 6] = self.timestep
-            self._packed[key] = table.to(device)
-        return self._packed[key]
+        width as `dtype` (float32, or float64 for the reference), and a zero."""
+        table = torch.zeros(len(self), 8, dtype=dtype)
+        for column, f in enumerate(fields(self)[1:]):
+            table[:, column] = getattr(self, f.name)
+        table.view(torch.int32 if dtype == torch.float32 else torch.int64)[:, 6] = self.timestep
+        return table.to(device)
 
 
-def pack_affine(k0: Tensor, k1: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Two float64 columns (rows,) as the kernels' (rows, 2) on `device`."""
-    return torch.stack([k0, k1], dim=1).to(device=device, dtype=dtype)
+class DeviceTables:
+    """Tables by name, in float32 and float64, made once on the CPU and copied once to each other device."""
+
+    def __init__(self, steps: StepTable, **tables: Tensor) -> None:
+        cpu = torch.device("cpu")
+        self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        with torch.inference_mode(False):  # inference tensors could not be saved for a backward pass later on
+            for dtype in (torch.float32, torch.float64):
+                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
+                for name, table in tables.items():
+                    self._tables[name, cpu, dtype] = table.to(dtype, copy=True).contiguous()
+            self._tables["timesteps", cpu, torch.int64] = torch.arange(len(steps))
+
+    def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        table = self._tables.get((name, device, dtype))
+        if table is None:
+            with torch.inference_mode(False):
+                table = self._tables[name, torch.device("cpu"), dtype].to(device)
+            # What a function transform or a fake mode made is of no use after it.
+            if type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table):
+                self._tables[name, device, dtype] = table
+        return table
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies: they are made anew where they are unpickled."""
+        return {"_tables": {key: table for key, table in self._tables.items() if key[1].type == "cpu"}}
 
 
 def spaced_timesteps(timesteps: int, steps: int | None) -> Tensor:
@@ -70,10 +91,8 @@ def spaced_timesteps(timesteps: int, steps: int | None) -> Tensor:
     """
     if steps is None:
         steps = timesteps
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps is {steps!r}, expected an int or None")
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps is {steps}, expected 1 <= steps <= {timesteps}, the timesteps of the schedule")
+    stop_name = f"{timesteps + 1}, there being {timesteps} timesteps"
+    steps = checks.integer("steps", steps, timesteps + 1, stop_name, start=1)
     if steps == 1:
         return torch.tensor([timesteps - 1])
     return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().long()
@@ -85,9 +104,9 @@ def prediction_coefficients(alphas_cumprod: Tensor, prediction: str) -> tuple[Te
         return torch.zeros_like(alphas_cumprod), torch.ones_like(alphas_cumprod)
     if prediction == "v":
         return alphas_cumprod.sqrt(), -(1 - alphas_cumprod).sqrt()
-    none = alphas_cumprod == 0
-    a = torch.where(none, HUGE, alphas_cumprod.rsqrt())
-    return a, torch.where(none, -HUGE, -(1 / alphas_cumprod - 1).sqrt())
+    a = alphas_cumprod.rsqrt()
+    none = a > HUGE
+    return torch.where(none, HUGE, a), torch.where(none, -HUGE, -(1 / alphas_cumprod - 1).sqrt())
 
 
 def _eps_coefficients(alphas_cumprod: Tensor, prediction: str) -> tuple[Tensor, Tensor]:

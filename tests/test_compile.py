@@ -142,3 +142,15 @@ def test_inductor_with_the_default_generator():
         for ours, eager in zip(compiled(x, t), each, strict=True):
             assert torch.equal(ours, eager)
     assert not torch.equal(expected[0][0], expected[1][0])
+
+
+def test_many_ints_are_one_graph():
+    """t, seed, id and draw as ints: fullgraph=True refuses to compile again for each."""
+    gd = GaussianDiffusion(50)
+    x = torch.randn(3, 4)
+    step = torch.compile(lambda x, t: gd.p_sample(lambda x, t: x, x, t, noise=x), backend="aot_eager", fullgraph=True)
+    noisy = torch.compile(lambda x, rng: gd.q_sample(x, 3, rng=rng), backend="aot_eager", fullgraph=True)
+    for i in range(20):
+        assert torch.equal(step(x, i), gd.p_sample(lambda x, t: x, x, i, noise=x))
+        rng = Philox(i, sample_ids=2 * i, draw=3 * i)
+        assert torch.equal(noisy(x, rng), gd.q_sample(x, 3, rng=rng))

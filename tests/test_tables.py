@@ -1,5 +1,7 @@
 """tables: rows against Bayes' rule and the samplers' formulas, in float64."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from tutorial import Tutorial
 
 from ddpm_ext.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables import StepTable, ddim_table, ddpm_table, pack_affine, spaced_timesteps
+from ddpm_ext.tables import DeviceTables, StepTable, ddim_table, ddpm_table, spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
 COLUMNS = ("a", "b", "c0", "c1", "c2", "s")
@@ -202,12 +204,22 @@ def test_packed(timesteps, dtype):
     bits = packed.view(torch.int32 if dtype == torch.float32 else torch.int64)
     assert bits[:, 6].tolist() == timesteps
     assert (bits[:, 7] == 0).all()
-    assert table.packed(torch.device("cpu"), dtype) is packed
 
 
-def test_pack_affine():
-    k0, k1 = torch.randn(2, 5, dtype=torch.float64)
-    packed = pack_affine(k0, k1, torch.device("cpu"))
-    assert packed.dtype == torch.float32
-    assert packed.is_contiguous()
-    assert torch.equal(packed, torch.stack([k0.float(), k1.float()], 1))
+def test_device_tables():
+    timestep = torch.tensor([0, 1, 2])
+    columns = torch.randn(6, 3, dtype=torch.float64)
+    affine = torch.randn(3, 2, dtype=torch.float64)
+    steps = StepTable(timestep, *columns)
+    with torch.inference_mode():
+        tables = DeviceTables(steps, affine=affine)
+    cpu = torch.device("cpu")
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(tables.get("affine", cpu, dtype), affine.to(dtype))
+        assert tables.get("affine", cpu, dtype).is_contiguous()
+        assert not tables.get("affine", cpu, dtype).is_inference()
+        assert torch.equal(tables.get("steps", cpu, dtype), steps.packed(cpu, dtype))
+    assert torch.equal(tables.get("timesteps", cpu, torch.int64), timestep)
+    meta = torch.device("meta")
+    assert tables.get("affine", meta, torch.float32) is tables.get("affine", meta, torch.float32)
+    assert not any(key[1] == meta for key in pickle.loads(pickle.dumps(tables))._tables)

@@ -1,6 +1,9 @@
 // Chooses the instruction set once a process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
 #include <c10/util/Exception.h>
 #include <stdlib.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
 
 #include <string>
 #include <vector>
@@ -13,8 +16,9 @@ namespace {
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__) && defined(__GNUC__)
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // older compilers' builtin doesn't know it
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&avx512::kernels);
   if (has_avx2) found.push_back(&avx2::kernels);

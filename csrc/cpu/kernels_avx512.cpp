@@ -1,5 +1,5 @@
-// Standard and core headers come before the pragma: an inline function compiled under it and merged by the linker with
-// another file's copy would bring its instructions to machines that lack them.
+// Standard headers come before the pragma: an inline function compiled under it and merged by the linker with another
+// file's copy would bring its instructions to machines that lack them. Ours are always inlined.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -135,7 +135,11 @@ void run_sample(RunKernel kernel, const Args& args, Run run, int64_t b, int64_t 
 
 struct NoRow {};
 
-int64_t timestep(const Args& args, int64_t b) { return args.t != nullptr ? args.t[b * args.t_stride] : args.t_index; }
+// Checked already; clamped, since another thread may have written to t since.
+int64_t timestep(const Args& args, int64_t b) {
+  const int64_t t = args.t != nullptr ? args.t[b * args.t_stride] : args.t_index;
+  return std::clamp<int64_t>(t, 0, args.rows - 1);
+}
 
 // choose(row): the kernel for a sample. draw_of(row, b): the draw where the caller gave none.
 template <class Row, class Choose, class DrawOf>

@@ -64,13 +64,19 @@ struct Elementwise {
     const Z* noise = static_cast<const Z*>(args.noise.data) + b * args.noise.batch_stride;
     X* out = static_cast<X*>(args.out.data) + b * args.out.batch_stride;
 
+    // As on the CPU, a row without noise has none added: not even zero, which would turn -0 into 0.
+    auto element = [&](float xi, float mi, float zi) {
+      return kNoise == Noise::drawn && !draws ? Op::template element<Noise::none>(row, args, xi, mi, zi)
+                                              : Op::template element<kNoise>(row, args, xi, mi, zi);
+    };
+
     if (kAccess == Access::vector && j + kItems <= args.numel) {
       float xs[kItems] = {}, ms[kItems] = {};
       if constexpr (Op::kX) load_vector(x + j, xs);
       if constexpr (Op::kSecond) load_vector(m + j, ms);
       if constexpr (kNoise == Noise::given) load_vector(noise + j, z);
       DDPM_UNROLL
-      for (int i = 0; i < kItems; ++i) xs[i] = Op::template element<kNoise>(row, args, xs[i], ms[i], z[i]);
+      for (int i = 0; i < kItems; ++i) xs[i] = element(xs[i], ms[i], z[i]);
       store_vector(out + j, xs);
       return;
     }
@@ -84,7 +90,7 @@ struct Elementwise {
       const float xi = Op::kX ? to_float(x[o.x]) : 0.0f;
       const float mi = Op::kSecond ? to_float(m[o.model_output]) : 0.0f;
       const float zi = kNoise == Noise::given ? to_float(noise[o.noise]) : z[i];
-      out[o.out] = from_float<X>(Op::template element<kNoise>(row, args, xi, mi, zi));
+      out[o.out] = from_float<X>(element(xi, mi, zi));
     }
   }
 };
