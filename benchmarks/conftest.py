@@ -1,13 +1,15 @@
 """Shapes, and the table of ratios at the end of a run. `--table FILE` writes it as Markdown too.
 
-Order matters: glibc's allocator gives the memory of large tensors back to the system, and asks for it anew at each
-call, until the process has freed a larger one. Eager code, which makes a dozen tensors a step, is two to three times as
-slow before. So shapes come in rising order, each as in a process that has seen nothing larger, and at the end eager is
-measured again after a large tensor was freed, as after a model's call ("warm heap").
+glibc's allocator may give the memory of a large tensor back to the system when it is freed, and must then have each of
+its pages anew at the next call. Whether it does hangs on what the process did before. Eager code makes a dozen tensors a
+step, so that its time at 64x3x32x32 differs threefold from run to run. So shapes come in rising order, each as in a
+process that has seen nothing larger, and at the end eager is measured again with the allocator told to keep what it has
+("eager, memory kept"): the least that it can take.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -38,14 +40,17 @@ def seeded():
 
 
 @pytest.fixture
-def warm_heap():
-    for _ in range(3):
-        torch.ones(31 * 2**18)  # 31 MiB: the largest that the allocator learns from
+def memory_kept():
+    """For the rest of the process."""
+    trim_threshold, mmap_threshold, gib = -1, -3, 2**30
+    mallopt = ctypes.CDLL(None).mallopt
+    if not (mallopt(trim_threshold, gib) and mallopt(mmap_threshold, 2**25)):
+        pytest.skip("no glibc")
 
 
 def pytest_collection_modifyitems(items):
     def key(item):
-        return "warm_heap" in item.fixturenames, math.prod(item.callspec.params["shape"])
+        return "memory_kept" in item.fixturenames, math.prod(item.callspec.params["shape"])
 
     items.sort(key=key)
 
@@ -70,7 +75,7 @@ def machine() -> list[str]:
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
         "medians of one process, float32, warm cache; ratio: eager's median over this one's",
-        "warm heap: after a larger tensor was freed, see benchmarks/conftest.py",
+        "memory kept: by the allocator, see benchmarks/conftest.py",
     ]
 
 

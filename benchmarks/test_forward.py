@@ -33,9 +33,9 @@ def test_q_sample_eager(run):
     run("q_sample", "eager", lambda x, t: eager.q_sample(x, t))
 
 
-def test_q_sample_eager_warm_heap(run, warm_heap):
+def test_q_sample_eager_memory_kept(run, memory_kept):
     eager = EagerDiffusion()
-    run("q_sample", "eager, warm heap", lambda x, t: eager.q_sample(x, t))
+    run("q_sample", "eager, memory kept", lambda x, t: eager.q_sample(x, t))
 
 
 def test_q_sample_compiled(run):

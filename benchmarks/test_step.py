@@ -45,9 +45,9 @@ def test_eager(run):
 
 
 @torch.no_grad()
-def test_eager_warm_heap(run, warm_heap):
+def test_eager_memory_kept(run, memory_kept):
     eager = EagerDiffusion()
-    run("eager, warm heap", lambda x, m, t: eager.p_sample(m, x, t))
+    run("eager, memory kept", lambda x, m, t: eager.p_sample(m, x, t))
 
 
 @torch.no_grad()
