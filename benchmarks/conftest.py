@@ -1,15 +1,11 @@
 """Shapes, and the table of ratios at the end of a run. `--table FILE` writes it as Markdown too.
 
-glibc's allocator may give the memory of a large tensor back to the system when it is freed, and must then have each of
-its pages anew at the next call. Whether it does hangs on what the process did before. Eager code makes a dozen tensors a
-step, so that its time at 64x3x32x32 differs threefold from run to run. So shapes come in rising order, each as in a
-process that has seen nothing larger, and at the end eager is measured again with the allocator told to keep what it has
-("eager, memory kept"): the least that it can take.
+Shapes come in rising order, each as in a process that has seen nothing larger: what eager code takes at large shapes
+hangs on whether the allocator kept the memory of its last step, or has to ask the system for every page again.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import platform
@@ -39,20 +35,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def memory_kept():
-    """For the rest of the process."""
-    trim_threshold, mmap_threshold, gib = -1, -3, 2**30
-    mallopt = ctypes.CDLL(None).mallopt
-    if not (mallopt(trim_threshold, gib) and mallopt(mmap_threshold, 2**25)):
-        pytest.skip("no glibc")
-
-
 def pytest_collection_modifyitems(items):
-    def key(item):
-        return "memory_kept" in item.fixturenames, math.prod(item.callspec.params["shape"])
-
-    items.sort(key=key)
+    items.sort(key=lambda item: math.prod(item.callspec.params["shape"]))
 
 
 def pytest_configure(config):
@@ -75,7 +59,6 @@ def machine() -> list[str]:
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
         "medians of one process, float32, warm cache; ratio: eager's median over this one's",
-        "memory kept: by the allocator, see benchmarks/conftest.py",
     ]
 
 

@@ -33,11 +33,6 @@ def test_q_sample_eager(run):
     run("q_sample", "eager", lambda x, t: eager.q_sample(x, t))
 
 
-def test_q_sample_eager_memory_kept(run, memory_kept):
-    eager = EagerDiffusion()
-    run("q_sample", "eager, memory kept", lambda x, t: eager.q_sample(x, t))
-
-
 def test_q_sample_compiled(run):
     torch._dynamo.reset()
     compiled = torch.compile(EagerDiffusion().q_sample)

@@ -45,12 +45,6 @@ def test_eager(run):
 
 
 @torch.no_grad()
-def test_eager_memory_kept(run, memory_kept):
-    eager = EagerDiffusion()
-    run("eager, memory kept", lambda x, m, t: eager.p_sample(m, x, t))
-
-
-@torch.no_grad()
 def test_compiled(run):
     torch._dynamo.reset()
     compiled = torch.compile(EagerDiffusion().p_sample)
