@@ -253,10 +253,6 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   return result;
 }
 
-}  // namespace
-
-namespace {
-
 // All of reverse_step's arguments but the model's output.
 Args check_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                 const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {

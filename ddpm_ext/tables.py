@@ -20,8 +20,8 @@ from ddpm_ext import checks
 __all__ = ["DeviceTables", "StepTable", "ddim_table", "ddpm_table", "prediction_coefficients", "spaced_timesteps"]
 
 PREDICTIONS = ("eps", "x0", "v")
-# Where alphas_cumprod is 0 (or all but) and the model predicts eps, x0 is the sign of x - m once it is
-# clipped: a power of two near 1e30, so that both products are exact.
+# Where alphas_cumprod is 0 (or all but) and the model predicts eps, x0 is the sign of x - m once it is clipped:
+# a power of two near 1e30, so that both products are exact.
 HUGE = 2.0**100
 
 
@@ -99,7 +99,7 @@ def spaced_timesteps(timesteps: int, steps: int | None) -> Tensor:
 
 
 def prediction_coefficients(alphas_cumprod: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """a, b of x0 = a x + b m. eps: Ho et al. 2020, eq. 15 below it; v: Salimans & Ho 2022, section 4."""
+    """a, b of x0 = a x + b m. eps: eq. (15) of Ho et al. 2020; v: section 4 of Salimans & Ho 2022."""
     if prediction == "x0":
         return torch.zeros_like(alphas_cumprod), torch.ones_like(alphas_cumprod)
     if prediction == "v":
