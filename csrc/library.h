@@ -26,7 +26,7 @@ void forward_process_out(const Tensor& x_start, const Tensor& table, const Optio
                          const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
 Tensor draw_seed();
-// torch's own, as one operator: a compiler that fuses the mean sums in another order than eager torch.
+// torch's own, behind one operator: torch.compile would fuse it and sum in another order than eager torch does.
 Tensor mse_loss(const Tensor& model_output, const Tensor& target);
 
 }  // namespace ddpm_ext::library

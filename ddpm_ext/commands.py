@@ -55,7 +55,7 @@ def trajectory(options: argparse.Namespace) -> None:
     every = options.every or max(1, steps // (_STRIP_PICTURES if ending == ".png" else _GIF_PICTURES))
     if model.unet.config.out_channels != model.unet.config.in_channels:
         raise ValueError("model: a learned variance is not supported here yet")
-    recorder = Recorder(model.unet, diffusion, model.settings.prediction, every, steps, options.num)
+    recorder = Recorder(model.unet, diffusion, every, steps, options.num)
     draw(model, diffusion, options, 0, options.num, recorder)
     if ending == ".gif":
         plots.save_gif(_frames(recorder), options.out)

@@ -37,7 +37,7 @@ def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progre
     model = load_model("digits")
     diffusion = model.settings.diffusion()
     calls = steps or model.settings.timesteps
-    recorder = Recorder(model.unet, diffusion, model.settings.prediction, max(1, calls * _EVERY // 1000), calls, _ROWS)
+    recorder = Recorder(model.unet, diffusion, max(1, calls * _EVERY // 1000), calls, _ROWS)
     with torch.no_grad():
         digits = diffusion.p_sample_loop(
             recorder, (_DIGITS, *model.shape), steps=steps, rng=Philox(seed), record="last", progress=progress

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
+
+from ddpm_ext.sampling import unwrap
+from ddpm_ext.tables import prediction_coefficients
 
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion
@@ -30,7 +32,6 @@ class Recorder:
 
     model: Callable[[Tensor, Tensor], Any]
     diffusion: GaussianDiffusion
-    prediction: str
     every: int
     steps: int
     samples: int
@@ -44,11 +45,10 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        output = self.model(x, t)
-        output = output if isinstance(output, Tensor) else output.sample
+        output = unwrap(self.model(x, t))
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             kept, moments, outputs = x[: self.samples], t[: self.samples], output[: self.samples]
-            start = predicted_start(self.diffusion, self.prediction, kept, moments, outputs).clamp(-1, 1)
+            start = predicted_start(self.diffusion, kept, moments, outputs).clamp(-1, 1)
             self.t.append(int(t[0]))
             self.x_t.append(kept.detach().float().cpu().numpy().copy())
             self.x_0.append(start.detach().float().cpu().numpy().copy())
@@ -60,11 +60,8 @@ class Recorder:
         return [f"t = {moment}" for moment in self.t]
 
 
-def predicted_start(diffusion: GaussianDiffusion, prediction: str, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-    """x_0 as the model sees it, not clipped; its `output` is "eps", "x0" or "v" (Salimans and Ho 2022)."""
-    if prediction == "eps":
-        return diffusion.predict_start_from_noise(x_t, t, output)
-    if prediction == "x0":
-        return output
-    kept = torch.as_tensor(diffusion.alphas_cumprod).to(x_t.device)[t].view(-1, *(1,) * (x_t.dim() - 1))
-    return (kept.sqrt() * x_t - (1 - kept).sqrt() * output).to(x_t.dtype)
+def predicted_start(diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+    """x_0 as the model sees it, not clipped; its `output` is what `diffusion.prediction` says."""
+    coefficients = prediction_coefficients(diffusion.alphas_cumprod[t.cpu()], diffusion.prediction)
+    a, b = (c.to(x_t.device).reshape(-1, *(1,) * (x_t.dim() - 1)) for c in coefficients)
+    return (a * x_t + b * output).to(x_t.dtype)

@@ -119,7 +119,7 @@ def test_trajectory_is_that_of_the_samples(tmp_path):
     unet = models.build_unet(TINY | {"sample_size": 8}).eval()
     for prediction in ("eps", "x0", "v"):
         diffusion = DiffusionSettings(timesteps=20, prediction=prediction).diffusion()
-        recorder = Recorder(unet, diffusion, prediction, 6, 20, 2)
+        recorder = Recorder(unet, diffusion, 6, 20, 2)
         with torch.no_grad():
             drawn = [
                 diffusion.p_sample_loop(model, (3, 3, 8, 8), rng=Philox(1), record="last", progress=False)

@@ -84,6 +84,12 @@ void randn(const Run& run) {
       {nullptr, kernel<noise, Float16, Float16>, nullptr},                                          \
       {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>},                                        \
   }
+#define DDPM_BY_ONE_DTYPE(kernel, noise)                     \
+  {                                                          \
+      {kernel<noise, float, float>, nullptr, nullptr},       \
+      {nullptr, kernel<noise, Float16, Float16>, nullptr},   \
+      {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>}, \
+  }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)
 
@@ -91,8 +97,8 @@ const Kernels kernels = {
     DDPM_STRING(DDPM_ISA),
     {DDPM_BY_DTYPE(reverse_step, Noise::none), DDPM_BY_DTYPE(reverse_step, Noise::given),
      DDPM_BY_DTYPE(reverse_step, Noise::drawn)},
-    {DDPM_BY_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
-     DDPM_BY_DTYPE(affine_run, Noise::drawn)},
+    {DDPM_BY_ONE_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
+     DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
 };
 
