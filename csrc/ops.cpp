@@ -283,8 +283,9 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
   args.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
   if (out.has_value()) check_overlap(op, *out, model_output);
   CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
-  args.clip_min = static_cast<float>(clip_min);
-  args.clip_max = static_cast<float>(clip_max);
+  // Zeros with signs that keep x's own, also where -0 counts as less than 0.
+  args.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
+  args.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
   const Tensor result = out.has_value() ? *out : at::empty_like(x_t);
   bind(op, args, {{&x_t, &args.x}, {&model_output, &args.model_output}, {pointer(noise), &args.noise}}, result);
   DDPM_DISPATCH(reverse_step, args, x_t.device());

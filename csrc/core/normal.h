@@ -12,44 +12,50 @@ DDPM_HD auto radius(U w) {
   using F = decltype(unsigned_to_float(w));
   const F u = fma(unsigned_to_float(w), F(0x1p-32f), F(0x1p-33f));
   // u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
-  const U bits = float_to_bits(u), offset = bits - U(0x3f3504f3u);
-  const F e = signed_to_float(shift_right_signed(offset, 23));
-  const F f = bits_to_float(bits - (offset & U(0xff800000u))) - F(1.0f);
-  // -2 ln(1 + f) = f q(f): q minimax for the error of the square root, 4.5e-8
-  F q = F(0x1.a3adf8p-3f);
-  q = fma(q, f, F(-0x1.51084cp-2f));
-  q = fma(q, f, F(0x1.6227c2p-2f));
-  q = fma(q, f, F(-0x1.96d04ep-2f));
-  q = fma(q, f, F(0x1.ff3d10p-2f));
-  q = fma(q, f, F(-0x1.555e70p-1f));
-  q = fma(q, f, F(0x1.0000c2p+0f));
-  q = fma(q, f, F(-0x1.fffff6p+0f));
-  return sqrt(fma(q, f, e * F(-0x1.62e430p+0f)));
+  const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // 2^23 e
+  const F f = bits_to_float(bits - exponent) + F(-1.0f);
+  // -2 ln(1 + f) = f q(f): q minimax for the error of the square root, 3.1e-7
+  F q = F(-0x1.eba97ap-3f);
+  q = fma(q, f, F(0x1.82798ep-2f));
+  q = fma(q, f, F(-0x1.a48406p-2f));
+  q = fma(q, f, F(0x1.fd9c34p-2f));
+  q = fma(q, f, F(-0x1.55182cp-1f));
+  q = fma(q, f, F(0x1.000292p+0f));
+  q = fma(q, f, F(-0x1.00001cp+1f));
+  // 2^-100 is lost in any sum but where u is 1: so the root is of a number above 0, always
+  return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 
-// cos and sin of 2 pi w / 2^32. The angle's part beyond the nearest quarter turn is w's low 30 bits, read as signed.
+// cos and sin of 2 pi w / 2^32, with one sign too many where half_turns(w) has bit 31 set. The angle's part beyond the
+// nearest half turn is w's low 31 bits, read as signed.
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
-  const F x = signed_to_float(w << 2) * F(0x1p-31f);  // in [-1, 1]: eighths of a turn
+  const F x = signed_to_float(w << 1) * F(0x1p-31f);  // in [-1, 1]: quarters of a turn
   const F x2 = x * x;
-  F s = F(-0x1.2a7638p-15f);
-  s = fma(s, x2, F(0x1.46496cp-9f));
-  s = fma(s, x2, F(-0x1.4abb68p-4f));
-  s = fma(s, x2, F(0x1.921fb4p-1f)) * x;
-  F c = F(-0x1.4eb112p-12f);
-  c = fma(c, x2, F(0x1.03b18ep-6f));
-  c = fma(c, x2, F(-0x1.3bd3a2p-2f));
-  c = fma(c, x2, F(1.0f));
-  const U quarter = w + U(0x20000000u);  // its bits 31 and 30 number the nearest quarter
-  cosine = flip_sign(select_bit30(quarter, s, c), w + U(0x60000000u));
-  sine = flip_sign(select_bit30(quarter, c, s), quarter);
+  F s = F(0x1.3912a8p-13f);
+  s = fma(s, x2, F(-0x1.31fbf4p-8f));
+  s = fma(s, x2, F(0x1.466504p-4f));
+  s = fma(s, x2, F(-0x1.4abba2p-1f));
+  s = fma(s, x2, F(0x1.921fb4p+0f)) * x;
+  F c = F(0x1.c2939cp-11f);
+  c = fma(c, x2, F(-0x1.55020cp-6f));
+  c = fma(c, x2, F(0x1.03bd9ap-2f));
+  c = fma(c, x2, F(-0x1.3bd3b0p+0f));
+  cosine = fma(c, x2, F(1.0f));
+  sine = s;
+}
+
+// Bit 31: whether the nearest half turn is an odd one.
+template <class U>
+DDPM_HD U half_turns(U w) {
+  return w + U(0x40000000u);
 }
 
 template <class U, class F>
 DDPM_HD void box_muller(U w0, U w1, F& z0, F& z1) {
-  const F r = radius(w0);
   F c, s;
   cos_sin(w1, c, s);
+  const F r = flip_sign(radius(w0), half_turns(w1));
   z0 = r * c;
   z1 = r * s;
 }

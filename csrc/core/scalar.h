@@ -34,12 +34,8 @@ DDPM_HD uint32_t float_to_bits(float f) {
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
-DDPM_HD uint32_t shift_right_signed(uint32_t u, int n) { return static_cast<uint32_t>(static_cast<int32_t>(u) >> n); }
-
 // f with its sign flipped where u has bit 31 set.
 DDPM_HD float flip_sign(float f, uint32_t u) { return bits_to_float(float_to_bits(f) ^ (u & 0x80000000u)); }
-// Where u has bit 30 set: if_set, elsewhere if_clear.
-DDPM_HD float select_bit30(uint32_t u, float if_set, float if_clear) { return (u & 0x40000000u) ? if_set : if_clear; }
 
 // As torch.clamp: NaN passes.
 DDPM_HD float clamp(float x, float lo, float hi) {

@@ -23,7 +23,6 @@ struct U32 {
 };
 
 DDPM_HD F32 operator+(F32 a, F32 b) { return _mm256_add_ps(a.v, b.v); }
-DDPM_HD F32 operator-(F32 a, F32 b) { return _mm256_sub_ps(a.v, b.v); }
 DDPM_HD F32 operator*(F32 a, F32 b) { return _mm256_mul_ps(a.v, b.v); }
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm256_sqrt_ps(x.v); }
@@ -33,7 +32,6 @@ DDPM_HD U32 operator+(U32 a, U32 b) { return _mm256_add_epi32(a.v, b.v); }
 DDPM_HD U32 operator-(U32 a, U32 b) { return _mm256_sub_epi32(a.v, b.v); }
 DDPM_HD U32 operator&(U32 a, U32 b) { return _mm256_and_si256(a.v, b.v); }
 DDPM_HD U32 operator<<(U32 a, int n) { return _mm256_slli_epi32(a.v, n); }
-DDPM_HD U32 shift_right_signed(U32 a, int n) { return _mm256_srai_epi32(a.v, n); }
 
 DDPM_HD F32 bits_to_float(U32 u) { return _mm256_castsi256_ps(u.v); }
 DDPM_HD U32 float_to_bits(F32 f) { return _mm256_castps_si256(f.v); }
@@ -46,9 +44,6 @@ DDPM_HD F32 unsigned_to_float(U32 u) {  // two exact halves, so that the fma rou
 DDPM_HD F32 flip_sign(F32 f, U32 u) {
   const __m256i sign = _mm256_set1_epi32(static_cast<int>(0x80000000u));
   return bits_to_float(_mm256_xor_si256(float_to_bits(f).v, _mm256_and_si256(u.v, sign)));
-}
-DDPM_HD F32 select_bit30(U32 u, F32 if_set, F32 if_clear) {  // blendv looks at bit 31
-  return _mm256_blendv_ps(if_clear.v, if_set.v, bits_to_float(u << 1).v);
 }
 
 struct Words {

@@ -22,7 +22,6 @@ struct U32 {
 };
 
 DDPM_HD F32 operator+(F32 a, F32 b) { return _mm512_add_ps(a.v, b.v); }
-DDPM_HD F32 operator-(F32 a, F32 b) { return _mm512_sub_ps(a.v, b.v); }
 DDPM_HD F32 operator*(F32 a, F32 b) { return _mm512_mul_ps(a.v, b.v); }
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 DDPM_HD F32 sqrt(F32 x) { return _mm512_sqrt_ps(x.v); }
@@ -32,7 +31,6 @@ DDPM_HD U32 operator+(U32 a, U32 b) { return _mm512_add_epi32(a.v, b.v); }
 DDPM_HD U32 operator-(U32 a, U32 b) { return _mm512_sub_epi32(a.v, b.v); }
 DDPM_HD U32 operator&(U32 a, U32 b) { return _mm512_and_si512(a.v, b.v); }
 DDPM_HD U32 operator<<(U32 a, int n) { return _mm512_slli_epi32(a.v, n); }
-DDPM_HD U32 shift_right_signed(U32 a, int n) { return _mm512_srai_epi32(a.v, n); }
 
 DDPM_HD F32 bits_to_float(U32 u) { return _mm512_castsi512_ps(u.v); }
 DDPM_HD U32 float_to_bits(F32 f) { return _mm512_castps_si512(f.v); }
@@ -41,9 +39,6 @@ DDPM_HD F32 signed_to_float(U32 u) { return _mm512_cvtepi32_ps(u.v); }
 DDPM_HD F32 flip_sign(F32 f, U32 u) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));
   return bits_to_float(_mm512_ternarylogic_epi32(float_to_bits(f).v, u.v, sign, 0x78));  // f ^ (u & sign)
-}
-DDPM_HD F32 select_bit30(U32 u, F32 if_set, F32 if_clear) {
-  return _mm512_mask_blend_ps(_mm512_test_epi32_mask(u.v, _mm512_set1_epi32(0x40000000)), if_clear.v, if_set.v);
 }
 
 // 16 words of Philox's state: even and odd lanes apart, each in the low half of a 64-bit lane, whose upper half is

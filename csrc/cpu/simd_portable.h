@@ -30,7 +30,6 @@ DDPM_HD Out map(Function f) {
 
 // clang-format off
 DDPM_HD F32 operator+(F32 a, F32 b) { return map<F32>([&](int i) { return a.v[i] + b.v[i]; }); }
-DDPM_HD F32 operator-(F32 a, F32 b) { return map<F32>([&](int i) { return a.v[i] - b.v[i]; }); }
 DDPM_HD F32 operator*(F32 a, F32 b) { return map<F32>([&](int i) { return a.v[i] * b.v[i]; }); }
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return map<F32>([&](int i) { return ddpm_ext::fma(a.v[i], b.v[i], c.v[i]); }); }
 DDPM_HD F32 sqrt(F32 x) { return map<F32>([&](int i) { return ddpm_ext::sqrt(x.v[i]); }); }
@@ -41,16 +40,12 @@ DDPM_HD U32 operator-(U32 a, U32 b) { return map<U32>([&](int i) { return a.v[i]
 DDPM_HD U32 operator&(U32 a, U32 b) { return map<U32>([&](int i) { return a.v[i] & b.v[i]; }); }
 DDPM_HD U32 operator^(U32 a, uint32_t b) { return map<U32>([&](int i) { return a.v[i] ^ b; }); }
 DDPM_HD U32 operator<<(U32 a, int n) { return map<U32>([&](int i) { return a.v[i] << n; }); }
-DDPM_HD U32 shift_right_signed(U32 a, int n) { return map<U32>([&](int i) { return ddpm_ext::shift_right_signed(a.v[i], n); }); }
 
 DDPM_HD F32 bits_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::bits_to_float(u.v[i]); }); }
 DDPM_HD U32 float_to_bits(F32 f) { return map<U32>([&](int i) { return ddpm_ext::float_to_bits(f.v[i]); }); }
 DDPM_HD F32 unsigned_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::unsigned_to_float(u.v[i]); }); }
 DDPM_HD F32 signed_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::signed_to_float(u.v[i]); }); }
 DDPM_HD F32 flip_sign(F32 f, U32 u) { return map<F32>([&](int i) { return ddpm_ext::flip_sign(f.v[i], u.v[i]); }); }
-DDPM_HD F32 select_bit30(U32 u, F32 if_set, F32 if_clear) {
-  return map<F32>([&](int i) { return ddpm_ext::select_bit30(u.v[i], if_set.v[i], if_clear.v[i]); });
-}
 
 using Words = U32;
 struct Products {

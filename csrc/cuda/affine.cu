@@ -12,9 +12,10 @@ struct Affine {
   static __device__ __forceinline__ bool draws(const Row&) { return true; }
   static __device__ __forceinline__ uint32_t draw(const Row&, int64_t t) { return static_cast<uint32_t>(t); }
 
-  template <Noise kNoise>
-  static __device__ __forceinline__ float element(const Row& row, const Args&, float x, float, float z) {
-    return kNoise == Noise::none ? row.k0 * x : affine(row, x, z);
+  template <Noise kNoise, class F>
+  static __device__ __forceinline__ F element(const Row& row, const Args&, F x, F, F z) {
+    if constexpr (kNoise == Noise::none) return F(row.k0) * x;
+    return affine(row, x, z);
   }
 };
 
@@ -25,8 +26,8 @@ struct Randn {
   static __device__ __forceinline__ bool draws(const Row&) { return true; }
   static __device__ __forceinline__ uint32_t draw(const Row&, int64_t) { return 0; }
 
-  template <Noise>
-  static __device__ __forceinline__ float element(const Row&, const Args&, float, float, float z) {
+  template <Noise, class F>
+  static __device__ __forceinline__ F element(const Row&, const Args&, F, F, F z) {
     return z;
   }
 };

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/normal.h"
 #include "core/philox.h"
@@ -16,98 +17,171 @@ namespace ddpm_ext::cuda {
 
 constexpr int kThreads = 256;
 
-// How a kernel reaches memory: 128 bits at a time, or element by element, with 32 or 64 bits for the element's number.
-enum class Access { vector, strided32, strided64 };
+// How a kernel reaches memory: 128 bits at a time, with 32 bits for everything inside a sample; or element by element,
+// with 64.
+enum class Access { vector, strided };
 
-// Op: kX and kSecond say whether it reads x and a second tensor besides the noise, Row is its table's row,
-// element<kNoise>(row, args, x, second, z) its arithmetic, draws(row) whether a row needs drawn noise at all, and
-// draw(row, t) which draw it takes where the caller gave none.
+// What a thread does for one sample. Op: kX and kSecond say whether it reads x and a second tensor besides the noise,
+// Row is its table's row, element<kNoise>(row, args, x, second, z) its arithmetic, draws(row) whether a row needs drawn
+// noise at all, and draw(row, t) is the draw where the caller gave none.
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
-struct Elementwise {
-  using Row = typename Op::Row;
+class Elementwise {
+ public:
+  using Index = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
   static constexpr bool kNarrow =
       sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
-  static constexpr int kItems = kNarrow ? 8 : 4;  // so that each load of the narrowest type is 128 bits
+  // Each load of the narrowest type is 128 bits; and two blocks of Philox make up for what every turn of the loop
+  // costs.
+  static constexpr int kItems = kAccess == Access::vector && (kNarrow || kNoise == Noise::drawn) ? 8 : 4;
 
-  static __device__ __forceinline__ void draw(const PhiloxKeys& keys, const SampleCounter& counter, uint32_t block,
-                                              float (&z)[kItems]) {
-    const PhiloxSample sample = philox_sample(keys, counter);
-    DDPM_UNROLL
-    for (int q = 0; q < kItems / 4; ++q) {
-      uint32_t w[4];
-      philox_block(keys, sample, block + q, w);
-      box_muller(w[0], w[1], z[4 * q], z[4 * q + 1]);
-      box_muller(w[2], w[3], z[4 * q + 2], z[4 * q + 3]);
+  // All that the sample's elements share.
+  __device__ __forceinline__ Elementwise(const Args& args, const Dividers& dividers, const PhiloxKeys& keys, Index b)
+      : args_(args),
+        dividers_(dividers),
+        keys_(keys),
+        x_(static_cast<const X*>(args.x.data) + start(args.x.batch_stride, b)),
+        m_(static_cast<const M*>(args.model_output.data) + start(args.model_output.batch_stride, b)),
+        noise_(static_cast<const Z*>(args.noise.data) + start(args.noise.batch_stride, b)),
+        out_(static_cast<X*>(args.out.data) + start(args.out.batch_stride, b)) {
+    int64_t t = args.t_index;
+    if (args.t != nullptr) t = args.t[start(args.t_stride, b)];
+    t = t < 0 ? 0 : t >= args.rows ? args.rows - 1 : t;  // a t on the GPU was not read back to be checked
+    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(args.table)[t];
+    if constexpr (kNoise == Noise::drawn) {
+      uint64_t id = static_cast<uint64_t>(args.first_id) + b;
+      if (args.sample_ids != nullptr) id = args.sample_ids[start(args.ids_stride, b)];
+      const uint32_t draw = args.draw >= 0 ? static_cast<uint32_t>(args.draw) : Op::draw(row_, t);
+      counter_ = philox_sample(keys, sample_counter(id, args.stream, draw));
     }
   }
 
-  // Elements j to j + kItems of sample b.
-  static __device__ __forceinline__ void run(const Args& args, const PhiloxKeys& keys, int64_t b, int64_t j) {
-    int64_t t = args.t != nullptr ? args.t[b * args.t_stride] : args.t_index;
-    t = t < 0 ? 0 : t >= args.rows ? args.rows - 1 : t;  // a t on the GPU was not read back to be checked
-    Row row{};
-    if constexpr (!Op::kRowless) row = static_cast<const Row*>(args.table)[t];
+  // Elements first to first + kItems, and on in steps.
+  __device__ __forceinline__ void run(Index first, Index step) const {
+    // As on the CPU, a row without noise has none added: not even zero, which would turn -0 into 0.
+    if (kNoise == Noise::drawn && !Op::draws(row_)) {
+      loop<Noise::none>(first, step);
+    } else {
+      loop<kNoise>(first, step);
+    }
+  }
 
-    float z[kItems] = {};
-    bool draws = false;
-    if constexpr (kNoise == Noise::drawn) {
-      draws = Op::draws(row);
-      if (draws) {
-        const uint64_t id = args.sample_ids != nullptr ? args.sample_ids[b * args.ids_stride] : args.first_id + b;
-        const uint32_t number = args.draw >= 0 ? static_cast<uint32_t>(args.draw) : Op::draw(row, t);
-        draw(keys, sample_counter(id, args.stream, number), static_cast<uint32_t>(j >> 2), z);
+ private:
+  using Row = typename Op::Row;
+
+  // Where sample b begins.
+  static __device__ __forceinline__ int64_t start(int64_t batch_stride, Index b) {
+    if constexpr (kAccess == Access::vector) return static_cast<uint64_t>(b) * static_cast<uint32_t>(batch_stride);
+    return b * batch_stride;
+  }
+
+  // kHere: kNoise, or none for a row that needs none.
+  template <Noise kHere>
+  __device__ __forceinline__ void loop(Index j, Index step) const {
+    const Index numel = static_cast<Index>(args_.numel);
+    if constexpr (kAccess == Access::vector) {
+      const Index whole = numel / kItems * kItems;
+      const X* const x = in_register(x_);
+      const M* const m = in_register(m_);
+      const Z* const noise = in_register(noise_);
+      X* const out = in_register(out_);
+      if (j < whole) {
+        do items<kHere>(x, m, noise, out, j);
+        while ((j += step) < whole);
+      }
+      for (; j < numel; ++j) {  // the ragged end: one thread comes here
+        F2 z[2] = {};
+        if constexpr (kHere == Noise::drawn) draw(j, z);
+        const F2 half = j & 2 ? z[1] : z[0];
+        element<kHere>({j, j, j, j}, j & 1 ? half.v.y : half.v.x);
+      }
+    } else {
+      for (; j < numel; j += step) {
+        F2 z[2] = {};
+        if constexpr (kHere == Noise::drawn) draw(j, z);
+        int64_t left;
+        const Offsets first = offsets(args_, dividers_, j, left);
+        DDPM_UNROLL
+        for (int i = 0; i < kItems; ++i) {
+          if (j + i >= numel) break;
+          Offsets o = first;
+          if (int64_t unused; i < left)
+            o.add(args_, args_.dims - 1, i);
+          else
+            o = offsets(args_, dividers_, j + i, unused);
+          element<kHere>(o, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
+        }
       }
     }
-
-    const X* x = static_cast<const X*>(args.x.data) + b * args.x.batch_stride;
-    const M* m = static_cast<const M*>(args.model_output.data) + b * args.model_output.batch_stride;
-    const Z* noise = static_cast<const Z*>(args.noise.data) + b * args.noise.batch_stride;
-    X* out = static_cast<X*>(args.out.data) + b * args.out.batch_stride;
-
-    // As on the CPU, a row without noise has none added: not even zero, which would turn -0 into 0.
-    auto element = [&](float xi, float mi, float zi) {
-      return kNoise == Noise::drawn && !draws ? Op::template element<Noise::none>(row, args, xi, mi, zi)
-                                              : Op::template element<kNoise>(row, args, xi, mi, zi);
-    };
-
-    if (kAccess == Access::vector && j + kItems <= args.numel) {
-      float xs[kItems] = {}, ms[kItems] = {};
-      if constexpr (Op::kX) load_vector(x + j, xs);
-      if constexpr (Op::kSecond) load_vector(m + j, ms);
-      if constexpr (kNoise == Noise::given) load_vector(noise + j, z);
-      DDPM_UNROLL
-      for (int i = 0; i < kItems; ++i) xs[i] = element(xs[i], ms[i], z[i]);
-      store_vector(out + j, xs);
-      return;
-    }
-    DDPM_UNROLL
-    for (int i = 0; i < kItems; ++i) {
-      if (j + i >= args.numel) break;
-      Offsets o;
-      if constexpr (kAccess == Access::strided32) o = offsets<uint32_t>(args, static_cast<uint32_t>(j + i));
-      if constexpr (kAccess == Access::strided64) o = offsets<uint64_t>(args, static_cast<uint64_t>(j + i));
-      if constexpr (kAccess == Access::vector) o = {j + i, j + i, j + i, j + i};
-      const float xi = Op::kX ? to_float(x[o.x]) : 0.0f;
-      const float mi = Op::kSecond ? to_float(m[o.model_output]) : 0.0f;
-      const float zi = kNoise == Noise::given ? to_float(noise[o.noise]) : z[i];
-      out[o.out] = from_float<X>(element(xi, mi, zi));
-    }
   }
+
+  // Elements j to j + kItems. Loads come before the noise, which is drawn while they are under way.
+  template <Noise kHere>
+  __device__ __forceinline__ void items(const X* x, const M* m, const Z* noise, X* out, Index j) const {
+    Vector<X, kItems> xs, outs;
+    Vector<M, kItems> ms;
+    Vector<Z, kItems> zs;
+    if constexpr (Op::kX) xs.load(x + j);
+    if constexpr (Op::kSecond) ms.load(m + j);
+    if constexpr (kHere == Noise::given) zs.load(noise + j);
+    DDPM_UNROLL
+    for (int q = 0; q < kItems; q += 4) {
+      F2 z[2] = {};
+      if constexpr (kHere == Noise::drawn) draw(j + q, z);
+      DDPM_UNROLL
+      for (int p = 0; p < 2; ++p) {
+        const int i = q / 2 + p;
+        F2 xi = {}, mi = {};
+        if constexpr (Op::kX) xi = widen(xs.pairs[i]);
+        if constexpr (Op::kSecond) mi = widen(ms.pairs[i]);
+        if constexpr (kHere == Noise::given) z[p] = widen(zs.pairs[i]);
+        narrow(Op::template element<kHere>(row_, args_, xi, mi, z[p]), outs.pairs[i]);
+      }
+    }
+    outs.store(out + j);
+  }
+
+  template <Noise kHere>
+  __device__ __forceinline__ void element(const Offsets& o, float z) const {
+    const float x = Op::kX ? to_float(x_[o.x]) : 0.0f;
+    const float m = Op::kSecond ? to_float(m_[o.model_output]) : 0.0f;
+    if constexpr (kHere == Noise::given) z = to_float(noise_[o.noise]);
+    out_[o.out] = from_float<X>(Op::template element<kHere>(row_, args_, x, m, z));
+  }
+
+  // The normals of the four elements that j is among.
+  __device__ __forceinline__ void draw(Index j, F2 (&z)[2]) const {
+    uint32_t w[4];
+    F2 even, odd;
+    philox_block(keys_, counter_, static_cast<uint32_t>(j >> 2), w);
+    box_muller(U2(w[0], w[2]), U2(w[1], w[3]), even, odd);
+    z[0] = F2(even.v.x, odd.v.x);
+    z[1] = F2(even.v.y, odd.v.y);
+  }
+
+  const Args& args_;
+  const Dividers& dividers_;
+  const PhiloxKeys& keys_;
+  const X* const x_;
+  const M* const m_;
+  const Z* const noise_;
+  X* const out_;
+  Row row_{};
+  PhiloxSample counter_{};
 };
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
-__global__ void __launch_bounds__(kThreads) elementwise(const Args args, const PhiloxKeys host_keys) {
+__global__ void __launch_bounds__(kThreads)
+    elementwise(const __grid_constant__ Args args, const __grid_constant__ Dividers dividers,
+                const __grid_constant__ PhiloxKeys host_keys) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
-  const int64_t j = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * Body::kItems;
-  if (j >= args.numel) return;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-  for (int64_t b = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; b < args.batch; b += step) {
-    if constexpr (kDeviceSeed) {
-      Body::run(args, philox_keys(static_cast<uint64_t>(*args.seed_data)), b, j);
-    } else {
-      Body::run(args, host_keys, b, j);
-    }
-  }
+  using Index = typename Body::Index;
+  const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  if (b >= static_cast<Index>(args.batch)) return;
+  PhiloxKeys keys;
+  if constexpr (kDeviceSeed) keys = philox_keys(static_cast<uint64_t>(*args.seed_data));
+  const Body body(args, dividers, kDeviceSeed ? keys : host_keys, b);
+  const Index first = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+  body.run(first * Body::kItems, static_cast<Index>(gridDim.x) * blockDim.x * Body::kItems);
 }
 
 inline bool aligned(const TensorArg& tensor, int64_t batch) {
@@ -116,33 +190,45 @@ inline bool aligned(const TensorArg& tensor, int64_t batch) {
 }
 
 inline Access choose_access(const Args& args) {
-  if (args.contiguous && aligned(args.x, args.batch) && aligned(args.model_output, args.batch) &&
-      aligned(args.noise, args.batch) && aligned(args.out, args.batch))
-    return Access::vector;
-  return args.numel < (int64_t{1} << 32) ? Access::strided32 : Access::strided64;
+  const TensorArg* tensors[] = {&args.x, &args.model_output, &args.noise, &args.out};
+  constexpr int64_t k31 = int64_t{1} << 31, k32 = int64_t{1} << 32;
+  // With fewer than 2^31 elements a sample, an element's number and a step of the loop add up to less than 2^32.
+  bool vector = args.contiguous && args.numel < k31 && args.batch < k31 && args.t_stride < k32 && args.ids_stride < k32;
+  for (const TensorArg* tensor : tensors) vector = vector && aligned(*tensor, args.batch) && tensor->batch_stride < k32;
+  return vector ? Access::vector : Access::strided;
 }
 
 struct Shape {
   dim3 grid, block;
 };
 
-// Blocks of kThreads threads: along a sample, and where samples are small, over several of them.
+// Blocks of kThreads threads: along a sample, and where samples are small, over several of them. Threads of a large
+// tensor take several turns, which share what comes before the first.
 inline Shape launch_shape(int64_t batch, int64_t numel, int items) {
-  const int64_t threads = (numel + items - 1) / items;  // a sample
-  unsigned along = 1;
+  constexpr int64_t kEnoughBlocks = 2048;  // twice what the largest GPU holds at once
+  constexpr int64_t kMaxTurns = 8, kMaxGridY = 65535;
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t threads = divide_up(numel, items);  // a sample
+  int64_t along = 1;
   while (along < kThreads && along < threads) along *= 2;
-  const unsigned samples = kThreads / along;
-  const int64_t rows = std::min<int64_t>((batch + samples - 1) / samples, 65535);
-  return {dim3(static_cast<unsigned>((threads + along - 1) / along), static_cast<unsigned>(rows)),
-          dim3(along, samples)};
+  const int64_t samples = kThreads / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
+  const int64_t turns = std::clamp<int64_t>(columns * rows / kEnoughBlocks, 1, kMaxTurns);
+  const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
+  return {dim3(unsigned_int(divide_up(columns, turns)), unsigned_int(std::min(rows, kMaxGridY)),
+               unsigned_int(divide_up(rows, kMaxGridY))),
+          dim3(unsigned_int(along), unsigned_int(samples))};
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 void launch_access(const Args& args, cudaStream_t stream) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   const Shape shape = launch_shape(args.batch, args.numel, Body::kItems);
-  elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>
-      <<<shape.grid, shape.block, 0, stream>>>(args, philox_keys(args.seed));
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.stream = stream;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>, args,
+                                    Dividers(args), philox_keys(args.seed)));
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, class X, class M, class Z>
@@ -150,10 +236,8 @@ void launch_typed(const Args& args, cudaStream_t stream) {
   switch (choose_access(args)) {
     case Access::vector:
       return launch_access<Op, kNoise, kDeviceSeed, Access::vector, X, M, Z>(args, stream);
-    case Access::strided32:
-      return launch_access<Op, kNoise, kDeviceSeed, Access::strided32, X, M, Z>(args, stream);
-    case Access::strided64:
-      return launch_access<Op, kNoise, kDeviceSeed, Access::strided64, X, M, Z>(args, stream);
+    case Access::strided:
+      return launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(args, stream);
   }
 }
 
@@ -171,12 +255,11 @@ void launch_noise(const Args& args, cudaStream_t stream) {
   }
 }
 
-// Calls launch(stream) with the device current, and reports a launch that failed.
+// Calls launch(stream) with the device current.
 template <class Launch>
 void on_device(int device, Launch launch) {
   const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
   launch(c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace ddpm_ext::cuda

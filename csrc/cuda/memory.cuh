@@ -6,7 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "args.h"
-#include "core/scalar.h"
+#include "cuda/pair.cuh"
 
 namespace ddpm_ext::cuda {
 
@@ -29,57 +29,100 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// 16 bytes of T.
+__device__ __forceinline__ F2 widen(float2 v) { return F2(v); }
+__device__ __forceinline__ F2 widen(__half2 v) { return F2(__half22float2(v)); }
+__device__ __forceinline__ F2 widen(__nv_bfloat162 v) { return F2(__bfloat1622float2(v)); }
+
+__device__ __forceinline__ void narrow(F2 f, float2& v) { v = f.v; }
+__device__ __forceinline__ void narrow(F2 f, __half2& v) { v = __float22half2_rn(f.v); }
+__device__ __forceinline__ void narrow(F2 f, __nv_bfloat162& v) { v = __float22bfloat162_rn(f.v); }
+
 template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T v[kSize];
+struct PairOf;
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
+template <>
+struct PairOf<__half> {
+  using Type = __half2;
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
 };
 
-template <int kItems, class T>
-__device__ __forceinline__ void load_vector(const T* p, float (&x)[kItems]) {
-  static_assert(kItems % Pack<T>::kSize == 0);
-  DDPM_UNROLL
-  for (int i = 0; i < kItems; i += Pack<T>::kSize) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p + i);
-    DDPM_UNROLL
-    for (int k = 0; k < Pack<T>::kSize; ++k) x[i + k] = to_float(pack.v[k]);
-  }
-}
+// kItems neighbours as they lie in memory, in words of 128 bits.
+template <class T, int kItems>
+struct Vector {
+  using Pair = typename PairOf<T>::Type;
+  static constexpr int kWords = kItems * sizeof(T) / 16;
+  static_assert(kWords * 16 == kItems * sizeof(T));
+  Pair pairs[kItems / 2];
 
-template <int kItems, class T>
-__device__ __forceinline__ void store_vector(T* p, const float (&x)[kItems]) {
-  DDPM_UNROLL
-  for (int i = 0; i < kItems; i += Pack<T>::kSize) {
-    Pack<T> pack;
+  __device__ __forceinline__ void load(const T* p) {
+    uint4 words[kWords];
     DDPM_UNROLL
-    for (int k = 0; k < Pack<T>::kSize; ++k) pack.v[k] = from_float<T>(x[i + k]);
-    *reinterpret_cast<Pack<T>*>(p + i) = pack;
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    memcpy(pairs, words, sizeof words);
   }
-}
+  __device__ __forceinline__ void store(T* p) const {
+    uint4 words[kWords];
+    memcpy(words, pairs, sizeof words);
+    DDPM_UNROLL
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+  }
+};
 
 // Where element j of a sample lies in each of its tensors.
 struct Offsets {
   int64_t x = 0, model_output = 0, noise = 0, out = 0;
+
+  __device__ __forceinline__ void add(const Args& args, int d, int64_t n) {
+    x += n * args.x.strides[d];
+    model_output += n * args.model_output.strides[d];
+    noise += n * args.noise.strides[d];
+    out += n * args.out.strides[d];
+  }
 };
 
-template <class Index>
-__device__ __forceinline__ Offsets offsets(const Args& args, Index j) {
-  Offsets o;
-  DDPM_UNROLL
-  for (int d = kMaxDims - 1; d >= 0; --d) {
-    if (d >= args.dims) continue;
-    Index i = j;
-    if (d > 0) {
-      const Index size = static_cast<Index>(args.sizes[d]);
-      j /= size;
-      i -= j * size;
-    }
-    o.x += i * args.x.strides[d];
-    o.model_output += i * args.model_output.strides[d];
-    o.noise += i * args.noise.strides[d];
-    o.out += i * args.out.strides[d];
+// Division of j < 2^34 by a size of 2 or more: a multiplication and a shift, since a GPU divides by a long routine.
+// With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1, so the quotient's error is below j 2^-(63+s),
+// less than the 1/size that would matter.
+struct Divider {
+  uint64_t magic = 0;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t size) {
+    int s = 1;
+    while ((int64_t{1} << s) < size) ++s;
+    magic = static_cast<uint64_t>((static_cast<unsigned __int128>(1) << (63 + s)) / static_cast<uint64_t>(size)) + 1;
+    shift = s - 1;
   }
+  __device__ __forceinline__ uint64_t quotient(uint64_t j) const { return __umul64hi(j, magic) >> shift; }
+};
+
+struct Dividers {
+  Divider by[kMaxDims];  // by[0] is not needed
+
+  explicit Dividers(const Args& args) {
+    for (int d = 1; d < args.dims; ++d) by[d] = Divider(args.sizes[d]);
+  }
+};
+
+// `left`: how many elements there are from j on before a dimension but the last counts on.
+__device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& dividers, int64_t j, int64_t& left) {
+  Offsets o;
+  left = args.numel - j;
+  for (int d = args.dims - 1; d > 0; --d) {
+    const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
+    const int64_t index = j - quotient * args.sizes[d];
+    if (d == args.dims - 1) left = args.sizes[d] - index;
+    o.add(args, d, index);
+    j = quotient;
+  }
+  o.add(args, 0, j);
   return o;
 }
 

@@ -12,9 +12,9 @@ struct ReverseStep {
   static __device__ __forceinline__ bool draws(const Row& row) { return row.s != 0.0f; }
   static __device__ __forceinline__ uint32_t draw(const Row& row, int64_t) { return row.draw; }
 
-  template <Noise kNoise>
-  static __device__ __forceinline__ float element(const Row& row, const Args& args, float x, float m, float z) {
-    const float mean = step_mean(row, x, m, args.clip_min, args.clip_max);
+  template <Noise kNoise, class F>
+  static __device__ __forceinline__ F element(const Row& row, const Args& args, F x, F m, F z) {
+    const F mean = step_mean(row, x, m, args.clip_min, args.clip_max);
     return kNoise == Noise::none ? mean : add_noise(row, mean, z);
   }
 };
