@@ -70,10 +70,14 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
 
 
 def device(value: object) -> torch.device:
+    """With its index, as tensors tell it."""
     try:
-        return torch.device(value)  # type: ignore[call-overload]
+        found = torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {value!r}, expected a torch device such as 'cpu' or 'cuda:0'") from None
+    if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def samples(name: str, x: Tensor) -> None:

@@ -87,6 +87,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self._tables = self._make_tables()
+        self._loops: dict[tuple[str, int, float], DeviceTables] = {}  # p_sample_loop's: see sampling.make_tables
 
     def __repr__(self) -> str:
         return (
@@ -310,7 +311,7 @@ class GaussianDiffusion:
             self._ops,
             model,
             shape,
-            sampling.make_table(self, sampler, steps, eta),
+            sampling.make_tables(self, sampler, steps, eta),
             clip=(-1.0, 1.0) if clip_denoised else None,
             rng=rng,
             record=record,

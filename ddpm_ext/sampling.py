@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ddpm_ext import checks
 from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
-from ddpm_ext.tables import StepTable, ddim_table, ddpm_table, spaced_timesteps
+from ddpm_ext.tables import DeviceTables, StepTable, ddim_table, ddpm_table, spaced_timesteps
 
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion, Model
 
-__all__ = ["loop", "make_table"]
+__all__ = ["loop", "make_tables"]
+
+KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
 
 
 def unwrap(model_output: Any) -> Tensor:
@@ -31,24 +33,31 @@ def unwrap(model_output: Any) -> Tensor:
     return sample
 
 
-def make_table(diffusion: GaussianDiffusion, sampler: str, steps: int | None, eta: float) -> StepTable:
-    """The rows of p_sample_loop's options, checked."""
+def make_tables(diffusion: GaussianDiffusion, sampler: str, steps: int | None, eta: float) -> DeviceTables:
+    """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
+    captured in a CUDA graph."""
     if isinstance(eta, bool) or not isinstance(eta, int | float):
         raise TypeError(f"eta is {eta!r}, expected a float")
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta is {eta}, expected a finite eta >= 0")
     timestep = spaced_timesteps(diffusion.timesteps, steps)
-    if sampler == "ddpm":
-        return ddpm_table(
-            diffusion.betas,
-            diffusion.alphas_cumprod,
-            timestep,
-            prediction=diffusion.prediction,
-            variance=diffusion.variance,
-        )
+    if sampler not in ("ddpm", "ddim"):
+        raise ValueError(f"sampler is {sampler!r}, expected 'ddpm' or 'ddim'")
+    key, kept = (sampler, len(timestep), float(eta)), diffusion._loops
+    if key not in kept:
+        if len(kept) == KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = DeviceTables(_step_table(diffusion, sampler, timestep, float(eta)))
+    return kept[key]
+
+
+def _step_table(diffusion: GaussianDiffusion, sampler: str, timestep: Tensor, eta: float) -> StepTable:
+    prediction = diffusion.prediction
     if sampler == "ddim":
-        return ddim_table(diffusion.alphas_cumprod, timestep, prediction=diffusion.prediction, eta=float(eta))
-    raise ValueError(f"sampler is {sampler!r}, expected 'ddpm' or 'ddim'")
+        return ddim_table(diffusion.alphas_cumprod, timestep, prediction=prediction, eta=eta)
+    return ddpm_table(
+        diffusion.betas, diffusion.alphas_cumprod, timestep, prediction=prediction, variance=diffusion.variance
+    )
 
 
 def _record_every(record: str | int) -> int | None:
@@ -87,7 +96,7 @@ def loop(
     backend: ModuleType,
     model: Model,
     shape: tuple[int, ...],
-    table: StepTable,
+    tables: DeviceTables,
     *,
     clip: tuple[float, float] | None,
     rng: Philox | None,
@@ -96,7 +105,7 @@ def loop(
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> list[np.ndarray] | Tensor:
-    """Takes the rows of `table` one by one from pure noise: see GaussianDiffusion.p_sample_loop.
+    """Takes the rows of `tables` one by one from pure noise: see GaussianDiffusion.p_sample_loop.
 
     A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
     """
@@ -111,12 +120,12 @@ def loop(
 
     x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
     spare = torch.empty_like(x)
-    rows = table.packed(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rows = tables.get("steps", x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
-    timesteps = table.timestep.to(x.device)[:, None].repeat(1, shape[0])
-    last = len(table) - 1
+    timesteps = tables.get("timesteps", x.device, torch.int64)[:, None].repeat(1, shape[0])
+    last = len(rows) - 1
     recorded = []
-    for i in _steps(len(table), progress):
+    for i in _steps(len(rows), progress):
         model_output = unwrap(model(x, timesteps[i]))
         x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
         if every is not None and ((i + 1) % every == 0 or i == last):

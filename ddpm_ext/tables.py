@@ -66,7 +66,7 @@ class DeviceTables:
                 self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
                 for name, table in tables.items():
                     self._tables[name, cpu, dtype] = table.to(dtype, copy=True).contiguous()
-            self._tables["timesteps", cpu, torch.int64] = torch.arange(len(steps))
+            self._tables["timesteps", cpu, torch.int64] = steps.timestep.clone()
 
     def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         table = self._tables.get((name, device, dtype))

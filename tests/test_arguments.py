@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from devices import moved
 
 from ddpm_ext import Philox, ops, reference
 
 X, TABLE, AFFINE, T = torch.zeros(4, 6), torch.zeros(5, 8), torch.zeros(5, 2), torch.tensor([0, 1, 2, 4])
 IDS = torch.arange(4)
+CPU = torch.device("cpu")
 
 
 TENSORS = {
@@ -21,15 +23,16 @@ TENSORS = {
 }
 
 
-def call(backend, name, arguments):
+def call(backend, name, arguments, device):
     given = {"x": X, "y": X, "t": T, "table": TABLE if name == "reverse_step" else AFFINE} | arguments
+    given = moved(given, device)
     tensors = [given.pop("x"), given.pop("y")][: len(TENSORS[name])]
     return getattr(backend, name)(*tensors, given.pop("table"), given.pop("t"), **given)
 
 
-def refused(backend, name, arguments, error, message):
+def refused(backend, name, arguments, error, message, device):
     with pytest.raises(error, match=message.format(x=TENSORS[name][0], y=TENSORS[name][-1])):
-        call(backend, name, arguments)
+        call(backend, name, arguments, device)
 
 
 ALL = ["reverse_step", "forward_process", "predict_start", "posterior_mean"]
@@ -53,8 +56,6 @@ COMMON = [
     (ALL, {"t": T[:1]}, ValueError, "t has shape"),
     (ALL, {"t": T[:, None]}, ValueError, "t has shape"),
     (ALL, {"t": T[0]}, ValueError, "t has shape"),
-    (ALL, {"t": torch.tensor([0, 1, 5, 2])}, ValueError, "t.* is .*5.* expected 0 <= t <"),
-    (ALL, {"t": torch.tensor([0, -1, 3, 2])}, ValueError, "t.* is .*-1.* expected 0 <= t <"),
     (ALL, {"t": 5}, ValueError, "t is 5, expected 0 <= t < 5"),
     (ALL, {"t": -1}, ValueError, "t is -1, expected 0 <= t < 5"),
     (ALL, {"t": 1.0}, TypeError, "t is a float"),
@@ -69,12 +70,17 @@ COMMON = [
     (NOISY, {"rng": 0}, TypeError, "rng is a int"),
     (NOISY, {"rng": torch.Generator()}, TypeError, "rng is a Generator"),
     (NOISY, {"rng": Philox(0, IDS[:3])}, ValueError, "sample_ids has shape"),
-    (NOISY, {"rng": Philox(0, IDS - 1)}, ValueError, "sample_ids"),
-    (NOISY, {"rng": Philox(0, IDS + (2**56 - 3))}, ValueError, "sample_ids"),
     (NOISY, {"rng": Philox(0, 2**56 - 3)}, ValueError, "sample_ids"),
     (NOISY, {"out": X[:, :5].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X[:1].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X.half()}, TypeError, "out has dtype"),
+]
+# of both: values in tensors, which are looked at on the CPU alone
+VALUES = [
+    (ALL, {"t": torch.tensor([0, 1, 5, 2])}, ValueError, "t.* is .*5.* expected 0 <= t <"),
+    (ALL, {"t": torch.tensor([0, -1, 3, 2])}, ValueError, "t.* is .*-1.* expected 0 <= t <"),
+    (NOISY, {"rng": Philox(0, IDS - 1)}, ValueError, "sample_ids"),
+    (NOISY, {"rng": Philox(0, IDS + (2**56 - 3))}, ValueError, "sample_ids"),
 ]
 # of the kernels alone
 FUSED = [
@@ -105,33 +111,64 @@ def cases(listed, only=ALL):
 
 @pytest.mark.parametrize("backend", [ops, reference])
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON))
-def test_refused_by_both(backend, name, arguments, error, message):
-    refused(backend, name, arguments, error, message)
+def test_refused_by_both(backend, name, arguments, error, message, device):
+    refused(backend, name, arguments, error, message, device)
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(VALUES))
+def test_values_are_refused_on_the_cpu(backend, name, arguments, error, message):
+    refused(backend, name, arguments, error, message, CPU)
+
+
+@pytest.mark.cuda
+def test_values_are_not_read_back_from_a_gpu(device):
+    """The kernels take the nearest row, and the lower 56 bits of an id."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    tables = {columns: torch.rand(5, columns, generator=torch.Generator().manual_seed(1)) for columns in (2, 8)}
+    for names, arguments, *_ in VALUES:
+        for name in names:
+            given = {"x": x, "y": x.flip(0), "table": tables[8 if name == "reverse_step" else 2]} | arguments
+            if name in NOISY:
+                given.setdefault("rng", Philox(0))
+            nearest = given | {"t": given.get("t", T).clamp(0, 4)}
+            if "rng" in arguments:
+                nearest["rng"] = Philox(0, arguments["rng"].sample_ids % 2**56)
+            assert torch.equal(call(ops, name, given, device), call(ops, name, nearest, device)), (name, arguments)
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(FUSED))
-def test_refused_by_the_kernels(name, arguments, error, message):
-    refused(ops, name, arguments, error, message)
+def test_refused_by_the_kernels(name, arguments, error, message, device):
+    refused(ops, name, arguments, error, message, device)
 
 
-@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON[:-3] + FUSED, NOISY))
-def test_nothing_is_written_before_a_refusal(name, arguments, error, message):
-    out = torch.full_like(arguments.get("x", X), 1)
-    refused(ops, name, arguments | {"out": out}, error, message)
+def check_nothing_is_written(name, arguments, error, message, device):
+    out = torch.full_like(arguments.get("x", X), 1, device=device)
+    refused(ops, name, arguments | {"out": out}, error, message, device)
     assert (out == 1).all()
 
 
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON[:-3] + FUSED, NOISY))
+def test_nothing_is_written_before_a_refusal(name, arguments, error, message, device):
+    check_nothing_is_written(name, arguments, error, message, device)
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(VALUES, NOISY))
+def test_nothing_is_written_before_values_are_refused(name, arguments, error, message):
+    check_nothing_is_written(name, arguments, error, message, CPU)
+
+
 @pytest.mark.parametrize("name", TWO)
-def test_second_tensor_on_another_device_is_refused(name):
+def test_second_tensor_on_another_device_is_refused(name, device):
     with pytest.raises(ValueError, match="meta"):
-        call(ops, name, {"y": X.to("meta")})
+        call(ops, name, {"y": X.to("meta")}, device)
 
 
-def test_check_reverse_step_says_what_reverse_step_would():
-    for names, arguments, error, message in COMMON + FUSED:
+def check_step_is_refused(listed, device):
+    for names, arguments, error, message in listed:
         if "reverse_step" not in names or "clip" in arguments:
             continue
-        given = {"x": X, "t": T, "table": TABLE} | arguments
+        given = moved({"x": X, "t": T, "table": TABLE} | arguments, device)
         if "y" in given and "x" not in arguments:
             continue
         given.pop("y", None)
@@ -139,4 +176,13 @@ def test_check_reverse_step_says_what_reverse_step_would():
             continue  # only together with the model's output
         with pytest.raises(error, match=message.format(x="x_t", y="")):
             ops.check_reverse_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
-    assert ops.check_reverse_step(X, TABLE, T, noise=X, out=X.clone()) is None
+
+
+def test_check_reverse_step_says_what_reverse_step_would(device):
+    check_step_is_refused(COMMON + FUSED, device)
+    x, table, t = moved((X, TABLE, T), device)
+    assert ops.check_reverse_step(x, table, t, noise=x, out=x.clone()) is None
+
+
+def test_check_reverse_step_sees_values_on_the_cpu():
+    check_step_is_refused(VALUES, CPU)

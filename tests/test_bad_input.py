@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from devices import moved
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
 
 SHAPE = (3, 2, 4)
 TIMESTEPS = 50
-META = torch.device("meta")
+CPU, META = torch.device("cpu"), torch.device("meta")
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
@@ -39,8 +40,8 @@ class Model:
         return x * 0.5 if self.output is None else self.output
 
 
-def call(method, backend, **changes):
-    """`method` with good arguments but for `changes`, on copies that are compared afterwards."""
+def call(method, backend, device, /, **changes):
+    """`method` with good arguments but for `changes`."""
     gd = GaussianDiffusion(TIMESTEPS, backend=backend)
     model = Model()
     arguments = {
@@ -51,15 +52,15 @@ def call(method, backend, **changes):
         "p_mean_variance": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
         "p_sample": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
         "train_losses": {"model": model, "x_start": ones(), "t": steps(*GOOD_T)},
-        "p_sample_loop": {"model": model, "shape": SHAPE, "steps": 2, "progress": False},
-        "sample": {"model": model, "image_size": 4, "batch_size": 2, "steps": 2, "progress": False},
+        "p_sample_loop": {"model": model, "shape": SHAPE, "steps": 2, "progress": False, "device": device},
+        "sample": {"model": model, "image_size": 4, "batch_size": 2, "steps": 2, "progress": False, "device": device},
     }[method]
-    return gd, model, {**arguments, **changes}
+    return gd, model, moved({**arguments, **changes}, device)
 
 
-def refuse(method, backend, error, words, **changes):
-    """All of `words` (patterns) occur in the message."""
-    gd, model, arguments = call(method, backend, **changes)
+def refuse(method, backend, device, error, words, /, **changes):
+    """All of `words` (patterns) occur in the message; DEVICE stands for the device."""
+    gd, model, arguments = call(method, backend, device, **changes)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
     copies = {k: v.clone() for k, v in tensors.items()}
     with pytest.raises(error) as info:
@@ -67,6 +68,7 @@ def refuse(method, backend, error, words, **changes):
     assert type(info.value) in (TypeError, ValueError)
     message = str(info.value)
     for word in words:
+        word = word.replace("DEVICE", str(device))
         assert re.search(word, message), f"{word!r} is not in {message!r}"
     assert "expected" in message
     assert "\n" not in message
@@ -87,20 +89,23 @@ SAMPLES = {
 methods = pytest.mark.parametrize("method", SAMPLES)
 
 
-def test_good_arguments_pass():
+def test_good_arguments_pass(device):
     for method in (*SAMPLES, "p_sample_loop", "sample"):
         for backend in ("fused", "reference"):
-            gd, model, arguments = call(method, backend)
+            gd, model, arguments = call(method, backend, device)
             assert getattr(gd, method)(**arguments) is not None
             assert (model.calls > 0) == ("model" in arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------ t
 
-BAD_T = {
+# A tensor's values are looked at on the CPU alone.
+BAD_T_VALUES = {
     "tensor too large": (lambda: steps(0, 50, 3), ValueError, ["50"]),
     "tensor negative": (lambda: steps(0, 3, -1), ValueError, ["-1"]),
     "tensor huge": (lambda: steps(0, 2**62, 3), ValueError, [str(2**62)]),
+}
+BAD_T = {
     "int too large": (lambda: 50, ValueError, ["50"]),
     "int negative": (lambda: -1, ValueError, ["-1"]),
     "int huge": (lambda: 2**70, ValueError, [str(2**70)]),
@@ -117,16 +122,24 @@ BAD_T = {
     "None": (lambda: None, TypeError, ["None"]),
     "list": (lambda: [1, 2, 3], TypeError, ["list"]),
     "numpy": (lambda: np.array([1, 2, 3]), TypeError, ["ndarray"]),
-    "device": (lambda: steps(*GOOD_T, device=META), ValueError, ["meta", "cpu"]),
+    "device": (lambda: steps(*GOOD_T, device=META), ValueError, ["meta", "DEVICE"]),
 }
 
 
 @backends
 @methods
 @pytest.mark.parametrize("case", BAD_T)
-def test_t(backend, method, case):
+def test_t(backend, method, case, device):
     make, error, words = BAD_T[case]
-    refuse(method, backend, error, [r"\bt\b", *words], t=make())
+    refuse(method, backend, device, error, [r"\bt\b", *words], t=make())
+
+
+@backends
+@methods
+@pytest.mark.parametrize("case", BAD_T_VALUES)
+def test_values_of_t(backend, method, case):
+    make, error, words = BAD_T_VALUES[case]
+    refuse(method, backend, CPU, error, [r"\bt\b", *words], t=make())
 
 
 # ------------------------------------------------------------------------------------------------------ samples
@@ -145,15 +158,15 @@ BAD_SAMPLES = {
 @backends
 @methods
 @pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_samples(backend, method, case):
+def test_samples(backend, method, case, device):
     make, error, words = BAD_SAMPLES[case]
-    refuse(method, backend, error, [SAMPLES[method], *words], **{SAMPLES[method]: make()})
+    refuse(method, backend, device, error, [SAMPLES[method], *words], **{SAMPLES[method]: make()})
 
 
 @methods
-def test_float64_needs_the_reference(method):
+def test_float64_needs_the_reference(method, device):
     changes = {SAMPLES[method]: ones(dtype=torch.float64)}
-    refuse(method, "fused", TypeError, [SAMPLES[method], "Double|float64", "reference"], **changes)
+    refuse(method, "fused", device, TypeError, [SAMPLES[method], "Double|float64", "reference"], **changes)
 
 
 # ------------------------------------------------------------------------------------- tensors like the samples
@@ -164,7 +177,7 @@ LIKE_SAMPLES = {
     "leading 1": (lambda: ones(1, 3, 2, 4), ValueError, ["1, 3, 2, 4"]),
     "flat": (lambda: ones(3, 8), ValueError, ["3, 8", "3, 2, 4"]),
     "0-dimensional": (lambda: torch.tensor(1.0), ValueError, ["3, 2, 4"]),
-    "device": (lambda: ones(device=META), ValueError, ["meta", "cpu"]),
+    "device": (lambda: ones(device=META), ValueError, ["meta", "DEVICE"]),
     "int64": (lambda: ones(dtype=torch.int64), TypeError, ["int64|Long"]),
     "complex": (lambda: ones(dtype=torch.complex64), TypeError, ["complex|Complex"]),
 }
@@ -196,20 +209,20 @@ GIVEN = [
         for label, case in cases.items()
     ],
 )
-def test_given_tensors(backend, method, name, make, error, words):
-    refuse(method, backend, error, [rf"\b{name}\b", *words], **{name: make()})
+def test_given_tensors(backend, method, name, make, error, words, device):
+    refuse(method, backend, device, error, [rf"\b{name}\b", *words], **{name: make()})
 
 
-def test_out_that_overlaps_in_part():
-    memory = torch.ones(4, 2, 4)
+def test_out_that_overlaps_in_part(device):
+    memory = torch.ones(4, 2, 4, device=device)
     before = memory.clone()
     for method in ("q_sample", "p_sample"):
-        gd, model, arguments = call(method, "fused", **{SAMPLES[method]: memory[:3]})
+        gd, model, arguments = call(method, "fused", device, **{SAMPLES[method]: memory[:3]})
         with pytest.raises(ValueError, match=r"\bout shares memory"):
             getattr(gd, method)(**arguments, out=memory[1:])
         assert model.calls == 0
         with pytest.raises(ValueError, match=r"\bout .*share memory"):
-            getattr(gd, method)(**arguments, out=torch.ones(1, 2, 4).expand(3, 2, 4))
+            getattr(gd, method)(**arguments, out=torch.ones(1, 2, 4, device=device).expand(3, 2, 4))
     assert torch.equal(memory, before)
 
 
@@ -226,37 +239,39 @@ BAD_OUTPUT = {
 @pytest.mark.parametrize("method", ["p_sample", "p_mean_variance", "train_losses", "p_sample_loop"])
 @pytest.mark.parametrize("case", BAD_OUTPUT)
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_model_output(backend, method, case):
+def test_model_output(backend, method, case, device):
     make, error, words = BAD_OUTPUT[case]
-    gd, _, arguments = call(method, backend, model=Model(make()))
+    gd, _, arguments = call(method, backend, device, model=Model(moved(make(), device)))
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
     copies = {k: v.clone() for k, v in tensors.items()}
     with pytest.raises(error) as info:
         getattr(gd, method)(**arguments)
     assert type(info.value) in (TypeError, ValueError)
     for word in (r"model_output|model's output", "expected", *words):
+        word = word.replace("DEVICE", str(device))
         assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
     assert all(torch.equal(tensors[k], copies[k]) for k in tensors)
 
 
-def test_loop_on_a_device_without_kernels():
-    refuse("p_sample_loop", "fused", ValueError, ["device", "meta"], device="meta")
+def test_loop_on_a_device_without_kernels(device):
+    refuse("p_sample_loop", "fused", device, ValueError, ["device", "meta"], device="meta")
 
 
 @backends
 @pytest.mark.parametrize("method", ["p_sample", "p_mean_variance"])
-def test_model_output_of_a_higher_precision(backend, method):
-    gd, _, arguments = call(method, backend, model=Model(ones(dtype=torch.float64)))
+def test_model_output_of_a_higher_precision(backend, method, device):
+    gd, _, arguments = call(method, backend, device, model=Model(ones(dtype=torch.float64, device=device)))
     with pytest.raises(TypeError, match=r"model_output .*(float64|Double).*expected"):
         getattr(gd, method)(**arguments)
 
 
 @backends
-def test_bad_model_output_leaves_out_alone(backend):
-    gd, _, arguments = call("p_sample", backend, model=Model(ones(3, 1, 4)), out=torch.full(SHAPE, 7.0))
+def test_bad_model_output_leaves_out_alone(backend, device):
+    model, out = Model(ones(3, 1, 4, device=device)), torch.full(SHAPE, 7.0, device=device)
+    gd, _, arguments = call("p_sample", backend, device, model=model, out=out)
     with pytest.raises(ValueError, match="model_output"):
         gd.p_sample(**arguments)
-    assert (arguments["out"] == 7).all()
+    assert (out == 7).all()
 
 
 # -------------------------------------------------------------------------------------------------------- noise
@@ -269,37 +284,62 @@ BAD_RNG = {
     "ids too few": (lambda: Philox(0, steps(1, 2)), ValueError, ["sample_ids", "2", "3"]),
     "ids too many": (lambda: Philox(0, steps(1, 2, 3, 4)), ValueError, ["sample_ids", "4", "3"]),
     "ids broadcastable": (lambda: Philox(0, steps(1)), ValueError, ["sample_ids", "1", "3"]),
+    "ids elsewhere": (lambda: Philox(0, steps(1, 2, 3, device=META)), ValueError, ["sample_ids", "meta", "DEVICE"]),
+}
+BAD_IDS = {
     "id negative": (lambda: Philox(0, steps(1, -2, 3)), ValueError, ["sample_ids", "-2"]),
     "id too large": (lambda: Philox(0, steps(1, 2, 2**56)), ValueError, ["sample_ids", str(2**56)]),
-    "ids elsewhere": (lambda: Philox(0, steps(1, 2, 3, device=META)), ValueError, ["sample_ids", "meta", "cpu"]),
 }
+drawing = pytest.mark.parametrize("method", ["q_sample", "p_sample", "train_losses", "p_sample_loop"])
 
 
 @backends
-@pytest.mark.parametrize("method", ["q_sample", "p_sample", "train_losses", "p_sample_loop"])
+@drawing
 @pytest.mark.parametrize("case", BAD_RNG)
-def test_rng(backend, method, case):
+def test_rng(backend, method, case, device):
     make, error, words = BAD_RNG[case]
-    refuse(method, backend, error, ["rng|sample_ids", *words], rng=make())
+    refuse(method, backend, device, error, ["rng|sample_ids", *words], rng=make())
+
+
+@backends
+@drawing
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_values_of_ids(backend, method, case):
+    make, error, words = BAD_IDS[case]
+    refuse(method, backend, CPU, error, words, rng=make())
 
 
 @backends
 @pytest.mark.parametrize("method", ["q_sample", "p_sample", "train_losses"])
-def test_noise_together_with_rng(backend, method):
-    refuse(method, backend, ValueError, ["noise", "rng"], noise=ones(), rng=Philox(0))
+def test_noise_together_with_rng(backend, method, device):
+    refuse(method, backend, device, ValueError, ["noise", "rng"], noise=ones(), rng=Philox(0))
 
 
-@pytest.mark.parametrize("make", [ddpm_ext.randn, ddpm_ext.reference.randn], ids=["fused", "reference"])
-@pytest.mark.parametrize("case", BAD_RNG)
-def test_rng_of_randn(make, case):
-    rng, error, words = BAD_RNG[case]
+randns = pytest.mark.parametrize("make", [ddpm_ext.randn, ddpm_ext.reference.randn], ids=["fused", "reference"])
+
+
+def check_rng_of_randn(make, case, device):
+    rng, error, words = case
     with pytest.raises(error) as info:
-        make(SHAPE, rng())
+        make(SHAPE, moved(rng(), device), device=device)
     for word in ("rng|sample_ids", "expected", *words):
+        word = word.replace("DEVICE", str(device))
         assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
 
 
-@pytest.mark.parametrize("make", [ddpm_ext.randn, ddpm_ext.reference.randn], ids=["fused", "reference"])
+@randns
+@pytest.mark.parametrize("case", BAD_RNG)
+def test_rng_of_randn(make, case, device):
+    check_rng_of_randn(make, BAD_RNG[case], device)
+
+
+@randns
+@pytest.mark.parametrize("case", BAD_IDS)
+def test_values_of_ids_of_randn(make, case):
+    check_rng_of_randn(make, BAD_IDS[case], CPU)
+
+
+@randns
 @pytest.mark.parametrize(
     "shape, options, error, words",
     [
@@ -318,9 +358,9 @@ def test_rng_of_randn(make, case):
         (SHAPE, {"dtype": torch.complex64}, TypeError, ["dtype", "complex|Complex"]),
     ],
 )
-def test_randn(make, shape, options, error, words):
+def test_randn(make, shape, options, error, words, device):
     with pytest.raises(error) as info:
-        make(shape, Philox(0), **options)
+        make(shape, Philox(0), device=device, **options)
     assert type(info.value) in (TypeError, ValueError)
     for word in ("expected", *words):
         assert re.search(word, str(info.value)), f"{word!r} is not in {str(info.value)!r}"
@@ -425,8 +465,8 @@ def test_gaussian_diffusion(arguments, options, error, words):
     ],
     ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
-def test_loop(backend, changes, error, words):
-    refuse("p_sample_loop", backend, error, words, **changes)
+def test_loop(backend, changes, error, words, device):
+    refuse("p_sample_loop", backend, device, error, words, **changes)
 
 
 @backends
@@ -441,12 +481,12 @@ def test_loop(backend, changes, error, words):
     ],
     ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )
-def test_sample(backend, changes, error, words):
-    refuse("sample", backend, error, words, **changes)
+def test_sample(backend, changes, error, words, device):
+    refuse("sample", backend, device, error, words, **changes)
 
 
 @backends
-def test_ids_that_run_past_the_end_in_a_loop(backend):
-    refuse("p_sample_loop", backend, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))
-    gd, _, arguments = call("p_sample_loop", backend, rng=Philox(0, 2**56 - 3))
+def test_ids_that_run_past_the_end_in_a_loop(backend, device):
+    refuse("p_sample_loop", backend, device, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))
+    gd, _, arguments = call("p_sample_loop", backend, device, rng=Philox(0, 2**56 - 3))
     assert len(gd.p_sample_loop(**arguments)) == 2

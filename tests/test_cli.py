@@ -55,8 +55,9 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def test_sample_writes_guided_diffusions_npz(tiny, tmp_path):
-    done = run("sample", "--model", tiny, "--num", 5, "--batch-size", 2, "--out", "new/samples.npz", cwd=tmp_path)
+def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, device):
+    options = ("--num", 5, "--batch-size", 2, "--device", device, "--out", "new/samples.npz")
+    done = run("sample", "--model", tiny, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "new/samples.npz: 5 samples, 8x12x3" in done.stdout
     assert "it/s" in done.stderr  # the progress bar
@@ -103,32 +104,34 @@ def test_png_is_a_visible_grid(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".png", ".gif"])
-def test_trajectory(tiny, tmp_path, ending):
+def test_trajectory(tiny, tmp_path, ending, device):
     out = tmp_path / f"a{ending}"
-    assert call("trajectory", "--model", tiny, "--num", 2, "--every", 5, "--out", out, "--quiet") == 0
+    assert (
+        call("trajectory", "--model", tiny, "--num", 2, "--every", 5, "--device", device, "--out", out, "--quiet") == 0
+    )
     with Image.open(out) as opened:
         assert getattr(opened, "n_frames", 1) == (1 if ending == ".png" else 5)  # t = 19, 14, 9, 4 and 0
         assert np.asarray(opened.convert("L")).std() > 1
 
 
-def test_trajectory_is_that_of_the_samples(tmp_path):
+def test_trajectory_is_that_of_the_samples(tmp_path, device):
     """The predicted x_0 of the last step is the sample, for every kind of prediction."""
     from ddpm_ext import Philox
     from ddpm_ext.trajectory import Recorder
 
-    unet = models.build_unet(TINY | {"sample_size": 8}).eval()
+    unet = models.build_unet(TINY | {"sample_size": 8}).to(device).eval()
+    options = {"record": "last", "progress": False, "device": device}
     for prediction in ("eps", "x0", "v"):
         diffusion = DiffusionSettings(timesteps=20, prediction=prediction).diffusion()
         recorder = Recorder(unet, diffusion, 6, 20, 2)
         with torch.no_grad():
             drawn = [
-                diffusion.p_sample_loop(model, (3, 3, 8, 8), rng=Philox(1), record="last", progress=False)
-                for model in (unet, recorder)
+                diffusion.p_sample_loop(model, (3, 3, 8, 8), rng=Philox(1), **options) for model in (unet, recorder)
             ]
         assert torch.equal(*drawn)
         assert recorder.labels() == ["t = 19", "t = 13", "t = 7", "t = 1", "t = 0"]
         assert [images.shape for images in recorder.x_t + recorder.x_0] == [(2, 3, 8, 8)] * 10
-        assert np.allclose(recorder.x_0[-1], drawn[0][:2], atol=1e-5)
+        assert np.allclose(recorder.x_0[-1], drawn[0][:2].cpu(), atol=1e-5)
 
 
 def test_info():

@@ -1,6 +1,8 @@
 """torch.compile(fullgraph=True): the eager bits. One inductor compilation covers several functions, since each is slow;
 aot_eager, which is quick, takes them one by one."""
 
+import functools
+
 import pytest
 import torch
 
@@ -22,21 +24,29 @@ def model(x, t):
     return 0.3 * x
 
 
-def inputs(batch=4):
+def inputs(device, batch=4):
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, *SHAPE[1:], generator=generator)
-    return x, torch.randint(0, 1000, (batch,), generator=generator)
+    return x.to(device), torch.randint(0, 1000, (batch,), generator=generator).to(device)
 
 
-def philox(batch):
-    return Philox(2**63 + 5, torch.arange(batch) * 2**40)
+def philox(device):
+    return Philox(2**63 + 5, torch.arange(4, device=device) * 2**40)
+
+
+@pytest.fixture
+def inductor(device):
+    """torch.compile by its default backend."""
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    return functools.partial(torch.compile, fullgraph=True)
 
 
 FUNCTIONS = {
     "q_sample": lambda x, t, **o: GD.q_sample(x, t, **o),
     "p_sample": lambda x, t, **o: GD.p_sample(model, x, t, **o),
     "train_losses": lambda x, t, **o: GD.train_losses(model, x, t, **o),
-    "randn": lambda x, t, rng=None, **o: ddpm_ext.randn(x.shape, rng),
+    "randn": lambda x, t, rng=None, **o: ddpm_ext.randn(x.shape, rng, device=x.device),
 }
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -50,10 +60,10 @@ functions = pytest.mark.parametrize("name", FUNCTIONS)
         if (name, noise) != ("randn", "given")
     ],
 )
-def test_aot_eager(name, noise):
+def test_aot_eager(name, noise, device):
     function = FUNCTIONS[name]
-    x, t = inputs()
-    options = {"default generator": {}, "rng": {"rng": philox(4)}, "given": {"noise": x.flip(0)}}[noise]
+    x, t = inputs(device)
+    options = {"default generator": {}, "rng": {"rng": philox(device)}, "given": {"noise": x.flip(0)}}[noise]
     compiled = torch.compile(lambda x, t: function(x, t, **options), backend="aot_eager", fullgraph=True)
     torch.manual_seed(3)
     expected = [function(x, t, **options) for _ in range(2)]
@@ -65,39 +75,39 @@ def test_aot_eager(name, noise):
 
 @functions
 @pytest.mark.parametrize("t", [0, 7])
-def test_int_t(name, t):
-    x, _ = inputs()
+def test_int_t(name, t, device):
+    x, _ = inputs(device)
     function = FUNCTIONS[name]
-    compiled = torch.compile(lambda x: function(x, t, rng=philox(4)), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), function(x, t, rng=philox(4)))
+    compiled = torch.compile(lambda x: function(x, t, rng=philox(device)), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), function(x, t, rng=philox(device)))
 
 
 @pytest.mark.parametrize("name", ["q_sample", "p_sample"])
-def test_out(name):
-    x, t = inputs()
+def test_out(name, device):
+    x, t = inputs(device)
     function = FUNCTIONS[name]
     compiled = torch.compile(
-        lambda x, t, out: function(x, t, rng=philox(4), out=out), backend="aot_eager", fullgraph=True
+        lambda x, t, out: function(x, t, rng=philox(device), out=out), backend="aot_eager", fullgraph=True
     )
     buffer = torch.empty_like(x)
-    assert torch.equal(compiled(x, t, buffer), function(x, t, rng=philox(4)))
-    assert torch.equal(buffer, function(x, t, rng=philox(4)))
+    assert torch.equal(compiled(x, t, buffer), function(x, t, rng=philox(device)))
+    assert torch.equal(buffer, function(x, t, rng=philox(device)))
 
 
-def test_reference_backend_agrees():
+def test_reference_backend_agrees(device):
     """The fused operators in a graph, against plain torch outside of it."""
-    x, t = inputs()
+    x, t = inputs(device)
     truth = GaussianDiffusion(1000, backend="reference")
     compiled = torch.compile(lambda x, t: GD.q_sample(x, t, x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, t), truth.q_sample(x, t, x), rtol=0, atol=1e-6)  # measured 2.4e-7, factor 4
 
 
 @pytest.mark.parametrize("noise", ["rng", "given"])
-def test_gradients_of_train_losses(noise):
-    x, t = inputs()
-    options = {"rng": {"rng": philox(4)}, "given": {"noise": x.flip(0)}}[noise]
+def test_gradients_of_train_losses(noise, device):
+    x, t = inputs(device)
+    options = {"rng": {"rng": philox(device)}, "given": {"noise": x.flip(0)}}[noise]
     torch.manual_seed(0)
-    net = torch.nn.Linear(5, 5)
+    net = torch.nn.Linear(5, 5).to(device)
 
     def loss(x, t):
         return GD.train_losses(lambda x_t, t: net(x_t), x, t, **options)
@@ -119,22 +129,22 @@ def everything(x, t, rng):
         GD.q_sample(x, t, rng=rng),
         GD.p_sample(model, x, t, rng=rng),
         GD.train_losses(model, x, t, rng=rng),
-        ddpm_ext.randn(x.shape, rng),
+        ddpm_ext.randn(x.shape, rng, device=x.device),
     )
 
 
-def test_inductor_with_a_dynamic_batch():
-    compiled = torch.compile(lambda x, t, ids: everything(x, t, Philox(9, ids)), fullgraph=True, dynamic=True)
+def test_inductor_with_a_dynamic_batch(inductor, device):
+    compiled = inductor(lambda x, t, ids: everything(x, t, Philox(9, ids)), dynamic=True)
     for batch in (4, 6, 3):
-        x, t = inputs(batch)
-        ids = torch.arange(batch) + 10
+        x, t = inputs(device, batch)
+        ids = torch.arange(batch, device=device) + 10
         for ours, eager in zip(compiled(x, t, ids), everything(x, t, Philox(9, ids)), strict=True):
             assert torch.equal(ours, eager)
 
 
-def test_inductor_with_the_default_generator():
-    compiled = torch.compile(lambda x, t: everything(x, t, None), fullgraph=True)
-    x, t = inputs()
+def test_inductor_with_the_default_generator(inductor, device):
+    compiled = inductor(lambda x, t: everything(x, t, None))
+    x, t = inputs(device)
     torch.manual_seed(5)
     expected = [everything(x, t, None) for _ in range(2)]
     torch.manual_seed(5)
@@ -144,10 +154,10 @@ def test_inductor_with_the_default_generator():
     assert not torch.equal(expected[0][0], expected[1][0])
 
 
-def test_many_ints_are_one_graph():
+def test_many_ints_are_one_graph(device):
     """t, seed, id and draw as ints: fullgraph=True refuses to compile again for each."""
     gd = GaussianDiffusion(50)
-    x = torch.randn(3, 4)
+    x = torch.randn(3, 4, device=device)
     step = torch.compile(lambda x, t: gd.p_sample(lambda x, t: x, x, t, noise=x), backend="aot_eager", fullgraph=True)
     noisy = torch.compile(lambda x, rng: gd.q_sample(x, 3, rng=rng), backend="aot_eager", fullgraph=True)
     for i in range(20):

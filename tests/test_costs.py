@@ -1,4 +1,4 @@
-"""What a step dispatches and allocates, counted by torch's profiler."""
+"""What a step dispatches and allocates on the CPU, counted by torch's profiler."""
 
 from collections import Counter
 

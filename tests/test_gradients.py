@@ -8,55 +8,68 @@ import torch
 from ddpm_ext import Philox, ops, reference
 
 OPS = torch.ops.ddpm_ext
-AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5], [-0.25, 1.25]])
-T = torch.tensor([2, 0, 1])
 SHAPE = (3, 2, 5, 7)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+@pytest.fixture(scope="session")
+def affine(device):
+    return torch.tensor([[0.75, -1.5], [2.0, 0.5], [-0.25, 1.25]], device=device)
+
+
+@pytest.fixture(scope="session")
+def rows(device):
+    """A t for each sample."""
+    return torch.tensor([2, 0, 1], device=device)
+
+
+@pytest.fixture(params=["int", "tensor", "expanded"])
+def t(request, rows):
+    return {"int": 1, "tensor": rows, "expanded": rows[2:].expand(3)}[request.param]
 
 
 # ------------------------------------------------------------------------------------------------- opcheck
 
 
-def samples(table):
+@pytest.fixture
+def samples(make_step_table, normal, affine, rows, device):
     """Arguments of each operator: name, overload, positional ones, keywords."""
+    table = make_step_table(3)
     x, m, z = (normal(*SHAPE, seed=i, grad=True) for i in range(3))
     half = normal(*SHAPE, dtype=torch.float16, grad=True)
     last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2]), "stream": 3, "draw": 1}
+    ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2], device=device), "stream": 3, "draw": 1}
     plain = [v.detach() for v in (x, m, z)]
-
-    yield "reverse_step", "default", (x, m, table, T, 0, -1.0, 1.0, None, True, None, 7), {}
-    yield "reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}
-    yield "reverse_step", "default", (x, half, table, T, 0, -1.0, 1.0, None, True), ids
-    yield "reverse_step", "default", (last, m, table, T, 0, float("-inf"), float("inf"), None, False), {}
-    yield "reverse_step", "out", (*plain[:2], table, T, 0, -1.0, 1.0, None, True, None, 7), {"out": torch.empty(SHAPE)}
-    yield "reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": torch.empty(SHAPE)}
-    yield "forward_process", "default", (x, AFFINE, T, 0, None, True, None, 7), {}
-    yield "forward_process", "default", (half, AFFINE, None, 1, half, False), {}
-    yield "forward_process", "default", (last, AFFINE, T, 0, None, False), ids
-    yield "forward_process", "out", (plain[0], AFFINE, T, 0, None, True, None, 7), {"out": torch.empty(SHAPE)}
-    yield "predict_start", "default", (x, m, AFFINE, T, 0), {}
-    yield "predict_start", "default", (x, half, AFFINE, None, 2), {}
-    yield "posterior_mean", "default", (x, m, AFFINE, T, 0), {}
-    yield "posterior_mean", "default", (last, half, AFFINE, None, 2), {}
-    kind = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
-    yield "randn", "default", (list(SHAPE), None, 7), kind
-    yield "randn", "default", (list(SHAPE),), kind | ids
-    yield "mse_loss", "default", (x, z), {}
+    out, inf = torch.empty(SHAPE, device=device), float("inf")
+    kind = {"dtype": torch.bfloat16, "device": device}
+    return [
+        ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
+        ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
+        ("reverse_step", "default", (x, half, table, rows, 0, -1.0, 1.0, None, True), ids),
+        ("reverse_step", "default", (last, m, table, rows, 0, -inf, inf, None, False), {}),
+        ("reverse_step", "out", (*plain[:2], table, rows, 0, -1.0, 1.0, None, True, None, 7), {"out": out}),
+        ("reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
+        ("forward_process", "default", (half, affine, None, 1, half, False), {}),
+        ("forward_process", "default", (last, affine, rows, 0, None, False), ids),
+        ("forward_process", "out", (plain[0], affine, rows, 0, None, True, None, 7), {"out": out}),
+        ("predict_start", "default", (x, m, affine, rows, 0), {}),
+        ("predict_start", "default", (x, half, affine, None, 2), {}),
+        ("posterior_mean", "default", (x, m, affine, rows, 0), {}),
+        ("posterior_mean", "default", (last, half, affine, None, 2), {}),
+        ("randn", "default", (list(SHAPE), None, 7), kind),
+        ("randn", "default", (list(SHAPE),), kind | ids),
+        ("mse_loss", "default", (x, z), {}),
+    ]
 
 
 COUNT = 17
 
 
 @pytest.mark.parametrize("i", range(COUNT))
-def test_opcheck(make_step_table, i):
-    listed = list(samples(make_step_table(3)))
-    assert len(listed) == COUNT
-    name, overload, arguments, options = listed[i]
+def test_opcheck(samples, i):
+    assert len(samples) == COUNT
+    name, overload, arguments, options = samples[i]
     torch.library.opcheck(getattr(getattr(OPS, name), overload), arguments, options)
 
 
@@ -71,10 +84,9 @@ def test_opcheck_draw_seed():
     assert OPS.draw_seed() == first
 
 
-def test_every_operator_is_checked():
+def test_every_operator_is_checked(samples):
     checked = {"ddpm_ext::draw_seed"} | {
-        f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}"
-        for name, overload, *_ in samples(torch.zeros(3, 8))
+        f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}" for name, overload, *_ in samples
     }
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ddpm_ext::")}
     assert registered == checked
@@ -92,7 +104,7 @@ def gradients(function, tensors, weight):
 
 def assert_gradients(fused, twin, tensors):
     """twin in float64 is the truth; a gradient is rounded to its tensor's dtype, and so is what comes in."""
-    weight = normal(*tensors[0].shape, seed=9, dtype=tensors[0].dtype)
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(tensors[0])
     got = gradients(fused, tensors, weight)
     truth = gradients(twin, [tensor.double() for tensor in tensors], weight)
     for gradient, expected, tensor in zip(got, truth, tensors, strict=True):
@@ -100,9 +112,6 @@ def assert_gradients(fused, twin, tensors):
         # measured worst: float32 0.3 of this, the others 0.31
         tolerance = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[tensor.dtype]
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-TS = pytest.mark.parametrize("t", [1, T, torch.tensor([1]).expand(3)], ids=["int", "tensor", "expanded"])
 
 
 def as_float64(table):
@@ -125,10 +134,9 @@ def away_from_the_clip(x, m, table, t, clip):
     return moved
 
 
-@TS
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), (-0.5, 2.0), None])
 @pytest.mark.parametrize("m_dtype", DTYPES)
-def test_reverse_step(make_step_table, t, clip, m_dtype):
+def test_reverse_step(make_step_table, normal, t, clip, m_dtype):
     table = make_step_table(3, seed=2)
     x, m, z = normal(*SHAPE), normal(*SHAPE, seed=1, dtype=m_dtype), normal(*SHAPE, seed=2)
     if clip is not None:
@@ -146,69 +154,69 @@ def test_reverse_step(make_step_table, t, clip, m_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_reverse_step_in_16_bits(make_step_table, dtype):
+def test_reverse_step_in_16_bits(make_step_table, normal, rows, dtype):
     table = make_step_table(3, seed=2)
     x, m, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype), normal(*SHAPE, seed=2, dtype=dtype)
-    m = away_from_the_clip(x, m, table, T, (-1.0, 1.0))
+    m = away_from_the_clip(x, m, table, rows, (-1.0, 1.0))
     assert_gradients(
-        lambda x, m, z: ops.reverse_step(x, m, table, T, noise=z),
-        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), T, noise=z),
+        lambda x, m, z: ops.reverse_step(x, m, table, rows, noise=z),
+        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), rows, noise=z),
         [x, m, z],
     )
 
 
 @pytest.mark.parametrize("backend", [ops, reference])
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), None])
-def test_clip_holds_gradients_back_as_torchs(backend, clip):
+def test_clip_holds_gradients_back_as_torchs(backend, clip, device):
     """At its edges, where versions of torch differ, and for NaN, too."""
-    table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *([] if clip is None else [float("inf"), float("nan")])]])
-    (truth,) = gradients(lambda x: x if clip is None else x.clamp(*clip), [values], torch.ones(1))
+    table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
+    special = [] if clip is None else [float("inf"), float("nan")]
+    values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *special]], device=device)
+    one = torch.ones(1, device=device)
+    (truth,) = gradients(lambda x: x if clip is None else x.clamp(*clip), [values], one)
     (got,) = gradients(
         lambda x: backend.reverse_step(x, torch.zeros_like(x), table, 0, clip=clip, add_noise=False),
         [values],
-        torch.ones(1),
+        one,
     )
     assert got.tolist() == truth.tolist()
 
 
-@TS
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_process(t, dtype):
+def test_forward_process(normal, affine, t, dtype):
     x, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)
-    wide = AFFINE.double()
+    wide = affine.double()
     assert_gradients(
-        lambda x, z: ops.forward_process(x, AFFINE, t, noise=z),
+        lambda x, z: ops.forward_process(x, affine, t, noise=z),
         lambda x, z: reference.forward_process(x, wide, t, noise=z),
         [x, z],
     )
     for options in ({"rng": Philox(0)}, {"add_noise": False}):
         assert_gradients(
-            lambda x, options=options: ops.forward_process(x, AFFINE, t, **options),
+            lambda x, options=options: ops.forward_process(x, affine, t, **options),
             lambda x, options=options: reference.forward_process(x, wide, t, **options),
             [x],
         )
 
 
-@TS
 @pytest.mark.parametrize("name", ["predict_start", "posterior_mean"])
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), [(d, d) for d in DTYPES] + [(torch.float32, d) for d in DTYPES[1:]])
-def test_affine(name, t, x_dtype, y_dtype):
+def test_affine(normal, affine, name, t, x_dtype, y_dtype):
     x, y = normal(*SHAPE, dtype=x_dtype), normal(*SHAPE, seed=1, dtype=y_dtype)
     assert_gradients(
-        lambda x, y: getattr(ops, name)(x, y, AFFINE, t),
-        lambda x, y: getattr(reference, name)(x, y, AFFINE.double(), t),
+        lambda x, y: getattr(ops, name)(x, y, affine, t),
+        lambda x, y: getattr(reference, name)(x, y, affine.double(), t),
         [x, y],
     )
 
 
-def test_mse_loss():
+def test_mse_loss(normal):
     x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
     assert_gradients(lambda x, y: OPS.mse_loss(x, y).expand(SHAPE), lambda x, y: (x - y).square().mean(), [x, y])
 
 
 @pytest.mark.parametrize("memory", ["channels_last", "sliced", "expanded"])
-def test_memory_layouts(make_step_table, memory):
+def test_memory_layouts(make_step_table, normal, affine, rows, memory):
     table, m = make_step_table(3), normal(*SHAPE, seed=1)
     x = normal(*SHAPE)
     x = {
@@ -218,21 +226,21 @@ def test_memory_layouts(make_step_table, memory):
     }[memory]()
     weight = normal(*SHAPE[::-1], seed=3).permute(3, 2, 1, 0)  # what comes in is not contiguous either
     for function in (
-        lambda x, m: ops.reverse_step(x, m, table, T, add_noise=False),
-        lambda x, m: ops.predict_start(x, m, AFFINE, T),
-        lambda x, m: ops.forward_process(x, AFFINE, T, noise=m),
+        lambda x, m: ops.reverse_step(x, m, table, rows, add_noise=False),
+        lambda x, m: ops.predict_start(x, m, affine, rows),
+        lambda x, m: ops.forward_process(x, affine, rows, noise=m),
     ):
         got, expected = gradients(function, [x, m], weight), gradients(function, [x.contiguous(), m], weight)
         assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
 
 
-def operators(backend, table, affine):
+def operators(backend, table, affine, t):
     """Differentiable functions of two tensors."""
     return {
-        "reverse_step": lambda x, y: backend.reverse_step(x, y, table, T, noise=y * 0.5),
-        "forward_process": lambda x, y: backend.forward_process(x, affine, T, noise=y),
-        "predict_start": lambda x, y: backend.predict_start(x, y, affine, T),
-        "posterior_mean": lambda x, y: backend.posterior_mean(x, y, affine, T),
+        "reverse_step": lambda x, y: backend.reverse_step(x, y, table, t, noise=y * 0.5),
+        "forward_process": lambda x, y: backend.forward_process(x, affine, t, noise=y),
+        "predict_start": lambda x, y: backend.predict_start(x, y, affine, t),
+        "posterior_mean": lambda x, y: backend.posterior_mean(x, y, affine, t),
     }
 
 
@@ -240,28 +248,28 @@ NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process", "pre
 
 
 @NAMES
-def test_gradcheck_of_the_reference(make_step_table, name):
+def test_gradcheck_of_the_reference(make_step_table, normal, affine, rows, name):
     table = make_step_table(3, seed=2, dtype=torch.float64)
     x, y = (normal(3, 4, seed=i, dtype=torch.float64, grad=True) for i in range(2))
-    function = operators(reference, table, AFFINE.double())[name]
+    function = operators(reference, table, affine.double(), rows)[name]
     assert torch.autograd.gradcheck(function, (x, y))
     assert torch.autograd.gradgradcheck(function, (x, y))
 
 
 @NAMES
-def test_second_derivatives(make_step_table, name):
+def test_second_derivatives(make_step_table, normal, affine, rows, name):
     """Of a function that bends: the operator's cube."""
     table = make_step_table(3, seed=2)
     x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
-    y = away_from_the_clip(x, y, table, T, (-1.0, 1.0))
+    y = away_from_the_clip(x, y, table, rows, (-1.0, 1.0))
 
     def second(function, tensors):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    got = second(operators(ops, table, AFFINE)[name], [x, y])
-    truth = second(operators(reference, as_float64(table), AFFINE.double())[name], [x.double(), y.double()])
+    got = second(operators(ops, table, affine, rows)[name], [x, y])
+    truth = second(operators(reference, as_float64(table), affine.double(), rows)[name], [x.double(), y.double()])
     for gradient, expected in zip(got, truth, strict=True):
         scale = expected.abs().max()
         assert (gradient.double() - expected).abs().max() <= 1e-6 * scale  # measured worst 2.9e-7
@@ -270,16 +278,16 @@ def test_second_derivatives(make_step_table, name):
 # ------------------------------------------------------------------------------------------------- no graph
 
 
-def test_out_records_no_gradients_and_says_so(make_step_table):
-    table, out = make_step_table(3), torch.empty(SHAPE)
+def test_out_records_no_gradients_and_says_so(make_step_table, normal, affine, rows, device):
+    table, out = make_step_table(3), torch.empty(SHAPE, device=device)
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
     for backend_call in (
-        lambda: ops.reverse_step(leaf, plain, table, T, out=out),
-        lambda: ops.reverse_step(plain, leaf, table, T, out=out),
-        lambda: ops.reverse_step(plain, plain, table, T, noise=leaf, out=out),
-        lambda: ops.forward_process(leaf, AFFINE, T, out=out),
-        lambda: ops.forward_process(plain, AFFINE, T, noise=leaf, out=out),
-        lambda: ops.forward_process(plain, AFFINE, T, out=normal(*SHAPE, grad=True)),
+        lambda: ops.reverse_step(leaf, plain, table, rows, out=out),
+        lambda: ops.reverse_step(plain, leaf, table, rows, out=out),
+        lambda: ops.reverse_step(plain, plain, table, rows, noise=leaf, out=out),
+        lambda: ops.forward_process(leaf, affine, rows, out=out),
+        lambda: ops.forward_process(plain, affine, rows, noise=leaf, out=out),
+        lambda: ops.forward_process(plain, affine, rows, out=normal(*SHAPE, grad=True)),
     ):
         with pytest.raises(ValueError, match="out= records no gradients"):
             backend_call()
@@ -287,20 +295,20 @@ def test_out_records_no_gradients_and_says_so(make_step_table):
             assert backend_call().grad_fn is None
 
 
-def test_results_need_gradients_where_an_argument_does(make_step_table):
+def test_results_need_gradients_where_an_argument_does(make_step_table, normal, affine, rows):
     table = make_step_table(3)
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
     for x, y in ((leaf, plain), (plain, leaf)):
-        for function in operators(ops, table, AFFINE).values():
+        for function in operators(ops, table, affine, rows).values():
             assert function(x, y).requires_grad
             with torch.no_grad():
                 assert not function(x, y).requires_grad
-    for function in operators(ops, table, AFFINE).values():
+    for function in operators(ops, table, affine, rows).values():
         assert not function(plain, plain).requires_grad
 
 
 @NAMES
-def test_the_graph_changes_no_bits(make_step_table, name):
-    function = operators(ops, make_step_table(3), AFFINE)[name]
+def test_the_graph_changes_no_bits(make_step_table, normal, affine, rows, name):
+    function = operators(ops, make_step_table(3), affine, rows)[name]
     x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
     assert torch.equal(function(x.clone().requires_grad_(), y), function(x, y))

@@ -46,11 +46,13 @@ def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_saved_folder_is_diffusers_own_layout(saved):
-    theirs = diffusers.UNet2DModel.from_pretrained(saved)
-    ours = models.load_model(saved)
-    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 5, 19])
-    with torch.no_grad():  # close, not equal: a tensor's place in memory can change the order of a sum
+def test_saved_folder_is_diffusers_own_layout(saved, device):
+    theirs = diffusers.UNet2DModel.from_pretrained(saved).to(device)
+    ours = models.load_model(saved, device=device)
+    assert ours.unet.device == device
+    x, t = torch.randn(3, 1, 8, 8, device=device), torch.tensor([0, 5, 19], device=device)
+    # close, not equal: a tensor's place in memory can change the order of a sum
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
         assert torch.allclose(ours.unet(x, t).sample, theirs(x, t).sample, atol=1e-5)
     assert (ours.shape, ours.unet.training, ours.settings.timesteps) == ((1, 8, 8), False, 20)
     assert not any(parameter.requires_grad for parameter in ours.unet.parameters())
@@ -73,9 +75,10 @@ def test_folder_saved_by_diffusers_loads(tmp_path):
             assert torch.allclose(loaded.unet(x, t).sample, unet.eval()(x, t).sample, atol=1e-5)
 
 
-def test_dtype(saved, tmp_path):
-    loaded = models.load_model(saved, dtype=torch.bfloat16)
-    assert next(loaded.unet.parameters()).dtype == torch.bfloat16
+def test_dtype(saved, tmp_path, device):
+    loaded = models.load_model(saved, device=device, dtype=torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16
+    assert loaded.unet.device == device
     models.save_model(loaded.unet, loaded.settings, tmp_path / "half", dtype=torch.float16)
     weights = safetensors_torch.load_file(tmp_path / "half" / models.WEIGHTS)
     assert {value.dtype for value in weights.values()} == {torch.float16}
@@ -239,19 +242,20 @@ def test_digits_models_quality_as_recorded():
     assert distance[0] == pytest.approx(distance[1], rel=0.15)
 
 
-def test_digits_model_draws_digits():
+def test_digits_model_draws_digits(device):
     """A light check of the weights themselves: a nearest-class-mean rule must find several digits, near real ones."""
     pytest.importorskip("sklearn")
     from ddpm_ext import Philox
     from ddpm_ext.data import digits
 
-    loaded = models.load_model("digits")
+    loaded = models.load_model("digits", device=device)
     with torch.no_grad():
         drawn = loaded.settings.diffusion().p_sample_loop(
             loaded.unet, (32, 1, 8, 8), sampler="ddim", steps=50, rng=Philox(3), record="last", progress=False
         )
     images, labels = digits("train")
-    nearest = torch.cdist(drawn.flatten(1), images.flatten(1)).min(1)
+    assert drawn.device == device
+    nearest = torch.cdist(drawn.cpu().flatten(1), images.flatten(1)).min(1)
     held_out = torch.cdist(digits("heldout")[0].flatten(1), images.flatten(1)).min(1)
     assert len(set(labels[nearest.indices].tolist())) >= 7
     # Random pixels, even with each pixel's own mean and spread, are more than twice as far.

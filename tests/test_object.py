@@ -14,9 +14,10 @@ backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 @backends
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))])
-def test_copies_do_the_same(backend, copied):
+def test_copies_do_the_same(backend, copied, device):
     gd = GaussianDiffusion(50, "cosine", prediction="v", variance="fixed_large", backend=backend)
-    x, t = torch.randn(3, 4), torch.tensor([0, 7, 49])
+    x, t = torch.randn(3, 4, device=device), torch.tensor([0, 7, 49], device=device)
+    gd.q_sample(x, t)  # there are tables on the device now
     other = copied(gd)
     assert repr(other) == repr(gd)
     assert torch.equal(
@@ -25,35 +26,36 @@ def test_copies_do_the_same(backend, copied):
 
 
 @backends
-def test_first_use_in_inference_mode_leaves_nothing_behind(backend):
+def test_first_use_in_inference_mode_leaves_nothing_behind(backend, device):
     gd = GaussianDiffusion(50, backend=backend)
-    x = torch.randn(3, 4)
-    w = torch.ones((), requires_grad=True)
+    x = torch.randn(3, 4, device=device)
+    w = torch.ones((), requires_grad=True, device=device)
+    steps = torch.tensor([0, 7, 49], device=device)
     with torch.inference_mode():
-        for t in (3, torch.tensor([0, 7, 49])):
+        for t in (3, steps):
             gd.p_sample(lambda x, t: x, x, t)
             gd.q_sample(x, t)
             gd.p_mean_variance(lambda x, t: x, x, t)
-    for t in (3, torch.tensor([0, 7, 49])):
+    for t in (3, steps):
         gd.train_losses(lambda x, t: w * x + w * t[:, None], x, t).backward()
         gd.p_mean_variance(lambda x, t: w * x, x, t)[0].sum().backward()
     assert w.grad.isfinite()
 
 
-def test_first_use_in_a_function_transform_leaves_nothing_behind():
+def test_first_use_in_a_function_transform_leaves_nothing_behind(device):
     gd = GaussianDiffusion(50)
-    x, t = torch.randn(3, 4), torch.tensor([0, 7, 49])
-    outputs = torch.vmap(lambda scale: gd.q_sample(scale * x, 3, noise=x))(torch.ones(2))
+    x, t = torch.randn(3, 4, device=device), torch.tensor([0, 7, 49], device=device)
+    outputs = torch.vmap(lambda scale: gd.q_sample(scale * x, 3, noise=x))(torch.ones(2, device=device))
     assert torch.equal(outputs[0], gd.q_sample(x, 3, noise=x))
     assert gd.q_sample(x, t, rng=Philox(0)).isfinite().all()
     assert gd.p_sample(lambda x, t: x, x, 3).isfinite().all()
 
 
-def test_forward_mode_is_refused_and_not_zero():
+def test_forward_mode_is_refused_and_not_zero(device):
     gd = GaussianDiffusion(50)
-    x = torch.randn(3, 4)
+    x, zeros = torch.randn(3, 4, device=device), torch.zeros(3, 4, device=device)
     for function in (
-        lambda x: gd.q_sample(x, 3, noise=torch.zeros(3, 4)),
+        lambda x: gd.q_sample(x, 3, noise=zeros),
         lambda x: gd.predict_start_from_noise(x, 3, x),
         lambda x: gd.p_mean_variance(lambda x, t: x, x, 3)[0],
     ):
@@ -63,15 +65,16 @@ def test_forward_mode_is_refused_and_not_zero():
             function(torch.autograd.forward_ad.make_dual(x, x))
 
 
-def test_out_in_the_memory_of_t_is_refused():
-    memory = torch.zeros(64, dtype=torch.int64)
-    x = torch.full((40,), 1e30)
+def test_out_in_the_memory_of_t_is_refused(device):
+    memory = torch.zeros(64, dtype=torch.int64, device=device)
+    x = torch.full((40,), 1e30, device=device)
     gd = GaussianDiffusion(50)
     with pytest.raises(ValueError, match="out shares memory"):
         gd.q_sample(x, memory[:40], noise=x, out=memory.view(torch.float32)[20:60])
     assert (memory == 0).all()
 
 
+# on the CPU: a GPU's t is not read back
 def test_a_bad_t_is_seen_before_the_model_where_gradients_are_recorded():
     calls = []
     x = torch.randn(2, 4, requires_grad=True)
@@ -80,18 +83,18 @@ def test_a_bad_t_is_seen_before_the_model_where_gradients_are_recorded():
     assert not calls
 
 
-def test_numpy_integers_are_integers():
+def test_numpy_integers_are_integers(device):
     gd = GaussianDiffusion(np.int64(50))
-    x = torch.randn(2, 4)
+    x = torch.randn(2, 4, device=device)
     assert torch.equal(gd.q_sample(x, np.int64(7), noise=x), gd.q_sample(x, 7, noise=x))
     assert torch.equal(gd.q_sample(x, 7, rng=Philox(np.int64(3))), gd.q_sample(x, 7, rng=Philox(3)))
 
 
 @backends
 @pytest.mark.parametrize("betas", [torch.full((100,), 0.9), torch.full((3,), 1 - 1e-15, dtype=torch.float64)])
-def test_extreme_betas_stay_finite(backend, betas):
+def test_extreme_betas_stay_finite(backend, betas, device):
     gd = GaussianDiffusion(len(betas), betas, backend=backend)
-    result = gd.p_sample_loop(lambda x, t: 0.5 * x, (2, 3), rng=Philox(0), record="last", progress=False)
+    result = gd.p_sample_loop(lambda x, t: 0.5 * x, (2, 3), rng=Philox(0), record="last", progress=False, device=device)
     assert result.isfinite().all()
 
 
@@ -100,7 +103,7 @@ def test_betas_too_small_for_float64_are_refused():
         GaussianDiffusion(5, torch.full((5,), 1e-20, dtype=torch.float64))
 
 
-def test_infinite_samples_do_not_spoil_the_target():
+def test_infinite_samples_do_not_spoil_the_target(device):
     gd = GaussianDiffusion(50)
-    x = torch.full((2, 4), torch.inf)
-    assert gd.train_losses(lambda x, t: torch.zeros_like(x), x, 3, torch.zeros(2, 4)) == 0
+    x = torch.full((2, 4), torch.inf, device=device)
+    assert gd.train_losses(lambda x, t: torch.zeros_like(x), x, 3, torch.zeros(2, 4, device=device)) == 0

@@ -15,7 +15,8 @@ import torch
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
-from ddpm_ext.tables import spaced_timesteps
+from ddpm_ext.sampling import KEPT
+from ddpm_ext.tables import DeviceTables, StepTable, spaced_timesteps
 
 MU, SIGMA = 0.4, 0.25
 TIMESTEPS = 100
@@ -40,7 +41,7 @@ def best_prediction(kept, x, prediction):
 
 def exact_model(gd):
     def model(x, t):
-        kept = gd.alphas_cumprod[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        kept = gd.alphas_cumprod.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return best_prediction(kept, x, gd.prediction)
 
     return model
@@ -70,9 +71,13 @@ def small(now, before):
     return (1 - before) / (1 - now) * (1 - now / before)
 
 
-def run(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
-    options = {"rng": Philox(1), "progress": False, "clip_denoised": False, **options}
-    return gd.p_sample_loop(model or exact_model(gd), shape, sampler=sampler, eta=eta, **options)
+@pytest.fixture(scope="session")
+def run(device):
+    def loop(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
+        options = {"rng": Philox(1), "progress": False, "clip_denoised": False, "device": device, **options}
+        return gd.p_sample_loop(model or exact_model(gd), shape, sampler=sampler, eta=eta, **options)
+
+    return loop
 
 
 # ------------------------------------------------------------------------------------------------ distributions
@@ -80,7 +85,7 @@ def run(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
 
 @samplers
 @pytest.mark.parametrize("steps", [None, 10])
-def test_moments_at_every_step(sampler, eta, steps):
+def test_moments_at_every_step(run, sampler, eta, steps):
     gd = diffusion()
     shape = (64, 1024)
     count = 64 * 1024
@@ -112,7 +117,7 @@ def test_chain_comes_close_to_the_data(sampler, eta):
 @backends
 @predictions
 @pytest.mark.parametrize("steps", [None, 7, 1])
-def test_ddim_without_noise_is_a_known_map(backend, prediction, steps):
+def test_ddim_without_noise_is_a_known_map(run, backend, prediction, steps):
     """Each element is slope x + offset of the step before, whatever is predicted."""
     gd = diffusion(prediction=prediction, backend=backend)
     x = ddpm_ext.randn((4, 2, 3), Philox(1), stream=1).double()
@@ -127,7 +132,7 @@ def test_ddim_without_noise_is_a_known_map(backend, prediction, steps):
 
 
 @predictions
-def test_ddim_converges_at_first_order(prediction):
+def test_ddim_converges_at_first_order(run, device, prediction):
     """To the flow's own map, x_0 = MU + SIGMA (x_T - sqrt(kept) MU) / std(x_T); the reference in float64."""
     gd = GaussianDiffusion(1000, backend="reference", prediction=prediction)
     kept = gd.alphas_cumprod[-1]
@@ -136,13 +141,14 @@ def test_ddim_converges_at_first_order(prediction):
     errors = []
     for steps in (50, 100, 200):
         end = run(gd, "ddim", shape=(2, 5), steps=steps, record="last", dtype=torch.float64)
-        errors.append((end - limit).abs().max().item())
+        assert end.device == device
+        errors.append((end.cpu() - limit).abs().max().item())
     for coarse, fine in pairwise(errors):
         assert 1.7 < coarse / fine < 2.3
     assert errors[-1] < 0.02
 
 
-def test_more_steps_approach_the_data():
+def test_more_steps_approach_the_data(run):
     gd = GaussianDiffusion(1000)
     errors = []
     for steps in (5, 20, 80):
@@ -158,7 +164,7 @@ def test_more_steps_approach_the_data():
 
 @backends
 @samplers
-def test_first_steps_by_hand(backend, sampler, eta):
+def test_first_steps_by_hand(run, device, backend, sampler, eta):
     """x_T is stream 1, draw 0; a step's noise is stream 0, draw t; the model sees every sample's t."""
     gd = diffusion(backend=backend)
     rng = Philox(11, 40)
@@ -171,7 +177,7 @@ def test_first_steps_by_hand(backend, sampler, eta):
     recorded = run(gd, sampler, eta, model=model, steps=5, rng=rng)
     timesteps = spaced_timesteps(TIMESTEPS, 5)
     assert [t.tolist() for t in told] == [[t] * 4 for t in timesteps.tolist()]
-    assert all(t.dtype == torch.int64 for t in told)
+    assert all(t.dtype == torch.int64 and t.device == device for t in told)
     x = ddpm_ext.randn((4, 2, 3), rng, stream=1, draw=0).double()
     for t, before, (slope, offset, s) in zip(
         timesteps.tolist(), recorded, exact_chain(gd, sampler, eta, 5), strict=True
@@ -182,18 +188,34 @@ def test_first_steps_by_hand(backend, sampler, eta):
         torch.testing.assert_close(torch.from_numpy(before).double(), x, rtol=0, atol=4e-6)
 
 
-def test_loop_is_p_sample_again_and_again():
+def test_loop_is_p_sample_again_and_again(run, device):
     gd = diffusion()
     rng = Philox(2)
-    x = ddpm_ext.randn((4, 2, 3), rng, stream=1)
+    x = ddpm_ext.randn((4, 2, 3), rng, stream=1, device=device)
     for t, recorded in zip(range(TIMESTEPS - 1, -1, -1), run(gd, rng=rng), strict=True):
         x = gd.p_sample(exact_model(gd), x, t, False, rng=rng)
-        assert torch.equal(torch.from_numpy(recorded), x)
+        assert torch.equal(torch.from_numpy(recorded), x.cpu())
 
 
-def test_clip_is_on_by_default():
+def test_a_second_loop_makes_no_table(run, device, monkeypatch):
+    """Nor copies one to the device: what a CUDA graph would not capture."""
+    gd, options = diffusion(), {"sampler": "ddim", "steps": 7, "eta": 0.5, "rng": Philox(2), "record": "last"}
+    first = run(gd, **options)
+    for steps in (3, 4, 5):
+        run(gd, sampler="ddim", steps=steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(StepTable, "packed", None)
+        patch.setattr(DeviceTables, "__init__", None)
+        assert torch.equal(run(gd, **options), first)
+    for steps in range(1, 2 * KEPT):
+        run(gd, sampler="ddim", steps=steps)
+    assert len(gd._loops) <= KEPT
+    assert torch.equal(run(gd, **options), first)
+
+
+def test_clip_is_on_by_default(device):
     gd = diffusion()
-    options = {"steps": 5, "rng": Philox(3), "progress": False, "record": "last"}
+    options = {"steps": 5, "rng": Philox(3), "progress": False, "record": "last", "device": device}
     plain, clipped, free = (
         gd.p_sample_loop(lambda x, t: -3 * x, (4, 8), **options, **clip)
         for clip in ({}, {"clip_denoised": True}, {"clip_denoised": False})
@@ -205,7 +227,7 @@ def test_clip_is_on_by_default():
 
 @backends
 @samplers
-def test_split_batches(backend, sampler, eta):
+def test_split_batches(run, device, backend, sampler, eta):
     """A sample is the same in any batch."""
     gd = diffusion(backend=backend)
     options = {"sampler": sampler, "eta": eta, "steps": 6, "record": "last"}
@@ -213,7 +235,7 @@ def test_split_batches(backend, sampler, eta):
     for size in (1, 2, 3):
         parts = [run(gd, shape=(size, 2, 3), rng=Philox(9, 100 + i), **options) for i in range(0, 6, size)]
         assert torch.equal(torch.cat(parts), whole)
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    order = torch.tensor([3, 0, 5, 1, 4, 2], device=device)
     assert torch.equal(run(gd, shape=(6, 2, 3), rng=Philox(9, 100 + order), **options), whole[order])
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(run(gd, shape=(6, 2, 3), rng=Philox(10, 100), **options), whole)
@@ -221,7 +243,7 @@ def test_split_batches(backend, sampler, eta):
 
 @samplers
 @predictions
-def test_fused_and_reference_agree(sampler, eta, prediction):
+def test_fused_and_reference_agree(run, sampler, eta, prediction):
     options = {"sampler": sampler, "eta": eta, "steps": 20}
     fused = run(diffusion(prediction=prediction), **options)
     reference = run(diffusion(prediction=prediction, backend="reference"), **options)
@@ -231,7 +253,7 @@ def test_fused_and_reference_agree(sampler, eta, prediction):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision(dtype):
+def test_low_precision(run, dtype):
     gd = diffusion()
     exact = run(gd, steps=10, record="last")
     low = run(gd, steps=10, record="last", dtype=dtype)
@@ -240,14 +262,14 @@ def test_low_precision(dtype):
     assert (low.float() - exact).abs().max() < 4 * torch.finfo(dtype).eps
     images = run(gd, steps=10, dtype=dtype)
     assert images[0].dtype == (np.float16 if dtype == torch.float16 else np.float32)
-    assert torch.equal(torch.from_numpy(images[-1]).to(dtype), low)
+    assert torch.equal(torch.from_numpy(images[-1]).to(dtype), low.cpu())
 
 
 # ------------------------------------------------------------------------------------------------------ options
 
 
 @backends
-def test_record(backend):
+def test_record(run, backend):
     gd = diffusion(backend=backend)
     every = run(gd, steps=10, record="all")
     assert isinstance(every, list)
@@ -256,14 +278,14 @@ def test_record(backend):
     assert len({x.tobytes() for x in every}) == 10  # copies, not one buffer
     last = run(gd, steps=10, record="last")
     assert isinstance(last, torch.Tensor)
-    assert np.array_equal(last.numpy(), every[-1])
+    assert np.array_equal(last.cpu().numpy(), every[-1])
     for k, kept in ((1, range(10)), (3, (2, 5, 8, 9)), (4, (3, 7, 9)), (5, (4, 9)), (10, (9,)), (99, (9,))):
         some = run(gd, steps=10, record=k)
         assert len(some) == len(kept)
         assert all(np.array_equal(x, every[i]) for x, i in zip(some, kept, strict=True))
 
 
-def test_record_belongs_to_the_caller():
+def test_record_belongs_to_the_caller(run):
     gd = diffusion()
     first = run(gd, steps=2, record="last")
     copy = first.clone()
@@ -271,7 +293,7 @@ def test_record_belongs_to_the_caller():
     assert torch.equal(first, copy)
 
 
-def test_device_follows_the_model():
+def test_device_follows_the_model(device):
     gd = diffusion()
     seen = []
 
@@ -281,21 +303,28 @@ def test_device_follows_the_model():
             self.weight = torch.nn.Parameter(torch.ones((), device=device))
 
         def forward(self, x, t):
-            seen.append((x.device.type, t.device.type))
+            seen.append((x.device, t.device))
             return x
 
-    run(gd, steps=1, model=Model("cpu"))
-    run(gd, steps=1, model=Model("meta"), device="cpu")  # what is asked for comes first
-    run(gd, steps=1, model=Model("meta"), device=torch.device("cpu"))
-    assert seen == [("cpu", "cpu")] * 3
-    if torch.cuda.is_available() and ddpm_ext.build_info()["cuda"]:
-        run(gd, steps=1, model=Model("cuda"))
-        assert seen[-1] == ("cuda", "cuda")
+    options = {"steps": 1, "record": "last", "progress": False}
+    gd.p_sample_loop(Model(device), (4, 2, 3), **options)
+    for asked in (device, str(device), device.type):  # what is asked for comes first
+        result = gd.p_sample_loop(Model("meta"), (4, 2, 3), device=asked, **options)
+        assert result.device == device
+    assert seen == [(device, device)] * 4
+
+
+@backends
+def test_sample_ids_where_a_device_is_asked_for_by_its_type(run, device, backend):
+    """ "cuda" is the GPU that is current, "cuda:0" where tensors tell it."""
+    gd, rng = diffusion(backend=backend), Philox(9, torch.tensor([5, 2**40, 0, 1], device=device))
+    options = {"steps": 3, "rng": rng, "record": "last"}
+    assert torch.equal(run(gd, device=device.type, **options), run(gd, device=device, **options))
 
 
 @pytest.mark.parametrize("own", [{"draw": 0}, {"stream": 0}, {"draw": 3, "stream": 20}])
 @backends
-def test_a_draw_or_stream_of_its_own_is_refused(backend, own):
+def test_a_draw_or_stream_of_its_own_is_refused(run, backend, own):
     def model(x, t):
         raise AssertionError("the model was called")
 
@@ -303,7 +332,7 @@ def test_a_draw_or_stream_of_its_own_is_refused(backend, own):
         run(diffusion(backend=backend), model=model, rng=Philox(0, **own))
 
 
-def test_progress(capfd):
+def test_progress(run, capfd):
     tqdm = pytest.importorskip("tqdm")
     assert tqdm
     gd = diffusion()
@@ -314,7 +343,7 @@ def test_progress(capfd):
     assert "3/3" in out + err
 
 
-def test_without_tqdm(monkeypatch, capfd):
+def test_without_tqdm(run, monkeypatch, capfd):
     for name in ("tqdm", "tqdm.auto"):
         monkeypatch.setitem(sys.modules, name, None)
     assert len(run(diffusion(), steps=3, progress=True)) == 3

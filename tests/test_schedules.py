@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from choices import for_many
 from tutorial import linear_betas
 
 from ddpm_ext.schedules import SCHEDULES, make_betas
@@ -74,18 +73,16 @@ def test_linear_needs_twenty():
         make_betas("linear", 19)
 
 
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.floats(2**-20, 1, exclude_max=True, width=32), min_size=1, max_size=20),
-    st.booleans(),
-    st.sampled_from([torch.float32, torch.float64]),
-)
-def test_given(values, last_is_one, dtype):
-    if last_is_one:
+@for_many(50)
+def test_given(device, choose):
+    dtype = choose.one_of([torch.float32, torch.float64])
+    values = choose.several(lambda: choose.integer(1, 2**20 - 1) / 2**20, 1, 20)
+    if choose.one_of([False, True]):
         values[-1] = 1.0
-    given_betas = torch.tensor(values, dtype=dtype, requires_grad=True)
+    given_betas = torch.tensor(values, dtype=dtype, device=device, requires_grad=True)
     betas = make_betas(given_betas, len(values))
     assert betas.dtype == torch.float64
+    assert betas.device.type == "cpu"
     assert betas.tolist() == values
     assert not betas.requires_grad
 

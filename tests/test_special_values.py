@@ -18,9 +18,15 @@ INF, NAN = math.inf, math.nan
 VALUES = [0.0, -0.0, 1.0, -2.5, 1e-7, 1000.0, INF, -INF, NAN]
 
 
-def step_table(*rows: tuple[float, ...]) -> torch.Tensor:
+def step_table(device: torch.device, *rows: tuple[float, ...]) -> torch.Tensor:
     """Rows of a, b, c0, c1, c2, s; draw 0."""
-    return torch.tensor([[*row, 0.0, 0.0] for row in rows])
+    return torch.tensor([[*row, 0.0, 0.0] for row in rows], device=device)
+
+
+def combinations(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All of VALUES beside one another: (count, 1, ...)."""
+    listed = torch.tensor(list(itertools.product(VALUES, repeat=count)), dtype=dtype, device=device)
+    return listed.T.contiguous().unsqueeze(1)
 
 
 def step(x, m, z, row, clip):
@@ -46,33 +52,30 @@ ROWS = [
 @DTYPES
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0), (-INF, 0.5), (0.0, INF)])
 @pytest.mark.parametrize("row", ROWS)
-def test_special_values_in_every_place(backend, dtype, clip, row):
-    grid = torch.tensor(list(itertools.product(VALUES, repeat=3)), dtype=dtype).T.contiguous()
-    x, m, z = grid.unsqueeze(1)
+def test_special_values_in_every_place(backend, dtype, clip, row, device):
+    x, m, z = combinations(3, dtype, device)
     for noise in (None, z):
-        got = backend.reverse_step(x, m, step_table(row), 0, clip=clip, noise=noise, add_noise=False)
+        got = backend.reverse_step(x, m, step_table(device, row), 0, clip=clip, noise=noise, add_noise=False)
         with np.errstate(over="ignore"):
-            truth = step(
-                x.double().numpy(), m.double().numpy(), None if noise is None else z.double().numpy(), row, clip
-            )
+            truth = step(*(v if v is None else v.double().cpu().numpy() for v in (x, m, noise)), row, clip)
         # NaN and Inf in the same places; the margin is for cancelled terms of 1000
         tolerance = {torch.float32: 2e-4, torch.float16: 1, torch.bfloat16: 8}[dtype]
-        np.testing.assert_allclose(got.double().numpy(), truth, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(got.double().cpu().numpy(), truth, rtol=0, atol=tolerance)
 
 
 @BACKENDS
-def test_clip_tames_an_infinite_model_output_where_c2_is_0(backend):
-    x, m = torch.zeros(1, 64), torch.tensor([INF, -INF] * 32).view(1, 64)
-    table = step_table((1.0, 2.0, 0.5, 0.0, 0.0, 0.0), (1.0, 2.0, 0.5, 0.0, 0.25, 0.0))
+def test_clip_tames_an_infinite_model_output_where_c2_is_0(backend, device):
+    x, m = torch.zeros(1, 64, device=device), torch.tensor([[INF, -INF] * 32], device=device)
+    table = step_table(device, (1.0, 2.0, 0.5, 0.0, 0.0, 0.0), (1.0, 2.0, 0.5, 0.0, 0.25, 0.0))
     assert torch.equal(backend.reverse_step(x, m, table, 0, add_noise=False), m.sign() * 0.5)
     assert torch.equal(backend.reverse_step(x, m, table, 1, add_noise=False), m)
     assert torch.equal(backend.reverse_step(x, m, table, 0, clip=None, add_noise=False), m)
 
 
 @BACKENDS
-def test_one_nan_spoils_one_element(backend):
-    table = step_table(ROWS[0])
-    x, m, z = torch.randn(3, 2, 150, generator=torch.Generator().manual_seed(0)).unbind()
+def test_one_nan_spoils_one_element(backend, normal, device):
+    table = step_table(device, ROWS[0])
+    x, m, z = normal(3, 2, 150).unbind()
     expected = backend.reverse_step(x, m, table, 0, noise=z)
     for spoiled in range(3):
         for place in (0, 63, 64, 149, 150, 299):
@@ -85,9 +88,9 @@ def test_one_nan_spoils_one_element(backend):
 
 
 @BACKENDS
-def test_special_values_of_affine(backend):
-    x, y = torch.tensor(list(itertools.product(VALUES, repeat=2))).T.contiguous().unsqueeze(1)
-    table = torch.tensor([[0.5, -2.0]])
+def test_special_values_of_affine(backend, device):
+    x, y = combinations(2, torch.float32, device)
+    table = torch.tensor([[0.5, -2.0]], device=device)
     truth = 0.5 * x.double() - 2.0 * y.double()
     for got in (
         backend.forward_process(x, table, 0, noise=y),
@@ -100,9 +103,9 @@ def test_special_values_of_affine(backend):
 
 
 @BACKENDS
-def test_16_bit_results_overflow_to_infinity(backend):
-    x = torch.tensor([[60000.0, -60000.0, 65519.0, 65520.0]])
-    table = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+def test_16_bit_results_overflow_to_infinity(backend, device):
+    x = torch.tensor([[60000.0, -60000.0, 65519.0, 65520.0]], device=device)
+    table = torch.tensor([[1.0, 0.0], [2.0, 0.0]], device=device)
     half = x.half()
     assert backend.forward_process(half, table, 1, add_noise=False).tolist() == [[INF, -INF, INF, INF]]
     # 65519 rounds to the largest number, 65520 to infinity: as torch's own rounding
@@ -113,13 +116,14 @@ def test_16_bit_results_overflow_to_infinity(backend):
 @BACKENDS
 @DTYPES
 @pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (2, 0), (2, 3, 0, 5), (0, 0)])
-def test_empty(backend, dtype, shape):
-    x, steps, affine = torch.empty(shape, dtype=dtype), step_table(*ROWS), torch.ones(4, 2)
-    for t in (0, torch.zeros(shape[0], dtype=torch.int64)):
+def test_empty(backend, dtype, shape, device):
+    x, affine = torch.empty(shape, dtype=dtype, device=device), torch.ones(4, 2, device=device)
+    steps, zeros = step_table(device, *ROWS), torch.zeros(shape[0], dtype=torch.int64, device=device)
+    for t in (0, zeros):
         for result in (
             backend.reverse_step(x, x, steps, t, rng=Philox(0)),
             backend.reverse_step(x, x, steps, t, noise=x, out=torch.empty_like(x)),
-            backend.forward_process(x, affine, t, rng=Philox(0, torch.zeros(shape[0], dtype=torch.int64))),
+            backend.forward_process(x, affine, t, rng=Philox(0, zeros)),
             backend.predict_start(x, x, affine, t),
             backend.posterior_mean(x, x, affine, t),
         ):
@@ -127,10 +131,10 @@ def test_empty(backend, dtype, shape):
 
 
 @BACKENDS
-def test_without_signal_x0_is_the_sign_of_x_minus_m(backend):
+def test_without_signal_x0_is_the_sign_of_x_minus_m(backend, normal, device):
     """Where alphas_cumprod is 0 and the model predicts eps, also where both are equal."""
     a, b = (float(v) for v in prediction_coefficients(torch.zeros(1, dtype=torch.float64), "eps"))
-    x = torch.randn(1, 999, generator=torch.Generator().manual_seed(0))
-    m = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])[torch.arange(999) % 3, 0, torch.arange(999)][None]
-    start = backend.reverse_step(x, m, step_table((a, b, 1.0, 0.0, 0.0, 0.0)), 0, add_noise=False)
+    x, i = normal(1, 999), torch.arange(999, device=device)
+    m = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])[i % 3, 0, i][None]
+    start = backend.reverse_step(x, m, step_table(device, (a, b, 1.0, 0.0, 0.0, 0.0)), 0, add_noise=False)
     assert torch.equal(start, (x - m).sign())

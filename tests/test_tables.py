@@ -4,8 +4,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from choices import for_many
 from tutorial import Tutorial
 
 from ddpm_ext.schedules import SCHEDULES, make_betas
@@ -61,12 +60,11 @@ def test_ddpm_is_the_tutorials_posterior(name, prediction):
     close(table.a * x + table.b * m, truth.predict_start(x, descending, m), atol=2e-13)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.data(), st.sampled_from(sorted(SCHEDULES)), st.sampled_from(["fixed_small", "fixed_large"]))
-def test_ddpm_over_a_subset_merges_steps(data, name, variance):
+@for_many(30)
+def test_ddpm_over_a_subset_merges_steps(choose):
+    name, variance = choose.one_of(sorted(SCHEDULES)), choose.one_of(["fixed_small", "fixed_large"])
     betas, kept = schedule(name, 50)
-    subset = data.draw(st.sets(st.integers(0, 49), min_size=1, max_size=50))
-    descending = sorted(subset, reverse=True)
+    descending = sorted(set(choose.several(lambda: choose.integer(0, 49), 1, 50)), reverse=True)
     table = ddpm_table(betas, kept, torch.tensor(descending), variance=variance)
     for i, (t, below) in enumerate(zip(descending, [*descending[1:], -1], strict=True)):
         alpha = (1 - betas[below + 1 : t + 1]).prod().item()
@@ -160,10 +158,10 @@ def test_alphas_cumprod_zero(sampler):
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.data(), st.integers(1, 5000))
-def test_spaced_timesteps(data, timesteps):
-    steps = data.draw(st.integers(1, timesteps))
+@for_many(200)
+def test_spaced_timesteps(choose):
+    timesteps = choose.integer(1, 5000)
+    steps = choose.integer(1, timesteps)
     spaced = spaced_timesteps(timesteps, steps)
     assert spaced.dtype == torch.int64
     assert spaced.shape == (steps,)
@@ -175,8 +173,9 @@ def test_spaced_timesteps(data, timesteps):
         assert (gaps - (timesteps - 1) / (steps - 1)).abs().max() <= 1  # even, up to rounding both ends
 
 
-@given(st.integers(1, 5000))
-def test_spaced_timesteps_all(timesteps):
+@for_many()
+def test_spaced_timesteps_all(choose):
+    timesteps = choose.integer(1, 5000)
     assert torch.equal(spaced_timesteps(timesteps, None), torch.arange(timesteps - 1, -1, -1))
     assert torch.equal(spaced_timesteps(timesteps, timesteps), torch.arange(timesteps - 1, -1, -1))
 
@@ -189,37 +188,45 @@ def test_spaced_timesteps_bad(steps, error):
         spaced_timesteps(100, steps)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), st.sampled_from([torch.float32, torch.float64]))
-def test_packed(timesteps, dtype):
+@for_many(50)
+def test_packed(device, choose):
+    timesteps = choose.several(lambda: choose.integer(0, 2**31 - 1), 1, 9)
+    dtype = choose.one_of([torch.float32, torch.float64])
     rows = len(timesteps)
     columns = torch.randn(6, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(rows))
     table = StepTable(torch.tensor(timesteps), *columns)
     assert len(table) == rows
-    packed = table.packed(torch.device("cpu"), dtype)
+    packed = table.packed(device, dtype)
     assert packed.dtype == dtype
+    assert packed.device == device
     assert packed.shape == (rows, 8)
     assert packed.is_contiguous()
-    assert torch.equal(packed[:, :6], columns.T.to(dtype))
+    assert torch.equal(packed[:, :6].cpu(), columns.T.to(dtype))
     bits = packed.view(torch.int32 if dtype == torch.float32 else torch.int64)
     assert bits[:, 6].tolist() == timesteps
     assert (bits[:, 7] == 0).all()
 
 
-def test_device_tables():
+def test_device_tables(device):
     timestep = torch.tensor([0, 1, 2])
     columns = torch.randn(6, 3, dtype=torch.float64)
     affine = torch.randn(3, 2, dtype=torch.float64)
     steps = StepTable(timestep, *columns)
     with torch.inference_mode():
         tables = DeviceTables(steps, affine=affine)
-    cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(tables.get("affine", cpu, dtype), affine.to(dtype))
-        assert tables.get("affine", cpu, dtype).is_contiguous()
-        assert not tables.get("affine", cpu, dtype).is_inference()
-        assert torch.equal(tables.get("steps", cpu, dtype), steps.packed(cpu, dtype))
-    assert torch.equal(tables.get("timesteps", cpu, torch.int64), timestep)
-    meta = torch.device("meta")
-    assert tables.get("affine", meta, torch.float32) is tables.get("affine", meta, torch.float32)
-    assert not any(key[1] == meta for key in pickle.loads(pickle.dumps(tables))._tables)
+        got = tables.get("affine", device, dtype)
+        assert torch.equal(got, affine.to(device, dtype))
+        assert got.is_contiguous()
+        assert not got.is_inference()
+        integer = torch.int32 if dtype == torch.float32 else torch.int64  # the timesteps' bits may be those of a NaN
+        packed = steps.packed(device, dtype)
+        assert torch.equal(tables.get("steps", device, dtype).view(integer), packed.view(integer))
+    assert torch.equal(tables.get("timesteps", device, torch.int64), timestep.to(device))
+
+
+def test_device_tables_keep_their_copies_but_do_not_pickle_them(device):
+    tables = DeviceTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
+    for other in (device, torch.device("meta")):
+        assert tables.get("steps", other, torch.float32) is tables.get("steps", other, torch.float32)
+    assert {key[1].type for key in pickle.loads(pickle.dumps(tables))._tables} == {"cpu"}

@@ -89,9 +89,11 @@ def test_what_a_run_leaves(straight):
     assert sum("step " in line and "loss" in line for line in lines) == 3
 
 
-def test_training_learns(tmp_path):
+def test_training_learns(tmp_path, device):
     losses = []
-    options = TrainOptions(**TINY | {"steps": 150, "lr": 1e-2, "checkpoint_every": 1000, "batch_size": 16})
+    options = TrainOptions(
+        **TINY | {"steps": 150, "lr": 1e-2, "checkpoint_every": 1000, "batch_size": 16, "device": str(device)}
+    )
     train(options, tmp_path / "run", report=quiet)
     with open(tmp_path / "run" / "losses.csv") as opened:
         losses = [float(row["loss"]) for row in csv.DictReader(opened)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from comparison import T, backends, clips, normals, pair, predictions, start_magnitude
+from comparison import backends, clips, float64, normals, pair, predictions, start_magnitude, timesteps
 from torch import nn
 from tutorial import Tutorial
 
@@ -14,86 +14,91 @@ from ddpm_ext import GaussianDiffusion
 
 def gradients(function, tensors):
     leaves = [v.detach().clone().requires_grad_() for v in tensors]
-    output = function(*leaves)
+    output = float64(function(*leaves))
     weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
-    (output.double() * weight).sum().backward()
+    (output * weight).sum().backward()
     return [leaf.grad for leaf in leaves]
 
 
 def check_gradients(ours, theirs, tensors):
     mine = gradients(ours, tensors)
-    true = gradients(theirs, [v.double() for v in tensors])
+    true = gradients(theirs, [float64(v) for v in tensors])
     for a, b, v in zip(mine, true, tensors, strict=True):
         assert a.dtype == v.dtype
+        assert a.device == v.device
         # a product of two rounded numbers: measured 2.6 half-ulps, factor 2
-        assert ((a.double() - b).abs() <= 5 * 2.0**-24 * b.abs()).all()
+        assert ((float64(a) - b).abs() <= 5 * 2.0**-24 * b.abs()).all()
 
 
 @backends
 @pytest.mark.parametrize(
     "call",
     [
-        lambda d, x, z: d.q_sample(x, T, z),
-        lambda d, x, z: d.predict_start_from_noise(x, T, z),
-        lambda d, x, z: d.q_posterior_mean_variance(x, z, T)[0],
+        lambda d, t, x, z: d.q_sample(x, t, z),
+        lambda d, t, x, z: d.predict_start_from_noise(x, t, z),
+        lambda d, t, x, z: d.q_posterior_mean_variance(x, z, t)[0],
     ],
     ids=["q_sample", "predict_start_from_noise", "q_posterior_mean_variance"],
 )
-def test_gradients_of_affine_methods(backend, call):
+def test_gradients_of_affine_methods(backend, call, device):
     gd, truth = pair(backend=backend)
-    check_gradients(lambda x, z: call(gd, x, z), lambda x, z: call(truth, x, z), normals(2))
+    t = timesteps(device)
+    check_gradients(lambda x, z: call(gd, t, x, z), lambda x, z: call(truth, t, x, z), normals(2, device))
 
 
 @backends
-def test_gradient_of_q_mean_variance(backend):
+def test_gradient_of_q_mean_variance(backend, device):
     gd, truth = pair(backend=backend)
-    check_gradients(lambda x: gd.q_mean_variance(x, T)[0], lambda x: truth.q_mean_variance(x, T)[0], normals(1))
+    t, tensors = timesteps(device), normals(1, device)
+    check_gradients(lambda x: gd.q_mean_variance(x, t)[0], lambda x: truth.q_mean_variance(x, t)[0], tensors)
 
 
 @backends
 @predictions
 @clips
-@pytest.mark.parametrize("t", [T, 20], ids=["tensor", "int"])
-def test_gradients_of_p_mean_variance(backend, prediction, clip, t):
+@pytest.mark.parametrize("t", ["tensor", 20])
+def test_gradients_of_p_mean_variance(backend, prediction, clip, t, device):
     """In x_t, directly and through the model, and in the model's parameters."""
     gd, truth = pair(prediction, backend=backend)
-    (x,) = normals(1)
-    w = torch.tensor(0.9)
-    steps = T if t is T else torch.full((6,), t)
+    (x,) = normals(1, device)
+    w = torch.tensor(0.9, device=device)
+    steps = timesteps(device) if t == "tensor" else torch.full((6,), t, device=device)
+    t = steps if t == "tensor" else t
 
     def run(d, t, x, w):
         return d.p_mean_variance(lambda x_t, _: w * x_t + 0.1 * x_t**2, x, t, clip)[0]
 
     mine, mine_w = gradients(lambda x, w: run(gd, t, x, w), (x, w))
-    true, true_w = gradients(lambda x, w: run(truth, steps, x, w), (x.double(), w.double()))
+    true, true_w = gradients(lambda x, w: run(truth, steps, x, w), (float64(x), float64(w)))
     largest = gradient_terms(truth, steps, x, w)
+    error = (float64(mine) - true).abs()
     # measured 2.4 half-ulps of the terms, factor 3
-    assert ((mine.double() - true).abs() <= 8 * 2.0**-24 * largest).all(), ((mine - true).abs() / largest).max() * 2**24
-    terms = (largest * x.abs()).sum()
+    assert (error <= 8 * 2.0**-24 * largest).all(), (error / largest).max() * 2**24
+    terms = (largest * float64(x).abs()).sum()
     # measured 0.06 half-ulps (rounding averages out), factor 8
-    assert abs(mine_w.double() - true_w) <= 0.5 * 2.0**-24 * terms
+    assert abs(float64(mine_w) - true_w) <= 0.5 * 2.0**-24 * terms
 
 
 def gradient_terms(truth, t, x, w):
     """A bound of the terms of the mean's gradient in x_t: |c0| (|a| + |b| |dm/dx|) + |c1|."""
-    slope = w.abs() + 0.2 * x.double().abs()
-    ones = torch.ones_like(x).double()
+    slope = float64(w).abs() + 0.2 * float64(x).abs()
+    ones = torch.ones_like(slope)
     start = start_magnitude(truth, ones, slope, t)
     return truth.q_posterior_mean_variance(start, ones, t)[0]
 
 
 @backends
-def test_p_sample_builds_no_graph(backend):
+def test_p_sample_builds_no_graph(backend, device):
     gd, _ = pair(backend=backend)
-    x, m, z = (v.requires_grad_() for v in normals(3))
-    w = nn.Parameter(torch.tensor(0.5))
+    x, m, z = (v.requires_grad_() for v in normals(3, device))
+    w = nn.Parameter(torch.tensor(0.5, device=device))
     graphs = []
 
     def model(x_t, t):
         graphs.append((w * m).requires_grad)
         return w * m
 
-    result = gd.p_sample(model, x, T, noise=z)
+    result = gd.p_sample(model, x, timesteps(device), noise=z)
     assert not result.requires_grad
     assert result.grad_fn is None
     assert graphs == [False]
@@ -101,10 +106,10 @@ def test_p_sample_builds_no_graph(backend):
 
 
 @backends
-def test_loop_builds_no_graph(backend):
+def test_loop_builds_no_graph(backend, device):
     gd, _ = pair(backend=backend)
-    w = nn.Parameter(torch.tensor(0.5))
-    result = gd.p_sample_loop(lambda x_t, _: w * x_t, (2, 3), steps=2, record="last", progress=False)
+    w = nn.Parameter(torch.tensor(0.5, device=device))
+    result = gd.p_sample_loop(lambda x_t, _: w * x_t, (2, 3), steps=2, record="last", progress=False, device=device)
     assert not result.requires_grad
     assert gd.p_mean_variance(lambda x_t, _: w * x_t, result, 3)[0].requires_grad
 
@@ -124,10 +129,10 @@ class TinyModel(nn.Module):
 
 
 @backends
-def test_training_loop(backend):
-    timesteps, batch_size, device = 500, 8, "cpu"
+def test_training_loop(backend, device):
+    timesteps, batch_size = 500, 8
     torch.manual_seed(0)
-    model = TinyModel()
+    model = TinyModel().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
     gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
     losses = []
@@ -145,25 +150,26 @@ def test_training_loop(backend):
 
 @backends
 @predictions
-def test_parameter_gradients_of_train_losses(backend, prediction):
+def test_parameter_gradients_of_train_losses(backend, prediction, device):
     gd = GaussianDiffusion(500, prediction=prediction, backend=backend)
     truth = Tutorial(gd.betas, prediction)
     torch.manual_seed(0)
-    model, exact = TinyModel(), TinyModel().double()
-    exact.load_state_dict(model.state_dict())
-    x, z = normals(2, (4, 3, 8, 8))
-    t = torch.tensor([0, 3, 250, 499])
-    gd.train_losses(model, x, t, z).backward()
-    truth.train_losses(exact, x, t, noise=z).backward()
-    for a, b in zip(model.parameters(), exact.parameters(), strict=True):
+    model, true_model = TinyModel().to(device), TinyModel().double()
+    true_model.load_state_dict(model.state_dict())
+    x, z = normals(2, device, (4, 3, 8, 8))
+    t = torch.tensor([0, 3, 250, 499], device=device)
+    with torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
+        gd.train_losses(model, x, t, z).backward()
+    truth.train_losses(true_model, x, t, noise=z).backward()
+    for a, b in zip(model.parameters(), true_model.parameters(), strict=True):
         # measured 3.3e-7 of the largest, factor 3
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
+        torch.testing.assert_close(float64(a.grad), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
 
 
 @backends
-def test_sampling_cell(backend):
+def test_sampling_cell(backend, device):
     timesteps = 500
-    model = TinyModel()
+    model = TinyModel().to(device)
     gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
     steps = timesteps if backend == "fused" else 4
     if backend == "fused":
@@ -180,18 +186,19 @@ def test_sampling_cell(backend):
     assert np.abs(generated_images[-1]).max() <= 1  # the last step is x_0 alone, clipped
     assert generated_images[-1].reshape(8, 8, 3, 8, 8).shape == (8, 8, 3, 8, 8)
     # the afterword's cell: x_0 as predicted on the way
-    t = torch.full((64,), timesteps - 1).long()
-    ori = torch.from_numpy(generated_images[0])
+    t = torch.full((64,), timesteps - 1, device=device).long()
+    ori = torch.from_numpy(generated_images[0]).to(device)
     with torch.no_grad():
         pred_noise = model(ori, t)
         x_recon = gaussian_diffusion.predict_start_from_noise(ori, t, pred_noise).to("cpu").numpy()
     assert x_recon.shape == (64, 3, 8, 8)
 
 
-def test_sample_defaults():
+def test_sample_defaults(device):
     gd = GaussianDiffusion(20)
-    images = gd.sample(lambda x_t, _: x_t, 4, steps=2, progress=False)
+    options = {"steps": 2, "progress": False, "device": device}
+    images = gd.sample(lambda x_t, _: x_t, 4, **options)
     assert [v.shape for v in images] == [(8, 3, 4, 4)] * 2
-    positional = gd.sample(lambda x_t, _: x_t, 4, 2, 1, steps=2, progress=False, record="last", dtype=torch.float16)
+    positional = gd.sample(lambda x_t, _: x_t, 4, 2, 1, record="last", dtype=torch.float16, **options)
     assert positional.shape == (2, 1, 4, 4)
     assert positional.dtype == torch.float16

@@ -1,6 +1,6 @@
 """What the tutorial's GaussianDiffusion computes, in float64, with x0- and v-predictions and the large variance beside.
 
-The truth in the tests: nothing here is imported from ddpm_ext.
+On the CPU, wherever its arguments are. The truth in the tests: nothing here is imported from ddpm_ext.
 """
 
 import torch
@@ -29,14 +29,15 @@ def linear_betas(timesteps: int) -> Tensor:
 
 
 class Tutorial:
-    """Samples, noise and model outputs may have any float dtype; all is computed and returned in float64."""
+    """Samples, noise and model outputs may have any float dtype and lie anywhere; all is computed and returned in
+    float64 on the CPU."""
 
     def __init__(self, betas: Tensor, prediction: str = "eps", variance: str = "fixed_small"):
         self.prediction, self.variance = prediction, variance
-        self.betas = betas.double()
+        self.betas = betas.double().cpu()
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.stack([self.alphas[: i + 1].prod() for i in range(len(betas))])
-        before = self.alphas_cumprod_prev = torch.cat([betas.new_ones(1).double(), self.alphas_cumprod[:-1]])
+        before = self.alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         kept, lost = self.alphas_cumprod, 1 - self.alphas_cumprod
         self.sqrt_alphas_cumprod = kept**0.5
         self.sqrt_one_minus_alphas_cumprod = lost**0.5
@@ -49,54 +50,54 @@ class Tutorial:
         self.posterior_mean_coef2 = self.alphas**0.5 * (1 - before) / lost
 
     def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        return values[t].reshape(-1, *[1] * (x.dim() - 1))
+        return values[t.cpu()].reshape(-1, *[1] * (x.dim() - 1))
 
     def q_sample(self, x_start, t, noise):
         return (
-            self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double()
-            + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise.double()
+            self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double().cpu()
+            + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise.double().cpu()
         )
 
     def q_mean_variance(self, x_start, t):
-        mean = self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double()
+        mean = self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double().cpu()
         variance = self.at(1 - self.alphas_cumprod, t, x_start)
         return mean, variance, self.at(self.log_one_minus_alphas_cumprod, t, x_start)
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
         mean = (
-            self.at(self.posterior_mean_coef1, t, x_t) * x_start.double()
-            + self.at(self.posterior_mean_coef2, t, x_t) * x_t.double()
+            self.at(self.posterior_mean_coef1, t, x_t) * x_start.double().cpu()
+            + self.at(self.posterior_mean_coef2, t, x_t) * x_t.double().cpu()
         )
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
 
     def predict_start_from_noise(self, x_t, t, noise):
         return (
-            self.at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t.double()
-            - self.at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise.double()
+            self.at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t.double().cpu()
+            - self.at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise.double().cpu()
         )
 
     def predict_start(self, x_t, t, model_output):
         """From whatever the model predicts."""
         if self.prediction == "x0":
-            return model_output.double()
+            return model_output.double().cpu()
         if self.prediction == "v":
             return (
-                self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t.double()
-                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * model_output.double()
+                self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t.double().cpu()
+                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * model_output.double().cpu()
             )
         return self.predict_start_from_noise(x_t, t, model_output)
 
     def target(self, x_start, t, noise):
         """What the model is trained towards."""
         if self.prediction == "x0":
-            return x_start.double()
+            return x_start.double().cpu()
         if self.prediction == "v":
             return (
-                self.at(self.sqrt_alphas_cumprod, t, x_start) * noise.double()
-                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start.double()
+                self.at(self.sqrt_alphas_cumprod, t, x_start) * noise.double().cpu()
+                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start.double().cpu()
             )
-        return noise.double()
+        return noise.double().cpu()
 
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
         x_recon = self.predict_start(x_t, t, model(x_t, t))
@@ -112,8 +113,9 @@ class Tutorial:
     def p_sample(self, model, x_t, t, clip_denoised=True, *, noise):
         mean, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
         moving = self.at((torch.arange(len(self.betas)) != 0).double(), t, x_t)
-        return mean + moving * (0.5 * log_variance).exp() * noise.double()
+        return mean + moving * (0.5 * log_variance).exp() * noise.double().cpu()
 
     def train_losses(self, model, x_start, t, *, noise):
+        t = t.cpu()
         x_t = self.q_sample(x_start, t, noise)
         return ((model(x_t, t).double() - self.target(x_start, t, noise)) ** 2).mean()

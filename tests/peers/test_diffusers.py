@@ -14,8 +14,8 @@ SHAPE = (3, 2, 5)
 OPTIONS = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 
 
-def normals(seed, count, shape=SHAPE):
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).unbind(0)
+def normals(device, seed, count, shape=SHAPE):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(device).unbind(0)
 
 
 def step(monkeypatch, scheduler, m, t, x, z, **options):
@@ -29,7 +29,8 @@ def check(ours, theirs, table, i, kept, below, x, m, z):
     """alphas_cumprod in float32 leaves 1 - alphas_cumprod[t] / alphas_cumprod[below] and 1 - alphas_cumprod[below] with
     an error of 2^-24, which is up to 6e-4 of them."""
     a, b, c0, c1, c2, s = (getattr(table, name)[i].abs() for name in ("a", "b", "c0", "c1", "c2", "s"))
-    x, m, z = x.abs(), m.abs(), z.abs()
+    ours, theirs = ours.cpu(), theirs.cpu()
+    x, m, z = x.abs().cpu(), m.abs().cpu(), z.abs().cpu()
     magnitude = c0 * (a * x + b * m) + c1 * x + c2 * m + s * z
     before = kept[below] if below >= 0 else 1.0
     relative = 2.0**-24 * (4 + 1 / (1 - kept[table.timestep[i]] / before) + (1 / (1 - before) if before < 1 else 0))
@@ -59,13 +60,13 @@ def test_scaled_linear_betas():
 @predictions
 @clips
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_ddpm_step(monkeypatch, prediction, theirs, variance, clip):
+def test_ddpm_step(monkeypatch, prediction, theirs, variance, clip, device):
     scheduler = diffusers.DDPMScheduler(**OPTIONS, prediction_type=theirs, variance_type=variance, clip_sample=clip)
     gd = GaussianDiffusion(1000, scheduler.betas, prediction=prediction, variance=variance)
     timestep = torch.arange(999, -1, -1)
     table = ddpm_table(gd.betas, gd.alphas_cumprod, timestep, prediction=prediction, variance=variance)
     for t in (999, 998, 500, 100, 10, 2, 1, 0):
-        x, m, z = normals(t, 3)
+        x, m, z = normals(device, t, 3)
         expected = step(monkeypatch, scheduler, m, t, x, z)
         ours = gd.p_sample(lambda *_, m=m: m, x, t, clip, noise=z)
         check(ours, expected, table, 999 - t, gd.alphas_cumprod, t - 1, x, m, z)
@@ -75,16 +76,16 @@ def test_ddpm_step(monkeypatch, prediction, theirs, variance, clip):
 @clips
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1000, 50])
-def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps):
+def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps, device):
     """At diffusers' own timesteps: its "leading" spacing is the one whose steps it takes as it lists them."""
     scheduler = diffusers.DDIMScheduler(**OPTIONS, prediction_type=theirs, clip_sample=clip, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     gd = GaussianDiffusion(1000, scheduler.betas, prediction=prediction)
     timesteps = scheduler.timesteps.tolist()
     table = ddim_table(gd.alphas_cumprod, scheduler.timesteps, prediction=prediction, eta=eta)
-    packed = table.packed(torch.device("cpu"))
+    packed = table.packed(device)
     for i in (0, 1, steps // 2, steps - 3, steps - 2, steps - 1):
-        x, m, z = normals(i, 3)
+        x, m, z = normals(device, i, 3)
         expected = step(monkeypatch, scheduler, m, timesteps[i], x, z, eta=eta)
         ours = ops.reverse_step(x, m, packed, i, clip=(-1.0, 1.0) if clip else None, noise=z)
         below = timesteps[i + 1] if i + 1 < steps else -1
@@ -92,7 +93,7 @@ def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps):
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_loop(monkeypatch, eta):
+def test_ddim_loop(monkeypatch, eta, device):
     """All timesteps, so that both libraries take the same ones; each with its own samples."""
     scheduler = diffusers.DDIMScheduler(**OPTIONS, clip_sample=True, set_alpha_to_one=True)
     scheduler.set_timesteps(1000)
@@ -102,17 +103,18 @@ def test_ddim_loop(monkeypatch, eta):
     def model(x, t):
         return 0.9 * x
 
-    x = randn(SHAPE, rng, stream=1)
+    x = randn(SHAPE, rng, stream=1, device=device)
     for t in scheduler.timesteps.tolist():
-        x = step(monkeypatch, scheduler, model(x, t), t, x, randn(SHAPE, rng, draw=t), eta=eta)
-    ours = gd.p_sample_loop(model, SHAPE, sampler="ddim", eta=eta, rng=rng, record="last", progress=False)
+        x = step(monkeypatch, scheduler, model(x, t), t, x, randn(SHAPE, rng, draw=t, device=device), eta=eta)
+    options = {"sampler": "ddim", "eta": eta, "rng": rng, "record": "last", "progress": False, "device": device}
+    ours = gd.p_sample_loop(model, SHAPE, **options)
     torch.testing.assert_close(ours, x, rtol=0, atol=5e-5)  # measured 1.5e-5, factor 3
 
 
-def test_add_noise():
+def test_add_noise(device):
     scheduler = diffusers.DDPMScheduler(**OPTIONS)
     gd = GaussianDiffusion(1000, scheduler.betas)
-    t = torch.arange(1000)
-    x, z = normals(0, 2, (1000, 7))
+    t = torch.arange(1000, device=device)
+    x, z = normals(device, 0, 2, (1000, 7))
     # measured 3.1e-6, from the root of float32's 1 - alphas_cumprod at t = 0; factor 3
     torch.testing.assert_close(gd.q_sample(x, t, z), scheduler.add_noise(x, z, t), rtol=0, atol=1e-5)

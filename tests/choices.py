@@ -1,0 +1,80 @@
+"""Property tests: tests of many inputs, each made by the choices of a `Choose`.
+
+hypothesis chooses where it is installed, and reduces what fails to something small; elsewhere chance does, from fixed
+seeds, so that these tests run where nothing but pytest is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+try:
+    import hypothesis
+    import hypothesis.strategies as st
+except ImportError:
+    hypothesis = None
+
+T = TypeVar("T")
+
+
+class Choose:
+    """Chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+
+    def integer(self, low: int, high: int, name: str = "") -> int:
+        """In [low, high]; its ends more often than the others."""
+        return self.random.choice([low, high, *(self.random.randint(low, high) for _ in range(6))])
+
+    def one_of(self, options: Sequence[T], name: str = "") -> T:
+        return self.random.choice(options)
+
+    def order(self, count: int, name: str = "") -> list[int]:
+        """A permutation of 0 to count - 1."""
+        return self.random.sample(range(count), count)
+
+    def several(self, make: Callable[[], T], least: int, most: int, name: str = "") -> list[T]:
+        return [make() for _ in range(self.integer(least, most, name))]
+
+
+class Hypothesis(Choose):
+    """hypothesis, which tells `name` with what fails."""
+
+    def __init__(self, data: Any) -> None:
+        self.draw = data.draw
+
+    def integer(self, low: int, high: int, name: str = "") -> int:
+        return self.draw(st.integers(low, high), name)
+
+    def one_of(self, options: Sequence[T], name: str = "") -> T:
+        return self.draw(st.sampled_from(options), name)
+
+    def order(self, count: int, name: str = "") -> list[int]:
+        return self.draw(st.permutations(range(count)), name)
+
+
+def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs the test `examples` times, each time with another `choose`; the same ones in every run."""
+
+    def with_hypothesis(test: Callable[..., None]) -> Callable[..., None]:
+        given = hypothesis.given(choose=st.builds(Hypothesis, st.data()))(test)
+        return hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None)(given)
+
+    def without(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**fixtures: Any) -> None:
+            for seed in range(examples):
+                print(f"seed {seed}")  # pytest shows it of a test that fails
+                test(choose=Choose(seed), **fixtures)
+
+        signature = inspect.signature(test)
+        others = [parameter for name, parameter in signature.parameters.items() if name != "choose"]
+        run.__signature__ = signature.replace(parameters=others)
+        return run
+
+    return without if hypothesis is None else with_hypothesis

@@ -1,0 +1,26 @@
+"""Inputs that are written down on the CPU, moved to the device of a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ddpm_ext import Philox
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, a Philox with sample ids, or a dict, list or tuple of such on `device`; whatever else as it is.
+
+    Tensors on meta stay there: they are a device that is wrong on purpose.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.is_meta else value.to(device)
+    if isinstance(value, Philox) and value.sample_ids is not None:
+        seed = value.seed_value % 2**64 if value.seed is None else value.seed
+        return Philox(seed, moved(value.sample_ids, device), draw=value.draw, stream=value.stream)
+    if isinstance(value, dict):
+        return {key: moved(v, device) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(v, device) for v in value)
+    return value
