@@ -1,31 +1,25 @@
-"""The CUDA sources: what they include, that they compile for both architectures, and what the compiler made of them."""
+"""The CUDA sources: what they include, that they compile, and what PTX and machine code the compiler made of them."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
-from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
-ARCHS = ["80", "90"]
-ASSEMBLED = "90"  # the other stops at PTX, since ptxas takes as long again
-SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # pytest without python -m leaves it out
 
+from benchmarks.static.cards import ARCHS
+from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
+from benchmarks.static.kernels import CSRC
+from benchmarks.static.pipes import is_move
+from benchmarks.static.report import Finding, findings
+from benchmarks.static.sass import Instruction
 
-def load_setup():
-    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in SOURCES])
+EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("affine", arch) for arch in ARCHS])
 
 
 # ----------------------------------------------------------------------------------------------- includes
@@ -49,113 +43,205 @@ def test_includes(folder):
 # ------------------------------------------------------------------------------------------------- compile
 
 
-class Compiled(NamedTuple):
-    """Of one source for one architecture: the PTX, the folders and files it was made of, ptxas' remarks."""
-
-    ptx: str
-    files: set[str]
-    remarks: str
-
-    def kernels(self) -> dict[str, str]:
-        """Bodies by mangled names."""
-        parts = re.split(r"^\s*(?:\.visible|\.weak)?\s*\.entry\s+(\w+)", self.ptx, flags=re.MULTILINE)
-        return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    setup = load_setup()
-    env = {key: value for key, value in os.environ.items() if key != "DDPM_EXT_CUDA"}
-    plan = setup.make_plan(env, torch.__version__, torch.version.cuda)
-    if plan.toolkit is None:
-        pytest.skip(plan.why_cpu)
-    flags = [f for f in setup.NVCC_FLAGS if f != "-lineinfo"]
-    flags += ["-std=c++20", f"-I{CSRC}", *(f"-isystem={p}" for p in cpp_extension.include_paths())]
-    flags += ["--keep", "-Xptxas=-v"]
-    nvcc = Path(plan.toolkit.home) / "bin" / "nvcc"
-
-    def compile_one(job: tuple[Path, str]) -> Compiled:
-        source, arch = job
-        folder = tmp_path_factory.mktemp(f"{source.stem}_{arch}")
-        ptx, cubin = folder / f"{source.stem}.ptx", folder / f"{source.stem}.cubin"
-        target = ["-cubin", "-o", str(cubin)] if arch == ASSEMBLED else ["-ptx", "-o", str(ptx)]
-        command = [nvcc, *flags, f"-arch=sm_{arch}", "--keep-dir", str(folder), *target, str(source)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert arch != ASSEMBLED or cubin.stat().st_size > 0
-        preprocessed = (folder / f"{source.stem}.cpp1.ii").read_text(errors="replace")
-        files = set(re.findall(r'^# \d+ "([^"<]+)"', preprocessed, re.MULTILINE))
-        return Compiled(ptx.read_text(), files, done.stderr + done.stdout)
-
-    jobs = [(source, arch) for arch in ARCHS for source in SOURCES]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip([(s.stem, a) for s, a in jobs], pool.map(compile_one, jobs), strict=True))
+def builds() -> dict[tuple[str, str], Build]:
+    try:
+        tools = find_tools()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    return {(build.source, build.arch): build for build in build_all(tools, SOURCES, tools.archs)}
 
 
-EACH = pytest.mark.parametrize(("source", "arch"), [(source.stem, arch) for source in SOURCES for arch in ARCHS])
+@pytest.fixture
+def build(builds, source, arch) -> Build:
+    if (source, arch) not in builds:
+        pytest.skip(f"this nvcc doesn't know sm_{arch}")
+    return builds[source, arch]
+
+
+@pytest.fixture
+def kernels(build) -> list[Finding]:
+    return findings([build])
 
 
 @EACH
-def test_compiles(compiled, source, arch):
-    result = compiled[source, arch]
-    assert f".target sm_{arch}" in result.ptx
-    assert result.kernels()
+def test_compiles(build, kernels, arch):
+    assert f".target sm_{arch}" in build.ptx
+    assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
+    by_access = Counter(kernel.variant.access for kernel in kernels)
+    assert by_access.keys() == {"vector", "strided"} and by_access["vector"] == by_access["strided"]
 
 
 @EACH
-def test_no_library_headers_but_the_runtimes(compiled, source, arch):
+def test_no_library_headers_but_the_runtimes(build):
     """A toolkit without cuBLAS, cuSPARSE and the like is enough."""
-    files = compiled[source, arch].files
+    files = build.files
     assert any(f.endswith("core/philox.h") for f in files)
     heavy = re.compile(r"/(ATen|torch/csrc|caffe2)/|/(cublas|cusparse|cusolver|cufft|curand|cudnn)\w*\.h$")
     assert not [f for f in files if heavy.search(f)]
 
 
+# ----------------------------------------------------------------------------------------------------- PTX
+
+
+def bodies(build: Build) -> dict[str, str]:
+    """PTX by mangled names."""
+    parts = re.split(r"^\s*(?:\.visible|\.weak)?\s*\.entry\s+(\w+)", build.ptx, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 @EACH
-def test_arithmetic_is_that_of_the_source(compiled, source, arch):
-    """Float32 operations rounded to nearest, none that ptxas could contract, flush or approximate; no float64."""
-    ptx = compiled[source, arch].ptx
+def test_arithmetic_is_that_of_the_source(build):
+    """Float32 operations rounded to nearest, none that ptxas could contract, flush or approximate, but for the one
+    estimate that the square root starts from; no float64."""
+    ptx = build.ptx
     instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.MULTILINE)
     assert len(instructions) > 1000
-    floating = {i for i in instructions if ".f32" in i or ".f64" in i or ".f16" in i or ".bf16" in i}
-    assert "fma.rn.f32" in floating and "sqrt.rn.f32" in floating
-    bad = {i for i in floating if re.search(r"\.(ftz|approx|full|f64|f32x2|sat)\b", i)}
+    floating = {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
+    assert floating & {"fma.rn.f32", "fma.rn.f32x2"}
+    bad = {i for i in floating if re.search(r"\.(ftz|approx|full|f64|sat)\b", i)}
     arithmetic = {
         i for i in floating if re.match(r"(add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt|sin|cos|lg2|ex2|tanh)\.", i)
     }
-    bad |= {i for i in arithmetic if not re.fullmatch(r"(add|sub|mul|fma|div|sqrt)\.rn\.f32", i)}
+    bad |= {i for i in arithmetic if not re.fullmatch(r"(add|sub|mul|fma)\.rn\.f32(x2)?", i)}
     assert not bad
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_normals_contract_nothing(compiled, arch):
-    """As many fma beside each square root as core/normal.h writes."""
-    text = re.sub(r"//.*", "", (CSRC / "core" / "normal.h").read_text())
-    fma, sqrt = len(re.findall(r"\bfma\(", text)), len(re.findall(r"\bsqrt\(", text))
-    kernels = {
-        n: body for (_, a), c in compiled.items() if a == arch for n, body in c.kernels().items() if "Randn" in n
+def code(path: str, function: str = "") -> str:
+    """A file of csrc without comments, or in it the body of a function."""
+    text = re.sub(r"//.*", "", (CSRC / path).read_text())
+    if not function:
+        return text
+    found = re.search(rf"\b{function}\([^)]*\) \{{(.*?)^\}}", text, re.DOTALL | re.MULTILINE)
+    assert found, f"{path} has no {function}"
+    return found[1]
+
+
+def fma_calls(text: str) -> int:
+    return len(re.findall(r"\bfma\(", text))
+
+
+def fma_a_root() -> int:
+    """Written for every square root: in core/normal.h, and in cuda/pair.cuh for the square root itself."""
+    normal, pair = code("core/normal.h"), code("cuda/pair.cuh")
+    assert len(re.findall(r"\bsqrt\(", normal)) == 1
+    return fma_calls(normal) + fma_calls(re.sub(r"\bF2 fma\(F2", "", pair))  # which defines fma as well
+
+
+def fma_an_element(op: str, noise: str) -> int:
+    """Written for every element, the noise aside."""
+    mean = fma_calls(code("core/step.h", "predict_x_start") + code("core/step.h", "step_mean"))
+    drawn = {
+        "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
+        "Affine": fma_calls(code("core/forward.h", "affine")),
+        "Randn": 0,
     }
-    assert kernels
-    for name, body in kernels.items():
-        assert body.count("sqrt.rn.f32") > 0, name
-        assert body.count("fma.rn.f32") * sqrt == body.count("sqrt.rn.f32") * fma, name
+    return drawn[op] if noise != "none" else {"ReverseStep": mean, "Affine": 0}[op]
+
+
+@EACH_RANDN
+def test_normals_contract_nothing_in_ptx(build):
+    """As many fma beside each square root as the sources write."""
+    randn = {name: body for name, body in bodies(build).items() if "Randn" in name}
+    assert randn
+    for name, body in randn.items():
+        roots = body.count("rsqrt.approx.ftz.f32")
+        assert roots > 0, name
+        assert body.count("fma.rn.f32 ") + 2 * body.count("fma.rn.f32x2 ") == roots * fma_a_root(), name
+
+
+# ------------------------------------------------------------------------------------------- machine code
+
+
+def fused(instructions) -> int:
+    """Fused multiply-adds among instructions, or in a Counter of them."""
+    counts = Counter(instructions)
+    return sum(times * {"FFMA": 1, "FFMA2": 2}.get(i.name, 0) for i, times in counts.items())
+
+
+def roots(instructions) -> int:
+    counts = Counter(instructions)
+    return sum(times for i, times in counts.items() if i.opcode == "MUFU.RSQ")
+
+
+def named(kernel: Finding) -> str:
+    return f"{kernel.variant.title}, {kernel.variant.access}, {kernel.variant.dtypes}"
+
+
+def offenders(kernels: list[Finding], wrong) -> dict[str, list[str]]:
+    """By kernel the instructions that are wrong."""
+    found = {named(k): sorted({f"{i.opcode} {i.operands}" for i in k.kernel.instructions if wrong(i)}) for k in kernels}
+    return {name: instructions for name, instructions in found.items() if instructions}
 
 
 @EACH
-def test_128_bit_loads_and_stores(compiled, source, arch):
-    wide = r"\.global(?:\.\w+)*\.(v4\.[bfu]32|v2\.[bfu]64)"
-    kernels = compiled[source, arch].kernels()
-    stores = {name: body for name, body in kernels.items() if re.search("st" + wide, body)}
-    # one of the three ways to reach memory
-    assert len(stores) * 4 >= len(kernels)
-    for name, body in stores.items():
-        assert "Randn" in name or re.search("ld" + wide, body), name
+def test_nothing_spills(kernels):
+    """No stack, no local memory, nor shared."""
+    for kernel in kernels:
+        _, *bytes_used = kernel.resources
+        assert not any(bytes_used), (named(kernel), kernel.resources)
+    assert not offenders(kernels, lambda i: i.name in ("LDL", "STL"))
 
 
-@pytest.mark.parametrize("source", [source.stem for source in SOURCES])
-def test_no_arrays_in_local_memory(compiled, source):
-    """A register or two may spill, a vector may not."""
-    result = compiled[source, ASSEMBLED]
-    frames = [int(size) for size in re.findall(r"(\d+) bytes stack frame", result.remarks)]
-    assert len(frames) >= len(result.kernels())
-    assert max(frames) <= 16  # measured 8
+@EACH
+def test_no_calls(kernels):
+    """What the hardware lacks (division, a square root of subnormals) is called as a subroutine."""
+    assert not offenders(kernels, lambda i: i.calls or i.name == "RET")
+
+
+@EACH
+def test_no_arithmetic_but_float32(kernels):
+    """No float64; half-precision instructions convert, or make constants; nothing flushes subnormals."""
+
+    def wrong(i: Instruction) -> bool:
+        half = i.name.startswith("H") and not is_move(i) and not (i.opcode == "HADD2.F32" and "-RZ" in i.operands)
+        return (
+            half
+            or ".FTZ" in i.opcode
+            or ".F64" in i.opcode
+            or re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name) is not None
+        )
+
+    assert not offenders(kernels, wrong)
+
+
+@EACH
+def test_nothing_is_approximate_but_the_start_of_a_root(kernels):
+    """Nor is there a division of integers, which would start from a reciprocal."""
+    assert not offenders(kernels, lambda i: i.name == "MUFU" and i.opcode != "MUFU.RSQ")
+    for kernel in kernels:
+        assert (roots(kernel.kernel.instructions) > 0) == (kernel.variant.noise == "drawn"), named(kernel)
+
+
+@EACH_RANDN
+def test_normals_contract_nothing(kernels):
+    """As many fused multiply-adds beside each square root as the sources write."""
+    randn = [kernel for kernel in kernels if kernel.variant.op == "Randn"]
+    assert randn
+    for kernel in randn:
+        everything = kernel.kernel.instructions
+        assert fused(everything) == roots(everything) * fma_a_root() > 0, named(kernel)
+
+
+@EACH
+def test_arithmetic_contracts_nothing(kernels):
+    """As many fused multiply-adds for a vector as the sources write for its elements and their noise."""
+    vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
+    assert vector
+    for kernel in vector:
+        issued, v = kernel.path.issued(1), kernel.variant
+        assert roots(issued) == (kernel.items // 2 if v.noise == "drawn" else 0), named(kernel)
+        written = roots(issued) * fma_a_root() + kernel.items * fma_an_element(v.op, v.noise)
+        assert fused(issued) == written, named(kernel)
+
+
+@EACH
+def test_128_bit_loads_and_stores(kernels):
+    """Of a vector all is stored so and every tensor is loaded so, and nothing else is loaded for it."""
+    vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
+    assert vector
+    for kernel in vector:
+        assert kernel.path.loops, named(kernel)
+        bits = 8 * kernel.items * kernel.variant.bytes_read
+        assert kernel.widths("LDG") == ({128: bits // 128} if bits else {}), named(kernel)
+        assert kernel.widths("STG").keys() == {128}, named(kernel)

@@ -1,0 +1,103 @@
+"""What a kernel is, by its template's arguments, and the bytes that one element of its tensors costs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
+
+
+class Variant(NamedTuple):
+    """One instance of `elementwise` in csrc/cuda/elementwise.cuh."""
+
+    op: str
+    noise: str  # of the Noise enum: none, given, drawn
+    access: str  # of the Access enum: vector, ...
+    device_seed: bool
+    tensors: tuple[str, ...]  # types of those that it reads and, last, of the one it writes, as in C++
+
+    @property
+    def title(self) -> str:
+        noise = "" if self.noise == "none" else f", noise {self.noise}"
+        return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
+
+    @property
+    def dtypes(self) -> str:
+        """Of x, the second tensor and given noise, as far as it reads them: one name where all are the same."""
+        names = [TYPES[t][0] for t in self.tensors]
+        return names[-1] if len(set(names)) == 1 else " / ".join(names[:-1])
+
+    @property
+    def bytes_an_element(self) -> int:
+        return sum(TYPES[t][1] for t in self.tensors)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.bytes_an_element - self.bytes_written
+
+    @property
+    def bytes_written(self) -> int:
+        return TYPES[self.tensors[-1]][1]
+
+
+def text_of(pattern: str) -> str:
+    return "\n".join(path.read_text() for path in sorted(CSRC.glob(pattern)))
+
+
+@cache
+def enum(name: str) -> list[str]:
+    """The enumerators of an enum class in csrc."""
+    found = re.search(rf"enum class {name}\b[^{{]*\{{([^}}]*)\}}", text_of("**/*.h") + text_of("**/*.cuh"))
+    if found is None:
+        raise ValueError(f"csrc has no enum class {name}")
+    return [word.strip() for word in found[1].split(",") if word.strip()]
+
+
+@cache
+def reads(op: str) -> tuple[bool, bool]:
+    """Whether an operator reads x, and a second tensor besides the noise."""
+    found = re.search(rf"struct {op} \{{.*?kX = (\w+), kSecond = (\w+)", text_of("cuda/*.cu"), re.DOTALL)
+    if found is None:
+        raise ValueError(f"csrc/cuda has no struct {op} with kX and kSecond")
+    return found[1] == "true", found[2] == "true"
+
+
+@cache
+def max_turns() -> int:
+    """Vectors that a thread takes at most, by the launch's constant; 1 where there is none."""
+    found = re.search(r"\bkMaxTurns = (\d+)", text_of("cuda/*.cuh"))
+    return int(found[1]) if found else 1
+
+
+def demangler() -> str | None:
+    return shutil.which("c++filt") or shutil.which("cu++filt")
+
+
+def demangle(names: Iterable[str]) -> list[str]:
+    done = subprocess.run([str(demangler())], input="\n".join(names), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def variant(demangled: str) -> Variant:
+    """Of a name as c++filt prints it."""
+    found = re.search(r"\belementwise<(.*?)>\(", demangled)
+    if found is None:
+        raise ValueError(f"not an instance of elementwise: {demangled}")
+    op, *arguments = [argument.strip() for argument in found[1].replace("(anonymous namespace)", "").split(",")]
+    op = op.split("::")[-1]
+    values = {}
+    for argument in arguments:
+        if enumerator := re.fullmatch(r"\((?:\w+::)*(\w+)\)(\d+)", argument):
+            values[enumerator[1]] = enum(enumerator[1])[int(enumerator[2])]
+    x, second, noise = [argument for argument in arguments if argument in TYPES]
+    reads_x, reads_second = reads(op)
+    given = values["Noise"] == "given"
+    tensors = (*[x] * reads_x, *[second] * reads_second, *[noise] * given, x)
+    return Variant(op, values["Noise"], values["Access"], "true" in arguments, tensors)

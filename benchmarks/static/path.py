@@ -1,0 +1,172 @@
+"""The way that a thread takes through a kernel when it has full vectors to do: found by control flow alone."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from benchmarks.static.pipes import FLOAT, FLOAT2
+from benchmarks.static.sass import Instruction, Kernel
+
+Score = tuple[int, ...]
+Steps = tuple[int, "Steps"] | None  # an instruction, and those after it
+Way = tuple[Score, Steps]
+NO_STEPS: Way = ((0,) * 6, None)
+
+
+def walk(kernel: Kernel) -> tuple[list[int], dict[int, list[int]], dict[int, list[int]]]:
+    """What is reached from the first instruction, every one before those it leads to; the edges that lead forward, and
+    those that close a loop."""
+    order: list[int] = []
+    forward: dict[int, list[int]] = {0: []}
+    back: dict[int, list[int]] = {}
+    active = {0}
+    stack = [(0, iter(kernel.successors(0)))]
+    while stack:
+        node, successors = stack[-1]
+        for successor in successors:
+            if successor in active:
+                back.setdefault(node, []).append(successor)
+                continue
+            forward[node].append(successor)
+            if successor not in forward:
+                forward[successor] = []
+                active.add(successor)
+                stack.append((successor, iter(kernel.successors(successor))))
+                break
+        else:
+            stack.pop()
+            active.discard(node)
+            order.append(node)
+    return order[::-1], forward, back
+
+
+def shortest_exit(kernel: Kernel, start: int) -> list[int]:
+    """The shortest way from an instruction to an EXIT, both included; empty where there is none."""
+    came_from: dict[int, int | None] = {start: None}
+    queue = [start]
+    for node in queue:
+        if kernel.instructions[node].name == "EXIT":
+            way: list[int] = []
+            step: int | None = node
+            while step is not None:
+                way.append(step)
+                step = came_from[step]
+            return way[::-1]
+        for successor in kernel.successors(node):
+            if successor not in came_from:
+                came_from[successor] = node
+                queue.append(successor)
+    return []
+
+
+def natural_loops(forward: Mapping[int, list[int]], back: Mapping[int, list[int]]) -> list[set[int]]:
+    """For every edge that closes a loop: the loop's head, and all that reaches the edge without passing the head."""
+    before: dict[int, list[int]] = {}
+    for edges in (forward, back):
+        for node, successors in edges.items():
+            for successor in successors:
+                before.setdefault(successor, []).append(node)
+    loops = []
+    for end, heads in back.items():
+        for head in heads:
+            loop, queue = {head, end}, [end]
+            while queue:
+                node = queue.pop()
+                new = [n for n in before.get(node, []) if n not in loop] if node != head else []
+                loop.update(new)
+                queue += new
+            loops.append(loop)
+    return loops
+
+
+def way_round(forward: Mapping[int, list[int]], node: int, loop: set[int]) -> list[int]:
+    """What stands in a loop between the instruction that may leave it and the edge that closes it."""
+    way = []
+    while inside := [successor for successor in forward[node] if successor in loop]:
+        node = min(inside)
+        way.append(node)
+    return way
+
+
+class Path(NamedTuple):
+    """What a thread issues once, and what it issues for every vector that it takes: all it does where it takes one."""
+
+    once: list[Instruction]
+    turn: list[Instruction]
+    loops: bool
+
+    def issued(self, turns: int) -> Counter[Instruction]:
+        """Instructions of a thread that takes that many vectors, and how often each comes."""
+        counts = Counter(self.once)
+        for instruction in self.turn:
+            counts[instruction] += turns if self.loops else 1
+        return counts
+
+
+def hot_path(kernel: Kernel) -> Path:
+    """Of a kernel with 128-bit stores, for full vectors.
+
+    Of all ways from entry to exit that make 128-bit stores and go round no loop twice, the one with the fewest calls,
+    the fewest such stores (ptxas may unroll a loop over vectors), the fewest narrower ones (the ragged end), then the
+    most reciprocal square roots (two normals need one) and the most float32 arithmetic (the noise is added, every term
+    present), and then the shortest: what only an option needs is left out where it stands behind a branch, and counted
+    where it stands under a predicate. The innermost loop around all of the 128-bit stores is the turn.
+    """
+    order, forward, back = walk(kernel)
+    instructions = kernel.instructions
+
+    def worth(i: int) -> Score:
+        one = instructions[i]
+        stored = one.global_bits if one.name == "STG" else 0
+        return (
+            -int(one.calls),
+            -stored if stored >= 128 else 0,
+            -stored if stored < 128 else 0,
+            int(one.opcode.startswith("MUFU.RSQ")),
+            int(one.name in FLOAT | FLOAT2),
+            -1,
+        )
+
+    def is_wide(i: int) -> bool:
+        return instructions[i].name == "STG" and instructions[i].global_bits >= 128
+
+    def longer(node: int, way: Way) -> Way:
+        score, steps = way
+        return tuple(x + y for x, y in zip(worth(node), score, strict=True)), (node, steps)
+
+    # The best way from every instruction on: without a 128-bit store, and with.
+    without: dict[int, Way] = {}
+    storing: dict[int, Way] = {}
+    for node in reversed(order):
+        plain = [without[s] for s in forward[node] if s in without]
+        if instructions[node].name == "EXIT":
+            plain.append(NO_STEPS)
+        for head in back.get(node, []):
+            if out := shortest_exit(kernel, head):
+                plain.append(functools.reduce(lambda way, i: longer(i, way), reversed(out), NO_STEPS))
+        store = [storing[s] for s in forward[node] if s in storing]
+        if is_wide(node):
+            plain, store = [], plain + store
+        for ways, best in ((plain, without), (store, storing)):
+            if ways:
+                best[node] = longer(node, max(ways, key=lambda way: way[0]))
+    if 0 not in storing:
+        raise ValueError(f"{kernel.name}: no way from its entry to an EXIT makes a 128-bit store")
+    path: list[int] = []
+    steps = storing[0][1]
+    while steps is not None:
+        node, steps = steps
+        path.append(node)
+    stores = set(filter(is_wide, path))
+    loops = [loop for loop in natural_loops(forward, back) if stores <= loop]
+    if not loops:
+        return Path([], [instructions[node] for node in path], False)
+    inner = min(loops, key=len)
+    # A way that leaves through the loop's head comes to it twice; the second time is not of the turn.
+    inside = list(dict.fromkeys(node for node in path if node in inner))
+    outside = list((Counter(path) - Counter(inside)).elements())
+    inside += way_round(forward, inside[-1], inner)
+    return Path([instructions[node] for node in outside], [instructions[node] for node in inside], True)
