@@ -1,0 +1,112 @@
+"""Tensors in memory where every access beyond them is seen: between pages that nobody may touch, and among canaries."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+# NaN as float16, as bfloat16 and, twice, as float32: what is read in error spoils the result.
+CANARY = torch.tensor([0xFFC1 - 0x10000], dtype=torch.int16)
+PLACES = ("front", "odd", "middle", "back")
+
+_PROTECTION = {"none": 0, "read_write": 3}
+_PRIVATE, _ANONYMOUS, _NORESERVE = 0x02, 0x20, 0x4000
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def reserve(size: int, protection: str) -> int:
+    """The address of new pages; they take memory when they are touched."""
+    flags = _PRIVATE | _ANONYMOUS | _NORESERVE
+    address = _libc.mmap(None, size, _PROTECTION[protection], flags, -1, 0)
+    if address in (None, ctypes.c_void_p(-1).value):
+        raise MemoryError(f"mmap of {size} bytes: errno {ctypes.get_errno()}")
+    return address
+
+
+def tensor_at(address: int, size: int) -> Tensor:
+    """Bytes that stay where they are for good."""
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
+
+
+class Sparse:
+    """Room for more elements than there is memory for: what is not touched takes none."""
+
+    def __init__(self, numel: int) -> None:
+        self.bytes = tensor_at(reserve(4 * numel, "read_write"), 4 * numel)
+
+    def tensor(self, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+        return self.bytes.view(dtype).as_strided(shape, strides, offset)
+
+
+def extent(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+class Pages:
+    """Whole pages, one more before and one behind that nobody may touch."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        address = reserve(size + 2 * mmap.PAGESIZE, "none")
+        self.address = address + mmap.PAGESIZE
+        if _libc.mprotect(self.address, size, _PROTECTION["read_write"]) != 0:
+            raise MemoryError(f"mprotect: errno {ctypes.get_errno()}")
+        self.bytes = tensor_at(self.address, size)
+
+
+class Placed:
+    """A tensor's values, by the same strides, in memory of its own.
+
+    Where it lies: "front", from the first byte on, so aligned; "odd", one element behind that; "middle", half of 128
+    bits behind; "back", up to the last byte.
+    """
+
+    _free: dict[int, list[Pages]] = {}  # noqa: RUF012
+
+    def __init__(self, values: Tensor, place: str, control: ModuleType) -> None:
+        self.control = control
+        item, size = values.element_size(), extent(values) * values.element_size()
+        whole = -(-(size + 8) // mmap.PAGESIZE) * mmap.PAGESIZE
+        free = self._free.setdefault(whole, [])
+        self.pages = free.pop() if free else Pages(whole)
+        self.pages.bytes.view(torch.int16).copy_(CANARY)
+        self.begin = {"front": 0, "odd": item, "middle": 8, "back": whole - size}[place]
+        self.end = self.begin + size
+        memory = self.pages.bytes[self.begin : self.begin + max(size, item)].view(values.dtype)
+        self.tensor = memory.as_strided(values.shape, values.stride())
+        self.expanded = any(n > 1 and stride == 0 for n, stride in zip(values.shape, values.stride(), strict=True))
+        if self.expanded:
+            narrow = [slice(0, 1) if stride == 0 else slice(None) for stride in values.stride()]
+            self.tensor[tuple(narrow)] = values[tuple(narrow)]
+        else:
+            self.tensor.copy_(values)
+        self.before = self.pages.bytes.clone()
+        self.poison(True)
+
+    def poison(self, on: bool) -> None:
+        call = self.control.poison if on else self.control.unpoison
+        call(self.pages.address, self.begin)
+        call(self.pages.address + self.end, self.pages.size - self.end)
+
+    def done(self, written: bool) -> Tensor:
+        """What is in the tensor now; nothing around it may have changed, nor, unless it was written, itself."""
+        self.poison(False)
+        result = self.tensor.clone()
+        if written and result.numel() > 0:
+            whole = torch.int32 if result.element_size() == 4 else torch.int16
+            before = self.before[self.begin : self.end].view(whole).as_strided(result.shape, self.tensor.stride())
+            self.tensor.view(whole).copy_(before)
+        assert torch.equal(self.pages.bytes, self.before), "memory was written that should not have been"
+        self._free[self.pages.size].append(self.pages)
+        return result

@@ -1,0 +1,43 @@
+// Launches. One runs to its end before the call returns, so that what goes wrong in a kernel is the launch's error.
+#pragma once
+
+#include <stddef.h>
+
+#include <utility>
+
+#include "standin/vector_types.h"
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchFailure = 719,
+};
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchAttribute;  // none is taken
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);  // with what happened, where it was the last one
+
+namespace standin {
+
+// Calls call(kernel) once for every thread of the grid.
+cudaError_t launch(const cudaLaunchConfig_t& config, void (*call)(void*), void* kernel);
+
+}  // namespace standin
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
+  return [&](Parameters... parameters) {
+    auto thread = [&] { kernel(parameters...); };
+    return standin::launch(*config, [](void* t) { (*static_cast<decltype(thread)*>(t))(); }, &thread);
+  }(std::forward<Arguments>(args)...);
+}

@@ -1,0 +1,69 @@
+// What a thread of a kernel knows of itself and how it meets the others. All threads of a launch are fibers of one
+// thread of the host, so that variables of the running one are plain globals and every operation is atomic.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "standin/vector_types.h"
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace standin {
+
+// A place in the source.
+struct Site {
+  const char* file;
+  int line;
+};
+
+void wait_for_block(Site site);
+void wait_for_warp(unsigned mask, Site site);
+// The bits that the warp's thread `lane` hands over at the same site.
+uint64_t exchange(unsigned mask, uint64_t bits, int lane, Site site);
+int lane();
+
+template <class T>
+T exchange_value(unsigned mask, T value, int source, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, source, site);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Lane `source`, or the caller's own where that lies beyond its part of `width` lanes.
+inline int within(int source, int width) { return source <= (lane() | (width - 1)) ? source : lane(); }
+
+template <class T>
+T add(T* p, T value) {
+  const T before = *p;
+  *p = before + value;
+  return before;
+}
+
+}  // namespace standin
+
+#define STANDIN_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(STANDIN_SITE) { standin::wait_for_block({file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, STANDIN_SITE) { standin::wait_for_warp(mask, {file, line}); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, STANDIN_SITE) {
+  return standin::exchange_value(mask, value, standin::within(standin::lane() ^ lane_mask, width), {file, line});
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, STANDIN_SITE) {
+  const int source = standin::within(standin::lane() + static_cast<int>(delta), width);
+  return standin::exchange_value(mask, value, source, {file, line});
+}
+
+inline int atomicAdd(int* p, int value) { return standin::add(p, value); }
+inline unsigned atomicAdd(unsigned* p, unsigned value) { return standin::add(p, value); }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) { return standin::add(p, value); }
+inline float atomicAdd(float* p, float value) { return standin::add(p, value); }
+inline double atomicAdd(double* p, double value) { return standin::add(p, value); }

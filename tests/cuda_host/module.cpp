@@ -1,0 +1,119 @@
+// Two Python modules in one library. `operators` is csrc/bindings.cpp as it is, over CUDA kernels in place of the
+// CPU's: its functions take what ddpm_ext._extension.C's take. `control`, here, is for what those don't reach.
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <tuple>
+
+#include "control.h"
+#include "core/normal.h"
+#include "cpu/loops.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.cuh"
+#include "ops.h"
+#include "probe.h"
+#include "standin/intrinsics.h"
+
+namespace py = pybind11;
+using at::Tensor;
+using ddpm_ext::Args;
+using ddpm_ext::OptionalTensor;
+
+namespace {
+
+// In place of arguments that the operators read on the CPU, to check or to use them, and pass on as pointers from a
+// GPU; and of results that they allocate.
+struct Instead {
+  OptionalTensor t, sample_ids, seed, out;
+} instead;
+
+bool took_vectors;
+
+template <void (*kOperator)(const Args&, int)>
+void run(Args args) {
+  if (instead.t) args.t = instead.t->const_data_ptr<int64_t>(), args.t_stride = instead.t->stride(0);
+  if (instead.sample_ids) {
+    args.sample_ids = instead.sample_ids->const_data_ptr<int64_t>();
+    args.ids_stride = instead.sample_ids->stride(0);
+  }
+  if (instead.seed) args.seed_data = instead.seed->const_data_ptr<int64_t>();
+  if (instead.out) {  // inside a sample as the allocated one
+    args.out.data = instead.out->mutable_data_ptr();
+    args.out.batch_stride = instead.out->stride(0);
+  }
+  took_vectors = probe::takes_vectors(args);
+  kOperator(args, 0);
+}
+
+Tensor randn(std::vector<int64_t> size, const OptionalTensor& seed, int64_t seed_value,
+             const OptionalTensor& sample_ids, int64_t first_id, int64_t stream, int64_t draw, at::ScalarType dtype) {
+  return ddpm_ext::randn(size, {seed, seed_value, sample_ids, first_id, stream, draw}, dtype, at::kCPU);
+}
+
+py::list take_launches() {
+  py::list result;
+  for (const standin::Launch& l : standin::control.launches)
+    result.append(
+        py::make_tuple(py::make_tuple(l.grid.x, l.grid.y, l.grid.z), py::make_tuple(l.block.x, l.block.y, l.block.z)));
+  standin::control.launches.clear();
+  return result;
+}
+
+// How many of the words first, first + step ... (count of them) get another radius from the CUDA kernels' code.
+int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
+  int64_t mismatches = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t w = first + static_cast<uint32_t>(i) * step;
+    if (ddpm_ext::float_to_bits(ddpm_ext::radius(w)) != ddpm_ext::float_to_bits(probe::radius(w))) ++mismatches;
+  }
+  return mismatches;
+}
+
+// The contract's normals of blocks first to first + count, by the CPU's code.
+std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t draw, uint32_t first, int count) {
+  const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(seed);
+  const ddpm_ext::PhiloxSample sample = ddpm_ext::philox_sample(keys, ddpm_ext::sample_counter(id, stream, draw));
+  std::vector<float> z(4 * static_cast<size_t>(count));
+  for (int i = 0; i < count; ++i) {
+    uint32_t w[4];
+    ddpm_ext::philox_block(keys, sample, first + static_cast<uint32_t>(i), w);
+    ddpm_ext::box_muller(w[0], w[1], z[4 * i], z[4 * i + 1]);
+    ddpm_ext::box_muller(w[2], w[3], z[4 * i + 2], z[4 * i + 3]);
+  }
+  return z;
+}
+
+}  // namespace
+
+namespace ddpm_ext::cpu {
+
+void reverse_step(const Args& args) { run<cuda::reverse_step>(args); }
+void affine(const Args& args) { run<cuda::affine>(args); }
+void randn(const Args& args) { run<cuda::randn>(args); }
+const char* instruction_set() { return "cuda"; }
+
+}  // namespace ddpm_ext::cpu
+
+PYBIND11_MODULE(control, m) {
+  using standin::control;
+  m.def("randn", &randn);
+  m.def("instead", [](OptionalTensor t, OptionalTensor sample_ids, OptionalTensor seed, OptionalTensor out) {
+    instead = {t, sample_ids, seed, out};
+  });
+  m.def("took_vectors", [] { return took_vectors; });
+  m.def("take_launches", &take_launches);
+  m.def("set_seed", [](uint64_t seed) { control.seed = seed; });
+  m.def("set_blocks", [](std::optional<std::vector<uint64_t>> blocks) { control.blocks = blocks; });
+  m.def("set_refuse", [](bool refuse) { control.refuse = refuse; });
+  m.def("set_rsqrt", [](int choice) { standin::rsqrt_choice = static_cast<standin::Rsqrt>(choice); });
+  m.def("rsqrt", &ddpm_ext::cuda::rsqrt_approx);
+  m.def("umul64hi", &__umul64hi);
+  m.def("umulhi", &__umulhi);
+  m.def("normals", &normals);
+  m.def("radius_mismatches", &radius_mismatches);
+  m.def("poison", [](uintptr_t p, size_t size) { standin::poison(reinterpret_cast<void*>(p), size); });
+  m.def("unpoison", [](uintptr_t p, size_t size) { standin::unpoison(reinterpret_cast<void*>(p), size); });
+  m.def("block_sums", &probe::block_sums);
+  m.def("order_of_threads", &probe::order_of_threads);
+  m.def("run_kernel", &probe::run_kernel);
+}

@@ -1,0 +1,130 @@
+#include "probe.h"
+
+#include <map>
+
+#include "core/normal.h"
+#include "cuda/elementwise.cuh"
+
+namespace probe {
+namespace {
+
+constexpr unsigned kThreads = 1024;
+
+__global__ void sum_by_shared(const int* numbers, int64_t* sums) {
+  __shared__ int64_t part[kThreads];
+  const unsigned i = threadIdx.x;
+  part[i] = numbers[blockIdx.x * blockDim.x + i];
+  __syncthreads();
+  unsigned n = blockDim.x;
+  while (n > 1) {
+    const unsigned half = (n + 1) / 2;
+    if (i < n / 2) part[i] += part[i + half];
+    __syncthreads();
+    n = half;
+  }
+  if (i == 0) sums[blockIdx.x] = part[0];
+}
+
+// Threads of whole warps only.
+__global__ void sum_by_shuffles(const int* numbers, int64_t* sums) {
+  __shared__ int64_t part[kThreads / warpSize];
+  int64_t sum = numbers[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int lanes = warpSize / 2; lanes > 0; lanes /= 2) {
+    if (blockIdx.x % 2 == 0)
+      sum += __shfl_down_sync(0xffffffffu, sum, lanes);
+    else
+      sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
+  }
+  if (threadIdx.x % warpSize == 0) part[threadIdx.x / warpSize] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0;
+  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) sum += part[w];
+  sums[blockIdx.x] = sum;
+}
+
+__global__ void sum_by_atomics(const int* numbers, int64_t* sums) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(sums + blockIdx.x),
+            static_cast<unsigned long long>(numbers[blockIdx.x * blockDim.x + threadIdx.x]));
+}
+
+__global__ void take_numbers(int* counter, int* numbers) { numbers[threadIdx.x] = atomicAdd(counter, 1); }
+
+// ----------------------------------------------------------------------------- right, and wrong in one way each
+
+__global__ void early_return() {
+  if (threadIdx.x % 3 == 0) return;
+  __syncthreads();
+}
+__global__ void two_barriers() {
+  if (threadIdx.x % 2 == 0)
+    __syncthreads();
+  else
+    __syncthreads();
+}
+__global__ void half_a_warp() {
+  if (threadIdx.x % warpSize < 16) __syncwarp();
+}
+__global__ void stranger_in_warp() { __syncwarp(1); }
+__global__ void shuffle_from_outside() {
+  if (threadIdx.x < 16) __shfl_down_sync(0xffff, 1, 1, 32);
+}
+__global__ void null_pointer(int* p) { p[threadIdx.x] = 1; }
+__global__ void misaligned(char* p) { *reinterpret_cast<float4*>(p + 4 * threadIdx.x) = make_float4(1, 2, 3, 4); }
+__global__ void out_of_bounds(int* p) {
+  int local[8] = {};
+  local[threadIdx.x % 9] = 1;
+  for (int v : local) *p += v;
+}
+__global__ void nothing() {}
+
+template <class... Parameters, class... Arguments>
+void launch(unsigned blocks, unsigned threads, void (*kernel)(Parameters...), Arguments... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace
+
+bool takes_vectors(const ddpm_ext::Args& args) {
+  return ddpm_ext::cuda::choose_access(args) == ddpm_ext::cuda::Access::vector;
+}
+
+float radius(uint32_t w) { return ddpm_ext::radius(ddpm_ext::cuda::U2(w)).v.x; }
+
+std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads) {
+  const unsigned blocks = static_cast<unsigned>(numbers.size()) / threads;
+  std::vector<std::vector<int64_t>> result;
+  for (auto* kernel : {sum_by_shared, sum_by_shuffles, sum_by_atomics}) {
+    result.emplace_back(blocks);
+    launch(blocks, threads, kernel, numbers.data(), result.back().data());
+  }
+  return result;
+}
+
+std::vector<int> order_of_threads(unsigned threads) {
+  int counter = 0;
+  std::vector<int> numbers(threads);
+  launch(1, threads, take_numbers, &counter, numbers.data());
+  return numbers;
+}
+
+void run_kernel(const std::string& name, unsigned blocks, unsigned threads) {
+  static const std::map<std::string, void (*)()> kernels = {
+      {"early_return", early_return},
+      {"two_barriers", two_barriers},
+      {"half_a_warp", half_a_warp},
+      {"stranger_in_warp", stranger_in_warp},
+      {"shuffle_from_outside", shuffle_from_outside},
+      {"nothing", nothing},
+  };
+  alignas(16) int memory[4 * kThreads + 4] = {};
+  if (name == "null_pointer") return launch(blocks, threads, null_pointer, static_cast<int*>(nullptr));
+  if (name == "misaligned") return launch(blocks, threads, misaligned, reinterpret_cast<char*>(memory));
+  if (name == "out_of_bounds") return launch(blocks, threads, out_of_bounds, memory);
+  launch(blocks, threads, kernels.at(name));
+}
+
+}  // namespace probe
