@@ -8,10 +8,10 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
 export PYTHONNOUSERSITE := 1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/cuda_host -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench lint format clean
+.PHONY: help venv build demo test bench sass gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ test: build ## all tests
 
 bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
 	$(PY) -m pytest -q benchmarks $(if $(TABLE),--table $(TABLE))
+
+sass: venv ## the CUDA kernels as machine code, and what cards can make of them (TABLE=FILE writes it)
+	$(PY) -m benchmarks.static $(if $(TABLE),--table $(TABLE))
+
+# With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
+gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
+	env -u PYTHONNOUSERSITE $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
 
 lint: venv ## style of Python and C++
 	$(PY) -m ruff check .
