@@ -248,7 +248,10 @@ def test_anything(one_host, choose):
 
 @pytest.mark.parametrize("choice", range(4), ids=["nearest", "least", "greatest", "any"])
 def test_an_inexact_instruction_leaves_no_trace(host, choice):
-    """Whatever numbers within its error a GPU's reciprocal square root returns, the normals are the same."""
+    """Whatever numbers within its error a GPU's reciprocal square root returns, the normals are the same.
+
+    But for a few words in 10^8 and the largest errors, which test_root.py counts; a GPU's own sqrt.rn would err there.
+    """
     host.control.set_rsqrt(choice)
     for variant in [v for v in VARIANTS if v[1] == "drawn" and v[2] == PAIRS[0]]:
         call, _ = make_call(variant, 2, 10_007)
@@ -278,8 +281,11 @@ def test_special_values(host, clip):
     grid = torch.tensor(list(itertools.product(SPECIAL, repeat=3))).T.contiguous()
     x, m, z = grid.unsqueeze(1)
     for table in (step_table(), step_table() * torch.tensor([1, 1, 1, 0, 0, 1, 1, 1.0])):
-        for row, noise, dtype in itertools.product(range(8), (None, z), (torch.float32, torch.float16)):
-            call = Call("reverse_step", x, table, second=m.to(dtype), noise=noise, t_index=row, clip=clip)
+        for row, noise, dtype in itertools.product(
+            range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)
+        ):
+            call = Call("reverse_step", x, table, second=m.to(dtype), t_index=row, clip=clip)
+            call = replace(call, noise=z if noise == "given" else None, drawn=noise == "drawn")
             host.check(call)
             host.check(call, "odd")
 
@@ -345,7 +351,13 @@ def test_all_of_more_samples_than_a_grid_has_rows(host):
 @pytest.mark.parametrize("variant", LARGE, ids=name)
 def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
     twice, word = 2 * 65535, 16 // variant[2][0].itemsize
-    batches = [(twice * 256 + 65537, 1), (twice * 64 + 257, 13), (twice + 17, 1031), (2**33 + 513, 1), (2**32 + 3, word)]
+    batches = [
+        (twice * 256 + 65537, 1),
+        (twice * 64 + 257, 13),
+        (twice + 17, 1031),
+        (2**33 + 513, 1),
+        (2**32 + 3, word),
+    ]
     for batch, numel in batches:
         rows = (grids * 65535 * samples for grids in (1, 2) for samples in (1, 64, 256))
         samples = {0, 65535, batch // 2, 2**32 + 2**31 + 1, batch - 1, *rows}

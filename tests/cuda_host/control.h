@@ -20,6 +20,7 @@ struct Control {
   // Only these blocks of a grid run, numbered with x fastest. None of them: launches are noted, nothing runs.
   std::optional<std::vector<uint64_t>> blocks;
   bool refuse = false;  // every launch is an error
+  int seconds = 30;     // of a processor's time that a launch may take
   std::vector<Launch> launches;
 };
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/time.h>
 
 #include <array>
 #include <sstream>
@@ -10,9 +11,9 @@ namespace standin {
 namespace {
 
 #ifdef __SANITIZE_ADDRESS__
-constexpr std::array<int, 0> kSignals = {};  // its own report says more
+constexpr std::array kSignals = {SIGVTALRM};  // of the others its own report says more
 #else
-constexpr std::array<int, 4> kSignals = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+constexpr std::array kSignals = {SIGVTALRM, SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
 #endif
 
 std::array<struct sigaction, kSignals.size()> before;
@@ -25,8 +26,12 @@ void restore() {
 }
 
 void on_fault(int signal, siginfo_t* info, void*) {
-  if (!pthread_equal(owner, pthread_self()))
-    return restore();  // not ours: it faults again, under who handled it before
+  const bool ours = pthread_equal(owner, pthread_self());
+  if (signal == SIGVTALRM && (!ours || !in_kernel)) {  // the next one may come at a better time
+    if (!ours) pthread_kill(owner, signal);
+    return;
+  }
+  if (!ours) return restore();  // it faults again, under who handled it before
   fault = {signal, info->si_addr};
   caught = true;
   leave_fiber();
@@ -34,9 +39,15 @@ void on_fault(int signal, siginfo_t* info, void*) {
 
 }  // namespace
 
+volatile bool in_kernel = false;
+
+cudaError_t Fault::code() const { return signal == SIGVTALRM ? cudaErrorLaunchTimeout : cudaErrorIllegalAddress; }
+
 std::string Fault::text() const {
   std::ostringstream s;
-  if (signal == SIGSEGV || signal == SIGBUS) {
+  if (signal == SIGVTALRM) {
+    s << "the launch timed out";
+  } else if (signal == SIGSEGV || signal == SIGBUS) {
     s << "illegal access to address " << address;
   } else {
     s << "undefined behaviour, of those that -fsanitize=undefined looks for, at instruction " << address;
@@ -44,15 +55,21 @@ std::string Fault::text() const {
   return s.str();
 }
 
-CatchFaults::CatchFaults() {
+CatchFaults::CatchFaults(int seconds) {
   owner = pthread_self();
   struct sigaction action = {};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler doesn't return, so nothing would unblock the signal
   for (size_t i = 0; i < kSignals.size(); ++i) sigaction(kSignals[i], &action, &before[i]);
+  const itimerval timer = {{0, 10000}, {seconds, 0}};  // again every hundredth of a second
+  setitimer(ITIMER_VIRTUAL, &timer, nullptr);
 }
 
-CatchFaults::~CatchFaults() { restore(); }
+CatchFaults::~CatchFaults() {
+  const itimerval none = {};
+  setitimer(ITIMER_VIRTUAL, &none, nullptr);
+  restore();
+}
 
 const Fault* caught_fault() {
   if (!caught) return nullptr;

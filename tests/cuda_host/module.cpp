@@ -105,6 +105,7 @@ PYBIND11_MODULE(control, m) {
   m.def("set_seed", [](uint64_t seed) { control.seed = seed; });
   m.def("set_blocks", [](std::optional<std::vector<uint64_t>> blocks) { control.blocks = blocks; });
   m.def("set_refuse", [](bool refuse) { control.refuse = refuse; });
+  m.def("set_seconds", [](int seconds) { control.seconds = seconds; });
   m.def("set_rsqrt", [](int choice) { standin::rsqrt_choice = static_cast<standin::Rsqrt>(choice); });
   m.def("rsqrt", &ddpm_ext::cuda::rsqrt_approx);
   m.def("umul64hi", &__umul64hi);

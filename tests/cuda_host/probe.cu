@@ -76,6 +76,9 @@ __global__ void out_of_bounds(int* p) {
   local[threadIdx.x % 9] = 1;
   for (int v : local) *p += v;
 }
+__global__ void endless() {
+  for (volatile int i = 0;;) i = static_cast<int>(threadIdx.x);
+}
 __global__ void nothing() {}
 
 template <class... Parameters, class... Arguments>
@@ -118,6 +121,7 @@ void run_kernel(const std::string& name, unsigned blocks, unsigned threads) {
       {"half_a_warp", half_a_warp},
       {"stranger_in_warp", stranger_in_warp},
       {"shuffle_from_outside", shuffle_from_outside},
+      {"endless", endless},
       {"nothing", nothing},
   };
   alignas(16) int memory[4 * kThreads + 4] = {};

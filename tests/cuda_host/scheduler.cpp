@@ -45,7 +45,12 @@ Thread* running;
 void (*kernel_call)(void*);
 void* kernel;
 
-Thread::Thread() : fiber([](Fiber*) { kernel_call(kernel); }) {}
+Thread::Thread()
+    : fiber([](Fiber*) {
+        in_kernel = true;
+        kernel_call(kernel);
+        in_kernel = false;
+      }) {}
 
 class Random {
  public:
@@ -80,7 +85,9 @@ void wait(State state, unsigned mask, Site site) {
   running->state = state;
   running->mask = mask;
   running->site = site;
+  in_kernel = false;
   running->fiber.pause();
+  in_kernel = true;
 }
 
 // The threads of a warp that `mask` names, or none where they don't all wait for each other.
@@ -147,7 +154,7 @@ void run_block(Random& random) {
       threadIdx = thread->index;
       thread->state = State::ready;
       thread->fiber.run();
-      if (const Fault* fault = caught_fault()) fail(cudaErrorIllegalAddress, fault->text());
+      if (const Fault* fault = caught_fault()) fail(fault->code(), fault->text());
       if (error.code != cudaSuccess) {
         error.text += ", thread " + text(thread->index);
         return;
@@ -192,7 +199,7 @@ void run_grid(dim3 grid, dim3 block) {
     for (uint64_t i = 0; i < count; ++i) order.push_back(i);
   }
   random.shuffle(order);
-  const CatchFaults catching;
+  const CatchFaults catching(control.seconds);
   for (const uint64_t number : order) {
     blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                 static_cast<unsigned>(number / grid.x / grid.y)};
@@ -210,7 +217,7 @@ void wait_for_block(Site site) { wait(State::at_block_barrier, 0, site); }
 void wait_for_warp(unsigned mask, Site site) {
   if ((mask >> lane() & 1) == 0) {
     fail(cudaErrorLaunchFailure, "a mask without the calling thread at " + text(site));
-    running->fiber.leave();
+    leave_fiber();
   }
   wait(State::at_warp_barrier, mask, site);
 }
@@ -222,14 +229,17 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
   wait_for_warp(mask, site);
   if ((mask >> source & 1) == 0) {
     fail(cudaErrorLaunchFailure, "a shuffle from a thread that the mask leaves out at " + text(site));
-    running->fiber.leave();
+    leave_fiber();
   }
   const uint64_t result = threads[running->number / warpSize * warpSize + source]->bits;
   wait_for_warp(mask, site);  // until all have read
   return result;
 }
 
-void leave_fiber() { running->fiber.leave(); }
+void leave_fiber() {
+  in_kernel = false;
+  running->fiber.leave();
+}
 
 cudaError_t launch(const cudaLaunchConfig_t& config, void (*call)(void*), void* kernel_of_launch) {
   static std::mutex mutex;

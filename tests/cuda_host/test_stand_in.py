@@ -65,6 +65,14 @@ def test_what_is_wrong_is_an_error(control, kernel):
         assert control.block_sums(list(range(64)), 64) == [[2016]] * 3
 
 
+def test_a_kernel_without_end_times_out(control):
+    control.set_seconds(1)
+    with pytest.raises(RuntimeError, match="702: the launch timed out"):
+        control.run_kernel("endless", 3, 64)
+    control.set_seconds(30)
+    control.run_kernel("early_return", 3, 256)
+
+
 def test_launches_that_cuda_refuses(control):
     for blocks, threads in [(0, 1), (1, 0), (1, 1025), (2**31, 1)]:
         with pytest.raises(RuntimeError, match="9: invalid configuration argument"):
