@@ -8,8 +8,9 @@ from ddpm_ext import reference
 from ddpm_ext._extension import BUILT, C
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.noise import Philox, randn
+from ddpm_ext.step_table import StepTable
 
-__all__ = ["GaussianDiffusion", "Philox", "build_info", "randn", "reference"]
+__all__ = ["GaussianDiffusion", "Philox", "StepTable", "build_info", "randn", "reference"]
 
 __version__ = "0.1.0"
 

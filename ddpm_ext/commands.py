@@ -16,6 +16,7 @@ from ddpm_ext import checkpoints, files, plots
 from ddpm_ext.extras import require
 from ddpm_ext.models import LoadedModel, load_model
 from ddpm_ext.noise import Philox
+from ddpm_ext.samplers import WITH_ETA
 from ddpm_ext.trajectory import Recorder
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def _prepare(options: argparse.Namespace) -> tuple[LoadedModel, GaussianDiffusio
         require("tqdm", "the progress bar")
     if not options.out.lower().endswith(".npz"):
         require("PIL.Image", "writing pictures")
-    if options.sampler == "ddpm" and options.eta:
-        raise ValueError(f"eta: got {options.eta}, but it belongs to --sampler ddim")
+    if options.sampler not in WITH_ETA and options.eta:
+        raise ValueError(f"eta: got {options.eta}, but it belongs to --sampler {' or '.join(WITH_ETA)}")
     model = load_model(options.model, device=device, dtype=getattr(torch, options.dtype))
     timesteps = model.settings.timesteps
     if options.steps is not None and options.steps > timesteps:

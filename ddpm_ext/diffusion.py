@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ddpm_ext import checks, ops, reference, sampling
 from ddpm_ext.noise import Philox, fresh_rng
+from ddpm_ext.samplers import ddpm
 from ddpm_ext.schedules import make_betas
-from ddpm_ext.tables import PREDICTIONS, DeviceTables, StepTable, ddpm_table, prediction_coefficients
+from ddpm_ext.spacing import make_grid
+from ddpm_ext.tables import PREDICTIONS, DeviceTables, StepTable, prediction_coefficients
 
 __all__ = ["GaussianDiffusion"]
 
@@ -87,7 +89,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self._tables = self._make_tables()
-        self._loops: dict[tuple[str, int, float], DeviceTables] = {}  # p_sample_loop's: see sampling.make_tables
+        self._loops: dict[object, tuple[DeviceTables, StepTable]] = {}  # p_sample_loop's: see sampling.make_tables
 
     def __repr__(self) -> str:
         return (
@@ -103,13 +105,8 @@ class GaussianDiffusion:
 
     def _make_tables(self) -> DeviceTables:
         zeros, ones = torch.zeros_like(self.betas), torch.ones_like(self.betas)
-        descending = ddpm_table(
-            self.betas,
-            self.alphas_cumprod,
-            torch.arange(self.timesteps - 1, -1, -1),
-            prediction=self.prediction,
-            variance=self.variance,
-        )
+        grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1), betas=self.betas)
+        descending = ddpm(grid, prediction=self.prediction, variance=self.variance)
         # what a model of this prediction is trained towards: k0 x_start + k1 noise
         target = {
             "eps": (zeros, ones),
@@ -151,7 +148,7 @@ class GaussianDiffusion:
     def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
         """The model's output; an int t goes to it as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
-            t = self._tables.get("timesteps", x.device, torch.int64)[t].expand(len(x))
+            t = self._tables.timesteps(x.device)[t].expand(len(x))
         return sampling.unwrap(model(x, t))
 
     # ---------------------------------------------------------------------------------------- forward process
@@ -275,9 +272,11 @@ class GaussianDiffusion:
         model: Model,
         shape: tuple[int, ...],
         *,
-        sampler: str = "ddpm",
+        sampler: str | StepTable = "ddpm",
         steps: int | None = None,
-        eta: float = 0.0,
+        spacing: str = "linspace",
+        timesteps: Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
         clip_denoised: bool = True,
         rng: Philox | None = None,
         record: str | int = "all",
@@ -290,9 +289,15 @@ class GaussianDiffusion:
         Args:
             model: model(x_t, t) -> (batch, ...). It sees two buffers in turn: what it wants to keep, it must copy.
             shape: (batch, ...).
-            sampler: "ddpm" or "ddim".
-            steps: how many of the timesteps, evenly spaced with both ends; None: all.
-            eta: ddim's noise, 0 (none) to 1 (as much as ddpm) and beyond.
+            sampler: "ddpm", "ddim", "euler" or "euler_ancestral" (see ddpm_ext.samplers); or a StepTable, whose rows it
+                takes as they are.
+            steps: how many of the timesteps; None: all.
+            spacing: which of them, "linspace" (evenly, with both ends), "leading", "trailing", "quadratic", "ddim25" or
+                "10,15,20" and the like (see ddpm_ext.spacing); "karras" and "log_snr" go between them, and the model
+                gets float32 timesteps.
+            timesteps: these instead, int64, descending.
+            eta: ddim's and euler_ancestral's noise, 0 (none) to 1 (as much as ddpm) and beyond; None: 0 for ddim, 1 for
+                euler_ancestral.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step.
             rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
                 its own is refused: it would give each step the same noise.
@@ -311,7 +316,7 @@ class GaussianDiffusion:
             self._ops,
             model,
             shape,
-            sampling.make_tables(self, sampler, steps, eta),
+            sampling.make_tables(self, sampler, steps, spacing, timesteps, eta),
             clip=(-1.0, 1.0) if clip_denoised else None,
             rng=rng,
             record=record,

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ddpm_ext.samplers import SAMPLERS, WITH_ETA
+
 __all__ = ["build_parser", "given_to_train"]
 
 _WRONG_USAGE = 2
@@ -90,9 +92,10 @@ def _add_sampling(parser: argparse.ArgumentParser, *, num: int, batched: bool, o
     add("--num", type=_whole(1), default=num, metavar="N", help="how many samples")
     add("--seed", type=_SEED, default=0, metavar="N", help="what the noise follows from, with each sample's number")
     add = parser.add_argument_group("how to sample").add_argument
-    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="the reverse step")
+    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
     add("--steps", type=_whole(1), metavar="N", help="steps of the loop (default: as many as the model has)")
-    add("--eta", type=_number(0, "a number >= 0"), default=0.0, metavar="X", help="share of noise in a DDIM step")
+    with_eta = " or ".join(WITH_ETA)
+    add("--eta", type=_number(0, "a number >= 0"), metavar="X", help=f"share of noise in a step of {with_eta}")
     add = parser.add_argument_group("how to run").add_argument
     add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
     add("--dtype", choices=_DTYPES, default="float32", help="of model and samples")

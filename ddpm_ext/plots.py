@@ -1,4 +1,4 @@
-"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; and a curve of losses.
+"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; a curve of losses; and a StepTable's columns.
 
 Images are numpy arrays or tensors (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3 (colour).
 """
@@ -18,9 +18,22 @@ from ddpm_ext.extras import require
 from ddpm_ext.files import atomic_path
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["grid", "save_gif", "save_grid", "save_loss_curve", "save_picture", "save_strips", "strips", "to_uint8"]
+    from ddpm_ext.step_table import StepTable
+
+__all__ = [
+    "grid",
+    "save_gif",
+    "save_grid",
+    "save_loss_curve",
+    "save_picture",
+    "save_strips",
+    "step_table_figure",
+    "strips",
+    "to_uint8",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -28,6 +41,9 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 _BETWEEN = (88, 104, 136)  # neither black nor white, which digits are made of
 _GAP = 4
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
+# Of Okabe and Ito's colours for all eyes those that print well on white; the dashes tell them apart in grey.
+_LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
+_FEW = 60  # steps up to which each is marked
 
 
 def to_uint8(images: torch.Tensor | npt.NDArray[np.floating]) -> Pixels:
@@ -160,3 +176,40 @@ def save_loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> No
     axes.legend()
     with atomic_path(path) as beside:
         figure.savefig(beside)
+
+
+def step_table_figure(table: StepTable, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws a table's columns over its steps, and writes the picture to `path` where one is given.
+
+    Four panels: the factors of the predicted x0, those of the next sample, the noise's standard deviation, and the
+    timestep. The factors' axes are logarithmic, but linear around 0, where they go past 10.
+    """
+    figures = require("matplotlib.figure", "drawing a StepTable")
+    figure = figures.Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
+    panels = {
+        "predicted x0 = clip(a x + b m)": (("a", "b"), "factor (no unit)"),
+        "next sample = c0 x0 + c1 x + c2 m + s z": (("c0", "c1", "c2"), "factor (no unit)"),
+        "noise of the step, s z": (("s",), "standard deviation\n(units of the sample)"),
+        "what the model is told": (("timestep",), "timestep"),
+    }
+    rows = np.arange(len(table))
+    for axes, (title, (names, label)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
+        largest = 0.0
+        for name, (color, dashes) in zip(names, _LINES, strict=False):
+            values = getattr(table, name).cpu().numpy()
+            largest = max(largest, float(np.abs(values).max()))
+            axes.plot(rows, values, dashes, color=color, marker="." if len(rows) <= _FEW else "", label=name)
+        if largest > 10 and "timestep" not in names:
+            axes.set_yscale("asinh", linear_width=1)
+        axes.set(title=title, ylabel=label)
+        axes.grid(True, alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("step of the loop")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.suptitle(f"StepTable of {len(table)} row{'s' * (len(table) != 1)}")
+    if path is not None:
+        with atomic_path(path) as beside:
+            figure.savefig(beside)
+    return figure

@@ -202,7 +202,7 @@ def reverse_step(
     # c2 is 0 but where the model's eps is kept, and 0 times an infinite m would be NaN where the clip tamed it
     prev = c0 * x_start + c1 * x + torch.where(c2 == 0, 0.0, c2 * m)
     if add_noise or noise is not None or rng is not None:
-        draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long()
+        draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long() & _WORD
         row, index = split_t(t)
         draw = draws[row] if row is not None else draws[index].expand(len(x_t))
         prev = prev + s * _resolve_noise(x_t, noise, rng, STREAM_REVERSE, draw)

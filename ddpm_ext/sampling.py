@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,10 @@ from torch import Tensor
 
 from ddpm_ext import checks
 from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
-from ddpm_ext.tables import DeviceTables, StepTable, ddim_table, ddpm_table, spaced_timesteps
+from ddpm_ext.samplers import SAMPLERS, WITH_ETA, check_eta
+from ddpm_ext.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
+from ddpm_ext.step_table import StepTable
+from ddpm_ext.tables import DeviceTables
 
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion, Model
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["loop", "make_tables"]
 
 KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
+SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
 
 
 def unwrap(model_output: Any) -> Tensor:
@@ -33,31 +36,65 @@ def unwrap(model_output: Any) -> Tensor:
     return sample
 
 
-def make_tables(diffusion: GaussianDiffusion, sampler: str, steps: int | None, eta: float) -> DeviceTables:
+def make_tables(
+    diffusion: GaussianDiffusion,
+    sampler: str | StepTable,
+    steps: int | None,
+    spacing: str,
+    timesteps: Sequence[int] | Tensor | None,
+    eta: float | None,
+) -> DeviceTables:
     """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
     captured in a CUDA graph."""
-    if isinstance(eta, bool) or not isinstance(eta, int | float):
-        raise TypeError(f"eta is {eta!r}, expected a float")
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta is {eta}, expected a finite eta >= 0")
-    timestep = spaced_timesteps(diffusion.timesteps, steps)
-    if sampler not in ("ddpm", "ddim"):
-        raise ValueError(f"sampler is {sampler!r}, expected 'ddpm' or 'ddim'")
-    key, kept = (sampler, len(timestep), float(eta)), diffusion._loops
-    if key not in kept:
+    key: object
+    if isinstance(sampler, StepTable):
+        for name, value, default in (
+            ("steps", steps, None),
+            ("spacing", spacing, "linspace"),
+            ("timesteps", timesteps, None),
+            ("eta", eta, None),
+        ):
+            if value is not default and value != default:
+                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, which says it itself")
+        key, table = id(sampler), sampler
+    else:
+        checks.one_of("sampler", sampler, tuple(SAMPLERS))
+        options: dict[str, object] = {"prediction": diffusion.prediction}
+        if sampler == "ddpm":
+            options["variance"] = diffusion.variance
+        if eta is not None:
+            eta = check_eta(eta)
+            if sampler in WITH_ETA:
+                options["eta"] = eta
+            elif eta != 0:
+                raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
+        grid = _grid(diffusion, steps, spacing, timesteps)
+        table = SAMPLERS[sampler](grid, **options)
+        key = (sampler, eta, tuple(grid.timestep.tolist()))
+    kept = diffusion._loops
+    if key not in kept or (table is sampler and kept[key][1] is not table):
         if len(kept) == KEPT:
             kept.pop(next(iter(kept)))
-        kept[key] = DeviceTables(_step_table(diffusion, sampler, timestep, float(eta)))
-    return kept[key]
+        kept[key] = DeviceTables(table), table  # beside the table, so that no other gets its id
+    return kept[key][0]
 
 
-def _step_table(diffusion: GaussianDiffusion, sampler: str, timestep: Tensor, eta: float) -> StepTable:
-    prediction = diffusion.prediction
-    if sampler == "ddim":
-        return ddim_table(diffusion.alphas_cumprod, timestep, prediction=prediction, eta=eta)
-    return ddpm_table(
-        diffusion.betas, diffusion.alphas_cumprod, timestep, prediction=prediction, variance=diffusion.variance
-    )
+def _grid(
+    diffusion: GaussianDiffusion, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None
+) -> Grid:
+    if timesteps is not None:
+        if steps is not None or spacing != "linspace":
+            raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
+        grid = make_grid(diffusion.alphas_cumprod, timesteps, betas=diffusion.betas)
+        if not (grid.timestep[1:] < grid.timestep[:-1]).all():
+            raise ValueError("timesteps do not descend, expected each below the one before")
+        return grid
+    if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
+        if steps is None:
+            raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
+        return SIGMA_GRIDS[spacing](diffusion.alphas_cumprod, steps)
+    chosen = spaced_timesteps(diffusion.timesteps, steps, spacing)
+    return make_grid(diffusion.alphas_cumprod, chosen, betas=diffusion.betas)
 
 
 def _record_every(record: str | int) -> int | None:
@@ -122,7 +159,7 @@ def loop(
     spare = torch.empty_like(x)
     rows = tables.get("steps", x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
-    timesteps = tables.get("timesteps", x.device, torch.int64)[:, None].repeat(1, shape[0])
+    timesteps = tables.timesteps(x.device)[:, None].repeat(1, shape[0])
     last = len(rows) - 1
     recorded = []
     for i in _steps(len(rows), progress):

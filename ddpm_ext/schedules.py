@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ext import checks
 
-__all__ = ["SCHEDULES", "make_betas"]
+__all__ = ["SCHEDULES", "make_betas", "rescale_zero_terminal_snr"]
 
 
 def linear(timesteps: int) -> Tensor:
@@ -84,3 +84,26 @@ def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
     if 1 - betas[0] == 1:
         raise ValueError(f"betas[0] is {betas[0].item()}, expected at least 2^-52: 1 - alphas_cumprod would be 0")
     return betas
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas after which nothing of the signal is left: Lin et al. 2023, algorithm 1.
+
+    sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and begins as before.
+
+    Args:
+        betas: floating, (timesteps,) with two at least, in (0, 1); the last may be 1.
+
+    Returns:
+        float64 (timesteps,) on the CPU, the last exactly 1. A model must predict v or x0 there: eps says nothing.
+
+    Raises:
+        TypeError, ValueError: as make_betas; a single beta.
+    """
+    checks.tensor("betas", betas)
+    if betas.dim() != 1 or len(betas) < 2:
+        raise ValueError(f"betas have shape {tuple(betas.shape)}, expected (timesteps,) with two at least")
+    root = (1 - make_betas(betas, len(betas))).cumprod(0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alphas_cumprod = root**2
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])

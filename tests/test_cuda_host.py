@@ -393,12 +393,10 @@ def test_rows_and_ids_far_apart(one_host, windows, variant):
     for stride in (2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1):
         call, gpu = make_call(variant, 3, 64, t=torch.tensor([1, 2, 3]), ids=torch.tensor([2**40, 2, 7]))
         expected = call.on_cpu()
-        t = windows.rooms["x"].tensor(torch.int64, (3,), (stride,), 0)
-        ids = windows.rooms["out"].tensor(torch.int64, (3,), (stride,), 0)
-        t.copy_(call.t)
-        ids.copy_(call.ids)
-        call = replace(hide_seed(call, gpu), ids=torch.zeros(3).long())
-        one_host.check(call, gpu={**gpu, "t": t, "sample_ids": ids}, place_gpu=False, expected=expected)
+        for name, near in (("t", call.t), ("sample_ids", call.ids)):
+            far = windows.rooms["x"].tensor(torch.int64, (3,), (stride,), 0)
+            far.copy_(near)
+            one_host.check(hide_seed(call, gpu), gpu={**gpu, name: far}, place_gpu=False, expected=expected)
 
 
 # ------------------------------------------------------------------------------------------------------ sanitizers

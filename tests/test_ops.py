@@ -8,7 +8,10 @@ import torch
 from choices import Choose, for_many
 from devices import moved
 
-from ddpm_ext import Philox, ops, reference, tables
+from ddpm_ext import Philox, ops, reference
+from ddpm_ext.samplers import ddpm
+from ddpm_ext.spacing import make_grid
+from ddpm_ext.step_table import StepTable
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of the samples, and of the model's output (or the second tensor of predict_start and posterior_mean)
@@ -182,7 +185,7 @@ def test_thousand_rows(device, x_dtype, y_dtype):
     """Every row of a real table, each for its own sample."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     timestep = torch.arange(999, -1, -1)
-    table = tables.ddpm_table(betas, (1 - betas).cumprod(0), timestep).packed(device)
+    table = ddpm(make_grid((1 - betas).cumprod(0), timestep, betas=betas)).packed(device)
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(1000, 3, 11, generator=generator).to(device, x_dtype)
     model_output = torch.randn(1000, 3, 11, generator=generator).to(device, y_dtype)
@@ -209,6 +212,17 @@ def test_row_without_noise_and_drawn_noise(backend, make_step_table, normal):
     mean = [backend.reverse_step(x, m, table, row, add_noise=False) for row in (0, 1)]
     assert torch.equal(step[0], mean[0])
     assert not torch.equal(step[1], mean[1])
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_draws_of_32_bits(backend, device):
+    """The row's draw counts as unsigned."""
+    for draw in (2**31 - 1, 2**31, 2**32 - 1):
+        table = StepTable([3], a=[0.0], b=[0.0], c0=[0.0], c1=[0.0], s=[1.0], draw=[draw]).packed(device)
+        zeros = torch.zeros(2, 9, device=device)
+        for t in (0, torch.tensor([0, 0], device=device)):
+            z = backend.reverse_step(zeros, zeros, table, t, rng=Philox(5))
+            assert torch.equal(z, backend.randn((2, 9), Philox(5), draw=draw, stream=0, device=device))
 
 
 @pytest.mark.parametrize("backend", [ops, reference])

@@ -1,10 +1,13 @@
-"""ddpm_ext.plots: uint8 conversion, grids, strips, GIFs, the curve of losses."""
+"""ddpm_ext.plots: uint8 conversion, grids, strips, GIFs, the curve of losses, a StepTable's columns."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_ext import plots
+from ddpm_ext import StepTable, plots
+from ddpm_ext.extras import MissingExtra
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -99,3 +102,47 @@ def test_failed_picture_keeps_the_old_one(tmp_path):
         plots.save_picture(np.zeros((2, 2, 7), np.uint8), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+STEPS = {"timestep": [9, 5, 0], "a": [200, 3, 1], "b": [-200, -2, 0], "c0": [0.1, 0.5, 1], "c1": [0.9, 0.5, 0]}
+
+
+def test_step_table_draws_every_column():
+    pytest.importorskip("matplotlib")
+    table = StepTable(**STEPS, c2=[0, -0.5, 0], s=[0.5, 0.25, 0])
+    figure = table.plot()
+    drawn = {}
+    for axes in figure.axes:
+        assert axes.get_title() and axes.get_ylabel()
+        lines = {line.get_label(): line for line in axes.lines}
+        drawn |= {name: line.get_xydata().tolist() for name, line in lines.items()}
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == len(lines)
+        if len(lines) > 1:
+            assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+        assert axes.get_yscale() == ("asinh" if "a" in lines else "linear")
+    columns = {name: getattr(table, name).tolist() for name in ("timestep", "a", "b", "c0", "c1", "c2", "s")}
+    assert drawn == {name: [[i, value] for i, value in enumerate(values)] for name, values in columns.items()}
+    assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["step of the loop"] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_step_table_picture(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, draw=range(rows))
+    figure = table.plot(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.size == (1080, 672)
+        ink = set(map(tuple, np.asarray(opened.convert("RGB")).reshape(-1, 3).tolist()))
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= ink
+    marked = {line.get_marker() for axes in figure.axes for line in axes.lines}
+    assert marked == ({"."} if rows < 1000 else {""})
+    with pytest.raises(ValueError, match="is a folder"):
+        table.plot(tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_step_table_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra, match="drawing a StepTable needs matplotlib: pip install"):
+        StepTable(**STEPS).plot()

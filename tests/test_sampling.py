@@ -15,8 +15,11 @@ import torch
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.samplers import SAMPLERS as FUNCTIONS
 from ddpm_ext.sampling import KEPT
-from ddpm_ext.tables import DeviceTables, StepTable, spaced_timesteps
+from ddpm_ext.spacing import karras_grid, log_snr_grid, make_grid, spaced_timesteps
+from ddpm_ext.step_table import StepTable
+from ddpm_ext.tables import DeviceTables
 
 MU, SIGMA = 0.4, 0.25
 TIMESTEPS = 100
@@ -211,6 +214,53 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
         run(gd, sampler="ddim", steps=steps)
     assert len(gd._loops) <= KEPT
     assert torch.equal(run(gd, **options), first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "euler", "spacing": "trailing", "steps": 10},
+        {"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]},
+        {"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"},
+        {"sampler": "euler", "spacing": "karras", "steps": 8},
+        {"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
+    """And the model is told the timesteps: between the schedule's own as float32."""
+    gd, told = diffusion(), []
+    exact = exact_model(gd)
+
+    def model(x, t):
+        told.append(t)
+        return exact(x, t.long())
+
+    by_name = gd.p_sample_loop(model, (4, 5), rng=Philox(1), record="last", progress=False, device=device, **options)
+    name, steps, eta = options["sampler"], options.get("steps"), options.get("eta")
+    spacing = options.get("spacing", "linspace")
+    if spacing in ("karras", "log_snr"):
+        grid = {"karras": karras_grid, "log_snr": log_snr_grid}[spacing](gd.alphas_cumprod, steps)
+    else:
+        chosen = options.get("timesteps")
+        chosen = spaced_timesteps(TIMESTEPS, steps, spacing) if chosen is None else chosen
+        grid = make_grid(gd.alphas_cumprod, chosen, betas=gd.betas)
+    table = FUNCTIONS[name](grid, **({} if eta is None else {"eta": eta}))
+    assert torch.stack(told)[:, 0].dtype == (torch.float32 if table.timestep.is_floating_point() else torch.int64)
+    assert torch.equal(torch.stack(told)[:, 0].cpu(), table.timestep.to(told[0].dtype))
+    for _ in range(2):
+        by_table = gd.p_sample_loop(
+            model, (4, 5), sampler=table, rng=Philox(1), record="last", progress=False, device=device
+        )
+        assert torch.equal(by_table, by_name)
+
+
+@pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
+def test_a_table_says_it_itself(option):
+    gd = diffusion()
+    table = FUNCTIONS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):
+        gd.p_sample_loop(exact_model(gd), (4, 5), sampler=table, progress=False, **option)
 
 
 def test_clip_is_on_by_default(device):

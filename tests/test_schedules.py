@@ -6,7 +6,7 @@ import torch
 from choices import for_many
 from tutorial import linear_betas
 
-from ddpm_ext.schedules import SCHEDULES, make_betas
+from ddpm_ext.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr
 
 LENGTHS = (20, 50, 1000)
 
@@ -135,3 +135,33 @@ def test_betas_out_of_range(value, index):
 def test_bad(schedule, timesteps, error, message):
     with pytest.raises(error, match=message):
         make_betas(schedule, timesteps)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_zero_terminal_snr(name):
+    betas = make_betas(name, 1000)
+    rescaled = rescale_zero_terminal_snr(betas)
+    assert rescaled.dtype == torch.float64
+    before, after = ((1 - b).cumprod(0).sqrt() for b in (betas, rescaled))
+    assert after[-1] == 0
+    torch.testing.assert_close(after[0], before[0], rtol=1e-15, atol=0)
+    slope = (before[0] - before) / before[0] * before[0] / (before[0] - before[-1])  # affine in what was
+    torch.testing.assert_close((before[0] - after) / before[0], slope, rtol=1e-9, atol=1e-12)
+    assert make_betas(rescaled, 1000) is not None  # a schedule that GaussianDiffusion takes
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    peer = utils.rescale_zero_terminal_snr(betas.float())
+    torch.testing.assert_close(rescaled.float(), peer, rtol=2e-3, atol=1e-6)  # theirs is in float32
+
+
+@pytest.mark.parametrize(
+    "betas, error, message",
+    [
+        ([0.1, 0.2], TypeError, "betas is a list"),
+        (torch.tensor([0.1]), ValueError, r"betas have shape \(1,\)"),
+        (torch.tensor([0.1, 1.2]), ValueError, "betas"),
+        (torch.tensor([1, 2]), TypeError, "betas have dtype torch.int64"),
+    ],
+)
+def test_zero_terminal_snr_bad(betas, error, message):
+    with pytest.raises(error, match=message):
+        rescale_zero_terminal_snr(betas)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks.gpu.context import Check, Context
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.sampling import make_tables
+from ddpm_ext.samplers import ddim, ddpm
+from ddpm_ext.spacing import make_grid, spaced_timesteps
 
 __all__ = ["CHECKS", "Case", "cases", "different", "measure", "run"]
 
@@ -73,10 +74,9 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 def step_rows() -> Tensor:
     """Rows of every kind, on the CPU: with noise and without, with the model's eps kept and without."""
     gd = GaussianDiffusion(1000)
-    options = (("ddpm", 0.0), ("ddim", 0.5), ("ddim", 0.0))
-    return torch.cat(
-        [make_tables(gd, sampler, 4, eta).get("steps", torch.device("cpu"), torch.float32) for sampler, eta in options]
-    )
+    grid = make_grid(gd.alphas_cumprod, spaced_timesteps(1000, 4), betas=gd.betas)
+    tables = ddpm(grid), ddim(grid, eta=0.5), ddim(grid)
+    return torch.cat([table.packed(torch.device("cpu")) for table in tables])
 
 
 @functools.cache

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.tables import ddim_table, ddpm_table
+from ddpm_ext.samplers import ddim, ddpm
+from ddpm_ext.spacing import make_grid
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -64,7 +65,7 @@ def test_ddpm_step(monkeypatch, prediction, theirs, variance, clip, device):
     scheduler = diffusers.DDPMScheduler(**OPTIONS, prediction_type=theirs, variance_type=variance, clip_sample=clip)
     gd = GaussianDiffusion(1000, scheduler.betas, prediction=prediction, variance=variance)
     timestep = torch.arange(999, -1, -1)
-    table = ddpm_table(gd.betas, gd.alphas_cumprod, timestep, prediction=prediction, variance=variance)
+    table = ddpm(make_grid(gd.alphas_cumprod, timestep, betas=gd.betas), prediction=prediction, variance=variance)
     for t in (999, 998, 500, 100, 10, 2, 1, 0):
         x, m, z = normals(device, t, 3)
         expected = step(monkeypatch, scheduler, m, t, x, z)
@@ -82,7 +83,7 @@ def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps, device):
     scheduler.set_timesteps(steps)
     gd = GaussianDiffusion(1000, scheduler.betas, prediction=prediction)
     timesteps = scheduler.timesteps.tolist()
-    table = ddim_table(gd.alphas_cumprod, scheduler.timesteps, prediction=prediction, eta=eta)
+    table = ddim(make_grid(gd.alphas_cumprod, scheduler.timesteps), prediction=prediction, eta=eta)
     packed = table.packed(device)
     for i in (0, 1, steps // 2, steps - 3, steps - 2, steps - 1):
         x, m, z = normals(device, i, 3)
