@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/cuda_host -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench sass gpu lint format clean
+.PHONY: help venv build demo test bench sass pictures gpu lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
 
 sass: venv ## the CUDA kernels as machine code, and what cards can make of them (TABLE=FILE writes it)
 	$(PY) -m benchmarks.static $(if $(TABLE),--table $(TABLE))
+
+pictures: build ## the documentation's pictures
+	$(PY) docs/pictures.py
 
 # With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
 gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
