@@ -103,6 +103,11 @@ void set_table(const char* op, Args& args, const Tensor& table, int64_t columns,
   CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
               " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
   CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
+  // A GPU reads a row 16 bytes at a time, or 8 where it has no more.
+  const uintptr_t multiple = columns * sizeof(float) < 16 ? 8 : 16,
+                  address = reinterpret_cast<uintptr_t>(table.const_data_ptr());
+  CHECK_VALUE(address % multiple == 0, "table", " begins at an address that is ", address % multiple,
+              " more than a multiple of ", multiple, ", expected a multiple of ", multiple);
   args.table = table.const_data_ptr();
   args.rows = table.size(0);
   if (t.has_value()) {

@@ -186,3 +186,20 @@ def test_check_reverse_step_says_what_reverse_step_would(device):
 
 def test_check_reverse_step_sees_values_on_the_cpu():
     check_step_is_refused(VALUES, CPU)
+
+
+def test_a_table_that_kernels_could_not_read(device):
+    """They read a row at once: of 32 bytes by halves, of 8 as one."""
+    x, floats = torch.ones(2, 5, device=device), torch.ones(34, device=device)
+    calls = {
+        8: lambda table: ops.reverse_step(x, x, table, 0, add_noise=False),
+        2: lambda table: ops.forward_process(x, table, 0, add_noise=False),
+    }
+    for columns, call in calls.items():
+        table = floats[1 : 1 + 4 * columns].view(4, columns)
+        with pytest.raises(
+            ValueError, match=rf"table begins at .*, expected a multiple of {16 if columns == 8 else 8}"
+        ):
+            call(table)
+        assert call(table.clone()).isfinite().all()
+        assert call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()  # a row further on, it may begin

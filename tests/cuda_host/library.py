@@ -103,14 +103,17 @@ def build_sanitized(plain: Path) -> Path:
     return link(objects, folder / "host.so", SANITIZERS)
 
 
+def sanitizer_libraries() -> list[str]:
+    """What a Python must load before anything else, to load the sanitized library; nothing where g++ lacks them."""
+    commands = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
+    return found if all(os.path.isabs(path) for path in found) else []
+
+
 def sanitized_environment(sanitized: Path) -> dict[str, str]:
-    """For a Python that tests the sanitized library: the sanitizer must be there before anything else."""
-    libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
+    """For a Python that tests the sanitized library."""
     options = "detect_leaks=0:protect_shadow_gap=0"  # Python's leaks; CUDA's driver, where there is one, wants the gap
-    sanitizer = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options}
+    sanitizer = {"LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": options}
     return {**os.environ, **sanitizer, "CUDA_VISIBLE_DEVICES": "", GIVEN_BY: str(sanitized)}
 
 
