@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -279,7 +279,8 @@ class GaussianDiffusion:
         eta: float | None = None,
         clip_denoised: bool = True,
         rng: Philox | None = None,
-        record: str | int = "all",
+        record: str | int | Sequence[int] = "all",
+        callback: Callable[[sampling.Record], object] | None = None,
         progress: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -301,7 +302,9 @@ class GaussianDiffusion:
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step.
             rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
                 its own is refused: it would give each step the same noise.
-            record: "all": each step's samples; an int k: every k-th step's and the last; "last": the last alone.
+            record: "all": each step's samples; an int k: every k-th step's and the last; a list of ints: those steps',
+                0 the first; "last": the last alone.
+            callback: called with a Record (step, timestep, x) after each step; the loop ends there if it returns true.
             progress: whether to show a progress bar (where tqdm is installed).
             device: where to sample; None: where the model's parameters are, else the CPU.
             dtype: of the samples.
@@ -320,6 +323,40 @@ class GaussianDiffusion:
             clip=(-1.0, 1.0) if clip_denoised else None,
             rng=rng,
             record=record,
+            callback=callback,
+            progress=progress,
+            device=device,
+            dtype=dtype,
+        )
+
+    def sample_progressive(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        *,
+        sampler: str | StepTable = "ddpm",
+        steps: int | None = None,
+        spacing: str = "linspace",
+        timesteps: Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        clip_denoised: bool = True,
+        rng: Philox | None = None,
+        progress: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[sampling.Record]:
+        """p_sample_loop, step by step: a Record (step, timestep, x) after each, taken when it is asked for.
+
+        x is one of two buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
+        recorded. Args and raises: as p_sample_loop's; arguments are checked at once.
+        """
+        return sampling.walk(
+            self._ops,
+            model,
+            shape,
+            sampling.make_tables(self, sampler, steps, spacing, timesteps, eta),
+            clip=(-1.0, 1.0) if clip_denoised else None,
+            rng=rng,
             progress=progress,
             device=device,
             dtype=dtype,

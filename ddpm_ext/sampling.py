@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ddpm_ext.tables import DeviceTables
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion, Model
 
-__all__ = ["loop", "make_tables"]
+__all__ = ["Record", "loop", "make_tables", "walk"]
 
 KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
 SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
@@ -97,13 +97,32 @@ def _grid(
     return make_grid(diffusion.alphas_cumprod, chosen, betas=diffusion.betas)
 
 
-def _record_every(record: str | int) -> int | None:
-    """Every how many steps to record; None for the last alone, as a tensor."""
+class Record(NamedTuple):
+    """A loop after one of its steps.
+
+    step: 0 for the first; timestep: where it started from; x: its samples, on their device, in a buffer that the loop
+    writes to again: copy what is to last.
+    """
+
+    step: int
+    timestep: int | float
+    x: Tensor
+
+
+def _recorded_steps(record: str | int | Sequence[int], rows: int) -> set[int] | None:
+    """Which steps to record; None for the last alone, as a tensor."""
     if isinstance(record, str):
         if record not in ("all", "last"):
-            raise ValueError(f"record is {record!r}, expected 'all', 'last' or an int k for every k-th step")
-        return 1 if record == "all" else None
-    return checks.integer("record", record, 2**63, "2^63", start=1)
+            raise ValueError(f"record is {record!r}, expected 'all', 'last', an int k for every k-th step, or steps")
+        return None if record == "last" else set(range(rows))
+    if isinstance(record, Sequence):
+        stop_name = f"{rows}, there being {rows} steps"
+        steps = [checks.integer("record's step", step, rows, stop_name) for step in record]
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"record is {record!r}, expected each step once")
+        return set(steps)
+    every = checks.integer("record", record, 2**63, "2^63", start=1)
+    return {*range(every - 1, rows, every), rows - 1}
 
 
 def _model_device(model: Any) -> torch.device:
@@ -128,8 +147,7 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return np.array(x.cpu().numpy())
 
 
-@torch.no_grad()
-def loop(
+def walk(
     backend: ModuleType,
     model: Model,
     shape: tuple[int, ...],
@@ -137,34 +155,66 @@ def loop(
     *,
     clip: tuple[float, float] | None,
     rng: Philox | None,
-    record: str | int,
     progress: bool,
     device: torch.device | str | None,
     dtype: torch.dtype,
-) -> list[np.ndarray] | Tensor:
-    """Takes the rows of `tables` one by one from pure noise: see GaussianDiffusion.p_sample_loop.
+) -> Iterator[Record]:
+    """Takes the rows of `tables` one by one from pure noise: see GaussianDiffusion.sample_progressive.
 
     A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
     """
     shape = checks.shape(shape, least=1)
-    every = _record_every(record)
     if rng is None:
         rng = fresh_rng()
     check_rng(rng)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
     device = _model_device(model) if device is None else checks.device(device)
-
     x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
+    return _walk(backend, model, x, tables, clip, rng, progress)
+
+
+@torch.no_grad()
+def _walk(
+    backend: ModuleType,
+    model: Model,
+    x: Tensor,
+    tables: DeviceTables,
+    clip: tuple[float, float] | None,
+    rng: Philox,
+    progress: bool,
+) -> Iterator[Record]:
     spare = torch.empty_like(x)
     rows = tables.get("steps", x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
     # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
-    timesteps = tables.timesteps(x.device)[:, None].repeat(1, shape[0])
-    last = len(rows) - 1
-    recorded = []
+    timesteps = tables.timesteps(x.device)[:, None].repeat(1, len(x))
+    told = tables.timesteps(torch.device("cpu")).tolist()
     for i in _steps(len(rows), progress):
         model_output = unwrap(model(x, timesteps[i]))
         x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
-        if every is not None and ((i + 1) % every == 0 or i == last):
-            recorded.append(to_numpy(x))
-    return x if every is None else recorded
+        yield Record(i, told[i], x)
+
+
+def loop(
+    backend: ModuleType,
+    model: Model,
+    shape: tuple[int, ...],
+    tables: DeviceTables,
+    *,
+    record: str | int | Sequence[int],
+    callback: Callable[[Record], object] | None,
+    **options: Any,
+) -> list[np.ndarray] | Tensor:
+    """walk() to its end, or to where `callback` returns true: see GaussianDiffusion.p_sample_loop."""
+    chosen = _recorded_steps(record, len(tables))
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback is {callback!r}, expected a function of a Record")
+    recorded: list[np.ndarray] = []
+    listed = not isinstance(record, str | int)
+    for now in walk(backend, model, shape, tables, **options):
+        stop = callback is not None and callback(now)
+        if chosen is not None and (now.step in chosen or (stop and not listed)):
+            recorded.append(to_numpy(now.x))
+        if stop:
+            break
+    return now.x if chosen is None else recorded

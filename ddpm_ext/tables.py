@@ -51,6 +51,10 @@ class DeviceTables:
                 self._tables[name, device, dtype] = table
         return table
 
+    def __len__(self) -> int:
+        """Steps."""
+        return len(self.timesteps(torch.device("cpu")))
+
     def timesteps(self, device: torch.device) -> Tensor:
         """(rows,), int64, or float32 where they lie between the schedule's own."""
         return self.get("timesteps", device, self._timestep_dtype)

@@ -335,6 +335,59 @@ def test_record(run, backend):
         assert all(np.array_equal(x, every[i]) for x, i in zip(some, kept, strict=True))
 
 
+def test_record_of_chosen_steps(run):
+    gd = diffusion()
+    every = run(gd, steps=10, record="all")
+    for steps in ([0], [9], (7, 2, 3), []):
+        some = run(gd, steps=10, record=steps)
+        assert len(some) == len(steps)
+        assert all(np.array_equal(x, every[i]) for x, i in zip(some, sorted(steps), strict=True))
+
+
+def test_callback_sees_each_step_and_may_end_the_loop(run, device):
+    gd, seen = diffusion(), []
+    every = run(gd, steps=10, record="all")
+
+    def watch(record):
+        seen.append((record.step, record.timestep, record.x.cpu().numpy().copy()))
+
+    assert all(map(np.array_equal, run(gd, steps=10, callback=watch), every))
+    assert [step for step, _, _ in seen] == list(range(10))
+    assert [t for _, t, _ in seen] == spaced_timesteps(TIMESTEPS, 10).tolist()
+    assert all(np.array_equal(x, e) for (_, _, x), e in zip(seen, every, strict=True))
+    for record, kept in (("all", [0, 1, 2, 3]), (3, [2, 3]), ([0, 2, 8], [0, 2])):
+        ended = run(gd, steps=10, record=record, callback=lambda r: r.step == 3)
+        assert len(ended) == len(kept)
+        assert all(np.array_equal(x, every[i]) for x, i in zip(ended, kept, strict=True))
+    ended = run(gd, steps=10, record="last", callback=lambda r: r.step == 3)
+    assert np.array_equal(ended.cpu().numpy(), every[3])
+
+
+def test_progressive(run, device):
+    """The same steps, none before it is asked for, without gradients where they are on."""
+    gd, calls = diffusion(), []
+    exact = exact_model(gd)
+
+    def model(x, t):
+        calls.append(t)
+        assert not torch.is_grad_enabled()
+        return exact(x, t)
+
+    options = {"sampler": "ddim", "eta": 0.3, "steps": 6, "rng": Philox(4), "device": device}
+    every = gd.p_sample_loop(exact, (3, 5), record="all", progress=False, **options)
+    walk = gd.sample_progressive(model, (3, 5), **options)
+    for i, expected in enumerate(every):
+        assert len(calls) == i
+        record = next(walk)
+        assert record.step == i
+        assert record.timestep == calls[-1][0]
+        assert np.array_equal(record.x.cpu().numpy(), expected)
+        assert torch.is_grad_enabled()
+    assert next(walk, None) is None
+    with pytest.raises(ValueError, match="sampler is 'plms'"):
+        gd.sample_progressive(model, (3, 5), sampler="plms")
+
+
 def test_record_belongs_to_the_caller(run):
     gd = diffusion()
     first = run(gd, steps=2, record="last")
