@@ -340,27 +340,21 @@ class GaussianDiffusion:
         timesteps: Sequence[int] | Tensor | None = None,
         eta: float | None = None,
         clip_denoised: bool = True,
-        rng: Philox | None = None,
-        progress: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> Iterator[sampling.Record]:
         """p_sample_loop, step by step: a Record (step, timestep, x) after each, taken when it is asked for.
 
         x is one of two buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
-        recorded. Args and raises: as p_sample_loop's; arguments are checked at once.
+        recorded.
+
+        Args: as p_sample_loop's, but for record and callback; `options` are rng, progress (by default off), device and
+            dtype. They are checked at once.
+
+        Raises: as p_sample_loop.
         """
-        return sampling.walk(
-            self._ops,
-            model,
-            shape,
-            sampling.make_tables(self, sampler, steps, spacing, timesteps, eta),
-            clip=(-1.0, 1.0) if clip_denoised else None,
-            rng=rng,
-            progress=progress,
-            device=device,
-            dtype=dtype,
-        )
+        tables = sampling.make_tables(self, sampler, steps, spacing, timesteps, eta)
+        clip = (-1.0, 1.0) if clip_denoised else None
+        return sampling.walk(self._ops, model, shape, tables, clip=clip, **options)
 
     def sample(
         self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any

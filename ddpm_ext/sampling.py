@@ -154,10 +154,10 @@ def walk(
     tables: DeviceTables,
     *,
     clip: tuple[float, float] | None,
-    rng: Philox | None,
-    progress: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype,
+    rng: Philox | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Record]:
     """Takes the rows of `tables` one by one from pure noise: see GaussianDiffusion.sample_progressive.
 
