@@ -278,6 +278,8 @@ class GaussianDiffusion:
         timesteps: Sequence[int] | Tensor | None = None,
         eta: float | None = None,
         clip_denoised: bool = True,
+        start: Tensor | None = None,
+        strength: float = 1.0,
         rng: Philox | None = None,
         record: str | int | Sequence[int] = "all",
         callback: Callable[[sampling.Record], object] | None = None,
@@ -300,6 +302,10 @@ class GaussianDiffusion:
             eta: ddim's and euler_ancestral's noise, 0 (none) to 1 (as much as ddpm) and beyond; None: 0 for ddim, 1 for
                 euler_ancestral.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step.
+            start: `shape`, samples to begin from instead of pure noise: they get the noise of the first step taken
+                (stream 1, as pure noise does), and `strength` of the steps, the last, take it away (Meng et al. 2022,
+                "SDEdit").
+            strength: 0 (exclusive, at least one step) to 1, how many of the steps; without a start all.
             rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
                 its own is refused: it would give each step the same noise.
             record: "all": each step's samples; an int k: every k-th step's and the last; a list of ints: those steps',
@@ -321,6 +327,8 @@ class GaussianDiffusion:
             shape,
             sampling.make_tables(self, sampler, steps, spacing, timesteps, eta),
             clip=(-1.0, 1.0) if clip_denoised else None,
+            start=start,
+            strength=strength,
             rng=rng,
             record=record,
             callback=callback,
@@ -347,8 +355,8 @@ class GaussianDiffusion:
         x is one of two buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
         recorded.
 
-        Args: as p_sample_loop's, but for record and callback; `options` are rng, progress (by default off), device and
-            dtype. They are checked at once.
+        Args: as p_sample_loop's, but for record and callback; `options` are start, strength, rng, progress (by default
+            off), device and dtype. They are checked at once.
 
         Raises: as p_sample_loop.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,12 @@ class Philox:
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
+
+    def of(self, stream: int, draw: int) -> Philox:
+        """The same seed and samples with a stream and a draw of their own."""
+        other = copy.copy(self)
+        other.stream, other.draw = stream, draw
+        return other
 
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
         """What the operators take; a stream and a draw of its own come first."""

@@ -47,6 +47,7 @@ def make_tables(
     """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
     captured in a CUDA graph."""
     key: object
+    grid: Grid | None
     if isinstance(sampler, StepTable):
         for name, value, default in (
             ("steps", steps, None),
@@ -56,7 +57,7 @@ def make_tables(
         ):
             if value is not default and value != default:
                 raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, which says it itself")
-        key, table = id(sampler), sampler
+        key, table, grid = id(sampler), sampler, None
     else:
         checks.one_of("sampler", sampler, tuple(SAMPLERS))
         options: dict[str, object] = {"prediction": diffusion.prediction}
@@ -75,8 +76,17 @@ def make_tables(
     if key not in kept or (table is sampler and kept[key][1] is not table):
         if len(kept) == KEPT:
             kept.pop(next(iter(kept)))
-        kept[key] = DeviceTables(table), table  # beside the table, so that no other gets its id
+        levels = _levels(diffusion, table) if grid is None else grid.now
+        scales = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
+        kept[key] = DeviceTables(table, **scales), table  # beside the table, so that no other gets its id
     return kept[key][0]
+
+
+def _levels(diffusion: GaussianDiffusion, table: StepTable) -> Tensor | None:
+    """alphas_cumprod where each row starts, of a table of the schedule's own timesteps."""
+    t = table.timestep.cpu()
+    own = not t.is_floating_point() and bool(((t >= 0) & (t < diffusion.timesteps)).all())
+    return diffusion.alphas_cumprod[t] if own else None
 
 
 def _grid(
@@ -154,6 +164,8 @@ def walk(
     tables: DeviceTables,
     *,
     clip: tuple[float, float] | None,
+    start: Tensor | None = None,
+    strength: float = 1.0,
     rng: Philox | None = None,
     progress: bool = False,
     device: torch.device | str | None = None,
@@ -169,9 +181,44 @@ def walk(
     check_rng(rng)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
-    device = _model_device(model) if device is None else checks.device(device)
-    x = backend.randn(shape, rng, draw=0, stream=STREAM_START, device=device, dtype=dtype)
-    return _walk(backend, model, x, tables, clip, rng, progress)
+    first = first_row(len(tables), start, strength)
+    rng_start = rng.of(STREAM_START, 0)
+    if start is None:
+        device = _model_device(model) if device is None else checks.device(device)
+        x = backend.randn(shape, rng_start, device=device, dtype=dtype)
+    else:
+        _check_start(start, shape, device, dtype)
+        scales = tables.find("start", start.device, torch.float64 if dtype == torch.float64 else torch.float32)
+        if scales is None:
+            raise ValueError("start is given, expected a sampler whose timesteps are the schedule's own, or its name")
+        with torch.no_grad():
+            x = backend.forward_process(start, scales, first, rng=rng_start)
+    return _walk(backend, model, x, tables, first, clip, rng, progress)
+
+
+def first_row(rows: int, start: Tensor | None, strength: float) -> int:
+    """The row that a loop begins with: of the last `strength` of all."""
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise TypeError(f"strength is {strength!r}, expected a float")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected 0 < strength <= 1")
+    if start is None and strength != 1:
+        raise ValueError(f"strength is {strength} without a start, expected 1")
+    taken = int(rows * strength + 1e-9)  # 0.29 of 100 is 29
+    if taken == 0:
+        raise ValueError(f"strength is {strength}, of {rows} steps not one, expected at least {1 / rows:.3g}")
+    return rows - taken
+
+
+def _check_start(start: object, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype) -> None:
+    checks.tensor("start", start)
+    assert isinstance(start, Tensor)
+    if start.shape != shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, expected {shape}")
+    if start.dtype != dtype:
+        raise TypeError(f"start has dtype {start.dtype}, expected that of the samples, {dtype}")
+    if device is not None and start.device != checks.device(device):
+        raise ValueError(f"start is on {start.device}, expected the samples' device, {device}")
 
 
 @torch.no_grad()
@@ -180,6 +227,7 @@ def _walk(
     model: Model,
     x: Tensor,
     tables: DeviceTables,
+    first: int,
     clip: tuple[float, float] | None,
     rng: Philox,
     progress: bool,
@@ -189,10 +237,11 @@ def _walk(
     # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
     timesteps = tables.timesteps(x.device)[:, None].repeat(1, len(x))
     told = tables.timesteps(torch.device("cpu")).tolist()
-    for i in _steps(len(rows), progress):
+    for step in _steps(len(rows) - first, progress):
+        i = first + step
         model_output = unwrap(model(x, timesteps[i]))
         x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
-        yield Record(i, told[i], x)
+        yield Record(step, told[i], x)
 
 
 def loop(
@@ -203,15 +252,18 @@ def loop(
     *,
     record: str | int | Sequence[int],
     callback: Callable[[Record], object] | None,
+    start: Tensor | None,
+    strength: float,
     **options: Any,
 ) -> list[np.ndarray] | Tensor:
     """walk() to its end, or to where `callback` returns true: see GaussianDiffusion.p_sample_loop."""
-    chosen = _recorded_steps(record, len(tables))
+    rows = len(tables)
+    chosen = _recorded_steps(record, rows - first_row(rows, start, strength))
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {callback!r}, expected a function of a Record")
     recorded: list[np.ndarray] = []
     listed = not isinstance(record, str | int)
-    for now in walk(backend, model, shape, tables, **options):
+    for now in walk(backend, model, shape, tables, start=start, strength=strength, **options):
         stop = callback is not None and callback(now)
         if chosen is not None and (now.step in chosen or (stop and not listed)):
             recorded.append(to_numpy(now.x))

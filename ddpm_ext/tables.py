@@ -41,6 +41,10 @@ class DeviceTables:
                 cpu, self._timestep_dtype, copy=True
             )
 
+    def find(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """As get; None where there is none of that name."""
+        return self.get(name, device, dtype) if (name, torch.device("cpu"), dtype) in self._tables else None
+
     def get(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         table = self._tables.get((name, device, dtype))
         if table is None:

@@ -117,3 +117,15 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def run(device):
+    """p_sample_loop with the exact denoiser of gaussian.py, unclipped, on the device."""
+    from gaussian import exact_model
+
+    def loop(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
+        options = {"rng": ddpm_ext.Philox(1), "progress": False, "clip_denoised": False, "device": device, **options}
+        return gd.p_sample_loop(model or exact_model(gd), shape, sampler=sampler, eta=eta, **options)
+
+    return loop

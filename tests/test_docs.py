@@ -13,7 +13,7 @@ def test_sampling_code(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("matplotlib").use("Agg")
     blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "sampling.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8), "gd": GaussianDiffusion(1000), "torch": torch}
     for block in blocks:
         exec(block.replace("model, shape,", "model, shape, progress=False,"), names)

@@ -12,42 +12,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from gaussian import MU, SIGMA, TIMESTEPS, best_prediction, diffusion, exact_model
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
-from ddpm_ext.samplers import SAMPLERS as FUNCTIONS
-from ddpm_ext.sampling import KEPT
-from ddpm_ext.spacing import karras_grid, log_snr_grid, make_grid, spaced_timesteps
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.spacing import spaced_timesteps
 
-MU, SIGMA = 0.4, 0.25
-TIMESTEPS = 100
 SAMPLERS = {"ddpm": ("ddpm", 0.0), "ddim": ("ddim", 0.0), "ddim-half": ("ddim", 0.5), "ddim-1": ("ddim", 1.0)}
 
 samplers = pytest.mark.parametrize("sampler, eta", SAMPLERS.values(), ids=SAMPLERS)
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 predictions = pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-
-
-def diffusion(**options):
-    return GaussianDiffusion(TIMESTEPS, "linear", **options)
-
-
-def best_prediction(kept, x, prediction):
-    """E[eps | x_t], E[x0 | x_t] or E[v | x_t]."""
-    root, coroot = kept**0.5, (1 - kept) ** 0.5
-    surprise = (x - root * MU) / (kept * SIGMA**2 + 1 - kept)
-    eps, x0 = coroot * surprise, MU + root * SIGMA**2 * surprise
-    return {"eps": eps, "x0": x0, "v": root * eps - coroot * x0}[prediction]
-
-
-def exact_model(gd):
-    def model(x, t):
-        kept = gd.alphas_cumprod.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        return best_prediction(kept, x, gd.prediction)
-
-    return model
 
 
 def exact_chain(gd, sampler, eta, steps=None):
@@ -72,15 +47,6 @@ def exact_chain(gd, sampler, eta, steps=None):
 def small(now, before):
     """The posterior's variance."""
     return (1 - before) / (1 - now) * (1 - now / before)
-
-
-@pytest.fixture(scope="session")
-def run(device):
-    def loop(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
-        options = {"rng": Philox(1), "progress": False, "clip_denoised": False, "device": device, **options}
-        return gd.p_sample_loop(model or exact_model(gd), shape, sampler=sampler, eta=eta, **options)
-
-    return loop
 
 
 # ------------------------------------------------------------------------------------------------ distributions
@@ -200,69 +166,6 @@ def test_loop_is_p_sample_again_and_again(run, device):
         assert torch.equal(torch.from_numpy(recorded), x.cpu())
 
 
-def test_a_second_loop_makes_no_table(run, device, monkeypatch):
-    """Nor copies one to the device: what a CUDA graph would not capture."""
-    gd, options = diffusion(), {"sampler": "ddim", "steps": 7, "eta": 0.5, "rng": Philox(2), "record": "last"}
-    first = run(gd, **options)
-    for steps in (3, 4, 5):
-        run(gd, sampler="ddim", steps=steps)
-    with monkeypatch.context() as patch:
-        patch.setattr(StepTable, "packed", None)
-        patch.setattr(DeviceTables, "__init__", None)
-        assert torch.equal(run(gd, **options), first)
-    for steps in range(1, 2 * KEPT):
-        run(gd, sampler="ddim", steps=steps)
-    assert len(gd._loops) <= KEPT
-    assert torch.equal(run(gd, **options), first)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sampler": "euler", "spacing": "trailing", "steps": 10},
-        {"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]},
-        {"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"},
-        {"sampler": "euler", "spacing": "karras", "steps": 8},
-        {"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
-    """And the model is told the timesteps: between the schedule's own as float32."""
-    gd, told = diffusion(), []
-    exact = exact_model(gd)
-
-    def model(x, t):
-        told.append(t)
-        return exact(x, t.long())
-
-    by_name = gd.p_sample_loop(model, (4, 5), rng=Philox(1), record="last", progress=False, device=device, **options)
-    name, steps, eta = options["sampler"], options.get("steps"), options.get("eta")
-    spacing = options.get("spacing", "linspace")
-    if spacing in ("karras", "log_snr"):
-        grid = {"karras": karras_grid, "log_snr": log_snr_grid}[spacing](gd.alphas_cumprod, steps)
-    else:
-        chosen = options.get("timesteps")
-        chosen = spaced_timesteps(TIMESTEPS, steps, spacing) if chosen is None else chosen
-        grid = make_grid(gd.alphas_cumprod, chosen, betas=gd.betas)
-    table = FUNCTIONS[name](grid, **({} if eta is None else {"eta": eta}))
-    assert torch.stack(told)[:, 0].dtype == (torch.float32 if table.timestep.is_floating_point() else torch.int64)
-    assert torch.equal(torch.stack(told)[:, 0].cpu(), table.timestep.to(told[0].dtype))
-    for _ in range(2):
-        by_table = gd.p_sample_loop(
-            model, (4, 5), sampler=table, rng=Philox(1), record="last", progress=False, device=device
-        )
-        assert torch.equal(by_table, by_name)
-
-
-@pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
-def test_a_table_says_it_itself(option):
-    gd = diffusion()
-    table = FUNCTIONS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):
-        gd.p_sample_loop(exact_model(gd), (4, 5), sampler=table, progress=False, **option)
-
-
 def test_clip_is_on_by_default(device):
     gd = diffusion()
     options = {"steps": 5, "rng": Philox(3), "progress": False, "record": "last", "device": device}
@@ -333,59 +236,6 @@ def test_record(run, backend):
         some = run(gd, steps=10, record=k)
         assert len(some) == len(kept)
         assert all(np.array_equal(x, every[i]) for x, i in zip(some, kept, strict=True))
-
-
-def test_record_of_chosen_steps(run):
-    gd = diffusion()
-    every = run(gd, steps=10, record="all")
-    for steps in ([0], [9], (7, 2, 3), []):
-        some = run(gd, steps=10, record=steps)
-        assert len(some) == len(steps)
-        assert all(np.array_equal(x, every[i]) for x, i in zip(some, sorted(steps), strict=True))
-
-
-def test_callback_sees_each_step_and_may_end_the_loop(run, device):
-    gd, seen = diffusion(), []
-    every = run(gd, steps=10, record="all")
-
-    def watch(record):
-        seen.append((record.step, record.timestep, record.x.cpu().numpy().copy()))
-
-    assert all(map(np.array_equal, run(gd, steps=10, callback=watch), every))
-    assert [step for step, _, _ in seen] == list(range(10))
-    assert [t for _, t, _ in seen] == spaced_timesteps(TIMESTEPS, 10).tolist()
-    assert all(np.array_equal(x, e) for (_, _, x), e in zip(seen, every, strict=True))
-    for record, kept in (("all", [0, 1, 2, 3]), (3, [2, 3]), ([0, 2, 8], [0, 2])):
-        ended = run(gd, steps=10, record=record, callback=lambda r: r.step == 3)
-        assert len(ended) == len(kept)
-        assert all(np.array_equal(x, every[i]) for x, i in zip(ended, kept, strict=True))
-    ended = run(gd, steps=10, record="last", callback=lambda r: r.step == 3)
-    assert np.array_equal(ended.cpu().numpy(), every[3])
-
-
-def test_progressive(run, device):
-    """The same steps, none before it is asked for, without gradients where they are on."""
-    gd, calls = diffusion(), []
-    exact = exact_model(gd)
-
-    def model(x, t):
-        calls.append(t)
-        assert not torch.is_grad_enabled()
-        return exact(x, t)
-
-    options = {"sampler": "ddim", "eta": 0.3, "steps": 6, "rng": Philox(4), "device": device}
-    every = gd.p_sample_loop(exact, (3, 5), record="all", progress=False, **options)
-    walk = gd.sample_progressive(model, (3, 5), **options)
-    for i, expected in enumerate(every):
-        assert len(calls) == i
-        record = next(walk)
-        assert record.step == i
-        assert record.timestep == calls[-1][0]
-        assert np.array_equal(record.x.cpu().numpy(), expected)
-        assert torch.is_grad_enabled()
-    assert next(walk, None) is None
-    with pytest.raises(ValueError, match="sampler is 'plms'"):
-        gd.sample_progressive(model, (3, 5), sampler="plms")
 
 
 def test_record_belongs_to_the_caller(run):
