@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from ddpm_ext import checks, ops, reference, sampling
 from ddpm_ext.noise import Philox, fresh_rng
-from ddpm_ext.samplers import ddpm
+from ddpm_ext.samplers import VARIANCES, ddpm
 from ddpm_ext.schedules import make_betas
 from ddpm_ext.spacing import make_grid
-from ddpm_ext.tables import PREDICTIONS, DeviceTables, StepTable, prediction_coefficients
+from ddpm_ext.step_table import StepTable
+from ddpm_ext.tables import PREDICTIONS, DeviceTables, prediction_coefficients
 
 __all__ = ["GaussianDiffusion"]
 
 Model = Callable[[Tensor, Tensor], Any]
 
-VARIANCES = ("fixed_small", "fixed_large")
 BACKENDS: dict[str, ModuleType] = {"fused": ops, "reference": reference}
 
 
@@ -119,8 +118,7 @@ class GaussianDiffusion:
             variance = torch.cat([first, self.betas[1:]])
             log_variance = variance.log()
         return DeviceTables(
-            # row t is timestep t
-            StepTable(*(getattr(descending, f.name).flip(0) for f in fields(descending))),
+            descending[::-1],  # row t is timestep t
             q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
             predict_start_from_noise=torch.stack(prediction_coefficients(self.alphas_cumprod, "eps"), 1),
             posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),

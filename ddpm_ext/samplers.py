@@ -15,14 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpm_ext import checks
+from ddpm_ext import checks, tables
 from ddpm_ext.spacing import Grid
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import prediction_coefficients
 
 __all__ = ["SAMPLERS", "ddim", "ddim_inverse", "ddpm", "euler", "euler_ancestral"]
 
-PREDICTIONS = ("eps", "x0", "v", "x_prev")
+PREDICTIONS = (*tables.PREDICTIONS, "x_prev")
 VARIANCES = ("fixed_small", "fixed_large")
 
 
@@ -40,7 +39,7 @@ def _x0(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
     """a, b of x0 = a x + b m."""
     checks.one_of("prediction", prediction, PREDICTIONS)
     if prediction != "x_prev":
-        return prediction_coefficients(grid.now, prediction)
+        return tables.prediction_coefficients(grid.now, prediction)
     of_x0, of_x, _ = _posterior(grid)  # m is the posterior's mean
     return -of_x / of_x0, 1 / of_x0
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Record", "loop", "make_tables", "walk"]
 
 KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
+Kept = tuple[DeviceTables, StepTable]
 SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
 
 
@@ -46,40 +47,50 @@ def make_tables(
 ) -> DeviceTables:
     """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
     captured in a CUDA graph."""
-    key: object
-    grid: Grid | None
+    kept = diffusion._loops
     if isinstance(sampler, StepTable):
-        for name, value, default in (
-            ("steps", steps, None),
-            ("spacing", spacing, "linspace"),
-            ("timesteps", timesteps, None),
-            ("eta", eta, None),
-        ):
-            if value is not default and value != default:
-                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, which says it itself")
-        key, table, grid = id(sampler), sampler, None
-    else:
-        checks.one_of("sampler", sampler, tuple(SAMPLERS))
-        options: dict[str, object] = {"prediction": diffusion.prediction}
-        if sampler == "ddpm":
-            options["variance"] = diffusion.variance
-        if eta is not None:
-            eta = check_eta(eta)
-            if sampler in WITH_ETA:
-                options["eta"] = eta
-            elif eta != 0:
-                raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
+        others = {"steps": steps, "spacing": None if spacing == "linspace" else spacing}
+        for name, value in {**others, "timesteps": timesteps, "eta": eta}.items():
+            if value is not None:
+                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
+        if id(sampler) not in kept or kept[id(sampler)][1] is not sampler:
+            # beside the table, so that no other gets its id
+            _keep(kept, id(sampler), (_loop_tables(sampler, _levels(diffusion, sampler)), sampler))
+        return kept[id(sampler)][0]
+
+    checks.one_of("sampler", sampler, tuple(SAMPLERS))
+    options: dict[str, object] = {"prediction": diffusion.prediction}
+    if sampler == "ddpm":
+        options["variance"] = diffusion.variance
+    if eta is not None:
+        eta = check_eta(eta)
+        if sampler in WITH_ETA:
+            options["eta"] = eta
+        elif eta != 0:
+            raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
+    # by more than equality: 1.0 and True must not pass for the 1 that is kept
+    given = None if timesteps is None else torch.as_tensor(timesteps)
+    chosen = None if given is None else (given.dtype, given.shape, tuple(given.flatten().tolist()))
+    key = (sampler, eta, repr(steps), repr(spacing), chosen)
+    if key not in kept:
         grid = _grid(diffusion, steps, spacing, timesteps)
         table = SAMPLERS[sampler](grid, **options)
-        key = (sampler, eta, tuple(grid.timestep.tolist()))
-    kept = diffusion._loops
-    if key not in kept or (table is sampler and kept[key][1] is not table):
-        if len(kept) == KEPT:
-            kept.pop(next(iter(kept)))
-        levels = _levels(diffusion, table) if grid is None else grid.now
-        scales = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
-        kept[key] = DeviceTables(table, **scales), table  # beside the table, so that no other gets its id
+        _keep(kept, key, (_loop_tables(table, grid.now), table))
     return kept[key][0]
+
+
+def _keep(kept: dict[object, Kept], key: object, value: Kept) -> None:
+    """The oldest makes room."""
+    if key not in kept and len(kept) == KEPT:
+        kept.pop(next(iter(kept)))
+    kept[key] = value
+
+
+def _loop_tables(table: StepTable, levels: Tensor | None) -> DeviceTables:
+    """With how an image is noised for each row, where alphas_cumprod is known."""
+    if levels is None:
+        return DeviceTables(table)
+    return DeviceTables(table, start=torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1))
 
 
 def _levels(diffusion: GaussianDiffusion, table: StepTable) -> Tensor | None:

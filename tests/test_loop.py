@@ -25,13 +25,20 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     for steps in (3, 4, 5):
         run(gd, sampler="ddim", steps=steps)
     with monkeypatch.context() as patch:
-        patch.setattr(StepTable, "packed", None)
-        patch.setattr(DeviceTables, "__init__", None)
+        for cls in (StepTable, DeviceTables):
+            patch.setattr(cls, "__init__", None)
         assert torch.equal(run(gd, **options), first)
     for steps in range(1, 2 * KEPT):
         run(gd, sampler="ddim", steps=steps)
     assert len(gd._loops) <= KEPT
     assert torch.equal(run(gd, **options), first)
+    run(gd, sampler="ddim", steps=1)
+    for steps, error in ((True, TypeError), (1.0, TypeError), ([1], TypeError)):  # not taken for the 1 that is kept
+        with pytest.raises(error, match="steps is"):
+            run(gd, sampler="ddim", steps=steps)
+    run(gd, sampler="ddim", timesteps=[9, 0])
+    with pytest.raises(TypeError, match="timestep has dtype"):
+        run(gd, sampler="ddim", timesteps=[9.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -174,10 +181,9 @@ def test_weak_start_stays_near_its_image(run, device):
     gd = diffusion()
     start = torch.full((64, 128), 2.0 * SIGMA + MU, device=device)  # far from the data's mean
     ends = [
-        gd.p_sample_loop(exact_model(gd), (64, 128), start=start, strength=strength, rng=Philox(0), record="last",
-                         clip_denoised=False, progress=False, device=device).mean().item()
+        run(gd, shape=(64, 128), start=start, strength=strength, record="last").mean().item()
         for strength in (0.02, 0.1, 0.3, 1.0)
-    ]  # fmt: skip
+    ]
     assert abs(ends[0] - start[0, 0].item()) < 0.05
     assert all(a > b for a, b in pairwise(ends))
     assert abs(ends[-1] - MU) < 0.02
