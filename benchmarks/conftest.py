@@ -18,7 +18,7 @@ import torch
 import ddpm_ext
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
-BASELINE = "eager"
+BASELINES = ("eager", "diffusers")  # the first that a group has
 
 
 def pytest_addoption(parser):
@@ -58,7 +58,8 @@ def machine() -> list[str]:
     return [
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
-        "medians of one process, float32, warm cache; ratio: eager's median over this one's",
+        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers' where no "
+        "eager code is",
     ]
 
 
@@ -69,12 +70,14 @@ def table(benchmarks) -> list[str]:
     lines = ["| operation, shape | way | median µs | iqr µs | ns/element | ratio |", "|---|---|---:|---:|---:|---:|"]
     for group, members in sorted(groups.items(), key=lambda item: item[0].split()[0]):
         medians = {b.extra_info["way"]: b.stats.median for b in members}
+        baseline = next((medians[way] for way in BASELINES if way in medians), None)
         members.sort(key=lambda b: b.stats.median)
         for b in members:
-            way, median = b.extra_info["way"], b.stats.median
-            ratio = f"{medians[BASELINE] / median:.1f}" if BASELINE in medians else ""
+            way, steps = b.extra_info["way"], b.extra_info.get("steps", 1)  # of a loop
+            ratio = "" if baseline is None else f"{baseline / b.stats.median:.1f}"
+            median, iqr = b.stats.median / steps, b.stats.iqr / steps
             lines.append(
-                f"| {group} | {way} | {median * 1e6:.1f} | {b.stats.iqr * 1e6:.1f} "
+                f"| {group} | {way} | {median * 1e6:.1f} | {iqr * 1e6:.1f} "
                 f"| {median * 1e9 / b.extra_info['elements']:.2f} | {ratio} |"
             )
     return lines

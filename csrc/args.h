@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "core/extended.h"
+
 namespace ddpm_ext {
 
 enum class DType : int { float32, float16, bfloat16 };
@@ -18,16 +20,15 @@ struct TensorArg {
   int64_t strides[kMaxDims] = {};
 };
 
-struct Args {
+// What every operator's call has.
+struct Call {
   int64_t batch = 0;
   int64_t numel = 0;  // of one sample
   int dims = 0;
   int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // a GPU may divide by one that it has no use for
-  bool contiguous = false;                             // inside a sample, for all four tensors
+  bool contiguous = false;                             // inside a sample, for all of the call's tensors
 
-  TensorArg x, model_output, noise, out;  // those that an operator doesn't have: data is null
-
-  // The row of each sample: table[t[i * t_stride]], or table[t_index] where t is null. Rows are StepRow or AffineRow.
+  // The row of each sample: table[t[i * t_stride]], or table[t_index] where t is null.
   const void* table = nullptr;
   int64_t rows = 0;
   const int64_t* t = nullptr;
@@ -44,6 +45,29 @@ struct Args {
   int64_t first_id = 0;
   uint32_t stream = 0;
   int64_t draw = 0;  // negative: the table's
+};
+
+// Rows are StepRow or AffineRow. Those tensors that an operator doesn't have: data is null.
+struct Args : Call {
+  TensorArg x, model_output, noise, out;
+};
+
+// One number a sample, float32; a null pointer means 1 for all.
+struct PerSample {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
+// Of the extended step: rows are ExtendedRow.
+struct ExtendedArgs : Call {
+  TensorArg inputs[kRoles], results[kResults];
+  PerSample output_scale, x_start_scale;
+  Variance variance_kind = Variance::of_row;
+
+  DDPM_HD const TensorArg& operator[](Role role) const { return inputs[static_cast<int>(role)]; }
+  DDPM_HD const TensorArg& operator[](Result result) const { return results[static_cast<int>(result)]; }
+  TensorArg& operator[](Role role) { return inputs[static_cast<int>(role)]; }
+  TensorArg& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
 
 }  // namespace ddpm_ext

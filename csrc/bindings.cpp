@@ -79,11 +79,11 @@ bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
   return true;
 }
 
-void refuse_grad(const char* op, std::initializer_list<Named> tensors) {
+void refuse_grad(const char* op, std::initializer_list<Named> tensors, const char* recorder = "out=") {
   if (!at::GradMode::is_enabled()) return;
   for (const Named& t : tensors) {
-    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name,
-                      " requires a gradient, but out= records no gradients, expected none");
+    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name, " requires a gradient, but ",
+                      recorder, " records no gradients, expected none");
   }
 }
 
@@ -122,6 +122,40 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
       {"x_t", x_t}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}};
   if (!plain(tensors)) return check_agreement("reverse_step", tensors);
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
+}
+
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   DDPM_RNG_PARAMETERS, const Tensor& out, DDPM_EXTRAS_PARAMETERS) {
+  const std::initializer_list<Named> tensors = {{"x_t", x_t},
+                                                {"model_output", model_output},
+                                                {"noise", noise},
+                                                {"t", t},
+                                                {"sample_ids", sample_ids},
+                                                {"out", out},
+                                                {"uncond_output", uncond_output},
+                                                {"output_scale", output_scale},
+                                                {"model_variance", model_variance},
+                                                {"x_start", x_start},
+                                                {"x_start_scale", x_start_scale},
+                                                {"history", history},
+                                                {"gradient", gradient},
+                                                {"known", known},
+                                                {"mask", mask},
+                                                {"out_copy", out_copy},
+                                                {"x0_out", x0_out}};
+  refuse_grad("extended_step", tensors, "it");
+  if (needs_dispatcher("extended_step", tensors)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::extended_step", "")
+                               .typed<decltype(library::extended_step)>();
+    return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS, out,
+                   uncond_output, output_scale, model_variance, log_variance, x_start, x_start_scale, history, gradient,
+                   known, mask, out_copy, x0_out);
+  }
+  RECORD_FUNCTION("ddpm_ext::extended_step", std::vector<c10::IValue>());
+  ddpm_ext::extended_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG,
+                          DDPM_EXTRAS, out);
 }
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
@@ -217,6 +251,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reverse_step", &reverse_step, Unlocked());
+  m.def("extended_step", &extended_step, Unlocked());
   m.def("check_reverse_step", &check_reverse_step);
   m.def("forward_process", &forward_process, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());

@@ -19,6 +19,13 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tenso
   ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG, out);
 }
 
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   DDPM_RNG_PARAMETERS, const Tensor& out, DDPM_EXTRAS_PARAMETERS) {
+  ddpm_ext::extended_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG,
+                          DDPM_EXTRAS, out);
+}
+
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS) {
   return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, std::nullopt);
@@ -51,6 +58,13 @@ TORCH_LIBRARY(ddpm_ext, m) {
       "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
       "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
   m.def(
+      "extended_step(Tensor x_t, Tensor? model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA
+      ", *, Tensor(a!) out, Tensor? uncond_output=None, Tensor? output_scale=None, Tensor? model_variance=None, "
+      "bool log_variance=True, Tensor? x_start=None, Tensor? x_start_scale=None, Tensor? history=None, "
+      "Tensor? gradient=None, Tensor? known=None, Tensor? mask=None, Tensor(b!)? out_copy=None, "
+      "Tensor(c!)? x0_out=None) -> ()");
+  m.def(
       "forward_process(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
       "draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
   m.def(
@@ -67,6 +81,7 @@ TORCH_LIBRARY(ddpm_ext, m) {
 static void register_kernels(torch::Library& m) {
   m.impl("reverse_step", ddpm_ext::library::reverse_step);
   m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
+  m.impl("extended_step", ddpm_ext::library::extended_step);
   m.impl("forward_process", ddpm_ext::library::forward_process);
   m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
   m.impl("predict_start", ddpm_ext::predict_start);

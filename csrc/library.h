@@ -12,6 +12,17 @@
   ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw }
 #define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw
 
+#define DDPM_EXTRAS_PARAMETERS                                                                                   \
+  const OptionalTensor &uncond_output, const OptionalTensor &output_scale, const OptionalTensor &model_variance, \
+      bool log_variance, const OptionalTensor &x_start, const OptionalTensor &x_start_scale,                     \
+      const OptionalTensor &history, const OptionalTensor &gradient, const OptionalTensor &known,                \
+      const OptionalTensor &mask, const OptionalTensor &out_copy, const OptionalTensor &x0_out
+#define DDPM_EXTRAS                                                                                                    \
+  ddpm_ext::Extras {                                                                                                   \
+    uncond_output, output_scale, model_variance, log_variance, x_start, x_start_scale, history, gradient, known, mask, \
+        out_copy, x0_out                                                                                               \
+  }
+
 namespace ddpm_ext::library {
 
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
@@ -20,6 +31,9 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                       int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                       DDPM_RNG_PARAMETERS, Tensor& out);
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   DDPM_RNG_PARAMETERS, const Tensor& out, DDPM_EXTRAS_PARAMETERS);
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS);
 void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,

@@ -7,8 +7,9 @@
 #include <initializer_list>
 #include <mutex>
 
+#include "arguments.h"
+#include "core/extended.h"
 #include "core/forward.h"
-#include "core/step.h"
 #include "cpu/loops.h"
 #include "overlap.h"
 #ifdef DDPM_EXT_WITH_CUDA
@@ -18,216 +19,13 @@
 namespace ddpm_ext {
 namespace {
 
-constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
-constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four are numbered by 32 bits
-
-#define CHECK_VALUE(condition, name, ...) TORCH_CHECK_VALUE(condition, op, ": ", name, __VA_ARGS__)
-#define CHECK_TYPE(condition, name, ...) TORCH_CHECK_TYPE(condition, op, ": ", name, __VA_ARGS__)
-
-const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
-
-DType dtype_of(const char* op, const char* name, at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return DType::float32;
-    case at::kHalf:
-      return DType::float16;
-    case at::kBFloat16:
-      return DType::bfloat16;
-    default:
-      CHECK_TYPE(false, name, " has dtype ", toString(type), ", expected float32, float16 or bfloat16",
-                 type == at::kDouble ? " (float64: backend=\"reference\")" : "");
-  }
-}
-
-void check_device(const char* op, const char* name, at::Device device) {
-  CHECK_VALUE(device.is_cpu() || device.is_cuda(), name, " is on ", device, ", expected cpu or cuda");
-#ifndef DDPM_EXT_WITH_CUDA
-  CHECK_VALUE(device.is_cpu(), name, " is on ", device,
-              ", but ddpm_ext was built without CUDA kernels: install it again with DDPM_EXT_CUDA=1");
-#endif
-}
-
-// The first tensor of an operator: what it is, all others must match.
-DType check_sample(const char* op, const char* name, const Tensor& x) {
-  const DType dtype = dtype_of(op, name, x.scalar_type());
-  CHECK_VALUE(x.layout() == at::kStrided, name, " has layout ", x.layout(), ", expected strided");
-  check_device(op, name, x.device());
-  CHECK_VALUE(x.dim() >= 1, name, " is 0-dimensional, expected (batch, ...)");
-  return dtype;
-}
-
-void check_like(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  CHECK_VALUE(y.layout() == at::kStrided, name, " has layout ", y.layout(), ", expected strided");
-  CHECK_VALUE(y.sizes() == x.sizes(), name, " has shape ", y.sizes(), ", expected that of ", x_name, ", ", x.sizes());
-  CHECK_VALUE(y.device() == x.device(), name, " is on ", y.device(), ", expected ", x_name, "'s device, ", x.device());
-}
-
-// A second tensor whose precision may be lower than x's.
-DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  check_like(op, name, y, x_name, x);
-  const DType dtype = dtype_of(op, name, y.scalar_type());
-  CHECK_TYPE(y.scalar_type() == x.scalar_type() || x.scalar_type() == at::kFloat, name, " has dtype ", y.scalar_type(),
-             ", expected that of ", x_name, ", ", x.scalar_type());
-  return dtype;
-}
-
-DType check_same(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  CHECK_TYPE(y.scalar_type() == x.scalar_type(), name, " has dtype ", y.scalar_type(), ", expected that of ", x_name,
-             ", ", x.scalar_type());
-  check_like(op, name, y, x_name, x);
-  return dtype_of(op, name, y.scalar_type());
-}
-
-// An int64 tensor with one value a sample. Returns its stride.
-int64_t check_per_sample(const char* op, const char* name, const Tensor& v, int64_t batch, at::Device device) {
-  CHECK_TYPE(v.scalar_type() == at::kLong, name, " has dtype ", v.scalar_type(), ", expected int64");
-  CHECK_VALUE(v.dim() == 1 && v.size(0) == batch, name, " has shape ", v.sizes(), ", expected [", batch,
-              "], one a sample");
-  CHECK_VALUE(v.device() == device, name, " is on ", v.device(), ", expected the samples' device, ", device);
-  return v.stride(0);
-}
-
-void check_range(const char* op, const char* name, const Tensor& v, int64_t last) {
-  if (!v.is_cpu()) return;  // not read back: the kernel clamps
-  const int64_t* p = v.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < v.size(0); ++i) {
-    const int64_t value = p[i * v.stride(0)];
-    CHECK_VALUE(0 <= value && value <= last, name, "[", i, "] is ", value, ", expected 0 <= ", name, " <= ", last);
-  }
-}
-
-void set_table(const char* op, Args& args, const Tensor& table, int64_t columns, const OptionalTensor& t,
-               int64_t t_index, at::Device device) {
-  CHECK_TYPE(table.scalar_type() == at::kFloat, "table", " has dtype ", table.scalar_type(), ", expected float32");
-  CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
-              " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
-  CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
-  // A GPU reads a row 16 bytes at a time, or 8 where it has no more.
-  const uintptr_t multiple = columns * sizeof(float) < 16 ? 8 : 16,
-                  address = reinterpret_cast<uintptr_t>(table.const_data_ptr());
-  CHECK_VALUE(address % multiple == 0, "table", " begins at an address that is ", address % multiple,
-              " more than a multiple of ", multiple, ", expected a multiple of ", multiple);
-  args.table = table.const_data_ptr();
-  args.rows = table.size(0);
-  if (t.has_value()) {
-    args.t_stride = check_per_sample(op, "t", *t, args.batch, device);
-    check_range(op, "t", *t, args.rows - 1);
-    args.t = t->const_data_ptr<int64_t>();
-  } else {
-    CHECK_VALUE(0 <= t_index && t_index < args.rows, "t", " is ", t_index, ", expected 0 <= t < ", args.rows);
-    args.t_index = t_index;
-  }
-}
-
-void set_rng(const char* op, Args& args, const Rng& rng, at::Device device) {
-  CHECK_VALUE(0 <= rng.stream && rng.stream < 256, "stream", " is ", rng.stream, ", expected 0 <= stream < 256");
-  CHECK_VALUE(rng.draw < (int64_t{1} << 32), "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
-  if (rng.sample_ids.has_value()) {
-    args.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, args.batch, device);
-    check_range(op, "sample_ids", *rng.sample_ids, kMaxId);
-    args.sample_ids = rng.sample_ids->const_data_ptr<int64_t>();
-  } else {
-    CHECK_VALUE(0 <= rng.first_id && rng.first_id <= kMaxId - std::max<int64_t>(args.batch - 1, 0), "sample_ids",
-                " start at ", rng.first_id, " for a batch of ", args.batch, ", expected all in 0 <= id < 2^56");
-    args.first_id = rng.first_id;
-  }
-  args.seed = static_cast<uint64_t>(rng.seed_value);
-  if (rng.seed.has_value()) {
-    const Tensor& seed = *rng.seed;
-    CHECK_TYPE(seed.scalar_type() == at::kLong, "seed", " has dtype ", seed.scalar_type(), ", expected int64");
-    CHECK_VALUE(seed.dim() == 0, "seed", " has shape ", seed.sizes(), ", expected a 0-dimensional tensor");
-    CHECK_VALUE(seed.is_cpu() || seed.device() == device, "seed", " is on ", seed.device(), ", expected cpu or ",
-                device);
-    if (seed.is_cpu()) {
-      args.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-    } else {
-      args.seed_data = seed.const_data_ptr<int64_t>();
-    }
-  }
-  args.stream = static_cast<uint32_t>(rng.stream);
-  args.draw = rng.draw;
-}
-
-void set_noise(const char* op, Args& args, const Tensor& x, const char* x_name, const OptionalTensor& noise,
-               bool draw_noise, const Rng& rng) {
-  CHECK_VALUE(!(noise.has_value() && draw_noise), "noise", " is given together with rng, expected one of them");
-  if (noise.has_value()) {
-    args.noise.dtype = check_same(op, "noise", *noise, x_name, x);
-    args.noise_kind = Noise::given;
-  } else if (draw_noise) {
-    set_rng(op, args, rng, x.device());
-    args.noise_kind = Noise::drawn;
-  }
-}
-
-struct Bound {
-  const Tensor* tensor;  // null: the operator has none
-  TensorArg* arg;
-};
-
-// Shapes, strides and addresses. Dimensions of a sample that lie behind one another in every tensor are merged.
-void bind(const char* op, Args& args, std::initializer_list<Bound> inputs, const Tensor& out) {
-  c10::SmallVector<Bound, 4> tensors;
-  for (const Bound& bound : inputs) {
-    if (bound.tensor == nullptr) continue;
-    bound.arg->data = const_cast<void*>(bound.tensor->const_data_ptr());
-    tensors.push_back(bound);
-  }
-  args.out.data = out.mutable_data_ptr();
-  tensors.push_back({&out, &args.out});
-
-  args.batch = out.size(0);
-  args.numel = args.batch == 0 ? 0 : out.numel() / args.batch;
-  CHECK_VALUE(args.numel < kMaxNumel, "a sample", " has ", args.numel, " elements, expected fewer than 2^34");
-  for (const Bound& bound : tensors) bound.arg->batch_stride = bound.tensor->stride(0);
-  for (int64_t d = 1; d < out.dim(); ++d) {
-    const int64_t size = out.size(d);
-    if (size == 1) continue;
-    bool merges = args.dims > 0;
-    for (const Bound& bound : tensors)
-      merges = merges && bound.arg->strides[args.dims - 1] == size * bound.tensor->stride(d);
-    if (!merges) {
-      CHECK_VALUE(args.dims < kMaxDims, "a sample", " has more than ", kMaxDims,
-                  " dimensions whose strides do not merge, expected contiguous tensors");
-      args.sizes[args.dims++] = 1;
-    }
-    args.sizes[args.dims - 1] *= size;
-    for (const Bound& bound : tensors) bound.arg->strides[args.dims - 1] = bound.tensor->stride(d);
-  }
-  if (args.dims == 0) {  // one element a sample
-    args.sizes[args.dims++] = 1;
-    for (const Bound& bound : tensors) bound.arg->strides[0] = 1;
-  }
-  args.contiguous = args.dims == 1;
-  for (const Bound& bound : tensors) args.contiguous = args.contiguous && bound.arg->strides[0] == 1;
-}
-
-// That no element of out is written before another needs it.
-void check_overlap(const char* op, const Tensor& out, const Tensor& input) {
-  bool same = out.is_alias_of(input) && out.const_data_ptr() == input.const_data_ptr() &&
-              out.scalar_type() == input.scalar_type() && out.sizes() == input.sizes();
-  for (int64_t d = 0; same && d < out.dim(); ++d) same = out.size(d) == 1 || out.stride(d) == input.stride(d);
-  CHECK_VALUE(same || !may_overlap(out, input), "out",
-              " shares memory with an input, expected the same elements in the same order, or none");
-}
-
-// inputs may hold nulls.
-void check_out(const char* op, const Tensor& out, const char* x_name, const Tensor& x,
-               std::initializer_list<const Tensor*> inputs) {
-  check_same(op, "out", out, x_name, x);
-  CHECK_VALUE(!may_overlap_itself(out), "out", " has elements that share memory, expected one place an element");
-  for (const Tensor* input : inputs)
-    if (input != nullptr) check_overlap(op, out, *input);
-}
-
 // Autograd must learn that a given output changed.
 Tensor finish(const Tensor& result, const OptionalTensor& out) {
   if (out.has_value() && !result.is_inference()) result.unsafeGetTensorImpl()->bump_version();
   return result;
 }
 
-template <class Cpu, class Cuda>
+template <class Args, class Cpu, class Cuda>
 void dispatch(const Args& args, at::Device device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   if (args.batch == 0 || args.numel == 0) return;
 #ifdef DDPM_EXT_WITH_CUDA
@@ -253,48 +51,154 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   args.noise_kind = Noise::given;
   set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x.device());
   const Tensor result = at::empty_like(x);
-  bind(op, args, {{&x, &args.x}, {&y, &args.noise}}, result);
+  bind(op, args, {{&x, &args.x}, {&y, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x.device());
   return result;
 }
 
-// All of reverse_step's arguments but the model's output.
-Args check_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
-  constexpr const char* op = "reverse_step";
-  Args args;
-  args.x.dtype = args.out.dtype = check_sample(op, "x_t", x_t);
+// All of a step's arguments but the model's output.
+template <class Row>
+void check_step(const char* op, Call& args, TensorArg& x_arg, TensorArg& noise_arg, TensorArg& out_arg,
+                const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                const OptionalTensor& noise, bool draw_noise, const Rng& rng, const Tensor* out) {
+  x_arg.dtype = out_arg.dtype = check_sample(op, "x_t", x_t);
   args.batch = x_t.size(0);
-  set_table(op, args, table, sizeof(StepRow) / sizeof(float), t, t_index, x_t.device());
-  set_noise(op, args, x_t, "x_t", noise, draw_noise, rng);
-  if (out.has_value())
+  set_table(op, args, table, sizeof(Row) / sizeof(float), t, t_index, x_t.device());
+  set_noise(op, args, noise_arg, x_t, "x_t", noise, draw_noise, rng);
+  if (out != nullptr)
     check_out(op, *out, "x_t", x_t,
               {&x_t, pointer(noise), &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
-  return args;
 }
 
 }  // namespace
 
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
-  check_step(x_t, table, t, t_index, noise, draw_noise, rng, out);
+  Args args;
+  check_step<StepRow>("reverse_step", args, args.x, args.noise, args.out, x_t, table, t, t_index, noise, draw_noise,
+                      rng, pointer(out));
 }
 
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                     int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                     const Rng& rng, const OptionalTensor& out) {
   constexpr const char* op = "reverse_step";
-  Args args = check_step(x_t, table, t, t_index, noise, draw_noise, rng, out);
+  Args args;
+  check_step<StepRow>(op, args, args.x, args.noise, args.out, x_t, table, t, t_index, noise, draw_noise, rng,
+                      pointer(out));
   args.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
-  if (out.has_value()) check_overlap(op, *out, model_output);
-  CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
-  // Zeros with signs that keep x's own, also where -0 counts as less than 0.
-  args.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
-  args.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
+  if (out.has_value()) check_overlap(op, "out", *out, model_output);
+  set_clip(op, args, clip_min, clip_max);
   const Tensor result = out.has_value() ? *out : at::empty_like(x_t);
-  bind(op, args, {{&x_t, &args.x}, {&model_output, &args.model_output}, {pointer(noise), &args.noise}}, result);
+  bind(op, args, {{&x_t, &args.x}, {&model_output, &args.model_output}, {pointer(noise), &args.noise}}, result,
+       args.out);
   DDPM_DISPATCH(reverse_step, args, x_t.device());
   return finish(result, out);
+}
+
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   const Rng& rng, const Extras& extras, const Tensor& out) {
+  constexpr const char* op = "extended_step";
+  const at::Device device = x_t.device();
+  ExtendedArgs args;
+  check_step<ExtendedRow>(op, args, args[Role::x], args[Role::noise], args[Result::prev], x_t, table, t, t_index, noise,
+                          draw_noise, rng, &out);
+  set_clip(op, args, clip_min, clip_max);
+
+  // The model's dtype, whichever of its tensors tells it.
+  const auto set_model_dtype = [&](DType dtype) {
+    for (Role role : {Role::model_output, Role::uncond, Role::variance}) args[role].dtype = dtype;
+  };
+  set_model_dtype(args[Role::x].dtype);
+  const char* first_name = nullptr;
+  const Tensor* first = nullptr;
+  const auto of_model = [&](const char* name, const OptionalTensor& given) {
+    if (!given.has_value()) return;
+    const DType dtype = check_same_or_lower(op, name, *given, "x_t", x_t);
+    if (first == nullptr) {
+      first = &*given, first_name = name;
+      set_model_dtype(dtype);
+    }
+    CHECK_TYPE(given->scalar_type() == first->scalar_type(), name, " has dtype ", given->scalar_type(),
+               ", expected that of ", first_name, ", ", first->scalar_type());
+  };
+  of_model("model_output", model_output);
+  of_model("uncond_output", extras.uncond_output);
+  of_model("model_variance", extras.model_variance);
+  CHECK_VALUE(model_output.has_value() || !extras.uncond_output.has_value(), "uncond_output",
+              " is given without model_output, expected both");
+  CHECK_VALUE(extras.known.has_value() || !extras.mask.has_value(), "mask", " is given without known, expected both");
+  CHECK_VALUE(extras.mask.has_value() || !extras.known.has_value(), "known", " is given without mask, expected both");
+
+  struct Input {
+    const char* name;
+    const OptionalTensor& tensor;
+    TensorArg* arg;
+  };
+  const Input like_x[] = {{"x_start", extras.x_start, &args[Role::x_start]},
+                          {"history", extras.history, &args[Role::history]},
+                          {"gradient", extras.gradient, &args[Role::gradient]},
+                          {"known", extras.known, &args[Role::known]},
+                          {"mask", extras.mask, &args[Role::mask]},
+                          {"x0_out", extras.x0_out, &args[Result::x0]},
+                          {"out_copy", extras.out_copy, &args[Result::copy]}};
+  for (const Input& input : like_x)
+    if (input.tensor.has_value()) input.arg->dtype = check_same(op, input.name, *input.tensor, "x_t", x_t);
+  set_scale(op, "output_scale", args.output_scale, extras.output_scale, args, device);
+  set_scale(op, "x_start_scale", args.x_start_scale, extras.x_start_scale, args, device);
+  if (extras.model_variance.has_value()) args.variance_kind = extras.log_variance ? Variance::log : Variance::direct;
+
+  // A result may take the place of what it is made from, element by element, and of nothing else.
+  const Tensor* const inputs[] = {&x_t,
+                                  pointer(model_output),
+                                  pointer(noise),
+                                  pointer(extras.uncond_output),
+                                  pointer(extras.model_variance),
+                                  pointer(extras.x_start),
+                                  pointer(extras.history),
+                                  pointer(extras.gradient),
+                                  pointer(extras.known),
+                                  pointer(extras.mask)};
+  const Tensor* const shared[] = {&table,
+                                  pointer(t),
+                                  pointer(rng.sample_ids),
+                                  pointer(rng.seed),
+                                  pointer(extras.output_scale),
+                                  pointer(extras.x_start_scale)};
+  const std::pair<const char*, const Tensor*> results[] = {
+      {"out", &out}, {"x0_out", pointer(extras.x0_out)}, {"out_copy", pointer(extras.out_copy)}};
+  for (const auto& [name, result] : results) {
+    if (result == nullptr) continue;
+    CHECK_VALUE(!may_overlap_itself(*result), name, " has elements that share memory, expected one place an element");
+    for (const Tensor* input : inputs)
+      if (input != nullptr) check_overlap(op, name, *result, *input);
+    for (const Tensor* input : shared)
+      CHECK_VALUE(input == nullptr || !may_overlap(*result, *input), name,
+                  " shares memory with an input, expected memory of its own");
+    for (const auto& [other_name, other] : results)
+      CHECK_VALUE(other == nullptr || other == result || !may_overlap(*result, *other), name, " shares memory with ",
+                  other_name, ", expected memory of its own");
+    if (result != &out) result->mutable_data_ptr();  // a copy of its own, where it was lazily shared
+  }
+
+  bind(op, args,
+       {{&x_t, &args[Role::x]},
+        {pointer(model_output), &args[Role::model_output]},
+        {pointer(noise), &args[Role::noise]},
+        {pointer(extras.uncond_output), &args[Role::uncond]},
+        {pointer(extras.model_variance), &args[Role::variance]},
+        {pointer(extras.x_start), &args[Role::x_start]},
+        {pointer(extras.history), &args[Role::history]},
+        {pointer(extras.gradient), &args[Role::gradient]},
+        {pointer(extras.known), &args[Role::known]},
+        {pointer(extras.mask), &args[Role::mask]},
+        {pointer(extras.x0_out), &args[Result::x0]},
+        {pointer(extras.out_copy), &args[Result::copy]}},
+       out, args[Result::prev]);
+  DDPM_DISPATCH(extended_step, args, device);
+  for (const auto& [name, result] : results)
+    if (result != nullptr) finish(*result, *result);
 }
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
@@ -305,12 +209,12 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   args.x.dtype = args.out.dtype = check_sample(op, "x_start", x_start);
   args.batch = x_start.size(0);
   set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x_start.device());
-  set_noise(op, args, x_start, "x_start", noise, draw_noise, rng);
+  set_noise(op, args, args.noise, x_start, "x_start", noise, draw_noise, rng);
   if (out.has_value())
     check_out(op, *out, "x_start", x_start,
               {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
   const Tensor result = out.has_value() ? *out : at::empty_like(x_start);
-  bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result);
+  bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x_start.device());
   return finish(result, out);
 }
@@ -337,7 +241,7 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   const Tensor result = at::empty(size, at::TensorOptions().dtype(dtype).device(device));
   set_rng(op, args, rng, result.device());  // a plain "cuda" has its index by now
   args.draw = std::max<int64_t>(args.draw, 0);
-  bind(op, args, {}, result);
+  bind(op, args, {}, result, args.out);
   DDPM_DISPATCH(randn, args, result.device());
   return result;
 }

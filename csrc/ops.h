@@ -31,6 +31,21 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
 
+// What an extended step takes beside a step's arguments: see core/extended.h. All that is given has x_t's shape, the
+// scales (batch,) excepted; `uncond_output` and `model_variance` have the model output's dtype, the scales are float32,
+// the others are as x_t.
+struct Extras {
+  OptionalTensor uncond_output, output_scale, model_variance;
+  bool log_variance;
+  OptionalTensor x_start, x_start_scale, history, gradient, known, mask;
+  OptionalTensor out_copy, x0_out;  // written
+};
+
+// The next sample into `out`, by the rows (rows, 16) of an extended table. Without a model's output it counts as 0.
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   const Rng& rng, const Extras& extras, const Tensor& out);
+
 // k0 x_start + k1 noise by the rows (rows, 2) of `table`. Without noise and with draw_noise false: k0 x_start.
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);

@@ -7,10 +7,24 @@ from typing import Any
 from ddpm_ext import reference
 from ddpm_ext._extension import BUILT, C
 from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.guidance import Guidance
+from ddpm_ext.images import Inpaint, Interpolation
 from ddpm_ext.noise import Philox, randn
 from ddpm_ext.step_table import StepTable
+from ddpm_ext.thresholding import DynamicThreshold
 
-__all__ = ["GaussianDiffusion", "Philox", "StepTable", "build_info", "randn", "reference"]
+__all__ = [
+    "DynamicThreshold",
+    "GaussianDiffusion",
+    "Guidance",
+    "Inpaint",
+    "Interpolation",
+    "Philox",
+    "StepTable",
+    "build_info",
+    "randn",
+    "reference",
+]
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -12,12 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext import checks, ops, reference, sampling
+from ddpm_ext.guidance import Guidance
+from ddpm_ext.images import Inpaint, Interpolation
+from ddpm_ext.loop_tables import LEARNED, LoopTables
 from ddpm_ext.noise import Philox, fresh_rng
-from ddpm_ext.samplers import VARIANCES, ddpm
+from ddpm_ext.samplers import PREDICTIONS, VARIANCES, ddpm
 from ddpm_ext.schedules import make_betas
 from ddpm_ext.spacing import make_grid
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import PREDICTIONS, DeviceTables, prediction_coefficients
+from ddpm_ext.steps import split_variance, unwrap
+from ddpm_ext.tables import DeviceTables, prediction_coefficients
+from ddpm_ext.thresholding import Clip, DynamicThreshold, as_fixed_clip
 
 __all__ = ["GaussianDiffusion"]
 
@@ -33,9 +38,13 @@ class GaussianDiffusion:
         timesteps: steps of the forward process, at least 1.
         beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
             which the last may be 1.
-        prediction: what the model's output is: the noise "eps", the clean sample "x0", or
-            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0.
-        variance: of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta).
+        prediction: what the model's output is: the noise "eps", the clean sample "x0",
+            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, or "x_prev", the mean of
+            q(x_{t-1} | x_t, x_0).
+        variance: of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta); or the model's own, for
+            which its output has twice the channels: "learned" (its logarithm), "learned_range" (where its logarithm
+            lies between those two, -1 to 1; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (itself, as
+            diffusers' "learned").
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
     Everywhere, samples have shape (batch, ...); `t` is int64 of shape (batch,) on the samples' device, or an int for
@@ -49,8 +58,7 @@ class GaussianDiffusion:
         posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: float64 (timesteps,), on the CPU.
 
     Raises:
-        TypeError, ValueError: an argument of another type, an unknown name, or out of range. "learned" variances are
-            not supported yet and refused.
+        TypeError, ValueError: an argument of another type, an unknown name, or out of range.
     """
 
     def __init__(
@@ -65,8 +73,6 @@ class GaussianDiffusion:
         self.betas = betas = make_betas(beta_schedule, timesteps)
         self.timesteps = len(betas)
         self.prediction: str = checks.one_of("prediction", prediction, PREDICTIONS)
-        if variance in ("learned", "learned_range"):
-            raise ValueError(f"variance is {variance!r}, which is not supported yet, expected one of {VARIANCES}")
         self.variance: str = checks.one_of("variance", variance, VARIANCES)
         self.backend: str = checks.one_of("backend", backend, BACKENDS)
 
@@ -88,7 +94,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self._tables = self._make_tables()
-        self._loops: dict[object, tuple[DeviceTables, StepTable]] = {}  # p_sample_loop's: see sampling.make_tables
+        self._loops: dict[object, tuple[LoopTables, StepTable]] = {}  # p_sample_loop's: see loop_tables.make_tables
 
     def __repr__(self) -> str:
         return (
@@ -111,6 +117,10 @@ class GaussianDiffusion:
             "eps": (zeros, ones),
             "x0": (ones, zeros),
             "v": (-self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod),
+            "x_prev": (
+                self.posterior_mean_coef1 + self.posterior_mean_coef2 * self.sqrt_alphas_cumprod,
+                self.posterior_mean_coef2 * self.sqrt_one_minus_alphas_cumprod,
+            ),
         }[self.prediction]
         variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
         if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
@@ -129,6 +139,7 @@ class GaussianDiffusion:
             posterior_log_variance_clipped=self.posterior_log_variance_clipped,
             p_variance=variance,
             p_log_variance=log_variance,
+            learned_log_variance=2 * torch.stack([descending.l0, descending.l1], 1).flip(0),
         )
 
     def _table(self, name: str, x_name: str, x: Tensor) -> Tensor:
@@ -140,14 +151,13 @@ class GaussianDiffusion:
     def _extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
         values = self._tables.get(name, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
-        return picked.reshape(len(x), *[1] * (x.dim() - 1))
+        return _like_samples(values, t, x)
 
     def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
         """The model's output; an int t goes to it as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
             t = self._tables.timesteps(x.device)[t].expand(len(x))
-        return sampling.unwrap(model(x, t))
+        return unwrap(model(x, t))
 
     # ---------------------------------------------------------------------------------------- forward process
 
@@ -213,23 +223,38 @@ class GaussianDiffusion:
     # ---------------------------------------------------------------------------------------- reverse process
 
     def p_mean_variance(
-        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool = True
+        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
 
         Args:
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1].
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
 
         Returns:
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
-            (batch, 1, ...).
+            (batch, 1, ...), or of x_t's where they are learned.
         """
         table = self._table("steps", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t)
+        clip = as_fixed_clip(clip_denoised)
         model_output = self._call(model, x_t, t)
-        clip = (-1.0, 1.0) if clip_denoised else None
+        learned = None
+        if self.variance in LEARNED:
+            model_output, learned = split_variance(x_t, model_output)
         mean = self._ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
-        return mean, self._extract("p_variance", t, x_t), self._extract("p_log_variance", t, x_t)
+        if learned is None:
+            return mean, self._extract("p_variance", t, x_t), self._extract("p_log_variance", t, x_t)
+        learned = learned.to(torch.float64 if x_t.dtype == torch.float64 else torch.float32)
+        if self.variance == "learned_variance":
+            return mean, learned, learned.log()
+        constant, slope = (_like_samples(column, t, x_t) for column in self._learned(x_t).unbind(1))
+        log_variance = constant + slope * learned
+        return mean, log_variance.exp(), log_variance
+
+    def _learned(self, x: Tensor) -> Tensor:
+        """(timesteps, 2): of a log-variance, what is added to the model's and what that is multiplied by."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return self._tables.get("learned_log_variance", x.device, dtype)
 
     @torch.no_grad()
     def p_sample(
@@ -237,7 +262,7 @@ class GaussianDiffusion:
         model: Model,
         x_t: Tensor,
         t: int | Tensor,
-        clip_denoised: bool = True,
+        clip_denoised: bool | Clip = True,
         *,
         noise: Tensor | None = None,
         rng: Philox | None = None,
@@ -249,7 +274,7 @@ class GaussianDiffusion:
             model: model(x_t, t) -> (batch, ...).
             x_t: (batch, ...).
             t: int64 (batch,) or int, in [0, timesteps).
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1].
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
             noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
             out: as x_t: where the result goes; x_t itself is fine.
 
@@ -261,9 +286,13 @@ class GaussianDiffusion:
         """
         table = self._table("steps", "x_t", x_t)
         self._ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
+        options: dict[str, Any] = {"clip": as_fixed_clip(clip_denoised), "noise": noise, "rng": rng, "out": out}
         model_output = self._call(model, x_t, t)
-        clip = (-1.0, 1.0) if clip_denoised else None
-        return self._ops.reverse_step(x_t, model_output, table, t, clip=clip, noise=noise, rng=rng, out=out)
+        if self.variance not in LEARNED:
+            return self._ops.reverse_step(x_t, model_output, table, t, **options)
+        model_output, variance = split_variance(x_t, model_output)
+        options |= {"model_variance": variance, "log_variance": self.variance != "learned_variance"}
+        return self._ops.extended_step(x_t, model_output, self._table("extended", "x_t", x_t), t, **options)
 
     def p_sample_loop(
         self,
@@ -275,43 +304,71 @@ class GaussianDiffusion:
         spacing: str = "linspace",
         timesteps: Sequence[int] | Tensor | None = None,
         eta: float | None = None,
-        clip_denoised: bool = True,
-        start: Tensor | None = None,
+        clip_denoised: bool | Clip | DynamicThreshold = True,
+        guidance: Guidance | float | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        inpaint: Inpaint | None = None,
+        self_condition: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        start: Tensor | Interpolation | None = None,
         strength: float = 1.0,
+        noise: Tensor | None = None,
         rng: Philox | None = None,
         record: str | int | Sequence[int] = "all",
+        x0: bool = False,
         callback: Callable[[sampling.Record], object] | None = None,
         progress: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        compile: bool | str = False,
+        autocast: torch.dtype | None = None,
+        graph: bool | str = False,
     ) -> list[np.ndarray] | Tensor:
-        """From pure noise to samples: algorithm 2, or DDIM's (Song et al. 2021).
+        """From pure noise to samples: algorithm 2, or that of another sampler.
 
         Args:
-            model: model(x_t, t) -> (batch, ...). It sees two buffers in turn: what it wants to keep, it must copy.
+            model: model(x_t, t, **model_kwargs) -> (batch, ...), twice the channels where the variance is learned. It
+                sees two buffers in turn: what it wants to keep, it must copy.
             shape: (batch, ...).
-            sampler: "ddpm", "ddim", "euler" or "euler_ancestral" (see ddpm_ext.samplers); or a StepTable, whose rows it
+            sampler: "ddpm", "ddim", "dpmpp_2m" or another of ddpm_ext.samplers.SAMPLERS; or a StepTable, whose rows it
                 takes as they are.
             steps: how many of the timesteps; None: all.
             spacing: which of them, "linspace" (evenly, with both ends), "leading", "trailing", "quadratic", "ddim25" or
                 "10,15,20" and the like (see ddpm_ext.spacing); "karras" and "log_snr" go between them, and the model
                 gets float32 timesteps.
             timesteps: these instead, int64, descending.
-            eta: ddim's and euler_ancestral's noise, 0 (none) to 1 (as much as ddpm) and beyond; None: 0 for ddim, 1 for
-                euler_ancestral.
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step.
+            eta: the noise of a sampler that has it, 0 (none) to 1 (as much as ddpm) and beyond; None: 0 for ddim, 1 for
+                the others.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
+                it to; or a DynamicThreshold.
+            guidance: a Guidance, classifier-free, or its scale.
+            cond_fn: cond_fn(x_t, t, **model_kwargs) -> (batch, ...), the gradient of a classifier's log-probability
+                (Dhariwal & Nichol 2021): it moves ddpm's mean (algorithm 1), and every other sampler's eps (2).
+            denoised_fn: denoised_fn(x_0) -> x_0, on each prediction before it is clipped.
+            inpaint: an Inpaint, of samples that are known in part.
+            self_condition: whether the model gets the x_0 of the step before, zeros at first, as its third argument
+                (Chen et al. 2023, "Analog Bits").
+            model_kwargs: what else model and cond_fn get.
             start: `shape`, samples to begin from instead of pure noise: they get the noise of the first step taken
                 (stream 1, as pure noise does), and `strength` of the steps, the last, take it away (Meng et al. 2022,
-                "SDEdit").
+                "SDEdit"); or an Interpolation between two.
             strength: 0 (exclusive, at least one step) to 1, how many of the steps; without a start all.
+            noise: `shape`, what the first step begins from, instead of drawn noise.
             rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
                 its own is refused: it would give each step the same noise.
             record: "all": each step's samples; an int k: every k-th step's and the last; a list of ints: those steps',
-                0 the first; "last": the last alone.
-            callback: called with a Record (step, timestep, x) after each step; the loop ends there if it returns true.
+                0 the first; "x0": each step's predicted clean samples; "last": the last samples alone.
+            x0: whether a Record holds the predicted clean samples, too.
+            callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends there if it returns
+                true.
             progress: whether to show a progress bar (where tqdm is installed).
-            device: where to sample; None: where the model's parameters are, else the CPU.
+            device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
             dtype: of the samples.
+            compile: whether to give the model to torch.compile; or with which of its modes.
+            autocast: float16 or bfloat16, to which torch.autocast may lower the model's arithmetic, and that alone.
+            graph: True or "step": the step, model and all, is captured in a CUDA graph and played again; "loop": all
+                steps in one. Where that is impossible, a warning says why, and steps are called as without.
 
         Returns:
             A list of numpy arrays of `shape` (bfloat16 as float32), or with record="last" a tensor.
@@ -319,48 +376,65 @@ class GaussianDiffusion:
         Raises:
             TypeError, ValueError: an argument of another type, an unknown name, or out of range.
         """
-        return sampling.loop(
-            self._ops,
+        plan = sampling.make_plan(
+            self,
             model,
             shape,
-            sampling.make_tables(self, sampler, steps, spacing, timesteps, eta),
-            clip=(-1.0, 1.0) if clip_denoised else None,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            timesteps=timesteps,
+            eta=eta,
+            clip_denoised=clip_denoised,
+            guidance=guidance,
+            cond_fn=cond_fn,
+            denoised_fn=denoised_fn,
+            inpaint=inpaint,
+            self_condition=self_condition,
+            model_kwargs=model_kwargs,
             start=start,
             strength=strength,
+            noise=noise,
             rng=rng,
-            record=record,
-            callback=callback,
-            progress=progress,
+            x0=x0 or record == "x0",
             device=device,
             dtype=dtype,
+            compile=compile,
+            autocast=autocast,
+            graph=graph,
         )
+        return sampling.collect(plan, record=record, callback=callback, progress=progress)
 
     def sample_progressive(
-        self,
-        model: Model,
-        shape: tuple[int, ...],
-        *,
-        sampler: str | StepTable = "ddpm",
-        steps: int | None = None,
-        spacing: str = "linspace",
-        timesteps: Sequence[int] | Tensor | None = None,
-        eta: float | None = None,
-        clip_denoised: bool = True,
-        **options: Any,
+        self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Any
     ) -> Iterator[sampling.Record]:
-        """p_sample_loop, step by step: a Record (step, timestep, x) after each, taken when it is asked for.
+        """p_sample_loop, step by step: a Record (step, timestep, x_t, x0) after each, taken when it is asked for.
 
-        x is one of two buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
+        Both tensors are buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
         recorded.
 
-        Args: as p_sample_loop's, but for record and callback; `options` are start, strength, rng, progress (by default
-            off), device and dtype. They are checked at once.
+        Args: as p_sample_loop's, but for record and callback, and for graph="loop", of which nothing is seen in
+            between. They are checked at once.
 
         Raises: as p_sample_loop.
         """
-        tables = sampling.make_tables(self, sampler, steps, spacing, timesteps, eta)
-        clip = (-1.0, 1.0) if clip_denoised else None
-        return sampling.walk(self._ops, model, shape, tables, clip=clip, **options)
+        plan = sampling.make_plan(self, model, shape, **options)
+        if plan.whole:
+            raise ValueError("graph is 'loop', expected True or 'step': nothing is seen in between")
+        return plan.make().run(progress)
+
+    def capture(
+        self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Any
+    ) -> sampling.CapturedLoop:
+        """A loop to take again and again, by a CUDA graph that is recorded once: captured(rng) gives samples.
+
+        Args: as p_sample_loop's, but for record, callback, progress and x0. Tensors of model_kwargs are copied, and can
+            be replaced from call to call; other conditioning belongs into tensors that the caller writes to.
+
+        Raises: as p_sample_loop.
+        """
+        plan = sampling.make_plan(self, model, shape, graph=graph or True, **options)
+        return sampling.CapturedLoop(plan.make(), plan.whole)
 
     def sample(
         self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any
@@ -389,6 +463,8 @@ class GaussianDiffusion:
         Returns:
             A scalar loss, float32 (float64 for float64 samples).
         """
+        if self.variance in LEARNED:
+            raise ValueError(f"variance is {self.variance!r}, expected a fixed one: a learned one has no loss here yet")
         if noise is None and rng is None:
             rng = fresh_rng()
         x_t = self.q_sample(x_start, t, noise, rng=rng)
@@ -403,3 +479,9 @@ class GaussianDiffusion:
         checks.like("model_output", model_output, "x_start", x_start, lower=True)
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
         return ops.mse_loss(model_output.to(dtype), target.to(dtype))
+
+
+def _like_samples(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """values[t], of shape (batch, 1, ...)."""
+    picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
+    return picked.reshape(len(x), *[1] * (x.dim() - 1))

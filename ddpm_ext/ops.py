@@ -6,20 +6,20 @@ work), compiled ones through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_ext import checks
+from ddpm_ext import _registration, checks
 from ddpm_ext._extension import C
 from ddpm_ext.checks import split_t
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, fresh_arguments, randn
 
 __all__ = [
     "check_reverse_step",
+    "extended_step",
     "forward_process",
     "mse_loss",
     "posterior_mean",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Clip = tuple[float, float]
-NO_CLIP = (-math.inf, math.inf)
+NO_CLIP = _registration.NO_CLIP
 _NO_RNG = (None, 0, None, 0, 0, -1)
 
 
@@ -48,11 +48,11 @@ def _noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stre
     return None, False, *_NO_RNG
 
 
-def _refuse_grad(op: str, **tensors: Tensor | None) -> None:
+def _refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
     """As C does for an eager call."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {name} requires a gradient, but out= records no gradients, expected none")
+            raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
 
 
 def reverse_step(
@@ -100,6 +100,102 @@ def reverse_step(
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
     _refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
     torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
+    return out
+
+
+def extended_step(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    model_variance: Tensor | None = None,
+    log_variance: bool = True,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history: Tensor | None = None,
+    gradient: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor:
+    """reverse_step with all that an affine row can't say, still in one launch. With u the model's unconditional output:
+
+        m    = output_scale (u + w (m - u))
+        x0   = clip(x_start_scale (a x + b m)) + g0 gradient
+        prev = c0 x0 + c1 x + c2 m + c3 history + V g1 gradient + S z
+        prev = mask (k0 known + k1 z) + (1 - mask) prev
+
+    S = s, V = 1; with a model's variance v, S = s exp(l0 + l1 v), V = exp(l0 + l1 v)^2, or S = s sqrt(v), V = v. Of
+    what isn't given, nothing is read, and its term falls away; where w is 1, m is what it was.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t; of a lower precision, too. None: 0, for rows that don't ask a model or an x_start given.
+        table: float32 (rows, 16): StepTable.packed_extended.
+        t, noise, rng, add_noise: as reverse_step's.
+        clip: range of the predicted clean sample, None for no clip.
+        uncond_output: as model_output: of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+        output_scale: float32 (batch,), what the model's output is multiplied by (Lin et al. 2024, section 3.4).
+        model_variance: as model_output, v.
+        log_variance: whether v is for l0 + l1 v, the logarithm of a standard deviation, which counts in [-87, 88]; or
+            the variance itself, which counts in [2^-100, 2^100].
+        x_start: as x_t, in place of a x + b m.
+        x_start_scale: float32 (batch,), what the prediction is multiplied by before it is clipped: 1 / bound for
+            dynamic thresholding (Saharia et al. 2022, section 2.3).
+        history: as x_t: the predicted clean sample of the step before.
+        gradient: as x_t: a classifier's (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and from 0 to 1 how much of it to keep. The noise is that of the element.
+        out: as x_t: where the result goes.
+        out_copy, x0_out: as x_t: get the result once more, and the predicted clean sample with its gradient.
+
+    Of what is written, each may lie where one of the arguments does, element by element.
+
+    Returns:
+        x_{t-1}, as x_t. Gradients are not recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
+            gradient; a mask without known or known without a mask; uncond_output without model_output.
+    """
+    checks.tensor("x_t", x_t)
+    extras = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "model_variance": model_variance,
+        "log_variance": log_variance,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history": history,
+        "gradient": gradient,
+        "known": known,
+        "mask": mask,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+    }
+    for name, value in (("model_output", model_output), ("out", out), *extras.items()):
+        if value is not None and name != "log_variance":
+            checks.tensor(name, value)
+    row, index = split_t(t)
+    low, high = NO_CLIP if clip is None else clip
+    arguments = (row, index, low, high, *_noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    if out is None:
+        out = torch.empty_like(x_t)
+    if not torch.compiler.is_compiling():
+        C.extended_step(x_t, model_output, table, *arguments, out, *extras.values())
+        return out
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out, **extras}
+    del tensors["log_variance"]
+    _refuse_grad("extended_step", "it", **tensors)
+    torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **extras)
     return out
 
 
@@ -194,150 +290,3 @@ def mse_loss(model_output: Tensor, target: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.mse_loss(model_output, target)
     return F.mse_loss(model_output, target)
-
-
-# ------------------------------------------------------------------------------------------ shapes without data
-
-_lib = torch.library
-
-
-@_lib.register_fake("ddpm_ext::reverse_step")
-def _(x_t: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x_t)
-
-
-@_lib.register_fake("ddpm_ext::forward_process")
-def _(x_start: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x_start)
-
-
-@_lib.register_fake("ddpm_ext::predict_start")
-def _(x_t: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_t)
-
-
-@_lib.register_fake("ddpm_ext::posterior_mean")
-def _(x_start: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_start)
-
-
-@_lib.register_fake("ddpm_ext::reverse_step.out")
-def _(*_: Any, out: Tensor) -> None: ...
-
-
-@_lib.register_fake("ddpm_ext::forward_process.out")
-def _(*_: Any, out: Tensor) -> None: ...
-
-
-@_lib.register_fake("ddpm_ext::randn")
-def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=dtype, device=device)
-
-
-@_lib.register_fake("ddpm_ext::mse_loss")
-def _(model_output: Tensor, target: Tensor) -> Tensor:
-    return model_output.new_empty(())
-
-
-@_lib.register_fake("ddpm_ext::draw_seed")
-def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64)
-
-
-# ---------------------------------------------------------------------------------------------------- gradients
-
-
-def _affine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, y, table, t, ctx.index = inputs
-    ctx.save_for_backward(table, t)
-    ctx.y_dtype = y.dtype
-
-
-def _scale(grad: Tensor, table: Tensor, t: Tensor | None, index: int) -> Tensor:
-    return torch.ops.ddpm_ext.forward_process(grad, table, t, index, None, False)
-
-
-def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    table, t = ctx.saved_tensors
-    grad_x = grad_y = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _scale(grad, table, t, ctx.index)
-    if ctx.needs_input_grad[1]:
-        grad_y = _scale(grad, table.flip(1), t, ctx.index).to(ctx.y_dtype)
-    return grad_x, grad_y, None, None, None
-
-
-for _name in ("predict_start", "posterior_mean"):
-    _lib.register_autograd(f"ddpm_ext::{_name}", _affine_backward, setup_context=_affine_setup)
-
-
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2])
-    ctx.index, ctx.inputs = inputs[3], len(inputs)
-
-
-def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    table, t = ctx.saved_tensors
-    grads: list[Any] = [None] * ctx.inputs
-    if ctx.needs_input_grad[0]:
-        grads[0] = _scale(grad, table, t, ctx.index)
-    if ctx.needs_input_grad[4]:
-        grads[4] = _scale(grad, table.flip(1), t, ctx.index)
-    return tuple(grads)
-
-
-_lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_context=_forward_setup)
-
-
-def _clamp_lets_edges_through() -> bool:
-    """Whether torch.clamp's gradient at the very edge is 1, as in older versions, or 0, as in newer ones."""
-    with torch.inference_mode(False), torch.enable_grad():
-        edge = torch.ones((), requires_grad=True)
-        return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
-
-
-_EDGES_INSIDE = _clamp_lets_edges_through()
-
-
-def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x_t, model_output, table, t, ctx.index, ctx.clip_min, ctx.clip_max, *_ = inputs
-    ctx.save_for_backward(x_t, model_output, table, t)
-    ctx.inputs = len(inputs)
-
-
-def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x_t, model_output, table, t = ctx.saved_tensors
-    rows = table[t] if t is not None else table[ctx.index].expand(len(x_t), -1)
-    a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
-    clipped = c0 * grad
-    if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # The same operation as in the step, so that the clip holds back exactly what it clipped.
-        x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
-        inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
-        if _EDGES_INSIDE:
-            inside = (x_start >= ctx.clip_min) & (x_start <= ctx.clip_max)
-        clipped = torch.where(inside, clipped, 0.0)
-    grads: list[Any] = [None] * ctx.inputs
-    if ctx.needs_input_grad[0]:
-        grads[0] = (a * clipped + c1 * grad).to(x_t.dtype)
-    if ctx.needs_input_grad[1]:
-        grads[1] = (b * clipped + c2 * grad).to(model_output.dtype)
-    if ctx.needs_input_grad[7]:
-        grads[7] = (s * grad).to(x_t.dtype)
-    return tuple(grads)
-
-
-_lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_step_setup)
-
-
-def _mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _mse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    model_output, target = ctx.saved_tensors
-    grad_output = (model_output - target) * (grad * (2 / max(model_output.numel(), 1)))
-    return grad_output, -grad_output
-
-
-_lib.register_autograd("ddpm_ext::mse_loss", _mse_backward, setup_context=_mse_setup)

@@ -18,6 +18,7 @@ from ddpm_ext.ops import Clip
 
 __all__ = [
     "check_reverse_step",
+    "extended_step",
     "forward_process",
     "philox4x32",
     "posterior_mean",
@@ -138,10 +139,30 @@ def _check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None) -> None:
             raise ValueError("noise and rng are both given, expected one of them")
 
 
+def _check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
+    """One number a sample: float32, or as x."""
+    if scale is None:
+        return
+    checks.tensor(name, scale)
+    if scale.dtype not in (torch.float32, _compute_dtype(x)):
+        raise TypeError(f"{name} has dtype {scale.dtype}, expected float32")
+    if scale.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected ({len(x)},), one a sample")
+    if scale.device != x.device:
+        raise ValueError(f"{name} is on {scale.device}, expected the samples' device, {x.device}")
+
+
 def _rows(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
     """The columns of each sample's row, of shape (batch, 1, ...)."""
     rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
+
+
+def _draws(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """The draw of each sample's row, int64 (batch,)."""
+    draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long() & _WORD
+    row, index = split_t(t)
+    return draws[row] if row is not None else draws[index].expand(len(x))
 
 
 def _resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
@@ -202,10 +223,93 @@ def reverse_step(
     # c2 is 0 but where the model's eps is kept, and 0 times an infinite m would be NaN where the clip tamed it
     prev = c0 * x_start + c1 * x + torch.where(c2 == 0, 0.0, c2 * m)
     if add_noise or noise is not None or rng is not None:
-        draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long() & _WORD
-        row, index = split_t(t)
-        draw = draws[row] if row is not None else draws[index].expand(len(x_t))
-        prev = prev + s * _resolve_noise(x_t, noise, rng, STREAM_REVERSE, draw)
+        prev = prev + s * _resolve_noise(x_t, noise, rng, STREAM_REVERSE, _draws(table, t, x_t))
+    return _finish(prev, x_t, out)
+
+
+def extended_step(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    model_variance: Tensor | None = None,
+    log_variance: bool = True,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history: Tensor | None = None,
+    gradient: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor:
+    """Twin of ops.extended_step, whose docstring has the equations."""
+    like_x = {"noise": noise, "x_start": x_start, "history": history, "gradient": gradient, "known": known}
+    like_x |= {"mask": mask, "out": out, "out_copy": out_copy, "x0_out": x0_out}
+    _check("x_t", x_t, table, t, like_x)
+    _check_noise(x_t, noise, rng)
+    of_model = {"model_output": model_output, "uncond_output": uncond_output, "model_variance": model_variance}
+    first, *others = [(name, given) for name, given in of_model.items() if given is not None] or [("x_t", x_t)]
+    checks.like(*first, "x_t", x_t, lower=True)
+    for name, given in others:
+        checks.like(name, given, *first)
+    if uncond_output is not None and model_output is None:
+        raise ValueError("uncond_output is given without model_output, expected both")
+    if mask is not None and known is None:
+        raise ValueError("mask is given without known, expected both")
+    if known is not None and mask is None:
+        raise ValueError("known is given without mask, expected both")
+    dtype = _compute_dtype(x_t)
+    _check_scale("output_scale", output_scale, x_t)
+    _check_scale("x_start_scale", x_start_scale, x_t)
+
+    def wide(given: Tensor | None) -> Tensor | None:
+        return None if given is None else given.to(dtype)
+
+    def factor(given: Tensor | None) -> Tensor | float:
+        return 1.0 if given is None else given.to(dtype).reshape(-1, *[1] * (x_t.dim() - 1))
+
+    a, b, c0, c1, c2, s, _, c3, l0, l1, g0, g1, k0, k1, w, _ = _rows(table.to(dtype), t, x_t)
+    x, zero = x_t.to(dtype), torch.zeros((), dtype=dtype, device=x_t.device)
+    m = zero if model_output is None else model_output.to(dtype)
+    if (u := wide(uncond_output)) is not None:
+        m = torch.where(w == 1, m, u + w * (m - u))
+    m = m * factor(output_scale)
+    x0 = a * x + b * m if x_start is None else x_start.to(dtype)
+    x0 = x0 * factor(x_start_scale)
+    if clip is not None:
+        x0 = x0.clamp(*clip)
+    # factors of 0 keep out what may be infinite, or was never written
+    rest = c1 * x + torch.where(c2 == 0, zero, c2 * m)
+    if (h := wide(history)) is not None:
+        rest = rest + torch.where(c3 == 0, zero, c3 * h)
+    deviation = torch.ones_like(x)
+    if (v := wide(model_variance)) is not None:
+        deviation = (l0 + l1 * v).clamp(-87, 88).exp() if log_variance else v.clamp(2.0**-100, 2.0**100).sqrt()
+    if (g := wide(gradient)) is not None:
+        x0 = x0 + g0 * g
+        rest = rest + deviation**2 * g1 * g
+    prev = c0 * x0 + rest
+    z = zero
+    if add_noise or noise is not None or rng is not None:
+        z = _resolve_noise(x_t, noise, rng, STREAM_REVERSE, _draws(table, t, x_t))
+        # as in the plain step, noise that is given counts in every row
+        prev = prev + z * (s * deviation if noise is not None else torch.where(s == 0, zero, s * deviation))
+    if mask is not None and known is not None:
+        kept = mask.to(dtype)
+        prev = kept * (k0 * known.to(dtype) + k1 * z) + (1 - kept) * prev
+    if x0_out is not None:
+        x0_out.copy_(x0)
+    if out_copy is not None:
+        out_copy.copy_(prev)
     return _finish(prev, x_t, out)
 
 

@@ -5,6 +5,10 @@
 
 All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable; spacing.py makes grids. Below, a_t stands
 for alphas_cumprod where a step starts and a_s for where it arrives.
+
+Rows say what a classifier's gradient g = grad ln p(y | x_t) does to them, too (Dhariwal & Nichol 2021). In ddpm's, it
+moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),
+and with it x0, after the clip.
 """
 
 from __future__ import annotations
@@ -17,12 +21,24 @@ from torch import Tensor
 
 from ddpm_ext import checks, tables
 from ddpm_ext.spacing import Grid
-from ddpm_ext.step_table import StepTable
+from ddpm_ext.step_table import COLUMNS, StepTable
 
-__all__ = ["SAMPLERS", "ddim", "ddim_inverse", "ddpm", "euler", "euler_ancestral"]
+__all__ = [
+    "SAMPLERS",
+    "ddim",
+    "ddim_inverse",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "repaint",
+]
 
 PREDICTIONS = (*tables.PREDICTIONS, "x_prev")
-VARIANCES = ("fixed_small", "fixed_large")
+FEW = 15  # steps, below which DPM-Solver++ takes the last one at first order
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "learned_variance")
 
 
 def _posterior(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +71,12 @@ def _eps(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
     return (1 - now.sqrt() * a) / (1 - now).sqrt(), -now.sqrt() * b / (1 - now).sqrt()
 
 
+def _score(grid: Grid) -> Tensor:
+    """What a classifier's gradient adds to x0 where eps becomes eps - sqrt(1 - a_t) g."""
+    root = grid.now.sqrt()
+    return torch.where(root < 1 / tables.HUGE, 0.0, (1 - grid.now) / root)
+
+
 def check_eta(eta: object) -> float:
     if isinstance(eta, bool) or not isinstance(eta, int | float):
         raise TypeError(f"eta is {eta!r}, expected a float")
@@ -75,11 +97,12 @@ def _implicit(grid: Grid, prediction: str, sigma: Tensor, keep_eps: bool) -> Ste
     a, b = _x0(grid, prediction)
     if keep_eps:
         p, q = _eps(grid, prediction)
-        c0, c1, c2 = after.sqrt(), direction * p, direction * q
+        c0, c1, c2, g1 = after.sqrt(), direction * p, direction * q, -direction * (1 - now).sqrt()
     else:
         c1 = direction / (1 - now).sqrt()
-        c0, c2 = after.sqrt() - c1 * now.sqrt(), torch.zeros_like(a)
-    return StepTable(timestep=grid.timestep, a=a, b=b, c0=c0, c1=c1, c2=c2, s=sigma)
+        c0, c2, g1 = after.sqrt() - c1 * now.sqrt(), torch.zeros_like(a), torch.zeros_like(a)
+    guided = {"g0": _score(grid), "g1": g1}
+    return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, now=now, after=after, **guided)
 
 
 def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
@@ -90,7 +113,18 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
     Args:
         grid: descending.
         prediction: what the model predicts, "eps", "x0", "v" (Salimans & Ho 2022) or "x_prev" (the posterior's mean).
-        variance: "fixed_small", the posterior's, at least 1e-20; or "fixed_large", beta. The last step adds none.
+        variance: of the noise, which the last step doesn't add:
+            "fixed_small": the posterior's, at least 1e-20;
+            "fixed_large": beta;
+            "learned": the model tells its logarithm beside m;
+            "learned_range": the model tells where between those two its logarithm lies, -1 for the small and 1 for the
+            large (Nichol & Dhariwal 2021, eq. 15, as guided-diffusion scales it);
+            "learned_variance": the model tells it, as diffusers' "learned".
+
+    A classifier's gradient is weighted with the variance, in the last step too. As guided-diffusion has it, a fixed one
+    is not clipped there (so it is 0 where the step arrives at clean data), and "fixed_large" has there the posterior's
+    of the step before, if there is one. Only "learned_range" has 1e-20 there for its smallest, not that of the step
+    before.
 
     Raises:
         ValueError: an unknown name.
@@ -98,9 +132,31 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
     checks.one_of("variance", variance, VARIANCES)
     of_x0, of_x, posterior_variance = _posterior(grid)
     a, b = _x0(grid, prediction)
-    s = (posterior_variance.clamp(min=1e-20) if variance == "fixed_small" else grid.betas).sqrt()
+    small, large = posterior_variance.clamp(min=1e-20), grid.betas
+    s, weight = torch.ones_like(a), torch.ones_like(a)
+    l0, l1 = torch.zeros_like(a), torch.zeros_like(a)
+    if variance == "fixed_small":
+        s, weight = small.sqrt(), posterior_variance
+    elif variance == "fixed_large":
+        s, weight = large.sqrt(), torch.cat([large[:-1], posterior_variance[-2:-1] if len(grid) > 1 else large])
+    elif variance == "learned":
+        l1 += 0.5
+    elif variance == "learned_range":
+        l0, l1 = (large.log() + small.log()) / 4, (large.log() - small.log()) / 4
     s[-1] = 0
-    return StepTable(timestep=grid.timestep, a=a, b=b, c0=of_x0, c1=of_x, c2=torch.zeros_like(a), s=s)
+    return StepTable(
+        timestep=grid.timestep,
+        a=a,
+        b=b,
+        c0=of_x0,
+        c1=of_x,
+        s=s,
+        l0=l0,
+        l1=l1,
+        g1=weight,
+        now=grid.now,
+        after=grid.after,
+    )
 
 
 def ddim(grid: Grid, *, prediction: str = "eps", eta: float = 0.0, keep_eps: bool = True) -> StepTable:
@@ -158,10 +214,159 @@ def euler_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) ->
     return _implicit(grid, prediction, sigma, keep_eps=False)
 
 
+# ------------------------------------------------------------------------------------------ of second order
+
+
+def _dpm_solver(grid: Grid, prediction: str, eta: float) -> StepTable:
+    """DPM-Solver++(2M) on the probability flow (eta 0), on the SDE (1), or in between."""
+    now, after = grid.now, grid.after
+    half_log_snr = (grid.alphas_cumprod.log() - torch.log1p(-grid.alphas_cumprod)) / 2
+    h = half_log_snr.diff()
+    extra = eta * h if eta else torch.zeros_like(h)  # 0 even where h is infinite
+    towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
+    # x0 is carried on to the middle of the step, by this much of its change over the last one
+    onward = torch.zeros_like(h)
+    onward[1:] = h[1:] / (2 * h[:-1])
+    onward[~onward.isfinite()] = 0
+    if len(grid) < FEW:
+        onward[-1] = 0
+    a, b = _x0(grid, prediction)
+    return StepTable(
+        timestep=grid.timestep,
+        a=a,
+        b=b,
+        c0=towards_x0 * (1 + onward),
+        c1=((1 - after) / (1 - now)).sqrt() * torch.exp(-extra),
+        s=(1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt(),
+        c3=-towards_x0 * onward,
+        g0=_score(grid),
+        now=now,
+        after=after,
+    )
+
+
+def dpmpp_2m(grid: Grid, *, prediction: str = "eps") -> StepTable:
+    """DPM-Solver++(2M): Lu et al. 2022b ("DPM-Solver++"), algorithm 2.
+
+    The first step is of first order, having no history; and so is the last one where it arrives at clean data, or of
+    fewer than 15 steps, as in diffusers.
+
+    Args:
+        grid: descending.
+        prediction: as ddpm's.
+
+    Raises:
+        ValueError: an unknown `prediction`.
+    """
+    return _dpm_solver(grid, prediction, 0.0)
+
+
+def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+    """SDE-DPM-Solver++(2M): Lu et al. 2022b, in diffusers' "midpoint" form, with k-diffusion's eta.
+
+    The first and the last step are as dpmpp_2m's.
+
+    Args:
+        grid: descending.
+        prediction: as ddpm's.
+        eta: 1 for the SDE, 0 for dpmpp_2m; finite, >= 0.
+
+    Raises:
+        TypeError, ValueError: `eta` is no finite number >= 0, or an unknown `prediction`.
+    """
+    return _dpm_solver(grid, prediction, check_eta(eta))
+
+
+def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
+    """Heun's method for the probability flow in sigma: Karras et al. 2022, algorithm 1, without churn.
+
+    A step is two rows, hence two calls of the model: Euler's, to a first x at the next timestep; and its correction by
+    the slope found there. On x / sqrt(alphas_cumprod), with r = sigma before / sigma after, that adds
+    (r - 1) / 2 (x0 - x0 of the Euler row), so the sample before both need not be kept. The last step is Euler's alone,
+    as is one from pure noise, where sigma is infinite: len(grid) steps are up to 2 len(grid) - 1 rows.
+
+    Args, raises: as dpmpp_2m's.
+    """
+    start = euler(grid, prediction=prediction)
+    middle = grid.after[:-1]
+    ratio = ((1 - grid.now[:-1]) / grid.now[:-1] * middle / (1 - middle)).sqrt()
+    half = middle.sqrt() * (ratio - 1) / 2
+    zeros = torch.zeros_like(half)
+    correction = {
+        **{name: getattr(start, name)[1:] for name in ("timestep", "a", "b", "g0")},
+        **{"c0": half, "c1": torch.ones_like(half), "c3": -half, "now": middle, "after": middle},
+    }
+    finite = torch.stack([torch.ones_like(ratio), ratio], 1).flatten().isfinite()
+    columns = {}
+    for name in ("timestep", "a", "b", "c0", "c1", "c3", "g0", "now", "after"):
+        euler_rows = getattr(start, name)
+        pairs = torch.stack([euler_rows[:-1], correction.get(name, zeros)], 1).flatten()
+        columns[name] = torch.cat([pairs[finite], euler_rows[-1:]])
+    return StepTable(**columns)
+
+
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,
     "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
 }
-WITH_ETA = ("ddim", "euler_ancestral")
+WITH_ETA = ("ddim", "euler_ancestral", "dpmpp_2m_sde")
+
+
+# -------------------------------------------------------------------------------------------- tables of tables
+
+
+def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10) -> StepTable:
+    """The table with jumps back to more noise in between, so that what is painted into a known image comes to fit it:
+    RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump.
+
+    Counted from the last row, every `jump_length` rows, the loop goes back over that many rows and takes them again,
+    until it has taken them `jump_n_sample` times. A jump is one row, a step of the forward process: prev = c1 x + s z,
+    c1^2 = after / now, s^2 = 1 - c1^2. The model has no part in it (a = b = c0 = c2 = 0); its timestep is where it
+    starts from. Draws are made anew, each row another one.
+
+    Args:
+        table: of a sampler here, descending, its columns now and after filled, without history.
+        jump_length: rows that a jump goes back, at least 1.
+        jump_n_sample: how many times each stretch is taken, at least 1: no jumps.
+
+    Raises:
+        TypeError: no StepTable, or no ints.
+        ValueError: out of range; a table that does not go down from each row to the next, or has history (c3).
+    """
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
+    length = checks.integer("jump_length", jump_length, 2**31, "2^31", start=1)
+    passes = checks.integer("jump_n_sample", jump_n_sample, 2**31, "2^31", start=1)
+    table = table.to("cpu")
+    if (table.c3 != 0).any():
+        raise ValueError("table has history (c3), which a jump would make another step's, expected one without")
+    if not (table.now < table.after).all() or not torch.equal(table.now[1:], table.after[:-1]):
+        raise ValueError("table does not descend, expected now < after in each row, and each to start where one ended")
+
+    rows = len(table)
+    jumps = dict.fromkeys(range(0, rows - length, length), passes - 1)  # by the number of rows yet to come after it
+    order: list[tuple[int, int]] = []  # the row, and how far back from it a jump goes
+    i = 0
+    while i < rows:
+        if jumps.get(rows - 1 - i, 0) > 0:
+            jumps[rows - 1 - i] -= 1
+            order.append((i, length))
+            i -= length
+        order.append((i, 0))
+        i += 1
+    row, back = torch.tensor(order, device="cpu").T
+    jump = back > 0
+    now, after = table.now[row], torch.where(jump, table.now[row - back], table.after[row])
+    kept = after / now
+    forward = {"c1": kept.sqrt(), "s": (1 - kept).sqrt(), "now": now, "after": after}
+    columns = {
+        name: torch.where(jump, forward.get(name, torch.zeros_like(now)), getattr(table, name)[row])
+        for name in COLUMNS
+        if name not in ("timestep", "draw")
+    }
+    return StepTable(timestep=table.timestep[row], **columns)

@@ -1,213 +1,114 @@
-"""The sampling loop."""
+"""What a sampling loop is asked for, and what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext import checks
-from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
-from ddpm_ext.samplers import SAMPLERS, WITH_ETA, check_eta
-from ddpm_ext.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
+from ddpm_ext.guidance import Guidance, as_guidance
+from ddpm_ext.host_copies import HostCopies
+from ddpm_ext.images import Inpaint, Interpolation
+from ddpm_ext.loop import Loop, Record
+from ddpm_ext.loop_tables import LEARNED, LoopTables, make_tables
+from ddpm_ext.noise import Philox
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.steps import Model, StepOptions
+from ddpm_ext.thresholding import Clip, DynamicThreshold, as_clip
 
 if TYPE_CHECKING:
-    from ddpm_ext.diffusion import GaussianDiffusion, Model
+    from ddpm_ext.diffusion import GaussianDiffusion
 
-__all__ = ["Record", "loop", "make_tables", "walk"]
-
-KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
-Kept = tuple[DeviceTables, StepTable]
-SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
+__all__ = ["CapturedLoop", "Plan", "Record", "collect", "make_plan"]
 
 
-def unwrap(model_output: Any) -> Tensor:
-    """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""
-    if isinstance(model_output, Tensor):
-        return model_output
-    sample = getattr(model_output, "sample", None)
-    if not isinstance(sample, Tensor):
-        raise TypeError(f"the model's output is a {type(model_output).__name__}, expected a tensor or one as .sample")
-    return sample
+@dataclass(frozen=True)
+class Plan:
+    """A loop that can be made: its options are checked, but for what tensors and the model have to say.
 
-
-def make_tables(
-    diffusion: GaussianDiffusion,
-    sampler: str | StepTable,
-    steps: int | None,
-    spacing: str,
-    timesteps: Sequence[int] | Tensor | None,
-    eta: float | None,
-) -> DeviceTables:
-    """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
-    captured in a CUDA graph."""
-    kept = diffusion._loops
-    if isinstance(sampler, StepTable):
-        others = {"steps": steps, "spacing": None if spacing == "linspace" else spacing}
-        for name, value in {**others, "timesteps": timesteps, "eta": eta}.items():
-            if value is not None:
-                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
-        if id(sampler) not in kept or kept[id(sampler)][1] is not sampler:
-            # beside the table, so that no other gets its id
-            _keep(kept, id(sampler), (_loop_tables(sampler, _levels(diffusion, sampler)), sampler))
-        return kept[id(sampler)][0]
-
-    checks.one_of("sampler", sampler, tuple(SAMPLERS))
-    options: dict[str, object] = {"prediction": diffusion.prediction}
-    if sampler == "ddpm":
-        options["variance"] = diffusion.variance
-    if eta is not None:
-        eta = check_eta(eta)
-        if sampler in WITH_ETA:
-            options["eta"] = eta
-        elif eta != 0:
-            raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
-    # by more than equality: 1.0 and True must not pass for the 1 that is kept
-    given = None if timesteps is None else torch.as_tensor(timesteps)
-    chosen = None if given is None else (given.dtype, given.shape, tuple(given.flatten().tolist()))
-    key = (sampler, eta, repr(steps), repr(spacing), chosen)
-    if key not in kept:
-        grid = _grid(diffusion, steps, spacing, timesteps)
-        table = SAMPLERS[sampler](grid, **options)
-        _keep(kept, key, (_loop_tables(table, grid.now), table))
-    return kept[key][0]
-
-
-def _keep(kept: dict[object, Kept], key: object, value: Kept) -> None:
-    """The oldest makes room."""
-    if key not in kept and len(kept) == KEPT:
-        kept.pop(next(iter(kept)))
-    kept[key] = value
-
-
-def _loop_tables(table: StepTable, levels: Tensor | None) -> DeviceTables:
-    """With how an image is noised for each row, where alphas_cumprod is known."""
-    if levels is None:
-        return DeviceTables(table)
-    return DeviceTables(table, start=torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1))
-
-
-def _levels(diffusion: GaussianDiffusion, table: StepTable) -> Tensor | None:
-    """alphas_cumprod where each row starts, of a table of the schedule's own timesteps."""
-    t = table.timestep.cpu()
-    own = not t.is_floating_point() and bool(((t >= 0) & (t < diffusion.timesteps)).all())
-    return diffusion.alphas_cumprod[t] if own else None
-
-
-def _grid(
-    diffusion: GaussianDiffusion, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None
-) -> Grid:
-    if timesteps is not None:
-        if steps is not None or spacing != "linspace":
-            raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
-        grid = make_grid(diffusion.alphas_cumprod, timesteps, betas=diffusion.betas)
-        if not (grid.timestep[1:] < grid.timestep[:-1]).all():
-            raise ValueError("timesteps do not descend, expected each below the one before")
-        return grid
-    if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
-        if steps is None:
-            raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
-        return SIGMA_GRIDS[spacing](diffusion.alphas_cumprod, steps)
-    chosen = spaced_timesteps(diffusion.timesteps, steps, spacing)
-    return make_grid(diffusion.alphas_cumprod, chosen, betas=diffusion.betas)
-
-
-class Record(NamedTuple):
-    """A loop after one of its steps.
-
-    step: 0 for the first; timestep: where it started from; x: its samples, on their device, in a buffer that the loop
-    writes to again: copy what is to last.
+    steps: how many; whole: whether all are one graph.
     """
 
-    step: int
-    timestep: int | float
-    x: Tensor
+    make: Callable[[], Loop]
+    steps: int
+    whole: bool
 
 
-def _recorded_steps(record: str | int | Sequence[int], rows: int) -> set[int] | None:
-    """Which steps to record; None for the last alone, as a tensor."""
-    if isinstance(record, str):
-        if record not in ("all", "last"):
-            raise ValueError(f"record is {record!r}, expected 'all', 'last', an int k for every k-th step, or steps")
-        return None if record == "last" else set(range(rows))
-    if isinstance(record, Sequence):
-        stop_name = f"{rows}, there being {rows} steps"
-        steps = [checks.integer("record's step", step, rows, stop_name) for step in record]
-        if len(set(steps)) < len(steps):
-            raise ValueError(f"record is {record!r}, expected each step once")
-        return set(steps)
-    every = checks.integer("record", record, 2**63, "2^63", start=1)
-    return {*range(every - 1, rows, every), rows - 1}
-
-
-def _model_device(model: Any) -> torch.device:
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-def _steps(count: int, progress: bool) -> Iterable[int]:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return range(count)
-        return tqdm(range(count), desc="sampling loop time step", total=count)
-    return range(count)
-
-
-def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy on the host; bfloat16, which numpy lacks, as float32."""
-    x = x.float() if x.dtype == torch.bfloat16 else x
-    return np.array(x.cpu().numpy())
-
-
-def walk(
-    backend: ModuleType,
+def make_plan(
+    diffusion: GaussianDiffusion,
     model: Model,
     shape: tuple[int, ...],
-    tables: DeviceTables,
     *,
-    clip: tuple[float, float] | None,
-    start: Tensor | None = None,
+    sampler: str | StepTable = "ddpm",
+    steps: int | None = None,
+    spacing: str = "linspace",
+    timesteps: Sequence[int] | Tensor | None = None,
+    eta: float | None = None,
+    clip_denoised: bool | Clip | DynamicThreshold = True,
+    guidance: Guidance | float | None = None,
+    cond_fn: Callable[..., Tensor] | None = None,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    inpaint: Inpaint | None = None,
+    self_condition: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    start: Tensor | Interpolation | None = None,
     strength: float = 1.0,
-    rng: Philox | None = None,
-    progress: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[Record]:
-    """Takes the rows of `tables` one by one from pure noise: see GaussianDiffusion.sample_progressive.
-
-    A step is the model's call and one launch; two buffers take turns, so that no step allocates one.
-    """
-    shape = checks.shape(shape, least=1)
-    if rng is None:
-        rng = fresh_rng()
-    check_rng(rng)
-    if rng.draw is not None or rng.stream is not None:
-        raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
+    x0: bool = False,
+    autocast: torch.dtype | None = None,
+    graph: bool | str = False,
+    **options: Any,
+) -> Plan:
+    """See GaussianDiffusion.p_sample_loop; `options` are Loop's own."""
+    for name, function in {"model": model, "cond_fn": cond_fn, "denoised_fn": denoised_fn}.items():
+        if not callable(function) and (function is not None or name == "model"):
+            raise TypeError(f"{name} is {function!r}, expected a function")
+    for name, flag in {"self_condition": self_condition, "x0": x0}.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}, expected a bool")
+    if inpaint is not None and not isinstance(inpaint, Inpaint):
+        raise TypeError(f"inpaint is a {type(inpaint).__name__}, expected an Inpaint")
+    if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
+        raise TypeError(f"model_kwargs is a {type(model_kwargs).__name__}, expected a dict")
+    if autocast not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"autocast is {autocast!r}, expected torch.float16, torch.bfloat16 or None")
+    if graph not in (False, True, "step", "loop"):
+        raise ValueError(f"graph is {graph!r}, expected False, True, 'step' or 'loop'")
+    clip, threshold = as_clip(clip_denoised)
+    step = StepOptions(
+        clip=clip,
+        threshold=threshold,
+        guidance=as_guidance(guidance),
+        cond_fn=cond_fn,
+        denoised_fn=denoised_fn,
+        inpaint=inpaint,
+        self_condition=self_condition,
+        hand_out=x0,
+        learned=diffusion.variance in LEARNED,
+        model_kwargs=dict(model_kwargs or {}),
+        autocast=autocast,
+    )
+    if step.self_condition and step.doubled:
+        raise ValueError(
+            "self_condition is given beside guidance without a function for the unconditional output, expected a "
+            "Guidance that has one"
+        )
+    jumps = None if inpaint is None or inpaint.jump_n_sample == 1 else (inpaint.jump_length, inpaint.jump_n_sample)
+    tables = make_tables(diffusion, sampler, steps, spacing, timesteps, eta, guidance=step.guidance, jumps=jumps)
     first = first_row(len(tables), start, strength)
-    rng_start = rng.of(STREAM_START, 0)
-    if start is None:
-        device = _model_device(model) if device is None else checks.device(device)
-        x = backend.randn(shape, rng_start, device=device, dtype=dtype)
-    else:
-        _check_start(start, shape, device, dtype)
-        scales = tables.find("start", start.device, torch.float64 if dtype == torch.float64 else torch.float32)
-        if scales is None:
-            raise ValueError("start is given, expected a sampler whose timesteps are the schedule's own, or its name")
-        with torch.no_grad():
-            x = backend.forward_process(start, scales, first, rng=rng_start)
-    return _walk(backend, model, x, tables, first, clip, rng, progress)
+    _check_rows(tables, first, step)
+
+    def make() -> Loop:
+        return Loop(diffusion._ops, model, shape, tables, first, step, start=start, graph=graph, **options)
+
+    return Plan(make, len(tables) - first, graph == "loop")
 
 
-def first_row(rows: int, start: Tensor | None, strength: float) -> int:
+def first_row(rows: int, start: object, strength: float) -> int:
     """The row that a loop begins with: of the last `strength` of all."""
     if isinstance(strength, bool) or not isinstance(strength, int | float):
         raise TypeError(f"strength is {strength!r}, expected a float")
@@ -221,63 +122,97 @@ def first_row(rows: int, start: Tensor | None, strength: float) -> int:
     return rows - taken
 
 
-def _check_start(start: object, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype) -> None:
-    checks.tensor("start", start)
-    assert isinstance(start, Tensor)
-    if start.shape != shape:
-        raise ValueError(f"start has shape {tuple(start.shape)}, expected {shape}")
-    if start.dtype != dtype:
-        raise TypeError(f"start has dtype {start.dtype}, expected that of the samples, {dtype}")
-    if device is not None and start.device != checks.device(device):
-        raise ValueError(f"start is on {start.device}, expected the samples' device, {device}")
+def _check_rows(tables: LoopTables, first: int, options: StepOptions) -> None:
+    """That the table says what the options need of it."""
+    steps = tables.steps
+    if steps.c3[first] != 0:
+        raise ValueError(f"strength begins with row {first}, whose c3 is {steps.c3[first]}, expected one with c3 0")
+    if options.inpaint is not None and not bool(steps.after.any()):
+        raise ValueError("inpaint is given, expected a sampler whose table says `after`, where its steps arrive")
+    if options.cond_fn is not None and not bool((steps.g0 != 0).any() | (steps.g1 != 0).any()):
+        raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
+    jumps = any(not kind.asks for kind in tables.kinds)
+    if jumps and bool((steps.c3 != 0).any()):
+        raise ValueError("sampler has rows with c3 beside rows that do not ask the model, expected one kind")
 
 
-@torch.no_grad()
-def _walk(
-    backend: ModuleType,
-    model: Model,
-    x: Tensor,
-    tables: DeviceTables,
-    first: int,
-    clip: tuple[float, float] | None,
-    rng: Philox,
-    progress: bool,
-) -> Iterator[Record]:
-    spare = torch.empty_like(x)
-    rows = tables.get("steps", x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
-    timesteps = tables.timesteps(x.device)[:, None].repeat(1, len(x))
-    told = tables.timesteps(torch.device("cpu")).tolist()
-    for step in _steps(len(rows) - first, progress):
-        i = first + step
-        model_output = unwrap(model(x, timesteps[i]))
-        x, spare = backend.reverse_step(x, model_output, rows, i, clip=clip, rng=rng, out=spare), x
-        yield Record(step, told[i], x)
+def _recorded_steps(record: str | int | Sequence[int], rows: int) -> set[int] | None:
+    """Which steps to record; None for the last alone, as a tensor."""
+    if isinstance(record, str):
+        if record not in ("all", "last", "x0"):
+            raise ValueError(
+                f"record is {record!r}, expected 'all', 'last', 'x0', an int k for every k-th step, or steps"
+            )
+        return None if record == "last" else set(range(rows))
+    if isinstance(record, Sequence):
+        stop_name = f"{rows}, there being {rows} steps"
+        steps = [checks.integer("record's step", step, rows, stop_name) for step in record]
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"record is {record!r}, expected each step once")
+        return set(steps)
+    every = checks.integer("record", record, 2**63, "2^63", start=1)
+    return {*range(every - 1, rows, every), rows - 1}
 
 
-def loop(
-    backend: ModuleType,
-    model: Model,
-    shape: tuple[int, ...],
-    tables: DeviceTables,
+def collect(
+    plan: Plan,
     *,
     record: str | int | Sequence[int],
     callback: Callable[[Record], object] | None,
-    start: Tensor | None,
-    strength: float,
-    **options: Any,
+    progress: bool,
 ) -> list[np.ndarray] | Tensor:
-    """walk() to its end, or to where `callback` returns true: see GaussianDiffusion.p_sample_loop."""
-    rows = len(tables)
-    chosen = _recorded_steps(record, rows - first_row(rows, start, strength))
+    """A loop to its end, or to where `callback` returns true: see GaussianDiffusion.p_sample_loop."""
+    chosen = _recorded_steps(record, plan.steps)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {callback!r}, expected a function of a Record")
-    recorded: list[np.ndarray] = []
+    if plan.whole:
+        if callback is not None or chosen is not None:
+            raise ValueError("graph is 'loop', expected record='last' and no callback: nothing is seen in between")
+        return plan.make().run_whole().clone()
+    loop = plan.make()
+    copies = None if chosen is None else HostCopies(loop.stepper.state.x.device)
     listed = not isinstance(record, str | int)
-    for now in walk(backend, model, shape, tables, start=start, strength=strength, **options):
+    for now in loop.run(progress, copies):
         stop = callback is not None and callback(now)
-        if chosen is not None and (now.step in chosen or (stop and not listed)):
-            recorded.append(to_numpy(now.x))
+        if copies is not None and chosen is not None and (now.step in chosen or (stop and not listed)):
+            kept = now.x0 if record == "x0" else now.x_t
+            assert kept is not None
+            copies.add(kept)
         if stop:
             break
-    return now.x if chosen is None else recorded
+    if copies is not None:
+        return copies.arrays()
+    return now.x_t.clone() if loop.stepper.options.doubled else now.x_t  # without the other half in its memory
+
+
+class CapturedLoop:
+    """A loop to take again and again, with other seeds and conditioning, in the same memory: by a CUDA graph of its
+    step, or of all its steps. Made by GaussianDiffusion.capture."""
+
+    def __init__(self, loop: Loop, whole: bool) -> None:
+        self._loop, self._whole = loop, whole
+
+    def __call__(
+        self,
+        rng: Philox | None = None,
+        *,
+        start: Tensor | Interpolation | None = None,
+        noise: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Samples, in a tensor of their own.
+
+        Args:
+            rng: seed and sample ids; None: a seed from torch's default CPU generator.
+            start, noise: as p_sample_loop's.
+            model_kwargs: tensors that take the place of those that the loop was made with; None: the same again.
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop.
+        """
+        self._loop.restart(rng, start, noise, model_kwargs)
+        if self._whole:
+            return self._loop.run_whole().clone()
+        for _ in self._loop.run():
+            pass
+        return self._loop.stepper.state.x.clone()

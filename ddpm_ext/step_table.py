@@ -4,12 +4,21 @@ A row is a step, with x the sample, m the model's output and z a standard normal
 
     x0   = clip(a x + b m)                      predicted clean sample
     prev = c0 x0 + c1 x + c2 m + s z            next sample
+
+Some steps need more, with h the x0 of the loop's previous step, v a variance that the model tells beside m, and g a
+classifier's gradient:
+
+    x0   = clip(a x + b m) + g0 g
+    prev = c0 x0 + c1 x + c2 m + c3 h + V g1 g + S z
+
+    S = s              V = 1                    a fixed variance
+    S = s e            V = e^2                  a learned one, e = exp(l0 + l1 v) its root
+    S = s sqrt(v)      V = v                    a learned one that v is itself
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +34,7 @@ from torch import Tensor
 
 from ddpm_ext import checks
 from ddpm_ext.files import write_text
+from ddpm_ext.table_diff import ColumnDiff, TableDiff, aligned, compare, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,10 +57,19 @@ class StepRow(NamedTuple):
     c2: float
     s: float
     draw: int
+    c3: float = 0.0
+    l0: float = 0.0
+    l1: float = 0.0
+    g0: float = 0.0
+    g1: float = 0.0
+    now: float = 0.0
+    after: float = 0.0
 
 
 COLUMNS = StepRow._fields
-FACTORS = COLUMNS[1:-1]
+PLAIN, ADDED = COLUMNS[:8], COLUMNS[8:]
+FACTORS = PLAIN[1:-1]
+EXTENDED = ("c3", "l0", "l1")  # where they are not 0, the plain kernel can't take the row
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -65,11 +84,13 @@ class StepTable:
         c2, s: as well; None: zeros.
         draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
             timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
+        c3, l0, l1, g0, g1: real numbers, finite; None: zeros.
+        now, after: alphas_cumprod where the row starts and where it arrives, in [0, 1]; None: zeros, not known.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were given.
-        a, b, c0, c1, c2, s: float64 (rows,).
         draw: int64 (rows,).
+        The others: float64 (rows,).
         All on the CPU; `to` makes a table that lies elsewhere. They are not to be written to.
 
     `len(table)`, iteration and `table[i]` (a StepRow) are as a list's; `table[i:j:k]` is a StepTable, whose rows keep
@@ -78,7 +99,7 @@ class StepTable:
     Raises:
         TypeError: a column of other things than numbers, or a draw of other things than integers.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
-            finite; a draw out of range.
+            finite; a draw, now or after out of range.
     """
 
     timestep: Tensor
@@ -89,6 +110,13 @@ class StepTable:
     c2: Tensor
     s: Tensor
     draw: Tensor
+    c3: Tensor
+    l0: Tensor
+    l1: Tensor
+    g0: Tensor
+    g1: Tensor
+    now: Tensor
+    after: Tensor
 
     def __init__(
         self,
@@ -100,15 +128,27 @@ class StepTable:
         c2: Values | None = None,
         s: Values | None = None,
         draw: Values | None = None,
+        *,
+        c3: Values | None = None,
+        l0: Values | None = None,
+        l1: Values | None = None,
+        g0: Values | None = None,
+        g1: Values | None = None,
+        now: Values | None = None,
+        after: Values | None = None,
     ) -> None:
         steps = _column("timestep", timestep)
-        zeros = np.zeros(len(steps))
-        given = (a, b, c0, c1, zeros if c2 is None else c2, zeros if s is None else s)
         columns = {"timestep": steps}
-        for name, values in zip(FACTORS, given, strict=True):
+        for name, needed in zip(("a", "b", "c0", "c1"), (a, b, c0, c1), strict=True):
+            columns[name] = _column(name, needed, len(steps)).astype(np.float64)
+        others = (c2, s, c3, l0, l1, g0, g1, now, after)
+        for name, values in zip(("c2", "s", *ADDED), others, strict=True):
+            values = np.zeros(len(steps)) if values is None else values
             columns[name] = _column(name, values, len(steps)).astype(np.float64)
         columns["draw"] = _default_draws(steps) if draw is None else _column("draw", draw, len(steps))
         _check_draws(columns["draw"])
+        for name in ("now", "after"):
+            _check_levels(name, columns[name])
         # Not inference tensors, which could not be saved for a backward pass later on.
         with torch.inference_mode(False):
             for name, array in columns.items():
@@ -162,15 +202,18 @@ class StepTable:
         return not self.diff(other)
 
     def __repr__(self) -> str:
+        """The rows, aligned: c3, l0 and l1 where not all of them are 0; without g0, g1, now and after."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
             shown[SHOWN:-SHOWN] = [-1]
-        lines = [["row", *COLUMNS]]
+        names = [*PLAIN, *(name for name in EXTENDED if (getattr(self, name) != 0).any())]
+        lines = [["row", *names]]
         for i in shown:
-            lines.append([str(i), *map(_short, self[i])] if i >= 0 else ["..."] * len(lines[0]))
+            row = self[i]._asdict()
+            lines.append([str(i), *(short(row[name]) for name in names)] if i >= 0 else ["..."] * len(lines[0]))
         title = f"StepTable of {rows} row{'s' * (rows != 1)}{'' if device.type == 'cpu' else f' on {device}'}"
-        return f"{title}\n{_aligned(lines)}"
+        return f"{title}\n{aligned(lines)}"
 
     # ------------------------------------------------------------------------------------------------ on devices
 
@@ -193,15 +236,47 @@ class StepTable:
         Raises:
             TypeError: another dtype. ValueError: not a device.
         """
+        return self._packed(device, dtype, [])
+
+    def packed_extended(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        guidance: Values | None = None,
+    ) -> Tensor:
+        """The extended kernels' form, (rows, 16) on `device`: seven columns as packed's, then c3, l0, l1, g0, g1,
+        sqrt(after), sqrt(1 - after), the scale of classifier-free guidance, and a zero.
+
+        Args:
+            guidance: (rows,), finite; None: ones.
+
+        Raises:
+            TypeError: another dtype, or a guidance of other things than numbers.
+            ValueError: not a device, or a guidance of another length, or not finite.
+        """
+        scale = torch.from_numpy(_column("guidance", np.ones(len(self)) if guidance is None else guidance, len(self)))
+        after = self.after.cpu().numpy()  # whose root is rounded alike everywhere, unlike torch's
+        known = [torch.from_numpy(np.sqrt(power)) for power in (after, 1 - after)]
+        return self._packed(device, dtype, [self.c3, self.l0, self.l1, self.g0, self.g1, *known, scale])
+
+    def _packed(self, device: torch.device | str, dtype: torch.dtype, added: list[Tensor]) -> Tensor:
+        """In blocks of 8 numbers a row; `added` from the eighth on."""
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        table = torch.zeros(len(self), 8, dtype=dtype, device="cpu")
+        table = torch.zeros(len(self), 16 if added else 8, dtype=dtype, device="cpu")
         for column, name in enumerate(FACTORS):
             table[:, column] = getattr(self, name)
         # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
         table.view(torch.int32 if dtype == torch.float32 else torch.int64)[:, 6] = self.draw
+        for column, values in enumerate(added, start=7):
+            table[:, column] = values
         return table.to(there)
+
+    @property
+    def extended(self) -> bool:
+        """Whether any c3, l0 or l1 is not 0, so that the rows are the extended kernels' alone."""
+        return any(bool((getattr(self, name) != 0).any()) for name in EXTENDED)
 
     # --------------------------------------------------------------------------------------------------- in files
 
@@ -217,7 +292,7 @@ class StepTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
-        """The table that `save` wrote to `path`, equal in every bit.
+        """The table that `save` wrote to `path`, equal in every bit. Columns from c3 on may be missing: zeros.
 
         Raises:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
@@ -261,70 +336,8 @@ class StepTable:
             here, there = (getattr(table, name)[: min(rows)].cpu() for table in (self, other))
             at = (here != there).nonzero()[:, 0]
             if len(at):
-                columns[name] = _compare(at.tolist(), here[at].tolist(), there[at].tolist())
+                columns[name] = compare(at.tolist(), here[at].tolist(), there[at].tolist())
         return TableDiff(rows, (self.timestep.dtype, other.timestep.dtype), columns)
-
-
-class ColumnDiff(NamedTuple):
-    """How two tables' columns differ.
-
-    rows: how many rows do; first: the first of them; here, there: its two values; absolute: the largest |here - there|
-    of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
-    """
-
-    rows: int
-    first: int
-    here: int | float
-    there: int | float
-    absolute: int | float
-    relative: float
-
-
-@dataclass(frozen=True)
-class TableDiff:
-    """How two tables differ: their numbers of rows, their timesteps' dtypes, and by name the columns that do.
-
-    False where they don't differ. As a string, a report.
-    """
-
-    rows: tuple[int, int]
-    dtypes: tuple[torch.dtype, torch.dtype]
-    columns: dict[str, ColumnDiff]
-
-    def __bool__(self) -> bool:
-        return bool(self.columns) or self.rows[0] != self.rows[1] or self.dtypes[0] != self.dtypes[1]
-
-    def __str__(self) -> str:
-        if not self:
-            return "no difference"
-        report = []
-        if self.rows[0] != self.rows[1]:
-            report.append(f"rows: {self.rows[0]} here, {self.rows[1]} there; the first {min(self.rows)} compared")
-        if self.dtypes[0] != self.dtypes[1]:
-            report.append("timestep: {} here, {} there".format(*(str(dtype)[6:] for dtype in self.dtypes)))
-        if self.columns:
-            lines = [["column", "rows", "first", "here", "there", "max absolute", "max relative"]]
-            lines += [[name, *map(_short, found)] for name, found in self.columns.items()]
-            report.append(_aligned(lines))
-        return "\n".join(report)
-
-
-def _compare(at: list[int], here: list[float], there: list[float]) -> ColumnDiff:
-    absolute, relative = 0.0, 0.0
-    for x, y in zip(here, there, strict=True):
-        distance, largest = abs(x - y), max(abs(x), abs(y))
-        absolute = max(absolute, distance)
-        relative = max(relative, distance / largest if distance < math.inf else abs(x / largest - y / largest))
-    return ColumnDiff(len(at), at[0], here[0], there[0], absolute, relative)
-
-
-def _short(value: int | float) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def _column(name: str, values: Values, rows: int | None = None) -> npt.NDArray[Any]:
@@ -383,6 +396,13 @@ def _check_draws(draw: npt.NDArray[Any]) -> None:
         raise ValueError(f"draw[{i}] is {draw[i]}, expected 0 <= draw < 2^32")
 
 
+def _check_levels(name: str, levels: npt.NDArray[Any]) -> None:
+    bad = (levels < 0) | (levels > 1)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"{name}[{i}] is {levels[i]}, expected 0 <= {name} <= 1")
+
+
 def _parse(found: Any) -> dict[str, list[Any]]:
     """The columns of a file's JSON, by name."""
     name = found.get("format") if isinstance(found, dict) else None
@@ -394,8 +414,10 @@ def _parse(found: Any) -> dict[str, list[Any]]:
     if version > VERSION:
         raise ValueError(f"version is {version}, newer than this ddpm_ext, which reads up to {VERSION}")
     names, rows = found.get("columns"), found.get("rows")
-    if not isinstance(names, list) or sorted(map(str, names)) != sorted(COLUMNS):
-        raise ValueError(f"columns are {names!r}, expected {', '.join(COLUMNS)}, each once")
+    texts = list(map(str, names)) if isinstance(names, list) else []
+    if len(set(texts)) != len(texts) or not set(PLAIN) <= set(texts) <= set(COLUMNS):
+        needed, others = ", ".join(PLAIN), ", ".join(ADDED)
+        raise ValueError(f"columns are {names!r}, expected {needed}, each once, and any of {others}")
     if not isinstance(rows, list) or not rows:
         raise ValueError("rows are missing, expected a list of at least 1 row")
     for i, row in enumerate(rows):

@@ -24,14 +24,22 @@ HUGE = 2.0**100
 
 
 class DeviceTables:
-    """Tables by name, in float32 and float64, made once on the CPU and copied once to each other device."""
+    """Tables by name, in float32 and float64, made once on the CPU and copied once to each other device.
 
-    def __init__(self, steps: StepTable, **tables: Tensor) -> None:
+    "steps" and "extended" are the step table's rows for the two kernels, "x0" rows that end at the predicted clean
+    sample. `guidance`: the rows' scales of classifier-free guidance.
+    """
+
+    def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
         cpu = torch.device("cpu")
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        zeros = torch.zeros_like(steps.a)
+        x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
         with torch.inference_mode(False):  # inference tensors could not be saved for a backward pass later on
             for dtype in (torch.float32, torch.float64):
                 self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
+                self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
+                self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
                 for name, table in tables.items():
                     self._tables[name, cpu, dtype] = table.to(dtype, copy=True).contiguous()
             # what the model is told: between a schedule's timesteps in float32

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ddpm_ext.sampling import unwrap
+from ddpm_ext.steps import unwrap
 from ddpm_ext.tables import prediction_coefficients
 
 if TYPE_CHECKING:

@@ -1,8 +1,11 @@
 """A denoiser whose exact answer is known.
 
 Data are N(MU, SIGMA^2), independent in each element; so x_t ~ N(sqrt(kept) MU, kept SIGMA^2 + 1 - kept) and the best
-prediction of eps, x0 or v is affine in x_t.
+prediction of eps, x0 or v is affine in x_t. So is then a row of a StepTable, and the mean and the variance of each x
+that a loop reaches are known in float64.
 """
+
+import numpy as np
 
 from ddpm_ext import GaussianDiffusion
 
@@ -14,11 +17,17 @@ def diffusion(**options):
     return GaussianDiffusion(TIMESTEPS, "linear", **options)
 
 
-def best_prediction(kept, x, prediction):
+def marginal(kept, sigma=SIGMA):
+    """Mean and variance of x_t."""
+    return kept**0.5 * MU, kept * sigma**2 + 1 - kept
+
+
+def best_prediction(kept, x, prediction, sigma=SIGMA):
     """E[eps | x_t], E[x0 | x_t] or E[v | x_t]."""
     root, coroot = kept**0.5, (1 - kept) ** 0.5
-    surprise = (x - root * MU) / (kept * SIGMA**2 + 1 - kept)
-    eps, x0 = coroot * surprise, MU + root * SIGMA**2 * surprise
+    mean, variance = marginal(kept, sigma)
+    surprise = (x - mean) / variance
+    eps, x0 = coroot * surprise, MU + root * sigma**2 * surprise
     return {"eps": eps, "x0": x0, "v": root * eps - coroot * x0}[prediction]
 
 
@@ -28,3 +37,40 @@ def exact_model(gd):
         return best_prediction(kept, x, gd.prediction)
 
     return model
+
+
+def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None):
+    """x0 and the next sample by a StepRow: floats or float64 arrays."""
+    x0 = row.a * x + row.b * m
+    if clip is not None:
+        x0 = np.clip(x0, *clip)
+    x0 = x0 + row.g0 * g
+    root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
+    mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.c3 * h
+    return x0, mean + root**2 * row.g1 * g + row.s * root * z
+
+
+def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
+    """Mean and variance of x after each row of the table, of a loop from N(mean, variance).
+
+    `levels` says alphas_cumprod by timestep; a row that leaves out the model's output is not given any.
+    """
+    state, covariance = np.array([mean, 0.0]), np.diag([variance, 0.0])  # of x and the x0 before
+    for row in table:
+
+        def step(x, h, row=row):
+            asked = row.b != 0 or row.c2 != 0
+            m = best_prediction(levels[row.timestep], x, prediction, sigma) if asked else 0.0
+            return np.array(take(row, x, m, h)[::-1])
+
+        constant = step(0.0, 0.0)
+        slopes = np.stack([step(1.0, 0.0) - constant, step(0.0, 1.0) - constant], axis=1)
+        state = slopes @ state + constant
+        covariance = slopes @ covariance @ slopes.T + np.diag([row.s**2, 0.0])
+        yield state[0], covariance[0, 0]
+
+
+def flow(x, start, end):
+    """Where the probability flow takes x from alphas_cumprod `start` to `end`: it keeps its quantile."""
+    (mean, variance), (other, narrower) = marginal(start), marginal(end)
+    return other + (x - mean) * (narrower / variance) ** 0.5

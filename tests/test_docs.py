@@ -5,19 +5,31 @@ import re
 import pytest
 import torch
 
-from ddpm_ext import GaussianDiffusion
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.samplers import SAMPLERS, VARIANCES
 from ddpm_ext.spacing import spaced_timesteps
 
 
-def test_sampling_code(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run(page, folder, monkeypatch):
+    """How many blocks of code it has."""
+    monkeypatch.chdir(folder)
     pytest.importorskip("matplotlib").use("Agg")
-    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "sampling.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    names = {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8), "gd": GaussianDiffusion(1000), "torch": torch}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names = {"torch": torch, "Philox": Philox, "GaussianDiffusion": GaussianDiffusion}
+    names |= {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8), "gd": GaussianDiffusion(1000)}
     for block in blocks:
-        exec(block.replace("model, shape,", "model, shape, progress=False,"), names)
+        exec(re.sub(r"(p_sample_loop\(.*) shape,", r"\1 shape, progress=False,", block), names)
+    return len(blocks)
+
+
+def test_sampling_code(root, tmp_path, monkeypatch):
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 7
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
+
+
+@pytest.mark.filterwarnings("ignore:graph. steps are not captured")
+def test_options_code(root, tmp_path, monkeypatch):
+    assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 8
 
 
 def test_spacings_table(root):
@@ -27,3 +39,11 @@ def test_spacings_table(root):
     for spacing, timesteps in rows:
         steps = None if spacing[-1].isdigit() else 5
         assert spaced_timesteps(1000, steps, spacing).tolist() == [int(t) for t in timesteps.split()]
+
+
+def test_every_sampler_and_variance_is_told(root):
+    names = [
+        set(re.findall(r'`"(\w+)"`', (root / "docs" / page).read_text())) for page in ("sampling.md", "options.md")
+    ]
+    assert set(SAMPLERS) <= names[0]
+    assert {name for name in VARIANCES if name.startswith("learned")} <= names[1]

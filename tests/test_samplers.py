@@ -5,12 +5,11 @@ import torch
 from choices import for_many
 from tutorial import Tutorial
 
-from ddpm_ext.samplers import SAMPLERS, ddim, ddim_inverse, ddpm, euler, euler_ancestral
+from ddpm_ext.samplers import SAMPLERS, WITH_ETA, ddim, ddim_inverse, ddpm, euler, euler_ancestral
 from ddpm_ext.schedules import SCHEDULES, make_betas
 from ddpm_ext.spacing import karras_grid, make_grid, spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
-COLUMNS = ("a", "b", "c0", "c1", "c2", "s")
 
 
 def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
@@ -33,11 +32,11 @@ def bayes(alpha, kept_before):
     return kept_before**0.5 / (1 - kept_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
 
 
-def apply(table, x, m, z, clip=True):
+def apply(table, x, m, z, clip=True, h=0.0):
     """One step by each row."""
     x0 = table.a * x + table.b * m
     x0 = x0.clamp(-1, 1) if clip else x0
-    return table.c0 * x0 + table.c1 * x + table.c2 * m + table.s * z
+    return table.c0 * x0 + table.c1 * x + table.c2 * m + table.c3 * h + table.s * z
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -137,21 +136,17 @@ def test_ddim_with_eta_1_is_ddpm(name, prediction):
     close(implicit.s, ancestral.s, atol=1e-14)  # measured 2.7e-15, factor 4
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_alphas_cumprod_zero(sampler):
     betas = make_betas(torch.tensor([0.1, 0.2, 1.0]), 3)
     kept = (1 - betas).cumprod(0)
     descending = torch.tensor([2, 1, 0])
     for prediction in PREDICTIONS:
-        if sampler == "ddpm":
-            table = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction)
-        else:
-            table = ddim(make_grid(kept, descending), prediction=prediction)
-        for column in COLUMNS:
-            assert getattr(table, column).isfinite().all(), (prediction, column)
+        table = SAMPLERS[sampler](make_grid(kept, descending, betas=betas), prediction=prediction)
+        assert table.now[0] == table.g0[0] == 0
         first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
         assert (table.a[0], table.b[0]) == first
-        assert table.packed(torch.device("cpu")).isfinite().all()
+        assert table.packed_extended("cpu").isfinite().all()  # the columns in float64 are, or there were no table
     table = ddpm(make_grid(kept, descending, betas=betas))
     x, m = torch.tensor([0.5, -0.25, 1e-3]).double(), torch.tensor([0.25, 0.5, 2e-3]).double()
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
@@ -226,20 +221,35 @@ def test_inversion_wants_an_ascent():
 @pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
 def test_predictions_agree(name, grid):
     """A model that knows x0 and the noise may tell either, or v, or the posterior's mean."""
-    x0, eps = torch.rand(2, len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(6)) - 0.5
-    root, coroot = grid.now.sqrt(), (1 - grid.now).sqrt()
+    tables = {p: SAMPLERS[name](grid, prediction=p) for p in (*PREDICTIONS, "x_prev")}
+    at = torch.tensor([grid.timestep.tolist().index(t) for t in tables["eps"].timestep.tolist()])
+    x0, eps = torch.rand(2, len(at), dtype=torch.float64, generator=torch.Generator().manual_seed(6)) - 0.5
+    root, coroot = grid.now[at].sqrt(), (1 - grid.now[at]).sqrt()
     x = root * x0 + coroot * eps
     weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
-    of_x0, of_x = torch.tensor(weights, dtype=torch.float64).T
+    of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
     told = {
         "eps": eps,
         "x0": x0,
         "v": root * eps - coroot * x0,
         "x_prev": of_x0 * x0 + of_x * x,
     }
-    results = [apply(SAMPLERS[name](grid, prediction=p), x, m, 0.25) for p, m in told.items()]
+    results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in told.items()]
     for other in results[1:]:
         close(other, results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_rows_say_where_they_start_and_arrive(name, grid):
+    """A row starts from its timestep's level; it arrives at the next one's, and the last at the grid's end."""
+    table = SAMPLERS[name](grid)
+    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
+    now = [levels[t] for t in table.timestep.tolist()]
+    assert table.timestep.dtype == grid.timestep.dtype
+    assert table.now.tolist() == now
+    assert table.after.tolist() == [*now[1:], grid.after[-1].item()]
+    assert len(set(table.draw.tolist())) == len(table)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -256,6 +266,6 @@ BAD_ETAS = [(-1, ValueError), (float("nan"), ValueError), (True, TypeError), ("1
 @pytest.mark.parametrize("eta, error", BAD_ETAS)
 def test_bad_eta(eta, error):
     _, kept = schedule("linear")
-    for sampler in (ddim, euler_ancestral):
+    for sampler in (SAMPLERS[name] for name in WITH_ETA):
         with pytest.raises(error, match="eta is"):
             sampler(make_grid(kept, [999, 0]), eta=eta)

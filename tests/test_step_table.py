@@ -1,51 +1,21 @@
-"""step_table: rows that are checked, read, sliced, packed, kept in files and compared, against Python's own numbers."""
+"""step_table: rows that are checked, read, sliced and packed, against Python's own numbers."""
 
 import copy
 import dataclasses
-import json
 import math
 import pickle
 import struct
 from collections import Counter
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from choices import for_many
+from rows import any_float, any_rows, bits, changed, of
 
 import ddpm_ext
 from ddpm_ext import Philox, StepTable, ops
-from ddpm_ext.step_table import COLUMNS, FACTORS, StepRow
-
-SMALL = {"timestep": [2, 1, 0], "a": [1, 2, 3], "b": [0.5] * 3, "c0": [1, 0, 1], "c1": [0, 1, 0]}
-
-
-def any_float(choose):
-    """Any finite float64: by its bits."""
-    (value,) = struct.unpack("<d", struct.pack("<q", choose.integer(-(2**63), 2**63 - 1)))
-    return value if math.isfinite(value) else choose.one_of([0.0, -0.0, 0.1, 5e-324, -1.7976931348623157e308])
-
-
-def any_rows(choose, most=14):
-    """Rows of Python numbers, their timesteps all integers or all floats."""
-    step = choose.one_of([lambda: choose.integer(-(2**63), 2**63 - 1), lambda: any_float(choose)])
-    count = choose.integer(1, most)
-    return [StepRow(step(), *(any_float(choose) for _ in FACTORS), choose.integer(0, 2**32 - 1)) for _ in range(count)]
-
-
-def of(rows):
-    return StepTable(*zip(*rows, strict=True))
-
-
-def bits(rows):
-    """What tells 0.0 from -0.0, and 1 from 1.0."""
-    return [[struct.pack("<d", value) if isinstance(value, float) else value for value in row] for row in rows]
-
-
-def changed(**columns):
-    return StepTable(**{**SMALL, **columns})
-
+from ddpm_ext.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
 
 # ------------------------------------------------------------------------------------------------- what is taken
 
@@ -57,7 +27,7 @@ def test_numbers_stay_what_they_are(choose):
     assert bits(table) == bits(rows)
     assert table.timestep.dtype == (torch.float64 if isinstance(rows[0].timestep, float) else torch.int64)
     assert table.draw.dtype == torch.int64
-    for name in FACTORS:
+    for name in (*FACTORS, *ADDED):
         assert getattr(table, name).dtype == torch.float64
         assert getattr(table, name).shape == (len(rows),)
 
@@ -98,10 +68,12 @@ def test_kinds_of_draws(draw):
 
 
 def test_written_by_hand(device):
-    """c2 and s are zeros where they aren't given; the kernel takes such a table."""
+    """What isn't given is zeros; the kernel takes such a table."""
     table = StepTable(timestep=[9, 4], a=[2, 1], b=[-1, 0], c0=[0.5, 1], c1=[0.25, 0])
     assert table.c2.tolist() == table.s.tolist() == [0.0, 0.0]
-    assert list(table[:1]) == [(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9)]
+    assert list(table[:1]) == [(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9, *[0.0] * len(ADDED))]
+    assert StepRow(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9) == table[0]
+    assert not table.extended
     x, m = torch.tensor([[0.5, -0.25]], device=device), torch.tensor([[0.75, 0.5]], device=device)
     prev = ops.reverse_step(x, m, table.packed(device), 0, rng=Philox(1))
     assert prev.tolist() == [[0.5 * 0.25 + 0.25 * 0.5, 0.5 * -1.0 + 0.25 * -0.25]]
@@ -131,6 +103,7 @@ def test_under_modes():
             assert not getattr(made, name).is_inference()
     with torch.device("meta"):
         assert table.packed("cpu").is_cpu
+        assert table.packed_extended("cpu", guidance=[1, 2, 3]).is_cpu
         assert part[::-1] == table == pickle.loads(pickle.dumps(table))
 
 
@@ -167,6 +140,12 @@ def test_under_modes():
         ({"draw": [0, 2**32, -1]}, ValueError, r"draw\[1\] is 4294967296, expected"),
         ({"draw": [0, 2**64, 1]}, ValueError, "draw holds 18446744073709551616, expected numbers below"),
         ({"draw": [0, 1]}, ValueError, r"draw has shape \(2,\), expected \(3,\)"),
+        ({"c3": [0, 1]}, ValueError, r"c3 has shape \(2,\), expected \(3,\), one a row as timestep"),
+        ({"l1": [0, 1, math.inf]}, ValueError, r"l1\[2\] is inf, expected finite numbers"),
+        ({"g0": "abc"}, TypeError, "g0 holds <U3, expected real numbers"),
+        ({"now": [0, 0.5, -0.1]}, ValueError, r"now\[2\] is -0.1, expected 0 <= now <= 1"),
+        ({"now": [1, 0.5, math.nan]}, ValueError, r"now\[2\] is nan, expected finite numbers"),
+        ({"after": [1, 1.0000001, 2]}, ValueError, r"after\[1\] is 1.0000001, expected 0 <= after <= 1"),
     ],
 )
 def test_refused(columns, error, message):
@@ -220,16 +199,50 @@ def test_packed(device, choose):
         assert packed.cpu().numpy().tobytes() == b"".join(expected)
 
 
+@for_many(50)
+def test_packed_extended(device, choose):
+    rows = any_rows(choose)
+    guidance = [any_float(choose) for _ in rows] if choose.one_of([False, True]) else None
+    table = of(rows)
+    for dtype, kind, layout in ((torch.float32, np.float32, "<6fI9f"), (torch.float64, np.float64, "<6dQ9d")):
+        packed = table.packed_extended(device, dtype, guidance)
+        assert (packed.dtype, packed.device, packed.shape) == (dtype, device, (len(rows), 16))
+        assert packed.is_contiguous()
+        expected = []
+        for i, row in enumerate(rows):
+            known = [math.sqrt(row.after), math.sqrt(1 - row.after)]
+            scale = 1.0 if guidance is None else guidance[i]
+            with np.errstate(over="ignore", under="ignore"):
+                first = np.array(row[1:7]).astype(kind)
+                second = np.array([row.c3, row.l0, row.l1, row.g0, row.g1, *known, scale]).astype(kind)
+            expected.append(struct.pack(layout, *first, row.draw, *second, 0))
+        assert packed.cpu().numpy().tobytes() == b"".join(expected)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_which_columns_extend_a_table(name):
+    """History and a learned variance need a kernel of their own; a gradient and the levels only where they are used."""
+    assert changed(**{name: [0, 1, 0]}).extended == (name in ("c3", "l0", "l1"))
+    assert not changed(**{name: [0.0, -0.0, 0.0]}).extended
+
+
 def test_packed_bad():
-    with pytest.raises(TypeError, match=r"dtype is torch.float16, expected torch.float32 or torch.float64"):
-        changed().packed("cpu", torch.float16)
-    for call in (changed().packed, changed().to):
+    for call in (changed().packed, changed().packed_extended):
+        with pytest.raises(TypeError, match=r"dtype is torch.float16, expected torch.float32 or torch.float64"):
+            call("cpu", torch.float16)
+    with pytest.raises(ValueError, match=r"guidance has shape \(2,\), expected \(3,\), one a row"):
+        changed().packed_extended("cpu", guidance=[1, 2])
+    with pytest.raises(ValueError, match=r"guidance\[1\] is nan, expected finite numbers"):
+        changed().packed_extended("cpu", guidance=[1, math.nan, 2])
+    with pytest.raises(TypeError, match="guidance holds <U1"):
+        changed().packed_extended("cpu", guidance=["1", "2", "3"])
+    for call in (changed().packed, changed().packed_extended, changed().to):
         with pytest.raises(ValueError, match="device is 'nowhere'"):
             call("nowhere")
 
 
 def test_on_a_device(device):
-    rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i) for i in range(20)]
+    rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i, *range(5), 0.25, 0.5) for i in range(20)]
     table = of(rows)
     there = table.to(device)
     for name in COLUMNS:
@@ -240,6 +253,8 @@ def test_on_a_device(device):
     assert list(there) == rows
     assert there[-1] == rows[-1]
     assert torch.equal(there.packed("cpu").view(torch.int32), table.packed("cpu").view(torch.int32))
+    assert torch.equal(there.packed_extended("cpu").view(torch.int32), table.packed_extended("cpu").view(torch.int32))
+    assert there.extended
     assert (f"on {device}" in repr(there).splitlines()[0]) == (device.type != "cpu")
     assert pickle.loads(pickle.dumps(there)).a.device == device
 
@@ -300,7 +315,7 @@ def test_copies_are_equal(copied):
         other.a = other.b
 
 
-# ------------------------------------------------------------------------------------------------ looked at, compared
+# ---------------------------------------------------------------------------------------------------- looked at
 
 
 @pytest.mark.parametrize("count", [1, 2, 11, 12, 1000])
@@ -310,7 +325,7 @@ def test_repr_is_an_aligned_table(count):
     table = StepTable(torch.arange(count - 1, -1, -1), *columns)
     title, head, *lines = repr(table).splitlines()
     assert title == f"StepTable of {count} row{'' if count == 1 else 's'}"
-    assert head.split() == ["row", *COLUMNS]
+    assert head.split() == ["row", *PLAIN]
     assert {len(line) for line in lines} == {len(head)}
     assert len(head) <= 120
     shown = list(range(count)) if count <= 11 else [*range(5), None, *range(count - 5, count)]
@@ -319,170 +334,16 @@ def test_repr_is_an_aligned_table(count):
         if i is None:
             assert set(cells) == {"..."}
         else:
-            assert [float(cell) for cell in cells] == pytest.approx([i, *table[i]], rel=1e-5)
+            assert [float(cell) for cell in cells] == pytest.approx([i, *table[i][:8]], rel=1e-5)
 
 
-def nearest(number):
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
-
-
-@for_many(100)
-def test_diff(choose):
-    rows = any_rows(choose, 6)
-    other = [list(row) for row in rows]
-    for _ in range(choose.integer(0, 4)):
-        column = choose.integer(1, 6)
-        other[choose.integer(0, len(rows) - 1)][column] = any_float(choose)
-    found = of(rows).diff(of(other))
-    expected = {}
-    for name, here, there in zip(COLUMNS, zip(*rows, strict=True), zip(*other, strict=True), strict=True):
-        apart = [i for i, (x, y) in enumerate(zip(here, there, strict=True)) if x != y]
-        if apart:
-            pairs = [(Fraction(here[i]), Fraction(there[i])) for i in apart]
-            absolute = max(abs(x - y) for x, y in pairs)
-            relative = max(abs(x - y) / max(abs(x), abs(y)) for x, y in pairs)
-            distances = (nearest(absolute), pytest.approx(nearest(relative), rel=1e-15))
-            expected[name] = (len(apart), apart[0], here[apart[0]], there[apart[0]], *distances)
-    assert found.columns == expected
-    assert bool(found) == bool(expected) == (of(rows) != of(other))
-    report = str(found).splitlines()
-    assert [line.split()[0] for line in report] == (["column", *expected] if expected else ["no"])
-
-
-def test_diff_of_integers():
-    """The exact distance, where float64 has none; a draw counts as well."""
-    table = changed(timestep=[2**62, 1, 0], draw=[1, 2, 3])
-    found = table.diff(changed(timestep=[2**62 + 1, 1, 0], draw=[1, 2, 4])).columns
-    assert set(found) == {"timestep", "draw"}
-    assert found["timestep"][:5] == (1, 0, 2**62, 2**62 + 1, 1)
-    assert found["draw"] == (1, 2, 3, 4, 1, 0.25)
-
-
-def test_diff_past_what_a_double_can_say():
-    far = 1.5 * 2.0**1023
-    found = changed(a=[far, 0, 0]).diff(changed(a=[-far, 0, 0])).columns
-    assert found == {"a": (1, 0, far, -far, math.inf, 2.0)}
-
-
-def test_diff_of_lengths_and_dtypes():
-    table, longer = changed(), StepTable(*(4 * [[3, 2, 1, 0]]), [0] * 4)
-    for here, there, words in ((table, longer, "rows: 3 here, 4 there"), (longer, table, "rows: 4 here, 3 there")):
-        assert here != there
-        assert words in str(here.diff(there))
-        assert here.diff(there).rows == (len(here), len(there))
-    found = longer[:2].diff(longer)
-    assert found and not found.columns
-    found = table.diff(changed(timestep=[2.0, 1.0, 0.0]))
-    assert found and not found.columns
-    assert str(found) == "timestep: int64 here, float64 there"
-    with pytest.raises(TypeError, match="other is a list, expected a StepTable"):
-        table.diff([1])
-    assert table != "a table"
-
-
-# ------------------------------------------------------------------------------------------------------ in files
-
-
-@for_many(60)
-def test_files_keep_every_bit(choose, tmp_path_factory):
-    rows = any_rows(choose)
-    path = tmp_path_factory.mktemp("tables") / "a.json"
-    of(rows).save(path)
-    loaded = StepTable.load(str(path))
-    assert bits(loaded) == bits(rows)
-    content = json.loads(path.read_text())
-    assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 1)
-    assert content["columns"] == list(COLUMNS)
-    assert bits(content["rows"]) == bits(rows)
-    assert sum(line.count("[") for line in path.read_text().splitlines()[5:-2]) == len(rows)  # one line a row
-    assert [found.name for found in path.parent.iterdir()] == ["a.json"]
-
-
-def test_failed_save_keeps_the_old_file(tmp_path):
-    path, table = tmp_path / "a.json", changed()
-    table.save(path)
-    broken = changed()
-    broken.a[1] = math.nan
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        broken.save(path)
-    assert StepTable.load(path) == table
-    with pytest.raises(ValueError, match="is a folder"):
-        table.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"b\.json"):
-        StepTable.load(tmp_path / "b.json")
-
-
-def test_columns_may_stand_in_another_order(tmp_path):
-    changed(s=[0.5, 0.25, 0]).save(tmp_path / "a.json")
-    content = json.loads((tmp_path / "a.json").read_text())
-    for row in (content["columns"], *content["rows"]):
-        row.reverse()
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    assert StepTable.load(tmp_path / "a.json") == changed(s=[0.5, 0.25, 0])
-
-
-def broken(**change):
-    def apply(content):
-        return json.dumps({**content, **change})
-
-    return apply
-
-
-def without(column):
-    def apply(content):
-        at = content["columns"].index(column)
-        for row in (content["columns"], *content["rows"]):
-            del row[at]
-        return json.dumps(content)
-
-    return apply
-
-
-def cell(row, column, value):
-    def apply(content):
-        content["rows"][row][COLUMNS.index(column)] = value
-        return json.dumps(content)
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda content: json.dumps(content)[:-20], "is not JSON: "),
-        (lambda content: "", "is not JSON: "),
-        (lambda content: "[" * 100_000, "is not JSON: "),
-        (lambda content: "\udcff", "is not JSON: .*utf"),
-        (lambda content: "[1, 2]", "format is None, expected 'ddpm_ext.StepTable'"),
-        (broken(format="onnx"), "format is 'onnx', expected 'ddpm_ext.StepTable'"),
-        (broken(version=2), "version is 2, newer than this ddpm_ext, which reads up to 1"),
-        (broken(version=0), "version is 0, expected an int from 1 to 1"),
-        (broken(version=True), "version is True, expected an int"),
-        (broken(version="1"), "version is '1', expected an int"),
-        (without("s"), r"columns are \['timestep', 'a', 'b', 'c0', 'c1', 'c2', 'draw'\], expected timestep, a, b"),
-        (broken(columns=[*COLUMNS[:-1], "noise"]), "columns are .*'noise'.*, expected .* each once"),
-        (broken(columns=[*COLUMNS, "a"]), "columns are .*, each once"),
-        (broken(columns=None), "columns are None"),
-        (broken(rows=None), "rows are missing"),
-        (broken(rows=[]), "rows are missing"),
-        (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 8 numbers"),
-        (broken(rows=[{"a": 1}]), r"rows\[0\] is \{'a': 1\}"),
-        (cell(1, "a", "x"), "a holds <U"),
-        (cell(1, "b", None), "b holds NoneType"),
-        (cell(1, "c0", True), "c0 holds a bool"),
-        (cell(2, "c1", math.nan), r"c1\[2\] is nan, expected finite numbers"),
-        (cell(2, "c1", [1]), "c1 is not 1-dimensional"),
-        (cell(0, "draw", 1.5), "draw holds float64, expected integers"),
-        (cell(0, "draw", -1), r"draw\[0\] is -1"),
-    ],
-)
-def test_files_that_are_refused(change, message, tmp_path):
-    path = tmp_path / "steps.json"
-    changed().save(path)
-    path.write_bytes(change(json.loads(path.read_text())).encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=message) as raised:
-        StepTable.load(path)
-    assert str(raised.value).startswith(str(path))
+@pytest.mark.parametrize("shown", [["c3"], ["l0", "l1"], ["l1"], ["c3", "l0", "l1"]])
+def test_repr_of_an_extended_table(shown):
+    values = {name: [0.0, 0.125, -2.5] for name in shown}
+    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", "now", "after")}
+    table = changed(**values, **hidden)
+    title, head, *lines = repr(table).splitlines()
+    assert title == "StepTable of 3 rows"
+    assert head.split() == ["row", *PLAIN, *shown]
+    for i, line in enumerate(lines):
+        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in shown]]

@@ -7,11 +7,12 @@
 
 namespace ddpm_ext {
 
-// A row of a step table as it lies in memory: float32 (rows, 8), the seventh column an int32's bits, the last unused.
+// A row of a step table as it lies in memory: float32 (rows, 8), the seventh column an int32's bits, the last read by
+// the extended step alone.
 struct alignas(16) StepRow {
   float a, b, c0, c1, c2, s;
   uint32_t draw;
-  uint32_t unused;
+  float c3;
 };
 
 template <class F>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "args.h"
+#include "core/extended.h"
 #include "core/forward.h"
 #include "core/normal.h"
 #include "core/philox.h"
@@ -20,8 +21,7 @@ struct BFloat16 {
 constexpr int64_t kRunMultiple = 64;
 
 struct Run {
-  const void *x, *model_output, *noise;
-  void* out;
+  void *x, *model_output, *noise, *out;
   int64_t count;
   const void* row;  // StepRow or AffineRow
   float clip_min, clip_max;
@@ -32,6 +32,18 @@ struct Run {
 
 using RunKernel = void (*)(const Run&);
 
+struct ExtendedRun {
+  void *inputs[kRoles], *results[kResults];  // null: the call doesn't have it
+  int64_t count;
+  const void* row;  // ExtendedRow
+  ExtendedSample sample;
+  const PhiloxKeys* keys;
+  PhiloxSample counter;
+  uint32_t block;
+};
+
+using ExtendedRunKernel = void (*)(const ExtendedRun&);
+
 struct Kernels {
   const char* name;
   // By Noise, by the dtype of x and out, by the dtype of the second tensor (the model's output; affine: the noise).
@@ -39,6 +51,8 @@ struct Kernels {
   RunKernel reverse_step[3][3][3];
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // by the dtype of out
+  // By whether noise is drawn, by dtypes as reverse_step.
+  ExtendedRunKernel extended_step[2][3][3];
 };
 
 namespace portable {

@@ -18,9 +18,9 @@ DDPM_HD void normals(const U32 (&w)[4], F32 (&z)[4]) {
   transpose(z);
 }
 
-// Calls body(offset, z) for every vector of the run, z its noise where it is drawn.
-template <Noise kNoise, class Body>
-DDPM_HD void for_each_vector(const Run& run, Body body) {
+// Calls body(offset, z) for every four vectors of the run, z their noise where it is drawn.
+template <Noise kNoise, class Run, class Body>
+DDPM_HD void for_each_four(const Run& run, Body body) {
   static_assert(kRunMultiple % (4 * F32::kLanes) == 0);
   const PhiloxSample counter = run.counter;  // copies: the compiler can't know that no store of the body changes them
   const int64_t count = run.count;
@@ -34,8 +34,16 @@ DDPM_HD void for_each_vector(const Run& run, Body body) {
       normals(w, z);
       draw_words(*run.keys, counter, block += F32::kLanes, w);
     }
-    for (int k = 0; k < 4; ++k) body(i + k * F32::kLanes, z[k]);
+    body(i, z);
   }
+}
+
+// Calls body(offset, z) for every vector.
+template <Noise kNoise, class Body>
+DDPM_HD void for_each_vector(const Run& run, Body body) {
+  for_each_four<kNoise>(run, [=](int64_t i, const F32(&z)[4]) __attribute__((always_inline)) {
+    for (int k = 0; k < 4; ++k) body(i + k * F32::kLanes, z[k]);
+  });
 }
 
 template <Noise kNoise, class X, class M>
@@ -70,6 +78,39 @@ void affine_run(const Run& run) {
   });
 }
 
+template <class X, class M>
+struct RunTensors {
+  const ExtendedRun& run;
+  int64_t at;  // of the first of four vectors
+
+  DDPM_HD bool has(Role role) const { return run.inputs[static_cast<int>(role)] != nullptr; }
+  DDPM_HD bool has(Result result) const { return run.results[static_cast<int>(result)] != nullptr; }
+  template <Role kRole>
+  DDPM_HD F32 load(int i) const {
+    const void* data = run.inputs[static_cast<int>(kRole)];
+    if constexpr (of_model(kRole)) {
+      return ddpm_ext::DDPM_ISA::load(static_cast<const M*>(data) + at + i * F32::kLanes);
+    } else {
+      return ddpm_ext::DDPM_ISA::load(static_cast<const X*>(data) + at + i * F32::kLanes);
+    }
+  }
+  template <Result kResult>
+  DDPM_HD void store(int i, F32 value) const {
+    void* data = run.results[static_cast<int>(kResult)];
+    ddpm_ext::DDPM_ISA::store(static_cast<X*>(data) + at + i * F32::kLanes, value);
+  }
+};
+
+template <bool kDrawn, class X, class M>
+void extended_run(const ExtendedRun& run) {
+  const ExtendedRow row = *static_cast<const ExtendedRow*>(run.row);
+  const ExtendedSample sample = run.sample;
+  for_each_four<kDrawn ? Noise::drawn : Noise::none>(run, [&](int64_t i, F32(&z)[4]) {
+    RunTensors<X, M> tensors{run, i};
+    extended_step(row, sample, tensors, kDrawn, z);
+  });
+}
+
 template <class X>
 void randn(const Run& run) {
   X* out = static_cast<X*>(run.out);
@@ -90,6 +131,12 @@ void randn(const Run& run) {
       {nullptr, kernel<noise, Float16, Float16>, nullptr},   \
       {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>}, \
   }
+#define DDPM_EXTENDED(drawn)                                                                                          \
+  {                                                                                                                   \
+      {extended_run<drawn, float, float>, extended_run<drawn, float, Float16>, extended_run<drawn, float, BFloat16>}, \
+      {nullptr, extended_run<drawn, Float16, Float16>, nullptr},                                                      \
+      {nullptr, nullptr, extended_run<drawn, BFloat16, BFloat16>},                                                    \
+  }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)
 
@@ -100,6 +147,7 @@ const Kernels kernels = {
     {DDPM_BY_ONE_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
+    {DDPM_EXTENDED(false), DDPM_EXTENDED(true)},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
+#include <tuple>
 
 namespace ddpm_ext::cpu {
 namespace {
@@ -16,7 +18,7 @@ int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 // Walks the logical order of a sample, keeping the offset of one strided tensor.
 class StridedWalk {
  public:
-  StridedWalk(const Args& args, const TensorArg& tensor, int64_t start) : args_(args), tensor_(tensor) {
+  StridedWalk(const Call& args, const TensorArg& tensor, int64_t start) : args_(args), tensor_(tensor) {
     for (int d = args.dims - 1; d >= 0; --d) {
       index_[d] = start % args.sizes[d];
       start /= args.sizes[d];
@@ -47,7 +49,7 @@ class StridedWalk {
     offset_ += n * tensor_.strides[d];
   }
 
-  const Args& args_;
+  const Call& args_;
   const TensorArg& tensor_;
   int64_t index_[kMaxDims] = {};
   int64_t offset_ = 0;
@@ -67,91 +69,104 @@ void scatter(StridedWalk walk, const T* from, T* to, int64_t n) {
   });
 }
 
-// One tensor's part of one sample.
-struct Source {
-  const Args& args;
-  const TensorArg& tensor;
-  char* sample;
-  alignas(64) char buffer[kBuffer * 4];
-
-  Source(const Args& args, const TensorArg& tensor, int64_t b)
-      : args(args),
-        tensor(tensor),
-        sample(tensor.data == nullptr
-                   ? nullptr
-                   : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype)) {}
-
-  char* at(int64_t j) const { return sample == nullptr ? nullptr : sample + j * element_size(tensor.dtype); }
-
-  // Elements j to j + n into the buffer, zeros behind them up to a whole run.
-  const char* load(int64_t j, int64_t n, int64_t padded) {
-    if (sample == nullptr) return nullptr;
-    const StridedWalk walk(args, tensor, j);
-    if (tensor.dtype == DType::float32) {
-      gather(walk, reinterpret_cast<const float*>(sample), reinterpret_cast<float*>(buffer), n);
-    } else {
-      gather(walk, reinterpret_cast<const uint16_t*>(sample), reinterpret_cast<uint16_t*>(buffer), n);
-    }
-    memset(buffer + n * element_size(tensor.dtype), 0, (padded - n) * element_size(tensor.dtype));
-    return buffer;
-  }
-
-  void store(int64_t j, int64_t n) {
-    const StridedWalk walk(args, tensor, j);
-    if (tensor.dtype == DType::float32) {
-      scatter(walk, reinterpret_cast<const float*>(buffer), reinterpret_cast<float*>(sample), n);
-    } else {
-      scatter(walk, reinterpret_cast<const uint16_t*>(buffer), reinterpret_cast<uint16_t*>(sample), n);
-    }
-  }
+// A tensor, and where a run wants to know of it.
+struct Part {
+  const TensorArg* tensor;
+  void** place;
+  bool written;
 };
 
+std::array<Part, 4> parts_of(const Args& args, Run& run) {
+  return {{{&args.x, &run.x, false},
+           {&args.model_output, &run.model_output, false},
+           {&args.noise, &run.noise, false},
+           {&args.out, &run.out, true}}};
+}
+
+std::array<Part, kRoles + kResults> parts_of(const ExtendedArgs& args, ExtendedRun& run) {
+  std::array<Part, kRoles + kResults> parts;
+  for (int i = 0; i < kRoles; ++i) parts[i] = {&args.inputs[i], &run.inputs[i], false};
+  for (int i = 0; i < kResults; ++i) parts[kRoles + i] = {&args.results[i], &run.results[i], true};
+  return parts;
+}
+
+// Elements j to j + n of a sample into the buffer, zeros behind them up to a whole run.
+void load(const Call& args, const Part& part, const char* sample, int64_t j, int64_t n, int64_t padded, char* buffer) {
+  const int64_t size = element_size(part.tensor->dtype);
+  const StridedWalk walk(args, *part.tensor, j);
+  if (size == 4) {
+    gather(walk, reinterpret_cast<const float*>(sample), reinterpret_cast<float*>(buffer), n);
+  } else {
+    gather(walk, reinterpret_cast<const uint16_t*>(sample), reinterpret_cast<uint16_t*>(buffer), n);
+  }
+  memset(buffer + n * size, 0, (padded - n) * size);
+}
+
+void store(const Call& args, const Part& part, char* sample, int64_t j, int64_t n, const char* buffer) {
+  const StridedWalk walk(args, *part.tensor, j);
+  if (element_size(part.tensor->dtype) == 4) {
+    scatter(walk, reinterpret_cast<const float*>(buffer), reinterpret_cast<float*>(sample), n);
+  } else {
+    scatter(walk, reinterpret_cast<const uint16_t*>(buffer), reinterpret_cast<uint16_t*>(sample), n);
+  }
+}
+
 // Elements first to last of one sample.
-void run_sample(RunKernel kernel, const Args& args, Run run, int64_t b, int64_t first, int64_t last) {
-  Source x(args, args.x, b), model_output(args, args.model_output, b), noise(args, args.noise, b),
-      out(args, args.out, b);
+template <class Args, class Run>
+void run_sample(void (*kernel)(const Run&), const Args& args, Run run, int64_t b, int64_t first, int64_t last) {
+  const auto parts = parts_of(args, run);
+  constexpr size_t kParts = std::tuple_size_v<decltype(parts_of(args, run))>;
+  char* samples[kParts];
+  for (size_t p = 0; p < kParts; ++p) {
+    const TensorArg& tensor = *parts[p].tensor;
+    *parts[p].place = nullptr;
+    samples[p] = tensor.data == nullptr
+                     ? nullptr
+                     : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
+  }
   const int64_t direct = args.contiguous ? first + (last - first) / kRunMultiple * kRunMultiple : first;
-  run.block = static_cast<uint32_t>(first / 4);
   if (direct > first) {
-    run.x = x.at(first);
-    run.model_output = model_output.at(first);
-    run.noise = noise.at(first);
-    run.out = out.at(first);
+    for (size_t p = 0; p < kParts; ++p)
+      if (samples[p] != nullptr) *parts[p].place = samples[p] + first * element_size(parts[p].tensor->dtype);
     run.count = direct - first;
+    run.block = static_cast<uint32_t>(first / 4);
     kernel(run);
   }
+  if (direct == last) return;
+  alignas(64) char buffers[kParts][kBuffer * 4];
   for (int64_t j = direct; j < last; j += kBuffer) {
     const int64_t n = std::min(kBuffer, last - j), padded = (n + kRunMultiple - 1) / kRunMultiple * kRunMultiple;
-    run.x = x.load(j, n, padded);
-    run.model_output = model_output.load(j, n, padded);
-    run.noise = noise.load(j, n, padded);
-    run.out = out.buffer;
+    for (size_t p = 0; p < kParts; ++p) {
+      if (samples[p] == nullptr) continue;
+      if (!parts[p].written) load(args, parts[p], samples[p], j, n, padded, buffers[p]);
+      *parts[p].place = buffers[p];
+    }
     run.count = padded;
     run.block = static_cast<uint32_t>(j / 4);
     kernel(run);
-    out.store(j, n);
+    for (size_t p = 0; p < kParts; ++p)
+      if (parts[p].written && samples[p] != nullptr) store(args, parts[p], samples[p], j, n, buffers[p]);
   }
 }
 
 struct NoRow {};
 
 // Checked already; clamped, since another thread may have written to t since.
-int64_t timestep(const Args& args, int64_t b) {
+int64_t timestep(const Call& args, int64_t b) {
   const int64_t t = args.t != nullptr ? args.t[b * args.t_stride] : args.t_index;
   return std::clamp<int64_t>(t, 0, args.rows - 1);
 }
 
-// choose(row): the kernel for a sample. draw_of(row, b): the draw where the caller gave none.
-template <class Row, class Choose, class DrawOf>
-void for_each_sample(const Args& args, Choose choose, DrawOf draw_of) {
+// choose(row): the kernel for a sample. draw_of(row, b): the draw where the caller gave none. fill(run, b): what else
+// the sample's run has to say.
+template <class Row, class Run, class Args, class Choose, class DrawOf, class Fill>
+void for_each_sample(const Args& args, Choose choose, DrawOf draw_of, Fill fill) {
   const uint64_t seed = args.seed_data != nullptr ? static_cast<uint64_t>(*args.seed_data) : args.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(args.table);
 
   auto range = [&](int64_t b, int64_t first, int64_t last) {
     Run run{};
-    run.clip_min = args.clip_min;
-    run.clip_max = args.clip_max;
     run.keys = &keys;
     const Row* row = nullptr;
     if (table != nullptr) row = table + timestep(args, b);
@@ -159,6 +174,7 @@ void for_each_sample(const Args& args, Choose choose, DrawOf draw_of) {
     const int64_t id = args.sample_ids != nullptr ? args.sample_ids[b * args.ids_stride] : args.first_id + b;
     const uint32_t draw = args.draw >= 0 ? static_cast<uint32_t>(args.draw) : draw_of(row, b);
     run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), args.stream, draw));
+    fill(run, b);
     run_sample(choose(row), args, run, b, first, last);
   };
 
@@ -182,25 +198,44 @@ int index(DType dtype) { return static_cast<int>(dtype); }
 
 void reverse_step(const Args& args) {
   const auto& table = kernels().reverse_step;
+  const auto clip = [&](Run& run, int64_t) { run.clip_min = args.clip_min, run.clip_max = args.clip_max; };
   const int x = index(args.x.dtype), m = index(args.model_output.dtype);
   auto choose = [&](const StepRow* row) {
     const bool noiseless = args.noise_kind == Noise::drawn && row->s == 0.0f;  // no noise worth drawing
     return table[static_cast<int>(noiseless ? Noise::none : args.noise_kind)][x][m];
   };
-  for_each_sample<StepRow>(args, choose, [](const StepRow* row, int64_t) { return row->draw; });
+  for_each_sample<StepRow, Run>(args, choose, [](const StepRow* row, int64_t) { return row->draw; }, clip);
+}
+
+void extended_step(const ExtendedArgs& args) {
+  const auto& table = kernels().extended_step;
+  const int x = index(args[Role::x].dtype), m = index(args[Role::model_output].dtype);
+  const bool masked = args[Role::mask].data != nullptr;
+  auto choose = [&](const ExtendedRow* row) {
+    return table[args.noise_kind == Noise::drawn && draws(*row, masked)][x][m];
+  };
+  auto fill = [&](ExtendedRun& run, int64_t b) {
+    const auto of = [b](const PerSample& values) {
+      return values.data == nullptr ? 1.0f : values.data[b * values.stride];
+    };
+    run.sample = {args.clip_min, args.clip_max, of(args.output_scale), of(args.x_start_scale), args.variance_kind};
+  };
+  for_each_sample<ExtendedRow, ExtendedRun>(
+      args, choose, [](const ExtendedRow* row, int64_t) { return row->step.draw; }, fill);
 }
 
 void affine(const Args& args) {
   const int x = index(args.x.dtype), z = args.noise_kind == Noise::given ? index(args.noise.dtype) : x;
   const RunKernel kernel = kernels().affine[static_cast<int>(args.noise_kind)][x][z];
-  for_each_sample<AffineRow>(
+  for_each_sample<AffineRow, Run>(
       args, [=](const AffineRow*) { return kernel; },
-      [&](const AffineRow*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); });
+      [&](const AffineRow*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); }, [](Run&, int64_t) {});
 }
 
 void randn(const Args& args) {
   const RunKernel kernel = kernels().randn[index(args.out.dtype)];
-  for_each_sample<NoRow>(args, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; });
+  for_each_sample<NoRow, Run>(
+      args, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; }, [](Run&, int64_t) {});
 }
 
 }  // namespace ddpm_ext::cpu

@@ -6,6 +6,7 @@
 namespace ddpm_ext::cpu {
 
 void reverse_step(const Args& args);
+void extended_step(const ExtendedArgs& args);
 void affine(const Args& args);
 void randn(const Args& args);
 

@@ -21,6 +21,41 @@ constexpr int kThreads = 256;
 // with 64.
 enum class Access { vector, strided };
 
+// Where sample b begins.
+template <class Index>
+__device__ __forceinline__ int64_t sample_start(int64_t batch_stride, Index b) {
+  if constexpr (sizeof(Index) == 4) return static_cast<uint64_t>(b) * static_cast<uint32_t>(batch_stride);
+  return b * batch_stride;
+}
+
+template <class Index>
+__device__ __forceinline__ int64_t sample_row(const Call& args, Index b) {
+  int64_t t = args.t_index;
+  if (args.t != nullptr) t = args.t[sample_start(args.t_stride, b)];
+  return t < 0 ? 0 : t >= args.rows ? args.rows - 1 : t;  // a t on the GPU was not read back to be checked
+}
+
+// row_draw: where the caller gave none.
+template <class Index>
+__device__ __forceinline__ PhiloxSample sample_noise(const Call& args, const PhiloxKeys& keys, Index b,
+                                                     uint32_t row_draw) {
+  uint64_t id = static_cast<uint64_t>(args.first_id) + b;
+  if (args.sample_ids != nullptr) id = args.sample_ids[sample_start(args.ids_stride, b)];
+  const uint32_t draw = args.draw >= 0 ? static_cast<uint32_t>(args.draw) : row_draw;
+  return philox_sample(keys, sample_counter(id, args.stream, draw));
+}
+
+// The normals of the four elements that j is among.
+template <class Index>
+__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2 (&z)[2]) {
+  uint32_t w[4];
+  F2 even, odd;
+  philox_block(keys, sample, static_cast<uint32_t>(j >> 2), w);
+  box_muller(U2(w[0], w[2]), U2(w[1], w[3]), even, odd);
+  z[0] = F2(even.v.x, odd.v.x);
+  z[1] = F2(even.v.y, odd.v.y);
+}
+
 // What a thread does for one sample. Op: kX and kSecond say whether it reads x and a second tensor besides the noise,
 // Row is its table's row, element<kNoise>(row, args, x, second, z) its arithmetic, draws(row) whether a row needs drawn
 // noise at all, and draw(row, t) is the draw where the caller gave none.
@@ -39,20 +74,13 @@ class Elementwise {
       : args_(args),
         dividers_(dividers),
         keys_(keys),
-        x_(static_cast<const X*>(args.x.data) + start(args.x.batch_stride, b)),
-        m_(static_cast<const M*>(args.model_output.data) + start(args.model_output.batch_stride, b)),
-        noise_(static_cast<const Z*>(args.noise.data) + start(args.noise.batch_stride, b)),
-        out_(static_cast<X*>(args.out.data) + start(args.out.batch_stride, b)) {
-    int64_t t = args.t_index;
-    if (args.t != nullptr) t = args.t[start(args.t_stride, b)];
-    t = t < 0 ? 0 : t >= args.rows ? args.rows - 1 : t;  // a t on the GPU was not read back to be checked
+        x_(static_cast<const X*>(args.x.data) + sample_start(args.x.batch_stride, b)),
+        m_(static_cast<const M*>(args.model_output.data) + sample_start(args.model_output.batch_stride, b)),
+        noise_(static_cast<const Z*>(args.noise.data) + sample_start(args.noise.batch_stride, b)),
+        out_(static_cast<X*>(args.out.data) + sample_start(args.out.batch_stride, b)) {
+    const int64_t t = sample_row(args, b);
     if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(args.table)[t];
-    if constexpr (kNoise == Noise::drawn) {
-      uint64_t id = static_cast<uint64_t>(args.first_id) + b;
-      if (args.sample_ids != nullptr) id = args.sample_ids[start(args.ids_stride, b)];
-      const uint32_t draw = args.draw >= 0 ? static_cast<uint32_t>(args.draw) : Op::draw(row_, t);
-      counter_ = philox_sample(keys, sample_counter(id, args.stream, draw));
-    }
+    if constexpr (kNoise == Noise::drawn) counter_ = sample_noise(args, keys, b, Op::draw(row_, t));
   }
 
   // Elements first to first + kItems, and on in steps.
@@ -67,12 +95,6 @@ class Elementwise {
 
  private:
   using Row = typename Op::Row;
-
-  // Where sample b begins.
-  static __device__ __forceinline__ int64_t start(int64_t batch_stride, Index b) {
-    if constexpr (kAccess == Access::vector) return static_cast<uint64_t>(b) * static_cast<uint32_t>(batch_stride);
-    return b * batch_stride;
-  }
 
   // kHere: kNoise, or none for a row that needs none.
   template <Noise kHere>
@@ -90,14 +112,14 @@ class Elementwise {
       }
       for (; j < numel; ++j) {  // the ragged end: one thread comes here
         F2 z[2] = {};
-        if constexpr (kHere == Noise::drawn) draw(j, z);
+        if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j, z);
         const F2 half = j & 2 ? z[1] : z[0];
         element<kHere>({j, j, j, j}, j & 1 ? half.v.y : half.v.x);
       }
     } else {
       for (; j < numel; j += step) {
         F2 z[2] = {};
-        if constexpr (kHere == Noise::drawn) draw(j, z);
+        if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j, z);
         int64_t left;
         const Offsets first = offsets(args_, dividers_, j, left);
         DDPM_UNROLL
@@ -126,7 +148,7 @@ class Elementwise {
     DDPM_UNROLL
     for (int q = 0; q < kItems; q += 4) {
       F2 z[2] = {};
-      if constexpr (kHere == Noise::drawn) draw(j + q, z);
+      if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j + q, z);
       DDPM_UNROLL
       for (int p = 0; p < 2; ++p) {
         const int i = q / 2 + p;
@@ -146,16 +168,6 @@ class Elementwise {
     const float m = Op::kSecond ? to_float(m_[o.model_output]) : 0.0f;
     if constexpr (kHere == Noise::given) z = to_float(noise_[o.noise]);
     out_[o.out] = from_float<X>(Op::template element<kHere>(row_, args_, x, m, z));
-  }
-
-  // The normals of the four elements that j is among.
-  __device__ __forceinline__ void draw(Index j, F2 (&z)[2]) const {
-    uint32_t w[4];
-    F2 even, odd;
-    philox_block(keys_, counter_, static_cast<uint32_t>(j >> 2), w);
-    box_muller(U2(w[0], w[2]), U2(w[1], w[3]), even, odd);
-    z[0] = F2(even.v.x, odd.v.x);
-    z[1] = F2(even.v.y, odd.v.y);
   }
 
   const Args& args_;
@@ -184,17 +196,32 @@ __global__ void __launch_bounds__(kThreads)
   body.run(first * Body::kItems, static_cast<Index>(gridDim.x) * blockDim.x * Body::kItems);
 }
 
-inline bool aligned(const TensorArg& tensor, int64_t batch) {
+// Whether a tensor is where a kernel with Access::vector can reach it.
+inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
   const int64_t size = tensor.dtype == DType::float32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (batch == 1 || tensor.batch_stride * size % 16 == 0);
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (batch == 1 || tensor.batch_stride * size % 16 == 0) &&
+         tensor.batch_stride < int64_t{1} << 32;
+}
+
+// Whether a call is of a size for it.
+inline bool in_vectors(const Call& args) {
+  constexpr int64_t k31 = int64_t{1} << 31, k32 = int64_t{1} << 32;
+  // With fewer than 2^31 elements a sample, an element's number and a step of the loop add up to less than 2^32.
+  return args.contiguous && args.numel < k31 && args.batch < k31 && args.t_stride < k32 && args.ids_stride < k32;
 }
 
 inline Access choose_access(const Args& args) {
-  const TensorArg* tensors[] = {&args.x, &args.model_output, &args.noise, &args.out};
-  constexpr int64_t k31 = int64_t{1} << 31, k32 = int64_t{1} << 32;
-  // With fewer than 2^31 elements a sample, an element's number and a step of the loop add up to less than 2^32.
-  bool vector = args.contiguous && args.numel < k31 && args.batch < k31 && args.t_stride < k32 && args.ids_stride < k32;
-  for (const TensorArg* tensor : tensors) vector = vector && aligned(*tensor, args.batch) && tensor->batch_stride < k32;
+  bool vector = in_vectors(args);
+  for (const TensorArg* tensor : {&args.x, &args.model_output, &args.noise, &args.out})
+    vector = vector && in_vectors(*tensor, args.batch);
+  return vector ? Access::vector : Access::strided;
+}
+
+inline Access choose_access(const ExtendedArgs& args) {
+  bool vector =
+      in_vectors(args) && args.output_scale.stride < int64_t{1} << 32 && args.x_start_scale.stride < int64_t{1} << 32;
+  for (const TensorArg& tensor : args.inputs) vector = vector && in_vectors(tensor, args.batch);
+  for (const TensorArg& tensor : args.results) vector = vector && in_vectors(tensor, args.batch);
   return vector ? Access::vector : Access::strided;
 }
 

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "args.h"
 #include "cuda/pair.cuh"
 
@@ -52,25 +54,26 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems neighbours as they lie in memory, in words of 128 bits.
+// kItems neighbours as they lie in memory, in words of 128 bits, or one of 64.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
-  static constexpr int kWords = kItems * sizeof(T) / 16;
-  static_assert(kWords * 16 == kItems * sizeof(T));
+  using Word = std::conditional_t<kItems * sizeof(T) == 8, uint2, uint4>;
+  static constexpr int kWords = kItems * sizeof(T) / sizeof(Word);
+  static_assert(kWords * sizeof(Word) == kItems * sizeof(T));
   Pair pairs[kItems / 2];
 
   __device__ __forceinline__ void load(const T* p) {
-    uint4 words[kWords];
+    Word words[kWords];
     DDPM_UNROLL
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(p)[i];
     memcpy(pairs, words, sizeof words);
   }
   __device__ __forceinline__ void store(T* p) const {
-    uint4 words[kWords];
+    Word words[kWords];
     memcpy(words, pairs, sizeof words);
     DDPM_UNROLL
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(p)[i] = words[i];
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(p)[i] = words[i];
   }
 };
 
@@ -106,7 +109,7 @@ struct Divider {
 struct Dividers {
   Divider by[kMaxDims];  // by[0] is not needed
 
-  explicit Dividers(const Args& args) {
+  explicit Dividers(const Call& args) {
     for (int d = 1; d < args.dims; ++d) by[d] = Divider(args.sizes[d]);
   }
 };
@@ -124,6 +127,18 @@ __device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& div
   }
   o.add(args, 0, j);
   return o;
+}
+
+// Where element j of a sample lies in one tensor.
+__device__ __forceinline__ int64_t offset(const Call& args, const TensorArg& tensor, const Dividers& dividers,
+                                          int64_t j) {
+  int64_t sum = 0;
+  for (int d = args.dims - 1; d > 0; --d) {
+    const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
+    sum += (j - quotient * args.sizes[d]) * tensor.strides[d];
+    j = quotient;
+  }
+  return sum + j * tensor.strides[0];
 }
 
 }  // namespace ddpm_ext::cuda

@@ -1,0 +1,64 @@
+"""Copies of a loop's samples on the host, made while the loop goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["HostCopies"]
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """A copy on the host; bfloat16, which numpy lacks, as float32."""
+    x = x.float() if x.dtype == torch.bfloat16 else x
+    return np.array(x.cpu().numpy())
+
+
+class HostCopies:
+    """Collects arrays. From a GPU, a stream of its own copies into two places of pinned memory in turn, each emptied
+    before it is used again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._arrays: list[np.ndarray] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinned: list[Tensor] = []
+        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()  # an address, its copy, when it is done
+
+    def add(self, x: Tensor) -> None:
+        if self._stream is None:
+            self._arrays.append(to_numpy(x))
+            return
+        if not self._pinned:
+            self._pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for _ in range(2)]
+        if len(self._under_way) == len(self._pinned):
+            self._finish_oldest()
+        host = self._pinned[0]
+        self._pinned.reverse()
+        done = torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(x, non_blocking=True)
+            done.record(self._stream)
+        self._under_way.append((x.data_ptr(), host, done))
+
+    def before_overwriting(self, x: Tensor) -> None:
+        """What is still being copied from there comes first; the host doesn't wait."""
+        for address, _, done in self._under_way:
+            if address == x.data_ptr():
+                done.wait(torch.cuda.current_stream(self._device))
+
+    def arrays(self) -> list[np.ndarray]:
+        """All of them, in order; waits for those under way."""
+        while self._under_way:
+            self._finish_oldest()
+        return self._arrays
+
+    def _finish_oldest(self) -> None:
+        _, host, done = self._under_way.popleft()
+        done.synchronize()
+        self._arrays.append(to_numpy(host))
