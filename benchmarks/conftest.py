@@ -18,7 +18,7 @@ import torch
 import ddpm_ext
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
-BASELINES = ("eager", "diffusers")  # the first that a group has
+BASELINES = ("eager", "diffusers", "guided-diffusion")  # the first of them that a group has
 
 
 def pytest_addoption(parser):
@@ -58,8 +58,8 @@ def machine() -> list[str]:
     return [
         f"{cpu}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, kernels: {info['cpu']}",
         f"torch {torch.__version__}, ddpm_ext {info['version']} by {info['compiler']}",
-        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers' where no "
-        "eager code is",
+        "medians of one process, float32, warm cache; ratio: eager's median over this one's, or diffusers' or "
+        "guided-diffusion's where there is none",
     ]
 
 

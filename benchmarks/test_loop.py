@@ -141,3 +141,34 @@ def test_eager(run, shape):
         return loop
 
     run("ddpm", "eager", prepare)
+
+
+# How guided-diffusion's object is made and which of its loops is taken.
+GUIDED: dict[str, tuple[str, str, Callable[[Given], Tensor]]] = {
+    "ddpm": ("FIXED_SMALL", "p_sample_loop", lambda g: g.output),
+    "ddim": ("FIXED_SMALL", "ddim_sample_loop", lambda g: g.output),
+    "ddpm, learned_range": ("LEARNED_RANGE", "p_sample_loop", lambda g: g.wide),
+    "ddpm, cond_fn": ("FIXED_SMALL", "p_sample_loop", lambda g: g.output),
+}
+
+
+@pytest.mark.parametrize("option", GUIDED)
+def test_guided_diffusion(run, shape, option):
+    """Where a checkout of it is on PYTHONPATH."""
+    peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
+    respace = pytest.importorskip("guided_diffusion.respace")
+    variance, loop, output = GUIDED[option]
+    diffusion = respace.SpacedDiffusion(
+        use_timesteps=respace.space_timesteps(1000, [STEPS]),
+        betas=peer.get_named_beta_schedule("linear", 1000),
+        model_mean_type=peer.ModelMeanType.EPSILON,
+        model_var_type=peer.ModelVarType[variance],
+        loss_type=peer.LossType.MSE,
+    )
+
+    def prepare(given):
+        told = output(given)
+        more = {"cond_fn": lambda x, t: given.gradient, "model_kwargs": {}} if "cond_fn" in option else {}
+        return lambda: getattr(diffusion, loop)(lambda x, t: told, shape, device="cpu", **more)
+
+    run(option, "guided-diffusion", prepare)

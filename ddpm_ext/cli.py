@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,12 +20,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         name = f"ddpm-ext {options.command}"
-        from ddpm_ext import commands
+        from ddpm_ext import commands, many_command, plot_command
 
         if options.command == "train":
             commands.train(options, given_to_train(arguments), arguments)
         else:
-            run = {"sample": commands.sample, "trajectory": commands.trajectory, "info": commands.info}
+            many = options.command == "sample" and options.num_images is not None
+            run = {
+                "sample": many_command.run if many else commands.sample,
+                "trajectory": commands.trajectory,
+                "plot": plot_command.run,
+                "info": commands.info,
+            }
             run[options.command](options)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -38,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise  # a fault of ours, which a traceback helps to find
-        return _wrong(name, f"not enough memory on {options.device}; a smaller batch may fit")
+        return _wrong(name, f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit")
     return 0
 
 
 def _wrong(name: str, reason: str) -> int:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        name += f", rank {os.environ.get('RANK')}"
     print(f"{name}: {reason}", file=sys.stderr)
     return _WRONG_INPUT
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ddpm_ext import checkpoints, files, plots
+from ddpm_ext import checkpoints, distributed, files, plots
 from ddpm_ext.extras import require
+from ddpm_ext.loop_tables import make_tables
 from ddpm_ext.models import LoadedModel, load_model
 from ddpm_ext.noise import Philox
 from ddpm_ext.samplers import WITH_ETA
@@ -22,16 +23,23 @@ from ddpm_ext.trajectory import Recorder
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion
 
-__all__ = ["draw", "info", "sample", "train", "trajectory"]
+__all__ = ["check_device", "draw", "info", "prepare", "sample", "train", "trajectory"]
 
 _SAMPLE_ENDINGS, _STRIP_ENDINGS = (".npz", ".png"), (".png", ".gif")
 _STRIP_PICTURES, _GIF_PICTURES = 10, 60
 
 
 def sample(options: argparse.Namespace) -> None:
-    """Writes `options.num` samples to `options.out`."""
+    """Writes `options.num` samples to the file `options.out`."""
+    for name in ("npz", "png"):
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"{name}: belongs to --num-images; with --num the ending of --out says it")
+    if distributed.ranks().size > 1:
+        raise ValueError("num: draws in one process, expected --num-images among several ranks")
+    options.out = options.out or "samples.npz"
     ending = _ending(options.out, _SAMPLE_ENDINGS)
-    model, diffusion = _prepare(options)
+    model, diffusion, _ = prepare(options, pictures=ending == ".png")
+    files.check_writable(options.out)
     batches = range(0, options.num, options.batch_size)
     pictures = []
     for first in batches:
@@ -51,23 +59,16 @@ def sample(options: argparse.Namespace) -> None:
 def trajectory(options: argparse.Namespace) -> None:
     """Writes x_t and the predicted x_0 along the loop to `options.out`."""
     ending = _ending(options.out, _STRIP_ENDINGS)
-    model, diffusion = _prepare(options)
-    steps = options.steps or model.settings.timesteps
+    model, diffusion, steps = prepare(options, pictures=True)
+    files.check_writable(options.out)
     every = options.every or max(1, steps // (_STRIP_PICTURES if ending == ".png" else _GIF_PICTURES))
-    if model.unet.config.out_channels != model.unet.config.in_channels:
-        raise ValueError("model: a learned variance is not supported here yet")
-    recorder = Recorder(model.unet, diffusion, every, steps, options.num)
+    recorder = Recorder(model.unet, every, steps, options.num)
     draw(model, diffusion, options, 0, options.num, recorder)
+    moments = recorder.x_t, recorder.x_0, recorder.labels()
     if ending == ".gif":
-        plots.save_gif(_frames(recorder), options.out)
+        plots.save_gif(plots.trajectory_frames(*moments), options.out)
     else:
-        titles = ("x_t", "predicted x_0")
-        images = (recorder.x_t, recorder.x_0)
-        halves = [
-            plots.strips([plots.to_uint8(moment) for moment in moments], recorder.labels(), title)
-            for moments, title in zip(images, titles, strict=True)
-        ]
-        plots.save_picture(np.concatenate(halves), options.out)
+        plots.save_picture(plots.trajectory(*moments), options.out)
     print(f"{options.out}: {options.num} samples at {len(recorder.t)} of {steps} steps")
 
 
@@ -75,7 +76,7 @@ def train(options: argparse.Namespace, given: dict[str, Any], arguments: Sequenc
     """Trains, or goes on with a run whose options are taken from its checkpoint where none are given."""
     from ddpm_ext import training
 
-    _device(options.device)
+    check_device(options.device)
     names = {field.name for field in fields(training.TrainOptions)}
     chosen = {name: value for name, value in vars(options).items() if name in names}
     wanted = training.TrainOptions(**chosen)
@@ -111,42 +112,44 @@ def draw(
     options: argparse.Namespace,
     first: int,
     count: int,
-    denoiser: Callable[..., Any] | None = None,
+    recorder: Recorder | None = None,
+    *,
+    progress: bool = True,
 ) -> torch.Tensor:
     """Samples `first` to `first + count - 1` of the seed: (count, channels, height, width), on the model's device."""
     with torch.no_grad():
         samples = diffusion.p_sample_loop(
-            model.unet if denoiser is None else denoiser,
+            model.unet if recorder is None else recorder,
             (count, *model.shape),
             sampler=options.sampler,
             steps=options.steps,
+            spacing=options.spacing,
             eta=options.eta,
             rng=Philox(options.seed, sample_ids=first),
             record="last",
-            progress=not options.quiet,
-            device=_device(options.device),
+            x0=recorder is not None,
+            callback=None if recorder is None else recorder.keep,
+            progress=progress and not options.quiet,
+            device=check_device(options.device),
             dtype=getattr(torch, options.dtype),
         )
     assert isinstance(samples, torch.Tensor)  # what "last" gives
     return samples
 
 
-def _prepare(options: argparse.Namespace) -> tuple[LoadedModel, GaussianDiffusion]:
-    """Checks what can be checked before the work begins, and loads the model."""
-    device = _device(options.device)
+def prepare(options: argparse.Namespace, *, pictures: bool) -> tuple[LoadedModel, GaussianDiffusion, int]:
+    """Checks what can be checked before the work: the model, its diffusion, and how often a loop will call it."""
+    device = check_device(options.device)
     if not options.quiet:
         require("tqdm", "the progress bar")
-    if not options.out.lower().endswith(".npz"):
+    if pictures:
         require("PIL.Image", "writing pictures")
     if options.sampler not in WITH_ETA and options.eta:
         raise ValueError(f"eta: got {options.eta}, but it belongs to --sampler {' or '.join(WITH_ETA)}")
     model = load_model(options.model, device=device, dtype=getattr(torch, options.dtype))
-    timesteps = model.settings.timesteps
-    if options.steps is not None and options.steps > timesteps:
-        raise ValueError(f"steps: got {options.steps}, expected at most {timesteps}, the timesteps of the model")
     diffusion = model.settings.diffusion(options.backend)
-    files.check_writable(options.out)
-    return model, diffusion
+    rows = make_tables(diffusion, options.sampler, options.steps, options.spacing, None, options.eta)
+    return model, diffusion, len(rows)
 
 
 def _ending(out: str, expected: tuple[str, ...]) -> str:
@@ -156,7 +159,8 @@ def _ending(out: str, expected: tuple[str, ...]) -> str:
     return ending
 
 
-def _device(name: str) -> torch.device:
+def check_device(name: str) -> torch.device:
+    """Raises ValueError, with the reason, unless tensors can be made there."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -164,18 +168,6 @@ def _device(name: str) -> torch.device:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"device: {name} can't be used here ({reason})") from error
     return device
-
-
-def _frames(recorder: Recorder) -> list[plots.Pixels]:
-    """x_t on the left, the predicted x_0 on the right, labelled."""
-    frames = []
-    for label, noisy, clean in zip(recorder.labels(), recorder.x_t, recorder.x_0, strict=True):
-        halves = [
-            plots.strips([plots.grid(plots.to_uint8(images))[None]], [""], f"{name}, {label}", scale=1)
-            for name, images in (("x_t", noisy), ("x_0", clean))
-        ]
-        frames.append(np.concatenate(halves, axis=1))
-    return frames
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,10 +37,17 @@ def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progre
     model = load_model("digits")
     diffusion = model.settings.diffusion()
     calls = steps or model.settings.timesteps
-    recorder = Recorder(model.unet, diffusion, max(1, calls * _EVERY // 1000), calls, _ROWS)
+    recorder = Recorder(model.unet, max(1, calls * _EVERY // 1000), calls, _ROWS)
     with torch.no_grad():
         digits = diffusion.p_sample_loop(
-            recorder, (_DIGITS, *model.shape), steps=steps, rng=Philox(seed), record="last", progress=progress
+            recorder,
+            (_DIGITS, *model.shape),
+            steps=steps,
+            rng=Philox(seed),
+            record="last",
+            x0=True,
+            callback=recorder.keep,
+            progress=progress,
         )
     assert isinstance(digits, torch.Tensor)  # what "last" gives
     save_grid(digits, paths[0], columns=8)

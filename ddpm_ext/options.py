@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from ddpm_ext.many import SHARD_SIZE
 from ddpm_ext.samplers import SAMPLERS, WITH_ETA
 
 __all__ = ["build_parser", "given_to_train"]
@@ -77,34 +78,54 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 _SEED = _whole(0, 2**64 - 1)
+_DEVICES = ("cpu, cuda, cuda:1, ...", "cpu, cuda, cuda:1, ...; with several ranks, cuda is a GPU for each")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, num: int, batched: bool, out: str, out_help: str) -> None:
-    """The options that `sample` and `trajectory` share."""
-    add = parser.add_argument_group("what to sample").add_argument
+def _add_sampling(
+    parser: argparse.ArgumentParser, *, num: int, many: bool, out: str | None, out_help: str
+) -> Callable[..., argparse.Action]:
+    """The options of drawing samples, by ranks and in batches if `many`; returns what adds to the group of output."""
+    group = parser.add_argument_group("what to sample")
+    add = group.add_argument
     add(
         "--model",
         default="digits",
         metavar="digits|FOLDER",
         help="the one that ships, or a folder in diffusers' layout",
     )
-    add("--num", type=_whole(1), default=num, metavar="N", help="how many samples")
+    counts = group.add_mutually_exclusive_group()
+    counts.add_argument("--num", type=_whole(1), default=num, metavar="N", help="how many samples")
+    if many:
+        counts.add_argument(
+            "--num-images",
+            type=_whole(1),
+            metavar="N",
+            help="how many into a folder, by all ranks of torchrun; if killed, the same command again goes on",
+        )
     add("--seed", type=_SEED, default=0, metavar="N", help="what the noise follows from, with each sample's number")
     add = parser.add_argument_group("how to sample").add_argument
     add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
     add("--steps", type=_whole(1), metavar="N", help="steps of the loop (default: as many as the model has)")
+    add(
+        "--spacing",
+        default="linspace",
+        metavar="HOW",
+        help="which of the timesteps: linspace, leading, trailing, quadratic, ddim25 or 10,15,20 and the like; "
+        "or between them: karras, log_snr",
+    )
     with_eta = " or ".join(WITH_ETA)
     add("--eta", type=_number(0, "a number >= 0"), metavar="X", help=f"share of noise in a step of {with_eta}")
     add = parser.add_argument_group("how to run").add_argument
-    add("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    add("--device", default="cpu", metavar="NAME", help=_DEVICES[many])
     add("--dtype", choices=_DTYPES, default="float32", help="of model and samples")
     add("--backend", choices=("fused", "reference"), default="fused", help="our kernels, or plain torch")
-    if batched:
-        add("--batch-size", type=_whole(1), default=64, metavar="N", help="samples at a time")
+    if many:
+        add("--batch-size", type=_whole(1), default=64, metavar="N", help="samples at a time, on each rank")
     add("--quiet", action="store_true", help="no progress bar")
     add = parser.add_argument_group("output").add_argument
-    add("--out", default=out, metavar="FILE", help=out_help)
+    add("--out", default=out, metavar="FILE|FOLDER" if many else "FILE", help=out_help)
+    return add
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -150,8 +171,9 @@ _SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid")
 _EXAMPLES = {
     "sample": """
   ddpm-ext sample --num 64 --out digits.png
-  ddpm-ext sample --num 50000 --sampler ddim --steps 50 --device cuda --out samples.npz
-  ddpm-ext sample --model my-run --seed 7 --out mine.png""",
+  ddpm-ext sample --model my-run --sampler ddim --steps 50 --spacing trailing --seed 7 --out mine.png
+  ddpm-ext sample --num-images 50000 --device cuda --out samples --npz
+  torchrun --nproc-per-node 8 -m ddpm_ext sample --num-images 50000 --device cuda --out samples --npz""",
     "train": """
   ddpm-ext train --out my-digits
   ddpm-ext train --data photos --image-size 32 --flip --widths 64,128,256 --groups 32 --device cuda --out my-run
@@ -167,8 +189,10 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `ddpm-ext` with its four commands."""
-    parser = _Parser(
+    """The parser of `ddpm-ext` with its five commands."""
+    from ddpm_ext.plot_command import add_parser as add_plot
+
+    parser: argparse.ArgumentParser = _Parser(
         prog="ddpm-ext",
         usage="ddpm-ext COMMAND [options]",
         description="Diffusion with one kernel launch a step, and the same noise for the same seed everywhere.",
@@ -186,9 +210,23 @@ def build_parser() -> argparse.ArgumentParser:
         made.prog = f"ddpm-ext {name}"
         return made
 
-    sample = add("sample", "draw samples into an .npz or a picture", "Draws samples from a model.")
-    kinds = ".npz: arr_0, uint8, (num, height, width, channels), as guided-diffusion's scripts write it; .png: a grid"
-    _add_sampling(sample, num=256, batched=True, out="samples.npz", out_help=kinds)
+    sample = add("sample", "draw samples into an .npz, a picture or a folder", "Draws samples from a model.")
+    kinds = (
+        "with --num .npz: arr_0, uint8, (num, height, width, channels), as guided-diffusion's scripts write it, or "
+        ".png: a grid (default: samples.npz); with --num-images a folder (default: samples)"
+    )
+    add_output = _add_sampling(sample, num=256, many=True, out=None, out_help=kinds)
+    add_output(
+        "--npz",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="with --num-images: an .npz, too (default: FOLDER/samples_NxHxWxC.npz), for guided-diffusion's evaluator",
+    )
+    pngs = "with --num-images: FOLDER/png/000000.png and so on, too, for torch-fidelity"
+    add_output("--png", action="store_true", help=pngs)
+    shards = "with --num-images: samples in each file; a batch has no more"
+    add_output("--shard-size", type=_whole(1), default=SHARD_SIZE, metavar="N", help=shards)
     _add_train(add("train", "train a model", "Trains a denoiser; it may be killed at any time and resumed."))
     strips = add(
         "trajectory",
@@ -196,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Draws x_t and the predicted x_0 at the same steps of the loop, for the first samples of the seed.",
     )
     kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving"
-    _add_sampling(strips, num=8, batched=False, out="trajectory.png", out_help=kinds)
+    _add_sampling(strips, num=8, many=False, out="trajectory.png", out_help=kinds)
     add_option = strips.add_argument_group("strips").add_argument
     add_option(
         "--every",
@@ -204,6 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K",
         help="steps between two pictures (default: about ten in all, 60 in a GIF)",
     )
+    add_plot(commands)
     add("info", "show build, devices and instruction set", "Shows how the extension was built and what it runs on.")
     return parser
 

@@ -1,4 +1,4 @@
-"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; a curve of losses; and a StepTable's columns.
+"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; figures with axes, made elsewhere, go by here too.
 
 Images are numpy arrays or tensors (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3 (colour).
 """
@@ -14,42 +14,50 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ddpm_ext import checks
 from ddpm_ext.extras import require
+from ddpm_ext.figures import histogram_figure, save_loss_curve, schedule_figure
 from ddpm_ext.files import atomic_path
+from ddpm_ext.table_figures import step_table_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL import Image
-
-    from ddpm_ext.step_table import StepTable
 
 __all__ = [
     "grid",
+    "histogram_figure",
     "save_gif",
     "save_grid",
     "save_loss_curve",
     "save_picture",
     "save_strips",
+    "schedule_figure",
     "step_table_figure",
     "strips",
     "to_uint8",
+    "trajectory",
+    "trajectory_frames",
 ]
 
 Pixels = npt.NDArray[np.uint8]
+Images = torch.Tensor | npt.NDArray[np.floating]
 
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 _BETWEEN = (88, 104, 136)  # neither black nor white, which digits are made of
 _GAP = 4
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
-# Of Okabe and Ito's colours for all eyes those that print well on white; the dashes tell them apart in grey.
-_LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."))
-_FEW = 60  # steps up to which each is marked
+_TITLE, _LABEL = 18, 13  # pixels
+_LAST = 2000  # milliseconds that a GIF's last frame stays
+_X_T, _X_0 = "x_t, what the loop has at step t", "x_0, as the model predicts it from x_t"
 
 
-def to_uint8(images: torch.Tensor | npt.NDArray[np.floating]) -> Pixels:
+def to_uint8(images: Images) -> Pixels:
     """(batch, channels, height, width) in [-1, 1] to (batch, height, width, channels) uint8.
 
     Values outside are clipped, and fractions dropped, as guided-diffusion's scripts do. NaN becomes 0.
+
+    Raises:
+        ValueError: another number of dimensions, or integers.
     """
     pixels = torch.as_tensor(images)
     if pixels.dim() != 4 or not pixels.is_floating_point():
@@ -63,11 +71,19 @@ def to_uint8(images: torch.Tensor | npt.NDArray[np.floating]) -> Pixels:
 
 def _enlarged(images: Pixels, scale: int | None) -> Pixels:
     """RGB, each pixel a square of `scale` pixels; None: as many as make small images visible."""
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            f"images: got {images.dtype} of shape {images.shape}, "
+            "expected uint8 of shape (count, height, width, channels)"
+        )
     count, height, width, channels = images.shape
+    if not images.size:
+        raise ValueError(f"images: got none, in shape {images.shape}, expected at least 1")
     if channels not in (1, 3):
         raise ValueError(f"images: got {channels} channels, expected 1 or 3 for a picture")
     if scale is None:
         scale = max(1, round(_VISIBLE / max(height, width)))
+    checks.integer("scale", scale, 2**31, "2^31", start=1)
     coloured = np.broadcast_to(images, (count, height, width, 3))
     return coloured.repeat(scale, axis=1).repeat(scale, axis=2)
 
@@ -75,13 +91,18 @@ def _enlarged(images: Pixels, scale: int | None) -> Pixels:
 def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None) -> Pixels:
     """Puts (count, height, width, channels) uint8 into one picture, (height, width, 3) uint8, row by row.
 
-    `columns`: None makes it about square. `scale`: enlarged that many times, without smoothing; None chooses.
+    Args:
+        columns: None makes it about square.
+        scale: enlarged that many times, without smoothing; None chooses.
+
+    Raises:
+        TypeError, ValueError: no images, of another dtype or shape; `columns` or `scale` that are no int of at least 1.
     """
-    if not len(images):
-        raise ValueError("images: got none, expected at least 1")
     large = _enlarged(images, scale)
     count, height, width, _ = large.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    if columns is None:
+        columns = math.ceil(math.sqrt(count))
+    checks.integer("columns", columns, 2**31, "2^31", start=1)
     rows = math.ceil(count / columns)
     shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3)
     picture = np.full(shape, _BETWEEN, np.uint8)
@@ -94,122 +115,165 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
 def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale: int | None = None) -> Pixels:
     """One row a sample, one column a moment, labelled above.
 
-    `images`: for each moment (samples, height, width, channels) uint8. Returns (height, width, 3) uint8.
+    Args:
+        images: for each moment (samples, height, width, channels) uint8.
+        labels: one a moment.
+        scale: as grid's.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        TypeError, ValueError: as grid; another number of labels than moments; moments of different shapes.
     """
     if not images or len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)} for {len(images)} moments, expected as many, at least 1")
+    shapes = {moment.shape for moment in images}
+    if len(shapes) > 1:
+        raise ValueError(f"images: got moments of shapes {sorted(shapes)}, expected one shape")
     moments, samples = len(images), len(images[0])
     by_row = np.stack(images, axis=1).reshape(moments * samples, *images[0].shape[1:])
-    body = grid(by_row, columns=moments, scale=scale)
+    return _headed(grid(by_row, columns=moments, scale=scale), title, labels)
+
+
+def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
+    """With a title above, and labels each above its share of the width."""
     image = require("PIL.Image", "drawing")
     draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
-    large, small = font.load_default(size=18), font.load_default(size=13)
-    head = 56
-    picture = image.new("RGB", (body.shape[1], body.shape[0] + head), _PAPER)
+    large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
+    head = 56 if labels else 32
+    width = max(body.shape[1], math.ceil(large.getlength(title)) + 4 * _GAP)
+    picture = image.new("RGB", (width, body.shape[0] + head), _PAPER)
     picture.paste(image.fromarray(body), (0, head))
     pen = draw.Draw(picture)
-    pen.text((_GAP + 2, 6), title, fill=_INK, font=large)
-    pitch = (body.shape[1] - _GAP) / moments
+    pen.text((_GAP, 22), title, fill=_INK, font=large, anchor="ls")
+    pitch = (body.shape[1] - _GAP) / max(1, len(labels))
     for column, label in enumerate(labels):
-        pen.text((_GAP + pitch * (column + 0.5), head - 4), label, fill=_INK, font=small, anchor="ms")
+        pen.text((_GAP / 2 + pitch * (column + 0.5), head - 6), label, fill=_INK, font=small, anchor="ms")
     return np.asarray(picture)
 
 
+def trajectory(
+    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+) -> Pixels:
+    """Two strips, one above the other: x_t, and the x_0 that the model predicts from it.
+
+    Args:
+        x_t, x_0: for each moment (samples, channels, height, width) in [-1, 1], the same samples at the same moments.
+        labels, scale: as those of strips.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        TypeError, ValueError: as strips; another number of moments in `x_0` than in `x_t`.
+    """
+    _check_pairs(x_t, x_0)
+    halves = [
+        strips([to_uint8(moment) for moment in moments], labels, title, scale=scale)
+        for moments, title in ((x_t, _X_T), (x_0, _X_0))
+    ]
+    return np.concatenate(_equally_wide(halves))
+
+
+def trajectory_frames(
+    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+) -> list[Pixels]:
+    """For save_gif: a frame a moment, x_t in a grid on the left, the predicted x_0 on the right, the label above.
+
+    Args, raises: as trajectory.
+
+    Returns:
+        For each moment (height, width, 3) uint8, all of one size.
+    """
+    _check_pairs(x_t, x_0)
+    if len(labels) != len(x_t):
+        raise ValueError(f"labels: got {len(labels)} for {len(x_t)} moments, expected as many, at least 1")
+    frames = []
+    for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
+        sides = [
+            _headed(grid(to_uint8(images), scale=scale), title)
+            for images, title in ((noisy, f"x_t, {label}"), (clean, "predicted x_0"))
+        ]
+        if sides[0].shape[0] != sides[1].shape[0]:
+            raise ValueError(f"x_0: got shape {tuple(clean.shape)}, expected that of x_t, {tuple(noisy.shape)}")
+        between = np.full((len(sides[0]), 4 * _GAP, 3), _PAPER, np.uint8)
+        frames.append(np.concatenate([sides[0], between, sides[1]], axis=1))
+    return _equally_wide(frames)
+
+
+def _equally_wide(pictures: Sequence[Pixels]) -> list[Pixels]:
+    """With paper on the right, where a title was wider than another's picture."""
+    widest = max(picture.shape[1] for picture in pictures)
+    return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_PAPER[0]) for p in pictures]
+
+
+def _check_pairs(x_t: Sequence[Images], x_0: Sequence[Images]) -> None:
+    if not len(x_t) or len(x_t) != len(x_0):
+        raise ValueError(f"x_0: got {len(x_0)} moments, x_t has {len(x_t)}, expected as many, at least 1")
+
+
 def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
-    """Writes (height, width, 3) uint8 to `path`, atomically; the ending says in which format."""
-    image = require("PIL.Image", "writing pictures").fromarray(picture)
+    """Writes (height, width, 3) uint8 to `path`, atomically; the ending says in which format.
+
+    Raises:
+        ValueError: another dtype or shape, or an ending that Pillow doesn't know. OSError: it can't be written.
+    """
+    image = require("PIL.Image", "writing pictures").fromarray(_checked("picture", picture))
     with atomic_path(path) as beside:
         image.save(beside)
 
 
+def _checked(name: str, picture: Pixels) -> Pixels:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"{name}: got {picture.dtype} of shape {picture.shape}, expected uint8 (height, width, 3)")
+    return picture
+
+
 def save_grid(
-    images: torch.Tensor | npt.NDArray[np.floating],
-    path: str | os.PathLike[str],
-    *,
-    columns: int | None = None,
-    scale: int | None = None,
+    images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Writes images (batch, channels, height, width) in [-1, 1] as one picture."""
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Raises as grid and save_picture."""
     save_picture(grid(to_uint8(images), columns=columns, scale=scale), path)
 
 
 def save_strips(
-    images: Sequence[torch.Tensor | npt.NDArray[np.floating]],
+    images: Sequence[Images],
     labels: Sequence[str],
     title: str,
     path: str | os.PathLike[str],
     *,
     scale: int | None = None,
 ) -> None:
-    """Writes moments, each (samples, channels, height, width) in [-1, 1], as one labelled picture."""
+    """Writes moments, each (samples, channels, height, width) in [-1, 1], as one labelled picture. Raises as strips."""
     save_picture(strips([to_uint8(moment) for moment in images], labels, title, scale=scale), path)
 
 
 def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:
-    """Writes frames, (height, width, 3) uint8 each, as a GIF without end; the last frame stays for two seconds."""
+    """Writes frames, (height, width, 3) uint8 each, as a GIF without end; the last frame stays for two seconds.
+
+    Neighbours that are equal become one frame, which stays as long as they would have. A GIF has up to 256 colours a
+    frame: more are approximated.
+
+    Args:
+        seconds: how long the frames take together, were the last one as long as the others: no less than 20 ms each,
+            below which viewers slow them down, and a whole number of hundredths, which is what a GIF can say.
+
+    Raises:
+        ValueError: no frames, frames of different shapes, or `seconds` not above 0. OSError: it can't be written.
+    """
     if not frames:
         raise ValueError("frames: got none, expected at least 1")
+    shapes = {frame.shape for frame in frames}
+    if len(shapes) > 1:
+        raise ValueError(f"frames: got shapes {sorted(shapes)}, expected one shape")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: got {seconds}, expected a finite number above 0")
     fromarray = require("PIL.Image", "writing GIFs").fromarray
-    pictures: list[Image.Image] = [fromarray(frame) for frame in frames]
-    each = max(20, round(1000 * seconds / len(pictures)))  # viewers slow down frames that are shorter
-    durations = [each] * (len(pictures) - 1) + [2000]
+    pictures: list[Image.Image] = [fromarray(_checked("frames", frame)) for frame in frames]
+    each = max(20, 10 * round(100 * seconds / len(pictures)))
+    durations = [each] * (len(pictures) - 1) + [_LAST]
     with atomic_path(path) as beside:
         pictures[0].save(
             beside, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
         )
-
-
-def save_loss_curve(losses: Sequence[float], path: str | os.PathLike[str]) -> None:
-    """Draws losses, one a step, and their mean over a hundredth of the run, both axes logarithmic."""
-    if not len(losses):
-        raise ValueError("losses: got none, expected at least 1")
-    figures = require("matplotlib.figure", "the curve of losses")
-    values = np.asarray(losses, dtype=np.float64)
-    window = max(1, len(values) // 100)
-    means = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    figure = figures.Figure(figsize=(7, 4), dpi=120, layout="constrained")  # no pyplot: no display
-    axes = figure.subplots()
-    axes.loglog(np.arange(1, len(values) + 1), values, color="0.8", linewidth=0.6, label="each step")
-    axes.loglog(np.arange(window, len(values) + 1), means, color="C0", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="loss", title="Mean squared error of the predicted noise")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
-    with atomic_path(path) as beside:
-        figure.savefig(beside)
-
-
-def step_table_figure(table: StepTable, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draws a table's columns over its steps, and writes the picture to `path` where one is given.
-
-    Four panels: the factors of the predicted x0, those of the next sample, the noise's standard deviation, and the
-    timestep. The factors' axes are logarithmic, but linear around 0, where they go past 10.
-    """
-    figures = require("matplotlib.figure", "drawing a StepTable")
-    figure = figures.Figure(figsize=(9, 5.6), dpi=120, layout="constrained")
-    panels = {
-        "predicted x0 = clip(a x + b m)": (("a", "b"), "factor (no unit)"),
-        "next sample = c0 x0 + c1 x + c2 m + s z": (("c0", "c1", "c2"), "factor (no unit)"),
-        "noise of the step, s z": (("s",), "standard deviation\n(units of the sample)"),
-        "what the model is told": (("timestep",), "timestep"),
-    }
-    rows = np.arange(len(table))
-    for axes, (title, (names, label)) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
-        largest = 0.0
-        for name, (color, dashes) in zip(names, _LINES, strict=False):
-            values = getattr(table, name).cpu().numpy()
-            largest = max(largest, float(np.abs(values).max()))
-            axes.plot(rows, values, dashes, color=color, marker="." if len(rows) <= _FEW else "", label=name)
-        if largest > 10 and "timestep" not in names:
-            axes.set_yscale("asinh", linear_width=1)
-        axes.set(title=title, ylabel=label)
-        axes.grid(True, alpha=0.3)
-        if len(names) > 1:
-            axes.legend()
-    for axes in figure.axes[2:]:
-        axes.set_xlabel("step of the loop")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.suptitle(f"StepTable of {len(table)} row{'s' * (len(table) != 1)}")
-    if path is not None:
-        with atomic_path(path) as beside:
-            figure.savefig(beside)
-    return figure

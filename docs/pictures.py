@@ -1,19 +1,37 @@
-"""Draws the pictures of the documentation: `make pictures`."""
+"""Draws the documentation's pictures, by the commands that pictures.md shows: `make pictures`."""
 
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
-from ddpm_ext import GaussianDiffusion
-from ddpm_ext.samplers import ddim
-from ddpm_ext.spacing import make_grid, spaced_timesteps
+from ddpm_ext import cli
 
-FOLDER = Path(__file__).resolve().parent / "pictures"
+DOCS = Path(__file__).resolve().parent
 
 
-def main() -> None:
-    gd = GaussianDiffusion(1000)
-    grid = make_grid(gd.alphas_cumprod, spaced_timesteps(1000, 50, "trailing"), betas=gd.betas)
-    ddim(grid, eta=0.5).plot(FOLDER / "step_table.png")
+def commands() -> list[list[str]]:
+    """The arguments of each `ddpm-ext` in pictures.md's shell blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "pictures.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for arguments in commands():
+            code = cli.main(arguments)
+            if code:
+                return code
+        os.chdir(DOCS)
+        for path in sorted(Path(folder).iterdir()):
+            if path.suffix in (".png", ".gif"):
+                shutil.copyfile(path, DOCS / "pictures" / path.name)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,48 +11,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from command_line import ENVIRONMENT, TINY, call, run, save_tiny
 
-from ddpm_ext import cli, models
+from ddpm_ext import models
 from ddpm_ext.models.scheduler import DiffusionSettings
 
 for module in ("diffusers", "safetensors", "sklearn", "tqdm"):
     pytest.importorskip(module)
 Image = pytest.importorskip("PIL.Image")
 
-TINY = {
-    "sample_size": [8, 12],
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-}
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def run(*arguments, cwd=None):
-    """The command in a process of its own"""
-    command = [sys.executable, "-m", "ddpm_ext", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-
-
-def call(*arguments):
-    """The command in this process, for the many cases where only the outcome counts: the exit code"""
-    try:
-        return cli.main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return stopped.code
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder with a tiny colour model of 20 timesteps, 8 by 12 pixels"""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
 def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, device):
@@ -90,14 +61,17 @@ def test_seed_and_sampler_decide(tiny, tmp_path):
     first = drawn()
     assert np.array_equal(drawn("--seed", 0), first)
     ddim = ("--sampler", "ddim", "--steps", 4)
-    for other in (("--seed", 1), ("--steps", 7), ddim, (*ddim, "--eta", 1.0)):
+    others = [("--seed", 1), ("--steps", 7), ddim, (*ddim, "--eta", 1.0), (*ddim, "--spacing", "trailing")]
+    for other in (*others, ("--spacing", "3,4")):
         assert abs(drawn(*other) - first).max() > 5
     assert abs(drawn("--backend", "reference") - first).max() <= 1
     assert abs(drawn("--dtype", "bfloat16") - first).mean() < 10
 
 
-def test_png_is_a_visible_grid(tmp_path):
-    assert call("sample", "--num", 4, "--sampler", "ddim", "--steps", 5, "--out", tmp_path / "a.png", "--quiet") == 0
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+def test_png_is_a_visible_grid(tmp_path, spacing):
+    fast = ("--sampler", "ddim", "--steps", 5, "--spacing", spacing)
+    assert call("sample", "--num", 4, *fast, "--out", tmp_path / "a.png", "--quiet") == 0
     with Image.open(tmp_path / "a.png") as opened:
         assert opened.format == "PNG"
         assert min(opened.size) > 120  # two by two of eight pixels a side, enlarged
@@ -114,6 +88,23 @@ def test_trajectory(tiny, tmp_path, ending, device):
         assert np.asarray(opened.convert("L")).std() > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [
+        (("--spacing", "ddim5"), 5),
+        (("--spacing", "2,4", "--every", 4), 3),
+        (("--spacing", "karras", "--steps", 4), 4),
+        (("--sampler", "heun", "--steps", 3), 4),
+    ],
+)
+def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames):
+    """Of 5 rows, of 6, between timesteps, and of Heun's 2 a step but for the last, and here the first."""
+    out = tmp_path / "a.gif"
+    assert call("trajectory", "--model", tiny, "--num", 1, *options, "--out", out, "--quiet") == 0
+    with Image.open(out) as opened:
+        assert opened.n_frames == frames
+
+
 def test_trajectory_is_that_of_the_samples(tmp_path, device):
     """The predicted x_0 of the last step is the sample, for every kind of prediction."""
     from ddpm_ext import Philox
@@ -123,10 +114,13 @@ def test_trajectory_is_that_of_the_samples(tmp_path, device):
     options = {"record": "last", "progress": False, "device": device}
     for prediction in ("eps", "x0", "v"):
         diffusion = DiffusionSettings(timesteps=20, prediction=prediction).diffusion()
-        recorder = Recorder(unet, diffusion, 6, 20, 2)
+        recorder = Recorder(unet, 6, 20, 2)
         with torch.no_grad():
             drawn = [
-                diffusion.p_sample_loop(model, (3, 3, 8, 8), rng=Philox(1), **options) for model in (unet, recorder)
+                diffusion.p_sample_loop(unet, (3, 3, 8, 8), rng=Philox(1), **options),
+                diffusion.p_sample_loop(
+                    recorder, (3, 3, 8, 8), rng=Philox(1), x0=True, callback=recorder.keep, **options
+                ),
             ]
         assert torch.equal(*drawn)
         assert recorder.labels() == ["t = 19", "t = 13", "t = 7", "t = 1", "t = 0"]
@@ -141,23 +135,36 @@ def test_info():
         assert word in done.stdout
 
 
-def test_help_tells_groups_and_defaults():
-    pages = {name: run(*name.split(), "--help") for name in ("", "sample", "train", "trajectory", "info")}
-    for page in pages.values():
-        assert (page.returncode, page.stderr) == (0, "")
-    for word in ("sample", "train", "trajectory", "info"):
-        assert word in pages[""].stdout
-    for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:"):
-        assert word in pages["sample"].stdout
+def test_help_tells_groups_and_defaults(capsys):
+    pages = {}
+    for name in ("", "sample", "train", "trajectory", "plot", "info"):
+        assert call(*name.split(), "--help") == 0
+        pages[name], errors = capsys.readouterr()
+        assert errors == ""
+    for word in ("sample", "train", "trajectory", "plot", "info"):
+        assert word in pages[""]
+    for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
+        assert word in pages["sample"]
     for word in ("--checkpoint-every", "--resume", "(default: 32,48,64)"):
-        assert word in pages["train"].stdout
+        assert word in pages["train"]
 
 
 BAD = [
     (("sample", "--num", "0"), "--num: got 0, expected a whole number of at least 1"),
     (("sample", "--num", "many"), "--num: got many"),
     (("sample", "--steps", "0"), "--steps: got 0"),
-    (("sample", "--steps", "1001"), "steps: got 1001, expected at most 1000"),
+    (("sample", "--steps", "1001"), "steps is 1001, expected 1 <= steps < 1001, there being 1000 timesteps"),
+    (("sample", "--spacing", "even"), "spacing is 'even', expected 'linspace', 'leading'"),
+    (("sample", "--spacing", "karras"), "steps is None, expected a number of steps for spacing 'karras'"),
+    (("sample", "--spacing", "ddim7", "--steps", "7"), "steps is 7 beside spacing 'ddim7'"),
+    (("sample", "--num-images", "0"), "--num-images: got 0, expected a whole number of at least 1"),
+    (("sample", "--num-images", "4", "--num", "4"), "not allowed with argument"),
+    (("sample", "--num-images", "4", "--out", "a.npz"), "out: got a.npz, expected a folder for --num-images"),
+    (("sample", "--num-images", "4", "--npz", "a.npy"), "npz: got a.npy, expected a name that ends in .npz"),
+    (("sample", "--num-images", "4", "--shard-size", "0"), "--shard-size: got 0"),
+    (("sample", "--num-images", "4", "--steps", "1001"), "steps is 1001, expected 1 <= steps"),
+    (("sample", "--npz"), "npz: belongs to --num-images"),
+    (("sample", "--png"), "png: belongs to --num-images"),
     (("sample", "--eta", "-1"), "--eta: got -1, expected a number >= 0"),
     (("sample", "--eta", "nan", "--sampler", "ddim"), "--eta: got nan"),
     (("sample", "--eta", "1"), "eta: got 1.0, but it belongs to --sampler ddim"),

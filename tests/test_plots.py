@@ -1,13 +1,10 @@
-"""ddpm_ext.plots: uint8 conversion, grids, strips, GIFs, the curve of losses, a StepTable's columns."""
-
-import sys
+"""ddpm_ext.plots: uint8 conversion, grids, strips, trajectories, GIFs."""
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm_ext import StepTable, plots
-from ddpm_ext.extras import MissingExtra
+from ddpm_ext import plots
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -45,11 +42,30 @@ def test_small_images_become_visible():
     assert plots.grid(np.zeros((1, 100, 100, 3), np.uint8)).shape[0] == 100 + 2 * plots._GAP
 
 
-def test_grid_bad_input():
-    with pytest.raises(ValueError, match="got none"):
-        plots.grid(np.zeros((0, 8, 8, 1), np.uint8))
-    with pytest.raises(ValueError, match="got 4 channels"):
-        plots.grid(np.zeros((1, 8, 8, 4), np.uint8))
+BAD_GRIDS = [
+    (np.zeros((0, 8, 8, 1), np.uint8), {}, ValueError, "images: got none"),
+    (np.zeros((1, 8, 8, 4), np.uint8), {}, ValueError, "images: got 4 channels"),
+    (np.zeros((1, 8, 8, 1), np.float32), {}, ValueError, "images: got float32"),
+    (np.zeros((8, 8, 1), np.uint8), {}, ValueError, r"images: got uint8 of shape \(8, 8, 1\)"),
+    (np.zeros((1, 8, 8, 1), np.uint8), {"columns": 0}, ValueError, "columns is 0"),
+    (np.zeros((1, 8, 8, 1), np.uint8), {"columns": 1.5}, TypeError, "columns is 1.5"),
+    (np.zeros((1, 8, 8, 1), np.uint8), {"scale": 0}, ValueError, "scale is 0"),
+]
+
+
+@pytest.mark.parametrize(("images", "options", "kind", "message"), BAD_GRIDS)
+def test_grid_bad_input(images, options, kind, message):
+    with pytest.raises(kind, match=message):
+        plots.grid(images, **options)
+
+
+def test_colours_stay():
+    images = np.array([[[[255, 0, 10]]], [[[1, 2, 3]]]], np.uint8)
+    gap = plots._GAP
+    picture = plots.grid(images, columns=2, scale=1)
+    assert picture.shape == (1 + 2 * gap, 2 + 3 * gap, 3)
+    assert picture[gap, gap].tolist() == [255, 0, 10]
+    assert picture[gap, 2 * gap + 1].tolist() == [1, 2, 3]
 
 
 def test_grid_is_written_as_png(tmp_path):
@@ -77,23 +93,142 @@ def test_strips_have_a_row_a_sample_and_labels(tmp_path):
         plots.strips([plots.to_uint8(moment) for moment in moments], ["a"], "title")
 
 
-def test_gif(tmp_path):
-    frames = [np.full((20, 30, 3), value, np.uint8) for value in (0, 100, 200)]
-    plots.save_gif(frames, tmp_path / "a.gif")
-    with Image.open(tmp_path / "a.gif") as opened:
-        assert (opened.format, opened.n_frames, opened.size) == ("GIF", 3, (30, 20))
-    with pytest.raises(ValueError, match="frames: got none"):
-        plots.save_gif([], tmp_path / "a.gif")
+def ink_columns(picture, rows):
+    """Where dark letters stand on white, of the given rows"""
+    return np.flatnonzero((picture[rows] < 128).all(axis=2).any(axis=0))
 
 
-def test_loss_curve(tmp_path):
-    pytest.importorskip("matplotlib")
-    for losses in ([0.5], [1 / step for step in range(1, 400)]):
-        plots.save_loss_curve(losses, tmp_path / "losses.png")
-        with Image.open(tmp_path / "losses.png") as opened:
-            assert opened.size == (840, 480)
-    with pytest.raises(ValueError, match="losses: got none"):
-        plots.save_loss_curve([], tmp_path / "losses.png")
+def test_labels_stand_above_their_columns():
+    moments = [np.full((1, 8, 8, 1), value, np.uint8) for value in (0, 127, 255)]
+    pitch, gap = 64 + plots._GAP, plots._GAP
+    for column in range(3):
+        labels = ["", "", ""]
+        labels[column] = "t = 5"
+        picture = plots.strips(moments, labels, "")
+        found = ink_columns(picture, slice(36, 54))
+        assert gap + column * pitch <= found.min() < found.max() < gap + (column + 1) * pitch - gap
+        assert abs((found.min() + found.max()) / 2 - (gap + column * pitch + 32)) < 2
+
+
+def test_long_title_is_not_cut():
+    moment = [np.zeros((1, 8, 8, 1), np.uint8)]
+    short, long = (plots.strips(moment, [""], "m" * letters) for letters in (3, 40))
+    assert short.shape[1] == 64 + 2 * plots._GAP
+    widths = [len(ink_columns(picture, slice(0, 30))) for picture in (short, long)]
+    assert widths[1] > 10 * widths[0]  # 13 times, but for gaps between letters
+    assert ink_columns(long, slice(0, 30)).max() < long.shape[1] - plots._GAP
+
+
+def pairs(samples=2, moments=3):
+    """x_t and x_0 whose values tell moment, sample and which of the two it is"""
+    values = torch.arange(moments * samples).view(moments, samples, 1, 1, 1) / 20
+    return list((values - 0.9).expand(-1, -1, 1, 8, 8)), list((values + 0.1).expand(-1, -1, 1, 8, 8))
+
+
+def test_trajectory_is_two_strips():
+    x_t, x_0 = pairs()
+    picture = plots.trajectory(x_t, x_0, ["t = 9", "t = 4", "t = 0"], scale=2)
+    height = picture.shape[0] // 2
+    for half, moments in zip((picture[:height], picture[height:]), (x_t, x_0), strict=True):
+        body = plots.grid(
+            plots.to_uint8(torch.stack(moments, 1).reshape(6, 1, 8, 8)), columns=3, scale=2
+        )  # a row a sample
+        assert np.array_equal(half[-len(body) :, : body.shape[1]], body)
+        assert len(ink_columns(half, slice(0, 30))) and len(ink_columns(half, slice(36, 54)))
+
+
+def test_trajectory_frames():
+    x_t, x_0 = pairs(samples=4)
+    frames = plots.trajectory_frames(x_t, x_0, ["t = 9", "t = 4", "t = 0"], scale=8)
+    assert len(frames) == 3
+    assert len({frame.shape for frame in frames}) == 1
+    for frame, noisy, clean in zip(frames, x_t, x_0, strict=True):
+        left, right = (plots.grid(plots.to_uint8(images), scale=8) for images in (noisy, clean))
+        assert np.array_equal(frame[-len(left) :, : left.shape[1]], left)
+        assert np.array_equal(frame[-len(right) :, -right.shape[1] :], right)
+    assert not np.array_equal(frames[0][:30], frames[1][:30])  # the label
+
+
+def test_frames_of_one_narrow_image_are_of_one_size():
+    x_t, x_0 = pairs(samples=1)
+    frames = plots.trajectory_frames(x_t, x_0, ["t = 1", "t = 1000000", "t = 0"], scale=1)
+    assert len({frame.shape for frame in frames}) == 1
+
+
+def test_trajectory_bad_input():
+    x_t, x_0 = pairs()
+    for draw in (plots.trajectory, plots.trajectory_frames):
+        with pytest.raises(ValueError, match="x_0: got 2 moments, x_t has 3"):
+            draw(x_t, x_0[:2], ["", "", ""])
+        with pytest.raises(ValueError, match="x_0: got 0 moments"):
+            draw([], [], [])
+        with pytest.raises(ValueError, match="labels: got 1 for 3"):
+            draw(x_t, x_0, [""])
+    with pytest.raises(ValueError, match=r"x_0: got shape \(2, 1, 4, 4\)"):
+        plots.trajectory_frames(x_t, [images[..., :4, :4] for images in x_0], ["", "", ""], scale=2)
+    with pytest.raises(ValueError, match="images: got moments of shapes"):
+        plots.strips([np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 4, 4, 1), np.uint8)], ["", ""], "")
+
+
+def read_gif(path):
+    """Frames, their milliseconds, how often they are shown (0: without end)"""
+    with Image.open(path) as opened:
+        assert opened.format == "GIF"
+        frames, durations = [], []
+        for number in range(opened.n_frames):
+            opened.seek(number)
+            frames.append(np.asarray(opened.convert("RGB")))
+            durations.append(opened.info["duration"])
+        return frames, durations, opened.info["loop"]
+
+
+def test_gif_holds_frames_and_durations(tmp_path):
+    generator = np.random.default_rng(0)
+    grey = [generator.integers(256, size=(20, 30, 1), dtype=np.uint8).repeat(3, 2) for _ in range(3)]
+    few = [np.array([[[255, 0, 7], [3, 200, 1]]], np.uint8).repeat(20, 0), np.full((20, 2, 3), 9, np.uint8)]
+    for frames, seconds, each in ((grey, 3, 1000), (grey, 0.1, 30), (few, 0.001, 20)):
+        plots.save_gif(frames, tmp_path / "a.gif", seconds=seconds)
+        found, durations, loop = read_gif(tmp_path / "a.gif")
+        assert durations == [each] * (len(frames) - 1) + [2000]
+        assert loop == 0
+        assert len(found) == len(frames)
+        for ours, theirs in zip(found, frames, strict=True):  # up to 256 colours: exactly
+            assert np.array_equal(ours, theirs)
+        content = (tmp_path / "a.gif").read_bytes()
+        plots.save_gif(frames, tmp_path / "a.gif", seconds=seconds)
+        assert (tmp_path / "a.gif").read_bytes() == content
+
+
+def test_equal_frames_of_a_gif_become_one(tmp_path):
+    frames = [np.full((4, 4, 3), value, np.uint8) for value in (1, 1, 1, 2, 3)]
+    plots.save_gif(frames, tmp_path / "a.gif", seconds=1)
+    found, durations, _ = read_gif(tmp_path / "a.gif")
+    assert [frame[0, 0, 0] for frame in found] == [1, 2, 3]
+    assert durations == [600, 200, 2000]
+
+
+def test_gif_of_many_colours_is_near(tmp_path):
+    ramp = np.linspace(0, 255, 40).astype(np.uint8)
+    frame = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(50)), 2)
+    plots.save_gif([frame], tmp_path / "a.gif")
+    found = read_gif(tmp_path / "a.gif")[0][0]
+    assert len(np.unique(found.reshape(-1, 3), axis=0)) > 100
+    assert abs(found.astype(int) - frame).mean() < 8
+
+
+def test_gif_bad_input(tmp_path):
+    frame = np.zeros((2, 2, 3), np.uint8)
+    for frames, options, message in (
+        ([], {}, "frames: got none"),
+        ([frame, frame[:1]], {}, "frames: got shapes"),
+        ([frame[..., :1]], {}, "frames: got uint8 of shape"),
+        ([frame.astype(float)], {}, "frames: got float64"),
+        ([frame], {"seconds": 0}, "seconds: got 0"),
+        ([frame], {"seconds": float("nan")}, "seconds: got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.save_gif(frames, tmp_path / "a.gif", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_picture_keeps_the_old_one(tmp_path):
@@ -102,47 +237,3 @@ def test_failed_picture_keeps_the_old_one(tmp_path):
         plots.save_picture(np.zeros((2, 2, 7), np.uint8), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-STEPS = {"timestep": [9, 5, 0], "a": [200, 3, 1], "b": [-200, -2, 0], "c0": [0.1, 0.5, 1], "c1": [0.9, 0.5, 0]}
-
-
-def test_step_table_draws_every_column():
-    pytest.importorskip("matplotlib")
-    table = StepTable(**STEPS, c2=[0, -0.5, 0], s=[0.5, 0.25, 0])
-    figure = table.plot()
-    drawn = {}
-    for axes in figure.axes:
-        assert axes.get_title() and axes.get_ylabel()
-        lines = {line.get_label(): line for line in axes.lines}
-        drawn |= {name: line.get_xydata().tolist() for name, line in lines.items()}
-        assert len({(line.get_color(), line.get_linestyle()) for line in lines.values()}) == len(lines)
-        if len(lines) > 1:
-            assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
-        assert axes.get_yscale() == ("asinh" if "a" in lines else "linear")
-    columns = {name: getattr(table, name).tolist() for name in ("timestep", "a", "b", "c0", "c1", "c2", "s")}
-    assert drawn == {name: [[i, value] for i, value in enumerate(values)] for name, values in columns.items()}
-    assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["step of the loop"] * 2
-
-
-@pytest.mark.parametrize("rows", [1, 3, 1000])
-def test_step_table_picture(rows, tmp_path):
-    pytest.importorskip("matplotlib")
-    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, draw=range(rows))
-    figure = table.plot(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as opened:
-        assert opened.size == (1080, 672)
-        ink = set(map(tuple, np.asarray(opened.convert("RGB")).reshape(-1, 3).tolist()))
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= ink
-    marked = {line.get_marker() for axes in figure.axes for line in axes.lines}
-    assert marked == ({"."} if rows < 1000 else {""})
-    with pytest.raises(ValueError, match="is a folder"):
-        table.plot(tmp_path)
-    assert [found.name for found in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_step_table_without_matplotlib(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match="drawing a StepTable needs matplotlib: pip install"):
-        StepTable(**STEPS).plot()

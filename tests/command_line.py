@@ -1,0 +1,43 @@
+"""`ddpm-ext` in a process of its own or in this one, and a tiny model for it."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from ddpm_ext import cli, models
+from ddpm_ext.models.scheduler import DiffusionSettings
+
+TINY = {
+    "sample_size": [8, 12],
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def run(*arguments, cwd=None):
+    """The command in a process of its own"""
+    command = [sys.executable, "-m", "ddpm_ext", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def call(*arguments):
+    """The command in this process, for the many cases where only the outcome counts: the exit code"""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def save_tiny(folder):
+    """A tiny colour model of 20 timesteps, 8 by 12 pixels, in a folder"""
+    torch.manual_seed(0)
+    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
+    return folder
