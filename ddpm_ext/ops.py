@@ -192,8 +192,8 @@ def extended_step(
     if not torch.compiler.is_compiling():
         C.extended_step(x_t, model_output, table, *arguments, out, *extras.values())
         return out
-    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out, **extras}
-    del tensors["log_variance"]
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
+    tensors |= {name: value for name, value in extras.items() if not isinstance(value, bool)}
     _refuse_grad("extended_step", "it", **tensors)
     torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **extras)
     return out

@@ -255,23 +255,16 @@ def _draw_histogram(given: argparse.Namespace) -> str:
     from ddpm_ext import commands
     from ddpm_ext.extras import require
     from ddpm_ext.figures import histogram_figure
+    from ddpm_ext.trajectory import Recorder
 
     _check_out(given.out, FIGURES)
     require("matplotlib", "drawing a histogram")
     model, diffusion, steps = commands.prepare(given, pictures=False)
     every = max(1, steps // MOMENTS)
-    timesteps: list[float] = []
-    moments: list[np.ndarray] = []
-    calls = 0
-
-    def watched(x: torch.Tensor, t: torch.Tensor) -> Any:
-        nonlocal calls
-        if calls % every == 0 and not (timesteps and t[0] >= timesteps[-1]):  # Heun's comes twice to a timestep
-            timesteps.append(t[0].item())
-            moments.append(x.float().cpu().numpy().copy())
-        calls += 1
-        return model.unet(x, t)
-
-    samples = commands.draw(model, diffusion, given, 0, given.num, watched)
+    recorder = Recorder(model.unet, every, steps, given.num)
+    samples = commands.draw(model, diffusion, given, 0, given.num, recorder)
+    # Heun's method comes twice to a timestep
+    new = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
+    timesteps, moments = [recorder.t[i] for i in new], [recorder.x_t[i] for i in new]
     histogram_figure(moments, timesteps, given.out, samples=samples, bins=given.bins, limit=given.limit)
-    return f"{given.num} samples at {len(moments)} of {calls} steps"
+    return f"{given.num} samples at {len(moments)} of {steps} steps"

@@ -19,8 +19,8 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Stands in the model's place in a loop with x0=True, and its `keep` is the callback there: keeps x_t and the x_0 that
-    the loop predicts from it, of every k-th call and of the last.
+    """Stands in the model's place in a loop with x0=True, and its `keep` is the callback there: keeps x_t and the x_0
+    that the loop predicts from it, of every k-th call and of the last.
 
     `every`: k, at least 1. `steps`: how many calls the loop will make. `samples`: how many of the batch are kept.
     Afterwards `t`, `x_t` and `x_0` hold one entry a kept call: arrays (samples, channels, height, width) float32.
