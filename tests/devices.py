@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from ddpm_ext import Philox
+from ddpm_ext import Inpaint, Interpolation, Philox
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, a Philox with sample ids, or a dict, list or tuple of such on `device`; whatever else as it is.
+    """A tensor, a Philox with sample ids, images, or a dict, list or tuple of such on `device`; whatever else as it is.
 
     Tensors on meta stay there: they are a device that is wrong on purpose.
     """
@@ -19,6 +20,8 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Philox) and value.sample_ids is not None:
         seed = value.seed_value % 2**64 if value.seed is None else value.seed
         return Philox(seed, moved(value.sample_ids, device), draw=value.draw, stream=value.stream)
+    if isinstance(value, Inpaint | Interpolation):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     if isinstance(value, dict):
         return {key: moved(v, device) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -355,7 +355,6 @@ def test_philox(arguments, options, error, words):
         ((100,), {"prediction": "noise"}, ValueError, ["prediction is 'noise'", "'eps'", "'x0'", "'v'"]),
         ((100,), {"prediction": None}, ValueError, ["prediction is None"]),
         ((100,), {"variance": "small"}, ValueError, ["variance is 'small'", "'fixed_small'", "'fixed_large'"]),
-        ((100,), {"variance": "learned"}, ValueError, ["variance is 'learned'"]),
         ((100,), {"backend": "cuda"}, ValueError, ["backend is 'cuda'", "'fused'", "'reference'"]),
     ],
 )

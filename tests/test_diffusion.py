@@ -413,12 +413,6 @@ def test_model_output_with_sample(backend, device):
     assert torch.equal(gd.p_sample_loop(wrapped, SHAPE, **options), gd.p_sample_loop(plain, SHAPE, **options))
 
 
-@pytest.mark.parametrize("variance", ["learned", "learned_range"])
-def test_learned_variance_is_refused(variance):
-    with pytest.raises(ValueError, match=f"variance is '{variance}'"):
-        GaussianDiffusion(variance=variance)
-
-
 def test_zero_terminal_snr(device):
     """Where alphas_cumprod is 0, x_0 is the sign of x_t - m: even when the two are close."""
     betas = torch.tensor([0.1, 0.2, 1.0])

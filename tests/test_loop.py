@@ -9,8 +9,8 @@ from gaussian import MU, SIGMA, TIMESTEPS, diffusion, exact_model
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.loop_tables import KEPT
 from ddpm_ext.samplers import SAMPLERS
-from ddpm_ext.sampling import KEPT
 from ddpm_ext.spacing import karras_grid, log_snr_grid, make_grid, spaced_timesteps
 from ddpm_ext.step_table import StepTable
 from ddpm_ext.tables import DeviceTables
@@ -102,7 +102,7 @@ def test_callback_sees_each_step_and_may_end_the_loop(run, device):
     every = run(gd, steps=10, record="all")
 
     def watch(record):
-        seen.append((record.step, record.timestep, record.x.cpu().numpy().copy()))
+        seen.append((record.step, record.timestep, record.x_t.cpu().numpy().copy()))
 
     assert all(map(np.array_equal, run(gd, steps=10, callback=watch), every))
     assert [step for step, _, _ in seen] == list(range(10))
@@ -134,7 +134,7 @@ def test_progressive(run, device):
         record = next(walk)
         assert record.step == i
         assert record.timestep == calls[-1][0]
-        assert np.array_equal(record.x.cpu().numpy(), expected)
+        assert np.array_equal(record.x_t.cpu().numpy(), expected)
         assert torch.is_grad_enabled()
     assert next(walk, None) is None
     with pytest.raises(ValueError, match="sampler is 'plms'"):
@@ -207,5 +207,9 @@ def test_start_between_timesteps(run, device):
     torch.testing.assert_close(first.double(), expected, rtol=3e-7, atol=3e-7)
     assert t == grid.timestep[6].float().item()
     assert len(told) == 4
+    table = SAMPLERS["euler"](grid)
+    gd.p_sample_loop(model, (2, 7), sampler=table, strength=0.4, **options)
+    assert torch.equal(told[4][0], first)
+    bare = StepTable(table.timestep, table.a, table.b, table.c0, table.c1)  # doesn't say where it starts
     with pytest.raises(ValueError, match="start is given, expected a sampler whose timesteps are the schedule's own"):
-        gd.p_sample_loop(model, (2, 7), sampler=SAMPLERS["euler"](grid), **options)
+        gd.p_sample_loop(model, (2, 7), sampler=bare, **options)

@@ -1,0 +1,142 @@
+"""torch.cuda's graphs, streams and events on the CPU, as far as ddpm_ext uses them, with a log of what was asked.
+
+A capture runs the calls but takes back what they wrote, and refuses what a GPU would: to read a value back, or to make
+another capture. A replay makes the recorded calls again, with the numbers of the recording, into the memory of the
+recording: what is not read from memory is what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import ClassVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
+
+
+class Stream:
+    def __init__(self, device=None):
+        self.device, self.waited = device, []
+        LOG.append(("stream", device))
+
+    def wait_stream(self, other):
+        LOG.append(("wait_stream", self, other))
+
+
+class Event:
+    def __init__(self):
+        self.done = None
+
+    def record(self, stream=None):
+        LOG.append(("record", self, stream))
+
+    def wait(self, stream=None):
+        LOG.append(("wait", self, stream))
+
+    def synchronize(self):
+        LOG.append(("synchronize", self))
+
+
+LOG: list = []
+DEFAULT = Stream("default")
+
+
+class Current:
+    stream = DEFAULT
+
+
+@contextlib.contextmanager
+def stream(new):
+    before, Current.stream = Current.stream, new
+    try:
+        yield
+    finally:
+        Current.stream = before
+
+
+class CUDAGraph:
+    instances: ClassVar[list] = []
+
+    def __init__(self):
+        self.calls, self.replays = [], 0
+        CUDAGraph.instances.append(self)
+
+    def replay(self):
+        LOG.append(("replay", self))
+        self.replays += 1
+        for function, args, kwargs, results in self.calls:
+            found = function(*args, **kwargs)
+            if results is not None:
+                for result, new in zip(results, found if isinstance(found, tuple | list) else (found,), strict=True):
+                    result.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph, self.before = graph, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if str(function).startswith(FORBIDDEN):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        arguments = function._schema.arguments
+        written, viewed = [], False
+        for i, argument in enumerate(arguments):
+            alias = argument.alias_info
+            if alias is None:
+                continue
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if alias.is_write:
+                written += [value] if isinstance(value, torch.Tensor) else list(value or ())
+            else:
+                viewed = True
+        for tensor in written:
+            self.before.setdefault(self.key(tensor), (tensor, tensor.clone()))
+        found = function(*args, **kwargs)
+        if viewed and not written:
+            return found  # a view lies where it lies
+        results = None if written else (found if isinstance(found, tuple | list) else (found,))
+        self.graph.calls.append((function, args, kwargs, results))
+        return found
+
+    @staticmethod
+    def key(tensor):
+        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+@contextlib.contextmanager
+def graph(cuda_graph, pool=None, stream=None, **_):
+    assert pool == "pool" and stream is Current.stream and stream is not DEFAULT
+    LOG.append(("capture", cuda_graph))
+    recorder = Recorder(cuda_graph)
+    try:
+        with recorder:
+            yield
+    except BaseException:
+        Current.stream = "a capture stream that was left behind"  # as torch 2.7 does
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+    finally:
+        for tensor, before in reversed(recorder.before.values()):
+            tensor.copy_(before)  # nothing was executed
+
+
+def install(monkeypatch):
+    """Everything in torch.cuda that ddpm_ext's graphs and copies use; the log, emptied."""
+    LOG.clear()
+    CUDAGraph.instances.clear()
+    Current.stream = DEFAULT
+    fakes = {
+        "Stream": Stream,
+        "Event": Event,
+        "CUDAGraph": CUDAGraph,
+        "graph": graph,
+        "stream": stream,
+        "current_stream": lambda device=None: Current.stream,
+        "graph_pool_handle": lambda: "pool",
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return LOG

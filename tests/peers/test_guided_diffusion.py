@@ -1,0 +1,225 @@
+"""guided-diffusion's steps, given the same noise, in float64: its tables are that, and here its arithmetic, too."""
+
+import pytest
+import torch
+
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.samplers import ddim, ddim_inverse, ddpm
+from ddpm_ext.spacing import make_grid, section_timesteps
+
+peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
+respace = pytest.importorskip("guided_diffusion.respace")
+
+SHAPE = (5, 3, 4, 6)
+T = [0, 1, 17, 500, 999]
+PREDICTIONS = {"eps": peer.ModelMeanType.EPSILON, "x0": peer.ModelMeanType.START_X}
+VARIANCES = {
+    "fixed_small": peer.ModelVarType.FIXED_SMALL,
+    "fixed_large": peer.ModelVarType.FIXED_LARGE,
+    "learned": peer.ModelVarType.LEARNED,
+    "learned_range": peer.ModelVarType.LEARNED_RANGE,
+}
+
+clips = pytest.mark.parametrize("clip", [True, False])
+variances = pytest.mark.parametrize("variance", VARIANCES)
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+
+
+def options(betas, prediction="eps", variance="fixed_small"):
+    return {
+        "betas": betas.numpy(),
+        "model_mean_type": PREDICTIONS[prediction],
+        "model_var_type": VARIANCES[variance],
+        "loss_type": peer.LossType.MSE,
+    }
+
+
+@pytest.fixture
+def inputs(device, monkeypatch):
+    """x, m, v, z, gradient of SHAPE, t; z is what guided-diffusion draws, which computes in float64."""
+    values = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    x, m, v, z, g = values.unbind(0)
+    monkeypatch.setattr(peer.th, "randn_like", lambda _: z.double())
+    monkeypatch.setattr(peer, "_extract_into_tensor", lambda values, t, shape: wide(values, t).expand(shape))
+    return x, m, v, z, 0.3 * g, torch.tensor(T, device=device)
+
+
+def output(variance, m, v):
+    if variance.startswith("fixed"):
+        return m
+    return torch.cat([m, v - 3 if variance == "learned" else v.clamp(-1, 1)], 1)
+
+
+def close(found, expected, size):
+    """Within a few float32 ulps of the terms' sizes."""
+    assert found.dtype == torch.float32 and expected.dtype in (torch.float64, torch.float32)
+    error = (found.double() - expected.double()).abs() / size
+    assert (error <= 4 * 2.0**-23).all(), error.max() * 2**23  # measured 1.3, factor 3
+
+
+def wide(values, t):
+    return torch.from_numpy(values).to(t.device)[t].reshape(-1, 1, 1, 1)
+
+
+def at(values, t):
+    return wide(values.numpy(), t)
+
+
+def sizes(gd, x, m, t):
+    """Of the terms of x0, and of the posterior's mean."""
+    x0 = m.abs()
+    if gd.prediction == "eps":
+        x0 = at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + at(gd.sqrt_recipm1_alphas_cumprod, t) * m.abs()
+    return x0, at(gd.posterior_mean_coef1, t) * x0 + at(gd.posterior_mean_coef2, t) * x.abs()
+
+
+@clips
+@variances
+@predictions
+def test_p_mean_variance(inputs, prediction, variance, clip):
+    x, m, v, _, _, t = inputs
+    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
+    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    told = output(variance, m, v)
+    expected = theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)
+    mean, var, log_var = gd.p_mean_variance(lambda *_: told, x, t, clip)
+    close(mean, expected["mean"], sizes(gd, x, m, t)[1])
+    # at t = 0 guided-diffusion clips to the variance at t = 1, ddpm_ext to 1e-20; no noise is added there
+    after = slice(1 if variance in ("fixed_small", "learned_range") else 0, None)
+    torch.testing.assert_close(var.expand(SHAPE)[1:].double(), expected["variance"][1:], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        log_var.expand(SHAPE)[after].double(), expected["log_variance"][after], rtol=1e-6, atol=1e-6
+    )
+
+
+@clips
+@variances
+@predictions
+def test_p_sample(inputs, prediction, variance, clip):
+    x, m, v, z, _, t = inputs
+    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
+    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    told = output(variance, m, v)
+    expected = theirs.p_sample(lambda *_: told.double(), x.double(), t, clip)["sample"]
+    spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
+    close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, sizes(gd, x, m, t)[1] + 20 * spread * z.abs())
+
+
+@clips
+@variances
+@predictions
+def test_condition_mean(inputs, prediction, variance, clip):
+    x, m, v, z, g, t = inputs
+    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
+    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    told = output(variance, m, v)
+    expected = theirs.p_sample(
+        lambda *_: told.double(), x.double(), t, clip, cond_fn=lambda *_, **__: g, model_kwargs={}
+    )["sample"]
+    halves = told.chunk(2, 1) if told.shape != SHAPE else (told, None)
+    found = ops.extended_step(
+        x, halves[0], gd._table("extended", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
+        model_variance=halves[1], gradient=g,
+    )  # fmt: skip
+    spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
+    size = sizes(gd, x, m, t)[1] + 20 * spread * (z.abs() + spread * g.abs())
+    after = slice(1 if variance == "learned_range" else 0, None)  # at t = 0 the variances differ, as above
+    close(found[after], expected[after], size[after])
+
+
+@clips
+@predictions
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_sample(inputs, device, prediction, clip, guided, eta):
+    """condition_score, where there is a gradient."""
+    x, m, _, z, g, t = inputs
+    gd = GaussianDiffusion(1000, prediction=prediction)
+    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction))
+    cond_fn = (lambda *_, **__: g.double()) if guided else None
+    expected = theirs.ddim_sample(lambda *_: m.double(), x.double(), t, clip, cond_fn=cond_fn, model_kwargs={}, eta=eta)
+    grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
+    table = ddim(grid, prediction=prediction, eta=eta, keep_eps=False)[::-1].packed_extended(device)
+    x0 = torch.empty_like(x)
+    found = ops.extended_step(
+        x, m, table, t, clip=(-1, 1) if clip else None, noise=z, gradient=g if guided else None, x0_out=x0
+    )
+    size = sizes(gd, x, m, t)[0]
+    if guided:  # eps, and x0 again of that
+        lost = (1 - at(gd.alphas_cumprod, t)) / at(gd.sqrt_alphas_cumprod, t)
+        size = 4 * size + 4 * at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + lost * g.abs()
+    close(x0, expected["pred_xstart"], size)
+    # their eps is a difference of numbers of x's and x0's size, over the root of 1 / alphas_cumprod - 1
+    eps = (at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + size) / at(gd.sqrt_recipm1_alphas_cumprod, t)
+    close(found, expected["sample"], size + eps + z.abs())
+
+
+@clips
+@predictions
+def test_ddim_reverse_sample(inputs, device, prediction, clip):
+    x, m, _, _, _, _ = inputs
+    t = torch.tensor([0, 1, 17, 500, 998], device=device)
+    gd = GaussianDiffusion(1000, prediction=prediction)
+    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction))
+    expected = theirs.ddim_reverse_sample(lambda *_: m.double(), x.double(), t, clip)["sample"]
+    levels = gd.alphas_cumprod
+    grid = make_grid(levels, torch.arange(999), betas=gd.betas, final=levels[-1].item())
+    table = ddim_inverse(grid, prediction=prediction, keep_eps=False).packed_extended(device)
+    found = ops.extended_step(x, m, table, t, clip=(-1, 1) if clip else None, add_noise=False)
+    size = sizes(gd, x, m, t)[0]
+    close(
+        found,
+        expected,
+        size + (at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + size) / at(gd.sqrt_recipm1_alphas_cumprod, t),
+    )
+
+
+def both(x, t, **_):
+    m = x * 0.5 - (t.float() / 2000).reshape(-1, 1, 1, 1) * x.clamp(-1, 1)
+    return torch.cat([m, (x * 0.7).clamp(-1, 1)], 1)
+
+
+def cond_fn(x, t, **_):
+    return (0.3 - x) * 0.5
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("spacing", ["ddim25", "10,15,20"])
+def test_loop_over_some_of_the_timesteps(device, monkeypatch, sampler, spacing, guided):
+    """SpacedDiffusion's loop, with a learned range, a gradient and a denoised_fn."""
+    gd = GaussianDiffusion(1000, variance="learned_range")
+    sections = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
+    timesteps = section_timesteps(1000, sections).tolist()
+    assert set(timesteps) == respace.space_timesteps(1000, spacing)
+    theirs = respace.SpacedDiffusion(set(timesteps), **options(gd.betas, variance="learned_range"))
+    rng, guide = Philox(3), {"cond_fn": cond_fn if guided else None, "denoised_fn": lambda x0: x0 * 0.9}
+    x = start = randn(SHAPE, rng, stream=1, device=device)
+    for i in range(len(timesteps) - 1, -1, -1):
+        z = randn(SHAPE, rng, draw=timesteps[len(timesteps) - 1 - i], device=device)
+        monkeypatch.setattr(peer.th, "randn_like", lambda _, z=z: z)
+        step = theirs.p_sample if sampler == "ddpm" else theirs.ddim_sample
+        x = step(both, x, torch.full((5,), i, device=device), model_kwargs={}, **guide)["sample"]
+    chosen = {"sampler": "ddpm", "spacing": spacing}
+    if sampler == "ddim":
+        grid = make_grid(gd.alphas_cumprod, timesteps)
+        chosen = {"sampler": ddim(grid, keep_eps=False)}
+    ours = gd.p_sample_loop(both, SHAPE, rng=rng, record="last", progress=False, device=device, **chosen, **guide)
+    assert not torch.equal(ours, start)
+    # measured 7e-5 by a gradient at t = 0, where learned ranges start elsewhere; 2.8e-6 without
+    torch.testing.assert_close(ours, x, rtol=0, atol=3e-4 if guided and sampler == "ddpm" else 1e-5)
+
+
+def test_rows_say_what_their_tables_say():
+    """A respaced diffusion's betas and levels."""
+    gd = GaussianDiffusion(1000, "cosine")
+    timesteps = section_timesteps(1000, "ddim25")
+    theirs = respace.SpacedDiffusion(set(timesteps.tolist()), **options(gd.betas))
+    grid = make_grid(gd.alphas_cumprod, timesteps, betas=gd.betas)
+    table = ddpm(grid, variance="fixed_large")
+    for ours, name in (
+        (table.now, "alphas_cumprod"),
+        (table.c0, "posterior_mean_coef1"),
+        (table.c1, "posterior_mean_coef2"),
+    ):
+        torch.testing.assert_close(ours, torch.from_numpy(getattr(theirs, name)).flip(0), rtol=1e-9, atol=1e-12)
