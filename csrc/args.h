@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/extended.h"
+#include "core/loss.h"
 
 namespace ddpm_ext {
 
@@ -69,5 +70,19 @@ struct ExtendedArgs : Call {
   TensorArg& operator[](Role role) { return inputs[static_cast<int>(role)]; }
   TensorArg& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
+
+// Of a training loss: rows are LossRow.
+struct LossArgs : Call {
+  TensorArg model_output, x_start, noise, slope;  // slope is written; null: not wanted
+  Loss kind = Loss::mse;
+  float delta = 1;
+  float slope_share = 0;            // what a slope of 32 bits is multiplied by, beside its row's weight
+  double per_element = 0;           // 1 / numel
+  double* chunks = nullptr;         // (batch, chunks of a sample): their sums, scratch
+  uint32_t* blocks_done = nullptr;  // (batch,), zeros: scratch of a GPU
+  float* loss = nullptr;            // (batch,), written
+};
+
+DDPM_HD constexpr int64_t loss_chunks(int64_t numel) { return (numel + kLossChunk - 1) / kLossChunk; }
 
 }  // namespace ddpm_ext

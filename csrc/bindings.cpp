@@ -180,6 +180,26 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
 }
 
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
+                                          int64_t reduction, bool want_slope) {
+  if (needs_dispatcher("diffusion_loss", {{"model_output", model_output},
+                                          {"x_start", x_start},
+                                          {"noise", noise},
+                                          {"t", t},
+                                          {"sample_ids", sample_ids}})) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::diffusion_loss", "")
+                               .typed<decltype(library::diffusion_loss)>();
+    return op.call(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_ARGUMENTS, reduction,
+                   want_slope);
+  }
+  RECORD_FUNCTION("ddpm_ext::diffusion_loss", std::vector<c10::IValue>());
+  return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG, reduction,
+                                  want_slope);
+}
+
 using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
 
 // `name` is "ddpm_ext::" and the operator's.
@@ -254,6 +274,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("extended_step", &extended_step, Unlocked());
   m.def("check_reverse_step", &check_reverse_step);
   m.def("forward_process", &forward_process, Unlocked());
+  m.def("diffusion_loss", &diffusion_loss, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());
   m.def("posterior_mean", &posterior_mean, Unlocked());
   m.def("draw_seed", &ddpm_ext::draw_seed);

@@ -1,6 +1,5 @@
 #include "library.h"
 
-#include <ATen/ops/mse_loss.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
@@ -40,9 +39,15 @@ Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at
   return ddpm_ext::randn(size, DDPM_RNG, dtype, device);
 }
 
-Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
+                                          int64_t reduction, bool want_slope) {
+  return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG, reduction,
+                                  want_slope);
+}
 
-Tensor mse_loss(const Tensor& model_output, const Tensor& target) { return at::mse_loss(model_output, target); }
+Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
 
 }  // namespace ddpm_ext::library
 
@@ -73,7 +78,9 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def("predict_start(Tensor x_t, Tensor noise, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
   m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
   m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
-  m.def("mse_loss(Tensor model_output, Tensor target) -> Tensor");
+  m.def(
+      "diffusion_loss(Tensor model_output, Tensor? x_start, Tensor table, Tensor? t, SymInt t_index, int kind, float "
+      "delta, Tensor? noise, " DDPM_RNG_SCHEMA ", *, int reduction=0, bool want_slope=False) -> (Tensor, Tensor)");
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
@@ -84,6 +91,7 @@ static void register_kernels(torch::Library& m) {
   m.impl("extended_step", ddpm_ext::library::extended_step);
   m.impl("forward_process", ddpm_ext::library::forward_process);
   m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
+  m.impl("diffusion_loss", ddpm_ext::library::diffusion_loss);
   m.impl("predict_start", ddpm_ext::predict_start);
   m.impl("posterior_mean", ddpm_ext::posterior_mean);
 }
@@ -92,6 +100,5 @@ TORCH_LIBRARY_IMPL(ddpm_ext, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CUDA, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // no tensor argument tells a device
   m.impl("randn", ddpm_ext::library::randn);
-  m.impl("mse_loss", ddpm_ext::library::mse_loss);
   m.impl("draw_seed", ddpm_ext::library::draw_seed);
 }

@@ -39,8 +39,10 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                          const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
+                                          int64_t reduction, bool want_slope);
 Tensor draw_seed();
-// torch's own, behind one operator: torch.compile would fuse it and sum in another order than eager torch does.
-Tensor mse_loss(const Tensor& model_output, const Tensor& target);
 
 }  // namespace ddpm_ext::library

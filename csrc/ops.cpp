@@ -3,13 +3,19 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include <initializer_list>
+#include <limits>
 #include <mutex>
 
 #include "arguments.h"
 #include "core/extended.h"
 #include "core/forward.h"
+#include "core/loss.h"
 #include "cpu/loops.h"
 #include "overlap.h"
 #ifdef DDPM_EXT_WITH_CUDA
@@ -217,6 +223,60 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x_start.device());
   return finish(result, out);
+}
+
+// On the CPU in the batch's order: at::mean's hangs on the number of threads where there are many samples.
+static Tensor total(const Tensor& losses, bool mean) {
+  if (!losses.is_cpu()) return mean ? at::mean(losses) : at::sum(losses);
+  const float* each = losses.const_data_ptr<float>();
+  double sum = 0;
+  for (int64_t b = 0; b < losses.numel(); ++b) sum += each[b];
+  if (mean) sum /= static_cast<double>(losses.numel());
+  return at::full({}, static_cast<float>(sum), losses.options());
+}
+
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
+                                          bool want_slope) {
+  constexpr const char* op = "diffusion_loss";
+  constexpr int64_t kMean = 0, kNone = 1;
+  const at::Device device = model_output.device();
+  LossArgs args;
+  // The samples' dtype is that of x_start or of a given noise; where neither is there, the model's.
+  const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
+  const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
+  args.x_start.dtype = args.noise.dtype = check_sample(op, x_name, x);
+  args.model_output.dtype = args.slope.dtype = check_same_or_lower(op, "model_output", model_output, x_name, x);
+  args.batch = x.size(0);
+  set_table(op, args, table, sizeof(LossRow) / sizeof(float), t, t_index, device);
+  set_noise(op, args, args.noise, x, x_name, noise, !noise.has_value(), rng);
+  CHECK_VALUE(0 <= kind && kind <= 2, "kind", " is ", kind, ", expected 0, 1 or 2");
+  CHECK_VALUE(0 <= reduction && reduction <= 2, "reduction", " is ", reduction, ", expected 0, 1 or 2");
+  args.kind = static_cast<Loss>(kind);
+  args.delta = static_cast<float>(delta);
+  CHECK_VALUE(args.delta > 0, "delta", " is ", delta, ", expected delta > 0");
+
+  const auto like = at::TensorOptions().device(device);
+  const Tensor losses = at::empty({args.batch}, like.dtype(at::kFloat));
+  const Tensor slope = want_slope ? at::empty_like(model_output) : at::empty({0}, model_output.options());
+  bind(op, args,
+       {{pointer(x_start), &args.x_start}, {pointer(noise), &args.noise}, {want_slope ? &slope : nullptr, &args.slope}},
+       model_output, args.model_output);
+  if (args.numel == 0) losses.fill_(std::numeric_limits<float>::quiet_NaN());  // the mean of nothing, as torch's
+  args.per_element = 1.0 / static_cast<double>(args.numel);
+  const double share = reduction == kMean ? args.per_element / static_cast<double>(args.batch) : args.per_element;
+  args.slope_share = static_cast<float>(share * (args.kind == Loss::mse ? 2.0 : 1.0));
+  const Tensor chunks = at::empty({args.batch, loss_chunks(args.numel)}, like.dtype(at::kDouble));
+  args.chunks = chunks.mutable_data_ptr<double>();
+  args.loss = losses.mutable_data_ptr<float>();
+  Tensor blocks_done;
+  if (device.is_cuda()) {
+    blocks_done = at::zeros({args.batch}, like.dtype(at::kInt));
+    args.blocks_done = reinterpret_cast<uint32_t*>(blocks_done.mutable_data_ptr<int32_t>());
+  }
+  DDPM_DISPATCH(loss, args, device);
+  return {reduction == kNone ? losses : total(losses, reduction == kMean), slope};
 }
 
 Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace ddpm_ext {
 
@@ -49,6 +50,17 @@ void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const 
 // k0 x_start + k1 noise by the rows (rows, 2) of `table`. Without noise and with draw_noise false: k0 x_start.
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+
+// Losses of samples (batch,), float32: of the model's output against k0 x_start + k1 noise, times the row's weight, by
+// the rows (rows, 4) of `table`; `kind` 0 the squared difference, 1 its size, 2 Huber's with `delta`, each a mean over
+// the sample. Without x_start, k0 counts as 0. `reduction` 0: their mean, 1: as they are, 2: their sum. And its slope
+// by the model's output (of their sum, where they are as they are), like that; an empty tensor, unless it is wanted.
+// A slope of 16 bits is that of half the squared difference, its size or Huber's alone: neither divided by the number
+// of elements nor times the weight.
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
+                                          bool want_slope);
 
 // k0 x_t + k1 noise.
 Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,

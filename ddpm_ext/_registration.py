@@ -53,9 +53,10 @@ def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(size, dtype=dtype, device=device)
 
 
-@_lib.register_fake("ddpm_ext::mse_loss")
-def _(model_output: Tensor, target: Tensor) -> Tensor:
-    return model_output.new_empty(())
+@_lib.register_fake("ddpm_ext::diffusion_loss")
+def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False) -> tuple[Tensor, Tensor]:
+    loss = model_output.new_empty((len(model_output),) if reduction == 1 else (), dtype=torch.float32)
+    return loss, torch.empty_like(model_output) if want_slope else model_output.new_empty((0,))
 
 
 @_lib.register_fake("ddpm_ext::draw_seed")
@@ -149,14 +150,39 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_step_setup)
 
 
-def _mse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def keep_for_loss_gradient(ctx: Any, slope: Tensor, arguments: tuple[Any, ...], reduction: int) -> None:
+    """`arguments`: the operator's own."""
+    _model_output, _x_start, table, t, ctx.index, ctx.kind, *_ = arguments
+    ctx.save_for_backward(slope, table, t)
+    ctx.reduction, ctx.inputs = reduction, len(arguments)
 
 
-def _mse_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    model_output, target = ctx.saved_tensors
-    grad_output = (model_output - target) * (grad * (2 / max(model_output.numel(), 1)))
-    return grad_output, -grad_output
+def refuse_second_derivative() -> None:
+    """In a backward pass by create_graph=True, whose gradient would count as a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 
 
-_lib.register_autograd("ddpm_ext::mse_loss", _mse_backward, setup_context=_mse_setup)
+def loss_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    """By the model's output: the slope that came with the loss, times what comes back for it, a scalar or (batch,)."""
+    slope, table, t = ctx.saved_tensors
+    if slope.dtype != torch.float32:  # what is left out of it: see csrc/ops.h
+        weight = table[ctx.index, 2] if t is None else table[t, 2]
+        elements = slope.numel() if ctx.reduction == 0 else math.prod(slope.shape[1:])
+        grad = grad * weight * ((2 if ctx.kind == 0 else 1) / max(elements, 1))
+    return (slope * grad.reshape(-1, *[1] * (slope.dim() - 1))).to(slope.dtype)
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    keep_for_loss_gradient(ctx, output[1], inputs, keyword_only_inputs["reduction"])
+    ctx.has_slope = keyword_only_inputs["want_slope"]
+
+
+def _loss_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivative()
+    if not ctx.has_slope:
+        raise RuntimeError("diffusion_loss: want_slope is False, expected True where a gradient is asked for")
+    return loss_gradient(ctx, grad), *[None] * (ctx.inputs - 1)
+
+
+_lib.register_autograd("ddpm_ext::diffusion_loss", _loss_backward, setup_context=_loss_setup)

@@ -15,13 +15,15 @@ from ddpm_ext import checks, ops, reference, sampling
 from ddpm_ext.guidance import Guidance
 from ddpm_ext.images import Inpaint, Interpolation
 from ddpm_ext.loop_tables import LEARNED, LoopTables
+from ddpm_ext.loss_tables import LossTables
+from ddpm_ext.losses import check_options, refuse_grad
 from ddpm_ext.noise import Philox, fresh_rng
 from ddpm_ext.samplers import PREDICTIONS, VARIANCES, ddpm
 from ddpm_ext.schedules import make_betas
 from ddpm_ext.spacing import make_grid
 from ddpm_ext.step_table import StepTable
 from ddpm_ext.steps import split_variance, unwrap
-from ddpm_ext.tables import DeviceTables, prediction_coefficients
+from ddpm_ext.tables import StepDeviceTables, prediction_coefficients
 from ddpm_ext.thresholding import Clip, DynamicThreshold, as_fixed_clip
 
 __all__ = ["GaussianDiffusion"]
@@ -94,6 +96,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self._tables = self._make_tables()
+        self._losses = LossTables(self)
         self._loops: dict[object, tuple[LoopTables, StepTable]] = {}  # p_sample_loop's: see loop_tables.make_tables
 
     def __repr__(self) -> str:
@@ -108,31 +111,19 @@ class GaussianDiffusion:
     def _ops(self) -> ModuleType:
         return BACKENDS[self.backend]
 
-    def _make_tables(self) -> DeviceTables:
-        zeros, ones = torch.zeros_like(self.betas), torch.ones_like(self.betas)
+    def _make_tables(self) -> StepDeviceTables:
         grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1), betas=self.betas)
         descending = ddpm(grid, prediction=self.prediction, variance=self.variance)
-        # what a model of this prediction is trained towards: k0 x_start + k1 noise
-        target = {
-            "eps": (zeros, ones),
-            "x0": (ones, zeros),
-            "v": (-self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod),
-            "x_prev": (
-                self.posterior_mean_coef1 + self.posterior_mean_coef2 * self.sqrt_alphas_cumprod,
-                self.posterior_mean_coef2 * self.sqrt_one_minus_alphas_cumprod,
-            ),
-        }[self.prediction]
         variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
         if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
             first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
             variance = torch.cat([first, self.betas[1:]])
             log_variance = variance.log()
-        return DeviceTables(
+        return StepDeviceTables(
             descending[::-1],  # row t is timestep t
             q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
             predict_start_from_noise=torch.stack(prediction_coefficients(self.alphas_cumprod, "eps"), 1),
             posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),
-            target=torch.stack(target, 1),
             q_variance=1 - self.alphas_cumprod,
             q_log_variance=self.log_one_minus_alphas_cumprod,
             posterior_variance=self.posterior_variance,
@@ -452,33 +443,44 @@ class GaussianDiffusion:
         noise: Tensor | None = None,
         *,
         rng: Philox | None = None,
+        loss: str = "mse",
+        delta: float = 1.0,
+        weighting: str | Tensor = "simple",
+        reduction: str = "mean",
     ) -> Tensor:
-        """Mean squared error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14).
+        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
+        model's: one makes x_t, one the loss and its slope. Drawn noise is not kept, but drawn again.
 
         Args:
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
             noise, rng: as in q_sample.
+            loss, delta: "mse", "l1" or "huber", which is square up to delta.
+            weighting: how much each timestep counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or another
+                of ddpm_ext.weightings; or weights (timesteps,).
+            reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:
-            A scalar loss, float32 (float64 for float64 samples).
+            A scalar loss, or (batch,), float32 (float64 for float64 samples).
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
         """
         if self.variance in LEARNED:
             raise ValueError(f"variance is {self.variance!r}, expected a fixed one: a learned one has no loss here yet")
+        check_options(loss, delta, reduction)
         if noise is None and rng is None:
             rng = fresh_rng()
         x_t = self.q_sample(x_start, t, noise, rng=rng)
-        if self.prediction == "x0":
-            target = x_start
-        elif self.prediction == "eps" and noise is not None:
-            target = noise
-        else:  # drawn noise is drawn again
-            table = self._table("target", "x_start", x_start)
-            target = self._ops.forward_process(x_start, table, t, noise=noise, rng=rng)
+        target = None if self.prediction == "eps" else x_start
+        if self.backend == "fused":
+            refuse_grad(target, noise)
+        double = x_start.dtype == torch.float64 and self.backend == "reference"
+        table = self._losses.get(weighting, x_start.device, torch.float64 if double else torch.float32)
         model_output = self._call(model, x_t, t)
         checks.like("model_output", model_output, "x_start", x_start, lower=True)
-        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-        return ops.mse_loss(model_output.to(dtype), target.to(dtype))
+        options = {"noise": noise, "rng": rng, "loss": loss, "delta": delta, "reduction": reduction}
+        return self._ops.diffusion_loss(model_output, target, table, t, **options)
 
 
 def _like_samples(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:

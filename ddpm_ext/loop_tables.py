@@ -13,7 +13,7 @@ from ddpm_ext.guidance import Guidance
 from ddpm_ext.samplers import SAMPLERS, WITH_ETA, check_eta, repaint
 from ddpm_ext.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
 from ddpm_ext.step_table import COLUMNS, StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.tables import StepDeviceTables
 
 if TYPE_CHECKING:
     from ddpm_ext.diffusion import GaussianDiffusion
@@ -43,7 +43,7 @@ class LoopTables:
     """
 
     steps: StepTable
-    device: DeviceTables
+    device: StepDeviceTables
     kinds: list[Kind]
     timesteps: list[int | float]
     variance: str | None
@@ -149,7 +149,7 @@ def _loop_tables(
     others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
     return LoopTables(
         table,
-        DeviceTables(table, scales, **others),
+        StepDeviceTables(table, scales, **others),
         kinds,
         table.timestep.tolist(),
         _variance(diffusion, table, learned),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,24 @@ def fresh_arguments(stream: int) -> RngArguments:
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
     return None, C.draw_seed(), None, 0, stream, -1
+
+
+_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1)
+
+
+def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
+    """noise, draw_noise and the rng's arguments, as the operators take them."""
+    if rng is not None:
+        check_rng(rng)
+        if noise is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
+        return None, True, *rng.arguments(stream)
+    if noise is not None:
+        checks.tensor("noise", noise)
+        return noise, False, *_NO_RNG
+    if drawn:
+        return None, True, *fresh_arguments(stream)
+    return None, False, *_NO_RNG
 
 
 def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:

@@ -6,22 +6,20 @@ work), compiled ones through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext import _registration, checks
 from ddpm_ext._extension import C
 from ddpm_ext.checks import split_t
-from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng, fresh_arguments, randn
+from ddpm_ext.losses import diffusion_loss
+from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, randn
 
 __all__ = [
     "check_reverse_step",
+    "diffusion_loss",
     "extended_step",
     "forward_process",
-    "mse_loss",
     "posterior_mean",
     "predict_start",
     "randn",
@@ -30,22 +28,6 @@ __all__ = [
 
 Clip = tuple[float, float]
 NO_CLIP = _registration.NO_CLIP
-_NO_RNG = (None, 0, None, 0, 0, -1)
-
-
-def _noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
-    """noise, draw_noise and the rng's arguments."""
-    if rng is not None:
-        check_rng(rng)
-        if noise is not None:
-            raise ValueError("noise and rng are both given, expected one of them")
-        return None, True, *rng.arguments(stream)
-    if noise is not None:
-        checks.tensor("noise", noise)
-        return noise, False, *_NO_RNG
-    if drawn:
-        return None, True, *fresh_arguments(stream)
-    return None, False, *_NO_RNG
 
 
 def _refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
@@ -93,7 +75,7 @@ def reverse_step(
         checks.tensor("out", out)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *_noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     if not torch.compiler.is_compiling():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
@@ -186,7 +168,7 @@ def extended_step(
             checks.tensor(name, value)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *_noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     if out is None:
         out = torch.empty_like(x_t)
     if not torch.compiler.is_compiling():
@@ -213,7 +195,7 @@ def check_reverse_step(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = _noise_arguments(noise, rng, False, STREAM_REVERSE)
+    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
     if not torch.compiler.is_compiling():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
@@ -249,7 +231,7 @@ def forward_process(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = (row, index, *_noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
+    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
     if not torch.compiler.is_compiling():
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:
@@ -283,10 +265,3 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
     return C.posterior_mean(x_start, x_t, table, row, index)
-
-
-def mse_loss(model_output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, a scalar: torch's, with the same bits where it is compiled."""
-    if torch.compiler.is_compiling():
-        return torch.ops.ddpm_ext.mse_loss(model_output, target)
-    return F.mse_loss(model_output, target)

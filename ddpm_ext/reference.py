@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ddpm_ext import checks
 from ddpm_ext.checks import split_t
+from ddpm_ext.losses import check_options
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_randn, check_rng, fresh_rng
 from ddpm_ext.ops import Clip
 
 __all__ = [
     "check_reverse_step",
+    "diffusion_loss",
     "extended_step",
     "forward_process",
     "philox4x32",
@@ -351,3 +353,43 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     """k0 x_start + k1 x_t. Twin of ops.posterior_mean."""
     _check("x_start", x_start, table, t, {"x_t": x_t}, lower="x_t")
     return _affine(x_start, x_t, table, t)
+
+
+def diffusion_loss(
+    model_output: Tensor,
+    x_start: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    loss: str = "mse",
+    delta: float = 1.0,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too."""
+    checks.tensor("model_output", model_output)
+    x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
+    name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
+    assert x is not None
+    check_options(loss, delta, reduction)
+    others = {"model_output": model_output, "x_start": x_start, "noise": noise}
+    _check(name, x, table, t, others, lower="model_output")
+    _check_noise(x, noise, rng)
+    if noise is None and rng is None:
+        raise ValueError("noise and rng are both None, expected the one that made the model's input")
+    dtype = _compute_dtype(x)
+    k0, k1, weight, _ = _rows(table.to(dtype), t, x)
+    draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
+    target = k1 * _resolve_noise(x, noise, rng, STREAM_FORWARD, draw)
+    if x_start is not None:
+        target = target + k0 * x_start.to(dtype)
+    d = model_output.to(dtype) - target
+    if loss == "mse":
+        values = d**2
+    elif loss == "l1":
+        values = d.abs()
+    else:
+        values = torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction="none", delta=delta)
+    losses = values.flatten(1).mean(1) * weight.flatten() if x.dim() > 1 else values * weight
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()

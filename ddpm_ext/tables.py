@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_ext.step_table import StepTable
 
-__all__ = ["DeviceTables", "prediction_coefficients"]
+__all__ = ["DeviceTables", "StepDeviceTables", "prediction_coefficients"]
 
 PREDICTIONS = ("eps", "x0", "v")
 # Where alphas_cumprod is 0 (or all but) and the model predicts eps, x0 is the sign of x - m once it is clipped:
@@ -24,30 +24,14 @@ HUGE = 2.0**100
 
 
 class DeviceTables:
-    """Tables by name, in float32 and float64, made once on the CPU and copied once to each other device.
+    """Tables by name, in float32 and float64, made once on the CPU and copied once to each other device."""
 
-    "steps" and "extended" are the step table's rows for the two kernels, "x0" rows that end at the predicted clean
-    sample. `guidance`: the rows' scales of classifier-free guidance.
-    """
-
-    def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
-        cpu = torch.device("cpu")
+    def __init__(self, **tables: Tensor) -> None:
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        zeros = torch.zeros_like(steps.a)
-        x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
         with torch.inference_mode(False):  # inference tensors could not be saved for a backward pass later on
             for dtype in (torch.float32, torch.float64):
-                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
-                self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
-                self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
                 for name, table in tables.items():
-                    self._tables[name, cpu, dtype] = table.to(dtype, copy=True).contiguous()
-            # what the model is told: between a schedule's timesteps in float32
-            fractional = steps.timestep.is_floating_point()
-            self._timestep_dtype = torch.float32 if fractional else torch.int64
-            self._tables["timesteps", cpu, self._timestep_dtype] = steps.timestep.to(
-                cpu, self._timestep_dtype, copy=True
-            )
+                    self._tables[name, torch.device("cpu"), dtype] = table.to(dtype, copy=True).contiguous()
 
     def find(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """As get; None where there is none of that name."""
@@ -63,6 +47,33 @@ class DeviceTables:
                 self._tables[name, device, dtype] = table
         return table
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies: they are made anew where they are unpickled."""
+        return {**self.__dict__, "_tables": {key: table for key, table in self._tables.items() if key[1].type == "cpu"}}
+
+
+class StepDeviceTables(DeviceTables):
+    """With a step table's rows for the two kernels, "steps" and "extended", and "x0", rows that end at the predicted
+    clean sample. `guidance`: the rows' scales of classifier-free guidance.
+    """
+
+    def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
+        super().__init__(**tables)
+        cpu = torch.device("cpu")
+        zeros = torch.zeros_like(steps.a)
+        x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
+        with torch.inference_mode(False):
+            for dtype in (torch.float32, torch.float64):
+                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
+                self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
+                self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
+            # what the model is told: between a schedule's timesteps in float32
+            fractional = steps.timestep.is_floating_point()
+            self._timestep_dtype = torch.float32 if fractional else torch.int64
+            self._tables["timesteps", cpu, self._timestep_dtype] = steps.timestep.to(
+                cpu, self._timestep_dtype, copy=True
+            )
+
     def __len__(self) -> int:
         """Steps."""
         return len(self.timesteps(torch.device("cpu")))
@@ -70,10 +81,6 @@ class DeviceTables:
     def timesteps(self, device: torch.device) -> Tensor:
         """(rows,), int64, or float32 where they lie between the schedule's own."""
         return self.get("timesteps", device, self._timestep_dtype)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without the copies: they are made anew where they are unpickled."""
-        return {**self.__dict__, "_tables": {key: table for key, table in self._tables.items() if key[1].type == "cpu"}}
 
 
 def prediction_coefficients(alphas_cumprod: Tensor, prediction: str) -> tuple[Tensor, Tensor]:

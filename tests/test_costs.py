@@ -134,8 +134,67 @@ def test_a_loop_launches_once_a_step(sampler):
     assert many_bytes - few_bytes < BYTES
 
 
-def test_train_losses_runs_the_forward_process_twice():
-    """x_t, and the same noise again: nothing is kept between them."""
-    names, _ = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
-    assert {n: c for n, c in names.items() if n.startswith("ddpm_ext::")} == {"ddpm_ext::forward_process": 2}
-    assert not {"aten::randn", "aten::normal_", "aten::gather", "aten::index"} & set(names)
+def train(prediction="eps", dtype=torch.float32, **options):
+    """A step of training: the model's own allocation is one tensor of the output's size."""
+    gd = GaussianDiffusion(1000, prediction=prediction)
+
+    def step():
+        leaf = torch.empty(SHAPE, dtype=dtype, requires_grad=True)
+        gd.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
+        return leaf.grad
+
+    return step
+
+
+# What a step may hold beside tensors of the batch's size: a loss a sample, chunks of its sum, rows, views' bookkeeping.
+SMALL = 4096
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
+@noises
+def test_train_losses_is_two_launches(prediction, loss, noise):
+    """x_t, and the loss with its slope. No noise and no target is kept, or made at all, and no gradient is copied."""
+    names, allocated = measure(train(prediction, loss=loss, weighting="simple", **NOISE[noise]()))
+    ours = {name: count for name, count in names.items() if name.startswith("ddpm_ext::")}
+    assert ours == {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1}
+    made = {
+        "aten::randn",
+        "aten::normal_",
+        "aten::gather",
+        "aten::index",
+        "aten::mul",
+        "aten::copy_",
+        "aten::mean",
+        "aten::mse_loss",
+    }
+    assert not made & set(names), names
+    # x_t, the model's output, the slope
+    assert 3 * BYTES <= allocated <= 3 * BYTES + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_train_losses_of_a_model_in_16_bits(dtype):
+    """Its slope has 16 bits, too; a backward pass makes the gradient of it by way of float32."""
+    names, allocated = measure(train(dtype=dtype, rng=Philox(1)))
+    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
+    x_t, output, slope, product, gradient = BYTES, BYTES // 2, BYTES // 2, BYTES, BYTES // 2
+    assert allocated <= x_t + output + slope + product + gradient + SMALL
+
+
+def test_train_losses_without_gradients_makes_no_slope():
+    with torch.no_grad():
+        names, allocated = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
+    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
+    assert BYTES <= allocated <= BYTES + SMALL
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", torch.linspace(0.5, 2, 1000)], ids=["min_snr", "given"])
+def test_weights_cost_nothing(weighting):
+    assert measure(train(weighting=weighting, rng=Philox(1))) == measure(train(rng=Philox(1)))
+
+
+def test_a_dispatch_mode_sees_the_loss():
+    with Count() as count:
+        GD.train_losses(model, X, T, rng=Philox(1))
+    assert count.names["ddpm_ext.diffusion_loss.default"] == 1

@@ -42,6 +42,7 @@ def samples(make_step_table, normal, affine, rows, device):
     plain = [v.detach() for v in (x, m, z)]
     out, inf = torch.empty(SHAPE, device=device), float("inf")
     kind = {"dtype": torch.bfloat16, "device": device}
+    loss_table, wanted = normal(3, 4, seed=5), {"want_slope": True}
     return [
         ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
         ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
@@ -59,11 +60,14 @@ def samples(make_step_table, normal, affine, rows, device):
         ("posterior_mean", "default", (last, half, affine, None, 2), {}),
         ("randn", "default", (list(SHAPE), None, 7), kind),
         ("randn", "default", (list(SHAPE),), kind | ids),
-        ("mse_loss", "default", (x, z), {}),
+        ("diffusion_loss", "default", (x, plain[0], loss_table, rows, 0, 0, 1.0, plain[1]), wanted),
+        ("diffusion_loss", "default", (half, None, loss_table, rows, 0, 1, 1.0, None), wanted | ids | {"reduction": 1}),
+        ("diffusion_loss", "default", (last, None, loss_table, None, 1, 2, 0.5, None), wanted | {"reduction": 2}),
+        ("diffusion_loss", "default", (*plain[:2], loss_table, None, 1, 0, 1.0, None), ids),
     ]
 
 
-COUNT = 17
+COUNT = 20
 
 
 @pytest.mark.parametrize("i", range(COUNT))
@@ -210,9 +214,25 @@ def test_affine(normal, affine, name, t, x_dtype, y_dtype):
     )
 
 
-def test_mse_loss(normal):
-    x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
-    assert_gradients(lambda x, y: OPS.mse_loss(x, y).expand(SHAPE), lambda x, y: (x - y).square().mean(), [x, y])
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_diffusion_loss(normal, t, loss, reduction):
+    """test_losses.py asks more of it."""
+    table, (m, x) = normal(3, 4, seed=5), normal(2, *SHAPE).unbind()
+    for options in ({"rng": Philox(0)}, {"noise": normal(*SHAPE, seed=1)}):
+        options |= {"loss": loss, "reduction": reduction}
+
+        def spread(backend, table, m, options=options):
+            """As assert_gradients weighs it: of a sample's shape."""
+            got = backend.diffusion_loss(m, x.to(table.dtype), table, t, **options)
+            return got.reshape(-1, 1, 1, 1).expand(SHAPE)
+
+        wide = {k: v.double() if k == "noise" else v for k, v in options.items()}
+        assert_gradients(
+            lambda m, spread=spread: spread(ops, table, m),
+            lambda m, spread=spread, wide=wide: spread(reference, table.double(), m, wide),
+            [m],
+        )
 
 
 @pytest.mark.parametrize("memory", ["channels_last", "sliced", "expanded"])

@@ -30,6 +30,17 @@ table = normal(4, 8, seed=0)
 table[::3, 4] = table[2, 5] = 0
 table.view(torch.int32)[:, 6] = torch.tensor([0, 9, 2**31 - 1, 77])
 affine, t = normal(4, 2, seed=1), torch.tensor([3, 0, 1, 2, 1])
+weighted = normal(4, 4, seed=5)
+
+def losses(m, x, t, **options):  # of samples and their mean, with slopes
+    found = []
+    for reduction in ("none", "mean"):
+        leaf = m.clone().requires_grad_()
+        loss = ops.diffusion_loss(leaf, x, weighted, t, reduction=reduction, **options)
+        loss.sum().backward()
+        found.append((loss.detach(), leaf.grad))
+    return found
+
 dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 results = {}
 for shape in [(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)]:
@@ -48,6 +59,12 @@ for shape in [(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)]:
             results[f"reverse_step unclipped {key}"] = ops.reverse_step(xs, ms, table, t, clip=None, **options)
             results[f"forward_process {key}"] = ops.forward_process(xs, affine, t, **options)
         results[f"predict_start {shape} {a} {b}"] = ops.predict_start(xs, ms, affine, t)
+        noises = {"noise": zs}, {"rng": Philox(4)}
+        for loss, target, noise in itertools.product(("mse", "l1", "huber"), (xs, None), noises):
+            key = f"{loss} {target is None} {shape} {a} {b} {list(noise)}"
+            each, mean = losses(ms, target, t, loss=loss, delta=0.7, **noise)
+            results[f"loss {key}"], results[f"mean {key}"], results[f"slope {key}"] = each[0], mean[0], mean[1]
+            results[f"slopes {key}"] = each[1]
     for name, dtype in dtypes.items():
         for stream in (0, 255):
             rng = Philox(0xDEADBEEFCAFEF00D, 2**56 - 5, draw=2**32 - 1, stream=stream)
@@ -68,6 +85,11 @@ special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -3e38])
 for row in range(4):
     key = f"special {row}"
     results[key] = ops.reverse_step(special, special.flip(1), table, row, noise=special.roll(3))
+    for loss in ("mse", "l1", "huber"):
+        for i, (value, slope) in enumerate(losses(special, special.roll(1), row, loss=loss, noise=special.roll(3))):
+            results[f"{loss} {key} {i}"], results[f"{loss} slope {key} {i}"] = value, slope
+        (value, slope), _ = losses(special.T, special.roll(1).T, row, loss=loss, noise=special.roll(3).T)
+        results[f"{loss} each {key}"], results[f"{loss} each slope {key}"] = value, slope
 torch.save({key: result.clone() for key, result in results.items()}, sys.argv[1])
 print(ddpm_ext.build_info()["cpu"])
 """

@@ -13,7 +13,7 @@ from ddpm_ext.loop_tables import KEPT
 from ddpm_ext.samplers import SAMPLERS
 from ddpm_ext.spacing import karras_grid, log_snr_grid, make_grid, spaced_timesteps
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.tables import StepDeviceTables
 
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
@@ -25,7 +25,7 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     for steps in (3, 4, 5):
         run(gd, sampler="ddim", steps=steps)
     with monkeypatch.context() as patch:
-        for cls in (StepTable, DeviceTables):
+        for cls in (StepTable, StepDeviceTables):
             patch.setattr(cls, "__init__", None)
         assert torch.equal(run(gd, **options), first)
     for steps in range(1, 2 * KEPT):

@@ -236,9 +236,3 @@ def test_no_rng_means_torchs_generator(backend, make_step_table, device):
         assert torch.equal(call(), first)
         assert torch.equal(call(), second)
         assert not torch.equal(first, second)
-
-
-def test_mse_loss_is_torchs(normal):
-    x, y = normal(2, 4, 33).unbind()
-    assert torch.equal(ops.mse_loss(x, y), torch.nn.functional.mse_loss(x, y))
-    assert torch.equal(torch.ops.ddpm_ext.mse_loss(x, y), torch.nn.functional.mse_loss(x, y))

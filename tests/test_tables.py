@@ -6,7 +6,7 @@ import torch
 from choices import for_many
 
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.tables import StepDeviceTables
 
 
 @for_many(50)
@@ -34,7 +34,7 @@ def test_device_tables(device):
     affine = torch.randn(3, 2, dtype=torch.float64)
     steps = StepTable(timestep, *columns)
     with torch.inference_mode():
-        tables = DeviceTables(steps, affine=affine)
+        tables = StepDeviceTables(steps, affine=affine)
     for dtype in (torch.float32, torch.float64):
         got = tables.get("affine", device, dtype)
         assert torch.equal(got, affine.to(device, dtype))
@@ -47,7 +47,7 @@ def test_device_tables(device):
 
 
 def test_device_tables_keep_their_copies_but_do_not_pickle_them(device):
-    tables = DeviceTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
+    tables = StepDeviceTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
     for other in (device, torch.device("meta")):
         assert tables.get("steps", other, torch.float32) is tables.get("steps", other, torch.float32)
     assert {key[1].type for key in pickle.loads(pickle.dumps(tables))._tables} == {"cpu"}

@@ -44,6 +44,21 @@ struct ExtendedRun {
 
 using ExtendedRunKernel = void (*)(const ExtendedRun&);
 
+// Begins with a chunk of the sum.
+struct LossRun {
+  void *model_output, *x_start, *noise, *slope;  // null: the call doesn't have it
+  int64_t count, valid;                          // of `count` elements, the first `valid` are the sample's
+  const void* row;                               // LossRow
+  Loss kind;
+  float delta, slope_share;
+  double *sample_chunks, *chunks;  // the sums of the sample's chunks; the run's first one
+  const PhiloxKeys* keys;
+  PhiloxSample counter;
+  uint32_t block;
+};
+
+using LossRunKernel = void (*)(const LossRun&);
+
 struct Kernels {
   const char* name;
   // By Noise, by the dtype of x and out, by the dtype of the second tensor (the model's output; affine: the noise).
@@ -53,6 +68,8 @@ struct Kernels {
   RunKernel randn[3];  // by the dtype of out
   // By whether noise is drawn, by dtypes as reverse_step.
   ExtendedRunKernel extended_step[2][3][3];
+  // By Noise (none: it doesn't count), by the dtype of x_start and noise, by the dtype of the model's output.
+  LossRunKernel loss[3][3][3];
 };
 
 namespace portable {

@@ -111,6 +111,76 @@ void extended_run(const ExtendedRun& run) {
   });
 }
 
+// Sums a run's losses, four vectors at a time.
+class ChunkSums {
+ public:
+  explicit ChunkSums(double* sums) : sums_(sums) { clear(); }
+
+  DDPM_HD void add(int64_t i, const F32 (&values)[4]) {
+    F32(&lanes)[4] = lanes_[i % kLossLanes / (4 * F32::kLanes)];
+    for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
+    if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
+  }
+  // What has come since the last whole chunk.
+  DDPM_HD void finish() {
+    float lanes[kLossLanes];
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
+    double sums[kLossLanes / 2];
+    for (int l = 0; l < kLossLanes / 2; ++l)
+      sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
+    for (int h = kLossLanes / 4; h > 0; h /= 2)
+      for (int l = 0; l < h; ++l) sums[l] += sums[l + h];
+    *sums_++ = sums[0];
+    clear();
+  }
+
+ private:
+  static constexpr int kGroups = kLossLanes / (4 * F32::kLanes);
+
+  DDPM_HD void clear() {
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) lanes_[g][k] = F32(0.0f);
+  }
+
+  double* sums_;
+  F32 lanes_[kGroups][4];
+};
+
+template <Noise kNoise, class X, class M>
+void loss_run(const LossRun& run) {
+  const LossRow row = *static_cast<const LossRow*>(run.row);
+  const M* m = static_cast<const M*>(run.model_output);
+  const X* x_start = static_cast<const X*>(run.x_start);
+  const X* noise = static_cast<const X*>(run.noise);
+  M* slope = static_cast<M*>(run.slope);
+  const float factor = slope_factor<M>(run.slope_share, row), delta = run.delta;
+  const Loss kind = run.kind;
+  const int64_t valid = run.valid;
+  ChunkSums sums(run.chunks);
+  for_each_four<kNoise>(run, [&](int64_t i, F32(&z)[4]) {
+    F32 values[4];
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = i + k * F32::kLanes;
+      if constexpr (kNoise == Noise::given) z[k] = load(noise + at);
+      if constexpr (kNoise == Noise::none) z[k] = F32(0.0f);
+      F32 target = F32(row.k1) * z[k];
+      if (x_start != nullptr) target = fma(F32(row.k0), load(x_start + at), target);
+      const F32 d = fma(F32(-1.0f), target, load(m + at)), part = loss_part(kind, delta, d);
+      values[k] = loss_value(kind, d, part);
+      if (slope != nullptr) store(slope + at, F32(factor) * part);
+    }
+    if (i + 4 * F32::kLanes > valid) {  // of elements that are not the sample's, nothing
+      float all[4 * F32::kLanes];
+      for (int k = 0; k < 4; ++k) store(all + k * F32::kLanes, values[k]);
+      for (int64_t j = valid > i ? valid - i : 0; j < 4 * F32::kLanes; ++j) all[j] = 0.0f;
+      for (int k = 0; k < 4; ++k) values[k] = load(all + k * F32::kLanes);
+    }
+    sums.add(i, values);
+  });
+  if (run.count % kLossChunk != 0) sums.finish();
+}
+
 template <class X>
 void randn(const Run& run) {
   X* out = static_cast<X*>(run.out);
@@ -148,6 +218,8 @@ const Kernels kernels = {
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
     {DDPM_EXTENDED(false), DDPM_EXTENDED(true)},
+    {DDPM_BY_DTYPE(loss_run, Noise::none), DDPM_BY_DTYPE(loss_run, Noise::given),
+     DDPM_BY_DTYPE(loss_run, Noise::drawn)},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

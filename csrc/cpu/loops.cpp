@@ -7,11 +7,12 @@
 #include <algorithm>
 #include <array>
 #include <tuple>
+#include <type_traits>
 
 namespace ddpm_ext::cpu {
 namespace {
 
-constexpr int64_t kBuffer = 512;  // elements; a multiple of kRunMultiple
+constexpr int64_t kBuffer = 512;  // elements; a multiple of kRunMultiple, and kLossChunk
 
 int64_t element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
@@ -90,6 +91,13 @@ std::array<Part, kRoles + kResults> parts_of(const ExtendedArgs& args, ExtendedR
   return parts;
 }
 
+std::array<Part, 4> parts_of(const LossArgs& args, LossRun& run) {
+  return {{{&args.model_output, &run.model_output, false},
+           {&args.x_start, &run.x_start, false},
+           {&args.noise, &run.noise, false},
+           {&args.slope, &run.slope, true}}};
+}
+
 // Elements j to j + n of a sample into the buffer, zeros behind them up to a whole run.
 void load(const Call& args, const Part& part, const char* sample, int64_t j, int64_t n, int64_t padded, char* buffer) {
   const int64_t size = element_size(part.tensor->dtype);
@@ -111,6 +119,17 @@ void store(const Call& args, const Part& part, char* sample, int64_t j, int64_t 
   }
 }
 
+// What a run of n elements from the sample's j on has to know beside where its tensors are; and of how many elements a
+// run that reads them where they lie is a multiple.
+void begin_run(const Run&, int64_t, int64_t) {}
+void begin_run(const ExtendedRun&, int64_t, int64_t) {}
+void begin_run(LossRun& run, int64_t j, int64_t n) {
+  run.valid = n;
+  run.chunks = run.sample_chunks + j / kLossChunk;
+}
+template <class Run>
+constexpr int64_t kMultiple = std::is_same_v<Run, LossRun> ? kLossChunk : kRunMultiple;
+
 // Elements first to last of one sample.
 template <class Args, class Run>
 void run_sample(void (*kernel)(const Run&), const Args& args, Run run, int64_t b, int64_t first, int64_t last) {
@@ -124,12 +143,13 @@ void run_sample(void (*kernel)(const Run&), const Args& args, Run run, int64_t b
                      ? nullptr
                      : static_cast<char*>(tensor.data) + b * tensor.batch_stride * element_size(tensor.dtype);
   }
-  const int64_t direct = args.contiguous ? first + (last - first) / kRunMultiple * kRunMultiple : first;
+  const int64_t direct = args.contiguous ? first + (last - first) / kMultiple<Run> * kMultiple<Run> : first;
   if (direct > first) {
     for (size_t p = 0; p < kParts; ++p)
       if (samples[p] != nullptr) *parts[p].place = samples[p] + first * element_size(parts[p].tensor->dtype);
     run.count = direct - first;
     run.block = static_cast<uint32_t>(first / 4);
+    begin_run(run, first, run.count);
     kernel(run);
   }
   if (direct == last) return;
@@ -143,6 +163,7 @@ void run_sample(void (*kernel)(const Run&), const Args& args, Run run, int64_t b
     }
     run.count = padded;
     run.block = static_cast<uint32_t>(j / 4);
+    begin_run(run, j, n);
     kernel(run);
     for (size_t p = 0; p < kParts; ++p)
       if (parts[p].written && samples[p] != nullptr) store(args, parts[p], samples[p], j, n, buffers[p]);
@@ -236,6 +257,41 @@ void randn(const Args& args) {
   const RunKernel kernel = kernels().randn[index(args.out.dtype)];
   for_each_sample<NoRow, Run>(
       args, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; }, [](Run&, int64_t) {});
+}
+
+namespace {
+
+// In the order of kLossStrands.
+double sum_of_chunks(const double* chunks, int64_t count) {
+  double strands[kLossStrands] = {};
+  for (int64_t i = 0; i < count; ++i) strands[i % kLossStrands] += chunks[i];
+  for (int h = kLossStrands / 2; h > 0; h /= 2)
+    for (int i = 0; i < h; ++i) strands[i] += strands[i + h];
+  return strands[0];
+}
+
+}  // namespace
+
+void loss(const LossArgs& args) {
+  const int x = index(args.x_start.dtype), m = index(args.model_output.dtype);
+  const auto& table = kernels().loss;
+  auto choose = [&](const LossRow* row) {
+    const bool noiseless = args.noise_kind == Noise::drawn && row->k1 == 0.0f;  // no noise worth drawing
+    return table[static_cast<int>(noiseless ? Noise::none : args.noise_kind)][x][m];
+  };
+  const int64_t chunks = loss_chunks(args.numel);
+  auto fill = [&](LossRun& run, int64_t b) {
+    run.kind = args.kind;
+    run.delta = args.delta;
+    run.slope_share = args.slope_share;
+    run.sample_chunks = args.chunks + b * chunks;
+  };
+  for_each_sample<LossRow, LossRun>(
+      args, choose, [&](const LossRow*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); }, fill);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const double weight = static_cast<const LossRow*>(args.table)[timestep(args, b)].weight;
+    args.loss[b] = static_cast<float>(sum_of_chunks(args.chunks + b * chunks, chunks) * args.per_element * weight);
+  }
 }
 
 }  // namespace ddpm_ext::cpu

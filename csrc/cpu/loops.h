@@ -8,6 +8,7 @@ namespace ddpm_ext::cpu {
 void reverse_step(const Args& args);
 void extended_step(const ExtendedArgs& args);
 void affine(const Args& args);
+void loss(const LossArgs& args);
 void randn(const Args& args);
 
 const Kernels& kernels();       // of the instruction set in use

@@ -8,6 +8,7 @@ namespace ddpm_ext::cuda {
 void reverse_step(const Args& args, int device);
 void extended_step(const ExtendedArgs& args, int device);
 void affine(const Args& args, int device);
+void loss(const LossArgs& args, int device);
 void randn(const Args& args, int device);
 
 }  // namespace ddpm_ext::cuda

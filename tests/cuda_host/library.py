@@ -29,7 +29,11 @@ SANITIZED = Path(GIVEN).parent.name == "sanitized"
 KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), FOLDER / "probe.cu"]
 RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "control.cpp")]
 # Not library.cpp: its operators can be registered once a process, and ddpm_ext's own module did.
-TORCH = [*sorted(p for p in CSRC.glob("*.cpp") if p.name != "library.cpp"), FOLDER / "module.cpp"]
+TORCH = [
+    *sorted(p for p in CSRC.glob("*.cpp") if p.name != "library.cpp"),
+    FOLDER / "module.cpp",
+    FOLDER / "loss_module.cpp",
+]
 
 # Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]

@@ -52,6 +52,9 @@ T add(T* p, T value) {
 inline void __syncthreads(STANDIN_SITE) { standin::wait_for_block({file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, STANDIN_SITE) { standin::wait_for_warp(mask, {file, line}); }
 
+// One thread runs at a time, and sees what all others wrote.
+inline void __threadfence() {}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, STANDIN_SITE) {
   return standin::exchange_value(mask, value, standin::within(standin::lane() ^ lane_mask, width), {file, line});

@@ -1,0 +1,188 @@
+#include "core/loss.h"
+
+#include "cuda/elementwise.cuh"
+#include "cuda/launch.h"
+
+namespace ddpm_ext::cuda {
+namespace {
+
+constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes chunk after chunk of a sample
+static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
+
+// Four neighbours of a tensor, as pairs; by any strides, and zeros beyond the sample's end.
+template <Access kAccess, class T>
+__device__ __forceinline__ void load_four(const LossArgs& args, const Dividers& dividers, const TensorArg& tensor,
+                                          int64_t b, int64_t j, F2 (&to)[2]) {
+  const T* sample = static_cast<const T*>(tensor.data) + b * tensor.batch_stride;
+  if (kAccess == Access::vector && j + 4 <= args.numel) {
+    Vector<T, 4> vector;
+    vector.load(sample + j);
+    to[0] = widen(vector.pairs[0]);
+    to[1] = widen(vector.pairs[1]);
+    return;
+  }
+  float values[4] = {};
+  DDPM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (j + i >= args.numel) break;
+    values[i] = to_float(sample[kAccess == Access::vector ? j + i : offset(args, tensor, dividers, j + i)]);
+  }
+  to[0] = F2(values[0], values[1]);
+  to[1] = F2(values[2], values[3]);
+}
+
+template <Access kAccess, class T>
+__device__ __forceinline__ void store_four(const LossArgs& args, const Dividers& dividers, const TensorArg& tensor,
+                                           int64_t b, int64_t j, const F2 (&from)[2]) {
+  T* sample = static_cast<T*>(tensor.data) + b * tensor.batch_stride;
+  if (kAccess == Access::vector && j + 4 <= args.numel) {
+    Vector<T, 4> vector;
+    narrow(from[0], vector.pairs[0]);
+    narrow(from[1], vector.pairs[1]);
+    vector.store(sample + j);
+    return;
+  }
+  const float values[4] = {from[0].v.x, from[0].v.y, from[1].v.x, from[1].v.y};
+  DDPM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (j + i >= args.numel) break;
+    sample[kAccess == Access::vector ? j + i : offset(args, tensor, dividers, j + i)] = from_float<T>(values[i]);
+  }
+}
+
+// A chunk's losses to their sum, by the first warp; it is the first lane's.
+__device__ __forceinline__ double sum_of_lanes(const float* losses) {
+  float lanes[2] = {0.0f, 0.0f};
+  DDPM_UNROLL
+  for (int i = 0; i < kLossChunk; i += kLossLanes) {
+    lanes[0] += losses[i + threadIdx.x];
+    lanes[1] += losses[i + 32 + threadIdx.x];
+  }
+  double sum = static_cast<double>(lanes[0]) + static_cast<double>(lanes[1]);
+  DDPM_UNROLL
+  for (int h = 16; h > 0; h /= 2) sum += __shfl_down_sync(0xffffffffu, sum, h);
+  return sum;
+}
+
+// The sample's loss, by the block that came last: all chunks' sums are there.
+__device__ __forceinline__ void finish_sample(const LossArgs& args, const LossRow& row, int64_t b, int64_t chunks,
+                                              double* strands) {
+  const volatile double* sums = args.chunks + b * chunks;  // other blocks wrote them
+  double strand = 0;
+  for (int64_t i = threadIdx.x; i < chunks; i += kLossStrands) strand += sums[i];
+  strands[threadIdx.x] = strand;
+  for (int h = kLossStrands / 2; h > 0; h /= 2) {
+    __syncthreads();
+    if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
+  }
+  if (threadIdx.x == 0)
+    args.loss[b] = static_cast<float>(strands[0] * args.per_element * static_cast<double>(row.weight));
+}
+
+template <Noise kNoise, Access kAccess, class X, class M>
+__global__ void __launch_bounds__(kLossThreads)
+    loss_of_samples(const __grid_constant__ LossArgs args, const __grid_constant__ Dividers dividers) {
+  __shared__ float losses[kLossChunk];
+  __shared__ double strands[kLossStrands];
+  __shared__ bool last;
+  const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (b >= args.batch) return;
+  const int64_t t = sample_row(args, b), chunks = loss_chunks(args.numel);
+  const LossRow row = static_cast<const LossRow*>(args.table)[t];
+  const uint64_t seed = args.seed_data != nullptr ? static_cast<uint64_t>(*args.seed_data) : args.seed;
+  const PhiloxKeys keys = philox_keys(seed);
+  PhiloxSample counter{};
+  if constexpr (kNoise == Noise::drawn) counter = sample_noise(args, keys, b, static_cast<uint32_t>(t));
+  const F2 factor(slope_factor<M>(args.slope_share, row));
+
+  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int64_t j = chunk * kLossChunk + 4 * static_cast<int64_t>(threadIdx.x);
+    F2 m[2], x_start[2], z[2], slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
+    if (j < args.numel) {
+      load_four<kAccess, M>(args, dividers, args.model_output, b, j, m);
+      if (args.x_start.data != nullptr) load_four<kAccess, X>(args, dividers, args.x_start, b, j, x_start);
+      if constexpr (kNoise == Noise::given) load_four<kAccess, X>(args, dividers, args.noise, b, j, z);
+      if constexpr (kNoise == Noise::drawn) {
+        z[0] = z[1] = F2(0.0f);
+        if (row.k1 != 0.0f) draw_normals(keys, counter, j, z);
+      }
+      DDPM_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        F2 target = F2(row.k1) * z[i];
+        if (args.x_start.data != nullptr) target = fma(F2(row.k0), x_start[i], target);
+        const F2 d = fma(F2(-1.0f), target, m[i]), part = loss_part(args.kind, args.delta, d);
+        values[i] = loss_value(args.kind, d, part);
+        slopes[i] = factor * part;
+      }
+      if (args.slope.data != nullptr) store_four<kAccess, M>(args, dividers, args.slope, b, j, slopes);
+      if (j + 1 >= args.numel) values[0].v.y = 0.0f;
+      if (j + 2 >= args.numel) values[1].v.x = 0.0f;
+      if (j + 3 >= args.numel) values[1].v.y = 0.0f;
+    }
+    float* const place = losses + 4 * threadIdx.x;
+    place[0] = values[0].v.x, place[1] = values[0].v.y, place[2] = values[1].v.x, place[3] = values[1].v.y;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const double sum = sum_of_lanes(losses);
+      if (threadIdx.x == 0) args.chunks[b * chunks + chunk] = sum;
+    }
+    __syncthreads();
+  }
+
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(args.blocks_done + b, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) finish_sample(args, row, b, chunks, strands);
+}
+
+template <Noise kNoise, Access kAccess, class X, class M>
+void launch_access(const LossArgs& args, cudaStream_t stream) {
+  constexpr int64_t kEnoughBlocks = 4096, kMaxGridY = 65535;
+  const int64_t chunks = loss_chunks(args.numel), rows = std::min(args.batch, kMaxGridY);
+  const int64_t blocks = std::clamp<int64_t>((kEnoughBlocks + args.batch - 1) / args.batch, 1, chunks);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows),
+                        static_cast<unsigned>((args.batch + rows - 1) / rows));
+  config.blockDim = dim3(kLossThreads);
+  config.stream = stream;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, loss_of_samples<kNoise, kAccess, X, M>, args, Dividers(args)));
+}
+
+template <class X, class M>
+void launch(const LossArgs& args, cudaStream_t stream) {
+  bool vector = in_vectors(args);
+  for (const TensorArg* tensor : {&args.model_output, &args.x_start, &args.noise, &args.slope})
+    vector = vector && in_vectors(*tensor, args.batch);
+  const bool drawn = args.noise_kind == Noise::drawn;
+  if (vector && drawn) return launch_access<Noise::drawn, Access::vector, X, M>(args, stream);
+  if (vector) return launch_access<Noise::given, Access::vector, X, M>(args, stream);
+  if (drawn) return launch_access<Noise::drawn, Access::strided, X, M>(args, stream);
+  launch_access<Noise::given, Access::strided, X, M>(args, stream);
+}
+
+}  // namespace
+
+void loss(const LossArgs& args, int device) {
+  on_device(device, [&](cudaStream_t stream) {
+    switch (args.x_start.dtype) {
+      case DType::float16:
+        return launch<__half, __half>(args, stream);
+      case DType::bfloat16:
+        return launch<__nv_bfloat16, __nv_bfloat16>(args, stream);
+      case DType::float32:
+        switch (args.model_output.dtype) {
+          case DType::float32:
+            return launch<float, float>(args, stream);
+          case DType::float16:
+            return launch<float, __half>(args, stream);
+          case DType::bfloat16:
+            return launch<float, __nv_bfloat16>(args, stream);
+        }
+    }
+  });
+}
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,107 @@
+"""The training loss as an operator: the target is made in registers, its noise drawn again from its counter."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext import _registration, checks
+from ddpm_ext._extension import C
+from ddpm_ext.checks import split_t
+from ddpm_ext.noise import STREAM_FORWARD, Philox, noise_arguments
+
+__all__ = ["LOSSES", "REDUCTIONS", "check_options", "diffusion_loss", "refuse_grad"]
+
+LOSSES = ("mse", "l1", "huber")
+REDUCTIONS = ("mean", "none", "sum")
+
+
+def diffusion_loss(
+    model_output: Tensor,
+    x_start: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    loss: str = "mse",
+    delta: float = 1.0,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """How far a model's output is from its target k0 x_start + k1 z, in one launch, and the slope in the same.
+
+    A sample's loss is the mean over its elements, times its row's weight. Its sum is taken in one fixed order: the same
+    bits in every batch, on every number of threads, on the CPU and on a GPU.
+
+    Args:
+        model_output: (batch, ...), float32, float16 or bfloat16; of a lower precision than x_start, too.
+        x_start: (batch, ...); None: rows' k0 count as 0, as where the noise is predicted.
+        table: float32 (rows, 4): k0, k1, the weight, and a zero.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
+        loss: of the difference d, "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
+            delta (|d| - delta / 2), as torch's).
+        noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), the one that made the model's input.
+        reduction: "mean" or "sum" of the samples' losses, or "none".
+
+    Returns:
+        A scalar, or (batch,); float32. Differentiable in model_output, once.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; x_start or noise
+            that requires a gradient. RuntimeError: a second derivative is asked for (backend="reference" has it).
+    """
+    checks.tensor("model_output", model_output)
+    check_options(loss, delta, reduction)
+    for name, given in (("x_start", x_start), ("noise", noise)):
+        if given is not None:
+            checks.tensor(name, given)
+    refuse_grad(x_start, noise)
+    if noise is None and rng is None:
+        raise ValueError("noise and rng are both None, expected the one that made the model's input")
+    row, index = split_t(t)
+    noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
+    arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
+    how = REDUCTIONS.index(reduction)
+    if torch.compiler.is_compiling():
+        wanted = torch.is_grad_enabled() and model_output.requires_grad
+        return torch.ops.ddpm_ext.diffusion_loss(*arguments, reduction=how, want_slope=wanted)[0]
+    return _DiffusionLoss.apply(how, *arguments)
+
+
+def check_options(loss: str, delta: float, reduction: str) -> None:
+    checks.one_of("loss", loss, LOSSES)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    if isinstance(delta, bool) or not isinstance(delta, numbers.Real):
+        raise TypeError(f"delta is {delta!r}, expected a number")
+    if not delta > 0:
+        raise ValueError(f"delta is {delta}, expected delta > 0")
+
+
+def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
+    """The operator has no gradient in what it makes the target of."""
+    if torch.is_grad_enabled():
+        for name, given in (("x_start", x_start), ("noise", noise)):
+            if given is not None and given.requires_grad:
+                raise ValueError(
+                    f"diffusion_loss: {name} requires a gradient, expected none (backend='reference' has it)"
+                )
+
+
+class _DiffusionLoss(torch.autograd.Function):
+    """Eager calls, which the dispatcher would cost more than a small loss does."""
+
+    @staticmethod
+    def forward(ctx: Any, reduction: int, *arguments: Any) -> Tensor:
+        loss, slope = C.diffusion_loss(*arguments, reduction, ctx.needs_input_grad[1])
+        _registration.keep_for_loss_gradient(ctx, slope, arguments, reduction)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _registration.refuse_second_derivative()
+        slope = ctx.saved_tensors[0]
+        done = grad.dim() == 0 and grad.is_cpu and grad.item() == 1 and slope.dtype == torch.float32
+        return None, slope if done else _registration.loss_gradient(ctx, grad), *[None] * (ctx.inputs - 1)

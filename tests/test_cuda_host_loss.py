@@ -1,0 +1,113 @@
+"""The training loss's CUDA kernel, run on the CPU by the stand-in for CUDA's runtime: bit for bit what the CPU's kernel
+computes, sums included, by whatever order of threads."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+from cuda_host.calls import PAIRS, assert_same_bits, open_host
+
+from ddpm_ext._extension import C
+
+TABLE = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+TABLE[3, 1] = 0  # a row whose noise is not worth drawing
+INF, NAN = float("inf"), float("nan")
+SPECIAL = torch.tensor([0.0, -0.0, INF, -INF, NAN, 1e-40, -1e-45, 3e38, -3e38, 1.0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def host(tmp_path_factory, request):
+    host = open_host(tmp_path_factory.getbasetemp())
+    host.control.set_seed(zlib.crc32(request.node.name.encode()))
+    host.control.take_launches()
+    yield host
+    host.control.set_blocks(None)
+
+
+def normal(*shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def call(module, m, x, noise, *, kind, t=None, index=0, reduction=1, seed=-3):
+    rng = (None, seed, None, 2**32 - 2, 2, -1)
+    return module.diffusion_loss(m, x, TABLE, t, index, kind, 0.7, noise, *rng, reduction, True)
+
+
+def check(host, *tensors, **options):
+    expected, got = call(C, *tensors, **options), call(host.operators, *tensors, **options)
+    for name, a, b in zip(("loss", "slope"), got, expected, strict=True):
+        assert a.stride() == b.stride()
+        assert_same_bits(a, b, f"{name} {options}")
+    return expected
+
+
+pairs = pytest.mark.parametrize("pair", PAIRS, ids=str)
+
+
+@pairs
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_sizes(host, pair, kind, noise):
+    """Whole chunks, parts of one, several blocks a sample; with x_start and without."""
+    for count in (1, 2, 3, 5, 64, 511, 512, 513, 2051, 70_000):
+        batch = 1 if count > 10_000 else 5
+        m, x, z = (normal(batch, count, seed=i, dtype=pair[(i > 0 and 0) or 1]) for i in range(3))
+        t = torch.arange(batch) % 5
+        for target in (x, None):
+            if target is None and noise == "drawn" and pair[0] != pair[1]:
+                continue  # nothing then tells that the samples' dtype is another
+            loss, _ = check(host, m, target, z if noise == "given" else None, kind=kind, t=t)
+            assert loss.isfinite().all()
+
+
+@pairs
+@pytest.mark.parametrize("layout", ["offset", "transposed", "sliced", "expanded"])
+def test_layouts(host, pair, layout):
+    def lay(x):
+        if layout == "offset":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        if layout == "transposed":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        return torch.stack([x, x], -1)[..., 0] if layout == "sliced" else x[:, :, :1].expand(x.shape)
+
+    m, x, z = (lay(normal(3, 20, 37, seed=i, dtype=pair[(i > 0 and 0) or 1])) for i in range(3))
+    for kind in range(3):
+        for noise in (z, None):
+            check(host, m, x, noise, kind=kind, t=torch.tensor([3, 0, 2]))
+            check(host, m.contiguous(), x, noise, kind=kind, index=1)
+
+
+def test_special_numbers(host):
+    special = SPECIAL.repeat(30).view(3, -1)
+    for kind in range(3):
+        check(host, special, special.roll(1, 1), special.roll(3, 1), kind=kind)
+        each = special.reshape(-1, 1)
+        check(host, each, None, torch.zeros_like(each), kind=kind)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_threads(host, seed):
+    """The block that comes last finishes a sample, whichever it is."""
+    m, x = (normal(2, 6000, seed=i, dtype=torch.float32) for i in range(2))
+    expected = call(C, m, x, None, kind=0)
+    host.control.set_seed(seed)
+    assert_same_bits(call(host.operators, m, x, None, kind=0)[0], expected[0], "loss")
+
+
+def test_one_launch_of_every_sample(host):
+    for batch, count in ((1, 70_000), (3, 2000), (70, 1)):
+        m = normal(batch, count, seed=0, dtype=torch.float32)
+        host.control.take_launches()
+        check(host, m, m, None, kind=0, t=torch.arange(batch) % 5)
+        ((grid, block),) = host.control.take_launches()
+        assert grid == (-(-count // 512), batch, 1) and block == (128, 1, 1)
