@@ -261,7 +261,12 @@ def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c(tiny, tmp_path):
     command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "64", "--out", str(tmp_path / "a.npz")]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and all that they start
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=heed, **pipes)
     seen = b""
     deadline = time.monotonic() + 120
     while b"/1000" not in seen and time.monotonic() < deadline and running.poll() is None:
