@@ -92,7 +92,7 @@ class Options:
             "threshold": (
                 {"clip_denoised": DynamicThreshold(0.9)},
                 {EXTENDED: 2},
-                {"aten.abs", "aten.sort", "aten.lerp", "aten.clamp", "aten.reciprocal"},
+                {"aten.abs", "aten.topk", "aten.lerp", "aten.clamp", "aten.reciprocal"},
             ),
             "rescale": (
                 {"guidance": Guidance(2.0, lambda *_: self.u, rescale=0.7)},
