@@ -97,7 +97,7 @@ class Options:
             "rescale": (
                 {"guidance": Guidance(2.0, lambda *_: self.u, rescale=0.7)},
                 {EXTENDED: 1},
-                {"aten.std", "aten.lerp", "aten.div", "aten.sub", "aten.mul", "aten.add"},
+                {"aten.mean", "aten.linalg_vector_norm", "aten.lerp", "aten.div", "aten.sub", "aten.mul", "aten.add"},
             ),
         }[name]
 
