@@ -73,8 +73,14 @@ class Guidance:
         m, u = (output.to(dtype).reshape(len(output), -1) for output in (model_output, uncond_output))
         if m.shape[1] < 2:
             raise ValueError(f"guidance rescale is {self.rescale}, expected 0 for samples of one element")
-        ratio = m.std(1) / torch.lerp(u, m, self.scale).std(1)
+        ratio = _spread(m) / _spread(torch.lerp(u, m, self.scale))
         return 1 + self.rescale * (ratio - 1)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Of each row the standard deviation, times a factor of the row's length: torch.std takes ten times as long on a
+    CPU."""
+    return torch.linalg.vector_norm(x - x.mean(1, keepdim=True), dim=1)
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:

@@ -39,13 +39,14 @@ class DynamicThreshold:
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
         """1 / bound of each sample, (batch,) in float32, or float64 for such samples."""
-        # by sorting, as torch.quantile does, which takes no more than 2^24 elements
         dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
-        ordered = x_start.to(dtype).reshape(len(x_start), -1).abs().sort(1).values
-        rank = self.quantile * (ordered.shape[1] - 1)
+        # torch.quantile's value; it sorts all elements for that, and takes no more than 2^24
+        sizes = x_start.to(dtype).reshape(len(x_start), -1).abs()
+        rank = self.quantile * (sizes.shape[1] - 1)
         low = math.floor(rank)
-        high = min(low + 1, ordered.shape[1] - 1)
-        return torch.lerp(ordered[:, low], ordered[:, high], rank - low).clamp(1, self.maximum).reciprocal()
+        largest = sizes.topk(sizes.shape[1] - low, dim=1).values
+        below, above = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
+        return torch.lerp(below, above, rank - low).clamp(1, self.maximum).reciprocal()
 
 
 Clip = tuple[float, float]

@@ -93,16 +93,23 @@ def test_trajectory(tiny, tmp_path, ending, device):
     [
         (("--spacing", "ddim5"), 5),
         (("--spacing", "2,4", "--every", 4), 3),
-        (("--spacing", "karras", "--steps", 4), 4),
         (("--sampler", "heun", "--steps", 3), 4),
     ],
 )
 def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames):
-    """Of 5 rows, of 6, between timesteps, and of Heun's 2 a step but for the last, and here the first."""
+    """Of 5 rows, of 6, and of Heun's 2 a step but for the last, and here the first: the last is always shown"""
     out = tmp_path / "a.gif"
     assert call("trajectory", "--model", tiny, "--num", 1, *options, "--out", out, "--quiet") == 0
     with Image.open(out) as opened:
         assert opened.n_frames == frames
+
+
+def test_trajectory_between_timesteps(tmp_path):
+    out = tmp_path / "a.gif"
+    options = ("--spacing", "karras", "--steps", 4, "--num", 1, "--out", out, "--quiet")
+    assert call("trajectory", "--model", "digits", *options) == 0
+    with Image.open(out) as opened:
+        assert opened.n_frames == 4
 
 
 def test_trajectory_is_that_of_the_samples(tmp_path, device):
@@ -254,7 +261,12 @@ def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c(tiny, tmp_path):
     command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "64", "--out", str(tmp_path / "a.npz")]
-    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and all that they start
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=heed, **pipes)
     seen = b""
     deadline = time.monotonic() + 120
     while b"/1000" not in seen and time.monotonic() < deadline and running.poll() is None:

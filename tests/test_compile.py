@@ -5,12 +5,15 @@ import functools
 
 import pytest
 import torch
+from devices import moved
+from extended import RESULTS, make_table, options
 
 import ddpm_ext
-from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext import GaussianDiffusion, Philox, ops
 
 GD = GaussianDiffusion(1000)
 SHAPE = (4, 3, 5)
+EXTENDED = make_table(1000)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,17 @@ def inductor(device):
     return functools.partial(torch.compile, fullgraph=True)
 
 
+def extended(x, t, **options):
+    """A step with results of its own and one in the place of what it reads."""
+    memory = 0.5 * x
+    prev = ops.extended_step(
+        x, model(x, t), EXTENDED.to(x.device), t, uncond_output=x + 1, history=memory, x0_out=memory, **options
+    )
+    return prev + memory
+
+
 FUNCTIONS = {
+    "extended": extended,
     "q_sample": lambda x, t, **o: GD.q_sample(x, t, **o),
     "p_sample": lambda x, t, **o: GD.p_sample(model, x, t, **o),
     "train_losses": lambda x, t, **o: GD.train_losses(model, x, t, **o),
@@ -94,6 +107,26 @@ def test_out(name, device):
     assert torch.equal(buffer, function(x, t, rng=philox(device)))
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_extended_step_with_all_options(device, drawn):
+    x, t = inputs(device)
+    given = moved(options(SHAPE, torch.float32, torch.float32), device)
+    how = {"rng": philox(device)} if drawn else {"noise": x.flip(0)}
+
+    def step(x, t, given, results):
+        return ops.extended_step(x, x * 0.5, EXTENDED.to(device), t, **how, **given, **results)
+
+    expected, got = ({name: torch.empty_like(x) for name in RESULTS} for _ in range(2))
+    step(x, t, given, expected)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(x, t, given, got)
+    assert all(torch.equal(got[name], expected[name]) for name in RESULTS)
+    # as a loop does: the sample on the sample, x0 on the x0 before
+    memory = {"out": x.clone(), "x0_out": given["history"].clone()}
+    given["history"] = memory["x0_out"]
+    torch.compile(step, backend="aot_eager", fullgraph=True)(memory["out"], t, given, memory)
+    assert all(torch.equal(memory[name], expected[name]) for name in memory)
+
+
 def test_reference_backend_agrees(device):
     """The fused operators in a graph, against plain torch outside of it."""
     x, t = inputs(device)
@@ -130,6 +163,7 @@ def everything(x, t, rng):
         GD.p_sample(model, x, t, rng=rng),
         GD.train_losses(model, x, t, rng=rng),
         ddpm_ext.randn(x.shape, rng, device=x.device),
+        extended(x, t, rng=rng),
     )
 
 

@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
+from extended import RESULTS, make_table, options
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_ext
-from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext import GaussianDiffusion, Philox, ops
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4
@@ -95,6 +96,34 @@ def test_other_operators(operator, call):
     assert allocated == BYTES
 
 
+TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
+DOUBLED = {
+    "batch": dict(zip(("uncond_output", "model_output"), torch.cat([M, X]).chunk(2), strict=True)),
+    "channels": dict(zip(("model_output", "model_variance"), torch.cat([M, X], 1).chunk(2, 1), strict=True)),
+}
+
+
+def extended_step(t, **changes):
+    given = {"model_output": M, **EXTRAS, **changes}
+    return ops.extended_step(X, given.pop("model_output"), TABLE, t, **given)
+
+
+@noises
+@pytest.mark.parametrize("doubled", DOUBLED)
+@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
+def test_an_extended_step_is_one_operator(noise, doubled, t):
+    """With every option, and halves of a model's output taken as they lie."""
+    how = {**NOISE[noise](), **DOUBLED[doubled]}
+    names, allocated = measure(lambda: extended_step(t, **how))
+    assert names["ddpm_ext::extended_step"] == 1
+    assert set(names) <= {"ddpm_ext::extended_step"} | ALLOCATION, names
+    assert allocated == BYTES
+    results = {name: torch.empty_like(X) for name in RESULTS}
+    names, allocated = measure(lambda: extended_step(t, **how, **results))
+    assert names == {"ddpm_ext::extended_step": 1}
+    assert allocated == 0
+
+
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -113,6 +142,14 @@ def test_a_dispatch_mode_sees_one_operator(name):
     with Count() as count:
         step(T, rng=Philox(1))
     assert count.names == {operator.replace("::", ".") + ".default": 1}
+
+
+def test_a_dispatch_mode_sees_one_extended_step():
+    results = {name: torch.empty_like(X) for name in RESULTS}
+    with Count() as count:
+        extended_step(3, rng=Philox(1), **results)
+    assert count.names == {"ddpm_ext.extended_step.default": 1}
+    assert torch.equal(results["out"], extended_step(3, rng=Philox(1)))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extended import make_table
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 
@@ -120,4 +121,8 @@ def test_t_out_of_range_counts_as_the_nearest(device, make_step_table, normal):
     tame = torch.tensor([0, 4, 0, 4], device=device)
     assert torch.equal(
         ops.reverse_step(x, m, table, wild, rng=Philox(1)), ops.reverse_step(x, m, table, tame, rng=Philox(1))
+    )
+    wide = make_table(5).to(device)
+    assert torch.equal(
+        ops.extended_step(x, m, wide, wild, rng=Philox(1)), ops.extended_step(x, m, wide, tame, rng=Philox(1))
     )

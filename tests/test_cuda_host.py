@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import pytest
 import torch
 from choices import for_many
 from cuda_host import library
-from cuda_host.calls import PAIRS, SPECIAL, VARIANTS, Call, hide_seed, make_call, open_host, step_table
+from cuda_host.calls import PAIRS, SPECIAL, VARIANTS, Call, hide_seed, make_call, step_table
 from cuda_host.guarded import PLACES
-from cuda_host.windows import Windows, around
+from cuda_host.windows import around
 
+pytest_plugins = "cuda_host.fixtures"
+pytestmark = pytest.mark.usefixtures("one_thread")
 not_sanitized = pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
 SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1031]  # the last: a prime, and of more than one block
 
@@ -33,40 +34,6 @@ def name(variant) -> str:
 
 variants = pytest.mark.parametrize("variant", VARIANTS, ids=name)
 one_dtype = pytest.mark.parametrize("variant", ONE_DTYPE, ids=name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For torch: its threads wait for each other longer than these tensors take."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def one_host(tmp_path_factory):
-    return open_host(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def windows():
-    try:
-        return Windows()
-    except MemoryError as error:
-        pytest.skip(f"no address space for large tensors: {error}")
-
-
-@pytest.fixture
-def host(one_host, request):
-    """With an order of threads of the test's own."""
-    control = one_host.control
-    control.set_seed(zlib.crc32(request.node.name.encode()))
-    control.take_launches()
-    yield one_host
-    control.set_blocks(None)
-    control.set_rsqrt(3)
-    control.set_refuse(False)
 
 
 def padded(x: torch.Tensor, multiple: int = 8) -> torch.Tensor:
@@ -431,7 +398,11 @@ def sanitized(one_host):
 def test_under_sanitizers(sanitized):
     """All of the above again, but for what is about arithmetic alone."""
     less = "not (sanitize or rounding or special or trace or large)"
-    files = [Path(__file__), library.FOLDER / "test_stand_in.py"]
+    files = [
+        Path(__file__),
+        Path(__file__).with_name("test_cuda_host_extended.py"),
+        library.FOLDER / "test_stand_in.py",
+    ]
     # -s: a sanitizer's report ends the process, and what pytest has captured is lost
     done = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-k", less, *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]

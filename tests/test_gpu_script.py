@@ -143,18 +143,19 @@ def test_one_bit_is_a_difference():
     assert bits.different(x[:2], x) == 4
 
 
-def test_bits_notice_another_result(monkeypatch):
+@pytest.mark.parametrize("op", ["reverse_step", "extended_step"])
+def test_bits_notice_another_result(monkeypatch, op):
     right = bits.call
 
     def call(case, device, layout):
         result = right(case, device, layout)
-        if layout == "padded" and case.op == "reverse_step":
+        if layout == "padded" and case.op == op:
             result.view(-1)[-1] += 1
         return result
 
     monkeypatch.setattr(bits, "call", call)
     assert bits.CHECKS["forward_process"](CPU, [(2, 3, 4)]).ok
-    found = bits.CHECKS["reverse_step"](CPU, [(2, 3, 4)])
+    found = bits.CHECKS[op](CPU, [(2, 3, 4)])
     assert found.ok is False
     assert "padded" in found.found and "1 elements differ" in found.found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import extended
 import pytest
 import torch
+from devices import moved
 
 from ddpm_ext import Philox, ops, reference
 
@@ -43,6 +45,13 @@ def samples(make_step_table, normal, affine, rows, device):
     out, inf = torch.empty(SHAPE, device=device), float("inf")
     kind = {"dtype": torch.bfloat16, "device": device}
     loss_table, wanted = normal(3, 4, seed=5), {"want_slope": True}
+    rows_16, extras = (
+        extended.make_table(3).to(device),
+        moved(extended.options(SHAPE, torch.float32, torch.float16), device),
+    )
+    results = {name: torch.empty(SHAPE, device=device) for name in extended.RESULTS}
+    narrow = half.detach()
+    later = {"x_start": last.detach(), "model_variance": plain[1], "log_variance": False, "x0_out": plain[2].clone()}
     return [
         ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
         ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
@@ -50,6 +59,14 @@ def samples(make_step_table, normal, affine, rows, device):
         ("reverse_step", "default", (last, m, table, rows, 0, -inf, inf, None, False), {}),
         ("reverse_step", "out", (*plain[:2], table, rows, 0, -1.0, 1.0, None, True, None, 7), {"out": out}),
         ("reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        (
+            "extended_step",
+            "default",
+            (plain[0], narrow, rows_16, rows, 0, -1.0, 1.0, None, True),
+            results | extras | ids,
+        ),
+        ("extended_step", "default", (*plain[:2], rows_16, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        ("extended_step", "default", (plain[0], None, rows_16, rows, 0, -inf, inf, None, False), {"out": out, **later}),
         ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
         ("forward_process", "default", (half, affine, None, 1, half, False), {}),
         ("forward_process", "default", (last, affine, rows, 0, None, False), ids),

@@ -21,6 +21,7 @@ PROGRAM = """
 import itertools, math, sys
 import torch
 import ddpm_ext
+import extended
 from ddpm_ext import Philox, ops
 
 def normal(*shape, seed):
@@ -90,6 +91,33 @@ for row in range(4):
             results[f"{loss} {key} {i}"], results[f"{loss} slope {key} {i}"] = value, slope
         (value, slope), _ = losses(special.T, special.roll(1).T, row, loss=loss, noise=special.roll(3).T)
         results[f"{loss} each {key}"], results[f"{loss} each slope {key}"] = value, slope
+
+# the extended step: its options one by one, all at once, and some of them
+table, t = extended.make_table(8), torch.tensor([3, 0, 1, 2, 7])
+odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
+for shape, (a, b) in itertools.product([(5, 67), (5, 3, 17, 19)], itertools.product(dtypes, dtypes)):
+    if a not in (b, "float32"):
+        continue
+    x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
+    x.view(-1)[: 11 * 30 : 11] = odd.repeat(6)[: len(x.view(-1)[: 11 * 30 : 11])]
+    x, m, z = x.to(dtypes[a]), m.to(dtypes[b]), z.to(dtypes[a])
+    every = extended.options(shape, dtypes[a], dtypes[b])
+    names = list(every)
+    for chosen in [0, -1, *(1 << i for i in range(len(names))), *(0x9E3779B1 * i >> 7 for i in range(12))]:
+        given = {name: every[name] for i, name in enumerate(names) if chosen >> i & 1}
+        if ("known" in given) != ("mask" in given):
+            given |= {name: every[name] for name in ("known", "mask")}
+        noise = [{"rng": Philox(5, 2**33)}, {"noise": z}, {"add_noise": False}][chosen % 3]
+        x0 = torch.empty_like(x)
+        key = f"{shape} {a} {b} {list(given)}"
+        how = {**noise, **given, "log_variance": chosen % 5 < 3, "x0_out": x0}
+        results[f"extended {key}"] = ops.extended_step(x, m, table, t, **how)
+        results[f"x0 {key}"] = x0
+v = torch.arange(-(2**31), 2**31, 30011).to(torch.int32).view(torch.float32).view(1, -1)
+for log in (True, False):
+    row = extended.make_row(s=1.0, l1=1.0)
+    how = {"model_variance": v, "noise": torch.ones_like(v), "log_variance": log}
+    results[f"deviation {log}"] = ops.extended_step(torch.zeros_like(v), None, row, 0, **how)
 torch.save({key: result.clone() for key, result in results.items()}, sys.argv[1])
 print(ddpm_ext.build_info()["cpu"])
 """
@@ -97,7 +125,7 @@ print(ddpm_ext.build_info()["cpu"])
 
 def run(root: Path, name: str | None, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "DDPM_EXT_CPU"}
-    env["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env["OMP_NUM_THREADS"] = "1"
     if name is not None:
         env["DDPM_EXT_CPU"] = name

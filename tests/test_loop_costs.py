@@ -92,12 +92,12 @@ class Options:
             "threshold": (
                 {"clip_denoised": DynamicThreshold(0.9)},
                 {EXTENDED: 2},
-                {"aten.abs", "aten.sort", "aten.lerp", "aten.clamp", "aten.reciprocal"},
+                {"aten.abs", "aten.topk", "aten.lerp", "aten.clamp", "aten.reciprocal"},
             ),
             "rescale": (
                 {"guidance": Guidance(2.0, lambda *_: self.u, rescale=0.7)},
                 {EXTENDED: 1},
-                {"aten.std", "aten.lerp", "aten.div", "aten.sub", "aten.mul", "aten.add"},
+                {"aten.mean", "aten.linalg_vector_norm", "aten.lerp", "aten.div", "aten.sub", "aten.mul", "aten.add"},
             ),
         }[name]
 

@@ -201,6 +201,19 @@ def test_loop_that_leaves_by_its_head():
     assert opcodes(way.turn) == ["EXIT", "FADD", "STG.E.128", "BRA"] and opcodes(way.once) == ["MOV", "EXIT"]
 
 
+def test_way_with_all_options():
+    """Loads and stores that branches lead past, and the dearer of two ways that exclude one another."""
+    store, option = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
+    k = kernel(
+        *("@P0| BRA `(.L_x_0)", option, ".L_x_0:", "@P1| BRA `(.L_x_1)", "FFMA R4, R2, R3, R4"),
+        *("FFMA R4, R2, R3, R4", "BRA `(.L_x_2)", ".L_x_1:", "MUFU.RSQ R2, R3", ".L_x_2:", store),
+        *("@P2| BRA `(.L_x_3)", store, ".L_x_3:", "@P3| EXIT", "STG.E desc[UR4][R6.64], R8", "EXIT"),
+    )
+    way = opcodes(path.hot_path(k, has_options=True).turn)
+    assert way == ["BRA", "LDG.E.128", "BRA", "FFMA", "FFMA", "BRA", "STG.E.128", "BRA", "STG.E.128", "EXIT"]
+    assert opcodes(path.hot_path(k).turn) == ["BRA", "BRA", "MUFU.RSQ", "STG.E.128", "BRA", "EXIT"]
+
+
 def test_no_way_without_vectors():
     with pytest.raises(ValueError, match="128-bit store"):
         path.hot_path(kernel("STG.E desc[UR4][R6.64], R8", "EXIT"))
@@ -302,6 +315,15 @@ def test_variants():
     assert (v.bytes_an_element, v.dtypes) == (2, "bfloat16")
     v = kernels.variant(demangled("ReverseStep", 2, "false", 0, "float", "float", "float"))
     assert (v.bytes_an_element, v.title) == (12, "ReverseStep, noise drawn")
+
+
+def test_variants_with_options():
+    inner = "(ddpm_ext::cuda::Access)0, float, __half"
+    v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::extended<{inner}>(ddpm_ext::ExtendedArgs)")
+    assert (v.title, v.access, v.dtypes) == ("ExtendedStep, all options", "vector", "float32 / float16")
+    # x, noise, x_start, history, gradient, known, mask; three of the model; three results
+    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
+    assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
 
 
 def test_resources():

@@ -26,6 +26,12 @@ NOISES = ("none", "given", "drawn", "drawn, seed on the device")
 # a vector load each; a tail; contiguous, but samples at odd addresses; one element; more samples than a grid has rows
 SHAPES = ((4, 3, 32, 32), (1, 2051), (3, 5, 7, 9), (2, 1), (70_000, 4))
 SEED, FIRST_ID = 2**63 + 5, 2**32 - 2  # the seed's last bit set; ids that cross a word
+# The extended step's, of the sample's dtype and of the model's output's; those of one number a sample.
+LIKE_X = ("x_start", "history", "gradient", "known", "mask")
+OF_MODEL = ("uncond_output", "model_variance")
+PER_SAMPLE = ("output_scale", "x_start_scale")
+OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
+OPTION_SETS = (*((name,) for name in OPTIONS if name not in ("known", "mask")), ("known", "mask"), OPTIONS)
 T = 5  # where an int stands for all timesteps: a row with noise, and with the model's eps
 
 
@@ -38,11 +44,13 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     fill: str = "normal"
     in_place: bool = False
+    options: tuple[str, ...] = ()  # of the extended step
 
     def __str__(self) -> str:
         dtypes = " ".join(str(d).removeprefix("torch.") for d in (self.dtype, self.second))
         shape = "x".join(map(str, self.shape))
-        return f"{self.op}, {shape}, {dtypes}, noise {self.noise}, {self.layout}, {self.fill}"
+        words = (self.op, shape, dtypes, f"noise {self.noise}", self.layout, self.fill, *self.options)
+        return ", ".join(words)
 
 
 # --------------------------------------------------------------------------------------------------------- inputs
@@ -77,6 +85,16 @@ def step_rows() -> Tensor:
     grid = make_grid(gd.alphas_cumprod, spaced_timesteps(1000, 4), betas=gd.betas)
     tables = ddpm(grid), ddim(grid, eta=0.5), ddim(grid)
     return torch.cat([table.packed(torch.device("cpu")) for table in tables])
+
+
+@functools.cache
+def extended_rows() -> Tensor:
+    """As many as step_rows, of random numbers: each factor is 0 somewhere, the guidance 1."""
+    rows = torch.randn(len(step_rows()), 16, generator=torch.Generator().manual_seed(1))
+    rows[::3, 4] = rows[::4, 5] = rows[1::3, 7] = rows[::5, 13] = 0
+    rows[::2, 14] = 1
+    rows.view(torch.int32)[:, 6] = torch.arange(len(rows), dtype=torch.int32) - 6  # draws count as unsigned
+    return rows
 
 
 @functools.cache
@@ -127,7 +145,23 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
     if case.op == "forward_process":
         return ops.forward_process(x, forward_rows().to(device), t, **how)
     clip = None if case.layout == "padded" else (-1.0, 1.0)
-    return ops.reverse_step(x, tensor(1, case.second, others), step_rows().to(device), t, clip=clip, **how)
+    m = tensor(1, case.second, others)
+    if case.op == "reverse_step":
+        return ops.reverse_step(x, m, step_rows().to(device), t, clip=clip, **how)
+    given = {}
+    for seed, name in enumerate(OPTIONS, start=10):
+        if name in case.options:
+            scale = values((batch,), F32, "normal", seed).to(device) if name in PER_SAMPLE else None
+            given[name] = (
+                tensor(seed, case.second if name in OF_MODEL else case.dtype, others) if scale is None else scale
+            )
+    results = {name: torch.empty_like(x) for name in ("out_copy", "x0_out")}
+    if case.in_place and "history" in given:
+        results["x0_out"] = given["history"] = given["history"].clone()
+    prev = ops.extended_step(
+        *(x, m, extended_rows().to(device), t), clip=clip, log_variance=case.fill == "normal", **how, **given, **results
+    )
+    return torch.stack([prev, *results.values()])
 
 
 def operators(shape: tuple[int, ...]) -> Iterator[Case]:
@@ -135,6 +169,8 @@ def operators(shape: tuple[int, ...]) -> Iterator[Case]:
     for dtype, second in PAIRS:
         for noise in NOISES:
             yield Case("reverse_step", shape, dtype, second, noise)
+            yield Case("extended_step", shape, dtype, second, noise, options=OPTIONS)
+            yield Case("extended_step", shape, dtype, second, noise)
             if second == dtype:
                 yield Case("forward_process", shape, dtype, second, noise)
                 if noise.startswith("drawn"):
@@ -150,8 +186,10 @@ def cases(op: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
                 continue
             for layout in ("contiguous",) if op == "randn" else LAYOUTS:
                 yield case._replace(layout=layout)
-            if op in ("reverse_step", "forward_process"):
+            if op in ("reverse_step", "extended_step", "forward_process"):
                 yield case._replace(in_place=True)
+            if op == "extended_step" and case.noise == "drawn":
+                yield from (case._replace(options=options) for options in OPTION_SETS)
     if op != "randn":
         for case in operators((3, 1000)):
             if case.op == op:
@@ -223,7 +261,7 @@ def check_loop(device: torch.device, shapes: Sequence[tuple[int, ...]] = SHAPES)
 
 CHECKS: dict[str, Callable[..., Check]] = {
     op: functools.partial(check_operator, op)
-    for op in ("reverse_step", "forward_process", "predict_start", "posterior_mean", "randn")
+    for op in ("reverse_step", "extended_step", "forward_process", "predict_start", "posterior_mean", "randn")
 } | {"p_sample_loop": check_loop}
 
 

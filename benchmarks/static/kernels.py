@@ -11,20 +11,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
+EXTENDED = "ExtendedStep"
 TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
 
 
 class Variant(NamedTuple):
-    """One instance of `elementwise` in csrc/cuda/elementwise.cuh."""
+    """One instance of `elementwise` in csrc/cuda/elementwise.cuh, or of `extended` in extended_step.cu."""
 
     op: str
     noise: str  # of the Noise enum: none, given, drawn
     access: str  # of the Access enum: vector, ...
     device_seed: bool
-    tensors: tuple[str, ...]  # types of those that it reads and, last, of the one it writes, as in C++
+    tensors: tuple[str, ...]  # types of those that it reads and, last, of those it writes, as in C++
+    written: int = 1
+
+    @property
+    def has_options(self) -> bool:
+        """Whether what it reads and writes is known when it runs: then all of it is meant here, its noise drawn."""
+        return self.op == EXTENDED
 
     @property
     def title(self) -> str:
+        if self.has_options:
+            return f"{self.op}, all options"
         noise = "" if self.noise == "none" else f", noise {self.noise}"
         return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
 
@@ -32,7 +41,8 @@ class Variant(NamedTuple):
     def dtypes(self) -> str:
         """Of x, the second tensor and given noise, as far as it reads them: one name where all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
-        return names[-1] if len(set(names)) == 1 else " / ".join(names[:-1])
+        read = dict.fromkeys(names) if self.has_options else names[: -self.written]
+        return names[-1] if len(set(names)) == 1 else " / ".join(read)
 
     @property
     def bytes_an_element(self) -> int:
@@ -44,7 +54,7 @@ class Variant(NamedTuple):
 
     @property
     def bytes_written(self) -> int:
-        return TYPES[self.tensors[-1]][1]
+        return sum(TYPES[t][1] for t in self.tensors[-self.written :])
 
 
 def text_of(pattern: str) -> str:
@@ -87,15 +97,21 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 def variant(demangled: str) -> Variant:
     """Of a name as c++filt prints it."""
-    found = re.search(r"\belementwise<(.*?)>\(", demangled)
+    found = re.search(r"\b(elementwise|extended)<(.*?)>\(", demangled)
     if found is None:
-        raise ValueError(f"not an instance of elementwise: {demangled}")
-    op, *arguments = [argument.strip() for argument in found[1].replace("(anonymous namespace)", "").split(",")]
-    op = op.split("::")[-1]
+        raise ValueError(f"not an instance of elementwise or extended: {demangled}")
+    arguments = [argument.strip() for argument in found[2].replace("(anonymous namespace)", "").split(",")]
     values = {}
     for argument in arguments:
         if enumerator := re.fullmatch(r"\((?:\w+::)*(\w+)\)(\d+)", argument):
             values[enumerator[1]] = enum(enumerator[1])[int(enumerator[2])]
+    if found[1] == "extended":
+        x, model = [argument for argument in arguments if argument in TYPES]
+        roles, results = enum("Role"), enum("Result")
+        like_x = roles.index("model_output")
+        tensors = (*[x] * like_x, *[model] * (len(roles) - like_x), *[x] * len(results))
+        return Variant(EXTENDED, "drawn", values["Access"], False, tensors, len(results))
+    op = arguments[0].split("::")[-1]
     x, second, noise = [argument for argument in arguments if argument in TYPES]
     reads_x, reads_second = reads(op)
     given = values["Noise"] == "given"

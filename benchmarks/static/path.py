@@ -106,7 +106,7 @@ class Path(NamedTuple):
         return counts
 
 
-def hot_path(kernel: Kernel) -> Path:
+def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
     """Of a kernel with 128-bit stores, for full vectors.
 
     Of all ways from entry to exit that make 128-bit stores and go round no loop twice, the one with the fewest calls,
@@ -114,13 +114,21 @@ def hot_path(kernel: Kernel) -> Path:
     most reciprocal square roots (two normals need one) and the most float32 arithmetic (the noise is added, every term
     present), and then the shortest: what only an option needs is left out where it stands behind a branch, and counted
     where it stands under a predicate. The innermost loop around all of the 128-bit stores is the turn.
+
+    Of a kernel that `has_options` it is the way with all of them: of the ways without a ragged end, which loads and
+    stores less than 64 bits at a time, the one with the most 128-bit stores, then the most loads before them, and of
+    what excludes one another the most float32 arithmetic; after them, the shortest.
     """
     order, forward, back = walk(kernel)
     instructions = kernel.instructions
 
-    def worth(i: int) -> Score:
+    def worth(i: int, stores: bool) -> Score:
+        """`stores`: whether the way makes a 128-bit store from here on."""
         one = instructions[i]
         stored = one.global_bits if one.name == "STG" else 0
+        if has_options:
+            gains = (stored, int(one.name == "LDG"), int(one.name in FLOAT | FLOAT2)) if stores else (0, 0, 0)
+            return (-int(one.calls), -int(0 < one.global_bits < 64), *gains, -1)
         return (
             -int(one.calls),
             -stored if stored >= 128 else 0,
@@ -133,9 +141,9 @@ def hot_path(kernel: Kernel) -> Path:
     def is_wide(i: int) -> bool:
         return instructions[i].name == "STG" and instructions[i].global_bits >= 128
 
-    def longer(node: int, way: Way) -> Way:
+    def longer(node: int, way: Way, stores: bool = False) -> Way:
         score, steps = way
-        return tuple(x + y for x, y in zip(worth(node), score, strict=True)), (node, steps)
+        return tuple(x + y for x, y in zip(worth(node, stores), score, strict=True)), (node, steps)
 
     # The best way from every instruction on: without a 128-bit store, and with.
     without: dict[int, Way] = {}
@@ -152,7 +160,7 @@ def hot_path(kernel: Kernel) -> Path:
             plain, store = [], plain + store
         for ways, best in ((plain, without), (store, storing)):
             if ways:
-                best[node] = longer(node, max(ways, key=lambda way: way[0]))
+                best[node] = longer(node, max(ways, key=lambda way: way[0]), best is storing)
     if 0 not in storing:
         raise ValueError(f"{kernel.name}: no way from its entry to an EXIT makes a 128-bit store")
     path: list[int] = []

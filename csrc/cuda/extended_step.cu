@@ -77,36 +77,49 @@ class VectorTensors {
   Vector<X, kItems> results_[kResults];
 };
 
-// The same element by element, four of them: by any strides, and beyond a sample's end.
+// The same for one element, the first of a pair whose other nobody asks for: by any strides, and beyond a sample's
+// whole vectors.
 template <class X, class M, bool kContiguous>
-struct ElementTensors {
-  const ExtendedArgs& args;
-  const Dividers& dividers;
-  const int64_t b, j;
-
-  __device__ __forceinline__ bool has(Role role) const { return args[role].data != nullptr; }
-  __device__ __forceinline__ bool has(Result result) const { return args[result].data != nullptr; }
-
-  template <class T>
-  __device__ __forceinline__ T* at(const TensorArg& tensor, int64_t k) const {
-    return static_cast<T*>(tensor.data) + b * tensor.batch_stride +
-           (kContiguous ? k : offset(args, tensor, dividers, k));
+class ElementTensors {
+ public:
+  __device__ __forceinline__ ElementTensors(const ExtendedArgs& args, const Dividers& dividers, int64_t b, int64_t j)
+      : args_(args) {
+    each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
+    if constexpr (!kContiguous) {
+#pragma unroll 1
+      for (int d = args.dims - 1; d >= 0; --d) {
+        const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
+        const int64_t index = j - quotient * args.sizes[d];
+        each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
+        j = quotient;
+      }
+    }
   }
+
+  __device__ __forceinline__ bool has(Role role) const { return args_[role].data != nullptr; }
+  __device__ __forceinline__ bool has(Result result) const { return args_[result].data != nullptr; }
+
   template <Role kRole>
-  __device__ __forceinline__ F2 load(int i) const {
+  __device__ __forceinline__ F2 load(int) const {
     using T = std::conditional_t<of_model(kRole), M, X>;
-    const int64_t k = j + 2 * i;
-    F2 pair(0.0f);
-    if (k < args.numel) pair.v.x = to_float(*at<const T>(args[kRole], k));
-    if (k + 1 < args.numel) pair.v.y = to_float(*at<const T>(args[kRole], k + 1));
-    return pair;
+    return {to_float(static_cast<const T*>(args_[kRole].data)[inputs_[static_cast<int>(kRole)]]), 0.0f};
   }
   template <Result kResult>
-  __device__ __forceinline__ void store(int i, F2 value) const {
-    const int64_t k = j + 2 * i;
-    if (k < args.numel) *at<X>(args[kResult], k) = from_float<X>(value.v.x);
-    if (k + 1 < args.numel) *at<X>(args[kResult], k + 1) = from_float<X>(value.v.y);
+  __device__ __forceinline__ void store(int, F2 value) const {
+    static_cast<X*>(args_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
   }
+
+ private:
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) {
+    DDPM_UNROLL
+    for (int i = 0; i < kRoles; ++i) visit(args_.inputs[i], inputs_[i]);
+    DDPM_UNROLL
+    for (int i = 0; i < kResults; ++i) visit(args_.results[i], results_[i]);
+  }
+
+  const ExtendedArgs& args_;
+  int64_t inputs_[kRoles], results_[kResults];
 };
 
 template <class Index>
@@ -131,33 +144,35 @@ __global__ void __launch_bounds__(kThreads)
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(args, keys, b, row.step.draw);
 
-  const auto four = [&](auto& tensors, Index j) {
-    F2 z[2] = {F2(0.0f), F2(0.0f)};
-    if (drawn) draw_normals(keys, counter, j, z);
-    extended_step(row, sample, tensors, drawn, z);
-  };
   const Index numel = static_cast<Index>(args.numel);
   const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
   Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
   if constexpr (kVector) {
     const Index whole = numel / kItems * kItems;
+#pragma unroll 1
     for (; j < whole; j += step) {
       VectorTensors<X, M> tensors(args, b, j);
       DDPM_UNROLL
       for (int q = 0; q < kItems; q += 4) {
+        F2 z[2] = {F2(0.0f), F2(0.0f)};
+        if (drawn) draw_normals(keys, counter, j + q, z);
         tensors.first = q / 2;
-        four(tensors, j + q);
+        extended_step(row, sample, tensors, drawn, z);
       }
       tensors.finish();
     }
-    for (; j < numel; j += 4) {  // the ragged end: one thread comes here
-      ElementTensors<X, M, true> tensors{args, dividers, b, j};
-      four(tensors, j);
-    }
-  } else {
-    for (; j < numel; j += step) {
-      ElementTensors<X, M, false> tensors{args, dividers, b, j};
-      four(tensors, j);
+  }
+  // Fours, or those of the ragged end, to which one thread comes.
+  for (; j < numel; j += kVector ? 4 : step) {
+    F2 z[2] = {F2(0.0f), F2(0.0f)};
+    if (drawn) draw_normals(keys, counter, j, z);
+    const Index end = numel - j < 4 ? numel : j + 4;
+#pragma unroll 1
+    for (Index i = j; i < end; ++i) {
+      const F2 half = i & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
+      ElementTensors<X, M, kVector> tensors(args, dividers, b, i);
+      extended_step(row, sample, tensors, drawn, one);
     }
   }
 }

@@ -107,7 +107,7 @@ struct Divider {
 };
 
 struct Dividers {
-  Divider by[kMaxDims];  // by[0] is not needed
+  Divider by[kMaxDims];  // by[0]: a quotient of 0, nothing counts on
 
   explicit Dividers(const Call& args) {
     for (int d = 1; d < args.dims; ++d) by[d] = Divider(args.sizes[d]);
@@ -127,18 +127,6 @@ __device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& div
   }
   o.add(args, 0, j);
   return o;
-}
-
-// Where element j of a sample lies in one tensor.
-__device__ __forceinline__ int64_t offset(const Call& args, const TensorArg& tensor, const Dividers& dividers,
-                                          int64_t j) {
-  int64_t sum = 0;
-  for (int d = args.dims - 1; d > 0; --d) {
-    const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-    sum += (j - quotient * args.sizes[d]) * tensor.strides[d];
-    j = quotient;
-  }
-  return sum + j * tensor.strides[0];
 }
 
 }  // namespace ddpm_ext::cuda

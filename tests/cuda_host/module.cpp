@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <tuple>
+#include <type_traits>
 
 #include "control.h"
 #include "core/normal.h"
@@ -16,7 +17,6 @@
 
 namespace py = pybind11;
 using at::Tensor;
-using ddpm_ext::Args;
 using ddpm_ext::OptionalTensor;
 
 namespace {
@@ -29,20 +29,22 @@ struct Instead {
 
 bool took_vectors;
 
-template <void (*kOperator)(const Args&, int)>
-void run(Args args) {
+template <class Args>
+void run(void (*kernels)(const Args&, int), Args args) {
   if (instead.t) args.t = instead.t->const_data_ptr<int64_t>(), args.t_stride = instead.t->stride(0);
   if (instead.sample_ids) {
     args.sample_ids = instead.sample_ids->const_data_ptr<int64_t>();
     args.ids_stride = instead.sample_ids->stride(0);
   }
   if (instead.seed) args.seed_data = instead.seed->const_data_ptr<int64_t>();
-  if (instead.out) {  // inside a sample as the allocated one
-    args.out.data = instead.out->mutable_data_ptr();
-    args.out.batch_stride = instead.out->stride(0);
+  if constexpr (std::is_same_v<Args, ddpm_ext::Args>) {
+    if (instead.out) {  // inside a sample as the allocated one
+      args.out.data = instead.out->mutable_data_ptr();
+      args.out.batch_stride = instead.out->stride(0);
+    }
   }
   took_vectors = probe::takes_vectors(args);
-  kOperator(args, 0);
+  kernels(args, 0);
 }
 
 Tensor randn(std::vector<int64_t> size, const OptionalTensor& seed, int64_t seed_value,
@@ -87,9 +89,10 @@ std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t
 
 namespace ddpm_ext::cpu {
 
-void reverse_step(const Args& args) { run<cuda::reverse_step>(args); }
-void affine(const Args& args) { run<cuda::affine>(args); }
-void randn(const Args& args) { run<cuda::randn>(args); }
+void reverse_step(const Args& args) { run(cuda::reverse_step, args); }
+void extended_step(const ExtendedArgs& args) { run(cuda::extended_step, args); }
+void affine(const Args& args) { run(cuda::affine, args); }
+void randn(const Args& args) { run(cuda::randn, args); }
 const char* instruction_set() { return "cuda"; }
 
 }  // namespace ddpm_ext::cpu

@@ -95,6 +95,10 @@ bool takes_vectors(const ddpm_ext::Args& args) {
   return ddpm_ext::cuda::choose_access(args) == ddpm_ext::cuda::Access::vector;
 }
 
+bool takes_vectors(const ddpm_ext::ExtendedArgs& args) {
+  return ddpm_ext::cuda::choose_access(args) == ddpm_ext::cuda::Access::vector;
+}
+
 float radius(uint32_t w) { return ddpm_ext::radius(ddpm_ext::cuda::U2(w)).v.x; }
 
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads) {

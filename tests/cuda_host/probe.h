@@ -10,8 +10,10 @@
 
 namespace probe {
 
-bool takes_vectors(const ddpm_ext::Args& args);  // whether the kernels would load and store 128 bits at a time
-float radius(uint32_t w);                        // of core/normal.h, with the kernels' square root
+// Whether the kernels would load and store whole vectors.
+bool takes_vectors(const ddpm_ext::Args& args);
+bool takes_vectors(const ddpm_ext::ExtendedArgs& args);
+float radius(uint32_t w);  // of core/normal.h, with the kernels' square root
 
 // Sums of runs of `threads` numbers in three ways: through shared memory, by shuffles, by an atomic addition.
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);

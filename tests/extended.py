@@ -1,0 +1,47 @@
+"""What the tests of the extended step share: a table of random rows, and a tensor for every option."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("a", "b", "c0", "c1", "c2", "s", "draw", "c3", "l0", "l1", "g0", "g1", "k0", "k1", "w")
+# options by what they are like
+LIKE_X = ("x_start", "history", "gradient", "known", "mask")
+OF_MODEL = ("uncond_output", "model_variance")
+PER_SAMPLE = ("output_scale", "x_start_scale")
+RESULTS = ("out", "out_copy", "x0_out")
+
+
+def make_table(rows: int, seed: int = 0, **columns: float) -> Tensor:
+    """(rows, 16) of random numbers, `columns` as given. Every third row has no c2, every fourth no noise, every fifth
+    no history, every second no guidance; draws reach 2^32."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(rows, 16, generator=generator)
+    table[::3, 4] = table[::4, 5] = table[::5, 7] = 0
+    table[:, 8:10] *= 0.3  # e to their power stays small
+    table[::2, 14] = 1
+    table.view(torch.int32)[:, 6] = torch.randint(-(2**31), 2**31, (rows,), generator=generator)
+    for name, value in columns.items():
+        table[:, COLUMNS.index(name)] = value
+    return table
+
+
+def make_row(**columns: float) -> Tensor:
+    """(1, 16): zeros but for `columns`, and no guidance."""
+    row = torch.zeros(1, 16)
+    for name, value in {"w": 1.0, **columns}.items():
+        row[0, COLUMNS.index(name)] = value
+    return row
+
+
+def options(shape: tuple[int, ...], dtype: torch.dtype, model_dtype: torch.dtype, seed: int = 9) -> dict[str, Tensor]:
+    """Of all tensors that are read besides x, the model's output and noise."""
+
+    def normal(number: int, *sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(100 * seed + number))
+
+    found = {name: normal(i, *shape).to(dtype) for i, name in enumerate(LIKE_X)}
+    found["mask"] = normal(10, *shape).sigmoid().to(dtype)
+    found |= {name: normal(20 + i, *shape).to(model_dtype) for i, name in enumerate(OF_MODEL)}
+    return found | {name: normal(30 + i, shape[0]) for i, name in enumerate(PER_SAMPLE)}
