@@ -84,7 +84,7 @@ def samples(make_step_table, normal, affine, rows, device):
     ]
 
 
-COUNT = 20
+COUNT = 23
 
 
 @pytest.mark.parametrize("i", range(COUNT))

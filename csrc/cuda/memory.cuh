@@ -129,4 +129,17 @@ __device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& div
   return o;
 }
 
+// Where element j of a sample lies in one tensor.
+__device__ __forceinline__ int64_t offset(const Call& args, const TensorArg& tensor, const Dividers& dividers,
+                                          int64_t j) {
+  int64_t sum = 0;
+#pragma unroll 1
+  for (int d = args.dims - 1; d > 0; --d) {
+    const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
+    sum += (j - quotient * args.sizes[d]) * tensor.strides[d];
+    j = quotient;
+  }
+  return sum + j * tensor.strides[0];
+}
+
 }  // namespace ddpm_ext::cuda
