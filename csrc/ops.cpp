@@ -62,6 +62,16 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   return result;
 }
 
+// On the CPU in the batch's order: at::mean's hangs on the number of threads where there are many samples.
+Tensor total(const Tensor& losses, bool mean) {
+  if (!losses.is_cpu()) return mean ? at::mean(losses) : at::sum(losses);
+  const float* each = losses.const_data_ptr<float>();
+  double sum = 0;
+  for (int64_t b = 0; b < losses.numel(); ++b) sum += each[b];
+  if (mean) sum /= static_cast<double>(losses.numel());
+  return at::full({}, static_cast<float>(sum), losses.options());
+}
+
 // All of a step's arguments but the model's output.
 template <class Row>
 void check_step(const char* op, Call& args, TensorArg& x_arg, TensorArg& noise_arg, TensorArg& out_arg,
@@ -109,7 +119,7 @@ void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const 
   const at::Device device = x_t.device();
   ExtendedArgs args;
   check_step<ExtendedRow>(op, args, args[Role::x], args[Role::noise], args[Result::prev], x_t, table, t, t_index, noise,
-                          draw_noise, rng, &out);
+                          draw_noise, rng, nullptr);
   set_clip(op, args, clip_min, clip_max);
 
   // The model's dtype, whichever of its tensors tells it.
@@ -137,6 +147,7 @@ void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const 
   CHECK_VALUE(extras.known.has_value() || !extras.mask.has_value(), "mask", " is given without known, expected both");
   CHECK_VALUE(extras.mask.has_value() || !extras.known.has_value(), "known", " is given without mask, expected both");
 
+  check_same(op, "out", out, "x_t", x_t);
   struct Input {
     const char* name;
     const OptionalTensor& tensor;
@@ -223,16 +234,6 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x_start.device());
   return finish(result, out);
-}
-
-// On the CPU in the batch's order: at::mean's hangs on the number of threads where there are many samples.
-static Tensor total(const Tensor& losses, bool mean) {
-  if (!losses.is_cpu()) return mean ? at::mean(losses) : at::sum(losses);
-  const float* each = losses.const_data_ptr<float>();
-  double sum = 0;
-  for (int64_t b = 0; b < losses.numel(); ++b) sum += each[b];
-  if (mean) sum /= static_cast<double>(losses.numel());
-  return at::full({}, static_cast<float>(sum), losses.options());
 }
 
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,

@@ -1,7 +1,7 @@
 // One element of a training loss: how far the model's output is from its target k0 x_start + k1 z, and the slope there.
 #pragma once
 
-#include "core/scalar.h"
+#include "core/forward.h"
 
 namespace ddpm_ext {
 
@@ -13,7 +13,14 @@ struct alignas(16) LossRow {
 
 enum class Loss : int { mse, l1, huber };
 
-// A loss of the difference d is s (d - c s), with s = d, c = 0; s = sign(d), c = 0; s = clamp(d, -delta, delta), c =
+// x_start counts where it is there.
+template <class F>
+DDPM_HD F loss_difference(const LossRow& row, F m, bool has_x_start, F x_start, F z) {
+  const F target = has_x_start ? affine({row.k0, row.k1}, x_start, z) : F(row.k1) * z;
+  return fma(F(-1.0f), target, m);
+}
+
+// A loss of the difference d is s (d - c s), where s is d, or its sign, or d clamped to [-delta, delta]; c is 0, 0,
 // 1/2.
 template <class F>
 DDPM_HD F loss_part(Loss kind, float delta, F d) {

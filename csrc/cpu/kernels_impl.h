@@ -164,9 +164,8 @@ void loss_run(const LossRun& run) {
       const int64_t at = i + k * F32::kLanes;
       if constexpr (kNoise == Noise::given) z[k] = load(noise + at);
       if constexpr (kNoise == Noise::none) z[k] = F32(0.0f);
-      F32 target = F32(row.k1) * z[k];
-      if (x_start != nullptr) target = fma(F32(row.k0), load(x_start + at), target);
-      const F32 d = fma(F32(-1.0f), target, load(m + at)), part = loss_part(kind, delta, d);
+      const F32 x = x_start != nullptr ? load(x_start + at) : F32(0.0f);
+      const F32 d = loss_difference(row, load(m + at), x_start != nullptr, x, z[k]), part = loss_part(kind, delta, d);
       values[k] = loss_value(kind, d, part);
       if (slope != nullptr) store(slope + at, F32(factor) * part);
     }

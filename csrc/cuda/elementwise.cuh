@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <type_traits>
 
 #include "core/normal.h"
@@ -210,11 +211,14 @@ inline bool in_vectors(const Call& args) {
   return args.contiguous && args.numel < k31 && args.batch < k31 && args.t_stride < k32 && args.ids_stride < k32;
 }
 
-inline Access choose_access(const Args& args) {
+inline Access choose_access(const Call& args, std::initializer_list<const TensorArg*> tensors) {
   bool vector = in_vectors(args);
-  for (const TensorArg* tensor : {&args.x, &args.model_output, &args.noise, &args.out})
-    vector = vector && in_vectors(*tensor, args.batch);
+  for (const TensorArg* tensor : tensors) vector = vector && in_vectors(*tensor, args.batch);
   return vector ? Access::vector : Access::strided;
+}
+
+inline Access choose_access(const Args& args) {
+  return choose_access(args, {&args.x, &args.model_output, &args.noise, &args.out});
 }
 
 inline Access choose_access(const ExtendedArgs& args) {
@@ -279,6 +283,26 @@ void launch_noise(const Args& args, cudaStream_t stream) {
     case Noise::drawn:
       if (args.seed_data != nullptr) return launch_typed<Op, Noise::drawn, true, X, M, Z>(args, stream);
       return launch_typed<Op, Noise::drawn, false, X, M, Z>(args, stream);
+  }
+}
+
+// Calls launch(x, m) with a value of each type: samples', and a model output's, which may be lower beside float32.
+template <class Launch>
+void by_dtypes(DType x, DType m, Launch launch) {
+  switch (x) {
+    case DType::float16:
+      return launch(__half(), __half());
+    case DType::bfloat16:
+      return launch(__nv_bfloat16(), __nv_bfloat16());
+    case DType::float32:
+      switch (m) {
+        case DType::float32:
+          return launch(float(), float());
+        case DType::float16:
+          return launch(float(), __half());
+        case DType::bfloat16:
+          return launch(float(), __nv_bfloat16());
+      }
   }
 }
 

@@ -86,13 +86,9 @@ class ElementTensors {
       : args_(args) {
     each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
     if constexpr (!kContiguous) {
-#pragma unroll 1
-      for (int d = args.dims - 1; d >= 0; --d) {
-        const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-        const int64_t index = j - quotient * args.sizes[d];
+      for_each_index(args, dividers, j, [&](int d, int64_t index) {
         each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
-        j = quotient;
-      }
+      });
     }
   }
 
@@ -201,21 +197,8 @@ void launch(const ExtendedArgs& args, cudaStream_t stream) {
 
 void extended_step(const ExtendedArgs& args, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (args[Role::x].dtype) {
-      case DType::float16:
-        return launch<__half, __half>(args, stream);
-      case DType::bfloat16:
-        return launch<__nv_bfloat16, __nv_bfloat16>(args, stream);
-      case DType::float32:
-        switch (args[Role::model_output].dtype) {
-          case DType::float32:
-            return launch<float, float>(args, stream);
-          case DType::float16:
-            return launch<float, __half>(args, stream);
-          case DType::bfloat16:
-            return launch<float, __nv_bfloat16>(args, stream);
-        }
-    }
+    by_dtypes(args[Role::x].dtype, args[Role::model_output].dtype,
+              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(args, stream); });
   });
 }
 

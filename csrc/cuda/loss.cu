@@ -9,46 +9,77 @@ namespace {
 constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes chunk after chunk of a sample
 static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
-// Four neighbours of a tensor, as pairs; by any strides, and zeros beyond the sample's end.
-template <Access kAccess, class T>
-__device__ __forceinline__ void load_four(const LossArgs& args, const Dividers& dividers, const TensorArg& tensor,
-                                          int64_t b, int64_t j, F2 (&to)[2]) {
-  const T* sample = static_cast<const T*>(tensor.data) + b * tensor.batch_stride;
-  if (kAccess == Access::vector && j + 4 <= args.numel) {
-    Vector<T, 4> vector;
-    vector.load(sample + j);
-    to[0] = widen(vector.pairs[0]);
-    to[1] = widen(vector.pairs[1]);
-    return;
-  }
-  float values[4] = {};
-  DDPM_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (j + i >= args.numel) break;
-    values[i] = to_float(sample[kAccess == Access::vector ? j + i : offset(args, tensor, dividers, j + i)]);
-  }
-  to[0] = F2(values[0], values[1]);
-  to[1] = F2(values[2], values[3]);
-}
+// Where an element lies in each of its tensors.
+struct Place {
+  int64_t model_output, x_start, noise, slope;
+};
 
-template <Access kAccess, class T>
-__device__ __forceinline__ void store_four(const LossArgs& args, const Dividers& dividers, const TensorArg& tensor,
-                                           int64_t b, int64_t j, const F2 (&from)[2]) {
-  T* sample = static_cast<T*>(tensor.data) + b * tensor.batch_stride;
-  if (kAccess == Access::vector && j + 4 <= args.numel) {
-    Vector<T, 4> vector;
-    narrow(from[0], vector.pairs[0]);
-    narrow(from[1], vector.pairs[1]);
-    vector.store(sample + j);
-    return;
+// Four neighbours, of which the sample's end may cut off some.
+template <Access kAccess>
+class Four {
+ public:
+  __device__ __forceinline__ Four(const LossArgs& args, const Dividers& dividers, int64_t b, int64_t j)
+      : count_(args.numel - j < 4 ? static_cast<int>(args.numel - j) : 4) {
+    DDPM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Place& p = places_[i];
+      p = {b * args.model_output.batch_stride, b * args.x_start.batch_stride, b * args.noise.batch_stride,
+           b * args.slope.batch_stride};
+      const auto add = [&](int64_t m, int64_t x, int64_t z, int64_t s) {
+        p.model_output += m, p.x_start += x, p.noise += z, p.slope += s;
+      };
+      if constexpr (kAccess == Access::vector) {
+        add(j + i, j + i, j + i, j + i);
+      } else if (i < count_) {
+        for_each_index(args, dividers, j + i, [&](int d, int64_t n) {
+          add(n * args.model_output.strides[d], n * args.x_start.strides[d], n * args.noise.strides[d],
+              n * args.slope.strides[d]);
+        });
+      }
+    }
   }
-  const float values[4] = {from[0].v.x, from[0].v.y, from[1].v.x, from[1].v.y};
-  DDPM_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (j + i >= args.numel) break;
-    sample[kAccess == Access::vector ? j + i : offset(args, tensor, dividers, j + i)] = from_float<T>(values[i]);
+
+  __device__ __forceinline__ bool has(int i) const { return i < count_; }
+
+  // As pairs, zeros where there is none.
+  template <class T>
+  __device__ __forceinline__ void load(const TensorArg& tensor, int64_t Place::* place, F2 (&to)[2]) const {
+    const T* data = static_cast<const T*>(tensor.data);
+    if (kAccess == Access::vector && count_ == 4) {
+      Vector<T, 4> vector;
+      vector.load(data + places_[0].*place);
+      to[0] = widen(vector.pairs[0]);
+      to[1] = widen(vector.pairs[1]);
+      return;
+    }
+    float values[4] = {};
+    DDPM_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (has(i)) values[i] = to_float(data[places_[i].*place]);
+    to[0] = F2(values[0], values[1]);
+    to[1] = F2(values[2], values[3]);
   }
-}
+
+  template <class T>
+  __device__ __forceinline__ void store(const TensorArg& tensor, int64_t Place::* place, const F2 (&from)[2]) const {
+    T* data = static_cast<T*>(tensor.data);
+    if (kAccess == Access::vector && count_ == 4) {
+      Vector<T, 4> vector;
+      narrow(from[0], vector.pairs[0]);
+      narrow(from[1], vector.pairs[1]);
+      vector.store(in_register(data + places_[0].*place));
+      return;
+    }
+    const float values[4] = {from[0].v.x, from[0].v.y, from[1].v.x, from[1].v.y};
+    DDPM_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (has(i)) data[places_[i].*place] = from_float<T>(values[i]);
+  }
+
+ private:
+  const int count_;
+  Place places_[4];
+};
 
 // A chunk's losses to their sum, by the first warp; it is the first lane's.
 __device__ __forceinline__ double sum_of_lanes(const float* losses) {
@@ -97,27 +128,26 @@ __global__ void __launch_bounds__(kLossThreads)
 
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int64_t j = chunk * kLossChunk + 4 * static_cast<int64_t>(threadIdx.x);
-    F2 m[2], x_start[2], z[2], slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
+    F2 m[2], x_start[2] = {F2(0.0f), F2(0.0f)}, z[2] = {F2(0.0f), F2(0.0f)};
+    F2 slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
     if (j < args.numel) {
-      load_four<kAccess, M>(args, dividers, args.model_output, b, j, m);
-      if (args.x_start.data != nullptr) load_four<kAccess, X>(args, dividers, args.x_start, b, j, x_start);
-      if constexpr (kNoise == Noise::given) load_four<kAccess, X>(args, dividers, args.noise, b, j, z);
-      if constexpr (kNoise == Noise::drawn) {
-        z[0] = z[1] = F2(0.0f);
-        if (row.k1 != 0.0f) draw_normals(keys, counter, j, z);
-      }
+      const Four<kAccess> four(args, dividers, b, j);
+      const bool has_x_start = args.x_start.data != nullptr;
+      four.template load<M>(args.model_output, &Place::model_output, m);
+      if (has_x_start) four.template load<X>(args.x_start, &Place::x_start, x_start);
+      if constexpr (kNoise == Noise::given) four.template load<X>(args.noise, &Place::noise, z);
+      if (kNoise == Noise::drawn && row.k1 != 0.0f) draw_normals(keys, counter, j, z);
       DDPM_UNROLL
       for (int i = 0; i < 2; ++i) {
-        F2 target = F2(row.k1) * z[i];
-        if (args.x_start.data != nullptr) target = fma(F2(row.k0), x_start[i], target);
-        const F2 d = fma(F2(-1.0f), target, m[i]), part = loss_part(args.kind, args.delta, d);
+        const F2 d = loss_difference(row, m[i], has_x_start, x_start[i], z[i]);
+        const F2 part = loss_part(args.kind, args.delta, d);
         values[i] = loss_value(args.kind, d, part);
         slopes[i] = factor * part;
       }
-      if (args.slope.data != nullptr) store_four<kAccess, M>(args, dividers, args.slope, b, j, slopes);
-      if (j + 1 >= args.numel) values[0].v.y = 0.0f;
-      if (j + 2 >= args.numel) values[1].v.x = 0.0f;
-      if (j + 3 >= args.numel) values[1].v.y = 0.0f;
+      if (args.slope.data != nullptr) four.template store<M>(args.slope, &Place::slope, slopes);
+      if (!four.has(1)) values[0].v.y = 0.0f;
+      if (!four.has(2)) values[1].v.x = 0.0f;
+      if (!four.has(3)) values[1].v.y = 0.0f;
     }
     float* const place = losses + 4 * threadIdx.x;
     place[0] = values[0].v.x, place[1] = values[0].v.y, place[2] = values[1].v.x, place[3] = values[1].v.y;
@@ -151,37 +181,28 @@ void launch_access(const LossArgs& args, cudaStream_t stream) {
   C10_CUDA_CHECK(cudaLaunchKernelEx(&config, loss_of_samples<kNoise, kAccess, X, M>, args, Dividers(args)));
 }
 
+template <Noise kNoise, class X, class M>
+void launch_noise_kind(const LossArgs& args, cudaStream_t stream) {
+  switch (choose_access(args, {&args.model_output, &args.x_start, &args.noise, &args.slope})) {
+    case Access::vector:
+      return launch_access<kNoise, Access::vector, X, M>(args, stream);
+    case Access::strided:
+      return launch_access<kNoise, Access::strided, X, M>(args, stream);
+  }
+}
+
 template <class X, class M>
 void launch(const LossArgs& args, cudaStream_t stream) {
-  bool vector = in_vectors(args);
-  for (const TensorArg* tensor : {&args.model_output, &args.x_start, &args.noise, &args.slope})
-    vector = vector && in_vectors(*tensor, args.batch);
-  const bool drawn = args.noise_kind == Noise::drawn;
-  if (vector && drawn) return launch_access<Noise::drawn, Access::vector, X, M>(args, stream);
-  if (vector) return launch_access<Noise::given, Access::vector, X, M>(args, stream);
-  if (drawn) return launch_access<Noise::drawn, Access::strided, X, M>(args, stream);
-  launch_access<Noise::given, Access::strided, X, M>(args, stream);
+  if (args.noise_kind == Noise::drawn) return launch_noise_kind<Noise::drawn, X, M>(args, stream);
+  launch_noise_kind<Noise::given, X, M>(args, stream);
 }
 
 }  // namespace
 
 void loss(const LossArgs& args, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (args.x_start.dtype) {
-      case DType::float16:
-        return launch<__half, __half>(args, stream);
-      case DType::bfloat16:
-        return launch<__nv_bfloat16, __nv_bfloat16>(args, stream);
-      case DType::float32:
-        switch (args.model_output.dtype) {
-          case DType::float32:
-            return launch<float, float>(args, stream);
-          case DType::float16:
-            return launch<float, __half>(args, stream);
-          case DType::bfloat16:
-            return launch<float, __nv_bfloat16>(args, stream);
-        }
-    }
+    by_dtypes(args.x_start.dtype, args.model_output.dtype,
+              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(args, stream); });
   });
 }
 

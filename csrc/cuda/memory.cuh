@@ -129,17 +129,15 @@ __device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& div
   return o;
 }
 
-// Where element j of a sample lies in one tensor.
-__device__ __forceinline__ int64_t offset(const Call& args, const TensorArg& tensor, const Dividers& dividers,
-                                          int64_t j) {
-  int64_t sum = 0;
+// Calls add(d, index) for each dimension of a sample's element j: once for all tensors that it is in.
+template <class Add>
+__device__ __forceinline__ void for_each_index(const Call& args, const Dividers& dividers, int64_t j, Add add) {
 #pragma unroll 1
-  for (int d = args.dims - 1; d > 0; --d) {
+  for (int d = args.dims - 1; d >= 0; --d) {
     const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-    sum += (j - quotient * args.sizes[d]) * tensor.strides[d];
+    add(d, j - quotient * args.sizes[d]);
     j = quotient;
   }
-  return sum + j * tensor.strides[0];
 }
 
 }  // namespace ddpm_ext::cuda

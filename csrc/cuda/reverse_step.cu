@@ -23,21 +23,8 @@ struct ReverseStep {
 
 void reverse_step(const Args& args, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (args.x.dtype) {
-      case DType::float16:
-        return launch_noise<ReverseStep, __half, __half, __half>(args, stream);
-      case DType::bfloat16:
-        return launch_noise<ReverseStep, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(args, stream);
-      case DType::float32:
-        switch (args.model_output.dtype) {
-          case DType::float32:
-            return launch_noise<ReverseStep, float, float, float>(args, stream);
-          case DType::float16:
-            return launch_noise<ReverseStep, float, __half, float>(args, stream);
-          case DType::bfloat16:
-            return launch_noise<ReverseStep, float, __nv_bfloat16, float>(args, stream);
-        }
-    }
+    by_dtypes(args.x.dtype, args.model_output.dtype,
+              [&](auto x, auto m) { launch_noise<ReverseStep, decltype(x), decltype(m), decltype(x)>(args, stream); });
   });
 }
 
