@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["device", "integer", "like", "one_of", "per_sample", "samples", "shape", "split_t", "tensor"]
+__all__ = [
+    "compute_dtype",
+    "device",
+    "integer",
+    "like",
+    "one_of",
+    "per_sample",
+    "samples",
+    "shape",
+    "split_t",
+    "tensor",
+]
 
 
 # A tuple, and loops instead of any(): older versions of torch.compile trace these.
@@ -34,6 +45,11 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected {' or '.join(repr(choice) for choice in choices)}")
     return value
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What samples of a dtype are computed in: float64 in itself, all others in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tensor(name: str, value: object) -> None:

@@ -136,12 +136,15 @@ class GaussianDiffusion:
     def _table(self, name: str, x_name: str, x: Tensor) -> Tensor:
         """A table for the operators, on x's device; float64 for the reference's float64 samples."""
         checks.tensor(x_name, x)
-        double = x.dtype == torch.float64 and self.backend == "reference"
-        return self._tables.get(name, x.device, torch.float64 if double else torch.float32)
+        return self._tables.get(name, x.device, self._operator_dtype(x))
+
+    def _operator_dtype(self, x: Tensor) -> torch.dtype:
+        """Of the tables that the operators take beside x: the fused ones know no float64."""
+        return checks.compute_dtype(x.dtype) if self.backend == "reference" else torch.float32
 
     def _extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
-        values = self._tables.get(name, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        values = self._tables.get(name, x.device, checks.compute_dtype(x.dtype))
         return _like_samples(values, t, x)
 
     def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
@@ -235,7 +238,7 @@ class GaussianDiffusion:
         mean = self._ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
         if learned is None:
             return mean, self._extract("p_variance", t, x_t), self._extract("p_log_variance", t, x_t)
-        learned = learned.to(torch.float64 if x_t.dtype == torch.float64 else torch.float32)
+        learned = learned.to(checks.compute_dtype(x_t.dtype))
         if self.variance == "learned_variance":
             return mean, learned, learned.log()
         constant, slope = (_like_samples(column, t, x_t) for column in self._learned(x_t).unbind(1))
@@ -244,7 +247,7 @@ class GaussianDiffusion:
 
     def _learned(self, x: Tensor) -> Tensor:
         """(timesteps, 2): of a log-variance, what is added to the model's and what that is multiplied by."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = checks.compute_dtype(x.dtype)
         return self._tables.get("learned_log_variance", x.device, dtype)
 
     @torch.no_grad()
@@ -475,8 +478,7 @@ class GaussianDiffusion:
         target = None if self.prediction == "eps" else x_start
         if self.backend == "fused":
             refuse_grad(target, noise)
-        double = x_start.dtype == torch.float64 and self.backend == "reference"
-        table = self._losses.get(weighting, x_start.device, torch.float64 if double else torch.float32)
+        table = self._losses.get(weighting, x_start.device, self._operator_dtype(x_start))
         model_output = self._call(model, x_t, t)
         checks.like("model_output", model_output, "x_start", x_start, lower=True)
         options = {"noise": noise, "rng": rng, "loss": loss, "delta": delta, "reduction": reduction}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext import checks
+
 __all__ = ["Guidance"]
 
 
@@ -69,7 +71,7 @@ class Guidance:
         """What to multiply the guided output by, (batch,) in float32, or float64 for such outputs; None: nothing."""
         if self.rescale == 0:
             return None
-        dtype = torch.float64 if model_output.dtype == torch.float64 else torch.float32
+        dtype = checks.compute_dtype(model_output.dtype)
         m, u = (output.to(dtype).reshape(len(output), -1) for output in (model_output, uncond_output))
         if m.shape[1] < 2:
             raise ValueError(f"guidance rescale is {self.rescale}, expected 0 for samples of one element")

@@ -120,7 +120,7 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
     Returns:
         As `first`.
     """
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    dtype = checks.compute_dtype(first.dtype)
     a, b = first.to(dtype), second.to(dtype)
     w = _of_samples(weight, a)
     cosine = torch.nn.functional.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), dim=1)

@@ -47,10 +47,6 @@ def _compiled(model: Model, how: bool | str) -> Model:
     return torch.compile(model) if how else model
 
 
-def _table_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _model_device(model: Any) -> torch.device:
     parameters = getattr(model, "parameters", None)
     first = next(iter(parameters()), None) if callable(parameters) else None
@@ -107,7 +103,9 @@ class Loop:
             )
         rng = self._check_rng(rng)
         x = self._begin(rng, start, noise)
-        backend.check_reverse_step(x, tables.device.get("steps", x.device, _table_dtype(x.dtype)), first, rng=rng)
+        backend.check_reverse_step(
+            x, tables.device.get("steps", x.device, checks.compute_dtype(x.dtype)), first, rng=rng
+        )
         if graph:
             rng = _in_memory(rng, len(x), x.device)
             kwargs = {
@@ -147,7 +145,7 @@ class Loop:
         noised = []
         for draw, image in enumerate(images):
             _check_given("start", image, self.shape, self._device, self.dtype)
-            scales = self.tables.device.find("start", image.device, _table_dtype(self.dtype))
+            scales = self.tables.device.find("start", image.device, checks.compute_dtype(self.dtype))
             if scales is None:
                 raise ValueError(
                     "start is given, expected a sampler whose timesteps are the schedule's own, or its name"

@@ -115,10 +115,6 @@ def randn(
     return z.to(dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check(
     x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
 ) -> None:
@@ -146,7 +142,7 @@ def _check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
     if scale is None:
         return
     checks.tensor(name, scale)
-    if scale.dtype not in (torch.float32, _compute_dtype(x)):
+    if scale.dtype not in (torch.float32, checks.compute_dtype(x.dtype)):
         raise TypeError(f"{name} has dtype {scale.dtype}, expected float32")
     if scale.shape != x.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected ({len(x)},), one a sample")
@@ -169,7 +165,7 @@ def _draws(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
 
 def _resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
     if noise is not None:
-        return noise.to(_compute_dtype(x))
+        return noise.to(checks.compute_dtype(x.dtype))
     if rng is None:
         rng = fresh_rng()
     return randn(
@@ -178,7 +174,7 @@ def _resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: 
         draw=draw if rng.draw is None else None,
         stream=stream if rng.stream is None else None,
         device=x.device,
-        dtype=_compute_dtype(x),
+        dtype=checks.compute_dtype(x.dtype),
     )
 
 
@@ -216,7 +212,7 @@ def reverse_step(
     """x0 = clip(a x + b m); prev = c0 x0 + c1 x + c2 m + s z. Twin of ops.reverse_step."""
     check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
     checks.like("model_output", model_output, "x_t", x_t, lower=True)
-    dtype = _compute_dtype(x_t)
+    dtype = checks.compute_dtype(x_t.dtype)
     a, b, c0, c1, c2, s, *_ = _rows(table.to(dtype), t, x_t)
     x, m = x_t.to(dtype), model_output.to(dtype)
     x_start = a * x + b * m
@@ -269,7 +265,7 @@ def extended_step(
         raise ValueError("mask is given without known, expected both")
     if known is not None and mask is None:
         raise ValueError("known is given without mask, expected both")
-    dtype = _compute_dtype(x_t)
+    dtype = checks.compute_dtype(x_t.dtype)
     _check_scale("output_scale", output_scale, x_t)
     _check_scale("x_start_scale", x_start_scale, x_t)
 
@@ -328,7 +324,7 @@ def forward_process(
     """k0 x_start + k1 z. Twin of ops.forward_process."""
     _check("x_start", x_start, table, t, {"noise": noise, "out": out})
     _check_noise(x_start, noise, rng)
-    dtype = _compute_dtype(x_start)
+    dtype = checks.compute_dtype(x_start.dtype)
     k0, k1 = _rows(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
     if add_noise or noise is not None or rng is not None:
@@ -338,7 +334,7 @@ def forward_process(
 
 
 def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    dtype = _compute_dtype(x)
+    dtype = checks.compute_dtype(x.dtype)
     k0, k1 = _rows(table.to(dtype), t, x)
     return _finish(k0 * x.to(dtype) + k1 * y.to(dtype), x, None)
 
@@ -378,7 +374,7 @@ def diffusion_loss(
     _check_noise(x, noise, rng)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
-    dtype = _compute_dtype(x)
+    dtype = checks.compute_dtype(x.dtype)
     k0, k1, weight, _ = _rows(table.to(dtype), t, x)
     draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
     target = k1 * _resolve_noise(x, noise, rng, STREAM_FORWARD, draw)

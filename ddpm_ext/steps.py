@@ -157,7 +157,7 @@ class Stepper:
         self.backend, self.model, self.options = backend, model, options
         self.tables, self.rng = tables, rng
         self.state = State(x, options, tables)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = checks.compute_dtype(x.dtype)
         self._rows, self._extended, self._x0_rows = (
             tables.device.get(name, x.device, dtype) for name in ("steps", "extended", "x0")
         )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ddpm_ext import checks
+
 __all__ = ["DynamicThreshold"]
 
 
@@ -39,7 +41,7 @@ class DynamicThreshold:
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
         """1 / bound of each sample, (batch,) in float32, or float64 for such samples."""
-        dtype = torch.float64 if x_start.dtype == torch.float64 else torch.float32
+        dtype = checks.compute_dtype(x_start.dtype)
         # torch.quantile's value; it sorts all elements for that, and takes no more than 2^24
         sizes = x_start.to(dtype).reshape(len(x_start), -1).abs()
         rank = self.quantile * (sizes.shape[1] - 1)
