@@ -71,11 +71,13 @@ struct ExtendedArgs : Call {
   TensorArg& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
 
-// Of a training loss: rows are LossRow.
+// Of a training loss: rows are LossRow, or with the variational bound VariationalRow.
 struct LossArgs : Call {
-  TensorArg model_output, x_start, noise, slope;  // slope is written; null: not wanted
+  TensorArg model_output, variance, x_start, noise;
+  TensorArg slope, variance_slope;  // written; null: not wanted
   Loss kind = Loss::mse;
   float delta = 1;
+  bool variational = false, detached = false;
   float slope_share = 0;            // what a slope of 32 bits is multiplied by, beside its row's weight
   double per_element = 0;           // 1 / numel
   double* chunks = nullptr;         // (batch, chunks of a sample): their sums, scratch

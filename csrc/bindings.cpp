@@ -183,7 +183,7 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope) {
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
   if (needs_dispatcher("diffusion_loss", {{"model_output", model_output},
                                           {"x_start", x_start},
                                           {"noise", noise},
@@ -193,11 +193,11 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                .findSchemaOrThrow("ddpm_ext::diffusion_loss", "")
                                .typed<decltype(library::diffusion_loss)>();
     return op.call(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_ARGUMENTS, reduction,
-                   want_slope);
+                   want_slope, variational, detach_mean);
   }
   RECORD_FUNCTION("ddpm_ext::diffusion_loss", std::vector<c10::IValue>());
   return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG, reduction,
-                                  want_slope);
+                                  want_slope, variational, detach_mean);
 }
 
 using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);

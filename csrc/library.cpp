@@ -42,9 +42,9 @@ Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope) {
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
   return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG, reduction,
-                                  want_slope);
+                                  want_slope, variational, detach_mean);
 }
 
 Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
@@ -80,7 +80,9 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
   m.def(
       "diffusion_loss(Tensor model_output, Tensor? x_start, Tensor table, Tensor? t, SymInt t_index, int kind, float "
-      "delta, Tensor? noise, " DDPM_RNG_SCHEMA ", *, int reduction=0, bool want_slope=False) -> (Tensor, Tensor)");
+      "delta, Tensor? noise, " DDPM_RNG_SCHEMA
+      ", *, int reduction=0, bool want_slope=False, bool "
+      "variational=False, bool detach_mean=False) -> (Tensor, Tensor)");
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 

@@ -42,7 +42,7 @@ Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope);
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean);
 Tensor draw_seed();
 
 }  // namespace ddpm_ext::library

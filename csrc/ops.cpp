@@ -239,7 +239,7 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope) {
+                                          bool want_slope, bool variational, bool detach_mean) {
   constexpr const char* op = "diffusion_loss";
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
@@ -248,26 +248,42 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const Tensor& x = x_start.has_value() ? *x_start : noise.has_value() ? *noise : model_output;
   const char* x_name = x_start.has_value() ? "x_start" : noise.has_value() ? "noise" : "model_output";
   args.x_start.dtype = args.noise.dtype = check_sample(op, x_name, x);
-  args.model_output.dtype = args.slope.dtype = check_same_or_lower(op, "model_output", model_output, x_name, x);
+  CHECK_VALUE(!variational || x_start.has_value(), "x_start", " is missing, expected one beside variational");
+  const bool doubled = variational && model_output.dim() > 1 && x.dim() > 1 && model_output.size(1) == 2 * x.size(1);
+  const auto half = [&](const Tensor& whole, int64_t i) { return whole.narrow(1, i * x.size(1), x.size(1)); };
+  const Tensor mean = doubled ? half(model_output, 0) : model_output;
+  args.model_output.dtype = check_same_or_lower(op, "model_output", mean, x_name, x);
+  args.slope.dtype = args.variance.dtype = args.variance_slope.dtype = args.model_output.dtype;
   args.batch = x.size(0);
-  set_table(op, args, table, sizeof(LossRow) / sizeof(float), t, t_index, device);
+  set_table(op, args, table, (variational ? sizeof(VariationalRow) : sizeof(LossRow)) / sizeof(float), t, t_index,
+            device);
   set_noise(op, args, args.noise, x, x_name, noise, !noise.has_value(), rng);
   CHECK_VALUE(0 <= kind && kind <= 2, "kind", " is ", kind, ", expected 0, 1 or 2");
   CHECK_VALUE(0 <= reduction && reduction <= 2, "reduction", " is ", reduction, ", expected 0, 1 or 2");
   args.kind = static_cast<Loss>(kind);
+  args.variational = variational;
+  args.detached = detach_mean;
   args.delta = static_cast<float>(delta);
   CHECK_VALUE(args.delta > 0, "delta", " is ", delta, ", expected delta > 0");
 
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({args.batch}, like.dtype(at::kFloat));
   const Tensor slope = want_slope ? at::empty_like(model_output) : at::empty({0}, model_output.options());
+  Tensor variance, mean_slope = slope, variance_slope;
+  if (doubled) variance = half(model_output, 1);
+  if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);
+  const auto given = [](const Tensor& tensor, bool is) { return is ? &tensor : nullptr; };
   bind(op, args,
-       {{pointer(x_start), &args.x_start}, {pointer(noise), &args.noise}, {want_slope ? &slope : nullptr, &args.slope}},
-       model_output, args.model_output);
+       {{pointer(x_start), &args.x_start},
+        {pointer(noise), &args.noise},
+        {given(mean_slope, want_slope), &args.slope},
+        {given(variance, doubled), &args.variance},
+        {given(variance_slope, doubled && want_slope), &args.variance_slope}},
+       mean, args.model_output);
   if (args.numel == 0) losses.fill_(std::numeric_limits<float>::quiet_NaN());  // the mean of nothing, as torch's
   args.per_element = 1.0 / static_cast<double>(args.numel);
   const double share = reduction == kMean ? args.per_element / static_cast<double>(args.batch) : args.per_element;
-  args.slope_share = static_cast<float>(share * (args.kind == Loss::mse ? 2.0 : 1.0));
+  args.slope_share = static_cast<float>(share);
   const Tensor chunks = at::empty({args.batch, loss_chunks(args.numel)}, like.dtype(at::kDouble));
   args.chunks = chunks.mutable_data_ptr<double>();
   args.loss = losses.mutable_data_ptr<float>();

@@ -57,10 +57,13 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 // by the model's output (of their sum, where they are as they are), like that; an empty tensor, unless it is wanted.
 // A slope of 16 bits is that of half the squared difference, its size or Huber's alone: neither divided by the number
 // of elements nor times the weight.
+// `variational`: with the variational bound's term, by rows (rows, 8), see core/loss.h. The model's output may have
+// twice the channels of x_start, which must be there then, the second half for the variance. With `detach_mean` the
+// bound has no slope in the first half. A slope of 16 bits is of all that, but for the number of elements.
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope);
+                                          bool want_slope, bool variational, bool detach_mean);
 
 // k0 x_t + k1 noise.
 Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,

@@ -54,7 +54,7 @@ def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 @_lib.register_fake("ddpm_ext::diffusion_loss")
-def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False) -> tuple[Tensor, Tensor]:
+def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False, **__: Any) -> tuple[Tensor, Tensor]:
     loss = model_output.new_empty((len(model_output),) if reduction == 1 else (), dtype=torch.float32)
     return loss, torch.empty_like(model_output) if want_slope else model_output.new_empty((0,))
 
@@ -150,11 +150,16 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_step_setup)
 
 
-def keep_for_loss_gradient(ctx: Any, slope: Tensor, arguments: tuple[Any, ...], reduction: int) -> None:
+def keep_for_loss_gradient(
+    ctx: Any, slope: Tensor, arguments: tuple[Any, ...], reduction: int, variational: bool
+) -> None:
     """`arguments`: the operator's own."""
-    _model_output, _x_start, table, t, ctx.index, ctx.kind, *_ = arguments
+    model_output, x_start, table, t, ctx.index, ctx.kind, *_ = arguments
     ctx.save_for_backward(slope, table, t)
-    ctx.reduction, ctx.inputs = reduction, len(arguments)
+    ctx.reduction, ctx.variational, ctx.inputs = reduction, variational, len(arguments)
+    # over which a loss is a mean
+    shape = (model_output if x_start is None else x_start).shape
+    ctx.elements = max(math.prod(shape if reduction == 0 else shape[1:]), 1)
 
 
 def refuse_second_derivative() -> None:
@@ -167,14 +172,16 @@ def loss_gradient(ctx: Any, grad: Tensor) -> Tensor:
     """By the model's output: the slope that came with the loss, times what comes back for it, a scalar or (batch,)."""
     slope, table, t = ctx.saved_tensors
     if slope.dtype != torch.float32:  # what is left out of it: see csrc/ops.h
-        weight = table[ctx.index, 2] if t is None else table[t, 2]
-        elements = slope.numel() if ctx.reduction == 0 else math.prod(slope.shape[1:])
-        grad = grad * weight * ((2 if ctx.kind == 0 else 1) / max(elements, 1))
+        if not ctx.variational:
+            weight = table[ctx.index, 2] if t is None else table[t, 2]
+            grad = grad * weight * (2 if ctx.kind == 0 else 1)
+        grad = grad / ctx.elements
     return (slope * grad.reshape(-1, *[1] * (slope.dim() - 1))).to(slope.dtype)
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    keep_for_loss_gradient(ctx, output[1], inputs, keyword_only_inputs["reduction"])
+    options = keyword_only_inputs
+    keep_for_loss_gradient(ctx, output[1], inputs, options["reduction"], options["variational"])
     ctx.has_slope = keyword_only_inputs["want_slope"]
 
 

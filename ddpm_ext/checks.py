@@ -6,6 +6,7 @@ and what `reference` checks in their place.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ __all__ = [
     "device",
     "integer",
     "like",
+    "nonnegative",
     "one_of",
     "per_sample",
     "samples",
@@ -39,6 +41,14 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value
+
+
+def nonnegative(name: str, value: object) -> None:
+    """A finite number, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} is {value}, expected a finite number, at least 0")
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:

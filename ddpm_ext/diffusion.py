@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_ext import checks, ops, reference, sampling
+from ddpm_ext import checks, sampling
+from ddpm_ext.forward import ForwardProcess, Model, like_samples
 from ddpm_ext.guidance import Guidance
 from ddpm_ext.images import Inpaint, Interpolation
-from ddpm_ext.loop_tables import LEARNED, LoopTables
-from ddpm_ext.loss_tables import LossTables
-from ddpm_ext.losses import check_options, refuse_grad
-from ddpm_ext.noise import Philox, fresh_rng
-from ddpm_ext.samplers import PREDICTIONS, VARIANCES, ddpm
-from ddpm_ext.schedules import make_betas
-from ddpm_ext.spacing import make_grid
+from ddpm_ext.loop_tables import LEARNED
+from ddpm_ext.noise import Philox
 from ddpm_ext.step_table import StepTable
-from ddpm_ext.steps import split_variance, unwrap
-from ddpm_ext.tables import StepDeviceTables, prediction_coefficients
+from ddpm_ext.steps import split_variance
 from ddpm_ext.thresholding import Clip, DynamicThreshold, as_fixed_clip
 
 __all__ = ["GaussianDiffusion"]
 
-Model = Callable[[Tensor, Tensor], Any]
 
-BACKENDS: dict[str, ModuleType] = {"fused": ops, "reference": reference}
-
-
-class GaussianDiffusion:
+class GaussianDiffusion(ForwardProcess):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
@@ -63,157 +52,6 @@ class GaussianDiffusion:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
     """
 
-    def __init__(
-        self,
-        timesteps: int = 1000,
-        beta_schedule: str | Tensor = "linear",
-        *,
-        prediction: str = "eps",
-        variance: str = "fixed_small",
-        backend: str = "fused",
-    ) -> None:
-        self.betas = betas = make_betas(beta_schedule, timesteps)
-        self.timesteps = len(betas)
-        self.prediction: str = checks.one_of("prediction", prediction, PREDICTIONS)
-        self.variance: str = checks.one_of("variance", variance, VARIANCES)
-        self.backend: str = checks.one_of("backend", backend, BACKENDS)
-
-        self.alphas = 1 - betas
-        self.alphas_cumprod = alphas_cumprod = self.alphas.cumprod(0)
-        self.alphas_cumprod_prev = alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-
-        # q(x_t | x_0), eq. (4) of Ho et al. 2020, and its inverse
-        self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
-        self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
-        self.log_one_minus_alphas_cumprod = (1 - alphas_cumprod).log()
-        self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
-        self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
-
-        # q(x_{t-1} | x_t, x_0), eq. (6) and (7); its variance at t = 0 is 0, whose log is clipped
-        self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        self.posterior_log_variance_clipped = self.posterior_variance.clamp(min=1e-20).log()
-        self.posterior_mean_coef1 = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)
-        self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
-
-        self._tables = self._make_tables()
-        self._losses = LossTables(self)
-        self._loops: dict[object, tuple[LoopTables, StepTable]] = {}  # p_sample_loop's: see loop_tables.make_tables
-
-    def __repr__(self) -> str:
-        return (
-            f"GaussianDiffusion(timesteps={self.timesteps}, prediction={self.prediction!r}, "
-            f"variance={self.variance!r}, backend={self.backend!r})"
-        )
-
-    # ------------------------------------------------------------------------------------------------- tables
-
-    @property
-    def _ops(self) -> ModuleType:
-        return BACKENDS[self.backend]
-
-    def _make_tables(self) -> StepDeviceTables:
-        grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1), betas=self.betas)
-        descending = ddpm(grid, prediction=self.prediction, variance=self.variance)
-        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
-        if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
-            first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
-            variance = torch.cat([first, self.betas[1:]])
-            log_variance = variance.log()
-        return StepDeviceTables(
-            descending[::-1],  # row t is timestep t
-            q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
-            predict_start_from_noise=torch.stack(prediction_coefficients(self.alphas_cumprod, "eps"), 1),
-            posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),
-            q_variance=1 - self.alphas_cumprod,
-            q_log_variance=self.log_one_minus_alphas_cumprod,
-            posterior_variance=self.posterior_variance,
-            posterior_log_variance_clipped=self.posterior_log_variance_clipped,
-            p_variance=variance,
-            p_log_variance=log_variance,
-            learned_log_variance=2 * torch.stack([descending.l0, descending.l1], 1).flip(0),
-        )
-
-    def _table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """A table for the operators, on x's device; float64 for the reference's float64 samples."""
-        checks.tensor(x_name, x)
-        return self._tables.get(name, x.device, self._operator_dtype(x))
-
-    def _operator_dtype(self, x: Tensor) -> torch.dtype:
-        """Of the tables that the operators take beside x: the fused ones know no float64."""
-        return checks.compute_dtype(x.dtype) if self.backend == "reference" else torch.float32
-
-    def _extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
-        """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
-        values = self._tables.get(name, x.device, checks.compute_dtype(x.dtype))
-        return _like_samples(values, t, x)
-
-    def _call(self, model: Model, x: Tensor, t: int | Tensor) -> Tensor:
-        """The model's output; an int t goes to it as a view of a table, which costs no launch."""
-        if not isinstance(t, Tensor):
-            t = self._tables.timesteps(x.device)[t].expand(len(x))
-        return unwrap(model(x, t))
-
-    # ---------------------------------------------------------------------------------------- forward process
-
-    def q_sample(
-        self,
-        x_start: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        *,
-        rng: Philox | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
-
-        Args:
-            x_start: (batch, ...), in [-1, 1] by custom.
-            t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
-            out: as x_start: where the result goes; x_start itself is fine. No gradients then.
-
-        Returns:
-            x_t, as x_start. Differentiable in x_start and noise.
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-        """
-        table = self._table("q_sample", "x_start", x_start)
-        return self._ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
-
-    def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
-
-        Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...).
-        """
-        mean = self._ops.forward_process(x_start, self._table("q_sample", "x_start", x_start), t, add_noise=False)
-        return (
-            mean,
-            self._extract("q_variance", t, x_start),
-            self._extract("q_log_variance", t, x_start),
-        )
-
-    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
-
-        Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
-        """
-        mean = self._ops.posterior_mean(x_start, x_t, self._table("posterior_mean", "x_start", x_start), t)
-        return (
-            mean,
-            self._extract("posterior_variance", t, x_start),
-            self._extract("posterior_log_variance_clipped", t, x_start),
-        )
-
-    def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
-
-        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), whose sign alone means something.
-        """
-        return self._ops.predict_start(x_t, noise, self._table("predict_start_from_noise", "x_t", x_t), t)
-
     # ---------------------------------------------------------------------------------------- reverse process
 
     def p_mean_variance(
@@ -241,7 +79,7 @@ class GaussianDiffusion:
         learned = learned.to(checks.compute_dtype(x_t.dtype))
         if self.variance == "learned_variance":
             return mean, learned, learned.log()
-        constant, slope = (_like_samples(column, t, x_t) for column in self._learned(x_t).unbind(1))
+        constant, slope = (like_samples(column, t, x_t) for column in self._learned(x_t).unbind(1))
         log_variance = constant + slope * learned
         return mean, log_variance.exp(), log_variance
 
@@ -435,57 +273,3 @@ class GaussianDiffusion:
     ) -> list[np.ndarray] | Tensor:
         """Images of shape (batch_size, channels, image_size, image_size): p_sample_loop, and its options."""
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
-
-    # ----------------------------------------------------------------------------------------------- training
-
-    def train_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        *,
-        rng: Philox | None = None,
-        loss: str = "mse",
-        delta: float = 1.0,
-        weighting: str | Tensor = "simple",
-        reduction: str = "mean",
-    ) -> Tensor:
-        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
-        model's: one makes x_t, one the loss and its slope. Drawn noise is not kept, but drawn again.
-
-        Args:
-            x_start: (batch, ...), in [-1, 1] by custom.
-            t: int64 (batch,) or int, in [0, timesteps).
-            noise, rng: as in q_sample.
-            loss, delta: "mse", "l1" or "huber", which is square up to delta.
-            weighting: how much each timestep counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or another
-                of ddpm_ext.weightings; or weights (timesteps,).
-            reduction: "mean" or "sum" of the samples' losses, or "none".
-
-        Returns:
-            A scalar loss, or (batch,), float32 (float64 for float64 samples).
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-        """
-        if self.variance in LEARNED:
-            raise ValueError(f"variance is {self.variance!r}, expected a fixed one: a learned one has no loss here yet")
-        check_options(loss, delta, reduction)
-        if noise is None and rng is None:
-            rng = fresh_rng()
-        x_t = self.q_sample(x_start, t, noise, rng=rng)
-        target = None if self.prediction == "eps" else x_start
-        if self.backend == "fused":
-            refuse_grad(target, noise)
-        table = self._losses.get(weighting, x_start.device, self._operator_dtype(x_start))
-        model_output = self._call(model, x_t, t)
-        checks.like("model_output", model_output, "x_start", x_start, lower=True)
-        options = {"noise": noise, "rng": rng, "loss": loss, "delta": delta, "reduction": reduction}
-        return self._ops.diffusion_loss(model_output, target, table, t, **options)
-
-
-def _like_samples(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-    """values[t], of shape (batch, 1, ...)."""
-    picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
-    return picked.reshape(len(x), *[1] * (x.dim() - 1))

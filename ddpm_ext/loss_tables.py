@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.loop_tables import LEARNED
+from ddpm_ext.tables import DeviceTables, prediction_coefficients
 from ddpm_ext.weightings import names, weights
 
 if TYPE_CHECKING:
-    from ddpm_ext.diffusion import GaussianDiffusion
+    from ddpm_ext.forward import ForwardProcess
 
-__all__ = ["LossTables"]
+__all__ = ["ERROR", "Counts", "LossTables"]
 
 KEPT = 8
 
 
-def _target(diffusion: GaussianDiffusion) -> Tensor:
+class Counts(NamedTuple):
+    """What counts beside a weighting: whether the model's error does, and by how much a timestep's term of the
+    variational bound, in nats (None: it doesn't)."""
+
+    error: bool = True
+    bound: float | None = None
+
+
+ERROR = Counts()
+
+
+def _target(diffusion: ForwardProcess) -> Tensor:
     """(timesteps, 2): k0, k1; the target is k0 x_start + k1 noise."""
     zeros, ones = torch.zeros_like(diffusion.betas), torch.ones_like(diffusion.betas)
     signal, noise = diffusion.sqrt_alphas_cumprod, diffusion.sqrt_one_minus_alphas_cumprod
@@ -32,32 +44,110 @@ def _target(diffusion: GaussianDiffusion) -> Tensor:
     return torch.stack(columns, 1)
 
 
+def _bound(diffusion: ForwardProcess, log_variance: Tensor) -> Tensor:
+    """(timesteps, 4): l0, l1, the scale of the error, and whether the row is the decoder's. See csrc/core/loss.h.
+
+    The means of posterior and model differ as much as the x_0 do that they are made of, times posterior_mean_coef1;
+    and these as the model's output does from its target. `log_variance`: (timesteps, 2), l0 and l1 of l0 + l1 v.
+    """
+    of_mean = torch.ones_like(diffusion.betas)
+    if diffusion.prediction != "x_prev":
+        of_mean = (
+            diffusion.posterior_mean_coef1 * prediction_coefficients(diffusion.alphas_cumprod, diffusion.prediction)[1]
+        )
+    l0, l1 = log_variance.unbind(1)
+    posterior = diffusion.posterior_log_variance_clipped
+    decoder = torch.arange(diffusion.timesteps) == 0
+    return torch.stack(
+        [
+            torch.where(decoder, l0, l0 - posterior),
+            l1,
+            torch.where(decoder, of_mean, of_mean**2 * (-posterior).exp()),
+            decoder.double(),
+        ],
+        1,
+    )
+
+
+def _log_variance(diffusion: ForwardProcess, learned: Tensor) -> Tensor:
+    """(timesteps, 2): l0 and l1 of the model's log-variance l0 + l1 v; at t = 0 a fixed one is the posterior's at
+    t = 1, as its own is 0 there."""
+    if diffusion.variance in LEARNED:
+        return learned
+    fixed = diffusion.posterior_variance
+    large = diffusion.betas if diffusion.variance == "fixed_large" else fixed
+    first = fixed[1:2] if diffusion.timesteps > 1 else diffusion.betas
+    log_variance = torch.cat([first, large[1:]]).log()
+    return torch.stack([log_variance, torch.zeros_like(log_variance)], 1)
+
+
 def _rows(target: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([target, torch.stack([weight, torch.zeros_like(weight)], 1)], 1)
 
 
+def _with_bound(rows: Tensor, bound: Tensor, counts: Counts) -> Tensor:
+    """(timesteps, 8)"""
+    weight = rows[:, 2:3] if counts.error else torch.zeros_like(rows[:, 2:3])
+    return torch.cat([rows[:, :2], weight, torch.full_like(weight, counts.bound or 0.0), bound], 1)
+
+
 class LossTables:
     """Of one diffusion: those of every weighting that has a name, and of the last few given weights for as long as
-    nobody writes to these. They stay on the devices where they were used."""
+    nobody writes to these. They stay on the devices where they were used.
 
-    def __init__(self, diffusion: GaussianDiffusion) -> None:
+    `learned`: (timesteps, 2), l0 and l1 of a learned log-variance l0 + l1 v.
+    """
+
+    def __init__(self, diffusion: ForwardProcess, learned: Tensor) -> None:
         self._of = diffusion.alphas_cumprod, diffusion.prediction
         target, self._names = _target(diffusion), names(*self._of)
-        self._named = DeviceTables(**{name: _rows(target, weights(*self._of, name)) for name in self._names})
-        self._given: list[tuple[Tensor, int, DeviceTables]] = []  # weights, their version, the rows
+        self.bounded = diffusion.prediction != "eps" or bool(diffusion.alphas_cumprod[-1] > 0)
+        """Whether the variational bound is finite: an eps says nothing of x_0 at an alphas_cumprod of 0."""
+        named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
+        self._named = DeviceTables(
+            **named,
+            bound=_bound(diffusion, _log_variance(diffusion, learned)),
+            noise=diffusion.sqrt_one_minus_alphas_cumprod,
+        )
+        # weights, their version (of names none), what counts, the rows
+        self._kept: list[tuple[str | Tensor, int, Counts, DeviceTables]] = []
+        self._perturbed: dict[float, DeviceTables] = {}
 
-    def get(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(timesteps, 4): k0, k1, the weight and a zero. Raises TypeError and ValueError as weightings.weights."""
-        if not isinstance(weighting, Tensor) and weighting in self._names:
-            return self._named.get(weighting, device, dtype)
-        if torch.compiler.is_compiling():  # in the graph, which can't see whether somebody has written to them
-            target = self._named.get("simple", device, dtype)[:, :2]
-            return _rows(target, weights(*self._of, weighting).to(device, dtype))
-        for given, version, tables in self._given:
-            if given is weighting and version == given._version:
+    def get(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, counts: Counts = ERROR) -> Tensor:
+        """(timesteps, 4): k0, k1, the weight and a zero; or (timesteps, 8), with the bound's term.
+
+        Raises TypeError and ValueError as weightings.weights.
+        """
+        named = not isinstance(weighting, Tensor) and weighting in self._names
+        if (named and counts.bound is None) or torch.compiler.is_compiling():
+            # a graph can't see whether somebody has written to weights
+            return self._make(weighting, device, dtype, counts)
+        version = weighting._version if isinstance(weighting, Tensor) and not weighting.is_inference() else -1
+        for given, then, counted, tables in self._kept:
+            same = given is weighting or (named and isinstance(given, str) and given == weighting)
+            if same and then == version and counted == counts:
                 return tables.get("loss", device, dtype)
-        target = self._named.get("simple", torch.device("cpu"), torch.float64)[:, :2]
-        tables = DeviceTables(loss=_rows(target, weights(*self._of, weighting)))
-        if isinstance(weighting, Tensor) and not weighting.is_inference():  # those have no version
-            self._given = [*self._given[-KEPT + 1 :], (weighting, weighting._version, tables)]
+        tables = DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, counts))
+        if named or version >= 0:  # inference tensors have no version
+            self._kept = [*self._kept[-KEPT + 1 :], (weighting, version, counts, tables)]
         return tables.get("loss", device, dtype)
+
+    def _make(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, counts: Counts) -> Tensor:
+        if not isinstance(weighting, Tensor) and weighting in self._names:
+            rows = self._named.get(weighting, device, dtype)
+        else:
+            target = self._named.get("simple", device, dtype)[:, :2]
+            rows = _rows(target, weights(*self._of, weighting).to(device, dtype))
+        return rows if counts.bound is None else _with_bound(rows, self._named.get("bound", device, dtype), counts)
+
+    def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(timesteps, 2): 1, and `scale` times the standard deviation of x_t's noise."""
+        if torch.compiler.is_compiling():
+            noise = self._named.get("noise", device, dtype)
+            return torch.stack([torch.ones_like(noise), noise * scale], 1)
+        tables = self._perturbed.get(scale)
+        if tables is None:
+            noise = self._named.get("noise", torch.device("cpu"), torch.float64)
+            tables = DeviceTables(noise=torch.stack([torch.ones_like(noise), noise * scale], 1))
+            self._perturbed = {scale: tables}
+        return tables.get("noise", device, dtype)

@@ -13,9 +13,10 @@ from ddpm_ext._extension import C
 from ddpm_ext.checks import split_t
 from ddpm_ext.noise import STREAM_FORWARD, Philox, noise_arguments
 
-__all__ = ["LOSSES", "REDUCTIONS", "check_options", "diffusion_loss", "refuse_grad"]
+__all__ = ["BOUNDS", "LOSSES", "REDUCTIONS", "check_options", "diffusion_loss", "refuse_grad"]
 
 LOSSES = ("mse", "l1", "huber")
+BOUNDS = ("vlb", "rescaled_vlb")  # of the variational bound alone
 REDUCTIONS = ("mean", "none", "sum")
 
 
@@ -30,6 +31,8 @@ def diffusion_loss(
     noise: Tensor | None = None,
     rng: Philox | None = None,
     reduction: str = "mean",
+    variational: bool = False,
+    detach_mean: bool = False,
 ) -> Tensor:
     """How far a model's output is from its target k0 x_start + k1 z, in one launch, and the slope in the same.
 
@@ -39,12 +42,15 @@ def diffusion_loss(
     Args:
         model_output: (batch, ...), float32, float16 or bfloat16; of a lower precision than x_start, too.
         x_start: (batch, ...); None: rows' k0 count as 0, as where the noise is predicted.
-        table: float32 (rows, 4): k0, k1, the weight, and a zero.
+        table: float32 (rows, 4): k0, k1, the weight, and a zero; with `variational` (rows, 8), see csrc/core/loss.h.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         loss: of the difference d, "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
             delta (|d| - delta / 2), as torch's).
         noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), the one that made the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
+        variational: whether a term of the variational bound is added, to which x_start is needed; the model's output
+            may have twice its channels then, the second half for the variance.
+        detach_mean: whether that term is to have no slope by the first half.
 
     Returns:
         A scalar, or (batch,); float32. Differentiable in model_output, once.
@@ -67,8 +73,10 @@ def diffusion_loss(
     how = REDUCTIONS.index(reduction)
     if torch.compiler.is_compiling():
         wanted = torch.is_grad_enabled() and model_output.requires_grad
-        return torch.ops.ddpm_ext.diffusion_loss(*arguments, reduction=how, want_slope=wanted)[0]
-    return _DiffusionLoss.apply(how, *arguments)
+        return torch.ops.ddpm_ext.diffusion_loss(
+            *arguments, reduction=how, want_slope=wanted, variational=variational, detach_mean=detach_mean
+        )[0]
+    return _DiffusionLoss.apply((how, variational, detach_mean), *arguments)
 
 
 def check_options(loss: str, delta: float, reduction: str) -> None:
@@ -94,9 +102,10 @@ class _DiffusionLoss(torch.autograd.Function):
     """Eager calls, which the dispatcher would cost more than a small loss does."""
 
     @staticmethod
-    def forward(ctx: Any, reduction: int, *arguments: Any) -> Tensor:
-        loss, slope = C.diffusion_loss(*arguments, reduction, ctx.needs_input_grad[1])
-        _registration.keep_for_loss_gradient(ctx, slope, arguments, reduction)
+    def forward(ctx: Any, how: tuple[int, bool, bool], *arguments: Any) -> Tensor:
+        reduction, variational, detach_mean = how
+        loss, slope = C.diffusion_loss(*arguments, reduction, ctx.needs_input_grad[1], variational, detach_mean)
+        _registration.keep_for_loss_gradient(ctx, slope, arguments, reduction, variational)
         return loss
 
     @staticmethod

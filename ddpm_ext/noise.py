@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from ddpm_ext._extension import C
 
 __all__ = ["STREAM_FORWARD", "STREAM_REVERSE", "STREAM_START", "Philox", "randn", "random_seed"]
 
-# What noise is for. 3 to 15 are kept for later; 16 and up are the caller's.
+# What noise is for. 6 to 15 are kept for later; 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
+STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 
 
 # seed, seed_value, sample_ids, first_id, stream, draw: as the operators take them
@@ -79,11 +79,11 @@ class Philox:
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
-    def of(self, stream: int, draw: int) -> Philox:
+    def of(self, stream: int, draw: int | None) -> Philox:
         """The same seed and samples with a stream and a draw of their own."""
-        other = copy.copy(self)
-        other.stream, other.draw = stream, draw
-        return other
+        seed = self.seed_value % 2**64 if self.seed is None else self.seed
+        ids = self.first_id if self.sample_ids is None else self.sample_ids
+        return Philox(seed, ids, stream=stream, draw=draw)
 
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
         """What the operators take; a stream and a draw of its own come first."""

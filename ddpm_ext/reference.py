@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddpm_ext import checks
 from ddpm_ext.checks import split_t
+from ddpm_ext.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.losses import check_options
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_randn, check_rng, fresh_rng
 from ddpm_ext.ops import Clip
@@ -362,9 +363,18 @@ def diffusion_loss(
     noise: Tensor | None = None,
     rng: Philox | None = None,
     reduction: str = "mean",
+    variational: bool = False,
+    detach_mean: bool = False,
 ) -> Tensor:
     """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too."""
     checks.tensor("model_output", model_output)
+    variance = None
+    if variational:
+        if x_start is None:
+            raise ValueError("x_start is missing, expected one beside variational")
+        checks.tensor("x_start", x_start)
+        if model_output.dim() > 1 and x_start.dim() > 1 and model_output.shape[1] == 2 * x_start.shape[1]:
+            model_output, variance = model_output.chunk(2, 1)
     x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
     name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
     assert x is not None
@@ -375,7 +385,7 @@ def diffusion_loss(
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)
-    k0, k1, weight, _ = _rows(table.to(dtype), t, x)
+    k0, k1, weight, *row = _rows(table.to(dtype), t, x)
     draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
     target = k1 * _resolve_noise(x, noise, rng, STREAM_FORWARD, draw)
     if x_start is not None:
@@ -387,5 +397,27 @@ def diffusion_loss(
         values = d.abs()
     else:
         values = torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction="none", delta=delta)
-    losses = values.flatten(1).mean(1) * weight.flatten() if x.dim() > 1 else values * weight
+    values = weight * values
+    if variational:
+        d = d.detach() if detach_mean else d
+        values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), *row)
+    losses = values.flatten(1).mean(1) if x.dim() > 1 else values
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _bound(
+    x_start: Tensor,
+    d: Tensor,
+    v: Tensor | float,
+    weight: Tensor,
+    l0: Tensor,
+    l1: Tensor,
+    scale: Tensor,
+    decoder: Tensor,
+) -> Tensor:
+    """`weight` times an element's term of the variational bound: eq. (5) of Ho et al. 2020, at a decoder's row (13)."""
+    log_variance = l0 + l1 * v  # over the posterior's, but at a decoder's row
+    g = -log_variance.clamp(-88, 87)
+    divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2
+    likelihood = discretized_gaussian_log_likelihood(x_start, mean=x_start + scale * d, log_scale=log_variance / 2)
+    return weight * torch.where(decoder != 0, -likelihood, divergence)

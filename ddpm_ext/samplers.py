@@ -122,9 +122,8 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
             "learned_variance": the model tells it, as diffusers' "learned".
 
     A classifier's gradient is weighted with the variance, in the last step too. As guided-diffusion has it, a fixed one
-    is not clipped there (so it is 0 where the step arrives at clean data), and "fixed_large" has there the posterior's
-    of the step before, if there is one. Only "learned_range" has 1e-20 there for its smallest, not that of the step
-    before.
+    is not clipped there (so it is 0 where the step arrives at clean data); "fixed_large" has there the posterior's of
+    the step before, if there is one, which "learned_range" has for its smallest where it arrives at clean data.
 
     Raises:
         ValueError: an unknown name.
@@ -142,6 +141,8 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
     elif variance == "learned":
         l1 += 0.5
     elif variance == "learned_range":
+        if posterior_variance[-1] == 0:  # else what is learned there would end at 1e-20
+            small = torch.cat([small[:-1], small[-2:-1] if len(grid) > 1 else large])
         l0, l1 = (large.log() + small.log()) / 4, (large.log() - small.log()) / 4
     s[-1] = 0
     return StepTable(

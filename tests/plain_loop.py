@@ -70,15 +70,15 @@ def predicted(prediction, levels, row, x, m):
     return m, (x - root * m) / coroot
 
 
-def learned_variance(name, posterior, v):
-    """None for a fixed one."""
+def learned_variance(name, posterior, smallest, v):
+    """None for a fixed one; `smallest`: of a learned range."""
     if name == "learned_variance":
         return v
     if name == "learned":
         return v.exp()
     if name == "learned_range":
         share = (v + 1) / 2
-        return (share * math.log(posterior.beta) + (1 - share) * math.log(max(posterior.variance, 1e-20))).exp()
+        return (share * math.log(posterior.beta) + (1 - share) * math.log(smallest)).exp()
     return None
 
 
@@ -135,12 +135,12 @@ def plain_loop(
             gradient = torch.zeros_like(x) if cond_fn is None else cond_fn(x, t)
             last = i == len(rows) - 1
             if sampler == "ddpm":
-                spread = learned_variance(variance, posterior, v)
+                # guided-diffusion's at the last step, where the posterior has none: that of the step before
+                above = Posterior(rows[i - 1].now, rows[i - 1].after).variance if last else posterior.variance
+                spread = learned_variance(variance, posterior, above, v)
                 if spread is None:
                     spread = posterior.beta if variance == "fixed_large" else posterior.variance
-                of_gradient = spread
-                if last and variance == "fixed_large":  # guided-diffusion's: the posterior's of the step before
-                    of_gradient = Posterior(rows[i - 1].now, rows[i - 1].after).variance
+                of_gradient = above if last and variance == "fixed_large" else spread
                 after = posterior.of_x0 * x0 + posterior.of_x * x + of_gradient * gradient
                 after = after + (0.0 if last else spread**0.5 * z)
             else:

@@ -46,7 +46,7 @@ class Posterior:
         self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - kept[t])
 
     def variance(self, name, v):
-        """The one that weighs a gradient: guided-diffusion's, but for the clip of a learned range."""
+        """The one that weighs a gradient: guided-diffusion's."""
         if name == "fixed_small":
             return self.small
         if name == "fixed_large":
@@ -56,7 +56,8 @@ class Posterior:
         if name == "learned":
             return np.exp(v)
         share = (v + 1) / 2
-        return np.exp(share * math.log(self.beta) + (1 - share) * math.log(max(self.small, 1e-20)))
+        smallest = self.small or self.small_above
+        return np.exp(share * math.log(self.beta) + (1 - share) * math.log(max(smallest, 1e-20)))
 
     def step(self, name, x0, x, v, z, g):
         """A step whose mean a classifier's gradient moves: Dhariwal & Nichol 2021, algorithm 1."""
@@ -102,10 +103,10 @@ def test_learned_range_reaches_from_small_to_large(name):
         torch.testing.assert_close(learned, fixed.s, rtol=1e-13, atol=0)
     middle = table.s * torch.exp(table.l0)
     torch.testing.assert_close(middle, (small.s * large.s).sqrt(), rtol=1e-13, atol=0)
-    # the last row adds no noise, but weighs a gradient: from 1e-20, as small's variance of 0 is clipped
+    # the last row adds no noise, but weighs a gradient, and its likelihood is asked for: from the step before's
     assert (table.s == 1).tolist() == [True] * 999 + [False]
     ends = [math.exp(2 * (table.l0[-1] + table.l1[-1] * v)) for v in (-1, 1)]
-    assert ends == pytest.approx([1e-20, grid.betas[-1].item()], rel=1e-12)
+    assert ends == pytest.approx([small.s[-2].item() ** 2, grid.betas[-1].item()], rel=1e-12)
 
 
 def test_learned_variances_say_so_in_their_rows():

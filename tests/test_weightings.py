@@ -135,7 +135,7 @@ def test_rows_are_made_once(device):
         assert first.device == device
     for i in range(3 * KEPT):
         rows(gd, torch.full((50,), float(i)))
-    assert len(gd._losses._given) == KEPT
+    assert len(gd._losses._kept) == KEPT
 
 
 def test_weights_that_are_written_to_count_anew():

@@ -46,10 +46,11 @@ using ExtendedRunKernel = void (*)(const ExtendedRun&);
 
 // Begins with a chunk of the sum.
 struct LossRun {
-  void *model_output, *x_start, *noise, *slope;  // null: the call doesn't have it
-  int64_t count, valid;                          // of `count` elements, the first `valid` are the sample's
-  const void* row;                               // LossRow
+  void *model_output, *variance, *x_start, *noise, *slope, *variance_slope;  // null: the call doesn't have it
+  int64_t count, valid;  // of `count` elements, the first `valid` are the sample's
+  const void* row;       // LossRow or VariationalRow
   Loss kind;
+  bool detached;
   float delta, slope_share;
   double *sample_chunks, *chunks;  // the sums of the sample's chunks; the run's first one
   const PhiloxKeys* keys;
@@ -69,7 +70,7 @@ struct Kernels {
   // By whether noise is drawn, by dtypes as reverse_step.
   ExtendedRunKernel extended_step[2][3][3];
   // By Noise (none: it doesn't count), by the dtype of x_start and noise, by the dtype of the model's output.
-  LossRunKernel loss[3][3][3];
+  LossRunKernel loss[3][3][3], variational_loss[3][3][3];
 };
 
 namespace portable {

@@ -147,16 +147,37 @@ class ChunkSums {
   F32 lanes_[kGroups][4];
 };
 
-template <Noise kNoise, class X, class M>
-void loss_run(const LossRun& run) {
-  const LossRow row = *static_cast<const LossRow*>(run.row);
+// The decoder's bins, lane by lane.
+DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
+  float ds[F32::kLanes], vs[F32::kLanes], xs[F32::kLanes], values[F32::kLanes], slopes[F32::kLanes];
+  float variance_slopes[F32::kLanes];
+  store(ds, d), store(vs, v), store(xs, x_start);
+  for (int i = 0; i < F32::kLanes; ++i) {
+    const LossParts<float> bound = ddpm_ext::decoder_bound(row, ds[i], vs[i], xs[i]);
+    values[i] = bound.value, slopes[i] = bound.slope, variance_slopes[i] = bound.variance_slope;
+  }
+  return {load(values), load(slopes), load(variance_slopes)};
+}
+
+template <class Row, Noise kNoise, class X, class M>
+DDPM_HD void loss_of_run(const LossRun& run) {
+  constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
+  const Row row = *static_cast<const Row*>(run.row);
   const M* m = static_cast<const M*>(run.model_output);
+  const M* variance = static_cast<const M*>(run.variance);
   const X* x_start = static_cast<const X*>(run.x_start);
   const X* noise = static_cast<const X*>(run.noise);
   M* slope = static_cast<M*>(run.slope);
-  const float factor = slope_factor<M>(run.slope_share, row), delta = run.delta;
+  M* variance_slope = static_cast<M*>(run.variance_slope);
   const Loss kind = run.kind;
+  const float factor = slope_factor<M>(run.slope_share, kind, row), delta = run.delta;
+  const bool detached = run.detached;
   const int64_t valid = run.valid;
+  bool aimed_at_x_start = x_start != nullptr;
+  if constexpr (kVariational) {
+    if (!reads_x_start(row)) x_start = nullptr;
+    aimed_at_x_start = row.k0 != 0.0f;
+  }
   ChunkSums sums(run.chunks);
   for_each_four<kNoise>(run, [&](int64_t i, F32(&z)[4]) {
     F32 values[4];
@@ -165,9 +186,20 @@ void loss_run(const LossRun& run) {
       if constexpr (kNoise == Noise::given) z[k] = load(noise + at);
       if constexpr (kNoise == Noise::none) z[k] = F32(0.0f);
       const F32 x = x_start != nullptr ? load(x_start + at) : F32(0.0f);
-      const F32 d = loss_difference(row, load(m + at), x_start != nullptr, x, z[k]), part = loss_part(kind, delta, d);
-      values[k] = loss_value(kind, d, part);
-      if (slope != nullptr) store(slope + at, F32(factor) * part);
+      const F32 d = loss_difference(row, load(m + at), aimed_at_x_start, x, z[k]);
+      if constexpr (kVariational) {
+        const F32 v = variance != nullptr ? load(variance + at) : F32(0.0f);
+        const LossParts<F32> parts =
+            with_bound(row, kind, delta, detached, d,
+                       row.decoder != 0.0f ? DDPM_ISA::decoder_bound(row, d, v, x) : divergence(row, d, v));
+        values[k] = parts.value;
+        if (slope != nullptr) store(slope + at, F32(factor) * parts.slope);
+        if (variance_slope != nullptr) store(variance_slope + at, F32(factor) * parts.variance_slope);
+      } else {
+        const F32 part = loss_part(kind, delta, d);
+        values[k] = loss_value(kind, d, part);
+        if (slope != nullptr) store(slope + at, F32(factor) * part);
+      }
     }
     if (i + 4 * F32::kLanes > valid) {  // of elements that are not the sample's, nothing
       float all[4 * F32::kLanes];
@@ -178,6 +210,16 @@ void loss_run(const LossRun& run) {
     sums.add(i, values);
   });
   if (run.count % kLossChunk != 0) sums.finish();
+}
+
+template <Noise kNoise, class X, class M>
+void loss_run(const LossRun& run) {
+  loss_of_run<LossRow, kNoise, X, M>(run);
+}
+
+template <Noise kNoise, class X, class M>
+void variational_run(const LossRun& run) {
+  loss_of_run<VariationalRow, kNoise, X, M>(run);
 }
 
 template <class X>
@@ -219,6 +261,8 @@ const Kernels kernels = {
     {DDPM_EXTENDED(false), DDPM_EXTENDED(true)},
     {DDPM_BY_DTYPE(loss_run, Noise::none), DDPM_BY_DTYPE(loss_run, Noise::given),
      DDPM_BY_DTYPE(loss_run, Noise::drawn)},
+    {DDPM_BY_DTYPE(variational_run, Noise::none), DDPM_BY_DTYPE(variational_run, Noise::given),
+     DDPM_BY_DTYPE(variational_run, Noise::drawn)},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

@@ -91,11 +91,13 @@ std::array<Part, kRoles + kResults> parts_of(const ExtendedArgs& args, ExtendedR
   return parts;
 }
 
-std::array<Part, 4> parts_of(const LossArgs& args, LossRun& run) {
+std::array<Part, 6> parts_of(const LossArgs& args, LossRun& run) {
   return {{{&args.model_output, &run.model_output, false},
+           {&args.variance, &run.variance, false},
            {&args.x_start, &run.x_start, false},
            {&args.noise, &run.noise, false},
-           {&args.slope, &run.slope, true}}};
+           {&args.slope, &run.slope, true},
+           {&args.variance_slope, &run.variance_slope, true}}};
 }
 
 // Elements j to j + n of a sample into the buffer, zeros behind them up to a whole run.
@@ -270,12 +272,10 @@ double sum_of_chunks(const double* chunks, int64_t count) {
   return strands[0];
 }
 
-}  // namespace
-
-void loss(const LossArgs& args) {
+template <class Row>
+void loss_by_rows(const LossArgs& args, const LossRunKernel (&table)[3][3][3]) {
   const int x = index(args.x_start.dtype), m = index(args.model_output.dtype);
-  const auto& table = kernels().loss;
-  auto choose = [&](const LossRow* row) {
+  auto choose = [&](const Row* row) {
     const bool noiseless = args.noise_kind == Noise::drawn && row->k1 == 0.0f;  // no noise worth drawing
     return table[static_cast<int>(noiseless ? Noise::none : args.noise_kind)][x][m];
   };
@@ -283,15 +283,23 @@ void loss(const LossArgs& args) {
   auto fill = [&](LossRun& run, int64_t b) {
     run.kind = args.kind;
     run.delta = args.delta;
+    run.detached = args.detached;
     run.slope_share = args.slope_share;
     run.sample_chunks = args.chunks + b * chunks;
   };
-  for_each_sample<LossRow, LossRun>(
-      args, choose, [&](const LossRow*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); }, fill);
+  for_each_sample<Row, LossRun>(
+      args, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); }, fill);
   for (int64_t b = 0; b < args.batch; ++b) {
-    const double weight = static_cast<const LossRow*>(args.table)[timestep(args, b)].weight;
+    const double weight = weight_of_sum(static_cast<const Row*>(args.table)[timestep(args, b)]);
     args.loss[b] = static_cast<float>(sum_of_chunks(args.chunks + b * chunks, chunks) * args.per_element * weight);
   }
+}
+
+}  // namespace
+
+void loss(const LossArgs& args) {
+  if (args.variational) return loss_by_rows<VariationalRow>(args, kernels().variational_loss);
+  loss_by_rows<LossRow>(args, kernels().loss);
 }
 
 }  // namespace ddpm_ext::cpu

@@ -11,7 +11,7 @@ static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
 // Where an element lies in each of its tensors.
 struct Place {
-  int64_t model_output, x_start, noise, slope;
+  int64_t model_output, variance, x_start, noise, slope, variance_slope;
 };
 
 // Four neighbours, of which the sample's end may cut off some.
@@ -23,18 +23,21 @@ class Four {
     DDPM_UNROLL
     for (int i = 0; i < 4; ++i) {
       Place& p = places_[i];
-      p = {b * args.model_output.batch_stride, b * args.x_start.batch_stride, b * args.noise.batch_stride,
-           b * args.slope.batch_stride};
-      const auto add = [&](int64_t m, int64_t x, int64_t z, int64_t s) {
-        p.model_output += m, p.x_start += x, p.noise += z, p.slope += s;
+      p = {};
+      const auto add = [&](int64_t n, auto stride) {
+        p.model_output += n * stride(args.model_output);
+        p.variance += n * stride(args.variance);
+        p.x_start += n * stride(args.x_start);
+        p.noise += n * stride(args.noise);
+        p.slope += n * stride(args.slope);
+        p.variance_slope += n * stride(args.variance_slope);
       };
+      add(b, [](const TensorArg& tensor) { return tensor.batch_stride; });
       if constexpr (kAccess == Access::vector) {
-        add(j + i, j + i, j + i, j + i);
+        add(j + i, [](const TensorArg&) { return 1; });
       } else if (i < count_) {
-        for_each_index(args, dividers, j + i, [&](int d, int64_t n) {
-          add(n * args.model_output.strides[d], n * args.x_start.strides[d], n * args.noise.strides[d],
-              n * args.slope.strides[d]);
-        });
+        for_each_index(args, dividers, j + i,
+                       [&](int d, int64_t n) { add(n, [d](const TensorArg& tensor) { return tensor.strides[d]; }); });
       }
     }
   }
@@ -96,7 +99,7 @@ __device__ __forceinline__ double sum_of_lanes(const float* losses) {
 }
 
 // The sample's loss, by the block that came last: all chunks' sums are there.
-__device__ __forceinline__ void finish_sample(const LossArgs& args, const LossRow& row, int64_t b, int64_t chunks,
+__device__ __forceinline__ void finish_sample(const LossArgs& args, float weight, int64_t b, int64_t chunks,
                                               double* strands) {
   const volatile double* sums = args.chunks + b * chunks;  // other blocks wrote them
   double strand = 0;
@@ -106,11 +109,17 @@ __device__ __forceinline__ void finish_sample(const LossArgs& args, const LossRo
     __syncthreads();
     if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
   }
-  if (threadIdx.x == 0)
-    args.loss[b] = static_cast<float>(strands[0] * args.per_element * static_cast<double>(row.weight));
+  if (threadIdx.x == 0) args.loss[b] = static_cast<float>(strands[0] * args.per_element * static_cast<double>(weight));
 }
 
-template <Noise kNoise, Access kAccess, class X, class M>
+// The decoder's bins, one by one.
+__device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
+  const LossParts<float> a = ddpm_ext::decoder_bound(row, d.v.x, v.v.x, x_start.v.x);
+  const LossParts<float> b = ddpm_ext::decoder_bound(row, d.v.y, v.v.y, x_start.v.y);
+  return {F2(a.value, b.value), F2(a.slope, b.slope), F2(a.variance_slope, b.variance_slope)};
+}
+
+template <class Row, Noise kNoise, Access kAccess, class X, class M>
 __global__ void __launch_bounds__(kLossThreads)
     loss_of_samples(const __grid_constant__ LossArgs args, const __grid_constant__ Dividers dividers) {
   __shared__ float losses[kLossChunk];
@@ -119,32 +128,50 @@ __global__ void __launch_bounds__(kLossThreads)
   const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
   if (b >= args.batch) return;
   const int64_t t = sample_row(args, b), chunks = loss_chunks(args.numel);
-  const LossRow row = static_cast<const LossRow*>(args.table)[t];
+  constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
+  const Row row = static_cast<const Row*>(args.table)[t];
   const uint64_t seed = args.seed_data != nullptr ? static_cast<uint64_t>(*args.seed_data) : args.seed;
   const PhiloxKeys keys = philox_keys(seed);
   PhiloxSample counter{};
   if constexpr (kNoise == Noise::drawn) counter = sample_noise(args, keys, b, static_cast<uint32_t>(t));
-  const F2 factor(slope_factor<M>(args.slope_share, row));
+  const F2 factor(slope_factor<M>(args.slope_share, args.kind, row));
+  bool has_x_start = args.x_start.data != nullptr, aimed_at_x_start = has_x_start;
+  if constexpr (kVariational) has_x_start = reads_x_start(row), aimed_at_x_start = row.k0 != 0.0f;
 
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const int64_t j = chunk * kLossChunk + 4 * static_cast<int64_t>(threadIdx.x);
-    F2 m[2], x_start[2] = {F2(0.0f), F2(0.0f)}, z[2] = {F2(0.0f), F2(0.0f)};
-    F2 slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
+    F2 m[2], v[2] = {F2(0.0f), F2(0.0f)}, x_start[2] = {F2(0.0f), F2(0.0f)}, z[2] = {F2(0.0f), F2(0.0f)};
+    F2 slopes[2], variance_slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
     if (j < args.numel) {
       const Four<kAccess> four(args, dividers, b, j);
-      const bool has_x_start = args.x_start.data != nullptr;
       four.template load<M>(args.model_output, &Place::model_output, m);
       if (has_x_start) four.template load<X>(args.x_start, &Place::x_start, x_start);
       if constexpr (kNoise == Noise::given) four.template load<X>(args.noise, &Place::noise, z);
       if (kNoise == Noise::drawn && row.k1 != 0.0f) draw_normals(keys, counter, j, z);
+      if constexpr (kVariational) {
+        if (args.variance.data != nullptr) four.template load<M>(args.variance, &Place::variance, v);
+      }
       DDPM_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const F2 d = loss_difference(row, m[i], has_x_start, x_start[i], z[i]);
-        const F2 part = loss_part(args.kind, args.delta, d);
-        values[i] = loss_value(args.kind, d, part);
-        slopes[i] = factor * part;
+        const F2 d = loss_difference(row, m[i], aimed_at_x_start, x_start[i], z[i]);
+        if constexpr (kVariational) {
+          const LossParts<F2> parts =
+              with_bound(row, args.kind, args.delta, args.detached, d,
+                         row.decoder != 0.0f ? decoder_bound(row, d, v[i], x_start[i]) : divergence(row, d, v[i]));
+          values[i] = parts.value;
+          slopes[i] = factor * parts.slope;
+          variance_slopes[i] = factor * parts.variance_slope;
+        } else {
+          const F2 part = loss_part(args.kind, args.delta, d);
+          values[i] = loss_value(args.kind, d, part);
+          slopes[i] = factor * part;
+        }
       }
       if (args.slope.data != nullptr) four.template store<M>(args.slope, &Place::slope, slopes);
+      if constexpr (kVariational) {
+        if (args.variance_slope.data != nullptr)
+          four.template store<M>(args.variance_slope, &Place::variance_slope, variance_slopes);
+      }
       if (!four.has(1)) values[0].v.y = 0.0f;
       if (!four.has(2)) values[1].v.x = 0.0f;
       if (!four.has(3)) values[1].v.y = 0.0f;
@@ -165,10 +192,10 @@ __global__ void __launch_bounds__(kLossThreads)
     __threadfence();
   }
   __syncthreads();
-  if (last) finish_sample(args, row, b, chunks, strands);
+  if (last) finish_sample(args, weight_of_sum(row), b, chunks, strands);
 }
 
-template <Noise kNoise, Access kAccess, class X, class M>
+template <class Row, Noise kNoise, Access kAccess, class X, class M>
 void launch_access(const LossArgs& args, cudaStream_t stream) {
   constexpr int64_t kEnoughBlocks = 4096, kMaxGridY = 65535;
   const int64_t chunks = loss_chunks(args.numel), rows = std::min(args.batch, kMaxGridY);
@@ -178,23 +205,30 @@ void launch_access(const LossArgs& args, cudaStream_t stream) {
                         static_cast<unsigned>((args.batch + rows - 1) / rows));
   config.blockDim = dim3(kLossThreads);
   config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, loss_of_samples<kNoise, kAccess, X, M>, args, Dividers(args)));
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, loss_of_samples<Row, kNoise, kAccess, X, M>, args, Dividers(args)));
 }
 
-template <Noise kNoise, class X, class M>
+template <class Row, Noise kNoise, class X, class M>
 void launch_noise_kind(const LossArgs& args, cudaStream_t stream) {
-  switch (choose_access(args, {&args.model_output, &args.x_start, &args.noise, &args.slope})) {
+  switch (choose_access(
+      args, {&args.model_output, &args.variance, &args.x_start, &args.noise, &args.slope, &args.variance_slope})) {
     case Access::vector:
-      return launch_access<kNoise, Access::vector, X, M>(args, stream);
+      return launch_access<Row, kNoise, Access::vector, X, M>(args, stream);
     case Access::strided:
-      return launch_access<kNoise, Access::strided, X, M>(args, stream);
+      return launch_access<Row, kNoise, Access::strided, X, M>(args, stream);
   }
+}
+
+template <class Row, class X, class M>
+void launch_row(const LossArgs& args, cudaStream_t stream) {
+  if (args.noise_kind == Noise::drawn) return launch_noise_kind<Row, Noise::drawn, X, M>(args, stream);
+  launch_noise_kind<Row, Noise::given, X, M>(args, stream);
 }
 
 template <class X, class M>
 void launch(const LossArgs& args, cudaStream_t stream) {
-  if (args.noise_kind == Noise::drawn) return launch_noise_kind<Noise::drawn, X, M>(args, stream);
-  launch_noise_kind<Noise::given, X, M>(args, stream);
+  if (args.variational) return launch_row<VariationalRow, X, M>(args, stream);
+  launch_row<LossRow, X, M>(args, stream);
 }
 
 }  // namespace
