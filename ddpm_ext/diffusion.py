@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext import checks, sampling
+from ddpm_ext import checks, likelihood, sampling
 from ddpm_ext.forward import ForwardProcess, Model, like_samples
 from ddpm_ext.guidance import Guidance
 from ddpm_ext.images import Inpaint, Interpolation
+from ddpm_ext.likelihood import BitsPerDim, VlbTerms
 from ddpm_ext.loop_tables import LEARNED
 from ddpm_ext.noise import Philox
 from ddpm_ext.step_table import StepTable
@@ -273,3 +274,35 @@ class GaussianDiffusion(ForwardProcess):
     ) -> list[np.ndarray] | Tensor:
         """Images of shape (batch_size, channels, image_size, image_size): p_sample_loop, and its options."""
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
+
+    # --------------------------------------------------------------------------------------------- likelihood
+
+    def vlb_terms(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+        clip_denoised: bool | Clip = True,
+    ) -> VlbTerms:
+        """The variational bound's terms at t, in bits per dimension: see ddpm_ext.likelihood.vlb_terms."""
+        return likelihood.vlb_terms(self, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.likelihood.prior_bpd."""
+        return likelihood.prior_bpd(self, x_start)
+
+    def bits_per_dim(
+        self,
+        model: Model,
+        x_start: Tensor,
+        *,
+        rng: Philox | None = None,
+        clip_denoised: bool | Clip = True,
+        progress: bool = False,
+    ) -> BitsPerDim:
+        """The bound of 8-bit images' negative log-likelihood, in bits per dimension, by one call of the model a
+        timestep: see ddpm_ext.likelihood.bits_per_dim."""
+        return likelihood.bits_per_dim(self, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress)

@@ -44,7 +44,10 @@ def _tensors(given: Mapping[str, Tensor | float]) -> list[Tensor]:
         raise ValueError(f"{names} have shapes {shapes}, expected such as broadcast") from None
     wide = any(value.dtype == torch.float64 for value in tensors)
     dtype, device = torch.float64 if wide else torch.float32, tensors[0].device
-    return [torch.as_tensor(value, dtype=dtype, device=device) for value in given.values()]
+    return [
+        value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+        for value in given.values()
+    ]
 
 
 def normal_kl(

@@ -10,7 +10,17 @@ from torch import Tensor
 from ddpm_ext import checks
 from ddpm_ext._extension import C
 
-__all__ = ["STREAM_FORWARD", "STREAM_REVERSE", "STREAM_START", "Philox", "randn", "random_seed"]
+__all__ = [
+    "STREAM_FORWARD",
+    "STREAM_OFFSET",
+    "STREAM_PERTURBATION",
+    "STREAM_REVERSE",
+    "STREAM_START",
+    "STREAM_TIMESTEPS",
+    "Philox",
+    "randn",
+    "random_seed",
+]
 
 # What noise is for. 6 to 15 are kept for later; 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
@@ -32,7 +42,8 @@ class Philox:
             samples' device. 0 <= id < 2^56.
         draw: 0 <= draw < 2^32, in place of the timestep. A sampling loop refuses it.
         stream: 0 <= stream < 256, in place of the operation's own (0 the reverse step, 1 the starting noise, 2 the
-            forward process; 16 and up are yours). A sampling loop refuses it.
+            forward process, 3 the timesteps of training, 4 offset noise, 5 input perturbation; 16 and up are yours). A
+            sampling loop refuses it.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is

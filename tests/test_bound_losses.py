@@ -153,6 +153,21 @@ def test_reductions_and_draws(backend, variance, device):
 
 @predictions
 @variances
+def test_all_timesteps_are_the_likelihoods_bound(prediction, variance, device):
+    """Term by term, with the same noise: bits_per_dim makes both of the means whose difference it is here."""
+    gd = GaussianDiffusion(20, "cosine", prediction=prediction, variance=variance)
+    x, m = images(device), outputs(variance, device)
+    rng = Philox(9, 100)
+    expected = gd.bits_per_dim(lambda *_: m, x, rng=rng, clip_denoised=False).vlb
+    ask = functools.partial(gd.train_losses, lambda *_: m, x, rng=rng, reduction="none")
+    found = torch.stack([ask(t, loss="vlb") for t in range(20)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    rescaled = torch.stack([ask(t, loss="rescaled_vlb") for t in range(20)], 1).mean(1)
+    torch.testing.assert_close(rescaled, found.sum(1), rtol=1e-5, atol=0)
+
+
+@predictions
+@variances
 def test_a_samples_loss_is_the_same_in_every_batch(prediction, variance, device):
     gd = GaussianDiffusion(prediction=prediction, variance=variance)
     x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
