@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["MissingExtra", "require"]
+__all__ = ["MissingExtra", "counter", "require"]
 
 _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
@@ -24,3 +25,12 @@ def require(module: str, purpose: str) -> ModuleType:
             raise  # installed, but something that it needs is not: that package's own message says more
         package = _INSTALLS.get(top, top)
         raise MissingExtra(f'{purpose} needs {package}: pip install "ddpm-ext[demo]"') from None
+
+
+def counter(count: int, what: str) -> Iterable[int]:
+    """range(count), with a progress bar where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return range(count)
+    return tqdm(range(count), desc=what, total=count)

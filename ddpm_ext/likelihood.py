@@ -8,16 +8,17 @@ term of a sample is the mean over its elements, divided by ln 2; all is float32 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import checks
+from ddpm_ext.extras import counter
 from ddpm_ext.gaussians import discretized_gaussian_log_likelihood, normal_kl
 from ddpm_ext.loop_tables import LEARNED
-from ddpm_ext.noise import Philox, check_rng, fresh_rng
+from ddpm_ext.noise import Philox, rng_of_many
 from ddpm_ext.steps import split_variance
 from ddpm_ext.thresholding import Clip, as_fixed_clip
 
@@ -165,14 +166,12 @@ def bits_per_dim(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
-    rng = fresh_rng() if rng is None else rng
-    check_rng(rng)
-    if rng.draw is not None or rng.stream is not None:
-        raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each timestep has its own")
+    rng = rng_of_many(rng)
     prior = prior_bpd(diffusion, x_start)
     levels = diffusion.alphas_cumprod
     vlb, x_start_mse, mse = [], [], []
-    for t in _timesteps(diffusion.timesteps, progress):
+    count = diffusion.timesteps
+    for t in counter(count, "bits per dimension, timestep") if progress else range(count):
         output, pred_xstart = vlb_terms(diffusion, model, x_start, t, rng=rng, clip_denoised=clip_denoised)
         error = pred_xstart - x_start
         vlb.append(output)
@@ -182,13 +181,3 @@ def bits_per_dim(
     terms = torch.stack(vlb, 1)
     total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)
     return BitsPerDim(total, prior, terms, torch.stack(x_start_mse, 1), torch.stack(mse, 1))
-
-
-def _timesteps(count: int, progress: bool) -> Iterable[int]:
-    if progress:
-        try:
-            from tqdm.auto import tqdm
-        except ImportError:
-            return range(count)
-        return tqdm(range(count), desc="bits per dimension, timestep")
-    return range(count)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import checks
+from ddpm_ext.extras import counter
 from ddpm_ext.graphs import Graphs
 from ddpm_ext.host_copies import HostCopies
 from ddpm_ext.images import Interpolation
 from ddpm_ext.loop_tables import Kind, LoopTables
-from ddpm_ext.noise import STREAM_START, Philox, check_rng, fresh_rng
+from ddpm_ext.noise import STREAM_START, Philox, rng_of_many
 from ddpm_ext.steps import Model, StepOptions, Stepper
 
 __all__ = ["Loop", "Record"]
@@ -101,7 +102,7 @@ class Loop:
             raise ValueError(
                 f"compile is {compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
             )
-        rng = self._check_rng(rng)
+        rng = rng_of_many(rng)
         x = self._begin(rng, start, noise)
         backend.check_reverse_step(
             x, tables.device.get("steps", x.device, checks.compute_dtype(x.dtype)), first, rng=rng
@@ -123,14 +124,6 @@ class Loop:
         else:
             # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
             self._moments = moments[:, None].repeat(1, batch)
-
-    @staticmethod
-    def _check_rng(rng: Philox | None) -> Philox:
-        rng = fresh_rng() if rng is None else rng
-        check_rng(rng)
-        if rng.draw is not None or rng.stream is not None:
-            raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
-        return rng
 
     def _begin(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
         """Where the first step starts from."""
@@ -170,7 +163,7 @@ class Loop:
             raise ValueError(
                 f"start is None, expected one: the loop takes the last {len(self)} of {len(self.tables)} steps"
             )
-        rng = self._check_rng(rng)
+        rng = rng_of_many(rng)
         x = self._begin(rng, start, noise)
         kept, new = self.stepper.rng, _in_memory(rng, len(x), x.device)
         assert kept.seed is not None and kept.sample_ids is not None and new.seed is not None
@@ -247,11 +240,8 @@ def _in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
     if not progress:
         return range(count)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return range(count)
-    return _shown(tqdm(range(count), desc="sampling loop time step", total=count), count, batch)
+    bar = counter(count, "sampling loop time step")
+    return bar if isinstance(bar, range) else _shown(bar, count, batch)
 
 
 def _shown(bar: Any, count: int, batch: int) -> Iterator[int]:

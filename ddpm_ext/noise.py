@@ -111,6 +111,15 @@ def check_rng(rng: object) -> None:
         raise TypeError(f"rng is a {type(rng).__name__}, expected a ddpm_ext.Philox")
 
 
+def rng_of_many(rng: Philox | None) -> Philox:
+    """The rng of something that draws at every step, or a fresh one. Raises TypeError and ValueError."""
+    rng = fresh_rng() if rng is None else rng
+    check_rng(rng)
+    if rng.draw is not None or rng.stream is not None:
+        raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
+    return rng
+
+
 def random_seed() -> int:
     """A seed from torch's default CPU generator, 0 <= seed < 2^64: torch.manual_seed makes it repeatable."""
     return C.draw_seed() % 2**64

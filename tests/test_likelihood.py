@@ -294,7 +294,7 @@ def test_bad_arguments_never_reach_the_model(change, kind, message):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"rng": Philox(0, draw=3)}, ValueError, "expected one without a draw or a stream of its own: each timestep"),
+        ({"rng": Philox(0, draw=3)}, ValueError, "expected one without a draw or a stream of its own: each step"),
         ({"rng": Philox(0, stream=3)}, ValueError, "expected one without a draw or a stream of its own"),
         ({"rng": 0}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
         (
