@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.losses import BOUNDS, LOSSES
 from ddpm_ext.samplers import SAMPLERS, VARIANCES
 from ddpm_ext.spacing import spaced_timesteps
+from ddpm_ext.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_ext.weightings import WEIGHTINGS
 
 
 def run(page, folder, monkeypatch):
@@ -30,6 +33,15 @@ def test_sampling_code(root, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
 def test_options_code(root, tmp_path, monkeypatch):
     assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 8
+
+
+def test_training_code(root, tmp_path, monkeypatch):
+    assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 5
+
+
+def test_every_loss_and_weighting_is_told(root):
+    told = set(re.findall(r'`"(\w+)"`', (root / "docs" / "training.md").read_text()))
+    assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told
 
 
 def test_spacings_table(root):
