@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ddpm_ext import GaussianDiffusion, Philox
 
@@ -22,12 +23,12 @@ def prediction(request):
 
 
 @pytest.fixture
-def run(benchmark, shape, prediction):
-    x_start, model_output = torch.randn(shape), torch.randn(shape, requires_grad=True)
-    t = torch.randint(1000, shape[:1])
-    benchmark.group = f"train_losses {prediction} {'x'.join(map(str, shape))}"
-
-    def measure(way, loss):
+def run(benchmark, shape):
+    def measure(what, way, loss, halves=1):
+        x_start, t = torch.randn(shape), torch.randint(1000, shape[:1])
+        wide = (shape[0], halves * shape[1], *shape[2:])
+        model_output = torch.randn(wide, requires_grad=True)
+        benchmark.group = f"train_losses {what} {'x'.join(map(str, shape))}"
         benchmark.extra_info.update(way=way, elements=math.prod(shape))
 
         def step():
@@ -57,15 +58,75 @@ class Eager:
 
 def test_fused(run, prediction):
     gd, rng = GaussianDiffusion(prediction=prediction), Philox(0)
-    run("ddpm_ext", lambda x, m, t: gd.train_losses(lambda *_: m, x, t, rng=rng))
+    run(prediction, "ddpm_ext", lambda x, m, t: gd.train_losses(lambda *_: m, x, t, rng=rng))
 
 
 def test_eager(run, prediction):
     eager = Eager(prediction)
-    run("eager", lambda x, m, t: eager(x, m, t)[0])
+    run(prediction, "eager", lambda x, m, t: eager(x, m, t)[0])
 
 
 def test_compiled(run, prediction):
     torch._dynamo.reset()
     compiled = torch.compile(Eager(prediction))
-    run("torch.compile", lambda x, m, t: compiled(x, m, t)[0])
+    run(prediction, "torch.compile", lambda x, m, t: compiled(x, m, t)[0])
+
+
+def guided_diffusion(mean, variance, loss):
+    """Its loss, where a checkout of it is on PYTHONPATH."""
+    peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
+    diffusion = peer.GaussianDiffusion(
+        betas=peer.get_named_beta_schedule("linear", 1000),
+        model_mean_type=peer.ModelMeanType[mean],
+        model_var_type=peer.ModelVarType[variance],
+        loss_type=peer.LossType[loss],
+    )
+    return lambda x, m, t: diffusion.training_losses(lambda *_: m, x, t)["loss"].mean()
+
+
+@pytest.mark.parametrize(("what", "mean"), [("eps", "EPSILON"), ("x0", "START_X")])
+def test_guided_diffusion(run, what, mean):
+    run(what, "guided-diffusion", guided_diffusion(mean, "FIXED_SMALL", "MSE"))
+
+
+# With the variational bound, alone or beside the error: ours and guided-diffusion's.
+BOUNDS = {"eps, learned range": ("mse", "RESCALED_MSE"), "eps, learned range, bound": ("vlb", "KL")}
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_fused_with_bound(run, what):
+    gd, rng = GaussianDiffusion(variance="learned_range"), Philox(0)
+    loss = BOUNDS[what][0]
+    run(what, "ddpm_ext", lambda x, m, t: gd.train_losses(lambda *_: m, x, t, rng=rng, loss=loss), halves=2)
+
+
+@pytest.mark.parametrize("what", BOUNDS)
+def test_guided_diffusion_with_bound(run, what):
+    run(what, "guided-diffusion", guided_diffusion("EPSILON", "LEARNED_RANGE", BOUNDS[what][1]), halves=2)
+
+
+class Given(nn.Module):
+    """A model, as lucidrains' object asks for one, whose output is there."""
+
+    channels = out_dim = 3
+    self_condition = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: Tensor | None = None
+
+    def forward(self, *_: object) -> Tensor | None:
+        return self.output
+
+
+def test_lucidrains(run, shape, prediction):
+    """denoising-diffusion-pytorch, where it is installed."""
+    peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+    model, objective = Given(), {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[prediction]
+    diffusion = peer.GaussianDiffusion(model, image_size=shape[2:], objective=objective, auto_normalize=False)
+
+    def loss(x_start, model_output, t):
+        model.output = model_output
+        return diffusion.p_losses(x_start, t)
+
+    run(prediction, "lucidrains", loss)

@@ -47,6 +47,8 @@ def test_dry_run_does_every_part(dry):
     assert {row["cache"] for row in speed["kernels"]} == {"cold", "warm"}
     assert {row["way"] for row in speed["calls"]} >= {"ddpm_ext", "ddpm_ext, out=", "eager", "torch.randn"}
     assert any("torch.compile" in row["way"] for row in speed["calls"])
+    trained = {row["way"] for row in speed["calls"] if row["operation"] == "train_losses"}
+    assert {"ddpm_ext", "eager"} <= trained and any("torch.compile" in way for way in trained)
     assert not any("Error" in line for line in speed["skipped"])
     for row in speed["kernels"] + speed["calls"]:
         assert 0 <= row["us_low"] <= row["us"] <= row["us_high"]
@@ -143,7 +145,7 @@ def test_one_bit_is_a_difference():
     assert bits.different(x[:2], x) == 4
 
 
-@pytest.mark.parametrize("op", ["reverse_step", "extended_step"])
+@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "diffusion_loss"])
 def test_bits_notice_another_result(monkeypatch, op):
     right = bits.call
 
@@ -170,6 +172,26 @@ def test_bits_notice_another_result(monkeypatch, op):
 )
 def test_costs_notice_more(measure, step):
     assert costs.MEASURES[measure](step, costs.inputs(CPU), CPU).ok is False
+
+
+@pytest.mark.parametrize(
+    "more, name",
+    [
+        (lambda i, found: i.gd.q_sample(i.x, i.t), "launches"),
+        (lambda i, found: found.clone(), "allocations"),
+    ],
+)
+def test_costs_notice_more_of_training(monkeypatch, more, name):
+    right = costs.train
+    assert all(check.ok for check in costs.check_training("drawn", CPU))
+
+    def train(i, noise):
+        found = right(i, noise)
+        return found, more(i, found)
+
+    monkeypatch.setattr(costs, "train", train)
+    wrong = [check.name for check in costs.check_training("drawn", CPU) if check.ok is False]
+    assert f"{name}: train_losses, noise drawn" in wrong
 
 
 def test_graphs_notice_a_seed_that_stays():

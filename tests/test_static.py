@@ -109,7 +109,14 @@ def test_a_line_that_cannot_be_read_is_an_error():
     [("LDG.E.128", 128), ("STG.E.64", 64), ("LDG.E", 32), ("LDG.E.U16.CONSTANT", 16), ("STG.E.U8", 8), ("LDC.64", 0)],
 )
 def test_width_of_an_access(opcode, bits):
-    assert sass.Instruction(0, "", opcode, "R0, R2").global_bits == bits
+    instruction = sass.Instruction(0, "", opcode, "R0, R2")
+    assert instruction.bits == instruction.global_bits == bits
+
+
+@pytest.mark.parametrize(("opcode", "bits"), [("STS.128", 128), ("LDS.64", 64), ("LDS", 32), ("STS.U8", 8)])
+def test_width_of_an_access_to_shared_memory(opcode, bits):
+    instruction = sass.Instruction(0, "", opcode, "R0, [R2]")
+    assert (instruction.bits, instruction.global_bits) == (bits, 0)
 
 
 def test_successors():
@@ -214,6 +221,53 @@ def test_way_with_all_options():
     assert opcodes(path.hot_path(k).turn) == ["BRA", "BRA", "MUFU.RSQ", "STG.E.128", "BRA", "EXIT"]
 
 
+# A block's threads store four slopes, and their losses, which the first warp adds up; its first thread counts blocks.
+BLOCK = [
+    "S2R R0, SR_TID.X",
+    ".L_x_0:",
+    "@P0| BRA `(.L_x_1)",
+    "@P1| BRA `(.L_x_9)",
+    "LDG.E.64 R8, desc[UR4][R6.64]",
+    ".L_x_9:",
+    "FFMA R4, R2, R3, R4",
+    "@P2| BRA `(.L_x_1)",
+    "STG.E.64 desc[UR4][R6.64], R8",
+    ".L_x_1:",
+    "STS.128 [R3], R8",
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
+    "@P3| BRA `(.L_x_2)",
+    "LDS R16, [R14]",
+    "SHFL.DOWN PT, R15, R11, 0x10, 0x1f",
+    "DADD R14, R10, R14",
+    "@!P0| STG.E.64 desc[UR4][R10.64], R14",
+    ".L_x_2:",
+    "@!P4| BRA `(.L_x_0)",
+    "@P5| BRA `(.L_x_3)",
+    "ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5",
+    ".L_x_3:",
+    "@!P6| EXIT",
+    "LDG.E.64.STRONG.SYS R4, desc[UR4][R4.64]",
+    "STG.E desc[UR4][R10.64], R9",
+    "EXIT",
+]
+
+
+def test_way_of_a_block_that_adds_up():
+    """The first of four warps takes the sum on top of what all do; nobody the last block's."""
+    way = path.team_path(kernel(*BLOCK), warps=4)
+    every = ["BRA", "BRA", "LDG.E.64", "FFMA", "BRA", "STG.E.64", "STS.128", "BAR.SYNC.DEFER_BLOCKING", "BRA"]
+    sums = ["LDS", "SHFL.DOWN", "DADD", "STG.E.64"]
+    assert way.loops and way.first.loops and way.share == 0.25
+    assert opcodes(way.turn) == [*every, "BRA"] and opcodes(way.once) == ["S2R", "BRA", "EXIT"]
+    assert opcodes(way.first.turn) == [*every, *sums, "BRA"]
+    assert opcodes(way.first.once) == ["S2R", "BRA", "ATOMG.E.ADD.STRONG.GPU", "EXIT"]
+    issued = Counter()
+    for instruction, times in way.issued(8).items():
+        issued[instruction.opcode] += times
+    assert issued["FFMA"] == 8 and issued["DADD"] == 8 / 4 and issued["STG.E.64"] == 8 + 8 / 4
+    assert issued["ATOMG.E.ADD.STRONG.GPU"] == 1 / 4 and issued["S2R"] == 1
+
+
 def test_no_way_without_vectors():
     with pytest.raises(ValueError, match="128-bit store"):
         path.hot_path(kernel("STG.E desc[UR4][R6.64], R8", "EXIT"))
@@ -235,6 +289,10 @@ def test_no_way_without_vectors():
         ("FFMA2 R0, R2.F32x2.HI_LO, R4.F32x2.HI_LO, R6.F32x2.HI_LO", "float"),
         ("FMNMX.NAN R0, R1, R2, !PT", "float"),
         ("HADD2.F32 R0, -RZ, R10.H0_H0", "convert"),
+        ("F2F.F64.F32 R0, R2", "convert"),
+        ("DADD R0, R2, R4", "float"),
+        ("SHFL.DOWN PT, R0, R1, 0x10, 0x1f", "memory"),
+        ("CGAERRBAR", "other"),
         ("F2FP.BF16.F32.PACK_AB R0, R1, R2", "convert"),
         ("MUFU.RSQ R0, R1", "convert"),
         ("LDC.64 R0, c[0x0][0x10]", "memory"),
@@ -266,6 +324,14 @@ def test_turns_of_pipes():
     assert pipes.load(half, "80") == {"issue": 1, "half": 1}
     assert pipes.load(half, "90") == {"issue": 1, "fma": 2, "heavy": 1}
     assert pipes.load(vector, "90") == {"issue": 1, "lsu": 4}
+    double, wider, shuffle, shared = kernel(
+        "DADD R0, R2, R4", "F2F.F64.F32 R0, R2", "SHFL.DOWN PT, R0, R1, 0x10, 0x1f", "STS.128 [R3], R8"
+    ).instructions
+    for arch in ARCHS:
+        assert pipes.load(double, arch) == {"issue": 1, "double": 1}
+        assert pipes.load(wider, arch) == {"issue": 1, "xu": 8 if arch == "120" else 1}
+        assert pipes.load(shuffle, arch) == {"issue": 1, "lsu": 1}
+        assert pipes.load(shared, arch) == {"issue": 1, "lsu": 4}
 
 
 # ---------------------------------------------------------------------------------------------------- roofline
@@ -291,6 +357,7 @@ def test_roofline_by_hand():
     assert line.memory == pytest.approx(80)
     # turns / 4 elements / rate x 100 ps
     expected = {"issue": 15 / 128, "fma": 10 / 128, "heavy": 4 / 64, "alu": 4 / 64, "xu": 1 / 16, "lsu": 4 / 32}
+    expected["double"] = 0
     assert line.pipes == pytest.approx({pipe: clocks / 4 * 100 for pipe, clocks in expected.items()})
     assert (line.busiest, line.bound) == ("lsu", "memory")
     assert line.floor == pytest.approx(80) and line.ratio == pytest.approx(3.125 / 80)
@@ -324,6 +391,22 @@ def test_variants_with_options():
     # x, noise, x_start, history, gradient, known, mask; three of the model; three results
     assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
     assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
+
+
+def test_variants_that_add_up():
+    inner = "ddpm_ext::LossRow, (ddpm_ext::Noise)1, (ddpm_ext::cuda::Access)0, float, __half"
+    v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<{inner}>(ddpm_ext::LossArgs)")
+    assert (v.title, v.access, v.dtypes) == ("Loss, noise given", "vector", "float32 / float16 / float32")
+    # x_start, the model's output, noise; the slope, as the model's output
+    assert (v.bytes_read, v.bytes_written, v.adds_up) == (4 + 2 + 4, 2, True)
+    bound = kernels.variant(
+        "void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<ddpm_ext::VariationalRow, (ddpm_ext::Noise)2, "
+        "(ddpm_ext::cuda::Access)1, float, float>(ddpm_ext::LossArgs)"
+    )
+    assert (bound.title, bound.access) == ("Loss with bound, noise drawn", "strided")
+    # the model's output has two halves, and its slope
+    assert (bound.bytes_read, bound.bytes_written, bound.adds_up) == (3 * 4, 2 * 4, True)
+    assert kernels.warps_that_add_up() == 4
 
 
 def test_resources():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.context import Check, Context
+from benchmarks.gpu.losses import loss_and_slope, loss_rows
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.samplers import ddim, ddpm
 from ddpm_ext.spacing import make_grid, spaced_timesteps
@@ -32,6 +33,11 @@ OF_MODEL = ("uncond_output", "model_variance")
 PER_SAMPLE = ("output_scale", "x_start_scale")
 OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
 OPTION_SETS = (*((name,) for name in OPTIONS if name not in ("known", "mask")), ("known", "mask"), OPTIONS)
+# Beside "mse" of an x_start: the other kinds, without an x_start, without a slope; and with the variational bound.
+LOSS_OPTIONS = (
+    *(("l1", "x_start"), ("huber", "x_start"), ("mse",), ("huber", "x_start", "no slope"), ("mse", "x_start", "bound")),
+    *(("mse", "x_start", "bound", "learned"), ("huber", "x_start", "bound", "learned", "detached")),
+)
 T = 5  # where an int stands for all timesteps: a row with noise, and with the model's eps
 
 
@@ -44,7 +50,7 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     fill: str = "normal"
     in_place: bool = False
-    options: tuple[str, ...] = ()  # of the extended step
+    options: tuple[str, ...] = ()  # of the extended step, or of the loss
 
     def __str__(self) -> str:
         dtypes = " ".join(str(d).removeprefix("torch.") for d in (self.dtype, self.second))
@@ -146,6 +152,16 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
         return ops.forward_process(x, forward_rows().to(device), t, **how)
     clip = None if case.layout == "padded" else (-1.0, 1.0)
     m = tensor(1, case.second, others)
+    if case.op == "diffusion_loss":
+        kind, *options = case.options
+        if "learned" in options:
+            m = others(values((batch, 2 * case.shape[1], *case.shape[2:]), case.second, case.fill, 1).to(device))
+        how |= {"variational": "bound" in options, "detach_mean": "detached" in options}
+        losses, slope = loss_and_slope(
+            *(m, x if "x_start" in options else None, loss_rows(len(step_rows()), how["variational"]).to(device), t),
+            **{"loss": kind, "delta": 0.5, "want_slope": "no slope" not in options, **how},
+        )
+        return torch.cat([losses, slope.flatten().float()])
     if case.op == "reverse_step":
         return ops.reverse_step(x, m, step_rows().to(device), t, clip=clip, **how)
     given = {}
@@ -171,6 +187,8 @@ def operators(shape: tuple[int, ...]) -> Iterator[Case]:
             yield Case("reverse_step", shape, dtype, second, noise)
             yield Case("extended_step", shape, dtype, second, noise, options=OPTIONS)
             yield Case("extended_step", shape, dtype, second, noise)
+            if noise != "none":
+                yield Case("diffusion_loss", shape, dtype, second, noise, options=("mse", "x_start"))
             if second == dtype:
                 yield Case("forward_process", shape, dtype, second, noise)
                 if noise.startswith("drawn"):
@@ -190,6 +208,8 @@ def cases(op: str, shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
                 yield case._replace(in_place=True)
             if op == "extended_step" and case.noise == "drawn":
                 yield from (case._replace(options=options) for options in OPTION_SETS)
+            if op == "diffusion_loss" and case.noise == "drawn":
+                yield from (case._replace(options=options) for options in LOSS_OPTIONS)
     if op != "randn":
         for case in operators((3, 1000)):
             if case.op == op:
@@ -261,7 +281,10 @@ def check_loop(device: torch.device, shapes: Sequence[tuple[int, ...]] = SHAPES)
 
 CHECKS: dict[str, Callable[..., Check]] = {
     op: functools.partial(check_operator, op)
-    for op in ("reverse_step", "extended_step", "forward_process", "predict_start", "posterior_mean", "randn")
+    for op in (
+        *("reverse_step", "extended_step", "forward_process", "predict_start", "posterior_mean", "randn"),
+        "diffusion_loss",
+    )
 } | {"p_sample_loop": check_loop}
 
 
@@ -271,8 +294,8 @@ CHECKS: dict[str, Callable[..., Check]] = {
 def check_large(device: torch.device, shape: tuple[int, ...]) -> Check:
     wrong, count = [], 0
     for dtype in (F32, F16, BF16):
-        for op in ("reverse_step", "forward_process", "randn"):
-            case = Case(op, shape, dtype, dtype, "drawn")
+        for op in ("reverse_step", "forward_process", "randn", "diffusion_loss"):
+            case = Case(op, shape, dtype, dtype, "drawn", options=("mse", "x_start") if op == "diffusion_loss" else ())
             count += 1
             if differing := run(case, device):
                 wrong.append(f"{case}: {differing} elements differ")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.bits import LIKE_X, OF_MODEL, PER_SAMPLE
 from benchmarks.gpu.context import Check, Context
 from benchmarks.gpu.counters import (
     allocations,
@@ -17,12 +18,15 @@ from benchmarks.gpu.counters import (
     sync_mode_works,
     synchronisation,
 )
-from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.samplers import ddpm
+from ddpm_ext.spacing import make_grid
 
 __all__ = ["MEASURES", "STEPS", "check", "check_loop", "measure"]
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
+SMALL = 16 * 512  # of a training step's sums, a loss a sample and the like, in blocks of 512 bytes
 CALLS = 10
 
 
@@ -35,13 +39,20 @@ class Inputs(NamedTuple):
     out: Tensor
     t: Tensor
     seed: Tensor
+    table: Tensor
+    extras: dict[str, Tensor]
 
 
 @functools.cache
 def inputs(device: torch.device) -> Inputs:
     x = torch.linspace(-1, 1, BYTES // 4, device=device).reshape(SHAPE)
     t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
-    return Inputs(GaussianDiffusion(1000), x, x.flip(0).contiguous(), torch.empty_like(x), t, seed)
+    gd, m, out, copy, x0 = GaussianDiffusion(1000), x.flip(0).contiguous(), *(torch.empty_like(x) for _ in range(3))
+    grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
+    extras = dict.fromkeys((*LIKE_X, *OF_MODEL), m) | dict.fromkeys(PER_SAMPLE, x.flatten()[:8])
+    return Inputs(
+        gd, x, m, out, t, seed, ddpm(grid)[::-1].packed_extended(device), extras | {"out_copy": copy, "x0_out": x0}
+    )
 
 
 NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
@@ -53,6 +64,7 @@ NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "p_sample": lambda i, t, **o: i.gd.p_sample(lambda *_: i.m, i.x, t, **o),
     "q_sample": lambda i, t, **o: i.gd.q_sample(i.x, t, **o),
+    "extended_step, all options": lambda i, t, **o: ops.extended_step(i.x, i.m, i.table, t, **i.extras, **o),
 }
 Step = Callable[[Inputs, "dict[str, Any]"], Tensor]
 
@@ -148,6 +160,41 @@ def check_randn(device: torch.device) -> Iterator[Check]:
     yield Check("allocations: randn", (blocks, size) == (1, BYTES), f"{blocks} of {size} bytes, the output has {BYTES}")
 
 
+def train(i: Inputs, noise: str) -> Tensor:
+    """The gradient of a loss by the model's output, which is there."""
+    with torch.enable_grad():
+        output = i.m.detach().requires_grad_()
+        loss = i.gd.train_losses(lambda *_: output, i.x, i.t, **NOISES[noise](i))
+        return torch.autograd.grad(loss, output)[0]
+
+
+def check_training(noise: str, device: torch.device) -> Iterator[Check]:
+    """x_t, and the loss with its slope, are a launch each; what else is launched is told. On a GPU the gradient is a
+    tensor of its own, since nobody reads whether what comes back for the loss is 1."""
+    i = inputs(device)
+
+    def step() -> Tensor:
+        return train(i, noise)
+
+    name = f"train_losses, noise {noise}"
+    if why := profiler_works(device):
+        yield Check(f"launches: {name}", None, why)
+    else:
+        seen = launches(step, device, CALLS)
+        ours = {kernel: count for kernel, count in seen.kernels.items() if "ddpm_ext" in kernel}
+        others = seen.kernels.total() - sum(ours.values())
+        found = f"{sum(ours.values())} launches in {CALLS} calls, and {others} of torch's own, CUDA's {dict(seen.slow)}"
+        yield Check(f"launches: {name}", list(ours.values()) == [CALLS] * 2 and not seen.slow, found)
+    if why := sync_mode_works(device):
+        yield Check(f"synchronisation: {name}", None, why)
+    else:
+        waits = synchronisation(step, device)
+        yield Check(f"synchronisation: {name}", not waits, waits or "none")
+    _, size = allocations(step, device)
+    most = (3 if device.type == "cuda" else 2) * BYTES + SMALL
+    yield Check(f"allocations: {name}", size <= most, f"{size} bytes, expected at most {most}")
+
+
 def measure(context: Context) -> None:
     for name in MEASURES:
         for step in STEPS:
@@ -155,3 +202,6 @@ def measure(context: Context) -> None:
     context.check(check_loop(context.device))
     for found in check_randn(context.device):
         context.check(found)
+    for noise in NOISES:
+        for found in check_training(noise, context.device):
+            context.check(found)

@@ -83,8 +83,17 @@ def check(function: Callable[[Philox, torch.device], Tensor], device: torch.devi
     return not wrong, wrong[0] if wrong else f"the eager and the CPU's bits with {len(SEEDS)} other seeds"
 
 
+def training(rng: Philox, device: torch.device) -> Tensor:
+    """The gradient of a loss by the model's output."""
+    x = torch.linspace(-1, 1, 4 * 3 * 32 * 32, device=device).reshape(SHAPE)
+    output = x.flip(0).requires_grad_()
+    loss = diffusion().train_losses(lambda *_: output, x, 500, rng=rng)
+    return torch.autograd.grad(loss, output)[0]
+
+
 FUNCTIONS: dict[str, Callable[[Philox, torch.device], Tensor]] = {
     "q_sample": forward,
+    "train_losses": training,
     f"{STEPS} steps of p_sample": steps,
     "p_sample_loop, ddpm": loop,
     "p_sample_loop, ddim": functools.partial(loop, sampler="ddim", eta=0.5),

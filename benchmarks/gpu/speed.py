@@ -20,7 +20,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.empty import empty_launch
 from benchmarks.gpu.machine import clocks
 from benchmarks.gpu.timing import Spread, capture, per_call, spread, timed
-from benchmarks.gpu.ways import OPERATIONS, batches, compiled, copies, others
+from benchmarks.gpu.ways import OPERATIONS, Batch, batches, compiled, copies, gradient, others
 from ddpm_ext import GaussianDiffusion, Philox
 
 __all__ = ["measure"]
@@ -188,11 +188,16 @@ def our_calls(bench: Bench) -> Iterator[Job]:
     yield lambda: ("calls", bench.call("empty launch", "torch's fill_ of one element", (), lambda: one.fill_(1.0)))
     for shape in bench.scale.shapes:
         b = batches(1, shape, F32, F32, bench.device)[0]
+
+        def trained(m: torch.Tensor, b: Batch = b) -> torch.Tensor:
+            return gd.train_losses(lambda *_: m, b.x, b.t, rng=rng)
+
         ways = (
             ("p_sample", "ddpm_ext, out=", lambda b=b: gd.p_sample(lambda *_: b.m, b.x, b.t, rng=rng, out=b.out)),
             ("p_sample", "ddpm_ext", lambda b=b: gd.p_sample(lambda *_: b.m, b.x, b.t, rng=rng)),
             ("q_sample", "ddpm_ext", lambda b=b: gd.q_sample(b.x, b.t, rng=rng)),
             ("randn", "ddpm_ext", lambda b=b: OPERATIONS["randn"].call(gd, b, rng)),
+            ("train_losses", "ddpm_ext", gradient(trained, b.m)),
         )
         for operation, way, function in ways:
             yield lambda o=operation, w=way, s=shape, f=function: ("calls", bench.call(o, w, s, f))

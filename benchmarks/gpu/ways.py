@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ddpm_ext import GaussianDiffusion, Philox, randn
+from benchmarks.gpu.losses import loss_and_slope
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext._eager import EagerDiffusion
+from ddpm_ext.samplers import ddpm
+from ddpm_ext.spacing import make_grid
 
-__all__ = ["OPERATIONS", "Batch", "batches", "compiled", "copies", "others"]
+__all__ = ["OPERATIONS", "Batch", "batches", "compiled", "copies", "gradient", "others"]
 
 T = 500  # a step that draws noise
 
@@ -27,16 +32,30 @@ class Batch(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """`reads`: of x, m and noise, which it reads; it writes out, or makes its own (`keeps`)."""
+    """`reads`: of x, m and noise, which it reads; it writes out, or makes its own (`keeps`), as large as `writes`."""
 
     reads: tuple[str, ...]
-    call: Callable[[GaussianDiffusion, Batch, Philox], Tensor]
+    call: Callable[[GaussianDiffusion, Batch, Philox], Any]
     keeps: bool = False
+    writes: str = "x"
 
     def moved(self, numel: int, dtype: torch.dtype, second: torch.dtype) -> int:
         """Bytes that must be moved for samples of `dtype` and a model's output of `second`."""
         sizes = {"x": dtype.itemsize, "m": second.itemsize, "noise": dtype.itemsize}
-        return numel * (sum(sizes[name] for name in self.reads) + dtype.itemsize)
+        return numel * (sum(sizes[name] for name in self.reads) + sizes[self.writes])
+
+
+@functools.cache
+def extended_table(device: torch.device) -> Tensor:
+    gd = GaussianDiffusion(1000)
+    grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
+    return ddpm(grid, variance="learned_range")[::-1].packed_extended(device)
+
+
+@functools.cache
+def loss_table(device: torch.device) -> Tensor:
+    """Rows of which x_start and noise count."""
+    return torch.tensor([-0.6, 0.8, 1.0, 0.0], device=device).repeat(1000, 1)
 
 
 OPERATIONS = {
@@ -49,6 +68,25 @@ OPERATIONS = {
         ("x", "noise"), lambda gd, b, rng: gd.q_sample(b.x, b.t, noise=b.noise, out=b.out)
     ),
     "randn": Operation((), lambda gd, b, rng: randn(b.x.shape, rng, device=b.x.device, dtype=b.x.dtype), keeps=True),
+    "extended_step": Operation(
+        ("x", "m"),
+        lambda gd, b, rng: ops.extended_step(
+            b.x, b.m, extended_table(b.x.device), b.t, clip=(-1.0, 1.0), rng=rng, out=b.out
+        ),
+    ),
+    "extended_step, learned variance": Operation(
+        ("x", "m", "noise"),
+        lambda gd, b, rng: ops.extended_step(
+            *(b.x, b.m, extended_table(b.x.device), b.t),
+            **{"clip": (-1.0, 1.0), "model_variance": b.noise, "rng": rng, "out": b.out},
+        ),
+    ),
+    "loss and slope": Operation(
+        ("x", "m"),
+        lambda gd, b, rng: loss_and_slope(b.m, b.x, loss_table(b.x.device), b.t, rng=rng, reduction="mean"),
+        keeps=True,
+        writes="m",
+    ),
 }
 
 
@@ -88,6 +126,25 @@ def near_eager(device: torch.device) -> EagerDiffusion:
     return eager
 
 
+def eager_loss(eager: EagerDiffusion, m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a model's output m for x_t, which is handed out, so that a compiler makes it, too."""
+    noise = torch.randn_like(x)
+    signal = eager.extract(eager.sqrt_alphas_cumprod, t, x)
+    x_t = signal * x + eager.extract(eager.sqrt_one_minus_alphas_cumprod, t, x) * noise
+    return F.mse_loss(m, noise), x_t
+
+
+def gradient(loss: Callable[[Tensor], Tensor], output: Tensor) -> Callable[[], Tensor]:
+    """A call that makes a loss of a model's output, and its gradient there."""
+    leaf = output.detach().requires_grad_()
+
+    def call() -> Tensor:
+        with torch.enable_grad():
+            return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    return call
+
+
 def others(batch: Batch) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Other ways to do what ours do: operation, way, call."""
     device = batch.x.device
@@ -97,6 +154,8 @@ def others(batch: Batch) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "q_sample", "eager", lambda: eager.q_sample(x, t)
     yield "p_sample", "eager, tables on the device", lambda: near.p_sample(m, x, t)
     yield "q_sample", "eager, tables on the device", lambda: near.q_sample(x, t)
+    yield "train_losses", "eager", gradient(lambda m: eager_loss(eager, m, x, t)[0], m)
+    yield "train_losses", "eager, tables on the device", gradient(lambda m: eager_loss(near, m, x, t)[0], m)
     yield "randn", "torch.randn", lambda: torch.randn(x.shape, device=device, dtype=x.dtype)
     try:
         from diffusers import DDPMScheduler
@@ -114,3 +173,5 @@ def compiled(batch: Batch, compiler: str) -> Iterator[tuple[str, str, Callable[[
     yield "p_sample", way, lambda: step(batch.m, batch.x, batch.t)
     forward = torch.compile(near.q_sample, backend=compiler, dynamic=False)
     yield "q_sample", way, lambda: forward(batch.x, batch.t)
+    loss = torch.compile(functools.partial(eager_loss, near), backend=compiler, dynamic=False)
+    yield "train_losses", way, gradient(lambda m: loss(m, batch.x, batch.t)[0], batch.m)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.static.cards import ARCHS
-from benchmarks.static.compiler import SOURCES, Missing, build_all, find_tools, version
+from benchmarks.static.compiler import EVERY_SOURCE, Missing, build_all, find_tools, version
 from benchmarks.static.kernels import max_turns
 from benchmarks.static.report import VECTOR, findings, render
 
@@ -16,7 +16,9 @@ def main() -> None:
     default = sorted({1, max_turns()})
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHS, help="architectures; by default all that nvcc knows")
-    parser.add_argument("--source", nargs="+", choices=SOURCES, default=SOURCES, help="of csrc/cuda; all by default")
+    parser.add_argument(
+        "--source", nargs="+", choices=EVERY_SOURCE, default=EVERY_SOURCE, help="of csrc/cuda; all by default"
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the report to FILE too")
     parser.add_argument(
         "--listing", metavar="TEXT", help='print the way through kernels of that title, as "ReverseStep, noise drawn"'

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-EXTENDED = "ExtendedStep"
+EXTENDED, LOSS, BOUND = "ExtendedStep", "Loss", "Loss with bound"
 TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
 
 
 class Variant(NamedTuple):
-    """One instance of `elementwise` in csrc/cuda/elementwise.cuh, or of `extended` in extended_step.cu."""
+    """One instance of `elementwise` in csrc/cuda/elementwise.cuh, of `extended` in extended_step.cu, or of
+    `loss_of_samples` in loss.cu."""
 
     op: str
     noise: str  # of the Noise enum: none, given, drawn
@@ -28,11 +29,16 @@ class Variant(NamedTuple):
     @property
     def has_options(self) -> bool:
         """Whether what it reads and writes is known when it runs: then all of it is meant here, its noise drawn."""
-        return self.op == EXTENDED
+        return self.op in (EXTENDED, LOSS, BOUND)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a block adds up what its threads have: its first warp does more than the others."""
+        return self.op in (LOSS, BOUND)
 
     @property
     def title(self) -> str:
-        if self.has_options:
+        if self.op == EXTENDED:
             return f"{self.op}, all options"
         noise = "" if self.noise == "none" else f", noise {self.noise}"
         return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
@@ -41,7 +47,7 @@ class Variant(NamedTuple):
     def dtypes(self) -> str:
         """Of x, the second tensor and given noise, as far as it reads them: one name where all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
-        read = dict.fromkeys(names) if self.has_options else names[: -self.written]
+        read = dict.fromkeys(names) if self.op == EXTENDED else names[: -self.written]
         return names[-1] if len(set(names)) == 1 else " / ".join(read)
 
     @property
@@ -86,6 +92,15 @@ def max_turns() -> int:
     return int(found[1]) if found else 1
 
 
+@cache
+def warps_that_add_up() -> int:
+    """Of a block of the loss, whose threads take four elements of a chunk each."""
+    found = re.search(r"\bkLossChunk = (\d+)", text_of("core/loss.h"))
+    if found is None:
+        raise ValueError("csrc/core/loss.h has no kLossChunk")
+    return int(found[1]) // (4 * 32)
+
+
 def demangler() -> str | None:
     return shutil.which("c++filt") or shutil.which("cu++filt")
 
@@ -97,9 +112,9 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 def variant(demangled: str) -> Variant:
     """Of a name as c++filt prints it."""
-    found = re.search(r"\b(elementwise|extended)<(.*?)>\(", demangled)
+    found = re.search(r"\b(elementwise|extended|loss_of_samples)<(.*?)>\(", demangled)
     if found is None:
-        raise ValueError(f"not an instance of elementwise or extended: {demangled}")
+        raise ValueError(f"not an instance of elementwise, extended or loss_of_samples: {demangled}")
     arguments = [argument.strip() for argument in found[2].replace("(anonymous namespace)", "").split(",")]
     values = {}
     for argument in arguments:
@@ -111,9 +126,15 @@ def variant(demangled: str) -> Variant:
         like_x = roles.index("model_output")
         tensors = (*[x] * like_x, *[model] * (len(roles) - like_x), *[x] * len(results))
         return Variant(EXTENDED, "drawn", values["Access"], False, tensors, len(results))
+    given = values["Noise"] == "given"
+    if found[1] == "loss_of_samples":
+        x, model = [argument for argument in arguments if argument in TYPES]
+        # with the bound, the model's output has a half for the variance
+        op, halves = (BOUND, 2) if arguments[0].endswith("VariationalRow") else (LOSS, 1)
+        tensors = (x, *[model] * halves, *[x] * given, *[model] * halves)
+        return Variant(op, values["Noise"], values["Access"], False, tensors, halves)
     op = arguments[0].split("::")[-1]
     x, second, noise = [argument for argument in arguments if argument in TYPES]
     reads_x, reads_second = reads(op)
-    given = values["Noise"] == "given"
     tensors = (*[x] * reads_x, *[second] * reads_second, *[noise] * given, x)
     return Variant(op, values["Noise"], values["Access"], "true" in arguments, tensors)

@@ -13,7 +13,7 @@ from benchmarks.static.sass import Instruction, Kernel
 Score = tuple[int, ...]
 Steps = tuple[int, "Steps"] | None  # an instruction, and those after it
 Way = tuple[Score, Steps]
-NO_STEPS: Way = ((0,) * 6, None)
+NO_STEPS: Way = ((0,) * 7, None)
 
 
 def walk(kernel: Kernel) -> tuple[list[int], dict[int, list[int]], dict[int, list[int]]]:
@@ -92,21 +92,33 @@ def way_round(forward: Mapping[int, list[int]], node: int, loop: set[int]) -> li
 
 
 class Path(NamedTuple):
-    """What a thread issues once, and what it issues for every vector that it takes: all it does where it takes one."""
+    """What a thread issues once, and what it issues for every vector that it takes: all it does where it takes one.
+    `first`: that of the warp that adds up for its block, which is a `share` of the threads."""
 
     once: list[Instruction]
     turn: list[Instruction]
     loops: bool
+    first: Path | None = None
+    share: float = 0.0
 
-    def issued(self, turns: int) -> Counter[Instruction]:
-        """Instructions of a thread that takes that many vectors, and how often each comes."""
-        counts = Counter(self.once)
-        for instruction in self.turn:
-            counts[instruction] += turns if self.loops else 1
+    def issued(self, turns: int) -> dict[Instruction, float]:
+        """Instructions of a thread that takes that many vectors, and how often each comes, in the mean over a block."""
+        counts: dict[Instruction, float] = {}
+
+        def add(path: Path, share: float) -> None:
+            for instructions, times in ((path.once, 1), (path.turn, turns if path.loops else 1)):
+                for instruction in instructions:
+                    counts[instruction] = counts.get(instruction, 0) + share * times
+
+        if self.first is None:
+            add(self, 1)
+        else:
+            add(self, 1 - self.share)
+            add(self.first, self.share)
         return counts
 
 
-def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
+def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     """Of a kernel with 128-bit stores, for full vectors.
 
     Of all ways from entry to exit that make 128-bit stores and go round no loop twice, the one with the fewest calls,
@@ -118,6 +130,10 @@ def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
     Of a kernel that `has_options` it is the way with all of them: of the ways without a ragged end, which loads and
     stores less than 64 bits at a time, the one with the most 128-bit stores, then the most loads before them, and of
     what excludes one another the most float32 arithmetic; after them, the shortest.
+
+    Of a kernel whose blocks add up, `sums` is 1 for the way of the warp that does it, with the most shuffles and
+    atomics, and -1 for that of the others, with none; there a vector is stored by 64 bits at least, and of what
+    excludes one another the shortest is taken that draws the noise.
     """
     order, forward, back = walk(kernel)
     instructions = kernel.instructions
@@ -126,11 +142,14 @@ def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
         """`stores`: whether the way makes a 128-bit store from here on."""
         one = instructions[i]
         stored = one.global_bits if one.name == "STG" else 0
+        summed = sums * int(one.name in ("SHFL", "ATOMG"))
         if has_options:
-            gains = (stored, int(one.name == "LDG"), int(one.name in FLOAT | FLOAT2)) if stores else (0, 0, 0)
-            return (-int(one.calls), -int(0 < one.global_bits < 64), *gains, -1)
+            last = one.opcode.startswith("MUFU.RSQ") if sums else one.name in FLOAT | FLOAT2
+            gains = (stored, int(one.name == "LDG"), int(last)) if stores else (0, 0, 0)
+            return (-int(one.calls), summed, -int(0 < one.global_bits < 64), *gains, -1)
         return (
             -int(one.calls),
+            summed,
             -stored if stored >= 128 else 0,
             -stored if stored < 128 else 0,
             int(one.opcode.startswith("MUFU.RSQ")),
@@ -139,7 +158,7 @@ def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
         )
 
     def is_wide(i: int) -> bool:
-        return instructions[i].name == "STG" and instructions[i].global_bits >= 128
+        return instructions[i].name == "STG" and instructions[i].global_bits >= (64 if sums else 128)
 
     def longer(node: int, way: Way, stores: bool = False) -> Way:
         score, steps = way
@@ -178,3 +197,10 @@ def hot_path(kernel: Kernel, has_options: bool = False) -> Path:
     outside = list((Counter(path) - Counter(inside)).elements())
     inside += way_round(forward, inside[-1], inner)
     return Path([instructions[node] for node in outside], [instructions[node] for node in inside], True)
+
+
+def team_path(kernel: Kernel, warps: int) -> Path:
+    """Of a kernel whose blocks of so many warps add up what their threads have: the way of the warps that don't, and in
+    it that of the one that does."""
+    others, first = (hot_path(kernel, has_options=True, sums=sums) for sums in (-1, 1))
+    return others._replace(first=first, share=1 / warps)

@@ -30,13 +30,15 @@ ALU = {
     ),
     *("IABS", "PLOP3", "P2R", "R2P", "SGXT", "BMSK", "CS2R", "MOV64", "ISETP64"),
 }
+DOUBLE = {"DADD", "DMUL", "DFMA"}
 HALF = {"HADD2", "HFMA2", "HMUL2"}
 XU = {"MUFU", "I2F", "F2I", "F2F", "FLO", "POPC", "BREV"}
 ALU_CONVERT = {"I2FP", "F2FP"}
-MEMORY = {"LDG", "STG", "LDC", "LDL", "STL", "LDS", "STS", "LD", "ST", "LDGSTS", "RED", "ATOM", "ATOMG"}
+MEMORY = {"LDG", "STG", "LDC", "LDL", "STL", "LDS", "STS", "LD", "ST", "LDGSTS", "RED", "ATOM", "ATOMG", "SHFL"}
 OTHER = {
     *("BRA", "EXIT", "BSSY", "BSYNC", "CALL", "RET", "NOP", "WARPSYNC", "YIELD", "BREAK", "NANOSLEEP", "DEPBAR"),
     *("S2R", "S2UR", "R2UR", "LDCU", "ACQBULK", "PREEXIT", "CCTL", "ERRBAR", "MEMBAR", "VOTE", "VOTEU", "BAR"),
+    *("CGAERRBAR", "ENDCOLLECTIVE"),
 }
 WIDE = 2  # an assumption: cards.py
 # IMAD under these names moves, shifts or adds.
@@ -66,7 +68,7 @@ def classify(i: Instruction) -> str:
         return "multiply"
     if i.name in XU | ALU_CONVERT or i.opcode.startswith("HADD2.F32"):
         return "convert"
-    if i.name in FLOAT | FLOAT2 | FLOAT_ALU | HALF:
+    if i.name in FLOAT | FLOAT2 | FLOAT_ALU | HALF | DOUBLE:
         return "float"
     if i.name in MEMORY:
         return "memory"
@@ -87,6 +89,8 @@ def load(i: Instruction, arch: str, wide: int = WIDE) -> dict[str, float]:
     elif i.name == "IMAD":
         cost = wide if {"WIDE", "HI"} & set(i.opcode.split(".")) else 1
         costs |= {"fma": cost, "heavy": cost}
+    elif i.name in DOUBLE:
+        costs["double"] = 1
     elif i.name in HALF:
         costs |= {"half": 1} if "half" in rates else {"fma": 2, "heavy": 1}
     elif unified and i.name in ADD:
@@ -96,7 +100,7 @@ def load(i: Instruction, arch: str, wide: int = WIDE) -> dict[str, float]:
     elif i.name in ADD | ALU | FLOAT_ALU | ALU_CONVERT:
         costs |= {"alu": 1, "fma": 1} if unified else {"alu": 1}
     elif i.name in XU:
-        costs["xu"] = 1
+        costs["xu"] = max(1, rates["xu"] / rates["double"]) if ".F64" in i.opcode else 1
     elif i.name in MEMORY:
-        costs["lsu"] = max(1, i.global_bits / 32)
+        costs["lsu"] = max(1, i.bits / 32)
     return {pipe: cost for pipe, cost in costs.items() if pipe in rates}

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from benchmarks.static.cards import ASSUMED, CARDS, PIPES, PUBLISHED, RATES, Card
 from benchmarks.static.compiler import Build, Resources
-from benchmarks.static.kernels import EXTENDED, Variant, demangle, variant
-from benchmarks.static.path import Path, hot_path
+from benchmarks.static.kernels import BOUND, EXTENDED, LOSS, Variant, demangle, variant, warps_that_add_up
+from benchmarks.static.path import Path, hot_path, team_path
 from benchmarks.static.pipes import CLASSES, WIDE, classify
 from benchmarks.static.roofline import Roofline, roofline
 from benchmarks.static.sass import Kernel
@@ -25,6 +25,8 @@ class Finding:
 
     @cached_property
     def path(self) -> Path:
+        if self.variant.adds_up:
+            return team_path(self.kernel, warps_that_add_up())
         return hot_path(self.kernel, self.variant.has_options)
 
     @property
@@ -39,10 +41,10 @@ class Finding:
 
     def classes(self, turns: int) -> dict[str, float]:
         """Instructions an element."""
-        counts: Counter[str] = Counter()
+        counts = dict.fromkeys(CLASSES, 0.0)
         for instruction, times in self.path.issued(turns).items():
             counts[classify(instruction)] += times
-        return {name: counts[name] / self.elements(turns) for name in CLASSES}
+        return {name: count / self.elements(turns) for name, count in counts.items()}
 
     def widths(self, name: str) -> Counter[int]:
         """Of a turn's loads (LDG) or stores (STG), in bits."""
@@ -66,7 +68,7 @@ CARD_ORDER = {card.arch: number for number, card in enumerate(CARDS)}
 
 
 def order(v: Variant):
-    noises, ops = ["drawn", "none", "given"], ["ReverseStep", EXTENDED, "Affine", "Randn"]
+    noises, ops = ["drawn", "none", "given"], ["ReverseStep", EXTENDED, "Affine", "Randn", LOSS, BOUND]
     rank = ops.index(v.op) if v.op in ops else len(ops)
     return (v.access != VECTOR, v.device_seed, rank, noises.index(v.noise), v.dtypes != "float32", v.dtypes)
 
@@ -162,7 +164,7 @@ def waste(found: Sequence[Finding]) -> list[str]:
         "spills": lambda f: f.resources.spill_stores + f.resources.spill_loads,
         "a stack frame": lambda f: f.resources.stack,
         "local memory": lambda f: f.resources.local + sum(i.name in ("LDL", "STL") for i in f.kernel.instructions),
-        "shared memory": lambda f: f.resources.shared,
+        "shared memory, but for sums": lambda f: 0 if f.variant.adds_up else f.resources.shared,
         "calls": lambda f: sum(i.calls for i in f.kernel.instructions),
     }
     for name, count in counts.items():
@@ -181,8 +183,10 @@ METHOD = """Each source is compiled to a cubin with the flags of setup.py and di
 128-bit access the way of one thread is found by control flow alone: from entry to exit through the 128-bit stores, the
 noise drawn, every term of the arithmetic present, without calls and without the ragged end. What only an option needs
 counts where it stands under a predicate, not where a branch leads past it; of ExtendedStep, whose options are known
-when it runs, the way is that with all of them, which nothing asks for at once. The innermost loop around the stores, if
-there is one, is a turn; the rest is issued once. Both count, over the elements that the thread stores.
+when it runs, the way is that with all of them, which nothing asks for at once. Of Loss it is that with x_start, slope
+and squared error, and with the bound not that of t = 0; its blocks' first warp adds up what all have, and counts as the
+quarter that it is; the last block of a sample, which adds up the others' sums, is left out. The innermost loop around
+the stores, if there is one, is a turn; the rest is issued once. Both count, over the elements that the thread stores.
 
 A pipe's time is the instructions that it takes over its rate; issue stands for all of them over the schedulers' rate.
 Bytes are those of the tensors: table rows and timesteps come from caches. Latency, the clock that the power allows, and

@@ -39,7 +39,7 @@ class Roofline(NamedTuple):
 
 
 def roofline(
-    card: Card, issued: Mapping[Instruction, int], elements: int, bytes_an_element: float, wide: int = WIDE
+    card: Card, issued: Mapping[Instruction, float], elements: int, bytes_an_element: float, wide: int = WIDE
 ) -> Roofline:
     """Of a kernel whose threads each issue those instructions, so many times, for so many elements."""
     busy = dict.fromkeys(RATES[card.arch], 0.0)

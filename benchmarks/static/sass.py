@@ -9,7 +9,7 @@ SECTION = re.compile(r"^\.text\.(\S+):$")
 LABEL = re.compile(r"^([.$\w]+):$")
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*?)\s*;")
 TARGET = re.compile(r"`\(([^)\s]+)\)")
-GLOBAL_WIDTH = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+WIDTH = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 # Control goes elsewhere than to a label in the text.
 UNREADABLE = {"BRX", "BRXU", "JMX", "JMXU", "JMP", "CALL.ABS", "BREAK", "KILL"}
 
@@ -36,11 +36,15 @@ class Instruction(NamedTuple):
         return self.name == "CALL" and not self.target.startswith(".L_")
 
     @property
-    def global_bits(self) -> int:
-        """What a load from global memory, or a store there, moves for one thread."""
-        if self.name not in ("LDG", "STG"):
+    def bits(self) -> int:
+        """What a load from global or shared memory, or a store there, moves for one thread."""
+        if self.name not in ("LDG", "STG", "LDS", "STS"):
             return 0
-        return next((GLOBAL_WIDTH[m] for m in self.opcode.split(".")[1:] if m in GLOBAL_WIDTH), 32)
+        return next((WIDTH[m] for m in self.opcode.split(".")[1:] if m in WIDTH), 32)
+
+    @property
+    def global_bits(self) -> int:
+        return self.bits if self.name in ("LDG", "STG") else 0
 
 
 class Kernel(NamedTuple):

@@ -1,0 +1,108 @@
+"""denoising-diffusion-pytorch's p_losses: of the same noise, timesteps and model, each sample's loss and the gradients.
+
+Its tables are float32 numbers of float64 betas, which ours are made of, too.
+"""
+
+import pytest
+import torch
+from peer_training import RNG, SHAPE, check, drawn, make_inputs, step
+
+from ddpm_ext import GaussianDiffusion
+
+peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+
+OBJECTIVES = {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}
+
+
+class WideTorch:
+    """torch, in which their buffers become float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+def p_losses(schedule, prediction, min_snr, **options):
+    def losses(model, x, t, z):
+        theirs = peer.GaussianDiffusion(
+            model,
+            image_size=SHAPE[2:],
+            timesteps=1000,
+            objective=OBJECTIVES[prediction],
+            beta_schedule=schedule,
+            auto_normalize=False,
+            min_snr_loss_weight=min_snr,
+            **options,
+        ).to(x.device)
+        return theirs.p_losses(x, t, noise=z, loss_reduction="none")
+
+    return losses
+
+
+@pytest.fixture
+def truth(monkeypatch):
+    """A step of theirs in float64, tables and all."""
+
+    def take(losses, *inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr(peer, "torch", WideTorch())
+            return step(losses, *inputs, torch.float64)
+
+    return take
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("prediction", OBJECTIVES)
+@pytest.mark.parametrize("min_snr", [False, True])
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
+    """Without min_snr they weigh eps the same everywhere, and x0 and v as much."""
+    x, t = make_inputs(device)
+    z = drawn(t)
+    gd = GaussianDiffusion(1000, getattr(peer, f"{schedule}_beta_schedule")(1000), prediction=prediction)
+    theirs = p_losses(schedule, prediction, min_snr)
+
+    def ours(model, x, t, z):
+        how = {"noise": z} if noise == "given" else {"rng": RNG}
+        return gd.train_losses(model, x, t, weighting="min_snr" if min_snr else "snr", reduction="none", **how)
+
+    check(step(ours, x, t, z, torch.float32), step(theirs, x, t, z, torch.float32), truth(theirs, x, t, z))
+
+
+class OffsetTorch(WideTorch):
+    """torch, whose next normals are given: those by which they move the noise."""
+
+    def __init__(self, offset, wide):
+        self.offset, self.float32 = offset, torch.float64 if wide else torch.float32
+
+    def randn(self, shape, device):
+        assert self.offset.shape == shape and self.offset.device == device
+        return self.offset.to(self.float32)
+
+
+@pytest.mark.parametrize("prediction", OBJECTIVES)
+def test_offset_noise(monkeypatch, device, prediction):
+    """Their noise has a normal a channel more, which is ours of stream 4."""
+    x, t = make_inputs(device)
+    z, offset = drawn(t), drawn(t, SHAPE[:2], stream=4)
+    gd = GaussianDiffusion(1000, peer.linear_beta_schedule(1000), prediction=prediction)
+    plain = p_losses("linear", prediction, False, offset_noise_strength=0.3)
+
+    def theirs(dtype):
+        with monkeypatch.context() as patch:
+            patch.setattr(peer, "torch", OffsetTorch(offset, dtype == torch.float64))
+            return step(plain, x, t, z.clone(), dtype)  # they write to it
+
+    def ours(model, x, t, z):
+        return gd.train_losses(model, x, t, rng=RNG, offset_noise=0.3, weighting="snr", reduction="none")
+
+    check(step(ours, x, t, z, torch.float32), theirs(torch.float32), theirs(torch.float64))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_betas(schedule):
+    """Of the same name; theirs of sigmoid start from float32 numbers."""
+    theirs = getattr(peer, f"{schedule}_beta_schedule")(1000)
+    ours = GaussianDiffusion(1000, schedule).betas
+    torch.testing.assert_close(ours, theirs, rtol=4e-5 if schedule == "sigmoid" else 1e-9, atol=0)

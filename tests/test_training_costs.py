@@ -1,0 +1,310 @@
+"""What a training step costs beside its model: what it does to whole batches, the memory that it holds at its peak, and
+whether it waits for the device.
+
+The model is a stand-in: its output is there before, and it keeps x_t for its backward pass, as a first layer does.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddpm_ext import GaussianDiffusion, Philox
+
+SHAPE = (4, 3, 64, 64)
+NUMEL = math.prod(SHAPE)
+BATCH = 4 * NUMEL  # bytes of a tensor of SHAPE
+# beside those: float64 sums of 512 elements each, a float32 loss a sample, and a few numbers of the whole batch
+SMALL = 8 * NUMEL // 512 + 4 * SHAPE[0] + 64
+X = torch.linspace(-1, 1, NUMEL).reshape(SHAPE)
+T = torch.tensor([0, 17, 500, 999])
+OURS = ["ddpm_ext.forward_process", "ddpm_ext.diffusion_loss"]
+
+PREDICTIONS, LOSSES = ("eps", "x0", "v", "x_prev"), ("mse", "l1", "huber")
+WEIGHTS = torch.linspace(0.5, 2, 1000)
+NOISES = {"rng": {"rng": Philox(1)}, "noise given": {"noise": X}, "no noise": {}}
+# Options of a step: each prediction with each loss, and each kind of weights with each kind of noise.
+OPTIONS = {f"{p}, {loss}": {"prediction": p, "loss": loss, "rng": Philox(1)} for p in PREDICTIONS for loss in LOSSES}
+OPTIONS |= {
+    f"weights {name}, {noise}": {"prediction": "v", "weighting": weighting, **how}
+    for name, weighting in (("simple", "simple"), ("given", WEIGHTS))
+    for noise, how in NOISES.items()
+}
+# With the variational bound: the variance, whether the model tells it, and the loss.
+BOUNDS = [("learned_range", 2, "mse"), ("learned", 2, "rescaled_vlb"), ("fixed_small", 1, "vlb")]
+bounds = pytest.mark.parametrize(("variance", "halves", "loss"), BOUNDS)
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+losses = pytest.mark.parametrize("loss", LOSSES)
+
+
+class Given(torch.autograd.Function):
+    """A model's output, of an x_t that is kept until the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x_t, output):
+        ctx.save_for_backward(x_t)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (_,) = ctx.saved_tensors
+        return None, grad
+
+
+def make_output(halves=1):
+    """With a second half for a variance, if there are two."""
+    return torch.linspace(1, -1, halves * NUMEL).reshape(len(X), -1, *SHAPE[2:]).requires_grad_()
+
+
+diffusion = functools.cache(GaussianDiffusion)
+
+
+def fused(prediction="eps", variance="fixed_small", backend="fused", **options):
+    """A step: the loss, whose gradient arrives at the output."""
+    gd = diffusion(prediction=prediction, variance=variance, backend=backend)
+    return lambda output: gd.train_losses(lambda x_t, t: Given.apply(x_t, output), X, T, **options)
+
+
+def eager(prediction="eps", loss="mse", weighted=False):
+    """The same as it is commonly written."""
+    gd = diffusion(prediction=prediction)
+    names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
+    tables = [getattr(gd, name).float() for name in names]
+    distance = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
+
+    def step(output):
+        signal, noise, of_x0, of_x = (table[T].reshape(-1, 1, 1, 1) for table in tables)
+        z = torch.randn_like(X)
+        x_t = signal * X + noise * z
+        target = {
+            "eps": lambda: z,
+            "x0": lambda: X,
+            "v": lambda: signal * z - noise * X,
+            "x_prev": lambda: of_x0 * X + of_x * x_t,
+        }[prediction]()
+        output = Given.apply(x_t, output)
+        if not weighted:
+            return distance(output, target)
+        return (distance(output, target, reduction="none").flatten(1).mean(1) * WEIGHTS[T]).mean()
+
+    return step
+
+
+def train(step, output):
+    """Forward and back, the gradient left where it is."""
+    step(output).backward()
+    return output.grad
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def held(function, *made):
+    """Bytes that a second call holds at its peak, and that its result holds afterwards, beside what was there before;
+    `made` make its arguments, before each.
+
+    By the allocator's own account: every block as it is taken and given back, whoever does it.
+    """
+    function(*(make() for make in made))
+    given = [make() for make in made]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function(*given)
+    blocks = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = now = 0
+    for block in sorted(blocks, key=lambda block: block.start_ns()):
+        now += block.nbytes()
+        peak = max(peak, now)
+    del kept, given
+    return peak, now
+
+
+def test_what_is_held():
+    """A kilobyte and two; one given back before half a one is taken; and one that came and went."""
+
+    def function(given):
+        first, second = torch.empty(256), torch.empty(512)
+        del first, given
+        third = torch.empty(128)
+        torch.empty(512)
+        return second, third
+
+    peak, kept = held(function, lambda: torch.empty(1024))
+    assert (peak, kept) == (512 * 4 + 128 * 4 + 512 * 4, 512 * 4 + 128 * 4)
+
+
+@options
+def test_peak_is_two_batches(options):
+    """x_t and the gradient: no noise, no target, no difference, in the forward pass or the backward pass."""
+    peak, kept = held(lambda output: train(fused(**options), output), make_output)
+    assert 2 * BATCH <= peak <= 2 * BATCH + SMALL, peak / BATCH
+    assert kept == BATCH, kept / BATCH
+
+
+@predictions
+@losses
+@pytest.mark.parametrize("weighted", [False, True])
+def test_peak_is_half_of_eagers(prediction, loss, weighted):
+    step = eager(prediction, loss, weighted)
+    peak, _ = held(lambda output: train(step, output), make_output)
+    assert peak >= 2 * (2 * BATCH), peak / BATCH
+
+
+@bounds
+def test_peak_with_the_bound(variance, halves, loss):
+    """As without: x_t and the gradient, of both halves. The same in plain torch holds twice as much, at least."""
+    peaks = {}
+    for backend in ("fused", "reference"):
+        step = fused(variance=variance, loss=loss, backend=backend, rng=Philox(1))
+        peaks[backend], kept = held(functools.partial(train, step), lambda: make_output(halves))
+        assert kept == halves * BATCH
+    assert (1 + halves) * BATCH <= peaks["fused"] <= (1 + halves) * BATCH + SMALL, peaks["fused"] / BATCH
+    assert peaks["reference"] >= 2 * (1 + halves) * BATCH, peaks["reference"] / BATCH
+
+
+def test_peak_without_gradients_is_x_t():
+    with torch.no_grad():
+        peak, kept = held(fused(rng=Philox(1)), make_output)
+    assert BATCH <= peak <= BATCH + SMALL
+    assert kept == 4
+
+
+# --------------------------------------------------------------------------------------------------- operations
+
+
+class Large(TorchDispatchMode):
+    """Operators, but for views, that take or give tensors of a batch's size, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
+        if not function.is_view and any(tensor.numel() >= NUMEL for tensor in tensors):
+            self.names.append(str(function.overloadpacket))
+        return found
+
+
+def large_operators(step, halves=1):
+    output = make_output(halves)
+    with Large() as large:
+        train(step, output)
+    return large.names
+
+
+@options
+def test_two_launches(options):
+    """Over a whole batch, forward and back."""
+    assert large_operators(fused(**options)) == OURS
+
+
+@bounds
+def test_two_launches_with_the_bound(variance, halves, loss):
+    assert large_operators(fused(variance=variance, loss=loss, rng=Philox(1)), halves) == OURS
+
+
+@predictions
+def test_two_launches_of_an_int(prediction):
+    gd, output = diffusion(prediction=prediction), make_output()
+    with Large() as large:
+        gd.train_losses(lambda *_: output, X, 500, rng=Philox(1)).backward()
+    assert large.names == OURS
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_scaled_loss_scales_its_slope(reduction):
+    """One launch more: as by a GradScaler, or by a gradient for each sample."""
+    step = fused(rng=Philox(1), reduction=reduction)
+    assert large_operators(lambda output: (step(output) * 1024).sum()) == [*OURS, "aten.mul"]
+
+
+def test_eager_takes_more():
+    """What is counted here is seen."""
+    names = large_operators(eager("v"))
+    assert len(names) >= 8 and {"aten.randn_like", "aten.mul", "aten.mse_loss"} <= set(names)
+
+
+# -------------------------------------------------------------------------------------------------------- waits
+
+
+class Readback(TorchDispatchMode):
+    """Refuses what brings a device's values to the host; a read of a single one a fake tensor refuses itself."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+
+        def on_device(value):
+            return [t.device.type != "cpu" for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+        if any(on_device((args, kwargs))) and not all(on_device(found)):
+            raise RuntimeError(f"{function} brings values to the host")
+        return found
+
+
+@pytest.fixture
+def on_fake_gpu():
+    """Runs a function on tensors that know their device, dtype and shape, and have no values to read."""
+
+    def run(function, dtype=torch.float32):
+        with FakeTensorMode(allow_non_fake_inputs=True), Readback():
+            x, t = X.cuda(), T.cuda()
+            output = torch.empty(SHAPE, dtype=dtype, device="cuda", requires_grad=True)
+            function(x, t, output)
+
+    return run
+
+
+GPU_NOISES = {
+    "rng": lambda x: {"rng": Philox(1)},
+    "seed on the device": lambda x: {"rng": Philox(torch.tensor(1, device=x.device))},
+    "ids on the device": lambda x: {"rng": Philox(1, torch.arange(len(x), device=x.device))},
+    "given": lambda x: {"noise": x},
+    "none": lambda x: {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighting", ["simple", WEIGHTS], ids=["simple", "given"])
+@pytest.mark.parametrize("noise", GPU_NOISES)
+def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
+    """Neither in the forward pass nor in the backward pass, whose node is called by itself: a fake GPU has no stream.
+    Given weights are read once, where they are."""
+    for prediction in PREDICTIONS:
+        for reduction in ("mean", "sum", "none"):
+            gd = diffusion(prediction=prediction)
+            asked = {"weighting": weighting, "reduction": reduction}
+            gd.train_losses(lambda x, t: x, X, T, **asked)
+
+            def step(x, t, output, gd=gd, asked=asked):
+                loss = gd.train_losses(lambda *_: output, x, t, **asked, **GPU_NOISES[noise](x))
+                with torch.no_grad():
+                    (grad,) = (g for g in loss.grad_fn.apply(torch.ones_like(loss)) if g is not None)
+                assert loss.is_cuda and grad.is_cuda and (grad.shape, grad.dtype) == (output.shape, output.dtype)
+
+            on_fake_gpu(step, dtype)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x[0, 0, 0, 0].item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x.cpu(),
+        lambda x: x.nonzero(),
+        lambda x: x.tolist(),
+    ],
+    ids=["item", "bool", "cpu", "nonzero", "tolist"],
+)
+def test_a_fake_gpu_refuses_to_be_read(on_fake_gpu, read):
+    with pytest.raises(RuntimeError):
+        on_fake_gpu(lambda x, t, output: read(x))
