@@ -80,17 +80,25 @@ def train(options: argparse.Namespace, given: dict[str, Any], arguments: Sequenc
     names = {field.name for field in fields(training.TrainOptions)}
     chosen = {name: value for name, value in vars(options).items() if name in names}
     wanted = training.TrainOptions(**chosen)
-    newest = checkpoints.newest(Path(options.out))
-    if options.resume and newest is not None:
-        was = checkpoints.load(newest)[1]
+    found = checkpoints.latest(Path(options.out), report=lambda text: None) if options.resume else None
+    if found is not None:
+        was = found[1]["options"]
         wanted = training.with_defaults_of(was, {name: value for name, value in given.items() if name in names})
+        check_device(wanted.device)
     command = shlex.join(["ddpm-ext", *arguments])
     result = training.train(
-        wanted, options.out, resume=options.resume, command=command, report=lambda text: print(text, flush=True)
+        wanted,
+        options.out,
+        resume=options.resume,
+        command=command,
+        report=lambda text: print(text, flush=True),
+        progress=not options.quiet,
     )
-    print(
-        f"{result.folder}: final loss {result.final_loss:.4f}, {result.parameters:,} parameters, {result.seconds:.0f} s"
-    )
+    if distributed.ranks().rank == 0:
+        print(
+            f"{result.folder}: final loss {result.final_loss:.4f}, {result.parameters:,} parameters, "
+            f"{result.seconds:.0f} s"
+        )
 
 
 def info(options: argparse.Namespace) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +17,16 @@ from torch import Tensor
 
 from ddpm_ext.extras import require
 
-__all__ = ["FolderImages", "Images", "TensorImages", "digits", "load_images"]
+__all__ = [
+    "DamagedImage",
+    "DatasetImages",
+    "FolderImages",
+    "Images",
+    "TensorImages",
+    "as_images",
+    "digits",
+    "load_images",
+]
 
 DIGITS_PARTS = ("train", "heldout", "all")
 # One image in seven is held out. Seven has no factor in common with ten: the digits stand in cycles of ten in the set,
@@ -21,6 +35,13 @@ _HELD_OUT_EVERY = 7
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _CACHE_BYTES = 1 << 29
+# What its decoders let through at a damaged file
+_PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+_OUTSIDE = 1.001  # what rounding may add to 1
+
+
+class DamagedImage(ValueError):
+    """An image that can't be read; the message names it."""
 
 
 class Images(Protocol):
@@ -29,15 +50,29 @@ class Images(Protocol):
     shape: tuple[int, int, int]
     """(channels, height, width)"""
 
+    seeded: bool
+    """whether reading an image is random"""
+
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """The images at `indices`, (batch,) int64, as (batch, channels, height, width) float32 in [-1, 1]."""
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
+        """The images at `indices`, (batch,) int64, as (batch, channels, height, width) float32 in [-1, 1].
+
+        `seeds`, one an image: what all that is random in reading it follows from.
+
+        Raises DamagedImage for one that can't be read.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Another one for other images, as far as it is told without reading them all."""
         ...
 
 
 class TensorImages:
     """Images held in memory: `images` is (count, channels, height, width) float32."""
+
+    seeded = False
 
     def __init__(self, images: Tensor) -> None:
         if images.dim() != 4 or images.dtype != torch.float32 or not len(images):
@@ -51,8 +86,81 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> Tensor:
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
         return self.images[indices]
+
+    def fingerprint(self) -> str:
+        """Of shape and pixels."""
+        return _digest([repr(tuple(self.images.shape)).encode(), self.images.contiguous().numpy().data])
+
+
+class DatasetImages:
+    """A map-style torch Dataset, whose items are images, or tuples whose first is one.
+
+    An image is a tensor (channels, height, width), floating, in [-1, 1]; all have the shape of item 0. While an item is
+    read, the generators of torch (on the CPU), numpy and Python start from a seed of its own, so that random transforms
+    give the same whatever was read before; outside, they stay as they were.
+
+    Raises TypeError or ValueError for a dataset that is empty or has no length, or an item that is something else.
+    """
+
+    seeded = True
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        try:
+            self._count = len(dataset)
+        except TypeError:
+            kind = type(dataset).__name__
+            raise TypeError(f"data: a {kind} has no length, expected a map-style torch Dataset") from None
+        if not self._count:
+            raise ValueError("data: the dataset is empty, expected at least one image")
+        first = self._item(0, 0)
+        low, high = first.min().item(), first.max().item()
+        if first.numel() and not -_OUTSIDE <= low <= high <= _OUTSIDE:
+            raise ValueError(f"data: item 0 has values from {low:.4g} to {high:.4g}, expected them in [-1, 1]")
+        self.shape: tuple[int, int, int] = tuple(first.shape)  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
+        wanted = indices.tolist()
+        images = [self._item(index, seed) for index, seed in zip(wanted, seeds or wanted, strict=True)]
+        for index, image in zip(wanted, images, strict=True):
+            if image.shape != self.shape:
+                raise ValueError(f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, as item 0")
+        return torch.stack(images)
+
+    def fingerprint(self) -> str:
+        """Of the dataset's class, length and shape."""
+        return f"{type(self.dataset).__qualname__} {self._count} {self.shape}"
+
+    def _item(self, index: int, seed: int) -> Tensor:
+        try:
+            with _seeded(seed):
+                item = self.dataset[index]
+        except OSError as error:
+            raise DamagedImage(f"data: cannot read item {index}: {error}") from error
+        image = item[0] if isinstance(item, tuple | list) and item else item
+        if not isinstance(image, Tensor) or image.dim() != 3 or not image.is_floating_point():
+            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"data: item {index} is a {found}, expected a floating tensor (channels, height, width)")
+        return image.detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class FolderImages:
@@ -61,8 +169,10 @@ class FolderImages:
     Each is turned upright by its EXIF tag, cropped to its middle square, resized to `size` and converted to `channels`
     (1: grey, 3: colour). Decoded images are kept in memory as far as half a GiB holds them.
 
-    Raises ValueError for a folder that is missing or has no images, and, when it is read, for a damaged image.
+    Raises ValueError for a folder that is missing or has no images, and, when it is read, DamagedImage.
     """
+
+    seeded = False
 
     def __init__(self, folder: str | os.PathLike[str], size: int, channels: int = 3) -> None:
         if size < 1:
@@ -73,6 +183,7 @@ class FolderImages:
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"data: no such folder: {folder}")
+        self.root = root
         self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
         if not self.paths:
             raise ValueError(f"data: no images in {folder}, expected files ending in {' '.join(sorted(_SUFFIXES))}")
@@ -83,9 +194,14 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def batch(self, indices: Tensor) -> Tensor:
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
         pixels = torch.stack([self._pixels(index) for index in indices.tolist()])
         return pixels.float().div_(127.5).sub_(1)
+
+    def fingerprint(self) -> str:
+        """Of the files' names and sizes, wherever the folder is."""
+        names = (f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n" for path in self.paths)
+        return _digest([repr(self.shape).encode(), *(name.encode("utf-8", "surrogateescape") for name in names)])
 
     def _pixels(self, index: int) -> Tensor:
         """(channels, size, size) uint8"""
@@ -105,12 +221,14 @@ def _read(path: Path, shape: tuple[int, int, int]) -> Tensor:
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
-                raise ValueError(f"data: {path} has {upright.mode} pixels, expected 8 bits a channel")
+                raise DamagedImage(f"data: {path} has {upright.mode} pixels, expected 8 bits a channel")
             plain = upright.convert("RGB" if channels == 3 else "L")
             # Fits the shorter side to `size` and cuts the longer one down to its middle.
             square = ImageOps.fit(plain, (size, size), method=Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"data: cannot read {path}: {error}") from error
+    except DamagedImage:
+        raise
+    except (*_PILLOWS_ERRORS, Image.DecompressionBombError) as error:
+        raise DamagedImage(f"data: cannot read {path}: {error}") from error
     return torch.from_numpy(np.array(square)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 
 
@@ -145,3 +263,27 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
     if channels not in (None, 1):
         raise ValueError(f"channels: got {channels}, but digits have 1")
     return TensorImages(digits("train")[0])
+
+
+def as_images(data: Any, size: int | None = None, channels: int | None = None) -> Images:
+    """What the trainer takes as data: a name for load_images, a tensor, a torch Dataset, or Images as they are.
+
+    `size` and `channels` belong to a name; everything else has them.
+    """
+    if isinstance(data, str | os.PathLike):
+        return load_images(os.fspath(data), size, channels)
+    if isinstance(data, Tensor):
+        return TensorImages(data)
+    if callable(getattr(data, "batch", None)) and callable(getattr(data, "fingerprint", None)):
+        return data
+    if not hasattr(data, "__getitem__"):
+        kind = type(data).__name__
+        raise TypeError(f"data is a {kind}, expected 'digits', a folder, a tensor or a map-style torch Dataset")
+    return DatasetImages(data)
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,11 +1,13 @@
 """Several processes at one task, as torchrun starts them: which one this is, and the little that they tell each other.
 
-They talk over gloo, on the CPU, and only at the start and at the end of the work, so that no GPU waits for another.
+They talk over gloo, on the CPU; where they sample, only at the start and at the end of the work, so that no GPU waits
+for another. Gradients of models on GPUs are averaged over NCCL.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 
 __all__ = ["Ranks", "join", "ranks"]
 
@@ -67,6 +71,51 @@ class Ranks:
             raise SystemExit(2)
         return box[1]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on all ranks. Raises ConnectionError if a rank is lost."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
+
+        values: list[Any] = [None] * self.size
+        with _lost_ranks():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the CPU, written to it. Raises ConnectionError if a rank is lost."""
+        if self.size > 1:
+            from torch import distributed
+
+            with _lost_ranks():
+                distributed.all_reduce(values)
+        return values
+
+    def parallel(self, model: Module, device: torch.device) -> Module:
+        """`model`, with all ranks' gradients averaged after each backward pass; rank 0's weights for all.
+
+        Among several ranks this is a DistributedDataParallel, over NCCL on GPUs.
+        """
+        if self.size == 1:
+            return model
+        from torch import distributed
+        from torch.nn.parallel import DistributedDataParallel
+
+        cuda = device.type == "cuda"
+        with _lost_ranks():
+            group = distributed.new_group(backend="nccl") if cuda else None
+            return DistributedDataParallel(model, [device] if cuda else None, process_group=group)
+
+    @contextmanager
+    def in_touch(self) -> Iterator[None]:
+        """Around what talks to other ranks by itself: a lost rank becomes a ConnectionError, as elsewhere."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not re.search("gloo|nccl|connection", str(error), re.IGNORECASE):
+                raise
+            raise ConnectionError(_LOST) from error
+
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
         """Returns when every rank is here, and calls `meanwhile` from time to time until then.
 
@@ -116,7 +165,7 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """The ranks of this run, with a process group around the block if there are several.
+    """The ranks of this run, with a process group around the block if there are several; one that is there is used.
 
     Raises ValueError for an environment that makes no sense, ConnectionError if the others don't come.
     """
@@ -126,6 +175,9 @@ def join() -> Iterator[Ranks]:
         return
     from torch import distributed
 
+    if distributed.is_initialized():  # by the caller, who ends it, too
+        yield replace(here, _at_the_end=distributed.new_group(backend="gloo", timeout=_WORK))
+        return
     with _lost_ranks():
         distributed.init_process_group("gloo", timeout=_MEETING)
         here = replace(here, _at_the_end=distributed.new_group(timeout=_WORK))

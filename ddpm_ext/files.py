@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "check_writable", "write_bytes", "write_json", "write_text"]
+__all__ = ["atomic_path", "check_writable", "lock", "write_bytes", "write_json", "write_text"]
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -76,3 +76,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"out: cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def lock(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps a second run out of the folder of a file, where the file system can; the system ends the lock with the
+    process. Raises ValueError if there is one."""
+    with open(path, "rb") as opened:
+        try:
+            import fcntl
+
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another run is at work in {Path(path).parent}") from None
+        except (ImportError, OSError):
+            pass  # Windows, or a network without locks
+        yield

@@ -18,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -156,7 +156,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
     else:
         files.check_writable(manifest)
         files.write_json(manifest, {"format": _FORMAT, "settings": settings, "about": about})
-    until_the_end.enter_context(_lock(manifest))
+    until_the_end.enter_context(files.lock(manifest))
     inside.mkdir(exist_ok=True)
     for leftover in inside.glob(".*.npy"):  # of a writer that was killed
         leftover.unlink()
@@ -178,21 +178,6 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
     if names:
         differ = "; ".join(f"{name} is {there.get(name)} there and {settings.get(name)} here" for name in names)
         raise ValueError(f"out: {manifest.parent} has samples of other settings: {differ}; expected another folder")
-
-
-@contextmanager
-def _lock(manifest: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder, where the file system can; the system ends the lock with the process."""
-    with open(manifest, "rb") as opened:
-        try:
-            import fcntl
-
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"out: another run is at work in {manifest.parent}") from None
-        except (ImportError, OSError):
-            pass  # Windows, or a network without locks
-        yield
 
 
 def _check_shared(path: Path) -> None:

@@ -130,7 +130,10 @@ def _add_sampling(
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     """The options of `train`; their names are those of TrainOptions."""
-    from ddpm_ext.training import TrainOptions
+    from ddpm_ext.losses import BOUNDS, LOSSES
+    from ddpm_ext.timestep_samplers import TIMESTEP_SAMPLERS
+    from ddpm_ext.training.options import AUTOCAST, VARIANCES, TrainOptions
+    from ddpm_ext.weightings import WEIGHTINGS
 
     std = TrainOptions()
     add = parser.add_argument_group("data").add_argument
@@ -138,16 +141,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=_whole(1), metavar="N", help="images are cropped to a square and resized to N by N")
     add("--channels", type=int, choices=(1, 3), help="grey or colour (default: 1 for digits, 3 for a folder)")
     add("--flip", action="store_true", default=std.flip, help="mirror images at random; not for digits")
+    add("--skip-corrupt", action="store_true", help="take the next image in place of one that can't be read")
+    add("--workers", type=_whole(0), default=std.workers, metavar="N", help="processes that read images ahead")
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=_whole(1), default=std.steps, metavar="N", help="optimizer steps")
-    add("--batch-size", type=_whole(1), default=std.batch_size, metavar="N", help="images a step")
+    add("--batch-size", type=_whole(1), default=std.batch_size, metavar="N", help="images a step, of all ranks")
+    parts = "parts that a rank takes its images in, one after the other: less memory, the same weights"
+    add("--accumulate", type=_whole(1), default=std.accumulate, metavar="N", help=parts)
     add("--lr", type=_number(0, "a number > 0", above=True), default=std.lr, metavar="X", help="highest learning rate")
     add("--warmup", type=_whole(0), default=std.warmup, metavar="N", help="steps up to it; a cosine leads down to 0")
     add("--weight-decay", type=_number(0, "a number >= 0"), default=std.weight_decay, metavar="X", help="AdamW's")
+    add("--clip", type=_number(0, "a number >= 0"), default=std.clip, metavar="X", help="largest gradient norm; 0: any")
     add("--ema", type=_number(0, "in [0, 1)", below=1), default=std.ema, metavar="X", help="decay of the average kept")
+    add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     add("--seed", type=_SEED, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
-    add("--device", default=std.device, metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    add("--device", default=std.device, metavar="NAME", help=_DEVICES[True])
     add = parser.add_argument_group("model (diffusers' UNet2DModel)").add_argument
+    add("--model-config", metavar="FILE", help="its config.json, in place of the next four")
     add("--widths", type=_numbers, default=_text(std.widths), metavar="A,B,...", help="channels, one number a level")
     add("--layers", type=_whole(1), default=std.layers, metavar="N", help="residual blocks a level")
     add("--attention", type=_numbers, default=_text(std.attention), metavar="I,...", help="levels that have attention")
@@ -157,13 +167,34 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--timesteps", type=_whole(1), default=std.timesteps, metavar="N", help="steps of the schedule")
     add("--beta-schedule", choices=_SCHEDULES, default=std.beta_schedule, help="how fast the noise grows")
     add("--prediction", choices=("eps", "x0", "v"), default=std.prediction, help="what the model predicts")
+    learned = "of a step; a learned one is half of the model's output"
+    add("--variance", choices=VARIANCES, default=std.variance, help=learned)
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=(*LOSSES, *BOUNDS), default=std.loss, help="of the prediction's difference")
+    positive = _number(0, "a number > 0", above=True)
+    add("--delta", type=positive, default=std.delta, metavar="X", help="up to where huber is square")
+    weightings = ("simple", *WEIGHTINGS)
+    add("--weighting", choices=weightings, default=std.weighting, help="how much each timestep counts")
+    add("--timestep-sampler", choices=tuple(TIMESTEP_SAMPLERS), default=std.timestep_sampler, help="how often it comes")
+    share = _number(0, "a number >= 0")
+    bound = "of the variational bound beside the loss, for a learned variance"
+    add("--vlb-weight", type=share, default=std.vlb_weight, metavar="X", help=bound)
+    offsets = "strength of noise that all pixels of a channel share"
+    add("--offset-noise", type=share, default=std.offset_noise, metavar="X", help=offsets)
+    inputs = "strength of noise on the model's input alone"
+    add("--input-perturbation", type=share, default=std.input_perturbation, metavar="X", help=inputs)
     add = parser.add_argument_group("output").add_argument
     add("--out", required=True, metavar="FOLDER", help="model, checkpoints and losses go there (required)")
     add("--resume", action="store_true", help="go on from the newest checkpoint, with its options where none are given")
     add("--checkpoint-every", type=_whole(1), default=std.checkpoint_every, metavar="N", help="steps between two")
     add("--keep", type=_whole(1), default=std.keep, metavar="N", help="how many checkpoints stay")
     add("--log-every", type=_whole(1), default=std.log_every, metavar="N", help="steps between two lines")
+    add("--sample-every", type=_whole(0), default=std.sample_every, metavar="N", help="steps between grids; 0: none")
+    add("--sample-steps", type=_whole(1), default=std.sample_steps, metavar="N", help="of DDIM, for a grid")
+    add("--sample-count", type=_whole(1), default=std.sample_count, metavar="N", help="samples in a grid")
+    add("--tensorboard", action="store_true", help="events for TensorBoard, too, in FOLDER/tensorboard")
     add("--weights-dtype", choices=_DTYPES, default=std.weights_dtype, help="of the final model file")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 _SCHEDULES = ("linear", "cosine", "scaled_linear", "sigmoid")
@@ -177,7 +208,8 @@ _EXAMPLES = {
     "train": """
   ddpm-ext train --out my-digits
   ddpm-ext train --data photos --image-size 32 --flip --widths 64,128,256 --groups 32 --device cuda --out my-run
-  ddpm-ext train --out my-run --resume""",
+  ddpm-ext train --out my-run --resume
+  torchrun --nproc-per-node 8 -m ddpm_ext train --data photos --image-size 64 --device cuda --out my-run""",
     "trajectory": """
   ddpm-ext trajectory --num 5 --every 100 --out trajectory.png
   ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",

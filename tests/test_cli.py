@@ -152,7 +152,7 @@ def test_help_tells_groups_and_defaults(capsys):
         assert word in pages[""]
     for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
         assert word in pages["sample"]
-    for word in ("--checkpoint-every", "--resume", "(default: 32,48,64)"):
+    for word in ("--checkpoint-every", "--resume", "(default: 32,48,64)", "loss_second_moment", "learned_range"):
         assert word in pages["train"]
 
 
@@ -194,6 +194,13 @@ BAD = [
     (("train", "--out", "run", "--flip"), "flip: digits are not to be mirrored"),
     (("train", "--out", "run", "--data", "nowhere", "--image-size", "8"), "data: no such folder: nowhere"),
     (("train", "--out", "run", "--image-size", "16"), "digits are 8 by 8"),
+    (("train", "--out", "run", "--autocast", "half"), "--autocast: invalid choice: 'half'"),
+    (("train", "--out", "run", "--timestep-sampler", "all"), "--timestep-sampler: invalid choice: 'all'"),
+    (("train", "--out", "run", "--accumulate", "129"), "accumulate: got 129, expected at most the batch size, 128"),
+    (("train", "--out", "run", "--clip", "-1"), "--clip: got -1, expected a number >= 0"),
+    (("train", "--out", "run", "--sample-every", "-1"), "--sample-every: got -1"),
+    (("train", "--out", "run", "--model-config", "none.json"), "model: no such file: none.json"),
+    (("train", "--out", "run", "--data", ".", "--image-size", "8"), "data: no images in ., expected files ending in"),
     (("paint",), "invalid choice: 'paint'"),
     ((), "required: COMMAND"),
 ]

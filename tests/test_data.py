@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ext.data import FolderImages, TensorImages, digits, load_images
+from ddpm_ext.data import DamagedImage, DatasetImages, FolderImages, TensorImages, as_images, digits, load_images
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -107,8 +107,85 @@ def test_damaged_image_is_named(folder):
     (folder / "c.jpg").write_text("not a picture")
     images = FolderImages(folder, 8)
     for index, name in ((1, "b.png"), (2, "c.jpg")):
-        with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+        with pytest.raises(DamagedImage, match=f"cannot read .*{name}"):
             images.batch(torch.tensor([index]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of tags
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
+def test_damage_anywhere_is_told_or_does_not_matter(tmp_path, ending):
+    """Whatever Pillow's decoders raise at a file that was cut or overwritten, it is DamagedImage here"""
+    generator = np.random.default_rng(0)
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(path)
+    whole, damaged = path.read_bytes(), 0
+    for _ in range(60):
+        content = bytearray(whole[: int(generator.integers(0, len(whole)))] if generator.random() < 0.5 else whole)
+        for place in generator.integers(0, max(1, len(content)), 4) if content else ():
+            content[place] = generator.integers(0, 255)
+        path.write_bytes(content)
+        try:
+            assert FolderImages(tmp_path, 8).batch(torch.tensor([0])).shape == (1, 3, 8, 8)
+        except DamagedImage as error:
+            assert str(path) in str(error)
+            damaged += 1
+    assert damaged > 10
+
+
+def test_fingerprints(folder):
+    """Of files: names and sizes. Of tensors: all of it"""
+    before = FolderImages(folder, 5).fingerprint()
+    assert FolderImages(folder, 5).fingerprint() == before
+    assert FolderImages(folder, 6).fingerprint() != before
+    assert FolderImages(folder, 5, 1).fingerprint() != before
+    (folder / "notes.txt").write_text("no image still")
+    assert FolderImages(folder, 5).fingerprint() == before
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes() + b"\0")
+    longer = FolderImages(folder, 5).fingerprint()
+    (folder / "b.png").rename(folder / "c.png")
+    assert len({before, longer, FolderImages(folder, 5).fingerprint()}) == 3
+    images = torch.zeros(2, 1, 3, 3)
+    other = images.clone()
+    other[1, 0, 2, 2] = 1e-7
+    prints = {TensorImages(x).fingerprint() for x in (images, other, images[:1], images.view(2, 1, 1, 9))}
+    assert len(prints) == 4
+    assert TensorImages(images.clone()).fingerprint() in prints
+
+
+def test_dataset():
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((2, 4, 5), index / 3, dtype=torch.float64), "label"
+
+    images = as_images(Pairs())
+    assert isinstance(images, DatasetImages)
+    assert (len(images), images.shape, images.fingerprint()) == (3, (2, 4, 5), f"{Pairs.__qualname__} 3 (2, 4, 5)")
+    batch = images.batch(torch.tensor([2, 0]))
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.tensor([2 / 3, 0]).view(2, 1, 1, 1).expand(2, 2, 4, 5))
+    assert as_images(images) is images
+    assert len(as_images(torch.utils.data.TensorDataset(torch.zeros(4, 1, 2, 2)))) == 4
+    with pytest.raises(TypeError, match="has no length, expected a map-style torch Dataset"):
+        as_images(type("Endless", (), {"__getitem__": lambda self, index: torch.zeros(1, 2, 2)})())
+
+
+def test_image_folder_of_torchvision(folder):
+    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import transforms
+
+    change = transforms.Compose(
+        [transforms.RandomCrop(6), transforms.ToTensor(), transforms.Lambda(lambda x: 2 * x - 1)]
+    )
+    (folder / "b").mkdir()
+    (folder / "b.png").rename(folder / "b" / "b.png")
+    images = as_images(datasets.ImageFolder(folder, change))
+    assert (len(images), images.shape) == (2, (3, 6, 6))
+    both = [images.batch(torch.tensor([1]), [seed]) for seed in (7, 8, 7)]
+    assert torch.equal(both[0], both[2])
+    assert not torch.equal(both[0], both[1])
 
 
 def test_tensor_images_bad_input():

@@ -10,6 +10,7 @@ import torch
 
 from ddpm_ext import models
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.samplers import VARIANCES
 
 diffusers = pytest.importorskip("diffusers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -182,6 +183,20 @@ def test_predictions_and_variances():
     config = {"prediction_type": "sample", "variance_type": "fixed_large_log"}
     assert (read_settings(config, "s").prediction, read_settings(config, "s").variance) == ("x0", "fixed_large")
     assert read_settings({"variance_type": "learned_range"}, "s").variance == "learned_range"
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_variances_there_and_back(variance):
+    """diffusers' "learned" is a variance itself; it has none for a logarithm, and refuses one."""
+    config = DiffusionSettings(variance=variance).to_scheduler_config()
+    assert read_settings(config, "s").variance == variance
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    x, output = torch.zeros(1, 3, 4, 4), torch.full((1, 6, 4, 4), 0.25)
+    if variance == "learned_variance":
+        assert (scheduler._get_variance(5, output[:, 3:]) == 0.25).all()
+    if variance == "learned":
+        with pytest.raises(RuntimeError):
+            scheduler.step(output, 5, x)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ddpm_ext.training: a run that is killed and resumed ends like one that wasn't."""
+"""ddpm_ext.training with a UNet2DModel: what a run leaves; one that is killed and resumed ends like another."""
 
 import csv
 import json
@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from ddpm_ext import checkpoints
-from ddpm_ext.training import TrainOptions, learning_rate, timesteps_of, train
+from ddpm_ext.models import load_model
+from ddpm_ext.training import TrainOptions, learning_rate, train
 
 for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
     pytest.importorskip(module)
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TINY = {
     "steps": 24,
     "batch_size": 4,
@@ -64,13 +65,14 @@ def quiet(text):
 def test_what_a_run_leaves(straight):
     folder, result, lines = straight
     assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
-        "config.json",
-        WEIGHTS,
         "losses.csv",
         "losses.png",
-        "scheduler_config.json",
+        "model_index.json",
+        "scheduler",
         "training.json",
+        "unet",
     ]
     assert [path.name for path in checkpoints._all(folder)] == [
         "step-00000020.safetensors",
@@ -89,6 +91,49 @@ def test_what_a_run_leaves(straight):
     assert sum("step " in line and "loss" in line for line in lines) == 3
 
 
+def test_result_is_a_pipeline_of_diffusers(straight, tmp_path):
+    """Both ways: diffusers samples from it as we do, and what diffusers saves again samples here"""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(straight[0])
+    pipeline.set_progress_bar_config(disable=True)
+    ours = load_model(straight[0])
+    assert ours.settings.timesteps == pipeline.scheduler.config.num_train_timesteps == 20
+    assert ours.shape == (1, 8, 8)
+    images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    assert 0 <= images.min() < images.max() <= 1
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 17])
+    with torch.no_grad():
+        assert torch.allclose(ours.unet(x, t).sample, pipeline.unet(x, t).sample, atol=1e-5)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert torch.allclose(again.settings.diffusion().betas, ours.settings.diffusion().betas, rtol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(again.unet.parameters(), ours.unet.parameters(), strict=True))
+
+
+def test_learned_range_is_a_pipeline_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    options = TINY | {"variance": "learned_range", "beta_schedule": "cosine", "steps": 4}
+    train(TrainOptions(**options), tmp_path / "run", report=quiet)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline.unet.config.out_channels == 2
+    pipeline.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipeline(batch_size=2, num_inference_steps=20, output_type="np").images).all()
+    ours = load_model(tmp_path / "run")
+    assert ours.settings.variance == "learned_range"
+
+    # A step of theirs is one of ours, with the same noise
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 11
+    with torch.no_grad():
+        output = ours.unet(x, torch.tensor([t, t])).sample
+        theirs = pipeline.scheduler.step(output, t, x, generator=torch.Generator().manual_seed(3)).prev_sample
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(
+            ours.settings.diffusion().p_sample(ours.unet, x, torch.tensor([t, t]), noise=noise), theirs, atol=1e-3
+        )
+
+
 def test_training_learns(tmp_path, device):
     losses = []
     options = TrainOptions(
@@ -103,7 +148,7 @@ def test_training_learns(tmp_path, device):
 def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ddpm_ext", "train", *COMMAND, "--out", str(folder)]
+    command = [sys.executable, "-m", "ddpm_ext", "train", *COMMAND, "--quiet", "--out", str(folder)]
     # Slowed down from the first checkpoint on, so that the kill comes in the middle on any machine.
     slow = (
         "import sys, time\nfrom ddpm_ext import checkpoints, cli\n"
@@ -128,12 +173,11 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
         train(TrainOptions(**TINY | {"lr": 0.5}), folder, resume=True, report=quiet)
 
     # Without the options: they are the checkpoint's.
-    resume = [*command[:4], "--resume", "--out", str(folder)]
+    resume = [*command[:4], "--resume", "--quiet", "--out", str(folder)]
     done = subprocess.run(resume, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4 " in done.stdout
     assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
-    assert (folder / "losses.csv").read_bytes() == (straight[0] / "losses.csv").read_bytes()
 
 
 def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
@@ -174,7 +218,7 @@ def test_folder_of_images(tmp_path):
         image.fromarray(np.full((9, 12, 3), 60 * index, np.uint8)).save(tmp_path / "images" / f"{index}.png")
     options = TrainOptions(**TINY | {"data": str(tmp_path / "images"), "image_size": 8, "flip": True, "steps": 3})
     train(options, tmp_path / "run", report=quiet)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["in_channels"] == 3
+    assert json.loads((tmp_path / "run" / "unet" / "config.json").read_text())["in_channels"] == 3
 
 
 def test_loss_that_is_no_number(tmp_path):
@@ -188,19 +232,6 @@ def test_learning_rate():
     assert learning_rate(options, 0) == pytest.approx(0.1)
     assert learning_rate(options, 500) == pytest.approx(0.5)
     assert 0 < learning_rate(options, 999) < 1e-4
-
-
-def test_timesteps_are_uniform_and_in_range():
-    options = TrainOptions(batch_size=7, timesteps=20)
-    counts = torch.zeros(20)
-    for step in range(2000):
-        t = timesteps_of(options, step)
-        assert (t.shape, t.dtype) == ((7,), torch.int64)
-        counts += torch.bincount(t, minlength=20)
-    assert counts.shape == (20,)
-    assert counts.sum() == 14000
-    # one from each of seven stretches: the counts' spread is below that of independent draws, sqrt(700) = 26
-    assert (counts - 700).abs().max() < 110
 
 
 @pytest.mark.parametrize(
@@ -217,6 +248,19 @@ def test_timesteps_are_uniform_and_in_range():
         ({"widths": (12,)}, "widths: got 12, expected multiples of groups, 8"),
         ({"attention": (3,)}, r"attention: got 3, expected levels in \[0, 3\)"),
         ({"weights_dtype": "int8"}, "weights_dtype: got int8"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"accumulate": 129}, "accumulate: got 129, expected at most the batch size, 128"),
+        ({"clip": -1.0}, "clip: got -1.0, expected a number >= 0"),
+        ({"clip": float("inf")}, "clip: got inf"),
+        ({"delta": 0.0}, "delta: got 0.0, expected a positive number"),
+        ({"offset_noise": float("nan")}, "offset_noise: got nan"),
+        ({"autocast": "float32"}, "autocast: got float32, expected one of none, bfloat16, float16"),
+        ({"loss": "l2"}, "loss: got l2, expected one of mse, l1, huber"),
+        ({"variance": "known"}, "variance: got known"),
+        ({"weighting": "max_snr"}, "weighting: got max_snr"),
+        ({"timestep_sampler": "all"}, "timestep_sampler: got all, expected one of uniform, low_discrepancy"),
+        ({"workers": -1}, "workers: got -1, expected at least 0"),
+        ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),
         ({"flip": True}, "flip: digits"),
     ],
 )

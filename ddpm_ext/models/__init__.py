@@ -19,7 +19,7 @@ from ddpm_ext import files
 from ddpm_ext.extras import require
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 
-__all__ = ["LoadedModel", "build_unet", "load_model", "read_weights", "save_model"]
+__all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
 
 UNet2DModel = Any  # diffusers' class, which is imported only where one is made
 
@@ -63,7 +63,7 @@ def load_model(
             raise ValueError(f"model: {folder} samples in a latent space ({part}/), expected a model of pixels")
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     config = read_json(inner / CONFIG)
-    _check_supported(config, inner / CONFIG)
+    check_supported(config, inner / CONFIG)
     settings = _find_settings(folder)
     unet = build_unet(config, str(inner / CONFIG))
     load_weights(unet, read_weights(inner / WEIGHTS), inner / WEIGHTS)
@@ -155,7 +155,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _check_supported(config: dict[str, Any], path: Path) -> None:
+def check_supported(config: dict[str, Any], path: Path) -> None:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"model: {path} describes a {kind}, expected a UNet2DModel")

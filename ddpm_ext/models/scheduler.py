@@ -20,7 +20,8 @@ _VARIANCES = {
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
     "fixed_large_log": "fixed_large",
-    "learned": "learned",
+    "learned": "learned_variance",
+    "learned_log": "learned",  # which diffusers doesn't know, and would refuse the channels of
     "learned_range": "learned_range",
 }
 # Schedulers that share one forward process, so that a model trained with one samples with any other.
@@ -56,8 +57,8 @@ class DiffusionSettings:
         config: dict[str, Any] = {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.timesteps,
-            "prediction_type": {ours: theirs for theirs, ours in _PREDICTIONS.items()}[self.prediction],
-            "variance_type": self.variance,
+            "prediction_type": next(theirs for theirs, ours in _PREDICTIONS.items() if ours == self.prediction),
+            "variance_type": next(theirs for theirs, ours in _VARIANCES.items() if ours == self.variance),
             "clip_sample": True,
             "clip_sample_range": 1.0,
         }

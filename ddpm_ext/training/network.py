@@ -1,0 +1,138 @@
+"""The model that is trained: made from options or a configuration, or given, and written when it is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ext import files
+from ddpm_ext.extras import require
+from ddpm_ext.loop_tables import LEARNED
+from ddpm_ext.models import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
+from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.steps import unwrap
+from ddpm_ext.training.options import TrainOptions
+
+__all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]
+
+_WIDTHS = ("widths", "layers", "attention", "groups")
+
+
+def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -> nn.Module:
+    """A UNet2DModel with fresh weights for images of `shape`, (channels, height, width).
+
+    `source`: its configuration, the JSON file that holds one, or None for one made of `options`.
+
+    Raises ValueError for a configuration that is none or doesn't fit the images.
+    """
+    if source is None:
+        return build_unet(config_of(options, shape))
+    standard = TrainOptions()
+    for name in _WIDTHS:
+        if getattr(options, name) != getattr(standard, name):
+            raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration says it")
+    name = "config" if isinstance(source, dict) else str(source)
+    given = source if isinstance(source, dict) else read_json(Path(source))
+    channels, height, width = shape
+    fits = {"sample_size": height if height == width else [height, width], "in_channels": channels}
+    fits["out_channels"] = channels * (2 if options.variance in LEARNED else 1)
+    for key, value in fits.items():
+        if given.get(key) not in (None, value):
+            raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for images of shape {shape}")
+    config = {"_class_name": "UNet2DModel", "dropout": options.dropout, **given, **fits}
+    check_supported(config, Path(name))
+    return build_unet(config, name)
+
+
+def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The UNet2DModel's configuration for images of `shape`, (channels, height, width)."""
+    channels, height, width = shape
+    smallest = 2 ** (len(options.widths) - 1)
+    if height % smallest or width % smallest:
+        raise ValueError(
+            f"image size: got {height}, expected a multiple of {smallest} for {len(options.widths)} widths"
+        )
+    levels = range(len(options.widths))
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": channels * (2 if options.variance in LEARNED else 1),
+        "block_out_channels": list(options.widths),
+        "layers_per_block": options.layers,
+        "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
+        "up_block_types": ["AttnUpBlock2D" if i in options.attention else "UpBlock2D" for i in reversed(levels)],
+        "norm_num_groups": options.groups,
+        "attention_head_dim": 8,
+        "dropout": options.dropout,
+    }
+
+
+def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
+    """model(x, t) in evaluation mode; raises ValueError unless it takes x and gives its shape, or twice the channels
+    where the variance is learned."""
+    shape, training = tuple(x.shape), model.training
+    try:
+        found = unwrap(model.eval()(x, t))
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"model: it fails at images of shape {shape[1:]} ({one_line(error)})") from error
+    finally:
+        model.train(training)
+    expected = (shape[0], shape[1] * (2 if variance in LEARNED else 1), *shape[2:])
+    if found.shape != expected:
+        raise ValueError(
+            f"model: it gives {tuple(found.shape)} for images of shape {shape}, expected {expected}, variance being "
+            f"{variance}"
+        )
+    return found
+
+
+def is_unet(model: nn.Module) -> bool:
+    """Whether it is diffusers' UNet2DModel, without importing diffusers."""
+    diffusers = sys.modules.get("diffusers")
+    return diffusers is not None and isinstance(model, diffusers.UNet2DModel)
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What tells one model from another: its class, and its configuration or the shapes of its weights."""
+    kind = type(model).__qualname__
+    if is_unet(model):
+        config = json.loads(model.to_json_string())  # type: ignore[operator]
+        return {"class": kind, **{name: value for name, value in config.items() if not name.startswith("_")}}
+    return {"class": kind, **{name: list(value.shape) for name, value in model.state_dict().items()}}
+
+
+def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype) -> str:
+    """Writes a trained model, its weights rounded to `dtype`; returns, in a sentence, what reads it.
+
+    A UNet2DModel becomes a DDPMPipeline's folder. Of another module model.safetensors has the state dict and model.json
+    its class and the diffusion.
+    """
+    if is_unet(model):
+        save_model(model, settings, folder / "unet", dtype=dtype)
+        files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
+        parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        version = require("diffusers", "the model").__version__
+        files.write_json(
+            folder / "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": version, **parts}
+        )
+        if settings.variance == "learned":
+            return f"{folder} is for ddpm-ext sample: diffusers has no logarithm of a variance"
+        return f"{folder} is a DDPMPipeline's folder, which ddpm-ext sample and diffusers read"
+    to_bytes = require("safetensors.torch", "writing model files").save
+    weights = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    files.write_bytes(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
+    files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
+    files.write_json(folder / "model.json", {"class": describe(model)["class"], "settings": asdict(settings)})
+    return f"{folder} has the weights (model.safetensors) and no pipeline: the model is no UNet2DModel"

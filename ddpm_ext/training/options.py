@@ -1,0 +1,176 @@
+"""What determines a training run, and whether a checkpoint was made with the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddpm_ext.losses import BOUNDS, LOSSES
+from ddpm_ext.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_ext.weightings import WEIGHTINGS
+
+__all__ = ["AUTOCAST", "DTYPES", "VARIANCES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+AUTOCAST = ("none", "bfloat16", "float16")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range", "learned")
+
+# What may change when a run is resumed: nothing that reaches the weights, but for how sums are rounded. What the data
+# and the model are is compared by themselves, not by the names of files.
+_FREE = frozenset(
+    {
+        "accumulate",
+        "channels",
+        "checkpoint_every",
+        "data",
+        "device",
+        "image_size",
+        "keep",
+        "log_every",
+        "model_config",
+        "sample_count",
+        "sample_every",
+        "sample_steps",
+        "skip_corrupt",
+        "tensorboard",
+        "weights_dtype",
+        "workers",
+    }
+)
+_ABOVE_0 = math.ulp(0)
+_LIMITS: tuple[tuple[str, float, float, str], ...] = (
+    ("lr", _ABOVE_0, math.inf, "a positive number"),
+    ("weight_decay", 0, math.inf, "a number >= 0"),
+    ("clip", 0, math.inf, "a number >= 0"),
+    ("ema", 0, 1, "in [0, 1)"),
+    ("dropout", 0, 1, "in [0, 1)"),
+    ("delta", _ABOVE_0, math.inf, "a positive number"),
+    ("vlb_weight", 0, math.inf, "a number >= 0"),
+    ("offset_noise", 0, math.inf, "a number >= 0"),
+    ("input_perturbation", 0, math.inf, "a number >= 0"),
+)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What determines a training run. Lists of widths and levels are tuples; see `ddpm-ext train --help`.
+
+    Raises ValueError, naming the option, for one that is out of range or doesn't fit another.
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    channels: int | None = None
+    flip: bool = False
+    skip_corrupt: bool = False
+    workers: int = 0
+    steps: int = 5000
+    batch_size: int = 128
+    accumulate: int = 1
+    lr: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    autocast: str = "none"
+    seed: int = 0
+    model_config: str | None = None
+    widths: tuple[int, ...] = (32, 48, 64)
+    layers: int = 1
+    attention: tuple[int, ...] = (1,)
+    groups: int = 8
+    dropout: float = 0.1
+    timesteps: int = 1000
+    beta_schedule: str = "linear"
+    prediction: str = "eps"
+    variance: str = "fixed_small"
+    loss: str = "mse"
+    delta: float = 1.0
+    weighting: str = "simple"
+    vlb_weight: float = 0.001
+    timestep_sampler: str = "low_discrepancy"
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+    checkpoint_every: int = 500
+    log_every: int = 100
+    keep: int = 2
+    sample_every: int = 0
+    sample_steps: int = 50
+    sample_count: int = 16
+    tensorboard: bool = False
+    device: str = "cpu"
+    weights_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps", "checkpoint_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("log_every", "keep", "sample_steps", "sample_count"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "workers", "sample_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name, low, below, expected in _LIMITS:
+            value = getattr(self, name)
+            _require(name, value, low <= value < below, expected)
+        _require("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2^64)")
+        for name, choices in _CHOICES.items():
+            _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))
+        _require("widths", self.widths, bool(self.widths) and min(self.widths) >= 1, "one positive number a level")
+        for width in self.widths:
+            _require("widths", width, width % self.groups == 0, f"multiples of groups, {self.groups}")
+        for level in self.attention:
+            _require("attention", level, 0 <= level < len(self.widths), f"levels in [0, {len(self.widths)})")
+        if self.batch_size < self.accumulate:
+            raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
+        if self.sample_every and self.sample_steps > self.timesteps:
+            raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
+        if self.flip and self.data == "digits":
+            raise ValueError("flip: digits are not to be mirrored")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "autocast": AUTOCAST,
+    "loss": (*LOSSES, *BOUNDS),
+    "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
+    "variance": VARIANCES,
+    "weighting": ("simple", *WEIGHTINGS),
+    "weights_dtype": tuple(DTYPES),
+}
+
+
+def check_same(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
+    """Raises ValueError, naming the first thing that differs from what the checkpoint at `path` was made with."""
+    now = json.loads(json.dumps(now))
+    for name in {**now, **then}:
+        if name not in _FREE and now.get(name) != then.get(name):
+            raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}")
+
+
+def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
+    """Raises ValueError if the ranks, each with what its run follows from, are not about to do the same."""
+    for rank, own in enumerate(every):
+        for name, value in {**every[0], **own}.items():
+            if name != "device" and (own.get(name), every[0].get(name)) != (value, value):
+                raise ValueError(
+                    f"ranks: {name} is {own.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
+                    "expected the same on all"
+                )
+
+
+def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
+    """A checkpoint's options with what is `given` in their place."""
+    known = {field.name for field in fields(TrainOptions)}
+    return replace(TrainOptions(**{name: _plain(value) for name, value in was.items() if name in known}), **given)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _require(name: str, value: object, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"{name}: got {value}, expected {expected}")

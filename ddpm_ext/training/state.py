@@ -1,0 +1,81 @@
+"""All that a training run carries from one step to the next, as tensors and a few numbers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ext import checkpoints
+from ddpm_ext.timestep_samplers import make_timestep_sampler
+from ddpm_ext.training.options import TrainOptions
+
+__all__ = ["TrainState"]
+
+
+class TrainState:
+    """The model, its moving average, the optimizer, the loss scale, the timestep sampler, the number of steps taken."""
+
+    def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
+        self.model = model
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
+        self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps)
+        self.step = 0
+        self.skipped: dict[str, None] = {}  # images, in the order of finding out; a dict, being an ordered set
+        averaged = dict(self.average.named_parameters())
+        self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
+        self._weights: list[Tensor] = list(self.parameters.values())
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Moves the average towards the weights by 1 - decay of the way; buffers are copied."""
+        # A short memory at first, so that the fresh weights are soon forgotten.
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
+        for averaged, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            averaged.copy_(now)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the next step needs, by name."""
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        names = list(self.parameters)
+        for index, slots in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{slot}.{names[index]}": value for slot, value in slots.items()}
+        sampler = self.timestep_sampler.state_dict()
+        return tensors | {f"timestep_sampler.{name}": value for name, value in sampler.items()}
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of what it needs, as JSON."""
+        return {"step": self.step, "scaler": self.scaler.state_dict(), "skipped": list(self.skipped)}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any], path: Path) -> None:
+        """Takes up what tensors() and numbers() gave; raises ValueError, naming the file, if it is another model's."""
+        try:
+            self.model.load_state_dict(checkpoints.part(tensors, "model."))
+            self.average.load_state_dict(checkpoints.part(tensors, "average."))
+            optimizer = self.optimizer.state_dict()
+            optimizer["state"] = self._slots(checkpoints.part(tensors, "optimizer."))
+            self.optimizer.load_state_dict(optimizer)
+            self.scaler.load_state_dict(numbers["scaler"])
+            self.timestep_sampler.load_state_dict(checkpoints.part(tensors, "timestep_sampler."))
+            self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"resume: {path} holds the state of another model") from error
+
+    def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """The optimizer's state by parameter, of tensors by "slot.parameter"."""
+        places = {name: index for index, name in enumerate(self.parameters)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            slot, _, parameter = name.partition(".")
+            state.setdefault(places[parameter], {})[slot] = value
+        return state
