@@ -74,15 +74,17 @@ struct ExtendedArgs : Call {
 // Of a training loss: rows are LossRow, or with the variational bound VariationalRow.
 struct LossArgs : Call {
   TensorArg model_output, variance, x_start, noise;
-  TensorArg slope, variance_slope;  // written; null: not wanted
+  TensorArg slope, variance_slope;  // float32, written; null: not wanted
   Loss kind = Loss::mse;
   float delta = 1;
   bool variational = false, detached = false;
-  float slope_share = 0;            // what a slope of 32 bits is multiplied by, beside its row's weight
+  float slope_share = 0;            // what a slope is multiplied by, beside its row's weight
   double per_element = 0;           // 1 / numel
   double* chunks = nullptr;         // (batch, chunks of a sample): their sums, scratch
-  uint32_t* blocks_done = nullptr;  // (batch,), zeros: scratch of a GPU
+  uint32_t* blocks_done = nullptr;  // (batch + 1,), zeros: scratch of a GPU
   float* loss = nullptr;            // (batch,), written
+  float* total = nullptr;           // their sum times total_factor, written; null: not wanted
+  double total_factor = 1;
 };
 
 DDPM_HD constexpr int64_t loss_chunks(int64_t numel) { return (numel + kLossChunk - 1) / kLossChunk; }

@@ -62,16 +62,6 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   return result;
 }
 
-// On the CPU in the batch's order: at::mean's hangs on the number of threads where there are many samples.
-Tensor total(const Tensor& losses, bool mean) {
-  if (!losses.is_cpu()) return mean ? at::mean(losses) : at::sum(losses);
-  const float* each = losses.const_data_ptr<float>();
-  double sum = 0;
-  for (int64_t b = 0; b < losses.numel(); ++b) sum += each[b];
-  if (mean) sum /= static_cast<double>(losses.numel());
-  return at::full({}, static_cast<float>(sum), losses.options());
-}
-
 // All of a step's arguments but the model's output.
 template <class Row>
 void check_step(const char* op, Call& args, TensorArg& x_arg, TensorArg& noise_arg, TensorArg& out_arg,
@@ -253,7 +243,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto half = [&](const Tensor& whole, int64_t i) { return whole.narrow(1, i * x.size(1), x.size(1)); };
   const Tensor mean = doubled ? half(model_output, 0) : model_output;
   args.model_output.dtype = check_same_or_lower(op, "model_output", mean, x_name, x);
-  args.slope.dtype = args.variance.dtype = args.variance_slope.dtype = args.model_output.dtype;
+  args.variance.dtype = args.model_output.dtype;
   args.batch = x.size(0);
   set_table(op, args, table, (variational ? sizeof(VariationalRow) : sizeof(LossRow)) / sizeof(float), t, t_index,
             device);
@@ -268,7 +258,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
 
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({args.batch}, like.dtype(at::kFloat));
-  const Tensor slope = want_slope ? at::empty_like(model_output) : at::empty({0}, model_output.options());
+  const auto slopes = model_output.options().dtype(at::kFloat);
+  const Tensor slope = want_slope ? at::empty_like(model_output, slopes) : at::empty({0}, slopes);
   Tensor variance, mean_slope = slope, variance_slope;
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);
@@ -289,11 +280,20 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   args.loss = losses.mutable_data_ptr<float>();
   Tensor blocks_done;
   if (device.is_cuda()) {
-    blocks_done = at::zeros({args.batch}, like.dtype(at::kInt));
+    blocks_done = at::zeros({args.batch + 1}, like.dtype(at::kInt));
     args.blocks_done = reinterpret_cast<uint32_t*>(blocks_done.mutable_data_ptr<int32_t>());
   }
+  if (reduction == kNone) {
+    DDPM_DISPATCH(loss, args, device);
+    return {losses, slope};
+  }
+  Tensor total = at::empty({}, like.dtype(at::kFloat));
+  if (args.batch == 0 || args.numel == 0)  // as torch's
+    total.fill_(args.batch == 0 && reduction != kMean ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+  args.total = total.mutable_data_ptr<float>();
+  if (reduction == kMean) args.total_factor = 1.0 / static_cast<double>(args.batch);
   DDPM_DISPATCH(loss, args, device);
-  return {reduction == kNone ? losses : total(losses, reduction == kMean), slope};
+  return {total, slope};
 }
 
 Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,

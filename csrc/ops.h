@@ -54,12 +54,10 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 // Losses of samples (batch,), float32: of the model's output against k0 x_start + k1 noise, times the row's weight, by
 // the rows (rows, 4) of `table`; `kind` 0 the squared difference, 1 its size, 2 Huber's with `delta`, each a mean over
 // the sample. Without x_start, k0 counts as 0. `reduction` 0: their mean, 1: as they are, 2: their sum. And its slope
-// by the model's output (of their sum, where they are as they are), like that; an empty tensor, unless it is wanted.
-// A slope of 16 bits is that of half the squared difference, its size or Huber's alone: neither divided by the number
-// of elements nor times the weight.
+// by the model's output (of their sum, where they are as they are), float32; an empty tensor, unless it is wanted.
 // `variational`: with the variational bound's term, by rows (rows, 8), see core/loss.h. The model's output may have
 // twice the channels of x_start, which must be there then, the second half for the variance. With `detach_mean` the
-// bound has no slope in the first half. A slope of 16 bits is of all that, but for the number of elements.
+// bound has no slope in the first half.
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,

@@ -56,7 +56,9 @@ def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Ten
 @_lib.register_fake("ddpm_ext::diffusion_loss")
 def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False, **__: Any) -> tuple[Tensor, Tensor]:
     loss = model_output.new_empty((len(model_output),) if reduction == 1 else (), dtype=torch.float32)
-    return loss, torch.empty_like(model_output) if want_slope else model_output.new_empty((0,))
+    float32 = torch.float32
+    slope = torch.empty_like(model_output, dtype=float32) if want_slope else model_output.new_empty((0,), dtype=float32)
+    return loss, slope
 
 
 @_lib.register_fake("ddpm_ext::draw_seed")
@@ -150,46 +152,28 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_step_setup)
 
 
-def keep_for_loss_gradient(
-    ctx: Any, slope: Tensor, arguments: tuple[Any, ...], reduction: int, variational: bool
-) -> None:
-    """`arguments`: the operator's own."""
-    model_output, x_start, table, t, ctx.index, ctx.kind, *_ = arguments
-    ctx.save_for_backward(slope, table, t)
-    ctx.reduction, ctx.variational, ctx.inputs = reduction, variational, len(arguments)
-    # over which a loss is a mean
-    shape = (model_output if x_start is None else x_start).shape
-    ctx.elements = max(math.prod(shape if reduction == 0 else shape[1:]), 1)
-
-
 def refuse_second_derivative() -> None:
     """In a backward pass by create_graph=True, whose gradient would count as a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 
 
-def loss_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    """By the model's output: the slope that came with the loss, times what comes back for it, a scalar or (batch,)."""
-    slope, table, t = ctx.saved_tensors
-    if slope.dtype != torch.float32:  # what is left out of it: see csrc/ops.h
-        if not ctx.variational:
-            weight = table[ctx.index, 2] if t is None else table[t, 2]
-            grad = grad * weight * (2 if ctx.kind == 0 else 1)
-        grad = grad / ctx.elements
-    return (slope * grad.reshape(-1, *[1] * (slope.dim() - 1))).to(slope.dtype)
+def by_sample(grad: Tensor, slope: Tensor) -> Tensor:
+    """What comes back for a loss, a scalar or (batch,), as a factor of its slope."""
+    return grad.reshape(-1, *[1] * (slope.dim() - 1))
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    options = keyword_only_inputs
-    keep_for_loss_gradient(ctx, output[1], inputs, options["reduction"], options["variational"])
-    ctx.has_slope = keyword_only_inputs["want_slope"]
+    ctx.save_for_backward(output[1])
+    ctx.dtype, ctx.inputs, ctx.has_slope = inputs[0].dtype, len(inputs), keyword_only_inputs["want_slope"]
 
 
 def _loss_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     refuse_second_derivative()
     if not ctx.has_slope:
         raise RuntimeError("diffusion_loss: want_slope is False, expected True where a gradient is asked for")
-    return loss_gradient(ctx, grad), *[None] * (ctx.inputs - 1)
+    (slope,) = ctx.saved_tensors
+    return (slope * by_sample(grad, slope)).to(ctx.dtype), *[None] * (ctx.inputs - 1)
 
 
 _lib.register_autograd("ddpm_ext::diffusion_loss", _loss_backward, setup_context=_loss_setup)

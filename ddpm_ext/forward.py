@@ -220,7 +220,8 @@ class ForwardProcess:
                 term "vlb", in bits per dimension, or "rescaled_vlb", that times `timesteps`: its mean over uniform t
                 is the bound.
             weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.weightings; or weights (timesteps,).
+                another of ddpm_ext.weightings; or weights (timesteps,), which are read anew when torch has written to
+                them (other writers go unseen).
             vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
             offset_noise: standard deviation of what is added to the noise of all elements of a channel (stream 4), at
                 least 0. The noise is made as a tensor then.
@@ -238,11 +239,12 @@ class ForwardProcess:
         check_options(kind, delta, reduction)
         for name, value in (("offset_noise", offset_noise), ("input_perturbation", input_perturbation)):
             checks.nonnegative(name, value)
+        table = self._table("q_sample", "x_start", x_start)
+        rows = self._losses.get(weighting, x_start.device, self._operator_dtype(x_start), counts)
         if noise is None and rng is None:
             rng = fresh_rng()
         elif rng is not None:
             check_rng(rng)
-        table = self._table("q_sample", "x_start", x_start)
         source: dict[str, Any] = {"noise": noise, "rng": rng}
         if offset_noise:
             source = {"noise": self._offset(x_start, t, noise, rng, offset_noise)}
@@ -251,7 +253,6 @@ class ForwardProcess:
         target = x_start if variational or self.prediction != "eps" else None
         if self.backend == "fused":
             refuse_grad(target, noise)
-        rows = self._losses.get(weighting, x_start.device, self._operator_dtype(x_start), counts)
         if input_perturbation:
             x_t = self._perturb(x_t, t, rng, input_perturbation)
         model_output = self._call(model, x_t, t, model_kwargs)

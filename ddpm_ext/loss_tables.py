@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ext.loop_tables import LEARNED
 from ddpm_ext.tables import DeviceTables, prediction_coefficients
-from ddpm_ext.weightings import names, weights
+from ddpm_ext.weightings import check_given, names, weights
 
 if TYPE_CHECKING:
     from ddpm_ext.forward import ForwardProcess
@@ -91,6 +91,22 @@ def _with_bound(rows: Tensor, bound: Tensor, counts: Counts) -> Tensor:
     return torch.cat([rows[:, :2], weight, torch.full_like(weight, counts.bound or 0.0), bound], 1)
 
 
+class _Weights(NamedTuple):
+    """A weighting, and the version that weights had when they were read."""
+
+    weighting: str | Tensor
+    version: int = 0
+
+    @staticmethod
+    def of(weighting: str | Tensor) -> _Weights:
+        return _Weights(weighting, 0 if isinstance(weighting, str) else weighting._version)
+
+    def still(self, weighting: str | Tensor) -> bool:
+        if isinstance(weighting, str) or isinstance(self.weighting, str):
+            return type(weighting) is type(self.weighting) and weighting == self.weighting
+        return weighting is self.weighting and not weighting.is_inference() and weighting._version == self.version
+
+
 class LossTables:
     """Of one diffusion: those of every weighting that has a name, and of the last few given weights for as long as
     nobody writes to these. They stay on the devices where they were used.
@@ -109,8 +125,7 @@ class LossTables:
             bound=_bound(diffusion, _log_variance(diffusion, learned)),
             noise=diffusion.sqrt_one_minus_alphas_cumprod,
         )
-        # weights, their version (of names none), what counts, the rows
-        self._kept: list[tuple[str | Tensor, int, Counts, DeviceTables]] = []
+        self._kept: list[tuple[_Weights, Counts, DeviceTables]] = []
         self._perturbed: dict[float, DeviceTables] = {}
 
     def get(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, counts: Counts = ERROR) -> Tensor:
@@ -118,22 +133,22 @@ class LossTables:
 
         Raises TypeError and ValueError as weightings.weights.
         """
-        named = not isinstance(weighting, Tensor) and weighting in self._names
+        if isinstance(weighting, Tensor):
+            check_given(self._of[0], weighting)
+        named = isinstance(weighting, str) and weighting in self._names
         if (named and counts.bound is None) or torch.compiler.is_compiling():
             # a graph can't see whether somebody has written to weights
             return self._make(weighting, device, dtype, counts)
-        version = weighting._version if isinstance(weighting, Tensor) and not weighting.is_inference() else -1
-        for given, then, counted, tables in self._kept:
-            same = given is weighting or (named and isinstance(given, str) and given == weighting)
-            if same and then == version and counted == counts:
+        for kept, counted, tables in self._kept:
+            if counted == counts and kept.still(weighting):
                 return tables.get("loss", device, dtype)
         tables = DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, counts))
-        if named or version >= 0:  # inference tensors have no version
-            self._kept = [*self._kept[-KEPT + 1 :], (weighting, version, counts, tables)]
+        if isinstance(weighting, str) or not weighting.is_inference():  # those count no versions
+            self._kept = [*self._kept[-KEPT + 1 :], (_Weights.of(weighting), counts, tables)]
         return tables.get("loss", device, dtype)
 
     def _make(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, counts: Counts) -> Tensor:
-        if not isinstance(weighting, Tensor) and weighting in self._names:
+        if isinstance(weighting, str) and weighting in self._names:
             rows = self._named.get(weighting, device, dtype)
         else:
             target = self._named.get("simple", device, dtype)[:, :2]

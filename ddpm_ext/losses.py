@@ -105,12 +105,22 @@ class _DiffusionLoss(torch.autograd.Function):
     def forward(ctx: Any, how: tuple[int, bool, bool], *arguments: Any) -> Tensor:
         reduction, variational, detach_mean = how
         loss, slope = C.diffusion_loss(*arguments, reduction, ctx.needs_input_grad[1], variational, detach_mean)
-        _registration.keep_for_loss_gradient(ctx, slope, arguments, reduction, variational)
+        ctx.save_for_backward(slope)
+        ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _registration.refuse_second_derivative()
-        slope = ctx.saved_tensors[0]
-        done = grad.dim() == 0 and grad.is_cpu and grad.item() == 1 and slope.dtype == torch.float32
-        return None, slope if done else _registration.loss_gradient(ctx, grad), *[None] * (ctx.inputs - 1)
+        (slope,) = ctx.saved_tensors
+        return None, _gradient(slope, grad).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+
+
+def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
+    """slope times grad, where it can be in the slope's own memory."""
+    plain = type(grad) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()  # and may be asked for again
+    if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
+        return slope.clone() if kept else slope
+    factor = _registration.by_sample(grad, slope)
+    return slope * factor if kept else slope.mul_(factor)

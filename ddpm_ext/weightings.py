@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm_ext import checks
 
-__all__ = ["WEIGHTINGS", "edm", "min_snr", "names", "p2", "snr", "truncated_snr", "weights"]
+__all__ = ["WEIGHTINGS", "check_given", "edm", "min_snr", "names", "p2", "snr", "truncated_snr", "weights"]
 
 
 def snr(ratio: Tensor) -> Tensor:
@@ -49,6 +49,14 @@ def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     return ("simple", *WEIGHTINGS) if known else ("simple",)
 
 
+def check_given(alphas_cumprod: Tensor, weighting: Tensor) -> None:
+    """What is seen of weights without reading them. Raises ValueError."""
+    if weighting.shape != alphas_cumprod.shape:
+        raise ValueError(f"weighting has shape {tuple(weighting.shape)}, expected {tuple(alphas_cumprod.shape)}")
+    if weighting.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weighting requires a gradient, expected none")
+
+
 def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) -> Tensor:
     """Of each timestep, float64 (timesteps,).
 
@@ -62,14 +70,15 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
             prediction that has none of this name.
     """
     if isinstance(weighting, Tensor):
-        if weighting.shape != alphas_cumprod.shape:
-            raise ValueError(f"weighting has shape {tuple(weighting.shape)}, expected {tuple(alphas_cumprod.shape)}")
-        if weighting.requires_grad and torch.is_grad_enabled():
-            raise ValueError("weighting requires a gradient, expected none")
+        check_given(alphas_cumprod, weighting)
+        if torch.compiler.is_compiling():  # on its device: what a graph computes waits for no host
+            return weighting.detach().double()
         own = weighting.detach().to("cpu", torch.float64)
-        if not torch.compiler.is_compiling() and not own.isfinite().all():
+        if not own.isfinite().all():
             raise ValueError("weighting holds numbers that are not finite, expected finite ones")
         return own
+    if not isinstance(weighting, str):
+        raise TypeError(f"weighting is a {type(weighting).__name__}, expected a name or a tensor")
     checks.one_of("weighting", weighting, ("simple", *WEIGHTINGS))
     if weighting not in names(alphas_cumprod, prediction):
         if prediction == "eps":

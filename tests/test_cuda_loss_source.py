@@ -93,9 +93,9 @@ def test_four_elements_are_one_load_and_one_store(build):
         if access != "vector":
             continue
         strided = kernels[row, noise, "strided", x, m]
-        halves = [m] * (2 if row == "VariationalRow" else 1)
-        read = [*halves, x] + [x] * (noise == "given")
-        for name, tensors in (("LDG", read), ("STG", halves)):
+        halves = 2 if row == "VariationalRow" else 1
+        read = [m] * halves + [x] + [x] * (noise == "given")
+        for name, tensors in (("LDG", read), ("STG", ["f"] * halves)):
             for type_, wide in (("f", 128), (None, 64)):
                 expected = sum((t == "f") == (type_ == "f") for t in tensors)
                 assert widths(kernel, name)[wide] - widths(strided, name)[wide] == expected, (kernel.name, name, wide)

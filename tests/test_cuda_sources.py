@@ -131,7 +131,8 @@ def fma_a_root() -> int:
 def fma_an_element(op: str, noise: str) -> int:
     """Written for every element, the noise aside."""
     if op == EXTENDED:  # all of its options
-        return fma_calls(code("core/extended.h") + code("core/exponential.h") + code("core/forward.h", "affine"))
+        exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
+        return fma_calls(code("core/extended.h") + exponential + code("core/forward.h", "affine"))
     mean = fma_calls(code("core/step.h", "predict_x_start") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import backends, float64, normals, timesteps
 from refusals import Model, refuse
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import ddpm_ext
@@ -208,6 +210,44 @@ def test_gradients_reach_what_made_x_t(device):
         GaussianDiffusion().train_losses(Model(), x, t, z.clone().requires_grad_())
 
 
+@backends
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_gradient_is_the_callers(backend, scale, device):
+    """Written to, it is not what the graph keeps for the next time."""
+    gd, (x, m), t = GaussianDiffusion(backend=backend), normals(2, device), timesteps(device)
+    leaf = m.clone().requires_grad_()
+    loss = gd.train_losses(lambda *_: leaf, x, t, rng=Philox(0)) * scale
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    for retain in (True, False):
+        (again,) = torch.autograd.grad(loss, leaf, retain_graph=retain)
+        assert torch.equal(again, kept)
+        again.zero_()
+
+
+def test_slopes_of_float16_that_are_small_after_all(device):
+    """A bound's slopes reach past float16 before the batch's share of them is taken."""
+    shape = (64, 3, 32, 32)
+    x = torch.zeros(shape, device=device)
+    leaf = torch.full(shape, 80.0, dtype=torch.float16, device=device).requires_grad_()
+    GaussianDiffusion().train_losses(lambda *_: leaf, x, 1, rng=Philox(0), loss="rescaled_vlb").backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad > 0.1).all()
+    x, leaf = torch.full((1, 4), -100.0, device=device), torch.full((1, 4), 65504.0, device=device).half()
+    leaf.requires_grad_()
+    GaussianDiffusion(prediction="x0").train_losses(lambda *_: leaf, x, 5, rng=Philox(0)).backward()
+    assert (leaf.grad == 32800).all()  # 2 (65504 + 100) / 4
+
+
+def test_without_data(device):
+    """Shapes alone, there and back."""
+    gd = GaussianDiffusion()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, leaf = torch.empty(SHAPE, device=device), torch.empty(SHAPE, device=device, requires_grad=True)
+        gd.train_losses(lambda *_: leaf, x, torch.zeros(6, dtype=torch.int64, device=device)).backward()
+        assert leaf.grad.shape == SHAPE
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -220,9 +260,13 @@ def test_bad_options_before_the_model_is_called(backend, device):
     bad(ValueError, ["delta is nan", "delta > 0"], delta=float("nan"))
     bad(TypeError, ["delta is '1'", "a number"], delta="1")
     bad(ValueError, ["weighting is 'max'", "'simple' or 'snr' or 'min_snr'"], weighting="max")
-    bad(ValueError, ["weighting is 5"], weighting=5)
+    for value in (5, None, np.ones(50), [1.0] * 50):
+        bad(TypeError, [f"weighting is a {type(value).__name__}", "a name or a tensor"], weighting=value)
     bad(ValueError, [r"weighting has shape \(49,\)", r"expected \(50,\)"], weighting=torch.ones(49))
     bad(ValueError, ["weighting holds numbers that are not finite"], weighting=torch.full((50,), float("inf")))
+    before = torch.get_rng_state()
+    bad(ValueError, ["weighting is 'max'"], weighting="max")
+    assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn for nothing
 
 
 # -------------------------------------------------------------------------------------------------- compiled

@@ -170,6 +170,15 @@ def test_peak_with_the_bound(variance, halves, loss):
     assert peaks["reference"] >= 2 * (1 + halves) * BATCH, peaks["reference"] / BATCH
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_peak_of_a_lower_precision(dtype):
+    """As under autocast: the slope has 32 bits, beside it stand x_t and in the end the gradient of 16."""
+    step = fused(rng=Philox(1))
+    peak, kept = held(lambda output: train(step, output), lambda: make_output().detach().to(dtype).requires_grad_())
+    assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
+    assert kept == BATCH / 2, kept / BATCH
+
+
 def test_peak_without_gradients_is_x_t():
     with torch.no_grad():
         peak, kept = held(fused(rng=Philox(1)), make_output)
@@ -223,9 +232,12 @@ def test_two_launches_of_an_int(prediction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_scaled_loss_scales_its_slope(reduction):
-    """One launch more: as by a GradScaler, or by a gradient for each sample."""
+    """One launch more, in place: as by a GradScaler, or by a gradient for each sample."""
     step = fused(rng=Philox(1), reduction=reduction)
-    assert large_operators(lambda output: (step(output) * 1024).sum()) == [*OURS, "aten.mul"]
+    assert large_operators(lambda output: (step(output) * 1024).sum()) == [*OURS, "aten.mul_"]
+    peak, kept = held(lambda output: train(lambda y: (step(y) * 1024).sum(), output), make_output)
+    assert 2 * BATCH <= peak <= 2 * BATCH + SMALL, peak / BATCH
+    assert kept == BATCH, kept / BATCH
 
 
 def test_eager_takes_more():

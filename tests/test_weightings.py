@@ -176,8 +176,8 @@ def test_refusals():
             assert all(word in str(info.value) for word in ("weighting", "expected", *words)), info.value
 
     refuse(ValueError, "max_snr", "'max_snr'", "'simple' or 'snr' or 'min_snr'")
-    refuse(ValueError, None, "is None")
-    refuse(ValueError, [1.0] * 100, "[1.0")
+    refuse(TypeError, None, "is a NoneType")
+    refuse(TypeError, [1.0] * 100, "is a list")
     refuse(ValueError, torch.ones(99), "(99,)", "(100,)")
     refuse(ValueError, torch.ones(100, 1), "(100, 1)", "(100,)")
     refuse(ValueError, torch.full((100,), math.inf), "not finite")
@@ -186,5 +186,10 @@ def test_refusals():
     for name in WEIGHTINGS:
         refuse(ValueError, name, repr(name), "'x_prev'", "'simple' or a tensor", prediction="x_prev")
         refuse(ValueError, name, repr(name), "ends at 0", "'simple' or a tensor", betas=TERMINAL)
+    gd, own = GaussianDiffusion(100), torch.ones(100, requires_grad=True)
+    with torch.no_grad():
+        rows(gd, own)
+    with pytest.raises(ValueError, match="weighting requires a gradient"):  # though it has been met before
+        rows(gd, own)
     gd = GaussianDiffusion(100, TERMINAL)
     assert (rows(gd, "simple")[:, 2] == 1).all() and (rows(gd, torch.full((100,), 2.0))[:, 2] == 2).all()

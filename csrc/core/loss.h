@@ -37,12 +37,8 @@ DDPM_HD F loss_value(Loss kind, F d, F part) {
 
 // The slope is that of the part, times this.
 DDPM_HD constexpr float slope_of_part(Loss kind) { return kind == Loss::mse ? 2.0f : 1.0f; }
-
-// What a part becomes the slope by. 16 bits hold neither a small share of a large batch nor every weight: there the
-// slope is the part itself, and a backward pass multiplies it in float32.
-template <class M>
 DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
-  return sizeof(M) == sizeof(float) ? share * slope_of_part(kind) * row.weight : 1.0f;
+  return share * slope_of_part(kind) * row.weight;
 }
 
 // ------------------------------------------------------------------------------------- with the variational bound
@@ -87,15 +83,11 @@ DDPM_HD LossParts<float> decoder_bound(const VariationalRow& row, float d, float
 // x_start is needed for the target, or for its bin.
 DDPM_HD bool reads_x_start(const VariationalRow& row) { return row.k0 != 0.0f || row.decoder != 0.0f; }
 
-// 16 bits hold no small share of a large batch: see slope_factor.
-template <class M>
-DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) {
-  return sizeof(M) == sizeof(float) ? share : 1.0f;
-}
+DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) { return share; }
 
 // A sample's sum, in the same order on every device: elements by chunks of kLossChunk, of which element j is added to
 // lane j mod kLossLanes in float32, and the lanes by halves in float64; then chunk i to strand i mod kLossStrands, and
-// the strands by halves. What the sum is multiplied by in the end beside 1 / numel:
+// the strands by halves; and so the losses of a batch. What a sample's sum is multiplied by beside 1 / numel:
 DDPM_HD float weight_of_sum(const LossRow& row) { return row.weight; }
 DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;

@@ -167,10 +167,10 @@ DDPM_HD void loss_of_run(const LossRun& run) {
   const M* variance = static_cast<const M*>(run.variance);
   const X* x_start = static_cast<const X*>(run.x_start);
   const X* noise = static_cast<const X*>(run.noise);
-  M* slope = static_cast<M*>(run.slope);
-  M* variance_slope = static_cast<M*>(run.variance_slope);
+  float* slope = static_cast<float*>(run.slope);
+  float* variance_slope = static_cast<float*>(run.variance_slope);
   const Loss kind = run.kind;
-  const float factor = slope_factor<M>(run.slope_share, kind, row), delta = run.delta;
+  const float factor = slope_factor(run.slope_share, kind, row), delta = run.delta;
   const bool detached = run.detached;
   const int64_t valid = run.valid;
   bool aimed_at_x_start = x_start != nullptr;

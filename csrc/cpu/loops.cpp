@@ -264,9 +264,10 @@ void randn(const Args& args) {
 namespace {
 
 // In the order of kLossStrands.
-double sum_of_chunks(const double* chunks, int64_t count) {
+template <class T>
+double sum_by_strands(const T* values, int64_t count) {
   double strands[kLossStrands] = {};
-  for (int64_t i = 0; i < count; ++i) strands[i % kLossStrands] += chunks[i];
+  for (int64_t i = 0; i < count; ++i) strands[i % kLossStrands] += values[i];
   for (int h = kLossStrands / 2; h > 0; h /= 2)
     for (int i = 0; i < h; ++i) strands[i] += strands[i + h];
   return strands[0];
@@ -291,8 +292,10 @@ void loss_by_rows(const LossArgs& args, const LossRunKernel (&table)[3][3][3]) {
       args, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(args, b)); }, fill);
   for (int64_t b = 0; b < args.batch; ++b) {
     const double weight = weight_of_sum(static_cast<const Row*>(args.table)[timestep(args, b)]);
-    args.loss[b] = static_cast<float>(sum_of_chunks(args.chunks + b * chunks, chunks) * args.per_element * weight);
+    args.loss[b] = static_cast<float>(sum_by_strands(args.chunks + b * chunks, chunks) * args.per_element * weight);
   }
+  if (args.total != nullptr)
+    *args.total = static_cast<float>(sum_by_strands(args.loss, args.batch) * args.total_factor);
 }
 
 }  // namespace

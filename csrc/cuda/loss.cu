@@ -98,18 +98,29 @@ __device__ __forceinline__ double sum_of_lanes(const float* losses) {
   return sum;
 }
 
-// The sample's loss, by the block that came last: all chunks' sums are there.
-__device__ __forceinline__ void finish_sample(const LossArgs& args, float weight, int64_t b, int64_t chunks,
-                                              double* strands) {
-  const volatile double* sums = args.chunks + b * chunks;  // other blocks wrote them
+// By all of a block's threads; it is the first one's.
+template <class T>
+__device__ __forceinline__ double sum_by_strands(const volatile T* values, int64_t count, double* strands) {
   double strand = 0;
-  for (int64_t i = threadIdx.x; i < chunks; i += kLossStrands) strand += sums[i];
+  for (int64_t i = threadIdx.x; i < count; i += kLossStrands) strand += values[i];
+  __syncthreads();
   strands[threadIdx.x] = strand;
   for (int h = kLossStrands / 2; h > 0; h /= 2) {
     __syncthreads();
     if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
   }
-  if (threadIdx.x == 0) args.loss[b] = static_cast<float>(strands[0] * args.per_element * static_cast<double>(weight));
+  return threadIdx.x == 0 ? strands[0] : 0.0;
+}
+
+// Whether all but this block have come here before it: what they wrote is to be seen then.
+__device__ __forceinline__ bool comes_last(uint32_t* done, uint32_t of, bool& last) {
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(done, 1u) == of - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }
 
 // The decoder's bins, one by one.
@@ -134,7 +145,7 @@ __global__ void __launch_bounds__(kLossThreads)
   const PhiloxKeys keys = philox_keys(seed);
   PhiloxSample counter{};
   if constexpr (kNoise == Noise::drawn) counter = sample_noise(args, keys, b, static_cast<uint32_t>(t));
-  const F2 factor(slope_factor<M>(args.slope_share, args.kind, row));
+  const F2 factor(slope_factor(args.slope_share, args.kind, row));
   bool has_x_start = args.x_start.data != nullptr, aimed_at_x_start = has_x_start;
   if constexpr (kVariational) has_x_start = reads_x_start(row), aimed_at_x_start = row.k0 != 0.0f;
 
@@ -167,10 +178,10 @@ __global__ void __launch_bounds__(kLossThreads)
           slopes[i] = factor * part;
         }
       }
-      if (args.slope.data != nullptr) four.template store<M>(args.slope, &Place::slope, slopes);
+      if (args.slope.data != nullptr) four.template store<float>(args.slope, &Place::slope, slopes);
       if constexpr (kVariational) {
         if (args.variance_slope.data != nullptr)
-          four.template store<M>(args.variance_slope, &Place::variance_slope, variance_slopes);
+          four.template store<float>(args.variance_slope, &Place::variance_slope, variance_slopes);
       }
       if (!four.has(1)) values[0].v.y = 0.0f;
       if (!four.has(2)) values[1].v.x = 0.0f;
@@ -186,13 +197,13 @@ __global__ void __launch_bounds__(kLossThreads)
     __syncthreads();
   }
 
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(args.blocks_done + b, 1u) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (last) finish_sample(args, weight_of_sum(row), b, chunks, strands);
+  if (!comes_last(args.blocks_done + b, gridDim.x, last)) return;
+  const double sum = sum_by_strands(args.chunks + b * chunks, chunks, strands);
+  if (threadIdx.x == 0)
+    args.loss[b] = static_cast<float>(sum * args.per_element * static_cast<double>(weight_of_sum(row)));
+  if (args.total == nullptr || !comes_last(args.blocks_done + args.batch, args.batch, last)) return;
+  const double total = sum_by_strands(args.loss, args.batch, strands);
+  if (threadIdx.x == 0) *args.total = static_cast<float>(total * args.total_factor);
 }
 
 template <class Row, Noise kNoise, Access kAccess, class X, class M>
