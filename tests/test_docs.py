@@ -36,7 +36,7 @@ def test_options_code(root, tmp_path, monkeypatch):
 
 
 def test_training_code(root, tmp_path, monkeypatch):
-    assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 5
+    assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 6
 
 
 def test_every_loss_and_weighting_is_told(root):
