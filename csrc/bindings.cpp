@@ -95,6 +95,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
   if (needs_dispatcher("reverse_step", {{"x_t", x_t},
                                         {"model_output", model_output},
                                         {"noise", noise},
+                                        {"table", table},
                                         {"t", t},
                                         {"sample_ids", sample_ids},
                                         {"out", out}})) {
@@ -118,8 +119,8 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  const std::initializer_list<Named> tensors = {
-      {"x_t", x_t}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}};
+  const std::initializer_list<Named> tensors = {{"x_t", x_t}, {"noise", noise},           {"table", table},
+                                                {"t", t},     {"sample_ids", sample_ids}, {"out", out}};
   if (!plain(tensors)) return check_agreement("reverse_step", tensors);
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG, out);
 }
@@ -130,6 +131,7 @@ void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const 
   const std::initializer_list<Named> tensors = {{"x_t", x_t},
                                                 {"model_output", model_output},
                                                 {"noise", noise},
+                                                {"table", table},
                                                 {"t", t},
                                                 {"sample_ids", sample_ids},
                                                 {"out", out},
@@ -161,8 +163,12 @@ void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
   if (out.has_value()) refuse_grad("forward_process", {{"x_start", x_start}, {"noise", noise}, {"out", out}});
-  if (needs_dispatcher("forward_process",
-                       {{"x_start", x_start}, {"noise", noise}, {"t", t}, {"sample_ids", sample_ids}, {"out", out}})) {
+  if (needs_dispatcher("forward_process", {{"x_start", x_start},
+                                           {"noise", noise},
+                                           {"table", table},
+                                           {"t", t},
+                                           {"sample_ids", sample_ids},
+                                           {"out", out}})) {
     if (out.has_value()) {
       static const auto op = c10::Dispatcher::singleton()
                                  .findSchemaOrThrow("ddpm_ext::forward_process", "out")
@@ -187,6 +193,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   if (needs_dispatcher("diffusion_loss", {{"model_output", model_output},
                                           {"x_start", x_start},
                                           {"noise", noise},
+                                          {"table", table},
                                           {"t", t},
                                           {"sample_ids", sample_ids}})) {
     static const auto op = c10::Dispatcher::singleton()
@@ -206,7 +213,7 @@ using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const Optiona
 template <Affine* kDirect>
 Tensor affine(const char* name, const Named& x, const Named& y, const Tensor& table, const OptionalTensor& t,
               int64_t t_index) {
-  if (needs_dispatcher(name + sizeof("ddpm_ext::") - 1, {x, y, {"t", t}})) {
+  if (needs_dispatcher(name + sizeof("ddpm_ext::") - 1, {x, y, {"table", table}, {"t", t}})) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Affine>();
     return op.call(*x.tensor, *y.tensor, table, t, t_index);
   }

@@ -55,7 +55,7 @@ def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Ten
 
 @_lib.register_fake("ddpm_ext::diffusion_loss")
 def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False, **__: Any) -> tuple[Tensor, Tensor]:
-    loss = model_output.new_empty((len(model_output),) if reduction == 1 else (), dtype=torch.float32)
+    loss = model_output.new_empty(model_output.shape[:1] if reduction == 1 else (), dtype=torch.float32)
     float32 = torch.float32
     slope = torch.empty_like(model_output, dtype=float32) if want_slope else model_output.new_empty((0,), dtype=float32)
     return loss, slope

@@ -37,7 +37,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Writes `state` and `about`, the header, atomically, then removes all checkpoints but the newest `keep`.
+    """Writes `state` and `about`, the header, atomically, then removes all checkpoints up to it but the newest `keep`.
+
+    Those of more steps are damaged, or the run would have gone on from there.
 
     Raises OSError, in one sentence, if it can't be written; those that were there before are left.
     """
@@ -52,7 +54,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     except OSError as error:
         kept = "no checkpoint was written before" if before is None else f"the newest is still {before}"
         raise OSError(f"checkpoint: cannot write {path}: {error.strerror or error}; {kept}") from error
-    for old in _all(folder)[:-keep]:
+    written = _all(folder)
+    for old in written[: written.index(path) + 1][:-keep]:
         old.unlink()
     return path
 

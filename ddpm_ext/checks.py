@@ -18,6 +18,7 @@ __all__ = [
     "compute_dtype",
     "device",
     "integer",
+    "is_plain",
     "like",
     "nonnegative",
     "one_of",
@@ -65,6 +66,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is no subclass and of no function transform, nor one of the many that autograd takes at once."""
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is Tensor and not wrapped
 
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:

@@ -79,9 +79,10 @@ def train(options: argparse.Namespace, given: dict[str, Any], arguments: Sequenc
     check_device(options.device)
     names = {field.name for field in fields(training.TrainOptions)}
     chosen = {name: value for name, value in vars(options).items() if name in names}
-    wanted = training.TrainOptions(**chosen)
     found = checkpoints.latest(Path(options.out), report=lambda text: None) if options.resume else None
-    if found is not None:
+    if found is None:
+        wanted = training.TrainOptions(**chosen)
+    else:
         was = found[1]["options"]
         wanted = training.with_defaults_of(was, {name: value for name, value in given.items() if name in names})
         check_device(wanted.device)

@@ -70,7 +70,7 @@ class Images(Protocol):
 
 
 class TensorImages:
-    """Images held in memory: `images` is (count, channels, height, width) float32."""
+    """Images held in memory: `images` is (count, channels, height, width) float32, in [-1, 1]."""
 
     seeded = False
 
@@ -80,6 +80,8 @@ class TensorImages:
                 f"images: got {images.dtype} of shape {tuple(images.shape)}, "
                 "expected float32 of shape (count, channels, height, width), count at least 1"
             )
+        images = images.detach().cpu()
+        _check_range("images: the tensor", images)
         self.images = images
         self.shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
 
@@ -97,7 +99,8 @@ class TensorImages:
 class DatasetImages:
     """A map-style torch Dataset, whose items are images, or tuples whose first is one.
 
-    An image is a tensor (channels, height, width), floating, in [-1, 1]; all have the shape of item 0. While an item is
+    An image is a tensor (channels, height, width), floating, in [-1, 1]; all have the shape of the first that can be
+    read. While an item is
     read, the generators of torch (on the CPU), numpy and Python start from a seed of its own, so that random transforms
     give the same whatever was read before; outside, they stay as they were.
 
@@ -115,10 +118,8 @@ class DatasetImages:
             raise TypeError(f"data: a {kind} has no length, expected a map-style torch Dataset") from None
         if not self._count:
             raise ValueError("data: the dataset is empty, expected at least one image")
-        first = self._item(0, 0)
-        low, high = first.min().item(), first.max().item()
-        if first.numel() and not -_OUTSIDE <= low <= high <= _OUTSIDE:
-            raise ValueError(f"data: item 0 has values from {low:.4g} to {high:.4g}, expected them in [-1, 1]")
+        self._first, first = self._first_good()
+        _check_range(f"data: item {self._first}", first)
         self.shape: tuple[int, int, int] = tuple(first.shape)  # type: ignore[assignment]
 
     def __len__(self) -> int:
@@ -129,12 +130,24 @@ class DatasetImages:
         images = [self._item(index, seed) for index, seed in zip(wanted, seeds or wanted, strict=True)]
         for index, image in zip(wanted, images, strict=True):
             if image.shape != self.shape:
-                raise ValueError(f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, as item 0")
+                raise ValueError(
+                    f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, as item {self._first}"
+                )
         return torch.stack(images)
 
     def fingerprint(self) -> str:
         """Of the dataset's class, length and shape."""
         return f"{type(self.dataset).__qualname__} {self._count} {self.shape}"
+
+    def _first_good(self) -> tuple[int, Tensor]:
+        """An item that can be read, and which; raises DamagedImage where there is none."""
+        for index in range(self._count):
+            try:
+                return index, self._item(index, 0)
+            except DamagedImage:
+                if index == self._count - 1:
+                    raise
+        raise AssertionError  # there is an item at least
 
     def _item(self, index: int, seed: int) -> Tensor:
         try:
@@ -167,7 +180,7 @@ class FolderImages:
     """The images in a folder and the folders below it, in the order of their names.
 
     Each is turned upright by its EXIF tag, cropped to its middle square, resized to `size` and converted to `channels`
-    (1: grey, 3: colour). Decoded images are kept in memory as far as half a GiB holds them.
+    (1: grey, 3: colour). Decoded images are kept in memory as far as half a GiB, in each process, holds them.
 
     Raises ValueError for a folder that is missing or has no images, and, when it is read, DamagedImage.
     """
@@ -280,6 +293,14 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None) -
         kind = type(data).__name__
         raise TypeError(f"data is a {kind}, expected 'digits', a folder, a tensor or a map-style torch Dataset")
     return DatasetImages(data)
+
+
+def _check_range(name: str, images: Tensor) -> None:
+    """Raises ValueError, also for NaN."""
+    if images.numel():
+        low, high = (value.item() for value in images.aminmax())
+        if not -_OUTSIDE <= low <= high <= _OUTSIDE:
+            raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, expected them in [-1, 1]")
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -39,6 +39,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local: int = 0
+    _talk: Any = field(default=None, repr=False, compare=False)  # the process group for words; None: the default one
     _at_the_end: Any = field(default=None, repr=False, compare=False)  # a process group that waits for the work
 
     def device(self, name: str) -> str:
@@ -64,7 +65,7 @@ class Ranks:
         from torch import distributed
 
         with _lost_ranks():
-            distributed.broadcast_object_list(box)
+            distributed.broadcast_object_list(box, group=self._talk)
         if failure is not None:
             raise failure
         if not box[0]:
@@ -79,7 +80,7 @@ class Ranks:
 
         values: list[Any] = [None] * self.size
         with _lost_ranks():
-            distributed.all_gather_object(values, value)
+            distributed.all_gather_object(values, value, group=self._talk)
         return values
 
     def total(self, values: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class Ranks:
             from torch import distributed
 
             with _lost_ranks():
-                distributed.all_reduce(values)
+                distributed.all_reduce(values, group=self._talk)
         return values
 
     def parallel(self, model: Module, device: torch.device) -> Module:
@@ -103,7 +104,7 @@ class Ranks:
 
         cuda = device.type == "cuda"
         with _lost_ranks():
-            group = distributed.new_group(backend="nccl") if cuda else None
+            group = distributed.new_group(backend="nccl") if cuda else self._talk
             return DistributedDataParallel(model, [device] if cuda else None, process_group=group)
 
     @contextmanager
@@ -175,8 +176,9 @@ def join() -> Iterator[Ranks]:
         return
     from torch import distributed
 
-    if distributed.is_initialized():  # by the caller, who ends it, too
-        yield replace(here, _at_the_end=distributed.new_group(backend="gloo", timeout=_WORK))
+    if distributed.is_initialized():  # by the caller, who ends it, too; theirs may be one of GPUs alone
+        talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_MEETING, _WORK))
+        yield replace(here, _talk=talk, _at_the_end=at_the_end)
         return
     with _lost_ranks():
         distributed.init_process_group("gloo", timeout=_MEETING)

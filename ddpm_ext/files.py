@@ -7,8 +7,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import register_after_fork
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = ["atomic_path", "check_writable", "lock", "write_bytes", "write_json", "write_text"]
 
@@ -78,11 +79,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
+def _close(opened: BinaryIO) -> None:
+    opened.close()
+
+
 @contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps a second run out of the folder of a file, where the file system can; the system ends the lock with the
     process. Raises ValueError if there is one."""
     with open(path, "rb") as opened:
+        # A worker that is forked later has it open, too, and outlives a killed run by seconds.
+        register_after_fork(opened, _close)
         try:
             import fcntl
 

@@ -83,7 +83,7 @@ class ForwardProcess:
         return BACKENDS[self.backend]
 
     def _make_tables(self) -> StepDeviceTables:
-        grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1), betas=self.betas)
+        grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1, device="cpu"), betas=self.betas)
         descending = ddpm(grid, prediction=self.prediction, variance=self.variance)
         variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
         if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
@@ -93,7 +93,7 @@ class ForwardProcess:
         return StepDeviceTables(
             descending[::-1],  # row t is timestep t
             q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
-            noise=torch.tensor([0.0, 1.0], dtype=torch.float64).expand(self.timesteps, 2),
+            noise=torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(self.timesteps, 2),
             predict_start_from_noise=torch.stack(prediction_coefficients(self.alphas_cumprod, "eps"), 1),
             posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),
             q_variance=1 - self.alphas_cumprod,
@@ -218,15 +218,16 @@ class ForwardProcess:
             noise, rng: as in q_sample.
             loss, delta: "mse", "l1" or "huber", which is square up to delta; or of the bound alone, mean and all, its
                 term "vlb", in bits per dimension, or "rescaled_vlb", that times `timesteps`: its mean over uniform t
-                is the bound.
+                is the bound, but for the prior's term, which no model changes.
             weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
                 another of ddpm_ext.weightings; or weights (timesteps,), which are read anew when torch has written to
                 them (other writers go unseen).
             vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
-            offset_noise: standard deviation of what is added to the noise of all elements of a channel (stream 4), at
-                least 0. The noise is made as a tensor then.
-            input_perturbation: standard deviation of further noise in x_t alone (stream 5), over that of its noise, at
-                least 0: Ning et al. 2023, "Input perturbation reduces exposure bias". One launch more.
+            offset_noise: standard deviation of what is added to the noise of all elements of a channel (stream 4,
+                whatever rng's own is), at least 0. The noise is made as a tensor then.
+            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever rng's own is), over
+                that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure bias". One launch
+                more.
             reduction: "mean" or "sum" of the samples' losses, or "none".
 
         Returns:
@@ -279,7 +280,7 @@ class ForwardProcess:
             )
         if loss not in BOUNDS:
             return loss, Counts(bound=vlb_weight * self.timesteps / math.log(2))
-        if isinstance(weighting, Tensor) or weighting != "simple":
+        if not isinstance(weighting, str) or weighting != "simple":
             raise ValueError(f"weighting is given beside loss {loss!r}, expected 'simple'")
         return "mse", Counts(error=False, bound=(self.timesteps if loss == "rescaled_vlb" else 1) / math.log(2))
 

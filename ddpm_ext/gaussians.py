@@ -87,7 +87,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_
 
     Each level has the probability of the interval of width 2/255 around it; the first reaches down to minus infinity,
     the last up to infinity. The logarithm is accurate, and its slope finite, however far x lies from the mean and
-    however narrow the Gaussian is: nothing is clamped.
+    however narrow the Gaussian is, as long as the dtype holds their numbers (means in [-1, 1] down to a log_scale of
+    -43, in float64 -350): nothing is clamped.
 
     Args:
         x: in [-1, 1], of any float dtype (16 bits don't hold the levels); below -0.999 it counts as the first level,

@@ -61,7 +61,7 @@ class Guidance:
 
     def scales(self, timestep: Tensor) -> Tensor:
         """The scale at each timestep, float64: 1 outside the interval."""
-        scales = torch.full(timestep.shape, float(self.scale), dtype=torch.float64)
+        scales = torch.full(timestep.shape, float(self.scale), dtype=torch.float64, device="cpu")
         if self.interval is not None:
             low, high = self.interval
             scales[(timestep < low) | (timestep > high)] = 1.0

@@ -230,10 +230,10 @@ class Loop:
 
 def _in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
     """The same, with everything in tensors on the device: what a graph reads anew each time it is played."""
-    seed = torch.tensor(rng.seed_value) if rng.seed is None else rng.seed
+    seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
     ids = rng.sample_ids
     if ids is None:
-        ids = torch.arange(rng.first_id, rng.first_id + batch)
+        ids = torch.arange(rng.first_id, rng.first_id + batch, device=device)
     return Philox(seed.to(device, copy=True), ids.to(device, copy=True))
 
 

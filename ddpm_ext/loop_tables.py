@@ -93,7 +93,9 @@ def make_tables(
         elif eta != 0:
             raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
     # by more than equality: 1.0 and True must not pass for the 1 that is kept
-    given = None if timesteps is None else torch.as_tensor(timesteps)
+    given = timesteps
+    if not (given is None or isinstance(given, Tensor)):
+        given = torch.as_tensor(given, device="cpu")
     chosen = None if given is None else (given.dtype, given.shape, tuple(given.flatten().tolist()))
     key = (sampler, eta, repr(steps), repr(spacing), chosen, repr(scale), jumps)
     if key not in kept:

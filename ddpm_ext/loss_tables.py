@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ext.checks import is_plain
 from ddpm_ext.loop_tables import LEARNED
 from ddpm_ext.tables import DeviceTables, prediction_coefficients
 from ddpm_ext.weightings import check_given, names, weights
@@ -57,7 +58,7 @@ def _bound(diffusion: ForwardProcess, log_variance: Tensor) -> Tensor:
         )
     l0, l1 = log_variance.unbind(1)
     posterior = diffusion.posterior_log_variance_clipped
-    decoder = torch.arange(diffusion.timesteps) == 0
+    decoder = torch.arange(diffusion.timesteps, device="cpu") == 0
     return torch.stack(
         [
             torch.where(decoder, l0, l0 - posterior),
@@ -88,7 +89,8 @@ def _rows(target: Tensor, weight: Tensor) -> Tensor:
 def _with_bound(rows: Tensor, bound: Tensor, counts: Counts) -> Tensor:
     """(timesteps, 8)"""
     weight = rows[:, 2:3] if counts.error else torch.zeros_like(rows[:, 2:3])
-    return torch.cat([rows[:, :2], weight, torch.full_like(weight, counts.bound or 0.0), bound], 1)
+    # a product, of which torch.compile makes one graph for all numbers
+    return torch.cat([rows[:, :2], weight, torch.ones_like(weight) * (counts.bound or 0.0), bound], 1)
 
 
 class _Weights(NamedTuple):
@@ -128,6 +130,10 @@ class LossTables:
         self._kept: list[tuple[_Weights, Counts, DeviceTables]] = []
         self._perturbed: dict[float, DeviceTables] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without given weights, which may be on a device that another process hasn't, or of a graph."""
+        return {**self.__dict__, "_kept": []}
+
     def get(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, counts: Counts = ERROR) -> Tensor:
         """(timesteps, 4): k0, k1, the weight and a zero; or (timesteps, 8), with the bound's term.
 
@@ -142,8 +148,10 @@ class LossTables:
         for kept, counted, tables in self._kept:
             if counted == counts and kept.still(weighting):
                 return tables.get("loss", device, dtype)
-        tables = DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, counts))
-        if isinstance(weighting, str) or not weighting.is_inference():  # those count no versions
+        rows = self._make(weighting, torch.device("cpu"), torch.float64, counts)
+        tables = DeviceTables(loss=rows)
+        # inference tensors count no versions; what a function transform or a fake mode made is of no use after it
+        if is_plain(rows) and (isinstance(weighting, str) or not weighting.is_inference()):
             self._kept = [*self._kept[-KEPT + 1 :], (_Weights.of(weighting), counts, tables)]
         return tables.get("loss", device, dtype)
 
@@ -163,6 +171,8 @@ class LossTables:
         tables = self._perturbed.get(scale)
         if tables is None:
             noise = self._named.get("noise", torch.device("cpu"), torch.float64)
-            tables = DeviceTables(noise=torch.stack([torch.ones_like(noise), noise * scale], 1))
-            self._perturbed = {scale: tables}
+            rows = torch.stack([torch.ones_like(noise), noise * scale], 1)
+            tables = DeviceTables(noise=rows)
+            if is_plain(rows):
+                self._perturbed = {scale: tables}
         return tables.get("noise", device, dtype)

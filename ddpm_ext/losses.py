@@ -70,13 +70,12 @@ def diffusion_loss(
     row, index = split_t(t)
     noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
     arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
-    how = REDUCTIONS.index(reduction)
+    want_slope = torch.is_grad_enabled() and model_output.requires_grad
+    how = {"reduction": REDUCTIONS.index(reduction), "want_slope": want_slope}
+    how |= {"variational": variational, "detach_mean": detach_mean}
     if torch.compiler.is_compiling():
-        wanted = torch.is_grad_enabled() and model_output.requires_grad
-        return torch.ops.ddpm_ext.diffusion_loss(
-            *arguments, reduction=how, want_slope=wanted, variational=variational, detach_mean=detach_mean
-        )[0]
-    return _DiffusionLoss.apply((how, variational, detach_mean), *arguments)
+        return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
+    return _DiffusionLoss.apply(tuple(how.values()), *arguments)
 
 
 def check_options(loss: str, delta: float, reduction: str) -> None:
@@ -102,9 +101,8 @@ class _DiffusionLoss(torch.autograd.Function):
     """Eager calls, which the dispatcher would cost more than a small loss does."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[int, bool, bool], *arguments: Any) -> Tensor:
-        reduction, variational, detach_mean = how
-        loss, slope = C.diffusion_loss(*arguments, reduction, ctx.needs_input_grad[1], variational, detach_mean)
+    def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
+        loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
@@ -118,7 +116,7 @@ class _DiffusionLoss(torch.autograd.Function):
 
 def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
     """slope times grad, where it can be in the slope's own memory."""
-    plain = type(grad) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    plain = checks.is_plain(grad)
     kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()  # and may be asked for again
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.clone() if kept else slope

@@ -42,8 +42,8 @@ class Philox:
             samples' device. 0 <= id < 2^56.
         draw: 0 <= draw < 2^32, in place of the timestep. A sampling loop refuses it.
         stream: 0 <= stream < 256, in place of the operation's own (0 the reverse step, 1 the starting noise, 2 the
-            forward process, 3 the timesteps of training, 4 offset noise, 5 input perturbation; 16 and up are yours). A
-            sampling loop refuses it.
+            forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
+            noise (4) and input perturbation (5) keep theirs.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is

@@ -15,24 +15,24 @@ __all__ = ["SCHEDULES", "make_betas", "rescale_zero_terminal_snr"]
 def linear(timesteps: int) -> Tensor:
     """From 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled so that fewer steps destroy as much."""
     scale = 1000 / timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+    return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
 
 
 def scaled_linear(timesteps: int) -> Tensor:
     """Linear in sqrt(beta) from 0.00085 to 0.012 (Rombach et al. 2022: Stable Diffusion)."""
-    return torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64) ** 2
+    return torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2
 
 
 def cosine(timesteps: int, s: float = 0.008) -> Tensor:
     """alphas_cumprod = cos^2((t/T + s) / (1 + s) pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+    t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
     return _from_alphas_cumprod(torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2)
 
 
 def sigmoid(timesteps: int, start: float = -3, end: float = 3, tau: float = 1) -> Tensor:
     """alphas_cumprod falls along a sigmoid from `start` to `end`, betas at most 0.999 (Jabri et al. 2022, appendix)."""
-    t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
-    first, last = (torch.tensor(v / tau, dtype=torch.float64).sigmoid() for v in (start, end))
+    t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
+    first, last = (torch.tensor(v / tau, dtype=torch.float64, device="cpu").sigmoid() for v in (start, end))
     return _from_alphas_cumprod((last - ((t * (end - start) + start) / tau).sigmoid()) / (last - first))
 
 

@@ -52,21 +52,21 @@ class Grid:
 
 def _linspace(timesteps: int, steps: int) -> Tensor:
     if steps == 1:
-        return torch.tensor([timesteps - 1])
-    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().long()
+        return torch.tensor([timesteps - 1], device="cpu")
+    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64, device="cpu").round().long()
 
 
 def _leading(timesteps: int, steps: int) -> Tensor:
-    return torch.arange(steps).flip(0) * (timesteps // steps)
+    return torch.arange(steps, device="cpu").flip(0) * (timesteps // steps)
 
 
 def _trailing(timesteps: int, steps: int) -> Tensor:
-    return (timesteps - torch.arange(steps, dtype=torch.float64) * (timesteps / steps)).round().long() - 1
+    return (timesteps - torch.arange(steps, dtype=torch.float64, device="cpu") * (timesteps / steps)).round().long() - 1
 
 
 def _quadratic(timesteps: int, steps: int) -> Tensor:
-    i = torch.arange(steps)
-    ideal = (torch.linspace(0, (0.8 * timesteps) ** 0.5, steps, dtype=torch.float64) ** 2).long()
+    i = torch.arange(steps, device="cpu")
+    ideal = (torch.linspace(0, (0.8 * timesteps) ** 0.5, steps, dtype=torch.float64, device="cpu") ** 2).long()
     return ((ideal - i).cummax(0).values + i).flip(0)  # none twice
 
 
@@ -127,7 +127,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         steps = int(sections.removeprefix("ddim"))
         for stride in range(1, timesteps + 1):
             if len(range(0, timesteps, stride)) == steps:
-                return torch.arange(0, timesteps, stride).flip(0)
+                return torch.arange(0, timesteps, stride, device="cpu").flip(0)
         raise ValueError(f"spacing is {sections!r}, but no stride takes {steps} of {timesteps} timesteps")
     size, longer = divmod(timesteps, len(sections))
     taken: list[Tensor] = []
@@ -137,7 +137,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
         if not 1 <= count <= length:
             raise ValueError(f"section {i} is to give {count} timesteps, expected 1 to {length}, which it has")
         gap = 1.0 if count == 1 else (length - 1) / (count - 1)
-        taken.append(start + (torch.arange(count, dtype=torch.float64) * gap).round().long())
+        taken.append(start + (torch.arange(count, dtype=torch.float64, device="cpu") * gap).round().long())
         start += length
     return torch.cat(taken).flip(0)
 
@@ -175,7 +175,7 @@ def make_grid(
         ValueError: a timestep out of range, two neighbours alike, numbers out of [0, 1], another length.
     """
     levels = _levels(alphas_cumprod)
-    chosen = torch.as_tensor(timestep)
+    chosen = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")
     if chosen.dtype != torch.int64:
         raise TypeError(f"timestep has dtype {chosen.dtype}, expected int64")
     chosen = chosen.detach().to("cpu", copy=True)
@@ -241,7 +241,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
     if not rho > 0:
         raise ValueError(f"rho is {rho}, expected rho > 0")
     greatest, least = _sigma_range(alphas_cumprod, steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     return _sigma_grid(alphas_cumprod, (greatest ** (1 / rho) * (1 - ramp) + least ** (1 / rho) * ramp) ** rho, final)
 
 
@@ -251,6 +251,7 @@ def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> G
     Args, returns, raises: as karras_grid.
     """
     greatest, least = _sigma_range(alphas_cumprod, steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    sigma = torch.exp(torch.tensor(greatest).double().log() * (1 - ramp) + torch.tensor(least).double().log() * ramp)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+    first, last = (torch.tensor(sigma, device="cpu").double().log() for sigma in (greatest, least))
+    sigma = torch.exp(first * (1 - ramp) + last * ramp)
     return _sigma_grid(alphas_cumprod, sigma, final)

@@ -36,8 +36,12 @@ def unwrap(model_output: Any) -> Tensor:
 def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
     """The halves of a learned variance's model output (batch, 2 channels, ...), as views: prediction and variance."""
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
+    if channels == 0:
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}, expected (batch, channels, ...) where the variance is learned"
+        )
     expected = (len(x_t), 2 * channels, *x_t.shape[2:])
-    if model_output.shape != expected or channels == 0:
+    if model_output.shape != expected:
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "
             "the variance is learned"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_ext.checks import is_plain
 from ddpm_ext.step_table import StepTable
 
 __all__ = ["DeviceTables", "StepDeviceTables", "prediction_coefficients"]
@@ -43,7 +44,7 @@ class DeviceTables:
             with torch.inference_mode(False):
                 table = self._tables[name, torch.device("cpu"), dtype].to(device)
             # What a function transform or a fake mode made is of no use after it.
-            if type(table) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(table):
+            if is_plain(table):
                 self._tables[name, device, dtype] = table
         return table
 

@@ -35,7 +35,7 @@ def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
     """Of each place, float64 in (0, 1): (w0 + 1/2) / 2^32."""
     word = torch.zeros_like(places)
     counter = torch.stack([word, word + iteration, places & 0xFFFFFFFF, (places >> 32) + (STREAM_TIMESTEPS << 24)], -1)
-    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32])
+    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=places.device)
     return (philox4x32(counter, key)[..., 0].double() + 0.5) / 2**32
 
 
@@ -56,7 +56,7 @@ class TimestepSampler:
 
     def probabilities(self) -> Tensor:
         """Of each timestep, float64 (timesteps,), all above 0; their sum is 1."""
-        return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64)
+        return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64, device="cpu")
 
     def sample(
         self,
@@ -93,7 +93,8 @@ class TimestepSampler:
         if stop > total:
             raise ValueError(f"first is {first} and batch_size {batch_size}, expected at most total, {total}, together")
         device = checks.device(device)
-        t, weights = self._pick(self._positions(torch.arange(first, stop), total, seed, iteration))
+        places = torch.arange(first, stop, device="cpu")
+        t, weights = self._pick(self._positions(places, total, seed, iteration))
         return t.to(device), weights.to(device)
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
@@ -103,7 +104,7 @@ class TimestepSampler:
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Where in all timesteps' probabilities, laid end to end, the positions lie; the weights."""
         t = (positions * self.timesteps).long().clamp(max=self.timesteps - 1)
-        return t, torch.ones(len(t))
+        return t, torch.ones_like(t, dtype=torch.float32)
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
         """The losses of an iteration, as they are without weights; nothing is learned of them here.
@@ -139,7 +140,8 @@ class LowDiscrepancy(TimestepSampler):
     """
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        return (_uniforms(seed, iteration, torch.zeros(1, dtype=torch.int64)) + places.double() / max(total, 1)) % 1
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return (_uniforms(seed, iteration, first) + places.double() / max(total, 1)) % 1
 
 
 class _Weighted(TimestepSampler):
@@ -205,8 +207,8 @@ class LossSecondMoment(_Weighted):
         if not 0 < uniform_probability <= 1:
             raise ValueError(f"uniform_probability is {uniform_probability}, expected 0 < uniform_probability <= 1")
         self.uniform_probability = float(uniform_probability)
-        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64)  # of each timestep, a ring
-        self._counts = torch.zeros(self.timesteps, dtype=torch.int64)  # of its losses so far
+        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # rings
+        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")  # of losses so far
 
     def probabilities(self) -> Tensor:
         uniform = super().probabilities()

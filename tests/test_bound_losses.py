@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from comparison import backends, float64, normals
 from refusals import Model, refuse
+from torch._dynamo.backends.debugging import aot_eager
 
 from ddpm_ext import GaussianDiffusion, Philox, losses, reference
 from ddpm_ext.gaussians import discretized_gaussian_log_likelihood, normal_kl
@@ -274,6 +275,28 @@ def test_compiles_whole(device):
     torch.compiler.reset()
 
 
+def test_compiles_once_for_every_weight_of_the_bound(device):
+    """As a schedule would change it, and for every batch size."""
+    torch.compiler.reset()
+    gd, compiled = GaussianDiffusion(variance="learned_range"), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    def step(m, x, t, vlb_weight):
+        return gd.train_losses(lambda *_: m, x, t, rng=Philox(3), vlb_weight=vlb_weight)
+
+    x, m, t = images(device), outputs("learned_range", device), TIMESTEPS.to(device)
+    function = torch.compile(step, backend=backend, fullgraph=True)
+    for i in range(10):
+        size, vlb_weight = 2 + i % 5, 0.001 + 0.0003 * i
+        given = m[:size], x[:size], t[:size], vlb_weight
+        assert torch.equal(function(*given), step(*given))
+    assert len(compiled) <= 3
+    torch.compiler.reset()
+
+
 def test_gradcheck_of_the_reference():
     gd = GaussianDiffusion(50, variance="learned_range", backend="reference")
     x = images("cpu").double()[:4, :, :2, :2]
@@ -303,7 +326,8 @@ def test_refusals(backend, device):
     bad = functools.partial(refuse, "train_losses", backend, device)
     bad(ValueError, ["loss is 'kl'", "'vlb' or 'rescaled_vlb'"], loss="kl")
     bad(ValueError, ["weighting is given beside loss 'vlb'", "'simple'"], loss="vlb", weighting="snr")
-    bad(ValueError, ["weighting is given beside loss 'vlb'"], loss="vlb", weighting=torch.ones(50))
+    for weighting in (torch.ones(50), torch.ones(50).numpy(), None):
+        bad(ValueError, ["weighting is given beside loss 'vlb'"], loss="vlb", weighting=weighting)
     for value, kind in ((-1, ValueError), (float("nan"), ValueError), (math.inf, ValueError), ("1", TypeError)):
         bad(kind, [f"vlb_weight is {value!r}"], vlb_weight=value)
     x, t = images(device), TIMESTEPS.to(device)

@@ -48,6 +48,18 @@ def test_the_newest_are_kept_by_number(tmp_path):
     assert names == ["step-100000001.safetensors", "step-100000002.safetensors"]
 
 
+def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
+    """They are damaged, or the run would not have gone on from an earlier one"""
+    for step in (10, 20):
+        save(tmp_path, step)
+    checkpoints.newest(tmp_path).write_bytes(b"")
+    for step in (12, 14):
+        written = save(tmp_path, step, keep=1)
+        assert checkpoints.latest(tmp_path, str)[0] == written
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000014.safetensors", "step-00000020.safetensors"]
+
+
 def test_none_at_all(tmp_path):
     assert checkpoints.newest(tmp_path) is None
     assert checkpoints.latest(tmp_path) is None

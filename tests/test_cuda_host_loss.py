@@ -72,7 +72,7 @@ def test_sizes(host, pair, kind, noise):
     """Whole chunks, parts of one, several blocks a sample; with x_start and without."""
     for count in (1, 2, 3, 5, 64, 511, 512, 513, 2051, 70_000):
         batch = 1 if count > 10_000 else 5
-        m, x, z = (normal(batch, count, seed=i, dtype=pair[(i > 0 and 0) or 1]) for i in range(3))
+        m, x, z = (normal(batch, count, seed=i, dtype=pair[i == 0]) for i in range(3))
         t = torch.arange(batch) % 5
         for target in (x, None):
             if target is None and noise == "drawn" and pair[0] != pair[1]:
@@ -91,7 +91,7 @@ def test_layouts(host, pair, layout):
             return x.transpose(1, 2).contiguous().transpose(1, 2)
         return torch.stack([x, x], -1)[..., 0] if layout == "sliced" else x[:, :, :1].expand(x.shape)
 
-    m, x, z = (lay(normal(3, 20, 37, seed=i, dtype=pair[(i > 0 and 0) or 1])) for i in range(3))
+    m, x, z = (lay(normal(3, 20, 37, seed=i, dtype=pair[i == 0])) for i in range(3))
     for kind in range(3):
         for noise in (z, None):
             check(host, m, x, noise, kind=kind, t=torch.tensor([3, 0, 2]))

@@ -172,6 +172,23 @@ def test_dataset():
         as_images(type("Endless", (), {"__getitem__": lambda self, index: torch.zeros(1, 2, 2)})())
 
 
+def test_first_item_that_can_be_read_tells_the_shape():
+    class Items(list):
+        def __getitem__(self, index):
+            if super().__getitem__(index) is None:
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    images = as_images(Items([None, torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)]))
+    assert images.shape == (1, 2, 3)
+    with pytest.raises(DamagedImage, match="data: cannot read item 0: gone"):
+        images.batch(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), as item 1"):
+        images.batch(torch.tensor([2]))
+    with pytest.raises(DamagedImage, match="data: cannot read item 1: gone"):
+        as_images(Items([None, None]))
+
+
 def test_image_folder_of_torchvision(folder):
     datasets = pytest.importorskip("torchvision.datasets")
     from torchvision import transforms
@@ -192,3 +209,17 @@ def test_tensor_images_bad_input():
     for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
         with pytest.raises(ValueError, match="images: got"):
             TensorImages(images)
+    for images, found in (
+        (torch.full((2, 1, 2, 2), 255.0), "255 to 255"),
+        (torch.full((1, 1, 1, 1), torch.nan), "nan"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"images: the tensor has values from {found}.*, expected them in \[-1, 1"
+        ):
+            TensorImages(images)
+
+
+def test_tensor_of_a_graph_is_data_alone():
+    images = TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True))
+    assert not images.batch(torch.tensor([0])).requires_grad
+    assert images.fingerprint() == TensorImages(torch.zeros(2, 1, 2, 2)).fingerprint()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -40,6 +41,33 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=120)
     assert done.returncode == -9, done.stderr
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / ".lock"
+    path.touch()
+    code = (
+        "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext import files\n"
+        "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
+        "context = multiprocessing.get_context('fork')\nhere, there = context.Pipe()\n"
+        "with files.lock(sys.argv[1]):\n"
+        "    context.Process(target=work, args=(there,)).start()\n    print(here.recv(), flush=True)\n"
+        "    try:\n        files.lock(sys.argv[1]).__enter__()\n"
+        "    except ValueError:\n        print('locked', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with open(tmp_path / "said", "w+") as said:
+        done = subprocess.run([sys.executable, "-c", code, str(path)], stdout=said, timeout=120)
+        said.seek(0)
+        worker, locked = said.read().split()
+    try:
+        assert (done.returncode, locked) == (-signal.SIGKILL, "locked")
+        with files.lock(path):
+            os.kill(int(worker), 0)  # still there
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
 
 
 def test_nothing_written_is_an_error(tmp_path):

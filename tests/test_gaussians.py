@@ -81,6 +81,9 @@ def likelihood(x, mean, log_scale):
 @example(255, ("units", 2.0), -20.0)
 @example(100, ("units", -1.5), -20.0)
 @example(100, ("half bins", 1.0), -20.0)
+@example(255, ("units", -2.0), -43.0)  # as narrow as float32 has numbers for
+@example(100, ("units", 1.2), -43.0)
+@example(100, ("half bins", 0.9), -43.0)
 @example(100, ("units", 1 + 1 / 255), 0.0)  # where a formula of other ranges has an infinite slope
 @example(7, ("sigmas", 0.0), 5.0)
 @example(7, ("units", 3.0), 5.0)

@@ -366,6 +366,20 @@ def test_backward_twice_and_accumulated(table, normal):
             loss.backward()
 
 
+@dtypes
+def test_many_gradients_at_once(x_dtype, m_dtype, table, normal):
+    """As torch.autograd.grad batches them, with a batch that only it sees."""
+    x, leaf = normal(3, 40, seed=1, dtype=x_dtype), normal(3, 40, dtype=m_dtype).requires_grad_()
+    for reduction, upstream in (("none", torch.diag(torch.tensor([1.0, -2.0, 3.0]))), ("mean", torch.tensor([1.0, 7]))):
+        upstream = upstream.to(leaf.device)
+
+        def slopes(grad, reduction=reduction, **options):
+            loss = ops.diffusion_loss(leaf, x, table, 0, rng=Philox(0), reduction=reduction)
+            return torch.autograd.grad(loss, leaf, grad, **options)[0]
+
+        assert torch.equal(slopes(upstream, is_grads_batched=True), torch.stack([slopes(grad) for grad in upstream]))
+
+
 @losses
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("samples", ["x_start", "without x_start"])

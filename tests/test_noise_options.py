@@ -115,6 +115,17 @@ def test_gradients_reach_x_start(device):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
+@backends
+def test_own_streams_and_draws(backend, device):
+    """An rng's own stream is that of the noise alone; its draw is all three's."""
+    (x,), t = normals(1, device), timesteps(device)
+    gd, model, rng = GaussianDiffusion(backend=backend), Seen(x), Philox(11, 2**40, stream=40, draw=9)
+    gd.train_losses(model, x, t, rng=rng, offset_noise=0.3, input_perturbation=0.2)
+    z, moves, more = (drawn(shape, [9] * 6, s) for shape, s in ((SHAPE, 40), (SHAPE[:2], 4), (SHAPE, 5)))
+    expected = expected_x_t(gd, x.cpu(), z + 0.3 * moves[..., None, None] + 0.2 * more, t.cpu())
+    torch.testing.assert_close(model.x_t.cpu().double(), expected, rtol=1e-6, atol=2e-6)
+
+
 def test_x_start_stays(device):
     gd, (x,), t = GaussianDiffusion(prediction="v"), normals(1, device), timesteps(device)
     before = x.clone()

@@ -397,8 +397,8 @@ def test_variants_that_add_up():
     inner = "ddpm_ext::LossRow, (ddpm_ext::Noise)1, (ddpm_ext::cuda::Access)0, float, __half"
     v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<{inner}>(ddpm_ext::LossArgs)")
     assert (v.title, v.access, v.dtypes) == ("Loss, noise given", "vector", "float32 / float16 / float32")
-    # x_start, the model's output, noise; the slope, as the model's output
-    assert (v.bytes_read, v.bytes_written, v.adds_up) == (4 + 2 + 4, 2, True)
+    # x_start, the model's output, noise; the slope, float32
+    assert (v.bytes_read, v.bytes_written, v.adds_up) == (4 + 2 + 4, 4, True)
     bound = kernels.variant(
         "void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<ddpm_ext::VariationalRow, (ddpm_ext::Noise)2, "
         "(ddpm_ext::cuda::Access)1, float, float>(ddpm_ext::LossArgs)"

@@ -159,6 +159,23 @@ def test_generators_of_torch_are_left_alone(device):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@each
+def test_defaults_of_torch_do_not_matter(make):
+    sampler, before = make(), torch.get_default_dtype()
+    expected = sampler.sample(6, seed=0, iteration=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = sampler.sample(6, seed=0, iteration=1)
+            made = LossSecondMoment(2, history=1)
+            made.update(torch.tensor([0, 1], device="cpu"), torch.tensor([1.0, 3.0], device="cpu"))
+            assert made.probabilities()[1] > 0.7
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_stream_is_of_its_own():
     assert noise.STREAM_TIMESTEPS == 3
     others = {noise.STREAM_REVERSE, noise.STREAM_START, noise.STREAM_FORWARD}

@@ -248,6 +248,22 @@ def test_without_data(device):
         assert leaf.grad.shape == SHAPE
 
 
+@pytest.mark.parametrize("options", [{"loss": "vlb"}, {"input_perturbation": 0.1}], ids=str)
+def test_nothing_is_kept_without_data(options, device):
+    """Tables that were first made among shapes alone, or in a function transform, are made again."""
+    (x, m), t = normals(2, device), timesteps(device)
+    expected = GaussianDiffusion().train_losses(lambda *_: m, x, t, rng=Philox(0), **options)
+    gd = GaussianDiffusion()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(SHAPE, device=device)
+        gd.train_losses(lambda *_: fake, fake, torch.zeros(6, dtype=torch.int64, device=device), **options)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t, rng=Philox(0), **options), expected)
+    gd = GaussianDiffusion()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda m: gd.train_losses(lambda *_: m, x, t, **options))(m)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t, rng=Philox(0), **options), expected)
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 

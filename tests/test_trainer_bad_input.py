@@ -38,6 +38,19 @@ class Items:
         return self.items[index]
 
 
+def half_frozen():
+    model = Tiny()
+    model.into.requires_grad_(False)
+    return model
+
+
+class Noted(Tiny):
+    """With more than tensors in its state"""
+
+    def get_extra_state(self):
+        return {"note": 1}
+
+
 IMAGE = torch.zeros(1, 8, 8)
 
 
@@ -55,6 +68,8 @@ IMAGE = torch.zeros(1, 8, 8)
         ({"data": "nowhere", "image_size": 8}, ValueError, "data: no such folder: nowhere"),
         ({"model": Tiny(3)}, ValueError, r"model: it fails at images of shape \(1, 8, 8\) \(.*channels"),
         ({"model": Tiny(1, 2)}, ValueError, r"model: it gives \(1, 2, 8, 8\) for images of shape \(1, 1, 8, 8\), exp"),
+        ({"model": Tiny().requires_grad_(False)}, ValueError, "model: a Tiny has no parameters to train, expected at"),
+        ({"model": Noted()}, ValueError, "model: _extra_state in its state dict is a dict, expected a tensor"),
         ({"model": torch.nn.Linear(2, 2)}, ValueError, r"model: it fails at images .* takes 2 positional arguments"),
         ({"model": "nowhere.json"}, ValueError, "model: no such file: nowhere.json"),
         ({"model": {"in_channels": 3}}, ValueError, "model: config has in_channels 3, expected 1 for images"),
@@ -170,18 +185,39 @@ def test_loss_that_is_no_number_tells_where_and_what_is_left(tmp_path, monkeypat
     assert checkpoints.newest(tmp_path / "run") == path  # none of weights that are no numbers
 
 
+class Rough(Tiny):
+    """Its gradient is no number, while its output is one"""
+
+    def forward(self, x, t):
+        zero = 0 * self.time.weight.sum()
+        return super().forward(x, t) + zero.square().sqrt()
+
+
 def test_gradient_that_is_no_number(tmp_path):
-    """The loss is one still"""
-
-    class Rough(Tiny):
-        def forward(self, x, t):
-            zero = 0 * self.time.weight.sum()
-            return super().forward(x, t) + zero.square().sqrt()
-
     with pytest.raises(
         ValueError, match=r"training: the gradient's norm is nan at step 0, at timesteps .*, \.\.\.; noth"
     ):
         make(tmp_path / "run", model=Rough(), batch_size=20).fit()
+
+
+def test_gradient_that_no_loss_scale_helps(tmp_path):
+    """From 65536 down to 1 they are tried; then the run stops, as it would without a scale"""
+    with pytest.raises(ValueError, match=r"training: the gradient's norm is nan at step 14, .*step-00000010\.safeten"):
+        make(tmp_path / "run", model=Rough(), autocast="float16").fit()
+    assert checkpoints.header(checkpoints.newest(tmp_path / "run"))["scaler"]["scale"] == 65536 / 2**10
+
+
+def test_run_that_was_stopped_before_a_checkpoint_is_not_continued(tmp_path):
+    def report(text):
+        if text.startswith("step "):
+            raise KeyboardInterrupt
+
+    trainer = make(tmp_path / "run", report=report)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    with pytest.raises(ValueError, match="fit: this Trainer has taken 7 steps that nothing saved; make another"):
+        trainer.fit()
+    make(tmp_path / "run", steps=8).fit()
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +235,10 @@ def done(tmp_path_factory):
         ({"timestep_sampler": "uniform"}, "timestep_sampler is uniform, but"),
         ({"squares": 12}, "the number of images is 12, but .* was made with 11"),
         ({"data": torch.zeros(11, 1, 8, 8)}, "the images' fingerprint is .*, but .* was made with Squares 11"),
+        (
+            {"model": half_frozen()},
+            r"the frozen parameters is \['into.weight', 'into.bias'\], but .* was made with \[\]",
+        ),
         ({"width": 8}, r"model's into.weight is \[8, 1, 3, 3\], but .* was made with \[6, 1, 3, 3\]"),
     ],
 )

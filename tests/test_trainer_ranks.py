@@ -1,7 +1,9 @@
 """ddpm_ext.training by several ranks: the same images, timesteps and noise as by one, and no rank waits for ever."""
 
+import copy
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +47,9 @@ def ended(tmp_path_factory):
     runs |= {name: [STEPS, STEPS | other] for name, (other, _) in DIFFERENT.items()}
     runs["interrupted"] = [STEPS | {"checkpoint_every": 5, "die_at": 12}] * 2
     runs |= {f"killed {rank}": [STEPS | ({"die_at": 7} if rank == own else {}) for own in (0, 1)] for rank in (0, 1)}
-    runs["group"] = [STEPS | {"own_group": True}] * 2
+    runs["group"] = [STEPS | {"own_group": "gloo"}] * 2
+    runs["group of GPUs"] = [SAME["two"][1] | {"own_group": "cuda:gloo"}] * 2
+    runs["three killed"] = [SAME["three"][1] | {"checkpoint_every": 5, "die_at": 7}] * 3
     runs["not a number"] = [STEPS, STEPS | {"nan_at": 8}]
     codes = trainer_run.in_forks(folder, runs)
     return {name: (folder / name, codes[name]) for name in runs}
@@ -87,6 +91,18 @@ def test_one_rank_goes_on_where_two_stopped(ended, tmp_path):
     assert alike(trainer_run.weights(folder / "run"), trainer_run.weights(tmp_path / "one"))
 
 
+def test_three_go_on_where_three_stopped_bit_for_bit(ended, tmp_path):
+    """Where the order in which gradients are added up shows"""
+    shutil.copytree(ended["three killed"][0], tmp_path / "three")
+    again = [SAME["three"][1] | {"checkpoint_every": 5, "resume": True}] * 3
+    assert trainer_run.in_forks(tmp_path, {"three": again}) == {"three": [0] * 3}
+    assert "resumed at step 5 " in said(tmp_path / "three", 0, "out")
+    found, expected = (
+        checkpoints.load(checkpoints.newest(folder / "run"))[0] for folder in (tmp_path / "three", ended["three"][0])
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_killed_rank_ends_the_others(ended, killed):
     folder, codes = ended[f"killed {killed}"]
@@ -111,32 +127,49 @@ def test_loss_that_is_no_number_on_one_rank_stops_all(ended):
     assert said(folder, 1) == ""
 
 
-def test_parts_are_averaged_over_ranks_once(tmp_path):
-    """Not after each of them"""
+@pytest.fixture
+def group_of_one(tmp_path):
     meeting = f"file://{tmp_path}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
-    try:
-        trainer = trainer_run.make(tmp_path / "run", **STEPS | {"batch_size": 6}, accumulate=3)
-        first_of_two = Ranks(0, 2)
-        stepper = Stepper(trainer.state, trainer.diffusion, trainer.options, first_of_two, trainer.device)
-        averaged = []
+    yield
+    torch.distributed.destroy_process_group()
 
-        def average(state, bucket):
-            averaged.append(bucket.index())
-            done = torch.futures.Future()
-            done.set_result(bucket.buffer())
-            return done
 
-        stepper.parallel.register_comm_hook(None, average)
+def first_of_two(trainer):
+    ranks = Ranks(0, 2)
+    return Stepper(trainer.state, trainer.diffusion, trainer.options, ranks, trainer.device)
+
+
+def test_parts_are_averaged_over_ranks_once(group_of_one, tmp_path):
+    """Not after each of them; and once before the first step, where it changes nothing"""
+    trainer = trainer_run.make(tmp_path / "run", **STEPS | {"batch_size": 6}, accumulate=3)
+    stepper, averaged = first_of_two(trainer), []
+
+    def average(state, bucket):
+        averaged.append((trainer.state.step, bucket.index()))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    stepper.parallel.register_comm_hook(None, average)
+    for _ in range(2):
         stepper.take(torch.zeros(3, 1, 8, 8))
-    finally:
-        torch.distributed.destroy_process_group()
-    assert averaged == [0]
-    assert trainer.model.calls == 3
+    assert averaged == [(0, 0), (0, 0), (1, 0)]
+    assert trainer.model.calls == 6
 
 
-def test_group_of_the_caller_is_used_and_left(ended):
-    folder, codes = ended["group"]
+def test_parameter_without_a_gradient_is_told(group_of_one, tmp_path):
+    model = trainer_run.Tiny()
+    model.spare = torch.nn.Linear(2, 2)
+    stepper = first_of_two(trainer_run.make(tmp_path / "run", model=copy.deepcopy(model), **STEPS))
+    with pytest.raises(ValueError, match=r"model: spare\.weight gets no gradient, expected requires_grad=False for it"):
+        stepper.take(torch.zeros(3, 1, 8, 8))
+    trainer_run.make(tmp_path / "run", model=model, **STEPS).fit()  # alone it may be there
+
+
+@pytest.mark.parametrize("name", ["group", "group of GPUs"])
+def test_group_of_the_caller_is_used_and_left(ended, name):
+    folder, codes = ended[name]
     assert codes == [0, 0], said(folder, 0)
     assert said(folder, 1, "out") == "the group is there\n"
 

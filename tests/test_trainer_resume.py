@@ -64,6 +64,27 @@ def test_killed_and_resumed_is_as_never_stopped(killed, tmp_path, threads, name)
     assert [int(row["step"]) for row in rows[0]] == list(range(1, 61))
 
 
+def test_state_has_the_strides_of_the_weights(tmp_path, threads):
+    """Which a fused step takes for granted"""
+    threads(1)
+
+    def trainer(**options):
+        model = trainer_run.Tiny(channels=2).to(memory_format=torch.channels_last)
+        data = torch.linspace(-1, 1, 3 * 2 * 8 * 8).view(3, 2, 8, 8)
+        return trainer_run.make(tmp_path / "run", model=model, data=data, steps=20, **options)
+
+    trainer().fit()
+    expected = trainer_run.weights(tmp_path / "run")
+    checkpoints.newest(tmp_path / "run").unlink()
+    resumed = trainer(resume=True)
+    resumed.fit()
+    assert not resumed.model.into.weight.is_contiguous()
+    found = trainer_run.weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    moments = resumed.state.optimizer.state[resumed.model.into.weight]
+    assert moments["exp_avg"].stride() == resumed.model.into.weight.stride()
+
+
 def test_variants_differ(killed):
     """So that none of them passes by being ignored"""
     last = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -178,6 +179,22 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resumed at step 4 " in done.stdout
     assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
+
+
+def test_resumed_options_go_with_the_checkpoints(tmp_path, monkeypatch):
+    """Not with the defaults of what isn't said"""
+    from ddpm_ext import cli, training
+
+    found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
+    train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
+    latest = checkpoints.latest(tmp_path / "run")
+    monkeypatch.setattr(checkpoints, "latest", lambda *a, **k: (latest[0], latest[1] | {"options": asdict(found)}))
+    taken = []
+    monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
+    more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", "--out", str(tmp_path / "run"), *more])
+    assert taken == [replace(found, accumulate=200, sample_every=5, sample_steps=1500)]
 
 
 def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):

@@ -186,6 +186,14 @@ def test_peak_without_gradients_is_x_t():
     assert kept == 4
 
 
+def test_peak_without_gradients_of_an_output_that_has_them():
+    gd = diffusion()
+    with torch.no_grad():
+        peak, kept = held(lambda output: gd.train_losses(lambda *_: output, X, T, rng=Philox(1)), make_output)
+    assert BATCH <= peak <= BATCH + SMALL, peak / BATCH
+    assert kept == 4
+
+
 # --------------------------------------------------------------------------------------------------- operations
 
 

@@ -167,6 +167,21 @@ def test_other_weights_at_an_old_address(remake):
     assert torch.equal(rows(again, "min_snr"), rows(GaussianDiffusion(50), "min_snr"))
 
 
+@pytest.mark.parametrize(
+    "remake", [copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))], ids=["copied", "pickled"]
+)
+def test_given_weights_are_not_copied(remake):
+    """They may be on a device that is not there, or of a graph, which can't be copied at all."""
+    gd = GaussianDiffusion(50)
+    size = len(pickle.dumps(gd))
+    with torch.enable_grad():
+        of_a_graph = torch.ones(50, requires_grad=True) * 2
+    with torch.no_grad():
+        rows(gd, of_a_graph)
+        assert (rows(remake(gd), of_a_graph)[:, 2] == 2).all()
+    assert len(pickle.dumps(gd)) == size
+
+
 def test_refusals():
     def refuse(error, weighting, *words, betas="linear", prediction="eps"):
         gd = GaussianDiffusion(100, betas, prediction=prediction)

@@ -82,10 +82,11 @@ def before_steps(act) -> None:
     Stepper.take = lambda self, images: take(self, act(self.state.step, images))
 
 
-def run(folder, *, die_at=None, nan_at=None, own_group=False, **options) -> None:
-    """Trains; the process is killed, or an image is no number, once so many steps are taken"""
+def run(folder, *, die_at=None, nan_at=None, own_group=None, **options) -> None:
+    """Trains; the process is killed, or an image is no number, once so many steps are taken. `own_group`: the backend
+    of a process group that is there before"""
     if own_group:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group(own_group)
 
     def act(step, images):
         if step == die_at:
@@ -131,7 +132,7 @@ def _fork(folder: Path, rank: int, size: int, port: int, options: dict) -> int:
 
 def _codes(folder: Path, by_rank: list[dict]) -> list[int]:
     """How each rank of a run ended: its exit code, or minus the signal"""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

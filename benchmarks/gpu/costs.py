@@ -169,8 +169,8 @@ def train(i: Inputs, noise: str) -> Tensor:
 
 
 def check_training(noise: str, device: torch.device) -> Iterator[Check]:
-    """x_t, and the loss with its slope, are a launch each; what else is launched is told: on a GPU the slope is multiplied
-    in its place, since nobody reads whether what comes back for the loss is 1."""
+    """x_t, and the loss with its slope, are a launch each; what else is launched is told: on a GPU the slope is
+    multiplied in its place, since nobody reads whether what comes back for the loss is 1."""
     i = inputs(device)
 
     def step() -> Tensor:

@@ -47,8 +47,10 @@ class Variant(NamedTuple):
     def dtypes(self) -> str:
         """Of x, the second tensor and given noise, as far as it reads them: one name where all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
-        read = dict.fromkeys(names) if self.op == EXTENDED else names[: -self.written]
-        return names[-1] if len(set(names)) == 1 else " / ".join(read)
+        read = names[: -self.written] or names
+        if self.op == EXTENDED:
+            return " / ".join(dict.fromkeys(names))
+        return read[0] if len(set(read)) == 1 else " / ".join(read)
 
     @property
     def bytes_an_element(self) -> int:
@@ -129,9 +131,9 @@ def variant(demangled: str) -> Variant:
     given = values["Noise"] == "given"
     if found[1] == "loss_of_samples":
         x, model = [argument for argument in arguments if argument in TYPES]
-        # with the bound, the model's output has a half for the variance
+        # with the bound, the model's output has a half for the variance; slopes are float32
         op, halves = (BOUND, 2) if arguments[0].endswith("VariationalRow") else (LOSS, 1)
-        tensors = (x, *[model] * halves, *[x] * given, *[model] * halves)
+        tensors = (x, *[model] * halves, *[x] * given, *["float"] * halves)
         return Variant(op, values["Noise"], values["Access"], False, tensors, halves)
     op = arguments[0].split("::")[-1]
     x, second, noise = [argument for argument in arguments if argument in TYPES]

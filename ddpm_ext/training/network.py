@@ -56,7 +56,8 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
         raise ValueError(
-            f"image size: got {height}, expected a multiple of {smallest} for {len(options.widths)} widths"
+            f"image size: got {height if height == width else f'{height} by {width}'}, expected a multiple of "
+            f"{smallest} for {len(options.widths)} widths"
         )
     levels = range(len(options.widths))
     return {

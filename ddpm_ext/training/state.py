@@ -21,8 +21,13 @@ class TrainState:
 
     def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
         self.model = model
+        for name, value in model.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"model: {name} in its state dict is a {type(value).__name__}, expected a tensor")
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        if not self.parameters:
+            raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
         )
@@ -77,5 +82,8 @@ class TrainState:
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             slot, _, parameter = name.partition(".")
-            state.setdefault(places[parameter], {})[slot] = value
+            index = places[parameter]
+            if value.dim():  # with the parameter's strides, by which the fused step goes
+                value = torch.empty_like(self._weights[index]).copy_(value)
+            state.setdefault(index, {})[slot] = value
         return state

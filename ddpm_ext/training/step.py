@@ -23,6 +23,7 @@ from ddpm_ext.training.state import TrainState
 __all__ = ["Stepper", "learning_rate", "loss_options"]
 
 _SHOWN = 8  # timesteps of a loss that is no number
+_LEAST_SCALE = 1.0  # of a float16 loss: what overflows below it is the model's own
 
 
 class _Pending(NamedTuple):
@@ -53,6 +54,7 @@ class Stepper:
         self.rows = _share(range(options.batch_size), ranks.rank, ranks.size)
         self.parts = [_share(self.rows, part, options.accumulate) for part in range(options.accumulate)]
         self.parallel = ranks.parallel(state.model, device)
+        self._rehearsed = ranks.size == 1
         self._pending: list[_Pending] = []
 
     def take(self, images: Tensor) -> None:
@@ -60,22 +62,43 @@ class Stepper:
         state, options, step = self.state, self.options, self.state.step
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
-        x_start = images.to(self.device, non_blocking=True)
-        t, weights = state.timestep_sampler.sample(
-            len(self.rows),
-            seed=options.seed,
-            iteration=step,
-            first=self.rows.start,
-            total=options.batch_size,
-            device=self.device,
+        timesteps = state.timestep_sampler.sample(
+            len(self.rows), seed=options.seed, iteration=step, first=self.rows.start, total=options.batch_size
         )
+        x_start, t, weights = map(self._on_device, (images, *timesteps))
+        if not self._rehearsed:
+            self._rehearse(x_start, t, weights)
         state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights) for part in self.parts])
         norm = self._update()
         if state.timestep_sampler.learns:
-            state.timestep_sampler.update(t, losses)  # waits for the device, and for all ranks
+            # Waits for the device, and for all ranks.
+            seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
+            state.timestep_sampler.update(torch.cat(seen), torch.cat(found), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
         state.step += 1
+
+    def _on_device(self, value: Tensor) -> Tensor:
+        """A copy that is not waited for; on a GPU that takes pinned memory."""
+        return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
+
+    def _rehearse(self, x_start: Tensor, t: Tensor, weights: Tensor) -> None:
+        """A pass that leaves everything as it was. DistributedDataParallel adds gradients up in an order that it finds
+        out in its first pass and has from the second on: now all steps have it, where a run is resumed as elsewhere.
+
+        Raises ValueError for parameters that get no gradient, for which the second pass would wait.
+        """
+        model = self.state.model
+        before = [value.clone() for value in model.buffers()]
+        self._backward(self.parts[-1], x_start, t, weights)
+        for value, kept in zip(model.buffers(), before, strict=True):
+            value.copy_(kept)
+        for name, parameter in self.state.parameters.items():
+            if parameter.grad is None:
+                raise ValueError(
+                    f"model: {name} gets no gradient, expected requires_grad=False for it on several ranks"
+                )
+        self._rehearsed = True
 
     def _backward(self, part: range, x_start: Tensor, t: Tensor, weights: Tensor) -> Tensor:
         """Adds the gradients of some rows; returns their losses, not weighted."""
@@ -135,9 +158,11 @@ class Stepper:
         means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in found]).cpu()
         losses = self.ranks.total(means).tolist()
         norms = torch.stack([step.norm for step in found]).tolist()
+        # A loss scale that is too high makes gradients overflow; the scaler then leaves the step out, and halves it.
+        scaler = self.state.scaler
+        may_overflow = scaler.is_enabled() and scaler.get_scale() >= _LEAST_SCALE
         for step, loss, norm in zip(found, losses, norms, strict=True):
-            # A loss scale that is too high makes gradients overflow; the scaler then leaves the step out.
-            if not math.isfinite(loss) or not (math.isfinite(norm) or self.state.scaler.is_enabled()):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
                 self._stop(step, loss, norm, saved)
         return [
             Row(step.step + 1, loss, norm, learning_rate(self.options, step.step))

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -99,7 +99,7 @@ class Trainer:
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
                 f"{self.options.accumulate} to accumulate"
             )
-        with _generators_kept(self.device):
+        with _at_home(self.device):
             self.model = self._make_model(model)
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
@@ -159,7 +159,7 @@ class Trainer:
             outputs, ranks = self._outputs, self.ranks
             every = ranks.gather(outputs.about | asdict(self.options))
             ranks.share(lambda: check_same_on_ranks(every))
-            until_the_end.enter_context(_generators_kept(self.device))
+            until_the_end.enter_context(_at_home(self.device))
             self._restore(ranks.share(lambda: outputs.open(until_the_end, resume=self.resume)))
             stepper = Stepper(self.state, self.diffusion, self.options, ranks, self.device)
             self.report(self._opening())
@@ -176,6 +176,8 @@ class Trainer:
             tensors, header = checkpoints.load(path)
             self.state.restore(tensors, header, path)
             self.report(f"resumed at step {self.state.step} from {path}")
+        elif self.state.step:
+            raise ValueError(f"fit: this Trainer has taken {self.state.step} steps that nothing saved; make another")
 
     def _opening(self) -> str:
         ranks = f", by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
@@ -280,6 +282,7 @@ def _about(model: nn.Module, images: Images, diffusion: GaussianDiffusion) -> di
     model_part = {f"model's {name}": value for name, value in network.describe(model).items()}
     return {
         **model_part,
+        "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
         "the schedule's hash": schedule,
         "the number of images": len(images),
         "the shape of images": list(images.shape),
@@ -288,9 +291,10 @@ def _about(model: nn.Module, images: Images, diffusion: GaussianDiffusion) -> di
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    """The caller's random numbers stay as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+def _at_home(device: torch.device) -> Iterator[None]:
+    """`device` is the current one, if it is a GPU; the caller's, and their random numbers, stay as they were."""
+    cuda = device.type == "cuda"
+    with torch.cuda.device(device) if cuda else nullcontext(), torch.random.fork_rng([device] if cuda else []):
         yield
 
 
