@@ -259,10 +259,18 @@ class ForwardProcess:
         model_output = self._call(model, x_t, t, model_kwargs)
         mean = split_variance(x_start, model_output)[0] if self.variance in LEARNED else model_output
         checks.like("model_output", mean, "x_start", x_start, lower=True)
-        options: dict[str, Any] = {"loss": kind, "delta": delta, "reduction": reduction, **source}
-        if variational:
-            options |= {"variational": True, "detach_mean": counts.error}
-        return self._ops.diffusion_loss(model_output, target, rows, t, **options)
+        return self._ops.diffusion_loss(
+            model_output,
+            target,
+            rows,
+            t,
+            loss=kind,
+            delta=delta,
+            reduction=reduction,
+            variational=variational,
+            detach_mean=variational and counts.error,
+            **source,
+        )
 
     def _counts(self, loss: str, weighting: str | Tensor, vlb_weight: float) -> tuple[str, Counts]:
         """How far the model's error is told, and what counts."""

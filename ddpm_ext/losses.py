@@ -71,8 +71,12 @@ def diffusion_loss(
     noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
     arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
     want_slope = torch.is_grad_enabled() and model_output.requires_grad
-    how = {"reduction": REDUCTIONS.index(reduction), "want_slope": want_slope}
-    how |= {"variational": variational, "detach_mean": detach_mean}
+    how = {
+        "reduction": REDUCTIONS.index(reduction),
+        "want_slope": want_slope,
+        "variational": variational,
+        "detach_mean": detach_mean,
+    }
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
     return _DiffusionLoss.apply(tuple(how.values()), *arguments)
