@@ -66,8 +66,12 @@ class ForwardProcess:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self._tables = self._make_tables()
-        learned = self._tables.get("learned_log_variance", self.betas.device, self.betas.dtype)
-        self._losses = LossTables(self, learned)
+        learned, fixed = (
+            self._tables.get(name, betas.device, betas.dtype)
+            for name in ("learned_log_variance", "finite_log_variance")
+        )
+        of_output = learned if self.variance in LEARNED else torch.stack([fixed, torch.zeros_like(fixed)], 1)
+        self._losses = LossTables(self, of_output)
         self._loops: dict[object, tuple[LoopTables, StepTable]] = {}  # p_sample_loop's: see loop_tables.make_tables
 
     def __repr__(self) -> str:
@@ -85,11 +89,10 @@ class ForwardProcess:
     def _make_tables(self) -> StepDeviceTables:
         grid = make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1, device="cpu"), betas=self.betas)
         descending = ddpm(grid, prediction=self.prediction, variance=self.variance)
-        variance, log_variance = self.posterior_variance, self.posterior_log_variance_clipped
-        if self.variance == "fixed_large":  # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
-            first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
-            variance = torch.cat([first, self.betas[1:]])
-            log_variance = variance.log()
+        large = self.variance == "fixed_large"
+        # at t = 0 the posterior's at t = 1, so that the log-likelihood is finite
+        first = self.posterior_variance[1:2] if self.timesteps > 1 else self.betas
+        finite = torch.cat([first, (self.betas if large else self.posterior_variance)[1:]])
         return StepDeviceTables(
             descending[::-1],  # row t is timestep t
             q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
@@ -100,8 +103,9 @@ class ForwardProcess:
             q_log_variance=self.log_one_minus_alphas_cumprod,
             posterior_variance=self.posterior_variance,
             posterior_log_variance_clipped=self.posterior_log_variance_clipped,
-            p_variance=variance,
-            p_log_variance=log_variance,
+            p_variance=finite if large else self.posterior_variance,
+            p_log_variance=finite.log() if large else self.posterior_log_variance_clipped,
+            finite_log_variance=finite.log(),
             learned_log_variance=2 * torch.stack([descending.l0, descending.l1], 1).flip(0),
         )
 

@@ -94,7 +94,8 @@ def vlb_terms(
     x_start, x_t = x_start.to(dtype), x_t.to(dtype)
 
     mean, _, log_variance = diffusion.p_mean_variance(lambda *_: model_output, x_t, t, clip_denoised)
-    log_variance = _finite_at_first(diffusion, log_variance, t)
+    if diffusion.variance not in LEARNED:
+        log_variance = diffusion._extract("finite_log_variance", t, x_t)
 
     def divergence() -> Tensor:
         true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
@@ -115,17 +116,6 @@ def vlb_terms(
         x_t.detach(), predicted.detach(), diffusion._table("x0", "x_t", x_t), t, clip=clip, add_noise=False
     )
     return VlbTerms(output, pred_xstart)
-
-
-def _finite_at_first(diffusion: GaussianDiffusion, log_variance: Tensor, t: int | Tensor) -> Tensor:
-    """With the posterior's variance at t = 1 in place of "fixed_small"'s at t = 0, which is nothing."""
-    if diffusion.variance != "fixed_small":
-        return log_variance
-    second = diffusion.posterior_variance[1] if diffusion.timesteps > 1 else diffusion.betas[0]
-    if isinstance(t, Tensor):
-        first = (t == 0).reshape(-1, *[1] * (log_variance.dim() - 1))
-        return torch.where(first, math.log(second), log_variance)
-    return torch.full_like(log_variance, math.log(second)) if t == 0 else log_variance
 
 
 def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:

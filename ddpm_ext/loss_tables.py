@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.checks import is_plain
-from ddpm_ext.loop_tables import LEARNED
 from ddpm_ext.tables import DeviceTables, prediction_coefficients
 from ddpm_ext.weightings import check_given, names, weights
 
@@ -70,18 +69,6 @@ def _bound(diffusion: ForwardProcess, log_variance: Tensor) -> Tensor:
     )
 
 
-def _log_variance(diffusion: ForwardProcess, learned: Tensor) -> Tensor:
-    """(timesteps, 2): l0 and l1 of the model's log-variance l0 + l1 v; at t = 0 a fixed one is the posterior's at
-    t = 1, as its own is 0 there."""
-    if diffusion.variance in LEARNED:
-        return learned
-    fixed = diffusion.posterior_variance
-    large = diffusion.betas if diffusion.variance == "fixed_large" else fixed
-    first = fixed[1:2] if diffusion.timesteps > 1 else diffusion.betas
-    log_variance = torch.cat([first, large[1:]]).log()
-    return torch.stack([log_variance, torch.zeros_like(log_variance)], 1)
-
-
 def _rows(target: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([target, torch.stack([weight, torch.zeros_like(weight)], 1)], 1)
 
@@ -113,10 +100,10 @@ class LossTables:
     """Of one diffusion: those of every weighting that has a name, and of the last few given weights for as long as
     nobody writes to these. They stay on the devices where they were used.
 
-    `learned`: (timesteps, 2), l0 and l1 of a learned log-variance l0 + l1 v.
+    `log_variance`: (timesteps, 2), l0 and l1 of the model's log-variance l0 + l1 v.
     """
 
-    def __init__(self, diffusion: ForwardProcess, learned: Tensor) -> None:
+    def __init__(self, diffusion: ForwardProcess, log_variance: Tensor) -> None:
         self._of = diffusion.alphas_cumprod, diffusion.prediction
         target, self._names = _target(diffusion), names(*self._of)
         self.bounded = diffusion.prediction != "eps" or bool(diffusion.alphas_cumprod[-1] > 0)
@@ -124,7 +111,7 @@ class LossTables:
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(
             **named,
-            bound=_bound(diffusion, _log_variance(diffusion, learned)),
+            bound=_bound(diffusion, log_variance),
             noise=diffusion.sqrt_one_minus_alphas_cumprod,
         )
         self._kept: list[tuple[_Weights, Counts, DeviceTables]] = []

@@ -3,13 +3,14 @@ computes, sums included, by whatever order of threads."""
 
 from __future__ import annotations
 
-import zlib
-
 import pytest
 import torch
-from cuda_host.calls import PAIRS, assert_same_bits, open_host
+from cuda_host.calls import PAIRS, assert_same_bits
 
 from ddpm_ext._extension import C
+
+pytest_plugins = "cuda_host.fixtures"
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TABLE = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
 TABLE[3, 1] = 0  # a row whose noise is not worth drawing
@@ -25,23 +26,6 @@ BOUND = torch.tensor(
 )
 INF, NAN = float("inf"), float("nan")
 SPECIAL = torch.tensor([0.0, -0.0, INF, -INF, NAN, 1e-40, -1e-45, 3e38, -3e38, 1.0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def host(tmp_path_factory, request):
-    host = open_host(tmp_path_factory.getbasetemp())
-    host.control.set_seed(zlib.crc32(request.node.name.encode()))
-    host.control.take_launches()
-    yield host
-    host.control.set_blocks(None)
 
 
 def normal(*shape, seed, dtype):
