@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import checks, tables
-from ddpm_ext.spacing import Grid
+from ddpm_ext.spacing import Grid, Jumps
 from ddpm_ext.step_table import COLUMNS, StepTable
 
 __all__ = [
@@ -41,7 +41,7 @@ FEW = 15  # steps, below which DPM-Solver++ takes the last one at first order
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "learned_variance")
 
 
-def _posterior(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def _posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
     """Of q(x_s | x_t, x_0): the weights of x_0 and x_t in its mean, and its variance (Ho et al. 2020, eq. 7)."""
     now, after, betas = grid.now, grid.after, grid.betas
     return (
@@ -51,7 +51,7 @@ def _posterior(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _x0(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
+def _x0(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
     """a, b of x0 = a x + b m."""
     checks.one_of("prediction", prediction, PREDICTIONS)
     if prediction != "x_prev":
@@ -60,7 +60,7 @@ def _x0(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
     return -of_x / of_x0, 1 / of_x0
 
 
-def _eps(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
+def _eps(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
     """p, q of eps = p x + q m, the noise that an unclipped prediction implies."""
     now = grid.now
     if prediction == "eps":
@@ -71,7 +71,7 @@ def _eps(grid: Grid, prediction: str) -> tuple[Tensor, Tensor]:
     return (1 - now.sqrt() * a) / (1 - now).sqrt(), -now.sqrt() * b / (1 - now).sqrt()
 
 
-def _score(grid: Grid) -> Tensor:
+def _score(grid: Grid | Jumps) -> Tensor:
     """What a classifier's gradient adds to x0 where eps becomes eps - sqrt(1 - a_t) g."""
     root = grid.now.sqrt()
     return torch.where(root < 1 / tables.HUGE, 0.0, (1 - grid.now) / root)
@@ -85,12 +85,13 @@ def check_eta(eta: object) -> float:
     return float(eta)
 
 
-def _sigma(grid: Grid, eta: float) -> Tensor:
+def _sigma(grid: Grid | Jumps, eta: float) -> Tensor:
     """eta times the posterior's standard deviation: Song et al. 2021, eq. (16)."""
-    return check_eta(eta) * _posterior(grid)[2].clamp(min=0).sqrt()
+    eta = check_eta(eta)
+    return eta * _posterior(grid)[2].clamp(min=0).sqrt() if eta else torch.zeros_like(grid.now)
 
 
-def _implicit(grid: Grid, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
+def _implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
     """prev = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma z: Song et al. 2021, eq. (12)."""
     now, after = grid.now, grid.after
     direction = (1 - after - sigma**2).clamp(min=0).sqrt()
@@ -105,13 +106,13 @@ def _implicit(grid: Grid, prediction: str, sigma: Tensor, keep_eps: bool) -> Ste
     return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, now=now, after=after, **guided)
 
 
-def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
+def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
     """Ancestral sampling, a draw from the posterior q(x_s | x_t, x_0): Ho et al. 2020, eq. (6), (7) and algorithm 2.
 
     Over a subset of the timesteps with the betas of Nichol & Dhariwal 2021, section 4: beta = 1 - a_t / a_s.
 
     Args:
-        grid: descending.
+        grid: descending; of Jumps none is the last.
         prediction: what the model predicts, "eps", "x0", "v" (Salimans & Ho 2022) or "x_prev" (the posterior's mean).
         variance: of the noise, which the last step doesn't add:
             "fixed_small": the posterior's, at least 1e-20;
@@ -129,6 +130,7 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
         ValueError: an unknown name.
     """
     checks.one_of("variance", variance, VARIANCES)
+    ends = isinstance(grid, Grid)
     of_x0, of_x, posterior_variance = _posterior(grid)
     a, b = _x0(grid, prediction)
     small, large = posterior_variance.clamp(min=1e-20), grid.betas
@@ -137,14 +139,17 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
     if variance == "fixed_small":
         s, weight = small.sqrt(), posterior_variance
     elif variance == "fixed_large":
-        s, weight = large.sqrt(), torch.cat([large[:-1], posterior_variance[-2:-1] if len(grid) > 1 else large])
+        s, weight = large.sqrt(), large
+        if ends:
+            weight = torch.cat([large[:-1], posterior_variance[-2:-1] if len(grid) > 1 else large])
     elif variance == "learned":
         l1 += 0.5
     elif variance == "learned_range":
-        if posterior_variance[-1] == 0:  # else what is learned there would end at 1e-20
+        if ends and posterior_variance[-1] == 0:  # else what is learned there would end at 1e-20
             small = torch.cat([small[:-1], small[-2:-1] if len(grid) > 1 else large])
         l0, l1 = (large.log() + small.log()) / 4, (large.log() - small.log()) / 4
-    s[-1] = 0
+    if ends:
+        s[-1] = 0
     return StepTable(
         timestep=grid.timestep,
         a=a,
@@ -160,7 +165,7 @@ def ddpm(grid: Grid, *, prediction: str = "eps", variance: str = "fixed_small") 
     )
 
 
-def ddim(grid: Grid, *, prediction: str = "eps", eta: float = 0.0, keep_eps: bool = True) -> StepTable:
+def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_eps: bool = True) -> StepTable:
     """Song et al. 2021, eq. (12), with sigma from eq. (16).
 
     Args:
@@ -193,7 +198,7 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
     return _implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)
 
 
-def euler(grid: Grid, *, prediction: str = "eps") -> StepTable:
+def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     """Euler's method for the probability flow in sigma: Karras et al. 2022, algorithm 1 without its second half.
 
     On samples of unit variance, which a loop here holds, that is DDIM's row with eta 0 and the noise rederived from the
@@ -204,7 +209,7 @@ def euler(grid: Grid, *, prediction: str = "eps") -> StepTable:
     return ddim(grid, prediction=prediction, eta=0.0, keep_eps=False)
 
 
-def euler_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
     """k-diffusion's ancestral Euler: down to less noise than asked, and back up by adding some.
 
     That is DDIM's row again, with its eta and the noise rederived; only that no step adds more than it ends with.
@@ -218,7 +223,7 @@ def euler_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) ->
 # ------------------------------------------------------------------------------------------ of second order
 
 
-def _dpm_solver(grid: Grid, prediction: str, eta: float) -> StepTable:
+def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(2M) on the probability flow (eta 0), on the SDE (1), or in between."""
     now, after = grid.now, grid.after
     half_log_snr = (grid.alphas_cumprod.log() - torch.log1p(-grid.alphas_cumprod)) / 2
@@ -229,7 +234,7 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float) -> StepTable:
     onward = torch.zeros_like(h)
     onward[1:] = h[1:] / (2 * h[:-1])
     onward[~onward.isfinite()] = 0
-    if len(grid) < FEW:
+    if lower_order_final and len(grid) < FEW:
         onward[-1] = 0
     a, b = _x0(grid, prediction)
     return StepTable(
@@ -246,7 +251,7 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float) -> StepTable:
     )
 
 
-def dpmpp_2m(grid: Grid, *, prediction: str = "eps") -> StepTable:
+def dpmpp_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver++(2M): Lu et al. 2022b ("DPM-Solver++"), algorithm 2.
 
     The first step is of first order, having no history; and so is the last one where it arrives at clean data, or of
@@ -255,14 +260,17 @@ def dpmpp_2m(grid: Grid, *, prediction: str = "eps") -> StepTable:
     Args:
         grid: descending.
         prediction: as ddpm's.
+        lower_order_final: whether the last of fewer than 15 steps is of first order.
 
     Raises:
         ValueError: an unknown `prediction`.
     """
-    return _dpm_solver(grid, prediction, 0.0)
+    return _dpm_solver(grid, prediction, 0.0, lower_order_final)
 
 
-def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+def dpmpp_2m_sde(
+    grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower_order_final: bool = True
+) -> StepTable:
     """SDE-DPM-Solver++(2M): Lu et al. 2022b, in diffusers' "midpoint" form, with k-diffusion's eta.
 
     The first and the last step are as dpmpp_2m's.
@@ -271,11 +279,12 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> St
         grid: descending.
         prediction: as ddpm's.
         eta: 1 for the SDE, 0 for dpmpp_2m; finite, >= 0.
+        lower_order_final: as dpmpp_2m's.
 
     Raises:
         TypeError, ValueError: `eta` is no finite number >= 0, or an unknown `prediction`.
     """
-    return _dpm_solver(grid, prediction, check_eta(eta))
+    return _dpm_solver(grid, prediction, check_eta(eta), lower_order_final)
 
 
 def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from ddpm_ext import checks
 
-__all__ = ["SPACINGS", "Grid", "karras_grid", "log_snr_grid", "make_grid", "section_timesteps", "spaced_timesteps"]
+__all__ = [
+    "SPACINGS",
+    "Grid",
+    "Jumps",
+    "karras_grid",
+    "log_snr_grid",
+    "make_grid",
+    "section_timesteps",
+    "spaced_timesteps",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +54,26 @@ class Grid:
     def after(self) -> Tensor:
         """alphas_cumprod where each step arrives, (rows,)."""
         return self.alphas_cumprod[1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Jumps:
+    """Steps that don't follow one on another, and none of which is the last: what a sampler of first order takes in
+    place of a Grid, whose attributes these are.
+
+    Attributes:
+        timestep: int64 (rows,).
+        now, after: float64 (rows,), alphas_cumprod where each starts and where it arrives.
+        betas: float64 (rows,), 1 - now / after.
+    """
+
+    timestep: Tensor
+    now: Tensor
+    after: Tensor
+    betas: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timestep)
 
 
 # ------------------------------------------------------------------------------------------------ whole timesteps
