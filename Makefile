@@ -11,10 +11,10 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/cuda_host -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench sass pictures gpu lint format clean
+.PHONY: help venv build demo test bench bench-peers sass pictures docs gpu dist lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.venv-done ## .venv with the pinned requirements
 
@@ -37,6 +37,9 @@ demo: build ## sample digits with the model that comes along; pictures in demo/
 test: build ## all tests
 	$(PY) -m pytest -q
 
+bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE writes the table)
+	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))
+
 bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
 	$(PY) -m pytest -q benchmarks $(if $(TABLE),--table $(TABLE))
 
@@ -46,9 +49,20 @@ sass: venv ## the CUDA kernels as machine code, and what cards can make of them 
 pictures: build ## the documentation's pictures
 	$(PY) docs/pictures.py
 
+docs: venv ## the documentation with the API's reference, as a site in site/
+	$(PY) -m mkdocs build --strict --quiet
+
 # With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
 gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes (OUT=FOLDER for the results)
 	env -u PYTHONNOUSERSITE $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT))
+
+# A wheel is for others' GPUs: all architectures, unless the environment names some. An egg-info that stays would shadow
+# the installed version, and an old one adds its files to the sdist.
+dist: venv ## an sdist and a wheel in dist/, checked
+	rm -rf dist *.egg-info
+	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),env -u TORCH_CUDA_ARCH_LIST )$(PY) -m build --no-isolation
+	rm -rf *.egg-info
+	$(PY) -m twine check --strict dist/*
 
 lint: venv ## style of Python and C++
 	$(PY) -m ruff check .
@@ -61,4 +75,4 @@ format: venv ## rewrite files in that style
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 clean: ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info ddpm_ext/_C.* $(VENV)/.build-done
+	rm -rf build dist site *.egg-info ddpm_ext/_C.* $(VENV)/.build-done

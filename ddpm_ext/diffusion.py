@@ -44,10 +44,10 @@ class GaussianDiffusion(ForwardProcess):
     tensor of x_t's shape (or an object that holds it as `.sample`) and must not write to its arguments, which are views
     and buffers that later steps use again.
 
-    Attributes:
-        betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
-        log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
-        posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: float64 (timesteps,), on the CPU.
+    Its attributes betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod,
+    sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
+    posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2 are float64
+    (timesteps,), on the CPU.
 
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
@@ -246,10 +246,8 @@ class GaussianDiffusion(ForwardProcess):
         Both tensors are buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
         recorded.
 
-        Args: as p_sample_loop's, but for record and callback, and for graph="loop", of which nothing is seen in
-            between. They are checked at once.
-
-        Raises: as p_sample_loop.
+        Arguments are p_sample_loop's, but for record and callback, and for graph="loop", of which nothing is seen in
+        between. They are checked at once; what is raised is p_sample_loop's, too.
         """
         plan = sampling.make_plan(self, model, shape, **options)
         if plan.whole:
@@ -261,10 +259,9 @@ class GaussianDiffusion(ForwardProcess):
     ) -> sampling.CapturedLoop:
         """A loop to take again and again, by a CUDA graph that is recorded once: captured(rng) gives samples.
 
-        Args: as p_sample_loop's, but for record, callback, progress and x0. Tensors of model_kwargs are copied, and can
-            be replaced from call to call; other conditioning belongs into tensors that the caller writes to.
-
-        Raises: as p_sample_loop.
+        Arguments are p_sample_loop's, but for record, callback, progress and x0. Tensors of model_kwargs are copied,
+        and can be replaced from call to call; other conditioning belongs into tensors that the caller writes to. What
+        is raised is p_sample_loop's, too.
         """
         plan = sampling.make_plan(self, model, shape, graph=graph or True, **options)
         return sampling.CapturedLoop(plan.make(), plan.whole)

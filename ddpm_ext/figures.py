@@ -152,8 +152,8 @@ def histogram_figure(
 
     Raises:
         TypeError: `bins` is no int. ValueError: less than 2 moments, another number of timesteps, timesteps that go up
-        and down, values that are not finite, or `limit` not above 0. OSError: `path` can't be written. MissingExtra:
-        matplotlib is not installed.
+            and down, values that are not finite, or `limit` not above 0. OSError: `path` can't be written.
+            MissingExtra: matplotlib is not installed.
     """
     checks.integer("bins", bins, 2**31, "2^31", start=1)
     t, values = _check_moments(moments, timesteps)

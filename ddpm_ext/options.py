@@ -222,6 +222,7 @@ def _text(numbers: tuple[int, ...]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `ddpm-ext` with its five commands."""
+    from ddpm_ext import __version__
     from ddpm_ext.plot_command import add_parser as add_plot
 
     parser: argparse.ArgumentParser = _Parser(
@@ -231,6 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="ddpm-ext COMMAND --help tells more.",
         formatter_class=_Formatter,
     )
+    parser.add_argument("--version", action="version", version=f"ddpm-ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
     def add(name: str, summary: str, text: str) -> argparse.ArgumentParser:

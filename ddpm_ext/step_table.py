@@ -90,8 +90,9 @@ class StepTable:
     Attributes:
         timestep: (rows,), int64, or float64 where floats were given.
         draw: int64 (rows,).
-        The others: float64 (rows,).
-        All on the CPU; `to` makes a table that lies elsewhere. They are not to be written to.
+
+    The others are float64 (rows,). All are on the CPU; `to` makes a table that lies elsewhere. They are not to be
+    written to.
 
     `len(table)`, iteration and `table[i]` (a StepRow) are as a list's; `table[i:j:k]` is a StepTable, whose rows keep
     their draws. Tables are equal where all columns are, exactly, and the timesteps are both integers or both floats.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ext.integrations.accelerated import Acceleration, make_class, new
 from ddpm_ext.integrations.support import Support
 
-__all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support"]
+__all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def _ours(name: str) -> Any:
     return importlib.import_module(f"ddpm_ext.integrations.{name}")
 
 
-def support() -> list[Support]:
+def support_table() -> list[Support]:
     """What is fused of which class, method by method."""
     modules = dict.fromkeys([*(known.ours for known in KNOWN), "tutorial"])
     return [row for module in modules for row in _ours(module).SUPPORT]

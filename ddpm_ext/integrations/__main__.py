@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import textwrap
 
-from ddpm_ext.integrations import support
+from ddpm_ext.integrations import support_table
 
 WIDTH = 60
 
 
 def main() -> None:
-    rows = [("class", "method", "fused", "the library's own code"), *support()]
+    rows = [("class", "method", "fused", "the library's own code"), *support_table()]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     for row in rows:
         cells = [textwrap.wrap(cell, WIDTH) or [""] for cell in row[2:]]

@@ -1,0 +1,1 @@
+"""Other libraries' objects, plain and accelerated: what a step of theirs costs."""

@@ -1,0 +1,123 @@
+"""make bench-peers: a table of what other libraries' steps cost, plain and accelerated. TABLE=FILE writes it."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.conftest import machine
+from benchmarks.peers.cases import Case, cases
+from ddpm_ext import accelerate
+from ddpm_ext.files import write_text
+
+SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32))
+ROUNDS, LEAST = 15, 0.02  # rounds of each way in turn; seconds of one, at least
+
+
+class Count(TorchDispatchMode):
+    """Operators that write more than one number, each a launch on a GPU; and values that the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name in ("aten::_local_scalar_dense", "aten::nonzero"):
+            self.reads += 1
+        elif not function.is_view and not name.startswith(("aten::empty", "aten::detach", "aten::lift_fresh")):
+            written = [x for x in (result if isinstance(result, tuple | list) else [result, *args])]
+            self.launches += any(isinstance(x, torch.Tensor) and x.numel() > 1 for x in written)
+        return result
+
+
+def counted(run: Callable[[], Any], steps: int) -> tuple[float, float]:
+    run()
+    with Count() as count:
+        run()
+    return count.launches / steps, count.reads / steps
+
+
+def medians(runs: list[Callable[[], Any]]) -> list[float]:
+    """Seconds of each, taken in turn, so that all meet the same weather."""
+    repeats = []
+    for run in runs:
+        run()
+        begin = time.perf_counter()
+        run()
+        repeats.append(max(1, int(LEAST / (time.perf_counter() - begin))))
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(ROUNDS):
+        for run, repeat, of_run in zip(runs, repeats, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(repeat):
+                run()
+            of_run.append((time.perf_counter() - begin) / repeat)
+    return [statistics.median(of_run) for of_run in times]
+
+
+def row(case: Case, shape: tuple[int, ...]) -> str:
+    objects = [case.obj, accelerate(case.obj), accelerate(case.obj, noise="philox", seed=0)]
+    runs = [case.prepare(obj, shape) for obj in objects]
+    plain, *others = (seconds / case.steps * 1e6 for seconds in medians(runs))
+    counts = [counted(run, case.steps) for run in runs]
+    cells = [case.library, case.what, f"{plain:.1f}"]
+    for ours in others:
+        cells += [f"{ours:.1f}", f"{plain / ours:.1f}"]
+    cells += [" / ".join(f"{count[i]:.3g}" for count in counts) for i in (0, 1)]
+    return f"| {' | '.join(cells)} |"
+
+
+def versions(libraries: list[str]) -> str:
+    found = []
+    for library in libraries:
+        try:
+            found.append(f"{library} {metadata.version(library.replace('_', '-'))}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{library} from a checkout")
+    return ", ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", metavar="FILE", help="write the table to FILE")
+    path = parser.parse_args().table
+    torch.manual_seed(0)
+    measured = list(cases())
+    lines = ["# Other libraries, plain and accelerated", "", *(f"- {line}" for line in machine()[:2])]
+    lines += [
+        f"- {versions(list(dict.fromkeys(case.library for case in measured)))}",
+        "- medians in microseconds of a step, the three ways in turn in one process, float32; the models cost nothing",
+        "- launches: operators that write more than one number; reads: values that the host reads, each a "
+        "synchronisation where they are on a GPU; plain / torch / philox, of a step",
+        "- `make bench-peers`, with what isn't installed on PYTHONPATH",
+    ]
+    for line in lines:
+        print(line, flush=True)
+    for shape in SHAPES:
+        head = [
+            "",
+            f"## {'x'.join(map(str, shape))}",
+            "",
+            '| library | what | plain | noise="torch" | ratio | noise="philox" | ratio | launches | reads |',
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        lines += head
+        print("\n".join(head), flush=True)
+        for case in measured:
+            lines.append(row(case, shape))
+            print(lines[-1], flush=True)
+    if path:
+        write_text(Path(path), "\n".join([*lines, ""]))
+
+
+main()

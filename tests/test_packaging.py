@@ -1,0 +1,203 @@
+"""What a release consists of: one version, an sdist with all that git has, a wheel with the package alone, metadata."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import ddpm_ext
+
+# Made by building, or private; none of it may leave the folder. The first six lie where whole folders are taken.
+STRAY = (
+    "csrc/core/step.o",
+    "ddpm_ext/_C.abi3.json",
+    "ddpm_ext/_C.abi3.so",
+    "docs/.DS_Store",
+    "tests/__pycache__/test_ops.cpython-311.pyc",
+    "tests/test_ops.py~",
+    ".env",
+    ".venv/pyvenv.cfg",
+    "build/lib/ddpm_ext/ops.py",
+    "dist/ddpm_ext-0.0.1.tar.gz",
+    "notes.txt",
+    "site/index.html",
+)
+# What an sdist has beside its sources.
+ADDED = re.compile(r"PKG-INFO|setup\.cfg|ddpm_ext\.egg-info/.+")
+
+
+def git_files(root: Path, *options: str) -> set[str]:
+    """The files that git has, or with `--others` would take, and that are there."""
+    command = ["git", "-c", "core.quotePath=false", "ls-files", "--exclude-standard", *options]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {name for name in listed if (root / name).is_file()}
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def version(root) -> str:
+    return re.search(r'^version = "(.+?)"', (root / "pyproject.toml").read_text(), re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def sdist(root, tmp_path_factory) -> Path:
+    """Built from a copy of the sources, among which lies what must stay behind."""
+    pytest.importorskip("build")
+    tree = tmp_path_factory.mktemp("tree") / "ddpm_ext"
+    if (root / ".git").exists():
+        for name in git_files(root, "--cached", "--others"):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, tree / name)
+    else:
+        shutil.copytree(root, tree, ignore=shutil.ignore_patterns(".venv", "build", "dist", "*.egg-info", "*.so"))
+    for name in STRAY:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("stray\n")
+    out = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), str(tree), cwd=tree)
+    (made,) = out.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def contents(sdist) -> set[str]:
+    with tarfile.open(sdist) as opened:
+        return {member.name.partition("/")[2] for member in opened if not member.isdir()}
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built from the sdist, without compiling: what it has beside the extension."""
+    tree, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as opened:
+        opened.extractall(tree, filter="data")
+    (source,) = tree.iterdir()
+    (source / "setup.py").write_text('from setuptools import setup\n\nsetup(license="Apache-2.0")\n')
+    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=source)
+    (made,) = out.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    with zipfile.ZipFile(wheel) as opened:
+        (name,) = (name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
+        return Parser().parsestr(opened.read(name).decode())
+
+
+# The version
+
+
+def test_version_is_pyprojects(version):
+    """After a change of pyproject.toml, `make build` installs anew."""
+    assert ddpm_ext.__version__ in (version, f"{version}+source")
+    assert ddpm_ext.build_info()["version"] == ddpm_ext.__version__
+
+
+def test_version_is_said_once(root, version):
+    files = [root / name for name in ("setup.py", "Makefile", "mkdocs.yml", "README.md")]
+    files += (root / "ddpm_ext").rglob("*.py")
+    again = re.compile(rf"(?<![\d.]){re.escape(version)}(?![\d.])")
+    assert [path for path in files if again.search(path.read_text())] == []
+
+
+def test_version_where_nothing_is_installed(version, monkeypatch, tmp_path):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert ddpm_ext._version() == f"{version}+source"
+    package = tmp_path / "ddpm_ext"
+    package.mkdir()
+    monkeypatch.setattr(ddpm_ext, "__file__", str(package / "__init__.py"))
+    assert ddpm_ext._version() == "0+unknown"
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "7.0"\n')
+    assert ddpm_ext._version() == "0+unknown"
+
+
+def test_changelogs_newest_entry_is_this_version(root, version):
+    entries = re.findall(r"^## \[(.+?)\] - (\S+)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert entries[0][0] == version
+    assert all(re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", date) for _, date in entries)
+    assert all(date != "unreleased" for _, date in entries[1:])
+
+
+# What is in it
+
+
+def test_sdist_has_what_git_has(root, contents):
+    """So what its own tests read is there, too."""
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    sources = {name for name in contents if not ADDED.fullmatch(name)}
+    tracked = git_files(root)
+    assert sorted(tracked - sources) == []
+    assert sorted(sources - tracked - git_files(root, "--others")) == []
+
+
+def test_nothing_stray_is_in_the_sdist(contents):
+    assert contents.isdisjoint(STRAY)
+    assert {"setup.py", "csrc/ops.cpp", "tests/test_packaging.py", "benchmarks/results/cpu.md", "Makefile"} <= contents
+
+
+def test_wheel_has_the_package_alone(wheel, contents):
+    with zipfile.ZipFile(wheel) as opened:
+        found = {name for name in opened.namelist() if ".dist-info/" not in name}
+    assert found == {name for name in contents if name.startswith("ddpm_ext/")}
+    assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
+
+
+# What it says of itself
+
+
+def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):
+    pytest.importorskip("twine")
+    assert run("-m", "twine", "check", "--strict", str(sdist), str(wheel), cwd=tmp_path).count("PASSED") == 2
+
+
+def test_metadata(root, metadata, version):
+    assert (metadata["Name"], metadata["Version"]) == ("ddpm-ext", version)
+    assert metadata["Author"] == "The ddpm_ext authors"
+    assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
+    assert metadata.get_payload().strip() == (root / "README.md").read_text().strip()
+
+
+def test_what_development_needs_is_pinned_within_its_range(root, metadata):
+    requirements = pytest.importorskip("packaging.requirements")
+    lines = (root / "requirements-dev.txt").read_text().splitlines()
+    pins = {}
+    for line in lines:
+        if not line.startswith("#"):
+            pin = requirements.Requirement(line)
+            (only,) = pin.specifier
+            assert only.operator == "==", line
+            pins[pin.name] = only.version
+    needs = [requirements.Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    names = {need.name for need in needs} - {"ddpm-ext"}
+    assert {"torch", "build", "twine", "mkdocs"} <= names
+    assert sorted(names - set(pins)) == []
+    for need in needs:
+        assert need.name == "ddpm-ext" or need.specifier.contains(pins[need.name]), need
+
+
+def test_citation(root, metadata):
+    citation = pytest.importorskip("yaml").safe_load((root / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["title"] == "ddpm_ext"
+    assert [author["name"] for author in citation["authors"]] == [metadata["Author"]]
+    assert citation["license"] == "Apache-2.0"
+    assert "version" not in citation  # pyproject.toml has it

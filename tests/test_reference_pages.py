@@ -1,0 +1,220 @@
+"""The documentation as a site: it builds without a warning, has every public name, and none of its links is dead."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import types
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+import ddpm_ext
+
+CITED = re.compile(r"\b([A-Z][\w-]+)(?: et al\.| (?:&|and) [A-Z]\w+) (\d{4})")
+
+
+class Page(HTMLParser):
+    """A page's anchors, links, names in code and text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.code: set[str] = set()
+        self.words = ""
+        self._tag = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self._tag = tag
+        for name, value in attrs:
+            if name == "id":
+                self.ids.add(value)
+            elif name in ("href", "src") and value:
+                self.links.append(value)
+
+    def handle_data(self, data):
+        self.words += data
+        if self._tag == "code":
+            self.code.add(data)
+
+
+def plain(text: str) -> str:
+    """Letters and digits alone: what survives any markup."""
+    return "".join(re.findall(r"[^\W_]", text))
+
+
+@pytest.fixture(scope="module")
+def site(root, tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    out = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(root / "mkdocs.yml"), "-d", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site) -> dict[str, Page]:
+    """By their paths in the site."""
+    return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
+
+
+def modules(page: Path) -> list[types.ModuleType]:
+    """The modules that a page of the reference names as a whole, or in part by their `members`."""
+    found = []
+    for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE):
+        try:
+            found.append(importlib.import_module(name))
+        except ModuleNotFoundError:
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+    return found
+
+
+# Names
+
+
+def test_every_public_name_has_its_place(pages):
+    """By the package's name or that of the module it is from."""
+    ids = set().union(*(page.ids for page in pages.values()))
+    for name in ddpm_ext.__all__:
+        home = getattr(getattr(ddpm_ext, name), "__module__", "ddpm_ext")
+        assert {f"ddpm_ext.{name}", f"{home}.{name}"} & ids, name
+
+
+def test_every_name_of_a_modules_page_is_on_it(root, pages):
+    """Those without a docstring, constants, in the page's own words."""
+    seen = 0
+    for path in sorted((root / "docs" / "api").glob("*.md")):
+        page = pages[f"api/{path.stem}.html"]
+        for module in modules(path):
+            names = {f"{module.__name__}.{name}": name for name in module.__all__}
+            missing = [
+                full
+                for full, name in names.items()
+                if not {full, f"ddpm_ext.{name}"} & page.ids and name not in page.code
+            ]
+            assert missing == [], path.name
+            seen += len(names)
+    assert seen > 100
+
+
+def test_docstrings_are_on_the_pages(root, pages):
+    for path in sorted((root / "docs" / "api").glob("*.md")):
+        words = plain(pages[f"api/{path.stem}.html"].words)
+        for module in modules(path):
+            for name in module.__all__:
+                item = getattr(module, name)
+                if (inspect.isfunction(item) or inspect.isclass(item)) and item.__module__.startswith("ddpm_ext"):
+                    first = (inspect.getdoc(item) or "").partition("\n")[0]
+                    assert plain(first) in words, f"{module.__name__}.{name}"
+
+
+def test_the_schedules_attributes_are_told(pages):
+    """The one entry of a docstring that names many at once, of which a site keeps but the last."""
+    told = pages["api/diffusion.html"].code
+    tables = {name for name, value in vars(ddpm_ext.GaussianDiffusion(100)).items() if isinstance(value, torch.Tensor)}
+    assert {"betas", "posterior_variance"} <= tables
+    assert {name for name in tables if not name.startswith("_")} <= told
+
+
+# The site
+
+
+def test_no_link_is_dead(root, site, pages):
+    """Links out of the site go to files beside docs/, where site/ lies in a checkout."""
+    out = 0
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc or name == "404.html":
+                continue
+            target = (site / name).parent / unquote(parts.path) if parts.path else site / name
+            where = target.resolve()
+            if not where.is_relative_to(site):
+                where = (root / "site" / Path(name).parent / unquote(parts.path)).resolve()
+                out += 1
+                assert where.is_relative_to(root), f"{name}: {link}"
+            assert where.exists(), f"{name}: {link}"
+            if parts.fragment and where.suffix == ".html":
+                assert parts.fragment in pages[where.relative_to(site).as_posix()].ids, f"{name}: {link}"
+    assert out > 10
+
+
+def test_site_has_pages_and_pictures_and_no_script(root, site, pages):
+    docs = root / "docs"
+    assert {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")} <= set(pages)
+    assert {path.name for path in (docs / "pictures").iterdir()} == {
+        path.name for path in (site / "pictures").iterdir()
+    }
+    assert list(site.rglob("*.py")) == []
+    for page in pages.values():
+        assert not [link for link in page.links if re.search(r"^(https?:)?//.*\.(js|css|woff2?)$", link)]
+
+
+def test_code_of_the_first_page_runs(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "index.md").read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert torch.equal(names["x"][3:], names["last"])
+    assert not torch.equal(names["x"][2:3], names["last"])
+
+
+# Papers
+
+
+def rows(root: Path) -> dict[str, list[str]]:
+    """The table's papers, and the files that each is said to be in."""
+    table = re.findall(
+        r"^\| (\w.*? \d{4}.*?) \|.*\| (\[.*) \|$", (root / "docs" / "papers.md").read_text(), re.MULTILINE
+    )
+    return {paper: re.findall(r"\]\(\.\./(.+?)\)", files) for paper, files in table}
+
+
+def test_every_paper_that_is_cited_is_in_the_table(root):
+    papers = rows(root)
+    sources = [*(root / "ddpm_ext").rglob("*.py"), *(root / "benchmarks").rglob("*.py")]
+    sources += [path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    sources += [path for path in (root / "docs").rglob("*.md") if path.name != "papers.md"]
+    cited = {(*found, path.name) for path in sources for found in CITED.findall(path.read_text())}
+    assert len(cited) > 40
+    unknown = [
+        f"{path}: {author} {year}"
+        for author, year, path in sorted(cited)
+        if not any(paper.startswith(author) and year in paper for paper in papers)
+    ]
+    assert unknown == []
+
+
+def test_where_papers_are_said_to_be_they_are(root):
+    for paper, files in rows(root).items():
+        assert files, paper
+        for name in files:
+            assert re.search(rf"\b{paper.split()[0]}\b", (root / name).read_text()), f"{name}: {paper}"
+
+
+def test_every_paper_is_there_in_full_and_in_bibtex(root):
+    _, full, bibtex = re.split(r"^## .*$", (root / "docs" / "papers.md").read_text(), flags=re.MULTILINE)
+    items = re.split(r"^- ", full, flags=re.MULTILINE)[1:]
+    entries = re.findall(r"^@\w+\{(\w+),\n(.*?)^\}", bibtex, re.MULTILINE | re.DOTALL)
+    papers = rows(root)
+    assert len(papers) == len(items) == len(dict(entries)) == len(entries) > 20
+    for paper in papers:
+        author, year = re.match(r"(\w+).*? (\d{4})", paper).groups()
+        assert any(year in item and re.match(rf"[^,]*? {author}(,| and) ", item) for item in items), paper
+    arxiv = re.findall(r"abs/(\d{4}\.\d{5})", full)
+    assert sorted(arxiv) == sorted(re.findall(r"eprint += \{(.+)\}", bibtex))
+    assert sorted(arxiv) == sorted(re.findall(r"arXiv:(\d{4}\.\d{5})", full))
+    for _, entry in entries:
+        assert {"author", "title", "year"} <= set(re.findall(r"^  (\w+) += \{.+\},$", entry, re.MULTILINE)), entry
