@@ -46,7 +46,7 @@ def _posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
     now, after, betas = grid.now, grid.after, grid.betas
     return (
         betas * after.sqrt() / (1 - now),
-        (1 - after) * (1 - betas).sqrt() / (1 - now),
+        (1 - after) * grid.alphas.sqrt() / (1 - now),
         betas * (1 - after) / (1 - now),
     )
 
@@ -268,9 +268,7 @@ def dpmpp_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
     return _dpm_solver(grid, prediction, 0.0, lower_order_final)
 
 
-def dpmpp_2m_sde(
-    grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower_order_final: bool = True
-) -> StepTable:
+def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower_order_final: bool = True) -> StepTable:
     """SDE-DPM-Solver++(2M): Lu et al. 2022b, in diffusers' "midpoint" form, with k-diffusion's eta.
 
     The first and the last step are as dpmpp_2m's.

@@ -51,6 +51,11 @@ class Grid:
         return self.alphas_cumprod[:-1]
 
     @property
+    def alphas(self) -> Tensor:
+        """1 - betas"""
+        return 1 - self.betas
+
+    @property
     def after(self) -> Tensor:
         """alphas_cumprod where each step arrives, (rows,)."""
         return self.alphas_cumprod[1:]
@@ -64,16 +69,21 @@ class Jumps:
     Attributes:
         timestep: int64 (rows,).
         now, after: float64 (rows,), alphas_cumprod where each starts and where it arrives.
-        betas: float64 (rows,), 1 - now / after.
+        alphas: float64 (rows,), now / after.
     """
 
     timestep: Tensor
     now: Tensor
     after: Tensor
-    betas: Tensor
+    alphas: Tensor
 
     def __len__(self) -> int:
         return len(self.timestep)
+
+    @property
+    def betas(self) -> Tensor:
+        """1 - alphas"""
+        return 1 - self.alphas
 
 
 # ------------------------------------------------------------------------------------------------ whole timesteps

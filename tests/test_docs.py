@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+from eager_tutorial import GaussianDiffusion as EagerTutorial
 
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.losses import BOUNDS, LOSSES
+from ddpm_ext.models import load_model
 from ddpm_ext.samplers import SAMPLERS, VARIANCES
 from ddpm_ext.spacing import spaced_timesteps
 from ddpm_ext.timestep_samplers import TIMESTEP_SAMPLERS
@@ -59,3 +61,48 @@ def test_every_sampler_and_variance_is_told(root):
     ]
     assert set(SAMPLERS) <= names[0]
     assert {name for name in VARIANCES if name.startswith("learned")} <= names[1]
+
+
+def of_diffusers(folder):
+    diffusers = pytest.importorskip("diffusers")
+    digits = load_model("digits")
+    diffusers.DDPMPipeline(digits.unet, diffusers.DDPMScheduler(1000)).save_pretrained(folder)
+    return {"folder": folder}
+
+
+def of_guided_diffusion(_):
+    peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
+    options = {"betas": GaussianDiffusion(20).betas.numpy(), "model_mean_type": peer.ModelMeanType.EPSILON}
+    options |= {"model_var_type": peer.ModelVarType.FIXED_SMALL, "loss_type": peer.LossType.MSE}
+    model = torch.nn.Conv2d(3, 3, 1)
+    called = type(model).forward
+    model.forward = lambda x, t: called(model, x)
+    return {"diffusion": peer.GaussianDiffusion(**options), "model": model}
+
+
+def of_denoising_diffusion_pytorch(_):
+    peer = pytest.importorskip("denoising_diffusion_pytorch")
+    return {"diffusion": peer.GaussianDiffusion(peer.Unet(8, dim_mults=(1, 2)), image_size=8, timesteps=5)}
+
+
+def of_the_tutorial(_):
+    return {"gaussian_diffusion": EagerTutorial(50), "images": torch.zeros(2, 1, 8, 8), "model": lambda x, t: 0.1 * x}
+
+
+@pytest.mark.parametrize(
+    "heading, prepare",
+    [
+        ("the tutorial", of_the_tutorial),
+        ("diffusers", of_diffusers),
+        ("guided-diffusion and improved-diffusion", of_guided_diffusion),
+        ("denoising-diffusion-pytorch", of_denoising_diffusion_pytorch),
+    ],
+)
+def test_migration_code(root, tmp_path, heading, prepare):
+    sections = re.split(r"^## From ", (root / "docs" / "migrate.md").read_text(), flags=re.MULTILINE)
+    (section,) = (text for text in sections if text.startswith(f"{heading}\n"))
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"t": torch.tensor([1, 0]), "images": torch.zeros(2, 3, 8, 8), **prepare(tmp_path)}
+    exec(block, names)
+    made = next(names[name] for name in ("pipeline", "diffusion", "gaussian_diffusion") if name in names)
+    assert not getattr(made, "scheduler", made).accelerated.fallbacks

@@ -43,10 +43,11 @@ KNOWN = (
     ),
     *(
         _Known(f"{library}.{module}", name, "guided_diffusion", mixin)
-        for library in ("guided_diffusion", "improved_diffusion")
-        for module, name, mixin in (
-            ("respace", "SpacedDiffusion", "Spaced"),
-            ("gaussian_diffusion", "GaussianDiffusion", "Guided"),
+        for library, module, name, mixin in (
+            ("guided_diffusion", "gaussian_diffusion", "GaussianDiffusion", "Guided"),
+            ("guided_diffusion", "respace", "SpacedDiffusion", "Spaced"),
+            ("improved_diffusion", "gaussian_diffusion", "GaussianDiffusion", "Improved"),
+            ("improved_diffusion", "respace", "SpacedDiffusion", "ImprovedSpaced"),
         )
     ),
     _Known(
@@ -131,4 +132,5 @@ def _accelerated(obj: Any, settings: Acceleration) -> Any:
     state = {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(obj).items()}
     accelerated.__dict__.update(state, _acceleration=settings)
     accelerated.__dict__.pop("_plans", None)
+    accelerated._check()
     return accelerated

@@ -89,6 +89,9 @@ class Accelerated:
             found = self.__dict__["_acceleration"] = Acceleration()
         return found
 
+    def _check(self) -> None:
+        """Of a new object, before it is handed out: raises TypeError where it is not what its class says."""
+
     def _aside(self, method: str, why: str | None) -> Any:
         """None; the peer's own code is about to run, without a reason to tell where that is to refuse an argument."""
         if why is not None:

@@ -32,9 +32,15 @@ SUPPORT = (
         "step",
         "every prediction_type; eta up to 1; use_clipped_model_output; variance_noise; clip_sample, thresholding; "
         "set_alpha_to_one; any timestep",
-        "eta above 1 (NaN there); epsilon without a clip at alphas_cumprod 0; float64; gradients",
+        "eta above 1, and steps to more noise (NaN there); epsilon without a clip at alphas_cumprod 0; "
+        "sample_max_value below 1; variance_noise with more digits than the samples; float64; gradients",
     ),
-    Support("DDIMScheduler", "add_noise, get_velocity", "float32, float16, bfloat16; gradients", "float64; broadcasts"),
+    Support(
+        "DDIMScheduler",
+        "add_noise, get_velocity",
+        "float32, float16, bfloat16; a timestep a sample, or one for all; gradients",
+        "float64; samples that are broadcast",
+    ),
     Support(
         "DDIMInverseScheduler",
         "step",
@@ -46,7 +52,7 @@ SUPPORT = (
 
 def _plan(
     alphas_cumprod: Tensor,
-    end: Tensor,
+    end: Tensor | float,
     stride: int,
     prediction_type: str,
     eta: float,
@@ -60,7 +66,7 @@ def _plan(
         return Plan()
     if not 0 <= eta <= 1:
         return Plan(why=f"eta is {eta}")
-    kept, end = alphas_cumprod.detach().cpu(), end.detach().cpu()
+    kept, end = alphas_cumprod.detach().cpu(), torch.as_tensor(end).detach().cpu()
     t = torch.arange(len(kept))
     other = t - abs(stride)
     below = torch.where(other >= 0, kept[other.clamp(min=0)], end.to(kept.dtype))
@@ -69,11 +75,15 @@ def _plan(
     if prediction_type != "sample" and keep_eps and not eta:
         usable |= after < 1
     usable &= ~(now.signbit() | after.signbit())  # betas above 1 make such, and NaN there
+    if stride > 0:
+        usable &= now <= after  # else a variance is negative, and its root NaN with any eta
     if prediction_type == "epsilon" and clip is None:
         usable &= now > 0
-    grid = jumps(t[usable], now[usable], after[usable])
-    steps = ddim(grid, prediction=PREDICTIONS[prediction_type], eta=eta, keep_eps=keep_eps)
-    return plan_of(steps, clip, threshold, timesteps=len(kept))
+    steps = None
+    if usable.any():
+        grid = jumps(t[usable], now[usable], after[usable])
+        steps = ddim(grid, prediction=PREDICTIONS[prediction_type], eta=eta, keep_eps=keep_eps)
+    return plan_of(steps, clip, threshold, timesteps=len(kept), unfused=t[~usable])
 
 
 class DDIM(Forward):
@@ -135,11 +145,16 @@ class DDIM(Forward):
         )
         _, row = self._row(plan, timestep)
         variance_noise = variance_noise if noisy else None
-        why = plan.why if row < 0 else self._misfit(sample, model_output, variance_noise)
-        if row < 0 or why is not None:
+        if row < 0:
+            return self._aside("step", plan.why_not(row))
+        why = self._misfit(sample, model_output, variance_noise, timestep=timestep)
+        if why is not None:
             return self._aside("step", why)
         sample = sample.to(result_dtype(model_output, sample))
         if variance_noise is not None:
+            real = variance_noise.is_floating_point()
+            if not real or torch.promote_types(variance_noise.dtype, sample.dtype) != sample.dtype:
+                return self._aside("step", f"variance_noise is {str(variance_noise.dtype).removeprefix('torch.')}")
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
             noise = self._noise(noisy, model_output, generator, sample.dtype)
@@ -179,8 +194,10 @@ class DDIMInverse(Scheduler):
             None,
         )
         _, row = self._row(plan, timestep)
-        why = plan.why if row < 0 else self._misfit(sample, model_output)
-        if row < 0 or why is not None:
+        if row < 0:
+            return self._aside("step", plan.why_not(row))
+        why = self._misfit(sample, model_output, timestep=timestep)
+        if why is not None:
             return self._aside("step", why)
         sample = sample.to(result_dtype(model_output, sample))
         return self._take(plan, row, sample, model_output, {"add_noise": False})

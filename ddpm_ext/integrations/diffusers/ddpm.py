@@ -40,9 +40,15 @@ SUPPORT = (
         "step",
         "every prediction_type; variance_type fixed_small, fixed_small_log, fixed_large, learned, learned_range; "
         "clip_sample, thresholding; any timesteps",
-        "variance_type fixed_large_log (NaN there); epsilon without a clip at alphas_cumprod 0; float64; gradients",
+        "variance_type fixed_large_log, and steps to more noise (NaN there); epsilon without a clip at alphas_cumprod "
+        "0; sample_max_value below 1; float64; gradients",
     ),
-    Support("DDPMScheduler", "add_noise, get_velocity", "float32, float16, bfloat16; gradients", "float64; broadcasts"),
+    Support(
+        "DDPMScheduler",
+        "add_noise, get_velocity",
+        "float32, float16, bfloat16; a timestep a sample, or one for all; gradients",
+        "float64; samples that are broadcast",
+    ),
 )
 
 
@@ -63,17 +69,19 @@ def _plan(
     t = torch.arange(len(kept) - 1, -1, -1) if timesteps is None else timesteps.detach().cpu()
     if len(t.unique()) < len(t):
         return Plan(why="its timesteps repeat")
-    usable = (t >= 0) & (t < len(kept))
-    after = torch.cat([kept[t.clamp(0, len(kept) - 1)][1:], kept.new_ones(1)])[usable]
-    t = t[usable]
-    now = kept[t]
-    usable = (now < 1) & (after > 0)
+    to = torch.cat([t[1:], t.new_tensor([-1])])
+    usable = (t >= 0) & (t < len(kept)) & (to < len(kept))
+    t, to = t[usable], to[usable]
+    now, after = kept[t], torch.where(to >= 0, kept[to.clamp(min=0)], 1)
+    usable = (now < 1) & (after > 0) & (now <= after)
     usable &= ~now.signbit()  # betas above 1 make such, and NaN there
     if prediction_type == "epsilon" and clip is None:
         usable &= now > 0
-    grid = jumps(t[usable], now[usable], after[usable])
-    steps = ddpm(grid, prediction=PREDICTIONS[prediction_type], variance=VARIANCES[variance_type])
-    return plan_of(steps, clip, threshold, timesteps=len(kept))
+    steps = None
+    if usable.any():
+        grid = jumps(t[usable], now[usable], after[usable])
+        steps = ddpm(grid, prediction=PREDICTIONS[prediction_type], variance=VARIANCES[variance_type])
+    return plan_of(steps, clip, threshold, timesteps=len(kept), unfused=t[~usable])
 
 
 class DDPM(Forward):
@@ -113,16 +121,18 @@ class DDPM(Forward):
             self.variance_type,
             *clip_of(config),
         )
+        if not tensors(sample, model_output) or min(sample.dim(), model_output.dim()) < 2:
+            return None
         t, row = self._row(plan, timestep)
-        if row < 0 or not tensors(sample, model_output):
-            return self._aside("step", plan.why)
+        if row < 0:
+            return self._aside("step", plan.why_not(row))
         model_variance = None
         if self.variance_type in ("learned", "learned_range"):
             channels = sample.shape[1]
             if model_output.shape[1] != 2 * channels:
                 return None
             model_output, model_variance = model_output[:, :channels], model_output[:, channels:]
-        why = self._misfit(sample, model_output)
+        why = self._misfit(sample, model_output, timestep=timestep)
         if why is not None:
             return self._aside("step", why)
         sample = sample.to(result_dtype(model_output, sample))

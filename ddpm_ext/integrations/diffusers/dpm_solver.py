@@ -14,6 +14,7 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     Threshold,
     clip_of,
     imported,
+    odd,
     plan_of,
     result_dtype,
     tensors,
@@ -30,8 +31,9 @@ SUPPORT = (
         "DPMSolverMultistepScheduler",
         "step",
         "algorithm_type dpmsolver++, sde-dpmsolver++, solver_order 1 or 2, solver_type midpoint; prediction_type "
-        "epsilon, sample, v_prediction; thresholding; variance_noise; all sigmas and timesteps",
-        "dpmsolver, sde-dpmsolver; solver_order 3; solver_type heun; flow sigmas; float64; gradients",
+        "epsilon, sample, v_prediction; thresholding; variance_noise; all sigmas that fall",
+        "dpmsolver, sde-dpmsolver; solver_order 3; solver_type heun; flow sigmas; sigmas below 1e-4 before the last; "
+        "sample_max_value below 1; float64; gradients",
     ),
     Support("DPMSolverMultistepScheduler", "add_noise", "", "always"),
 )
@@ -59,8 +61,10 @@ def _plan(
     if prediction_type not in PREDICTIONS:
         return Plan()
     sigma = sigmas.detach().to("cpu", torch.float64)
-    if len(sigma) < 2 or not ((sigma[:-1] > 0) & sigma[:-1].isfinite()).all():
-        return Plan(why="its sigmas are not all positive numbers")
+    if (why := odd(sigma)) is not None:
+        return Plan(why=why)
+    if len(timesteps) != len(sigma) - 1:
+        return Plan(why="its timesteps are not one a sigma")
     if not (sigma[1:] < sigma[:-1]).all():
         return Plan(why="its sigmas do not fall")
     kept = 1 / (1 + sigma**2)
@@ -162,7 +166,7 @@ class DPMSolverMultistep(Scheduler):
         if self.lower_order_nums < config.solver_order:
             self.lower_order_nums += 1
         self._step_index += 1
-        return prev_sample
+        return prev_sample.to(x0.dtype)
 
     def _ends_at_first_order(self, at: int, steps: int) -> bool:
         config = self.config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.forward import affine
-from ddpm_ext.integrations.diffusers.scheduler import PREDICTIONS, Plan, Scheduler, imported, plan_of, tensors
+from ddpm_ext.integrations.diffusers.scheduler import PREDICTIONS, Plan, Scheduler, imported, odd, plan_of, tensors
 from ddpm_ext.integrations.support import Support
 from ddpm_ext.samplers import euler, euler_ancestral
 from ddpm_ext.spacing import Jumps
@@ -25,13 +25,26 @@ SUPPORT = (
         "EulerDiscreteScheduler",
         "step",
         "every prediction_type; all sigmas and timesteps; float32 inside, as there",
-        "s_churn where it adds noise; float64; gradients",
+        "s_churn above 0; sigmas below 1e-4 before the last; without scale_model_input; float64; gradients",
     ),
-    Support("EulerDiscreteScheduler", "add_noise", "float32, float16, bfloat16; gradients", "float64; broadcasts"),
-    Support("EulerDiscreteScheduler", "get_velocity, scale_model_input", "", "always"),
-    Support("EulerAncestralDiscreteScheduler", "step", "epsilon, v_prediction", "float64; gradients"),
     Support(
-        "EulerAncestralDiscreteScheduler", "add_noise", "float32, float16, bfloat16; gradients", "float64; broadcasts"
+        "EulerDiscreteScheduler",
+        "add_noise",
+        "float32, float16, bfloat16; gradients",
+        "float64; samples that are broadcast",
+    ),
+    Support("EulerDiscreteScheduler", "get_velocity, scale_model_input", "", "always"),
+    Support(
+        "EulerAncestralDiscreteScheduler",
+        "step",
+        "epsilon, v_prediction; all sigmas that fall",
+        "sigmas below 1e-4 before the last; without scale_model_input; float64; gradients",
+    ),
+    Support(
+        "EulerAncestralDiscreteScheduler",
+        "add_noise",
+        "float32, float16, bfloat16; gradients",
+        "float64; samples that are broadcast",
     ),
     Support("EulerAncestralDiscreteScheduler", "scale_model_input", "", "always"),
 )
@@ -43,12 +56,14 @@ def _plan(sigmas: Tensor, timesteps: Tensor, prediction_type: str, ancestral: bo
     if prediction is None or (ancestral and prediction == "x0"):
         return Plan()
     sigma = sigmas.detach().to("cpu", torch.float64)
-    if len(sigma) < 2 or not ((sigma[:-1] > 0) & sigma[:-1].isfinite()).all():
-        return Plan(why="its sigmas are not all positive numbers")
+    if (why := odd(sigma)) is not None:
+        return Plan(why=why)
+    if ancestral and not (sigma[1:] <= sigma[:-1]).all():
+        return Plan(why="its sigmas do not fall")
     kept = 1 / (1 + sigma**2)
     now, after = kept[:-1], kept[1:]
     t = timesteps.detach().cpu()
-    grid = Jumps(torch.arange(len(now)), now, after, 1 - now / after)
+    grid = Jumps(torch.arange(len(now)), now, after, now / after)
     steps = (euler_ancestral if ancestral else euler)(grid, prediction=prediction)
     # the same noise as of a loop in ddpm_ext: by the timestep, or by the row between timesteps
     whole = len(t) == len(now) and bool((t == t.round()).all()) and bool((t >= 0).all()) and len(t.unique()) == len(t)
@@ -86,8 +101,12 @@ class _Euler(Scheduler):
 
     def _euler(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, Tensor] | None:
         integers = isinstance(timestep, int | torch.IntTensor | torch.LongTensor)
-        if integers or not self.is_scale_input_called or not tensors(sample, model_output):
-            return None  # refused, or warned of
+        if integers or not tensors(sample, model_output):
+            return None
+        if not self.is_scale_input_called:
+            return self._aside("step", "scale_model_input was not called")  # of which it warns, too
+        if not isinstance(self.sigmas, Tensor):
+            return self._aside("step", "its sigmas are no tensor")
         plan = self._plan(_plan, self.sigmas, self.timesteps, self.config.prediction_type, self.ancestral)
         if plan.tables is None:
             return self._aside("step", plan.why)

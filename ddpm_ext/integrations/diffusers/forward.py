@@ -26,19 +26,25 @@ def _tables(alphas_cumprod: Tensor) -> Plan:
 def affine(scheduler: Scheduler, method: str, x: Any, y: Any, table: Any, rows: Any) -> Tensor | None:
     """k0 x + k1 y by a row a sample, in one launch and differentiable; None where diffusers' own code is to run.
 
-    rows: integers (batch,), anywhere; table: gives one for a device.
+    rows: integers (batch,), or one for all, anywhere; table: gives one for a device.
     """
     if not all(isinstance(z, Tensor) for z in (x, y, rows)):
         return None
     why = misfit(x, y)
     if why is None and x.dtype != y.dtype:
         why = "its tensors are of different dtypes"
-    if why is None and rows.shape != x.shape[:1]:
+    if why is None and rows.shape != x.shape[:1] and rows.numel() != 1:
         why = "its timesteps are not one a sample"
     if why is not None:
         scheduler._aside(method, why)
         return None
+    if rows.dtype not in (torch.int64, torch.int32):
+        return None  # a mask, or refused
     rows = rows.to(x.device, torch.int64)
+    if rows.shape != x.shape[:1]:
+        rows = rows.reshape(1).repeat(len(x))  # one for all, as for inpainting
+    if rows.is_inference() and not torch.is_inference_mode_enabled():
+        rows = rows.clone()  # a backward pass keeps them
     if rows.is_cpu and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(table(x.device)):
         return None  # counted from the end, or refused
     return ops.forward_process(x, table(x.device), rows, noise=y)

@@ -1,0 +1,158 @@
+"""What the tests of accelerated denoising-diffusion-pytorch objects share: objects, models, noise, truth."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import random
+
+import pytest
+import torch
+from torch import nn
+
+peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+
+OBJECTIVES = ("pred_noise", "pred_x0", "pred_v")
+PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
+SCHEDULES = ("linear", "cosine", "sigmoid")
+SHAPE = (4, 3, 6, 6)
+FACTOR, ULPS = 4, 4 * 2.0**-23
+
+objectives = pytest.mark.parametrize("objective", OBJECTIVES)
+
+
+def has(method, option):
+    """Whether this version knows an option."""
+    return option in inspect.signature(getattr(peer.GaussianDiffusion, method)).parameters
+
+
+def needs(method, option):
+    return pytest.mark.skipif(not has(method, option), reason=f"{method} has no {option} in this version")
+
+
+class Net(nn.Module):
+    """Small, and nonlinear in all that it is told; it counts its calls, and keeps what it was told last."""
+
+    def __init__(self, self_condition=False):
+        super().__init__()
+        self.self_condition = self_condition
+        self.channels = self.out_dim = SHAPE[1]
+        self.random_or_learned_sinusoidal_cond = False  # older versions ask
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.first = nn.Conv2d(SHAPE[1], 5, 3, padding=1)
+            self.last = nn.Conv2d(5, SHAPE[1], 3, padding=1)
+            self.known = nn.Conv2d(SHAPE[1], 5, 1)
+        self.calls, self.told = 0, None
+
+    def forward(self, x, t, x_self_cond=None):
+        self.calls += 1
+        self.told = (x, t, x_self_cond)
+        dtype = self.first.weight.dtype
+        hidden = self.first(x.to(dtype)) + (t / 300).to(dtype).sin().reshape(-1, 1, 1, 1)
+        if x_self_cond is not None:
+            hidden = hidden + self.known(x_self_cond.to(dtype))
+        return self.last(hidden.tanh())
+
+
+class Given(nn.Module):
+    """Gives the same tensor to all questions, not a copy of it."""
+
+    def __init__(self, output, self_condition=False):
+        super().__init__()
+        self.self_condition = self_condition
+        self.channels = self.out_dim = SHAPE[1]
+        self.random_or_learned_sinusoidal_cond = False  # older versions ask
+        self.output, self.calls = output, 0
+
+    def forward(self, x, t, x_self_cond=None):
+        self.calls += 1
+        return self.output
+
+
+def make(objective="pred_v", model=None, *, device="cpu", timesteps=50, **options):
+    return peer.GaussianDiffusion(
+        Net() if model is None else model, image_size=SHAPE[2], timesteps=timesteps, objective=objective, **options
+    ).to(device)
+
+
+def in64(gd):
+    """Theirs with float64 arithmetic, on the CPU, from the numbers that the buffers have."""
+    made = copy.deepcopy(gd).cpu().double()
+    for module in made.modules():
+        if isinstance(module, Given):
+            module.output = module.output.cpu().double()
+    return made
+
+
+class ScriptedTorch:
+    """torch, whose next normals are given."""
+
+    def __init__(self, **answers):
+        self.answers = answers
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def randn_like(self, x):
+        z = self.answers["randn_like"].to(x)
+        assert z.shape == x.shape
+        return z
+
+    def randn(self, shape, device=None):
+        z = self.answers["randn"].to(device)
+        assert z.shape == tuple(shape)
+        return z
+
+
+@contextlib.contextmanager
+def normals(**answers):
+    """Those that theirs draws, by function."""
+    before, peer.torch = peer.torch, ScriptedTorch(**answers)
+    try:
+        yield
+    finally:
+        peer.torch = before
+
+
+def check(ours, theirs, truth, name=""):
+    """Ours in float32 may be FACTOR times as far from the truth as theirs, or a few ulps of the largest."""
+    assert ours.shape == theirs.shape == truth.shape and ours.dtype == theirs.dtype
+    exact = truth.double().cpu()
+    error, their_error = ((found.double().cpu() - exact).abs().max() for found in (ours, theirs))
+    allowed = max(FACTOR * their_error, ULPS * exact.abs().max())
+    assert error <= allowed, f"{name}: {error:.2e}, expected at most {allowed:.2e}"
+
+
+def states(device):
+    """Of torch's generators that a loop on a device may touch, and of Python's."""
+    found = [torch.get_rng_state()]
+    if torch.device(device).type == "cuda":
+        found.append(torch.cuda.get_rng_state(device))
+    return [*found, torch.tensor(random.getstate()[1])]
+
+
+def seeded(seed, call, device="cpu"):
+    """What a call returns from the same seeds, and the generators' states after it."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    found = call()
+    return found, states(device)
+
+
+def same_states(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def record_bars(monkeypatch):
+    """No progress bars; how long they are to be, and the other arguments."""
+    bars = []
+
+    def tqdm(steps, **options):
+        steps = list(steps)
+        bars.append((len(steps), options))
+        return iter(steps)
+
+    monkeypatch.setattr(peer, "tqdm", tqdm)
+    return bars

@@ -1,0 +1,282 @@
+"""A step of an accelerated scheduler beside diffusers' own, each in float32 against that one in float64.
+
+Ours may be at most FACTOR times as far from it as diffusers is in the same step, or in many of its kind, or a few ulps;
+with 16-bit samples no farther than diffusers, or an ulp.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ddpm_ext import ops
+from ddpm_ext.integrations import accelerate
+
+FACTOR, ULPS = 4, 4
+MANY = 100
+SIGMA = ("DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
+MODULES = {
+    "DDPM": "ddpm",
+    "DDIM": "ddim",
+    "DDIMInverse": "ddim_inverse",
+    "DPMSolverMultistep": "dpmsolver_multistep",
+    "EulerDiscrete": "euler_discrete",
+    "EulerAncestralDiscrete": "euler_ancestral_discrete",
+}
+NAMES = tuple(MODULES)
+BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # Stable Diffusion's
+
+
+def make(name: str, **config: Any) -> Any:
+    """diffusers' scheduler."""
+    schedule = BY_SCHEDULE.get(config.get("beta_schedule", ""), {})
+    return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed)).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------ in float64
+
+
+class Alphas(Tensor):
+    """float64 alphas_cumprod, whose ratio, and 1 minus that, are rounded to float32: diffusers' beta is part of what is
+    asked of a step, and not an error."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        name = getattr(function, "__name__", "")
+        if name == "__get__":
+            return found
+        if name == "__getitem__":
+            return found.as_subclass(Alphas)
+        if name in ("__truediv__", "div") and all(isinstance(x, Alphas) for x in args):
+            return found.float().double().as_subclass(Ratio)
+        return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
+
+
+class Ratio(Alphas):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") in ("__rsub__", "rsub"):
+            found = found.float().double()
+        return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
+
+
+class Doubled:
+    """torch, where float32 is float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def exact(scheduler: Any) -> Any:
+    """The same scheduler with float64 of its float32 numbers."""
+    found = copy.deepcopy(scheduler)
+    for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
+        if name in vars(found):
+            setattr(found, name, vars(found)[name].double().as_subclass(Alphas))
+    if "sigmas" in vars(found):
+        found.sigmas = found.sigmas.double()
+    if "model_outputs" in vars(found):
+        found.model_outputs = [x if x is None else x.double() for x in found.model_outputs]
+    return found
+
+
+@contextlib.contextmanager
+def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
+    """Its module's code with float64 for float32, and the noise that it draws in `drawn`."""
+    where = module(name)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(where, "torch", Doubled()))
+        draw = getattr(where, "randn_tensor", None)
+        if draw is not None:
+
+            def rounded(shape, generator=None, device=None, dtype=None, layout=None):
+                return draw(shape, generator=generator, device=device, dtype=drawn).double()
+
+            stack.enter_context(mock.patch.object(where, "randn_tensor", rounded))
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------- compared
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """The fused operators that are called, by name."""
+    called: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name in ("extended_step", "forward_process"):
+            fused = getattr(ops, name)
+
+            def counted(*args, fused=fused, name=name, **options):
+                called.append(name)
+                return fused(*args, **options)
+
+            stack.enter_context(mock.patch.object(ops, name, counted))
+        yield called
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """The largest; infinite where one is no number and the other is."""
+    found = found.double()
+    apart = (found - truth).abs()
+    apart[(found == truth) | (found.isnan() & truth.isnan())] = 0
+    return apart.nan_to_num(nan=torch.inf).max().item() if apart.numel() else 0.0
+
+
+def size(x: Tensor) -> float:
+    finite = x[x.isfinite()].abs()
+    return finite.max().item() if len(finite) else 0.0
+
+
+def check(
+    ours: tuple[Tensor, ...],
+    theirs: tuple[Tensor, ...],
+    truth: tuple[Tensor, ...],
+    usual: Callable[[], tuple[list[float], list[float]]],
+) -> None:
+    """usual: diffusers' errors in many such steps, asked where it may have been lucky in this one; and how large the
+    results would be without a clip, which leaves the rounding of what it cuts."""
+    assert len(ours) == len(theirs) == len(truth)
+    for i, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
+        assert mine.dtype == other.dtype
+        assert mine.shape == other.shape
+        assert mine.device == other.device
+        if not true.numel():
+            continue
+        full = mine.dtype == torch.float32
+        factor, ulps = (FACTOR, ULPS * torch.finfo(mine.dtype).eps) if full else (1, torch.finfo(mine.dtype).eps)
+        found, off, largest = error(mine, true), error(other, true), size(true)
+        if found > max(factor * off, ulps * largest):
+            errors, sizes = usual()
+            off, largest = max(off, errors[i]), max(largest, sizes[i])
+        assert found <= max(factor * off, ulps * largest), (found, off, largest)
+
+
+def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
+    """MANY times as many samples of the same numbers; the first `channels` and the others by themselves."""
+    parts = []
+    for part in (x[:, :channels], x[:, channels:]):
+        orders = [torch.randperm(part.numel(), generator=generator) for _ in range(MANY)]
+        parts.append(torch.cat([part.flatten()[order].reshape(part.shape) for order in orders]))
+    return torch.cat(parts, 1)
+
+
+def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
+    """A step of each from the state of `plain`, which stays as it is. Returns the accelerated scheduler and whether it
+    launched; where not, it must have given diffusers' very numbers."""
+    accelerated = accelerate(copy.deepcopy(plain))
+    theirs = copy.deepcopy(plain)
+    drawn = torch.float32 if name == "DPMSolverMultistep" else m.dtype
+
+    def step(scheduler, m, x, noise):
+        given = dict(options)
+        if noise is not None:
+            given["variance_noise"] = noise
+        elif name not in ("DDIMInverse",):
+            given["generator"] = seeded(seed)
+        result = scheduler.step(m, t, x, return_dict=False, **given)
+        state = given["generator"].get_state() if "generator" in given else None
+        return result, state
+
+    expected, state = step(theirs, m, x, noise)
+    with launches() as called, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*runs the own code")
+        found, after = step(accelerated, m, x, noise)
+    assert state is None or torch.equal(state, after)
+    assert vars(theirs).get("_step_index") == vars(accelerated).get("_step_index")
+    assert vars(theirs).get("lower_order_nums") == vars(accelerated).get("lower_order_nums")
+    if called:
+
+        def outcome(scheduler, result):
+            return (*result, *vars(scheduler).get("model_outputs", [])[-1:])
+
+        def pair(plain, m, x, noise):
+            """diffusers, and the same in float64."""
+            other, truth = copy.deepcopy(plain), exact(plain)
+            result, _ = step(other, m, x, noise)
+            with in_float64(name, drawn):
+                true, _ = step(truth, *(y if y is None else y.double() for y in (m, x, noise)))
+            return outcome(other, result), outcome(truth, true)
+
+        def usual():
+            many, generator = copy.deepcopy(plain), seeded(1)
+            mixed = [y if y is None else shuffled(y, x.shape[1], generator) for y in (m, x, noise)]
+            if "model_outputs" in vars(many):
+                outputs = vars(many)["model_outputs"]
+                many.model_outputs = [y if y is None else shuffled(y, x.shape[1], generator) for y in outputs]
+            errors = [error(other, true) for other, true in zip(*pair(many, *mixed), strict=True)]
+            many.config.clip_sample = many.config.thresholding = False
+            return errors, [size(true) for true in pair(many, *mixed)[1]]
+
+        check(outcome(accelerated, found), *pair(plain, m, x, noise), usual)
+    else:
+        equal(found, expected)
+    return accelerated, bool(called)
+
+
+# ------------------------------------------------------------------------------------------------------------ loops
+
+
+def model(x: Tensor, t: Any, channels: int | None = None) -> Tensor:
+    """Something nonlinear in both; `channels` more than x has are for a variance."""
+    m = torch.tanh(0.8 * x.float() + 0.1 * torch.sin(torch.as_tensor(t).float()) - 0.05)
+    more = (channels or x.shape[1]) - x.shape[1]
+    return torch.cat([m, 0.5 * m[:, :more].abs() + 0.1], 1).to(x.dtype) if more else m.to(x.dtype)
+
+
+def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any = None, **options: Any) -> Tensor:
+    """As pipelines do it."""
+    for t in scheduler.timesteps if timesteps is None else timesteps:
+        m = model(scheduler.scale_model_input(x, t), t, channels)
+        x = scheduler.step(m, t, x, **options, return_dict=False)[0]
+    return x
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is not on the CPU, and keeps how often it was read from there."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function == Tensor.is_cpu.__get__:
+            return False
+        name = getattr(function, "__name__", "")
+        found = super().__torch_function__(function, types, args, kwargs)
+        if name in ("item", "tolist", "__int__", "__index__", "__bool__", "__float__", "nonzero", "cpu", "numpy"):
+            Elsewhere.reads += 1
+            return found.as_subclass(Tensor) if isinstance(found, Tensor) else found
+        return found

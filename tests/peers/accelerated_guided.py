@@ -1,0 +1,155 @@
+"""What the tests of accelerated guided-diffusion and improved-diffusion objects share: objects, functions, noise."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections import Counter
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LIBRARIES = tuple(name for name in ("guided_diffusion", "improved_diffusion") if importlib.util.find_spec(name))
+if not LIBRARIES:
+    pytest.skip("neither guided_diffusion nor improved_diffusion is there", allow_module_level=True)
+
+TIMESTEPS, ULP = 1000, 2.0**-23
+PREDICTIONS, VARIANCES = (
+    ("EPSILON", "START_X", "PREVIOUS_X"),
+    ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"),
+)
+LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
+SHAPE = (5, 3, 4, 6)
+
+libraries = pytest.mark.parametrize("library", LIBRARIES)
+
+
+def module(library, name="gaussian_diffusion"):
+    return importlib.import_module(f"{library}.{name}")
+
+
+def make(
+    prediction="EPSILON",
+    variance="FIXED_SMALL",
+    loss="MSE",
+    spacing=None,
+    *,
+    library=LIBRARIES[0],
+    schedule="linear",
+    timesteps=TIMESTEPS,
+    rescale=False,
+):
+    """A GaussianDiffusion, or with a spacing a SpacedDiffusion."""
+    peer, respace = module(library), module(library, "respace")
+    options = {
+        "betas": peer.get_named_beta_schedule(schedule, timesteps),
+        "model_mean_type": peer.ModelMeanType[prediction],
+        "model_var_type": peer.ModelVarType[variance],
+        "loss_type": peer.LossType[loss],
+        "rescale_timesteps": rescale,
+    }
+    if spacing is None:
+        return peer.GaussianDiffusion(**options)
+    return respace.SpacedDiffusion(use_timesteps=respace.space_timesteps(timesteps, spacing), **options)
+
+
+def learned(variance):
+    return not variance.startswith("FIXED")
+
+
+def model_of(variance, seen=None):
+    """A model that costs little, whose output is x's size; `seen` gets the timesteps that it is told."""
+
+    def model(x, t, shift=0.0):
+        if seen is not None:
+            seen.append(t.clone())
+        m = x * 0.5 - (t.to(x.dtype) / 2000).reshape(-1, *[1] * (x.dim() - 1)) * x.clamp(-1, 1) + shift
+        if not learned(variance):
+            return m
+        v = (x * 0.7).clamp(-1, 1) - (4 if variance == "LEARNED" else 0)
+        return torch.cat([m, v], 1)
+
+    return model
+
+
+def cond_fn(x, t, shift=0.0):
+    return (0.3 - x) * 0.5 + shift + (t.to(x.dtype) / 3000).reshape(-1, *[1] * (x.dim() - 1))
+
+
+class Noise(TorchFunctionMode):
+    """torch.randn_like gives z, in the dtype that is asked for."""
+
+    def __init__(self, z):
+        super().__init__()
+        self.z, self.drawn = z, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.randn_like:
+            self.drawn += 1
+            return self.z.to(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+class Count(TorchDispatchMode):
+    """Operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def ours(self):
+        return {name: n for name, n in self.names.items() if name.startswith("ddpm_ext.")}
+
+
+class Readback(TorchDispatchMode):
+    """Refuses what brings a device's values to the host, or the host's to a device, which a step would wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given, made = ({x.device.type for x in tree_leaves(y) if isinstance(x, torch.Tensor)} for y in (args, found))
+        if given and made and given != made and len(given) == 1:
+            raise RuntimeError(f"{function} brings values from {given} to {made}")
+        return found
+
+
+@contextlib.contextmanager
+def in_float64(library=LIBRARIES[0]):
+    """The peer's tables as they are, in place of their float32 numbers."""
+
+    def extract(values, t, shape):
+        return torch.from_numpy(values).to(t.device)[t].reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    with mock.patch.object(module(library), "_extract_into_tensor", extract):
+        yield
+
+
+def check(ours, theirs, truth, unclipped=None, what=""):
+    """Sample by sample: at most four times as far from the truth as they are, or as far as they are in their worst
+    sample, or four ulps of its size, or one of what it was before the clip, which may leave them a lucky few."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and truth.dtype == torch.float64, what
+    assert truth.isfinite().all(), what
+    unclipped = truth if unclipped is None else unclipped
+    tensors = (ours.double() - truth, theirs.double() - truth, truth, unclipped)
+    error, their_error, size, whole = (y.abs().flatten(1).amax(1) for y in tensors)
+    allowed = torch.stack([4 * their_error, their_error.max().expand(len(error)), 4 * ULP * size, ULP * whole]).amax(0)
+    assert (error <= allowed).all(), f"{what}: {error}, expected at most {allowed}"
+
+
+def no_fallback(diffusion):
+    assert diffusion.accelerated.fallbacks == {}
+
+
+@functools.cache
+def numbers(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,441 @@
+"""denoising-diffusion-pytorch's GaussianDiffusion, accelerated: its steps, loops and losses against its own code.
+
+One step at a time, ours and theirs in float32 against theirs in float64; then whole loops; then, one test each, what is
+easy to get wrong.
+"""
+
+import random
+import warnings
+
+import pytest
+import torch
+from accelerated_denoising import (
+    OBJECTIVES,
+    PREDICTIONS,
+    SCHEDULES,
+    SHAPE,
+    Given,
+    Net,
+    check,
+    has,
+    in64,
+    make,
+    needs,
+    normals,
+    objectives,
+    peer,
+    record_bars,
+    same_states,
+    seeded,
+    states,
+)
+from choices import for_many
+
+from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext.integrations import accelerate
+
+pytestmark = pytest.mark.filterwarnings("error:.*runs the own code")  # nothing falls back that isn't meant to
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    return record_bars(monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------------- single steps
+
+
+def tensors(choose, count, shape=SHAPE):
+    """Normals of some size each, so that clips have something to do or nothing."""
+    generator = torch.Generator().manual_seed(choose.integer(0, 2**31, "seed"))
+    return [torch.randn(shape, generator=generator) * choose.one_of((0.5, 1.0, 3.0)) for _ in range(count)]
+
+
+def configuration(choose):
+    timesteps = choose.one_of((1, 2, 10, 1000), "timesteps")
+    objective, schedule = choose.one_of(OBJECTIVES, "objective"), choose.one_of(SCHEDULES, "schedule")
+    if schedule == "linear" and timesteps < 20:
+        schedule = "cosine"  # betas above 1
+    return timesteps, {"objective": objective, "beta_schedule": schedule, "timesteps": timesteps}
+
+
+@for_many(150)
+def test_p_sample(choose, device):
+    timesteps, options = configuration(choose)
+    t = choose.integer(0, timesteps - 1, "t")
+    x, m = (y.to(device) for y in tensors(choose, 2))
+    plain = make(model=Given(m), device=device, **options)
+    seed = choose.integer(0, 2**31, "noise")
+    (ours, our_start), state = seeded(seed, lambda: accelerate(plain).p_sample(x, t), device)
+    plain.model.output = m.clone()
+    (theirs, their_start), their_state = seeded(seed, lambda: plain.p_sample(x, t), device)
+    plain.model.output = m.clone()
+    z, _ = seeded(seed, lambda: torch.randn_like(x))
+    with normals(randn_like=z):
+        true, true_start = in64(plain).p_sample(x.double().cpu(), t)
+    check(ours, theirs, true, "img")
+    check(our_start, their_start, true_start, "x_start")
+    assert same_states(state, their_state)
+
+
+@for_many(150)
+def test_ddim_step(choose, device):
+    """The first of a loop from num_timesteps - 1, whatever that is; the last, where there is one alone."""
+    timesteps, options = configuration(choose)
+    x, m = (y.to(device) for y in tensors(choose, 2))
+    eta = choose.one_of((0.0, 0.3, 1.0), "eta")
+    plain = make(model=Given(m), device=device, ddim_sampling_eta=eta, auto_normalize=False, **options)
+    plain.num_timesteps = choose.integer(1, timesteps, "num_timesteps")
+    plain.sampling_timesteps = choose.integer(1, min(plain.num_timesteps, 5), "sampling_timesteps")
+    fast = accelerate(plain)
+    seed = choose.integer(0, 2**31, "noise")
+    z, _ = seeded(seed, lambda: torch.randn_like(x))
+
+    def loop(gd):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda shape, device: x.clone())  # where a loop begins
+            return gd.ddim_sample(SHAPE, return_all_timesteps=True)[:, 1]
+
+    ours, _ = seeded(seed, lambda: loop(fast))
+    theirs, _ = seeded(seed, lambda: loop(plain))
+    with normals(randn=x.double(), randn_like=z):
+        true = in64(plain).ddim_sample(SHAPE, return_all_timesteps=True)[:, 1]
+    check(ours, theirs, true)
+
+
+@for_many(100)
+def test_q_sample(choose, device):
+    timesteps, options = configuration(choose)
+    x, z = (y.to(device) for y in tensors(choose, 2))
+    t = torch.tensor([choose.integer(0, timesteps - 1, "t") for _ in range(len(x))], device=device)
+    plain = make(device=device, **options)
+    fast = accelerate(plain)
+    true = in64(plain).q_sample(x.double().cpu(), t.cpu(), z.double().cpu())
+    check(fast.q_sample(x, t, z), plain.q_sample(x, t, z), true)
+    seed = choose.integer(0, 2**31, "seed")
+    (ours, state), (theirs, their_state) = (
+        seeded(seed, lambda gd=gd: gd.q_sample(x, t), device) for gd in (fast, plain)
+    )
+    torch.testing.assert_close(ours, theirs)
+    assert same_states(state, their_state)
+
+
+@for_many(50)
+def test_p_losses(choose, device):
+    """Each sample's loss, and the gradients of their mean by the model's parameters."""
+    timesteps, options = configuration(choose)
+    x, z = (y.to(device) for y in tensors(choose, 2))
+    t = torch.tensor([choose.integer(0, timesteps - 1, "t") for _ in range(len(x))], device=device)
+    net = Net(self_condition=choose.one_of((False, True), "self_condition"))
+    min_snr = choose.one_of((False, True), "min_snr")
+    plain = make(model=net, device=device, min_snr_loss_weight=min_snr, **options)
+    reduction = (
+        {"loss_reduction": choose.one_of(("mean", "none"), "loss_reduction")}
+        if has("p_losses", "loss_reduction")
+        else {}
+    )
+    seed = choose.integer(0, 2**31, "coin")
+
+    def step(gd, x, t, z):
+        random.seed(seed)
+        gd.model.zero_grad()
+        loss = gd.p_losses(x, t, z, **reduction)
+        loss.mean().backward()
+        return [loss.detach(), *(parameter.grad for parameter in gd.model.parameters() if parameter.grad is not None)]
+
+    wide = in64(plain)
+    true = step(wide, x.double().cpu(), t.cpu(), z.double().cpu())
+    ours = step(accelerate(plain), x, t, z)
+    theirs = step(plain, x, t, z)
+    assert len(ours) == len(theirs) == len(true)
+    for found in zip(ours, theirs, true, strict=True):
+        check(*found)
+
+
+# -------------------------------------------------------------------------------------------------------- whole loops
+
+
+LOOPS = {
+    "sample": lambda gd: gd.sample(4),
+    "p_sample_loop": lambda gd: gd.p_sample_loop(SHAPE, return_all_timesteps=True),
+    "ddim_sample": lambda gd: gd.ddim_sample(SHAPE, return_all_timesteps=True),
+    "interpolate": lambda gd: gd.interpolate(*torch.rand(2, *SHAPE, device=gd.device), t=20, lam=0.3),
+    "interpolate from the end": lambda gd: gd.interpolate(*torch.rand(2, *SHAPE, device=gd.device)),
+}
+loops = pytest.mark.parametrize("loop", LOOPS)
+
+
+@objectives
+@loops
+@pytest.mark.parametrize("self_condition", [False, True])
+def test_loops_of_one_seed(objective, loop, self_condition, device, quiet):
+    """The same images, generators' states after them, and bars."""
+    plain = make(objective, Net(self_condition), device=device, ddim_sampling_eta=0.5)
+    plain.sampling_timesteps = 7
+    theirs, their_state = seeded(3, lambda: LOOPS[loop](plain), device)
+    their_bars, calls = list(quiet), plain.model.calls
+    quiet.clear()
+    plain.model.calls = 0
+    fast = accelerate(plain)
+    ours, state = seeded(3, lambda: LOOPS[loop](fast), device)
+    assert ours.dtype == theirs.dtype and ours.is_inference() == theirs.is_inference()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert same_states(state, their_state)
+    assert quiet == their_bars
+    assert plain.model.calls == calls
+    assert fast.accelerated.fallbacks == {}
+
+
+def test_sample_takes_fewer_steps_where_it_is_told_to(quiet):
+    fast = accelerate(make(sampling_timesteps=5))
+    fast.sample(2)
+    assert [count for count, _ in quiet] == [5]
+    assert fast.model.calls == 5
+
+
+@pytest.mark.parametrize("loop", ["sample", "interpolate"])
+def test_a_model_may_write_to_its_timesteps(loop):
+    told = []
+
+    class Writes(Net):
+        def forward(self, x, t, x_self_cond=None):
+            told.append(t.tolist())
+            output = super().forward(x, t.clone(), x_self_cond)
+            t.add_(1)
+            return output
+
+    fast = accelerate(make(model=Writes(), timesteps=6))
+    for _ in range(2):
+        fast.sample(2) if loop == "sample" else fast.interpolate(*torch.rand(2, 2, *SHAPE[1:]))
+    steps = 6 if loop == "sample" else 5
+    assert told == 2 * [[t] * 2 for t in range(steps - 1, -1, -1)]
+
+
+# ------------------------------------------------------------------------- what is easy to get wrong, one test a trap
+
+
+def test_images_are_in_0_to_1_outside_and_in_minus_1_to_1_inside():
+    ones = torch.full(SHAPE, 5.0)
+    for auto, expected in ((True, 1.0), (False, 1.0)):
+        fast = accelerate(make("pred_x0", Given(-ones), auto_normalize=auto))
+        assert (fast.sample(4) == (0.0 if auto else -1.0)).all()
+        fast.model.output = ones
+        assert (fast.sample(4) == expected).all()
+    plain = make("pred_x0", Given(torch.zeros(SHAPE)))
+    img, t = torch.full(SHAPE, 0.75), torch.zeros(4, dtype=torch.int64)
+    loss = accelerate(plain).p_losses(plain.normalize(img), t)
+    torch.testing.assert_close(loss, 0.25 * plain.loss_weight[0])  # 0.75 is 0.5 inside
+    img_inside, x_start = accelerate(plain).p_sample(torch.full(SHAPE, -3.0), 0)
+    assert (img_inside == 0).all() and (x_start == 0).all()
+
+
+@needs("forward", "times")
+def test_forward_normalizes_and_takes_times(device):
+    plain = make(device=device)
+    fast = accelerate(plain)
+    img, times = torch.rand(SHAPE, device=device), torch.tensor([0, 3, 20, 49], device=device)
+    for options in ({}, {"times": times}, {"times": times, "loss_reduction": "none"}):
+        (ours, state), (theirs, their_state) = (
+            seeded(1, lambda gd=gd, options=options: gd(img, **options), device) for gd in (fast, plain)
+        )
+        torch.testing.assert_close(ours, theirs)
+        assert same_states(state, their_state)
+    with pytest.raises(AssertionError, match="height and width"):
+        fast(torch.rand(4, 3, 5, 6, device=device))
+
+
+@objectives
+def test_self_condition_is_the_clipped_x_start_of_the_step_before(objective):
+    """None at first; in training, half the time, one that isn't clipped, of a first call without a gradient."""
+    plain = make(objective, Net(self_condition=True))
+    told = {}
+    for name, gd in (("ours", accelerate(plain)), ("theirs", plain)):
+        told[name] = []
+        handle = plain.model.register_forward_pre_hook(
+            lambda _, args, name=name: told[name].append(args[2] if args[2] is None else args[2].clone())
+        )
+        torch.manual_seed(0)
+        gd.p_sample_loop(SHAPE)
+        for seed in range(6):
+            random.seed(seed)
+            torch.manual_seed(seed)
+            gd.p_losses(torch.ones(SHAPE) * 3, torch.arange(4) * 16)
+        handle.remove()
+    assert len(told["ours"]) == len(told["theirs"]) > 50 + 6
+    assert told["ours"][0] is None and told["ours"][1].abs().max() <= 1
+    if objective != "pred_x0":  # whose output is small
+        assert any(x is not None and x.abs().max() > 1 for x in told["ours"][50:])
+    for ours, theirs in zip(told["ours"], told["theirs"], strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            assert not ours.requires_grad
+
+
+@pytest.mark.parametrize("coin, calls", [(0.0, 2), (0.499, 2), (0.5, 1), (0.999, 1)])
+def test_half_of_the_losses_are_self_conditioned(monkeypatch, coin, calls):
+    plain = make(model=Net(self_condition=True))
+    monkeypatch.setattr(peer, "random", lambda: coin)
+    for gd in (accelerate(plain), plain):
+        plain.model.calls = 0
+        gd.p_losses(torch.zeros(SHAPE), torch.arange(4))
+        assert plain.model.calls == calls
+
+
+@pytest.mark.parametrize("strength", [0.3, 1])
+@pytest.mark.parametrize("where", ["argument", "attribute"])
+def test_offset_noise_moves_the_noise_and_writes_to_given_one(strength, where, device):
+    plain = make("pred_noise", device=device, offset_noise_strength=strength if where == "attribute" else 0.0)
+    x, t = torch.rand(SHAPE, device=device), torch.arange(4, device=device)
+    options = {"offset_noise_strength": strength} if where == "argument" else {}
+    given = torch.rand(SHAPE, device=device)
+    found = []
+    for gd in (accelerate(plain), plain):
+        noise = given.clone()
+        drawn, state = seeded(5, lambda gd=gd: gd.p_losses(x, t, **options), device)
+        loss, _ = seeded(5, lambda gd=gd, noise=noise: gd.p_losses(x, t, noise, **options), device)
+        found.append((drawn.detach(), loss.detach(), noise, *state))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.equal(found[0][2], given)
+
+
+@needs("__init__", "immiscible")
+@objectives
+def test_immiscible_noise_is_assigned_in_q_sample_alone(objective, device):
+    """The target stays that of the noise before it."""
+    plain = make(objective, device=device, immiscible=True)
+    x, t = torch.rand(SHAPE, device=device) * 2 - 1, torch.tensor([0, 5, 20, 49], device=device)
+    fast = accelerate(plain)
+    for call in (lambda gd: gd.q_sample(x, t), lambda gd: gd.p_losses(x, t), lambda gd: gd.q_sample(x, t, x.flip(0))):
+        (ours, state), (theirs, their_state) = (
+            seeded(2, lambda gd=gd, call=call: call(gd), device) for gd in (fast, plain)
+        )
+        torch.testing.assert_close(ours, theirs)
+        assert same_states(state, their_state)
+    assert torch.equal(fast.q_sample(x, t * 0, x.flip(0)), fast.q_sample(x, t * 0, x))  # the assignment was no identity
+    assert fast.accelerated.fallbacks == {}
+    drawn = accelerate(plain, noise="philox", seed=4)
+    z = randn(SHAPE, Philox(4, draw=0, stream=2), device=device)
+    torch.testing.assert_close(drawn.q_sample(x, t), plain.q_sample(x, t, z))
+
+
+def test_p_sample_takes_an_int_and_draws_nothing_at_0(device):
+    plain = make(device=device)
+    fast = accelerate(plain)
+    x = torch.rand(SHAPE, device=device)
+    before = states(device)
+    img, x_start = fast.p_sample(x, 0)
+    assert same_states(states(device), before)
+    torch.testing.assert_close(img, x_start)
+    assert plain.model.told[1].tolist() == [0] * 4 and plain.model.told[1].dtype == torch.int64
+    fast.p_sample(x, torch.tensor(1))
+    assert not same_states(states(device), before)
+    for t in (-1, 50):
+        with pytest.raises((RuntimeError, IndexError)):
+            fast.p_sample(x, t)
+    assert fast.accelerated.fallbacks == {}
+
+
+@objectives
+def test_ddim_rederives_the_noise_from_the_clipped_x_start(objective):
+    """Where the clip bites, the next sample is not that of the model's own noise."""
+    m = torch.full(SHAPE, 7.0)
+    plain = make(objective, Given(m), auto_normalize=False, beta_schedule="linear")
+    plain.sampling_timesteps = 2
+    torch.manual_seed(0)
+    first, second, _ = accelerate(plain).ddim_sample(SHAPE, return_all_timesteps=True).unbind(1)
+    kept, after = plain.alphas_cumprod[[49, 24]].double()
+    x0 = -1.0 if objective != "pred_x0" else 1.0
+    eps = (first.double() - kept.sqrt() * x0) / (1 - kept).sqrt()
+    torch.testing.assert_close(second.double(), after.sqrt() * x0 + (1 - after).sqrt() * eps, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@objectives
+@pytest.mark.parametrize("min_snr", [False, True])
+def test_loss_weights_follow_the_objective(objective, schedule, min_snr):
+    """Ours of the same name, made in float64."""
+    betas = getattr(peer, f"{schedule}_beta_schedule")(100)
+    plain = make(objective, timesteps=100, beta_schedule=schedule, min_snr_loss_weight=min_snr)
+    gd = GaussianDiffusion(100, betas, prediction=PREDICTIONS[objective])
+    x, t = torch.rand(SHAPE), torch.tensor([0, 10, 50, 99])
+    loss = accelerate(plain, noise="philox", seed=1).p_losses(x, t)
+    rng, weighting = Philox(1, draw=0), "min_snr" if min_snr else "snr"
+    torch.testing.assert_close(
+        loss, gd.train_losses(plain.model, x, t, rng=rng, weighting=weighting), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
+def test_return_all_timesteps_keeps_each_step_with_its_own_memory(loop):
+    """The start is the first, the images without it are the last."""
+    fast = accelerate(make(ddim_sampling_eta=1.0))
+    fast.sampling_timesteps = 10
+    steps, _ = seeded(1, lambda: getattr(fast, loop)(SHAPE, return_all_timesteps=True))
+    last, _ = seeded(1, lambda: getattr(fast, loop)(SHAPE))
+    assert steps.shape == (4, 51 if loop == "p_sample_loop" else 11, *SHAPE[1:])
+    torch.manual_seed(1)
+    assert torch.equal(steps[:, 0], fast.unnormalize(torch.randn(SHAPE)))
+    assert torch.equal(steps[:, -1], last)
+    assert all(not torch.equal(steps[:, i], steps[:, i + 1]) for i in range(steps.shape[1] - 1))
+
+
+def test_the_models_output_is_not_clamped_in_place():
+    """p_mean_variance writes to what a model that predicts x_start gives; nothing follows from that but x_start."""
+    output = torch.randn(SHAPE) * 3
+    plain = make("pred_x0", Given(output.clone()))
+    x = torch.randn(SHAPE)
+    (ours, our_start), _ = seeded(1, lambda: accelerate(plain).p_sample(x, 20))
+    assert torch.equal(plain.model.output, output)
+    (theirs, their_start), _ = seeded(1, lambda: plain.p_sample(x, 20))
+    assert their_start is plain.model.output
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(our_start, their_start)
+    assert our_start.data_ptr() != output.data_ptr()
+
+
+@objectives
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_in_training_and_sampling(objective, dtype, device):
+    """The model's output has 16 bits then, the loss and x 32."""
+    plain = make(objective, Net(self_condition=True), device=device)
+    fast = accelerate(plain)
+    x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
+
+    def train(gd):
+        gd.model.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype):
+            loss = gd.p_losses(x, t)
+        loss.backward()
+        return [loss.detach(), gd.model.first.weight.grad]
+
+    for (ours, _), (theirs, _) in ((seeded(s, lambda: train(fast)), seeded(s, lambda: train(plain))) for s in range(4)):
+        for found, expected in zip(ours, theirs, strict=True):
+            assert found.dtype == expected.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    assert fast.accelerated.fallbacks == {}
+    with torch.autocast(torch.device(device).type, dtype), warnings.catch_warnings():
+        if objective == "pred_x0":  # x_start is the output there, in its dtype
+            warnings.filterwarnings("ignore", message="p_sample runs the own code")
+        ours, theirs = (seeded(1, lambda gd=gd: gd.p_sample_loop(SHAPE))[0] for gd in (fast, plain))
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-2)
+    assert fast.accelerated.fallbacks.keys() == ({"p_sample"} if objective == "pred_x0" else set())
+
+
+def test_a_models_output_that_requires_grad():
+    """A step keeps no graph; a loss keeps the model's."""
+    leaf = torch.randn(SHAPE).requires_grad_()
+    plain = make("pred_x0", Given(leaf), sampling_timesteps=5)
+    fast = accelerate(plain)
+    for call in (
+        lambda: fast.p_sample(torch.randn(SHAPE), 20),
+        lambda: [fast.sample(4)],
+        lambda: [fast.p_sample_loop(SHAPE)],
+    ):
+        assert not any(x.requires_grad for x in call())
+    x, t = torch.rand(SHAPE), torch.arange(4)
+    fast.p_losses(x, t).backward()
+    expected = 2 / x.numel() * plain.loss_weight[:4].reshape(-1, 1, 1, 1) * (leaf.detach() - x)
+    torch.testing.assert_close(leaf.grad, expected)

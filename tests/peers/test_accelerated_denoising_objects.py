@@ -1,0 +1,483 @@
+"""denoising-diffusion-pytorch's GaussianDiffusion, accelerated: noise="philox", what steps launch, what an object is,
+and where the peer's own code runs.
+"""
+
+import copy
+import pickle
+import random
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from accelerated_denoising import (
+    PREDICTIONS,
+    SHAPE,
+    Given,
+    Net,
+    check,
+    in64,
+    make,
+    normals,
+    objectives,
+    peer,
+    record_bars,
+    same_states,
+    seeded,
+    states,
+)
+from torch.profiler import ProfilerActivity, profile
+
+from ddpm_ext import GaussianDiffusion, Philox, randn, samplers
+from ddpm_ext.integrations import accelerate
+from ddpm_ext.spacing import make_grid
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    return record_bars(monkeypatch)
+
+
+# -------------------------------------------------------------------------------------------------------------- philox
+
+
+def philox(plain, ids=0, **options):
+    return accelerate(plain, noise="philox", seed=9, sample_ids=ids, **options)
+
+
+def by_ids(plain, loop, ids):
+    """Images of these samples; `loop(gd, shape)`."""
+    ids = torch.tensor(ids, device=plain.device)
+    return loop(philox(plain, ids), (len(ids), *SHAPE[1:]))
+
+
+BATCHES = {
+    "p_sample_loop": lambda gd, shape: gd.p_sample_loop(shape),
+    "ddim_sample": lambda gd, shape: gd.ddim_sample(shape),
+    "interpolate": lambda gd, shape: gd.interpolate(
+        torch.full(shape, -0.5, device=gd.device), torch.full(shape, 0.5, device=gd.device), t=20
+    ),
+    "q_sample": lambda gd, shape: gd.q_sample(
+        torch.full(shape, 0.5, device=gd.device), torch.full(shape[:1], 20, device=gd.device)
+    ),
+}
+
+
+@pytest.mark.parametrize("loop", BATCHES)
+def test_philox_images_belong_to_their_ids(loop, device):
+    """Whatever batch they come in, and in whatever order; generators are not touched, and runs are equal."""
+    plain = make(model=Net(self_condition=True), device=device, ddim_sampling_eta=1.0, timesteps=30)
+    plain.sampling_timesteps = 10
+    before = states(device)
+    whole = by_ids(plain, BATCHES[loop], [0, 1, 2, 3])
+    assert torch.equal(whole, by_ids(plain, BATCHES[loop], [0, 1, 2, 3]))
+    assert torch.equal(whole, BATCHES[loop](philox(plain), SHAPE))
+    parts = torch.cat([by_ids(plain, BATCHES[loop], ids) for ids in ([3], [1, 0], [2])])
+    torch.testing.assert_close(parts, whole[[3, 1, 0, 2]], rtol=0, atol=1e-5)  # as far as convolutions round alike
+    assert same_states(states(device), before)
+    assert not torch.equal(whole[0], whole[1])
+
+
+@objectives
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_philox_images_are_ours(objective, sampler, device):
+    """Those of GaussianDiffusion's loop with the same seed and schedule."""
+    plain = make(objective, device=device, auto_normalize=False, ddim_sampling_eta=0.7)
+    gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction=PREDICTIONS[objective])
+    table = sampler
+    if sampler == "ddim":
+        plain.sampling_timesteps = 10
+        times = torch.linspace(-1, 49, 11).int().flip(0)[:-1].long()
+        grid = make_grid(gd.alphas_cumprod, times, betas=gd.betas)
+        table = samplers.ddim(grid, prediction=PREDICTIONS[objective], eta=0.7, keep_eps=False)
+    loop = philox(plain, 5).p_sample_loop if sampler == "ddpm" else philox(plain, 5).ddim_sample
+    expected = gd.p_sample_loop(
+        plain.model, SHAPE, sampler=table, rng=Philox(9, 5), record="last", progress=False, device=device
+    )
+    torch.testing.assert_close(loop(SHAPE), expected, rtol=0, atol=1e-4)
+
+
+def test_philox_step_is_ours(device):
+    """Its draw is the timestep."""
+    x = torch.rand(SHAPE, device=device)
+    plain = make("pred_noise", device=device)
+    gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50))
+    expected = gd.p_sample(plain.model, x, 31, rng=Philox(9, 2))
+    torch.testing.assert_close(philox(plain, 2).p_sample(x, 31)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@objectives
+@pytest.mark.parametrize("strength", [0.0, 0.3])
+def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
+    """And that of GaussianDiffusion's train_losses; no noise is drawn by torch."""
+    plain = make(objective, device=device, offset_noise_strength=strength)
+    gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction=PREDICTIONS[objective])
+    x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
+    fast, before = philox(plain, 3), states(device)
+    for draw in range(3):
+        rng = Philox(9, 3, draw=draw)
+        expected = gd.train_losses(plain.model, x, t, rng=rng, weighting=plain.loss_weight, offset_noise=strength)
+        torch.testing.assert_close(fast.p_losses(x, t), expected, rtol=1e-4, atol=0)
+    noised, noise = fast.q_sample(x, t), randn(SHAPE, Philox(9, 3, draw=3, stream=2), device=device)
+    torch.testing.assert_close(noised, plain.q_sample(x, t, noise))
+    assert same_states(states(device), before)
+
+
+def test_philox_offset_of_given_noise(device):
+    plain = make("pred_noise", device=device)
+    x, t = torch.rand(SHAPE, device=device), torch.arange(4, device=device)
+    noise = torch.rand(SHAPE, device=device)
+    expected = noise + 0.5 * randn(SHAPE[:2], Philox(9, draw=0, stream=4), device=device)[:, :, None, None]
+    philox(plain).p_losses(x, t, noise, 0.5)
+    assert torch.equal(noise, expected)
+
+
+def test_philox_interpolates_between_two_draws_of_the_starting_noise(device):
+    plain = make(device=device)
+    x1, x2, t = *torch.rand(2, *SHAPE, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    first, second = (
+        plain.q_sample(x, t, randn(SHAPE, Philox(9), stream=1, draw=draw, device=device))
+        for draw, x in enumerate((x1, x2))
+    )
+    torch.testing.assert_close(philox(plain).interpolate(x1, x2, t=0, lam=0.3), 0.7 * first + 0.3 * second)
+
+
+def test_an_rng_set_anew():
+    fast = philox(make())
+    first = fast.sample(4)
+    fast.accelerated.rng = Philox(10)
+    assert not torch.equal(fast.sample(4), first)
+    fast.accelerated.rng = Philox(9)
+    assert torch.equal(fast.sample(4), first)
+    fast.accelerated.rng = Philox(9, draw=3)
+    for loop in (lambda: fast.sample(4), lambda: fast.ddim_sample(SHAPE), lambda: fast.interpolate(first, first)):
+        with pytest.raises(ValueError, match="draw or a stream of its own"):
+            loop()
+
+
+# --------------------------------------------------------------------------------------------------------------- costs
+
+
+VIEWS = {"aten::select", "aten::slice", "aten::as_strided", "aten::view", "aten::detach"}
+EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided"}
+
+
+def launches(call):
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    return Counter(e.name for e in profiler.events() if e.name.startswith(("aten::", "ddpm_ext::")))
+
+
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
+@pytest.mark.parametrize("self_condition", [False, True])
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
+    """Beside it the peer's noise, and a view of the timesteps."""
+    fast = accelerate(make(model=Given(torch.zeros(SHAPE), self_condition), ddim_sampling_eta=1.0), noise=noise)
+    counts = []
+    for steps in (10, 30):
+        fast.num_timesteps = fast.sampling_timesteps = steps
+        getattr(fast, loop)(SHAPE)
+        counts.append(launches(lambda: getattr(fast, loop)(SHAPE)))
+    more = counts[1] - counts[0]
+    drawn = {"aten::randn_like": 20, "aten::normal_": 20} if noise == "torch" else {}
+    operator = "ddpm_ext::extended_step" if self_condition else "ddpm_ext::reverse_step"
+    assert {name: n for name, n in more.items() if name not in VIEWS | EMPTY} == {operator: 20, **drawn}
+
+
+def test_a_step_alone_is_one_launch():
+    """Beside it, the peer's timesteps for the model."""
+    fast = philox(make(model=Given(torch.zeros(SHAPE))))
+    x = torch.zeros(SHAPE)
+    fast.p_sample(x, 20)
+    found = launches(lambda: fast.p_sample(x, 20))
+    assert {name for name in found if name not in VIEWS | EMPTY} == {
+        "ddpm_ext::extended_step",
+        "aten::full",
+        "aten::fill_",
+    }
+    assert found["ddpm_ext::extended_step"] == 1
+
+
+@objectives
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_a_loss_is_two_launches(objective, noise):
+    fast = accelerate(make(objective, Given(torch.zeros(SHAPE).requires_grad_())), noise=noise)
+    x, t = torch.zeros(SHAPE), torch.arange(4)
+    fast.p_losses(x, t)
+    found = launches(lambda: fast.p_losses(x, t))
+    drawn = {"aten::randn_like", "aten::normal_"} if noise == "torch" else set()
+    assert set(found) - VIEWS - EMPTY == {"ddpm_ext::forward_process", "ddpm_ext::diffusion_loss"} | drawn
+    assert found["ddpm_ext::forward_process"] == found["ddpm_ext::diffusion_loss"] == 1
+
+
+# --------------------------------------------------------------------------------------------------- the object itself
+
+
+def test_state_and_modes_are_the_peers(device):
+    plain = make(device=device)
+    fast = accelerate(plain)
+    assert isinstance(fast, peer.GaussianDiffusion) and type(fast).__name__ == "GaussianDiffusion"
+    assert fast.model is plain.model
+    keys = list(plain.state_dict())
+    fast.sample(1)
+    fast.p_losses(torch.zeros(SHAPE, device=device), torch.arange(4, device=device))
+    assert list(fast.state_dict()) == keys
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert fast.train().training and not fast.eval().training
+    assert plain.training  # a flag of the object, not of what it shares
+    fast.load_state_dict(plain.state_dict())
+    assert repr(fast) == repr(plain)
+
+
+def test_the_original_is_untouched():
+    plain = make(timesteps=10)
+    before = {name: value for name, value in vars(plain).items()}
+    contents = {name: dict(getattr(plain, name)) for name in ("_buffers", "_modules", "_parameters")}
+    fast = accelerate(plain)
+    fast.sample(1)
+    fast.betas = torch.zeros(10)
+    fast.register_buffer("more", torch.zeros(1))
+    fast.objective = "pred_x0"
+    fast.double()
+    assert vars(plain).keys() == before.keys() and all(vars(plain)[name] is before[name] for name in before)
+    for name, content in contents.items():
+        found = getattr(plain, name)
+        assert found.keys() == content.keys() and all(found[key] is content[key] for key in content)
+    assert plain.betas.dtype == torch.float32 and type(plain) is peer.GaussianDiffusion
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy, lambda gd: pickle.loads(pickle.dumps(gd))])
+def test_copies_are_accelerated_too(copier):
+    fast = philox(make(timesteps=10))
+    first = fast.sample(4)
+    copied = copier(fast)
+    assert type(copied) is type(fast) and "_plans" not in vars(copied)
+    assert torch.equal(copied.sample(4), first)
+    assert copied.state_dict().keys() == fast.state_dict().keys()
+
+
+def test_rows_follow_the_buffers_and_the_objective():
+    """Where a buffer is replaced, written to, or loaded; and what they were is found again."""
+    plain, other = make(timesteps=20), make(timesteps=20, beta_schedule="cosine")
+    fast = accelerate(plain)
+    x = torch.randn(SHAPE)
+
+    def same(gd):
+        ours, theirs = (seeded(1, lambda gd=gd: gd.p_sample(x, 10)[0])[0] for gd in (fast, gd))
+        torch.testing.assert_close(ours, theirs)
+        return ours
+
+    first = same(plain)
+    fast.load_state_dict(other.state_dict())
+    other.model = plain.model
+    assert not torch.equal(same(other), first)
+    fast.posterior_mean_coef1 = other.posterior_mean_coef1 = other.posterior_mean_coef1 * 0.5
+    same(other)
+    fast.posterior_mean_coef1.mul_(2)
+    same(other)
+    fast.objective = other.objective = "pred_noise"
+    same(other)
+    fast.objective = "pred_else"
+    with pytest.raises(UnboundLocalError), pytest.warns(match="its objective is 'pred_else'"):
+        fast.p_sample(x, 10)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
+def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
+    """Near t = 0 their float32 has digits that 1 - alphas_cumprod in float32 has lost."""
+    plain = make("pred_noise", timesteps=1000, beta_schedule=schedule)
+    rows = accelerate(plain)._rows().steps.get("steps", torch.device("cpu"), torch.float32)
+    names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
+    for column, name in enumerate(names):
+        assert torch.equal(rows[:, column].abs(), getattr(plain, name))
+    lost = (1 / plain.alphas_cumprod.double() - 1).sqrt()
+    assert (rows[:, 1].abs() / lost - 1).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@objectives
+def test_half(objective, dtype, device):
+    """Model, buffers and samples of 16 bits: rows are those of the rounded buffers, arithmetic is float32."""
+    plain = make(objective, Given(torch.randn(SHAPE)), device=device).to(dtype)
+    plain.model.output = torch.randn(SHAPE, device=device, dtype=dtype)
+    fast = accelerate(plain)
+    x = torch.randn(SHAPE, device=device).to(dtype)
+    output = plain.model.output.clone()
+    for t in (0, 1, 20, 49):
+        (ours, our_start), _ = seeded(1, lambda t=t: fast.p_sample(x, t))
+        (theirs, their_start), _ = seeded(1, lambda t=t: plain.p_sample(x, t))
+        plain.model.output = fast.model.output = output.clone()
+        z, _ = seeded(1, lambda: torch.randn_like(x))
+        with normals(randn_like=z):
+            true, true_start = in64(plain).p_sample(x.double().cpu(), t)
+        check(ours, theirs, true)
+        check(our_start, their_start, true_start)
+    t = torch.tensor([0, 1, 20, 49], device=device)
+    for call in (lambda gd: gd.q_sample(x, t), lambda gd: gd.p_losses(x, t)):
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        assert ours.dtype == theirs.dtype == dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    assert fast.accelerated.fallbacks == {}
+
+
+class Subclass(peer.GaussianDiffusion):
+    def random_times(self, batch_size):
+        return torch.full((batch_size,), 3)
+
+    def sample(self, batch_size=16, return_all_timesteps=False):
+        return super().sample(batch_size, return_all_timesteps) * 2
+
+
+class Guides(peer.GaussianDiffusion):
+    def model_predictions(self, *arguments, **options):
+        return super().model_predictions(*arguments, **options)
+
+
+def test_subclasses():
+    """One that changes nothing that is fused is taken, with what it changes; another is refused."""
+    plain = Subclass(Net(), image_size=SHAPE[2], timesteps=10)
+    fast = accelerate(plain)
+    assert isinstance(fast, Subclass)
+    torch.testing.assert_close(*(seeded(1, lambda gd=gd: gd.sample(4))[0] for gd in (fast, plain)))
+    with pytest.raises(TypeError, match="Guides, which has a model_predictions of its own"):
+        accelerate(Guides(Net(), image_size=SHAPE[2], timesteps=10))
+    learned = pytest.importorskip("denoising_diffusion_pytorch.learned_gaussian_diffusion").LearnedGaussianDiffusion
+    net = Net()
+    net.out_dim *= 2
+    with pytest.raises(TypeError, match="which has a p_losses of its own"):
+        accelerate(learned(net, image_size=SHAPE[2], timesteps=10))
+
+
+def test_an_older_version_is_refused(monkeypatch):
+    monkeypatch.setattr(peer, "__version__", "1.9.6")
+    with pytest.raises(TypeError, match=r"denoising-diffusion-pytorch 1\.9\.6, expected 1\.10 or later"):
+        accelerate(make(timesteps=10))
+
+
+# ----------------------------------------------------------------------------------------- where the peer's code runs
+
+
+own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
+
+
+def both(call, plain, noise="torch"):
+    fast = accelerate(plain, noise=noise)
+    random.seed(1)
+    calls = plain.model.calls
+    ours, state = seeded(1, lambda: call(fast))
+    made = plain.model.calls - calls
+    theirs, their_state = seeded(1, lambda: call(plain))
+    assert plain.model.calls - calls == 2 * made  # once each
+    return ours, theirs, same_states(state, their_state), fast.accelerated.fallbacks
+
+
+X, T = torch.linspace(-1, 1, 432).reshape(SHAPE), torch.tensor([0, 5, 20, 49])
+WIDE = {"p_sample": lambda gd: gd.p_sample(X.double(), 20)[0], "q_sample": lambda gd: gd.q_sample(X.double(), T)}
+WIDE["p_losses"] = lambda gd: gd.p_losses(X.double(), T)
+WIDE["interpolate"] = lambda gd: gd.interpolate(X, X.double(), t=5)
+OUTPUT = {"p_sample": lambda gd: gd.p_sample(X, 20)[0], "p_losses": lambda gd: gd.p_losses(X, T)}
+OUTPUT["ddim_sample"] = lambda gd: gd.ddim_sample(SHAPE)
+OUTPUT["p_sample_loop"] = lambda gd: gd.p_sample_loop(SHAPE)
+
+
+@own_code
+@pytest.mark.parametrize("method", WIDE)
+def test_samples_in_float64_are_the_peers(method):
+    ours, theirs, drawn, fallbacks = both(WIDE[method], make(model=Given(X * 2)))
+    assert ours.dtype == theirs.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert drawn and "float64" in fallbacks[method]
+
+
+@own_code
+@pytest.mark.parametrize("method", OUTPUT)
+@objectives
+@pytest.mark.parametrize("output", [X.double() * 2, X[:, :1] * 2], ids=["float64", "shape"])
+def test_a_models_output_that_does_not_fit(method, output, objective):
+    """It is asked once, noise is drawn once, a coin is thrown once."""
+    plain = make(objective, Given(output.clone(), self_condition=True), ddim_sampling_eta=0.5, timesteps=50)
+    plain.sampling_timesteps = 5
+    if method == "p_sample_loop" and objective == "pred_x0":
+        plain.model.forward = lambda *_: output.clone()  # they clamp it in place
+    if method == "p_losses":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's of broadcasts
+            ours, theirs, drawn, fallbacks = both(OUTPUT[method], plain)
+    else:
+        ours, theirs, drawn, fallbacks = both(OUTPUT[method], plain)
+    assert ours.dtype == theirs.dtype and drawn
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    name = "p_sample" if method == "p_sample_loop" else method
+    assert "the model's output is" in fallbacks[name]
+
+
+def test_philox_losses_of_an_output_that_does_not_fit_have_its_noise():
+    plain = make("pred_v", Given(X.double()))
+    z = randn(SHAPE, Philox(9, draw=0, stream=2))
+    with pytest.warns(UserWarning, match="the model's output is float64"):
+        ours = philox(plain).p_losses(X, T)
+    torch.testing.assert_close(ours, plain.p_losses(X, T, z))
+
+
+@own_code
+def test_other_reasons_to_run_the_peers_code():
+    plain = make()
+    leaf = X.clone().requires_grad_()
+    calls = {
+        "a gradient by images": lambda gd: gd.p_losses(leaf, T),
+        "one int64 timestep a sample": lambda gd: gd.p_losses(X, T[:1]),
+        "its tensors are float32 and float64": lambda gd: gd.q_sample(X, T, X.double()),
+        "its tensors have different shapes": lambda gd: gd.q_sample(X, T, X[:1]),
+        "whose noise is more than a step ends with": lambda gd: gd.ddim_sample(SHAPE).isnan().any(),
+        "eta is -1.0": lambda gd: gd.ddim_sample(SHAPE),
+        "a transform of torch.func": lambda gd: torch.func.grad(lambda x: gd.q_sample(x, T).sum())(X),
+    }
+    plain.sampling_timesteps = 5
+    for why, call in calls.items():
+        plain.ddim_sampling_eta = {"whose noise": 3.0, "eta is -1.0": -1.0}.get(why[:11], 0.0)
+        ours, theirs, drawn, fallbacks = both(call, plain)
+        assert why in " ".join(fallbacks.values())
+        assert torch.equal(ours, theirs) and drawn, why
+    assert plain.ddim_sampling_eta == 0
+    half = make(model=Given(X)).half()
+    ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X.bfloat16(), 20)[0], half)
+    assert torch.equal(ours, theirs) and "its samples are bfloat16 and its buffers float16" in fallbacks["p_sample"]
+    inf = make()
+    inf.posterior_mean_coef1[3] = torch.inf
+    ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X, 20)[0], inf)
+    assert torch.equal(ours, theirs) and "its buffers make no rows" in fallbacks["p_sample"]
+
+
+def test_a_gradient_by_images_flows_through_q_sample():
+    leaf = X.clone().requires_grad_()
+    fast = accelerate(make())
+    fast.q_sample(leaf, T).sum().backward()
+    torch.testing.assert_close(leaf.grad, fast.sqrt_alphas_cumprod[T].reshape(-1, 1, 1, 1).expand(SHAPE))
+
+
+def test_a_compiled_loss_is_the_peers():
+    plain = make()
+    fast = accelerate(plain)
+    with pytest.warns(UserWarning, match="it is being compiled"):
+        ours = torch.compile(lambda: fast.p_losses(X, T, X), backend="eager")()
+    torch.testing.assert_close(ours, plain.p_losses(X, T, X))
+
+
+def test_a_reason_is_told_once():
+    fast = accelerate(make(model=Given(X)))
+    with pytest.warns(UserWarning) as told:
+        for _ in range(3):
+            fast.p_sample(X.double(), 20)
+            fast.p_sample(X.double(), 21)
+    assert [str(w.message) for w in told] == [
+        "p_sample runs the own code of denoising-diffusion-pytorch: its samples are float64"
+    ]
+    assert fast.accelerated.fallbacks == {"p_sample": "its samples are float64"}
+
+
+def test_a_second_derivative_is_refused():
+    net = Net()
+    loss = accelerate(make(model=net)).p_losses(X, T)
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
+        torch.autograd.grad(loss, net.last.weight, create_graph=True)

@@ -1,0 +1,119 @@
+"""diffusers' own scheduler tests, unedited, with accelerated classes: from a checkout of diffusers, whose path the
+environment variable DDPM_EXT_DIFFUSERS tells.
+
+Each runs with diffusers' class first, and is skipped where it fails with that one (what it needs isn't installed; the
+checkout is of another version).
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import unittest
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.diffusers.scheduler import Scheduler
+
+CHECKOUT = os.environ.get("DDPM_EXT_DIFFUSERS")
+if not CHECKOUT:
+    pytest.skip("DDPM_EXT_DIFFUSERS names no checkout of diffusers", allow_module_level=True)
+
+PACKAGE = "diffusers_own_tests"
+MODULES = {
+    "test_scheduler_ddpm": "DDPMScheduler",
+    "test_scheduler_ddim": "DDIMScheduler",
+    "test_scheduler_ddim_inverse": "DDIMInverseScheduler",
+    "test_scheduler_dpm_multi": "DPMSolverMultistepScheduler",
+    "test_scheduler_euler": "EulerDiscreteScheduler",
+    "test_scheduler_euler_ancestral": "EulerAncestralDiscreteScheduler",
+}
+FUSED = 0.85  # of all steps that the tests of a scheduler take, at least
+FUSED_OF_DPM_SOLVER = 0.45  # whose tests go through all algorithms and orders
+fused, own = Counter(), Counter()
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def load(name):
+    """Of the checkout's tests, as a package of its own name: their imports are relative."""
+    tests = Path(CHECKOUT) / "tests"
+    for package, folder in ((PACKAGE, tests), (f"{PACKAGE}.schedulers", tests / "schedulers")):
+        if package not in sys.modules:
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+    return importlib.import_module(f"{PACKAGE}.schedulers.{name}")
+
+
+def cases():
+    for name, scheduler in MODULES.items():
+        if not (Path(CHECKOUT) / "tests" / "schedulers" / f"{name}.py").exists():
+            continue  # of another version
+        module = load(name)
+        for case in vars(module).values():
+            if inspect.isclass(case) and case.__module__ == module.__name__ and hasattr(case, "scheduler_classes"):
+                for method in dir(case):
+                    if method.startswith("test"):
+                        yield pytest.param(scheduler, case, method, id=f"{case.__name__}-{method}")
+
+
+COMMON = load("test_schedulers")
+CASES = list(cases())
+
+
+def run(case, method, scheduler, cls):
+    """One test, with `cls` wherever the tests name the scheduler."""
+    with contextlib.ExitStack() as stack:
+        for name in MODULES.values():
+            if cls is not getattr(diffusers, scheduler) and hasattr(COMMON, name):
+                stack.enter_context(mock.patch.object(COMMON, name, accelerated_class(getattr(diffusers, name))))
+        stack.enter_context(mock.patch.object(case, "scheduler_classes", (cls,)))
+        if issubclass(case, unittest.TestCase):
+            case(method).debug()
+            return
+        test = case()
+        if hasattr(test, "setup_method"):
+            test.setup_method()
+        getattr(test, method)()
+
+
+@pytest.mark.parametrize("scheduler, case, method", CASES)
+def test_own(scheduler, case, method):
+    plain = getattr(diffusers, scheduler)
+    try:
+        run(case, method, scheduler, plain)
+    except (Exception, unittest.SkipTest) as error:
+        pytest.skip(f"with diffusers' own class: {error!r}")
+    cls = accelerated_class(plain)
+    with contextlib.ExitStack() as stack:
+        for where, name, counter in ((plain, "step", own), (Scheduler, "_take", fused)):
+            stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
+        run(case, method, scheduler, cls)
+
+
+def counting(function, counter, key):
+    @functools.wraps(function)
+    def counted(*args, **options):
+        counter[key] += 1
+        return function(*args, **options)
+
+    return counted
+
+
+@pytest.mark.parametrize("scheduler", MODULES.values())
+def test_most_of_their_steps_were_fused(scheduler):
+    if not fused[scheduler] + own[scheduler]:
+        pytest.skip("its tests were not run")
+    least = FUSED_OF_DPM_SOLVER if "DPMSolver" in scheduler else FUSED
+    assert fused[scheduler] / (fused[scheduler] + own[scheduler]) >= least

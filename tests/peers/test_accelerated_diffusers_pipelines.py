@@ -1,0 +1,322 @@
+"""diffusers' pipelines before and after accelerate(pipeline): the same images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from accelerated_diffusers import launches, make, normal, seeded
+from accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion, stable_diffusion_xl
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
+
+from ddpm_ext.integrations import accelerate, accelerated_class
+from ddpm_ext.models import DIGITS
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"
+)
+
+LATENT = {"beta_schedule": "scaled_linear"}
+SCHEDULERS = [
+    ("DDIM", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDPM", {"clip_sample": False}),
+    ("DPMSolverMultistep", {}),
+    ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    ("EulerDiscrete", {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerAncestralDiscrete", {"timestep_spacing": "trailing"}),
+]
+schedulers = pytest.mark.parametrize("name, config", SCHEDULERS, ids=[f"{n}{i}" for i, (n, _) in enumerate(SCHEDULERS)])
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    """Several would wait for one another, with so small models."""
+    threads(1)
+
+
+def arrays(images):
+    return torch.as_tensor(np.stack([np.asarray(image, dtype=np.float64) for image in images]))
+
+
+def close(found, expected, within=1e-4):
+    """within: of the largest; latents are larger than images."""
+    found, expected = arrays(found), arrays(expected)
+    assert found.shape == expected.shape
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=within * max(1.0, expected.abs().max().item()))
+
+
+# ---------------------------------------------------------------------------------------------------- unconditional
+
+
+@pytest.mark.parametrize("steps", [3, 20])
+@pytest.mark.parametrize("several", [False, True], ids=["generator", "generators"])
+def test_ddpm_pipeline(steps, several):
+    plain = of_pixels(make("DDPM"))
+    ours = accelerate(plain)
+    assert type(ours) is DDPMPipeline and ours.unet is plain.unet
+
+    def run(pipeline):
+        generator = [seeded(i) for i in range(2)] if several else seeded(0)
+        found = pipeline(batch_size=2, generator=generator, num_inference_steps=steps, output_type="np")
+        return found.images, [g.get_state() for g in (generator if several else [generator])]
+
+    expected, states = run(plain)
+    with launches() as called:
+        found, after = run(ours)
+    close(found, expected)
+    assert called == ["extended_step"] * steps
+    assert all(map(torch.equal, states, after))
+
+
+@pytest.mark.parametrize("eta, clipped", [(0.0, None), (1.0, None), (0.5, True)])
+def test_ddim_pipeline(eta, clipped):
+    plain = of_pixels(make("DDIM"), ddim=True)
+    images = [
+        pipeline(
+            batch_size=2,
+            generator=seeded(0),
+            eta=eta,
+            num_inference_steps=10,
+            use_clipped_model_output=clipped,
+            output_type="np",
+        ).images
+        for pipeline in (plain, accelerate(plain))
+    ]
+    close(*reversed(images))
+
+
+def test_pil():
+    plain = of_pixels(make("DDPM"))
+    images = [
+        pipeline(generator=seeded(0), num_inference_steps=5, return_dict=False)[0]
+        for pipeline in (plain, accelerate(plain))
+    ]
+    assert type(images[1][0]).__module__.startswith("PIL")
+    close(*images, within=1 / 255)
+
+
+def test_the_scheduler_alone():
+    plain = of_pixels(make("DDIM"), ddim=True)
+    expected = plain(generator=seeded(0), num_inference_steps=10, output_type="np").images
+    plain.scheduler = accelerate(plain.scheduler)
+    with launches() as called:
+        close(plain(generator=seeded(0), num_inference_steps=10, output_type="np").images, expected)
+    assert len(called) == 10
+
+
+def test_the_digits_model():
+    """What comes along with ddpm_ext, in diffusers' pipeline: digits, the same ones."""
+    scheduler = type(make("DDPM")).from_pretrained(DIGITS)
+    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
+    images = [
+        pipeline(batch_size=4, generator=seeded(0), num_inference_steps=50, output_type="np").images
+        for pipeline in (plain, accelerate(plain))
+    ]
+    close(*reversed(images), within=1e-3)
+
+
+def test_philox_in_batches():
+    """The same images in a batch and alone, as far as the model's are."""
+    plain = of_pixels(make("DDIM"), ddim=True)
+    found = []
+    for ids in ([0, 1, 2], [2]):
+        pipeline = accelerate(plain, noise="philox", seed=5, sample_ids=torch.tensor(ids))
+        assert pipeline.scheduler.accelerated.rng.seed_value == 5
+        generators = [seeded(i) for i in ids]  # of the noise that it starts from
+        options = {"eta": 1.0, "num_inference_steps": 10, "output_type": "np"}
+        found.append(pipeline(batch_size=len(ids), generator=generators, **options).images)
+    close(found[0][2:], found[1])
+
+
+# ----------------------------------------------------------------------------------------------------------- latent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return tmp_path_factory.mktemp("tokenizer")
+
+
+@pytest.fixture(scope="module")
+def sd(folder):
+    return stable_diffusion(make("DDIM", **LATENT), folder)
+
+
+@pytest.fixture(scope="module")
+def sdxl(folder):
+    return stable_diffusion_xl(make("EulerDiscrete", **LATENT), folder)
+
+
+def with_scheduler(pipeline, name, config):
+    """A pipeline of its parts with another scheduler, and the same accelerated."""
+    parts = {**pipeline.components, "scheduler": make(name, **{**LATENT, **config})}
+    extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+    plain = quiet(type(pipeline)(**parts, **extra))
+    return plain, accelerate(plain)
+
+
+PROMPT = {"prompt": ["a cat", "dogs"], "negative_prompt": ["bad", "odd"], "height": 16, "width": 16}
+
+
+@schedulers
+def test_stable_diffusion(sd, name, config):
+    plain, ours = with_scheduler(sd, name, config)
+    assert type(plain.scheduler) is not type(ours.scheduler)
+    steps = 6
+
+    def run(pipeline, output_type="latent"):
+        seen = []
+
+        def callback(pipeline, i, t, kwargs):
+            seen.append((i, float(t), kwargs["latents"].clone()))
+            return {}
+
+        found = pipeline(
+            **PROMPT,
+            num_inference_steps=steps,
+            guidance_scale=5.0,
+            guidance_rescale=0.7,
+            generator=[seeded(1), seeded(2)],
+            output_type=output_type,
+            callback_on_step_end=callback,
+        )
+        return found.images, seen
+
+    expected, theirs = run(plain)
+    with launches() as called:
+        found, seen = run(ours)
+    close(found, expected)
+    assert called == ["extended_step"] * steps
+    assert [(i, t) for i, t, _ in seen] == [(i, t) for i, t, _ in theirs]
+    for (_, _, mine), (_, _, other) in zip(seen, theirs, strict=True):
+        close(mine, other)
+    close(run(ours, "np")[0], run(plain, "np")[0], within=1e-3)  # through the decoder
+    close(run(ours, "pil")[0], run(plain, "pil")[0], within=1 / 255)
+
+
+@schedulers
+def test_stable_diffusion_xl(sdxl, name, config):
+    plain, ours = with_scheduler(sdxl, name, config)
+    images = [
+        pipeline(**PROMPT, num_inference_steps=5, guidance_scale=4.0, generator=seeded(3), output_type="latent").images
+        for pipeline in (plain, ours)
+    ]
+    close(*reversed(images))
+
+
+@schedulers
+def test_image_to_image(sd, name, config):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    images = []
+    for pipeline in with_scheduler(sd, name, config):
+        other = quiet(StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False))
+        assert other.scheduler is pipeline.scheduler
+        picture = normal(4, 2, 3, 16, 16).sigmoid()
+        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt")}
+        with launches() as called:
+            images.append(
+                other(
+                    **options,
+                    image=picture,
+                    strength=0.6,
+                    num_inference_steps=10,
+                    generator=seeded(3),
+                    output_type="latent",
+                ).images
+            )
+    close(*reversed(images))
+    assert called.count("extended_step") == 6
+
+
+@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete"])
+def test_inpaint(sd, name):
+    """What is known has noise added in each step."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    images = []
+    for pipeline in with_scheduler(sd, name, {}):
+        other = quiet(StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False))
+        mask = torch.zeros(2, 1, 16, 16)
+        mask[..., 8:] = 1
+        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt", "height", "width")}
+        images.append(
+            other(
+                **options,
+                image=normal(4, 2, 3, 16, 16).sigmoid(),
+                mask_image=mask,
+                strength=0.8,
+                num_inference_steps=8,
+                generator=seeded(3),
+                output_type="latent",
+            ).images
+        )
+    close(*reversed(images))
+
+
+# -------------------------------------------------------------------------------------------------- what it is
+
+
+def test_the_given_pipeline_stays_as_it_is(sd):
+    plain, ours = with_scheduler(sd, "DDIM", {})
+    scheduler = plain.scheduler
+    before = dict(plain.config)
+    ours(**PROMPT, num_inference_steps=3, output_type="latent", generator=seeded(0))
+    assert plain.scheduler is scheduler and type(scheduler).__mro__[1].__name__ == "SchedulerMixin"
+    assert dict(plain.config) == before == dict(ours.config)
+    assert scheduler.num_inference_steps is None
+    assert type(ours) is type(plain)
+    assert {name for name in ours.components if ours.components[name] is not plain.components[name]} == {"scheduler"}
+
+
+def test_a_saved_pipeline_is_diffusers(sd, tmp_path):
+    plain, ours = with_scheduler(sd, "EulerDiscrete", {})
+    ours.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "EulerDiscreteScheduler"]
+    assert "ddpm_ext" not in (tmp_path / "model_index.json").read_text()
+    back = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert type(back.scheduler) is type(plain.scheduler)
+    options = {"num_inference_steps": 3, "output_type": "latent"}
+    given = quiet(DiffusionPipeline.from_pretrained(tmp_path, scheduler=ours.scheduler))
+    assert given.scheduler is ours.scheduler
+    images = [p(**PROMPT, **options, generator=seeded(0)).images for p in (plain, back, accelerate(back), given)]
+    for found in images[1:]:
+        close(found, images[0])
+
+
+def test_to_another_pipeline(sd):
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    _, ours = with_scheduler(sd, "DDIM", {})
+    other = StableDiffusionImg2ImgPipeline.from_pipe(ours)
+    assert type(other.scheduler) is accelerated_class(type(make("DDIM")))
+
+
+def test_another_scheduler_is_refused():
+    import diffusers
+
+    pipeline = DDIMPipeline(unet=of_pixels(make("DDIM")).unet, scheduler=make("DDIM"))
+    pipeline.scheduler = diffusers.PNDMScheduler()
+    with pytest.raises(TypeError, match=r"obj is a diffusers.*PNDMScheduler, expected diffusers's DDPMScheduler"):
+        accelerate(pipeline)
+
+
+def test_in_inference_mode_and_half(sd):
+    """bfloat16 throughout, as on a GPU."""
+    plain, ours = with_scheduler(sd, "DDIM", {})
+    images = []
+    for pipeline in (plain, ours):
+        for part in ("unet", "vae", "text_encoder"):
+            getattr(pipeline, part).to(torch.bfloat16)
+        with torch.inference_mode():
+            found = pipeline(**PROMPT, num_inference_steps=4, generator=seeded(0), output_type="latent").images
+        assert found.dtype == torch.bfloat16
+        images.append(found.float())
+    for part in ("unet", "vae", "text_encoder"):
+        getattr(sd, part).to(torch.float32)
+    close(*reversed(images), within=0.05)

@@ -1,0 +1,444 @@
+"""guided-diffusion's and improved-diffusion's objects, accelerated: their own results, each step in one launch.
+
+Where checkouts of them are on PYTHONPATH.
+"""
+
+import pytest
+import torch
+from accelerated_guided import (
+    LIBRARIES,
+    PREDICTIONS,
+    SHAPE,
+    ULP,
+    VARIANCES,
+    Noise,
+    check,
+    cond_fn,
+    in_float64,
+    learned,
+    libraries,
+    make,
+    model_of,
+    no_fallback,
+    numbers,
+)
+from choices import for_many
+
+from ddpm_ext import accelerate
+
+GUIDED = "guided_diffusion" in LIBRARIES
+guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")
+SPACINGS = ((None, 1000), (None, 300), ("ddim25", 1000), ("10,15,20", 1000), ("10,15,20", 300), ([7], 1000))
+STEPS = ("p_sample", "ddim_sample", "ddim_reverse_sample")
+LOOPS = ("p_sample_loop", "ddim_sample_loop")
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+variances = pytest.mark.parametrize("variance", VARIANCES)
+steps = pytest.mark.parametrize("step", STEPS)
+loops = pytest.mark.parametrize("loop", LOOPS)
+
+# ------------------------------------------------------------------------------------------- one step, its numbers
+
+
+def make_case(choose):
+    library, step = choose.one_of(LIBRARIES, "library"), choose.one_of(STEPS, "step")
+    spacing, timesteps = choose.one_of(SPACINGS, "spacing")
+    made = {
+        "prediction": choose.one_of(PREDICTIONS, "prediction"),
+        "variance": choose.one_of(VARIANCES, "variance"),
+        "schedule": choose.one_of(["linear", "cosine"], "schedule"),
+        "rescale": choose.one_of([False, True], "rescale"),
+        **{"spacing": spacing, "timesteps": timesteps, "library": library},
+    }
+    asked = {"clip_denoised": choose.one_of([True, False], "clip")}
+    kwargs = choose.one_of([None, {}, {"shift": 0.2}], "model_kwargs")
+    if choose.one_of([False, True], "denoised_fn"):
+        asked["denoised_fn"] = lambda x0: x0 * 0.9 + 0.05
+    if library == "guided_diffusion" and step != "ddim_reverse_sample" and choose.one_of([False, True], "cond_fn"):
+        asked["cond_fn"], kwargs = cond_fn, kwargs or {}
+    if kwargs is not None:
+        asked["model_kwargs"] = kwargs
+    if step == "ddim_sample":
+        asked["eta"] = choose.one_of([0.0, 0.4, 1.0, 1], "eta")
+    # of elements enough for a worst one
+    shape = choose.one_of([(5, 3, 16, 16), (3, 2, 350), (2, 700), (4, 1, 3, 14, 15)], "shape")
+    return made, step, asked, shape, choose.integer(0, 2**16, "seed"), choose.one_of([False, True], "channels_last")
+
+
+@for_many(200)
+def test_a_step(device, choose):
+    made, step, asked, shape, seed, channels_last = make_case(choose)
+    generator = torch.Generator().manual_seed(seed)
+    x, z = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
+    if channels_last and len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    diffusion = make(**made)
+    t = torch.randint(0, diffusion.num_timesteps, shape[:1], generator=generator)
+    t[0], t[-1] = 0, diffusion.num_timesteps - 1
+    t = t.to(device)
+    seen = {"ours": [], "theirs": []}
+
+    def take(diffusion, x, seen=None, **changes):
+        with torch.no_grad(), Noise(z) as noise:
+            found = getattr(diffusion, step)(model_of(made["variance"], seen), x, t, **{**asked, **changes})
+        assert noise.drawn == (step != "ddim_reverse_sample")
+        return found
+
+    theirs = take(diffusion, x, seen["theirs"])
+    accelerated = accelerate(diffusion)
+    ours = take(accelerated, x, seen["ours"])
+    with in_float64(made["library"]):
+        truth, unclipped = (take(diffusion, x.double(), **how) for how in ({}, {"clip_denoised": False}))
+    no_fallback(accelerated)
+    assert list(ours) == list(theirs) == ["sample", "pred_xstart"]
+    for name in theirs:
+        check(ours[name], theirs[name], truth[name].double(), unclipped[name].double(), f"{step}, {name}")
+    assert len(seen["ours"]) == len(seen["theirs"]) == 1
+    assert seen["ours"][0].dtype == seen["theirs"][0].dtype and torch.equal(seen["ours"][0], seen["theirs"][0])
+
+
+@guided_alone
+@steps
+@predictions
+@variances
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_models_output_of_16_bits(device, step, prediction, variance, dtype):
+    """As under autocast. A clean sample would be handed out with 16 bits, too: START_X runs their own code."""
+    x, z = (numbers(i, 5, 3, 16, 16).to(device) for i in range(2))
+    t = torch.tensor([0, 1, 17, 500, 998], device=device)
+    diffusion = make(prediction, variance)
+    accelerated, exact = accelerate(diffusion), model_of(variance)
+
+    def take(diffusion, x):
+        output = exact(x.float(), t).to(dtype)
+        with torch.no_grad(), Noise(z):
+            return getattr(diffusion, step)(lambda *_: output if x.dtype == torch.float32 else output.double(), x, t)
+
+    if prediction == "START_X":
+        with pytest.warns(UserWarning, match="the model's output is"):
+            ours = take(accelerated, x)
+    else:
+        ours = take(accelerated, x)
+        no_fallback(accelerated)
+    theirs = take(diffusion, x)
+    with in_float64():
+        truth = take(diffusion, x.double())
+    for name in theirs:
+        check(ours[name], theirs[name], truth[name].double(), what=name)
+
+
+# --------------------------------------------------------------------------------------------------- whole loops
+
+
+def both(diffusion, call):
+    """What a call gives of the object and of the accelerated one, from the same seed, after which torch's generator is
+    in the same state, too."""
+    results, states = [], []
+    for each in (diffusion, accelerate(diffusion)):
+        torch.manual_seed(3)
+        results.append(call(each))
+        states.append(torch.get_rng_state())
+        if torch.cuda.is_available():
+            states[-1] = torch.cat([states[-1], torch.cuda.get_rng_state()])
+    assert torch.equal(*states)
+    no_fallback(each)
+    return results
+
+
+@libraries
+@loops
+@predictions
+@variances
+@pytest.mark.parametrize("spacing", [None, "10,15,20"])
+def test_a_loop_from_the_same_seed(device, library, loop, prediction, variance, spacing):
+    timesteps = 50 if spacing is None else 1000
+    diffusion = make(prediction, variance, spacing=spacing, timesteps=timesteps, library=library, rescale=True)
+    guide = {"cond_fn": cond_fn} if library == "guided_diffusion" and variance != "FIXED_SMALL" else {}
+    eta = {"eta": 0.5} if loop == "ddim_sample_loop" and prediction != "PREVIOUS_X" else {}
+
+    def call(diffusion):
+        options = {"device": device, "model_kwargs": {"shift": 0.1}, **guide, **eta}
+        return getattr(diffusion, loop)(model_of(variance), SHAPE, **options)
+
+    theirs, ours = both(diffusion, call)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@libraries
+@loops
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_a_progressive_loop(device, library, loop, noise):
+    """Its tensors stay as they were given out, and it goes on from what is put in their place."""
+    diffusion = make(variance="LEARNED_RANGE", spacing="ddim25", library=library)
+    start = numbers(0, *SHAPE).to(device) if noise == "given" else None
+
+    def call(diffusion):
+        found = []
+        for out in getattr(diffusion, f"{loop}_progressive")(model_of("LEARNED_RANGE"), SHAPE, start, device=device):
+            assert list(out) == ["sample", "pred_xstart"] and not torch.is_grad_enabled()
+            found.append((out["sample"], out["sample"].clone(), out["pred_xstart"], out["pred_xstart"].clone()))
+            if len(found) == 10:
+                out["sample"] = out["sample"] * 0.5 + 0.1
+        assert len(found) == 25 and torch.is_grad_enabled()
+        for sample, sample_then, x0, x0_then in found:
+            assert torch.equal(sample, sample_then) and torch.equal(x0, x0_then)
+        return torch.stack([torch.stack(step[::2]) for step in found])
+
+    theirs, ours = both(diffusion, call)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    if start is not None:
+        assert torch.equal(start, numbers(0, *SHAPE).to(device))
+
+
+def test_a_module_tells_its_device(device):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t):
+            assert x.device == t.device == self.scale.device
+            return x * self.scale
+
+    net, diffusion = Net().to(device), make(spacing="ddim25")
+    theirs, ours = both(diffusion, lambda diffusion: diffusion.p_sample_loop(net, SHAPE))
+    assert ours.device == device
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    for each in (diffusion, accelerate(diffusion)):
+        with pytest.raises(AttributeError, match="parameters"):
+            each.p_sample_loop(lambda x, t: x, SHAPE)
+        with pytest.raises(AssertionError):
+            each.p_sample_loop(net, torch.tensor(SHAPE))
+        with pytest.raises(AssertionError):  # of another batch size
+            each.p_sample_loop(net, (4, *SHAPE[1:]), torch.zeros(SHAPE, device=device), device=device)
+
+
+def test_a_progress_bar(device, capsys):
+    pytest.importorskip("tqdm")
+    accelerate(make(spacing="ddim25")).ddim_sample_loop(lambda x, t: x, SHAPE, device=device, progress=True)
+    assert "25/25" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- traps
+
+
+def one_step(diffusion, step, output, x, t, z=None, **asked):
+    z = torch.zeros_like(x) if z is None else z
+    accelerated = accelerate(diffusion)
+    with torch.no_grad(), Noise(z):
+        found = getattr(accelerated, step)(lambda *_, **__: output, x, t, **asked)
+    no_fallback(accelerated)
+    return found["sample"], found["pred_xstart"]
+
+
+def at(values, t):
+    return torch.from_numpy(values)[t].reshape(-1, 1, 1, 1).float()
+
+
+X, M = 3 * numbers(0, *SHAPE), numbers(1, *SHAPE)
+T = torch.tensor([0, 1, 17, 500, 999])
+
+
+def test_ddim_rederives_eps_from_the_clipped_sample():
+    d = make()
+    sample, x0 = one_step(d, "ddim_sample", M, X, T)
+    unclipped = at(d.sqrt_recip_alphas_cumprod, T) * X - at(d.sqrt_recipm1_alphas_cumprod, T) * M
+    torch.testing.assert_close(x0, unclipped.clamp(-1, 1), rtol=0, atol=1e-4)
+    eps = (at(d.sqrt_recip_alphas_cumprod, T) * X - x0) / at(d.sqrt_recipm1_alphas_cumprod, T)
+    root = at(d.alphas_cumprod_prev, T)
+    torch.testing.assert_close(sample, root.sqrt() * x0 + (1 - root).sqrt() * eps, rtol=1e-4, atol=1e-4)
+    assert ((root.sqrt() * x0 + (1 - root).sqrt() * M - sample).abs().amax((1, 2, 3))[1:] > 0.1).all()
+
+
+@guided_alone
+@pytest.mark.parametrize(("variance", "expected"), [("FIXED_LARGE", 1), ("FIXED_SMALL", 0)])
+def test_the_gradients_weight_at_0(variance, expected):
+    """FIXED_LARGE has the posterior's variance at 1 there, not its beta; FIXED_SMALL none."""
+    d, t, big = make(variance=variance), torch.zeros(5, dtype=torch.int64), torch.full(SHAPE, 1e4)
+    with_it, _ = one_step(d, "p_sample", M, X, t, cond_fn=lambda *_: big, model_kwargs={})
+    without, _ = one_step(d, "p_sample", M, X, t)
+    weight = torch.full(SHAPE, d.posterior_variance[expected]).float()
+    torch.testing.assert_close((with_it - without) / 1e4, weight, rtol=1e-3, atol=1e-9)
+    assert abs(d.posterior_variance[1] / d.betas[0] - 1) > 0.1
+
+
+@pytest.mark.parametrize("variance", ["LEARNED", "LEARNED_RANGE"])
+def test_learned_variances_are_the_second_half_of_the_channels(variance):
+    d, v = make(variance=variance), numbers(2, *SHAPE).clamp(-1, 1)
+    z = torch.ones(SHAPE)
+    moved, mean = (one_step(d, "p_sample", torch.cat([M, v], 1), X, T, z=noise)[0] for noise in (z, 0 * z))
+    log_variance = v
+    if variance == "LEARNED_RANGE":
+        small, large = d.posterior_log_variance_clipped, torch.from_numpy(d.betas).log().numpy()
+        log_variance = (v + 1) / 2 * at(large, T) + (1 - v) / 2 * at(small, T)
+    torch.testing.assert_close((moved - mean)[1:], (log_variance / 2).exp()[1:], rtol=1e-3, atol=1e-5)
+    assert torch.equal(moved[0], mean[0])  # t = 0
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("spacing", [None, "10,15,20"])
+def test_what_a_model_is_told(device, spacing, rescale):
+    """A respaced diffusion's timesteps mapped once, and scaled by the original's number of steps; in steps, loops and
+    training, of the model and of cond_fn."""
+    d = make("EPSILON", "LEARNED", spacing=spacing, timesteps=300, rescale=rescale)
+    accelerated, seen = accelerate(d), []
+    tell = torch.tensor(list(range(300)) if spacing is None else sorted(d.use_timesteps), device=device)
+    if rescale:
+        tell = tell.float() * (1000 / 300)
+    x, t = X.to(device), torch.tensor([0, 3, 17, 40, 44], device=device)
+    model = model_of("LEARNED", seen)
+    guides = [{}]
+
+    def noted(x, t):
+        seen.append(t)
+        return cond_fn(x, t)
+
+    if GUIDED:
+        guides.append({"model_kwargs": {}, "cond_fn": noted})
+    for guide in guides:
+        accelerated.p_sample(model, x, t, **guide)
+        accelerated.ddim_sample(model, x, t, **guide)
+    accelerated.ddim_reverse_sample(model, x, t)
+    accelerated.training_losses(model, x, t)
+    assert len(seen) == 4 + 4 * GUIDED
+    for told in seen:
+        assert told.dtype == tell.dtype and torch.equal(told, tell[t])
+    for loop in LOOPS:
+        for guide in guides:
+            seen.clear()
+            getattr(accelerated, loop)(model, SHAPE, device=device, **guide)
+            expected = tell.flip(0)[:, None].expand(-1, 5).repeat_interleave(1 + bool(guide), 0)
+            assert seen[0].dtype == tell.dtype and torch.equal(torch.stack(seen), expected)
+    assert set(accelerated.accelerated.fallbacks) <= {"p_sample"}
+
+
+@libraries
+def test_a_model_that_is_wrapped_already_maps_by_itself(library):
+    """By its own map, which may be another one."""
+    d, other = make(spacing="ddim25", library=library), make(spacing=[25], library=library)
+    for wrapper in (d, other):
+        seen = []
+        model = wrapper._wrap_model(model_of("FIXED_SMALL", seen))
+        for each in (d, accelerate(d)):
+            each.p_sample(model, X, torch.tensor([0, 1, 5, 17, 24]))
+            each.p_sample_loop(model, SHAPE, device="cpu")
+        assert torch.equal(torch.stack(seen[: len(seen) // 2]), torch.stack(seen[len(seen) // 2 :]))
+        assert seen[0].tolist() == [wrapper.timestep_map[i] for i in (0, 1, 5, 17, 24)]
+
+
+@guided_alone
+@variances
+def test_a_gradient_moves_the_mean_of_p_sample_and_the_score_of_ddim(variance):
+    d, g = make(variance=variance), 0.1 * numbers(3, *SHAPE)
+    output = torch.cat([M, M.clamp(-1, 1)], 1) if learned(variance) else M
+    guide, t = {"cond_fn": lambda *_: g, "model_kwargs": {}}, T[1:].repeat(2)[:5]
+    for step in ("p_sample", "ddim_sample"):
+        sample, x0 = one_step(d, step, output, X, t, **guide)
+        plain, plain_x0 = one_step(d, step, output, X, t)
+        assert not torch.equal(sample, plain)
+        moved = x0 - plain_x0
+        if step == "p_sample":
+            assert torch.equal(x0, plain_x0)
+        else:
+            expected = (1 - at(d.alphas_cumprod, t)) / at(d.sqrt_alphas_cumprod, t) * g
+            torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-5)
+
+
+@steps
+@predictions
+def test_denoised_fn_comes_before_the_clip(step, prediction):
+    seen = []
+
+    def denoised_fn(x0):
+        seen.append(x0.clone())
+        return x0 * 0.5
+
+    d = make(prediction)
+    _, x0 = one_step(d, step, M, X, T, denoised_fn=denoised_fn)
+    _, unclipped = one_step(d, step, M, X, T, clip_denoised=False)
+    assert unclipped.abs().amax() > 2
+    torch.testing.assert_close(seen[0], unclipped)
+    torch.testing.assert_close(x0, (unclipped * 0.5).clamp(-1, 1))
+
+
+@variances
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_model_of_the_previous_sample_is_the_mean_itself(variance, clip):
+    """Whatever the clip does, which ddim goes by."""
+    d = make("PREVIOUS_X", variance)
+    output = torch.cat([M, M.clamp(-1, 1)], 1) if learned(variance) else M
+    sample, x0 = one_step(d, "p_sample", output, X, T, clip_denoised=clip)
+    assert torch.equal(sample, M)
+    assert bool((x0.abs() <= 1).all()) == clip
+    samples = [one_step(d, "ddim_sample", output, X, T, clip_denoised=clip)[0] for clip in (False, True)]
+    assert not torch.equal(*samples)
+
+
+@steps
+def test_draws(step):
+    """One of the samples' size, at t = 0 and with eta = 0, too; none for ddim_reverse_sample."""
+    accelerated = accelerate(make())
+    torch.manual_seed(0)
+    getattr(accelerated, step)(lambda x, t: x, X, torch.zeros(5, dtype=torch.int64))
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    if step != "ddim_reverse_sample":
+        torch.randn_like(X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@guided_alone
+@pytest.mark.parametrize("step", STEPS[:2])
+@pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED"])
+def test_draws_of_the_functions_come_in_their_order(step, variance):
+    """p_sample draws its noise before cond_fn is called, ddim_sample after."""
+
+    def model(x, t):
+        return model_of(variance)(x, t) + 0.1 * torch.randn(1)
+
+    functions = {
+        "denoised_fn": lambda x0: x0 + 0.1 * torch.randn(1),
+        "cond_fn": lambda x, t: 0.1 * torch.randn_like(x),
+        "model_kwargs": {},
+    }
+    eta = {"eta": 1.0} if step == "ddim_sample" else {}
+    t = torch.tensor([17, 100, 300, 500, 900])
+    theirs, ours = both(make(variance=variance), lambda d: getattr(d, step)(model, X, t, **functions, **eta)["sample"])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_no_noise_at_0_whatever_eta():
+    d, t = make(), torch.zeros(5, dtype=torch.int64)
+    for eta in (0.0, 1.0):
+        sample, x0 = one_step(d, "ddim_sample", M, X, t, z=numbers(2, *SHAPE), eta=eta)
+        torch.testing.assert_close(sample, x0, rtol=0, atol=1e-6)
+    noisy, quiet = (one_step(d, "ddim_sample", M, X, T, z=z, eta=1.0)[0] for z in (numbers(2, *SHAPE), 0 * X))
+    assert torch.equal(noisy[0], quiet[0]) and ((noisy - quiet)[1:].abs().amax((1, 2, 3)) > 1e-3).all()
+
+
+@guided_alone
+@pytest.mark.parametrize("step", STEPS[:2])
+def test_cond_fn_without_model_kwargs_is_their_type_error(step):
+    for each in (make(), accelerate(make())):
+        with pytest.raises(TypeError, match="NoneType"):
+            getattr(each, step)(lambda x, t: x, X, T, cond_fn=cond_fn)
+
+
+def test_ddim_reverse_sample_goes_on_with_the_models_eps_where_nothing_changed():
+    """In float32, little of it is left in an x_0 that is nearly x; a long step makes that much again."""
+    d, t = make(spacing=[7]), torch.zeros(5, dtype=torch.int64)
+    sample, x0 = one_step(d, "ddim_reverse_sample", M, X, t, clip_denoised=False)
+    now, after = (float(values[0]) for values in (d.alphas_cumprod, d.alphas_cumprod_next))
+    exact = (X.double() - (1 - now) ** 0.5 * M.double()) / now**0.5
+    truth = after**0.5 * exact + (1 - after) ** 0.5 * M.double()
+    assert ((x0 - exact).abs() <= 2 * ULP * exact.abs().amax()).all()
+    assert ((sample - truth).abs() <= 2 * ULP * truth.abs().amax()).all()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_last_timestep_of_ddim_reverse_sample_arrives_at_noise(clip):
+    d, t = make(), torch.full((5,), 999)
+    sample, x0 = one_step(d, "ddim_reverse_sample", M, X, t, clip_denoised=clip)
+    eps = (X - at(d.sqrt_alphas_cumprod, t) * x0) / at(d.sqrt_one_minus_alphas_cumprod, t) if clip else M
+    torch.testing.assert_close(sample, eps, rtol=0, atol=1e-4)
+    with pytest.raises(AssertionError, match="deterministic"):
+        accelerate(d).ddim_reverse_sample(lambda x, t: x, X, T, eta=0.5)

@@ -1,0 +1,222 @@
+"""guided-diffusion's and improved-diffusion's objects, accelerated: noise by address, and what a step costs."""
+
+from collections import Counter
+
+import pytest
+import torch
+from accelerated_guided import (
+    LIBRARIES,
+    SHAPE,
+    Count,
+    Readback,
+    learned,
+    libraries,
+    make,
+    model_of,
+    module,
+    no_fallback,
+    numbers,
+)
+from torch._subclasses import FakeTensorMode
+
+from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
+from ddpm_ext import tables as tables_module
+from ddpm_ext.integrations.guided_diffusion import steps as steps_module
+from ddpm_ext.samplers import ddim
+from ddpm_ext.spacing import make_grid
+
+GUIDED = "guided_diffusion" in LIBRARIES
+guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")
+STEPS = ("p_sample", "ddim_sample", "ddim_reverse_sample")
+steps = pytest.mark.parametrize("step", STEPS)
+loops = pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+variances = pytest.mark.parametrize("variance", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"])
+X, T = numbers(0, *SHAPE), torch.tensor([0, 1, 17, 500, 999])
+
+
+def half(x, t, **_):
+    return x * 0.5
+
+
+# --------------------------------------------------------------------------------------------- noise by address
+
+
+@libraries
+@loops
+@variances
+@pytest.mark.parametrize("spacing", [None, "10,15,20"])
+def test_images_of_a_seed_are_those_of_ddpm_exts_own_loop(device, library, loop, variance, spacing):
+    timesteps = 60 if spacing is None else 1000
+    diffusion = make(variance=variance, spacing=spacing, library=library, timesteps=timesteps)
+    accelerated = accelerate(diffusion, noise="philox", seed=4, sample_ids=7)
+    gd = GaussianDiffusion(
+        timesteps,
+        torch.from_numpy(module(library).get_named_beta_schedule("linear", timesteps)),
+        variance=variance.lower(),
+    )
+    descending = getattr(diffusion, "timestep_map", list(range(timesteps)))[::-1]
+    how = {"timesteps": descending}
+    eta = {}
+    if loop == "ddim_sample_loop":
+        eta = {"eta": 0.5}
+        how = {"sampler": ddim(make_grid(gd.alphas_cumprod, descending, betas=gd.betas), eta=0.5, keep_eps=False)}
+    ours = getattr(accelerated, loop)(model_of(variance), SHAPE, device=device, **eta)
+    expected = gd.p_sample_loop(
+        model_of(variance), SHAPE, rng=Philox(4, 7), record="last", progress=False, device=device, **how
+    )
+    no_fallback(accelerated)
+    if spacing is None:
+        assert torch.equal(ours, expected)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # of betas that are rounded otherwise
+
+
+@loops
+def test_images_depend_on_seed_and_ids_alone(device, loop):
+    diffusion = make(variance="LEARNED_RANGE", spacing="ddim25")
+
+    def images(batch, seed=0, sample_ids=0):
+        accelerated = accelerate(diffusion, noise="philox", seed=seed, sample_ids=sample_ids)
+        eta = {"eta": 1.0} if loop == "ddim_sample_loop" else {}
+        return getattr(accelerated, loop)(
+            model_of("LEARNED_RANGE"), (batch, 3, 4, 6), device=device, model_kwargs={}, **eta
+        )
+
+    state = torch.get_rng_state()
+    whole = images(6)
+    assert torch.equal(whole, images(6)) and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(whole, torch.cat([images(2), images(4, sample_ids=2)]))
+    ids = torch.tensor([5, 0, 3], device=device)
+    assert torch.equal(whole[ids], images(3, sample_ids=ids))
+    assert not torch.equal(whole, images(6, seed=1))
+    assert whole.unique(dim=0).shape == whole.shape
+
+
+def test_a_step_draws_by_the_originals_timestep(device):
+    """A respaced one's rows know them."""
+    diffusion = make(spacing="ddim25")
+    accelerated = accelerate(diffusion, noise="philox", seed=3)
+    x, t = X.to(device), torch.tensor([0, 1, 7, 13, 24], device=device)
+    moved = accelerated.p_sample(half, x, t)["sample"]
+    rngs = [Philox(3, i, draw=diffusion.timestep_map[step]) for i, step in enumerate(t.tolist())]
+    z = torch.cat([randn((1, *SHAPE[1:]), rng, device=device) for rng in rngs])
+    spread = torch.from_numpy(diffusion.posterior_log_variance_clipped).to(device)[t].mul(0.5).exp()
+    spread[0] = 0
+    mean = diffusion.p_mean_variance(half, x, t)["mean"]
+    torch.testing.assert_close(moved, mean + spread.float().reshape(-1, 1, 1, 1) * z, rtol=0, atol=1e-5)
+
+
+def test_q_sample_draws_anew_each_time(device):
+    accelerated = accelerate(make(), noise="philox", seed=3)
+    x, t = X.to(device), T.to(device)
+    found = [accelerated.q_sample(x, t) for _ in range(2)]
+    for draw, noised in enumerate(found):
+        z = randn(SHAPE, Philox(3, stream=2, draw=draw), device=device)
+        torch.testing.assert_close(noised, make().q_sample(x, t, z), rtol=0, atol=1e-6)
+    assert accelerated.accelerated.iteration == 2
+
+
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_q_sample(device, noise):
+    """With gradients, too."""
+    diffusion, t = make(spacing="ddim25"), torch.tensor([0, 1, 7, 13, 24], device=device)
+    results = []
+    for each in (diffusion, accelerate(diffusion)):
+        torch.manual_seed(0)
+        x = X.to(device, copy=True).requires_grad_()
+        noised = each.q_sample(x, t, numbers(1, *SHAPE).to(device) if noise == "given" else None)
+        noised.square().sum().backward()
+        results.append((noised.detach(), x.grad, torch.get_rng_state()))
+    no_fallback(each)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- costs
+
+VIEWS = {"aten.select", "aten.slice", "aten.as_strided", "aten.detach", "aten.view", "aten.expand"}
+PLAIN, EXTENDED = "ddpm_ext.reverse_step", "ddpm_ext.extended_step"
+
+
+def cost(diffusion, call):
+    """Operators but for views, of a second call."""
+    call(diffusion)
+    with Count() as count:
+        call(diffusion)
+    no_fallback(diffusion)
+    return Counter({name: n for name, n in count.names.items() if name not in VIEWS})
+
+
+@steps
+@variances
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_a_step_is_one_launch(device, step, variance, noise):
+    accelerated = accelerate(make(variance=variance), noise=noise)
+    x, t = X.to(device), T.to(device)
+    output = torch.cat([x, x], 1) if learned(variance) else x
+    counted = cost(accelerated, lambda d: getattr(d, step)(lambda *_: output, x, t))
+    draws = noise == "torch" and step != "ddim_reverse_sample"
+    assert counted == {EXTENDED: 1, "aten.empty_like": 2, **({"aten.randn_like": 1} if draws else {})}
+
+
+@loops
+@variances
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize("spacing", ["ddim25", None])
+def test_a_loops_step_is_one_launch_and_makes_no_timesteps(device, loop, variance, noise, spacing):
+    """Nor a predicted clean sample, where it is not given out."""
+    steps = 25 if spacing else 40
+    accelerated = accelerate(
+        make(variance=variance, spacing=spacing, timesteps=1000 if spacing else steps), noise=noise
+    )
+    output = torch.cat([X, X], 1).to(device) if learned(variance) else X.to(device)
+    counted = cost(accelerated, lambda d: getattr(d, loop)(lambda *_: output, SHAPE, device=device))
+    operator = EXTENDED if learned(variance) and loop == "p_sample_loop" else PLAIN
+    each = {operator: steps, **({"aten.randn_like": steps} if noise == "torch" else {})}
+    once = set(counted) - set(each) - {"aten.empty_like"}
+    assert {name: counted[name] for name in each} == each
+    assert all(counted[name] <= 2 for name in once), counted
+    assert once <= {"aten.randn", "aten.normal_", "aten.arange", "aten.repeat", "aten.empty", "ddpm_ext.randn",
+                    "aten.copy_", "aten.alias", "aten.unfold", "aten.unsqueeze"}, counted  # fmt: skip
+    assert not any("lift_fresh" in name or "_to_copy" in name for name in counted)
+
+
+@guided_alone
+@pytest.mark.parametrize(("prediction", "launches"), [("EPSILON", 1), ("PREVIOUS_X", 1), ("START_X", 0)])
+def test_functions_in_between(prediction, launches):
+    """A denoised_fn sees x_0 before the step: a launch more, but where the model tells it. A cond_fn is in it."""
+    given = {"denoised_fn": lambda x0: X, "cond_fn": lambda *_: X, "model_kwargs": {}}
+    for step in STEPS[:2]:
+        accelerated = accelerate(make(prediction), noise="philox")
+        counted = cost(accelerated, lambda d, step=step: getattr(d, step)(lambda *_: X, X, T, **given))
+        ours = Counter({name: n for name, n in counted.items() if name.startswith("ddpm_ext.")})
+        assert ours == Counter({EXTENDED: 1, "ddpm_ext.predict_start": launches})
+        assert set(counted) - set(ours) == {"aten.empty_like"}
+
+
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize("spacing", ["ddim25", None])
+def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
+    """From the second loop on, whose tables are there: on tensors of a GPU that have no values to read."""
+    monkeypatch.setattr(steps_module, "misfit", lambda *_: None)
+    monkeypatch.setattr(steps_module, "_plain", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
+
+    def walk(diffusion):
+        x, t = torch.empty(SHAPE, device="cuda"), torch.empty(5, dtype=torch.int64, device="cuda")
+        for step in STEPS:
+            getattr(diffusion, step)(model_of("LEARNED"), x, t)
+        for loop in ("p_sample_loop", "ddim_sample_loop"):
+            getattr(diffusion, loop)(model_of("LEARNED"), SHAPE, device="cuda")
+        diffusion.q_sample(x, t)
+
+    plain = make(variance="LEARNED", spacing=spacing, timesteps=1000 if spacing else 40)
+    accelerated = accelerate(plain, noise=noise)
+    for step in STEPS:  # rows are made on the CPU
+        getattr(accelerated, step)(model_of("LEARNED"), X, torch.zeros(5, dtype=torch.int64))
+    accelerated.accelerated.fallbacks.clear()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        walk(accelerated)
+        with Readback():
+            walk(accelerated)
+        no_fallback(accelerated)
+        with pytest.raises(RuntimeError, match="brings values from"), Readback():
+            walk(plain)

@@ -1,0 +1,337 @@
+"""training_losses of an accelerated object: the values and gradients of guided-diffusion's own, term by term.
+
+Where a checkout of it, or of improved-diffusion, is on PYTHONPATH. Samples at t = 0 are among them.
+"""
+
+import functools
+import warnings
+
+import peer_training
+import pytest
+import torch
+from accelerated_guided import (
+    LIBRARIES,
+    LOSSES,
+    PREDICTIONS,
+    VARIANCES,
+    Count,
+    in_float64,
+    learned,
+    libraries,
+    make,
+    no_fallback,
+)
+from peer_training import Net, drawn, make_inputs
+
+from ddpm_ext import Philox, accelerate, randn
+
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+variances = pytest.mark.parametrize("variance", VARIANCES)
+losses = pytest.mark.parametrize("loss", LOSSES)
+SPACED_T = (0, 1, 7, 13, 23, 24)
+
+
+def keys(variance, loss):
+    """In their order."""
+    if loss.endswith("KL"):
+        return ["loss"]
+    return ["vb", "mse", "loss"] if learned(variance) else ["mse", "loss"]
+
+
+def net_of(prediction, variance):
+    return functools.partial(Net, outputs=2 if learned(variance) else 1, skip=prediction != "EPSILON")
+
+
+def term(diffusion, name):
+    return lambda model, x, t, z: diffusion.training_losses(model, x, t, noise=z)[name]
+
+
+def check(diffusion, name, inputs, prediction, variance, library=LIBRARIES[0]):
+    x, t = inputs
+    z, net, accelerated = drawn(t), net_of(prediction, variance), accelerate(diffusion)
+    step = functools.partial(peer_training.step, net=net)
+    ours, theirs = (step(term(d, name), x, t, z, torch.float32) for d in (accelerated, diffusion))
+    with in_float64(library):
+        truth = step(term(diffusion, name), x, t, z, torch.float64)
+    no_fallback(accelerated)
+    peer_training.check(ours, theirs, truth)
+
+
+@predictions
+@variances
+@losses
+@pytest.mark.parametrize("t", [(1, 2, 17, 500, 998, 999), (0, 3, 0, 40, 999, 0)], ids=["none", "some"])
+def test_losses_and_gradients(device, prediction, variance, loss, t):
+    """Of each term by itself; none or some of the samples at t = 0."""
+    diffusion = make(prediction, variance, loss)
+    for name in keys(variance, loss):
+        check(diffusion, name, make_inputs(device, t), prediction, variance)
+
+
+@libraries
+@pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED_RANGE"])
+@losses
+def test_of_a_respaced_diffusion(device, library, variance, loss):
+    """RESCALED losses count the timesteps that are left."""
+    diffusion = make("EPSILON", variance, loss, spacing="ddim25", rescale=True, library=library)
+    for name in keys(variance, loss):
+        check(diffusion, name, make_inputs(device, SPACED_T), "EPSILON", variance, library)
+
+
+@libraries
+@variances
+@losses
+def test_keys_dtypes_and_draws(device, library, variance, loss):
+    """And the generator's state afterwards; without MSE's bound, the loss is the error itself."""
+    x, t = make_inputs(device)
+    found = []
+    diffusion = make("EPSILON", variance, loss, library=library)
+    for each in (diffusion, accelerate(diffusion)):
+        torch.manual_seed(2)
+        terms = each.training_losses(net_of("EPSILON", variance)().to(device), x, t, {})
+        found.append((list(terms), {k: v.detach() for k, v in terms.items()}, torch.get_rng_state()))
+        assert ("vb" in terms) or (terms["loss"] is terms.get("mse", terms["loss"]))
+    no_fallback(each)
+    assert found[0][0] == found[1][0] == keys(variance, loss)
+    torch.testing.assert_close(found[0][1:], found[1][1:], rtol=2e-4, atol=1e-6)
+
+
+@predictions
+@pytest.mark.parametrize("variance", ["LEARNED", "LEARNED_RANGE"])
+def test_the_bound_does_not_move_the_mean(prediction, variance):
+    x, t = make_inputs(torch.device("cpu"))
+    model = net_of(prediction, variance)()
+    terms = accelerate(make(prediction, variance)).training_losses(model, x, t)
+    (slope,) = torch.autograd.grad(terms["vb"].sum(), model.output, retain_graph=True)
+    assert (slope[:, :3] == 0).all() and (slope[:, 3:] != 0).any((1, 2, 3)).all()
+    (slope,) = torch.autograd.grad(terms["mse"].sum(), model.output)
+    assert (slope[:, 3:] == 0).all() and (slope[:, :3] != 0).any((1, 2, 3)).all()
+
+
+def test_a_step_of_training_is_theirs(device):
+    """As train_util has it: weighted, its mean, an optimizer's step; over some batches."""
+    diffusion = make("EPSILON", "LEARNED_RANGE", "RESCALED_MSE")
+    weights = torch.linspace(0.5, 2, 6, device=device)
+    found = []
+    for each in (diffusion, accelerate(diffusion)):
+        torch.manual_seed(0)
+        model = net_of("EPSILON", "LEARNED_RANGE")().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for i in range(4):
+            x, t = make_inputs(device, (i, 0, 17 * i, 5, 900, 999 - i))
+            (each.training_losses(model, x, t)["loss"] * weights).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- philox
+
+
+@variances
+@losses
+def test_noise_by_address(device, variance, loss):
+    """As of a noise that is given: that of stream 2, drawn anew for each batch, sample by sample."""
+    x, t = make_inputs(device)
+    diffusion = make("EPSILON", variance, loss)
+    accelerated = accelerate(diffusion, noise="philox", seed=4, sample_ids=2)
+    state = torch.get_rng_state()
+    for draw in range(2):
+        z = randn(tuple(x.shape), Philox(4, 2, stream=2, draw=draw), device=device)
+        model = net_of("EPSILON", variance)().to(device)
+        ours = accelerated.training_losses(model, x, t)
+        theirs = accelerate(diffusion).training_losses(model, x, t, noise=z)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    half = accelerate(diffusion, noise="philox", seed=4, sample_ids=5)
+    half.accelerated.iteration = 1
+    part = half.training_losses(model, x[3:], t[3:])["loss"]
+    torch.testing.assert_close(part, ours["loss"][3:], rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------- costs
+
+
+@variances
+@losses
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_launches(variance, loss, noise):
+    """x_t, and one each for the error and the bound."""
+    x, t = make_inputs(torch.device("cpu"), (1, 2, 17, 500, 998, 999))
+    accelerated = accelerate(make("START_X", variance, loss), noise=noise)
+    output = torch.zeros(6, 6 if learned(variance) else 3, 8, 8)
+    accelerated.training_losses(lambda *_: output, x, t)
+    with Count() as count:
+        accelerated.training_losses(lambda *_: output, x, t)
+    bound, error = learned(variance) or loss.endswith("KL"), not loss.endswith("KL")
+    assert count.ours == {"ddpm_ext.forward_process": 1, "ddpm_ext.diffusion_loss": bound + error}
+    assert count.names["aten.randn_like"] == (noise == "torch")
+    assert not {"aten.mean", "aten.exp", "aten.pow", "aten.cat", "aten.index"} & set(count.names)
+
+
+def test_only_samples_at_0_are_told_by_their_code():
+    """No more of the batch than they."""
+    x, t = make_inputs(torch.device("cpu"), (1, 0, 17, 0, 998, 999))
+    accelerated = accelerate(make("EPSILON", "LEARNED_RANGE"))
+    sizes = []
+    own = type(accelerated)._vb_terms_bpd
+
+    def counted(self, model, x_start, x_t, t, **options):
+        sizes.append((len(x_start), t.tolist()))
+        return own(self, model, x_start, x_t, t, **options)
+
+    accelerated._vb_terms_bpd = counted.__get__(accelerated)
+    accelerated.training_losses(net_of("EPSILON", "LEARNED_RANGE")(), x, t)
+    assert sizes == [(2, [0, 0])]
+
+
+# ---------------------------------------------------------------------------------------------- their own code
+
+
+def run_both(diffusion, model, x, t, noise=None, options=None):
+    found, messages = [], []
+    for each in (diffusion, accelerate(diffusion), accelerate(diffusion, noise="philox", seed=3)):
+        torch.manual_seed(1)
+        calls = []
+
+        def counted(*args, calls=calls, **kwargs):
+            calls.append(args)
+            return model(*args, **kwargs)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(each.training_losses(counted, x, t, options, noise))
+        messages.append([str(w.message) for w in caught if "training_losses" in str(w.message)])
+        assert len(calls) == 1
+    assert messages[0] == [] and len(messages[1]) == len(messages[2]) == 1
+    return *found, messages[1][0]
+
+
+@pytest.mark.parametrize("variance", ["FIXED_SMALL", "LEARNED_RANGE"])
+@pytest.mark.parametrize("loss", ["MSE", "KL"])
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x, z, m: (x.double(), None, m), "its samples are float64"),
+        (lambda x, z, m: (x.half(), None, lambda *a: m(*a).float()), "its samples are float16"),
+        (lambda x, z, m: (x.clone().requires_grad_(), None, m), "a gradient is asked for by x_start or noise"),
+        (lambda x, z, m: (x, z.clone().requires_grad_(), m), "a gradient is asked for by x_start or noise"),
+        (lambda x, z, m: (x, z.double(), m), "its noise is no plain float32 tensor"),
+        (lambda x, z, m: (x, None, lambda *a: m(*a).double()), "the model's output is float64"),
+        (lambda x, z, m: (x, None, lambda *a: torch.nn.Parameter(m(*a))), "the model's output is no plain tensor"),
+    ],
+    ids=[
+        "float64",
+        "float16",
+        "x_start's gradient",
+        "noise's gradient",
+        "float64 noise",
+        "float64 output",
+        "parameter",
+    ],
+)
+def test_their_own_code(variance, loss, change, why):
+    x, t = make_inputs(torch.device("cpu"))
+
+    def model(x, t, **_):
+        return (x.repeat(1, 2, 1, 1) if learned(variance) else x) * 0.7
+
+    x, z, model = change(x, drawn(t), model)
+    theirs, ours, by_address, message = run_both(make("EPSILON", variance, loss), model, x, t, z)
+    assert why in message
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and ours[name].requires_grad == value.requires_grad
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.isfinite(by_address[name]).all()
+
+
+@pytest.mark.parametrize("loss", ["MSE", "KL"])
+def test_tables_by_hand_are_their_own_codes(loss):
+    x, t = make_inputs(torch.device("cpu"))
+    diffusion = make("EPSILON", "LEARNED", loss)
+    diffusion.sqrt_alphas_cumprod = diffusion.sqrt_alphas_cumprod * 0.9
+    theirs, ours, _, message = run_both(diffusion, lambda x, t: x.repeat(1, 2, 1, 1), x, t)
+    assert "its tables are not those that follow from its betas" in message
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_an_output_that_does_not_fit_keeps_its_noise():
+    """Noise by address that is drawn already is what their code gets, too."""
+    x, t = make_inputs(torch.device("cpu"))
+    accelerated = accelerate(make(), noise="philox", seed=4)
+    with pytest.warns(UserWarning, match="the model's output is float64"):
+        found = accelerated.training_losses(lambda x, t: 0.5 * x.double(), x, t)["loss"]
+    z = randn(tuple(x.shape), Philox(4, stream=2, draw=0))
+    expected = make().training_losses(lambda x, t: 0.5 * x.double(), x, t, noise=z)["loss"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_function_transforms_gradient_is_their_own_codes(first):
+    """Whether or not the object was used before it."""
+    x, t = make_inputs(torch.device("cpu"))
+    found = []
+    for each in (make(), accelerate(make())):
+
+        def losses(weight, each=each):
+            return each.training_losses(lambda x, t: x * weight, x, t, noise=drawn(t))["loss"].sum()
+
+        if not first:
+            losses(1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(torch.func.grad(losses)(torch.tensor(0.5)))
+    why = "its tables are first asked for within" if first else "the model's output is no plain tensor"
+    assert [w for w in caught if why in str(w.message)]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    losses(1)
+    assert isinstance(each._plans, dict) and len(each._plans) == 1
+
+
+def test_a_second_derivative_is_refused():
+    """Not taken for a constant."""
+    x, t = make_inputs(torch.device("cpu"))
+    weight = torch.tensor(0.5, requires_grad=True)
+    loss = accelerate(make()).training_losses(lambda x, t: x * weight, x, t)["loss"].sum()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+
+def test_where_they_raise():
+    x, t = make_inputs(torch.device("cpu"))
+    for model, moments, noise in (
+        (lambda x, t: x[:, :1], t, None),
+        (lambda x, t: x, t + 1, None),
+        (lambda x, t: x, t, drawn(t)[:3]),
+    ):
+        kinds = []
+        for each in (make(), accelerate(make())):
+            with pytest.raises((AssertionError, IndexError)) as caught:
+                each.training_losses(model, x, moments, noise=noise)
+            kinds.append(caught.type)
+        assert kinds[0] is kinds[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prediction", ["EPSILON", "PREVIOUS_X"])
+@losses
+def test_a_models_output_of_16_bits(dtype, prediction, loss):
+    """As under autocast."""
+    x, t = make_inputs(torch.device("cpu"))
+    z, output = drawn(t), net_of(prediction, "LEARNED_RANGE")()(x, t).detach().to(dtype)
+    diffusion = make(prediction, "LEARNED_RANGE", loss)
+    accelerated = accelerate(diffusion)
+
+    def step(diffusion, dtype, name, z=z):
+        leaf = output.to(dtype, copy=True).requires_grad_()
+        found = diffusion.training_losses(lambda *_: leaf, x.to(z.dtype), t, noise=z)[name]
+        found.sum().backward()
+        return {"losses": found.detach().double(), "output": leaf.grad.double()}
+
+    for name in keys("LEARNED_RANGE", loss):
+        ours, theirs = (step(each, dtype, name) for each in (accelerated, diffusion))
+        with in_float64():
+            truth = step(diffusion, torch.float64, name, z.double())
+        peer_training.check(ours, theirs, truth)
+    no_fallback(accelerated)

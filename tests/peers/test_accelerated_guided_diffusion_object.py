@@ -1,0 +1,379 @@
+"""guided-diffusion's and improved-diffusion's objects, accelerated: what runs their own code, and the object itself."""
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from accelerated_guided import (
+    LIBRARIES,
+    SHAPE,
+    Count,
+    libraries,
+    make,
+    model_of,
+    module,
+    no_fallback,
+    numbers,
+)
+
+from ddpm_ext import accelerate
+from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.guided_diffusion import SUPPORT, Guided
+
+GUIDED = "guided_diffusion" in LIBRARIES
+guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")
+STEPS = ("p_sample", "ddim_sample", "ddim_reverse_sample")
+steps = pytest.mark.parametrize("step", STEPS)
+loops = pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+variances = pytest.mark.parametrize("variance", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"])
+X, T = numbers(0, *SHAPE), torch.tensor([0, 1, 17, 500, 999])
+
+
+def half(x, t, **_):
+    return x * 0.5
+
+
+# ---------------------------------------------------------------------------------------------- their own code
+
+
+class Calls:
+    """A model that counts."""
+
+    def __init__(self, function):
+        self.function, self.n = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.n += 1
+        return self.function(*args, **kwargs)
+
+
+def zero_terminal():
+    d, peer = make(), module(LIBRARIES[0])
+    kinds = {name: getattr(d, name) for name in ("model_var_type", "loss_type")}
+    with np.errstate(divide="ignore"):
+        return type(d)(
+            betas=np.append(d.betas[:-1], 1.0), model_mean_type=peer.ModelMeanType.START_X, **kinds
+        )  # fmt: skip
+
+
+def changed(**attributes):
+    d = make()
+    for name, value in attributes.items():
+        setattr(d, name, value)
+    return d
+
+
+WEIGHT = torch.nn.Parameter(torch.tensor(0.5))
+# What is asked for: the object, the samples, the options of a step, and the reason.
+ASIDE = {
+    "float64": (make, X.double(), {}, "its samples are float64"),
+    "float16": (make, X.half(), {}, "its samples are float16"),
+    "a gradient": (make, X.clone().requires_grad_(), {}, "a gradient is asked for through a step"),
+    "a gradient through the model": (make, X, {"model": lambda x, t: x * WEIGHT}, "a gradient is asked for"),
+    "a float64 output": (make, X, {"model": lambda x, t: x.double()}, "the model's output is float64"),
+    "an output that is no plain tensor": (
+        make, X, {"model": lambda x, t: torch.nn.Parameter(x, False)}, "the model's output is no plain tensor",
+    ),
+    "alphas_cumprod of 0": (zero_terminal, X, {}, "its alphas_cumprod reach 0"),
+    "tables by hand": (
+        lambda: changed(posterior_mean_coef1=make().posterior_mean_coef1 * 1.01), X, {}, "that follow from its betas",
+    ),
+    "log-variances by hand": (
+        lambda: changed(posterior_log_variance_clipped=make().posterior_log_variance_clipped - 1), X, {},
+        "that follow from its betas",
+    ),
+    "denoised_fn's shape": (make, X, {"denoised_fn": lambda x0: x0.mean(1, keepdim=True).expand_as(x0).double()},
+                            "what denoised_fn returns"),
+    "int32 timesteps": (make, X, {"t": T.int()}, "its timesteps are int32"),
+}  # fmt: skip
+
+
+def run_both(diffusion, step, x, model=half, t=T, **options):
+    """What both give from the same seed, after which the generator is in the same state, and the model's calls."""
+    found, warned = [], []
+    accelerated = accelerate(diffusion)
+    for each in (diffusion, accelerated):
+        torch.manual_seed(1)
+        calls = Calls(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(getattr(each, step)(calls, x, t, **options))
+        assert calls.n == 1
+        found[-1] = {**found[-1], "state": torch.get_rng_state()}
+        warned.append([str(w.message) for w in caught if "own code" in str(w.message)])
+    assert warned[0] == []
+    return *found, warned[1], accelerated
+
+
+@steps
+@pytest.mark.parametrize("name", ASIDE)
+def test_their_own_code(step, name):
+    """Bit for bit, its draws and all, with a warning; the model is asked once."""
+    build, x, options, why = ASIDE[name]
+    theirs, ours, warned, accelerated = run_both(build(), step, x, **options)
+    assert len(warned) == 1 and why in warned[0] and warned[0].startswith(f"{step} ")
+    assert why in accelerated.accelerated.fallbacks[step]
+    assert theirs.keys() == ours.keys()
+    rounding = 1e-5 if "denoised_fn" in options else 0  # of the x_0 that it is given
+    for key, value in theirs.items():
+        assert value.requires_grad == ours[key].requires_grad
+        torch.testing.assert_close(ours[key], value, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+@steps
+def test_function_transforms_are_their_own_codes(step):
+    """torch.func.vmap over chains, each a batch of its own."""
+    x = torch.stack([X, X + 1])
+    found = []
+    for each in (make(), accelerate(make())):
+        torch.manual_seed(0)
+        chain = torch.func.vmap(lambda x, d=each: getattr(d, step)(half, x, T)["sample"], randomness="different")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(chain(x))
+    assert [w for w in caught if "its samples are of a function transform" in str(w.message)]
+    assert torch.equal(*found)
+    with pytest.warns(UserWarning, match="q_sample .* function transform"):
+        found = [torch.func.vmap(lambda x, d=d: d.q_sample(x, T, X))(x) for d in (make(), accelerate(make()))]
+    assert torch.equal(*found)
+
+
+@guided_alone
+@pytest.mark.parametrize("step", STEPS[:2])
+@pytest.mark.parametrize("spacing", [None, "ddim25"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, t: x.mean((1, 2, 3), keepdim=True),
+        lambda x, t: torch.full_like(x, 0.1).requires_grad_(),
+        lambda x, t: torch.nn.Parameter(x + 1, False),
+        lambda x, t: 0.5 * torch.randn(len(x), 1, 1, 1),
+    ],
+    ids=["shape", "gradient", "no plain tensor", "draws"],
+)
+def test_a_cond_fn_whose_result_does_not_fit(step, spacing, function):
+    """Neither it nor denoised_fn is called again, and no noise is drawn twice."""
+    cond, denoised = Calls(function), Calls(lambda x0: x0 * 0.9)
+    guide = {"cond_fn": cond, "denoised_fn": denoised, "model_kwargs": {}}
+    t = T if spacing is None else torch.tensor([0, 1, 7, 13, 24])
+    theirs, ours, warned, _ = run_both(make(spacing=spacing), step, X, t=t, **guide)
+    assert (cond.n, denoised.n) == (2, 2) and len(warned) == 1 and "what cond_fn returns" in warned[0]
+    for key, value in theirs.items():
+        assert value.requires_grad == ours[key].requires_grad
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=2e-5)
+
+
+@guided_alone
+def test_a_float64_gradient_makes_ddims_result_float64(device):
+    guide = {"cond_fn": lambda x, t: x.double() * 0.1, "model_kwargs": {}}
+    _, ours, warned, _ = run_both(make(), "ddim_sample", X, **guide)
+    assert ours["sample"].dtype == torch.float64 and len(warned) == 1
+    _, ours, warned, _ = run_both(make(), "p_sample", X, **guide)
+    assert ours["sample"].dtype == torch.float32 and warned == []
+
+
+@pytest.mark.parametrize(
+    ("eta", "why"),
+    [(-0.5, "negative"), (1.5, "more noise than there is"), (np.float32(0.5), "no Python number"),
+     (torch.tensor(0.5), "no Python number"), (True, "no Python number")],
+)  # fmt: skip
+def test_etas_of_their_own_code(eta, why):
+    theirs, ours, warned, _ = run_both(make(timesteps=30), "ddim_sample", X, t=torch.arange(5), eta=eta)
+    assert len(warned) == 1 and why in warned[0]
+    assert torch.equal(ours["sample"].nan_to_num(9), theirs["sample"].nan_to_num(9))
+
+
+@steps
+def test_where_they_raise(step):
+    """They do so, without a warning."""
+    for x, t, model in (
+        (X, T[:4], half),
+        (X, T + 1, half),
+        (X, 3, half),
+        (X, T, lambda x, t: x[:, :1]),
+        (X, T, lambda x, t: x[:4]),
+        (numbers(0, 5), T, half),
+    ):
+        errors = []
+        for each in (make(), accelerate(make())):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises((AssertionError, IndexError, AttributeError, ValueError, RuntimeError)) as caught:
+                    getattr(each, step)(model, x, t)
+            errors.append((caught.type, str(caught.value)))
+        assert errors[0] == errors[1]
+
+
+@steps
+def test_negative_timesteps_count_from_the_end_as_theirs(step):
+    theirs, ours, warned, _ = run_both(make(), step, X, t=T - 1)
+    assert warned == [] and torch.equal(ours["sample"], theirs["sample"])
+
+
+@steps
+def test_torch_compile_gives_the_same(step):
+    """Around the launch; tables are made outside of what it traces."""
+    accelerated, t = accelerate(make(spacing="ddim25"), noise="philox"), torch.tensor([0, 1, 7, 13, 24])
+
+    def call(x):
+        return getattr(accelerated, step)(half, x, t)["sample"]
+
+    found = torch.compile(call, backend="eager")(X)
+    no_fallback(accelerated)
+    assert torch.equal(found, call(X))
+
+
+def test_a_loop_of_what_does_not_fit():
+    """A float16 start: the first step runs their own code, of which float32 comes; the others are fused."""
+    diffusion = make(spacing="ddim25")
+    accelerated = accelerate(diffusion)
+    found = []
+    for each in (diffusion, accelerated):
+        torch.manual_seed(0)
+        with warnings.catch_warnings(record=True) as caught, Count() as count:
+            warnings.simplefilter("always")
+            found.append(each.p_sample_loop(half, SHAPE, noise=X.half(), device="cpu"))
+    assert len(caught) == 1 and count.ours == {"ddpm_ext.reverse_step": 24}
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+def test_a_loop_in_float64_by_default(device):
+    """With a drawn start of that dtype, whatever the noise."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        for noise in ("torch", "philox"):
+            with pytest.warns(UserWarning, match="its samples are float64"):
+                x = accelerate(make(spacing="ddim25"), noise=noise).p_sample_loop(half, SHAPE, device=device)
+            assert x.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_warning_says_it_once_and_philox_whose_noise_it_is():
+    accelerated = accelerate(make(), noise="philox")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            accelerated.p_sample(half, X.double(), T)
+            accelerated.q_sample(X.double(), T)
+    assert sorted(str(w.message).partition(" ")[0] for w in caught) == ["p_sample", "q_sample"]
+    assert all("noise" in str(w.message) for w in caught)
+    assert accelerated.accelerated.fallbacks.keys() == {"p_sample", "q_sample"}
+
+
+# ---------------------------------------------------------------------------------------------------- the object
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_var_type", "FIXED_LARGE"), ("model_mean_type", "START_X"), ("rescale_timesteps", True), ("betas", None)],
+)
+def test_an_attribute_that_is_set_anew_counts(name, value):
+    diffusion = make("EPSILON", "FIXED_SMALL", timesteps=300)
+    accelerated = accelerate(diffusion)
+    before = accelerated.p_sample_loop(model_of("FIXED_SMALL"), SHAPE, device="cpu")
+    peer = module(LIBRARIES[0])
+    for each in (diffusion, accelerated):
+        if name == "betas":
+            each.__init__(
+                betas=peer.get_named_beta_schedule("cosine", 300), model_mean_type=each.model_mean_type,
+                model_var_type=each.model_var_type, loss_type=each.loss_type,
+            )  # fmt: skip
+        elif name == "rescale_timesteps":
+            each.rescale_timesteps = value
+        else:
+            setattr(
+                each, name, {"model_var_type": peer.ModelVarType, "model_mean_type": peer.ModelMeanType}[name][value]
+            )
+    found = []
+    for each in (diffusion, accelerated):
+        torch.manual_seed(0)
+        found.append(each.p_sample_loop(model_of("FIXED_SMALL"), SHAPE, device="cpu"))
+    no_fallback(accelerated)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+    assert not torch.equal(before, found[1])
+
+
+@libraries
+@pytest.mark.parametrize("spacing", [None, "ddim25"])
+def test_the_object(library, spacing):
+    """Of its own class, pickled and copied with its settings, and the given one as it was."""
+    diffusion = make(spacing=spacing, library=library)
+    before = dict(vars(diffusion))
+    accelerated = accelerate(diffusion, noise="philox", seed=5, sample_ids=3)
+    images = accelerated.ddim_sample_loop(half, SHAPE, device="cpu", eta=1.0)
+    assert type(diffusion) is not type(accelerated) and isinstance(accelerated, type(diffusion))
+    assert vars(diffusion).keys() == before.keys() and all(vars(diffusion)[name] is before[name] for name in before)
+    for again in (pickle.loads(pickle.dumps(accelerated)), copy.deepcopy(accelerated), copy.copy(accelerated)):
+        assert type(again) is type(accelerated)
+        assert torch.equal(again.ddim_sample_loop(half, SHAPE, device="cpu", eta=1.0), images)
+        no_fallback(again)
+    public = {name for name in dir(accelerated) if not name.startswith("_")} - {n for n in dir(diffusion)}
+    assert public == {"accelerated", "library", "relies_on", "replaces"}
+
+
+@libraries
+@pytest.mark.parametrize("name", Guided.replaces)
+def test_signatures(library, name):
+    for spacing in (None, "ddim25"):
+        diffusion = make(spacing=spacing, library=library)
+        theirs = inspect.signature(getattr(module(library).GaussianDiffusion, name))
+        ours = inspect.signature(getattr(type(accelerate(diffusion)), name))
+        told = [[(p.name, p.kind, p.default) for p in s.parameters.values()] for s in (theirs, ours)]
+        assert told[0] == told[1]
+
+
+@libraries
+@pytest.mark.parametrize("name", [*Guided.replaces, *Guided.relies_on])
+def test_a_subclass_with_a_method_of_its_own_is_refused(library, name):
+    base = module(library).GaussianDiffusion
+    if not hasattr(base, name):
+        pytest.skip(f"{library} has no {name}")
+    other = type("Other", (base,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(TypeError, match=f"has a {name} of its own"):
+        accelerated_class(other)
+    assert issubclass(accelerated_class(type("Kept", (base,), {"more": lambda self: 1})), base)
+
+
+@pytest.mark.parametrize("name", ["p_sample", "p_mean_variance"])
+def test_an_object_with_a_method_of_its_own_is_refused(name):
+    diffusion = make()
+    setattr(diffusion, name, getattr(diffusion, name))
+    with pytest.raises(TypeError, match=f"obj has a {name} of its own"):
+        accelerate(diffusion)
+
+
+@libraries
+def test_a_fork_with_other_arguments_is_refused(library):
+    """Of the same names, as many are."""
+
+    def p_sample(
+        self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, cond_fn_with_grad=False
+    ): ...
+
+    base = module(library).GaussianDiffusion
+    fork = type("GaussianDiffusion", (), {**vars(base), "p_sample": p_sample, "__module__": base.__module__})
+    with pytest.raises(TypeError, match=r"whose p_sample takes .*cond_fn_with_grad"):
+        accelerated_class(fork)
+
+
+@guided_alone
+def test_a_likelihood_is_theirs(device):
+    """calc_bpd_loop and p_mean_variance are not replaced."""
+    diffusion = make(variance="LEARNED_RANGE", spacing=[5])
+    x, found = X.clamp(-1, 1).to(device), []
+    for each in (diffusion, accelerate(diffusion)):
+        torch.manual_seed(0)
+        found.append(each.calc_bpd_loop(model_of("LEARNED_RANGE"), x))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    no_fallback(each)
+
+
+def test_support():
+    """Every method that is replaced has its row, and no row is for another."""
+    assert {row.method for row in SUPPORT if row.fused} == set(Guided.replaces)
