@@ -18,6 +18,7 @@
 #include "core/loss.h"
 #include "cpu/loops.h"
 #include "overlap.h"
+#include "pages.h"
 #ifdef DDPM_EXT_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -56,7 +57,7 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   args.batch = x.size(0);
   args.noise_kind = Noise::given;
   set_table(op, args, table, sizeof(AffineRow) / sizeof(float), t, t_index, x.device());
-  const Tensor result = at::empty_like(x);
+  const Tensor result = in_large_pages(at::empty_like(x));
   bind(op, args, {{&x, &args.x}, {&y, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x.device());
   return result;
@@ -95,7 +96,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
   args.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
   if (out.has_value()) check_overlap(op, "out", *out, model_output);
   set_clip(op, args, clip_min, clip_max);
-  const Tensor result = out.has_value() ? *out : at::empty_like(x_t);
+  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_t));
   bind(op, args, {{&x_t, &args.x}, {&model_output, &args.model_output}, {pointer(noise), &args.noise}}, result,
        args.out);
   DDPM_DISPATCH(reverse_step, args, x_t.device());
@@ -220,7 +221,7 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   if (out.has_value())
     check_out(op, *out, "x_start", x_start,
               {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
-  const Tensor result = out.has_value() ? *out : at::empty_like(x_start);
+  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_start));
   bind(op, args, {{&x_start, &args.x}, {given, &args.noise}}, result, args.out);
   DDPM_DISPATCH(affine, args, x_start.device());
   return finish(result, out);
@@ -259,7 +260,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({args.batch}, like.dtype(at::kFloat));
   const auto slopes = model_output.options().dtype(at::kFloat);
-  const Tensor slope = want_slope ? at::empty_like(model_output, slopes) : at::empty({0}, slopes);
+  const Tensor slope = want_slope ? in_large_pages(at::empty_like(model_output, slopes)) : at::empty({0}, slopes);
   Tensor variance, mean_slope = slope, variance_slope;
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);
@@ -315,7 +316,7 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   for (int64_t n : size) CHECK_VALUE(n >= 0, "shape", " is ", size, ", expected sizes >= 0");
   args.batch = size[0];
   args.noise_kind = Noise::drawn;
-  const Tensor result = at::empty(size, at::TensorOptions().dtype(dtype).device(device));
+  const Tensor result = in_large_pages(at::empty(size, at::TensorOptions().dtype(dtype).device(device)));
   set_rng(op, args, rng, result.device());  // a plain "cuda" has its index by now
   args.draw = std::max<int64_t>(args.draw, 0);
   bind(op, args, {}, result, args.out);
