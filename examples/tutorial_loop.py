@@ -25,11 +25,11 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.scale = nn.Parameter(torch.full((3, 1, 1), 0.5))
         self.time = nn.Embedding(TIMESTEPS, 3)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.convolution(x) + self.time(t)[:, :, None, None]
+        return self.scale * x + self.time(t)[:, :, None, None]
 
 
 def sample(diffusion: GaussianDiffusion, what: str) -> np.ndarray:
@@ -41,6 +41,7 @@ def sample(diffusion: GaussianDiffusion, what: str) -> np.ndarray:
     return images[-1]
 
 
+torch.set_num_threads(1)  # small images gain little by more
 torch.manual_seed(1)
 model = Model().eval()
 gaussian_diffusion = GaussianDiffusion(timesteps=TIMESTEPS)

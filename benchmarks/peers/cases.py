@@ -159,7 +159,7 @@ def _guided_loop(loop: str, channels: int) -> Callable[[Any, tuple[int, ...]], C
 def _guided_training(channels: int) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
     def prepare(diffusion: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
         told = _model(shape, channels)().requires_grad_()
-        x, t = torch.rand(shape) * 2 - 1, torch.arange(shape[0]) % STEPS
+        x, t = torch.rand(shape) * 2 - 1, torch.arange(shape[0]) % (STEPS - 1) + 1  # t = 0 has a term of its own
 
         def train() -> None:
             told.grad = None
@@ -193,7 +193,7 @@ def _denoising(library: str) -> Iterator[Case]:
     peer = importlib.import_module(library)
     # without the progress bar, which costs as much as a small step
     importlib.import_module(f"{library}.{library}").tqdm = lambda steps, **_: steps
-    options = {"image_size": 32, "beta_schedule": "linear", "objective": "pred_noise"}
+    options = {"image_size": 32, "beta_schedule": "cosine", "objective": "pred_noise"}
     whole = peer.GaussianDiffusion(Net(), timesteps=STEPS, **options).eval()
     some = peer.GaussianDiffusion(Net(), timesteps=1000, sampling_timesteps=STEPS, **options).eval()
     yield Case(library, "p_sample", whole, lambda obj, shape: _denoising_step(obj, shape))

@@ -106,7 +106,7 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
             denoising-diffusion-pytorch, or the tutorial's.
         noise: "torch": the library's own draws, by the same generators in the same order, so the same images as before,
             to float32 rounding. "philox": noise made in the launch, of the noise contract, which depends on (seed,
-            sample id, timestep) alone; generators are not touched then.
+            sample id, timestep) alone; no generator is touched by a step then.
         seed: of "philox", 0 <= seed < 2^64; None: one from torch's default CPU generator.
         sample_ids: of "philox": the first sample's id, or an int64 tensor of shape (batch,).
 
@@ -127,10 +127,14 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
-    accelerated = new(accelerated_class(type(obj)))
-    # what a peer's object keeps in containers, it writes to; its tensors and arrays it only replaces
-    state = {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(obj).items()}
-    accelerated.__dict__.update(state, _acceleration=settings)
+    made = accelerated_class(type(obj))
+    for name in (*made.replaces, *made.relies_on):  # type: ignore[attr-defined]
+        if name in vars(obj):
+            raise TypeError(f"obj has a {name} of its own, expected its class's")
+    accelerated = new(made)
+    for name, value in vars(obj).items():  # what it keeps in containers, it writes to; tensors and arrays it replaces
+        accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+    accelerated.__dict__["_acceleration"] = settings
     accelerated.__dict__.pop("_plans", None)
     accelerated._check()
     return accelerated

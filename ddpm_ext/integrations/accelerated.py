@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import warnings
 from typing import Any, ClassVar
@@ -67,7 +68,16 @@ class Acceleration:
         if (method, why) not in self._said:
             self._said.add((method, why))
             noise = " and noise" if self.noise == "philox" else ""
-            warnings.warn(f"{method} runs the own code{noise} of {library}: {why}", stacklevel=4)
+            text = f"{method} runs the own code{noise} of {library}: {why}"
+            warnings.warn(text, stacklevel=_outside())
+
+
+def _outside() -> int:
+    """How many frames above its caller's the first one is that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class Accelerated:
@@ -134,6 +144,8 @@ def make_class(mixin: type[Accelerated], peer: type, known: type) -> type:
 
 def misfit(x: Tensor, *others: Tensor | None) -> str | None:
     """Why the fused operators can't take x and others of its shape, or None: they can."""
+    if not all(checks.is_plain(y) for y in (x, *others) if type(y) is Tensor):
+        return "a transform of torch.func is at work"
     if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
         return "its samples are no plain tensors on a CPU or a CUDA device"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

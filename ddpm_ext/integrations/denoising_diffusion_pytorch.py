@@ -187,10 +187,10 @@ class Denoising(Accelerated):
 
     def _check(self) -> None:
         """Raises TypeError: an older version, some of whose methods do other things."""
-        version = _library().__version__
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        found = _library().__version__
+        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
-            raise TypeError(f"obj is of denoising-diffusion-pytorch {version}, expected {oldest} or later")
+            raise TypeError(f"obj is of denoising-diffusion-pytorch {found}, expected {oldest} or later")
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
