@@ -188,11 +188,13 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
 
     Args:
         grid: ascending: make_grid(alphas_cumprod, timesteps from low to high, final=alphas_cumprod of the last).
-        prediction, keep_eps: as ddim's.
+        prediction, keep_eps: as ddim's, but for "x_prev".
 
     Raises:
-        ValueError: an unknown `prediction`, or a grid that does not ascend.
+        ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.
     """
+    if prediction == "x_prev":
+        raise ValueError("prediction is 'x_prev', the mean of a step down, expected another for steps up")
     if not (grid.after < grid.now).all():
         raise ValueError("grid does not ascend in noise, expected alphas_cumprod to fall from step to step")
     return _implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)

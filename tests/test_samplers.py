@@ -269,3 +269,9 @@ def test_bad_eta(eta, error):
     for sampler in (SAMPLERS[name] for name in WITH_ETA):
         with pytest.raises(error, match="eta is"):
             sampler(make_grid(kept, [999, 0]), eta=eta)
+
+
+def test_up_is_not_by_the_mean_of_a_step_down():
+    grid = make_grid(GaussianDiffusion(100).alphas_cumprod, torch.arange(99), final=0.01)
+    with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):
+        ddim_inverse(grid, prediction="x_prev")

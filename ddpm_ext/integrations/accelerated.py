@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ext import checks
 from ddpm_ext.noise import STREAM_FORWARD, STREAM_START, Philox, random_seed
 
-__all__ = ["NOISES", "Accelerated", "Acceleration", "make_class", "misfit", "new", "version", "wants_gradient"]
+__all__ = ["NOISES", "Accelerated", "Acceleration", "drawn", "make_class", "misfit", "new", "version", "wants_gradient"]
 
 NOISES = ("torch", "philox")
 
@@ -144,7 +144,8 @@ def make_class(mixin: type[Accelerated], peer: type, known: type) -> type:
 
 def misfit(x: Tensor, *others: Tensor | None) -> str | None:
     """Why the fused operators can't take x and others of its shape, or None: they can."""
-    if not all(checks.is_plain(y) for y in (x, *others) if type(y) is Tensor):
+    plain = torch.compiler.is_compiling() or all(checks.is_plain(y) for y in (x, *others) if type(y) is Tensor)
+    if not plain:
         return "a transform of torch.func is at work"
     if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
         return "its samples are no plain tensors on a CPU or a CUDA device"
@@ -160,6 +161,18 @@ def misfit(x: Tensor, *others: Tensor | None) -> str | None:
         if y.shape != x.shape:
             return "its tensors have different shapes"
     return None
+
+
+_DRAWS = torch.randn, torch.randn_like
+
+
+def drawn(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Noise that was just drawn for a step of samples x, as the operators take it: the next sample goes where it lies,
+    so that a step needs no more memory than one without noise. Unless somebody drew for torch, and may keep it."""
+    ours = (torch.randn, torch.randn_like) == _DRAWS and torch._C._len_torch_function_stack() == 0
+    if ours and x.is_contiguous() and noise.is_contiguous():
+        return {"noise": noise, "out": noise}
+    return {"noise": noise}
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

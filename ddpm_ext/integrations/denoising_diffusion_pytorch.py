@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops, samplers
-from ddpm_ext.integrations.accelerated import Accelerated, misfit, new, version, wants_gradient
+from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.integrations.support import Support
 from ddpm_ext.integrations.tutorial import output_misfit, posterior_steps
 from ddpm_ext.noise import STREAM_OFFSET, STREAM_START, Philox, randn, rng_of_many
@@ -244,7 +244,7 @@ class Denoising(Accelerated):
         noise: dict[str, Any] = {"add_noise": False}
         if noisy:
             rng = self.accelerated.rng
-            noise = {"noise": torch.randn_like(x)} if rng is None else {"rng": rng}
+            noise = drawn(torch.randn_like(x), x) if rng is None else {"rng": rng}
         if not with_x0:
             return ops.reverse_step(x, output, tables.get("steps", x.device, torch.float32), row, **noise), None
         x0 = torch.empty_like(x)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
 from ddpm_ext.forward import ForwardProcess
-from ddpm_ext.integrations.accelerated import Accelerated, misfit, new, version, wants_gradient
+from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.integrations.support import Support
 from ddpm_ext.noise import Philox, randn, rng_of_many
 from ddpm_ext.step_table import StepTable
@@ -248,8 +248,11 @@ class Tutorial(Accelerated):
                 self._aside("p_sample", why)
                 return super().p_sample(_Given(output), x_t, t, clip_denoised)  # type: ignore[misc]
             clip, rng = (-1.0, 1.0) if clip_denoised else None, self.accelerated.rng
-            noise = torch.randn_like(x_t) if rng is None else None
-            return ops.reverse_step(x_t, output, plan.rows("steps", x_t), t, clip=clip, noise=noise, rng=rng)
+            source: dict[str, Any] = {"rng": rng}
+            if rng is None:
+                noise = torch.randn_like(x_t)
+                source = {"noise": noise} if wants_gradient(x_t, output) else drawn(noise, x_t)
+            return ops.reverse_step(x_t, output, plan.rows("steps", x_t), t, clip=clip, **source)
 
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own loop, whose steps are fused; noise="philox" gives it the noise that it begins with, too."""

@@ -7,8 +7,10 @@ import torch
 pytest.importorskip("diffusers")
 
 from accelerated_diffusers import compare, equal, launches, make, normal, seeded
+from diffusers.utils import torch_utils
 
 from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations.diffusers import scheduler as sched
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
@@ -360,3 +362,15 @@ def test_zero_terminal_snr_in_sigmas(name):
     assert plain.sigmas[0] == 4096
     plain._step_index, plain.is_scale_input_called = 0, True
     assert compare(name, plain, M, plain.timesteps[0], X * (1 if name == "DPMSolverMultistep" else 4096))[1]
+
+
+def test_the_next_sample_lies_where_its_noise_was_drawn(monkeypatch):
+    """But in nobody's memory: whoever draws for torch may keep what he drew."""
+    scheduler, drawn, draw = ours("DDPM"), [], torch_utils.randn_tensor
+    monkeypatch.setattr(sched, "imported", lambda *_: lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
+    t = scheduler.timesteps[3]
+    assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() == drawn[0].data_ptr()
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: Z)
+    before = Z.clone()
+    assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() != Z.data_ptr()
+    assert torch.equal(Z, before)

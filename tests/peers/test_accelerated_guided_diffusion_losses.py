@@ -271,11 +271,11 @@ def test_an_output_that_does_not_fit_keeps_its_noise():
 def test_a_function_transforms_gradient_is_their_own_codes(first):
     """Whether or not the object was used before it."""
     x, t = make_inputs(torch.device("cpu"))
-    found = []
+    z, found = drawn(t), []
     for each in (make(), accelerate(make())):
 
         def losses(weight, each=each):
-            return each.training_losses(lambda x, t: x * weight, x, t, noise=drawn(t))["loss"].sum()
+            return each.training_losses(lambda x, t: x * weight, x, t, noise=z)["loss"].sum()
 
         if not first:
             losses(1)

@@ -135,9 +135,9 @@ def test_function_transforms_are_their_own_codes(step):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found.append(chain(x))
-    assert [w for w in caught if "its samples are of a function transform" in str(w.message)]
+    assert [w for w in caught if "a transform of torch.func is at work" in str(w.message)]
     assert torch.equal(*found)
-    with pytest.warns(UserWarning, match="q_sample .* function transform"):
+    with pytest.warns(UserWarning, match="q_sample .*: a transform of torch.func is at work"):
         found = [torch.func.vmap(lambda x, d=d: d.q_sample(x, T, X))(x) for d in (make(), accelerate(make()))]
     assert torch.equal(*found)
 

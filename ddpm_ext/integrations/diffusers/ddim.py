@@ -157,7 +157,7 @@ class DDIM(Forward):
                 return self._aside("step", f"variance_noise is {str(variance_noise.dtype).removeprefix('torch.')}")
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
-            noise = self._noise(noisy, model_output, generator, sample.dtype)
+            noise = self._noise(noisy, model_output, generator, sample)
         return self._take(plan, row, sample, model_output, noise)
 
 

@@ -136,7 +136,7 @@ class DDPM(Forward):
         if why is not None:
             return self._aside("step", why)
         sample = sample.to(result_dtype(model_output, sample))
-        noise = self._noise(t > 0, model_output, generator, sample.dtype)
+        noise = self._noise(t > 0, model_output, generator, sample)
         extras = (
             {}
             if model_variance is None

@@ -157,7 +157,7 @@ class DPMSolverMultistep(Scheduler):
         if variance_noise is not None:
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
-            noise = self._noise(sde, model_output, generator, sample.dtype, torch.float32)
+            noise = self._noise(sde, model_output, generator, sample, torch.float32)
         if history is not None:
             history = history.to(sample.dtype)
         prev_sample, x0 = self._take(plan, at if first else steps + at, sample, model_output, noise, history=history)

@@ -119,7 +119,7 @@ class _Euler(Scheduler):
         if not 0 <= row < len(self.sigmas) - 1:
             return None
         sample = sample.to(torch.float32)
-        noise = self._noise(self.ancestral, model_output, generator, sample.dtype)
+        noise = self._noise(self.ancestral, model_output, generator, sample)
         prev_sample, x0 = self._take(plan, row, sample, model_output, noise)
         self._step_index += 1
         if self.config.prediction_type in ("sample", "original_sample"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.accelerated import Accelerated, misfit, version, wants_gradient
+from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, version, wants_gradient
 from ddpm_ext.noise import Philox
 from ddpm_ext.spacing import Jumps
 from ddpm_ext.step_table import StepTable
@@ -138,18 +138,18 @@ class Scheduler(Accelerated):
     # --------------------------------------------------------------------------------------------------------- noise
 
     def _noise(
-        self, drawn: bool, like: Tensor, generator: Any, dtype: torch.dtype, drawn_dtype: torch.dtype | None = None
+        self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        """A step's, as the operators take it, for samples of `dtype`: drawn as diffusers draws it, in `drawn_dtype` or
-        that of the model's output."""
-        if not drawn:
+        """A step's, as the operators take it beside `sample`: drawn as diffusers draws it, in `dtype` or that of the
+        model's output, which it is `like`."""
+        if not noisy:
             return {"add_noise": False}
         rng: Philox | None = self.accelerated.rng
         if rng is not None:
             return {"rng": rng}
         draw = imported("utils.torch_utils", "randn_tensor")
-        z = draw(like.shape, generator=generator, device=like.device, dtype=drawn_dtype or like.dtype)
-        return {"noise": z.to(dtype)}
+        z = draw(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        return drawn(z.to(sample.dtype), sample)
 
     # ---------------------------------------------------------------------------------------------------------- step
 

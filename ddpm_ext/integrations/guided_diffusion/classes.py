@@ -74,11 +74,6 @@ class Guided(Accelerated):
                     f"({', '.join(n for n, _ in expected)}), with its defaults"
                 )
 
-    def _check(self) -> None:
-        for name in (*self.replaces, *self.relies_on):
-            if name in vars(self):
-                raise TypeError(f"obj has a {name} of its own, expected its class's")
-
     def _own(self, method: str) -> Function:
         """The peer's own."""
         return getattr(super(), method)

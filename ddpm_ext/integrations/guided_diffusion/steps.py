@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops, randn
 from ddpm_ext.checks import is_plain
-from ddpm_ext.integrations.accelerated import misfit, wants_gradient
+from ddpm_ext.integrations.accelerated import drawn, misfit, wants_gradient
 from ddpm_ext.integrations.guided_diffusion.plan import Plan, Rows
 
 if TYPE_CHECKING:
@@ -91,8 +91,6 @@ def _unfit(x: Tensor) -> str | None:
     why = misfit(x)
     if why is None and x.dtype != torch.float32:  # its float32 tables make float32 of these
         why = f"its samples are {str(x.dtype).removeprefix('torch.')}"
-    if why is None and not _plain(x):
-        why = "its samples are of a function transform"
     return why
 
 
@@ -214,7 +212,7 @@ def take(
 
     source: dict[str, Any] = {"add_noise": False}
     if rows.noisy:
-        source = {"noise": noise} if rng is None else {"rng": rng}
+        source = {"rng": rng} if noise is None else drawn(noise, x)
     if hand_out:
         extras["x0_out"] = torch.empty_like(x)
     if not extras:
