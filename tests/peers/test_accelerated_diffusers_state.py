@@ -406,3 +406,24 @@ def test_a_subclass_that_adds_to_it_is_taken(name):
     assert ours.called == 1
     close(run(name, ours), run(name, prepared(name)))
     assert not ours.accelerated.fallbacks
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_models_input_is_scaled_to_the_same_bits(name, dtype):
+    plain = make(name)
+    ours = accelerate(plain)
+    x = X.to(dtype)
+    for scheduler in (plain, ours):
+        scheduler.set_timesteps(7)
+    for at in range(7):
+        scaled = []
+        for scheduler in (plain, ours):
+            scheduler._step_index = at
+            scaled.append(scheduler.scale_model_input(x, scheduler.timesteps[at]))
+        assert scaled[0].dtype == scaled[1].dtype
+        assert torch.equal(*scaled)
+    plain._step_index = ours._step_index = 0
+    ours.sigmas = ours.sigmas * 2
+    scaled = [scheduler.scale_model_input(x, scheduler.timesteps[0]) for scheduler in (plain, ours)]
+    assert not torch.equal(*scaled)

@@ -33,7 +33,8 @@ SUPPORT = (
         "float32, float16, bfloat16; gradients",
         "float64; samples that are broadcast",
     ),
-    Support("EulerDiscreteScheduler", "get_velocity, scale_model_input", "", "always"),
+    Support("EulerDiscreteScheduler", "scale_model_input", "one launch, as there, by a number that is kept", ""),
+    Support("EulerDiscreteScheduler", "get_velocity", "", "always"),
     Support(
         "EulerAncestralDiscreteScheduler",
         "step",
@@ -46,7 +47,9 @@ SUPPORT = (
         "float32, float16, bfloat16; gradients",
         "float64; samples that are broadcast",
     ),
-    Support("EulerAncestralDiscreteScheduler", "scale_model_input", "", "always"),
+    Support(
+        "EulerAncestralDiscreteScheduler", "scale_model_input", "one launch, as there, by a number that is kept", ""
+    ),
 )
 
 
@@ -84,6 +87,10 @@ def _of_sigma(steps: StepTable, draw: Tensor) -> StepTable:
         now=steps.now,
         after=steps.after,
     )
+
+
+def _scales(sigmas: Tensor) -> Plan:
+    return Plan(scales=((sigmas.detach() ** 2 + 1) ** 0.5).unbind(0))
 
 
 def _forward(sigmas: Tensor) -> Plan:
@@ -126,6 +133,15 @@ class _Euler(Scheduler):
             x0 = model_output
         return prev_sample.to(model_output.dtype), x0
 
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+        if not isinstance(self.sigmas, Tensor):
+            return super().scale_model_input(sample, timestep)
+        if self.step_index is None:
+            self._init_step_index(timestep)  # type: ignore[attr-defined]
+        scales = self._plan(_scales, self.sigmas).scales
+        self.is_scale_input_called = True
+        return sample / scales[self._step_index]
+
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         noisy = self._add_noise(original_samples, noise, timesteps)
         return super().add_noise(original_samples, noise, timesteps) if noisy is None else noisy  # type: ignore[misc]
@@ -153,8 +169,8 @@ class _Euler(Scheduler):
 class EulerDiscrete(_Euler):
     """Before EulerDiscreteScheduler."""
 
-    replaces = ("step", "add_noise")
-    relies_on = ("_init_step_index", "index_for_timestep", "scale_model_input")
+    replaces = ("step", "add_noise", "scale_model_input")
+    relies_on = ("_init_step_index", "index_for_timestep")
     ancestral = False
 
     def step(
@@ -185,8 +201,8 @@ class EulerDiscrete(_Euler):
 class EulerAncestralDiscrete(_Euler):
     """Before EulerAncestralDiscreteScheduler."""
 
-    replaces = ("step", "add_noise")
-    relies_on = ("_init_step_index", "index_for_timestep", "scale_model_input")
+    replaces = ("step", "add_noise", "scale_model_input")
+    relies_on = ("_init_step_index", "index_for_timestep")
     ancestral = True
 
     def step(

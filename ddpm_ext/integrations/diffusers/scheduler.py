@@ -50,12 +50,13 @@ def imported(module: str, name: str) -> Any:
 class Plan(NamedTuple):
     """What a scheduler's settings come to.
 
-    row: of each timestep, -1 where there is none, UNFUSED where that has no fused form; why: why no step has one, None
-    where that is diffusers' affair.
+    row: of each timestep, -1 where there is none, UNFUSED where that has no fused form; scales: what the model's input
+    is divided by, step by step; why: why no step has a fused form, None where that is diffusers' affair.
     """
 
     tables: DeviceTables | None = None
     row: Sequence[int] = ()
+    scales: Sequence[Tensor] = ()
     clip: Clip | None = None
     threshold: DynamicThreshold | None = None
     why: str | None = None
