@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from eager_tutorial import GaussianDiffusion as EagerTutorial
 from torch import nn
 
 import ddpm_ext
@@ -308,3 +309,14 @@ def test_its_methods_are_the_ones_that_are_replaced():
     for name in {row.cls for row in rows}:
         told = {method for row in rows if row.cls == name for method in row.method.split(", ")}
         assert set(accelerated_class(getattr(diffusers, name)).replaces) <= told
+
+
+def test_an_rng_is_checked_where_it_is_set():
+    """Each step would draw the same noise by one that has a draw of its own."""
+    settings = accelerate(EagerTutorial(50), noise="philox", seed=1).accelerated
+    for wrong, error in ((Philox(1, draw=5), ValueError), (None, ValueError), (3, TypeError)):
+        with pytest.raises(error, match="rng is"):
+            settings.rng = wrong
+    assert repr(settings.rng) == repr(Philox(1))
+    with pytest.raises(ValueError, match=r"rng is .* beside noise 'torch'"):
+        accelerate(EagerTutorial(50)).accelerated.rng = Philox(1)

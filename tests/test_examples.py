@@ -14,6 +14,8 @@ NEEDS = {
     "training_loop": ("sklearn",),
     "trajectory_picture": ("diffusers", "matplotlib", "safetensors"),
 }
+# Of those that accelerate: how they tell how far the images are from what they were.
+APART = r"by (\d[.]\de[-+]\d+) at most|at most (\d[.]\de[-+]\d+) apart"
 
 
 def test_all_are_listed(root):
@@ -34,4 +36,14 @@ def test_runs(root, tmp_path, name):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\d|not installed", done.stdout)
+    if name == "trajectory_picture":
+        assert (tmp_path / "trajectory.png").stat().st_size > 10_000
+    elif name == "training_loop":
+        losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+        assert losses[-1] < losses[0]
+        samples, noise = map(float, re.search(r"samples ([\d.]+), noise ([\d.]+)", done.stdout).groups())
+        assert samples < noise / 2
+    elif "not installed" not in done.stdout:
+        apart = [float(next(filter(None, found))) for found in re.findall(APART, done.stdout)]
+        assert apart
+        assert max(apart) < 1e-4

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import checks
-from ddpm_ext.noise import STREAM_FORWARD, STREAM_START, Philox, random_seed
+from ddpm_ext.noise import STREAM_FORWARD, STREAM_START, Philox, random_seed, rng_of_many
 
 __all__ = ["NOISES", "Accelerated", "Acceleration", "drawn", "make_class", "misfit", "new", "version", "wants_gradient"]
 
@@ -24,13 +24,15 @@ class Acceleration:
 
     Attributes:
         noise: "torch", the peer's own draws, or "philox", those of the noise contract.
-        rng: the ddpm_ext.Philox of the latter, whose seed and sample ids may be changed by another one; else None.
+        rng: the ddpm_ext.Philox of the latter, in whose place another may be set, without a draw or a stream of its
+            own; else None. Raises TypeError and ValueError.
         iteration: how often training noise was drawn by it: the draw of the next.
         fallbacks: {method: why the peer's own code ran}, the latest of each.
     """
 
     def __init__(self, noise: str = "torch", rng: Philox | None = None) -> None:
-        self.noise, self.rng = noise, rng
+        self.noise = noise
+        self.rng = rng
         self.iteration = 0
         self.fallbacks: dict[str, str] = {}
         self._said: set[tuple[str, str]] = set()
@@ -46,6 +48,16 @@ class Acceleration:
         if isinstance(sample_ids, Tensor) or sample_ids != 0:
             raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which knows none: expected 0")
         return cls(noise)
+
+    @property
+    def rng(self) -> Philox | None:
+        return self._rng
+
+    @rng.setter
+    def rng(self, rng: Philox | None) -> None:
+        if (rng is None) != (self.noise == "torch"):
+            raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
+        self._rng = None if rng is None else rng_of_many(rng)
 
     def __repr__(self) -> str:
         given = {"noise": self.noise, "rng": self.rng, "fallbacks": self.fallbacks}
@@ -74,6 +86,8 @@ class Acceleration:
 
 def _outside() -> int:
     """How many frames above its caller's the first one is that is neither ours nor torch's."""
+    if torch.compiler.is_compiling():  # which knows no frames
+        return 1
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):
         frame, level = frame.f_back, level + 1

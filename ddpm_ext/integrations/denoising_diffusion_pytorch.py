@@ -20,7 +20,7 @@ from ddpm_ext import ops, samplers
 from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.integrations.support import Support
 from ddpm_ext.integrations.tutorial import output_misfit, posterior_steps
-from ddpm_ext.noise import STREAM_OFFSET, STREAM_START, Philox, randn, rng_of_many
+from ddpm_ext.noise import STREAM_OFFSET, STREAM_START, Philox, randn
 from ddpm_ext.spacing import Jumps
 from ddpm_ext.step_table import StepTable
 from ddpm_ext.tables import StepDeviceTables
@@ -277,7 +277,6 @@ class Denoising(Accelerated):
         rng = self.accelerated.start()
         if rng is None:
             return torch.randn(shape, device=self.device)
-        rng_of_many(self.accelerated.rng)
         return randn(shape, rng, device=self.device, dtype=torch.get_default_dtype())
 
     def _descend(self, tables: _Tables, img: Tensor, start: int, what: str, imgs: list[Tensor] | None = None) -> Tensor:
@@ -351,7 +350,7 @@ class Denoising(Accelerated):
         noised = []
         for draw, x in enumerate((x1, x2)):
             noise = torch.randn_like(x) if rng is None else None
-            own = None if rng is None else rng_of_many(rng).of(STREAM_START, draw)
+            own = None if rng is None else rng.of(STREAM_START, draw)
             noised.append(self._noised(tables, x, times, noise, own))
         img = (1 - lam) * noised[0] + lam * noised[1]
         return self._descend(tables, img, start, "interpolation sample time step")

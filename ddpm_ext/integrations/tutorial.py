@@ -22,7 +22,7 @@ from ddpm_ext import ops
 from ddpm_ext.forward import ForwardProcess
 from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.integrations.support import Support
-from ddpm_ext.noise import Philox, randn, rng_of_many
+from ddpm_ext.noise import Philox, randn
 from ddpm_ext.step_table import StepTable
 from ddpm_ext.tables import StepDeviceTables
 
@@ -259,7 +259,6 @@ class Tutorial(Accelerated):
         rng = self.accelerated.start()
         if rng is None or self._plan().why is not None:
             return super().p_sample_loop(model, shape, *args, **kwargs)  # type: ignore[misc]
-        rng_of_many(self.accelerated.rng)
         start = _Start(rng)
         plans = self.__dict__.setdefault("_plans", {})
         plans[_Start] = start

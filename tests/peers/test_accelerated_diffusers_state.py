@@ -427,3 +427,14 @@ def test_the_models_input_is_scaled_to_the_same_bits(name, dtype):
     ours.sigmas = ours.sigmas * 2
     scaled = [scheduler.scale_model_input(x, scheduler.timesteps[0]) for scheduler in (plain, ours)]
     assert not torch.equal(*scaled)
+
+
+def test_what_inference_mode_made_is_kept_by_a_backward_pass():
+    scheduler = accelerate(make("EulerDiscrete"))
+    scheduler.set_timesteps(7)
+    t = scheduler.timesteps[0]
+    with torch.inference_mode():
+        scheduler.scale_model_input(X, t)
+    x = X.clone().requires_grad_()
+    scheduler.scale_model_input(x, t).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(X) / (scheduler.sigmas[0] ** 2 + 1) ** 0.5)

@@ -126,23 +126,19 @@ class DDPM(Forward):
         t, row = self._row(plan, timestep)
         if row < 0:
             return self._aside("step", plan.why_not(row))
-        model_variance = None
+        extras: dict[str, Any] = {}
         if self.variance_type in ("learned", "learned_range"):
             channels = sample.shape[1]
             if model_output.shape[1] != 2 * channels:
                 return None
-            model_output, model_variance = model_output[:, :channels], model_output[:, channels:]
+            extras = {
+                "model_variance": model_output[:, channels:],
+                "log_variance": self.variance_type == "learned_range",
+            }
+            model_output = model_output[:, :channels]
         why = self._misfit(sample, model_output, timestep=timestep)
         if why is not None:
             return self._aside("step", why)
         sample = sample.to(result_dtype(model_output, sample))
         noise = self._noise(t > 0, model_output, generator, sample)
-        extras = (
-            {}
-            if model_variance is None
-            else {
-                "model_variance": model_variance,
-                "log_variance": self.variance_type == "learned_range",
-            }
-        )
         return self._take(plan, row, sample, model_output, noise, **extras)

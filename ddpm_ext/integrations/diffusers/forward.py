@@ -45,9 +45,10 @@ def affine(scheduler: Scheduler, method: str, x: Any, y: Any, table: Any, rows: 
         rows = rows.reshape(1).repeat(len(x))  # one for all, as for inpainting
     if rows.is_inference() and not torch.is_inference_mode_enabled():
         rows = rows.clone()  # a backward pass keeps them
-    if rows.is_cpu and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(table(x.device)):
-        return None  # counted from the end, or refused
-    return ops.forward_process(x, table(x.device), rows, noise=y)
+    try:
+        return ops.forward_process(x, table(x.device), rows, noise=y)
+    except ValueError:  # timesteps out of range, all else being checked: counted from the end there, or refused
+        return None
 
 
 class Forward(Scheduler):

@@ -105,7 +105,7 @@ class Scheduler(Accelerated):
         contents = (make, *[_content(x) if isinstance(x, Tensor) else x for x in settings])
         plan = made.get(contents)
         if plan is None:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep what is in it
                 plan = make(*settings)
             _keep(made, contents, plan)
         _keep(seen, key, (plan, settings))  # the tensors, too, so that no other gets their id
