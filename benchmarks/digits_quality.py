@@ -22,11 +22,11 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import SVC
 
 from ddpm_ext import Philox
-from ddpm_ext.data import digits
-from ddpm_ext.files import write_json
-from ddpm_ext.models import LoadedModel, load_model
+from ddpm_ext.base.files import write_json
+from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.plots import save_grid
-from ddpm_ext.records import versions
+from ddpm_ext.training.data import digits
+from ddpm_ext.training.log import versions
 
 SURE = 0.9
 

@@ -22,10 +22,10 @@ from digits_quality import SURE, classifiers
 from sklearn.neural_network import MLPClassifier
 
 from ddpm_ext import Philox
-from ddpm_ext.data import digits
-from ddpm_ext.files import atomic_path, write_text
-from ddpm_ext.models import load_model
-from ddpm_ext.samplers import SAMPLERS
+from ddpm_ext.base.files import atomic_path, write_text
+from ddpm_ext.models.folder import load_model
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.training.data import digits
 
 Array = npt.NDArray[np.float64]
 SPACING = "trailing"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext._eager import EagerDiffusion
+from ddpm_ext.demo.eager import EagerDiffusion
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Philox
-from ddpm_ext._eager import EagerDiffusion
+from ddpm_ext.demo.eager import EagerDiffusion
 
 STEPS = 20
 SCALE = 3.0

@@ -2,6 +2,6 @@
 
 import sys
 
-from ddpm_ext.cli import main
+from ddpm_ext.cli.main import main
 
 sys.exit(main())

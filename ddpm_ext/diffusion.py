@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext import checks, likelihood, sampling
-from ddpm_ext.forward import ForwardProcess, Model, like_samples
-from ddpm_ext.guidance import Guidance
-from ddpm_ext.images import Inpaint, Interpolation
-from ddpm_ext.likelihood import BitsPerDim, VlbTerms
-from ddpm_ext.loop_tables import LEARNED
-from ddpm_ext.noise import Philox
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.steps import split_variance
-from ddpm_ext.thresholding import Clip, DynamicThreshold, as_fixed_clip
+from ddpm_ext.base import checks
+from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.loop import plan as sampling
+from ddpm_ext.loop.guidance import Guidance
+from ddpm_ext.loop.inpaint import Inpaint
+from ddpm_ext.loop.interpolation import Interpolation
+from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.losses import likelihood
+from ddpm_ext.losses.likelihood import BitsPerDim, VlbTerms
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.process.clip import DynamicThreshold, as_fixed_clip
+from ddpm_ext.process.model_output import split_variance
+from ddpm_ext.process.process import ForwardProcess, like_samples
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["GaussianDiffusion"]
 

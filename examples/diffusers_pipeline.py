@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_ext import accelerate
-from ddpm_ext.models import DIGITS
+from ddpm_ext.models.folder import DIGITS
 
 STEPS = 50
 

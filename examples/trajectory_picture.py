@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ddpm_ext import Philox
-from ddpm_ext.models import load_model
+from ddpm_ext.models.folder import load_model
 
 DIGITS, STEPS, EVERY = 6, 50, 7
 

@@ -15,7 +15,7 @@ from torch import nn
 from ddpm_ext import accelerate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from eager_tutorial import GaussianDiffusion
+from support.eager_tutorial import GaussianDiffusion
 
 TIMESTEPS, BATCH, SIZE = 200, 16, 32
 

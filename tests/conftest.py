@@ -122,7 +122,7 @@ def threads():
 @pytest.fixture(scope="session")
 def run(device):
     """p_sample_loop with the exact denoiser of gaussian.py, unclipped, on the device."""
-    from gaussian import exact_model
+    from support.gaussian import exact_model
 
     def loop(gd, sampler="ddpm", eta=0.0, shape=(4, 2, 3), model=None, **options):
         options = {"rng": ddpm_ext.Philox(1), "progress": False, "clip_denoised": False, "device": device, **options}

@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.gpu.context import Check, Context
 from benchmarks.gpu.losses import loss_and_slope, loss_rows
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.samplers import ddim, ddpm
-from ddpm_ext.spacing import make_grid, spaced_timesteps
+from ddpm_ext.tables.samplers import ddim, ddpm
+from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
 
 __all__ = ["CHECKS", "Case", "cases", "different", "measure", "run"]
 

@@ -19,8 +19,8 @@ from benchmarks.gpu.counters import (
     synchronisation,
 )
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.samplers import ddpm
-from ddpm_ext.spacing import make_grid
+from ddpm_ext.tables.samplers import ddpm
+from ddpm_ext.tables.spacing import make_grid
 
 __all__ = ["MEASURES", "STEPS", "check", "check_loop", "measure"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_ext._extension import C
-from ddpm_ext.checks import split_t
-from ddpm_ext.losses import LOSSES, REDUCTIONS
-from ddpm_ext.noise import STREAM_FORWARD, Philox, noise_arguments
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
+from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, noise_arguments
 
 __all__ = ["loss_and_slope", "loss_rows"]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.gpu.losses import loss_and_slope
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext._eager import EagerDiffusion
-from ddpm_ext.samplers import ddpm
-from ddpm_ext.spacing import make_grid
+from ddpm_ext.demo.eager import EagerDiffusion
+from ddpm_ext.tables.samplers import ddpm
+from ddpm_ext.tables.spacing import make_grid
 
 __all__ = ["OPERATIONS", "Batch", "batches", "compiled", "copies", "gradient", "others"]
 

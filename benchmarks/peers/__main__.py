@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.conftest import machine
 from benchmarks.peers.cases import Case, cases
 from ddpm_ext import accelerate
-from ddpm_ext.files import write_text
+from ddpm_ext.base.files import write_text
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32))
 ROUNDS, LEAST = 15, 0.02  # rounds of each way in turn; seconds of one, at least

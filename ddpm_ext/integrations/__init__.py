@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ddpm_ext.integrations.accelerated import Acceleration, make_class, new
-from ddpm_ext.integrations.support import Support
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.shared import Acceleration, make_class, new
 
 __all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 

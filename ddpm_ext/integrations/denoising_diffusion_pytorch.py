@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext import ops, samplers
-from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
-from ddpm_ext.integrations.support import Support
+from ddpm_ext import ops
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.shared import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.integrations.tutorial import output_misfit, posterior_steps
-from ddpm_ext.noise import STREAM_OFFSET, STREAM_START, Philox, randn
-from ddpm_ext.spacing import Jumps
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import StepDeviceTables
+from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
+from ddpm_ext.tables import samplers
+from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.spacing import Jumps
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["SUPPORT", "Denoising"]
 

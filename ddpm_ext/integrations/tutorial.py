@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
-from ddpm_ext.forward import ForwardProcess
-from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, new, version, wants_gradient
-from ddpm_ext.integrations.support import Support
-from ddpm_ext.noise import Philox, randn
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import StepDeviceTables
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.shared import Accelerated, drawn, misfit, new, version, wants_gradient
+from ddpm_ext.ops.noise import Philox, randn
+from ddpm_ext.process.process import ForwardProcess
+from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["SUPPORT", "Tutorial", "output_misfit", "posterior_steps", "resembles"]
 

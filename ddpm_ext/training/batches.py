@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddpm_ext.data import DamagedImage, Images
-from ddpm_ext.seeds import generator, seed_for
+from ddpm_ext.base.seeds import generator, seed_for
+from ddpm_ext.training.data import DamagedImage, Images
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["Batch", "StepBatches"]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_ext import files
-from ddpm_ext.extras import require
-from ddpm_ext.loop_tables import LEARNED
-from ddpm_ext.models import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
+from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
 from ddpm_ext.models.scheduler import DiffusionSettings
-from ddpm_ext.steps import unwrap
+from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]

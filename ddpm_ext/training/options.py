@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ddpm_ext.losses import BOUNDS, LOSSES
-from ddpm_ext.timestep_samplers import TIMESTEP_SAMPLERS
-from ddpm_ext.weightings import WEIGHTINGS
+from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
+from ddpm_ext.tables.weightings import WEIGHTINGS
 
 __all__ = ["AUTOCAST", "DTYPES", "VARIANCES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm_ext import checkpoints, files, records
-from ddpm_ext.extras import require
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
 from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.training import checkpoints
+from ddpm_ext.training import log as records
 from ddpm_ext.training.network import save_result
 from ddpm_ext.training.options import DTYPES, TrainOptions, check_same
 from ddpm_ext.training.state import TrainState

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_ext import checkpoints
-from ddpm_ext.timestep_samplers import make_timestep_sampler
+from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
+from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["TrainState"]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.distributed import Ranks
-from ddpm_ext.noise import Philox
-from ddpm_ext.records import Row
-from ddpm_ext.seeds import seed_for
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.training.log import Row
 from ddpm_ext.training.options import DTYPES, TrainOptions
 from ddpm_ext.training.state import TrainState
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm_ext import checkpoints, distributed
-from ddpm_ext.data import Images, as_images
+from ddpm_ext.base import ranks as distributed
+from ddpm_ext.base.optional import require
+from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.extras import require
 from ddpm_ext.models.scheduler import DiffusionSettings
-from ddpm_ext.noise import Philox
-from ddpm_ext.seeds import seed_for
-from ddpm_ext.training import network
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
+from ddpm_ext.training.data import Images, as_images
 from ddpm_ext.training.options import TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.state import TrainState

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from accelerated_denoising import (
+from support.accelerated_denoising import (
     OBJECTIVES,
     PREDICTIONS,
     SCHEDULES,
@@ -29,7 +29,7 @@ from accelerated_denoising import (
     seeded,
     states,
 )
-from choices import for_many
+from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import accelerate

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from accelerated_denoising import (
+from support.accelerated_denoising import (
     PREDICTIONS,
     SHAPE,
     Given,
@@ -28,9 +28,10 @@ from accelerated_denoising import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm_ext import GaussianDiffusion, Philox, randn, samplers
+from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import accelerate
-from ddpm_ext.spacing import make_grid
+from ddpm_ext.tables import samplers
+from ddpm_ext.tables.spacing import make_grid
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import compare, make, normal
-from accelerated_diffusers_cases import (
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from support.accelerated_diffusers import compare, make, normal
+from support.accelerated_diffusers_cases import (
     ddim_configs,
     ddim_inverse_configs,
     ddpm_configs,
@@ -19,8 +21,6 @@ from accelerated_diffusers_cases import (
     in_schedule,
     mixes_halves,
 )
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what runs diffusers' own code says so; tested by name elsewhere
 

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import check, equal, exact, launches, make, normal, seeded
-from accelerated_diffusers_cases import given_tensors, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.accelerated_diffusers import check, equal, exact, launches, make, normal, seeded
+from support.accelerated_diffusers_cases import given_tensors, seeds
 
 from ddpm_ext.integrations import accelerate
 

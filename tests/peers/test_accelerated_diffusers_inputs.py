@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import NAMES, SIGMA, compare, equal, launches, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, equal, launches, make, normal, seeded
 
 from ddpm_ext.integrations import accelerate
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import Elsewhere, launches, loop, make, model, normal, seeded
+from support.accelerated_diffusers import Elsewhere, launches, loop, make, model, normal, seeded
 
 from ddpm_ext.integrations import accelerate
 

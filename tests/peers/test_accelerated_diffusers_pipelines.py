@@ -8,12 +8,12 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import launches, make, normal, seeded
-from accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion, stable_diffusion_xl
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from support.accelerated_diffusers import launches, make, normal, seeded
+from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion, stable_diffusion_xl
 
 from ddpm_ext.integrations import accelerate, accelerated_class
-from ddpm_ext.models import DIGITS
+from ddpm_ext.models.folder import DIGITS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"

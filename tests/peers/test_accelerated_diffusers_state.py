@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from accelerated_diffusers import NAMES, SIGMA, compare, launches, loop, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, launches, loop, make, normal, seeded
 
 from ddpm_ext.integrations import accelerate, accelerated_class
 

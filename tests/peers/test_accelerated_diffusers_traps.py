@@ -6,8 +6,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from accelerated_diffusers import compare, equal, launches, make, normal, seeded
 from diffusers.utils import torch_utils
+from support.accelerated_diffusers import compare, equal, launches, make, normal, seeded
 
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers import scheduler as sched

@@ -5,7 +5,7 @@ Where checkouts of them are on PYTHONPATH.
 
 import pytest
 import torch
-from accelerated_guided import (
+from support.accelerated_guided import (
     LIBRARIES,
     PREDICTIONS,
     SHAPE,
@@ -22,7 +22,7 @@ from accelerated_guided import (
     no_fallback,
     numbers,
 )
-from choices import for_many
+from support.choices import for_many
 
 from ddpm_ext import accelerate
 

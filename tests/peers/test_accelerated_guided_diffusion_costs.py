@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from accelerated_guided import (
+from support.accelerated_guided import (
     LIBRARIES,
     SHAPE,
     Count,
@@ -20,10 +20,10 @@ from accelerated_guided import (
 from torch._subclasses import FakeTensorMode
 
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
-from ddpm_ext import tables as tables_module
 from ddpm_ext.integrations.guided_diffusion import steps as steps_module
-from ddpm_ext.samplers import ddim
-from ddpm_ext.spacing import make_grid
+from ddpm_ext.tables import on_device as tables_module
+from ddpm_ext.tables.samplers import ddim
+from ddpm_ext.tables.spacing import make_grid
 
 GUIDED = "guided_diffusion" in LIBRARIES
 guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")

@@ -6,10 +6,10 @@ Where a checkout of it, or of improved-diffusion, is on PYTHONPATH. Samples at t
 import functools
 import warnings
 
-import peer_training
 import pytest
 import torch
-from accelerated_guided import (
+from support import peer_training
+from support.accelerated_guided import (
     LIBRARIES,
     LOSSES,
     PREDICTIONS,
@@ -21,7 +21,7 @@ from accelerated_guided import (
     make,
     no_fallback,
 )
-from peer_training import Net, drawn, make_inputs
+from support.peer_training import Net, drawn, make_inputs
 
 from ddpm_ext import Philox, accelerate, randn
 

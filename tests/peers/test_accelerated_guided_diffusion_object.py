@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from accelerated_guided import (
+from support.accelerated_guided import (
     LIBRARIES,
     SHAPE,
     Count,

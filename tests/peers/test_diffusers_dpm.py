@@ -5,11 +5,11 @@ Step by step, rows are evaluated in float64, so that what is left is the peer's 
 
 import pytest
 import torch
-from gaussian import take
+from support.gaussian import take
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.samplers import dpmpp_2m, dpmpp_2m_sde, heun
-from ddpm_ext.spacing import karras_grid, make_grid
+from ddpm_ext.tables.samplers import dpmpp_2m, dpmpp_2m_sde, heun
+from ddpm_ext.tables.spacing import karras_grid, make_grid
 
 diffusers = pytest.importorskip("diffusers")
 

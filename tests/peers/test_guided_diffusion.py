@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.spacing import make_grid, section_timesteps
+from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.spacing import make_grid, section_timesteps
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
 respace = pytest.importorskip("guided_diffusion.respace")

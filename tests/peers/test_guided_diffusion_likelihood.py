@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.likelihood import bits_per_dim, prior_bpd, vlb_terms
-from ddpm_ext.noise import STREAM_FORWARD
+from ddpm_ext.losses.likelihood import bits_per_dim, prior_bpd, vlb_terms
+from ddpm_ext.ops.noise import STREAM_FORWARD
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
 losses = pytest.importorskip("guided_diffusion.losses")

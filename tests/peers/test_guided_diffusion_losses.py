@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from peer_training import RNG, Net, check, drawn, make_inputs, step
+from support.peer_training import RNG, Net, check, drawn, make_inputs, step
 
 from ddpm_ext import GaussianDiffusion
 

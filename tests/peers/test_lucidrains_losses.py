@@ -5,7 +5,7 @@ Its tables are float32 numbers of float64 betas, which ours are made of, too.
 
 import pytest
 import torch
-from peer_training import RNG, SHAPE, check, drawn, make_inputs, step
+from support.peer_training import RNG, SHAPE, check, drawn, make_inputs, step
 
 from ddpm_ext import GaussianDiffusion
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
     PREDICTIONS,
@@ -20,9 +21,8 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     result_dtype,
     tensors,
 )
-from ddpm_ext.integrations.support import Support
-from ddpm_ext.samplers import ddim
-from ddpm_ext.thresholding import Clip
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.tables.samplers import ddim
 
 __all__ = ["DDIM", "SUPPORT", "DDIMInverse"]
 

@@ -19,10 +19,10 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     result_dtype,
     tensors,
 )
-from ddpm_ext.integrations.support import Support
-from ddpm_ext.samplers import dpmpp_2m, dpmpp_2m_sde
-from ddpm_ext.spacing import Grid
-from ddpm_ext.step_table import COLUMNS, StepTable
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.tables.samplers import dpmpp_2m, dpmpp_2m_sde
+from ddpm_ext.tables.spacing import Grid
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["SUPPORT", "DPMSolverMultistep"]
 

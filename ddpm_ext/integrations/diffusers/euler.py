@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.forward import affine
 from ddpm_ext.integrations.diffusers.scheduler import PREDICTIONS, Plan, Scheduler, imported, odd, plan_of, tensors
-from ddpm_ext.integrations.support import Support
-from ddpm_ext.samplers import euler, euler_ancestral
-from ddpm_ext.spacing import Jumps
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.integrations.registry import Support
+from ddpm_ext.tables.on_device import DeviceTables
+from ddpm_ext.tables.samplers import euler, euler_ancestral
+from ddpm_ext.tables.spacing import Jumps
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["SUPPORT", "EulerAncestralDiscrete", "EulerDiscrete"]
 

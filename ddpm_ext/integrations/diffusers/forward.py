@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.accelerated import misfit
 from ddpm_ext.integrations.diffusers.scheduler import Plan, Scheduler
-from ddpm_ext.tables import DeviceTables
+from ddpm_ext.integrations.shared import misfit
+from ddpm_ext.tables.on_device import DeviceTables
 
 __all__ = ["Forward", "affine"]
 

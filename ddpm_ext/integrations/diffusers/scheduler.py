@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.accelerated import Accelerated, drawn, misfit, version, wants_gradient
-from ddpm_ext.noise import Philox
-from ddpm_ext.spacing import Jumps
-from ddpm_ext.step_table import StepTable
-from ddpm_ext.tables import DeviceTables, StepDeviceTables
-from ddpm_ext.thresholding import Clip, DynamicThreshold
+from ddpm_ext.base.types import Clip
+from ddpm_ext.integrations.shared import Accelerated, drawn, misfit, version, wants_gradient
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
+from ddpm_ext.tables.spacing import Jumps
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = [
     "PREDICTIONS",

@@ -4,7 +4,7 @@ What the two compute is the same; guided-diffusion's steps know a cond_fn beside
 """
 
 from ddpm_ext.integrations.guided_diffusion.classes import Guided, Improved, ImprovedSpaced, Spaced
-from ddpm_ext.integrations.support import Support
+from ddpm_ext.integrations.registry import Support
 
 __all__ = ["SUPPORT", "Guided", "Improved", "ImprovedSpaced", "Spaced"]
 

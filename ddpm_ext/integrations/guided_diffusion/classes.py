@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.accelerated import Accelerated
 from ddpm_ext.integrations.guided_diffusion.losses import training_losses
 from ddpm_ext.integrations.guided_diffusion.plan import Plan, plan_of
 from ddpm_ext.integrations.guided_diffusion.steps import Asked, Function, take, walk, why_not
+from ddpm_ext.integrations.shared import Accelerated
 
 __all__ = ["Guided", "Improved", "ImprovedSpaced", "Spaced"]
 

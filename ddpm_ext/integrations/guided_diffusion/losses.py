@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.accelerated import wants_gradient
 from ddpm_ext.integrations.guided_diffusion.plan import LOSSES, Plan
 from ddpm_ext.integrations.guided_diffusion.steps import Function, given, halves, why_not
+from ddpm_ext.integrations.shared import wants_gradient
 
 if TYPE_CHECKING:
     from ddpm_ext.integrations.guided_diffusion.classes import Guided

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ext.checks import is_plain
-from ddpm_ext.forward import ForwardProcess
-from ddpm_ext.loop_tables import LEARNED
-from ddpm_ext.loss_tables import Counts
-from ddpm_ext.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.spacing import make_grid
-from ddpm_ext.step_table import COLUMNS, StepTable
-from ddpm_ext.tables import DeviceTables, StepDeviceTables
+from ddpm_ext.base.checks import is_plain
+from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.losses.rows import Counts
+from ddpm_ext.process.process import ForwardProcess
+from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
+from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.spacing import make_grid
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["Plan", "Rows", "plan_of"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops, randn
-from ddpm_ext.checks import is_plain
-from ddpm_ext.integrations.accelerated import drawn, misfit, wants_gradient
+from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.guided_diffusion.plan import Plan, Rows
+from ddpm_ext.integrations.shared import drawn, misfit, wants_gradient
 
 if TYPE_CHECKING:
     from ddpm_ext.integrations.guided_diffusion.classes import Guided

@@ -1,0 +1,14 @@
+"""Types that several packages name in their signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Clip", "Model"]
+
+Clip = tuple[float, float]
+"""The range (low, high) that the predicted clean sample is clipped to."""
+
+Model = Callable[..., Any]
+"""model(x_t, t, ...) returns a tensor of x_t's shape, or an object that holds one as `.sample`."""

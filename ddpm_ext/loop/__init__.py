@@ -1,0 +1,1 @@
+"""From noise to samples: the sampling loop and its options."""

@@ -1,0 +1,58 @@
+"""Inpainting: samples of which a part is known, as an option of the sampling loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+
+__all__ = ["Inpaint"]
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """A part of the samples is known: each step puts it back, noised to the level where the step arrives.
+
+    Args:
+        known: (batch, ...), the clean samples, of the loop's shape.
+        mask: 1 where they are known, 0 where not, and between the two a mixture; a bool or a float tensor that
+            broadcasts to `known`'s shape.
+        jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2): each stretch of
+            `jump_length` steps is taken `jump_n_sample` times, with the noise put back in between. 1: once.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, or out of range.
+    """
+
+    known: Tensor
+    mask: Tensor
+    jump_length: int = 10
+    jump_n_sample: int = 1
+
+    def __post_init__(self) -> None:
+        checks.samples("known", self.known)
+        checks.tensor("mask", self.mask)
+        if self.mask.dtype != torch.bool and not self.mask.is_floating_point():
+            raise TypeError(f"mask has dtype {self.mask.dtype}, expected bool or a floating one")
+        if self.mask.device != self.known.device:
+            raise ValueError(f"mask is on {self.mask.device}, expected known's device, {self.known.device}")
+        try:
+            self.mask.expand(self.known.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"mask has shape {tuple(self.mask.shape)}, expected one that broadcasts to known's, "
+                f"{tuple(self.known.shape)}"
+            ) from None
+        if self.mask.is_cpu and not ((self.mask >= 0) & (self.mask <= 1)).all():
+            least, most = self.mask.min(), self.mask.max()
+            raise ValueError(f"mask reaches from {least} to {most}, expected all in 0 <= mask <= 1")
+        checks.integer("jump_length", self.jump_length, 2**31, "2^31", start=1)
+        checks.integer("jump_n_sample", self.jump_n_sample, 2**31, "2^31", start=1)
+
+    def tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """known and mask as the kernel takes them, like the loop's samples x."""
+        checks.like("known", self.known, "x_t", x)
+        return self.known.contiguous(), self.mask.to(x.dtype).expand(x.shape).contiguous()

@@ -1,0 +1,85 @@
+"""Interpolation: a sampling loop that begins between two images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+
+__all__ = ["Interpolation", "slerp"]
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """Begin between two images: both are noised to the level of the first step taken, each with noise of its own, and
+    mixed there (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
+
+    Args:
+        first, second: (batch, ...), clean samples of the loop's shape.
+        weight: of `second`, from 0 to 1; a float, or a tensor (batch,).
+        method: "slerp", along the great circle, which keeps the noise's variance; or "lerp".
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+
+    first: Tensor
+    second: Tensor
+    weight: float | Tensor = 0.5
+    method: str = "slerp"
+
+    def __post_init__(self) -> None:
+        checks.samples("first", self.first)
+        checks.like("second", self.second, "first", self.first)
+        checks.one_of("method", self.method, ("slerp", "lerp"))
+        if isinstance(self.weight, Tensor):
+            if self.weight.shape != self.first.shape[:1] or not self.weight.is_floating_point():
+                raise ValueError(
+                    f"weight has shape {tuple(self.weight.shape)} and dtype {self.weight.dtype}, expected a floating "
+                    f"({len(self.first)},), one a sample"
+                )
+            if self.weight.is_cpu and not ((self.weight >= 0) & (self.weight <= 1)).all():
+                raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")
+        elif isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+            raise TypeError(f"weight is {self.weight!r}, expected a float or a tensor (batch,)")
+        elif not 0 <= self.weight <= 1:
+            raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")
+
+    def mix(self, first: Tensor, second: Tensor) -> Tensor:
+        """The noised images, mixed."""
+        return slerp(first, second, self.weight) if self.method == "slerp" else _lerp(first, second, self.weight)
+
+
+def _of_samples(weight: float | Tensor, x: Tensor) -> Tensor:
+    """(batch, 1, ...), on x's device."""
+    weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
+    return weight.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
+    w = _of_samples(weight, first)
+    return (1 - w) * first + w * second
+
+
+def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
+    """Spherical interpolation of each sample (Song et al. 2021, eq. 67); samples that point the same way, by lerp.
+
+    Args:
+        first, second: (batch, ...).
+        weight: of `second`, a float or a tensor (batch,).
+
+    Returns:
+        As `first`.
+    """
+    dtype = checks.compute_dtype(first.dtype)
+    a, b = first.to(dtype), second.to(dtype)
+    w = _of_samples(weight, a)
+    cosine = torch.nn.functional.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), dim=1)
+    angle = _of_samples(cosine.clamp(-1, 1).acos(), a)
+    along = angle.sin() < 1e-4
+    sine = torch.where(along, 1, angle.sin())
+    mixed = ((1 - w) * angle).sin() / sine * a + (w * angle).sin() / sine * b
+    return torch.where(along, _lerp(a, b, w.flatten()), mixed).to(first.dtype)

@@ -1,0 +1,171 @@
+"""The variational bound of a sample's negative log-likelihood, in bits per dimension: Ho et al. 2020, eq. (5).
+
+Its terms, one a timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and at t = 0 the negative
+log-likelihood of the image's levels (eq. 13); and the prior's, KL(q(x_T | x_0) || N(0, 1)), which no model changes. A
+term of a sample is the mean over its elements, divided by ln 2; all is float32 (float64 for float64 samples).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.optional import counter
+from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_kl
+from ddpm_ext.ops.noise import Philox, rng_of_many
+from ddpm_ext.process.clip import as_fixed_clip
+from ddpm_ext.process.model_output import split_variance
+
+if TYPE_CHECKING:
+    from ddpm_ext.diffusion import GaussianDiffusion
+
+__all__ = ["BitsPerDim", "VlbTerms", "bits_per_dim", "prior_bpd", "vlb_terms"]
+
+
+class VlbTerms(NamedTuple):
+    """output: (batch,), in bits per dimension; pred_xstart: (batch, ...), the predicted x_0, without gradients."""
+
+    output: Tensor
+    pred_xstart: Tensor
+
+
+class BitsPerDim(NamedTuple):
+    """Column t is timestep t.
+
+    total: (batch,), the bound: the prior's term and the sum of vlb's row. prior: (batch,). vlb: (batch, timesteps), the
+    terms. x_start_mse, mse: (batch, timesteps), the mean squared error of the predicted x_0, and of the noise that it
+    implies.
+    """
+
+    total: Tensor
+    prior: Tensor
+    vlb: Tensor
+    x_start_mse: Tensor
+    mse: Tensor
+
+
+def _mean_bits(nats: Tensor) -> Tensor:
+    return _mean_flat(nats) / math.log(2)
+
+
+def _mean_flat(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def vlb_terms(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    x_start: Tensor,
+    t: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    clip_denoised: bool | Clip = True,
+) -> VlbTerms:
+    """The bound's term at t, by one call of the model at x_t ~ q(x_t | x_0); one draw of an expectation.
+
+    A "fixed_small" variance counts at t = 0 as that of t = 1, so that the log-likelihood there is finite.
+
+    Args:
+        model: as everywhere in GaussianDiffusion.
+        x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype: 16 bits reach the model alone.
+        t: int64 (batch,) or int, in [0, timesteps).
+        noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+        clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
+
+    Returns:
+        VlbTerms; its output is differentiable through the model.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    clip = as_fixed_clip(clip_denoised)
+    x_t = diffusion.q_sample(x_start, t, noise, rng=rng)
+    model_output = diffusion._call(model, x_t, t)
+    dtype = checks.compute_dtype(x_start.dtype)
+    x_start, x_t = x_start.to(dtype), x_t.to(dtype)
+
+    mean, _, log_variance = diffusion.p_mean_variance(lambda *_: model_output, x_t, t, clip_denoised)
+    if diffusion.variance not in LEARNED:
+        log_variance = diffusion._extract("finite_log_variance", t, x_t)
+
+    def divergence() -> Tensor:
+        true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+        return _mean_bits(normal_kl(true_mean, true_log_variance, mean, log_variance))
+
+    def decoder() -> Tensor:
+        return -_mean_bits(discretized_gaussian_log_likelihood(x_start, mean=mean, log_scale=log_variance / 2))
+
+    if isinstance(t, Tensor):
+        output = torch.where(t == 0, decoder(), divergence())
+    elif t == 0:
+        output = decoder()
+    else:
+        output = divergence()
+
+    predicted = split_variance(x_t, model_output)[0] if diffusion.variance in LEARNED else model_output
+    pred_xstart = diffusion._ops.extended_step(
+        x_t.detach(), predicted.detach(), diffusion._table("x0", "x_t", x_t), t, clip=clip, add_noise=False
+    )
+    return VlbTerms(output, pred_xstart)
+
+
+def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
+    """The prior's term, (batch,): how far the last x_t still is from pure noise, in bits per dimension.
+
+    Args:
+        x_start: (batch, ...), of any float dtype.
+
+    Raises:
+        TypeError, ValueError: x_start is of another type or dtype.
+    """
+    checks.samples("x_start", x_start)
+    x_start = x_start.to(checks.compute_dtype(x_start.dtype))
+    mean, _, log_variance = diffusion.q_mean_variance(x_start, diffusion.timesteps - 1)
+    return _mean_bits(normal_kl(mean, log_variance, 0.0, 0.0))
+
+
+@torch.no_grad()
+def bits_per_dim(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    x_start: Tensor,
+    *,
+    rng: Philox | None = None,
+    clip_denoised: bool | Clip = True,
+    progress: bool = False,
+) -> BitsPerDim:
+    """The whole bound of each sample, by one call of the model a timestep; without gradients.
+
+    A sample's x_t follow from its id and the seed, and so does its bound, whatever batch it is in.
+
+    Args:
+        model, x_start, clip_denoised: as vlb_terms'.
+        rng: seed and sample ids (stream 2, draw t); None: a seed from torch's default generator. One with a draw or a
+            stream of its own is refused: it would give each timestep the same noise.
+        progress: whether to show a progress bar (where tqdm is installed).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    rng = rng_of_many(rng)
+    prior = prior_bpd(diffusion, x_start)
+    levels = diffusion.alphas_cumprod
+    vlb, x_start_mse, mse = [], [], []
+    count = diffusion.timesteps
+    for t in counter(count, "bits per dimension, timestep") if progress else range(count):
+        output, pred_xstart = vlb_terms(diffusion, model, x_start, t, rng=rng, clip_denoised=clip_denoised)
+        error = pred_xstart - x_start
+        vlb.append(output)
+        x_start_mse.append(_mean_flat(error**2))
+        # x_t being made of x_start and its noise, the error of the noise is that of x_0 times the root of their ratio
+        mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
+    terms = torch.stack(vlb, 1)
+    total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)
+    return BitsPerDim(total, prior, terms, torch.stack(x_start_mse, 1), torch.stack(mse, 1))

@@ -1,0 +1,276 @@
+"""Which timesteps a training iteration takes, and how much each of its losses then counts.
+
+All have one interface. The timestep of a sample follows from the seed, the iteration and its place in the batch over
+all ranks, by the noise contract (stream 3, draw iteration, id place): no number of ranks or of smaller batches changes
+it. Losses, times the weights that come with their timesteps, have the mean over all timesteps for their expectation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.ops.noise import STREAM_TIMESTEPS
+from ddpm_ext.ops.philox import philox4x32
+
+__all__ = [
+    "TIMESTEP_SAMPLERS",
+    "Importance",
+    "LossSecondMoment",
+    "LowDiscrepancy",
+    "TimestepSampler",
+    "Uniform",
+    "make_timestep_sampler",
+]
+
+_PLACES = 2**56
+
+
+def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
+    """Of each place, float64 in (0, 1): (w0 + 1/2) / 2^32."""
+    word = torch.zeros_like(places)
+    counter = torch.stack([word, word + iteration, places & 0xFFFFFFFF, (places >> 32) + (STREAM_TIMESTEPS << 24)], -1)
+    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=places.device)
+    return (philox4x32(counter, key)[..., 0].double() + 0.5) / 2**32
+
+
+class TimestepSampler:
+    """What all of them share. `learns`: whether update() changes what they draw.
+
+    Args:
+        timesteps: of the diffusion, at least 1.
+    """
+
+    learns = False
+
+    def __init__(self, timesteps: int) -> None:
+        self.timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", 1)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.timesteps})"
+
+    def probabilities(self) -> Tensor:
+        """Of each timestep, float64 (timesteps,), all above 0; their sum is 1."""
+        return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64, device="cpu")
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        iteration: int,
+        first: int = 0,
+        total: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> tuple[Tensor, Tensor]:
+        """The timesteps of samples first to first + batch_size - 1 of a batch of `total`.
+
+        Args:
+            batch_size: how many, at least 0.
+            seed: 0 <= seed < 2^64.
+            iteration: 0 <= iteration < 2^32.
+            first: the first one's place in the batch over all ranks.
+            total: the size of that batch; None: first + batch_size.
+            device: where the results go; they are made on the CPU.
+
+        Returns:
+            t, int64 (batch_size,), and their weights 1 / (timesteps p(t)), float32 (batch_size,).
+
+        Raises:
+            TypeError, ValueError: an argument of another type, or out of range.
+        """
+        checks.integer("batch_size", batch_size, _PLACES, "2^56")
+        checks.integer("seed", seed, 2**64, "2^64")
+        checks.integer("iteration", iteration, 2**32, "2^32")
+        checks.integer("first", first, _PLACES, "2^56")
+        stop = first + batch_size
+        total = checks.integer("total", stop if total is None else total, _PLACES, "2^56")
+        if stop > total:
+            raise ValueError(f"first is {first} and batch_size {batch_size}, expected at most total, {total}, together")
+        device = checks.device(device)
+        places = torch.arange(first, stop, device="cpu")
+        t, weights = self._pick(self._positions(places, total, seed, iteration))
+        return t.to(device), weights.to(device)
+
+    def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
+        """Of each place, float64 in [0, 1)."""
+        return _uniforms(seed, iteration, places)
+
+    def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in all timesteps' probabilities, laid end to end, the positions lie; the weights."""
+        t = (positions * self.timesteps).long().clamp(max=self.timesteps - 1)
+        return t, torch.ones_like(t, dtype=torch.float32)
+
+    def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
+        """The losses of an iteration, as they are without weights; nothing is learned of them here.
+
+        Args:
+            t: int64 (n,).
+            losses: (n,), on any device.
+            local: whether they are this rank's alone: then all ranks of torch.distributed must call this, and each
+                learns of the others' losses, in the order of ranks. False: they are the whole batch's already.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What update() has learned: tensors by name, none here."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from what state_dict gave. Raises ValueError if it is another sampler's."""
+        if state:
+            raise ValueError(
+                f"state has {', '.join(state)}, expected nothing, as a {type(self).__name__} learns nothing"
+            )
+
+
+class Uniform(TimestepSampler):
+    """Each independently: Ho et al. 2020, algorithm 1."""
+
+
+class LowDiscrepancy(TimestepSampler):
+    """Evenly spread over the batch: sample i of B lies at (u + i / B) mod 1 of all timesteps, with one u for all.
+
+    So each sample's timestep is uniform, while of B equal stretches of them each has one: the loss varies less from
+    iteration to iteration. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
+    """
+
+    def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        return (_uniforms(seed, iteration, first) + places.double() / max(total, 1)) % 1
+
+
+class _Weighted(TimestepSampler):
+    """Each independently, by probabilities of their own."""
+
+    def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.probabilities()
+        ends = probabilities.cumsum(0)
+        t = torch.searchsorted(ends / ends[-1], positions, right=True).clamp(max=self.timesteps - 1)
+        return t, (1 / (self.timesteps * probabilities[t])).float()
+
+
+class Importance(_Weighted):
+    """By given probabilities.
+
+    Args:
+        density: (timesteps,), finite and above 0, of any real dtype; divided by its sum.
+
+    Raises:
+        TypeError, ValueError: density is no such tensor.
+    """
+
+    def __init__(self, density: Tensor) -> None:
+        checks.tensor("density", density)
+        if density.is_complex() or density.dtype == torch.bool:
+            raise TypeError(f"density has dtype {density.dtype}, expected a real one")
+        if density.dim() != 1 or not len(density):
+            raise ValueError(f"density has shape {tuple(density.shape)}, expected (timesteps,)")
+        super().__init__(len(density))
+        density = density.detach().to("cpu", torch.float64)
+        bad = ~((density > 0) & density.isfinite())
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"density[{i}] is {density[i]}, expected finite numbers above 0")
+        density = density / density.max()  # so that no sum overflows
+        self._probabilities = density / density.sum()
+
+    def probabilities(self) -> Tensor:
+        return self._probabilities.clone()
+
+
+class LossSecondMoment(_Weighted):
+    """By the root of the mean square of each timestep's last losses: Nichol & Dhariwal 2021, section 3.3, eq. (18).
+
+    Uniform until each timestep has had as many as are kept. Losses that are not finite are left out.
+
+    Args:
+        timesteps: of the diffusion, at least 1.
+        history: how many losses of a timestep are kept, at least 1.
+        uniform_probability: how much of the probability is spread evenly over all timesteps, in (0, 1].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+
+    learns = True
+
+    def __init__(self, timesteps: int, history: int = 10, uniform_probability: float = 0.001) -> None:
+        super().__init__(timesteps)
+        history = checks.integer("history", history, 2**31, "2^31", 1)
+        if isinstance(uniform_probability, bool) or not isinstance(uniform_probability, int | float):
+            raise TypeError(f"uniform_probability is {uniform_probability!r}, expected a number")
+        if not 0 < uniform_probability <= 1:
+            raise ValueError(f"uniform_probability is {uniform_probability}, expected 0 < uniform_probability <= 1")
+        self.uniform_probability = float(uniform_probability)
+        self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # rings
+        self._counts = torch.zeros(self.timesteps, dtype=torch.int64, device="cpu")  # of losses so far
+
+    def probabilities(self) -> Tensor:
+        uniform = super().probabilities()
+        if (self._counts < self._losses.shape[1]).any():
+            return uniform
+        root = self._losses.square().mean(1).sqrt()
+        total = root.sum()
+        if not 0 < total < math.inf:  # nothing but zeros, or nothing that squares
+            return uniform
+        return (1 - self.uniform_probability) * root / total + self.uniform_probability * uniform
+
+    def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
+        """Raises TypeError and ValueError for arguments of another type, shape, dtype, or out of range."""
+        checks.tensor("t", t)
+        checks.samples("losses", losses)
+        if losses.dim() != 1:
+            raise ValueError(f"losses has shape {tuple(losses.shape)}, expected (n,)")
+        t, losses = t.detach().cpu(), losses.detach().to("cpu", torch.float64)
+        checks.per_sample("t", t, len(losses), t.device, self.timesteps - 1)
+        own = t.tolist(), losses.tolist()
+        for moments, values in _of_all_ranks(own) if local else [own]:
+            for moment, loss in zip(moments, values, strict=True):
+                if math.isfinite(loss):
+                    self._losses[moment, self._counts[moment] % self._losses.shape[1]] = loss
+                    self._counts[moment] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """losses, float64 (timesteps, history), and counts, int64 (timesteps,): copies."""
+        return {"losses": self._losses.clone(), "counts": self._counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        own = self.state_dict()
+        if set(state) != set(own):
+            raise ValueError(f"state has {', '.join(state) or 'nothing'}, expected {' and '.join(own)}")
+        for name, value in own.items():
+            checks.tensor(name, state[name])
+            found = state[name].dtype, tuple(state[name].shape)
+            if found != (value.dtype, tuple(value.shape)):
+                raise ValueError(
+                    f"{name} is {found[0]} of shape {found[1]}, expected {value.dtype} of shape {tuple(value.shape)}"
+                )
+        self._losses, self._counts = (state[name].to("cpu", copy=True) for name in own)
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    """What all ranks of torch.distributed give, by rank; alone without it."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    given: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(given, own)
+    return given
+
+
+TIMESTEP_SAMPLERS: dict[str, type[Uniform | LowDiscrepancy | LossSecondMoment]] = {
+    "uniform": Uniform,
+    "low_discrepancy": LowDiscrepancy,
+    "loss_second_moment": LossSecondMoment,
+}
+
+
+def make_timestep_sampler(name: str, timesteps: int) -> TimestepSampler:
+    """The one of TIMESTEP_SAMPLERS that has this name. Raises TypeError and ValueError as it does, or for no name."""
+    return TIMESTEP_SAMPLERS[checks.one_of("timestep_sampler", name, TIMESTEP_SAMPLERS)](timesteps)

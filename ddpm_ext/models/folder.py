@@ -1,0 +1,181 @@
+"""Denoisers in diffusers' UNet2DModel layout: loading, saving, and one that comes with the package, "digits".
+
+A folder holds config.json and diffusion_pytorch_model.safetensors, and beside them or in scheduler/ a
+scheduler_config.json; in a pipeline's folder the first two stand in unet/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
+from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+
+__all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
+
+UNet2DModel = Any  # diffusers' class, which is imported only where one is made
+
+DIGITS = Path(__file__).resolve().parent / "digits"
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A denoiser that is ready to sample, with the diffusion that it was trained for."""
+
+    unet: UNet2DModel
+    settings: DiffusionSettings
+    folder: Path
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one sample"""
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+
+def load_model(
+    source: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """Loads "digits", which comes with the package, or a local folder in diffusers' UNet2DModel layout.
+
+    The model comes back in evaluation mode, without gradients, on `device`, in `dtype`; nothing is fetched from a hub.
+
+    Raises ValueError if the folder or a file in it is missing, damaged or pickled, or holds something that we can't
+    sample: another architecture, a class-conditional or latent model, a scheduler that is no Gaussian diffusion.
+    """
+    folder = DIGITS if source == "digits" else Path(source)
+    if not folder.is_dir():
+        raise ValueError(f'model: no such folder: {source}; expected "digits" or a folder in diffusers\' layout')
+    for part in ("vae", "vqvae", "movq"):
+        if (folder / part).is_dir():
+            raise ValueError(f"model: {folder} samples in a latent space ({part}/), expected a model of pixels")
+    inner = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = read_json(inner / CONFIG)
+    check_supported(config, inner / CONFIG)
+    settings = _find_settings(folder)
+    unet = build_unet(config, str(inner / CONFIG))
+    load_weights(unet, read_weights(inner / WEIGHTS), inner / WEIGHTS)
+    unet.requires_grad_(False)
+    # Not its own to(), which warns of a dtype even where no module minds it.
+    torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
+    return LoadedModel(unet, settings, folder)
+
+
+def save_model(
+    unet: UNet2DModel,
+    settings: DiffusionSettings,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes `unet`, its weights rounded to `dtype`, and its scheduler's settings to `folder`.
+
+    diffusers reads it with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+    """
+    save = require("safetensors.torch", "writing model files").save
+    target = Path(folder)
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in unet.state_dict().items()}
+    files.write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    files.write_text(target / CONFIG, unet.to_json_string())
+    files.write_json(target / SCHEDULER, settings.to_scheduler_config())
+
+
+def build_unet(config: dict[str, Any], name: str = "config") -> UNet2DModel:
+    """A UNet2DModel with fresh weights; raises ValueError, naming `name`, if diffusers can't make one of `config`."""
+    diffusers = require("diffusers", "the model")
+    try:
+        return diffusers.UNet2DModel.from_config(config)
+    except Exception as error:  # diffusers checks little: a bad value surfaces as almost any exception
+        raise ValueError(f"model: {name} makes no UNet2DModel ({one_line(error)})") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file; raises ValueError if it is missing, cut short or damaged."""
+    load = require("safetensors.torch", "reading model files").load_file
+    if not path.is_file():
+        pickles = sorted(
+            found.name for found in path.parent.glob("*") if found.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+        )
+        if pickles:
+            raise ValueError(
+                f"model: {path.parent} has pickled weights ({pickles[0]}), which can run code; expected {path.name}"
+            )
+        raise ValueError(f"model: no such file: {path}")
+    try:
+        return load(path)
+    except Exception as error:  # SafetensorError, OSError, or ValueError from a header that is no JSON
+        raise ValueError(f"model: {path} is cut short or damaged ({one_line(error)})") from error
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies `weights` into `module`; raises ValueError, naming `path`, unless names and shapes are the same."""
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    other = sorted(name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape)
+    if missing or extra or other:
+        if other:
+            first = f"{other[0]} has shape {tuple(weights[other[0]].shape)}, expected {tuple(wanted[other[0]].shape)}"
+        elif missing:
+            first = f"{missing[0]} is missing"
+        else:
+            first = f"{extra[0]} is not part of the model"
+        raise ValueError(f"model: {path} holds weights of another architecture than its {CONFIG}: {first}")
+    if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
+        raise ValueError(f"model: {path} holds weights that are not finite numbers")
+    module.load_state_dict(weights)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ValueError if the file is missing, damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model: no such file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {path} is not readable JSON ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"model: {path} holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of sensible length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_supported(config: dict[str, Any], path: Path) -> None:
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise ValueError(f"model: {path} describes a {kind}, expected a UNet2DModel")
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise ValueError(f"model: {path} describes a class-conditional model, which is not supported yet")
+    if config.get("time_embedding_type") == "fourier":
+        raise ValueError(f"model: {path} has Fourier time embeddings (a score model), which are not supported")
+    channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
+    if outputs not in (channels, 2 * channels if isinstance(channels, int) else None):
+        raise ValueError(
+            f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice"
+        )
+    size = config.get("sample_size")
+    sizes = size if isinstance(size, list) and len(size) == 2 else [size]
+    if not all(isinstance(side, int) and side > 0 for side in sizes):
+        raise ValueError(f"model: {path} has sample_size {size}, expected a positive number or two")
+
+
+def _find_settings(folder: Path) -> DiffusionSettings:
+    for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER):
+        if path.is_file():
+            return read_settings(read_json(path), str(path))
+    return DiffusionSettings()

@@ -1,0 +1,67 @@
+"""The compiled module, as `C`. Where it can't be had, one sentence says so, with the command that helps.
+
+`BUILT` is what setup.py noted beside the module: the torch and CUDA versions it was built for, or why without CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["BUILT", "C"]
+
+NAME = "ddpm_ext._C"
+FOLDER = Path(__file__).resolve().parents[1]  # the package's, where setup.py puts the module
+
+
+def mend() -> str:
+    """The command that builds the module anew."""
+    root = FOLDER.parent
+    install = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
+    # Python run in the source folder imports the package from there, so that only an editable install helps.
+    if (root / "setup.py").is_file() and (root / "csrc").is_dir():
+        return f"run: {install} -e {root}"
+    return f"run in ddpm_ext's source folder: {install} ."
+
+
+def describe(version: str, cuda: str | None) -> str:
+    return f"torch {version} {f'with CUDA {cuda}' if cuda else 'without CUDA'}"
+
+
+def fits(built: dict[str, Any]) -> bool:
+    """Whether it can run with this torch, whose C++ interface changes from one minor version to the next."""
+    if built["torch"].split(".")[:2] != torch.__version__.split(".")[:2]:
+        return False
+    if built["cuda"] is None:
+        return True
+    return torch.version.cuda is not None and built["torch_cuda"].split(".")[0] == torch.version.cuda.split(".")[0]
+
+
+def load() -> tuple[ModuleType, dict[str, Any]]:
+    # In this package's folder alone: the finder of an editable install offers its own module to any other copy.
+    spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
+    if spec is None or spec.origin is None:
+        python = ".".join(map(str, sys.version_info[:2]))
+        raise ImportError(f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}")
+    try:
+        built = json.loads(Path(spec.origin).with_suffix(".json").read_text())
+        fit = fits(built)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ImportError(f"ddpm_ext's compiled module does not say what it was built for; {mend()}") from None
+    if not fit:
+        was, now = describe(built["torch"], built["torch_cuda"]), describe(torch.__version__, torch.version.cuda)
+        raise ImportError(f"ddpm_ext was compiled for {was} and this is {now}; {mend()}")
+    try:
+        return importlib.import_module(NAME), built
+    except ImportError as error:
+        raise ImportError(f"ddpm_ext's compiled module does not load ({error}); {mend()}") from None
+
+
+C, BUILT = load()

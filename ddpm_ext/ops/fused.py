@@ -1,0 +1,268 @@
+"""The operators in Python: one launch each, on the CPU or a GPU. `reference` has a twin of each, by the same name.
+
+Eager calls go through pybind11 (which hands over to torch's dispatcher where gradients, subclasses or modes are at
+work), compiled ones through torch.ops.ddpm_ext.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.base.types import Clip
+from ddpm_ext.ops import torch_library as _registration
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.loss import diffusion_loss
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, randn
+
+__all__ = [
+    "check_reverse_step",
+    "diffusion_loss",
+    "extended_step",
+    "forward_process",
+    "posterior_mean",
+    "predict_start",
+    "randn",
+    "reverse_step",
+]
+
+NO_CLIP = _registration.NO_CLIP
+
+
+def _refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
+    """As C does for an eager call."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
+
+
+def reverse_step(
+    x_t: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One step of the reverse process by row t of a step table: see `tables`.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t; of a lower precision, too.
+        table: float32 (rows, 8): StepTable.packed.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). On a GPU its values are not read back
+            to be checked: the kernel takes the nearest row.
+        clip: range of the predicted clean sample, None for no clip.
+        noise: as x_t: used in place of drawn noise.
+        rng: whose noise to draw (stream 0, the row's draw); None: a seed from torch's default CPU generator.
+        add_noise: False gives the mean.
+        out: as x_t: where the result goes; x_t itself is fine. No gradients then.
+
+    Returns:
+        x_{t-1}, as x_t. Differentiable in x_t, model_output and noise.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    checks.tensor("x_t", x_t)
+    checks.tensor("model_output", model_output)
+    if out is not None:
+        checks.tensor("out", out)
+    row, index = split_t(t)
+    low, high = NO_CLIP if clip is None else clip
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    if not torch.compiler.is_compiling():
+        return C.reverse_step(x_t, model_output, table, *arguments, out)
+    if out is None:
+        return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
+    _refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
+    torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
+    return out
+
+
+def extended_step(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    model_variance: Tensor | None = None,
+    log_variance: bool = True,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history: Tensor | None = None,
+    gradient: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor:
+    """reverse_step with all that an affine row can't say, still in one launch. With u the model's unconditional output:
+
+        m    = output_scale (u + w (m - u))
+        x0   = clip(x_start_scale (a x + b m)) + g0 gradient
+        prev = c0 x0 + c1 x + c2 m + c3 history + V g1 gradient + S z
+        prev = mask (k0 known + k1 z) + (1 - mask) prev
+
+    S = s, V = 1; with a model's variance v, S = s exp(l0 + l1 v), V = exp(l0 + l1 v)^2, or S = s sqrt(v), V = v. Of
+    what isn't given, nothing is read, and its term falls away; where w is 1, m is what it was.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t; of a lower precision, too. None: 0, for rows that don't ask a model or an x_start given.
+        table: float32 (rows, 16): StepTable.packed_extended.
+        t, noise, rng, add_noise: as reverse_step's.
+        clip: range of the predicted clean sample, None for no clip.
+        uncond_output: as model_output: of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+        output_scale: float32 (batch,), what the model's output is multiplied by (Lin et al. 2024, section 3.4).
+        model_variance: as model_output, v.
+        log_variance: whether v is for l0 + l1 v, the logarithm of a standard deviation, which counts in [-87, 88]; or
+            the variance itself, which counts in [2^-100, 2^100].
+        x_start: as x_t, in place of a x + b m.
+        x_start_scale: float32 (batch,), what the prediction is multiplied by before it is clipped: 1 / bound for
+            dynamic thresholding (Saharia et al. 2022, section 2.3).
+        history: as x_t: the predicted clean sample of the step before.
+        gradient: as x_t: a classifier's (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and from 0 to 1 how much of it to keep. The noise is that of the element.
+        out: as x_t: where the result goes.
+        out_copy, x0_out: as x_t: get the result once more, and the predicted clean sample with its gradient.
+
+    Of what is written, each may lie where one of the arguments does, element by element.
+
+    Returns:
+        x_{t-1}, as x_t. Gradients are not recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
+            gradient; a mask without known or known without a mask; uncond_output without model_output.
+    """
+    checks.tensor("x_t", x_t)
+    extras = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "model_variance": model_variance,
+        "log_variance": log_variance,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history": history,
+        "gradient": gradient,
+        "known": known,
+        "mask": mask,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+    }
+    for name, value in (("model_output", model_output), ("out", out), *extras.items()):
+        if value is not None and name != "log_variance":
+            checks.tensor(name, value)
+    row, index = split_t(t)
+    low, high = NO_CLIP if clip is None else clip
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    if out is None:
+        out = torch.empty_like(x_t)
+    if not torch.compiler.is_compiling():
+        C.extended_step(x_t, model_output, table, *arguments, out, *extras.values())
+        return out
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
+    tensors |= {name: value for name, value in extras.items() if not isinstance(value, bool)}
+    _refuse_grad("extended_step", "it", **tensors)
+    torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **extras)
+    return out
+
+
+def check_reverse_step(
+    x_t: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """What reverse_step would say of these, before a model is called with them."""
+    checks.tensor("x_t", x_t)
+    if out is not None:
+        checks.tensor("out", out)
+    row, index = split_t(t)
+    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
+    if not torch.compiler.is_compiling():
+        C.check_reverse_step(x_t, table, row, index, *arguments, out)
+
+
+def forward_process(
+    x_start: Tensor,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """k0 x_start + k1 z by row t of a table (rows, 2): x_t, or whatever else is affine in x_start and its noise.
+
+    Args:
+        x_start: (batch, ...), float32, float16 or bfloat16.
+        table: float32 (rows, 2).
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
+        noise: as x_start: used in place of drawn noise.
+        rng: whose noise to draw (stream 2, draw t); None: a seed from torch's default CPU generator.
+        add_noise: False gives k0 x_start.
+        out: as x_start: where the result goes; x_start itself is fine. No gradients then.
+
+    Returns:
+        as x_start. Differentiable in x_start and noise.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    checks.tensor("x_start", x_start)
+    if out is not None:
+        checks.tensor("out", out)
+    row, index = split_t(t)
+    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
+    if not torch.compiler.is_compiling():
+        return C.forward_process(x_start, table, *arguments, out)
+    if out is None:
+        return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
+    _refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)
+    torch.ops.ddpm_ext.forward_process.out(x_start, table, *arguments, out=out)
+    return out
+
+
+def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample of which x_t is made with this noise.
+
+    Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
+    """
+    checks.tensor("x_t", x_t)
+    checks.tensor("noise", noise)
+    row, index = split_t(t)
+    if torch.compiler.is_compiling():
+        return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
+    return C.predict_start(x_t, noise, table, row, index)
+
+
+def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
+    """k0 x_start + k1 x_t by row t of a table (rows, 2): the mean of q(x_{t-1} | x_t, x_0).
+
+    Args, raises: as reverse_step. Differentiable in x_start and x_t.
+    """
+    checks.tensor("x_start", x_start)
+    checks.tensor("x_t", x_t)
+    row, index = split_t(t)
+    if torch.compiler.is_compiling():
+        return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
+    return C.posterior_mean(x_start, x_t, table, row, index)

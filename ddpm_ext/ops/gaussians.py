@@ -1,0 +1,167 @@
+"""Kullback-Leibler divergences and log-likelihoods of Gaussians: what the terms of a diffusion's bound are made of.
+
+All is elementwise and differentiable. Arguments broadcast, and numbers stand for tensors; arithmetic and results are
+float64 where a tensor is, else float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+
+__all__ = ["discretized_gaussian_log_likelihood", "normal_kl"]
+
+HALF_BIN = 1 / 255  # of an 8-bit image's levels in [-1, 1]
+_EDGE = 0.999  # beyond it lie the first and the last of them alone
+# Of e^d - 1 - d = d^2 / 2 (1 + d / 3 + d^2 / 12 + ...), enough of it in float64 for |d| < 1/2
+_EXPM1_REST = [2 / math.factorial(k + 2) for k in range(15)]
+_NODES, _WEIGHTS = (values[4:].tolist() for values in np.polynomial.legendre.leggauss(8))  # the positive half
+
+
+def _tensors(given: Mapping[str, Tensor | float]) -> list[Tensor]:
+    """The values as tensors of one device and dtype. Raises TypeError and ValueError."""
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    names = f"{', '.join(list(given)[:-1])} and {list(given)[-1]}"
+    if not tensors:
+        raise TypeError(f"{names} are no tensors, expected one at least")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Tensor | int | float):
+            raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor or a number")
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise TypeError(f"{name} has dtype {value.dtype}, expected a floating one")
+        if isinstance(value, Tensor) and value.device != tensors[0].device:
+            raise ValueError(f"{name} is on {value.device}, expected {tensors[0].device}, as the others")
+    try:
+        torch.broadcast_shapes(*(value.shape for value in tensors))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
+        raise ValueError(f"{names} have shapes {shapes}, expected such as broadcast") from None
+    wide = any(value.dtype == torch.float64 for value in tensors)
+    dtype, device = torch.float64 if wide else torch.float32, tensors[0].device
+    return [
+        value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+        for value in given.values()
+    ]
+
+
+def normal_kl(
+    mean1: Tensor | float, log_variance1: Tensor | float, mean2: Tensor | float, log_variance2: Tensor | float
+) -> Tensor:
+    """KL(N(mean1, exp log_variance1) || N(mean2, exp log_variance2)), in nats.
+
+        (e^d - 1 - d + (mean1 - mean2)^2 / variance2) / 2,    d = log_variance1 - log_variance2
+
+    Nothing cancels in it where the two nearly agree.
+
+    Args:
+        mean1, log_variance1, mean2, log_variance2: of any float dtype, broadcast; numbers, too, but for one.
+
+    Returns:
+        Their broadcast shape, float32 (float64 where one of them is), at least 0.
+
+    Raises:
+        TypeError, ValueError: none is a tensor, one is of another type, dtype or device, or the shapes don't broadcast.
+    """
+    mean1, log_variance1, mean2, log_variance2 = _tensors(
+        {"mean1": mean1, "log_variance1": log_variance1, "mean2": mean2, "log_variance2": log_variance2}
+    )
+    d = log_variance1 - log_variance2
+    near = d.abs() < 0.5
+    small, large = torch.where(near, d, 0.0), torch.where(near, 1.0, d)
+    series = torch.full_like(d, _EXPM1_REST[-1])
+    for coefficient in reversed(_EXPM1_REST[:-1]):
+        series = series * small + coefficient
+    of_variances = torch.where(near, small**2 * series / 2, large.expm1() - large)
+    of_means = ((mean1 - mean2) * (-log_variance2 / 2).exp()) ** 2
+    return (of_variances + of_means) / 2
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, *, mean: Tensor | float, log_scale: Tensor | float) -> Tensor:
+    """log P(x) of an 8-bit image in [-1, 1] under N(mean, exp(2 log_scale)), in nats: Ho et al. 2020, eq. (13).
+
+    Each level has the probability of the interval of width 2/255 around it; the first reaches down to minus infinity,
+    the last up to infinity. The logarithm is accurate, and its slope finite, however far x lies from the mean and
+    however narrow the Gaussian is, as long as the dtype holds their numbers (means in [-1, 1] down to a log_scale of
+    -43, in float64 -350): nothing is clamped.
+
+    Args:
+        x: in [-1, 1], of any float dtype (16 bits don't hold the levels); below -0.999 it counts as the first level,
+            above 0.999 as the last.
+        mean, log_scale: broadcast against x; log_scale is the logarithm of the standard deviation.
+
+    Returns:
+        Their broadcast shape, float32 (float64 where one of them is), at most 0. Differentiable in mean and log_scale;
+        in x, too, as if it weren't a level.
+
+    Raises:
+        TypeError, ValueError: x is no tensor, one of them is of another type, dtype or device, or the shapes don't
+            broadcast.
+    """
+    checks.tensor("x", x)
+    x, mean, log_scale = _tensors({"x": x, "mean": mean, "log_scale": log_scale})
+    inverse = (-log_scale).exp()
+    # The ends of a bin many times wider than the scale are differences to be scaled up: in float64 those are exact.
+    center = x.double() - mean.double()
+    distance = center.abs()
+
+    def scaled(value: Tensor) -> Tensor:
+        return value.to(x.dtype) * inverse
+
+    # In standard deviations, on the side of the mean where the bin's middle is not negative: its ends, its middle
+    low, high, middle = scaled(distance - HALF_BIN), scaled(distance + HALF_BIN), scaled(distance)
+    half = HALF_BIN * inverse
+    edge = x.abs() > _EDGE
+    narrow = (half < 0.5) & (middle * half < 1)
+    around = ~narrow & (low <= 0)  # the mean lies in the bin
+    beside = ~narrow & ~around
+
+    # Each formula gets numbers of its own range in place of the others', whose slopes would be infinite
+    in_narrow = _log_of_narrow(torch.where(narrow, middle, 0.0), torch.where(narrow, half, 0.1), log_scale)
+    outside = _tail(torch.where(around, high, 1.0)) + _tail(torch.where(around, -low, 1.0))
+    # Of the tail from the bin's near end on, how much lies beyond its far end; high^2 - low^2 = 4 middle half
+    far_end, near_end = torch.where(beside, high, 2.0), torch.where(beside, low, 1.0)
+    beyond = _log_erfcx(far_end) - _log_erfcx(near_end) - 2 * torch.where(beside, middle * half, 1.0)
+    open_end = scaled(torch.where(x > 0, center, -center) - HALF_BIN)
+    tail = _log_tail(torch.where(edge, open_end, low))
+    inner = torch.where(around, torch.log1p(-outside), tail + torch.log1p(-beyond.exp()))
+    return torch.where(edge, tail, torch.where(narrow, in_narrow, inner))
+
+
+def _tail(z: Tensor) -> Tensor:
+    """The probability that a standard normal exceeds z, without cancellation for z >= 0."""
+    return torch.erfc(z * math.sqrt(0.5)) / 2
+
+
+def _log_erfcx(z: Tensor) -> Tensor:
+    """log(2 tail(z)) + z^2 / 2, for z >= 0."""
+    return torch.special.erfcx(z * math.sqrt(0.5)).log()
+
+
+def _log_tail(z: Tensor) -> Tensor:
+    """log of the probability that a standard normal exceeds z. torch.special.log_ndtr(-z) has the same value, but its
+    slope is the exponential of a difference of squares: far out it is wrong in float32, and further infinite."""
+    far = z > 1
+    beyond = torch.where(far, z, 1.0)
+    return torch.where(
+        far,
+        _log_erfcx(beyond) - math.log(2) - beyond**2 / 2,
+        torch.log1p(-_tail(-torch.where(far, 0.0, z))),
+    )
+
+
+def _log_of_narrow(middle: Tensor, half: Tensor, log_scale: Tensor) -> Tensor:
+    """log of the probability of [middle - half, middle + half]: the density at its middle, times its width, times
+    the mean of exp(-middle u - u^2 / 2) over |u| < half, by Gauss and Legendre: exact for half < 1/2, middle half < 1.
+    """
+    mean = torch.zeros_like(middle)
+    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+        u = node * half
+        mean = mean + weight * torch.exp(-(u**2) / 2) * torch.cosh(middle * u)
+    log_width = math.log(2 * HALF_BIN / math.sqrt(2 * math.pi)) - log_scale
+    return log_width - middle**2 / 2 + mean.log()

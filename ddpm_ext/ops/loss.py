@@ -1,0 +1,116 @@
+"""The training loss as an operator: the target is made in registers, its noise drawn again from its counter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.ops import torch_library as _registration
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS, check_options
+from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, noise_arguments
+
+__all__ = ["diffusion_loss", "refuse_grad"]
+
+
+def diffusion_loss(
+    model_output: Tensor,
+    x_start: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    loss: str = "mse",
+    delta: float = 1.0,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    reduction: str = "mean",
+    variational: bool = False,
+    detach_mean: bool = False,
+) -> Tensor:
+    """How far a model's output is from its target k0 x_start + k1 z, in one launch, and the slope in the same.
+
+    A sample's loss is the mean over its elements, times its row's weight. Its sum is taken in one fixed order: the same
+    bits in every batch, on every number of threads, on the CPU and on a GPU.
+
+    Args:
+        model_output: (batch, ...), float32, float16 or bfloat16; of a lower precision than x_start, too.
+        x_start: (batch, ...); None: rows' k0 count as 0, as where the noise is predicted.
+        table: float32 (rows, 4): k0, k1, the weight, and a zero; with `variational` (rows, 8), see csrc/core/loss.h.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
+        loss: of the difference d, "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
+            delta (|d| - delta / 2), as torch's).
+        noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), the one that made the model's input.
+        reduction: "mean" or "sum" of the samples' losses, or "none".
+        variational: whether a term of the variational bound is added, to which x_start is needed; the model's output
+            may have twice its channels then, the second half for the variance.
+        detach_mean: whether that term is to have no slope by the first half.
+
+    Returns:
+        A scalar, or (batch,); float32. Differentiable in model_output, once.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; x_start or noise
+            that requires a gradient. RuntimeError: a second derivative is asked for (backend="reference" has it).
+    """
+    checks.tensor("model_output", model_output)
+    check_options(loss, delta, reduction)
+    for name, given in (("x_start", x_start), ("noise", noise)):
+        if given is not None:
+            checks.tensor(name, given)
+    refuse_grad(x_start, noise)
+    if noise is None and rng is None:
+        raise ValueError("noise and rng are both None, expected the one that made the model's input")
+    row, index = split_t(t)
+    noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
+    arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
+    want_slope = torch.is_grad_enabled() and model_output.requires_grad
+    how = {
+        "reduction": REDUCTIONS.index(reduction),
+        "want_slope": want_slope,
+        "variational": variational,
+        "detach_mean": detach_mean,
+    }
+    if torch.compiler.is_compiling():
+        return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
+    return _DiffusionLoss.apply(tuple(how.values()), *arguments)
+
+
+def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
+    """The operator has no gradient in what it makes the target of."""
+    if torch.is_grad_enabled():
+        for name, given in (("x_start", x_start), ("noise", noise)):
+            if given is not None and given.requires_grad:
+                raise ValueError(
+                    f"diffusion_loss: {name} requires a gradient, expected none (backend='reference' has it)"
+                )
+
+
+class _DiffusionLoss(torch.autograd.Function):
+    """Eager calls, which the dispatcher would cost more than a small loss does."""
+
+    @staticmethod
+    def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
+        loss, slope = C.diffusion_loss(*arguments, *how)
+        ctx.save_for_backward(slope)
+        ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        _registration.refuse_second_derivative()
+        (slope,) = ctx.saved_tensors
+        return None, _gradient(slope, grad).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+
+
+def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
+    """slope times grad, where it can be in the slope's own memory."""
+    plain = checks.is_plain(grad)
+    kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()  # and may be asked for again
+    if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
+        return slope.clone() if kept else slope
+    factor = _registration.by_sample(grad, slope)
+    return slope * factor if kept else slope.mul_(factor)

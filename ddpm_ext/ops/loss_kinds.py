@@ -1,0 +1,22 @@
+"""The names of the losses and of their reductions, for the operator and for its twin in plain torch."""
+
+from __future__ import annotations
+
+import numbers
+
+from ddpm_ext.base import checks
+
+__all__ = ["BOUNDS", "LOSSES", "REDUCTIONS", "check_options"]
+
+LOSSES = ("mse", "l1", "huber")
+BOUNDS = ("vlb", "rescaled_vlb")  # of the variational bound alone
+REDUCTIONS = ("mean", "none", "sum")
+
+
+def check_options(loss: str, delta: float, reduction: str) -> None:
+    checks.one_of("loss", loss, LOSSES)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    if isinstance(delta, bool) or not isinstance(delta, numbers.Real):
+        raise TypeError(f"delta is {delta!r}, expected a number")
+    if not delta > 0:
+        raise ValueError(f"delta is {delta}, expected delta > 0")

@@ -1,0 +1,215 @@
+"""The noise contract's random numbers: a pure function of (seed, stream, draw, sample id, element)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.ops.extension import C
+
+__all__ = [
+    "STREAM_FORWARD",
+    "STREAM_OFFSET",
+    "STREAM_PERTURBATION",
+    "STREAM_REVERSE",
+    "STREAM_START",
+    "STREAM_TIMESTEPS",
+    "Philox",
+    "randn",
+    "random_seed",
+]
+
+# What noise is for. 6 to 15 are kept for later; 16 and up are the caller's.
+STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
+STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
+
+
+# seed, seed_value, sample_ids, first_id, stream, draw: as the operators take them
+RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
+
+
+class Philox:
+    """A source of noise for a batch: who the samples are, not where they lie.
+
+    The same (seed, sample id) gets the same noise in any batch, on any device, in any dtype and memory layout.
+
+    Args:
+        seed: 0 <= seed < 2^64, or an int64 tensor of shape () that holds those 64 bits.
+        sample_ids: the first sample's id, the others counting up from it; or an int64 tensor of shape (batch,) on the
+            samples' device. 0 <= id < 2^56.
+        draw: 0 <= draw < 2^32, in place of the timestep. A sampling loop refuses it.
+        stream: 0 <= stream < 256, in place of the operation's own (0 the reverse step, 1 the starting noise, 2 the
+            forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
+            noise (4) and input perturbation (5) keep theirs.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is
+            used, and only on the CPU.
+    """
+
+    __slots__ = ("draw", "first_id", "sample_ids", "seed", "seed_value", "stream")
+
+    def __init__(
+        self,
+        seed: int | Tensor,
+        sample_ids: int | Tensor = 0,
+        *,
+        draw: int | None = None,
+        stream: int | None = None,
+    ) -> None:
+        self.seed: Tensor | None = None
+        self.seed_value = 0
+        if isinstance(seed, Tensor):
+            if seed.dtype != torch.int64 or seed.dim() != 0:
+                raise TypeError(
+                    f"seed is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)}, expected int64 and ()"
+                )
+            self.seed = seed
+        else:
+            value = checks.integer("seed", seed, 2**64, "2^64")
+            self.seed_value = value - 2**64 if value >= 2**63 else value  # the operators take its bits as an int64
+        self.sample_ids: Tensor | None = None
+        self.first_id = 0
+        if isinstance(sample_ids, Tensor):
+            if sample_ids.dtype != torch.int64 or sample_ids.dim() != 1:
+                raise TypeError(
+                    f"sample_ids is a tensor of dtype {sample_ids.dtype} and shape {tuple(sample_ids.shape)}, "
+                    "expected int64 and (batch,)"
+                )
+            self.sample_ids = sample_ids
+        else:
+            self.first_id = checks.integer("sample_ids", sample_ids, 2**56, "2^56")
+        self.draw = None if draw is None else checks.integer("draw", draw, 2**32, "2^32")
+        self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
+
+    def __repr__(self) -> str:
+        seed = self.seed_value % 2**64 if self.seed is None else self.seed
+        ids = self.first_id if self.sample_ids is None else self.sample_ids
+        return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
+
+    def of(self, stream: int, draw: int | None) -> Philox:
+        """The same seed and samples with a stream and a draw of their own."""
+        seed = self.seed_value % 2**64 if self.seed is None else self.seed
+        ids = self.first_id if self.sample_ids is None else self.sample_ids
+        return Philox(seed, ids, stream=stream, draw=draw)
+
+    def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
+        """What the operators take; a stream and a draw of its own come first."""
+        if self.stream is not None:
+            stream = self.stream
+        if self.draw is not None:
+            draw = self.draw
+        return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, -1 if draw is None else draw
+
+
+def check_rng(rng: object) -> None:
+    """TypeError unless rng is a Philox."""
+    if not isinstance(rng, Philox):
+        raise TypeError(f"rng is a {type(rng).__name__}, expected a ddpm_ext.Philox")
+
+
+def rng_of_many(rng: Philox | None) -> Philox:
+    """The rng of something that draws at every step, or a fresh one. Raises TypeError and ValueError."""
+    rng = fresh_rng() if rng is None else rng
+    check_rng(rng)
+    if rng.draw is not None or rng.stream is not None:
+        raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
+    return rng
+
+
+def random_seed() -> int:
+    """A seed from torch's default CPU generator, 0 <= seed < 2^64: torch.manual_seed makes it repeatable."""
+    return C.draw_seed() % 2**64
+
+
+def fresh_rng() -> Philox:
+    """A Philox with a seed from torch's default CPU generator."""
+    if torch.compiler.is_compiling():  # an int would be burnt into the graph
+        return Philox(torch.ops.ddpm_ext.draw_seed())
+    return Philox(random_seed())
+
+
+def fresh_arguments(stream: int) -> RngArguments:
+    """fresh_rng().arguments(stream), without the object."""
+    if torch.compiler.is_compiling():
+        return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
+    return None, C.draw_seed(), None, 0, stream, -1
+
+
+_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1)
+
+
+def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
+    """noise, draw_noise and the rng's arguments, as the operators take them."""
+    if rng is not None:
+        check_rng(rng)
+        if noise is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
+        return None, True, *rng.arguments(stream)
+    if noise is not None:
+        checks.tensor("noise", noise)
+        return noise, False, *_NO_RNG
+    if drawn:
+        return None, True, *fresh_arguments(stream)
+    return None, False, *_NO_RNG
+
+
+def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:
+    """randn's arguments but rng and device; the shape."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}, expected a floating torch.dtype")
+    if draw is not None:
+        checks.integer("draw", draw, 2**32, "2^32")
+    if stream is not None:
+        checks.integer("stream", stream, 2**8, "2^8")
+    return checks.shape(shape)
+
+
+def randn(
+    shape: tuple[int, ...] | torch.Size,
+    rng: Philox | None = None,
+    *,
+    draw: int | None = None,
+    stream: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The contract's standard normals.
+
+    Args:
+        shape: (batch, ...).
+        rng: seed and sample ids; None draws a seed from torch's default CPU generator.
+        draw, stream: which noise; None means the rng's own, else 0.
+        device: where it is made; the values are the same everywhere.
+        dtype: float32, float16 or bfloat16: drawn in float32, then rounded.
+
+    Returns:
+        z of `shape`.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or out of range.
+    """
+    sizes = check_randn(shape, draw, stream, dtype)
+    if rng is not None:
+        check_rng(rng)
+    seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
+    device = checks.device(device)
+    # Checked here, since without a sample the dispatcher goes by these tensors' device.
+    if ids is not None and ids.device.type != device.type:
+        raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
+    if seed is not None and seed.device.type not in ("cpu", device.type):
+        raise ValueError(f"seed is on {seed.device}, expected cpu or {device}")
+    return torch.ops.ddpm_ext.randn(
+        list(sizes),
+        seed,
+        seed_value,
+        ids,
+        first_id,
+        own_stream if stream is None else stream,
+        max(own_draw, 0) if draw is None else draw,
+        dtype=dtype,
+        device=device,
+    )

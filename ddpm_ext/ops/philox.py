@@ -1,0 +1,59 @@
+"""The noise contract's numbers in plain torch: Philox4x32-10 and the Box-Muller transform, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["WORD", "box_muller", "normals", "philox4x32"]
+
+WORD = 0xFFFFFFFF
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of two words, in int64 without overflow."""
+    low = a * (b & 0xFFFF)  # 48 bits
+    high = a * (b >> 16)
+    middle = high + (low >> 16)
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
+    """Philox4x32-10 of Salmon et al. 2011.
+
+    Args:
+        counter: int64 (..., 4), words in [0, 2^32).
+        key: int64 (..., 2), words in [0, 2^32); broadcast against counter.
+
+    Returns:
+        int64 (..., 4), words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter.unbind(-1)
+    k0, k1 = key.unbind(-1)
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
+
+
+def box_muller(w0: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words to two standard normals, in float64: the noise contract's formula, w int64 in [0, 2^32)."""
+    # u is a float32 number: both roundings (to float32, of the fma) belong to the contract
+    u = (w0.float().double() * 2.0**-32 + 2.0**-33).float().double()
+    radius, angle = (-2 * u.log()).sqrt(), w1.double() * (2 * math.pi / 2**32)
+    return radius * angle.cos(), radius * angle.sin()
+
+
+def normals(shape: torch.Size, seed: int, ids: Tensor, stream: int, draw: Tensor) -> Tensor:
+    """float64 z of `shape` (batch, ...), for sample ids and draws of shape (batch,)."""
+    numel = math.prod(shape[1:])
+    blocks = torch.arange((numel + 3) // 4, device=ids.device)
+    words = (blocks, draw[:, None], ids[:, None] & WORD, (ids[:, None] >> 32) + (stream << 24))
+    counter = torch.stack(torch.broadcast_tensors(*words), -1)
+    w = philox4x32(counter, torch.tensor([seed & WORD, seed >> 32], device=ids.device))
+    z = torch.stack([*box_muller(w[..., 0], w[..., 1]), *box_muller(w[..., 2], w[..., 3])], -1)
+    return z.flatten(1)[:, :numel].reshape(shape)

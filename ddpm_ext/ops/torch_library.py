@@ -1,0 +1,179 @@
+"""What torch must know of the operators beside how to run them: shapes without data, and gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.ops import extension as _extension  # noqa: F401  the operators themselves
+
+NO_CLIP = (-math.inf, math.inf)
+_lib = torch.library
+
+# ------------------------------------------------------------------------------------------ shapes without data
+
+
+@_lib.register_fake("ddpm_ext::reverse_step")
+def _(x_t: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x_t)
+
+
+@_lib.register_fake("ddpm_ext::forward_process")
+def _(x_start: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x_start)
+
+
+@_lib.register_fake("ddpm_ext::predict_start")
+def _(x_t: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x_t)
+
+
+@_lib.register_fake("ddpm_ext::posterior_mean")
+def _(x_start: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x_start)
+
+
+@_lib.register_fake("ddpm_ext::reverse_step.out")
+def _(*_: Any, out: Tensor) -> None: ...
+
+
+@_lib.register_fake("ddpm_ext::extended_step")
+def _(*_: Any, **__: Any) -> None: ...
+
+
+@_lib.register_fake("ddpm_ext::forward_process.out")
+def _(*_: Any, out: Tensor) -> None: ...
+
+
+@_lib.register_fake("ddpm_ext::randn")
+def _(size: list[int], *_: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+@_lib.register_fake("ddpm_ext::diffusion_loss")
+def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = False, **__: Any) -> tuple[Tensor, Tensor]:
+    loss = model_output.new_empty(model_output.shape[:1] if reduction == 1 else (), dtype=torch.float32)
+    float32 = torch.float32
+    slope = torch.empty_like(model_output, dtype=float32) if want_slope else model_output.new_empty((0,), dtype=float32)
+    return loss, slope
+
+
+@_lib.register_fake("ddpm_ext::draw_seed")
+def _() -> Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+def _affine_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, y, table, t, ctx.index = inputs
+    ctx.save_for_backward(table, t)
+    ctx.y_dtype = y.dtype
+
+
+def _scale(grad: Tensor, table: Tensor, t: Tensor | None, index: int) -> Tensor:
+    return torch.ops.ddpm_ext.forward_process(grad, table, t, index, None, False)
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    table, t = ctx.saved_tensors
+    grad_x = grad_y = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _scale(grad, table, t, ctx.index)
+    if ctx.needs_input_grad[1]:
+        grad_y = _scale(grad, table.flip(1), t, ctx.index).to(ctx.y_dtype)
+    return grad_x, grad_y, None, None, None
+
+
+for _name in ("predict_start", "posterior_mean"):
+    _lib.register_autograd(f"ddpm_ext::{_name}", _affine_backward, setup_context=_affine_setup)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.index, ctx.inputs = inputs[3], len(inputs)
+
+
+def _forward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    table, t = ctx.saved_tensors
+    grads: list[Any] = [None] * ctx.inputs
+    if ctx.needs_input_grad[0]:
+        grads[0] = _scale(grad, table, t, ctx.index)
+    if ctx.needs_input_grad[4]:
+        grads[4] = _scale(grad, table.flip(1), t, ctx.index)
+    return tuple(grads)
+
+
+_lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_context=_forward_setup)
+
+
+def _clamp_lets_edges_through() -> bool:
+    """Whether torch.clamp's gradient at the very edge is 1, as in older versions, or 0, as in newer ones."""
+    with torch.inference_mode(False), torch.enable_grad():
+        edge = torch.ones((), requires_grad=True)
+        return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
+
+
+_EDGES_INSIDE = _clamp_lets_edges_through()
+
+
+def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_t, model_output, table, t, ctx.index, ctx.clip_min, ctx.clip_max, *_ = inputs
+    ctx.save_for_backward(x_t, model_output, table, t)
+    ctx.inputs = len(inputs)
+
+
+def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x_t, model_output, table, t = ctx.saved_tensors
+    rows = table[t] if t is not None else table[ctx.index].expand(len(x_t), -1)
+    a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
+    clipped = c0 * grad
+    if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
+        # The same operation as in the step, so that the clip holds back exactly what it clipped.
+        x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
+        inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
+        if _EDGES_INSIDE:
+            inside = (x_start >= ctx.clip_min) & (x_start <= ctx.clip_max)
+        clipped = torch.where(inside, clipped, 0.0)
+    grads: list[Any] = [None] * ctx.inputs
+    if ctx.needs_input_grad[0]:
+        grads[0] = (a * clipped + c1 * grad).to(x_t.dtype)
+    if ctx.needs_input_grad[1]:
+        grads[1] = (b * clipped + c2 * grad).to(model_output.dtype)
+    if ctx.needs_input_grad[7]:
+        grads[7] = (s * grad).to(x_t.dtype)
+    return tuple(grads)
+
+
+_lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_step_setup)
+
+
+def refuse_second_derivative() -> None:
+    """In a backward pass by create_graph=True, whose gradient would count as a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
+
+
+def by_sample(grad: Tensor, slope: Tensor) -> Tensor:
+    """What comes back for a loss, a scalar or (batch,), as a factor of its slope."""
+    return grad.reshape(-1, *[1] * (slope.dim() - 1))
+
+
+def _loss_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dtype, ctx.inputs, ctx.has_slope = inputs[0].dtype, len(inputs), keyword_only_inputs["want_slope"]
+
+
+def _loss_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    refuse_second_derivative()
+    if not ctx.has_slope:
+        raise RuntimeError("diffusion_loss: want_slope is False, expected True where a gradient is asked for")
+    (slope,) = ctx.saved_tensors
+    return (slope * by_sample(grad, slope)).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+
+
+_lib.register_autograd("ddpm_ext::diffusion_loss", _loss_backward, setup_context=_loss_setup)

@@ -1,0 +1,273 @@
+"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; figures with axes, made elsewhere, go by here too.
+
+Images are numpy arrays or tensors (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3 (colour).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.files import atomic_path
+from ddpm_ext.base.optional import require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = [
+    "grid",
+    "save_gif",
+    "save_grid",
+    "save_picture",
+    "save_strips",
+    "strips",
+    "to_uint8",
+    "trajectory",
+    "trajectory_frames",
+]
+
+Pixels = npt.NDArray[np.uint8]
+Images = torch.Tensor | npt.NDArray[np.floating]
+
+_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_BETWEEN = (88, 104, 136)  # neither black nor white, which digits are made of
+_GAP = 4
+_VISIBLE = 64  # small images are enlarged to about this many pixels a side
+_TITLE, _LABEL = 18, 13  # pixels
+_LAST = 2000  # milliseconds that a GIF's last frame stays
+_X_T, _X_0 = "x_t, what the loop has at step t", "x_0, as the model predicts it from x_t"
+
+
+def to_uint8(images: Images) -> Pixels:
+    """(batch, channels, height, width) in [-1, 1] to (batch, height, width, channels) uint8.
+
+    Values outside are clipped, and fractions dropped, as guided-diffusion's scripts do. NaN becomes 0.
+
+    Raises:
+        ValueError: another number of dimensions, or integers.
+    """
+    pixels = torch.as_tensor(images)
+    if pixels.dim() != 4 or not pixels.is_floating_point():
+        raise ValueError(
+            f"images: got {pixels.dtype} of shape {tuple(pixels.shape)}, "
+            "expected floating point of shape (batch, channels, height, width)"
+        )
+    scaled = ((pixels.detach().cpu().float() + 1) * 127.5).nan_to_num_(0.0).clamp_(0, 255)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _enlarged(images: Pixels, scale: int | None) -> Pixels:
+    """RGB, each pixel a square of `scale` pixels; None: as many as make small images visible."""
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            f"images: got {images.dtype} of shape {images.shape}, "
+            "expected uint8 of shape (count, height, width, channels)"
+        )
+    count, height, width, channels = images.shape
+    if not images.size:
+        raise ValueError(f"images: got none, in shape {images.shape}, expected at least 1")
+    if channels not in (1, 3):
+        raise ValueError(f"images: got {channels} channels, expected 1 or 3 for a picture")
+    if scale is None:
+        scale = max(1, round(_VISIBLE / max(height, width)))
+    checks.integer("scale", scale, 2**31, "2^31", start=1)
+    coloured = np.broadcast_to(images, (count, height, width, 3))
+    return coloured.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None) -> Pixels:
+    """Puts (count, height, width, channels) uint8 into one picture, (height, width, 3) uint8, row by row.
+
+    Args:
+        columns: None makes it about square.
+        scale: enlarged that many times, without smoothing; None chooses.
+
+    Raises:
+        TypeError, ValueError: no images, of another dtype or shape; `columns` or `scale` that are no int of at least 1.
+    """
+    large = _enlarged(images, scale)
+    count, height, width, _ = large.shape
+    if columns is None:
+        columns = math.ceil(math.sqrt(count))
+    checks.integer("columns", columns, 2**31, "2^31", start=1)
+    rows = math.ceil(count / columns)
+    shape = (rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3)
+    picture = np.full(shape, _BETWEEN, np.uint8)
+    for index, image in enumerate(large):
+        top, left = (_GAP + (index // columns) * (height + _GAP), _GAP + (index % columns) * (width + _GAP))
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale: int | None = None) -> Pixels:
+    """One row a sample, one column a moment, labelled above.
+
+    Args:
+        images: for each moment (samples, height, width, channels) uint8.
+        labels: one a moment.
+        scale: as grid's.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        TypeError, ValueError: as grid; another number of labels than moments; moments of different shapes.
+    """
+    if not images or len(images) != len(labels):
+        raise ValueError(f"labels: got {len(labels)} for {len(images)} moments, expected as many, at least 1")
+    shapes = {moment.shape for moment in images}
+    if len(shapes) > 1:
+        raise ValueError(f"images: got moments of shapes {sorted(shapes)}, expected one shape")
+    moments, samples = len(images), len(images[0])
+    by_row = np.stack(images, axis=1).reshape(moments * samples, *images[0].shape[1:])
+    return _headed(grid(by_row, columns=moments, scale=scale), title, labels)
+
+
+def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
+    """With a title above, and labels each above its share of the width."""
+    image = require("PIL.Image", "drawing")
+    draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
+    large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
+    head = 56 if labels else 32
+    width = max(body.shape[1], math.ceil(large.getlength(title)) + 4 * _GAP)
+    picture = image.new("RGB", (width, body.shape[0] + head), _PAPER)
+    picture.paste(image.fromarray(body), (0, head))
+    pen = draw.Draw(picture)
+    pen.text((_GAP, 22), title, fill=_INK, font=large, anchor="ls")
+    pitch = (body.shape[1] - _GAP) / max(1, len(labels))
+    for column, label in enumerate(labels):
+        pen.text((_GAP / 2 + pitch * (column + 0.5), head - 6), label, fill=_INK, font=small, anchor="ms")
+    return np.asarray(picture)
+
+
+def trajectory(
+    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+) -> Pixels:
+    """Two strips, one above the other: x_t, and the x_0 that the model predicts from it.
+
+    Args:
+        x_t, x_0: for each moment (samples, channels, height, width) in [-1, 1], the same samples at the same moments.
+        labels, scale: as those of strips.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        TypeError, ValueError: as strips; another number of moments in `x_0` than in `x_t`.
+    """
+    _check_pairs(x_t, x_0)
+    halves = [
+        strips([to_uint8(moment) for moment in moments], labels, title, scale=scale)
+        for moments, title in ((x_t, _X_T), (x_0, _X_0))
+    ]
+    return np.concatenate(_equally_wide(halves))
+
+
+def trajectory_frames(
+    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+) -> list[Pixels]:
+    """For save_gif: a frame a moment, x_t in a grid on the left, the predicted x_0 on the right, the label above.
+
+    Args, raises: as trajectory.
+
+    Returns:
+        For each moment (height, width, 3) uint8, all of one size.
+    """
+    _check_pairs(x_t, x_0)
+    if len(labels) != len(x_t):
+        raise ValueError(f"labels: got {len(labels)} for {len(x_t)} moments, expected as many, at least 1")
+    frames = []
+    for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
+        sides = [
+            _headed(grid(to_uint8(images), scale=scale), title)
+            for images, title in ((noisy, f"x_t, {label}"), (clean, "predicted x_0"))
+        ]
+        if sides[0].shape[0] != sides[1].shape[0]:
+            raise ValueError(f"x_0: got shape {tuple(clean.shape)}, expected that of x_t, {tuple(noisy.shape)}")
+        between = np.full((len(sides[0]), 4 * _GAP, 3), _PAPER, np.uint8)
+        frames.append(np.concatenate([sides[0], between, sides[1]], axis=1))
+    return _equally_wide(frames)
+
+
+def _equally_wide(pictures: Sequence[Pixels]) -> list[Pixels]:
+    """With paper on the right, where a title was wider than another's picture."""
+    widest = max(picture.shape[1] for picture in pictures)
+    return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_PAPER[0]) for p in pictures]
+
+
+def _check_pairs(x_t: Sequence[Images], x_0: Sequence[Images]) -> None:
+    if not len(x_t) or len(x_t) != len(x_0):
+        raise ValueError(f"x_0: got {len(x_0)} moments, x_t has {len(x_t)}, expected as many, at least 1")
+
+
+def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
+    """Writes (height, width, 3) uint8 to `path`, atomically; the ending says in which format.
+
+    Raises:
+        ValueError: another dtype or shape, or an ending that Pillow doesn't know. OSError: it can't be written.
+    """
+    image = require("PIL.Image", "writing pictures").fromarray(_checked("picture", picture))
+    with atomic_path(path) as beside:
+        image.save(beside)
+
+
+def _checked(name: str, picture: Pixels) -> Pixels:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"{name}: got {picture.dtype} of shape {picture.shape}, expected uint8 (height, width, 3)")
+    return picture
+
+
+def save_grid(
+    images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
+) -> None:
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Raises as grid and save_picture."""
+    save_picture(grid(to_uint8(images), columns=columns, scale=scale), path)
+
+
+def save_strips(
+    images: Sequence[Images],
+    labels: Sequence[str],
+    title: str,
+    path: str | os.PathLike[str],
+    *,
+    scale: int | None = None,
+) -> None:
+    """Writes moments, each (samples, channels, height, width) in [-1, 1], as one labelled picture. Raises as strips."""
+    save_picture(strips([to_uint8(moment) for moment in images], labels, title, scale=scale), path)
+
+
+def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:
+    """Writes frames, (height, width, 3) uint8 each, as a GIF without end; the last frame stays for two seconds.
+
+    Neighbours that are equal become one frame, which stays as long as they would have. A GIF has up to 256 colours a
+    frame: more are approximated.
+
+    Args:
+        seconds: how long the frames take together, were the last one as long as the others: no less than 20 ms each,
+            below which viewers slow them down, and a whole number of hundredths, which is what a GIF can say.
+
+    Raises:
+        ValueError: no frames, frames of different shapes, or `seconds` not above 0. OSError: it can't be written.
+    """
+    if not frames:
+        raise ValueError("frames: got none, expected at least 1")
+    shapes = {frame.shape for frame in frames}
+    if len(shapes) > 1:
+        raise ValueError(f"frames: got shapes {sorted(shapes)}, expected one shape")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: got {seconds}, expected a finite number above 0")
+    fromarray = require("PIL.Image", "writing GIFs").fromarray
+    pictures: list[Image.Image] = [fromarray(_checked("frames", frame)) for frame in frames]
+    each = max(20, 10 * round(100 * seconds / len(pictures)))
+    durations = [each] * (len(pictures) - 1) + [_LAST]
+    with atomic_path(path) as beside:
+        pictures[0].save(
+            beside, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=False
+        )

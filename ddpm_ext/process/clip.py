@@ -1,0 +1,78 @@
+"""To what range a predicted clean sample is clipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.types import Clip
+
+__all__ = ["DynamicThreshold"]
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Each sample's x_0 is clipped to [-bound, bound] and divided by it, the bound being a quantile of |x_0|, but at
+    least 1 (Saharia et al. 2022, section 2.3).
+
+    Args:
+        quantile: which, in (0, 1].
+        maximum: what a bound is at most, from 1 on; diffusers' sample_max_value.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+
+    quantile: float = 0.995
+    maximum: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("quantile", "maximum"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} is {value!r}, expected a float")
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile is {self.quantile!r}, expected 0 < quantile <= 1")
+        if not self.maximum >= 1:
+            raise ValueError(f"maximum is {self.maximum!r}, expected at least 1")
+
+    def x_start_scale(self, x_start: Tensor) -> Tensor:
+        """1 / bound of each sample, (batch,) in float32, or float64 for such samples."""
+        dtype = checks.compute_dtype(x_start.dtype)
+        # torch.quantile's value; it sorts all elements for that, and takes no more than 2^24
+        sizes = x_start.to(dtype).reshape(len(x_start), -1).abs()
+        rank = self.quantile * (sizes.shape[1] - 1)
+        low = math.floor(rank)
+        largest = sizes.topk(sizes.shape[1] - low, dim=1).values
+        below, above = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
+        return torch.lerp(below, above, rank - low).clamp(1, self.maximum).reciprocal()
+
+
+def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None, DynamicThreshold | None]:
+    """The range to clip to, None for none, and how to find a sample's own."""
+    if isinstance(clip_denoised, DynamicThreshold):
+        return (-1.0, 1.0), clip_denoised
+    if isinstance(clip_denoised, bool):
+        return ((-1.0, 1.0) if clip_denoised else None), None
+    ends = clip_denoised
+    numbers = isinstance(ends, tuple | list) and all(
+        isinstance(end, int | float) and not isinstance(end, bool) for end in ends
+    )
+    if not numbers or len(ends) != 2:
+        raise TypeError(f"clip_denoised is {ends!r}, expected a bool, a range (low, high) or a DynamicThreshold")
+    low, high = map(float, ends)
+    if not low <= high:
+        raise ValueError(f"clip_denoised is {ends!r}, expected low <= high")
+    return (low, high), None
+
+
+def as_fixed_clip(clip_denoised: bool | Clip) -> Clip | None:
+    """Of a step by itself."""
+    clip, threshold = as_clip(clip_denoised)
+    if threshold is not None:
+        raise TypeError(f"clip_denoised is {threshold}, expected a bool or a range (low, high) outside of a loop")
+    return clip

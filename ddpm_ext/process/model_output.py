@@ -1,0 +1,35 @@
+"""What a model returns, as the operators take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["split_variance", "unwrap"]
+
+
+def unwrap(model_output: Any) -> Tensor:
+    """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""
+    if isinstance(model_output, Tensor):
+        return model_output
+    sample = getattr(model_output, "sample", None)
+    if not isinstance(sample, Tensor):
+        raise TypeError(f"the model's output is a {type(model_output).__name__}, expected a tensor or one as .sample")
+    return sample
+
+
+def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of a learned variance's model output (batch, 2 channels, ...), as views: prediction and variance."""
+    channels = x_t.shape[1] if x_t.dim() > 1 else 0
+    if channels == 0:
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}, expected (batch, channels, ...) where the variance is learned"
+        )
+    expected = (len(x_t), 2 * channels, *x_t.shape[2:])
+    if model_output.shape != expected:
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "
+            "the variance is learned"
+        )
+    return model_output[:, :channels], model_output[:, channels:]

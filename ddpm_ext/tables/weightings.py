@@ -1,0 +1,96 @@
+"""How much each timestep counts in a training loss.
+
+Each is told as the weight of the squared error of x_0, from the signal-to-noise ratio alphas_cumprod /
+(1 - alphas_cumprod), and becomes that of the model's own prediction: the squared error of eps is that of x_0 times the
+ratio, and so on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+
+__all__ = ["WEIGHTINGS", "check_given", "edm", "min_snr", "names", "p2", "snr", "truncated_snr", "weights"]
+
+
+def snr(ratio: Tensor) -> Tensor:
+    """The ratio itself: eps weighs the same everywhere (Ho et al. 2020, L_simple)."""
+    return ratio
+
+
+def min_snr(ratio: Tensor, gamma: float = 5.0) -> Tensor:
+    """At most gamma: Hang et al. 2023, section 3.4."""
+    return ratio.clamp(max=gamma)
+
+
+def truncated_snr(ratio: Tensor) -> Tensor:
+    """At least 1: Salimans & Ho 2022, section 4."""
+    return ratio.clamp(min=1)
+
+
+def p2(ratio: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    """Less where little noise is left: Choi et al. 2022, eq. (8)."""
+    return ratio / (k + ratio) ** gamma
+
+
+def edm(ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """Karras et al. 2022, table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, sigma^2 being 1 / ratio."""
+    return 1 / sigma_data**2 + ratio
+
+
+WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncated_snr, p2, edm)}
+
+
+def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
+    """Of the weightings that a prediction can have: eps at an alphas_cumprod of 0 says nothing of x_0."""
+    known = prediction in ("x0", "v") or (prediction == "eps" and bool(alphas_cumprod[-1] > 0))
+    return ("simple", *WEIGHTINGS) if known else ("simple",)
+
+
+def check_given(alphas_cumprod: Tensor, weighting: Tensor) -> None:
+    """What is seen of weights without reading them. Raises ValueError."""
+    if weighting.shape != alphas_cumprod.shape:
+        raise ValueError(f"weighting has shape {tuple(weighting.shape)}, expected {tuple(alphas_cumprod.shape)}")
+    if weighting.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weighting requires a gradient, expected none")
+
+
+def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) -> Tensor:
+    """Of each timestep, float64 (timesteps,).
+
+    Args:
+        alphas_cumprod: (timesteps,).
+        prediction: "eps", "x0" or "v", whose squared error is weighted.
+        weighting: "simple", 1 everywhere; a name of WEIGHTINGS; or the weights themselves, (timesteps,), finite.
+
+    Raises:
+        TypeError, ValueError: an unknown name, weights of another shape, not finite or that require a gradient, or a
+            prediction that has none of this name.
+    """
+    if isinstance(weighting, Tensor):
+        check_given(alphas_cumprod, weighting)
+        if torch.compiler.is_compiling():  # on its device: what a graph computes waits for no host
+            return weighting.detach().double()
+        own = weighting.detach().to("cpu", torch.float64)
+        if not own.isfinite().all():
+            raise ValueError("weighting holds numbers that are not finite, expected finite ones")
+        return own
+    if not isinstance(weighting, str):
+        raise TypeError(f"weighting is a {type(weighting).__name__}, expected a name or a tensor")
+    checks.one_of("weighting", weighting, ("simple", *WEIGHTINGS))
+    if weighting not in names(alphas_cumprod, prediction):
+        if prediction == "eps":
+            raise ValueError(
+                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps says nothing of x_0, expected "
+                "'simple' or a tensor"
+            )
+        raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
+    if weighting == "simple":
+        return torch.ones_like(alphas_cumprod)
+    ratio = alphas_cumprod / (1 - alphas_cumprod)
+    of_x0 = WEIGHTINGS[weighting](ratio)
+    if prediction == "x0":
+        return of_x0
+    return of_x0 / (ratio + 1 if prediction == "v" else ratio)

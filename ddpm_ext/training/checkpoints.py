@@ -1,0 +1,114 @@
+"""A training run's checkpoints: one safetensors file each, with all that is no tensor as JSON in the file's header."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
+
+__all__ = ["header", "latest", "load", "newest", "part", "remove_leftovers", "save"]
+
+_FORMAT = "ddpm-ext training state 2"
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+def _all(folder: Path) -> list[Path]:
+    """Oldest first"""
+    found = [
+        (int(match[1]), path)
+        for path in (folder / "checkpoints").glob("step-*.safetensors")
+        if (match := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps in a run's folder, if it has any."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
+    """Writes `state` and `about`, the header, atomically, then removes all checkpoints up to it but the newest `keep`.
+
+    Those of more steps are damaged, or the run would have gone on from there.
+
+    Raises OSError, in one sentence, if it can't be written; those that were there before are left.
+    """
+    to_bytes = require("safetensors.torch", "writing checkpoints").save
+    path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+    # Copied, since safetensors takes no two tensors that share memory, as tied weights do.
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    content = to_bytes(tensors, metadata={"format": _FORMAT, "header": json.dumps(about)})
+    before = newest(folder)
+    try:
+        files.write_bytes(path, content)
+    except OSError as error:
+        kept = "no checkpoint was written before" if before is None else f"the newest is still {before}"
+        raise OSError(f"checkpoint: cannot write {path}: {error.strerror or error}; {kept}") from error
+    written = _all(folder)
+    for old in written[: written.index(path) + 1][:-keep]:
+        old.unlink()
+    return path
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint; raises ValueError if the file is damaged or something else."""
+    with _opened(path) as (_, found):
+        return found
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a checkpoint; raises ValueError if it is damaged or something else."""
+    with _opened(path) as (opened, found):
+        names = opened.keys()
+        return {name: opened.get_tensor(name) for name in names}, found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file, whose length has been checked, and its header."""
+    safetensors = require("safetensors", "reading checkpoints")
+    try:
+        with safetensors.safe_open(path, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
+            yield opened, json.loads(metadata["header"])
+    except Exception as error:  # SafetensorError derives from Exception alone
+        raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
+
+
+def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
+    """Path and header of the newest checkpoint that can be read, or None where there is no checkpoint.
+
+    `report` gets a line for each newer one that can't be. Raises ValueError if none can.
+    """
+    found = _all(folder)
+    for path in reversed(found):
+        try:
+            return path, header(path)
+        except ValueError as error:
+            if path == found[0]:
+                raise
+            report(f"{error}; trying the one before")
+    return None
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a writer that was killed left beside the checkpoints."""
+    for leftover in (folder / "checkpoints").glob(".step-*.safetensors"):
+        leftover.unlink()

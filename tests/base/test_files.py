@@ -1,0 +1,118 @@
+"""ddpm_ext.files: a file appears whole or not at all."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_ext.base import files
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    files.write_text(path, "one")
+    files.write_text(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü"
+    assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+    with pytest.raises(RuntimeError, match="half way"), files.atomic_path(path) as beside:
+        beside.write_bytes(b"ne")
+        raise RuntimeError("half way")
+    assert path.read_bytes() == b"old"
+    assert [found.name for found in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_killed_while_writing_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.bin"
+    files.write_bytes(path, b"old")
+    code = (
+        "import os, signal, sys\nfrom ddpm_ext import files\n"
+        "with files.atomic_path(sys.argv[1]) as beside:\n"
+        "    beside.write_bytes(b'ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / ".lock"
+    path.touch()
+    code = (
+        "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext import files\n"
+        "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
+        "context = multiprocessing.get_context('fork')\nhere, there = context.Pipe()\n"
+        "with files.lock(sys.argv[1]):\n"
+        "    context.Process(target=work, args=(there,)).start()\n    print(here.recv(), flush=True)\n"
+        "    try:\n        files.lock(sys.argv[1]).__enter__()\n"
+        "    except ValueError:\n        print('locked', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with open(tmp_path / "said", "w+") as said:
+        done = subprocess.run([sys.executable, "-c", code, str(path)], stdout=said, timeout=120)
+        said.seek(0)
+        worker, locked = said.read().split()
+    try:
+        assert (done.returncode, locked) == (-signal.SIGKILL, "locked")
+        with files.lock(path):
+            os.kill(int(worker), 0)  # still there
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "a.bin"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_permissions_are_those_of_a_plain_file(tmp_path):
+    (tmp_path / "plain").touch()
+    files.write_bytes(tmp_path / "ours", b"")
+    modes = [stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in ("plain", "ours")]
+    assert modes[0] == modes[1]
+
+
+def test_link_is_written_through(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    files.write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("write", [files.check_writable, lambda path: files.write_bytes(path, b"x")])
+def test_devices_and_folders_are_refused(tmp_path, write):
+    with pytest.raises(ValueError, match="folder"):
+        write(tmp_path)
+    with pytest.raises(ValueError, match="regular file"):
+        write("/dev/null")
+    assert not os.path.isfile("/dev/null")
+
+
+def test_check_writable(tmp_path):
+    files.check_writable(tmp_path / "new" / "a.png")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out: cannot write .*file/a\.png"):
+        files.check_writable(tmp_path / "file" / "a.png")
+    with pytest.raises(ValueError, match="out: cannot write"):
+        files.check_writable(tmp_path / ("x" * 300 + ".png"))
+
+
+def test_json(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, 2.5]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}

@@ -1,0 +1,166 @@
+"""`ddpm-ext sample --num-images`: alone, under torchrun, killed and run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.command_line import ENVIRONMENT, call, run, save_tiny
+
+from ddpm_ext import models
+
+for module in ("diffusers", "safetensors", "tqdm"):
+    pytest.importorskip(module)
+
+N = 11
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def many(tiny, tmp_path_factory):
+    """The folder of a run: three shards, batches of two"""
+    folder = tmp_path_factory.mktemp("run") / "samples"
+    assert call(*arguments(tiny, folder)) == 0
+    return folder
+
+
+def arguments(model, folder, *more):
+    options = ("--num-images", N, "--shard-size", 4, "--batch-size", 2, "--steps", 6, "--quiet")
+    return "sample", "--model", model, *options, "--out", folder, *more
+
+
+def shards(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shards/*"))}
+
+
+def pixels(folder):
+    return np.concatenate([np.load(path) for path in sorted(folder.glob("shards/*.npy"))]).astype(int)
+
+
+def test_same_samples_as_a_plain_run(tiny, tmp_path, many):
+    plain = tmp_path / "a.npz"
+    assert call("sample", "--model", tiny, "--num", N, "--steps", 6, "--out", plain, "--quiet") == 0
+    # The noise is the same to the bit; the model's sums may be rounded otherwise in a batch of another size.
+    assert abs(pixels(many) - np.load(plain)["arr_0"]).max() <= 1
+    for batch_size in (1, 3, 7):
+        assert call(*arguments(tiny, tmp_path / str(batch_size), "--batch-size", batch_size)) == 0
+        assert abs(pixels(many) - pixels(tmp_path / str(batch_size))).max() <= 1
+
+
+def test_writes_what_fid_scripts_read(tiny, tmp_path, device):
+    image = pytest.importorskip("PIL.Image")
+    loud = [argument for argument in arguments(tiny, "new/run", "--npz", "--png") if argument != "--quiet"]
+    done = run(*loud, "--device", device, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, *files = done.stdout.splitlines()
+    assert first.startswith(f"new/run: {N} samples, 8x12x3; {N} drawn in ")
+    assert first.endswith(" images/s")
+    assert files == [f"new/run/samples_{N}x8x12x3.npz", "new/run/png"]
+    assert f"{N}/{N}" in done.stderr  # the bar
+    assert done.stderr.count("sampling loop") == 0
+    with np.load(tmp_path / files[0]) as opened:
+        assert opened.files == ["arr_0"]
+        assert np.array_equal(opened["arr_0"], pixels(tmp_path / "new" / "run"))
+        for i in range(N):
+            with image.open(tmp_path / files[1] / f"{i:06d}.png") as picture:
+                assert np.array_equal(np.asarray(picture), opened["arr_0"][i])
+
+
+def test_outputs_of_a_run_that_is_done(tiny, tmp_path, many, capsys):
+    assert call(*arguments(tiny, many, "--npz", tmp_path / "a" / "b.npz", "--device", "cpu", "--batch-size", 5)) == 0
+    assert capsys.readouterr().out == f"{many}: {N} samples, 8x12x3\n{tmp_path / 'a' / 'b.npz'}\n"
+    assert np.array_equal(np.load(tmp_path / "a" / "b.npz")["arr_0"], pixels(many))
+
+
+def test_other_settings_are_refused(tiny, tmp_path, many, capsys):
+    other = save_tiny(tmp_path / "other")
+    assert call(*arguments(other, many, "--eta", 0)) == 0  # the same model in another place; ddpm has no eta
+    weights = models.read_weights(other / models.WEIGHTS)
+    next(iter(weights.values())).add_(1)
+    from safetensors.torch import save_file
+
+    save_file(weights, other / models.WEIGHTS)
+    before = shards(many)
+    changes = {
+        "seed is 0 there and 1 here": ("--seed", 1),
+        "sampler is ddpm there and ddim here; eta is None there and 0.0 here": ("--sampler", "ddim"),
+        "steps is 6 there and 7 here": ("--steps", 7),
+        "spacing is linspace there and leading here": ("--spacing", "leading"),
+        "dtype is float32 there and bfloat16 here": ("--dtype", "bfloat16"),
+        "backend is fused there and reference here": ("--backend", "reference"),
+        f"num_images is {N} there and 12 here": ("--num-images", 12),
+        "shard_size is 4 there and 5 here": ("--shard-size", 5),
+        "model_sha256 is ": ("--model", other),
+    }
+    capsys.readouterr()
+    for message, options in changes.items():
+        assert call(*arguments(tiny, many, *options)) == 2
+        written = capsys.readouterr()
+        assert f"out: {many} has samples of other settings: {message}" in written.err
+        assert (written.err.count("\n"), written.out) == (1, "")
+    assert shards(many) == before
+
+
+def test_manifest_says_what_samples_follow_from(tiny, many):
+    found = json.loads((many / "manifest.json").read_text())
+    assert found["about"]["model"] == str(tiny)
+    settings = found["settings"]
+    assert len(settings.pop("model_sha256")) == 64
+    assert settings.pop("version")
+    assert settings == {
+        "sampler": "ddpm",
+        "steps": 6,
+        "spacing": "linspace",
+        "eta": None,
+        "seed": 0,
+        "dtype": "float32",
+        "backend": "fused",
+        "num_images": N,
+        "shard_size": 4,
+        "shape": [8, 12, 3],
+    }
+
+
+def test_plain_sample_among_ranks_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert call("sample", "--model", tiny, "--out", tmp_path / "a.npz") == 2
+    message = "ddpm-ext sample, rank 1: num: draws in one process, expected --num-images among several ranks\n"
+    assert capsys.readouterr().err == message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's processes in /proc")
+def test_torchrun_killed_and_run_again(tiny, tmp_path, many):
+    folder = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddpm_ext"]
+    # Slow enough to be killed on the way
+    slow = ("--num-images", 24, "--shard-size", 1, "--backend", "reference", "--steps", 20)
+    command = [*launcher, *map(str, arguments(tiny, folder, *slow))]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("shards/0*.npy"))) < 4 and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    ranks = [int(child) for child in children if b"sample" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    running.communicate(timeout=120)
+    assert running.returncode == 1
+    kept = len(list(folder.glob("shards/0*.npy")))
+    assert 4 <= kept < 24
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder}: 24 samples, 8x12x3; {24 - kept} drawn in " in done.stdout
+    assert done.stdout.rstrip().endswith("images/s on 2 ranks")
+    assert call(*arguments(tiny, tmp_path / "one", *slow)) == 0
+    assert shards(folder) == shards(tmp_path / "one")

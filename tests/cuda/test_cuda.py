@@ -1,0 +1,122 @@
+"""What holds on a GPU alone: launches, waits, allocations, graphs, streams, the CPU's bits. The checks are those of
+benchmarks/gpu, which reports on them for a card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.extended import make_table
+
+from benchmarks.gpu import bits, costs, graphs
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+
+pytestmark = pytest.mark.cuda
+
+SHAPE = (4, 3, 32, 32)
+
+
+def assert_holds(check):
+    if check.ok is None:
+        pytest.skip(check.found)
+    assert check.ok, f"{check.name}: {check.found}"
+
+
+@pytest.mark.parametrize("name", bits.CHECKS)
+def test_the_bits_of_the_cpu(device, name):
+    assert_holds(bits.CHECKS[name](device))
+
+
+@pytest.mark.parametrize("step", costs.STEPS)
+@pytest.mark.parametrize("measure", costs.MEASURES)
+def test_costs_of_a_step(device, measure, step):
+    assert_holds(costs.check(measure, step, device))
+
+
+def test_a_loop_launches_once_a_step(device):
+    assert_holds(costs.check_loop(device))
+
+
+def test_costs_of_randn(device):
+    for check in costs.check_randn(device):
+        assert_holds(check)
+
+
+@pytest.mark.parametrize("name", graphs.CHECKS)
+def test_a_graph_replayed_with_another_seed(device, name):
+    assert_holds(graphs.CHECKS[name](device))
+
+
+@pytest.fixture
+def gd():
+    return GaussianDiffusion(1000)
+
+
+def test_current_stream(device, gd, normal):
+    """On a stream of its own that is kept busy, a step sees what was written there before it."""
+    x, m, t = normal(*SHAPE), normal(*SHAPE, seed=1), torch.full(SHAPE[:1], 500, device=device)
+    expected = gd.p_sample(lambda *_: m, x, t, rng=Philox(1))
+    late, out = torch.zeros_like(x), torch.empty_like(x)
+    torch.cuda.synchronize(device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
+        late.copy_(x)
+        gd.p_sample(lambda *_: m, late, t, rng=Philox(1), out=out)
+        assert not stream.query(), "the wait was over too soon for this test to mean anything"
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_device_that_is_not_current(device, gd, normal):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda", 1 - device.index)
+    x, m = normal(*SHAPE), normal(*SHAPE, seed=1)
+    with torch.cuda.device(other):
+        here = gd.p_sample(lambda *_: m, x, 500, rng=Philox(1))
+    there = gd.p_sample(lambda *_: m.to(other), x.to(other), 500, rng=Philox(1))
+    assert (here.device, there.device) == (device, other)
+    assert torch.equal(there.to(device), here)
+    assert torch.equal(here, gd.p_sample(lambda *_: m, x, 500, rng=Philox(1)))
+
+
+def test_compiled(device, gd, normal):
+    """By inductor, with the shapes of one call and of any."""
+
+    def everything(x, m, t, rng):
+        step = gd.p_sample(lambda *_: m, x, t, rng=rng)
+        return step, gd.q_sample(x, t, rng=rng), randn(x.shape, rng, device=x.device)
+
+    x, m, t = normal(*SHAPE), normal(*SHAPE, seed=1), torch.arange(4, device=device) * 100
+    ids = torch.arange(4, device=device) + 2**32
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, m, t, ids: everything(x, m, t, Philox(9, ids)), fullgraph=True)
+    for part in (slice(0, 4), slice(1, 4)):
+        arguments = x[part], m[part], t[part]
+        expected = everything(*arguments, Philox(9, ids[part]))
+        for ours, eager in zip(compiled(*arguments, ids[part]), expected, strict=True):
+            assert torch.equal(ours, eager)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_channels_last(device, gd, normal, dtype):
+    x, m = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)
+    last = x.to(memory_format=torch.channels_last)
+    got = gd.p_sample(lambda *_: m.to(memory_format=torch.channels_last), last, 500, rng=Philox(1))
+    assert got.stride() == last.stride()
+    assert torch.equal(got, gd.p_sample(lambda *_: m, x, 500, rng=Philox(1)))
+
+
+def test_t_out_of_range_counts_as_the_nearest(device, make_step_table, normal):
+    """It is not read back to be checked."""
+    x, m, table = normal(4, 33), normal(4, 33, seed=1), make_step_table(5)
+    wild = torch.tensor([-1, 5, -(2**63), 2**63 - 1], device=device)
+    tame = torch.tensor([0, 4, 0, 4], device=device)
+    assert torch.equal(
+        ops.reverse_step(x, m, table, wild, rng=Philox(1)), ops.reverse_step(x, m, table, tame, rng=Philox(1))
+    )
+    wide = make_table(5).to(device)
+    assert torch.equal(
+        ops.extended_step(x, m, wide, wild, rng=Philox(1)), ops.extended_step(x, m, wide, tame, rng=Philox(1))
+    )

@@ -1,0 +1,416 @@
+"""The CUDA kernels, compiled by g++ and run on the CPU by a stand-in for CUDA's runtime: bit for bit what the CPU's
+kernels compute, by whatever order of threads, without a byte touched that isn't theirs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.choices import for_many
+from support.cuda_host import library
+from support.cuda_host.calls import PAIRS, SPECIAL, VARIANTS, Call, hide_seed, make_call, step_table
+from support.cuda_host.guarded import PLACES
+from support.cuda_host.windows import around
+
+pytest_plugins = "support.cuda_host.fixtures"
+pytestmark = pytest.mark.usefixtures("one_thread")
+not_sanitized = pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
+SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1031]  # the last: a prime, and of more than one block
+
+ONE_DTYPE = [v for v in VARIANTS if v[2] in (PAIRS[0], PAIRS[3])]
+
+
+def name(variant) -> str:
+    return "-".join([variant[0], variant[1], *(str(dtype).removeprefix("torch.") for dtype in variant[2])])
+
+
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=name)
+one_dtype = pytest.mark.parametrize("variant", ONE_DTYPE, ids=name)
+
+
+def padded(x: torch.Tensor, multiple: int = 8) -> torch.Tensor:
+    """x's values, each sample starting at a multiple of 8 elements."""
+    flat = x.flatten(1)
+    wide = x.new_zeros(len(x), -(-flat.shape[1] // multiple) * multiple + multiple)
+    wide[:, : flat.shape[1]] = flat
+    return wide[:, : flat.shape[1]]
+
+
+# ------------------------------------------------------------------------------------------- shapes and alignment
+
+
+@variants
+def test_sizes_and_places(host, variant):
+    for batch, size in itertools.product((1, 3), SIZES):
+        call, gpu = make_call(variant, batch, size)
+        expected = call.on_cpu()
+        names = ["x", "second", "noise", "out"]
+        somewhere = [{name: "odd"} for name in names if name == "out" or getattr(call, name, None) is not None]
+        for places in [*PLACES, *somewhere]:
+            host.check(hide_seed(call, gpu), places, gpu=gpu, expected=expected)
+
+
+@variants
+def test_samples_apart(host, variant):
+    """Each sample aligned, and behind it what is nobody's: tails of vectors."""
+    for size in SIZES[1:]:
+        call, gpu = make_call(variant, 4, size)
+        expected = call.on_cpu()
+        call = hide_seed(call.with_tensors(lambda _, x: padded(x)), gpu)
+        host.check(call, gpu=gpu, expected=expected, out=padded(call.x))
+        assert host.control.took_vectors() or call.op == "randn"
+        host.check(call, {"out": "odd"}, gpu=gpu, expected=expected, out=padded(call.x))
+
+
+def test_vectors_where_memory_is_aligned(host):
+    for variant, size in itertools.product(VARIANTS, (1, 256, 257)):
+        call, gpu = make_call(variant, 1, size)
+        host.run(call, gpu=gpu)
+        assert host.control.took_vectors(), (variant, size)
+        call, gpu = make_call(variant, 3, size)
+        host.run(call, gpu=gpu)
+        assert host.control.took_vectors() == (size == 256), (variant, size)
+        for name in ("out",) if call.op == "randn" else ("x", "second", "noise", "out"):
+            if name == "out" or getattr(call, name) is not None:
+                host.run(call, {name: "odd"}, gpu=gpu)
+                assert not host.control.took_vectors(), (variant, name)
+
+
+def layouts(x: torch.Tensor):
+    """x's values in other memory: (batch, 3, 5, 7)."""
+    yield x.to(memory_format=torch.channels_last)
+    yield x.transpose(1, -1).contiguous().transpose(1, -1)
+    yield x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    yield torch.stack([x, x], -1).flatten(-2)[..., ::2]
+    yield torch.stack([x, x], 1).flatten(0, 1)[::2]
+    yield torch.nn.functional.pad(x, (3, 2, 0, 0, 1, 1))[:, 1:-1, :, 3:-2]
+
+
+@variants
+def test_layouts(host, variant):
+    call, gpu = make_call(variant, 4, 3, 5, 7)
+    expected = call.on_cpu()
+    call = hide_seed(call, gpu)
+    host.check(call, gpu=gpu, expected=expected)
+    takes_out = call.op in ("reverse_step", "forward_process")
+    for i, x in enumerate(layouts(call.x)):
+        host.check(call.with_tensors(lambda _, y, i=i: list(layouts(y))[i]), gpu=gpu, expected=expected)
+        host.check(replace(call, x=x), "odd", gpu=gpu, expected=expected, out=call.x if takes_out else None)
+        if takes_out:
+            host.check(call, "back", gpu=gpu, expected=expected, out=x)
+            host.check(replace(call, x=x), gpu=gpu, expected=expected, in_place=True)
+
+
+@one_dtype
+def test_expanded(host, variant):
+    for dim in range(4):
+        shape = [4, 3, 5, 7]
+        shape[dim] = 1
+        call, gpu = make_call(variant, *shape)
+        call = call.with_tensors(lambda _, x: x.expand(4, 3, 5, 7))
+        if call.t is not None:
+            call = replace(call, t=torch.tensor([2]).expand(4))
+        expected = call.with_tensors(lambda _, x: x.contiguous()).on_cpu()
+        for place in ("front", "back"):
+            host.check(hide_seed(call, gpu), place, gpu=gpu, expected=expected)
+
+
+@one_dtype
+def test_many_dimensions(host, variant):
+    """Eight in a sample whose strides don't merge, no two of one size but the first."""
+    call, gpu = make_call(variant, 2, 2, 2, 3, 1, 4, 5, 1, 6, 7, 1, 3)
+    expected = call.on_cpu()
+
+    def backwards(_, x):
+        order = tuple(reversed(range(x.dim())))
+        return x.permute(order).contiguous().permute(order)
+
+    host.check(hide_seed(call.with_tensors(backwards), gpu), gpu=gpu, expected=expected)
+
+
+# ---------------------------------------------------------------------------------------- rows, samples and noise
+
+
+@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[0] != "randn"], ids=name)
+def test_rows(host, variant):
+    """t as an int, strided, and beyond the table, where the kernel takes the nearest row."""
+    for row in range(4):
+        call, gpu = make_call(variant, 3, 77, t=None, t_index=row)
+        host.check(hide_seed(call, gpu), gpu=gpu, expected=call.on_cpu())
+    call, gpu = make_call(variant, 5, 77)
+    last = len(call.table) - 1
+    call = replace(call, t=torch.tensor([last, 0, 0, last, 2]))
+    expected = call.on_cpu()
+    call = hide_seed(call, gpu)
+    apart = torch.stack([call.t, torch.full((5,), -1)], 1).flatten()[::2]
+    host.check(replace(call, t=apart), "back", gpu=gpu, expected=expected)
+    wild = torch.tensor([last + 1, -1, -(2**63), 2**63 - 1, 2])
+    for t in (wild, torch.stack([wild, wild], 1)[:, 0]):
+        host.check(replace(call, t=torch.zeros(5).long()), gpu={**gpu, "t": t}, expected=expected)
+
+
+@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn")], ids=name)
+def test_samples_and_noise(host, variant):
+    """Ids counted or in memory, draws and streams at the ends of their ranges."""
+    top = 2**56 - 1
+    ids = torch.tensor([0, top, 2**32, 2**40 - 1, 7])
+    for seed, first, stream, draw in [(0, 0, 0, -1), (-1, top - 4, 255, 2**32 - 1), (2**63 - 1, 5, 1, 0), (9, 1, 3, 7)]:
+        rng = {"seed": seed, "stream": stream, "draw": draw}
+        for own in ({"first_id": first}, {"ids": ids}, {"ids": ids.repeat_interleave(3)[::3]}):
+            call, gpu = make_call(variant, 5, 67, **rng, **own)
+            host.check(hide_seed(call, gpu), "back", gpu=gpu, expected=call.on_cpu())
+        call, gpu = make_call(variant, 5, 67, **rng, ids=ids)
+        expected = call.on_cpu()
+        # the kernel has 56 bits of an id, whatever is above
+        wild = ids + torch.tensor([0, 1, 2**7 - 1, -(2**7), -1]) * 2**56
+        call = replace(hide_seed(call, gpu), ids=torch.zeros_like(ids))
+        for other in (wild, wild.repeat_interleave(2)[::2]):
+            host.check(call, gpu={**gpu, "sample_ids": other}, expected=expected)
+
+
+@for_many(200)
+def test_anything(one_host, choose):
+    """All of the above at once."""
+    one_host.control.set_seed(choose.integer(0, 2**32, "order of threads"))
+    variant = choose.one_of(VARIANTS, "variant")
+    batch = choose.integer(0, 9, "batch")
+    sizes = choose.several(lambda: choose.integer(1, choose.one_of([3, 20])), 0, 4, "dimensions")
+    call, gpu = make_call(variant, batch, *sizes)
+    drawn = {
+        "seed": choose.integer(-(2**63), 2**63 - 1, "seed"),
+        "stream": choose.integer(0, 255, "stream"),
+        "draw": choose.integer(-1, 2**32 - 1, "draw"),
+        "first_id": choose.integer(0, 2**56 - 10, "first id"),
+    }
+    call, gpu = make_call(variant, batch, *sizes, **drawn)
+    if call.t is not None:
+        rows = [choose.integer(0, len(call.table) - 1) for _ in range(batch)]
+        call = replace(call, t=torch.tensor(rows, dtype=torch.int64))
+    clip = sorted(choose.one_of([-math.inf, -1.0, -0.0, 0.0, 0.25, math.inf]) for _ in range(2))
+    call = replace(call, clip=tuple(clip))
+    expected = call.on_cpu()
+
+    def other_memory(name, x):
+        order = choose.order(x.dim(), name)
+        return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
+
+    if choose.one_of([True, False], "other memory") and call.op != "randn":
+        call = call.with_tensors(other_memory)
+    places = {name: choose.one_of(PLACES, name) for name in ("x", "second", "noise", "out", "t")}
+    in_place = call.op in ("reverse_step", "forward_process") and choose.one_of([True, False], "in place")
+    one_host.check(hide_seed(call, gpu), places, gpu=gpu, expected=expected, in_place=in_place)
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("choice", range(4), ids=["nearest", "least", "greatest", "any"])
+def test_an_inexact_instruction_leaves_no_trace(host, choice):
+    """Whatever numbers within its error a GPU's reciprocal square root returns, the normals are the same.
+
+    But for a few words in 10^8 and the largest errors, which test_root.py counts; a GPU's own sqrt.rn would err there.
+    """
+    host.control.set_rsqrt(choice)
+    for variant in [v for v in VARIANTS if v[1] == "drawn" and v[2] == PAIRS[0]]:
+        call, _ = make_call(variant, 2, 10_007)
+        host.check(call)
+    # the ends of the words' range, and through all of it
+    for first, step in ((0, 1), (2**32 - 2**17, 1), (12345, 4073)):
+        assert host.control.radius_mismatches(first, step, 2**17 if step == 1 else 2**20) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding(host, dtype):
+    """Every 16-bit number, and its multiples all the way to overflow and underflow."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(1, -1)
+    for k in (1.0, 1.5, 1.25, 1 / 3, 3.0, 2.0**-9 / 3, -0.0):
+        table = torch.tensor([[k, 0.0]])
+        host.check(Call("forward_process", every, table))
+        host.check(Call("predict_start", every, table, second=every.flip(1)))
+        host.check(Call("predict_start", every.float(), table, second=every.flip(1)))
+
+
+CLIPS = [(-1.0, 1.0), (-math.inf, math.inf), (0.0, 1.0), (-0.0, 0.0), (-1.0, -0.0), (0.5, 0.5)]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_special_values(host, clip):
+    """In every place of every row, and clips with zeros."""
+    grid = torch.tensor(list(itertools.product(SPECIAL, repeat=3))).T.contiguous()
+    x, m, z = grid.unsqueeze(1)
+    for table in (step_table(), step_table() * torch.tensor([1, 1, 1, 0, 0, 1, 1, 1.0])):
+        for row, noise, dtype in itertools.product(
+            range(8), ("none", "given", "drawn"), (torch.float32, torch.float16)
+        ):
+            call = Call("reverse_step", x, table, second=m.to(dtype), t_index=row, clip=clip)
+            call = replace(call, noise=z if noise == "given" else None, drawn=noise == "drawn")
+            host.check(call)
+            host.check(call, "odd")
+
+
+# -------------------------------------------------------------------------------------------------------- launches
+
+
+def test_one_launch(host):
+    for variant, shape in itertools.product(VARIANTS, [(3, 1031), (3, 2, 0), (0, 4)]):
+        call, gpu = make_call(variant, *shape)
+        host.check(call, gpu=gpu)
+        assert len(host.control.take_launches()) == (1 if call.x.numel() else 0)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] == PAIRS[0]], ids=name)
+def test_a_refused_launch_is_an_error(host, variant):
+    call, gpu = make_call(variant, 3, 67)
+    host.control.set_refuse(True)
+    with pytest.raises(RuntimeError, match="CUDA error 9: invalid configuration argument"):
+        host.run(call, gpu=gpu)
+    host.control.set_refuse(False)
+    host.check(call, gpu=gpu)
+
+
+ENDS = [0, 2**31, 2**32, 2**33]
+LARGE = [v for v in VARIANTS if v[0] in ("reverse_step", "forward_process")]
+
+
+@not_sanitized
+@for_many(60)
+def test_more_than_32_bits(one_host, windows, choose):
+    """Samples of up to 2^34 elements, batches of as many samples."""
+    numel = choose.integer(1, 2**34 - 1, "numel")
+    if choose.one_of([True, False], "near a power"):
+        numel = max(1, 2 ** choose.integer(0, 33, "power") + choose.integer(-9, 9, "near it"))
+    gaps = [0, -numel % 8, 1, *(far - numel for far in (2**31, 2**32 - 8, 2**32) if far > numel)]
+    stride = numel + choose.one_of(gaps, "gap")
+    batch = choose.integer(1, max(1, 2**34 // stride), "batch")
+    odd = choose.one_of(["", "x", "out", "noise", "second"], "odd")
+    samples = (0, batch - 1, choose.integer(0, batch - 1, "sample"))
+    places = around(samples, [*ENDS, numel // 2, numel], numel)
+    variant = choose.one_of(LARGE, "variant")
+    windows.check(one_host, variant, (batch, numel), {"out": (stride, 1)}, {odd: 1}, places)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], ("randn", "drawn", PAIRS[0]), ("forward_process", "none", PAIRS[3])])
+def test_all_of_a_large_tensor(host, variant):
+    """Whose threads take several turns."""
+    for places, shape in (("front", (1, 8_600_017)), ("odd", (3, 1_600_003))):
+        call, _ = make_call(variant, *shape)
+        host.check(call, places)
+
+
+@not_sanitized
+def test_all_of_more_samples_than_a_grid_has_rows(host):
+    batch = 65535 * 256 + 65537
+    call, _ = make_call(("forward_process", "none", PAIRS[3]), 1, 1, t=None, t_index=0)
+    x = torch.arange(batch).to(torch.int16).view(torch.float16).view(batch, 1)
+    host.check(replace(call, x=x), expected=(x.float() * call.table[0, 0]).half())
+
+
+@not_sanitized
+@pytest.mark.parametrize("variant", LARGE, ids=name)
+def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
+    twice, word = 2 * 65535, 16 // variant[2][0].itemsize
+    batches = [
+        (twice * 256 + 65537, 1),
+        (twice * 64 + 257, 13),
+        (twice + 17, 1031),
+        (2**33 + 513, 1),
+        (2**32 + 3, word),
+    ]
+    for batch, numel in batches:
+        rows = (grids * 65535 * samples for grids in (1, 2) for samples in (1, 64, 256))
+        samples = {0, 65535, batch // 2, 2**32 + 2**31 + 1, batch - 1, *rows}
+        places = around([b for b in samples if b < batch], [0, numel], numel)
+        windows.check(one_host, variant, (batch, numel), {"out": (numel, 1)}, {}, places)
+
+
+@not_sanitized
+@pytest.mark.parametrize("variant", LARGE, ids=name)
+def test_where_32_bits_end(one_host, windows, variant):
+    """All of it aligned."""
+    ends = [(1, n, stride) for n in (2**31 - 8, 2**31, 7 * 2**29, 2**32 - 8, 2**32, 2**33) for stride in (8, n)]
+    ends += [(3, 1032, stride) for stride in (2**31, 2**32 - 8, 2**32)]
+    for batch, numel, stride in ends:
+        places = around({0, batch - 1}, [*ENDS, numel // 2, numel], numel)
+        windows.check(one_host, variant, (batch, numel), {"out": (stride, 1)}, {}, places)
+
+
+@not_sanitized
+@pytest.mark.parametrize("variant", LARGE, ids=name)
+def test_more_than_32_bits_in_other_memory(one_host, windows, variant):
+    for a, b, c in [(65537, 65539, 3), (3, 2**31 + 11, 2), (1 << 16, 1 << 15, 7), (5, 7, 2**28 + 3)]:
+        shape = (1, a, b, c)
+        straight, crossed = (a * b * c, b * c, c, 1), (a * b * c, 1, a, a * b)
+        places = around([0], [*ENDS, a * b * c // 2, a * b * c], a * b * c)
+        windows.check(one_host, variant, shape, {"out": straight, "x": crossed}, {}, places)
+        windows.check(one_host, variant, shape, {"out": crossed, "second": straight}, {}, places)
+
+
+@not_sanitized
+@pytest.mark.parametrize("variant", [v for v in ONE_DTYPE if v[1].startswith("drawn") and v[0] != "randn"], ids=name)
+def test_rows_and_ids_far_apart(one_host, windows, variant):
+    for stride in (2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1):
+        call, gpu = make_call(variant, 3, 64, t=torch.tensor([1, 2, 3]), ids=torch.tensor([2**40, 2, 7]))
+        expected = call.on_cpu()
+        for name, near in (("t", call.t), ("sample_ids", call.ids)):
+            far = windows.rooms["x"].tensor(torch.int64, (3,), (stride,), 0)
+            far.copy_(near)
+            one_host.check(hide_seed(call, gpu), gpu={**gpu, name: far}, place_gpu=False, expected=expected)
+
+
+# ------------------------------------------------------------------------------------------------------ sanitizers
+
+POISONED = """
+import torch
+from support.cuda_host import calls, library
+from pathlib import Path
+host = calls.Host(Path(library.GIVEN))
+x = torch.zeros(2, 64)
+host.control.poison(x.data_ptr() + 496, 16)
+host.operators.forward_process(x, torch.ones(1, 2), None, 0, None, False, None, 0, None, 0, 0, -1, None)
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(one_host):
+    """The sanitized library, and a function that runs Python on it."""
+    if not library.sanitizer_libraries():
+        pytest.skip("g++ has no AddressSanitizer")
+    path = library.build_sanitized(one_host.path)
+    environment = library.sanitized_environment(path)
+    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, environment.get("PYTHONPATH", "")])
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.skipif(bool(library.GIVEN), reason="is run in the test that builds the library")
+def test_under_sanitizers(sanitized):
+    """All of the above again, but for what is about arithmetic alone."""
+    less = "not (sanitize or rounding or special or trace or large)"
+    files = [
+        Path(__file__),
+        Path(__file__).with_name("test_cuda_host_extended.py"),
+        library.FOLDER / "test_stand_in.py",
+    ]
+    # -s: a sanitizer's report ends the process, and what pytest has captured is lost
+    done = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-k", less, *files)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200
+
+
+@pytest.mark.skipif(bool(library.GIVEN), reason="is run in the test that builds the library")
+def test_the_sanitizer_is_awake(sanitized):
+    done = sanitized("-c", POISONED)
+    assert done.returncode != 0
+    assert "AddressSanitizer: use-after-poison" in done.stderr, done.stderr[-5000:]

@@ -1,0 +1,97 @@
+"""csrc/cuda/loss.cu as machine code: see test_cuda_sources.py, of whose kernels it differs by its sums in float64."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from benchmarks.static.cards import ARCHS
+from benchmarks.static.compiler import Build, Missing, build_all, find_tools
+from benchmarks.static.kernels import enum
+
+# a chunk's losses, the strands, and whether a block is the last; CUDA keeps 1 KiB for itself on newer cards
+SHARED = 512 * 4 + 128 * 8 + 1
+BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
+
+
+@pytest.fixture(scope="module")
+def builds() -> dict[str, Build]:
+    try:
+        tools = find_tools()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    return {build.arch: build for build in build_all(tools, ["loss"], tools.archs)}
+
+
+@pytest.fixture(params=ARCHS)
+def build(builds, request) -> Build:
+    if request.param not in builds:
+        pytest.skip(f"this nvcc doesn't know sm_{request.param}")
+    return builds[request.param]
+
+
+def variants(build: Build) -> dict[tuple[str, str, str, str, str], object]:
+    """Kernels by (row, noise, access, type of x_start, type of the model's output)."""
+    found = {}
+    for kernel in build.kernels:
+        types = "|".join(BITS)
+        name = re.search(
+            rf"loss_of_samplesINS_\d+(\w+?)ELNS_5NoiseE(\d)ELNS0_6AccessE(\d)E({types})({types}|S\d_)EEv", kernel.name
+        )
+        assert name is not None, kernel.name
+        x, m = name[4], name[4] if name[5].startswith("S") else name[5]
+        found[name[1], enum("Noise")[int(name[2])], enum("Access")[int(name[3])], x, m] = kernel
+    return found
+
+
+def test_every_variant(build):
+    """Without the bound and with it, noise given or drawn, by vectors or strides, of five pairs of dtypes."""
+    assert len(variants(build)) == len(build.kernels) == 2 * 2 * 2 * 5
+    assert {row for row, *_ in variants(build)} == {"LossRow", "VariationalRow"}
+
+
+def test_nothing_spills_or_is_called(build):
+    """But for CUDA's own shuffle, for a warp that has come apart, which older cards have as a subroutine."""
+    for kernel in build.kernels:
+        used = build.resources[kernel.name]
+        assert used.registers <= (96 if "VariationalRow" in kernel.name else 64), (kernel.name, used)
+        assert used.shared in (SHARED, SHARED + 1024), (kernel.name, used)
+        assert not (used.stack or used.local or used.spill_stores or used.spill_loads), (kernel.name, used)
+        assert not {i.opcode for i in kernel.instructions if i.name in ("LDL", "STL")}, kernel.name
+        called = {i.operands for i in kernel.instructions if i.calls}
+        assert all("shflsync_down" in operands for operands in called), (kernel.name, called)
+        if not called:
+            assert not {i.opcode for i in kernel.instructions if i.name == "RET"}, kernel.name
+
+
+def test_arithmetic(build):
+    """Nothing approximate but the start of a root, nothing flushed; float64 is added, multiplied and converted."""
+    instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", build.ptx, re.MULTILINE)
+    floating = {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
+    assert not {i for i in floating if re.search(r"\.(ftz|approx|full|sat)\b", i)}
+    double = {i for i in floating if ".f64" in i}
+    allowed = r"(add|mul)(\.rn)?\.f64|cvt\.(f64\.f32|rn\.f32\.f64)|(ld|st)\.[\w.]+|mov\.f64|selp\.f64"
+    assert double and not {i for i in double if not re.fullmatch(allowed, i)}
+    assert not {i.opcode for kernel in build.kernels for i in kernel.instructions if i.name == "MUFU"} - {"MUFU.RSQ"}
+
+
+def widths(kernel, name: str) -> Counter[int]:
+    found = (re.search(r"\.(128|64|U16|S16)\b", i.opcode) for i in kernel.instructions if i.name == name)
+    return Counter(int(width[1].lstrip("US")) if width else 32 for width in found)
+
+
+def test_four_elements_are_one_load_and_one_store(build):
+    """Of each tensor: 128 bits of float32, 64 of 16 bits. A row is 128, and what isn't a tensor is as by strides."""
+    kernels = variants(build)
+    for (row, noise, access, x, m), kernel in kernels.items():
+        if access != "vector":
+            continue
+        strided = kernels[row, noise, "strided", x, m]
+        halves = 2 if row == "VariationalRow" else 1
+        read = [m] * halves + [x] + [x] * (noise == "given")
+        for name, tensors in (("LDG", read), ("STG", ["f"] * halves)):
+            for type_, wide in (("f", 128), (None, 64)):
+                expected = sum((t == "f") == (type_ == "f") for t in tensors)
+                assert widths(kernel, name)[wide] - widths(strided, name)[wide] == expected, (kernel.name, name, wide)

@@ -1,0 +1,253 @@
+"""The CUDA sources: what they include, that they compile, and what PTX and machine code the compiler made of them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from benchmarks.static.cards import ARCHS
+from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
+from benchmarks.static.kernels import CSRC, EXTENDED, TYPES
+from benchmarks.static.pipes import is_move
+from benchmarks.static.report import Finding, findings
+from benchmarks.static.sass import Instruction
+
+EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in SOURCES])
+EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("affine", arch) for arch in ARCHS])
+
+
+# ----------------------------------------------------------------------------------------------- includes
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", ["cuda", "core"])
+def test_includes(folder):
+    """Below the operators nothing of torch but c10/cuda; in core nothing but C's headers and core itself."""
+    ours = {"cuda": r"core/|cuda/|args\.h|c10/cuda/|cuda_\w+\.h$|\w+$", "core": r"core/|(math|stdint|string)\.h$"}
+    files = [path for path in (CSRC / folder).iterdir() if path.suffix in (".h", ".cuh", ".cu")]
+    assert len(files) >= 3
+    for path in files:
+        for name in includes(path):
+            assert re.match(ours[folder], name), f"{path.name} includes {name}"
+
+
+# ------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.fixture(scope="module")
+def builds() -> dict[tuple[str, str], Build]:
+    try:
+        tools = find_tools()
+    except Missing as missing:
+        pytest.skip(str(missing))
+    return {(build.source, build.arch): build for build in build_all(tools, SOURCES, tools.archs)}
+
+
+@pytest.fixture
+def build(builds, source, arch) -> Build:
+    if (source, arch) not in builds:
+        pytest.skip(f"this nvcc doesn't know sm_{arch}")
+    return builds[source, arch]
+
+
+@pytest.fixture
+def kernels(build) -> list[Finding]:
+    return findings([build])
+
+
+@EACH
+def test_compiles(build, kernels, arch):
+    assert f".target sm_{arch}" in build.ptx
+    assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
+    by_access = Counter(kernel.variant.access for kernel in kernels)
+    assert by_access.keys() == {"vector", "strided"} and by_access["vector"] == by_access["strided"]
+
+
+@EACH
+def test_no_library_headers_but_the_runtimes(build):
+    """A toolkit without cuBLAS, cuSPARSE and the like is enough."""
+    files = build.files
+    assert any(f.endswith("core/philox.h") for f in files)
+    heavy = re.compile(r"/(ATen|torch/csrc|caffe2)/|/(cublas|cusparse|cusolver|cufft|curand|cudnn)\w*\.h$")
+    assert not [f for f in files if heavy.search(f)]
+
+
+# ----------------------------------------------------------------------------------------------------- PTX
+
+
+def bodies(build: Build) -> dict[str, str]:
+    """PTX by mangled names."""
+    parts = re.split(r"^\s*(?:\.visible|\.weak)?\s*\.entry\s+(\w+)", build.ptx, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@EACH
+def test_arithmetic_is_that_of_the_source(build):
+    """Float32 operations rounded to nearest, none that ptxas could contract, flush or approximate, but for the one
+    estimate that the square root starts from; no float64."""
+    ptx = build.ptx
+    instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.MULTILINE)
+    assert len(instructions) > 1000
+    floating = {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
+    assert floating & {"fma.rn.f32", "fma.rn.f32x2"}
+    bad = {i for i in floating if re.search(r"\.(ftz|approx|full|f64|sat)\b", i)}
+    arithmetic = {
+        i for i in floating if re.match(r"(add|sub|mul|mad|fma|div|rcp|sqrt|rsqrt|sin|cos|lg2|ex2|tanh)\.", i)
+    }
+    bad |= {i for i in arithmetic if not re.fullmatch(r"(add|sub|mul|fma)\.rn\.f32(x2)?", i)}
+    assert not bad
+
+
+def code(path: str, function: str = "") -> str:
+    """A file of csrc without comments, or in it the body of a function."""
+    text = re.sub(r"//.*", "", (CSRC / path).read_text())
+    if not function:
+        return text
+    found = re.search(rf"\b{function}\([^)]*\) \{{(.*?)^\}}", text, re.DOTALL | re.MULTILINE)
+    assert found, f"{path} has no {function}"
+    return found[1]
+
+
+def fma_calls(text: str) -> int:
+    return len(re.findall(r"\bfma\(", text))
+
+
+def fma_a_root() -> int:
+    """Written for every square root: in core/normal.h, and in cuda/pair.cuh for the square root itself."""
+    normal, pair = code("core/normal.h"), code("cuda/pair.cuh")
+    assert len(re.findall(r"\bsqrt\(", normal)) == 1
+    return fma_calls(normal) + fma_calls(re.sub(r"\bF2 fma\(F2", "", pair))  # which defines fma as well
+
+
+def fma_an_element(op: str, noise: str) -> int:
+    """Written for every element, the noise aside."""
+    if op == EXTENDED:  # all of its options
+        exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
+        return fma_calls(code("core/extended.h") + exponential + code("core/forward.h", "affine"))
+    mean = fma_calls(code("core/step.h", "predict_x_start") + code("core/step.h", "step_mean"))
+    drawn = {
+        "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
+        "Affine": fma_calls(code("core/forward.h", "affine")),
+        "Randn": 0,
+    }
+    return drawn[op] if noise != "none" else {"ReverseStep": mean, "Affine": 0}[op]
+
+
+@EACH_RANDN
+def test_normals_contract_nothing_in_ptx(build):
+    """As many fma beside each square root as the sources write."""
+    randn = {name: body for name, body in bodies(build).items() if "Randn" in name}
+    assert randn
+    for name, body in randn.items():
+        roots = body.count("rsqrt.approx.ftz.f32")
+        assert roots > 0, name
+        assert body.count("fma.rn.f32 ") + 2 * body.count("fma.rn.f32x2 ") == roots * fma_a_root(), name
+
+
+# ------------------------------------------------------------------------------------------- machine code
+
+
+def fused(instructions) -> int:
+    """Fused multiply-adds among instructions, or in a Counter of them."""
+    counts = Counter(instructions)
+    return sum(times * {"FFMA": 1, "FFMA2": 2}.get(i.name, 0) for i, times in counts.items())
+
+
+def roots(instructions) -> int:
+    counts = Counter(instructions)
+    return sum(times for i, times in counts.items() if i.opcode == "MUFU.RSQ")
+
+
+def named(kernel: Finding) -> str:
+    return f"{kernel.variant.title}, {kernel.variant.access}, {kernel.variant.dtypes}"
+
+
+def offenders(kernels: list[Finding], wrong) -> dict[str, list[str]]:
+    """By kernel the instructions that are wrong."""
+    found = {named(k): sorted({f"{i.opcode} {i.operands}" for i in k.kernel.instructions if wrong(i)}) for k in kernels}
+    return {name: instructions for name, instructions in found.items() if instructions}
+
+
+@EACH
+def test_nothing_spills(kernels):
+    """No stack, no local memory, nor shared."""
+    for kernel in kernels:
+        _, *bytes_used = kernel.resources
+        assert not any(bytes_used), (named(kernel), kernel.resources)
+    assert not offenders(kernels, lambda i: i.name in ("LDL", "STL"))
+
+
+@EACH
+def test_no_calls(kernels):
+    """What the hardware lacks (division, a square root of subnormals) is called as a subroutine."""
+    assert not offenders(kernels, lambda i: i.calls or i.name == "RET")
+
+
+@EACH
+def test_no_arithmetic_but_float32(kernels):
+    """No float64; half-precision instructions convert, or make constants; nothing flushes subnormals."""
+
+    def wrong(i: Instruction) -> bool:
+        half = i.name.startswith("H") and not is_move(i) and not (i.opcode == "HADD2.F32" and "-RZ" in i.operands)
+        return (
+            half
+            or ".FTZ" in i.opcode
+            or ".F64" in i.opcode
+            or re.match(r"D(ADD|MUL|FMA|SETP|MNMX)", i.name) is not None
+        )
+
+    assert not offenders(kernels, wrong)
+
+
+@EACH
+def test_nothing_is_approximate_but_the_start_of_a_root(kernels):
+    """Nor is there a division of integers, which would start from a reciprocal."""
+    assert not offenders(kernels, lambda i: i.name == "MUFU" and i.opcode != "MUFU.RSQ")
+    for kernel in kernels:
+        assert (roots(kernel.kernel.instructions) > 0) == (kernel.variant.noise == "drawn"), named(kernel)
+
+
+@EACH_RANDN
+def test_normals_contract_nothing(kernels):
+    """As many fused multiply-adds beside each square root as the sources write."""
+    randn = [kernel for kernel in kernels if kernel.variant.op == "Randn"]
+    assert randn
+    for kernel in randn:
+        everything = kernel.kernel.instructions
+        assert fused(everything) == roots(everything) * fma_a_root() > 0, named(kernel)
+
+
+@EACH
+def test_arithmetic_contracts_nothing(kernels):
+    """As many fused multiply-adds for a vector as the sources write for its elements and their noise."""
+    vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
+    assert vector
+    for kernel in vector:
+        issued, v = kernel.path.issued(1), kernel.variant
+        assert roots(issued) == (kernel.items // 2 if v.noise == "drawn" else 0), named(kernel)
+        written = roots(issued) * fma_a_root() + kernel.items * fma_an_element(v.op, v.noise)
+        # what an x_start stands in for is branched past, or done and not used
+        spared = {0, kernel.items} if v.has_options else {0}
+        assert written - fused(issued) in spared, (named(kernel), written, fused(issued))
+
+
+@EACH
+def test_128_bit_loads_and_stores(kernels):
+    """Of a vector all is stored so and every tensor is loaded so, and nothing else is loaded for it. A narrower model's
+    tensors are 64 bits of a vector where there may be ten."""
+    vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
+    assert vector
+    for kernel in vector:
+        assert kernel.path.loops, named(kernel)
+        read = kernel.variant.tensors[: -kernel.variant.written]
+        bits = [8 * kernel.items * TYPES[tensor][1] for tensor in read]
+        loads = Counter(min(b, 128) for b in bits for _ in range(-(-b // 128)))
+        assert loads.keys() <= ({128, 64} if kernel.variant.has_options else {128}), named(kernel)
+        assert kernel.widths("LDG") == loads, named(kernel)
+        assert kernel.widths("STG").keys() == {128}, named(kernel)

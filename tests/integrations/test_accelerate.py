@@ -1,0 +1,315 @@
+"""accelerate() itself: arguments, what it takes and refuses, the table of what is fused; no library is needed here."""
+
+import copy
+import pickle
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from support.eager_tutorial import GaussianDiffusion as EagerTutorial
+from torch import nn
+
+import ddpm_ext
+from ddpm_ext import Philox, randn
+from ddpm_ext.integrations import KNOWN, Acceleration, Support, accelerate, accelerated_class, support_table
+from ddpm_ext.integrations.shared import Accelerated, make_class, misfit, new, version, wants_gradient
+
+X = torch.zeros(3, 2)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def test_names():
+    assert ddpm_ext.accelerate is accelerate
+    assert "accelerate" in ddpm_ext.__all__
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"noise": "gaussian"}, ValueError, "noise is 'gaussian', expected"),
+        ({"noise": None}, (TypeError, ValueError), "noise is None"),
+        ({"seed": 3}, ValueError, "seed is 3 beside noise 'torch', whose draws are the peer's: expected None"),
+        ({"seed": 0}, ValueError, "seed is 0 beside noise 'torch'"),
+        ({"sample_ids": 3}, ValueError, "sample_ids is 3 beside noise 'torch', which knows none: expected 0"),
+        ({"sample_ids": torch.arange(2)}, ValueError, "beside noise 'torch'"),
+        ({"noise": "philox", "seed": -1}, ValueError, "seed is -1"),
+        ({"noise": "philox", "seed": 2**64}, ValueError, "seed is 18446744073709551616"),
+        ({"noise": "philox", "seed": 1.5}, TypeError, "seed is 1.5"),
+        ({"noise": "philox", "seed": True}, TypeError, "seed is True"),
+        ({"noise": "philox", "seed": 0, "sample_ids": -1}, ValueError, "sample_ids is -1"),
+        ({"noise": "philox", "seed": 0, "sample_ids": 2**56}, ValueError, "sample_ids is 72057594037927936"),
+        ({"noise": "philox", "seed": 0, "sample_ids": "0"}, TypeError, "sample_ids is '0'"),
+        ({"noise": "philox", "seed": 0, "sample_ids": torch.zeros(2)}, TypeError, "dtype torch.float32"),
+        ({"noise": "philox", "seed": 0, "sample_ids": torch.zeros(2, 1).long()}, TypeError, r"shape \(2, 1\)"),
+    ],
+)
+def test_bad_arguments_are_told_before_a_bad_object(options, kind, message):
+    with pytest.raises(kind, match=message):
+        accelerate(object(), **options)
+
+
+@pytest.mark.parametrize("obj", [None, 3, "DDPMScheduler", object(), nn.Linear(1, 1), dict, Philox(0)])
+def test_other_objects_are_refused(obj):
+    with pytest.raises(TypeError, match=r"^obj is a ") as error:
+        accelerate(obj)
+    said = str(error.value)
+    assert f"{type(obj).__module__}.{type(obj).__qualname__}, expected diffusers's DDPMScheduler, DDIM" in said
+    for known in KNOWN:
+        assert known.name in said
+    assert said.endswith("a pipeline of diffusers; or a class with the tutorial's p_sample, q_sample and tables")
+
+
+def test_a_class_of_a_known_name_elsewhere_is_refused():
+    """By its module, too."""
+    impostor = type("DDPMScheduler", (), {"step": lambda self: None})
+    with pytest.raises(TypeError, match=r"obj is a test_accelerate\.DDPMScheduler"):
+        accelerate(impostor())
+
+
+def test_only_the_object_is_given_by_position():
+    with pytest.raises(TypeError, match="positional"):
+        accelerate(object(), "philox")
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+def test_without_a_seed_one_is_drawn_from_torchs_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = Acceleration.of("philox", None, 0)
+    assert not torch.equal(torch.get_rng_state(), before)
+    second = Acceleration.of("philox", None, 0)
+    torch.manual_seed(1)
+    again = Acceleration.of("philox", None, 0)
+    seeds = [settings.rng.seed_value for settings in (first, second, again)]
+    assert seeds[0] == seeds[2] != seeds[1]
+
+
+def test_noise_torch_draws_no_seed():
+    before = torch.get_rng_state()
+    settings = Acceleration.of("torch", None, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert settings.rng is None and settings.start() is None and settings.next_forward() is None
+
+
+@pytest.mark.parametrize("ids", [5, torch.tensor([9, 2**50, 4])])
+def test_the_noise_of_starts_and_training(ids):
+    """Streams 1 and 2; of training, another draw each time."""
+    settings = Acceleration.of("philox", 2**64 - 1, ids)
+    plain = Philox(2**64 - 1, ids)
+    assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
+    assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
+    drawn = [settings.next_forward() for _ in range(3)]
+    for draw, rng in enumerate(drawn):
+        assert torch.equal(randn((3, 4), rng), randn((3, 4), plain, stream=2, draw=draw))
+    assert settings.iteration == 3
+
+
+def test_settings_are_shown_and_copied():
+    settings = Acceleration.of("philox", 7, torch.tensor([1, 2]))
+    settings.next_forward()
+    assert repr(settings).startswith("Acceleration(noise='philox', rng=Philox(seed=7, sample_ids=tensor([1, 2])")
+    for other in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert (other.noise, other.iteration, repr(other)) == ("philox", 1, repr(settings))
+
+
+# ----------------------------------------------------------------------------------------------- classes made of it
+
+
+class Peer:
+    """A library's class."""
+
+    scale = 2.0
+
+    def __init__(self, items=()):
+        self.items = list(items)
+
+    def step(self, x):
+        return self.scale * x
+
+    def helper(self):
+        return 1
+
+    def other(self):
+        return 2
+
+
+class Mixin(Accelerated):
+    library = "a library"
+    replaces = ("step",)
+    relies_on = ("helper",)
+
+    def step(self, x):
+        if x < 0:
+            return self._aside("step", "x is negative") or super().step(x)
+        if x == 0:
+            return self._aside("step", None) or super().step(x)
+        return 10 * x
+
+
+def peer_of(cls, *args):
+    found = new(make_class(Mixin, cls, Peer))
+    found.__dict__.update(vars(cls(*args)))
+    return found
+
+
+def test_a_made_class():
+    """The peer's, by isinstance, by name and for who reads it; one for each."""
+    cls = make_class(Mixin, Peer, Peer)
+    assert make_class(Mixin, Peer, Peer) is cls
+    assert cls.__bases__ == (Mixin, Peer) and cls is not Peer
+    assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
+        Peer.__name__,
+        Peer.__qualname__,
+        Peer.__module__,
+        Peer.__doc__,
+    )
+    assert peer_of(Peer).step(2) == 20
+    assert super(Mixin, peer_of(Peer)).step(2) == 4.0
+
+
+def test_what_steps_aside():
+    found = peer_of(Peer)
+    with pytest.warns(UserWarning, match="^step runs the own code of a library: x is negative$"):
+        assert found.step(-1) == -2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert found.step(-2) == -4  # told once
+        assert found.step(0) == 0  # nothing to tell
+    assert found.accelerated.fallbacks == {"step": "x is negative"}
+    assert peer_of(Peer).accelerated.fallbacks == {}
+
+
+@pytest.mark.parametrize("name", ["step", "helper"])
+def test_a_subclass_that_changes_it_is_refused(name):
+    changed = type("Changed", (Peer,), {name: lambda self, *args: 0})
+    further = type("Further", (changed,), {})
+    for cls in (changed, further):
+        with pytest.raises(TypeError, match=f"{cls.__name__}, which has a {name} of its own, expected Peer's"):
+            make_class(Mixin, cls, Peer)
+
+
+def test_a_subclass_that_changes_something_else_is_taken():
+    cls = type("Changed", (Peer,), {"other": lambda self: 3, "scale": 5.0})
+    found = peer_of(cls)
+    assert isinstance(found, cls)
+    assert (found.step(2), found.other(), super(Mixin, found).step(2)) == (20, 3, 10.0)
+
+
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda x: x.__reduce_ex__(4)])
+def test_what_is_kept_is_made_anew(how):
+    found = peer_of(Peer, [1])
+    found._plans = {"a": 1}
+    if how not in (copy.copy, copy.deepcopy):
+        assert "_plans" not in how(found)[2]
+        return
+    # made for this test, Peer is in none of the libraries whose classes are looked up
+    with pytest.raises(TypeError, match=r"^obj is a "):
+        how(found)
+
+
+# ----------------------------------------------------------------------------------------------------- small things
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "x, others, why",
+    [
+        (X, (), None),
+        (X.half(), (X, None, X.bfloat16()), None),
+        (X[:0], (X[:0],), None),
+        (X.double(), (), "its samples are float64"),
+        (X.long(), (), "its samples are int64"),
+        (X.to("meta"), (), "its samples are no plain tensors on a CPU or a CUDA device"),
+        (X.as_subclass(Odd), (), "its samples are no plain tensors on a CPU or a CUDA device"),
+        (nn.Parameter(X), (), "its samples are no plain tensors on a CPU or a CUDA device"),
+        (X[0, 0], (), "its samples have no batch dimension"),
+        (X, (X, X.as_subclass(Odd)), "its tensors are not all plain ones on one device"),
+        (X, (X.to("meta"),), "its tensors are not all plain ones on one device"),
+        (X, (X[:1],), "its tensors have different shapes"),
+        (X, (None, X.reshape(2, 3)), "its tensors have different shapes"),
+    ],
+)
+def test_misfit(x, others, why):
+    assert misfit(x, *others) == why
+
+
+def test_wants_gradient():
+    y = torch.zeros(2, requires_grad=True)
+    assert wants_gradient(X, None, y)
+    assert not wants_gradient(X, None)
+    with torch.no_grad():
+        assert not wants_gradient(y)
+
+
+def test_version():
+    """Of another tensor, and of one that was written to, another one."""
+    x = torch.zeros(2)
+    before = version(x)
+    assert version(x) == before != version(torch.zeros(2))
+    x[0] = 1
+    assert version(x) != before
+    with torch.inference_mode():
+        assert version(torch.zeros(2))[1] == 0
+
+
+# ----------------------------------------------------------------------------------------------------- what is fused
+
+
+def test_the_table():
+    rows = support_table()
+    assert all(isinstance(row, Support) and row.cls and row.method and (row.fused or row.own) for row in rows)
+    assert len({row[:2] for row in rows}) == len(rows)
+    told = " ".join(row.cls for row in rows)
+    for known in KNOWN:
+        assert known.name in told or known.module.partition(".")[0] in told
+
+
+def test_the_table_is_printed_without_the_libraries():
+    blocked = ["diffusers", "guided_diffusion", "improved_diffusion", "denoising_diffusion_pytorch"]
+    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); runpy.run_module('ddpm_ext.integrations')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["class", "method", "fused", "the", "library's", "own", "code"]
+    assert all(line == line.rstrip() for line in lines)
+    words = set(re.findall(r"[^\s-]+", done.stdout))  # a line may end at a hyphen
+    for row in support_table():
+        assert set(re.findall(r"[^\s-]+", " ".join(row))) <= words
+
+
+def test_its_methods_are_the_ones_that_are_replaced():
+    """Of diffusers' classes: what has a fused form is among them."""
+    pytest.importorskip("diffusers")
+    import diffusers
+
+    rows = [row for row in support_table() if row.cls.endswith("Scheduler")]
+    assert len({row.cls for row in rows}) == 6
+    for row in rows:
+        cls = accelerated_class(getattr(diffusers, row.cls))
+        for method in row.method.split(", "):
+            assert hasattr(cls, method)
+            assert (method in cls.replaces) == bool(row.fused)
+    for name in {row.cls for row in rows}:
+        told = {method for row in rows if row.cls == name for method in row.method.split(", ")}
+        assert set(accelerated_class(getattr(diffusers, name)).replaces) <= told
+
+
+def test_an_rng_is_checked_where_it_is_set():
+    """Each step would draw the same noise by one that has a draw of its own."""
+    settings = accelerate(EagerTutorial(50), noise="philox", seed=1).accelerated
+    for wrong, error in ((Philox(1, draw=5), ValueError), (None, ValueError), (3, TypeError)):
+        with pytest.raises(error, match="rng is"):
+            settings.rng = wrong
+    assert repr(settings.rng) == repr(Philox(1))
+    with pytest.raises(ValueError, match=r"rng is .* beside noise 'torch'"):
+        accelerate(EagerTutorial(50)).accelerated.rng = Philox(1)

@@ -1,0 +1,370 @@
+"""The tutorial's class, accelerated: steps, loops and losses beside its own code, and noise that belongs to samples."""
+
+import copy
+import pickle
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accelerated_tutorial import (
+    SHAPE,
+    Exact,
+    Given,
+    Net,
+    both,
+    check,
+    own_code,
+    record_bars,
+    seeded,
+    with_method,
+)
+from support.choices import for_many
+from support.eager_tutorial import GaussianDiffusion
+from torch.profiler import ProfilerActivity, profile
+
+import ddpm_ext
+from ddpm_ext import Philox, randn
+from ddpm_ext.integrations import accelerate
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    return record_bars(monkeypatch)
+
+
+# ---------------------------------------------------------------------------------------------------------- its methods
+
+
+@for_many(100)
+def test_steps(choose, device):
+    timesteps = choose.one_of((1, 2, 50, 1000), "timesteps")
+    schedule = "linear" if timesteps >= 50 and choose.one_of((False, True), "linear") else "cosine"
+    tables = choose.one_of((torch.float32, torch.float64), "tables")
+    clip, seed = choose.one_of((False, True), "clip"), choose.integer(0, 2**31, "seed")
+    shape = choose.one_of((SHAPE, (4,), (4, 7)), "shape")
+    plain = GaussianDiffusion(timesteps, schedule, tables)
+    exact = Exact(timesteps, schedule, tables)
+    fast = accelerate(plain)
+    x, m, z = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed)).mul(2).to(device)
+    t = torch.tensor([choose.integer(0, timesteps - 1, "t") for _ in range(4)], device=device)
+    model = Given(m)
+    (ours, state), (theirs, their_state) = (
+        seeded(seed, lambda gd=gd: gd.p_sample(model, x, t, clip_denoised=clip)) for gd in (fast, plain)
+    )
+    drawn, _ = seeded(seed, lambda: torch.randn_like(x))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda like: drawn.to(like))
+        true = exact.p_sample(lambda *_: m.double().cpu(), x.double().cpu(), t.cpu(), clip)
+    check(ours, theirs, true)
+    assert torch.equal(state, their_state)
+    check(fast.q_sample(x, t, z), plain.q_sample(x, t, z), exact.q_sample(x.double().cpu(), t.cpu(), z.double().cpu()))
+    (ours, state), (theirs, their_state) = (
+        seeded(seed, lambda gd=gd: gd.train_losses(model, x, t).detach()) for gd in (fast, plain)
+    )
+    check(ours, theirs, F.mse_loss(m.double(), drawn.double()))
+    assert torch.equal(state, their_state)
+    assert fast.accelerated.fallbacks == {}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("loop", ["sample", "p_sample_loop"])
+def test_loops_of_one_seed(schedule, loop, device, quiet):
+    """A list of numpy arrays, one a step, and the tutorial's bar."""
+    plain, model = GaussianDiffusion(100, schedule), Net().to(device)
+
+    def run(gd):
+        return gd.sample(model, 5, batch_size=4) if loop == "sample" else gd.p_sample_loop(model, SHAPE)
+
+    ours, theirs, same_draws = both(run, plain)
+    assert same_draws and len(ours) == len(theirs) == 100
+    assert all(type(image) is np.ndarray and image.dtype == np.float32 for image in ours)
+    np.testing.assert_allclose(np.stack(ours), np.stack(theirs), rtol=0, atol=1e-4)
+    assert quiet == [{"desc": "sampling loop time step", "total": 100}] * 2
+
+
+def test_gradients_of_train_losses(device):
+    """In the model's parameters, under autocast, too."""
+    plain, model = GaussianDiffusion(100), Net().to(device)
+    x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 50, 99], device=device)
+
+    def grads(gd, dtype=None):
+        model.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            loss = gd.train_losses(model, x, t)
+        loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    ours, theirs, same_draws = both(grads, plain)
+    assert same_draws
+    for mine, yours in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, yours)
+    ours, theirs, _ = both(lambda gd: grads(gd, torch.bfloat16), plain)
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine.dtype == yours.dtype
+        torch.testing.assert_close(mine, yours, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_models_output_of_16_bits(dtype, device):
+    plain, x, t = GaussianDiffusion(100), torch.rand(SHAPE, device=device), torch.tensor([0, 5, 50, 99], device=device)
+    model = Given(torch.randn(SHAPE, device=device).to(dtype))
+    for method in ("p_sample", "train_losses"):
+        ours, theirs, same_draws = both(lambda gd, method=method: getattr(gd, method)(model, x, t), plain)
+        assert ours.dtype == theirs.dtype == torch.float32 and same_draws
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_second_derivative_is_refused():
+    model = Net()
+    loss = accelerate(GaussianDiffusion(100)).train_losses(model, torch.rand(SHAPE), torch.tensor([0, 5, 50, 99]))
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
+        torch.autograd.grad(loss, model.last.weight, create_graph=True)
+
+
+def test_a_step_keeps_gradients_where_the_class_does():
+    """p_sample is under no_grad in the tutorial, and not in all variations of it."""
+
+    class Keeps(GaussianDiffusion):
+        p_sample = GaussianDiffusion.p_sample.__wrapped__
+
+    x, t = torch.randn(SHAPE), torch.tensor([0, 5, 50, 99])
+    for cls in (GaussianDiffusion, Keeps):
+        plain, model = cls(100), Net()
+        ours, theirs, _ = both(lambda gd, model=model: gd.p_sample(model, x, t), plain)
+        assert ours.requires_grad == theirs.requires_grad == (cls is Keeps)
+        if cls is Keeps:
+            grads = [torch.autograd.grad(y.square().sum(), list(model.parameters())) for y in (ours, theirs)]
+            for mine, yours in zip(*grads, strict=True):
+                torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-4)
+    inference = type("Inference", (Keeps,), {"p_sample": torch.inference_mode()(Keeps.p_sample)})
+    assert accelerate(inference(50)).p_sample(Net(), x, t % 50).is_inference()
+
+
+# -------------------------------------------------------------------------------------------- where its own code runs
+
+
+@own_code
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_samples_of_other_dtypes(dtype):
+    """float16 becomes float32 in its arithmetic."""
+    plain, x = GaussianDiffusion(50), torch.rand(SHAPE).to(dtype)
+    model, t = Given(torch.rand(SHAPE).to(dtype)), torch.tensor([0, 5, 20, 49])
+    fast = accelerate(plain)
+    for name, call in {
+        "p_sample": lambda gd: gd.p_sample(model, x, t),
+        "q_sample": lambda gd: gd.q_sample(x, t),
+        "train_losses": lambda gd: gd.train_losses(model, x, t),
+    }.items():
+        (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype and torch.equal(state, their_state)
+        assert fast.accelerated.fallbacks[name] == f"its samples are {str(dtype)[6:]}"
+
+
+@own_code
+@pytest.mark.parametrize("output", [torch.rand(SHAPE).double(), torch.rand(4, 1, 5, 5)], ids=["float64", "shape"])
+@pytest.mark.parametrize("method", ["p_sample", "train_losses"])
+def test_a_models_output_that_does_not_fit(method, output):
+    """It is asked once, and noise is drawn once."""
+    plain, x, t = GaussianDiffusion(50), torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    model = Given(output)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using a target size")
+        ours, theirs, same_draws = both(lambda gd: getattr(gd, method)(model, x, t), plain, fused=False)
+        assert same_draws and model.calls == 2
+        torch.testing.assert_close(ours, theirs)
+        drawn = accelerate(plain, noise="philox", seed=3)
+        z = randn(SHAPE, Philox(3, draw=0, stream=2))
+        if method == "train_losses":
+            torch.testing.assert_close(drawn.train_losses(model, x, t), F.mse_loss(z, output))
+
+
+@own_code
+def test_other_reasons():
+    plain, model = GaussianDiffusion(50), Net()
+    x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    leaf = x.clone().requires_grad_()
+    for why, call in {
+        "a gradient by images": lambda gd: gd.train_losses(model, leaf, t),
+        "t is not one int64 timestep a sample": lambda gd: gd.q_sample(x, t[:1]),
+        "its samples are float64": lambda gd: gd.q_sample(x, t, x.double()),
+        "different shapes": lambda gd: gd.q_sample(x, t, x[:1]),
+        "a transform of torch.func": lambda gd: torch.func.grad(lambda x: gd.q_sample(x, t).sum())(x),
+        "it is being compiled": lambda gd: torch.compile(lambda: gd.q_sample(x, t, x), backend="eager")(),
+    }.items():
+        fast = accelerate(plain)
+        (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(state, their_state)
+        assert why in " ".join(fast.accelerated.fallbacks.values())
+    with pytest.raises(ValueError, match=r"t\[0\] is 100, expected 0 <= t <= 49"):
+        accelerate(plain).q_sample(x, t + 100)
+
+
+def test_a_gradient_by_images_flows_through_q_sample():
+    leaf, t = torch.rand(SHAPE).requires_grad_(), torch.tensor([0, 5, 20, 49])
+    fast = accelerate(GaussianDiffusion(50))
+    fast.q_sample(leaf, t).sum().backward()
+    expected = fast.sqrt_alphas_cumprod[t].float().reshape(-1, 1, 1, 1).expand(SHAPE)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- philox
+
+
+def test_philox_images_belong_to_their_ids(device):
+    """In any batch, in any order; torch's generator is not touched; two runs are equal."""
+    plain, model, before = GaussianDiffusion(30), Net().to(device), torch.get_rng_state()
+
+    def draw(ids):
+        fast = accelerate(plain, noise="philox", seed=9, sample_ids=ids)
+        batch = 4 if isinstance(ids, int) else len(ids)
+        return torch.from_numpy(np.stack(fast.sample(model, 5, batch)))
+
+    whole = draw(0)
+    assert torch.equal(whole, draw(torch.arange(4, device=device)))
+    parts = torch.cat([draw(torch.tensor(ids, device=device)) for ids in ([3], [1, 0], [2])], 1)
+    torch.testing.assert_close(parts, whole[:, [3, 1, 0, 2]], rtol=0, atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("tables", [torch.float32, torch.float64])
+def test_philox_images_and_losses_are_ours(tables, device):
+    plain, model = GaussianDiffusion(50, dtype=tables), Net().to(device)
+    gd = ddpm_ext.GaussianDiffusion(50, plain.betas)
+    fast = accelerate(plain, noise="philox", seed=9, sample_ids=5)
+    expected = gd.sample(model, 5, 4, rng=Philox(9, 5), progress=False, device=device)
+    np.testing.assert_allclose(np.stack(fast.sample(model, 5, 4)), np.stack(expected), rtol=0, atol=1e-4)
+    x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
+    for draw in range(3):
+        expected = gd.train_losses(model, x, t, rng=Philox(9, 5, draw=draw))
+        torch.testing.assert_close(fast.train_losses(model, x, t), expected)
+    z = randn(SHAPE, Philox(9, 5, draw=3, stream=2), device=device)
+    torch.testing.assert_close(fast.q_sample(x, t), plain.q_sample(x, t, z))
+    with pytest.raises(ValueError, match="draw or a stream of its own"):
+        fast.accelerated.rng = Philox(9, draw=1)
+
+
+@pytest.mark.parametrize("start", ["shape", "sizes", "keyword", "moved"])
+def test_philox_answers_a_loops_first_randn_alone(start):
+    """However it is asked, and nothing that a model draws."""
+    starts = {
+        "shape": lambda shape: torch.randn(shape, device="cpu"),
+        "sizes": lambda shape: torch.randn(*shape),
+        "keyword": lambda shape: torch.randn(size=shape, dtype=torch.float32),
+        "moved": lambda shape: torch.randn(shape).to("cpu"),
+    }
+    seen = []
+
+    def p_sample_loop(self, model, shape, keep=1):
+        img = starts[start](shape)
+        seen.append((img, torch.randn(3)))
+        for i in reversed(range(self.timesteps)):
+            img = self.p_sample(model, img, torch.full(shape[:1], i))
+        return img
+
+    class Draws(Net):
+        def forward(self, x, t):
+            seen.append(torch.randn(1))
+            assert torch.overrides._get_current_function_mode() is None  # which would slow all of it
+            return super().forward(x, t)
+
+    fast = accelerate(with_method(p_sample_loop)(50), noise="philox", seed=9)
+    images, _ = seeded(1, lambda: fast.p_sample_loop(Draws(), SHAPE, keep=2))
+    assert torch.equal(seen[0][0], randn(SHAPE, Philox(9), stream=1))
+    expected, _ = seeded(1, lambda: [torch.randn(3), *(torch.randn(1) for _ in range(50))])
+    assert all(torch.equal(a, b) for a, b in zip([seen[0][1], *seen[1:]], expected, strict=True))
+    assert isinstance(images, torch.Tensor)  # a variation's loop returns what it returns
+
+
+def test_philox_says_so_where_a_loop_begins_otherwise():
+    def p_sample_loop(self, model, shape):
+        img = torch.randn_like(torch.empty(shape))
+        return self.p_sample(model, img, torch.full(shape[:1], 5))
+
+    fast = accelerate(with_method(p_sample_loop)(50), noise="philox", seed=9)
+    with pytest.warns(
+        UserWarning, match="p_sample_loop runs the own code and noise .*: it begins with noise of its own"
+    ):
+        fast.p_sample_loop(Net(), SHAPE)
+
+
+def test_philox_leaves_a_loop_that_fails():
+    class Fails(Net):
+        def forward(self, x, t):
+            raise KeyError
+
+    def p_sample_loop(self, model, shape):
+        raise KeyError
+
+    for cls, model in ((GaussianDiffusion, Fails()), (with_method(p_sample_loop), Net())):
+        fast = accelerate(cls(50), noise="philox", seed=9)
+        with pytest.raises(KeyError):
+            fast.p_sample_loop(model, SHAPE)
+        assert torch.equal(*(seeded(1, lambda: torch.randn(3))[0] for _ in range(2)))
+        assert torch.overrides._get_current_function_mode() is None
+
+
+# ----------------------------------------------------------------------------------------------- costs, and the object
+
+
+IGNORED = {
+    "aten::empty_strided",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::select",
+    "aten::as_strided",
+    "aten::view",
+    "aten::detach",
+}
+
+
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_launches(noise):
+    fast = accelerate(GaussianDiffusion(50), noise=noise)
+    x, t, model = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49]), Given(torch.rand(SHAPE))
+    drawn = {"aten::randn_like": 1, "aten::normal_": 1} if noise == "torch" else {}
+    for call, expected in (
+        (lambda: fast.p_sample(model, x, t), {"ddpm_ext::reverse_step": 1}),
+        (lambda: fast.q_sample(x, t), {"ddpm_ext::forward_process": 1}),
+        (lambda: fast.train_losses(model, x, t), {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1}),
+    ):
+        call()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            call()
+        names = [e.name for e in profiler.events() if e.name.startswith(("aten::", "ddpm_ext::"))]
+        assert Counter(name for name in names if name not in IGNORED) == {**expected, **drawn}
+
+
+def test_the_object():
+    """It is one of its class; the original is untouched, copies are accelerated, and making it draws nothing."""
+    plain = GaussianDiffusion(50)
+    before, state = dict(vars(plain)), torch.get_rng_state()
+    fast = accelerate(plain, noise="philox", seed=9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(fast).__name__ == "GaussianDiffusion" and isinstance(fast, GaussianDiffusion)
+    model = Net()
+    first = fast.sample(model, 5)[-1]
+    assert vars(plain).keys() == before.keys() and all(vars(plain)[name] is value for name, value in before.items())
+    assert type(plain) is GaussianDiffusion
+    for copied in (
+        copy.copy(fast),
+        copy.deepcopy(fast),
+        pickle.loads(pickle.dumps(fast)),
+        accelerate(fast, noise="philox", seed=9),
+    ):
+        assert type(copied) is type(fast)
+        np.testing.assert_array_equal(copied.sample(model, 5)[-1], first)
+    assert set(dir(plain)) <= set(dir(fast))
+
+
+def test_a_reason_is_told_once():
+    fast, x = accelerate(GaussianDiffusion(50)), torch.rand(SHAPE).double()
+    with pytest.warns(UserWarning) as told:
+        for _ in range(3):
+            fast.q_sample(x, torch.tensor([0, 5, 20, 49]))
+    assert [str(w.message) for w in told] == [
+        "q_sample runs the own code of the tutorial's class: its samples are float64"
+    ]

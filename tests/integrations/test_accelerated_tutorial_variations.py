@@ -1,0 +1,256 @@
+"""Variations of the tutorial's class: which are taken, which are refused, and which of their methods stay their own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.accelerated_tutorial import SHAPE, Exact, Net, T, both, own_code, record_bars, seeded, with_method
+from support.eager_tutorial import GaussianDiffusion
+from torch import nn
+
+import ddpm_ext
+from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations.tutorial import resembles
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    return record_bars(monkeypatch)
+
+
+# --------------------------------------------------------------------------------------------------- what resembles it
+
+
+class Further(GaussianDiffusion):
+    def p_sample(self, model, x_t, t, clip_denoised=True, scale=1.0):
+        return super().p_sample(model, x_t, t, clip_denoised) * scale
+
+    def train_losses(self, model, x_start, t, noise=None):
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return F.mse_loss(noise, model(self.q_sample(x_start, t, noise), t))
+
+
+class Gathers(nn.Module, GaussianDiffusion):
+    """An nn.Module with buffers, whose _extract is a function."""
+
+    def __init__(self, timesteps=50):
+        nn.Module.__init__(self)
+        for name, table in vars(GaussianDiffusion(timesteps)).items():
+            if isinstance(table, torch.Tensor):
+                self.register_buffer(name, table.float())
+        self.timesteps = timesteps
+
+    def _extract(self, a, t, x_shape):
+        return a.gather(-1, t).reshape(t.shape[0], *(1,) * (len(x_shape) - 1))
+
+
+class Others:
+    def p_sample(self, model, x, t, clip_denoised=True): ...
+
+    def train_losses(self, model, x_start, t, noise): ...
+
+    def q_sample(self, x_start, t, *, noise=None): ...
+
+    def p_mean_variance(self, model, x_t, t, clip_denoised=False): ...
+
+    def p_sample_loop(self, shape, model): ...
+
+
+def test_resembles():
+    assert all(map(resembles, (GaussianDiffusion, Further, Gathers, Exact)))
+    assert not resembles(ddpm_ext.GaussianDiffusion)
+    assert not resembles(object)
+    names = ("p_sample", "q_sample", "p_mean_variance", "p_sample_loop")
+    for name in names:
+        other = with_method(getattr(Others, name))
+        assert not resembles(other), name
+        with pytest.raises(TypeError, match=r"expected .*a class with the tutorial's p_sample"):
+            accelerate(other(50))
+    assert resembles(with_method(Others.train_losses))  # what follows is the class's own affair
+    assert not resembles(with_method(None, "sample"))
+
+
+@own_code
+def test_a_variation_with_further_arguments():
+    plain, model = Further(50), Net()
+    x, t, z = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49]), torch.rand(SHAPE)
+    fast = accelerate(plain)
+    for call in (lambda gd: gd.p_sample(model, x, t), lambda gd: gd.train_losses(model, x, t)):
+        ours, theirs, same_draws = both(call, plain)
+        torch.testing.assert_close(ours, theirs)
+        assert same_draws
+    for method, call in {
+        "p_sample": lambda gd: gd.p_sample(model, x, t, True, 0.5),
+        "train_losses": lambda gd: gd.train_losses(model, x, t, noise=z),
+    }.items():
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        assert fast.accelerated.fallbacks[method] == "it has arguments that the tutorial's hasn't"
+
+
+def test_a_module_with_buffers():
+    """Its keys stay, and rows follow what is loaded."""
+    plain, model, x, t = Gathers(), Net(), torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    fast = accelerate(plain)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    other = Gathers()
+    other.posterior_mean_coef1 *= 0.5
+    for state in (plain, other):
+        fast.load_state_dict(state.state_dict())
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t)) for gd in (fast, state))
+        torch.testing.assert_close(ours, theirs)
+    assert plain.posterior_mean_coef1[3] != 0.5 and fast.accelerated.fallbacks == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what is tried out
+
+
+def own_step(mean=None, deviation=None, early=False):
+    """A p_sample of another kind."""
+
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        noise = torch.randn_like(x_t) if early else None
+        found, _, log_variance = self.p_mean_variance(model, x_t, t, clip_denoised)
+        noise = torch.randn_like(x_t) if noise is None else noise
+        noisy = (t != 0).float().view(-1, *[1] * (x_t.dim() - 1))
+        return (found if mean is None else mean(found)) + noisy * (0.5 * log_variance).exp() * (deviation or 1) * noise
+
+    return p_sample
+
+
+def narrower_clip(self, model, x_t, t, clip_denoised=True):
+    x_start = self.predict_start_from_noise(x_t, t, model(x_t, t))
+    return self.q_posterior_mean_variance(x_start.clamp(-1, 1.5) if clip_denoised else x_start, x_t, t)
+
+
+def predicts_x0(self, x_t, t, noise):
+    return noise
+
+
+def fails(self, x_t, t, noise):
+    raise KeyError("alphas")
+
+
+def from_one_timestep(self, x_t, t, noise):
+    found = GaussianDiffusion.predict_start_from_noise(self, x_t, t, noise)
+    return torch.where((t == 37).reshape(-1, *[1] * (x_t.dim() - 1)), found * 0.9, found)
+
+
+REFUSED = {
+    "clip": (narrower_clip, "p_mean_variance", "its p_mean_variance gives .* at t = .*, where the tutorial's gives"),
+    "prediction": (predicts_x0, "predict_start_from_noise", "its p_mean_variance gives"),
+    "one timestep": (from_one_timestep, "predict_start_from_noise", "its p_mean_variance gives .* at t = 37, where"),
+    "error": (fails, "predict_start_from_noise", "its p_mean_variance raises KeyError: 'alphas'"),
+    "temperature": (own_step(deviation=0.9), "p_sample", "its p_sample gives .* at t = 1, where"),
+    "mean": (own_step(mean=lambda mean: mean * 1.001), "p_sample", "its p_sample gives .* at t = 0, where"),
+    "dtype": (own_step(mean=lambda mean: mean.double()), "p_sample", "its p_sample gives torch.float64 of shape"),
+    "shape": (own_step(mean=lambda mean: mean[None]), "p_sample", r"its p_sample gives torch.float32 of shape \(1, "),
+    "noise before the model": (own_step(early=True), "p_sample", "its p_sample gives .* at t = 1, where"),
+    "two values": (lambda *_, **__: 3, "p_mean_variance", None),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_steps_are_refused(kind):
+    """At accelerate, in a sentence; torch's generator is where it was."""
+    method, name, why = REFUSED[kind]
+    plain, before = with_method(method, name)(50), torch.get_rng_state()
+    with pytest.raises(TypeError, match=why or "a class with the tutorial's p_sample"):
+        accelerate(plain)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_steps_by_other_code_are_taken():
+    fast = accelerate(with_method(own_step(), "p_sample")(50))
+    assert fast._plan().own == {"q_sample": None, "train_losses": None}
+
+
+@own_code
+def test_steps_are_tried_again_where_any_table_changes():
+    """Also one that the tutorial's steps don't read."""
+
+    def p_sample(self, model, x_t, t, clip_denoised=True):
+        mean = self.p_mean_variance(model, x_t, t, clip_denoised)[0]
+        deviation = self._extract(self.posterior_variance, t, x_t.shape).sqrt()
+        return mean + deviation * torch.randn_like(x_t)  # 0 at t = 0
+
+    plain, model, x = with_method(p_sample)(50), Net(), torch.rand(SHAPE)
+    fast = accelerate(plain)
+    for factor in (1, 4):
+        fast.posterior_variance = plain.posterior_variance = plain.posterior_variance * factor
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, T)) for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        assert (fast.accelerated.fallbacks == {}) == (factor == 1)
+    assert "its p_sample gives" in fast.accelerated.fallbacks["p_sample"]
+
+
+def l1(self, model, x_start, t):
+    noise = torch.randn_like(x_start)
+    return F.l1_loss(noise, model(self.q_sample(x_start, t, noise=noise), t))
+
+
+def noisier(self, x_start, t, noise=None):
+    noise = torch.randn_like(x_start) if noise is None else noise
+    return GaussianDiffusion.q_sample(self, x_start, t, noise * 1.1)
+
+
+@own_code
+@pytest.mark.parametrize("method, name", [(l1, "train_losses"), (noisier, "q_sample")])
+def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
+    """The steps are fused all the same."""
+    plain, model = with_method(method, name)(50), Net()
+    x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    fast = accelerate(plain)
+    for call in (
+        lambda gd: gd.train_losses(model, x, t),
+        lambda gd: gd.q_sample(x, t),
+        lambda gd: gd.p_sample(model, x, t),
+    ):
+        (ours, state), (theirs, their_state) = (seeded(1, lambda gd=gd, call=call: call(gd)) for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        assert torch.equal(state, their_state)
+    expected = {"train_losses"} if name == "train_losses" else {"train_losses", "q_sample"}
+    assert fast.accelerated.fallbacks.keys() == expected
+    assert f"its {name} gives" in fast.accelerated.fallbacks[name]
+
+
+BAD_TABLES = {
+    "none": (lambda table: None, "is no tensor of float32 or float64"),
+    "array": (lambda table: table.numpy(), "is no tensor of float32 or float64"),
+    "half": (lambda table: table.half(), "is no tensor of float32 or float64"),
+    "short": (lambda table: table[:-1], r"has shape \(49,\), no number a timestep"),
+    "infinite": (lambda table: table / 0, "its tables make no rows: .* expected finite numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TABLES)
+def test_other_tables_are_refused(kind):
+    plain = GaussianDiffusion(50)
+    change, why = BAD_TABLES[kind]
+    plain.posterior_mean_coef2 = change(plain.posterior_mean_coef2)
+    with pytest.raises(TypeError, match=why):
+        accelerate(plain)
+
+
+@own_code
+def test_rows_are_the_objects_own_tables():
+    """Whatever they hold, as the class's code takes them; changed later, they are seen, and tried again."""
+    plain, model = GaussianDiffusion(50), Net()
+    plain.posterior_log_variance_clipped = plain.betas.log()  # the larger variance
+    plain.posterior_mean_coef1 = plain.posterior_mean_coef1 * 1.5
+    x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
+    fast = accelerate(plain)
+
+    def same():
+        (ours, _), (theirs, _) = (seeded(1, lambda gd=gd: gd.p_sample(model, x, t)) for gd in (fast, plain))
+        torch.testing.assert_close(ours, theirs)
+        return ours
+
+    first = same()
+    fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2 * 0.5
+    second = same()
+    fast.posterior_mean_coef2.mul_(3)  # shared, like all of them
+    assert not torch.equal(first, second) and not torch.equal(same(), second)
+    assert fast.accelerated.fallbacks == {}
+    fast.posterior_mean_coef2 = plain.posterior_mean_coef2 = plain.posterior_mean_coef2.half()
+    same()
+    assert fast.accelerated.fallbacks == {"p_sample": "its posterior_mean_coef2 is no tensor of float32 or float64"}

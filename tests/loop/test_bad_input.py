@@ -1,0 +1,202 @@
+"""Bad options of the sampling loop: see test_bad_input.py."""
+
+import pytest
+import torch
+from support.refusals import SHAPE, backends, call, refuse
+
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox, StepTable
+from ddpm_ext.tables.samplers import ddim, dpmpp_2m
+from ddpm_ext.tables.spacing import make_grid
+
+X = torch.zeros(SHAPE)
+LEVELS = GaussianDiffusion(50).alphas_cumprod
+GRID = make_grid(LEVELS, [40, 20, 0])
+BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # says neither levels nor gradients
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'", "'ddpm'", "'ddim'"]),
+        ({"sampler": None}, ValueError, ["sampler is None"]),
+        ({"steps": 0}, ValueError, ["steps is 0"]),
+        ({"steps": -1}, ValueError, ["steps is -1"]),
+        ({"steps": 51}, ValueError, ["steps is 51", "50"]),
+        ({"steps": 2.0}, TypeError, ["steps is 2.0"]),
+        ({"steps": True}, TypeError, ["steps is True"]),
+        ({"eta": float("nan")}, ValueError, ["eta is nan"]),
+        ({"eta": float("inf")}, ValueError, ["eta is inf"]),
+        ({"eta": -0.1}, ValueError, ["eta is -0.1"]),
+        ({"eta": "0"}, TypeError, ["eta is '0'"]),
+        ({"eta": True}, TypeError, ["eta is True"]),
+        ({"eta": 0.5}, ValueError, ["eta is 0.5", "'ddpm' has none"]),
+        ({"sampler": "euler", "eta": 1.0}, ValueError, ["eta is 1.0", "'euler' has none"]),
+        ({"sampler": ["ddim"]}, ValueError, [r"sampler is \['ddim'\]", "'euler_ancestral'"]),
+        ({"spacing": "even"}, ValueError, ["spacing is 'even'", "'linspace'"]),
+        ({"spacing": None}, TypeError, ["spacing is None"]),
+        ({"spacing": "karras", "steps": None}, ValueError, ["steps is None", "spacing 'karras'"]),
+        ({"spacing": "ddim2", "steps": 2}, ValueError, ["steps is 2 beside spacing 'ddim2'"]),
+        ({"timesteps": [3, 1], "steps": 2}, ValueError, ["timesteps are given beside steps=2"]),
+        ({"timesteps": [1, 3], "steps": None}, ValueError, ["timesteps do not descend"]),
+        ({"timesteps": [1000], "steps": None}, ValueError, ["timestep reaches from 1000"]),
+        ({"timesteps": 5, "steps": None}, ValueError, [r"timestep has shape \(\)"]),
+        ({"record": "every"}, ValueError, ["record is 'every'", "'all'", "'last'"]),
+        ({"record": 0}, ValueError, ["record is 0"]),
+        ({"record": -3}, ValueError, ["record is -3"]),
+        ({"record": 2.0}, TypeError, ["record is 2.0"]),
+        ({"record": True}, TypeError, ["record is True"]),
+        ({"record": None}, TypeError, ["record is None"]),
+        ({"record": [0, 2], "steps": 2}, ValueError, ["record's step is 2", "2 steps"]),
+        ({"record": [0, 0]}, ValueError, [r"record is \[0, 0\]", "once"]),
+        ({"record": [0.0]}, TypeError, ["record's step is 0.0"]),
+        ({"callback": 1}, TypeError, ["callback is 1"]),
+        ({"strength": 0.5}, ValueError, ["strength is 0.5 without a start"]),
+        ({"start": torch.zeros(3, 2, 4), "strength": 0}, ValueError, ["strength is 0", "<= 1"]),
+        ({"start": torch.zeros(3, 2, 4), "strength": 1.5}, ValueError, ["strength is 1.5"]),
+        ({"start": torch.zeros(3, 2, 4), "strength": 0.1}, ValueError, ["strength is 0.1, of 2 steps not one", "0.5"]),
+        ({"start": torch.zeros(3, 2, 4), "strength": "1"}, TypeError, ["strength is '1'"]),
+        ({"start": torch.zeros(7)}, ValueError, [r"start has shape \(7,\)"]),
+        ({"start": [0.0]}, TypeError, ["start is a list"]),
+        ({"start": torch.zeros(3, 2, 4).half()}, TypeError, ["start has dtype torch.float16", "float32"]),
+        ({"start": torch.zeros(3, 2, 4), "device": "meta"}, ValueError, ["start is on cpu", "meta"]),
+        ({"shape": ()}, (TypeError, ValueError), [r"shape is \(\)"]),
+        ({"shape": (2, 0)}, ValueError, [r"shape is \(2, 0\)"]),
+        ({"shape": (2, -1)}, ValueError, [r"shape is \(2, -1\)"]),
+        ({"shape": (2.0, 3)}, TypeError, [r"shape is \(2.0, 3\)"]),
+        ({"shape": 3}, TypeError, ["shape is 3"]),
+        ({"shape": None}, TypeError, ["shape is None"]),
+        ({"dtype": torch.int64}, TypeError, ["dtype", "int64|Long"]),
+        ({"dtype": "float32"}, TypeError, ["dtype", "float32"]),
+        ({"device": "nowhere"}, ValueError, ["device", "nowhere"]),
+        ({"rng": Philox(0, draw=1)}, ValueError, ["rng", "draw"]),
+        ({"rng": Philox(0, stream=1)}, ValueError, ["rng", "stream"]),
+        ({"model": None}, TypeError, ["model is None", "a function"]),
+        ({"clip_denoised": 1}, TypeError, ["clip_denoised is 1", "DynamicThreshold"]),
+        ({"clip_denoised": None}, TypeError, ["clip_denoised is None"]),
+        ({"clip_denoised": (1, -1)}, ValueError, [r"clip_denoised is \(1, -1\)", "low <= high"]),
+        ({"clip_denoised": (0.0, float("nan"))}, ValueError, ["clip_denoised is .*nan"]),
+        ({"clip_denoised": (False, True)}, TypeError, [r"clip_denoised is \(False, True\)"]),
+        ({"clip_denoised": (0, 1, 2)}, TypeError, [r"clip_denoised is \(0, 1, 2\)"]),
+        ({"guidance": "2"}, TypeError, ["guidance is '2'", "a Guidance or its scale"]),
+        ({"guidance": True}, TypeError, ["guidance scale is True"]),
+        ({"guidance": float("nan")}, ValueError, ["guidance scale is nan", "finite"]),
+        ({"cond_fn": 2}, TypeError, ["cond_fn is 2", "a function"]),
+        ({"cond_fn": len, "sampler": BARE, "steps": None}, ValueError, ["cond_fn is given", "g0 or g1"]),
+        ({"denoised_fn": "clip"}, TypeError, ["denoised_fn is 'clip'", "a function"]),
+        ({"inpaint": X}, TypeError, ["inpaint is a Tensor", "an Inpaint"]),
+        ({"inpaint": Inpaint(X[:2], X[:2])}, ValueError, [r"known has shape \(2, 2, 4\)", r"\(3, 2, 4\)"]),
+        ({"inpaint": Inpaint(X.half(), X)}, TypeError, ["known has dtype torch.float16", "float32"]),
+        ({"inpaint": Inpaint(X, X), "sampler": BARE, "steps": None}, ValueError, ["inpaint is given", "`after`"]),
+        ({"inpaint": Inpaint(X, X, 1, 2), "sampler": "dpmpp_2m", "steps": 20}, ValueError, ["history"]),
+        ({"self_condition": 1}, TypeError, ["self_condition is 1", "a bool"]),
+        ({"self_condition": True, "guidance": 2.0}, ValueError, ["self_condition is given beside guidance"]),
+        ({"model_kwargs": [1]}, TypeError, ["model_kwargs is a list", "a dict"]),
+        ({"noise": X[:2]}, ValueError, [r"noise has shape \(2, 2, 4\)", r"\(3, 2, 4\)"]),
+        ({"noise": X.half()}, TypeError, ["noise has dtype torch.float16", "float32"]),
+        ({"noise": 0.5}, TypeError, ["noise is a float", "a tensor"]),
+        ({"noise": X, "start": X}, ValueError, ["noise and start are both given"]),
+        ({"noise": X, "strength": 0.5}, ValueError, ["strength is 0.5 without a start"]),
+        ({"noise": X, "rng": 5}, TypeError, ["rng is a int", "Philox"]),
+        ({"noise": X, "rng": Philox(0, torch.arange(2))}, ValueError, ["sample_ids has shape", "3"]),
+        ({"start": Interpolation(X[:2], X[:2])}, ValueError, [r"start has shape \(2, 2, 4\)"]),
+        ({"start": Interpolation(X, X), "strength": 2}, ValueError, ["strength is 2"]),
+        ({"start": X, "sampler": StepTable([40.5], *[[1.0]] * 4), "steps": None}, ValueError, ["start is given"]),
+        (
+            {"start": X, "strength": 0.4, "sampler": "heun", "steps": 3},
+            ValueError,
+            ["strength begins with row 3", "c3"],
+        ),
+        ({"sampler": dpmpp_2m(GRID)[1:], "steps": None}, ValueError, ["first row has c3"]),
+        ({"sampler": ddim(GRID), "steps": 3}, ValueError, ["steps is 3 beside a StepTable"]),
+        ({"x0": "yes"}, TypeError, ["x0 is 'yes'", "a bool"]),
+        ({"compile": 1}, TypeError, ["compile is 1", "a bool or a mode"]),
+        ({"compile": "faster"}, ValueError, ["compile is 'faster'", "a mode of torch.compile"]),
+        ({"compile": "reduce-overhead", "graph": True}, ValueError, ["compile is 'reduce-overhead'", "beside graph"]),
+        ({"autocast": True}, ValueError, ["autocast is True", "torch.bfloat16"]),
+        ({"autocast": torch.float32}, ValueError, ["autocast is torch.float32", "torch.float16"]),
+        ({"graph": "all"}, ValueError, ["graph is 'all'", "'step' or 'loop'"]),
+        ({"graph": None}, ValueError, ["graph is None", "'step' or 'loop'"]),
+        ({"graph": "loop"}, ValueError, ["graph is 'loop'", "record='last'"]),
+        ({"graph": "loop", "record": "last", "callback": len}, ValueError, ["graph is 'loop'", "no callback"]),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items())[:60] if isinstance(v, dict) else "",
+)
+def test_loop(backend, changes, error, words, device):
+    refuse("p_sample_loop", backend, device, error, words, **changes)
+
+
+@backends
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"image_size": 0}, ValueError, ["image_size|shape", "0"]),
+        ({"image_size": 4.0}, TypeError, ["image_size|shape", "4.0"]),
+        ({"batch_size": 0}, ValueError, ["batch_size|shape", "0"]),
+        ({"channels": -1}, ValueError, ["channels|shape", "-1"]),
+        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'"]),
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
+)
+def test_sample(backend, changes, error, words, device):
+    refuse("sample", backend, device, error, words, **changes)
+
+
+@backends
+def test_ids_that_run_past_the_end_in_a_loop(backend, device):
+    refuse("p_sample_loop", backend, device, ValueError, ["sample_ids", r"2\^56"], rng=Philox(0, 2**56 - 1))
+    gd, _, arguments = call("p_sample_loop", backend, device, rng=Philox(0, 2**56 - 3))
+    assert len(gd.p_sample_loop(**arguments)) == 2
+
+
+@backends
+@pytest.mark.parametrize(
+    "what, changes, error, message",
+    [
+        (
+            "denoised_fn",
+            lambda x0: x0[:2],
+            ValueError,
+            r"what denoised_fn returns has shape \(2, 2, 4\), expected that of",
+        ),
+        ("denoised_fn", lambda x0: x0.half(), TypeError, "what denoised_fn returns has dtype torch.float16, expected"),
+        ("denoised_fn", lambda x0: None, TypeError, "what denoised_fn returns is a NoneType, expected a tensor"),
+        ("cond_fn", lambda x, t: x.double(), TypeError, "what cond_fn returns has dtype torch.float64, expected"),
+        ("model", lambda x, t: (x,), TypeError, "the model's output is a tuple, expected a tensor"),
+        ("model", lambda x, t: x[:2], ValueError, r"model_output has shape"),
+        (
+            "guidance",
+            Guidance(2.0, lambda x, t: x.double()),
+            TypeError,
+            "uncond_output has dtype torch.float64, expected",
+        ),
+    ],
+)
+def test_what_functions_return(backend, device, what, changes, error, message):
+    gd, _, arguments = call("p_sample_loop", backend, device, **{what: changes})
+    with pytest.raises(error, match=message):
+        gd.p_sample_loop(**arguments)
+
+
+@backends
+def test_float64_is_refused_before_the_model_is_asked(backend, device):
+    noise = torch.zeros(SHAPE, dtype=torch.float64)
+    if backend == "fused":
+        refuse("p_sample_loop", backend, device, TypeError, ["float64|double"], noise=noise, dtype=torch.float64)
+    else:
+        gd, _, arguments = call("p_sample_loop", backend, device, noise=noise, dtype=torch.float64)
+        assert gd.p_sample_loop(**arguments)[-1].dtype == "float64"
+
+
+@backends
+def test_graphs_of_the_whole_loop_show_nothing_in_between(backend, device):
+    gd, model, arguments = call("p_sample_loop", backend, device)
+    del arguments["progress"]
+    with pytest.raises(ValueError, match="graph is 'loop', expected True or 'step': nothing is seen in between"):
+        gd.sample_progressive(**arguments, graph="loop")
+    with pytest.raises(TypeError, match="self_condition is None, expected a bool"):
+        gd.capture(**arguments, self_condition=None)
+    with pytest.raises(TypeError, match=r"clip_denoised is 0\.5, expected a bool, a range"):
+        gd.sample_progressive(**arguments, clip_denoised=0.5)
+    assert model.calls == 0
+    assert len([*gd.sample_progressive(**arguments, clip_denoised=DynamicThreshold())]) == 2

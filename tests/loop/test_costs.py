@@ -1,0 +1,198 @@
+"""What a step of a loop launches, allocates and reads back, with each of the loop's options.
+
+The functions that a loop is given return what they made before, so that nothing of it is theirs.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from support.loop_cases import given, half_known
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Philox
+
+BATCH, CHANNELS = 4, 2
+SHAPE = (BATCH, CHANNELS, 3, 5)
+PLAIN, EXTENDED = "ddpm_ext.reverse_step", "ddpm_ext.extended_step"
+VIEWS = {
+    "aten.select",
+    "aten.slice",
+    "aten.view",
+    "aten.reshape",
+    "aten.expand",
+    "aten.as_strided",
+    "aten._reshape_alias",
+}
+VIEWS |= {"aten.detach", "aten._unsafe_view"}
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function).rsplit(".", 1)[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Options:
+    """By name, on a device."""
+
+    def __init__(self, device):
+        def make(seed, *shape):
+            return given(seed, slice(None), device, torch.float32, shape or SHAPE)
+
+        self.m, self.u, self.g, self.x0 = (make(i) for i in range(4))
+        self.both = torch.cat([self.u, self.m])
+        self.learned = make(5, BATCH, 2 * CHANNELS, 3, 5)
+        self.inpaint = {"known": make(6), "mask": half_known(slice(None), device, torch.float32)}
+        self.y = make(7, BATCH)
+
+    def model(self, x, t, *_, **__):
+        return self.both if len(x) == 2 * BATCH else self.m
+
+    def find(self, name):
+        """p_sample_loop's options; which launches a step makes; and which operators beside those and views."""
+        guidance = Guidance(2.0, lambda *_: self.u)
+        none = set()
+        return {
+            "plain": ({}, {PLAIN: 1}, none),
+            "ddim": ({"sampler": "ddim", "eta": 0.5}, {PLAIN: 1}, none),
+            "clip range": ({"clip_denoised": (-0.5, 0.5)}, {PLAIN: 1}, none),
+            "model_kwargs": ({"model_kwargs": {"y": self.y}}, {PLAIN: 1}, none),
+            "x0": ({"x0": True}, {EXTENDED: 1}, none),
+            "history": ({"sampler": "dpmpp_2m"}, {EXTENDED: 1}, none),
+            "guidance": ({"guidance": guidance}, {EXTENDED: 1}, none),
+            "guidance doubled": ({"guidance": 2.0}, {EXTENDED: 1}, none),
+            "cond_fn": ({"cond_fn": lambda *_, **__: self.g}, {EXTENDED: 1}, none),
+            "inpaint": ({"inpaint": Inpaint(**self.inpaint)}, {EXTENDED: 1}, none),
+            "inpaint jumps": (
+                {"inpaint": Inpaint(**self.inpaint, jump_length=2, jump_n_sample=3)},
+                {EXTENDED: 1},
+                none,
+            ),
+            "self_condition": ({"self_condition": True}, {EXTENDED: 1}, none),
+            "learned": ({"variance": "learned_range", "model": lambda *_: self.learned}, {EXTENDED: 1}, none),
+            "most": (
+                {
+                    **{"guidance": 2.0, "cond_fn": lambda *_, **__: self.g, "x0": True},
+                    **{
+                        "inpaint": Inpaint(**self.inpaint, jump_length=3, jump_n_sample=2),
+                        "model_kwargs": {"y": self.y},
+                    },
+                },
+                {EXTENDED: 1},
+                none,
+            ),
+            # x0 has to be seen before the step: a launch more
+            "denoised_fn": ({"denoised_fn": lambda x0: self.x0}, {EXTENDED: 2}, none),
+            "threshold": (
+                {"clip_denoised": DynamicThreshold(0.9)},
+                {EXTENDED: 2},
+                {"aten.abs", "aten.topk", "aten.lerp", "aten.clamp", "aten.reciprocal"},
+            ),
+            "rescale": (
+                {"guidance": Guidance(2.0, lambda *_: self.u, rescale=0.7)},
+                {EXTENDED: 1},
+                {"aten.mean", "aten.linalg_vector_norm", "aten.lerp", "aten.div", "aten.sub", "aten.mul", "aten.add"},
+            ),
+        }[name]
+
+
+NAMES = (
+    "plain", "ddim", "clip range", "model_kwargs", "x0", "history", "guidance", "guidance doubled", "cond_fn",
+    "inpaint", "inpaint jumps", "self_condition", "learned", "most", "denoised_fn", "threshold", "rescale",
+)  # fmt: skip
+
+
+@pytest.fixture
+def walk(device):
+    """A loop's steps, the first few of them taken, and what each should cost."""
+
+    def start(name, **more):
+        made = Options(device)
+        options, launches, others = made.find(name)
+        gd = GaussianDiffusion(100, variance=options.pop("variance", "fixed_small"))
+        arguments = {"model": made.model, "steps": 20, "rng": Philox(1), "device": device, **options, **more}
+        steps = gd.sample_progressive(shape=SHAPE, **arguments)
+        for _ in range(4):
+            next(steps)
+        return steps, launches, others
+
+    return start
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launches(walk, name):
+    """One over the samples in each step; and nothing of it comes back to the host."""
+    steps, launches, others = walk(name)
+    for _ in range(10):
+        with Count() as count:
+            next(steps)
+        ours = Counter({op: n for op, n in count.names.items() if op.startswith("ddpm_ext.")})
+        asked_nothing = name in ("inpaint jumps", "most") and ours == {EXTENDED: 1}
+        assert ours == launches or asked_nothing
+        assert set(count.names) - set(ours) <= VIEWS | others, count.names
+        assert set(count.names) & others == others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_allocations(walk, name, device):
+    """None, but for what a quantile or a standard deviation needs."""
+    steps, _, others = walk(name)
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+        try:
+            for _ in range(8):
+                next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        count = torch.cuda.memory_stats(device)["allocation.all.allocated"] - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            for _ in range(8):
+                next(steps)
+        count = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
+    assert (count > 0) == bool(others)
+
+
+@pytest.mark.parametrize("name", ["plain", "guidance doubled", "most", "threshold"])
+def test_models_see_two_buffers_in_turn(walk, device, name):
+    made, seen = Options(device), []
+
+    def model(x, t, *_, **__):
+        seen.append((x.data_ptr(), x.is_contiguous()))
+        return made.model(x, t)
+
+    steps, _, _ = walk(name, model=model)
+    for _ in range(10):
+        next(steps)
+    assert len(set(seen)) == 2 and all(contiguous for _, contiguous in seen)
+
+
+def test_a_record_on_the_host_is_all_that_is_copied(device):
+    """By one copy each, and none for record="last"."""
+    made = Options(device)
+    gd = GaussianDiffusion(100)
+    arguments = {
+        "model": made.model,
+        "shape": SHAPE,
+        "steps": 20,
+        "rng": Philox(1),
+        "device": device,
+        "progress": False,
+    }
+    gd.p_sample_loop(**arguments, record="last")
+    counts = {}
+    for record in ("last", 10, "all"):
+        with Count() as count:
+            gd.p_sample_loop(**arguments, record=record)
+        counts[record] = Counter({name: n for name, n in count.names.items() if name not in VIEWS})
+        assert count.names[PLAIN] == 20 and count.names["ddpm_ext.randn"] == 1
+    for record, copies in ((10, 2), ("all", 20)):
+        more = counts[record] - counts["last"]
+        assert more == ({"aten.copy_": copies, "aten.empty": 2} if device.type == "cuda" else {})  # numpy copies

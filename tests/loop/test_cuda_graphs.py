@@ -1,0 +1,316 @@
+"""A loop's steps as CUDA graphs: on a GPU where there is one; on the CPU by direct calls, and by a faked torch.cuda."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support import fake_cuda
+from support.loop_cases import CASES, IDS, PART, SHAPE, given, make_diffusion, model, ours, with_variance
+
+from ddpm_ext import Guidance, Interpolation, Philox
+from ddpm_ext.loop import loop
+from ddpm_ext.loop.cuda_graphs import Graphs
+
+cases = pytest.mark.parametrize("case", CASES)
+graphs = pytest.mark.parametrize("graph", ["step", "loop"])
+OTHER_IDS = [7, 2**50, 1, 5]
+
+
+@pytest.fixture
+def quiet(device):
+    """Falling back is what is expected on the CPU."""
+    with warnings.catch_warnings():
+        if device.type == "cpu":
+            warnings.filterwarnings("ignore", "graph: steps are not captured")
+        yield
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    log = fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(loop, "Graphs", lambda device: Graphs(torch.device("cuda")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield log
+
+
+def others(case, device):
+    """Another seed and other ids; other tensors in model_kwargs."""
+    rng = Philox(2, torch.tensor(OTHER_IDS, device=device))
+    kwargs = CASES[case][0](PART, device, torch.float32).get("model_kwargs", {})
+    return rng, {name: value.flip(0) if len(value) == 4 else value + 0.25 for name, value in kwargs.items()}
+
+
+def captured_is_uncaptured(case, device, graph, sampler="ddpm", gd=None, **options):
+    """Twice with a seed, once with another, and with that of before: bit for bit."""
+    gd = gd or make_diffusion()
+    arguments = ours(gd, case, sampler, device=device, **options)
+    rng, kwargs = others(case, device)
+    first = gd.p_sample_loop(**arguments, record="last")
+    changed = {**arguments, "rng": rng} | ({"model_kwargs": kwargs} if kwargs else {})
+    second = gd.p_sample_loop(**changed, record="last")
+    same_again = {**changed, "rng": arguments["rng"]}
+    third = gd.p_sample_loop(**same_again, record="last")
+    del arguments["progress"], arguments["rng"]
+    captured = gd.capture(**arguments, graph=graph)
+    results = [captured(ours(gd, case, device=device)["rng"])]
+    for seed in (1, 2):  # the same again, as a tensor; then another
+        seeded = torch.tensor(seed, device=device)
+        ids = torch.tensor(IDS if seed == 1 else OTHER_IDS, device=device)
+        results.append(captured(Philox(seeded, ids), model_kwargs=kwargs if seed == 2 and kwargs else None))
+    results.append(captured(ours(gd, case, device=device)["rng"]))
+    assert not torch.equal(first, second)
+    for found, expected in zip(results, (first, first, second, third), strict=True):
+        assert torch.equal(found, expected)
+    assert len({result.data_ptr() for result in results}) == 4  # in memory of their own
+    return captured
+
+
+# ------------------------------------------------------------------------------------------- on the device at hand
+
+
+@cases
+@graphs
+def test_captured_loops_are_loops(device, quiet, case, graph):
+    captured_is_uncaptured(case, device, graph)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])
+def test_captured_learned_variances(device, quiet, variance):
+    captured_is_uncaptured("plain", device, "step", gd=make_diffusion(variance=variance), model=with_variance(variance))
+
+
+@graphs
+@pytest.mark.parametrize(
+    "options", [{}, {"callback": lambda _: None}, {"record": [0, 5]}], ids=["all", "callback", "some"]
+)
+def test_graph_as_an_option(device, quiet, graph, options):
+    gd = make_diffusion()
+    arguments = ours(gd, "inpaint jumps", device=device)
+    if graph == "loop":
+        found = gd.p_sample_loop(**arguments, graph=graph, record="last")
+        assert torch.equal(found, gd.p_sample_loop(**arguments, record="last"))
+        return
+    found, expected = gd.p_sample_loop(**arguments, graph=graph, **options), gd.p_sample_loop(**arguments, **options)
+    assert len(found) == len(expected)
+    assert all(map(np.array_equal, found, expected))
+
+
+@graphs
+def test_captured_from_another_start(device, quiet, graph):
+    gd = make_diffusion()
+    images = [given(i, PART, device, torch.float32) for i in (1, 2, 3)]
+    arguments = ours(gd, "plain", device=device)
+    rng = arguments.pop("rng")
+    del arguments["progress"]
+    captured = gd.capture(**arguments, start=images[0], strength=0.5, graph=graph)
+    for start in (images[1], Interpolation(images[0], images[2], 0.3), images[0]):
+        expected = gd.p_sample_loop(**arguments, rng=rng, start=start, strength=0.5, record="last", progress=False)
+        assert torch.equal(captured(rng, start=start), expected)
+    captured = gd.capture(**arguments, graph=graph)
+    expected = gd.p_sample_loop(**arguments, rng=rng, noise=images[1], record="last", progress=False)
+    assert torch.equal(captured(rng, noise=images[1]), expected)
+    expected = gd.p_sample_loop(**arguments, rng=rng, record="last", progress=False)
+    assert torch.equal(captured(rng), expected)
+
+
+@graphs
+def test_captured_draws_a_seed_by_itself(device, quiet, graph):
+    gd = make_diffusion()
+    arguments = ours(gd, "plain", device=device)
+    del arguments["progress"], arguments["rng"]
+    captured = gd.capture(**arguments, graph=graph)
+    torch.manual_seed(3)
+    first, second = captured(), captured()
+    torch.manual_seed(3)
+    assert torch.equal(captured(), first)
+    assert not torch.equal(first, second)
+
+
+def test_captured_with_what_does_not_fit_is_refused(device, quiet):
+    gd = make_diffusion()
+    y = torch.ones(4, device=device)
+    arguments = ours(gd, "plain", device=device, model_kwargs={"y": y})
+    del arguments["progress"], arguments["rng"]
+    captured = gd.capture(**arguments)
+    before = captured(Philox(1))
+    ids = torch.arange(2, device=device)
+    noise = given(1, PART, device, torch.float32)
+    for given_, error, message in (
+        ({"model_kwargs": {"z": y}}, ValueError, "model_kwargs has 'z', expected tensors that were given"),
+        ({"model_kwargs": {"y": y[:2]}}, ValueError, r"model_kwargs\['y'\] has shape \(2,\), expected that of the one"),
+        ({"model_kwargs": {"y": 1.0}}, TypeError, r"model_kwargs\['y'\] is a float, expected a tensor"),
+        ({"model_kwargs": [y]}, TypeError, "model_kwargs is a list, expected a dict"),
+        ({"rng": 5}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        ({"rng": Philox(0, draw=1)}, ValueError, "rng is .*, expected one without a draw"),
+        ({"rng": Philox(0, ids), "noise": noise}, ValueError, r"sample_ids has shape \(2,\), expected \(4,\)"),
+        ({"noise": noise[:2]}, ValueError, r"noise has shape \(2, 2, 3, 5\), expected"),
+        ({"noise": noise, "start": noise}, ValueError, "noise and start are both given"),
+    ):
+        with pytest.raises(error, match=message):
+            captured(**given_)
+        assert torch.equal(captured(Philox(1)), before)  # nothing of it was taken
+    half = gd.capture(**arguments, start=noise, strength=0.5)
+    for given_ in ({}, {"noise": noise}):
+        with pytest.raises(ValueError, match="start is None, expected one: the loop takes the last 4 of 8 steps"):
+            half(Philox(1), **given_)
+
+
+@cases
+@graphs
+def test_memory_stays_and_nothing_is_read(device, quiet, case, graph):
+    """What a graph would record reads and writes the same memory in each loop; the host reads none of it."""
+    gd = make_diffusion()
+    arguments = ours(gd, case, device=device)
+    del arguments["progress"], arguments["rng"]
+    captured = gd.capture(**arguments, graph=graph)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((str(function), args, kwargs or {}))
+            return function(*args, **(kwargs or {}))
+
+    addresses = []
+    for seed in (1, 2):
+        captured._loop.restart(Philox(seed))
+        seen.clear()
+        run = captured._loop.run_whole if captured._whole else lambda: [*captured._loop.run()]
+        with Watch():
+            run()
+        assert not [name for name, _, _ in seen if name.startswith(fake_cuda.FORBIDDEN)]
+        addresses.append(
+            [
+                (
+                    name,
+                    [
+                        a.data_ptr()
+                        for a in [*args, *kwargs.values()]
+                        if isinstance(a, torch.Tensor) and a.is_contiguous()
+                    ],
+                )
+                for name, args, kwargs in seen
+                if name.startswith("ddpm_ext.")
+            ]
+        )
+        numbers = [
+            [a for a in args if isinstance(a, int | float)] for name, args, _ in seen if name.startswith("ddpm_ext.")
+        ]
+    if device.type == "cpu":
+        buffers = [step[1][0] for step in addresses[0]]  # x_t
+        assert buffers == [step[1][0] for step in addresses[1]]
+        assert len(set(buffers)) <= 3
+        # row (an int in a graph of the whole loop), clip, and no seed or id
+        allowed = set(range(30)) | {-1, -np.inf, np.inf, 1.0, -1.0, -0.5, 0.25}
+        assert {n for row in numbers for n in row} <= allowed
+
+
+# ------------------------------------------------------------------------------------------------ by a faked GPU
+
+
+@cases
+@graphs
+def test_recorded_and_played(faked, case, graph):
+    """The same samples where all but the first steps are replays, with the numbers and the memory of the recording."""
+    asked = []
+    plain = ours(make_diffusion(), case)["model"]
+
+    def counted(*args, **kwargs):
+        asked.append(1)
+        return plain(*args, **kwargs)
+
+    gd = make_diffusion()
+    arguments = ours(gd, case, model=counted)
+    recorded = gd.p_sample_loop(**arguments, record="last")
+    once = len(asked)
+    asked.clear()
+    captured = captured_is_uncaptured(case, torch.device("cpu"), graph, gd=gd, model=counted)
+    recordings = len(fake_cuda.CUDAGraph.instances)
+    steps = len(captured._loop)
+    # three loops without a graph; each recording asks for a warm-up, and once more
+    assert len(asked) - 3 * once == (2 * once if graph == "loop" else len(asked) - 3 * once)
+    assert recordings == 1 if graph == "loop" else 2 <= recordings <= 12 <= 4 * steps
+    replays = sum(graph.replays for graph in fake_cuda.CUDAGraph.instances)
+    assert replays == 4 * (1 if graph == "loop" else steps)
+    assert fake_cuda.Current.stream is fake_cuda.DEFAULT
+    assert recorded.shape == SHAPE
+
+
+def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
+    """Warm-up and capture on one stream, which waits for the samples, and is waited for."""
+    device = torch.device("cuda", 1)
+    x = torch.zeros(3)
+    graphs = Graphs(device)
+    (made,) = [entry for entry in faked if entry[0] == "stream"]
+    assert made[1] == device
+    streams = []
+
+    def step():
+        streams.append(fake_cuda.Current.stream)
+        x.add_(1)
+
+    def restore():
+        streams.append("restore")
+        x.sub_(1)
+
+    graphs.run("a", step, restore)
+    assert x.tolist() == [1.0] * 3
+    own = streams[0]
+    assert streams == [own, "restore", own] and own is not fake_cuda.DEFAULT
+    order = [entry[0] for entry in faked[1:]]
+    assert order == ["wait_stream", "capture", "wait_stream", "replay"]
+    assert faked[1][1:] == (own, fake_cuda.DEFAULT) and faked[3][1:] == (fake_cuda.DEFAULT, own)
+    graphs.run("a", step, restore)
+    assert x.tolist() == [2.0] * 3 and len(streams) == 3
+    graphs.run("b", step, restore)
+    assert x.tolist() == [3.0] * 3 and len(fake_cuda.CUDAGraph.instances) == 2
+
+
+@graphs
+def test_what_cannot_be_captured_is_called(faked, graph):
+    """A model that reads a value back: the samples are the same, a warning says why, and the stream is the caller's
+    again."""
+    gd = make_diffusion()
+    arguments = ours(gd, "inpaint")
+    expected = gd.p_sample_loop(**arguments, record="last")
+    arguments["model"] = lambda x, t: model(x, t) if x.sum().item() < 1e9 else x
+    with pytest.warns(UserWarning, match=r"not captured in a CUDA graph \(CUDA error: operation not permitted when"):
+        found = gd.p_sample_loop(**arguments, graph=graph, record="last")
+    assert torch.equal(found, expected)
+    assert fake_cuda.Current.stream is fake_cuda.DEFAULT
+
+
+def test_one_kind_of_step_that_cannot_be_captured(faked):
+    """The steps before it were played, those from it on are called; rows and buffers are where they belong."""
+    gd = make_diffusion()
+    calls = []
+
+    def unconditional(x, t):
+        calls.append(1)
+        return x * (0.5 if x.sum().item() < 1e9 else 1.0)
+
+    arguments = ours(gd, "plain", guidance=Guidance(2.0, unconditional, interval=(0, 40)))
+    expected = gd.p_sample_loop(**arguments, record="all")
+    with pytest.warns(UserWarning, match="not captured"):
+        found = gd.p_sample_loop(**arguments, graph="step", record="all")
+    assert all(map(np.array_equal, found, expected))
+    assert sum(graph.replays for graph in fake_cuda.CUDAGraph.instances) == 3  # 99, 80, 61
+
+
+def test_an_error_of_the_model_is_the_models(faked):
+    """In its first call, and where it comes only once more."""
+    gd = make_diffusion()
+    for after in (0, 1, 2):
+        calls = []
+
+        def model(x, t, after=after, calls=calls):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyError("mine")
+            return x * 0.5
+
+        with warnings.catch_warnings(), pytest.raises(KeyError, match="mine"):
+            warnings.simplefilter("ignore")
+            gd.p_sample_loop(**ours(gd, "plain", model=model), graph="step")
+        assert fake_cuda.Current.stream is fake_cuda.DEFAULT

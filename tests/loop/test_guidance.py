@@ -1,0 +1,191 @@
+"""Guidance, classifier-free and by a classifier, where the answer is known: normal data, guided, are normal again."""
+
+import numpy as np
+import pytest
+import torch
+from support.gaussian import MU, SIGMA, best_prediction, diffusion, exact_model, marginal
+from support.loop_cases import make_diffusion, model, ours, unconditional, with_variance
+
+from ddpm_ext import Guidance, Philox
+
+backends = pytest.mark.parametrize("backend", ["fused", "reference"])
+
+
+class Counted:
+    """A model that knows for which timesteps it was asked, and for how many samples."""
+
+    def __init__(self, function):
+        self.function, self.asked = function, []
+
+    def __call__(self, x, t):
+        self.asked.append((t[0].item(), len(x)))
+        return self.function(x, t)
+
+
+@backends
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
+    gd = make_diffusion(backend=backend)
+    plain = Counted(model)
+    expected = gd.p_sample_loop(**ours(gd, "plain", sampler, model=plain, device=device), record="last")
+    for guidance in (1, 1.0, Guidance(1.0), Guidance(1.0, unconditional, rescale=0.5)):
+        counted, never = Counted(model), Counted(unconditional)
+        if isinstance(guidance, Guidance) and guidance.unconditional is not None:
+            guidance = Guidance(1.0, never, rescale=0.5)
+        options = ours(gd, "plain", sampler, model=counted, guidance=guidance, device=device)
+        assert torch.equal(gd.p_sample_loop(**options, record="last"), expected)
+        assert counted.asked == plain.asked
+        assert never.asked == []
+
+
+@backends
+def test_outside_its_interval_the_model_is_asked_once(device, backend):
+    gd = make_diffusion(backend=backend)
+    conditional, free = Counted(model), Counted(unconditional)
+    guidance = Guidance(3.0, free, interval=(9, 40))
+    gd.p_sample_loop(**ours(gd, "plain", model=conditional, guidance=guidance, device=device))
+    assert conditional.asked == [(t, 4) for t in (99, 80, 61, 40, 22, 9, 3, 0)]
+    assert free.asked == [(t, 4) for t in (40, 22, 9)]
+
+    def either(x, t):
+        return torch.cat([unconditional(x[:4], t[:4]), model(x[4:], t[4:])]) if len(x) == 8 else model(x, t)
+
+    both = Counted(either)
+    gd.p_sample_loop(**ours(gd, "plain", model=both, guidance=Guidance(3.0, interval=(9.0, 40.0)), device=device))
+    assert both.asked == [(t, 8 if 9 <= t <= 40 else 4) for t in (99, 80, 61, 40, 22, 9, 3, 0)]
+    # no timestep is in it
+    options = ours(gd, "plain", guidance=Guidance(3.0, free, interval=(41, 60)), device=device)
+    assert torch.equal(
+        gd.p_sample_loop(**options, record="last"),
+        gd.p_sample_loop(**ours(gd, "plain", device=device), record="last"),
+    )
+    assert len(free.asked) == 3
+
+
+@backends
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("options", [{}, {"rescale": 0.6}, {"interval": (20, 80)}], ids=str)
+def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
+    """Bit for bit, in every step."""
+    gd = make_diffusion(backend=backend, variance=variance)
+    one = model if variance == "fixed_small" else with_variance(variance)
+
+    def other(x, t):
+        return one(x * 0.5, t)
+
+    def both(x, t):
+        if len(x) == 4:
+            return one(x, t)
+        assert torch.equal(x[:4], x[4:]) and torch.equal(t[:4], t[4:])
+        return torch.cat([other(x[:4], t[:4]), one(x[4:], t[4:])])
+
+    two = ours(gd, "plain", model=one, guidance=Guidance(2.0, other, **options), device=device)
+    doubled = ours(gd, "plain", model=both, guidance=Guidance(2.0, **options), device=device)
+    for x, y in zip(gd.p_sample_loop(**two), gd.p_sample_loop(**doubled), strict=True):
+        assert np.array_equal(x, y)
+
+
+def model_of(gd, mean, sigma=SIGMA):
+    """The best prediction for data N(mean, sigma^2)."""
+
+    def model(x, t):
+        kept = gd.alphas_cumprod.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return best_prediction(kept, x - kept**0.5 * (mean - MU), gd.prediction, sigma) + (
+            (mean - MU) * {"eps": 0 * kept, "x0": 1, "v": -((1 - kept) ** 0.5)}[gd.prediction]
+        )
+
+    return model
+
+
+@backends
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_guidance_extrapolates_the_mean(run, backend, prediction, sampler):
+    """Two normal distributions of one spread: the guided model is that of a third, so far beyond the first."""
+    gd, scale = diffusion(prediction=prediction, backend=backend), 2.5
+    # in plain torch fewer numbers, too few for a mean
+    options = {"shape": (16, 512) if backend == "fused" else (2, 16), "record": "last"}
+    guided = run(gd, sampler, model=model_of(gd, 0.3), guidance=Guidance(scale, model_of(gd, 0.1)), **options)
+    expected = run(gd, sampler, model=model_of(gd, 0.1 + scale * 0.2), **options)
+    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
+    if backend == "fused":
+        assert abs(guided.mean().item() - 0.6) < 0.02
+        assert abs(guided.std().item() - SIGMA) < 0.03
+
+
+@backends
+@pytest.mark.parametrize("sampler, options", [("ddim", {}), ("euler", {}), ("dpmpp_2m", {"steps": 20})])
+def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sampler, options):
+    """y is the sample with noise of spread r: log p(y | x_t) is a parabola, and the data given y are normal."""
+    gd, y, r = diffusion(backend=backend), 0.9, 0.2
+    levels = gd.alphas_cumprod.to(device)
+
+    def cond_fn(x, t):
+        kept = levels[t].to(x.dtype).reshape(-1, 1)
+        mean, variance = marginal(kept)
+        slope = kept**0.5 * SIGMA**2 / variance  # x0, given x_t, is MU + slope (x - mean), but for its own spread
+        spread = SIGMA**2 * (1 - kept) / variance
+        return slope * (y - MU - slope * (x - mean)) / (spread + r**2)
+
+    mean, sigma = (MU * r**2 + y * SIGMA**2) / (r**2 + SIGMA**2), (1 / (1 / r**2 + 1 / SIGMA**2)) ** 0.5
+    options = {"shape": (16, 512) if backend == "fused" else (2, 16), "record": "last", **options}
+    guided = run(gd, sampler, cond_fn=cond_fn, **options)
+    expected = run(gd, sampler, model=model_of(gd, mean, sigma), **options)
+    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
+    if backend == "fused":
+        assert abs(guided.mean().item() - mean) < 0.03
+
+
+def test_rescale_takes_the_spread_back():
+    """Of each sample by itself; phi of it."""
+    m, u = torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    guided = u + 5.0 * (m - u)
+    assert Guidance(5.0).output_scale(m, u) is None
+    for dtype, phi in ((torch.float64, 1.0), (torch.float64, 0.3), (torch.float32, 1.0), (torch.float16, 1.0)):
+        scale = Guidance(5.0, rescale=phi).output_scale(m.to(dtype), u.to(dtype))
+        assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        rescaled = (scale.reshape(-1, 1, 1) * guided).std((1, 2))
+        expected = phi * m.std((1, 2)) + (1 - phi) * guided.std((1, 2))
+        torch.testing.assert_close(rescaled.double(), expected, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"scale": "2"}, TypeError, "guidance scale is '2', expected a float"),
+        ({"scale": True}, TypeError, "guidance scale is True, expected a float"),
+        ({"scale": float("inf")}, ValueError, "guidance scale is inf, expected a finite number"),
+        ({"unconditional": 3}, TypeError, "unconditional is 3, expected a function"),
+        ({"rescale": 1.5}, ValueError, "guidance rescale is 1.5, expected 0 <= rescale <= 1"),
+        ({"rescale": None}, TypeError, "guidance rescale is None, expected a float"),
+        ({"interval": 5}, TypeError, r"guidance interval is 5, expected \(low, high\)"),
+        ({"interval": (1, 2, 3)}, TypeError, r"guidance interval is \(1, 2, 3\), expected"),
+        ({"interval": (5, 1)}, ValueError, r"guidance interval is \(5, 1\), expected low <= high"),
+        ({"interval": (0, "9")}, TypeError, "guidance interval is '9', expected a float"),
+    ],
+)
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Guidance(**{"scale": 2.0, **arguments})
+
+
+@backends
+def test_outputs_that_do_not_fit_are_refused(device, backend):
+    gd = make_diffusion(backend=backend)
+
+    def loop(**options):
+        gd.p_sample_loop(**ours(gd, "plain", device=device, **options))
+
+    with pytest.raises(ValueError, match=r"the model's output has 4 samples, expected 8: guidance without a function"):
+        loop(guidance=2.0, model=lambda x, t: x[:4])
+    with pytest.raises(ValueError, match=r"uncond_output has shape \(3, 2, 3, 5\), expected that of x_t"):
+        loop(guidance=Guidance(2.0, lambda x, t: x[:3]))
+    with pytest.raises(TypeError, match="the model's output is a list, expected a tensor"):
+        loop(guidance=Guidance(2.0, lambda x, t: [x]))
+    with pytest.raises(ValueError, match=r"what cond_fn returns has shape \(4, 1\), expected that of x_t"):
+        loop(cond_fn=lambda x, t: x[:, :1, 0, 0])
+    with pytest.raises(TypeError, match="what cond_fn returns is a NoneType, expected a tensor"):
+        loop(cond_fn=lambda x, t: None)
+    with pytest.raises(ValueError, match=r"guidance rescale is 0\.7, expected 0 for samples of one element"):
+        options = {"shape": (3, 1), "rng": Philox(0), "progress": False, "device": device}
+        gd.p_sample_loop(exact_model(gd), guidance=Guidance(2.0, exact_model(gd), rescale=0.7), **options)

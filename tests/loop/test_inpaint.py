@@ -1,0 +1,304 @@
+"""Where a loop begins and what it keeps: inpainting, interpolation, images to noise and back."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from support.gaussian import MU, diffusion, exact_model
+from support.loop_cases import IDS, PART, SHAPE, given, half_known, make_diffusion, model, ours, truth
+from support.plain_loop import TIMESTEPS, each, noise, rows_of
+
+from ddpm_ext import GaussianDiffusion, Inpaint, Interpolation, Philox
+from ddpm_ext.loop.interpolation import slerp
+from ddpm_ext.tables.samplers import ddim, ddim_inverse
+from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+
+backends = pytest.mark.parametrize("backend", ["fused", "reference"])
+F32, F64 = torch.float32, torch.float64
+
+# ---------------------------------------------------------------------------------------------------- inpainting
+
+
+@backends
+@pytest.mark.parametrize(
+    "sampler, passes",
+    [*product(["ddpm", "ddim", "euler_ancestral"], [1, 2]), ("heun", 1), ("dpmpp_2m", 1)],  # no jumps beside history
+)
+def test_what_is_known_is_there_at_the_end(run, device, backend, sampler, passes):
+    """Bit for bit; and at every step noised to the level where it arrives."""
+    gd = diffusion(backend=backend)
+    known, mask = given(1, PART, device, F32), half_known(PART, device, F32)
+    inpaint = Inpaint(known, mask, jump_length=3, jump_n_sample=passes)
+    end = run(gd, sampler, eta=None, shape=SHAPE, steps=12, inpaint=inpaint, record="last")
+    assert torch.equal(end[mask == 1], known[mask == 1])
+    assert not (end[mask == 0] == known[mask == 0]).any()
+
+
+@backends
+@pytest.mark.parametrize("mask", ["bool", "channel", "one", "half"])
+def test_masks(device, backend, mask):
+    """Any that broadcasts, of any floating dtype or bool."""
+    gd = make_diffusion(backend=backend)
+    known = given(1, PART, device, F32)
+    short = torch.tensor([[1.0, 0, 0, 1, 1]] * 3, device=device)
+    masks = {
+        "bool": short.bool(),
+        "channel": short[None, None],
+        "one": torch.ones((), device=device),
+        "half": short.half(),
+    }
+    full = (short if mask != "one" else torch.ones_like(short)).expand(SHAPE).contiguous()
+    loops = [
+        gd.p_sample_loop(**ours(gd, "plain", inpaint=Inpaint(known, m), device=device), record="last")
+        for m in (masks[mask], full)
+    ]
+    assert torch.equal(*loops)
+    if mask == "one":
+        assert torch.equal(loops[0], known)
+
+
+def correlated_model(gd, correlation):
+    """The best eps for pairs of standard normals."""
+    eye = torch.eye(2, dtype=F64)
+    covariance = eye + correlation * (1 - eye)
+    inverses = torch.stack([torch.linalg.inv(kept * covariance + (1 - kept) * eye) for kept in gd.alphas_cumprod])
+    matrices = (1 - gd.alphas_cumprod).sqrt()[:, None, None] * inverses
+
+    def model(x, t):
+        return (matrices.to(x)[t] @ x[:, :, None])[:, :, 0]
+
+    return model
+
+
+def test_repaint_comes_closer_to_the_conditional_mean(run, device):
+    """Of two correlated numbers one is known: the other's distribution follows. The more passes, the nearer to it."""
+    gd, correlation, count = GaussianDiffusion(1000), 0.9, 512
+    known = torch.tensor([2.0, 0.0], device=device).repeat(count, 1)
+    mask = torch.tensor([1.0, 0.0], device=device)
+    errors = []
+    for passes in (1, 4, 12):
+        inpaint = Inpaint(known, mask, jump_length=5, jump_n_sample=passes)
+        end = run(
+            gd, shape=(count, 2), steps=50, model=correlated_model(gd, correlation), inpaint=inpaint, record="last"
+        )
+        assert (end[:, 0] == 2).all()
+        errors.append(abs(end[:, 1].mean().item() - 2 * correlation))
+    # measured 0.60, 0.18, 0.13; a mean is known to 0.02
+    assert errors[0] > 0.5
+    assert errors[1] < errors[0] / 2
+    assert errors[2] < errors[1]
+
+
+def test_the_callers_image_and_mask_stay(device):
+    gd = make_diffusion()
+    known, mask = given(1, PART, device, F32), half_known(PART, device, F32)
+    before = known.clone(), mask.clone()
+    gd.p_sample_loop(**ours(gd, "plain", inpaint=Inpaint(known, mask, 2, 2), device=device))
+    assert torch.equal(known, before[0]) and torch.equal(mask, before[1])
+
+
+# -------------------------------------------------------------------------------------------- image to image
+
+
+@pytest.mark.parametrize("strength, taken", [(1.0, 8), (0.5, 4), (0.13, 1)])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "rederived"])
+@backends
+def test_from_an_image(device, backend, sampler, strength, taken):
+    gd, dtype = make_diffusion(backend=backend), {"fused": F32, "reference": F64}[backend]
+    rows = rows_of(gd.alphas_cumprod)[8 - taken :]
+    first, second = given(1, PART, "cpu", F64), given(2, PART, "cpu", F64)
+    weight = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=F64)
+    z = [noise(SHAPE, IDS, draw, stream=1) for draw in (0, 1)]
+    a, b = (rows[0].now ** 0.5 * x + (1 - rows[0].now) ** 0.5 * z for x, z in zip((first, second), z, strict=True))
+    angle = torch.stack(
+        [torch.dot(p.flatten(), q.flatten()) / (p.norm() * q.norm()) for p, q in zip(a, b, strict=True)]
+    ).acos()
+    on_the_circle = each(((1 - weight) * angle).sin(), a) * a + each((weight * angle).sin(), a) * b
+    images = first.to(device, dtype), second.to(device, dtype)
+    starts = {
+        "image": (images[0], a),
+        "slerp": (Interpolation(*images, weight.to(device)), on_the_circle / each(angle.sin(), a)),
+        "slerp, a number": (Interpolation(*images, 0.0), a),
+        "lerp": (Interpolation(*images, weight.to(device), "lerp"), each(1 - weight, a) * a + each(weight, a) * b),
+        "lerp, a number": (Interpolation(*images, 1, "lerp"), b),
+    }
+    close = {"rtol": 0, "atol": 1e-13 if dtype == F64 else 2e-5}
+    for start, begin in starts.values():
+        options = ours(gd, "plain", sampler, start=start, strength=strength, device=device, dtype=dtype)
+        expected = truth(gd, "plain", sampler, start=begin, rows=rows)
+        seen = []
+        gd.p_sample_loop(**options, callback=lambda record, seen=seen: seen.append(record.x_t.double().cpu().clone()))
+        assert len(seen) == taken
+        for x, (true_x, _) in zip(seen, expected, strict=True):
+            torch.testing.assert_close(x, true_x, **close)
+    assert torch.equal(images[0], first.to(device, dtype))
+
+
+def test_interpolations_are_independent_of_the_batch(device):
+    gd = make_diffusion()
+    weight = torch.tensor([0.1, 0.4, 0.7, 0.9], device=device)
+
+    def loop(part):
+        start = Interpolation(given(1, part, device, F32), given(2, part, device, F32), weight[part])
+        return gd.p_sample_loop(**ours(gd, "plain", part=part, start=start, strength=0.5, device=device), record="last")
+
+    whole, parts = loop(PART), torch.cat([loop(slice(0, 1)), loop(slice(1, 4))])
+    if device.type == "cpu":
+        assert torch.equal(whole, parts)
+    else:  # the sums of an angle are torch's, whose order on a GPU depends on the batch
+        torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
+
+
+def test_slerp_keeps_the_variance():
+    a, b = torch.randn(2, 8, 4096, generator=torch.Generator().manual_seed(3))
+    for weight in (0.0, 0.3, 0.5, 1.0):
+        assert slerp(a, b, weight).var().item() == pytest.approx(1, abs=0.03)
+    torch.testing.assert_close(slerp(a, b, 0.25), slerp(b, a, 0.75), rtol=1e-5, atol=1e-6)
+    assert torch.equal(slerp(a, b, 0.0), a)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3,), (3, 8), (3, 2, 2, 2)])
+def test_slerp_of_one_direction_is_lerp(dtype, shape):
+    a = torch.linspace(0.5, 1, math.prod(shape)).reshape(shape).to(dtype)
+    for b in (a, 2 * a):
+        found = slerp(a, b, 0.5)
+        assert found.dtype == dtype and found.isfinite().all()
+        torch.testing.assert_close(
+            found.double(), (a.double() + b.double()) / 2, rtol=1e-2 if dtype != F64 else 1e-12, atol=0
+        )
+    assert slerp(a, -a, 0.5).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------- to its noise and back
+
+
+@backends
+@pytest.mark.parametrize("keep_eps", [False, True])
+def test_there_and_back(run, device, backend, keep_eps):
+    """An image to the noise that leads to it, and down again: at first order."""
+    gd = diffusion(backend=backend)
+    levels = gd.alphas_cumprod
+    image = MU + 0.3 * given(1, PART, device, F32)
+    errors = []
+    for steps in (25, 50, 100):
+        up = spaced_timesteps(100, steps).flip(0)
+        there = ddim_inverse(make_grid(levels, up[:-1], final=levels[up[-1]].item()), keep_eps=keep_eps)
+        back = ddim(make_grid(levels, up.flip(0)[:-1], final=levels[up[0]].item()), keep_eps=keep_eps)
+        options = {"shape": SHAPE, "record": "last", "eta": None}
+        encoded = run(gd, there, noise=image, **options)
+        assert 0.6 < encoded.std() < 1.3  # noise, not the image
+        errors.append((run(gd, back, noise=encoded, **options) - image).abs().max().item())
+    assert errors[0] < 0.5
+    assert errors[1] < 0.65 * errors[0] and errors[2] < 0.65 * errors[1]
+
+
+def test_x_prev_is_another_word_for_x0(device):
+    """What a model for the posterior's mean says, of all steps or a few, is what one for x0 says."""
+    x0_of, x_prev_of = make_diffusion(prediction="x0"), make_diffusion(prediction="x_prev")
+    of_x0, of_x = (c.to(device, F32) for c in (x0_of.posterior_mean_coef1, x0_of.posterior_mean_coef2))
+
+    def x_prev(x, t):
+        return each(of_x0[t], x) * model(x, t) + each(of_x[t], x) * x
+
+    for sampler in ("ddpm", "ddim", "dpmpp_2m"):
+        for chosen in ({"timesteps": None}, {"timesteps": list(TIMESTEPS)}):
+            one, other = (
+                gd.p_sample_loop(
+                    **{**ours(gd, "plain", model=m, device=device), "sampler": sampler, **chosen}, record="last"
+                )
+                for gd, m in ((x0_of, model), (x_prev_of, x_prev))
+            )
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # measured 1.9e-6, factor 5
+    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a spacing whose timesteps are"):
+        x_prev_of.p_sample_loop(
+            **ours(x_prev_of, "plain", sampler="euler") | {"timesteps": None}, spacing="karras", steps=5
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"known": [1.0]}, TypeError, "known is a list, expected a tensor"),
+        (
+            {"known": torch.zeros(SHAPE, dtype=torch.int64)},
+            TypeError,
+            "known has dtype torch.int64, expected a floating",
+        ),
+        ({"known": torch.tensor(1.0)}, ValueError, "known is 0-dimensional, expected"),
+        ({"mask": 1}, TypeError, "mask is a int, expected a tensor"),
+        ({"mask": torch.ones(SHAPE, dtype=torch.uint8)}, TypeError, "mask has dtype torch.uint8, expected bool or"),
+        ({"mask": torch.ones(7)}, ValueError, r"mask has shape \(7,\), expected one that broadcasts to known's"),
+        (
+            {"mask": torch.ones(2, *SHAPE)},
+            ValueError,
+            r"mask has shape \(2, 4, 2, 3, 5\), expected one that broadcasts",
+        ),
+        ({"mask": torch.ones(SHAPE, device="meta")}, ValueError, "mask is on meta, expected known's device, cpu"),
+        (
+            {"mask": torch.full((5,), 255.0)},
+            ValueError,
+            "mask reaches from 255.0 to 255.0, expected all in 0 <= mask <= 1",
+        ),
+        ({"mask": torch.tensor([float("nan")])}, ValueError, "mask reaches from nan to nan, expected"),
+        ({"jump_length": 0}, ValueError, "jump_length is 0, expected 1 <= jump_length"),
+        ({"jump_length": 2.0}, TypeError, "jump_length is 2.0, expected an int"),
+        ({"jump_n_sample": 0}, ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
+        ({"jump_n_sample": True}, TypeError, "jump_n_sample is True, expected an int"),
+    ],
+)
+def test_inpaint_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        Inpaint(**{"known": torch.zeros(SHAPE), "mask": torch.ones(SHAPE), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"first": None}, TypeError, "first is a NoneType, expected a tensor"),
+        ({"second": torch.zeros(3)}, ValueError, r"second has shape \(3,\), expected that of first"),
+        ({"second": torch.zeros(SHAPE).half()}, TypeError, "second has dtype torch.float16, expected that of first"),
+        ({"second": torch.zeros(SHAPE, device="meta")}, ValueError, "second is on meta, expected first's device, cpu"),
+        ({"method": "cubic"}, ValueError, "method is 'cubic', expected 'slerp' or 'lerp'"),
+        ({"weight": 1.5}, ValueError, "weight is 1.5, expected 0 <= weight <= 1"),
+        ({"weight": float("nan")}, ValueError, "weight is nan, expected 0 <= weight <= 1"),
+        ({"weight": "0.5"}, TypeError, "weight is '0.5', expected a float or a tensor"),
+        ({"weight": True}, TypeError, "weight is True, expected a float or a tensor"),
+        (
+            {"weight": torch.zeros(3)},
+            ValueError,
+            r"weight has shape \(3,\) and dtype torch.float32, expected a floating \(4,",
+        ),
+        (
+            {"weight": torch.zeros(4).long()},
+            ValueError,
+            "weight has shape .* and dtype torch.int64, expected a floating",
+        ),
+        ({"weight": torch.tensor([0, 0, 0, 1.1])}, ValueError, "weight is tensor.*expected 0 <= weight <= 1"),
+    ],
+)
+def test_interpolation_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        Interpolation(**{"first": torch.zeros(SHAPE), "second": torch.zeros(SHAPE), **changes})
+
+
+def test_an_image_of_another_shape_is_refused(device):
+    gd, wrong = make_diffusion(), torch.zeros(3, 2, 3, 5, device=device)
+    asked = []
+    for options, message in (
+        ({"inpaint": Inpaint(wrong, wrong)}, r"known has shape \(3, 2, 3, 5\), expected that of x_t, \(4, 2, 3, 5\)"),
+        ({"start": Interpolation(wrong, wrong)}, r"start has shape \(3, 2, 3, 5\), expected \(4, 2, 3, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gd.p_sample_loop(**ours(gd, "plain", model=lambda *_: asked.append(1), device=device, **options))
+    assert not asked
+    # and the exact model is not needed to see that images of the same shape are taken
+    good = torch.zeros(SHAPE, device=device)
+    assert np.isfinite(
+        gd.p_sample_loop(exact_model(gd), SHAPE, start=Interpolation(good, good), rng=Philox(0), progress=False)[-1]
+    ).all()

@@ -1,0 +1,194 @@
+"""Each of the loop's options against plain_loop.py, which is plain torch in float64; and split over batches."""
+
+import numpy as np
+import pytest
+import torch
+from support.loop_cases import CASES, CLOSE, PART, SAMPLERS, SHAPE, given, make_diffusion, ours, truth, with_variance
+
+from ddpm_ext import Guidance
+
+BACKENDS = {"fused": torch.float32, "reference": torch.float64}
+# Of 1 + |x|. Measured over all cases: 1.6e-5 (of an output that is almost constant, rescaled; all others 1.2e-5), and
+# 1.7e-14 in float64; factor 3 and more.
+WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some by the plain kernel, some not
+
+cases = pytest.mark.parametrize("case", CASES)
+samplers = pytest.mark.parametrize("sampler", SAMPLERS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def check(gd, options, expected, device, *, x0=True, factor=1):
+    """Every step's samples, and the predicted clean ones where they are handed out."""
+    seen, dtype = [], options["dtype"]
+
+    def watch(record):
+        seen.append([None if x is None else x.double().cpu().clone() for x in (record.x_t, record.x0)])
+        assert record.x_t.dtype == dtype and record.x_t.device == device and record.x_t.shape == SHAPE
+
+    last = gd.p_sample_loop(**{**options, "callback": watch, "record": "last", "x0": x0})
+    assert torch.equal(last.double().cpu(), seen[-1][0])
+    assert len(seen) == len(expected)
+    close = {"rtol": factor * CLOSE[dtype], "atol": factor * CLOSE[dtype]}
+    for (x, clean), (true_x, true_clean) in zip(seen, expected, strict=True):
+        torch.testing.assert_close(x, true_x, **close)
+        assert (clean is None) == (not x0)
+        if x0:
+            torch.testing.assert_close(clean, true_clean, **close)
+
+
+@cases
+@samplers
+@backends
+def test_every_step_is_the_plain_loops(device, backend, sampler, case):
+    gd = make_diffusion(backend=backend)
+    options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend])
+    check(gd, options, truth(gd, case, sampler), device, x0=case not in WITHOUT_X0)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance", "fixed_large"])
+@pytest.mark.parametrize("case", ["plain", "guidance", "cond_fn", "denoised_fn", "inpaint jumps"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@backends
+def test_variances(device, backend, sampler, case, variance):
+    gd = make_diffusion(backend=backend, variance=variance)
+    options, expected = {}, {}
+    if variance != "fixed_large":
+        both = with_variance(variance)
+        options = expected = {"model": both}
+        if case == "guidance":  # the unconditional output has a variance, too, which counts for nothing
+            options = {**options, "guidance": Guidance(2.5, lambda x, t: both(x * 0.5, t))}
+            expected = {**expected, "unconditional": lambda x, t: both(x * 0.5, t)}
+    options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend], **options)
+    check(gd, options, truth(gd, case, sampler, **expected), device, x0=case != "plain")
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "x_prev"])
+@pytest.mark.parametrize("case", ["plain", "guidance", "cond_fn", "threshold", "no clip"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@backends
+def test_predictions(device, backend, sampler, case, prediction):
+    """x_prev: that of the schedule's own step, though the loop's are longer."""
+    gd = make_diffusion(backend=backend, prediction=prediction)
+    options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend])
+    factor = 10 if prediction == "x_prev" else 1  # x0 is up to 100 times what an x_prev is away from x_t
+    check(gd, options, truth(gd, case, sampler), device, x0=case != "plain", factor=factor)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("guidance rescale", "everything")])
+def test_split_batches(device, case, sampler):
+    """The first two samples and the last two by themselves, with their ids, have the bits that they have together.
+
+    A standard deviation is torch's sum, whose order depends on the batch: without rescale.
+    """
+    gd = make_diffusion()
+    whole, first, second = (
+        gd.p_sample_loop(**ours(gd, case, sampler, device=device, part=part, record="all"))
+        for part in (PART, slice(0, 2), slice(2, 4))
+    )
+    for x, *parts in zip(whole, first, second, strict=True):
+        assert np.array_equal(x, np.concatenate(parts))
+
+
+@pytest.mark.parametrize("case", ["plain", "guidance doubled", "inpaint jumps", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_records(device, case, dtype):
+    gd, seen = make_diffusion(), []
+    options = ours(gd, case, device=device, dtype=dtype)
+
+    def watch(record):
+        seen.append([x.float().cpu().numpy().copy() for x in (record.x_t, record.x0)])
+
+    every = gd.p_sample_loop(**{**options, "x0": True, "callback": watch})
+    x0s = gd.p_sample_loop(**options, record="x0")
+    chosen = gd.p_sample_loop(**options, record=[0, 3, 7])
+    last = gd.p_sample_loop(**options, record="last")
+    assert len(every) == len(x0s) == len(seen)
+    for (x, x0), recorded, recorded_x0 in zip(seen, every, x0s, strict=True):
+        assert np.array_equal(x, recorded) and np.array_equal(x0, recorded_x0)
+        assert recorded.dtype == (np.float16 if dtype == torch.float16 else np.float32)
+    for i, x in zip((0, 3, 7), chosen, strict=True):
+        assert np.array_equal(x, every[i])
+    assert np.array_equal(last.float().cpu().numpy(), every[-1])
+    assert last.untyped_storage().nbytes() == last.nbytes  # no more memory than its own
+
+
+@cases
+@pytest.mark.parametrize("dtype, close", [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
+@backends
+def test_low_precision(device, backend, dtype, close, case):
+    """Measured 3.4e-3 and 3e-2, without a clip; factor 3."""
+    gd = make_diffusion(backend=backend)
+    found = gd.p_sample_loop(**ours(gd, case, device=device, dtype=dtype), record="last")
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double().cpu(), truth(gd, case)[-1][0], rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("case", ["plain", "guidance doubled", "threshold", "everything"])
+def test_inference_mode(device, case):
+    gd = make_diffusion()
+    expected = gd.p_sample_loop(**ours(gd, case, device=device), record="last")
+    with torch.inference_mode():
+        assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
+    assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_is_where_the_loop_begins(device, sampler):
+    gd = make_diffusion()
+    x = given(4, PART, device, torch.float32)
+    before = x.clone()
+    expected = truth(gd, "plain", sampler, start=x.double().cpu())
+    check(gd, ours(gd, "plain", sampler, device=device, noise=x), expected, device)
+    strided = x.to(memory_format=torch.channels_last)
+    loops = [
+        gd.p_sample_loop(**ours(gd, "guidance", sampler, noise=n, device=device), record="last") for n in (x, strided)
+    ]
+    assert torch.equal(*loops)
+    assert torch.equal(x, before)
+
+
+def test_autocast_lowers_the_models_arithmetic_alone(device):
+    gd, seen = make_diffusion(), []
+    weight = torch.linspace(-0.3, 0.3, 25, device=device).reshape(5, 5)
+
+    def model(x, t):
+        seen.append((x.dtype, (x @ weight).dtype))
+        return x @ weight
+
+    def cond_fn(x, t):
+        seen.append((x.dtype, (x @ weight).dtype))
+        return x @ weight
+
+    lower, full = (
+        gd.p_sample_loop(
+            **ours(gd, "plain", model=model, cond_fn=cond_fn, device=device), autocast=autocast, record="last"
+        )
+        for autocast in (torch.bfloat16, None)
+    )
+    assert seen[:2] == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+    assert {how for how in seen[16:]} == {(torch.float32, torch.float32)}
+    assert lower.dtype == torch.float32 and not torch.equal(lower, full)
+    torch.testing.assert_close(lower, full, rtol=0, atol=0.05)
+
+
+def test_compile(device):
+    """The compiled model's samples are the model's: as a function of the same products and sums."""
+    gd = make_diffusion()
+
+    def backend(module, _):
+        calls.append(module)
+        return module.forward
+
+    calls = []
+    torch.compiler.reset()
+    expected = gd.p_sample_loop(**ours(gd, "guidance", device=device), record="last")
+    with pytest.MonkeyPatch.context() as patch:
+        compiler = torch.compile
+        modes = []
+        patch.setattr(torch, "compile", lambda f, mode=None: modes.append(mode) or compiler(f, backend=backend))
+        for how in (True, "max-autotune"):
+            options = {**ours(gd, "guidance", device=device), "compile": how, "record": "last"}
+            torch.testing.assert_close(gd.p_sample_loop(**options), expected, rtol=1e-6, atol=1e-6)
+    assert modes == [None, "max-autotune"]
+    assert calls

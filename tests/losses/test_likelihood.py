@@ -1,0 +1,319 @@
+"""ddpm_ext.likelihood on data whose best denoiser is known (gaussian.py), by formulas in float64."""
+
+import math
+
+import pytest
+import torch
+from support.comparison import backends, predictions, variances
+from support.gaussian import MU, SIGMA, best_prediction, exact_model, marginal
+
+from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext.losses.likelihood import bits_per_dim, prior_bpd, vlb_terms
+from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
+from ddpm_ext.ops.noise import STREAM_FORWARD
+
+TIMESTEPS = 40
+BETAS = torch.linspace(2e-4, 0.3, TIMESTEPS, dtype=torch.float64)  # so that next to nothing of x_0 is left in x_T
+SHAPE = (5, 3, 4, 6)
+RNG = Philox(11, 1000)
+
+
+def diffusion(prediction="eps", variance="fixed_small", backend="fused"):
+    return GaussianDiffusion(TIMESTEPS, BETAS, prediction=prediction, variance=variance, backend=backend)
+
+
+def images(shape=SHAPE, device="cpu", dtype=torch.float32, sigma=SIGMA):
+    """8-bit levels of N(MU, sigma^2)."""
+    values = MU + sigma * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return ((values * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).to(device, dtype)
+
+
+def mean(values):
+    return values.flatten(1).mean(1)
+
+
+def drawn(x_start, t):
+    """The noise of the contract and the error of the best prediction of x_0, in float64 on the CPU."""
+    z = randn(tuple(x_start.shape), RNG, stream=STREAM_FORWARD, draw=t).double()
+    kept = diffusion().alphas_cumprod[t]
+    x_t = kept.sqrt() * x_start.double().cpu() + (1 - kept).sqrt() * z
+    return x_t, best_prediction(kept, x_t, "x0") - x_start.double().cpu()
+
+
+def expected_term(x_start, t, variance):
+    """Of the bound, by the difference of the means alone where the variances are the same."""
+    gd = diffusion(variance=variance)
+    _, error = drawn(x_start, t)
+    x = x_start.double().cpu()
+    second = gd.posterior_variance[1]
+    if t == 0:
+        log_p = discretized_gaussian_log_likelihood(x, mean=x + error, log_scale=second.log() / 2)
+        return -mean(log_p) / math.log(2)
+    q, p = gd.posterior_variance[t], gd.posterior_variance[t] if variance == "fixed_small" else gd.betas[t]
+    nats = (p / q).log() / 2 + (q + (gd.posterior_mean_coef1[t] * error) ** 2) / (2 * p) - 0.5
+    return mean(nats) / math.log(2)
+
+
+@backends
+@variances
+@predictions
+def test_terms(device, backend, variance, prediction):
+    gd = diffusion(prediction, variance, backend)
+    x_start = images(device=device)
+    found = bits_per_dim(gd, exact_model(gd), x_start, rng=RNG, clip_denoised=False)
+    for tensor in (found.vlb, found.x_start_mse, found.mse):
+        assert tensor.shape == (len(x_start), TIMESTEPS) and tensor.dtype == torch.float32
+    for t in range(TIMESTEPS):
+        torch.testing.assert_close(
+            found.vlb[:, t].cpu(), expected_term(x_start, t, variance).float(), rtol=1e-4, atol=1e-6
+        )
+        error = mean(drawn(x_start, t)[1] ** 2)
+        ratio = gd.alphas_cumprod[t] / (1 - gd.alphas_cumprod[t])
+        torch.testing.assert_close(found.x_start_mse[:, t].cpu(), error.float(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(found.mse[:, t].cpu(), (error * ratio).float(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.prior, prior_bpd(gd, x_start))
+    torch.testing.assert_close(found.total, found.prior + found.vlb.sum(1))
+
+
+NARROW = 0.12  # so that all levels are inner ones
+
+
+def best_with_variance(gd):
+    """With the logarithm of the variance of x_{t-1} given x_t alone, for variance="learned"."""
+
+    def model(x, t):
+        kept, given_x0, coefficient = (
+            table[t].to(x.dtype)[:, None]
+            for table in (gd.alphas_cumprod, gd.posterior_variance, gd.posterior_mean_coef1)
+        )
+        of_x0 = NARROW**2 * (1 - kept) / marginal(kept, NARROW)[1]
+        log_variance = (given_x0 + coefficient**2 * of_x0).log()
+        return torch.cat([best_prediction(kept, x, gd.prediction, NARROW), log_variance.expand_as(x)], 1)
+
+    return model
+
+
+def test_bound_is_tight_where_the_model_is_exact():
+    """What is left is the levels' own negative log-likelihood, on average their entropy."""
+    gd = diffusion(variance="learned")
+    x_start = images((16, 4000), sigma=NARROW)
+    assert x_start.abs().max() < 1
+    found = bits_per_dim(gd, best_with_variance(gd), x_start, rng=RNG, clip_denoised=False)
+    probabilities = torch.special.ndtr(((torch.arange(257).double() * 2 - 256) / 255 - MU) / NARROW).diff()
+    entropy = torch.special.entr(probabilities).sum() / math.log(2)
+    exact = -mean(discretized_gaussian_log_likelihood(x_start, mean=MU, log_scale=math.log(NARROW))) / math.log(2)
+    assert abs(exact.mean() - entropy) < 0.015
+    assert abs(found.total.mean() - exact.mean()) < 0.02  # measured 0.009 at the most over ten seeds
+    worse = bits_per_dim(gd, lambda x, t: best_with_variance(gd)(x, t) + 0.2, x_start, rng=RNG, clip_denoised=False)
+    assert worse.total.mean() > found.total.mean() + 0.1
+
+
+def test_prior():
+    gd = GaussianDiffusion(20, "linear")
+    x_start = images()
+    kept = gd.alphas_cumprod[-1]
+    nats = (kept * x_start.double() ** 2 + (1 - kept) - 1 - (1 - kept).log()) / 2
+    torch.testing.assert_close(prior_bpd(gd, x_start), (mean(nats) / math.log(2)).float())
+    assert prior_bpd(gd, x_start.bfloat16()).dtype == torch.float32
+
+
+def noisy(prediction="eps", learned=False, scale=0.3):
+    """No good model: its predictions leave [-1, 1]."""
+
+    def model(x, t):
+        m = torch.sin(5 * x) * (1 + scale * torch.cos(t.to(x.dtype)).reshape(-1, *[1] * (x.dim() - 1)))
+        return torch.cat([m, torch.cos(3 * x)], 1) if learned else m
+
+    return model
+
+
+@pytest.mark.parametrize("clip", [True, False, (-0.5, 0.4)])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+def test_fused_is_the_reference_in_float64(device, prediction, variance, clip):
+    x_start, t = images(device=device), torch.tensor([0, 1, 0, 20, 39], device=device)
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(device)
+    fused, reference = (diffusion(prediction, variance, backend) for backend in ("fused", "reference"))
+    model = noisy(prediction, variance.startswith("learned"))
+    seen = []
+
+    def recorded(x, t):
+        seen.append(model(x, t))
+        return seen[-1]
+
+    found = vlb_terms(fused, recorded, x_start, t, noise=z, clip_denoised=clip)
+    expected = vlb_terms(
+        reference, lambda *_: seen[0].double(), x_start.double(), t, noise=z.double(), clip_denoised=clip
+    )
+    assert len(seen) == 1
+    assert expected.output.dtype == torch.float64 and found.output.dtype == torch.float32
+    torch.testing.assert_close(found.output, expected.output.float(), rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(found.pred_xstart, expected.pred_xstart.float(), rtol=1e-4, atol=1e-4)
+    if clip:
+        low, high = (-1.0, 1.0) if clip is True else clip
+        assert found.pred_xstart.min() == pytest.approx(low) and found.pred_xstart.max() == pytest.approx(high)
+
+
+@backends
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
+def test_one_timestep_for_all(device, backend, variance):
+    """As an int and as a tensor, which works out both kinds of terms."""
+    gd, x_start = diffusion(variance=variance, backend=backend), images(device=device)
+    model = noisy(learned=variance.startswith("learned"))
+    for t in (0, 1, 39):
+        one = vlb_terms(gd, model, x_start, t, rng=RNG)
+        many = vlb_terms(gd, model, x_start, torch.full((len(x_start),), t, device=device), rng=RNG)
+        for found, expected in zip(one, many, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_batches_do_not_matter(device):
+    gd, x_start = diffusion(), images(device=device)
+    seen = {}
+
+    def model(x, t):
+        for sample, moment in zip(x, t.tolist(), strict=True):
+            seen.setdefault(moment, []).append(sample.clone())
+        return noisy()(x, t)
+
+    whole = bits_per_dim(gd, model, x_start, rng=RNG)
+    of_whole, seen = seen, {}
+    parts = [bits_per_dim(gd, model, x_start[i : i + 2], rng=Philox(11, 1000 + i)) for i in range(0, len(x_start), 2)]
+    assert list(of_whole) == list(range(TIMESTEPS)) and list(map(len, seen.values())) == [len(x_start)] * TIMESTEPS
+    for t, samples in of_whole.items():
+        assert torch.equal(torch.stack(samples), torch.stack(seen[t]))
+        assert torch.equal(torch.stack(samples), gd.q_sample(x_start, t, rng=RNG))
+    for found, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
+def test_gradients(variance):
+    """Of the bound in the model's output, as those of the reference in float64; also of samples at t = 0."""
+    x_start, t = images(), torch.tensor([0, 1, 5, 20, 39])
+    x_start[0, 0, 0, 0], x_start[0, 0, 0, 1] = -1, 1
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    model = noisy(learned=variance.startswith("learned"))
+    slopes = []
+    for backend, dtype in (("fused", torch.float32), ("reference", torch.float64)):
+        gd = diffusion(variance=variance, backend=backend)
+        with torch.no_grad():
+            output = model(gd.q_sample(x_start, t, z), t).to(dtype)
+        output.requires_grad_()
+        terms = vlb_terms(
+            gd, lambda *_, output=output: output, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False
+        )
+        assert not terms.pred_xstart.requires_grad
+        terms.output.sum().backward()
+        slopes.append(output.grad)
+    assert slopes[1].isfinite().all() and (slopes[1] != 0).all()
+    size = slopes[1].abs().amax((1, 2, 3), keepdim=True)
+    assert ((slopes[0] - slopes[1]).abs() <= 1e-4 * size).all()
+
+
+def test_no_gradients_of_a_whole_bound():
+    weight = torch.ones((), requires_grad=True)
+    found = bits_per_dim(diffusion(), lambda x, t: x * weight, images(), rng=RNG)
+    assert not any(tensor.requires_grad for tensor in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_reaches_the_model_alone(device, dtype):
+    gd, x_start = diffusion(), images(device=device, dtype=dtype)
+    seen = []
+
+    def model(x, t):
+        seen.append(x.clone())
+        return noisy()(x, t)
+
+    t = torch.tensor([0, 1, 5, 20, 39], device=device)
+    found = vlb_terms(gd, model, x_start, t, rng=RNG)
+    assert seen[0].dtype == dtype and found.output.dtype == found.pred_xstart.dtype == torch.float32
+    with_same = vlb_terms(gd, lambda *_: noisy()(seen[0], t), x_start.float(), t, rng=RNG)
+    torch.testing.assert_close(found.output[1:], with_same.output[1:], rtol=0.05, atol=0.05)
+
+
+def test_samples_of_one_number_each():
+    gd, x_start = diffusion(), images((6,))
+    found = bits_per_dim(gd, exact_model(gd), x_start, rng=RNG, clip_denoised=False)
+    wide = bits_per_dim(gd, exact_model(gd), x_start[:, None], rng=RNG, clip_denoised=False)
+    for one, other in zip(found, wide, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "eps"])
+def test_terminal_level_of_zero_and_single_timesteps(prediction):
+    betas = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    gd = GaussianDiffusion(3, betas, prediction=prediction)
+    found = bits_per_dim(gd, noisy(prediction), images(), rng=RNG)
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert (found.prior == 0).all() and (found.mse[:, -1] == 0).all() and (found.x_start_mse[:, -1] > 0).all()
+    alone = GaussianDiffusion(1, torch.tensor([0.02]), prediction=prediction)
+    found = bits_per_dim(alone, exact_model(alone), images(), rng=RNG)
+    kept = alone.alphas_cumprod[0]
+    x_t = kept.sqrt() * images().double() + (1 - kept).sqrt() * randn(SHAPE, RNG, stream=STREAM_FORWARD).double()
+    x0 = best_prediction(kept, x_t, "x0").clamp(-1, 1)
+    log_p = discretized_gaussian_log_likelihood(images().double(), mean=x0, log_scale=math.log(0.02) / 2)
+    torch.testing.assert_close(found.vlb[:, 0], (-mean(log_p) / math.log(2)).float(), rtol=1e-4, atol=0)
+
+
+def test_seeds_and_progress(capsys):
+    gd, x_start = diffusion(), images()
+    torch.manual_seed(3)
+    first = bits_per_dim(gd, noisy(), x_start)
+    torch.manual_seed(3)
+    again = bits_per_dim(gd, noisy(), x_start, progress=False)
+    assert torch.equal(first.vlb, again.vlb) and capsys.readouterr().err == ""
+    assert not torch.equal(first.vlb, bits_per_dim(gd, noisy(), x_start).vlb)
+    pytest.importorskip("tqdm")
+    bits_per_dim(gd, noisy(), x_start, rng=RNG, progress=True)
+    assert f"{TIMESTEPS}/{TIMESTEPS}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"t": 40}, ValueError, "t is 40, expected 0 <= t < 40"),
+        ({"t": torch.tensor([0, 0])}, ValueError, r"t has shape \[2\], expected \[5\], one a sample"),
+        ({"x_start": None}, TypeError, "x_start is a NoneType, expected a tensor"),
+        ({"noise": torch.zeros(5, 3)}, ValueError, "noise has shape"),
+        ({"noise": torch.zeros(SHAPE), "rng": RNG}, ValueError, "noise and rng are both given, expected one of them"),
+        ({"rng": 3}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        ({"clip_denoised": 2}, TypeError, "clip_denoised is 2, expected a bool"),
+    ],
+)
+def test_bad_arguments_never_reach_the_model(change, kind, message):
+    def model(*_):
+        raise AssertionError("called")
+
+    given = {"x_start": images(), "t": 3, **change}
+    with pytest.raises(kind, match=message):
+        vlb_terms(diffusion(), model, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"rng": Philox(0, draw=3)}, ValueError, "expected one without a draw or a stream of its own: each step"),
+        ({"rng": Philox(0, stream=3)}, ValueError, "expected one without a draw or a stream of its own"),
+        ({"rng": 0}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        (
+            {"x_start": torch.zeros(2, 3, dtype=torch.uint8)},
+            TypeError,
+            "x_start has dtype torch.uint8, expected a float",
+        ),
+    ],
+)
+def test_bad_arguments_of_a_whole_bound(change, kind, message):
+    given = {"x_start": images(), "rng": RNG, **change}
+    with pytest.raises(kind, match=message):
+        bits_per_dim(diffusion(), noisy(), **given)
+    if "x_start" in change:
+        with pytest.raises(kind, match=message):
+            prior_bpd(diffusion(), change["x_start"])
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned"])
+def test_output_of_another_shape(variance):
+    with pytest.raises(ValueError, match=r"model_output has shape .5, 1, 4, 6., expected"):
+        vlb_terms(diffusion(variance=variance), lambda x, t: x[:, :1], images(), 3, rng=RNG)

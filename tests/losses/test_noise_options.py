@@ -1,0 +1,158 @@
+"""Offset noise and input perturbation: what the model sees, what it is trained towards, and who draws it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from support.comparison import backends, normals, timesteps
+from support.refusals import refuse
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox
+
+SHAPE = (6, 3, 5, 7)
+RNG = Philox(11, 2**40)
+
+
+def drawn(shape, t, stream, rng=RNG):
+    """(batch, ...) by the contract, float64: draw t of each sample."""
+    one = [
+        ddpm_ext.randn((1, *shape[1:]), Philox(rng.seed_value, rng.first_id + i), draw=int(draw), stream=stream)
+        for i, draw in enumerate(t)
+    ]
+    return torch.cat(one).double()
+
+
+class Seen:
+    """A model that keeps what it is given."""
+
+    def __init__(self, output):
+        self.output = output
+
+    def __call__(self, x_t, t):
+        self.x_t = x_t.detach().clone()
+        return self.output
+
+
+def expected_x_t(gd, x, z, t):
+    a, s = gd.alphas_cumprod[t] ** 0.5, (1 - gd.alphas_cumprod[t]) ** 0.5
+    return a[:, None, None, None] * x.double() + s[:, None, None, None] * z
+
+
+@backends
+@pytest.mark.parametrize("shape", [SHAPE, (6, 4), (6, 4, 9)], ids=str)
+def test_offset_noise(backend, shape, device):
+    """One normal more for all elements of a channel, in x_t and in the target (stream 4)."""
+    x, m = normals(2, device, shape)
+    for prediction in ("eps", "v"):
+        gd = GaussianDiffusion(1000, prediction=prediction, backend=backend)
+        t = timesteps(device)
+        z = drawn(shape, t, 2) + 0.3 * drawn((6, shape[1]), t, 4).reshape(6, shape[1], *[1] * (len(shape) - 2))
+        model = Seen(m)
+        loss = gd.train_losses(model, x, t, rng=RNG, offset_noise=0.3, reduction="none")
+        levels = gd.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (len(shape) - 1))
+        x64, m64 = x.cpu().double(), m.cpu().double()
+        x_t = levels**0.5 * x64 + (1 - levels) ** 0.5 * z
+        torch.testing.assert_close(model.x_t.cpu().double(), x_t, rtol=1e-6, atol=2e-6)
+        target = z if prediction == "eps" else levels**0.5 * z - (1 - levels) ** 0.5 * x64
+        torch.testing.assert_close(loss.cpu().double(), ((m64 - target) ** 2).flatten(1).mean(1), rtol=2e-6, atol=0)
+
+
+@backends
+def test_input_perturbation(backend, device):
+    """More noise in x_t (stream 5), not in the target: Ning et al. 2023, algorithm 1."""
+    x, m = normals(2, device)
+    gd, t, model = GaussianDiffusion(1000, backend=backend), timesteps(device), Seen(m)
+    each = t.cpu()
+    z, more = drawn(SHAPE, each, 2), drawn(SHAPE, each, 5)
+    for gamma in (0.1, 0.5, 0.1):
+        loss = gd.train_losses(model, x, t, rng=RNG, input_perturbation=gamma, reduction="none")
+        x_t = expected_x_t(gd, x.cpu(), z + gamma * more, each)
+        torch.testing.assert_close(model.x_t.cpu().double(), x_t, rtol=1e-6, atol=2e-6)
+        plain = gd.train_losses(model, x, t, rng=RNG, reduction="none")
+        assert torch.equal(loss, plain)
+    given = z.to(device, torch.float32)
+    torch.manual_seed(2)
+    first = gd.train_losses(model, x, t, given, input_perturbation=0.1), model.x_t
+    torch.manual_seed(2)
+    gd.train_losses(model, x, t, given, input_perturbation=0.1)
+    assert torch.equal(model.x_t, first[1])
+    gd.train_losses(model, x, t, given, input_perturbation=0.1)
+    assert not torch.equal(model.x_t, first[1])
+
+
+@backends
+def test_both_and_the_bound(backend, device):
+    """Together, beside a learned variance; nothing of it depends on the batch."""
+    gd, (x,), t = GaussianDiffusion(variance="learned_range", backend=backend), normals(1, device), timesteps(device)
+    x = x.clamp(-1, 1)
+    options = {"offset_noise": 0.1, "input_perturbation": 0.2, "reduction": "none"}
+
+    def model(x_t, t):
+        return torch.cat([x_t, x_t.sin()], 1)
+
+    whole = gd.train_losses(model, x, t, rng=RNG, **options)
+    parts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    found = [
+        gd.train_losses(model, x[p], t[p], rng=Philox(RNG.seed_value, RNG.first_id + p.start), **options) for p in parts
+    ]
+    torch.testing.assert_close(torch.cat(found), whole, rtol=0 if backend == "fused" else 1e-6, atol=0)
+    assert (whole != gd.train_losses(model, x, t, rng=RNG, reduction="none")).all()
+
+
+def test_gradients_reach_x_start(device):
+    """Through x_t, which is then not written in place."""
+    gd, (x,), t = GaussianDiffusion(), normals(1, device), timesteps(device)
+    found = []
+    for backend in ("fused", "reference"):
+        leaf = x.clone().requires_grad_()
+        gd = GaussianDiffusion(backend=backend)
+        gd.train_losses(lambda x_t, t: x_t**2, leaf, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
+
+
+@backends
+def test_own_streams_and_draws(backend, device):
+    """An rng's own stream is that of the noise alone; its draw is all three's."""
+    (x,), t = normals(1, device), timesteps(device)
+    gd, model, rng = GaussianDiffusion(backend=backend), Seen(x), Philox(11, 2**40, stream=40, draw=9)
+    gd.train_losses(model, x, t, rng=rng, offset_noise=0.3, input_perturbation=0.2)
+    z, moves, more = (drawn(shape, [9] * 6, s) for shape, s in ((SHAPE, 40), (SHAPE[:2], 4), (SHAPE, 5)))
+    expected = expected_x_t(gd, x.cpu(), z + 0.3 * moves[..., None, None] + 0.2 * more, t.cpu())
+    torch.testing.assert_close(model.x_t.cpu().double(), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_x_start_stays(device):
+    gd, (x,), t = GaussianDiffusion(prediction="v"), normals(1, device), timesteps(device)
+    before = x.clone()
+    gd.train_losses(lambda x_t, t: x_t, x, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1)
+    assert torch.equal(x, before)
+
+
+def test_compiles_whole(device):
+    torch.compiler.reset()
+    gd, (x,), t = GaussianDiffusion(), normals(1, device), timesteps(device)
+
+    def step(x, t):
+        return gd.train_losses(lambda x_t, t: x_t.tanh(), x, t, rng=RNG, input_perturbation=0.1, offset_noise=0.2)
+
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(x, t), step(x, t))
+    torch.compiler.reset()
+
+
+@backends
+def test_refusals(backend, device):
+    bad = functools.partial(refuse, "train_losses", backend, device)
+    for name in ("offset_noise", "input_perturbation"):
+        for value, kind in ((-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)):
+            bad(kind, [f"{name} is {value!r}", "number"], **{name: value})
+        bad(TypeError, [f"{name} is True", "a number"], **{name: True})
+    noise = torch.ones(3, 2, 4, device=device)
+    bad(ValueError, ["offset_noise is given beside noise", "moved already"], offset_noise=0.1, noise=noise)
+    bad(ValueError, ["noise and rng are both given"], noise=noise, rng=Philox(0), input_perturbation=0.1)
+    flat = torch.ones(3, device=device)
+    bad(ValueError, [r"offset_noise: x_start has shape \(3,\)", "channels"], offset_noise=0.1, x_start=flat)

@@ -1,0 +1,399 @@
+"""ddpm_ext.timestep_samplers: by the noise contract's numbers, by their distributions, and over ranks."""
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ddpm_ext import reference
+from ddpm_ext.losses.timestep_samplers import (
+    TIMESTEP_SAMPLERS,
+    Importance,
+    LossSecondMoment,
+    LowDiscrepancy,
+    Uniform,
+    make_timestep_sampler,
+)
+from ddpm_ext.ops import noise
+
+DENSITY = torch.tensor([1.0, 5.0, 0.5, 3.0, 0.02, 2.0, 8.0])
+TIMESTEPS = len(DENSITY)
+
+
+def learned():
+    """A LossSecondMoment that has seen enough, of losses that grow with the timestep."""
+    sampler = LossSecondMoment(TIMESTEPS, history=3)
+    t = torch.arange(TIMESTEPS).repeat(4)
+    sampler.update(t, 0.3 + t * (1 + torch.arange(len(t)) % 5))
+    return sampler
+
+
+SAMPLERS = {
+    "uniform": lambda: Uniform(TIMESTEPS),
+    "low_discrepancy": lambda: LowDiscrepancy(TIMESTEPS),
+    "importance": lambda: Importance(DENSITY),
+    "loss_second_moment": learned,
+}
+each = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
+
+
+def draws(sampler, batches, batch_size, seed=3):
+    """(batches, batch_size): timesteps and weights."""
+    drawn = [sampler.sample(batch_size, seed=seed, iteration=i) for i in range(batches)]
+    return (torch.stack(values) for values in zip(*drawn, strict=True))
+
+
+def uniform(seed, iteration, place):
+    """The contract's number, word for word."""
+    counter = torch.tensor([0, iteration, place % 2**32, place // 2**32 + 3 * 2**24])
+    word = reference.philox4x32(counter, torch.tensor([seed % 2**32, seed // 2**32]))[0]
+    return (int(word) + 0.5) / 2**32
+
+
+@given(
+    st.integers(0, 2**64 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**56 - 10),
+    st.integers(1, 8),
+    st.integers(1, 5000),
+)
+@settings(deadline=None)
+def test_follow_from_the_contract(seed, iteration, first, batch_size, timesteps):
+    asked = {"seed": seed, "iteration": iteration, "first": first}
+    t, weights = Uniform(timesteps).sample(batch_size, **asked)
+    assert t.dtype == torch.int64 and weights.dtype == torch.float32 and (weights == 1).all()
+    expected = [uniform(seed, iteration, first + i) for i in range(batch_size)]
+    assert t.tolist() == [math.floor(u * timesteps) for u in expected]
+    density = torch.arange(1, timesteps + 1)
+    t, weights = Importance(density).sample(batch_size, **asked)
+    total = timesteps * (timesteps + 1) / 2
+    for moment, weight, u in zip(t.tolist(), weights.tolist(), expected, strict=True):
+        assert moment * (moment + 1) / 2 <= u * total * (1 + 1e-12)
+        assert u * total <= (moment + 1) * (moment + 2) / 2 * (1 + 1e-12)
+        assert weight == pytest.approx(total / timesteps / (moment + 1), rel=1e-6)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**32 - 1))
+@settings(deadline=None)
+def test_low_discrepancy_is_spread_evenly(timesteps, total, iteration):
+    t, weights = LowDiscrepancy(timesteps).sample(total, seed=5, iteration=iteration)
+    assert (weights == 1).all() and t.min() >= 0 and t.max() < timesteps
+    u = uniform(5, iteration, 0)
+    assert t.tolist() == [math.floor((u + i / total) % 1 * timesteps) for i in range(total)]
+    # each stretch of timesteps has as many as it is long, but for one more or less
+    seen = torch.bincount(t, minlength=timesteps).cumsum(0)
+    expected = torch.arange(1, timesteps + 1) * total / timesteps
+    assert ((seen - expected).abs() < 1 + 1e-9).all()
+    if total % timesteps == 0:
+        assert (torch.bincount(t) == total // timesteps).all()
+
+
+@each
+def test_distribution(make):
+    """Over all of 50,000; of one place alone, too, though a batch may be spread evenly."""
+    sampler = make()
+    t, weights = draws(sampler, 1000, 50)
+    expected = sampler.probabilities().numpy()
+    assert expected.sum() == pytest.approx(1)
+    for moments in (t.flatten(), t[:, 0], t[:, 33]):
+        counts = np.bincount(moments.numpy(), minlength=TIMESTEPS)
+        if isinstance(sampler, LowDiscrepancy) and len(moments) > 1000:  # far too even for chance
+            assert np.abs(counts / len(moments) - expected).max() < 0.002
+        else:
+            assert stats.chisquare(counts, expected * len(moments)).pvalue > 1e-3
+    torch.testing.assert_close(weights, (1 / (TIMESTEPS * sampler.probabilities()))[t].float())
+
+
+@each
+def test_weights_keep_the_mean(make):
+    """Of losses of all sizes."""
+    losses = torch.tensor([3.0, 1.0, -4.0, 1.0, 5.0, 9.0, 2.0], dtype=torch.float64)
+    sampler = make()
+    assert (sampler.probabilities() * losses / (TIMESTEPS * sampler.probabilities())).sum() == pytest.approx(
+        losses.mean().item()
+    )
+    t, weights = draws(sampler, 400, 500)
+    weighted = (losses[t] * weights).flatten()
+    error = weighted.std() / len(weighted) ** 0.5
+    assert abs(weighted.mean() - losses.mean()) < 4 * error
+
+
+def test_importance_is_what_was_asked():
+    torch.testing.assert_close(Importance(DENSITY).probabilities(), DENSITY.double() / DENSITY.double().sum())
+    huge = Importance(torch.tensor([1e308, 1e308, 0.5e308], dtype=torch.float64)).probabilities()
+    torch.testing.assert_close(huge, torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64))
+
+
+@each
+@pytest.mark.parametrize("parts", [[24], [12, 12], [5, 0, 12, 7], [1] * 24])
+def test_ranks_do_not_matter(make, parts):
+    whole = make().sample(24, seed=9, iteration=4)
+    places = np.cumsum([0, *parts]).tolist()
+    split = [
+        make().sample(size, seed=9, iteration=4, first=first, total=24)
+        for first, size in zip(places, parts, strict=False)
+    ]
+    for found, expected in zip(map(torch.cat, zip(*split, strict=True)), whole, strict=True):
+        assert torch.equal(found, expected)
+
+
+@each
+def test_others_get_others(make):
+    first = make().sample(64, seed=9, iteration=4)[0]
+    assert torch.equal(first, make().sample(64, seed=9, iteration=4)[0])
+    for seed, iteration, place in ((10, 4, 0), (9 + 2**32, 4, 0), (9, 5, 0), (9, 4, 64)):
+        assert not torch.equal(first, make().sample(64, seed=seed, iteration=iteration, first=place)[0])
+
+
+def test_generators_of_torch_are_left_alone(device):
+    state = torch.get_rng_state()
+    t, weights = Uniform(10).sample(4, seed=0, iteration=0, device=device)
+    assert t.device == weights.device == device
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@each
+def test_defaults_of_torch_do_not_matter(make):
+    sampler, before = make(), torch.get_default_dtype()
+    expected = sampler.sample(6, seed=0, iteration=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = sampler.sample(6, seed=0, iteration=1)
+            made = LossSecondMoment(2, history=1)
+            made.update(torch.tensor([0, 1], device="cpu"), torch.tensor([1.0, 3.0], device="cpu"))
+            assert made.probabilities()[1] > 0.7
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_stream_is_of_its_own():
+    assert noise.STREAM_TIMESTEPS == 3
+    others = {noise.STREAM_REVERSE, noise.STREAM_START, noise.STREAM_FORWARD}
+    assert noise.STREAM_TIMESTEPS not in others
+
+
+# ------------------------------------------------------------------------------------------------ second moment
+
+
+def moments(rows, history, uniform_probability=0.001):
+    """By the paper, of a list of (timestep, loss): each timestep's last ones."""
+    last = [[loss for t, loss in rows if t == moment][-history:] for moment in range(TIMESTEPS)]
+    if min(map(len, last)) < history:
+        return np.full(TIMESTEPS, 1 / TIMESTEPS)
+    root = np.sqrt(np.mean(np.square(last), axis=1))
+    return (1 - uniform_probability) * root / root.sum() + uniform_probability / TIMESTEPS
+
+
+@given(
+    st.integers(1, 4),
+    st.floats(1e-4, 1),
+    st.lists(st.lists(st.tuples(st.integers(0, TIMESTEPS - 1), st.floats(0.01, 50)), max_size=30), max_size=8),
+)
+@settings(deadline=None)
+def test_second_moment(history, uniform_probability, batches):
+    sampler = LossSecondMoment(TIMESTEPS, history, uniform_probability)
+    batches = [*batches, [(t, 1.0 + t) for t in range(TIMESTEPS)], *batches]
+    rows = []
+    for batch in batches:
+        rows += batch
+        t, losses = (
+            torch.tensor([t for t, _ in batch]).long(),
+            torch.tensor([loss for _, loss in batch], dtype=torch.float64),
+        )
+        sampler.update(t, losses)
+        expected = moments(rows, history, uniform_probability)
+        np.testing.assert_allclose(sampler.probabilities().numpy(), expected, rtol=1e-12)
+
+
+def test_second_moment_is_uniform_at_first():
+    sampler = LossSecondMoment(2, history=2)
+    for t, losses, warm in (([0, 1, 0], [1.0, 9.0, 1.0], False), ([1], [9.0], True)):
+        assert (sampler.sample(50, seed=0, iteration=0)[1] == 1).all()
+        sampler.update(torch.tensor(t), torch.tensor(losses))
+        assert (sampler.probabilities()[1] > 0.8) == warm
+    weights = sampler.sample(50, seed=0, iteration=0)[1]
+    assert set(weights.tolist()) == {np.float32(1 / (2 * p)).item() for p in sampler.probabilities().tolist()}
+
+
+def test_losses_that_are_not_finite_are_left_out():
+    sampler, other = learned(), learned()
+    sampler.update(torch.tensor([1, 2, 3, 1]), torch.tensor([math.nan, math.inf, -math.inf, 4.0]))
+    other.update(torch.tensor([1]), torch.tensor([4.0]))
+    assert torch.equal(sampler.probabilities(), other.probabilities())
+    nothing = LossSecondMoment(3, history=1)
+    nothing.update(torch.arange(3), torch.zeros(3))
+    assert torch.equal(nothing.probabilities(), Uniform(3).probabilities())
+
+
+def test_state():
+    sampler = learned()
+    state = sampler.state_dict()
+    kept = {name: value.clone() for name, value in state.items()}
+    other = LossSecondMoment(TIMESTEPS, history=3)
+    other.load_state_dict(state)
+    for i in range(5):
+        t = torch.tensor([i, 2, 2])
+        for one in (sampler, other):
+            one.update(t, t * 0.7 + i)
+        assert torch.equal(sampler.probabilities(), other.probabilities())
+    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    for stateless in (Uniform(3), LowDiscrepancy(3), Importance(DENSITY)):
+        before = stateless.probabilities()
+        assert stateless.state_dict() == {} and not stateless.learns
+        stateless.load_state_dict({})
+        stateless.update(torch.tensor([1]), torch.tensor([5.0]))
+        assert torch.equal(stateless.probabilities(), before)
+        with pytest.raises(ValueError, match=f"state has counts, expected nothing, as a {type(stateless).__name__}"):
+            stateless.load_state_dict({"counts": torch.zeros(3)})
+
+
+ROWS = [[(0, 1.0), (3, 2.5), (3, 0.1)], [(3, 4.0), (1, 0.2)], [(5, 1.5)], []]  # of two ranks in two iterations
+
+
+def learn(sampler, rows, **options):
+    t, losses = torch.tensor([t for t, _ in rows]).long(), torch.tensor([loss for _, loss in rows])
+    sampler.update(t, losses, **options)
+
+
+RANK = f"""
+import sys
+import torch
+from torch import distributed
+from ddpm_ext.timestep_samplers import LossSecondMoment
+
+rank, path = int(sys.argv[1]), sys.argv[2]
+distributed.init_process_group("gloo", init_method=f"file://{{path}}/meet", rank=rank, world_size=2)
+sampler = LossSecondMoment({TIMESTEPS}, history=2)
+
+{inspect.getsource(learn)}
+for rows in {ROWS}[rank::2]:
+    learn(sampler, rows)
+learn(sampler, [(6, 7.0)], local=False)
+torch.save(sampler.state_dict(), f"{{path}}/{{rank}}.pt")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
+def test_ranks_learn_the_same(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    alone = LossSecondMoment(TIMESTEPS, history=2)
+    for rows in (*ROWS, [(6, 7.0)]):
+        learn(alone, rows)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(found[name], value) for name, value in alone.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def test_names():
+    for name, kind in TIMESTEP_SAMPLERS.items():
+        sampler = make_timestep_sampler(name, 12)
+        assert type(sampler) is kind and sampler.timesteps == 12 and repr(sampler) == f"{kind.__name__}(12)"
+    assert list(TIMESTEP_SAMPLERS) == ["uniform", "low_discrepancy", "loss_second_moment"]
+    with pytest.raises(ValueError, match="timestep_sampler is 'sobol', expected 'uniform' or 'low_discrepancy' or"):
+        make_timestep_sampler("sobol", 12)
+
+
+@each
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"batch_size": -1}, ValueError, "batch_size is -1, expected 0 <= batch_size < 2^56"),
+        ({"batch_size": 2.0}, TypeError, r"batch_size is 2.0, expected an int"),
+        ({"seed": 2**64}, ValueError, "seed is 18446744073709551616, expected 0 <= seed < 2^64"),
+        ({"iteration": 2**32}, ValueError, "iteration is 4294967296, expected 0 <= iteration < 2^32"),
+        ({"first": -1}, ValueError, "first is -1, expected 0 <= first < 2^56"),
+        ({"first": 7}, ValueError, "first is 7 and batch_size 4, expected at most total, 10, together"),
+        ({"first": 2**56 - 1, "total": None}, ValueError, "total is 72057594037927939, expected 0 <= total < 2^56"),
+        ({"total": True}, TypeError, "total is True, expected an int"),
+        ({"device": "nowhere"}, ValueError, "device is 'nowhere', expected a torch device"),
+    ],
+)
+def test_bad_samples(make, change, kind, message):
+    with pytest.raises(kind, match=message.replace("^", r"\^")):
+        make().sample(**{"batch_size": 4, "seed": 0, "iteration": 0, "first": 0, "total": 10, **change})
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: Uniform(0), ValueError, "timesteps is 0, expected 1 <= timesteps"),
+        (lambda: LowDiscrepancy(1.5), TypeError, "timesteps is 1.5, expected an int"),
+        (lambda: Importance([1.0]), TypeError, "density is a list, expected a tensor"),
+        (lambda: Importance(torch.ones(2, 2)), ValueError, r"density has shape \(2, 2\), expected \(timesteps,\)"),
+        (lambda: Importance(torch.ones(0)), ValueError, r"density has shape \(0,\), expected \(timesteps,\)"),
+        (lambda: Importance(torch.tensor([True])), TypeError, "density has dtype torch.bool, expected a real one"),
+        (lambda: Importance(torch.tensor([1.0, 0.0])), ValueError, r"density\[1\] is 0.0, expected finite numbers"),
+        (lambda: Importance(torch.tensor([math.inf])), ValueError, r"density\[0\] is inf, expected finite numbers"),
+        (lambda: Importance(torch.tensor([math.nan])), ValueError, r"density\[0\] is nan, expected finite numbers"),
+        (lambda: LossSecondMoment(5, 0), ValueError, "history is 0, expected 1 <= history"),
+        (lambda: LossSecondMoment(5, 1, 0), ValueError, "uniform_probability is 0, expected 0 < uniform_probability"),
+        (lambda: LossSecondMoment(5, 1, 1.5), ValueError, "uniform_probability is 1.5, expected 0 < uniform"),
+        (lambda: LossSecondMoment(5, 1, "1"), TypeError, "uniform_probability is '1', expected a number"),
+    ],
+)
+def test_bad_samplers(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("t", "losses", "kind", "message"),
+    [
+        ([1], torch.ones(1), TypeError, "t is a list, expected a tensor"),
+        (torch.tensor([1]), [1.0], TypeError, "losses is a list, expected a tensor"),
+        (torch.tensor([1]), torch.tensor([1]), TypeError, "losses has dtype torch.int64, expected a floating one"),
+        (torch.tensor([1]), torch.ones(1, 1), ValueError, r"losses has shape \(1, 1\), expected \(n,\)"),
+        (torch.tensor([1, 2]), torch.ones(1), ValueError, r"t has shape \(2,\), expected \(1,\), one a sample"),
+        (torch.tensor([1.0]), torch.ones(1), TypeError, "t has dtype torch.float32, expected int64"),
+        (torch.tensor([TIMESTEPS]), torch.ones(1), ValueError, r"t\[0\] is 7, expected 0 <= t <= 6"),
+    ],
+)
+def test_bad_losses(t, losses, kind, message):
+    sampler = learned()
+    before = sampler.state_dict()
+    with pytest.raises(kind, match=message):
+        sampler.update(t, losses)
+    assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": None}, "state has losses, expected losses and counts"),
+        ({"more": torch.zeros(1)}, "state has losses, counts, more, expected losses and counts"),
+        (
+            {"losses": torch.zeros(TIMESTEPS, 4, dtype=torch.float64)},
+            r"losses is torch.float64 of shape \(7, 4\), expected torch.float64 of shape \(7, 3\)",
+        ),
+        ({"counts": torch.zeros(TIMESTEPS)}, r"counts is torch.float32 of shape \(7,\), expected torch.int64"),
+    ],
+)
+def test_bad_state(change, message):
+    state = {name: value for name, value in (learned().state_dict() | change).items() if value is not None}
+    sampler = LossSecondMoment(TIMESTEPS, history=3)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(state)
+    assert torch.equal(sampler.probabilities(), Uniform(TIMESTEPS).probabilities())

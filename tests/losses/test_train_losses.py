@@ -1,0 +1,347 @@
+"""GaussianDiffusion.train_losses against the papers' formulas in float64, and as people train with it: autocast,
+accumulated gradients, checkpointed models, compiled steps."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.comparison import backends, float64, normals, timesteps
+from support.refusals import Model, refuse
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.tables.weightings import WEIGHTINGS, weights
+
+SHAPE = (6, 3, 5, 7)
+LOSSES = {
+    "mse": lambda m, y: (m - y) ** 2,
+    "l1": lambda m, y: (m - y).abs(),
+    "huber": lambda m, y: F.huber_loss(m, y, reduction="none", delta=0.3),
+}
+REDUCE = {"mean": torch.mean, "sum": torch.sum, "none": lambda each: each}
+predictions = pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+
+
+def target_of(gd, x, z, t):
+    """In float64, from the definitions."""
+    a, s = (gd.alphas_cumprod[t] ** 0.5)[:, None, None, None], ((1 - gd.alphas_cumprod[t]) ** 0.5)[:, None, None, None]
+    if gd.prediction == "x_prev":
+        return gd.q_posterior_mean_variance(x, a * x + s * z, t)[0]
+    return {"eps": z, "x0": x, "v": a * z - s * x}[gd.prediction]
+
+
+@backends
+@predictions
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("reduction", REDUCE)
+def test_values_and_gradients(backend, prediction, loss, reduction, device):
+    """Each kind of noise, weighting and t; the gradient is that of the model's output."""
+    gd = GaussianDiffusion(1000, prediction=prediction, backend=backend)
+    exact = GaussianDiffusion(1000, prediction=prediction, backend="reference")
+    x, m, given = normals(3, device)
+    own = torch.linspace(0.5, 2, 1000)
+    for weighting in ("simple", own) if prediction == "x_prev" else ("simple", *WEIGHTINGS, own):
+        for t in (timesteps(device), 700):
+            each = t.cpu() if isinstance(t, torch.Tensor) else torch.full((6,), t)
+            for options in ({"noise": given}, {"rng": Philox(3, 5)}):
+                z = float64(given)
+                if "rng" in options:
+                    draws = [(Philox(3, 5 + i), int(draw)) for i, draw in enumerate(each)]
+                    one = functools.partial(ddpm_ext.randn, (1, *SHAPE[1:]), stream=2)
+                    z = torch.cat([one(rng, draw=draw) for rng, draw in draws]).double()
+                leaf, wide = m.clone().requires_grad_(), float64(m).requires_grad_()
+                options |= {"loss": loss, "delta": 0.3, "weighting": weighting, "reduction": reduction}
+                got = gd.train_losses(lambda *_, leaf=leaf: leaf, x, t, **options)
+
+                weight = weights(gd.alphas_cumprod, prediction, weighting)[each]
+                truth = LOSSES[loss](wide, target_of(exact, float64(x), z, each)).flatten(1).mean(1) * weight
+                truth = REDUCE[reduction](truth)
+                upstream = torch.linspace(1, 2, 6).double() if reduction == "none" else torch.tensor(1.0).double()
+                truth.backward(upstream)
+                got.backward(upstream.to(device, torch.float32))
+                assert got.dtype == torch.float32 and got.device == device
+                torch.testing.assert_close(float64(got.detach()), truth.detach(), rtol=1e-6, atol=1e-12)
+                scale = wide.grad.abs().amax((1, 2, 3), keepdim=True)
+                error = (float64(leaf.grad) - wide.grad).abs() / scale
+                assert error.max() < 2e-6, error.max()
+
+
+@backends
+def test_defaults_are_the_papers(backend, device):
+    """L_simple: the mean squared error, of one noise."""
+    gd = GaussianDiffusion(backend=backend)
+    x, m = normals(2, device)
+    t = timesteps(device)
+    named = {"loss": "mse", "weighting": "simple", "reduction": "mean"}
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t, x), gd.train_losses(lambda *_: m, x, t, x, **named))
+    torch.manual_seed(3)
+    first, second = gd.train_losses(lambda *_: m, x, t), gd.train_losses(lambda *_: m, x, t)
+    torch.manual_seed(3)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@predictions
+def test_a_samples_loss_is_the_same_in_every_batch(prediction, loss, device):
+    gd = GaussianDiffusion(prediction=prediction)
+    x, m = normals(2, device)
+    t = timesteps(device)
+
+    def ask(index):
+        options = {"loss": loss, "reduction": "none", "rng": Philox(5, 100 + index.start)}
+        return gd.train_losses(lambda *_: m[index], x[index], t[index], **options)
+
+    whole = ask(slice(0, 6))
+    assert torch.equal(torch.cat([ask(slice(i, i + 1)) for i in range(6)]), whole)
+    assert torch.equal(torch.cat([ask(slice(0, 2)), ask(slice(2, 6))]), whole)
+
+
+# -------------------------------------------------------------------------------------------- as one trains
+
+
+def make_net(device):
+    torch.manual_seed(1)
+    layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 3, 3, padding=1)]
+    return torch.nn.Sequential(*layers).to(device)
+
+
+def parameter_gradients(net):
+    gradients = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    assert all(g.abs().max() > 0 for g in gradients)
+    return gradients
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_checkpointed_model(kind, device):
+    """Run again in the backward pass, the model sees the same x_t: bits of the gradients don't change."""
+    gd, net, (x,) = GaussianDiffusion(), make_net(device), normals(1, device)
+    t, inputs, found = timesteps(device), [], []
+
+    def model(x_t, t):
+        inputs.append(x_t.detach().clone())
+        return net(x_t)
+
+    def checkpointed(x_t, t):
+        return checkpoint(model, x_t.requires_grad_(kind == "reentrant"), t, use_reentrant=kind == "reentrant")
+
+    for way in (model, checkpointed):
+        torch.manual_seed(3)
+        gd.train_losses(way, x, t).backward()
+        found.append(parameter_gradients(net))
+    assert len(inputs) == 3 and all(torch.equal(inputs[0], other) for other in inputs)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_accumulated_gradients(device):
+    """Of a batch in pieces: that of the whole, with the same noise."""
+    gd, net, (x,) = GaussianDiffusion(prediction="v"), make_net(device), normals(1, device)
+    t = timesteps(device)
+
+    def model(x_t, t):
+        return net(x_t)
+
+    gd.train_losses(model, x, t, rng=Philox(0), weighting="min_snr").backward()
+    whole = parameter_gradients(net)
+    for first in range(0, 6, 2):
+        piece = slice(first, first + 2)
+        (gd.train_losses(model, x[piece], t[piece], rng=Philox(0, first), weighting="min_snr") / 3).backward()
+    for a, b in zip(parameter_gradients(net), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * b.abs().max().item())
+
+
+@predictions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_autocast(prediction, dtype, scale, device):
+    """The model's output has 16 bits beside float32 samples; its loss is made in float32, its gradient has 16 bits, and
+    a scaled loss's is the scaled gradient."""
+    gd, net, (x,) = GaussianDiffusion(prediction=prediction), make_net(device), normals(1, device)
+    t, seen = timesteps(device), {}
+
+    def model(x_t, t):
+        with torch.autocast(device.type, dtype=dtype):
+            seen["output"] = net(x_t)
+        seen["output"].retain_grad()
+        return seen["output"]
+
+    loss = gd.train_losses(model, x, t, rng=Philox(2), weighting="simple")
+    (loss * scale).backward()
+    output, (gradients) = seen["output"], parameter_gradients(net)
+    assert loss.dtype == torch.float32 and output.dtype == output.grad.dtype == dtype
+    with torch.autocast(device.type, dtype=dtype):
+        assert torch.equal(gd.train_losses(model, x, t, rng=Philox(2)), loss)
+
+    wide = output.detach().float().requires_grad_()
+    expected = gd.train_losses(lambda *_: wide, x, t, rng=Philox(2))
+    (expected * scale).backward()
+    assert torch.equal(loss, expected)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(output.grad.float(), wide.grad, rtol=step, atol=2.0**-24)
+    assert (output.grad != 0).float().mean() > 0.95
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def test_gradients_reach_what_made_x_t(device):
+    """A learned x_start, as of an encoder: where the target is the noise, through x_t; elsewhere by the reference."""
+    x, z = normals(2, device)
+    t = timesteps(device)
+    found = []
+    for backend in ("fused", "reference"):
+        leaf = x.clone().requires_grad_()
+        GaussianDiffusion(backend=backend).train_losses(lambda x_t, t: x_t**2, leaf, t, z).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-9)
+    for prediction in ("x0", "v", "x_prev"):
+        leaf, model = x.clone().requires_grad_(), Model()
+        with pytest.raises(ValueError, match="x_start requires a gradient, expected none"):
+            GaussianDiffusion(prediction=prediction).train_losses(model, leaf, t, z)
+        assert model.calls == 0
+        GaussianDiffusion(prediction=prediction, backend="reference").train_losses(Model(), leaf, t, z).backward()
+        assert leaf.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="noise requires a gradient, expected none"):
+        GaussianDiffusion().train_losses(Model(), x, t, z.clone().requires_grad_())
+
+
+@backends
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_gradient_is_the_callers(backend, scale, device):
+    """Written to, it is not what the graph keeps for the next time."""
+    gd, (x, m), t = GaussianDiffusion(backend=backend), normals(2, device), timesteps(device)
+    leaf = m.clone().requires_grad_()
+    loss = gd.train_losses(lambda *_: leaf, x, t, rng=Philox(0)) * scale
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    kept = first.clone()
+    first.zero_()
+    for retain in (True, False):
+        (again,) = torch.autograd.grad(loss, leaf, retain_graph=retain)
+        assert torch.equal(again, kept)
+        again.zero_()
+
+
+def test_slopes_of_float16_that_are_small_after_all(device):
+    """A bound's slopes reach past float16 before the batch's share of them is taken."""
+    shape = (64, 3, 32, 32)
+    x = torch.zeros(shape, device=device)
+    leaf = torch.full(shape, 80.0, dtype=torch.float16, device=device).requires_grad_()
+    GaussianDiffusion().train_losses(lambda *_: leaf, x, 1, rng=Philox(0), loss="rescaled_vlb").backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad > 0.1).all()
+    x, leaf = torch.full((1, 4), -100.0, device=device), torch.full((1, 4), 65504.0, device=device).half()
+    leaf.requires_grad_()
+    GaussianDiffusion(prediction="x0").train_losses(lambda *_: leaf, x, 5, rng=Philox(0)).backward()
+    assert (leaf.grad == 32800).all()  # 2 (65504 + 100) / 4
+
+
+def test_without_data(device):
+    """Shapes alone, there and back."""
+    gd = GaussianDiffusion()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, leaf = torch.empty(SHAPE, device=device), torch.empty(SHAPE, device=device, requires_grad=True)
+        gd.train_losses(lambda *_: leaf, x, torch.zeros(6, dtype=torch.int64, device=device)).backward()
+        assert leaf.grad.shape == SHAPE
+
+
+@pytest.mark.parametrize("options", [{"loss": "vlb"}, {"input_perturbation": 0.1}], ids=str)
+def test_nothing_is_kept_without_data(options, device):
+    """Tables that were first made among shapes alone, or in a function transform, are made again."""
+    (x, m), t = normals(2, device), timesteps(device)
+    expected = GaussianDiffusion().train_losses(lambda *_: m, x, t, rng=Philox(0), **options)
+    gd = GaussianDiffusion()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = torch.empty(SHAPE, device=device)
+        gd.train_losses(lambda *_: fake, fake, torch.zeros(6, dtype=torch.int64, device=device), **options)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t, rng=Philox(0), **options), expected)
+    gd = GaussianDiffusion()
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda m: gd.train_losses(lambda *_: m, x, t, **options))(m)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, t, rng=Philox(0), **options), expected)
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+@backends
+def test_bad_options_before_the_model_is_called(backend, device):
+    bad = functools.partial(refuse, "train_losses", backend, device)
+    bad(ValueError, ["loss is 'l2'", "'mse' or 'l1' or 'huber'"], loss="l2")
+    bad(ValueError, ["reduction is 'batchmean'", "'mean' or 'none' or 'sum'"], reduction="batchmean")
+    bad(ValueError, ["delta is 0", "delta > 0"], delta=0)
+    bad(ValueError, ["delta is nan", "delta > 0"], delta=float("nan"))
+    bad(TypeError, ["delta is '1'", "a number"], delta="1")
+    bad(ValueError, ["weighting is 'max'", "'simple' or 'snr' or 'min_snr'"], weighting="max")
+    for value in (5, None, np.ones(50), [1.0] * 50):
+        bad(TypeError, [f"weighting is a {type(value).__name__}", "a name or a tensor"], weighting=value)
+    bad(ValueError, [r"weighting has shape \(49,\)", r"expected \(50,\)"], weighting=torch.ones(49))
+    bad(ValueError, ["weighting holds numbers that are not finite"], weighting=torch.full((50,), float("inf")))
+    before = torch.get_rng_state()
+    bad(ValueError, ["weighting is 'max'"], weighting="max")
+    assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn for nothing
+
+
+# -------------------------------------------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_as_eager(gd, backend, device, **options):
+    """Of an object that nothing was asked of before; bits of the loss and of the gradients."""
+    net, (x,) = make_net(device), normals(1, device)
+    t = timesteps(device)
+
+    def step(x, t, weighting):
+        return gd.train_losses(lambda x_t, t: net(x_t), x, t, rng=Philox(3), weighting=weighting, **options)
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    own = torch.linspace(0.5, 2, gd.timesteps)
+    for weighting in ("simple", own) if gd.prediction == "x_prev" else ("simple", "min_snr", own):
+        found = []
+        for function in (compiled, step):
+            loss = function(x, t, weighting)
+            loss.sum().backward()
+            found.append([loss.detach(), *parameter_gradients(net)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        if weighting is own:  # the graph holds no old weights
+            before = found[0][0]
+            own.mul_(2)
+            assert torch.equal(compiled(x, t, own), 2 * before)
+
+
+@predictions
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled(fresh_compiler, prediction, loss, device):
+    gd = GaussianDiffusion(prediction=prediction)
+    compiled_as_eager(gd, "aot_eager", device, loss=loss, reduction="none" if loss == "l1" else "mean")
+
+
+def test_compiled_by_inductor(fresh_compiler, device):
+    if device.type == "cuda":
+        pytest.importorskip("triton")
+    net, (x,) = make_net(device), normals(1, device)
+    t = timesteps(device)
+    objects = [GaussianDiffusion(prediction=p) for p in ("eps", "v")]
+
+    def losses(x, t, m):
+        options = [{"loss": loss, "rng": Philox(4), "weighting": "min_snr"} for loss in LOSSES]
+        return torch.stack([gd.train_losses(lambda *_: m, x, t, **o) for gd in objects for o in options])
+
+    found = []
+    for function in (torch.compile(losses, fullgraph=True), losses):
+        m = net(x).detach().requires_grad_()
+        values = function(x, t, m)
+        values.backward(torch.linspace(1, 2, 6, device=device))
+        found.append((values.detach(), m.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    # six gradients are added up, in an order of the compiler's
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)

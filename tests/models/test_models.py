@@ -1,0 +1,288 @@
+"""ddpm_ext.models: diffusers' folders, the scheduler's settings, the digits model; damaged and foreign files."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ddpm_ext import models
+from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.tables.samplers import VARIANCES
+
+diffusers = pytest.importorskip("diffusers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny model's folder, written by us."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    torch.manual_seed(0)
+    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy to damage."""
+    shutil.copytree(saved, tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_saved_folder_is_diffusers_own_layout(saved, device):
+    theirs = diffusers.UNet2DModel.from_pretrained(saved).to(device)
+    ours = models.load_model(saved, device=device)
+    assert ours.unet.device == device
+    x, t = torch.randn(3, 1, 8, 8, device=device), torch.tensor([0, 5, 19], device=device)
+    # close, not equal: a tensor's place in memory can change the order of a sum
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
+        assert torch.allclose(ours.unet(x, t).sample, theirs(x, t).sample, atol=1e-5)
+    assert (ours.shape, ours.unet.training, ours.settings.timesteps) == ((1, 8, 8), False, 20)
+    assert not any(parameter.requires_grad for parameter in ours.unet.parameters())
+    scheduler = diffusers.DDPMScheduler.from_pretrained(saved)
+    assert torch.allclose(scheduler.betas.double(), ours.settings.diffusion().betas, rtol=1e-6)
+
+
+def test_folder_saved_by_diffusers_loads(tmp_path):
+    unet = diffusers.UNet2DModel(**TINY)
+    pipeline = diffusers.DDPMPipeline(unet, diffusers.DDIMScheduler(beta_end=0.01, prediction_type="v_prediction"))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    unet.save_pretrained(tmp_path / "plain")
+    whole, plain = (models.load_model(tmp_path / name) for name in ("pipeline", "plain"))
+    assert whole.settings.prediction == "v"
+    assert whole.settings.diffusion().betas[-1] == 0.01
+    assert plain.settings == DiffusionSettings()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 4])
+    with torch.no_grad():
+        for loaded in (whole, plain):
+            assert torch.allclose(loaded.unet(x, t).sample, unet.eval()(x, t).sample, atol=1e-5)
+
+
+def test_dtype(saved, tmp_path, device):
+    loaded = models.load_model(saved, device=device, dtype=torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16
+    assert loaded.unet.device == device
+    models.save_model(loaded.unet, loaded.settings, tmp_path / "half", dtype=torch.float16)
+    weights = safetensors_torch.load_file(tmp_path / "half" / models.WEIGHTS)
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert next(models.load_model(tmp_path / "half").unet.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_cut_short(folder, share):
+    whole = (folder / models.WEIGHTS).read_bytes()
+    (folder / models.WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=r"model: .*safetensors is cut short or damaged"):
+        models.load_model(folder)
+
+
+def test_another_architecture(folder):
+    edit(folder / models.CONFIG, block_out_channels=[8, 16])
+    with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
+        models.load_model(folder)
+    edit(folder / models.CONFIG, block_out_channels=[8, 8], layers_per_block=2)
+    with pytest.raises(ValueError, match=r"another architecture .* is missing"):
+        models.load_model(folder)
+    safetensors_torch.save_file({"weight": torch.zeros(3)}, folder / models.WEIGHTS)
+    with pytest.raises(ValueError, match="another architecture"):
+        models.load_model(folder)
+
+
+def test_weights_that_are_no_numbers(folder):
+    weights = safetensors_torch.load_file(folder / models.WEIGHTS)
+    weights["conv_in.bias"][0] = torch.nan
+    safetensors_torch.save_file(weights, folder / models.WEIGHTS)
+    with pytest.raises(ValueError, match="not finite"):
+        models.load_model(folder)
+
+
+def test_missing_files(folder, tmp_path):
+    with pytest.raises(ValueError, match='no such folder: nowhere; expected "digits" or a folder'):
+        models.load_model("nowhere")
+    (folder / models.WEIGHTS).rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"no such file: .*\.safetensors"):
+        models.load_model(folder)
+    (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ValueError, match=r"pickled weights \(diffusion_pytorch_model.bin\)"):
+        models.load_model(folder)
+    (folder / models.CONFIG).unlink()
+    with pytest.raises(ValueError, match=r"no such file: .*config\.json"):
+        models.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel, expected a UNet2DModel"),
+        ({"num_class_embeds": 10}, "class-conditional"),
+        ({"class_embed_type": "timestep"}, "class-conditional"),
+        ({"time_embedding_type": "fourier"}, "Fourier time embeddings"),
+        ({"out_channels": 3}, "3 output channels for 1 of input"),
+        ({"sample_size": None}, "sample_size None"),
+        ({"block_out_channels": "many"}, "makes no UNet2DModel"),
+        ({"norm_num_groups": 7}, "makes no UNet2DModel"),
+        ({"down_block_types": ["NoBlock", "DownBlock2D"]}, "makes no UNet2DModel"),
+    ],
+)
+def test_unsupported_configs(folder, changes, message):
+    edit(folder / models.CONFIG, **changes)
+    with pytest.raises(ValueError, match=message):
+        models.load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udc80"])
+def test_config_that_is_no_json(folder, content):
+    (folder / models.CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"config\.json (is not readable JSON|holds a list)"):
+        models.load_model(folder)
+
+
+def test_latent_models_are_refused(folder):
+    (folder / "vqvae").mkdir()
+    with pytest.raises(ValueError, match="latent space"):
+        models.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.03, "num_train_timesteps": 77},
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50},
+        {"beta_schedule": "sigmoid", "beta_end": 0.05},
+        {"trained_betas": [0.1, 0.2, 0.5]},
+        {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True},
+    ],
+)
+def test_schedules_are_diffusers(config):
+    ours = torch.tensor(read_settings(config, "s").beta_schedule, dtype=torch.float64)
+    theirs = diffusers.DDPMScheduler(**config).betas.double()  # 1 - alpha, rounded to float32
+    assert torch.allclose(ours, theirs, rtol=2e-4, atol=1e-6)
+
+
+def test_predictions_and_variances():
+    config = {"prediction_type": "sample", "variance_type": "fixed_large_log"}
+    assert (read_settings(config, "s").prediction, read_settings(config, "s").variance) == ("x0", "fixed_large")
+    assert read_settings({"variance_type": "learned_range"}, "s").variance == "learned_range"
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_variances_there_and_back(variance):
+    """diffusers' "learned" is a variance itself; it has none for a logarithm, and refuses one."""
+    config = DiffusionSettings(variance=variance).to_scheduler_config()
+    assert read_settings(config, "s").variance == variance
+    scheduler = diffusers.DDPMScheduler.from_config(config)
+    x, output = torch.zeros(1, 3, 4, 4), torch.full((1, 6, 4, 4), 0.25)
+    if variance == "learned_variance":
+        assert (scheduler._get_variance(5, output[:, 3:]) == 0.25).all()
+    if variance == "learned":
+        with pytest.raises(RuntimeError):
+            scheduler.step(output, 5, x)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "ScoreSdeVeScheduler"}, "is for a ScoreSdeVeScheduler, expected one of DDPMScheduler"),
+        ({"thresholding": True}, "dynamic thresholding"),
+        ({"clip_sample": False}, "clip_sample false"),
+        ({"clip_sample_range": 3.0}, "clip_sample_range 3.0"),
+        ({"prediction_type": "flow"}, "prediction_type 'flow', expected one of epsilon"),
+        ({"variance_type": "none"}, "variance_type 'none'"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0"),
+        ({"beta_end": 2.0}, r"betas outside \(0, 1\]"),
+        ({"trained_betas": []}, r"betas outside"),
+        ({"trained_betas": ["a"]}, "schedule that can't be read"),
+        ({"beta_start": None}, "schedule that can't be read"),
+    ],
+)
+def test_bad_scheduler_configs(config, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(config, "s")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DiffusionSettings(),
+        DiffusionSettings(timesteps=40, beta_schedule="cosine", prediction="v", variance="fixed_large"),
+        DiffusionSettings(timesteps=3, beta_schedule=(0.1, 0.2, 0.3), prediction="x0"),
+    ],
+)
+def test_settings_survive_writing(settings):
+    found = read_settings(json.loads(json.dumps(settings.to_scheduler_config())), "s")
+    assert (found.timesteps, found.prediction, found.variance) == (
+        settings.timesteps,
+        settings.prediction,
+        settings.variance,
+    )
+    assert torch.allclose(found.diffusion().betas, settings.diffusion().betas, rtol=1e-14)
+
+
+def test_digits_model_ships():
+    loaded = models.load_model("digits")
+    assert loaded.shape == (1, 8, 8)
+    assert loaded.settings.timesteps == 1000
+    assert (models.DIGITS / models.WEIGHTS).stat().st_size <= 2_000_000
+    tutorial = DiffusionSettings().diffusion()
+    assert torch.allclose(loaded.settings.diffusion().alphas_cumprod, tutorial.alphas_cumprod, rtol=1e-12)
+
+
+def test_digits_models_quality_as_recorded():
+    quality = json.loads((models.DIGITS / "quality.json").read_text())
+    for name, found in quality["classifiers"].items():
+        assert found["sure_of_samples"] >= 0.9 * found["sure_of_held_out"], name
+        assert min(found["samples_of_each_digit"]) > 0, name
+    distance = [quality[f"nearest_training_image_{name}"]["median"] for name in ("samples", "held_out")]
+    assert distance[0] == pytest.approx(distance[1], rel=0.15)
+
+
+def test_digits_model_draws_digits(device):
+    """A light check of the weights themselves: a nearest-class-mean rule must find several digits, near real ones."""
+    pytest.importorskip("sklearn")
+    from ddpm_ext import Philox
+    from ddpm_ext.training.data import digits
+
+    loaded = models.load_model("digits", device=device)
+    with torch.no_grad():
+        drawn = loaded.settings.diffusion().p_sample_loop(
+            loaded.unet, (32, 1, 8, 8), sampler="ddim", steps=50, rng=Philox(3), record="last", progress=False
+        )
+    images, labels = digits("train")
+    assert drawn.device == device
+    nearest = torch.cdist(drawn.cpu().flatten(1), images.flatten(1)).min(1)
+    held_out = torch.cdist(digits("heldout")[0].flatten(1), images.flatten(1)).min(1)
+    assert len(set(labels[nearest.indices].tolist())) >= 7
+    # Random pixels, even with each pixel's own mean and spread, are more than twice as far.
+    assert nearest.values.median() < 1.3 * held_out.values.median()
+    assert nearest.values.median() > 0.7 * held_out.values.median()
+
+
+def test_core_imports_no_extra():
+    code = (
+        "import sys, ddpm_ext\n"
+        "extras = {'diffusers', 'matplotlib', 'PIL', 'safetensors', 'sklearn'}\n"
+        "print(sorted(extras & {name.partition('.')[0] for name in sys.modules if name.startswith(tuple(extras))}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -1,0 +1,205 @@
+"""Bad arguments of the operators: a ValueError or a TypeError that names the argument, before anything is written."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.devices import moved
+
+from ddpm_ext import Philox, ops, reference
+
+X, TABLE, AFFINE, T = torch.zeros(4, 6), torch.zeros(5, 8), torch.zeros(5, 2), torch.tensor([0, 1, 2, 4])
+IDS = torch.arange(4)
+CPU = torch.device("cpu")
+
+
+TENSORS = {
+    "reverse_step": ("x_t", "model_output"),
+    "forward_process": ("x_start",),
+    "predict_start": ("x_t", "noise"),
+    "posterior_mean": ("x_start", "x_t"),
+}
+
+
+def call(backend, name, arguments, device):
+    given = {"x": X, "y": X, "t": T, "table": TABLE if name == "reverse_step" else AFFINE} | arguments
+    given = moved(given, device)
+    tensors = [given.pop("x"), given.pop("y")][: len(TENSORS[name])]
+    return getattr(backend, name)(*tensors, given.pop("table"), given.pop("t"), **given)
+
+
+def refused(backend, name, arguments, error, message, device):
+    with pytest.raises(error, match=message.format(x=TENSORS[name][0], y=TENSORS[name][-1])):
+        call(backend, name, arguments, device)
+
+
+ALL = ["reverse_step", "forward_process", "predict_start", "posterior_mean"]
+TWO = ["reverse_step", "predict_start", "posterior_mean"]
+NOISY = ["reverse_step", "forward_process"]
+
+# of both backends: operators, arguments, error, message
+COMMON = [
+    (ALL, {"x": X.long(), "y": X.long()}, TypeError, "{x} has dtype"),
+    (ALL, {"x": X.to(torch.complex64), "y": X.to(torch.complex64)}, TypeError, "{x} has dtype"),
+    (ALL, {"x": X.bool()}, TypeError, "{x} has dtype"),
+    (ALL, {"x": X[0, 0], "y": X[0, 0], "t": 0}, ValueError, "{x} is 0-dimensional"),
+    (TWO, {"y": X[:, :5]}, ValueError, "{y} has shape .*4, 5.* expected .*4, 6"),
+    (TWO, {"y": X[:1]}, ValueError, "{y} has shape"),
+    (TWO, {"y": X[:, :1]}, ValueError, "{y} has shape"),
+    (TWO, {"y": X[..., None]}, ValueError, "{y} has shape"),
+    (TWO, {"y": X.long()}, TypeError, "{y} has dtype"),
+    (ALL, {"t": T.int()}, TypeError, "t has dtype"),
+    (ALL, {"t": T.float()}, TypeError, "t has dtype"),
+    (ALL, {"t": T[:3]}, ValueError, "t has shape .*3.* expected .*4"),
+    (ALL, {"t": T[:1]}, ValueError, "t has shape"),
+    (ALL, {"t": T[:, None]}, ValueError, "t has shape"),
+    (ALL, {"t": T[0]}, ValueError, "t has shape"),
+    (ALL, {"t": 5}, ValueError, "t is 5, expected 0 <= t < 5"),
+    (ALL, {"t": -1}, ValueError, "t is -1, expected 0 <= t < 5"),
+    (ALL, {"t": 1.0}, TypeError, "t is a float"),
+    (ALL, {"t": True}, TypeError, "t is a bool"),
+    (ALL, {"t": None}, TypeError, "t is a NoneType"),
+    (ALL, {"t": [0, 1, 2, 3]}, TypeError, "t is a list"),
+    (NOISY, {"noise": X[:, :5]}, ValueError, "noise has shape"),
+    (NOISY, {"noise": X[:1]}, ValueError, "noise has shape"),
+    (NOISY, {"noise": X.half()}, TypeError, "noise has dtype"),
+    (NOISY, {"noise": X.double()}, TypeError, "noise has dtype"),
+    (NOISY, {"noise": X, "rng": Philox(0)}, ValueError, "noise and rng are both given"),
+    (NOISY, {"rng": 0}, TypeError, "rng is a int"),
+    (NOISY, {"rng": torch.Generator()}, TypeError, "rng is a Generator"),
+    (NOISY, {"rng": Philox(0, IDS[:3])}, ValueError, "sample_ids has shape"),
+    (NOISY, {"rng": Philox(0, 2**56 - 3)}, ValueError, "sample_ids"),
+    (NOISY, {"out": X[:, :5].clone()}, ValueError, "out has shape"),
+    (NOISY, {"out": X[:1].clone()}, ValueError, "out has shape"),
+    (NOISY, {"out": X.half()}, TypeError, "out has dtype"),
+]
+# of both: values in tensors, which are looked at on the CPU alone
+VALUES = [
+    (ALL, {"t": torch.tensor([0, 1, 5, 2])}, ValueError, "t.* is .*5.* expected 0 <= t <"),
+    (ALL, {"t": torch.tensor([0, -1, 3, 2])}, ValueError, "t.* is .*-1.* expected 0 <= t <"),
+    (NOISY, {"rng": Philox(0, IDS - 1)}, ValueError, "sample_ids"),
+    (NOISY, {"rng": Philox(0, IDS + (2**56 - 3))}, ValueError, "sample_ids"),
+]
+# of the kernels alone
+FUSED = [
+    (ALL, {"x": X.double(), "y": X.double()}, TypeError, "{x} has dtype Double.*backend"),
+    (TWO, {"y": X.double()}, TypeError, "{y} has dtype"),
+    (TWO, {"x": X.half()}, TypeError, "{y} has dtype Float, expected that of {x}, Half"),
+    (TWO, {"x": X.half(), "y": X.bfloat16()}, TypeError, "{y} has dtype"),
+    (ALL, {"table": torch.zeros(5, 8, dtype=torch.float64)}, TypeError, "table has dtype"),
+    (ALL, {"table": torch.zeros(5, 7)}, ValueError, "table has shape"),
+    (ALL, {"table": torch.zeros(8)}, ValueError, "table has shape"),
+    (ALL, {"table": torch.zeros(0, 8), "t": 0}, ValueError, "table has shape"),
+    (["reverse_step"], {"table": torch.zeros(8, 5).t()}, ValueError, "table has shape"),
+    (["forward_process"], {"table": torch.zeros(2, 5).t()}, ValueError, "table has shape"),
+    (["reverse_step"], {"clip": (1.0, -1.0)}, ValueError, "clip is"),
+    (["reverse_step"], {"clip": (math.nan, 1.0)}, ValueError, "clip is"),
+    (NOISY, {"noise": 1.0}, TypeError, "noise is a float"),
+]
+
+
+def cases(listed, only=ALL):
+    return [
+        pytest.param(name, arguments, error, message, id=f"{name}-{message}")
+        for names, arguments, error, message in listed
+        for name in names
+        if name in only
+    ]
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON))
+def test_refused_by_both(backend, name, arguments, error, message, device):
+    refused(backend, name, arguments, error, message, device)
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(VALUES))
+def test_values_are_refused_on_the_cpu(backend, name, arguments, error, message):
+    refused(backend, name, arguments, error, message, CPU)
+
+
+@pytest.mark.cuda
+def test_values_are_not_read_back_from_a_gpu(device):
+    """The kernels take the nearest row, and the lower 56 bits of an id."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    tables = {columns: torch.rand(5, columns, generator=torch.Generator().manual_seed(1)) for columns in (2, 8)}
+    for names, arguments, *_ in VALUES:
+        for name in names:
+            given = {"x": x, "y": x.flip(0), "table": tables[8 if name == "reverse_step" else 2]} | arguments
+            if name in NOISY:
+                given.setdefault("rng", Philox(0))
+            nearest = given | {"t": given.get("t", T).clamp(0, 4)}
+            if "rng" in arguments:
+                nearest["rng"] = Philox(0, arguments["rng"].sample_ids % 2**56)
+            assert torch.equal(call(ops, name, given, device), call(ops, name, nearest, device)), (name, arguments)
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(FUSED))
+def test_refused_by_the_kernels(name, arguments, error, message, device):
+    refused(ops, name, arguments, error, message, device)
+
+
+def check_nothing_is_written(name, arguments, error, message, device):
+    out = torch.full_like(arguments.get("x", X), 1, device=device)
+    refused(ops, name, arguments | {"out": out}, error, message, device)
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON[:-3] + FUSED, NOISY))
+def test_nothing_is_written_before_a_refusal(name, arguments, error, message, device):
+    check_nothing_is_written(name, arguments, error, message, device)
+
+
+@pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(VALUES, NOISY))
+def test_nothing_is_written_before_values_are_refused(name, arguments, error, message):
+    check_nothing_is_written(name, arguments, error, message, CPU)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_second_tensor_on_another_device_is_refused(name, device):
+    with pytest.raises(ValueError, match="meta"):
+        call(ops, name, {"y": X.to("meta")}, device)
+
+
+def check_step_is_refused(listed, device):
+    for names, arguments, error, message in listed:
+        if "reverse_step" not in names or "clip" in arguments:
+            continue
+        given = moved({"x": X, "t": T, "table": TABLE} | arguments, device)
+        if "y" in given and "x" not in arguments:
+            continue
+        given.pop("y", None)
+        if given["x"].dtype == torch.half:
+            continue  # only together with the model's output
+        with pytest.raises(error, match=message.format(x="x_t", y="")):
+            ops.check_reverse_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
+
+
+def test_check_reverse_step_says_what_reverse_step_would(device):
+    check_step_is_refused(COMMON + FUSED, device)
+    x, table, t = moved((X, TABLE, T), device)
+    assert ops.check_reverse_step(x, table, t, noise=x, out=x.clone()) is None
+
+
+def test_check_reverse_step_sees_values_on_the_cpu():
+    check_step_is_refused(VALUES, CPU)
+
+
+def test_a_table_that_kernels_could_not_read(device):
+    """They read a row at once: of 32 bytes by halves, of 8 as one."""
+    x, floats = torch.ones(2, 5, device=device), torch.ones(34, device=device)
+    calls = {
+        8: lambda table: ops.reverse_step(x, x, table, 0, add_noise=False),
+        2: lambda table: ops.forward_process(x, table, 0, add_noise=False),
+    }
+    for columns, call in calls.items():
+        table = floats[1 : 1 + 4 * columns].view(4, columns)
+        with pytest.raises(
+            ValueError, match=rf"table begins at .*, expected a multiple of {16 if columns == 8 else 8}"
+        ):
+            call(table)
+        assert call(table.clone()).isfinite().all()
+        assert call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()  # a row further on, it may begin

@@ -1,0 +1,237 @@
+"""What a step dispatches and allocates on the CPU, counted by torch's profiler."""
+
+from collections import Counter
+
+import pytest
+import torch
+from support.extended import RESULTS, make_table, options
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox, ops
+
+SHAPE = (8, 3, 16, 16)
+BYTES = 8 * 3 * 16 * 16 * 4
+# at::empty_like as the profiler shows it
+ALLOCATION = {"aten::empty_like", "aten::empty", "aten::empty_strided"}
+VIEWS = {"aten::select", "aten::expand", "aten::as_strided"}
+
+GD = GaussianDiffusion(1000)
+X = torch.linspace(-1, 1, BYTES // 4).reshape(SHAPE)
+M = X.flip(0).contiguous()
+T = torch.arange(8) * 100
+
+
+def measure(function):
+    """Operators by name, and the bytes that were allocated, of a second call."""
+    function()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()
+    events = profiler.events()
+    names = Counter(e.name for e in events if e.name.startswith(("aten::", "ddpm_ext::")))
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in events)
+    del kept
+    return names, allocated
+
+
+def model(x, t):
+    return M
+
+
+STEPS = {
+    "p_sample": ("ddpm_ext::reverse_step", lambda t, **o: GD.p_sample(model, X, t, **o)),
+    "q_sample": ("ddpm_ext::forward_process", lambda t, **o: GD.q_sample(X, t, **o)),
+}
+NOISE = {"rng": lambda: {"rng": Philox(1)}, "given": lambda: {"noise": X}, "default generator": lambda: {}}
+
+steps = pytest.mark.parametrize("name", STEPS)
+noises = pytest.mark.parametrize("noise", NOISE)
+
+
+@steps
+@noises
+def test_one_operator_and_one_allocation(name, noise):
+    operator, step = STEPS[name]
+    names, allocated = measure(lambda: step(T, **NOISE[noise]()))
+    assert names[operator] == 1
+    assert set(names) <= {operator} | ALLOCATION, names
+    assert allocated == BYTES
+
+
+@steps
+@noises
+def test_out_allocates_nothing(name, noise):
+    operator, step = STEPS[name]
+    buffer = torch.empty_like(X)
+    names, allocated = measure(lambda: step(T, out=buffer, **NOISE[noise]()))
+    assert names == {operator: 1}
+    assert allocated == 0
+
+
+@steps
+def test_int_t_makes_only_views(name):
+    operator, step = STEPS[name]
+    buffer = torch.empty_like(X)
+    names, allocated = measure(lambda: step(500, out=buffer, rng=Philox(1)))
+    assert names[operator] == 1
+    assert set(names) <= {operator} | VIEWS, names
+    assert allocated == 0
+    if name == "q_sample":  # there is no model that wants to be told
+        assert names == {operator: 1}
+
+
+@pytest.mark.parametrize(
+    "operator, call",
+    [
+        ("ddpm_ext::predict_start", lambda: GD.predict_start_from_noise(X, T, M)),
+        ("ddpm_ext::randn", lambda: ddpm_ext.randn(SHAPE, Philox(1))),
+    ],
+    ids=["predict_start_from_noise", "randn"],
+)
+def test_other_operators(operator, call):
+    names, allocated = measure(call)
+    assert names[operator] == 1
+    assert set(names) <= {operator} | ALLOCATION, names
+    assert allocated == BYTES
+
+
+TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
+DOUBLED = {
+    "batch": dict(zip(("uncond_output", "model_output"), torch.cat([M, X]).chunk(2), strict=True)),
+    "channels": dict(zip(("model_output", "model_variance"), torch.cat([M, X], 1).chunk(2, 1), strict=True)),
+}
+
+
+def extended_step(t, **changes):
+    given = {"model_output": M, **EXTRAS, **changes}
+    return ops.extended_step(X, given.pop("model_output"), TABLE, t, **given)
+
+
+@noises
+@pytest.mark.parametrize("doubled", DOUBLED)
+@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
+def test_an_extended_step_is_one_operator(noise, doubled, t):
+    """With every option, and halves of a model's output taken as they lie."""
+    how = {**NOISE[noise](), **DOUBLED[doubled]}
+    names, allocated = measure(lambda: extended_step(t, **how))
+    assert names["ddpm_ext::extended_step"] == 1
+    assert set(names) <= {"ddpm_ext::extended_step"} | ALLOCATION, names
+    assert allocated == BYTES
+    results = {name: torch.empty_like(X) for name in RESULTS}
+    names, allocated = measure(lambda: extended_step(t, **how, **results))
+    assert names == {"ddpm_ext::extended_step": 1}
+    assert allocated == 0
+
+
+class Count(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@steps
+def test_a_dispatch_mode_sees_one_operator(name):
+    """The direct entry steps aside where a mode listens."""
+    operator, step = STEPS[name]
+    step(T, rng=Philox(1))
+    with Count() as count:
+        step(T, rng=Philox(1))
+    assert count.names == {operator.replace("::", ".") + ".default": 1}
+
+
+def test_a_dispatch_mode_sees_one_extended_step():
+    results = {name: torch.empty_like(X) for name in RESULTS}
+    with Count() as count:
+        extended_step(3, rng=Philox(1), **results)
+    assert count.names == {"ddpm_ext.extended_step.default": 1}
+    assert torch.equal(results["out"], extended_step(3, rng=Philox(1)))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_loop_launches_once_a_step(sampler):
+    def loop(steps):
+        return measure(
+            lambda: GD.p_sample_loop(
+                model, SHAPE, sampler=sampler, steps=steps, rng=Philox(1), record="last", progress=False
+            )
+        )
+
+    (few, few_bytes), (many, many_bytes) = loop(5), loop(25)
+    assert (few["ddpm_ext::reverse_step"], many["ddpm_ext::reverse_step"]) == (5, 25)
+    assert few["ddpm_ext::randn"] == many["ddpm_ext::randn"] == 1
+    more = many - few
+    # a step: one launch, and the view of its timesteps that the model gets
+    assert more == {"ddpm_ext::reverse_step": 20, "aten::select": 20, "aten::as_strided": 20}
+    # 25 rows are longer than 5 (the float64 columns they are made of, too), but no sample is allocated for a step
+    assert many_bytes - few_bytes < BYTES
+
+
+def train(prediction="eps", dtype=torch.float32, **options):
+    """A step of training: the model's own allocation is one tensor of the output's size."""
+    gd = GaussianDiffusion(1000, prediction=prediction)
+
+    def step():
+        leaf = torch.empty(SHAPE, dtype=dtype, requires_grad=True)
+        gd.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
+        return leaf.grad
+
+    return step
+
+
+# What a step may hold beside tensors of the batch's size: a loss a sample, chunks of its sum, rows, views' bookkeeping.
+SMALL = 4096
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
+@noises
+def test_train_losses_is_two_launches(prediction, loss, noise):
+    """x_t, and the loss with its slope. No noise and no target is kept, or made at all, and no gradient is copied."""
+    names, allocated = measure(train(prediction, loss=loss, weighting="simple", **NOISE[noise]()))
+    ours = {name: count for name, count in names.items() if name.startswith("ddpm_ext::")}
+    assert ours == {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1}
+    made = {
+        "aten::randn",
+        "aten::normal_",
+        "aten::gather",
+        "aten::index",
+        "aten::mul",
+        "aten::copy_",
+        "aten::mean",
+        "aten::mse_loss",
+    }
+    assert not made & set(names), names
+    # x_t, the model's output, the slope
+    assert 3 * BYTES <= allocated <= 3 * BYTES + SMALL
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_train_losses_of_a_model_in_16_bits(dtype):
+    """Its slope has 16 bits, too; a backward pass makes the gradient of it by way of float32."""
+    names, allocated = measure(train(dtype=dtype, rng=Philox(1)))
+    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
+    x_t, output, slope, product, gradient = BYTES, BYTES // 2, BYTES // 2, BYTES, BYTES // 2
+    assert allocated <= x_t + output + slope + product + gradient + SMALL
+
+
+def test_train_losses_without_gradients_makes_no_slope():
+    with torch.no_grad():
+        names, allocated = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
+    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
+    assert BYTES <= allocated <= BYTES + SMALL
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", torch.linspace(0.5, 2, 1000)], ids=["min_snr", "given"])
+def test_weights_cost_nothing(weighting):
+    assert measure(train(weighting=weighting, rng=Philox(1))) == measure(train(rng=Philox(1)))
+
+
+def test_a_dispatch_mode_sees_the_loss():
+    with Count() as count:
+        GD.train_losses(model, X, T, rng=Philox(1))
+    assert count.names["ddpm_ext.diffusion_loss.default"] == 1

@@ -1,0 +1,351 @@
+"""torch's own checks of every operator, and gradients against autograd through the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import extended
+from support.devices import moved
+
+from ddpm_ext import Philox, ops, reference
+
+OPS = torch.ops.ddpm_ext
+SHAPE = (3, 2, 5, 7)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="session")
+def affine(device):
+    return torch.tensor([[0.75, -1.5], [2.0, 0.5], [-0.25, 1.25]], device=device)
+
+
+@pytest.fixture(scope="session")
+def rows(device):
+    """A t for each sample."""
+    return torch.tensor([2, 0, 1], device=device)
+
+
+@pytest.fixture(params=["int", "tensor", "expanded"])
+def t(request, rows):
+    return {"int": 1, "tensor": rows, "expanded": rows[2:].expand(3)}[request.param]
+
+
+# ------------------------------------------------------------------------------------------------- opcheck
+
+
+@pytest.fixture
+def samples(make_step_table, normal, affine, rows, device):
+    """Arguments of each operator: name, overload, positional ones, keywords."""
+    table = make_step_table(3)
+    x, m, z = (normal(*SHAPE, seed=i, grad=True) for i in range(3))
+    half = normal(*SHAPE, dtype=torch.float16, grad=True)
+    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2], device=device), "stream": 3, "draw": 1}
+    plain = [v.detach() for v in (x, m, z)]
+    out, inf = torch.empty(SHAPE, device=device), float("inf")
+    kind = {"dtype": torch.bfloat16, "device": device}
+    loss_table, wanted = normal(3, 4, seed=5), {"want_slope": True}
+    rows_16, extras = (
+        extended.make_table(3).to(device),
+        moved(extended.options(SHAPE, torch.float32, torch.float16), device),
+    )
+    results = {name: torch.empty(SHAPE, device=device) for name in extended.RESULTS}
+    narrow = half.detach()
+    later = {"x_start": last.detach(), "model_variance": plain[1], "log_variance": False, "x0_out": plain[2].clone()}
+    return [
+        ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
+        ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
+        ("reverse_step", "default", (x, half, table, rows, 0, -1.0, 1.0, None, True), ids),
+        ("reverse_step", "default", (last, m, table, rows, 0, -inf, inf, None, False), {}),
+        ("reverse_step", "out", (*plain[:2], table, rows, 0, -1.0, 1.0, None, True, None, 7), {"out": out}),
+        ("reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        (
+            "extended_step",
+            "default",
+            (plain[0], narrow, rows_16, rows, 0, -1.0, 1.0, None, True),
+            results | extras | ids,
+        ),
+        ("extended_step", "default", (*plain[:2], rows_16, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        ("extended_step", "default", (plain[0], None, rows_16, rows, 0, -inf, inf, None, False), {"out": out, **later}),
+        ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
+        ("forward_process", "default", (half, affine, None, 1, half, False), {}),
+        ("forward_process", "default", (last, affine, rows, 0, None, False), ids),
+        ("forward_process", "out", (plain[0], affine, rows, 0, None, True, None, 7), {"out": out}),
+        ("predict_start", "default", (x, m, affine, rows, 0), {}),
+        ("predict_start", "default", (x, half, affine, None, 2), {}),
+        ("posterior_mean", "default", (x, m, affine, rows, 0), {}),
+        ("posterior_mean", "default", (last, half, affine, None, 2), {}),
+        ("randn", "default", (list(SHAPE), None, 7), kind),
+        ("randn", "default", (list(SHAPE),), kind | ids),
+        ("diffusion_loss", "default", (x, plain[0], loss_table, rows, 0, 0, 1.0, plain[1]), wanted),
+        ("diffusion_loss", "default", (half, None, loss_table, rows, 0, 1, 1.0, None), wanted | ids | {"reduction": 1}),
+        ("diffusion_loss", "default", (last, None, loss_table, None, 1, 2, 0.5, None), wanted | {"reduction": 2}),
+        ("diffusion_loss", "default", (*plain[:2], loss_table, None, 1, 0, 1.0, None), ids),
+    ]
+
+
+COUNT = 23
+
+
+@pytest.mark.parametrize("i", range(COUNT))
+def test_opcheck(samples, i):
+    assert len(samples) == COUNT
+    name, overload, arguments, options = samples[i]
+    torch.library.opcheck(getattr(getattr(OPS, name), overload), arguments, options)
+
+
+def test_opcheck_draw_seed():
+    # compiled and eager runs draw different seeds, and that is right
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(OPS.draw_seed.default, (), test_utils=tests)
+    torch.manual_seed(0)
+    first, second = OPS.draw_seed(), OPS.draw_seed()
+    assert first.dtype == torch.int64 and first.shape == () and first != second
+    torch.manual_seed(0)
+    assert OPS.draw_seed() == first
+
+
+def test_every_operator_is_checked(samples):
+    checked = {"ddpm_ext::draw_seed"} | {
+        f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}" for name, overload, *_ in samples
+    }
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ddpm_ext::")}
+    assert registered == checked
+
+
+# ----------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(function, tensors, weight):
+    """d(weight · function)/d(each tensor), in the tensors' own dtypes."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    result = function(*leaves)
+    return torch.autograd.grad((result * weight.to(result.dtype)).sum(), leaves)
+
+
+def assert_gradients(fused, twin, tensors):
+    """twin in float64 is the truth; a gradient is rounded to its tensor's dtype, and so is what comes in."""
+    weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(tensors[0])
+    got = gradients(fused, tensors, weight)
+    truth = gradients(twin, [tensor.double() for tensor in tensors], weight)
+    for gradient, expected, tensor in zip(got, truth, tensors, strict=True):
+        assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
+        # measured worst: float32 0.3 of this, the others 0.31
+        tolerance = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[tensor.dtype]
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def as_float64(table):
+    """A step table in the reference's float64 form."""
+    wide = table.double()
+    wide.view(torch.int64)[:, 6] = table.view(torch.int32)[:, 6].long()
+    return wide
+
+
+def away_from_the_clip(x, m, table, t, clip):
+    """m, changed where the prediction is so near the clip's edge that rounding decides on which side it falls."""
+    a, b = table.double()[t].expand(len(x), -1)[:, :2].reshape(len(x), 2, *[1] * (x.dim() - 1)).unbind(1)
+    start = a * x.double() + b * m.double()
+    near = sum((start - edge).abs() < 1e-3 for edge in clip).bool()
+    moved = torch.where(near, torch.zeros_like(m), m)
+    start = a * x.double() + b * moved.double()
+    assert all(((start - edge).abs() > 1e-6).all() for edge in clip)
+    inside = (start > clip[0]) & (start < clip[1])
+    assert inside.any() and not inside.all()
+    return moved
+
+
+@pytest.mark.parametrize("clip", [(-1.0, 1.0), (-0.5, 2.0), None])
+@pytest.mark.parametrize("m_dtype", DTYPES)
+def test_reverse_step(make_step_table, normal, t, clip, m_dtype):
+    table = make_step_table(3, seed=2)
+    x, m, z = normal(*SHAPE), normal(*SHAPE, seed=1, dtype=m_dtype), normal(*SHAPE, seed=2)
+    if clip is not None:
+        m = away_from_the_clip(x, m, table, t, clip)
+    assert_gradients(
+        lambda x, m, z: ops.reverse_step(x, m, table, t, clip=clip, noise=z),
+        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), t, clip=clip, noise=z),
+        [x, m, z],
+    )
+    assert_gradients(
+        lambda x, m: ops.reverse_step(x, m, table, t, clip=clip, rng=Philox(0)),
+        lambda x, m: reference.reverse_step(x, m, as_float64(table), t, clip=clip, rng=Philox(0)),
+        [x, m],
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_reverse_step_in_16_bits(make_step_table, normal, rows, dtype):
+    table = make_step_table(3, seed=2)
+    x, m, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype), normal(*SHAPE, seed=2, dtype=dtype)
+    m = away_from_the_clip(x, m, table, rows, (-1.0, 1.0))
+    assert_gradients(
+        lambda x, m, z: ops.reverse_step(x, m, table, rows, noise=z),
+        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), rows, noise=z),
+        [x, m, z],
+    )
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize("clip", [(-1.0, 1.0), None])
+def test_clip_holds_gradients_back_as_torchs(backend, clip, device):
+    """At its edges, where versions of torch differ, and for NaN, too."""
+    table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
+    special = [] if clip is None else [float("inf"), float("nan")]
+    values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *special]], device=device)
+    one = torch.ones(1, device=device)
+    (truth,) = gradients(lambda x: x if clip is None else x.clamp(*clip), [values], one)
+    (got,) = gradients(
+        lambda x: backend.reverse_step(x, torch.zeros_like(x), table, 0, clip=clip, add_noise=False),
+        [values],
+        one,
+    )
+    assert got.tolist() == truth.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_process(normal, affine, t, dtype):
+    x, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)
+    wide = affine.double()
+    assert_gradients(
+        lambda x, z: ops.forward_process(x, affine, t, noise=z),
+        lambda x, z: reference.forward_process(x, wide, t, noise=z),
+        [x, z],
+    )
+    for options in ({"rng": Philox(0)}, {"add_noise": False}):
+        assert_gradients(
+            lambda x, options=options: ops.forward_process(x, affine, t, **options),
+            lambda x, options=options: reference.forward_process(x, wide, t, **options),
+            [x],
+        )
+
+
+@pytest.mark.parametrize("name", ["predict_start", "posterior_mean"])
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), [(d, d) for d in DTYPES] + [(torch.float32, d) for d in DTYPES[1:]])
+def test_affine(normal, affine, name, t, x_dtype, y_dtype):
+    x, y = normal(*SHAPE, dtype=x_dtype), normal(*SHAPE, seed=1, dtype=y_dtype)
+    assert_gradients(
+        lambda x, y: getattr(ops, name)(x, y, affine, t),
+        lambda x, y: getattr(reference, name)(x, y, affine.double(), t),
+        [x, y],
+    )
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_diffusion_loss(normal, t, loss, reduction):
+    """test_losses.py asks more of it."""
+    table, (m, x) = normal(3, 4, seed=5), normal(2, *SHAPE).unbind()
+    for options in ({"rng": Philox(0)}, {"noise": normal(*SHAPE, seed=1)}):
+        options |= {"loss": loss, "reduction": reduction}
+
+        def spread(backend, table, m, options=options):
+            """As assert_gradients weighs it: of a sample's shape."""
+            got = backend.diffusion_loss(m, x.to(table.dtype), table, t, **options)
+            return got.reshape(-1, 1, 1, 1).expand(SHAPE)
+
+        wide = {k: v.double() if k == "noise" else v for k, v in options.items()}
+        assert_gradients(
+            lambda m, spread=spread: spread(ops, table, m),
+            lambda m, spread=spread, wide=wide: spread(reference, table.double(), m, wide),
+            [m],
+        )
+
+
+@pytest.mark.parametrize("memory", ["channels_last", "sliced", "expanded"])
+def test_memory_layouts(make_step_table, normal, affine, rows, memory):
+    table, m = make_step_table(3), normal(*SHAPE, seed=1)
+    x = normal(*SHAPE)
+    x = {
+        "channels_last": lambda: x.to(memory_format=torch.channels_last),
+        "sliced": lambda: torch.stack([x, x], -1)[..., 0],
+        "expanded": lambda: x[:, :, :, :1].expand(SHAPE),
+    }[memory]()
+    weight = normal(*SHAPE[::-1], seed=3).permute(3, 2, 1, 0)  # what comes in is not contiguous either
+    for function in (
+        lambda x, m: ops.reverse_step(x, m, table, rows, add_noise=False),
+        lambda x, m: ops.predict_start(x, m, affine, rows),
+        lambda x, m: ops.forward_process(x, affine, rows, noise=m),
+    ):
+        got, expected = gradients(function, [x, m], weight), gradients(function, [x.contiguous(), m], weight)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def operators(backend, table, affine, t):
+    """Differentiable functions of two tensors."""
+    return {
+        "reverse_step": lambda x, y: backend.reverse_step(x, y, table, t, noise=y * 0.5),
+        "forward_process": lambda x, y: backend.forward_process(x, affine, t, noise=y),
+        "predict_start": lambda x, y: backend.predict_start(x, y, affine, t),
+        "posterior_mean": lambda x, y: backend.posterior_mean(x, y, affine, t),
+    }
+
+
+NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process", "predict_start", "posterior_mean"])
+
+
+@NAMES
+def test_gradcheck_of_the_reference(make_step_table, normal, affine, rows, name):
+    table = make_step_table(3, seed=2, dtype=torch.float64)
+    x, y = (normal(3, 4, seed=i, dtype=torch.float64, grad=True) for i in range(2))
+    function = operators(reference, table, affine.double(), rows)[name]
+    assert torch.autograd.gradcheck(function, (x, y))
+    assert torch.autograd.gradgradcheck(function, (x, y))
+
+
+@NAMES
+def test_second_derivatives(make_step_table, normal, affine, rows, name):
+    """Of a function that bends: the operator's cube."""
+    table = make_step_table(3, seed=2)
+    x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
+    y = away_from_the_clip(x, y, table, rows, (-1.0, 1.0))
+
+    def second(function, tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        first = torch.autograd.grad(function(*leaves).pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    got = second(operators(ops, table, affine, rows)[name], [x, y])
+    truth = second(operators(reference, as_float64(table), affine.double(), rows)[name], [x.double(), y.double()])
+    for gradient, expected in zip(got, truth, strict=True):
+        scale = expected.abs().max()
+        assert (gradient.double() - expected).abs().max() <= 1e-6 * scale  # measured worst 2.9e-7
+
+
+# ------------------------------------------------------------------------------------------------- no graph
+
+
+def test_out_records_no_gradients_and_says_so(make_step_table, normal, affine, rows, device):
+    table, out = make_step_table(3), torch.empty(SHAPE, device=device)
+    leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
+    for backend_call in (
+        lambda: ops.reverse_step(leaf, plain, table, rows, out=out),
+        lambda: ops.reverse_step(plain, leaf, table, rows, out=out),
+        lambda: ops.reverse_step(plain, plain, table, rows, noise=leaf, out=out),
+        lambda: ops.forward_process(leaf, affine, rows, out=out),
+        lambda: ops.forward_process(plain, affine, rows, noise=leaf, out=out),
+        lambda: ops.forward_process(plain, affine, rows, out=normal(*SHAPE, grad=True)),
+    ):
+        with pytest.raises(ValueError, match="out= records no gradients"):
+            backend_call()
+        with torch.no_grad():
+            assert backend_call().grad_fn is None
+
+
+def test_results_need_gradients_where_an_argument_does(make_step_table, normal, affine, rows):
+    table = make_step_table(3)
+    leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
+    for x, y in ((leaf, plain), (plain, leaf)):
+        for function in operators(ops, table, affine, rows).values():
+            assert function(x, y).requires_grad
+            with torch.no_grad():
+                assert not function(x, y).requires_grad
+    for function in operators(ops, table, affine, rows).values():
+        assert not function(plain, plain).requires_grad
+
+
+@NAMES
+def test_the_graph_changes_no_bits(make_step_table, normal, affine, rows, name):
+    function = operators(ops, make_step_table(3), affine, rows)[name]
+    x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
+    assert torch.equal(function(x.clone().requires_grad_(), y), function(x, y))

@@ -1,0 +1,192 @@
+"""The same bits however a batch lies in memory, is split or spread over threads, whatever its dtype and device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.choices import for_many
+
+import ddpm_ext
+from ddpm_ext import Philox, ops
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
+FIRST = 2**32 - 2  # ids cross a word
+
+
+@pytest.fixture(scope="session")
+def run(make_step_table):
+    """The operators that draw, and one that doesn't, where x is: a dict of results."""
+    table = make_step_table(4, seed=1)
+
+    def call(x, m, t, rng):
+        rows, affine = table.to(x.device), AFFINE.to(x.device)
+        return {
+            "reverse_step": ops.reverse_step(x, m, rows, t, rng=rng),
+            "forward_process": ops.forward_process(x, affine, t % 2, rng=rng),
+            "posterior_mean": ops.posterior_mean(x, m, rows[:, :2].contiguous(), t),
+        }
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run_on_the_cpu(run):
+    """The same, of contiguous copies on the CPU."""
+
+    def call(x, m, t, rng):
+        return run(x.cpu().contiguous(), m.cpu().contiguous(), t.cpu(), rng)
+
+    return call
+
+
+def assert_same(got, expected):
+    for name, result in expected.items():
+        assert torch.equal(got[name].cpu(), result.cpu()), name
+
+
+def layouts(x: torch.Tensor):
+    """x's values in other memory."""
+    yield "transposed", x.transpose(1, -1).contiguous().transpose(1, -1)
+    yield "batch last", x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield "reversed", x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+    yield "sliced inside", torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+    yield "sliced batch", torch.stack([x, x + 1], 1).flatten(0, 1)[::2]
+    yield "offset", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    yield "padded", torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+    if x.dim() == 4:
+        yield "channels_last", x.to(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        yield "channels_last_3d", x.to(memory_format=torch.channels_last_3d)
+
+
+SHAPES = [(3, 3, 8, 8), (3, 5, 7, 9), (2, 4, 3, 5, 6), (2, 1, 1, 1), (5, 67), (1, 2, 600)]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_layout(run, run_on_the_cpu, normal, device, shape, dtype):
+    x, m = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
+    t, rng = torch.arange(shape[0], device=device) % 4, Philox(1, FIRST)
+    expected = run_on_the_cpu(x, m, t, rng)
+    assert_same(run(x, m, t, rng), expected)
+    for (name, x2), (_, m2) in zip(layouts(x), layouts(m), strict=True):
+        assert torch.equal(x2, x), name
+        for a, b in ((x2, m2), (x2, m), (x, m2)):
+            assert_same(run(a, b, t, rng), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+def test_expanded(run, run_on_the_cpu, normal, device, dim, dtype):
+    x = normal(4, 3, 5, 7, dtype=dtype).narrow(dim, 0, 1).expand(4, 3, 5, 7)
+    m = normal(4, 3, 5, 7, seed=1, dtype=dtype)
+    t, rng = torch.arange(4, device=device), Philox(1)
+    assert_same(run(x, m, t, rng), run_on_the_cpu(x, m, t, rng))
+    assert_same(run(m, x, t, rng), run_on_the_cpu(m, x, t, rng))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_results_keep_the_layout(run, normal, device, memory_format):
+    x = normal(2, 3, 4, 5).to(memory_format=memory_format)
+    for result in run(x, x, torch.zeros(2, dtype=torch.int64, device=device), Philox(0)).values():
+        assert result.stride() == x.stride()
+        assert result.device == device
+
+
+def test_more_dimensions_than_merge(run, run_on_the_cpu, normal, device):
+    """Eight in a sample whose strides don't merge are taken, nine refused."""
+    x = normal(*[2] * 9)
+    t = torch.zeros(2, dtype=torch.int64, device=device)
+    reverse = list(reversed(range(9)))
+    assert_same(run(x.permute(reverse), x, t, Philox(0)), run_on_the_cpu(x.permute(reverse), x, t, Philox(0)))
+    x = normal(*[2] * 10)
+    with pytest.raises(ValueError, match="8 dimensions"):
+        run(x.permute(list(reversed(range(10)))), x, t, Philox(0))
+
+
+@DTYPES
+@pytest.mark.parametrize("inner", [(3, 8, 8), (67,), ()])
+def test_batch_split(run, normal, device, inner, dtype):
+    batch = 5
+    x, m = normal(batch, *inner, dtype=dtype), normal(batch, *inner, seed=1, dtype=dtype)
+    t = torch.tensor([3, 1, 2, 1, 0], device=device)
+    whole = run(x, m, t, Philox(7, FIRST))
+    for cuts in range(2 ** (batch - 1)):  # every way to cut
+        ends = [i + 1 for i in range(batch - 1) if cuts >> i & 1] + [batch]
+        parts = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        results = [run(x[p], m[p], t[p], Philox(7, FIRST + p.start)) for p in parts]
+        assert_same({name: torch.cat([r[name] for r in results]) for name in whole}, whole)
+
+
+@for_many()
+def test_samples_permuted(run, normal, device, choose):
+    order = choose.order(6)
+    x, m = normal(6, 33), normal(6, 33, seed=1)
+    ids = torch.tensor([0, 2**32, 5, 2**56 - 1, 2**40, 5], device=device)
+    t = torch.tensor([1, 2, 3, 1, 2, 0], device=device)
+    whole = run(x, m, t, Philox(7, ids))
+    permuted = run(x[order], m[order], t[order], Philox(7, ids[order]))
+    assert_same(permuted, {name: result[order] for name, result in whole.items()})
+
+
+def test_int_t_is_a_tensor_of_equal_ones(run, normal, device):
+    x, m = normal(3, 67), normal(3, 67, seed=1)
+    for t in range(4):
+        expected = run(x, m, torch.full((3,), t, device=device), Philox(2))
+        for other in (t, torch.tensor([t], device=device).expand(3), torch.tensor([t, 9] * 3, device=device)[::2]):
+            assert_same(run(x, m, other, Philox(2)), expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 50_001), (1, 200_000), (70, 3, 33, 7), (30_000, 3)])
+def test_sizes_and_threads(run, run_on_the_cpu, threads, normal, device, shape, dtype):
+    """One thread's bits: those of several, and of a GPU's grid, which is as large as the samples."""
+    x, m = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
+    t = torch.arange(shape[0], device=device) % 4
+    threads(1)
+    expected = run_on_the_cpu(x, m, t, Philox(7)) | {"randn": ddpm_ext.randn(shape, Philox(7), dtype=dtype)}
+    for count in (2, 3, 7) if device.type == "cpu" else (1,):
+        threads(count)
+        drawn = ddpm_ext.randn(shape, Philox(7), device=device, dtype=dtype)
+        assert_same(run(x, m, t, Philox(7)) | {"randn": drawn}, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_is_drawn_in_float32_then_rounded(device, dtype):
+    shape = (3, 10_001)
+    z = ddpm_ext.randn(shape, Philox(1), device=device)
+    assert torch.equal(ddpm_ext.randn(shape, Philox(1), device=device, dtype=dtype), z.to(dtype))
+    zeros, unit = torch.zeros(shape, dtype=dtype, device=device), torch.tensor([[0.0, 1.0]], device=device)
+    assert torch.equal(ops.forward_process(zeros, unit, 0, rng=Philox(1, stream=0, draw=0)), z.to(dtype))
+    # used before it is rounded: k1 z, not k1 round(z)
+    third = torch.tensor([[0.0, 1 / 3]], device=device)
+    expected = ops.forward_process(zeros.float(), third, 0, rng=Philox(1))
+    assert torch.equal(ops.forward_process(zeros, third, 0, rng=Philox(1)), expected.to(dtype))
+
+
+@DTYPES
+def test_a_16_bit_step_is_the_float32_step_rounded(make_step_table, normal, device, dtype):
+    table = make_step_table(4)
+    x, m = normal(4, 333, dtype=dtype), normal(4, 333, seed=1, dtype=dtype)
+    t = torch.arange(4, device=device)
+    wide = ops.reverse_step(x.float(), m.float(), table, t, rng=Philox(1))
+    assert torch.equal(ops.reverse_step(x, m, table, t, rng=Philox(1)), wide.to(dtype))
+    assert torch.equal(ops.reverse_step(x.float(), m, table, t, rng=Philox(1)), wide)
+
+
+def test_drawn_noise_is_that_of_randn(make_step_table, normal, device):
+    table = make_step_table(4)
+    x, m, t = normal(4, 333), normal(4, 333, seed=1), torch.tensor([1, 2, 3, 1], device=device)
+    for rng in (Philox(1, FIRST), Philox(1, FIRST, draw=7, stream=3)):
+        draws = table.view(torch.int32)[t, 6].tolist()
+        z = [
+            ddpm_ext.randn(
+                (1, 333),
+                Philox(1, FIRST + i, draw=draws[i] if rng.draw is None else 7, stream=rng.stream),
+                device=device,
+            )
+            for i in range(4)
+        ]
+        got = ops.reverse_step(x, m, table, t, rng=rng)
+        assert torch.equal(got, ops.reverse_step(x, m, table, t, noise=torch.cat(z)))

@@ -1,0 +1,274 @@
+"""The noise contract: Philox's published vectors, the formula in float64, published bits, arguments."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from support.choices import for_many
+from support.devices import moved
+
+import ddpm_ext
+from ddpm_ext import Philox, reference
+from ddpm_ext.ops.extension import C
+
+# Random123's kat_vectors, "philox4x32 10": counter, key, result.
+PUBLISHED = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+# seed, ids, stream, draw
+SOURCES = [
+    (0, [0, 1, 2], 0, 0),
+    (1, [7, 7, 8], 1, 999),
+    (2**63, [0, 2**32 - 1, 2**32], 2, 2**32 - 1),
+    (2**64 - 1, [2**56 - 1, 2**55, 2**40 + 3], 255, 2**31),
+    (0x0123456789ABCDEF, [5, 2**33, 2**48 + 1], 16, 12345),
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(w, 16) for w in text.split()]
+
+
+def on(device: torch.device, *lists: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(numbers, device=device) for numbers in lists]
+
+
+def philox(counter: list[np.ndarray], seed: int) -> list[np.ndarray]:
+    """Salmon et al. 2011 in numpy; words as uint64."""
+    c0, c1, c2, c3 = counter
+    low32, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for i in range(10):
+        k0 = np.uint64((seed % 2**32 + i * 0x9E3779B9) % 2**32)
+        k1 = np.uint64((seed // 2**32 + i * 0xBB67AE85) % 2**32)
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> half) ^ c1 ^ k0, p1 & low32, (p0 >> half) ^ c3 ^ k1, p0 & low32
+    return [c0, c1, c2, c3]
+
+
+def uniform(w: np.ndarray) -> np.ndarray:
+    # the sum is exact in float64, so that its rounding to float32 is the fma's
+    return (w.astype(np.float32).astype(np.float64) * 2.0**-32 + 2.0**-33).astype(np.float32).astype(np.float64)
+
+
+def contract(numel: int, seed: int, ids: list[int], stream: int, draw: int) -> np.ndarray:
+    """z of the contract in float64, (batch, numel)."""
+    rows = []
+    for sample in ids:
+        blocks = np.arange((numel + 3) // 4, dtype=np.uint64)
+        rest = [draw, sample % 2**32, sample // 2**32 + stream * 2**24]
+        w = philox([blocks, *(np.full_like(blocks, word) for word in rest)], seed)
+        z = []
+        for first, second in ((w[0], w[1]), (w[2], w[3])):
+            radius = np.sqrt(-2 * np.log(uniform(first)))
+            angle = second.astype(np.float64) * (2 * np.pi / 2**32)
+            z += [radius * np.cos(angle), radius * np.sin(angle)]
+        rows.append(np.stack(z, -1).reshape(-1)[:numel])
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), PUBLISHED)
+def test_philox_gives_the_published_vectors(counter, key, result, device):
+    counter, key, result = words(counter), words(key), words(result)
+    assert C.philox4x32(counter, key) == result
+    assert reference.philox4x32(*on(device, counter, key)).tolist() == result
+    mine = philox([np.array([w], dtype=np.uint64) for w in counter], key[0] + key[1] * 2**32)
+    assert [int(w[0]) for w in mine] == result
+
+
+@for_many()
+def test_both_philox_agree(device, choose):
+    counter, key = ([choose.integer(0, 2**32 - 1) for _ in range(count)] for count in (4, 2))
+    assert C.philox4x32(counter, key) == reference.philox4x32(*on(device, counter, key)).tolist()
+
+
+def test_reference_philox_broadcasts(device):
+    counter = torch.randint(2**32, (3, 5, 4), generator=torch.Generator().manual_seed(0)).to(device)
+    key = torch.tensor([123, 456], device=device)
+    w = reference.philox4x32(counter, key)
+    assert w.shape == counter.shape
+    assert w[2, 3].tolist() == C.philox4x32(counter[2, 3].tolist(), key.tolist())
+
+
+@pytest.mark.parametrize(("seed", "ids", "stream", "draw"), SOURCES)
+def test_randn_is_the_contracts_formula(seed, ids, stream, draw, device):
+    numel = 700_001  # 10^7 draws over the five sources
+    truth = contract(numel, seed, ids, stream, draw)
+    rng = Philox(seed, torch.tensor(ids, device=device), draw=draw, stream=stream)
+    drawn = ddpm_ext.randn((3, numel), rng, device=device).cpu()
+    assert torch.equal(drawn, ddpm_ext.randn((3, numel), moved(rng, torch.device("cpu"))))
+    z = drawn.numpy()
+    # the contract's bound; measured worst 7.8e-7 here, 1.27e-6 in test_normal.py
+    assert np.abs(z - truth).max() <= 2e-6
+    assert np.abs(truth).max() > 4.5  # the tails were met
+    z = reference.randn((3, numel), rng, device=device, dtype=torch.float64).cpu().numpy()
+    assert np.abs(z - truth).max() <= 1e-14  # measured worst 8.9e-16, one rounding
+
+
+def test_randn_counts_ids_from_the_first(device):
+    first = 2**32 - 2
+    counted = ddpm_ext.randn((5, 33), Philox(3, first), device=device)
+    named = ddpm_ext.randn((5, 33), Philox(3, torch.arange(first, first + 5, device=device)), device=device)
+    assert torch.equal(counted, named)
+    truth = contract(33, 3, list(range(first, first + 5)), 0, 0)
+    np.testing.assert_allclose(counted.cpu().numpy(), truth, rtol=0, atol=2e-6)
+
+
+# The contract's published bits: seed, first id, stream, draw, and elements 0 to 4 of two samples.
+BITS = {
+    (0, 0, 0, 0): (
+        "0x1.fb7660p-1 -0x1.d96d5ap-1 -0x1.3c3746p-1 -0x1.eda370p-2 -0x1.3aa6b8p-3",
+        "0x1.114d98p+0 -0x1.b38d6ap-2 -0x1.2f19bep+1 -0x1.da1b0ap-3 0x1.9eaf92p-2",
+    ),
+    (0x243F6A8885A308D3, 2**40 + 5, 2, 999): (
+        "-0x1.57daf8p-1 0x1.2b898cp-1 -0x1.9a5a56p+0 0x1.b403ecp-1 0x1.ede06ap-2",
+        "-0x1.80dd44p-2 -0x1.6faddap+0 -0x1.e5e4fep-6 0x1.1de95ep-1 -0x1.80f9aap-1",
+    ),
+    (2**64 - 1, 2**56 - 2, 255, 2**32 - 1): (
+        "0x1.f4ca9ap-1 -0x1.c7ba6ap+0 0x1.aa3e6ep-1 0x1.c1a03cp-2 0x1.5271acp+0",
+        "-0x1.dcc8f6p-3 -0x1.0bbc68p-2 0x1.37f2f8p-2 0x1.a07196p-1 -0x1.6d7a72p-1",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", BITS)
+def test_published_bits(source, device):
+    """No later change may alter the noise: these are its values, not a snapshot to be renewed."""
+    seed, first, stream, draw = source
+    published = [[float.fromhex(v) for v in line.split()] for line in BITS[source]]
+    np.testing.assert_allclose(published, contract(5, seed, [first, first + 1], stream, draw), rtol=0, atol=2e-6)
+    rng = Philox(seed, first, stream=stream, draw=draw)
+    assert ddpm_ext.randn((2, 5), rng, device=device).tolist() == published
+
+
+def test_no_two_sources_meet(device):
+    sources = [
+        (seed, sample, stream, draw)
+        for seed in (0, 1, 2**32, 2**63, 2**64 - 1)
+        for sample in (0, 1, 2**24, 2**32 - 1, 2**32, 2**55, 2**56 - 1)
+        for stream in (*range(17), 128, 255)
+        for draw in (0, 1, 2**24, 2**32 - 1)
+    ]
+    seen = {
+        ddpm_ext.randn((1, 8), Philox(seed, sample, stream=stream, draw=draw), device=device).cpu().numpy().tobytes()
+        for seed, sample, stream, draw in sources
+    }
+    assert len(seen) == len(sources)
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def test_own_draw_and_stream_and_those_of_the_call(device):
+    randn = functools.partial(ddpm_ext.randn, (2, 9), device=device)
+    plain = randn(Philox(1))
+    other = randn(Philox(1), draw=3, stream=4)
+    assert not torch.equal(plain, other)
+    assert torch.equal(plain, randn(Philox(1, draw=0, stream=0)))
+    assert torch.equal(other, randn(Philox(1, draw=3, stream=4)))
+    assert torch.equal(other, randn(Philox(1, draw=8, stream=9), draw=3, stream=4))
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
+def test_seed_may_be_a_tensor_of_its_64_bits(seed, device):
+    bits = torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+    for randn in (ddpm_ext.randn, reference.randn):
+        expected = randn((2, 9), Philox(seed), device=device)
+        for tensor in (bits, bits.to(device)):
+            assert torch.equal(randn((2, 9), Philox(tensor), device=device), expected)
+
+
+def test_manual_seed_repeats_the_noise_of_no_rng(device):
+    randn = functools.partial(ddpm_ext.randn, (2, 64), device=device)
+    torch.manual_seed(11)
+    first, second = randn(), randn()
+    torch.manual_seed(11)
+    assert torch.equal(randn(), first)
+    assert torch.equal(randn(), second)
+    assert not torch.equal(first, second)
+    torch.manual_seed(12)
+    assert not torch.equal(randn(), first)
+
+
+def test_randn_with_an_rng_leaves_torchs_generators_alone(device):
+    generators = [torch.random.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    before = [generator.get_state() for generator in generators]
+    ddpm_ext.randn((2, 64), Philox(0), device=device)
+    assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_randn_makes_shape_and_dtype(dtype, device):
+    for shape in [(3,), (0, 4), (2, 0, 5), (2, 3, 4, 5, 6)]:
+        z = ddpm_ext.randn(shape, Philox(0), device=device, dtype=dtype)
+        assert z.shape == shape and z.dtype == dtype and z.device == device and z.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((-1,), {}, ValueError, "seed is -1"),
+        ((2**64,), {}, ValueError, "seed is 18446744073709551616"),
+        ((1.0,), {}, TypeError, "seed is 1.0"),
+        ((True,), {}, TypeError, "seed is True"),
+        (("0",), {}, TypeError, "seed is '0'"),
+        ((None,), {}, TypeError, "seed is None"),
+        ((torch.tensor([1]),), {}, TypeError, r"seed .*\(1,\)"),
+        ((torch.tensor(1, dtype=torch.int32),), {}, TypeError, "seed .*int32"),
+        ((0, -1), {}, ValueError, "sample_ids is -1"),
+        ((0, 2**56), {}, ValueError, "sample_ids is"),
+        ((0, 0.0), {}, TypeError, "sample_ids is 0.0"),
+        ((0, [0, 1]), {}, TypeError, "sample_ids is"),
+        ((0, torch.tensor(3)), {}, TypeError, r"sample_ids .*\(\)"),
+        ((0, torch.zeros(2)), {}, TypeError, "sample_ids .*float32"),
+        ((0,), {"draw": -1}, ValueError, "draw is -1"),
+        ((0,), {"draw": 2**32}, ValueError, "draw is"),
+        ((0,), {"draw": 1.0}, TypeError, "draw is 1.0"),
+        ((0,), {"stream": -1}, ValueError, "stream is -1"),
+        ((0,), {"stream": 256}, ValueError, "stream is 256"),
+        ((0,), {"stream": "0"}, TypeError, "stream is '0'"),
+    ],
+)
+def test_philox_checks_its_arguments(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        Philox(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "error", "message"),
+    [
+        ((), {}, ValueError, r"shape is \(\)"),
+        ((2, -1), {}, ValueError, "shape is .*-1"),
+        ((2, 1.5), {}, TypeError, "shape"),
+        (5, {}, TypeError, "int"),
+        ((2, 3), {"dtype": torch.float64}, TypeError, "dtype .*expected float32"),
+        ((2, 3), {"dtype": torch.int64}, TypeError, "dtype"),
+        ((2, 3), {"dtype": "float32"}, TypeError, "dtype"),
+        ((2, 3), {"device": "meta"}, ValueError, "device is on meta, expected cpu or cuda"),
+        ((2, 3), {"rng": 0}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        ((2, 3), {"rng": torch.Generator()}, TypeError, "rng is a Generator"),
+        ((2, 3), {"rng": Philox(0, 2**56 - 1)}, ValueError, "sample_ids start at .* batch of 2"),
+        ((2, 3), {"rng": Philox(0, torch.arange(3))}, ValueError, "sample_ids has shape .*3.*expected .*2"),
+        ((2, 3), {"rng": Philox(0, torch.tensor([0, -1]))}, ValueError, r"sample_ids\[1\] is -1"),
+        ((2, 3), {"rng": Philox(0, torch.tensor([2**56, 0]))}, ValueError, r"sample_ids\[0\] is"),
+        ((2, 3), {"draw": -1}, ValueError, "draw is -1"),
+        ((2, 3), {"draw": 2**32}, ValueError, "draw is"),
+        ((2, 3), {"draw": 0.5}, TypeError, "draw is 0.5"),
+        ((2, 3), {"stream": 256}, ValueError, "stream is 256"),
+    ],
+)
+def test_randn_checks_its_arguments(shape, options, error, message):
+    with pytest.raises(error, match=message):
+        ddpm_ext.randn(shape, **options)
+
+
+def test_last_ids_are_taken(device):
+    z = ddpm_ext.randn((2, 5), Philox(0, 2**56 - 2), device=device)
+    truth = contract(5, 0, [2**56 - 2, 2**56 - 1], 0, 0)
+    np.testing.assert_allclose(z.cpu().numpy(), truth, rtol=0, atol=2e-6)

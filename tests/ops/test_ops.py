@@ -1,0 +1,134 @@
+"""The operators and their twins in `reference` against float64, over shapes, strides, dtypes, kinds of noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.choices import Choose, for_many
+from support.operators import CLIPS, DTYPES, Inputs, assert_near, columns, each, host
+
+from ddpm_ext import Philox, ops, reference
+from ddpm_ext.tables.samplers import ddpm
+from ddpm_ext.tables.spacing import make_grid
+from ddpm_ext.tables.step_table import StepTable
+
+
+def random_table(choose: Choose, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(choose.integer(0, 99, "table"))
+    return torch.randn(7, 2, generator=generator).to(device)
+
+
+@for_many()
+def test_reverse_step(make_step_table, device, choose):
+    table = make_step_table(7, seed=choose.integer(0, 99, "table"))
+    inputs = Inputs(choose, len(table), device)
+    x_t, model_output, t = inputs.tensor(inputs.x_dtype), inputs.tensor(inputs.y_dtype), inputs.t()
+    clip = choose.one_of(CLIPS, "clip")
+    draws = table.view(torch.int32)[:, 6].long().cpu().numpy()[each(t, inputs.batch)]
+    z, options, drawn = inputs.noise(draws, stream=0)
+
+    x, m = host(x_t), host(model_output)
+    a, b, c0, c1, c2, s = columns(table, t, x)[:6]
+    start, start_size = a * x + b * m, np.abs(a * x) + np.abs(b * m)
+    if clip is not None:
+        start = np.clip(start, *clip)
+    # the clip forgets a term's size but not its error
+    terms = [c0 * start, c1 * x, c2 * m, c0 * start_size, -c0 * start_size]
+    if z is not None:
+        terms.append(s * z)
+    before = x_t.clone(), model_output.clone(), table.view(torch.int32).clone()
+    for backend in (ops, reference):
+        got = backend.reverse_step(x_t, model_output, table, t, clip=clip, **options)
+        assert got.shape == x_t.shape and got.dtype == x_t.dtype and got.device == device
+        assert_near(got, terms, np.abs(s) if drawn else 0.0)
+    assert all(torch.equal(*pair) for pair in zip(before, (x_t, model_output, table.view(torch.int32)), strict=True))
+
+
+@for_many()
+def test_forward_process(device, choose):
+    table = random_table(choose, device)
+    inputs = Inputs(choose, len(table), device)
+    x_start, t = inputs.tensor(inputs.x_dtype), inputs.t()
+    z, options, drawn = inputs.noise(each(t, inputs.batch), stream=2)
+
+    x = host(x_start)
+    k0, k1 = columns(table, t, x)
+    before = x_start.clone(), table.clone()
+    for backend in (ops, reference):
+        got = backend.forward_process(x_start, table, t, **options)
+        assert got.shape == x_start.shape and got.dtype == x_start.dtype and got.device == device
+        assert_near(got, [k0 * x] if z is None else [k0 * x, k1 * z], np.abs(k1) if drawn else 0.0)
+    assert all(torch.equal(*pair) for pair in zip(before, (x_start, table), strict=True))
+
+
+@pytest.mark.parametrize("name", ["predict_start", "posterior_mean"])
+@for_many()
+def test_affine(name, device, choose):
+    table = random_table(choose, device)
+    inputs = Inputs(choose, len(table), device)
+    first, second, t = inputs.tensor(inputs.x_dtype), inputs.tensor(inputs.y_dtype), inputs.t()
+    x, y = host(first), host(second)
+    k0, k1 = columns(table, t, x)
+    for backend in (ops, reference):
+        got = getattr(backend, name)(first, second, table, t)
+        assert got.shape == first.shape and got.dtype == first.dtype and got.device == device
+        assert_near(got, [k0 * x, k1 * y])
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype"), DTYPES)
+def test_thousand_rows(device, x_dtype, y_dtype):
+    """Every row of a real table, each for its own sample."""
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    timestep = torch.arange(999, -1, -1)
+    table = ddpm(make_grid((1 - betas).cumprod(0), timestep, betas=betas)).packed(device)
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(1000, 3, 11, generator=generator).to(device, x_dtype)
+    model_output = torch.randn(1000, 3, 11, generator=generator).to(device, y_dtype)
+    rng, t = Philox(9, 2**40), torch.arange(1000, device=device)
+    x, m = host(x_t), host(model_output)
+    a, b, c0, c1, _, s = columns(table, t, x)[:6]
+    z = reference.randn(x.shape, rng, draw=timestep, stream=0, dtype=torch.float64).numpy()
+    start_size = np.abs(a * x) + np.abs(b * m)
+    terms = [c0 * np.clip(a * x + b * m, -1, 1), c1 * x, s * z, c0 * start_size, -c0 * start_size]
+    assert (s[:-1] > 0).all() and s[-1] == 0
+    got = ops.reverse_step(x_t, model_output, table, t, rng=rng)
+    assert_near(got, terms, s)
+    for row in (0, 500, 999):
+        one = ops.reverse_step(x_t[row : row + 1], model_output[row : row + 1], table, row, rng=Philox(9, 2**40 + row))
+        assert torch.equal(one[0], got[row])
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_row_without_noise_and_drawn_noise(backend, make_step_table, normal):
+    table = make_step_table(4)
+    x, m = normal(2, 2, 9).unbind()
+    assert table[0, 5] == 0 and table[1, 5] != 0
+    step = [backend.reverse_step(x, m, table, row, rng=Philox(0)) for row in (0, 1)]
+    mean = [backend.reverse_step(x, m, table, row, add_noise=False) for row in (0, 1)]
+    assert torch.equal(step[0], mean[0])
+    assert not torch.equal(step[1], mean[1])
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_draws_of_32_bits(backend, device):
+    """The row's draw counts as unsigned."""
+    for draw in (2**31 - 1, 2**31, 2**32 - 1):
+        table = StepTable([3], a=[0.0], b=[0.0], c0=[0.0], c1=[0.0], s=[1.0], draw=[draw]).packed(device)
+        zeros = torch.zeros(2, 9, device=device)
+        for t in (0, torch.tensor([0, 0], device=device)):
+            z = backend.reverse_step(zeros, zeros, table, t, rng=Philox(5))
+            assert torch.equal(z, backend.randn((2, 9), Philox(5), draw=draw, stream=0, device=device))
+
+
+@pytest.mark.parametrize("backend", [ops, reference])
+def test_no_rng_means_torchs_generator(backend, make_step_table, device):
+    table, affine = make_step_table(4), torch.tensor([[0.5, 2.0]], device=device)
+    x = torch.zeros(2, 9, device=device)
+    for call in (lambda: backend.reverse_step(x, x, table, 1), lambda: backend.forward_process(x, affine, 0)):
+        torch.manual_seed(1)
+        first, second = call(), call()
+        torch.manual_seed(1)
+        assert torch.equal(call(), first)
+        assert torch.equal(call(), second)
+        assert not torch.equal(first, second)

@@ -1,0 +1,140 @@
+"""NaN, Inf and signed zeros behave as in torch.clamp and arithmetic; empty tensors; where alphas_cumprod is 0."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ext import Philox, ops, reference
+from ddpm_ext.tables.predictions import prediction_coefficients
+
+BACKENDS = pytest.mark.parametrize("backend", [ops, reference])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+INF, NAN = math.inf, math.nan
+VALUES = [0.0, -0.0, 1.0, -2.5, 1e-7, 1000.0, INF, -INF, NAN]
+
+
+def step_table(device: torch.device, *rows: tuple[float, ...]) -> torch.Tensor:
+    """Rows of a, b, c0, c1, c2, s; draw 0."""
+    return torch.tensor([[*row, 0.0, 0.0] for row in rows], device=device)
+
+
+def combinations(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All of VALUES beside one another: (count, 1, ...)."""
+    listed = torch.tensor(list(itertools.product(VALUES, repeat=count)), dtype=dtype, device=device)
+    return listed.T.contiguous().unsqueeze(1)
+
+
+def step(x, m, z, row, clip):
+    """The formula in float64; c2 m counts only where c2 isn't 0, since the clip has tamed an infinite m."""
+    a, b, c0, c1, c2, s = row
+    with np.errstate(invalid="ignore"):
+        start = a * x + b * m
+        if clip is not None:
+            start = np.clip(start, *clip)  # NaN stays
+        prev = c0 * start + c1 * x + (c2 * m if c2 != 0 else 0.0)
+        return prev if z is None else prev + s * z
+
+
+ROWS = [
+    (1.5, -0.5, 0.25, 0.75, 0.0, 0.5),
+    (1.5, -0.5, 0.25, 0.75, -0.5, 0.5),
+    (0.0, 1.0, 0.25, 0.75, 0.0, 0.0),
+    (1.5, -0.5, 0.25, 0.0, 0.0, 0.0),
+]
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("clip", [None, (-1.0, 1.0), (-INF, 0.5), (0.0, INF)])
+@pytest.mark.parametrize("row", ROWS)
+def test_special_values_in_every_place(backend, dtype, clip, row, device):
+    x, m, z = combinations(3, dtype, device)
+    for noise in (None, z):
+        got = backend.reverse_step(x, m, step_table(device, row), 0, clip=clip, noise=noise, add_noise=False)
+        with np.errstate(over="ignore"):
+            truth = step(*(v if v is None else v.double().cpu().numpy() for v in (x, m, noise)), row, clip)
+        # NaN and Inf in the same places; the margin is for cancelled terms of 1000
+        tolerance = {torch.float32: 2e-4, torch.float16: 1, torch.bfloat16: 8}[dtype]
+        np.testing.assert_allclose(got.double().cpu().numpy(), truth, rtol=0, atol=tolerance)
+
+
+@BACKENDS
+def test_clip_tames_an_infinite_model_output_where_c2_is_0(backend, device):
+    x, m = torch.zeros(1, 64, device=device), torch.tensor([[INF, -INF] * 32], device=device)
+    table = step_table(device, (1.0, 2.0, 0.5, 0.0, 0.0, 0.0), (1.0, 2.0, 0.5, 0.0, 0.25, 0.0))
+    assert torch.equal(backend.reverse_step(x, m, table, 0, add_noise=False), m.sign() * 0.5)
+    assert torch.equal(backend.reverse_step(x, m, table, 1, add_noise=False), m)
+    assert torch.equal(backend.reverse_step(x, m, table, 0, clip=None, add_noise=False), m)
+
+
+@BACKENDS
+def test_one_nan_spoils_one_element(backend, normal, device):
+    table = step_table(device, ROWS[0])
+    x, m, z = normal(3, 2, 150).unbind()
+    expected = backend.reverse_step(x, m, table, 0, noise=z)
+    for spoiled in range(3):
+        for place in (0, 63, 64, 149, 150, 299):
+            tensors = [v.clone() for v in (x, m, z)]
+            tensors[spoiled].view(-1)[place] = NAN
+            got = backend.reverse_step(*tensors[:2], table, 0, noise=tensors[2]).view(-1)
+            assert got[place].isnan()
+            got[place] = expected.view(-1)[place]
+            assert torch.equal(got.view(2, 150), expected)
+
+
+@BACKENDS
+def test_special_values_of_affine(backend, device):
+    x, y = combinations(2, torch.float32, device)
+    table = torch.tensor([[0.5, -2.0]], device=device)
+    truth = 0.5 * x.double() - 2.0 * y.double()
+    for got in (
+        backend.forward_process(x, table, 0, noise=y),
+        backend.predict_start(x, y, table, 0),
+        backend.posterior_mean(x, y, table, 0),
+    ):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-6, atol=1e-6, equal_nan=True)
+    without = backend.forward_process(x, table, 0, add_noise=False)
+    torch.testing.assert_close(without, 0.5 * x, rtol=0, atol=0, equal_nan=True)
+
+
+@BACKENDS
+def test_16_bit_results_overflow_to_infinity(backend, device):
+    x = torch.tensor([[60000.0, -60000.0, 65519.0, 65520.0]], device=device)
+    table = torch.tensor([[1.0, 0.0], [2.0, 0.0]], device=device)
+    half = x.half()
+    assert backend.forward_process(half, table, 1, add_noise=False).tolist() == [[INF, -INF, INF, INF]]
+    # 65519 rounds to the largest number, 65520 to infinity: as torch's own rounding
+    from_float32 = backend.forward_process(half[:, :3], table, 0, add_noise=False)
+    assert from_float32.tolist() == [[60000.0, -60000.0, 65504.0]]
+
+
+@BACKENDS
+@DTYPES
+@pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (2, 0), (2, 3, 0, 5), (0, 0)])
+def test_empty(backend, dtype, shape, device):
+    x, affine = torch.empty(shape, dtype=dtype, device=device), torch.ones(4, 2, device=device)
+    steps, zeros = step_table(device, *ROWS), torch.zeros(shape[0], dtype=torch.int64, device=device)
+    for t in (0, zeros):
+        for result in (
+            backend.reverse_step(x, x, steps, t, rng=Philox(0)),
+            backend.reverse_step(x, x, steps, t, noise=x, out=torch.empty_like(x)),
+            backend.forward_process(x, affine, t, rng=Philox(0, zeros)),
+            backend.predict_start(x, x, affine, t),
+            backend.posterior_mean(x, x, affine, t),
+        ):
+            assert result.shape == shape and result.dtype == dtype
+
+
+@BACKENDS
+def test_without_signal_x0_is_the_sign_of_x_minus_m(backend, normal, device):
+    """Where alphas_cumprod is 0 and the model predicts eps, also where both are equal."""
+    a, b = (float(v) for v in prediction_coefficients(torch.zeros(1, dtype=torch.float64), "eps"))
+    x, i = normal(1, 999), torch.arange(999, device=device)
+    m = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])[i % 3, 0, i][None]
+    start = backend.reverse_step(x, m, step_table(device, (a, b, 1.0, 0.0, 0.0, 0.0)), 0, add_noise=False)
+    assert torch.equal(start, (x - m).sign())

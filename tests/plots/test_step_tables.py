@@ -1,0 +1,121 @@
+"""ddpm_ext.table_figures: what is in the axes of one step table and of several."""
+
+import numpy as np
+import pytest
+from support.figure_contents import drawn, legend, looks, points
+
+from ddpm_ext import StepTable
+from ddpm_ext.plots.step_tables import step_table_figure
+
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+COLUMNS = ("timestep", "a", "b", "c0", "c1", "c2", "s")
+STEPS = {"timestep": [9, 5, 0], "a": [200, 3, 1], "b": [-200, -2, 0], "c0": [0.1, 0.5, 1], "c1": [0.9, 0.5, 0]}
+
+
+def test_step_table_draws_every_column():
+    table = StepTable(**STEPS, c2=[0, -0.5, 0], s=[0.5, 0.25, 0])
+    figure = table.plot()
+    found = {}
+    for axes in figure.axes:
+        assert axes.get_title() and axes.get_ylabel()
+        lines = drawn(axes)
+        found |= lines
+        assert len(set(map(str, looks(axes)))) == len(lines)
+        if len(lines) > 1:
+            assert legend(axes) == list(lines)
+        assert axes.get_yscale() == ("asinh" if "a" in lines else "linear")
+    assert found == {name: points(range(3), getattr(table, name)) for name in COLUMNS}
+    assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["step of the loop"] * 2
+
+
+def test_history_is_drawn_where_there_is_some():
+    plain, multistep = (StepTable(**STEPS, c3=c3) for c3 in ([0, 0, 0], [0, -0.5, 0.25]))
+    assert "c3" not in drawn(plain.plot().axes[1]) and "h" not in plain.plot().axes[1].get_title().split()
+    axes = multistep.plot().axes[1]
+    assert drawn(axes)["c3"] == [[0, 0], [1, -0.5], [2, 0.25]]
+    assert "c3 h" in axes.get_title()
+    assert legend(axes) == ["c0", "c1", "c2", "c3"]
+
+
+def test_learned_deviations_are_not_called_deviations():
+    fixed, learned = (StepTable(**STEPS, s=[1, 1, 0], l1=l1).plot().axes[2] for l1 in ([0, 0, 0], [0.5, 0.5, 0.5]))
+    assert fixed.get_ylabel().startswith("standard deviation")
+    assert learned.get_ylabel().startswith("s\n") and "exp(l0 + l1 v)" in learned.get_title()
+
+
+def test_step_table_against_the_timestep():
+    figure = step_table_figure(StepTable(**STEPS), against="timestep")
+    assert drawn(figure.axes[0]) == {name: points([9, 5, 0], STEPS[name]) for name in "ab"}
+    assert drawn(figure.axes[3]) == {"step": [[9, 0], [5, 1], [0, 2]]}
+    for axes in figure.axes:
+        left, right = axes.get_xlim()
+        assert left > right  # from noise to sample
+    assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["timestep"] * 2
+
+
+def test_several_tables_have_a_panel_a_column():
+    tables = {
+        "long": StepTable(**STEPS, s=[0.5, 0.25, 0]),
+        "short": StepTable(timestep=[7.5, 0], a=[30, 1], b=[-30, 0], c0=[0.5, 1], c1=[0, 0]),
+    }
+    names = ("a", "b", "c0", "c1", "s", "timestep")  # c2 and c3 are 0 in both
+    for against, last in (("step", "timestep"), ("timestep", "step")):
+        figure = step_table_figure(tables, against=against)
+        assert len(figure.axes) == 6
+        for axes, name in zip(figure.axes, (*names[:-1], last), strict=True):
+            expected = {}
+            for label, table in tables.items():
+                across = range(len(table)) if against == "step" else table.timestep
+                expected[label] = points(across, range(len(table)) if name == "step" else getattr(table, name))
+            assert drawn(axes) == expected
+            assert axes.get_title().split(",")[0] == name or name in ("timestep", "step")
+            assert axes.get_yscale() == ("asinh" if name in "ab" else "linear")
+            assert len(set(map(str, looks(axes)))) == 2
+        (found,) = figure.legends
+        assert legend(found) == list(tables)
+        assert found.get_title().get_text() == "0 in all: c2"
+
+
+def test_legend_takes_the_place_that_stays_free():
+    first = StepTable(**STEPS, c2=[0.1, 0, 0], s=[1, 0, 0])
+    figure = step_table_figure({"one": first, "two": first[:2]})
+    assert [bool(axes.lines) for axes in figure.axes] == [True] * 7 + [False]
+    assert legend(figure.axes[-1]) == ["one", "two"]
+    assert not figure.legends
+
+
+def test_tables_of_zeros_can_be_drawn(tmp_path):
+    nothing = StepTable(timestep=[0], a=[0], b=[0], c0=[0], c1=[0])
+    for tables in (nothing, {"nothing": nothing}):
+        for against in ("step", "timestep"):
+            figure = step_table_figure(tables, tmp_path / "a.png", against=against)
+            assert any(axes.lines for axes in figure.axes)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_step_table_picture(rows, tmp_path):
+    table = StepTable(**{name: values[0:1] * rows for name, values in STEPS.items()}, draw=range(rows))
+    figure = table.plot(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.size == (900, 560)
+        ink = set(map(tuple, np.asarray(opened.convert("RGB")).reshape(-1, 3).tolist()))
+    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= ink
+    markers = [line.get_marker() for line in figure.axes[1].lines]
+    assert markers == (["o", "s", "^"] if rows < 1000 else ["None"] * 3)
+    with pytest.raises(ValueError, match="is a folder"):
+        table.plot(tmp_path)
+    assert [found.name for found in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_step_tables_bad_input():
+    table = StepTable(**STEPS)
+    with pytest.raises(ValueError, match="tables: got none"):
+        step_table_figure({})
+    with pytest.raises(TypeError, match=r"tables\['x'\] is a int, expected a StepTable"):
+        step_table_figure({"x": 3})
+    with pytest.raises(TypeError, match="tables is a list"):
+        step_table_figure([table])
+    with pytest.raises(ValueError, match="against is 'row', expected 'step' or 'timestep'"):
+        step_table_figure(table, against="row")

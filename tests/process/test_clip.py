@@ -1,0 +1,111 @@
+"""Dynamic thresholding, and the ranges that predictions are clipped to."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.loop_cases import CLOSE, PART, given, make_diffusion, model, ours, truth
+
+from ddpm_ext import DynamicThreshold, Philox
+
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (4, 2), (4, 3, 5, 7), (2, 1001)])
+@pytest.mark.parametrize("quantile", [1e-9, 0.1, 0.5, 0.995, 1.0])
+def test_the_bound_is_torchs_quantile(device, shape, quantile):
+    x = 4 * given(0, PART, device, F64, shape)
+    for maximum in (math.inf, 2.0):
+        expected = torch.quantile(x.reshape(shape[0], -1).abs(), quantile, dim=1).clamp(1, maximum)
+        found = DynamicThreshold(quantile, maximum).x_start_scale(x)
+        assert found.shape == shape[:1] and found.dtype == F64 and found.device == device
+        torch.testing.assert_close(1 / found, expected, rtol=1e-14, atol=0)
+        for dtype in (F32, torch.float16, torch.bfloat16):
+            lower = x.to(dtype)
+            expected = torch.quantile(lower.double().reshape(shape[0], -1).abs(), quantile, dim=1).clamp(1, maximum)
+            found = DynamicThreshold(quantile, maximum).x_start_scale(lower)
+            assert found.dtype == F32
+            torch.testing.assert_close(1 / found.double(), expected, rtol=3e-7, atol=0)
+
+
+def test_a_view_has_the_same_bound(device):
+    x = given(0, PART, device, F32, (4, 3, 5, 7))
+    for view in (x.to(memory_format=torch.channels_last), x.expand(4, 3, 5, 7), torch.stack([x, x], -1)[..., 1]):
+        assert torch.equal(DynamicThreshold(0.9).x_start_scale(view), DynamicThreshold(0.9).x_start_scale(x))
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):
+    """Bit for bit, though x0 is seen before the step."""
+    gd = make_diffusion(backend=backend)
+    options = ours(gd, "plain", sampler, model=lambda x, t: 3 * model(x, t), device=device)
+    plain = gd.p_sample_loop(**options)
+    found = gd.p_sample_loop(**options, clip_denoised=DynamicThreshold(1.0, maximum=1.0))
+    assert all(map(np.array_equal, found, plain))
+    assert np.abs(gd.p_sample_loop(**options, record="x0")[0]).max() == 1
+
+
+def test_saturated_pixels_move_inwards(device):
+    """No prediction leaves [-1, 1], and the greatest is there exactly where the quantile is 1."""
+    gd = make_diffusion(prediction="x0")
+    options = ours(gd, "plain", model=lambda x, t: 5 * x, device=device)
+    for x0 in gd.p_sample_loop(**options, clip_denoised=DynamicThreshold(1.0), record="x0"):
+        greatest = np.abs(x0).reshape(4, -1)
+        np.testing.assert_allclose(greatest.max(1), 1.0, rtol=0, atol=1e-6)
+        assert ((greatest > 0.999).sum(1) == 1).all()  # all others are smaller than the clip would leave them
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 7)])
+def test_samples_of_few_elements(device, shape):
+    gd = make_diffusion(prediction="x0")
+    options = {"clip_denoised": DynamicThreshold(0.9), "record": "x0", "progress": False, "steps": 3, "device": device}
+    for x0 in gd.p_sample_loop(lambda x, t: 3 * x, shape, rng=Philox(0), **options):
+        assert x0.shape == shape and np.abs(x0).max() <= 1
+
+
+def test_in_low_precision(device):
+    """The bound is found in float32, of the prediction as it is stored."""
+    gd = make_diffusion()
+    full = truth(gd, "threshold")[-1][0]
+    for dtype, factor in ((torch.float16, 2**13), (torch.bfloat16, 2**16)):
+        found = gd.p_sample_loop(**ours(gd, "threshold", device=device, dtype=dtype), record="last")
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double().cpu(), full, rtol=0, atol=factor * CLOSE[F32] / 10)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((0.0,), ValueError, "quantile is 0.0, expected 0 < quantile <= 1"),
+        ((1.5,), ValueError, "quantile is 1.5, expected 0 < quantile <= 1"),
+        ((math.nan,), ValueError, "quantile is nan, expected"),
+        (("0.9",), TypeError, "quantile is '0.9', expected a float"),
+        ((True,), TypeError, "quantile is True, expected a float"),
+        ((0.9, 0.5), ValueError, "maximum is 0.5, expected at least 1"),
+        ((0.9, math.nan), ValueError, "maximum is nan, expected at least 1"),
+        ((0.9, None), TypeError, "maximum is None, expected a float"),
+    ],
+)
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DynamicThreshold(*arguments)
+
+
+def test_a_step_by_itself_takes_a_range_but_no_threshold(device):
+    gd = make_diffusion()
+    x = given(0, PART, device, F32)
+    options = {"noise": x}
+    for clip in ((-0.5, 0.25), [-2, 1]):
+        t = torch.full((4,), 40, device=device)
+        x0 = gd.predict_start_from_noise(x, t, model(x, t)).clamp(*clip)
+        mean, expected = gd.p_mean_variance(model, x, 40, clip)[0], gd.q_posterior_mean_variance(x0, x, t)[0]
+        torch.testing.assert_close(mean, expected, rtol=0, atol=5e-7)
+        s = gd.posterior_variance[40].sqrt().item()
+        torch.testing.assert_close(gd.p_sample(model, x, 40, clip, **options), mean + s * x, rtol=0, atol=5e-7)
+    for step in (gd.p_sample, gd.p_mean_variance):
+        with pytest.raises(TypeError, match=r"clip_denoised is DynamicThreshold.*, expected a bool or a range"):
+            step(model, x, 40, DynamicThreshold())
+        with pytest.raises(ValueError, match=r"clip_denoised is \(1, -1\), expected low <= high"):
+            step(model, x, 40, (1, -1))

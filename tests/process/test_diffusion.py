@@ -1,0 +1,434 @@
+"""GaussianDiffusion against the tutorial's formulas in float64."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.comparison import (
+    BACKENDS,
+    HALF_ULPS,
+    SHAPE,
+    backends,
+    check,
+    check_variances,
+    clips,
+    float64,
+    normals,
+    pair,
+    predictions,
+    step_magnitude,
+    timesteps,
+    variances,
+)
+from support.tutorial import ATTRIBUTES, Tutorial
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.tables.schedules import SCHEDULES
+
+# ------------------------------------------------------------------------------------------------- attributes
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_attributes(name):
+    gd = GaussianDiffusion(1000, name)
+    assert len(ATTRIBUTES) == 13
+    # Without 1 - alphas_cumprod, which loses digits: by log1p and expm1.
+    logs = np.log1p(-gd.betas.numpy())
+    total = np.cumsum(logs)
+    lost, lost_before = -np.expm1(total), np.r_[0, -np.expm1(total)[:-1]]
+    before = np.exp(np.r_[0, total[:-1]])
+    variance = gd.betas.numpy() * lost_before / lost
+    expected = {
+        "betas": gd.betas.numpy(),
+        "alphas": np.exp(logs),
+        "alphas_cumprod": np.exp(total),
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": np.exp(total / 2),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(lost),
+        "log_one_minus_alphas_cumprod": np.log(lost),
+        "sqrt_recip_alphas_cumprod": np.exp(-total / 2),
+        "sqrt_recipm1_alphas_cumprod": np.exp(-total / 2) * np.sqrt(lost),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),
+        "posterior_mean_coef1": gd.betas.numpy() * np.sqrt(before) / lost,
+        "posterior_mean_coef2": np.exp(logs / 2) * lost_before / lost,
+    }
+    truth = Tutorial(gd.betas)
+    for attribute in ATTRIBUTES:
+        value = getattr(gd, attribute)
+        assert value.dtype == torch.float64
+        assert value.shape == (1000,)
+        assert value.device.type == "cpu"
+        # measured 6.3e-13, factor 5
+        np.testing.assert_allclose(value.numpy(), expected[attribute], rtol=3e-12, atol=0, err_msg=attribute)
+        np.testing.assert_allclose(value.numpy(), getattr(truth, attribute).numpy(), rtol=3e-12, err_msg=attribute)
+    assert gd.timesteps == 1000
+
+
+def test_given_betas(device):
+    betas = torch.linspace(0.01, 0.3, 20, device=device)
+    gd = GaussianDiffusion(20, betas)
+    assert torch.equal(gd.betas, float64(betas))
+    betas.fill_(0.5)
+    assert gd.betas[0] < 0.011
+
+
+def test_defaults_are_the_tutorials():
+    gd = GaussianDiffusion()
+    assert gd.timesteps == 1000
+    assert (gd.betas[0], gd.betas[-1]) == (1e-4, 0.02)
+    assert GaussianDiffusion(timesteps=50, beta_schedule="cosine").betas.shape == (50,)
+
+
+# ---------------------------------------------------------------------------------------------------- methods
+
+
+@backends
+def test_q_sample(backend, device):
+    gd, truth = pair(backend=backend)
+    x, z = normals(2, device)
+    t = timesteps(device)
+    check(gd.q_sample(x, t, z), truth.q_sample(x, t, z), truth.q_sample(x.abs(), t, z.abs()), device)
+    assert torch.equal(gd.q_sample(x, t, noise=z), gd.q_sample(x, t, z))
+
+
+@backends
+def test_q_mean_variance(backend, device):
+    gd, truth = pair(backend=backend)
+    (x,) = normals(1, device)
+    t = timesteps(device)
+    mean, *rest = gd.q_mean_variance(x, t)
+    expected, *expected_rest = truth.q_mean_variance(x, t)
+    check(mean, expected, expected.abs(), device)
+    check_variances(rest, expected_rest, device)
+
+
+@backends
+def test_q_posterior_mean_variance(backend, device):
+    gd, truth = pair(backend=backend)
+    x_start, x_t = normals(2, device)
+    t = timesteps(device)
+    mean, *rest = gd.q_posterior_mean_variance(x_start, x_t, t)
+    expected, *expected_rest = truth.q_posterior_mean_variance(x_start, x_t, t)
+    check(mean, expected, truth.q_posterior_mean_variance(x_start.abs(), x_t.abs(), t)[0], device)
+    check_variances(rest, expected_rest, device)
+    assert rest[1][0].item() == pytest.approx(np.log(1e-20))
+
+
+@backends
+def test_predict_start_from_noise(backend, device):
+    gd, truth = pair(backend=backend)
+    x, z = normals(2, device)
+    t = timesteps(device)
+    expected = truth.predict_start_from_noise(x, t, z)
+    check(gd.predict_start_from_noise(x, t, z), expected, truth.predict_start_from_noise(x.abs(), t, -z.abs()), device)
+
+
+@backends
+def test_predict_start_from_noise_inverts_q_sample(backend, device):
+    gd, truth = pair(backend=backend)
+    x, z = normals(2, device)
+    t = timesteps(device)
+    x_t = gd.q_sample(x, t, z)
+    magnitude = truth.predict_start_from_noise(x_t.abs(), t, -z.abs())
+    check(gd.predict_start_from_noise(x_t, t, z), x.double().cpu(), 2 * magnitude, device)
+
+
+@backends
+@variances
+@predictions
+@clips
+def test_p_mean_variance(backend, prediction, variance, clip, device):
+    gd, truth = pair(prediction, variance, backend)
+    x, m = normals(2, device)
+    t = timesteps(device)
+
+    def model(x_t, told):
+        assert x_t is x
+        assert told is t
+        return m
+
+    mean, *rest = gd.p_mean_variance(model, x, t, clip)
+    expected, *expected_rest = truth.p_mean_variance(model, x, t, clip)
+    check(mean, expected, step_magnitude(truth, x, m, t), device)
+    check_variances(rest, expected_rest, device)
+    keyword, *_ = gd.p_mean_variance(model, x, t, clip_denoised=clip)
+    assert torch.equal(keyword, mean)
+    if clip:
+        assert torch.equal(gd.p_mean_variance(model, x, t)[0], mean)
+
+
+@backends
+@variances
+@predictions
+@clips
+def test_p_sample(backend, prediction, variance, clip, device):
+    gd, truth = pair(prediction, variance, backend)
+    x, m, z = normals(3, device)
+    t = timesteps(device)
+
+    def model(x_t, t):
+        return m
+
+    expected = truth.p_sample(model, x, t, clip, noise=z)
+    result = gd.p_sample(model, x, t, clip, noise=z)
+    check(result, expected, step_magnitude(truth, x, m, t, z), device)
+    if clip:
+        assert torch.equal(gd.p_sample(model, x, t, noise=z), result)
+    # no noise at t = 0
+    assert torch.equal(result[0], gd.p_mean_variance(model, x, t, clip)[0][0])
+
+
+@backends
+@pytest.mark.parametrize("name", ["cosine", "sigmoid", "scaled_linear"])
+def test_p_sample_other_schedules(backend, name, device):
+    gd, truth = pair(backend=backend, schedule=name)
+    x, m, z = normals(3, device)
+    t = timesteps(device)
+    result = gd.p_sample(lambda *_: m, x, t, noise=z)
+    check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(backend, dtype, device):
+    """Arithmetic is float32: the result is the exact one, rounded once."""
+    gd, truth = pair(backend=backend)
+    x, m, z = normals(3, device, dtype=dtype)
+    t = timesteps(device)
+    result = gd.p_sample(lambda *_: m, x, t, noise=z)
+    check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device, dtype)
+    check(gd.q_sample(x, t, z), truth.q_sample(x, t, z), truth.q_sample(x.abs(), t, z.abs()), device, dtype)
+    full = x.float()
+    result = gd.p_sample(lambda *_: m, full, t, noise=z.float())  # the model alone is of lower precision
+    check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
+
+
+@predictions
+def test_float64_through_the_reference(prediction, device):
+    gd, truth = pair(prediction, backend="reference")
+    x, m, z = normals(3, device, dtype=torch.float64)
+    t = timesteps(device)
+    result = gd.p_sample(lambda *_: m, x, t, noise=z)
+    assert result.dtype == torch.float64
+    # measured 9e-15, factor 5
+    torch.testing.assert_close(result.cpu(), truth.p_sample(lambda *_: m, x, t, noise=z), rtol=0, atol=5e-14)
+    mean, variance, log_variance = gd.q_posterior_mean_variance(x, m, t)
+    assert (variance.dtype, log_variance.dtype) == (torch.float64, torch.float64)
+    torch.testing.assert_close(mean.cpu(), truth.q_posterior_mean_variance(x, m, t)[0], rtol=0, atol=1e-14)
+
+
+@backends
+@pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 1, 4, 2, 3), (0, 3), (3, 0)])
+def test_any_number_of_dimensions(backend, shape, device):
+    gd, truth = pair(backend=backend)
+    x, m, z = normals(3, device, shape)
+    t = torch.arange(shape[0], device=device) * 300
+    result = gd.p_sample(lambda *_: m, x, t, noise=z)
+    check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
+    assert gd.q_mean_variance(x, t)[1].shape == (shape[0], *[1] * (len(shape) - 1))
+    assert gd.q_sample(x, 5).shape == shape
+
+
+@backends
+@predictions
+@pytest.mark.parametrize("t", ["tensor", 0, 999])
+def test_train_losses(backend, prediction, t, device):
+    gd, truth = pair(prediction, backend=backend)
+    x, z = normals(2, device)
+    steps = timesteps(device) if t == "tensor" else torch.full((6,), t, device=device)
+    t = steps if t == "tensor" else t
+    w = torch.tensor(0.7)
+    seen = []
+
+    def model(x_t, t):
+        seen.append((x_t, t))
+        return w.to(x_t) * x_t
+
+    loss = gd.train_losses(model, x, t, z)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.device == device
+    assert torch.equal(seen[0][1], steps)
+    assert torch.equal(seen[0][0], gd.q_sample(x, t, z))
+    # measured 9.9e-8, factor 5
+    torch.testing.assert_close(float64(loss), truth.train_losses(model, x, steps, noise=z), rtol=5e-7, atol=0)
+
+
+@backends
+@predictions
+def test_train_losses_draws_one_noise(backend, prediction, device):
+    """q_sample and the target see the same noise: stream 2, draw t."""
+    gd, truth = pair(prediction, backend=backend)
+    (x,) = normals(1, device)
+    rng = Philox(7, 3)
+    for t in (timesteps(device), 400):
+        draws = t.tolist() if isinstance(t, torch.Tensor) else [t] * 6
+        z = torch.cat([ddpm_ext.randn((1, 3, 5, 7), Philox(7, 3 + i), stream=2, draw=d) for i, d in enumerate(draws)])
+        expected = truth.train_losses(lambda x_t, _: 0.5 * x_t, x, torch.tensor(draws), noise=z)
+        loss = gd.train_losses(lambda x_t, _: 0.5 * x_t, x, t, rng=rng)
+        torch.testing.assert_close(float64(loss), expected, rtol=2e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- t, noise, out
+
+
+@backends
+@pytest.mark.parametrize("t", [0, 1, 999])
+def test_t_as_int_is_t_as_tensor(backend, t, device):
+    gd, _ = pair(backend=backend)
+    x, m, z = normals(3, device)
+    many = torch.full((6,), t, device=device)
+    rng = Philox(5)
+
+    def model(x_t, t):
+        assert t.dtype == torch.int64
+        assert torch.equal(t, many)
+        return m * (1 + t.float()[:, None, None, None])
+
+    for options in ({"noise": z}, {"rng": rng}):
+        assert torch.equal(gd.q_sample(x, t, **options), gd.q_sample(x, many, **options))
+        assert torch.equal(gd.p_sample(model, x, t, **options), gd.p_sample(model, x, many, **options))
+        assert gd.train_losses(model, x, t, **options) == gd.train_losses(model, x, many, **options)
+    for one, other in (
+        (gd.p_mean_variance(model, x, t), gd.p_mean_variance(model, x, many)),
+        (gd.q_mean_variance(x, t), gd.q_mean_variance(x, many)),
+        (gd.q_posterior_mean_variance(x, z, t), gd.q_posterior_mean_variance(x, z, many)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert torch.equal(gd.predict_start_from_noise(x, t, z), gd.predict_start_from_noise(x, many, z))
+
+
+@backends
+def test_rng_draws_what_randn_gives(backend, device):
+    """p_sample: stream 0, draw t; q_sample: stream 2, draw t; a Philox's own come first."""
+    gd, _ = pair(backend=backend)
+    x, m = normals(2, device)
+    t = timesteps(device)
+    randn = ddpm_ext.randn if backend == "fused" else ddpm_ext.reference.randn
+    ids = torch.tensor([5, 2**56 - 1, 0, 7, 2**40, 1], device=device)
+    steps = ((0, lambda **o: gd.p_sample(lambda *_: m, x, t, **o)), (2, lambda **o: gd.q_sample(x, t, **o)))
+    for own in ({}, {"draw": 3}, {"stream": 77}, {"draw": 2**32 - 1, "stream": 255}):
+        rng = Philox(2**64 - 1, ids, **own)
+        for stream, step in steps:
+            z = torch.cat(
+                [
+                    randn(
+                        (1, *SHAPE[1:]),
+                        Philox(2**64 - 1, ids[i : i + 1]),
+                        stream=own.get("stream", stream),
+                        draw=own.get("draw", t[i].item()),
+                        device=device,
+                    )
+                    for i in range(6)
+                ]
+            )
+            assert torch.equal(step(rng=rng), step(noise=z))
+
+
+@backends
+def test_manual_seed_repeats(backend, device):
+    gd, _ = pair(backend=backend)
+    x, m = normals(2, device)
+    t = timesteps(device)
+    for draw in (
+        lambda: gd.q_sample(x, t),
+        lambda: gd.p_sample(lambda *_: m, x, t),
+        lambda: gd.train_losses(lambda x_t, _: x_t, x, t),
+        lambda: gd.p_sample_loop(lambda *_: m, SHAPE, steps=2, record="last", progress=False, device=device),
+    ):
+        torch.manual_seed(1)
+        first, second = draw(), draw()
+        torch.manual_seed(1)
+        assert torch.equal(draw(), first)
+        assert not torch.equal(first, second)
+
+
+def test_backends_draw_the_same_noise(device):
+    fused, truth = pair()
+    reference, _ = pair(backend="reference")
+    x, m = normals(2, device)
+    t = timesteps(device)
+    for draw in (lambda gd: gd.q_sample(x, t), lambda gd: gd.p_sample(lambda *_: m, x, t)):
+        torch.manual_seed(2)
+        one = draw(fused)
+        torch.manual_seed(2)
+        other = draw(reference)
+        allowed = HALF_ULPS * 2 * step_magnitude(truth, x, m, t, torch.full_like(x, 5.0)) + 2e-6
+        assert (float64(one - other).abs() <= allowed).all()
+
+
+@backends
+def test_out(backend, device):
+    gd, _ = pair(backend=backend)
+    x, m, z = normals(3, device)
+    t = timesteps(device)
+    for step in (
+        lambda x, **o: gd.q_sample(x, t, **o),
+        lambda x, **o: gd.p_sample(lambda *_: m, x, t, **o),
+    ):
+        for options in ({"noise": z}, {"rng": Philox(1)}):
+            expected = step(x, **options)
+            buffer = torch.full_like(x, float("nan"))
+            assert step(x, **options, out=buffer) is buffer
+            assert torch.equal(buffer, expected)
+            strided = torch.full((6, 7, 5, 3), float("nan"), device=device).permute(0, 3, 2, 1)
+            assert step(x, **options, out=strided) is strided
+            assert torch.equal(strided, expected)
+            in_place = x.clone()
+            version = in_place._version
+            assert step(in_place, **options, out=in_place) is in_place
+            assert torch.equal(in_place, expected)
+            assert in_place._version > version
+
+
+@backends
+def test_arguments_stay(backend, device):
+    gd, _ = pair(backend=backend)
+    x, m, z = normals(3, device)
+    t = timesteps(device)
+    copies = [v.clone() for v in (x, m, z, t)]
+    gd.q_sample(x, t, z)
+    gd.p_sample(lambda *_: m, x, t, noise=z)
+    gd.p_mean_variance(lambda *_: m, x, t)
+    gd.q_posterior_mean_variance(x, z, t)
+    gd.predict_start_from_noise(x, t, z)
+    gd.train_losses(lambda *_: m, x, t, z)
+    assert all(torch.equal(a, b) for a, b in zip((x, m, z, t), copies, strict=True))
+
+
+@backends
+def test_model_output_with_sample(backend, device):
+    """As diffusers' models give it."""
+    gd, _ = pair(backend=backend)
+    x, m, z = normals(3, device)
+    t = timesteps(device)
+    plain, wrapped = (lambda *_: m), (lambda *_: SimpleNamespace(sample=m))
+    assert torch.equal(gd.p_sample(wrapped, x, t, noise=z), gd.p_sample(plain, x, t, noise=z))
+    assert torch.equal(gd.p_mean_variance(wrapped, x, t)[0], gd.p_mean_variance(plain, x, t)[0])
+    assert gd.train_losses(wrapped, x, t, z) == gd.train_losses(plain, x, t, z)
+    options = {"steps": 2, "rng": Philox(0), "record": "last", "progress": False, "device": device}
+    assert torch.equal(gd.p_sample_loop(wrapped, SHAPE, **options), gd.p_sample_loop(plain, SHAPE, **options))
+
+
+def test_zero_terminal_snr(device):
+    """Where alphas_cumprod is 0, x_0 is the sign of x_t - m: even when the two are close."""
+    betas = torch.tensor([0.1, 0.2, 1.0])
+    x = torch.tensor([[0.5, -0.3, 1.0, -2.0, 3.0]], device=device)
+    m = torch.tensor([[0.25, 0.1, 1.0 - 2**-23, -2.0 - 2**-21, -3.0]], device=device)
+    for backend in BACKENDS:
+        gd = GaussianDiffusion(3, betas, backend=backend)
+        mean, _, _ = gd.p_mean_variance(lambda *_: m, x, 2)
+        # alphas[2] is 0: the mean is posterior_mean_coef1 * x_0 alone
+        expected = gd.posterior_mean_coef1[2] * float64(x - m).sign()
+        torch.testing.assert_close(float64(mean), expected, rtol=2.0**-22, atol=0)
+
+
+@backends
+def test_zero_terminal_snr_where_the_model_gives_x(backend, device):
+    gd = GaussianDiffusion(3, torch.tensor([0.1, 0.2, 1.0]), backend=backend)
+    x = torch.tensor([[0.1, -0.7, 3.3]], device=device)
+    mean, _, _ = gd.p_mean_variance(lambda x_t, _: x_t.clone(), x, 2)
+    assert (mean == 0).all()  # the sign of 0

@@ -1,0 +1,178 @@
+"""The model's own variance: steps and loops against Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021 in float64."""
+
+import numpy as np
+import pytest
+import torch
+from support.comparison import BACKENDS, HALF_ULPS, check, float64, normals, pair, step_magnitude, timesteps
+from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, model, ours, with_variance
+from support.tutorial import Tutorial
+
+from ddpm_ext import Philox
+from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.tables.samplers import ddim, ddpm
+from ddpm_ext.tables.spacing import make_grid
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+variances = pytest.mark.parametrize("variance", LEARNED)
+
+
+def make(device, backend, variance, prediction="eps"):
+    """A diffusion, the tutorial's truth of its mean, x, the two halves of a model's output, z, t."""
+    gd, _ = pair(prediction, variance, backend)
+    x, m, v, z = normals(4, device)
+    v = {"learned": v - 3, "learned_range": v.clamp(-1, 1), "learned_variance": v.abs() * 0.1 + 1e-3}[variance]
+    return gd, Tutorial(gd.betas, prediction, "fixed_small"), x, m, v, z, timesteps(device)
+
+
+def log_variance_of(gd, variance, v, t):
+    """Its logarithm, as guided-diffusion has it, and of a variance that is told itself."""
+    v, t = float64(v), t.cpu()
+    if variance == "learned":
+        return v
+    if variance == "learned_variance":
+        return v.log()
+    smallest = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()
+    low, high = (c[t].reshape(-1, 1, 1, 1) for c in (smallest, gd.betas.log()))
+    share = (v + 1) / 2
+    return share * high + (1 - share) * low
+
+
+@backends
+@variances
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_a_step(device, backend, variance, prediction, clip):
+    gd, truth, x, m, v, z, t = make(device, backend, variance, prediction)
+    asked = []
+
+    def both(x_t, told):
+        asked.append(told)
+        return torch.cat([m, v], 1)
+
+    mean, var, log_var = gd.p_mean_variance(both, x, t, clip)
+    true_mean = truth.p_mean_variance(lambda *_: m, x, t, clip)[0]
+    magnitude = step_magnitude(truth, x, m, t)
+    check(mean, true_mean, magnitude, device)
+    true_log = log_variance_of(gd, variance, v, t)
+    assert var.shape == log_var.shape == x.shape and var.dtype == log_var.dtype == torch.float32
+    assert ((float64(log_var) - true_log).abs() <= 8 * HALF_ULPS * true_log.abs().clamp(min=1)).all()
+    assert ((float64(var) - true_log.exp()).abs() <= 10 * HALF_ULPS * 20 * true_log.exp()).all()  # its ln is above -20
+
+    result = gd.p_sample(both, x, t, clip, noise=z)
+    moving = (t.cpu() != 0).reshape(-1, 1, 1, 1)
+    spread = moving * (true_log / 2).exp()
+    # the exponent is rounded once and again, a relative error of the power
+    size = magnitude + 2 * spread * float64(z).abs() * (1 + true_log.abs())
+    check(result, true_mean + spread * float64(z), size, device)
+    assert torch.equal(result[0], mean[0])  # no noise at t = 0
+    assert torch.equal(gd.p_sample(both, x, 500, clip, noise=z), gd.p_sample(both, x, 500 + 0 * t, clip, noise=z))
+    rng = Philox(4, torch.arange(6, device=device) * 2**33)
+    drawn = gd.p_sample(both, x, t, clip, rng=rng, out=torch.empty_like(x))
+    assert torch.equal(drawn, gd.p_sample(both, x, t, clip, rng=rng))
+    assert not torch.equal(drawn[1:], mean[1:])
+    assert torch.equal(asked[0], t)
+
+
+@variances
+def test_a_step_in_float64(device, variance):
+    gd, _, x, m, v, z, t = make(device, "reference", variance)
+    wide = [y.double() for y in (x, m, v, z)]
+    both = torch.cat(wide[1:3], 1)
+    mean, var, log_var = gd.p_mean_variance(lambda *_: both, wide[0], t)
+    true_log = log_variance_of(gd, variance, v, t)
+    torch.testing.assert_close(log_var.cpu(), true_log, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(var.cpu(), true_log.exp(), rtol=1e-12, atol=0)
+    result = gd.p_sample(lambda *_: both, wide[0], t, noise=wide[3])
+    moving = (t.cpu() != 0).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        result.cpu(), mean.cpu() + moving * (true_log / 2).exp() * float64(z), rtol=0, atol=1e-12
+    )
+
+
+@backends
+@variances
+def test_loop_is_p_sample_again_and_again(device, backend, variance):
+    gd = make_diffusion(backend=backend, variance=variance)
+    both = with_variance(variance)
+    options = {"rng": Philox(9), "progress": False, "device": device}
+    loop = gd.p_sample_loop(both, SHAPE, **options)
+    x = gd._ops.randn(SHAPE, Philox(9, stream=1), device=device)
+    for t, expected in zip(range(99, -1, -1), loop, strict=True):
+        x = gd.p_sample(both, x, t, rng=Philox(9))
+        assert np.array_equal(x.cpu().numpy(), expected)
+
+
+@backends
+@pytest.mark.parametrize("v, fixed", [(-1.0, "fixed_small"), (1.0, "fixed_large")])
+@pytest.mark.parametrize("chosen", [None, list(TIMESTEPS)])
+def test_the_ends_of_a_learned_range_are_the_fixed_variances(device, backend, v, fixed, chosen):
+    learned, plain = (make_diffusion(backend=backend, variance=name) for name in ("learned_range", fixed))
+
+    def both(x, t):
+        return torch.cat([model(x, t), torch.full_like(x, v)], 1)
+
+    options = {"timesteps": chosen, "rng": Philox(2), "progress": False, "device": device}
+    one, other = learned.p_sample_loop(both, SHAPE, **options), plain.p_sample_loop(model, SHAPE, **options)
+    for x, y in zip(one, other, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+
+
+@backends
+@variances
+def test_other_samplers_leave_the_variance(device, backend, variance):
+    """Of ddim's step the first half of the channels, whatever the second says."""
+    learned, plain = make_diffusion(backend=backend, variance=variance), make_diffusion(backend=backend)
+    for sampler in ("ddim", "dpmpp_2m", "euler_ancestral"):
+        both = [
+            learned.p_sample_loop(
+                **ours(learned, "plain", model=m, device=device) | {"sampler": sampler}, record="last"
+            )
+            for m in (with_variance(variance), lambda x, t: torch.cat([model(x, t), x * float("nan")], 1))
+        ]
+        one = plain.p_sample_loop(**ours(plain, "plain", device=device) | {"sampler": sampler}, record="last")
+        assert torch.equal(both[0], one) and torch.equal(both[1], one)
+
+
+@variances
+def test_a_table_of_ones_own_takes_the_variance_as_its_name_does(device, variance):
+    gd = make_diffusion(variance=variance)
+    grid = make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas)
+    options = ours(gd, "plain", model=with_variance(variance), device=device)
+    by_name = gd.p_sample_loop(**options, record="last")
+    table = {**options, "sampler": ddpm(grid, variance=variance), "timesteps": None}
+    assert torch.equal(gd.p_sample_loop(**table, record="last"), by_name)
+    implicit = {**options, "sampler": ddim(grid, eta=1.0), "timesteps": None}
+    plain = make_diffusion()
+    expected = plain.p_sample_loop(**{**implicit, "model": model}, record="last")
+    assert torch.equal(gd.p_sample_loop(**implicit, record="last"), expected)
+
+
+@pytest.mark.parametrize("own", ["fixed_small", "fixed_large", "learned_variance"])
+@pytest.mark.parametrize("rows", ["learned", "learned_range"])
+def test_rows_for_a_variance_that_the_model_does_not_tell_are_refused(own, rows):
+    gd = make_diffusion(variance=own)
+    table = ddpm(make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas), variance=rows)
+    message = rf"sampler has rows for the logarithm of .* \(l1\), but the variance is '{own}', expected 'learned' or"
+    with pytest.raises(ValueError, match=message):
+        gd.p_sample_loop(model, SHAPE, sampler=table, progress=False)
+
+
+@backends
+@variances
+@pytest.mark.parametrize("shape", [(4, 2, 3, 5), (4, 1, 3, 5), (4, 4, 3, 6), (2, 4, 3, 5), (4, 4)])
+def test_an_output_without_twice_the_channels_is_refused(device, backend, variance, shape):
+    gd = make_diffusion(backend=backend, variance=variance)
+    x, output = given(0, PART, device, torch.float32), torch.zeros(shape, device=device)
+    message = (
+        r"model_output has shape \(.*\), expected \(4, 4, 3, 5\), twice x_t's channels, where the variance is learned"
+    )
+    for call in (
+        lambda: gd.p_sample(lambda *_: output, x, 5),
+        lambda: gd.p_mean_variance(lambda *_: output, x, 5),
+        lambda: gd.p_sample_loop(lambda *_: output, SHAPE, progress=False, device=device),
+        lambda: gd.p_sample_loop(lambda *_: output, SHAPE, sampler="ddim", progress=False, device=device),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"x_t has shape \(4,\), expected \(batch, channels, ...\)"):
+        gd.p_sample(lambda x, t: torch.cat([x, x]), x[:, 0, 0, 0], 5)  # no channels at all

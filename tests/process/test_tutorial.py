@@ -1,0 +1,204 @@
+"""The gradients of the tutorial's methods, and its training and sampling code with the import swapped."""
+
+import numpy as np
+import pytest
+import torch
+from support.comparison import backends, clips, float64, normals, pair, predictions, start_magnitude, timesteps
+from support.tutorial import Tutorial
+from torch import nn
+
+from ddpm_ext import GaussianDiffusion
+
+# -------------------------------------------------------------------------------------------------- gradients
+
+
+def gradients(function, tensors):
+    leaves = [v.detach().clone().requires_grad_() for v in tensors]
+    output = float64(function(*leaves))
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape)
+    (output * weight).sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def check_gradients(ours, theirs, tensors):
+    mine = gradients(ours, tensors)
+    true = gradients(theirs, [float64(v) for v in tensors])
+    for a, b, v in zip(mine, true, tensors, strict=True):
+        assert a.dtype == v.dtype
+        assert a.device == v.device
+        # a product of two rounded numbers: measured 2.6 half-ulps, factor 2
+        assert ((float64(a) - b).abs() <= 5 * 2.0**-24 * b.abs()).all()
+
+
+@backends
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda d, t, x, z: d.q_sample(x, t, z),
+        lambda d, t, x, z: d.predict_start_from_noise(x, t, z),
+        lambda d, t, x, z: d.q_posterior_mean_variance(x, z, t)[0],
+    ],
+    ids=["q_sample", "predict_start_from_noise", "q_posterior_mean_variance"],
+)
+def test_gradients_of_affine_methods(backend, call, device):
+    gd, truth = pair(backend=backend)
+    t = timesteps(device)
+    check_gradients(lambda x, z: call(gd, t, x, z), lambda x, z: call(truth, t, x, z), normals(2, device))
+
+
+@backends
+def test_gradient_of_q_mean_variance(backend, device):
+    gd, truth = pair(backend=backend)
+    t, tensors = timesteps(device), normals(1, device)
+    check_gradients(lambda x: gd.q_mean_variance(x, t)[0], lambda x: truth.q_mean_variance(x, t)[0], tensors)
+
+
+@backends
+@predictions
+@clips
+@pytest.mark.parametrize("t", ["tensor", 20])
+def test_gradients_of_p_mean_variance(backend, prediction, clip, t, device):
+    """In x_t, directly and through the model, and in the model's parameters."""
+    gd, truth = pair(prediction, backend=backend)
+    (x,) = normals(1, device)
+    w = torch.tensor(0.9, device=device)
+    steps = timesteps(device) if t == "tensor" else torch.full((6,), t, device=device)
+    t = steps if t == "tensor" else t
+
+    def run(d, t, x, w):
+        return d.p_mean_variance(lambda x_t, _: w * x_t + 0.1 * x_t**2, x, t, clip)[0]
+
+    mine, mine_w = gradients(lambda x, w: run(gd, t, x, w), (x, w))
+    true, true_w = gradients(lambda x, w: run(truth, steps, x, w), (float64(x), float64(w)))
+    largest = gradient_terms(truth, steps, x, w)
+    error = (float64(mine) - true).abs()
+    # measured 2.4 half-ulps of the terms, factor 3
+    assert (error <= 8 * 2.0**-24 * largest).all(), (error / largest).max() * 2**24
+    terms = (largest * float64(x).abs()).sum()
+    # measured 0.06 half-ulps (rounding averages out), factor 8
+    assert abs(float64(mine_w) - true_w) <= 0.5 * 2.0**-24 * terms
+
+
+def gradient_terms(truth, t, x, w):
+    """A bound of the terms of the mean's gradient in x_t: |c0| (|a| + |b| |dm/dx|) + |c1|."""
+    slope = float64(w).abs() + 0.2 * float64(x).abs()
+    ones = torch.ones_like(slope)
+    start = start_magnitude(truth, ones, slope, t)
+    return truth.q_posterior_mean_variance(start, ones, t)[0]
+
+
+@backends
+def test_p_sample_builds_no_graph(backend, device):
+    gd, _ = pair(backend=backend)
+    x, m, z = (v.requires_grad_() for v in normals(3, device))
+    w = nn.Parameter(torch.tensor(0.5, device=device))
+    graphs = []
+
+    def model(x_t, t):
+        graphs.append((w * m).requires_grad)
+        return w * m
+
+    result = gd.p_sample(model, x, timesteps(device), noise=z)
+    assert not result.requires_grad
+    assert result.grad_fn is None
+    assert graphs == [False]
+    assert torch.is_grad_enabled()
+
+
+@backends
+def test_loop_builds_no_graph(backend, device):
+    gd, _ = pair(backend=backend)
+    w = nn.Parameter(torch.tensor(0.5, device=device))
+    result = gd.p_sample_loop(lambda x_t, _: w * x_t, (2, 3), steps=2, record="last", progress=False, device=device)
+    assert not result.requires_grad
+    assert gd.p_mean_variance(lambda x_t, _: w * x_t, result, 3)[0].requires_grad
+
+
+# -------------------------------------------------------------------------------------------- the tutorial's cells
+
+
+class TinyModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+        self.embedding = nn.Embedding(500, 3)
+        nn.init.zeros_(self.embedding.weight)
+
+    def forward(self, x, t):
+        return self.convolution(x) + self.embedding(t)[:, :, None, None]
+
+
+@backends
+def test_training_loop(backend, device):
+    timesteps, batch_size = 500, 8
+    torch.manual_seed(0)
+    model = TinyModel().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-2)
+    gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
+    losses = []
+    for _ in range(30):
+        images = torch.zeros(batch_size, 3, 8, 8).to(device)
+        optimizer.zero_grad()
+        t = torch.randint(0, timesteps, (batch_size,), device=device).long()
+        loss = gaussian_diffusion.train_losses(model, images, t)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # With images of 0 the noise is x_t / sqrt(1 - alphas_cumprod): a model that is linear in x_t learns most of it.
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+@backends
+@predictions
+def test_parameter_gradients_of_train_losses(backend, prediction, device):
+    gd = GaussianDiffusion(500, prediction=prediction, backend=backend)
+    truth = Tutorial(gd.betas, prediction)
+    torch.manual_seed(0)
+    model, true_model = TinyModel().to(device), TinyModel().double()
+    true_model.load_state_dict(model.state_dict())
+    x, z = normals(2, device, (4, 3, 8, 8))
+    t = torch.tensor([0, 3, 250, 499], device=device)
+    with torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
+        gd.train_losses(model, x, t, z).backward()
+    truth.train_losses(true_model, x, t, noise=z).backward()
+    for a, b in zip(model.parameters(), true_model.parameters(), strict=True):
+        # measured 3.3e-7 of the largest, factor 3
+        torch.testing.assert_close(float64(a.grad), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
+
+
+@backends
+def test_sampling_cell(backend, device):
+    timesteps = 500
+    model = TinyModel().to(device)
+    gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
+    steps = timesteps if backend == "fused" else 4
+    if backend == "fused":
+        generated_images = gaussian_diffusion.sample(model, 8, batch_size=64, channels=3)
+    else:
+        generated_images = gaussian_diffusion.sample(model, 8, batch_size=64, channels=3, steps=steps)
+    assert isinstance(generated_images, list)
+    assert len(generated_images) == steps
+    for images in generated_images:
+        assert isinstance(images, np.ndarray)
+        assert images.shape == (64, 3, 8, 8)
+        assert images.dtype == np.float32
+    assert np.isfinite(generated_images[-1]).all()
+    assert np.abs(generated_images[-1]).max() <= 1  # the last step is x_0 alone, clipped
+    assert generated_images[-1].reshape(8, 8, 3, 8, 8).shape == (8, 8, 3, 8, 8)
+    # the afterword's cell: x_0 as predicted on the way
+    t = torch.full((64,), timesteps - 1, device=device).long()
+    ori = torch.from_numpy(generated_images[0]).to(device)
+    with torch.no_grad():
+        pred_noise = model(ori, t)
+        x_recon = gaussian_diffusion.predict_start_from_noise(ori, t, pred_noise).to("cpu").numpy()
+    assert x_recon.shape == (64, 3, 8, 8)
+
+
+def test_sample_defaults(device):
+    gd = GaussianDiffusion(20)
+    options = {"steps": 2, "progress": False, "device": device}
+    images = gd.sample(lambda x_t, _: x_t, 4, **options)
+    assert [v.shape for v in images] == [(8, 3, 4, 4)] * 2
+    positional = gd.sample(lambda x_t, _: x_t, 4, 2, 1, record="last", dtype=torch.float16, **options)
+    assert positional.shape == (2, 1, 4, 4)
+    assert positional.dtype == torch.float16

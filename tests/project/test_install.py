@@ -1,0 +1,279 @@
+"""What setup.py decides, and what `ddpm_ext._extension` says where there is no compiled module that fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+setup = load_setup()
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def fake_toolkit(home: Path, version: str = "13.0", codes: str = "sm_75 sm_80 sm_90 sm_120") -> Path:
+    """A folder whose nvcc answers the three questions that setup.py asks."""
+    script(
+        home / "bin" / "nvcc",
+        f"""case "$1" in
+        --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+        --list-gpu-code) printf '%s\\n' {codes} ;;
+        --dryrun) echo '#$ _SPACE_= '; echo '#$ _HERE_={home}/bin' >&2 ;;
+        *) exit 1 ;;
+        esac
+        """,
+    )
+    return home
+
+
+def on_path(folder: Path) -> dict[str, str]:
+    return {"PATH": os.pathsep.join([str(folder), os.defpath])}
+
+
+# nvcc
+
+
+def test_cuda_home_comes_before_cuda_path_and_both_before_path(tmp_path):
+    a, b, c = (
+        fake_toolkit(tmp_path / name, version) for name, version in [("a", "13.1"), ("b", "13.2"), ("c", "13.3")]
+    )
+    path = on_path(c / "bin")
+    assert setup.find_toolkit({"CUDA_HOME": str(a), "CUDA_PATH": str(b), **path}).home == str(a)
+    assert setup.find_toolkit({"CUDA_PATH": str(b), **path}).home == str(b)
+    assert setup.find_toolkit(path) == setup.Toolkit(str(c), "13.3", ["7.5", "8.0", "9.0", "12.0"])
+
+
+@pytest.mark.parametrize("link", ["script", "symlink"])
+def test_nvcc_on_path_may_stand_in_for_one_elsewhere(tmp_path, link):
+    home = fake_toolkit(tmp_path / "real one" / "cuda")
+    outside = tmp_path / "bin"
+    outside.mkdir()
+    if link == "script":
+        script(outside / "nvcc", f'exec {shlex.quote(str(home / "bin" / "nvcc"))} "$@"\n')
+    else:
+        (outside / "nvcc").symlink_to(home / "bin" / "nvcc")
+    assert setup.find_toolkit(on_path(outside)).home == str(home)
+
+
+def test_what_is_wrong_with_nvcc_is_named(tmp_path):
+    assert "no nvcc on PATH" in setup.find_toolkit({"PATH": str(tmp_path)}).problem
+    empty = setup.find_toolkit({"CUDA_HOME": str(tmp_path), **on_path(fake_toolkit(tmp_path / "cuda") / "bin")})
+    assert empty.home is None
+    assert empty.problem == f"CUDA_HOME={tmp_path} has no bin/nvcc"
+    script(tmp_path / "lost" / "nvcc", "exit 1\n")
+    assert "does not say where" in setup.find_toolkit(on_path(tmp_path / "lost")).problem
+    script(tmp_path / "broken" / "bin" / "nvcc", "exit 1\n")
+    assert "--version fails" in setup.find_toolkit({"CUDA_HOME": str(tmp_path / "broken")}).problem
+
+
+def test_an_nvcc_of_this_machine_is_found():
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH")
+    toolkit = setup.find_toolkit({"PATH": os.environ["PATH"]})
+    assert setup.has_nvcc(toolkit.home)
+    assert set(toolkit.archs) & set(setup.ARCHS)
+
+
+# CUDA or not
+
+
+def test_cuda_is_taken_where_torch_and_nvcc_agree(tmp_path):
+    env = {"CUDA_HOME": str(fake_toolkit(tmp_path, "13.0"))}
+    for wish in ({}, {"DDPM_EXT_CUDA": ""}, {"DDPM_EXT_CUDA": "1"}):
+        plan = setup.make_plan(env | wish, "2.15.0+cu132", "13.2")
+        assert (plan.toolkit.home, plan.toolkit.version, plan.why_cpu) == (str(tmp_path), "13.0", "")
+
+
+def test_zero_leaves_cuda_out(tmp_path):
+    env = {"CUDA_HOME": str(fake_toolkit(tmp_path)), "DDPM_EXT_CUDA": "0"}
+    assert setup.make_plan(env, "2.15.0+cu132", "13.2") == (None, "DDPM_EXT_CUDA=0")
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "-1", "01"])
+def test_other_values_are_refused_by_name(value):
+    with pytest.raises(SystemExit, match=f"DDPM_EXT_CUDA={value} is unknown"):
+        setup.make_plan({"DDPM_EXT_CUDA": value}, "2.15.0", "13.2")
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "torch_cuda", "nvcc", "why", "remedy"),
+    [
+        ("2.13.0+cpu", None, "13.0", r"torch 2\.13\.0\+cpu is built without CUDA", "pip install .*torch"),
+        ("2.15.0", "13.2", None, "no nvcc on PATH", "CUDA_HOME=.*-13 pip install --no-build-isolation"),
+        ("2.9.1", "12.8", "13.0", r"CUDA 13\.0 and torch 2\.9\.1 of CUDA 12\.8", "CUDA_HOME=.*-12 pip install"),
+    ],
+)
+def test_where_cuda_cannot_be_had(tmp_path, torch_version, torch_cuda, nvcc, why, remedy):
+    env = {"PATH": str(tmp_path)} if nvcc is None else {"CUDA_HOME": str(fake_toolkit(tmp_path, nvcc))}
+    plan = setup.make_plan(env, torch_version, torch_cuda)
+    assert plan.toolkit is None
+    with pytest.raises(SystemExit, match=f"DDPM_EXT_CUDA=1, but .*{why}.*{remedy}"):
+        setup.make_plan(env | {"DDPM_EXT_CUDA": "1"}, torch_version, torch_cuda)
+    assert re.search(why, plan.why_cpu)
+
+
+# Architectures
+
+
+def test_default_architectures_are_those_that_both_know():
+    assert setup.default_archs(["7.5", *BOTH, "12.1"], lambda arch: True) == "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+    assert setup.default_archs(["8.0", "8.6", "8.9", "9.0"], lambda arch: True) == "8.0 8.6 8.9 9.0+PTX"
+    assert setup.default_archs(BOTH, lambda arch: arch in ("8.6", "9.0")) == "8.6 9.0+PTX"
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):
+        setup.default_archs(["5.0"], lambda arch: True)
+
+
+def test_torch_is_asked_without_a_trace(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert setup.torch_knows("8.0")
+    assert not setup.torch_knows("1.2")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert setup.torch_knows("8.6")
+    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+
+
+# Flags and torch
+
+
+def test_no_flag_lets_a_compiler_reorder_arithmetic():
+    flags = " ".join([*setup.CXX_FLAGS, *setup.NVCC_FLAGS])
+    for bad in ("fast-math", "fast_math", "march", "Ofast", "unsafe-math", "associative-math"):
+        assert bad not in flags
+    assert "-ffp-contract=off" in setup.CXX_FLAGS
+    assert "-fmad=false" in setup.NVCC_FLAGS
+
+
+@pytest.mark.parametrize(
+    ("torch", "says"),
+    [
+        ("None", "ddpm_ext: torch is needed to build; pip install torch "),
+        (
+            "types.SimpleNamespace(__version__='2.6.1+cu124')",
+            "ddpm_ext: torch 2.6.1+cu124 is too old; pip install 'torch>=2.7'",
+        ),
+    ],
+)
+def test_without_a_torch_that_will_do_the_build_ends_in_one_sentence(tmp_path, torch, says):
+    code = f"import runpy, sys, types; sys.modules['torch'] = {torch}; sys.argv = ['setup.py', 'bdist_wheel']"
+    code += f"\nrunpy.run_path({str(ROOT / 'setup.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(says)
+    assert done.stderr.count("\n") == 1
+
+
+# The compiled module
+
+
+def fake_package(root: Path, torch: str, torch_cuda: str | None) -> Path:
+    """A ddpm_ext that is nothing but `_extension`, and a torch that is nothing but its version. Returns the package."""
+    package = root / "ddpm_ext"
+    package.mkdir(parents=True)
+    shutil.copy(ROOT / "ddpm_ext" / "_extension.py", package)
+    (package / "__init__.py").write_text("from ddpm_ext._extension import BUILT, C\n")
+    (root / "torch.py").write_text(
+        f"import types\n__version__ = {torch!r}\nversion = types.SimpleNamespace(cuda={torch_cuda!r})\n"
+    )
+    return package
+
+
+def built_for(package: Path, torch: str, torch_cuda: str | None, cuda: str | None) -> None:
+    (package / "_C.py").write_text("answer = 42\n")
+    note = {"torch": torch, "torch_cuda": torch_cuda, "cuda": cuda, "archs": "", "why_cpu": ""}
+    (package / "_C.json").write_text(json.dumps(note))
+
+
+def import_error(root: Path) -> str:
+    """What `import ddpm_ext` ends with there; nothing if it succeeds."""
+    code = "import ddpm_ext; assert ddpm_ext.C.answer == 42"
+    env = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+    assert "During handling" not in done.stderr and "direct cause" not in done.stderr
+    if done.returncode == 0:
+        return ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ddpm_ext")
+    assert "pip install --no-build-isolation --force-reinstall --no-deps" in last
+    return last
+
+
+def test_without_a_module(tmp_path):
+    package = fake_package(tmp_path, "2.15.0", None)
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert f"no compiled module for Python {python} in {package}; run in" in import_error(tmp_path)
+
+
+def test_in_a_source_folder_the_command_installs_in_place(tmp_path):
+    fake_package(tmp_path, "2.15.0", None)
+    assert import_error(tmp_path).endswith("--no-deps .")
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "csrc").mkdir()
+    assert import_error(tmp_path).endswith(f" -e {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("built", "now"),
+    [
+        (("2.14.0", None, None), ("2.15.0", None)),
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.16.0+cu132", "13.2")),
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.0+cpu", None)),
+        (("2.15.0+cu128", "12.8", "12.8"), ("2.15.0+cu132", "13.2")),
+    ],
+)
+def test_a_module_for_another_torch(tmp_path, built, now):
+    package = fake_package(tmp_path, *now)
+    built_for(package, *built)
+    says = import_error(tmp_path)
+    assert f"compiled for torch {built[0]} " in says
+    assert f"this is torch {now[0]} " in says
+
+
+@pytest.mark.parametrize(
+    ("built", "now"),
+    [
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.1+cu130", "13.0")),
+        (("2.15.0+cpu", None, None), ("2.15.0+cu132", "13.2")),
+        (("2.15.0+cu132", "13.2", None), ("2.15.0+cpu", None)),
+    ],
+)
+def test_a_module_that_fits(tmp_path, built, now):
+    package = fake_package(tmp_path, *now)
+    built_for(package, *built)
+    assert import_error(tmp_path) == ""
+
+
+def test_a_module_that_does_not_load(tmp_path):
+    package = fake_package(tmp_path, "2.15.0", None)
+    built_for(package, "2.15.0", None, None)
+    (package / "_C.py").unlink()
+    compiled = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    compiled.write_bytes(b"\x7fELF cut short")
+    assert "does not say what it was built for" in import_error(tmp_path)
+    (package / "_C.json").rename(compiled.with_suffix(".json"))
+    assert "does not load (" in import_error(tmp_path)

@@ -1,0 +1,68 @@
+"""docs/pictures.md: its commands and code are true, its pictures are there and small."""
+
+import importlib.util
+import re
+
+import numpy as np
+import pytest
+from support.figure_contents import drawn
+
+from ddpm_ext.cli.arguments import build_parser
+
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def script(root):
+    spec = importlib.util.spec_from_file_location("pictures", root / "docs" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_picture_has_its_command(root, script):
+    """What the page shows is what the commands write, and all of it lies in the folder."""
+    text = (root / "docs" / "pictures.md").read_text()
+    options = [build_parser().parse_args(arguments) for arguments in script.commands()]
+    written = [option.out for option in options if not option.out.endswith(".npz")]
+    assert re.findall(r"!\[.+\]\(pictures/(.+)\)", text) == written
+    assert sorted(path.name for path in (root / "docs" / "pictures").iterdir()) == sorted(written)
+
+
+def test_pictures_are_small_and_seen(root):
+    paths = set()
+    for page in (root / "README.md", root / "docs" / "sampling.md", root / "docs" / "pictures.md"):
+        paths |= {page.parent / path for path in re.findall(r"!\[.+\]\((.+)\)", page.read_text())}
+    assert len(paths) >= 8
+    for path in paths:
+        assert path.stat().st_size < (1_000_000 if path.suffix == ".gif" else 200_000)
+        with Image.open(path) as opened:
+            assert opened.width <= 900
+            assert np.asarray(opened.convert("L")).std() > 10
+
+
+def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypatch):
+    """Written elsewhere, so that samples.npz does not stay."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "pictures").mkdir()
+    fast = [line for line in script.commands() if line[:2] in (["plot", "schedules"], ["plot", "table"])]
+    monkeypatch.setattr(script, "DOCS", tmp_path)
+    monkeypatch.setattr(script, "commands", lambda: fast)
+    monkeypatch.chdir(tmp_path)
+    assert script.main() == 0
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"schedules.png", "step_table.png", "samplers.png"}
+    monkeypatch.setattr(script, "commands", lambda: [["plot", "table", "nothing"]])
+    assert script.main() == 2
+
+
+def test_code_of_the_page_runs(root, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "pictures.md").read_text(), re.DOTALL)
+    names = {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8)}
+    exec(block.replace('record="last"', 'record="last", progress=False'), names)
+    assert {path.name for path in tmp_path.iterdir()} == {"schedules.png", "histogram.svg", "grid.png", "moments.gif"}
+    assert list(drawn(names["figure"].axes[1])) == ["t = 999", "samples", "N(0, 1)"]
+    with Image.open("moments.gif") as opened:
+        assert opened.n_frames == 20

@@ -1,0 +1,453 @@
+"""benchmarks/static on machine code written for it: what it reads, the way it finds, the times it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib import metadata
+
+import pytest
+
+from benchmarks.static import compiler, kernels, path, pipes, report, sass
+from benchmarks.static.cards import ARCHS, CARDS, RATES, Card
+from benchmarks.static.roofline import roofline
+
+NAME = "_ZN8ddpm_ext4cuda11elementwiseINS0_12_GLOBAL__N_15RandnELNS_5NoiseE2ELb0ELNS0_6AccessE0EfffEEvv"
+
+
+def listing(*lines: str, name: str = NAME) -> str:
+    """As nvdisasm prints it: labels as they are, instructions with an address each."""
+    text, address = [f'\t.section\t.text.{name},"ax",@progbits', f".text.{name}:", f"{name}:"], 0
+    for line in lines:
+        if line.endswith(":"):
+            text.append(line)
+            continue
+        guard, _, rest = line.rpartition("| ")
+        text.append(f"        /*{address:04x}*/              {guard:>5} {rest} ;")
+        address += 16
+    return "\n".join(text)
+
+
+def kernel(*lines: str) -> sass.Kernel:
+    (found,) = sass.parse(listing(*lines))
+    return found
+
+
+def opcodes(instructions) -> list[str]:
+    return [i.opcode for i in instructions]
+
+
+# A thread draws two normals, or none, adds them to a vector, and may find a ragged end in its place.
+STRAIGHT = [
+    "S2R R0, SR_TID.X",
+    "@P0| EXIT",
+    "@!P1| BRA `(.L_x_1)",
+    "MUFU.RSQ R2, R3",
+    "@P2| BRA `(.L_x_0)",
+    "MOV R20, 0x60",
+    "CALL.REL.NOINC `($slow)",
+    ".L_x_0:",
+    "FFMA R4, R2, R3, R4",
+    ".L_x_1:",
+    "@P3| BRA `(.L_x_2)",
+    "LDG.E.128 R8, desc[UR4][R6.64]",
+    "STG.E.128 desc[UR4][R6.64], R8",
+    "EXIT",
+    ".L_x_2:",
+    "STG.E desc[UR4][R6.64], R8",
+    "EXIT",
+    "$slow:",
+    "RET.REL.NODEC R20 `(back)",
+    ".L_x_3:",
+    "BRA `(.L_x_3)",
+    "NOP",
+]
+
+LOOP = [
+    "S2R R0, SR_TID.X",
+    "BSSY B0, `(.L_x_1)",
+    "@P0| BRA `(.L_x_2)",
+    ".L_x_0:",
+    "FFMA R4, R2, R3, R4",
+    "STG.E.128 desc[UR4][R6.64], R8",
+    "STG.E.128 desc[UR4][R6.64+0x10], R12",
+    "@!P1| BRA `(.L_x_0)",
+    ".L_x_2:",
+    "BSYNC B0",
+    ".L_x_1:",
+    "@P2| EXIT",
+    ".L_x_3:",
+    "STG.E desc[UR4][R6.64], R8",
+    "@P3| BRA `(.L_x_3)",
+    "EXIT",
+]
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def test_parse():
+    text = listing("@P0| IMAD.WIDE.U32 R4, R5.reuse, c[0x0][0x4], R2", ".L_x_7:", "@!UP1| UMOV UR4, URZ", name="one")
+    first, second = sass.parse(text + "\n" + listing("EXIT", name="two"))
+    assert (first.name, second.name) == ("one", "two")
+    assert first.labels == {"one": 0, ".L_x_7": 1} and opcodes(second.instructions) == ["EXIT"]
+    wide, move = first.instructions
+    assert wide == sass.Instruction(0, "P0", "IMAD.WIDE.U32", "R4, R5.reuse, c[0x0][0x4], R2")
+    assert (move.address, move.guard, move.name) == (16, "!UP1", "UMOV")
+
+
+def test_a_line_that_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="can't read"):
+        sass.parse(listing("EXIT") + "\n        /*0010*/        { imad r0 } ;")
+
+
+@pytest.mark.parametrize(
+    ("opcode", "bits"),
+    [("LDG.E.128", 128), ("STG.E.64", 64), ("LDG.E", 32), ("LDG.E.U16.CONSTANT", 16), ("STG.E.U8", 8), ("LDC.64", 0)],
+)
+def test_width_of_an_access(opcode, bits):
+    instruction = sass.Instruction(0, "", opcode, "R0, R2")
+    assert instruction.bits == instruction.global_bits == bits
+
+
+@pytest.mark.parametrize(("opcode", "bits"), [("STS.128", 128), ("LDS.64", 64), ("LDS", 32), ("STS.U8", 8)])
+def test_width_of_an_access_to_shared_memory(opcode, bits):
+    instruction = sass.Instruction(0, "", opcode, "R0, [R2]")
+    assert (instruction.bits, instruction.global_bits) == (bits, 0)
+
+
+def test_successors():
+    k = kernel(*STRAIGHT)
+    where = {i.opcode: number for number, i in reversed(list(enumerate(k.instructions)))}
+    assert k.successors(0) == [1]
+    assert k.successors(1) == [2]  # EXIT under a predicate goes on
+    assert k.successors(2) == [8, 3] and k.successors(4) == [7, 5]
+    assert k.successors(where["CALL.REL.NOINC"]) == [7]  # it returns
+    assert k.successors(10) == [11] and k.successors(11) == []
+    loop = kernel("BRA.U !UP0, `(.L_x_0)", ".L_x_0:", "@P0| CALL.REL.NOINC `(.L_x_1)", "NOP", ".L_x_1:", "EXIT")
+    assert loop.successors(0) == [1, 1] and loop.successors(1) == [3, 2]
+    assert [i.calls for i in loop.instructions] == [False] * 4
+    assert sum(i.calls for i in k.instructions) == 1
+
+
+def test_control_that_it_cannot_follow_is_an_error():
+    with pytest.raises(ValueError, match="can't follow BRX"):
+        path.hot_path(kernel("BRX R0 -0x10", "STG.E.128 desc[UR4][R6.64], R8", "EXIT"))
+    with pytest.raises(ValueError, match="no target"):
+        path.hot_path(kernel("BRA `(.L_x_9)", "STG.E.128 desc[UR4][R6.64], R8", "EXIT"))
+
+
+# ----------------------------------------------------------------------------------------------------- the way
+
+
+def test_way_through_straight_code():
+    """The noise is drawn, the call and the ragged end are left out."""
+    way = path.hot_path(kernel(*STRAIGHT))
+    assert not way.loops and way.once == []
+    assert opcodes(way.turn) == [
+        "S2R",
+        "EXIT",
+        "BRA",
+        "MUFU.RSQ",
+        "BRA",
+        "FFMA",
+        "BRA",
+        "LDG.E.128",
+        "STG.E.128",
+        "EXIT",
+    ]
+    assert way.issued(5) == Counter(way.turn)  # there is no turn to repeat
+
+
+def test_way_through_a_loop():
+    way = path.hot_path(kernel(*LOOP))
+    assert way.loops
+    assert opcodes(way.once) == ["S2R", "BSSY", "BRA", "BSYNC", "EXIT"]
+    assert opcodes(way.turn) == ["FFMA", "STG.E.128", "STG.E.128", "BRA"]
+    issued = way.issued(7)
+    assert sum(issued.values()) == len(way.once) + 7 * 4
+
+
+def test_loop_that_is_left_from_its_middle():
+    """As ptxas closes loops for sm_80: what leads back to the head is of the turn, though the way out leaves it out."""
+    way = path.hot_path(
+        kernel(
+            *("MOV R0, RZ", ".L_x_0:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"),
+            *("@P0| CALL.REL.NOINC `(.L_x_1)", "NOP", "BRA `(.L_x_0)", ".L_x_1:", "EXIT"),
+        )
+    )
+    assert way.loops
+    assert opcodes(way.once) == ["MOV", "EXIT"]
+    assert opcodes(way.turn) == ["FADD", "STG.E.128", "CALL.REL.NOINC", "NOP", "BRA"]
+
+
+def test_the_innermost_loop_is_the_turn():
+    loop = [".L_x_0:", "MOV R0, RZ", ".L_x_1:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"]
+    way = path.hot_path(kernel(*loop, "@P0| BRA `(.L_x_1)", "@P1| BRA `(.L_x_0)", "EXIT"))
+    assert opcodes(way.turn) == ["FADD", "STG.E.128", "BRA"] and opcodes(way.once) == ["MOV", "BRA", "EXIT"]
+
+
+def test_way_takes_one_copy_of_an_unrolled_loop():
+    store = "STG.E.128 desc[UR4][R6.64], R8"
+    unrolled = ["@P0| BRA `(.L_x_1)", ".L_x_0:", *[store] * 4, "@P1| BRA `(.L_x_0)", ".L_x_1:", "@P2| EXIT"]
+    way = path.hot_path(kernel(*unrolled, "FADD R0, R1, R2", store, "EXIT"))
+    assert opcodes(way.turn).count("STG.E.128") == 1 and not way.loops
+
+
+def test_loop_that_leaves_by_its_head():
+    """The way back to the head, and out from there, belongs to the thread."""
+    way = path.hot_path(
+        kernel(
+            "MOV R0, RZ", ".L_x_0:", "@P0| EXIT", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8", "BRA `(.L_x_0)"
+        )
+    )
+    assert way.loops
+    assert opcodes(way.turn) == ["EXIT", "FADD", "STG.E.128", "BRA"] and opcodes(way.once) == ["MOV", "EXIT"]
+
+
+def test_way_with_all_options():
+    """Loads and stores that branches lead past, and the dearer of two ways that exclude one another."""
+    store, option = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
+    k = kernel(
+        *("@P0| BRA `(.L_x_0)", option, ".L_x_0:", "@P1| BRA `(.L_x_1)", "FFMA R4, R2, R3, R4"),
+        *("FFMA R4, R2, R3, R4", "BRA `(.L_x_2)", ".L_x_1:", "MUFU.RSQ R2, R3", ".L_x_2:", store),
+        *("@P2| BRA `(.L_x_3)", store, ".L_x_3:", "@P3| EXIT", "STG.E desc[UR4][R6.64], R8", "EXIT"),
+    )
+    way = opcodes(path.hot_path(k, has_options=True).turn)
+    assert way == ["BRA", "LDG.E.128", "BRA", "FFMA", "FFMA", "BRA", "STG.E.128", "BRA", "STG.E.128", "EXIT"]
+    assert opcodes(path.hot_path(k).turn) == ["BRA", "BRA", "MUFU.RSQ", "STG.E.128", "BRA", "EXIT"]
+
+
+# A block's threads store four slopes, and their losses, which the first warp adds up; its first thread counts blocks.
+BLOCK = [
+    "S2R R0, SR_TID.X",
+    ".L_x_0:",
+    "@P0| BRA `(.L_x_1)",
+    "@P1| BRA `(.L_x_9)",
+    "LDG.E.64 R8, desc[UR4][R6.64]",
+    ".L_x_9:",
+    "FFMA R4, R2, R3, R4",
+    "@P2| BRA `(.L_x_1)",
+    "STG.E.64 desc[UR4][R6.64], R8",
+    ".L_x_1:",
+    "STS.128 [R3], R8",
+    "BAR.SYNC.DEFER_BLOCKING 0x0",
+    "@P3| BRA `(.L_x_2)",
+    "LDS R16, [R14]",
+    "SHFL.DOWN PT, R15, R11, 0x10, 0x1f",
+    "DADD R14, R10, R14",
+    "@!P0| STG.E.64 desc[UR4][R10.64], R14",
+    ".L_x_2:",
+    "@!P4| BRA `(.L_x_0)",
+    "@P5| BRA `(.L_x_3)",
+    "ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR4][R2.64], R5",
+    ".L_x_3:",
+    "@!P6| EXIT",
+    "LDG.E.64.STRONG.SYS R4, desc[UR4][R4.64]",
+    "STG.E desc[UR4][R10.64], R9",
+    "EXIT",
+]
+
+
+def test_way_of_a_block_that_adds_up():
+    """The first of four warps takes the sum on top of what all do; nobody the last block's."""
+    way = path.team_path(kernel(*BLOCK), warps=4)
+    every = ["BRA", "BRA", "LDG.E.64", "FFMA", "BRA", "STG.E.64", "STS.128", "BAR.SYNC.DEFER_BLOCKING", "BRA"]
+    sums = ["LDS", "SHFL.DOWN", "DADD", "STG.E.64"]
+    assert way.loops and way.first.loops and way.share == 0.25
+    assert opcodes(way.turn) == [*every, "BRA"] and opcodes(way.once) == ["S2R", "BRA", "EXIT"]
+    assert opcodes(way.first.turn) == [*every, *sums, "BRA"]
+    assert opcodes(way.first.once) == ["S2R", "BRA", "ATOMG.E.ADD.STRONG.GPU", "EXIT"]
+    issued = Counter()
+    for instruction, times in way.issued(8).items():
+        issued[instruction.opcode] += times
+    assert issued["FFMA"] == 8 and issued["DADD"] == 8 / 4 and issued["STG.E.64"] == 8 + 8 / 4
+    assert issued["ATOMG.E.ADD.STRONG.GPU"] == 1 / 4 and issued["S2R"] == 1
+
+
+def test_no_way_without_vectors():
+    with pytest.raises(ValueError, match="128-bit store"):
+        path.hot_path(kernel("STG.E desc[UR4][R6.64], R8", "EXIT"))
+
+
+# ------------------------------------------------------------------------------------------------------- pipes
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("IADD3 R0, R1, R2, RZ", "integer"),
+        ("IMAD.MOV.U32 R0, RZ, RZ, R1", "integer"),
+        ("IMAD.SHL.U32 R0, R1, 0x4, RZ", "integer"),
+        ("IMAD.U32 R5, RZ, RZ, UR53", "integer"),
+        ("HFMA2.MMA R8, -RZ, RZ, 0, 0", "integer"),
+        ("IMAD.WIDE.U32 R0, R1, R2, RZ", "multiply"),
+        ("IMAD R0, R1, R2, RZ", "multiply"),
+        ("FFMA2 R0, R2.F32x2.HI_LO, R4.F32x2.HI_LO, R6.F32x2.HI_LO", "float"),
+        ("FMNMX.NAN R0, R1, R2, !PT", "float"),
+        ("HADD2.F32 R0, -RZ, R10.H0_H0", "convert"),
+        ("F2F.F64.F32 R0, R2", "convert"),
+        ("DADD R0, R2, R4", "float"),
+        ("SHFL.DOWN PT, R0, R1, 0x10, 0x1f", "memory"),
+        ("CGAERRBAR", "other"),
+        ("F2FP.BF16.F32.PACK_AB R0, R1, R2", "convert"),
+        ("MUFU.RSQ R0, R1", "convert"),
+        ("LDC.64 R0, c[0x0][0x10]", "memory"),
+        ("LDCU.64 UR4, c[0x0][0x10]", "other"),
+        ("UIADD3 UR4, UR4, 0x1, URZ", "other"),
+    ],
+)
+def test_classes(text, kind):
+    (instruction,) = kernel(text).instructions
+    assert pipes.classify(instruction) == kind
+    for arch in ARCHS:
+        assert pipes.load(instruction, arch).keys() <= RATES[arch].keys()
+
+
+def test_an_unknown_instruction_is_an_error():
+    (instruction,) = kernel("QUUX.32 R0, R1").instructions
+    with pytest.raises(ValueError, match=r"QUUX\.32"):
+        pipes.load(instruction, "90")
+
+
+def test_turns_of_pipes():
+    wide, add, half, vector = kernel(
+        "IMAD.WIDE.U32 R0, R1, R2, RZ", "IADD3 R0, R1, R2, RZ", "HADD2.F32 R0, -RZ, R1.H0_H0", "LDG.E.128 R0, [R2.64]"
+    ).instructions
+    assert pipes.load(wide, "80") == {"issue": 1, "fma": 2}
+    assert pipes.load(wide, "90") == {"issue": 1, "fma": 2, "heavy": 2}
+    assert pipes.load(add, "100") == {"issue": 1, "alu": 1}
+    assert pipes.load(add, "120") == {"issue": 1, "fma": 1}
+    assert pipes.load(half, "80") == {"issue": 1, "half": 1}
+    assert pipes.load(half, "90") == {"issue": 1, "fma": 2, "heavy": 1}
+    assert pipes.load(vector, "90") == {"issue": 1, "lsu": 4}
+    double, wider, shuffle, shared = kernel(
+        "DADD R0, R2, R4", "F2F.F64.F32 R0, R2", "SHFL.DOWN PT, R0, R1, 0x10, 0x1f", "STS.128 [R3], R8"
+    ).instructions
+    for arch in ARCHS:
+        assert pipes.load(double, arch) == {"issue": 1, "double": 1}
+        assert pipes.load(wider, arch) == {"issue": 1, "xu": 8 if arch == "120" else 1}
+        assert pipes.load(shuffle, arch) == {"issue": 1, "lsu": 1}
+        assert pipes.load(shared, arch) == {"issue": 1, "lsu": 4}
+
+
+# ---------------------------------------------------------------------------------------------------- roofline
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_cards_reach_their_published_tflops(card):
+    assert 2 * RATES[card.arch]["fma"] * card.sms * card.clock * 1e-3 == pytest.approx(card.tflops, rel=0.01)
+
+
+def test_roofline_by_hand():
+    """4 elements of 8 bytes on 10 SMs of 1 GHz with 100 GB/s, so 80 ps; a clock of all SMs for one thread is 100 ps."""
+    k = kernel(
+        *["FFMA R0, R1, R2, R3"] * 6,
+        *["IMAD.WIDE.U32 R0, R1, R2, RZ"] * 2,
+        *["LOP3.LUT R0, R1, R2, RZ, 0xc0, !PT"] * 4,
+        "MUFU.RSQ R0, R1",
+        "STG.E.128 desc[UR4][R6.64], R8",
+        "EXIT",
+    )
+    card = Card("card", "90", 10, 1.0, 100, 0, "")
+    line = roofline(card, Counter(k.instructions), 4, 8)
+    assert line.memory == pytest.approx(80)
+    # turns / 4 elements / rate x 100 ps
+    expected = {"issue": 15 / 128, "fma": 10 / 128, "heavy": 4 / 64, "alu": 4 / 64, "xu": 1 / 16, "lsu": 4 / 32}
+    expected["double"] = 0
+    assert line.pipes == pytest.approx({pipe: clocks / 4 * 100 for pipe, clocks in expected.items()})
+    assert (line.busiest, line.bound) == ("lsu", "memory")
+    assert line.floor == pytest.approx(80) and line.ratio == pytest.approx(3.125 / 80)
+    fast = roofline(card._replace(bandwidth=4000), Counter(k.instructions), 4, 8)
+    assert fast.memory == pytest.approx(2) and fast.bound == "lsu" and fast.floor == pytest.approx(3.125)
+
+
+# ----------------------------------------------------------------------------------------------------- kernels
+
+
+def demangled(op: str, noise: int, seed: str, access: int, *types: str) -> str:
+    inner = f"ddpm_ext::cuda::(anonymous namespace)::{op}, (ddpm_ext::Noise){noise}, {seed}"
+    return f"void ddpm_ext::cuda::elementwise<{inner}, (ddpm_ext::cuda::Access){access}, {', '.join(types)}>(int, int)"
+
+
+def test_variants():
+    v = kernels.variant(demangled("ReverseStep", 1, "false", 0, "float", "__half", "float"))
+    assert v == kernels.Variant("ReverseStep", "given", "vector", False, ("float", "__half", "float", "float"))
+    assert (v.bytes_an_element, v.bytes_written, v.dtypes) == (14, 4, "float32 / float16 / float32")
+    v = kernels.variant(demangled("Randn", 2, "true", 1, *["__nv_bfloat16"] * 3))
+    assert (v.noise, v.device_seed, v.access) == ("drawn", True, "strided")
+    assert (v.bytes_an_element, v.dtypes) == (2, "bfloat16")
+    v = kernels.variant(demangled("ReverseStep", 2, "false", 0, "float", "float", "float"))
+    assert (v.bytes_an_element, v.title) == (12, "ReverseStep, noise drawn")
+
+
+def test_variants_with_options():
+    inner = "(ddpm_ext::cuda::Access)0, float, __half"
+    v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::extended<{inner}>(ddpm_ext::ExtendedArgs)")
+    assert (v.title, v.access, v.dtypes) == ("ExtendedStep, all options", "vector", "float32 / float16")
+    # x, noise, x_start, history, gradient, known, mask; three of the model; three results
+    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
+    assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
+
+
+def test_variants_that_add_up():
+    inner = "ddpm_ext::LossRow, (ddpm_ext::Noise)1, (ddpm_ext::cuda::Access)0, float, __half"
+    v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<{inner}>(ddpm_ext::LossArgs)")
+    assert (v.title, v.access, v.dtypes) == ("Loss, noise given", "vector", "float32 / float16 / float32")
+    # x_start, the model's output, noise; the slope, float32
+    assert (v.bytes_read, v.bytes_written, v.adds_up) == (4 + 2 + 4, 4, True)
+    bound = kernels.variant(
+        "void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<ddpm_ext::VariationalRow, (ddpm_ext::Noise)2, "
+        "(ddpm_ext::cuda::Access)1, float, float>(ddpm_ext::LossArgs)"
+    )
+    assert (bound.title, bound.access) == ("Loss with bound, noise drawn", "strided")
+    # the model's output has two halves, and its slope
+    assert (bound.bytes_read, bound.bytes_written, bound.adds_up) == (3 * 4, 2 * 4, True)
+    assert kernels.warps_that_add_up() == 4
+
+
+def test_resources():
+    usage = """Fatbin elf code:
+ Function one:
+  REG:40 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:1104 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    remarks = """ptxas info    : Function properties for one
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+"""
+    found = compiler.resources(usage, remarks)
+    assert found == {"one": compiler.Resources(40, stack=8, local=0, shared=16, spill_stores=4, spill_loads=12)}
+
+
+def test_a_missing_disassembler_says_how_to_get_it(monkeypatch, tmp_path):
+    def none(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compiler.metadata, "files", none)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    with pytest.raises(compiler.Missing, match="pip install nvidia-cuda-nvdisasm"):
+        compiler.disassembler("nvdisasm", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvdisasm").touch()
+    assert compiler.disassembler("nvdisasm", tmp_path) == tmp_path / "bin" / "nvdisasm"
+
+
+@pytest.mark.skipif(kernels.demangler() is None, reason="no c++filt to read the kernels' names")
+def test_report():
+    """A loop of 4 instructions for 8 float32, on an H100: memory needs 4 B / 3350 GB/s."""
+    usage = compiler.Resources(33, stack=0, local=0, shared=0, spill_stores=4, spill_loads=0)
+    build = compiler.Build("affine", "90", "", set(), [kernel(*LOOP)], {NAME: usage})
+    (finding,) = report.findings([build])
+    assert (finding.items, finding.elements(100)) == (8, 800)
+    assert finding.classes(100) == pytest.approx(
+        {"integer": 0, "multiply": 0, "float": 1 / 8, "convert": 0, "memory": 2 / 8, "other": 1 / 8 + 5 / 800}
+    )
+    text = report.render([build], ["a heading"], [100])
+    assert "- a heading" in text and "1 of 1 kernels loop over vectors" in text
+    assert "- spills: 1 of 1 kernels, at most 4" in text and "- calls: none of 1 kernels" in text
+    (card,) = [card for card in CARDS if card.arch == "90"]
+    line = finding.roofline(card, 100)
+    assert line.memory == pytest.approx(4 / 3.350)
+    row = (
+        f"| Randn, noise drawn | float32 | 4 | {line.memory:.2f}, {line.busiest} {line.compute:.2f}, {line.ratio:.2f} |"
+    )
+    assert row in text
+    assert "A100" not in text

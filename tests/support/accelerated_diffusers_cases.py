@@ -1,0 +1,151 @@
+"""Strategies of hypothesis for the accelerated diffusers schedulers: configs, timesteps, samples."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from support.accelerated_diffusers import SIGMA, make, normal
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((1, 3, 8, 8), (2, 3, 5, 7), (3, 4, 33), (2, 2, 3, 4, 5), (4, 21), (1, 1, 1, 67))
+LAYOUTS = ("contiguous", "channels_last", "every second", "transposed", "one for all")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+flag = st.booleans()
+seeds = st.integers(0, 10**6)
+
+
+def some(**options: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(options)
+
+
+common = {
+    "num_train_timesteps": st.sampled_from([1000, 60]),
+    "beta_schedule": st.sampled_from(SCHEDULES),
+    "rescale_betas_zero_snr": flag,
+    "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+    "timestep_spacing": st.sampled_from(["linspace", "leading", "trailing"]),
+    "steps_offset": st.integers(0, 1),
+}
+clipped = {"clip_sample": flag, "clip_sample_range": st.sampled_from([1.0, 0.5, 2, 1.3])}
+threshold = {
+    "thresholding": flag,
+    "dynamic_thresholding_ratio": st.sampled_from([0.995, 0.9, 0.5, 1.0]),
+    "sample_max_value": st.sampled_from([1.0, 1.5, 100.0, 0.7]),
+}
+sigmas = st.sampled_from([{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}])
+
+ddpm_configs = some(
+    **common,
+    **clipped,
+    **threshold,
+    variance_type=st.sampled_from(
+        ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+    ),
+)
+ddpm_configs |= ddpm_configs.map(lambda config: {**config, "beta_schedule": "sigmoid"})
+ddim_configs = some(**common, **clipped, **threshold, set_alpha_to_one=flag)
+ddim_inverse_configs = some(
+    **{**common, "timestep_spacing": st.sampled_from(["leading", "trailing"])}, **clipped, set_alpha_to_one=flag
+)
+
+
+@st.composite
+def dpm_configs(draw: st.DrawFn) -> dict[str, Any]:
+    config = draw(
+        some(
+            **common,
+            **threshold,
+            solver_order=st.sampled_from([1, 2, 2, 3]),
+            solver_type=st.sampled_from(["midpoint", "midpoint", "heun"]),
+            lower_order_final=flag,
+            euler_at_final=flag,
+            variance_type=st.sampled_from([None, "learned", "learned_range"]),
+        )
+    )
+    algorithm = draw(st.sampled_from(["dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"]))
+    plus = algorithm.endswith("++")
+    if algorithm == "sde-dpmsolver" and config.get("solver_order") == 3:
+        config["solver_order"] = 2  # it has none of third order
+    config["algorithm_type"] = algorithm
+    config["final_sigmas_type"] = draw(st.sampled_from(["zero", "sigma_min"])) if plus else "sigma_min"
+    return {**config, **draw(sigmas)}
+
+
+@st.composite
+def euler_configs(draw: st.DrawFn) -> dict[str, Any]:
+    config = draw(
+        some(
+            **common,
+            final_sigmas_type=st.sampled_from(["zero", "sigma_min"]),
+            timestep_type=st.sampled_from(["discrete", "continuous"]),
+        )
+    )
+    chosen = draw(sigmas)
+    if not chosen:
+        config["interpolation_type"] = draw(st.sampled_from(["linear", "log_linear"]))
+    return {**config, **chosen}
+
+
+euler_ancestral_configs = some(**{**common, "prediction_type": st.sampled_from(["epsilon", "v_prediction"])})
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers otherwise in memory; "one for all": the first sample's in all."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "every second":
+        return torch.stack([x, -x], -1)[..., 0]
+    if layout == "transposed" and x.dim() > 2:
+        return x.transpose(1, -1).contiguous().transpose(1, -1)
+    if layout == "one for all":
+        return x[:1].expand(x.shape)
+    return x
+
+
+class Given(NamedTuple):
+    """A step's tensors. dtypes: sample's, model output's."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    layouts: tuple[str, str]
+    seed: int
+
+    def x(self) -> Tensor:
+        return laid_out(1.5 * normal(self.seed, *self.shape), self.layouts[0]).to(self.dtypes[0])
+
+    def m(self, channels: int | None = None) -> Tensor:
+        shape = (self.shape[0], channels or self.shape[1], *self.shape[2:])
+        return laid_out(normal(self.seed + 1, *shape), self.layouts[1]).to(self.dtypes[1])
+
+    def z(self) -> Tensor:
+        return normal(self.seed + 2, *self.shape, dtype=self.dtypes[1])
+
+
+def given_tensors(*, same: bool = False) -> st.SearchStrategy[Given]:
+    """Mostly of one dtype; `same`: always."""
+    alike = st.sampled_from(FLOATS).map(lambda dtype: (dtype, dtype))
+    dtypes = alike if same else st.one_of(alike, alike, st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)))
+    layouts = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
+    return st.builds(Given, st.sampled_from(SHAPES), dtypes, layouts, seeds)
+
+
+def mixes_halves(given: Given) -> bool:
+    return set(given.dtypes) == {torch.float16, torch.bfloat16}
+
+
+def in_schedule(name: str, config: dict[str, Any], steps: int) -> Any:
+    """A scheduler with its timesteps set; None where that would be refused or lead past the schedule's end."""
+    scheduler = make(name, **config)
+    train = scheduler.config.num_train_timesteps
+    if steps > train or (name == "DPMSolverMultistep" and steps >= train):
+        return None
+    scheduler.set_timesteps(steps)
+    inside = bool(((scheduler.timesteps >= 0) & (scheduler.timesteps < train)).all())
+    return scheduler if inside or name in SIGMA else None

@@ -1,0 +1,80 @@
+"""What the tests of the accelerated tutorial's class share: models, seeds, truth."""
+
+import pytest
+import torch
+from support import eager_tutorial
+from support.eager_tutorial import GaussianDiffusion
+from torch import nn
+
+from ddpm_ext.integrations import accelerate
+
+SHAPE = (4, 3, 5, 5)
+T = torch.tensor([0, 5, 20, 49])
+FACTOR, ULPS = 4, 4 * 2.0**-23
+own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
+
+
+def record_bars(monkeypatch):
+    """No progress bars; their arguments."""
+    bars = []
+
+    def tqdm(steps, **options):
+        bars.append(options)
+        return steps
+
+    monkeypatch.setattr(eager_tutorial, "tqdm", tqdm)
+    return bars
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+        self.calls = 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.last((self.first(x) + (t / 300).to(x.dtype).sin().reshape(-1, 1, 1, 1)).tanh())
+
+
+class Given(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output, self.calls = output, 0
+
+    def forward(self, x, t):
+        self.calls += 1
+        return self.output
+
+
+class Exact(GaussianDiffusion):
+    """In float64, whatever the tables are."""
+
+    def _extract(self, a, t, x_shape):
+        return a.double()[t].reshape(-1, *[1] * (len(x_shape) - 1))
+
+
+def seeded(seed, call):
+    torch.manual_seed(seed)
+    return call(), torch.get_rng_state()
+
+
+def both(call, plain, fused=True):
+    """Ours, theirs, and whether the generator is where it would be. fused: that nothing falls back."""
+    fast = accelerate(plain)
+    (ours, state), (theirs, their_state) = (seeded(3, lambda gd=gd: call(gd)) for gd in (fast, plain))
+    assert (fast.accelerated.fallbacks == {}) == fused
+    return ours, theirs, torch.equal(state, their_state)
+
+
+def check(ours, theirs, truth):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == truth.shape
+    error, their_error = ((found.double().cpu() - truth.cpu()).abs().max() for found in (ours, theirs))
+    assert error <= max(FACTOR * their_error, ULPS * truth.abs().max()), f"{error:.2e}, theirs {their_error:.2e}"
+
+
+def with_method(function, name=None):
+    """The class with another method."""
+    return type("Other", (GaussianDiffusion,), {name or function.__name__: function})

@@ -1,0 +1,74 @@
+"""GaussianDiffusion beside the tutorial's formulas, and how far apart rounding may bring them."""
+
+import pytest
+import torch
+from support.tutorial import Tutorial
+
+from ddpm_ext import GaussianDiffusion
+
+BACKENDS = ("fused", "reference")
+PREDICTIONS = ("eps", "x0", "v")
+VARIANCES = ("fixed_small", "fixed_large")
+SHAPE = (6, 3, 5, 7)
+# An operator rounds its coefficients, its products and its sums to float32: a few ulps of the terms' magnitude.
+# Measured over all tests here: 2.6 half-ulps, factor 2.
+HALF_ULPS = 5 * 2.0**-24
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+variances = pytest.mark.parametrize("variance", VARIANCES)
+clips = pytest.mark.parametrize("clip", [True, False])
+
+
+def float64(v):
+    """As Tutorial computes: on the CPU."""
+    return v.double().cpu()
+
+
+def timesteps(device):
+    """One for each of SHAPE's samples."""
+    return torch.tensor([0, 1, 17, 500, 998, 999], device=device)
+
+
+def normals(count, device, shape=SHAPE, seed=0, dtype=torch.float32):
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype).unbind(0)
+
+
+def pair(prediction="eps", variance="fixed_small", backend="fused", schedule="linear"):
+    gd = GaussianDiffusion(1000, schedule, prediction=prediction, variance=variance, backend=backend)
+    return gd, Tutorial(gd.betas, prediction, variance)
+
+
+def check(actual, expected, magnitude, device, dtype=torch.float32):
+    """Within rounding of terms whose absolute values add up to `magnitude`."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    assert actual.device == device
+    allowed = HALF_ULPS * magnitude
+    if dtype != torch.float32:  # the result is rounded once more
+        allowed = allowed + torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(dtype).smallest_normal
+    error = (float64(actual) - expected).abs()
+    assert (error <= allowed).all(), (error / allowed).max()
+
+
+def check_variances(actual, expected, device, batch=6, dims=4):
+    """variance and log-variance: (batch, 1, ...), float32 numbers of the float64 ones."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == (batch, *[1] * (dims - 1))
+        assert a.dtype == torch.float32
+        assert a.device == device
+        torch.testing.assert_close(a.cpu(), e.float(), rtol=2.0**-23, atol=0)
+
+
+def start_magnitude(truth, x, m, t):
+    """Of the terms of the predicted x_0."""
+    if truth.prediction == "x0":
+        return float64(m).abs()
+    if truth.prediction == "v":
+        return float64(x).abs() + float64(m).abs()
+    return truth.predict_start_from_noise(x.abs(), t, -m.abs())
+
+
+def step_magnitude(truth, x, m, t, z=None):
+    magnitude = truth.q_posterior_mean_variance(start_magnitude(truth, x, m, t), x.abs(), t)[0]
+    return magnitude if z is None else magnitude + float64(z).abs()

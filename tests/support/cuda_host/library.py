@@ -1,0 +1,144 @@
+"""Compiles the CUDA sources by g++ against the stand-in for CUDA's runtime, into a module that runs them on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[2]
+CSRC = ROOT / "csrc"
+
+GIVEN_BY = "DDPM_EXT_TEST_CUDA_HOST"  # names a library to be tested in place of one built for the session
+GIVEN = os.environ.get(GIVEN_BY, "")
+SANITIZED = Path(GIVEN).parent.name == "sanitized"
+
+KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), FOLDER / "probe.cu"]
+RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "control.cpp")]
+# Not library.cpp: its operators can be registered once a process, and ddpm_ext's own module did.
+TORCH = [
+    *sorted(p for p in CSRC.glob("*.cpp") if p.name != "library.cpp"),
+    FOLDER / "module.cpp",
+    FOLDER / "loss_module.cpp",
+]
+
+# Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.
+TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O0", "-g1"]
+
+
+def why_not() -> str | None:
+    """Why it can't be built here."""
+    if not sys.platform.startswith("linux"):
+        return f"the stand-in for CUDA's runtime is for Linux, this is {sys.platform}"
+    if shutil.which("g++") is None:
+        return "there is no g++ on PATH"
+    return None
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+
+
+def object_file(source: Path, folder: Path) -> Path:
+    return folder / f"{source.parent.name}_{source.name}.o"
+
+
+def compile_all(sources: Iterable[Path], folder: Path, sanitizers: list[str]) -> list[Path]:
+    flags = ["-O1", "-std=c++20", "-fPIC", *load_setup().HOST_FLAGS, f"-I{FOLDER}", f"-I{FOLDER / 'include'}"]
+    flags += [f"-I{CSRC}", *(f"-isystem{path}" for path in cpp_extension.include_paths())]
+    flags += [f"-isystem{sysconfig.get_paths()['include']}", "-DTORCH_EXTENSION_NAME=operators"]
+    flags += [f'-DDDPM_EXT_TORCH_VERSION="{torch.__version__}"']
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    # As nvcc compiles for a GPU. Vectors of float are loaded as what they are not, which nvcc lets pass.
+    cuda = ["-x", "c++", "-include", "cuda_runtime.h", "-D__CUDACC__", "-fno-strict-aliasing"]
+    # Each is run: from 1000 on two elements share an instruction.
+    cuda.append(f"-D__CUDA_ARCH__={1000 if sanitizers else 900}")
+
+    def compile_one(source: Path) -> Path:
+        target = object_file(source, folder)
+        own = [*cuda, *(sanitizers or TRAPS)] if source in KERNELS else sanitizers
+        run("g++", *flags, *own, "-c", source, "-o", target)
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(objects: Iterable[Path], target: Path, sanitizers: list[str]) -> Path:
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += [f"-l{name}" for name in ("torch_python", "torch", "torch_cpu", "c10")]
+    run("g++", "-shared", *sanitizers, *objects, *libraries, "-o", target)
+    return target
+
+
+def build(folder: Path) -> Path:
+    """The library, in which undefined behaviour traps."""
+    return link(compile_all([*KERNELS, *RUNTIME, *TORCH], folder, []), folder / "host.so", [])
+
+
+def build_sanitized(plain: Path) -> Path:
+    """The same under AddressSanitizer; what of torch's is in it comes from the plain one's folder."""
+    folder = plain.parent / "sanitized"
+    folder.mkdir()
+    objects = compile_all([*KERNELS, *RUNTIME], folder, SANITIZERS)
+    objects += [object_file(source, plain.parent) for source in TORCH]
+    return link(objects, folder / "host.so", SANITIZERS)
+
+
+def sanitizer_libraries() -> list[str]:
+    """What a Python must load before anything else, to load the sanitized library; nothing where g++ lacks them."""
+    commands = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+    found = [subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in commands]
+    return found if all(os.path.isabs(path) for path in found) else []
+
+
+def sanitized_environment(sanitized: Path) -> dict[str, str]:
+    """For a Python that tests the sanitized library."""
+    options = "detect_leaks=0:protect_shadow_gap=0"  # Python's leaks; CUDA's driver, where there is one, wants the gap
+    sanitizer = {"LD_PRELOAD": " ".join(sanitizer_libraries()), "ASAN_OPTIONS": options}
+    return {**os.environ, **sanitizer, "CUDA_VISIBLE_DEVICES": "", GIVEN_BY: str(sanitized)}
+
+
+def for_session(folder: Path) -> Path:
+    """The library that all tests share: built in a session's folder, unless the environment names one."""
+    if GIVEN:
+        return Path(GIVEN)
+    if problem := why_not():
+        pytest.skip(problem)
+    folder = folder / "cuda_host"
+    folder.mkdir()
+    return build(folder)
+
+
+def load(library: Path, name: str) -> ModuleType:
+    """One of the library's two modules, "operators" and "control"."""
+    loader = ExtensionFileLoader(name, str(library))
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module

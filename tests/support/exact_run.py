@@ -1,0 +1,57 @@
+"""ddpm_ext.many with a model whose arithmetic is exact: one sample's bits are the same in every batch.
+
+As a process, one rank of a run: `exact_run.py FOLDER '{"batch_size": 3, ...}'`, the options those of `run`;
+"by rank" has more of them for some.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.base import ranks as distributed
+from ddpm_ext.bulk import run as many
+from ddpm_ext.plots import to_uint8
+
+COUNT, SIZE, SHAPE = 23, 4, (4, 5, 3)  # six shards, the last of three samples
+
+
+def make_draw(seed: int = 0, pause: float = 0.0, seen: list | None = None):
+    """draw(first, count); `pause`: seconds a sample; `seen` gets the noise that each batch starts from."""
+    diffusion = GaussianDiffusion(20)
+    channels, height, width = SHAPE[2], *SHAPE[:2]
+
+    def model(x, t):
+        if seen is not None and t[0] == 19:
+            seen.append(x.clone())
+        return x * 0.5
+
+    def draw(first, count):
+        time.sleep(pause * count)
+        shape, rng = (count, channels, height, width), Philox(seed, sample_ids=first)
+        options = {"steps": 5, "rng": rng, "record": "last", "progress": False, "device": "cpu"}
+        return to_uint8(diffusion.p_sample_loop(model, shape, **options))
+
+    return draw
+
+
+def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, seen=None, settings=None):
+    """The shards and what sample_many says."""
+    shards = many.Shards(Path(folder), count, size, SHAPE)
+    draw = make_draw(seed, pause, seen)
+    work = many.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
+    return shards, work
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2])
+    for name in ("_PATIENCE", "_VISIBLE_WITHIN"):
+        if name in options:
+            setattr(many, name, options.pop(name))
+    with distributed.join() as ranks:
+        options |= options.pop("by rank", {}).get(str(ranks.rank), {})
+        run(options.pop("folder", sys.argv[1]), ranks, **options)
+    print("done", flush=True)

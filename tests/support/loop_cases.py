@@ -1,0 +1,219 @@
+"""The sampling loop's options, each for p_sample_loop and for plain_loop: what the loop's tests go through.
+
+The models are pointwise, of products and sums alone, so that a sample's bits do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from support.plain_loop import TIMESTEPS, noise, plain_loop, rows_of
+
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox
+from ddpm_ext.tables.samplers import ddim, ddpm, repaint
+from ddpm_ext.tables.spacing import make_grid
+
+SHAPE = (4, 2, 3, 5)
+IDS = [3, 2**40, 0, 11]
+SAMPLERS = ("ddpm", "ddim", "rederived")
+CLOSE = {torch.float32: 5e-5, torch.float64: 1e-13}
+
+
+def model(x, t, x0=None, *, y=None):
+    """An output of x's shape; y: (batch,)."""
+    m = x * 0.5 - (t.to(x.dtype) / 200).reshape(-1, 1, 1, 1) * x.clamp(-1, 1)
+    m = m if x0 is None else m + x0 * 0.25
+    return m if y is None else m + y.reshape(-1, 1, 1, 1)
+
+
+def unconditional(x, t, x0=None):
+    return model(x, t) * 0.75 - 0.125
+
+
+def doubled(x, t, y=None):
+    """Both, of a batch that lies there twice."""
+    x_u, x_m = x.chunk(2)
+    t_u, t_m = t.chunk(2)
+    return torch.cat([unconditional(x_u, t_u), model(x_m, t_m, y=None if y is None else y.chunk(2)[1])])
+
+
+def once_or_twice(batch):
+    """Which of both, by how many samples there are; the labels must be as many."""
+
+    def either(x, t, y):
+        assert len(y) == len(x)
+        return model(x, t, y=y) if len(x) == batch else doubled(x, t, y)
+
+    return either
+
+
+def cond_fn(x, t, y=None):
+    gradient = (0.5 - x) * 0.25 + (t.to(x.dtype) / 400).reshape(-1, 1, 1, 1)
+    return gradient if y is None else gradient * y.reshape(-1, 1, 1, 1)
+
+
+def denoised_fn(x0):
+    return x0 * 0.75 + 0.1
+
+
+def with_variance(name):
+    def both(x, t):
+        v = {"learned_range": (x * 0.75).clamp(-1, 1), "learned": x * 0.25 - 4.0, "learned_variance": x * x * 0.01}
+        return torch.cat([model(x, t), v[name]], 1)
+
+    return both
+
+
+def given(number, part, device, dtype, shape=SHAPE):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    return x[part].to(dtype).to(device)
+
+
+def half_known(part, device, dtype, soft=False):
+    mask = (given(8, part, "cpu", torch.float64) > 0).to(dtype)
+    return (mask * 0.75 if soft else mask).to(device)
+
+
+PART = slice(None)
+TRUTH = ("cpu", torch.float64)
+
+
+def inpaint(soft=False, **jumps):
+    def loop(*where):
+        return {"inpaint": Inpaint(given(7, *where), half_known(*where, soft=soft), **jumps)}
+
+    def plain(part):
+        return {"known": given(7, part, *TRUTH), "mask": half_known(part, *TRUTH, soft=soft)}
+
+    return loop, plain
+
+
+def labels(*where):
+    return given(5, *where, shape=SHAPE[:1])
+
+
+def twice(*where):
+    """Labels for both halves; the first half's are of no use."""
+    y = labels(*where)
+    return torch.cat([y * float("nan"), y])
+
+
+def constant(**options):
+    return lambda *_: options
+
+
+# name: what makes p_sample_loop's options of (part of the batch, device, dtype), and plain_loop's of the part
+CASES = {
+    "plain": (constant(), constant()),
+    "no clip": (constant(clip_denoised=False), constant(clip=None)),
+    "clip range": (constant(clip_denoised=(-0.5, 0.25)), constant(clip=(-0.5, 0.25))),
+    "x0": (constant(x0=True), constant()),
+    "guidance": (
+        constant(guidance=Guidance(2.5, unconditional)),
+        constant(scale=2.5, unconditional=unconditional),
+    ),
+    "guidance doubled": (
+        constant(guidance=2.5, model=doubled),
+        constant(scale=2.5, unconditional=unconditional),
+    ),
+    "guidance interval": (
+        constant(guidance=Guidance(2.5, unconditional, interval=(9, 61))),
+        constant(scale=2.5, unconditional=unconditional, interval=(9, 61)),
+    ),
+    "guidance rescale": (
+        constant(guidance=Guidance(3.0, unconditional, rescale=0.7)),
+        constant(scale=3.0, unconditional=unconditional, rescale=0.7),
+    ),
+    "cond_fn": (constant(cond_fn=cond_fn), constant(cond_fn=cond_fn)),
+    "denoised_fn": (constant(denoised_fn=denoised_fn), constant(denoised_fn=denoised_fn)),
+    "threshold": (
+        constant(clip_denoised=DynamicThreshold(0.8)),
+        constant(quantile=0.8),
+    ),
+    "threshold maximum": (
+        constant(clip_denoised=DynamicThreshold(0.95, maximum=1.25)),
+        constant(quantile=0.95, maximum=1.25),
+    ),
+    "inpaint": inpaint(),
+    "inpaint soft": inpaint(soft=True),
+    "inpaint jumps": inpaint(jump_length=2, jump_n_sample=3),
+    "self_condition": (constant(self_condition=True), constant(self_condition=True)),
+    "self_condition guidance": (
+        constant(self_condition=True, guidance=Guidance(2.5, unconditional)),
+        constant(self_condition=True, scale=2.5, unconditional=unconditional),
+    ),
+    "model_kwargs": (
+        lambda *where: {"model_kwargs": {"y": labels(*where)}},
+        lambda part: {"model": lambda x, t: model(x, t, y=labels(part, *TRUTH))},
+    ),
+    "model_kwargs doubled": (
+        lambda *where: {
+            "model": once_or_twice(len(labels(*where))),
+            "guidance": Guidance(2.5, interval=(9, 61)),
+            "model_kwargs": {"y": twice(*where)},
+            "cond_fn": cond_fn,
+        },
+        lambda part: {
+            "model": lambda x, t: model(x, t, y=labels(part, *TRUTH)),
+            "cond_fn": lambda x, t: cond_fn(x, t, labels(part, *TRUTH)),
+            **{"scale": 2.5, "unconditional": unconditional, "interval": (9, 61)},
+        },
+    ),
+    "everything": (
+        lambda *where: {
+            "guidance": Guidance(2.5, unconditional, rescale=0.5, interval=(3, 80)),
+            "clip_denoised": DynamicThreshold(0.9),
+            "model_kwargs": {},
+            **{"cond_fn": cond_fn, "denoised_fn": denoised_fn, "self_condition": True, "x0": True},
+            **inpaint(jump_length=3, jump_n_sample=2)[0](*where),
+        },
+        lambda part: {
+            **{"scale": 2.5, "unconditional": unconditional, "rescale": 0.5, "interval": (3, 80), "quantile": 0.9},
+            **{"cond_fn": cond_fn, "denoised_fn": denoised_fn, "self_condition": True},
+            **inpaint()[1](part),
+        },
+    ),
+}
+
+
+def sampler_options(gd, sampler):
+    """By name, but for a ddim that rederives its eps: by a table."""
+    if sampler == "rederived":
+        grid = make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas)
+        return {"sampler": ddim(grid, prediction=gd.prediction, eta=0.5, keep_eps=False)}
+    return {"sampler": sampler, "timesteps": list(TIMESTEPS), "eta": 0.5 if sampler == "ddim" else None}
+
+
+def ours(gd, case, sampler="ddpm", *, part=PART, device="cpu", dtype=torch.float32, **others):
+    """p_sample_loop's arguments."""
+    options = {"model": model, **CASES[case][0](part, device, dtype), **others}
+    ids = torch.tensor(IDS, device=device)[part]
+    return {
+        "shape": (len(ids), *SHAPE[1:]),
+        **sampler_options(gd, sampler),
+        **{"rng": Philox(1, ids), "progress": False, "device": device, "dtype": dtype},
+        **options,
+    }
+
+
+def truth(gd, case, sampler="ddpm", *, start=None, rows=None, **others):
+    """x and x0 after each step, float64 on the CPU."""
+    options = {"model": model, "prediction": gd.prediction, "variance": gd.variance, **CASES[case][1](PART), **others}
+    levels = gd.alphas_cumprod
+    if rows is None:
+        rows = rows_of(levels)
+        jumps = CASES[case][0](PART, *TRUTH).get("inpaint")
+        if jumps is not None and jumps.jump_n_sample > 1:
+            table = ddpm(make_grid(levels, list(TIMESTEPS)))
+            table = repaint(table, jump_length=jumps.jump_length, jump_n_sample=jumps.jump_n_sample)
+            rows = list(table)  # their timesteps, draws and levels; test_repaint.py has proven them
+    x = noise(SHAPE, IDS, 0, stream=1) if start is None else start
+    eta = 0.5 if sampler != "ddpm" else 0.0
+    return list(plain_loop(levels, rows, x, options.pop("model"), ids=IDS, sampler=sampler, eta=eta, **options))
+
+
+def make_diffusion(**options):
+    return GaussianDiffusion(100, "linear", **options)
+
+
+def interpolation(part, device, dtype, **options):
+    return Interpolation(given(1, part, device, dtype), given(2, part, device, dtype), **options)

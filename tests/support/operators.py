@@ -1,0 +1,114 @@
+"""Operators' arguments chosen at random, and how near a result must come to the float64 truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from support.choices import Choose
+from support.devices import moved
+
+from ddpm_ext import Philox, reference
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# of the samples, and of the model's output (or the second tensor of predict_start and posterior_mean)
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
+# The result's own rounding: half a unit in the last place, relative, and half the smallest subnormal number.
+HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
+# Float32 arithmetic before that, in roundings of the sum of the terms' sizes. Measured worst of 9,000
+# examples: fused 1.13, reference 1.18; the margin is 1.7.
+ROUNDINGS = 2
+NOISE_ERROR = 2e-6  # of drawn noise, the contract's: see test_noise.py
+CPU = torch.device("cpu")
+CLIPS = [None, (-1.0, 1.0), (-0.25, 1.5), (0.5, 0.5)]
+
+
+def host(x: torch.Tensor) -> np.ndarray:
+    """In float64."""
+    return x.double().cpu().numpy()
+
+
+def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndarray | float = 0.0) -> None:
+    """That `got` is the sum of float64 `terms`; each drawn normal among them was multiplied by noise_scale."""
+    truth, size = sum(terms), sum(map(np.abs, terms))
+    relative, least = HALF_ULP[got.dtype]
+    before = ROUNDINGS * 2.0**-24 * size + noise_scale * NOISE_ERROR
+    error = np.abs(host(got) - truth)
+    assert (error <= before + relative * (np.abs(truth) + before) + least).all(), error.max()
+
+
+def each(t: int | torch.Tensor, batch: int) -> np.ndarray:
+    """Every sample's t."""
+    return np.broadcast_to(t.cpu().numpy() if isinstance(t, torch.Tensor) else t, batch).copy()
+
+
+def columns(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> list[np.ndarray]:
+    """Of each sample's row, in float64, (batch, 1, ...)."""
+    rows = host(table)[each(t, len(x))]
+    return [column.reshape(-1, *[1] * (x.ndim - 1)) for column in rows.T]
+
+
+class Inputs:
+    """An operator's arguments, chosen."""
+
+    def __init__(self, choose: Choose, rows: int, device: torch.device) -> None:
+        self.choose, self.rows, self.device = choose, rows, device
+        self.x_dtype, self.y_dtype = choose.one_of(DTYPES, "dtypes")
+        inner = choose.several(lambda: choose.integer(0, 5), 0, 3, "inner")
+        # the ends of the kernels' vectors, runs and buffers
+        last = choose.several(lambda: choose.one_of([0, 1, 3, 4, 5, 63, 64, 65, 513]), 0, 1, "last")
+        self.batch = choose.integer(0, 4, "batch")
+        self.shape = (self.batch, *inner, *last)
+        self.generator = torch.Generator().manual_seed(choose.integer(0, 99, "values"))
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """Random numbers in some memory layout."""
+        shape = self.shape
+        x = torch.randn(shape, generator=self.generator).to(self.device)
+        kind = self.choose.one_of(["contiguous", "permuted", "sliced", "offset", "expanded"], "memory")
+        if kind == "permuted":
+            order = self.choose.order(len(shape), "order")
+            return x.permute(order).to(dtype).contiguous().permute(np.argsort(order).tolist())
+        if kind == "sliced":
+            return torch.stack([x, x + 1], -1).to(dtype)[..., 0]
+        if kind == "offset":
+            return torch.cat([x.new_zeros(1), x.flatten()]).to(dtype)[1:].view(shape)
+        if kind == "expanded" and 0 not in shape:
+            axis = self.choose.integer(0, len(shape) - 1, "axis")
+            return x.narrow(axis, 0, 1).to(dtype).expand(shape)
+        return x.to(dtype)
+
+    def row(self) -> int:
+        return self.choose.integer(0, self.rows - 1, "row")
+
+    def t(self) -> int | torch.Tensor:
+        kind = self.choose.one_of(["int", "tensor", "expanded", "strided"], "t")
+        if kind == "int":
+            return self.row()
+        if kind == "expanded":
+            return torch.tensor([self.row()], device=self.device).expand(self.batch)
+        values = torch.tensor([self.row() for _ in range(self.batch)], dtype=torch.int64, device=self.device)
+        return torch.stack([values, values - 1], 1)[:, 0] if kind == "strided" else values
+
+    def philox(self) -> Philox:
+        choose = self.choose
+        ids: int | torch.Tensor = choose.integer(0, 2**56 - 1 - self.batch, "id")
+        if choose.one_of([False, True], "ids"):
+            ids = (torch.arange(self.batch, device=self.device) * 0x9E3779B97F4A7C + ids) % 2**56
+        draw = choose.integer(0, 2**32 - 1, "draw") if choose.one_of([False, True], "own draw") else None
+        stream = choose.integer(0, 255, "stream") if choose.one_of([False, True], "own stream") else None
+        return Philox(choose.integer(0, 2**64 - 1, "seed"), ids, draw=draw, stream=stream)
+
+    def noise(self, draws: np.ndarray, stream: int) -> tuple[np.ndarray | None, dict, bool]:
+        """The normals in float64, how to ask for them, and whether they are drawn: by the operator's own draws and
+        stream unless the rng has its own."""
+        kind = self.choose.one_of(["none", "given", "drawn"], "noise")
+        if kind == "none":
+            return None, {"add_noise": False}, False
+        if kind == "given":
+            noise = self.tensor(self.x_dtype)
+            return host(noise), {"noise": noise}, False
+        rng = self.philox()
+        draw = torch.from_numpy(draws) if rng.draw is None else rng.draw
+        stream = stream if rng.stream is None else rng.stream
+        z = reference.randn(self.shape, moved(rng, CPU), draw=draw, stream=stream, dtype=torch.float64)
+        return z.numpy(), {"rng": rng}, True

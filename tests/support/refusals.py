@@ -1,0 +1,72 @@
+"""Good arguments for each method, and a check that a bad one is refused as it should be: see test_bad_input.py."""
+
+import re
+
+import pytest
+import torch
+from support.devices import moved
+
+from ddpm_ext import GaussianDiffusion
+
+SHAPE = (3, 2, 4)
+TIMESTEPS = 50
+CPU, META = torch.device("cpu"), torch.device("meta")
+backends = pytest.mark.parametrize("backend", ["fused", "reference"])
+
+
+def ones(*shape, **options):
+    return torch.ones(shape or SHAPE, **options)
+
+
+def steps(*values, **options):
+    return torch.tensor(values, **options)
+
+
+GOOD_T = [0, 20, 49]
+
+
+class Model:
+    """Gives `output` and counts its calls."""
+
+    def __init__(self, output=None):
+        self.output, self.calls = output, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return x * 0.5 if self.output is None else self.output
+
+
+def call(method, backend, device, /, **changes):
+    """`method` with good arguments but for `changes`."""
+    gd = GaussianDiffusion(TIMESTEPS, backend=backend)
+    model = Model()
+    arguments = {
+        "q_sample": {"x_start": ones(), "t": steps(*GOOD_T)},
+        "q_mean_variance": {"x_start": ones(), "t": steps(*GOOD_T)},
+        "q_posterior_mean_variance": {"x_start": ones(), "x_t": ones(), "t": steps(*GOOD_T)},
+        "predict_start_from_noise": {"x_t": ones(), "t": steps(*GOOD_T), "noise": ones()},
+        "p_mean_variance": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
+        "p_sample": {"model": model, "x_t": ones(), "t": steps(*GOOD_T)},
+        "train_losses": {"model": model, "x_start": ones(), "t": steps(*GOOD_T)},
+        "p_sample_loop": {"model": model, "shape": SHAPE, "steps": 2, "progress": False, "device": device},
+        "sample": {"model": model, "image_size": 4, "batch_size": 2, "steps": 2, "progress": False, "device": device},
+    }[method]
+    return gd, model, moved({**arguments, **changes}, device)
+
+
+def refuse(method, backend, device, error, words, /, **changes):
+    """All of `words` (patterns) occur in the message; DEVICE stands for the device."""
+    gd, model, arguments = call(method, backend, device, **changes)
+    tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
+    copies = {k: v.clone() for k, v in tensors.items()}
+    with pytest.raises(error) as info:
+        getattr(gd, method)(**arguments)
+    assert type(info.value) in (TypeError, ValueError)
+    message = str(info.value)
+    for word in words:
+        word = word.replace("DEVICE", str(device))
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+    assert "expected" in message
+    assert "\n" not in message
+    assert model.calls == 0
+    assert all(torch.equal(tensors[k], copies[k]) for k in tensors)

@@ -1,0 +1,39 @@
+"""Rows of numbers to make a StepTable of, and the bits of a table's."""
+
+import math
+import struct
+
+from ddpm_ext import StepTable
+from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, StepRow
+
+SMALL = {"timestep": [2, 1, 0], "a": [1, 2, 3], "b": [0.5] * 3, "c0": [1, 0, 1], "c1": [0, 1, 0]}
+
+
+def any_float(choose):
+    """Any finite float64: by its bits."""
+    (value,) = struct.unpack("<d", struct.pack("<q", choose.integer(-(2**63), 2**63 - 1)))
+    return value if math.isfinite(value) else choose.one_of([0.0, -0.0, 0.1, 5e-324, -1.7976931348623157e308])
+
+
+def any_rows(choose, most=14):
+    """Rows of Python numbers, their timesteps all integers or all floats."""
+    step = choose.one_of([lambda: choose.integer(-(2**63), 2**63 - 1), lambda: any_float(choose)])
+    rows = []
+    for _ in range(choose.integer(1, most)):
+        factors = {name: any_float(choose) for name in (*FACTORS, *ADDED)}
+        levels = {name: choose.one_of([0.0, 1.0, 0.1, 5e-324, 1 - 2**-53]) for name in ("now", "after")}
+        rows.append(StepRow(timestep=step(), draw=choose.integer(0, 2**32 - 1), **{**factors, **levels}))
+    return rows
+
+
+def of(rows):
+    return StepTable(**dict(zip(COLUMNS, zip(*rows, strict=True), strict=True)))
+
+
+def bits(rows):
+    """What tells 0.0 from -0.0, and 1 from 1.0."""
+    return [[struct.pack("<d", value) if isinstance(value, float) else value for value in row] for row in rows]
+
+
+def changed(**columns):
+    return StepTable(**{**SMALL, **columns})

@@ -1,0 +1,148 @@
+"""repaint: the order of RePaint's steps, and distributions that no jump may change."""
+
+from collections import Counter
+
+import pytest
+import torch
+from support.choices import for_many
+from support.gaussian import SIGMA, marginal, moments
+
+from ddpm_ext import Philox, StepTable, ops, randn
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm, repaint
+from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+
+BETAS = make_betas("linear", 1000)
+LEVELS = (1 - BETAS).cumprod(0)
+
+
+def make_table(rows, **options):
+    return ddpm(make_grid(LEVELS, spaced_timesteps(1000, rows), betas=BETAS), **options)
+
+
+def visited(rows, length, passes):
+    """The times of RePaint, one level at a time: how many rows are yet to come after the next one, -1 at the end.
+
+    Lugmayr et al. 2022: from each time that is a multiple of `length` (and has as many above it), up and down again.
+    """
+    highest = max(range(0, rows - length, length), default=0)
+    times = [*range(rows - 1, highest - 1, -1)]
+    for turn in range(highest, -1, -length):
+        if turn + length < rows:
+            times += [*range(turn + 1, turn + length + 1), *range(turn + length - 1, turn - 1, -1)] * (passes - 1)
+        times += range(turn - 1, max(turn - length, 0) - 1, -1)
+    return [*times, -1]
+
+
+def is_jump(row):
+    return row.now > row.after
+
+
+@for_many(60)
+def test_order_is_repaints(choose):
+    rows, length, passes = choose.integer(1, 40), choose.integer(1, 12), choose.integer(1, 4)
+    table = make_table(rows)
+    repainted = repaint(table, jump_length=length, jump_n_sample=passes)
+    times = [rows - 1]
+    for row in repainted:
+        at = rows - 1 - table.timestep.tolist().index(row.timestep)
+        assert at == times[-1]
+        if is_jump(row):
+            times += range(at + 1, at + length + 1)
+        else:
+            assert row._replace(draw=0) == table[rows - 1 - at]._replace(draw=0)
+            times.append(at - 1)
+    assert times == visited(rows, length, passes)
+    assert len(set(repainted.draw.tolist())) == len(repainted)
+
+
+def test_the_papers_setting():
+    """250 steps, 10 back, 10 times: each step is taken 10 times but for the last, and the first 9 or so."""
+    table = make_table(250)
+    repainted = repaint(table)
+    taken = Counter(row.timestep for row in repainted if not is_jump(row))
+    assert [taken[t] for t in table.timestep.tolist()] == [1] * 9 + [10] * 240 + [1]
+    assert sum(map(is_jump, repainted)) == 24 * 9
+    assert len(repainted) == 250 + 24 * 9 * 11
+
+
+@for_many(30)
+def test_jump_is_the_forward_process(choose):
+    rows, length = choose.integer(3, 30), choose.integer(1, 5)
+    table = repaint(make_table(rows, variance="learned_range"), jump_length=length, jump_n_sample=2)
+    assert table.now[1:].tolist() == table.after[:-1].tolist()
+    for row in filter(is_jump, table):
+        assert row.a == row.b == row.c0 == row.c2 == row.c3 == row.l0 == row.l1 == row.g0 == row.g1 == 0
+        assert row.c1**2 == pytest.approx(row.after / row.now, rel=1e-14)
+        assert row.c1**2 + row.s**2 == pytest.approx(1, rel=1e-14)
+
+
+def test_jump_in_the_kernel(device):
+    """A step of q(x_t | x_s), whatever the model says."""
+    table = repaint(make_table(20), jump_length=4, jump_n_sample=2)
+    i = next(i for i, row in enumerate(table) if is_jump(row))
+    row = table[i]
+    x, z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).to(device)
+    found = ops.reverse_step(x, torch.full_like(x, 5.0), table.packed(device), i, noise=z)
+    expected = (row.after / row.now) ** 0.5 * x.double() + (1 - row.after / row.now) ** 0.5 * z.double()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-7)
+    drawn = ops.reverse_step(0 * x, x, table.packed(device), i, rng=Philox(3))
+    torch.testing.assert_close(drawn, row.s * randn((3, 7), Philox(3), draw=row.draw, device=device))
+
+
+def exact_table(rows):
+    """ddpm's with the variance that normal data of spread SIGMA have, so that each row's distribution is exact."""
+    table = make_table(rows)
+    columns = {name: getattr(table, name) for name in ("timestep", "a", "b", "c0", "c1", "now", "after")}
+    of_x0 = SIGMA**2 * (1 - table.now) / marginal(table.now)[1]  # the variance of x0, given x_t
+    posterior = (1 - table.after) * (1 - table.now / table.after) / (1 - table.now)
+    return StepTable(**columns, s=(posterior + table.c0**2 * of_x0).sqrt())
+
+
+@pytest.mark.parametrize("length, passes", [(1, 2), (3, 4), (10, 10)])
+@pytest.mark.parametrize("spread", [0.0, SIGMA])
+def test_distribution_stays(spread, length, passes):
+    """At each level that a loop comes to, it is that level's own, however often it has been there.
+
+    Of data without any spread, ddpm's own rows are exact.
+    """
+    table = exact_table(40) if spread else make_table(40)
+    levels = dict(zip(table.timestep.tolist(), table.now.tolist(), strict=True))
+    repainted = repaint(table, jump_length=length, jump_n_sample=passes)
+    start = marginal(table.now[0].item(), spread)
+    reached = moments(repainted, levels, *start, sigma=spread)
+    for row, found in zip(repainted, reached, strict=True):
+        if row.after == 1 and not spread:
+            assert found == pytest.approx((0.4, 0.0), abs=1e-11)
+        else:
+            assert found == pytest.approx(marginal(row.after, spread), rel=1e-9)
+
+
+def test_other_tables():
+    """Any that goes down; its columns stay where they are, and jump_n_sample 1 changes none."""
+    table = ddim(make_grid(LEVELS, spaced_timesteps(1000, 12)), eta=0.5)
+    assert repaint(table, jump_n_sample=1) == table
+    before = [*table]
+    jumping = repaint(table, jump_length=5, jump_n_sample=3)
+    assert [*table] == before
+    assert len(jumping) == 12 + 2 * 2 * 6
+
+
+@pytest.mark.parametrize(
+    "table, options, error, message",
+    [
+        ([1], {}, TypeError, "table is a list, expected a StepTable"),
+        (make_table(5), {"jump_length": 0}, ValueError, "jump_length is 0, expected 1 <= jump_length"),
+        (make_table(5), {"jump_length": 1.0}, TypeError, "jump_length is 1.0, expected an int"),
+        (make_table(5), {"jump_n_sample": 0}, ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
+        (make_table(5), {"jump_n_sample": True}, TypeError, "jump_n_sample is True, expected an int"),
+        (make_table(5)[::-1], {}, ValueError, "table does not descend, expected now < after"),
+        (make_table(5)[::2], {}, ValueError, "table does not descend, .* each to start where one ended"),
+        (StepTable([1, 0], *[[0, 0]] * 4), {}, ValueError, "table does not descend"),
+        (SAMPLERS["dpmpp_2m"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, r"table has history \(c3\)"),
+        (SAMPLERS["heun"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, r"table has history \(c3\)"),
+    ],
+)
+def test_refused(table, options, error, message):
+    with pytest.raises(error, match=message):
+        repaint(table, **options)

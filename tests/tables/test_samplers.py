@@ -1,0 +1,278 @@
+"""samplers: rows against Bayes' rule and the samplers' formulas, in float64."""
+
+import pytest
+import torch
+from support.choices import for_many
+from support.tutorial import Tutorial
+
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, ddim, ddim_inverse, ddpm, euler, euler_ancestral
+from ddpm_ext.tables.schedules import SCHEDULES, make_betas
+from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
+
+PREDICTIONS = ("eps", "x0", "v")
+
+
+def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def schedule(name, timesteps=1000):
+    betas = make_betas(name, timesteps)
+    return betas, (1 - betas).cumprod(0)
+
+
+def bayes(alpha, kept_before):
+    """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), and its variance, by completing the square.
+
+    x_prev | x0 ~ N(sqrt(kept_before) x0, 1 - kept_before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
+    """
+    if kept_before == 1:
+        return 1.0, 0.0, 0.0
+    precision = 1 / (1 - kept_before) + alpha / (1 - alpha)
+    return kept_before**0.5 / (1 - kept_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
+
+
+def apply(table, x, m, z, clip=True, h=0.0):
+    """One step by each row."""
+    x0 = table.a * x + table.b * m
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return table.c0 * x0 + table.c1 * x + table.c2 * m + table.c3 * h + table.s * z
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddpm_is_the_tutorials_posterior(name, prediction):
+    betas, kept = schedule(name)
+    truth = Tutorial(betas, prediction)
+    descending = torch.arange(999, -1, -1)
+    for variance in ("fixed_small", "fixed_large"):
+        table = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction, variance=variance)
+        assert torch.equal(table.timestep, descending)
+        close(table.c0, truth.posterior_mean_coef1[descending])
+        close(table.c1, truth.posterior_mean_coef2[descending])
+        assert (table.c2 == 0).all()
+        s = truth.posterior_variance if variance == "fixed_small" else truth.betas
+        close(table.s[:-1], s[descending][:-1].sqrt())
+        assert table.s[-1] == 0
+    x, m = torch.randn(2, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    close(table.a * x + table.b * m, truth.predict_start(x, descending, m), atol=2e-13)
+
+
+@for_many(30)
+def test_ddpm_over_a_subset_merges_steps(choose):
+    name, variance = choose.one_of(sorted(SCHEDULES)), choose.one_of(["fixed_small", "fixed_large"])
+    betas, kept = schedule(name, 50)
+    descending = sorted(set(choose.several(lambda: choose.integer(0, 49), 1, 50)), reverse=True)
+    table = ddpm(make_grid(kept, descending, betas=betas), variance=variance)
+    for i, (t, below) in enumerate(zip(descending, [*descending[1:], -1], strict=True)):
+        alpha = (1 - betas[below + 1 : t + 1]).prod().item()
+        c0, c1, small = bayes(alpha, kept[below].item() if below >= 0 else 1.0)
+        assert table.c0[i].item() == pytest.approx(c0, rel=1e-9)
+        assert table.c1[i].item() == pytest.approx(c1, rel=1e-9)
+        assert table.s[i].item() ** 2 == pytest.approx(
+            0 if below < 0 else small if variance == "fixed_small" else 1 - alpha, rel=1e-9
+        )
+
+
+def ddim_step(x, m, z, now, before, prediction, eta, clip):
+    """Song et al. 2021, eq. (12) and (16), with the model's own eps."""
+    root, coroot = now**0.5, (1 - now) ** 0.5
+    if prediction == "eps":
+        eps, x0 = m, (x - coroot * m) / root
+    elif prediction == "x0":
+        eps, x0 = (x - root * m) / coroot, m
+    else:
+        eps, x0 = coroot * x + root * m, root * x - coroot * m
+    if clip:
+        x0 = max(-1.0, min(1.0, x0))
+    sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+    return before**0.5 * x0 + max(0.0, 1 - before - sigma**2) ** 0.5 * eps + sigma * z
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_is_the_formula(prediction, eta, clip):
+    for name, steps in (("linear", 1000), ("cosine", 37), ("scaled_linear", 1)):
+        _, kept = schedule(name)
+        timestep = spaced_timesteps(1000, steps)
+        table = ddim(make_grid(kept, timestep), prediction=prediction, eta=eta)
+        x, m, z = torch.randn(3, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        now = kept[timestep].tolist()
+        expected = [
+            ddim_step(*values, prediction, eta, clip)
+            for values in zip(x.tolist(), m.tolist(), z.tolist(), now, [*now[1:], 1.0], strict=True)
+        ]
+        close(apply(table, x, m, z, clip), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-10)
+        if eta == 0:
+            assert (table.s == 0).all()
+
+
+def test_ddim_keeps_the_models_eps_after_the_clip():
+    """guided-diffusion derives it anew from the clipped x0; the tutorial's row must not."""
+    _, kept = schedule("linear")
+    table = ddim(make_grid(kept, [900, 500, 0]))
+    x, m = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    now, before = kept[900], kept[500]
+    anew = (x - now.sqrt()) / (1 - now).sqrt()  # x0 is clipped to 1
+    stepped = apply(table, x, m, 0)[0]
+    close(stepped, before.sqrt() + (1 - before).sqrt() * m)
+    assert (stepped - (before.sqrt() + (1 - before).sqrt() * anew)).abs() > 1
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddim_with_eta_1_is_ddpm(name, prediction):
+    betas, kept = schedule(name)
+    descending = torch.arange(999, -1, -1)
+    ancestral = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction)
+    implicit = ddim(make_grid(kept, descending), prediction=prediction, eta=1.0)
+    x, m = torch.randn(2, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    # Both sums cancel where alphas_cumprod is near 0 (a reaches 1e4 with cosine), so relative to the terms.
+    scale = ancestral.c0 * ((ancestral.a * x).abs() + (ancestral.b * m).abs()) + 1
+    assert (
+        (apply(implicit, x, m, 0, clip=False) - apply(ancestral, x, m, 0, clip=False)).abs() / scale
+    ).max() < 2e-12  # measured 5.2e-13, factor 4
+    close(implicit.s, ancestral.s, atol=1e-14)  # measured 2.7e-15, factor 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_alphas_cumprod_zero(sampler):
+    betas = make_betas(torch.tensor([0.1, 0.2, 1.0]), 3)
+    kept = (1 - betas).cumprod(0)
+    descending = torch.tensor([2, 1, 0])
+    for prediction in PREDICTIONS:
+        table = SAMPLERS[sampler](make_grid(kept, descending, betas=betas), prediction=prediction)
+        assert table.now[0] == table.g0[0] == 0
+        first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
+        assert (table.a[0], table.b[0]) == first
+        assert table.packed_extended("cpu").isfinite().all()  # the columns in float64 are, or there were no table
+    table = ddpm(make_grid(kept, descending, betas=betas))
+    x, m = torch.tensor([0.5, -0.25, 1e-3]).double(), torch.tensor([0.25, 0.5, 2e-3]).double()
+    assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
+
+
+def sigmas(grid):
+    """Of noise beside a signal of scale 1, where each step starts and arrives."""
+    return (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
+
+
+def grids():
+    _, kept = schedule("scaled_linear")
+    return [
+        make_grid(kept, spaced_timesteps(1000, 25)),
+        make_grid(kept, spaced_timesteps(1000, 10, "trailing"), final=kept[0].item()),
+        karras_grid(kept, 12),
+    ]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_euler_is_eulers_method_in_sigma(grid, prediction, clip):
+    """On x / sqrt(alphas_cumprod), the derivative by sigma is (x - x0) / sigma: Karras et al. 2022, eq. (4) and (5)."""
+    table = euler(grid, prediction=prediction)
+    x, m = torch.randn(2, len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sigma, after = sigmas(grid)
+    x0 = table.a * x + table.b * m
+    x0 = x0.clamp(-1, 1) if clip else x0
+    outer = x / grid.now.sqrt()
+    expected = (outer + (after - sigma) * (outer - x0) / sigma) * grid.after.sqrt()
+    close(apply(table, x, m, 0, clip), expected, rtol=1e-11, atol=1e-11)
+    assert (table.s == 0).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 40.0])
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_euler_ancestral_is_k_diffusions(grid, eta):
+    table = euler_ancestral(grid, eta=eta)
+    x, m, z = torch.randn(3, len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    sigma, after = sigmas(grid)
+    up = torch.minimum(after, eta * (after**2 * (sigma**2 - after**2) / sigma**2).sqrt())
+    down = (after**2 - up**2).clamp(min=0).sqrt()
+    x0 = (table.a * x + table.b * m).clamp(-1, 1)
+    outer = x / grid.now.sqrt()
+    expected = (outer + (down - sigma) * (outer - x0) / sigma + up * z) * grid.after.sqrt()
+    # a difference of numbers near 1 under a root, where one step down takes nearly all the noise
+    close(apply(table, x, m, z), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("keep_eps", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_inverts(prediction, keep_eps):
+    """Up with one prediction and down again with what it says at the other end: x, to float64."""
+    _, kept = schedule("linear")
+    up = ddim_inverse(make_grid(kept, [200], final=kept[300].item()), prediction=prediction, keep_eps=keep_eps)
+    down = ddim(make_grid(kept, [300], final=kept[200].item()), keep_eps=keep_eps)
+    assert torch.equal(up.s, torch.zeros(1, dtype=torch.float64))
+    x, m = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    eps = (x - kept[200].sqrt() * (up.a * x + up.b * m)) / (1 - kept[200]).sqrt()
+    noisier = apply(up, x, m, 0, clip=False)
+    close(apply(down, noisier, eps, 0, clip=False), x, rtol=1e-12, atol=1e-12)
+
+
+def test_inversion_wants_an_ascent():
+    _, kept = schedule("linear")
+    with pytest.raises(ValueError, match="grid does not ascend"):
+        ddim_inverse(make_grid(kept, [300, 200]))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_predictions_agree(name, grid):
+    """A model that knows x0 and the noise may tell either, or v, or the posterior's mean."""
+    tables = {p: SAMPLERS[name](grid, prediction=p) for p in (*PREDICTIONS, "x_prev")}
+    at = torch.tensor([grid.timestep.tolist().index(t) for t in tables["eps"].timestep.tolist()])
+    x0, eps = torch.rand(2, len(at), dtype=torch.float64, generator=torch.Generator().manual_seed(6)) - 0.5
+    root, coroot = grid.now[at].sqrt(), (1 - grid.now[at]).sqrt()
+    x = root * x0 + coroot * eps
+    weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
+    of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
+    told = {
+        "eps": eps,
+        "x0": x0,
+        "v": root * eps - coroot * x0,
+        "x_prev": of_x0 * x0 + of_x * x,
+    }
+    results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in told.items()]
+    for other in results[1:]:
+        close(other, results[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_rows_say_where_they_start_and_arrive(name, grid):
+    """A row starts from its timestep's level; it arrives at the next one's, and the last at the grid's end."""
+    table = SAMPLERS[name](grid)
+    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
+    now = [levels[t] for t in table.timestep.tolist()]
+    assert table.timestep.dtype == grid.timestep.dtype
+    assert table.now.tolist() == now
+    assert table.after.tolist() == [*now[1:], grid.after[-1].item()]
+    assert len(set(table.draw.tolist())) == len(table)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_names_that_are_none(name):
+    _, kept = schedule("linear")
+    grid = make_grid(kept, [999, 0])
+    with pytest.raises(ValueError, match="prediction is 'noise', expected 'eps' or 'x0' or 'v' or 'x_prev'"):
+        SAMPLERS[name](grid, prediction="noise")
+
+
+BAD_ETAS = [(-1, ValueError), (float("nan"), ValueError), (True, TypeError), ("1", TypeError)]
+
+
+@pytest.mark.parametrize("eta, error", BAD_ETAS)
+def test_bad_eta(eta, error):
+    _, kept = schedule("linear")
+    for sampler in (SAMPLERS[name] for name in WITH_ETA):
+        with pytest.raises(error, match="eta is"):
+            sampler(make_grid(kept, [999, 0]), eta=eta)
+
+
+def test_up_is_not_by_the_mean_of_a_step_down():
+    levels = torch.linspace(0.99, 0.02, 100, dtype=torch.float64)
+    grid = make_grid(levels, torch.arange(99), final=0.01)
+    with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):
+        ddim_inverse(grid, prediction="x_prev")

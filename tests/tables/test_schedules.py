@@ -1,0 +1,168 @@
+"""schedules: betas against formulas of their papers, evaluated by numpy."""
+
+import numpy as np
+import pytest
+import torch
+from support.choices import for_many
+from support.tutorial import linear_betas
+
+from ddpm_ext.tables.schedules import SCHEDULES, make_betas, rescale_zero_terminal_snr
+
+LENGTHS = (20, 50, 1000)
+
+
+def check_betas(betas, expected, rtol):
+    assert betas.dtype == torch.float64
+    assert betas.device.type == "cpu"
+    np.testing.assert_allclose(betas.numpy(), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("timesteps", LENGTHS)
+def test_linear(timesteps):
+    check_betas(make_betas("linear", timesteps), linear_betas(timesteps).numpy(), 2e-15)  # measured 3.2e-16, factor 6
+
+
+@pytest.mark.parametrize("timesteps", LENGTHS)
+def test_scaled_linear(timesteps):
+    i = np.arange(timesteps) / (timesteps - 1)
+    expected = ((1 - i) * 0.00085**0.5 + i * 0.012**0.5) ** 2
+    check_betas(make_betas("scaled_linear", timesteps), expected, 2e-15)  # measured 6.2e-16, factor 3
+
+
+def capped(kept):
+    """Betas of alphas_cumprod at 0, 1/T, ... 1."""
+    return np.minimum(1 - kept[1:] / kept[:-1], 0.999)
+
+
+@pytest.mark.parametrize("timesteps", LENGTHS)
+def test_cosine(timesteps):
+    t = np.arange(timesteps + 1) / timesteps
+    kept = (1 + np.cos((t + 0.008) / 1.008 * np.pi)) / 2  # cos^2 of the half angle
+    betas = make_betas("cosine", timesteps)
+    check_betas(betas, capped(kept), 2e-11)  # measured 5.4e-12 ((1 + cos) / 2 near 0 loses digits), factor 4
+    assert betas[-1] == 0.999
+    check_betas((1 - betas).cumprod(0)[:-1], (kept / kept[0])[1:-1], 5e-12)  # measured 1.1e-12, factor 4
+
+
+@pytest.mark.parametrize("timesteps", LENGTHS)
+def test_sigmoid(timesteps):
+    def sigmoid(v):
+        return 1 / (1 + np.exp(-v))
+
+    t = np.arange(timesteps + 1) / timesteps
+    kept = (sigmoid(3.0) - sigmoid(-3 + 6 * t)) / (sigmoid(3.0) - sigmoid(-3.0))
+    betas = make_betas("sigmoid", timesteps)
+    check_betas(betas, capped(kept), 2e-12)  # measured 3.1e-13, factor 6
+    assert betas[-1] == 0.999
+    check_betas((1 - betas).cumprod(0)[:-1], kept[1:-1], 1e-14)  # measured 2.5e-15, factor 4
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("timesteps", [1, 20, 21, 4000])
+def test_betas_in_range(name, timesteps):
+    betas = make_betas(name, timesteps)
+    assert betas.shape == (timesteps,)
+    assert betas.min() > 0
+    assert betas.max() <= (0.999 if name in ("cosine", "sigmoid") else 1)
+    assert (betas.diff() > 0).all()
+
+
+def test_linear_needs_twenty():
+    assert make_betas("linear", 20)[-1] == 1
+    with pytest.raises(ValueError, match=r"timesteps is 19.*'linear'.*20"):
+        make_betas("linear", 19)
+
+
+@for_many(50)
+def test_given(device, choose):
+    dtype = choose.one_of([torch.float32, torch.float64])
+    values = choose.several(lambda: choose.integer(1, 2**20 - 1) / 2**20, 1, 20)
+    if choose.one_of([False, True]):
+        values[-1] = 1.0
+    given_betas = torch.tensor(values, dtype=dtype, device=device, requires_grad=True)
+    betas = make_betas(given_betas, len(values))
+    assert betas.dtype == torch.float64
+    assert betas.device.type == "cpu"
+    assert betas.tolist() == values
+    assert not betas.requires_grad
+
+
+def test_given_is_copied():
+    given_betas = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    betas = make_betas(given_betas, 2)
+    given_betas.fill_(0.5)
+    assert betas.tolist() == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    "value, index",
+    [
+        ([0.1, 0.0, 0.3], 1),
+        ([-0.1, 0.2, 0.3], 0),
+        ([0.1, 0.2, 1.5], 2),
+        ([0.1, 1.0, 0.3], 1),
+        ([0.1, float("nan"), 0.3], 1),
+        ([0.1, 0.2, float("nan")], 2),
+        ([0.1, 0.2, float("inf")], 2),
+        ([float("-inf"), 0.2, 0.3], 0),
+    ],
+)
+def test_betas_out_of_range(value, index):
+    with pytest.raises(ValueError, match=rf"betas\[{index}\] is .*expected 0 < beta"):
+        make_betas(torch.tensor(value), 3)
+
+
+@pytest.mark.parametrize(
+    "schedule, timesteps, error, message",
+    [
+        ("squared", 10, ValueError, "beta_schedule is 'squared'.*'linear'.*'cosine'"),
+        (None, 10, TypeError, "beta_schedule is a NoneType"),
+        ([0.1, 0.2], 2, TypeError, "beta_schedule is a list"),
+        (torch.tensor([1, 1]), 2, TypeError, "betas .*int64"),
+        (torch.tensor([0.1 + 0j, 0.2]), 2, TypeError, "betas .*complex"),
+        (torch.full((3,), 0.1), 2, ValueError, r"betas .*\(3,\).*\(2,\)"),
+        (torch.full((2, 1), 0.1), 2, ValueError, r"betas .*\(2, 1\).*\(2,\)"),
+        (torch.full((), 0.1), 1, ValueError, r"betas .*\(\).*\(1,\)"),
+        ("linear", 0, ValueError, "timesteps is 0"),
+        ("linear", -1, ValueError, "timesteps is -1"),
+        ("linear", 2**31, ValueError, "timesteps is 2147483648"),
+        ("linear", 100.0, TypeError, "timesteps is 100.0"),
+        ("linear", True, TypeError, "timesteps is True"),
+        ("linear", "100", TypeError, "timesteps is '100'"),
+        ("linear", None, TypeError, "timesteps is None"),
+    ],
+)
+def test_bad(schedule, timesteps, error, message):
+    with pytest.raises(error, match=message):
+        make_betas(schedule, timesteps)
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_zero_terminal_snr(name):
+    betas = make_betas(name, 1000)
+    rescaled = rescale_zero_terminal_snr(betas)
+    assert rescaled.dtype == torch.float64
+    before, after = ((1 - b).cumprod(0).sqrt() for b in (betas, rescaled))
+    assert after[-1] == 0
+    torch.testing.assert_close(after[0], before[0], rtol=1e-15, atol=0)
+    # affine in what was
+    fallen = (before[0] - before) / (before[0] - before[-1])
+    torch.testing.assert_close((before[0] - after) / before[0], fallen, rtol=1e-9, atol=1e-12)
+    assert torch.equal(make_betas(rescaled, 1000), rescaled)  # a schedule that GaussianDiffusion takes
+    utils = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
+    peer = utils.rescale_zero_terminal_snr(betas.float())
+    torch.testing.assert_close(rescaled.float(), peer, rtol=2e-3, atol=1e-6)  # theirs is in float32
+
+
+@pytest.mark.parametrize(
+    "betas, error, message",
+    [
+        ([0.1, 0.2], TypeError, "betas is a list"),
+        (torch.tensor([0.1]), ValueError, r"betas have shape \(1,\)"),
+        (torch.tensor([0.1, 1.2]), ValueError, "betas"),
+        (torch.tensor([1, 2]), TypeError, "betas have dtype torch.int64"),
+    ],
+)
+def test_zero_terminal_snr_bad(betas, error, message):
+    with pytest.raises(error, match=message):
+        rescale_zero_terminal_snr(betas)

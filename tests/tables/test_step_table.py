@@ -1,0 +1,349 @@
+"""step_table: rows that are checked, read, sliced and packed, against Python's own numbers."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from support.choices import for_many
+from support.rows import any_float, any_rows, bits, changed, of
+
+import ddpm_ext
+from ddpm_ext import Philox, StepTable, ops
+from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
+
+# ------------------------------------------------------------------------------------------------- what is taken
+
+
+@for_many(60)
+def test_numbers_stay_what_they_are(choose):
+    rows = any_rows(choose)
+    table = of(rows)
+    assert bits(table) == bits(rows)
+    assert table.timestep.dtype == (torch.float64 if isinstance(rows[0].timestep, float) else torch.int64)
+    assert table.draw.dtype == torch.int64
+    for name in (*FACTORS, *ADDED):
+        assert getattr(table, name).dtype == torch.float64
+        assert getattr(table, name).shape == (len(rows),)
+
+
+KINDS = {
+    "list": list,
+    "tuple": tuple,
+    "float32": lambda values: torch.tensor(values, dtype=torch.float32),
+    "bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
+    "integers": torch.tensor,
+    "a parameter": lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
+    "0-d tensors": lambda values: [torch.tensor(float(value)) for value in values],
+    "float16 array": lambda values: np.array(values, np.float16),
+    "long doubles": lambda values: np.array(values, np.longdouble),
+    "unsigned": lambda values: np.array(values, np.uint64),
+    "big-endian": lambda values: np.array(values, ">f8"),
+    "every other": lambda values: np.repeat(np.array(values, np.float32), 2)[::2],
+    "backwards": lambda values: np.array(values[::-1])[::-1],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_kinds_of_columns(kind):
+    table = changed(a=kind([1, 2, 3]), s=kind([3, 2, 0]))
+    for name, values in {"a": [1.0, 2.0, 3.0], "s": [3.0, 2.0, 0.0]}.items():
+        column = getattr(table, name)
+        assert column.dtype == torch.float64
+        assert column.tolist() == values
+        assert not column.requires_grad
+
+
+@pytest.mark.parametrize(
+    "draw", [[0, 1, 2], range(3), torch.arange(3, dtype=torch.int32), np.arange(3, dtype=np.uint32)]
+)
+def test_kinds_of_draws(draw):
+    assert changed(draw=draw).draw.tolist() == [0, 1, 2]
+    assert changed(draw=draw).draw.dtype == torch.int64
+
+
+def test_written_by_hand(device):
+    """What isn't given is zeros; the kernel takes such a table."""
+    table = StepTable(timestep=[9, 4], a=[2, 1], b=[-1, 0], c0=[0.5, 1], c1=[0.25, 0])
+    assert table.c2.tolist() == table.s.tolist() == [0.0, 0.0]
+    assert list(table[:1]) == [(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9, *[0.0] * len(ADDED))]
+    assert StepRow(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9) == table[0]
+    assert not table.extended
+    x, m = torch.tensor([[0.5, -0.25]], device=device), torch.tensor([[0.75, 0.5]], device=device)
+    prev = ops.reverse_step(x, m, table.packed(device), 0, rng=Philox(1))
+    assert prev.tolist() == [[0.5 * 0.25 + 0.25 * 0.5, 0.5 * -1.0 + 0.25 * -0.25]]
+
+
+def test_the_callers_tensors_stay_apart():
+    for values in (torch.ones(3, dtype=torch.float64), np.ones(3)):
+        steps = torch.tensor([2, 1, 0])
+        table = changed(timestep=steps, a=values, s=values)
+        values[:] = 7
+        steps[:] = 7
+        assert table == changed(a=[1, 1, 1], s=[1, 1, 1])
+        assert table.a.data_ptr() != table.s.data_ptr()
+    part = table[:]
+    part.a[0] = 7
+    assert table.a[0] == 1
+
+
+def test_under_modes():
+    """No mode under which a table is made or cut leaves its mark on the columns."""
+    with torch.inference_mode(), torch.device("meta"):
+        table = changed(s=torch.ones(3, device="cpu"))
+        part = table[::-1]
+    for made in (table, part):
+        for name in COLUMNS:
+            assert getattr(made, name).is_cpu
+            assert not getattr(made, name).is_inference()
+    with torch.device("meta"):
+        assert table.packed("cpu").is_cpu
+        assert table.packed_extended("cpu", guidance=[1, 2, 3]).is_cpu
+        assert part[::-1] == table == pickle.loads(pickle.dumps(table))
+
+
+@pytest.mark.parametrize(
+    "columns, error, message",
+    [
+        ({"timestep": []}, ValueError, r"timestep has shape \(0,\), expected \(rows,\) with at least 1 row"),
+        ({"timestep": 3}, ValueError, r"timestep has shape \(\), expected \(rows,\)"),
+        ({"timestep": torch.zeros(3, 1)}, ValueError, r"timestep has shape \(3, 1\)"),
+        ({"timestep": [True, False, True]}, TypeError, "timestep holds a bool"),
+        ({"timestep": torch.tensor([True] * 3)}, TypeError, "timestep holds bool, expected real numbers"),
+        ({"timestep": [math.inf, 1, 0]}, ValueError, r"timestep\[0\] is inf, expected finite"),
+        ({"timestep": np.array([1, 2**63, 3], np.uint64)}, ValueError, "timestep holds 9223372036854775808"),
+        ({"timestep": [2**32 - 1, 2**32, 0]}, ValueError, r"timestep\[1\] is 4294967296, .* give draw"),
+        ({"timestep": [1e300, 1.0, 0.0]}, ValueError, r"timestep\[0\] is 1e\+300, .* give draw"),
+        ({"timestep": [2**31, 2**31, 2**31]}, ValueError, r"timestep\[1\] .* draw noise 4294967297, .* give draw"),
+        ({"a": [1, 2]}, ValueError, r"a has shape \(2,\), expected \(3,\), one a row as timestep"),
+        ({"b": torch.zeros(3, 3)}, ValueError, r"b has shape \(3, 3\), expected \(3,\)"),
+        ({"c0": 1.0}, ValueError, r"c0 has shape \(\), expected \(3,\)"),
+        ({"c1": [[1], [2, 3], 4]}, ValueError, "c1 is not 1-dimensional"),
+        ({"c2": []}, ValueError, r"c2 has shape \(0,\), expected \(3,\)"),
+        ({"a": [1, math.nan, -math.inf]}, ValueError, r"a\[1\] is nan, expected finite numbers"),
+        ({"s": torch.tensor([1, 2, -math.inf])}, ValueError, r"s\[2\] is -inf, expected finite numbers"),
+        ({"a": "abc"}, TypeError, "a holds <U3, expected real numbers"),
+        ({"a": ["1", 2.0, 3]}, TypeError, "a holds <U"),
+        ({"a": [1.0, True, 2.0]}, TypeError, "a holds a bool"),
+        ({"a": None}, TypeError, "a holds NoneType"),
+        ({"a": [None, 1, 2]}, TypeError, "a holds NoneType"),
+        ({"a": [1j, 2, 3]}, TypeError, "a holds complex128"),
+        ({"a": torch.zeros(3, dtype=torch.complex64)}, TypeError, "a holds complex64"),
+        ({"draw": [0.0, 1.0, 2.0]}, TypeError, "draw holds float64, expected integers"),
+        ({"draw": torch.zeros(3)}, TypeError, "draw holds float64, expected integers"),
+        ({"draw": [0, 1, -1]}, ValueError, r"draw\[2\] is -1, expected 0 <= draw < 2\^32"),
+        ({"draw": [0, 2**32, -1]}, ValueError, r"draw\[1\] is 4294967296, expected"),
+        ({"draw": [0, 2**64, 1]}, ValueError, "draw holds 18446744073709551616, expected numbers below"),
+        ({"draw": [0, 1]}, ValueError, r"draw has shape \(2,\), expected \(3,\)"),
+        ({"c3": [0, 1]}, ValueError, r"c3 has shape \(2,\), expected \(3,\), one a row as timestep"),
+        ({"l1": [0, 1, math.inf]}, ValueError, r"l1\[2\] is inf, expected finite numbers"),
+        ({"g0": "abc"}, TypeError, "g0 holds <U3, expected real numbers"),
+        ({"now": [0, 0.5, -0.1]}, ValueError, r"now\[2\] is -0.1, expected 0 <= now <= 1"),
+        ({"now": [1, 0.5, math.nan]}, ValueError, r"now\[2\] is nan, expected finite numbers"),
+        ({"after": [1, 1.0000001, 2]}, ValueError, r"after\[1\] is 1.0000001, expected 0 <= after <= 1"),
+    ],
+)
+def test_refused(columns, error, message):
+    with pytest.raises(error, match=message):
+        changed(**columns)
+
+
+# -------------------------------------------------------------------------------------------------------- draws
+
+
+@for_many(100)
+def test_draws_of_timesteps_that_come_again(choose):
+    floats = choose.one_of([False, True])  # whole numbers as floats are whole numbers
+    timesteps = choose.several(lambda: choose.integer(0, choose.one_of([3, 1000])), 1, 20)
+    column = [0.0] * len(timesteps)
+    draws = StepTable([float(t) for t in timesteps] if floats else timesteps, *[column] * 4).draw.tolist()
+    for i, (t, draw) in enumerate(zip(timesteps, draws, strict=True)):
+        assert draw == t + timesteps[:i].count(t) * (max(timesteps) + 1)
+    assert len(set(draws)) == len(draws)
+    once = [t for t, count in Counter(timesteps).items() if count == 1]
+    assert all(draws[timesteps.index(t)] == t for t in once)
+
+
+@pytest.mark.parametrize("timestep", [[2.5, 1.0, 0.0], [2.0, 1.0, 1e-300], [-1, 5, 5], [-2.0, 1.0, 0.0]])
+def test_draws_between_the_timesteps_are_the_rows(timestep):
+    assert changed(timestep=timestep).draw.tolist() == [0, 1, 2]
+
+
+def test_largest_timestep_that_draws_its_own():
+    assert changed(timestep=[2**32 - 1, 1, 0]).draw.tolist() == [2**32 - 1, 1, 0]
+
+
+@pytest.mark.parametrize("draw", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_kernel_draws_what_the_row_says(draw, device):
+    table = StepTable([5], a=[0], b=[0], c0=[0], c1=[0], s=[1], draw=[draw])
+    zeros, rng = torch.zeros(2, 9, device=device), Philox(3, 4)
+    found = ops.reverse_step(zeros, zeros, table.packed(device), 0, rng=rng)
+    assert torch.equal(found, ddpm_ext.randn((2, 9), rng, draw=draw, device=device))
+
+
+@for_many(50)
+def test_packed(device, choose):
+    rows = any_rows(choose)
+    table = of(rows)
+    for dtype, kind, layout in ((torch.float32, np.float32, "<6fII"), (torch.float64, np.float64, "<6dQQ")):
+        packed = table.packed(device, dtype)
+        assert (packed.dtype, packed.device, packed.shape) == (dtype, device, (len(rows), 8))
+        assert packed.is_contiguous()
+        with np.errstate(over="ignore"):
+            expected = [struct.pack(layout, *np.array(row[1:7]).astype(kind), row.draw, 0) for row in rows]
+        assert packed.cpu().numpy().tobytes() == b"".join(expected)
+
+
+@for_many(50)
+def test_packed_extended(device, choose):
+    rows = any_rows(choose)
+    guidance = [any_float(choose) for _ in rows] if choose.one_of([False, True]) else None
+    table = of(rows)
+    for dtype, kind, layout in ((torch.float32, np.float32, "<6fI9f"), (torch.float64, np.float64, "<6dQ9d")):
+        packed = table.packed_extended(device, dtype, guidance)
+        assert (packed.dtype, packed.device, packed.shape) == (dtype, device, (len(rows), 16))
+        assert packed.is_contiguous()
+        expected = []
+        for i, row in enumerate(rows):
+            known = [math.sqrt(row.after), math.sqrt(1 - row.after)]
+            scale = 1.0 if guidance is None else guidance[i]
+            with np.errstate(over="ignore", under="ignore"):
+                first = np.array(row[1:7]).astype(kind)
+                second = np.array([row.c3, row.l0, row.l1, row.g0, row.g1, *known, scale]).astype(kind)
+            expected.append(struct.pack(layout, *first, row.draw, *second, 0))
+        assert packed.cpu().numpy().tobytes() == b"".join(expected)
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_which_columns_extend_a_table(name):
+    """History and a learned variance need a kernel of their own; a gradient and the levels only where they are used."""
+    assert changed(**{name: [0, 1, 0]}).extended == (name in ("c3", "l0", "l1"))
+    assert not changed(**{name: [0.0, -0.0, 0.0]}).extended
+
+
+def test_packed_bad():
+    for call in (changed().packed, changed().packed_extended):
+        with pytest.raises(TypeError, match=r"dtype is torch.float16, expected torch.float32 or torch.float64"):
+            call("cpu", torch.float16)
+    with pytest.raises(ValueError, match=r"guidance has shape \(2,\), expected \(3,\), one a row"):
+        changed().packed_extended("cpu", guidance=[1, 2])
+    with pytest.raises(ValueError, match=r"guidance\[1\] is nan, expected finite numbers"):
+        changed().packed_extended("cpu", guidance=[1, math.nan, 2])
+    with pytest.raises(TypeError, match="guidance holds <U1"):
+        changed().packed_extended("cpu", guidance=["1", "2", "3"])
+    for call in (changed().packed, changed().packed_extended, changed().to):
+        with pytest.raises(ValueError, match="device is 'nowhere'"):
+            call("nowhere")
+
+
+def test_on_a_device(device):
+    rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i, *range(5), 0.25, 0.5) for i in range(20)]
+    table = of(rows)
+    there = table.to(device)
+    for name in COLUMNS:
+        assert getattr(there, name).device == device
+        assert getattr(there[3:9:2], name).device == device
+        assert torch.equal(getattr(there, name).cpu(), getattr(table, name))
+    assert there == table
+    assert list(there) == rows
+    assert there[-1] == rows[-1]
+    assert torch.equal(there.packed("cpu").view(torch.int32), table.packed("cpu").view(torch.int32))
+    assert torch.equal(there.packed_extended("cpu").view(torch.int32), table.packed_extended("cpu").view(torch.int32))
+    assert there.extended
+    assert (f"on {device}" in repr(there).splitlines()[0]) == (device.type != "cpu")
+    assert pickle.loads(pickle.dumps(there)).a.device == device
+
+
+# ------------------------------------------------------------------------------------------------- as a sequence
+
+
+@for_many(100)
+def test_indices_and_slices_are_a_lists(choose):
+    rows = any_rows(choose)
+    table, count = of(rows), len(rows)
+    assert len(table) == count
+    for i in range(-count, count):
+        assert table[i] == table[np.int64(i)] == rows[i]
+        assert [type(value) for value in table[i]] == [type(value) for value in rows[i]]
+    for bad in (count, -count - 1):
+        with pytest.raises(IndexError, match=f"row {bad} of a table of {count} rows"):
+            table[bad]
+    ends = [None, *range(-count - 2, count + 3)]
+    cut = slice(choose.one_of(ends), choose.one_of(ends), choose.one_of([None, 1, 2, 3, -1, -2, -5]))
+    if rows[cut]:
+        assert bits(table[cut]) == bits(rows[cut])
+        assert table[cut].timestep.dtype == table.timestep.dtype
+    else:
+        with pytest.raises(ValueError, match=rf"slice\(.* of a table of {count} rows is empty"):
+            table[cut]
+
+
+@pytest.mark.parametrize("at", [1.0, "a", None, [0, 1], (0, 1), torch.tensor([0, 1])])
+def test_index_of_another_kind(at):
+    with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
+        changed()[at]
+
+
+def test_rows_have_names():
+    table = changed(s=[0.25, 0.5, 0.0])
+    for i, row in enumerate(table):
+        assert row == table[i]
+        for name in COLUMNS:
+            assert getattr(row, name) == getattr(table, name)[i].item()
+
+
+def test_frozen_and_not_hashable():
+    table = changed()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        table.a = table.b
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(table)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))])
+def test_copies_are_equal(copied):
+    table = changed(timestep=[2.5, 1, -0.0], draw=[3, 2**32 - 1, 0])
+    other = copied(table)
+    assert other is not table
+    assert bits(other) == bits(table)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        other.a = other.b
+
+
+# ---------------------------------------------------------------------------------------------------- looked at
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 12, 1000])
+def test_repr_is_an_aligned_table(count):
+    generator = torch.Generator().manual_seed(count)
+    columns = torch.randn(6, count, generator=generator, dtype=torch.float64).exp() ** 9
+    table = StepTable(torch.arange(count - 1, -1, -1), *columns)
+    title, head, *lines = repr(table).splitlines()
+    assert title == f"StepTable of {count} row{'' if count == 1 else 's'}"
+    assert head.split() == ["row", *PLAIN]
+    assert {len(line) for line in lines} == {len(head)}
+    assert len(head) <= 120
+    shown = list(range(count)) if count <= 11 else [*range(5), None, *range(count - 5, count)]
+    for i, line in zip(shown, lines, strict=True):
+        cells = line.split()
+        if i is None:
+            assert set(cells) == {"..."}
+        else:
+            assert [float(cell) for cell in cells] == pytest.approx([i, *table[i][:8]], rel=1e-5)
+
+
+@pytest.mark.parametrize("shown", [["c3"], ["l0", "l1"], ["l1"], ["c3", "l0", "l1"]])
+def test_repr_of_an_extended_table(shown):
+    values = {name: [0.0, 0.125, -2.5] for name in shown}
+    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", "now", "after")}
+    table = changed(**values, **hidden)
+    title, head, *lines = repr(table).splitlines()
+    assert title == "StepTable of 3 rows"
+    assert head.split() == ["row", *PLAIN, *shown]
+    for i, line in enumerate(lines):
+        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in shown]]

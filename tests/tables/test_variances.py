@@ -1,0 +1,193 @@
+"""ddpm's variances and a classifier's gradient in its rows: against guided-diffusion's formulas in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.gaussian import take
+
+from ddpm_ext.tables.samplers import SAMPLERS, VARIANCES, ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.schedules import SCHEDULES, make_betas
+from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
+
+LEARNED = ("learned", "learned_range", "learned_variance")
+PREDICTIONS = ("eps", "x0", "v")
+
+
+def schedule(name="linear", timesteps=1000):
+    betas = make_betas(name, timesteps)
+    return betas, (1 - betas).cumprod(0)
+
+
+def full_grid(name="linear", timesteps=1000):
+    betas, levels = schedule(name, timesteps)
+    return make_grid(levels, torch.arange(timesteps - 1, -1, -1), betas=betas)
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+class Posterior:
+    """p(x_{t-1} | x_t) of a timestep of a schedule: Ho et al. 2020, Nichol & Dhariwal 2021, Dhariwal & Nichol 2021.
+
+    `betas` are those of the steps that are taken, from the lowest on.
+    """
+
+    def __init__(self, betas, t):
+        kept = np.cumprod(1 - betas)
+        before = np.append(1.0, kept[:-1])
+        small = betas * (1 - before) / (1 - kept)
+        self.now, self.before = kept[t], before[t]
+        self.beta, self.small = betas[t], small[t]
+        self.small_above = small[max(t, 1)] if len(betas) > 1 else betas[0]
+        self.of_x0 = betas[t] * before[t] ** 0.5 / (1 - kept[t])
+        self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - kept[t])
+
+    def variance(self, name, v):
+        """The one that weighs a gradient: guided-diffusion's."""
+        if name == "fixed_small":
+            return self.small
+        if name == "fixed_large":
+            return self.small_above if self.before == 1 else self.beta
+        if name == "learned_variance":
+            return v
+        if name == "learned":
+            return np.exp(v)
+        share = (v + 1) / 2
+        smallest = self.small or self.small_above
+        return np.exp(share * math.log(self.beta) + (1 - share) * math.log(max(smallest, 1e-20)))
+
+    def step(self, name, x0, x, v, z, g):
+        """A step whose mean a classifier's gradient moves: Dhariwal & Nichol 2021, algorithm 1."""
+        variance = self.variance(name, v)
+        noise = 0.0 if self.before == 1 else np.sqrt(variance) * z
+        return self.of_x0 * x0 + self.of_x * x + variance * g + noise
+
+
+# --------------------------------------------------------------------------------------------------- variances
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("name, count", [("linear", 1000), ("cosine", 60), ("linear", 1)])
+def test_step_is_guided_diffusions(name, count, variance):
+    """With and without a gradient; over all of the timesteps, and over a few of them."""
+    betas, levels = schedule(name, 1000)
+    timesteps = spaced_timesteps(1000, count, "trailing")
+    table = ddpm(make_grid(levels, timesteps, betas=betas), variance=variance)
+    taken = levels[timesteps.flip(0)].numpy()
+    merged = betas.numpy() if count == 1000 else 1 - taken / np.append(1.0, taken[:-1])
+    x, m, v, z, g = random(5, count, 3, seed=0)
+    v = v.clip(-1, 1) if variance == "learned_range" else np.abs(v) if variance == "learned_variance" else v - 3
+    for i, row in enumerate(table):
+        truth = Posterior(merged, count - 1 - i)
+        x0 = np.clip((x[i] - (1 - truth.now) ** 0.5 * m[i]) / truth.now**0.5, -1, 1)
+        told = {"v": v[i] if variance in LEARNED else None, "v_is_variance": variance == "learned_variance"}
+        for gradient in (np.zeros(3), g[i]):
+            found_x0, found = take(row, x[i], m[i], z=z[i], g=gradient, clip=(-1, 1), **told)
+            assert found_x0 == pytest.approx(x0, rel=1e-9, abs=1e-9)
+            expected = truth.step(variance, x0, x[i], v[i], z[i], gradient)
+            assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learned_range_reaches_from_small_to_large(name):
+    """-1 is fixed_small's standard deviation and 1 is fixed_large's; in between, the logarithm is even."""
+    grid = full_grid(name)
+    small, large, table = (ddpm(grid, variance=v) for v in ("fixed_small", "fixed_large", "learned_range"))
+    for column in ("timestep", "a", "b", "c0", "c1", "c2", "draw", "c3", "g0"):
+        assert torch.equal(getattr(table, column), getattr(small, column))
+    for v, fixed in ((-1, small), (1, large)):
+        learned = table.s * torch.exp(table.l0 + table.l1 * v)
+        torch.testing.assert_close(learned, fixed.s, rtol=1e-13, atol=0)
+    middle = table.s * torch.exp(table.l0)
+    torch.testing.assert_close(middle, (small.s * large.s).sqrt(), rtol=1e-13, atol=0)
+    # the last row adds no noise, but weighs a gradient, and its likelihood is asked for: from the step before's
+    assert (table.s == 1).tolist() == [True] * 999 + [False]
+    ends = [math.exp(2 * (table.l0[-1] + table.l1[-1] * v)) for v in (-1, 1)]
+    assert ends == pytest.approx([small.s[-2].item() ** 2, grid.betas[-1].item()], rel=1e-12)
+
+
+def test_learned_variances_say_so_in_their_rows():
+    grid = full_grid(timesteps=50)
+    fixed = ddpm(grid)
+    for variance in LEARNED:
+        table = ddpm(grid, variance=variance)
+        assert table.extended == (variance != "learned_variance")  # whose rows know nothing of it
+        assert table.s.tolist() == [1.0] * 49 + [0.0]
+        assert table.g1.tolist() == [1.0] * 50
+        assert fixed.diff(table).columns.keys() <= {"s", "l0", "l1", "g1"}
+    assert not fixed.extended
+    with pytest.raises(ValueError, match=r"variance is 'large', expected 'fixed_small' or .* 'learned_variance'"):
+        ddpm(grid, variance="large")
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+def grids():
+    _, levels = schedule("scaled_linear")
+    return [
+        make_grid(levels, spaced_timesteps(1000, 20)),
+        make_grid(levels, spaced_timesteps(1000, 9, "trailing"), final=levels[0].item()),
+        karras_grid(levels, 12),
+    ]
+
+
+def score_tables(grid, prediction):
+    for name in SAMPLERS:
+        if name != "ddpm":
+            yield SAMPLERS[name](grid, prediction=prediction)
+    yield ddim(grid, prediction=prediction, eta=0.6)
+    yield ddim(grid, prediction=prediction, eta=1.0, keep_eps=False)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("grid", [*grids(), "up"], ids=["linspace", "trailing", "karras", "up"])
+def test_gradient_is_another_eps(grid, prediction):
+    """eps - sqrt(1 - a_t) g in place of eps, told in the model's own words: Dhariwal & Nichol 2021, algorithm 2."""
+    if grid == "up":
+        _, levels = schedule("scaled_linear")
+        up = make_grid(levels, [0, 200, 400, 700], final=levels[999].item())
+        tables = [ddim_inverse(up, prediction=prediction, keep_eps=keep) for keep in (False, True)]
+    else:
+        tables = [*score_tables(grid, prediction)]
+    for table in tables:
+        x, m, h, z, g = random(5, len(table), 3, seed=1)
+        for i, row in enumerate(table):
+            of_eps, of_x0 = -((1 - row.now) ** 0.5), (1 - row.now) / row.now**0.5
+            shift = {
+                "eps": of_eps,
+                "x0": of_x0,
+                "v": row.now**0.5 * of_eps - (1 - row.now) ** 0.5 * of_x0,
+            }[prediction]
+            guided = take(row, x[i], m[i], h[i], z[i], g=g[i])
+            expected = take(row, x[i], m[i] + shift * g[i], h[i], z[i])
+            for here, there in zip(guided, expected, strict=True):
+                assert here == pytest.approx(there, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("keep_eps", [False, True])
+def test_gradient_comes_after_the_clip(keep_eps, eta):
+    """As in guided-diffusion, whose eps is the clipped x0's; where the model's own is kept, it moves as far."""
+    grid = make_grid(schedule()[1], [999, 600, 250, 3])
+    x, m, z, g = random(4, 4, 50, seed=2)
+    for i, row in enumerate(ddim(grid, eta=eta, keep_eps=keep_eps)):
+        now, before = row.now, row.after
+        x0 = np.clip((x[i] - (1 - now) ** 0.5 * m[i]) / now**0.5, -1, 1)
+        eps = m[i] if keep_eps else (x[i] - now**0.5 * x0) / (1 - now) ** 0.5
+        eps = eps - (1 - now) ** 0.5 * g[i]
+        x0 = x0 + (1 - now) / now**0.5 * g[i]
+        sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+        expected = before**0.5 * x0 + (1 - before - sigma**2) ** 0.5 * eps + sigma * z[i]
+        found_x0, found = take(row, x[i], m[i], z=z[i], g=g[i], clip=(-1, 1))
+        assert found_x0 == pytest.approx(x0, rel=1e-10, abs=1e-10)
+        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_gradient_of_pure_noise_tells_nothing_of_x0():
+    levels = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    for name in SAMPLERS:
+        assert SAMPLERS[name](make_grid(levels, [2, 1, 0])).g0[0] == 0

@@ -1,0 +1,211 @@
+"""Loss weightings against the papers' formulas, written in the papers' own quantities; the rows made of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.losses.rows import KEPT
+from ddpm_ext.tables import weightings
+from ddpm_ext.tables.weightings import WEIGHTINGS, weights
+
+CPU = torch.device("cpu")
+NAMES = ("simple", *WEIGHTINGS)
+SCHEDULES = ["linear", "cosine", "sigmoid", "scaled_linear"]
+TERMINAL = torch.cat([torch.linspace(1e-4, 0.02, 99, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
+
+
+def paper(name: str, prediction: str, alphas_cumprod: float) -> float:
+    """Of one timestep: the weight of the squared error of what the model predicts."""
+    a, s = math.sqrt(alphas_cumprod), math.sqrt(1 - alphas_cumprod)  # alpha_t and sigma_t
+    snr = (a / s) ** 2
+    if name == "simple":
+        return 1.0
+    if name == "snr":  # L_simple is that of eps; x_0 = (x - s eps) / a and x_0 = a x - s v
+        return {"eps": 1.0, "x0": snr, "v": a**2}[prediction]
+    if name == "min_snr":  # Hang et al. 2023: section 3.4 and its appendix for the other predictions
+        return {"eps": min(snr, 5) / snr, "x0": min(snr, 5), "v": min(snr, 5) / (snr + 1)}[prediction]
+    if name == "truncated_snr":  # Salimans & Ho 2022, eq. (10): max(|x - x_hat|^2, |eps - eps_hat|^2)
+        return {"eps": max(1.0, (s / a) ** 2), "x0": max(1.0, snr), "v": max(s**2, a**2)}[prediction]
+    if name == "p2":  # Choi et al. 2022, eq. (8): of eps, 1 / (k + SNR)^gamma
+        of_eps = 1 / (1 + snr)
+        return {"eps": of_eps, "x0": of_eps * snr, "v": of_eps * a**2}[prediction]
+    assert name == "edm"  # Karras et al. 2022, table 1, sigma being that of x / a; D is the denoiser, of x_0
+    sigma, data = s / a, 0.5
+    of_x0 = (sigma**2 + data**2) / (sigma * data) ** 2
+    return {"eps": of_x0 * sigma**2, "x0": of_x0, "v": of_x0 * s**2}[prediction]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_papers_formulas(name, prediction, schedule):
+    gd = GaussianDiffusion(200, schedule, prediction=prediction)
+    got = weights(gd.alphas_cumprod, prediction, name)
+    assert got.dtype == torch.float64 and got.shape == (200,)
+    expected = torch.tensor([paper(name, prediction, a) for a in gd.alphas_cumprod.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_one_loss_whatever_is_predicted(name):
+    """A model's error in eps, said as one in x_0 or v, counts the same."""
+    gd = GaussianDiffusion(100)
+    a, s = gd.sqrt_alphas_cumprod, gd.sqrt_one_minus_alphas_cumprod
+    x_t, eps, off = torch.tensor([0.3, -1.2, 0.01], dtype=torch.float64)
+    errors = {
+        "eps": (off + eps) - eps,
+        "x0": (x_t - s * (eps + off)) / a - (x_t - s * eps) / a,
+        # v = a eps - s x_0
+        "v": a * off - s * ((x_t - s * (eps + off)) / a - (x_t - s * eps) / a),
+    }
+    losses = {p: weights(gd.alphas_cumprod, p, name) * error**2 for p, error in errors.items()}
+    torch.testing.assert_close(losses["x0"], losses["eps"], rtol=1e-9, atol=0)
+    torch.testing.assert_close(losses["v"], losses["eps"], rtol=1e-9, atol=0)
+
+
+def test_the_papers_parameters():
+    ratio = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
+    assert weightings.snr(ratio).tolist() == [0.1, 1, 7]
+    assert weightings.min_snr(ratio, 0.5).tolist() == [0.1, 0.5, 0.5]
+    assert weightings.truncated_snr(ratio).tolist() == [1, 1, 7]
+    torch.testing.assert_close(weightings.p2(ratio, 2.0, 0.5), ratio / (2 + ratio).sqrt())
+    torch.testing.assert_close(weightings.edm(ratio, 2.0), 0.25 + ratio)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_an_end_without_signal(prediction):
+    """Zero terminal SNR: finite weights; for eps the named ones are refused, which would be infinite there."""
+    gd = GaussianDiffusion(100, TERMINAL, prediction=prediction)
+    assert gd.alphas_cumprod[-1] == 0
+    ends = {"simple": 1, "snr": 0, "min_snr": 0, "truncated_snr": 1, "p2": 0, "edm": 4}
+    for name, end in ends.items():
+        got = weights(gd.alphas_cumprod, prediction, name)
+        assert got.isfinite().all() and got[-1] == end
+
+
+# ------------------------------------------------------------------------------------------------------ rows
+
+
+def rows(gd, weighting, dtype=torch.float64):
+    return gd._losses.get(weighting, CPU, dtype)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+def test_rows(prediction):
+    """The target's coefficients, the weight, a zero; in float32 those of float64, rounded."""
+    gd = GaussianDiffusion(100, "cosine", prediction=prediction)
+    own = torch.linspace(-1, 3, 100)
+    for weighting in ("simple", own) if prediction == "x_prev" else (*NAMES, own):
+        got = rows(gd, weighting)
+        x_start, noise = torch.tensor([0.7, -1.3], dtype=torch.float64)
+        x_t = gd.sqrt_alphas_cumprod * x_start + gd.sqrt_one_minus_alphas_cumprod * noise
+        target = {
+            "eps": noise.expand(100),
+            "x0": x_start.expand(100),
+            "v": gd.sqrt_alphas_cumprod * noise - gd.sqrt_one_minus_alphas_cumprod * x_start,
+            "x_prev": gd.posterior_mean_coef1 * x_start + gd.posterior_mean_coef2 * x_t,
+        }[prediction]
+        torch.testing.assert_close(got[:, 0] * x_start + got[:, 1] * noise, target, rtol=1e-12, atol=1e-14)
+        assert torch.equal(got[:, 2], weights(gd.alphas_cumprod, prediction, weighting))
+        assert not got[:, 3].any()
+        assert torch.equal(rows(gd, weighting, torch.float32), got.float())
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_rows_are_made_once(device):
+    gd, own = GaussianDiffusion(50), torch.rand(50)
+    for weighting in (*NAMES, own):
+        first = gd._losses.get(weighting, device, torch.float32)
+        with Operations() as operations:
+            assert gd._losses.get(weighting, device, torch.float32) is first
+        assert operations.count == 0
+        assert first.device == device
+    for i in range(3 * KEPT):
+        rows(gd, torch.full((50,), float(i)))
+    assert len(gd._losses._kept) == KEPT
+
+
+def test_weights_that_are_written_to_count_anew():
+    gd, own = GaussianDiffusion(50), torch.rand(50)
+    for value in (2.0, 3.0):
+        own.fill_(value)
+        assert (rows(gd, own)[:, 2] == value).all()
+    own.neg_()
+    assert (rows(gd, own)[:, 2] == -3).all()
+    with torch.inference_mode():  # such tensors don't tell that they were written to
+        silent = torch.ones(50)
+        assert (rows(gd, silent)[:, 2] == 1).all()
+        silent.mul_(5)
+        assert (rows(gd, silent)[:, 2] == 5).all()
+
+
+@pytest.mark.parametrize(
+    "remake", [copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))], ids=["copied", "pickled"]
+)
+def test_other_weights_at_an_old_address(remake):
+    """A copy of the object knows no weights by where they lay for the first one."""
+    gd = GaussianDiffusion(50)
+    for i in range(KEPT):
+        rows(gd, torch.full((50,), float(i)))
+    again = remake(gd)
+    del gd
+    for i in range(50):
+        assert (rows(again, torch.full((50,), 100.0 + i))[:, 2] == 100 + i).all()
+    assert torch.equal(rows(again, "min_snr"), rows(GaussianDiffusion(50), "min_snr"))
+
+
+@pytest.mark.parametrize(
+    "remake", [copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))], ids=["copied", "pickled"]
+)
+def test_given_weights_are_not_copied(remake):
+    """They may be on a device that is not there, or of a graph, which can't be copied at all."""
+    gd = GaussianDiffusion(50)
+    size = len(pickle.dumps(gd))
+    with torch.enable_grad():
+        of_a_graph = torch.ones(50, requires_grad=True) * 2
+    with torch.no_grad():
+        rows(gd, of_a_graph)
+        assert (rows(remake(gd), of_a_graph)[:, 2] == 2).all()
+    assert len(pickle.dumps(gd)) == size
+
+
+def test_refusals():
+    def refuse(error, weighting, *words, betas="linear", prediction="eps"):
+        gd = GaussianDiffusion(100, betas, prediction=prediction)
+        for call in (lambda: weights(gd.alphas_cumprod, prediction, weighting), lambda: rows(gd, weighting)):
+            with pytest.raises(error) as info:
+                call()
+            assert all(word in str(info.value) for word in ("weighting", "expected", *words)), info.value
+
+    refuse(ValueError, "max_snr", "'max_snr'", "'simple' or 'snr' or 'min_snr'")
+    refuse(TypeError, None, "is a NoneType")
+    refuse(TypeError, [1.0] * 100, "is a list")
+    refuse(ValueError, torch.ones(99), "(99,)", "(100,)")
+    refuse(ValueError, torch.ones(100, 1), "(100, 1)", "(100,)")
+    refuse(ValueError, torch.full((100,), math.inf), "not finite")
+    refuse(ValueError, torch.full((100,), math.nan), "not finite")
+    refuse(ValueError, torch.ones(100, requires_grad=True), "requires a gradient")
+    for name in WEIGHTINGS:
+        refuse(ValueError, name, repr(name), "'x_prev'", "'simple' or a tensor", prediction="x_prev")
+        refuse(ValueError, name, repr(name), "ends at 0", "'simple' or a tensor", betas=TERMINAL)
+    gd, own = GaussianDiffusion(100), torch.ones(100, requires_grad=True)
+    with torch.no_grad():
+        rows(gd, own)
+    with pytest.raises(ValueError, match="weighting requires a gradient"):  # though it has been met before
+        rows(gd, own)
+    gd = GaussianDiffusion(100, TERMINAL)
+    assert (rows(gd, "simple")[:, 2] == 1).all() and (rows(gd, torch.full((100,), 2.0))[:, 2] == 2).all()

@@ -1,0 +1,124 @@
+"""ddpm_ext.checkpoints: whole or not there at all; what is damaged is said, and the one before is taken."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from ddpm_ext.base import files
+from ddpm_ext.training import checkpoints
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+STATE = {"a.x": torch.arange(6.0).view(2, 3), "a.y": torch.tensor(7), "b.x": torch.tensor([True])}
+
+
+def save(folder, step, keep=2, **about):
+    return checkpoints.save(folder, step, {**STATE, "step": torch.tensor(step)}, {"step": step, **about}, keep)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    path = save(tmp_path, 12, note="a \U0001f600", list=[1, None])
+    tensors, header = checkpoints.load(path)
+    assert header == checkpoints.header(path) == {"step": 12, "note": "a \U0001f600", "list": [1, None]}
+    assert tensors.keys() == {*STATE, "step"}
+    assert all(
+        torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype for name, value in STATE.items()
+    )
+    assert checkpoints.part(tensors, "a.").keys() == {"x", "y"}
+
+
+def test_tensors_that_share_memory_are_saved_each(tmp_path):
+    base = torch.arange(8.0)
+    path = checkpoints.save(
+        tmp_path, 1, {"one": base, "two": base, "part": base[2:4], "turned": base.view(2, 4).T}, {}, 1
+    )
+    found = checkpoints.load(path)[0]
+    assert torch.equal(found["two"], base)
+    assert torch.equal(found["part"], base[2:4])
+    assert torch.equal(found["turned"], base.view(2, 4).T)
+
+
+def test_the_newest_are_kept_by_number(tmp_path):
+    for step in (99_999_998, 7, 100_000_001, 99_999_999):
+        save(tmp_path, step, keep=9)
+    assert checkpoints.newest(tmp_path).name == "step-100000001.safetensors"
+    save(tmp_path, 100_000_002, keep=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-100000001.safetensors", "step-100000002.safetensors"]
+
+
+def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
+    """They are damaged, or the run would not have gone on from an earlier one"""
+    for step in (10, 20):
+        save(tmp_path, step)
+    checkpoints.newest(tmp_path).write_bytes(b"")
+    for step in (12, 14):
+        written = save(tmp_path, step, keep=1)
+        assert checkpoints.latest(tmp_path, str)[0] == written
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000014.safetensors", "step-00000020.safetensors"]
+
+
+def test_none_at_all(tmp_path):
+    assert checkpoints.newest(tmp_path) is None
+    assert checkpoints.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+def test_damaged_newest_falls_back(tmp_path, share):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: int(len(whole) * share)])
+    lines = []
+    path, header = checkpoints.latest(tmp_path, lines.append)
+    assert (path.name, header) == ("step-00000001.safetensors", {"step": 1})
+    assert len(lines) == 1
+    assert lines[0].startswith(f"resume: {newest} is cut short or damaged (")
+    assert lines[0].endswith("); trying the one before")
+    assert newest.stat().st_size == int(len(whole) * share)
+
+
+def test_all_damaged(tmp_path):
+    paths = [save(tmp_path, step) for step in (1, 2)]
+    safetensors_torch.save_file(STATE, paths[0])  # whole, and something else
+    paths[1].write_bytes(b"")
+    lines = []
+    with pytest.raises(ValueError, match=r"resume: .*step-00000001\.safetensors is cut short or damaged \(its format"):
+        checkpoints.latest(tmp_path, lines.append)
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("what", ["write_bytes", "fsync", "replace"])
+def test_full_disk(tmp_path, monkeypatch, what):
+    kept = save(tmp_path, 1)
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if what == "write_bytes":
+        monkeypatch.setattr(files.Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(os, what, full)
+    message = f"checkpoint: cannot write {tmp_path}/checkpoints/step-00000002.safetensors: No space left on device; "
+    with pytest.raises(OSError) as info:
+        save(tmp_path, 2, keep=1)
+    assert str(info.value) == f"{message}the newest is still {kept}"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
+    assert checkpoints.load(kept)[1] == {"step": 1}
+
+
+def test_full_disk_at_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full; no checkpoint was written before"):
+        save(tmp_path, 2)
+
+
+def test_leftovers_of_a_killed_writer(tmp_path):
+    kept = save(tmp_path, 1)
+    (tmp_path / "checkpoints" / ".step-00000002.0a1b2c3d.safetensors").write_bytes(b"half")
+    assert checkpoints.newest(tmp_path) == kept
+    checkpoints.remove_leftovers(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == [kept]

@@ -1,0 +1,233 @@
+"""ddpm_ext.data: digits and folders of images."""
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ext.training.data import (
+    DamagedImage,
+    DatasetImages,
+    FolderImages,
+    TensorImages,
+    as_images,
+    digits,
+    load_images,
+)
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("sklearn")
+
+
+def test_digits_parts():
+    parts = {name: digits(name) for name in ("train", "heldout", "all")}
+    assert {name: len(labels) for name, (_, labels) in parts.items()} == {"train": 1541, "heldout": 256, "all": 1797}
+    for images, labels in parts.values():
+        assert images.shape == (len(labels), 1, 8, 8)
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert (images.min(), images.max()) == (-1, 1)
+        counts = torch.bincount(labels, minlength=10)
+        assert counts.min() > 0.7 * counts.float().mean()  # each digit in each part
+    every = torch.cat([parts["train"][0], parts["heldout"][0]]).flatten(1)
+    assert torch.equal(every.sum(0), parts["all"][0].flatten(1).sum(0))
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    images, labels = digits()
+    assert np.array_equal((images.squeeze(1).numpy() + 1) * 8, load_digits().images)
+    assert np.array_equal(labels.numpy(), load_digits().target)
+
+
+def test_digits_bad_part():
+    with pytest.raises(ValueError, match="part: got 'test', expected one of train, heldout, all"):
+        digits("test")
+
+
+def test_load_digits_is_the_training_part():
+    images = load_images("digits")
+    assert (len(images), images.shape) == (1541, (1, 8, 8))
+    assert torch.equal(images.batch(torch.tensor([5, 0])), digits("train")[0][[5, 0]])
+    with pytest.raises(ValueError, match="image size: got 16, but digits are 8 by 8"):
+        load_images("digits", 16)
+    with pytest.raises(ValueError, match="channels: got 3"):
+        load_images("digits", 8, 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A wide red picture with a green middle, a tall grey one below in a folder, and something else."""
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[..., 0] = 255
+    wide[:, 10:20] = (0, 255, 0)
+    Image.fromarray(wide).save(tmp_path / "b.png")
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((20, 10), 128, np.uint8)).save(tmp_path / "a" / "tall.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_folder(folder):
+    images = FolderImages(folder, 5)
+    assert (len(images), images.shape) == (2, (3, 5, 5))
+    grey, green = images.batch(torch.tensor([0, 1]))
+    assert grey.dtype == torch.float32
+    assert torch.allclose(grey, torch.full((3, 5, 5), 128 / 127.5 - 1), atol=1e-6)
+    middle = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1)
+    assert torch.equal(green[:, :, 2], middle.expand(3, 5))  # the middle square, not the whole squeezed
+    assert torch.equal(images.batch(torch.tensor([1])), images.batch(torch.tensor([1])))
+
+
+def test_folder_in_grey(folder):
+    images = load_images(str(folder), 4, 1)
+    assert images.shape == (1, 4, 4)
+    assert images.batch(torch.tensor([1, 0])).shape == (2, 1, 4, 4)
+
+
+def test_folder_turns_by_exif(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = FolderImages(tmp_path, 8).batch(torch.tensor([0]))[0]
+    assert torch.equal(found, torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1) / 127.5 - 1)
+
+
+def test_folder_bad_input(folder, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        FolderImages(tmp_path / "none", 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        FolderImages(tmp_path / "empty", 8)
+    with pytest.raises(ValueError, match="image size: got 0"):
+        FolderImages(folder, 0)
+    with pytest.raises(ValueError, match="channels: got 4"):
+        FolderImages(folder, 8, 4)
+    with pytest.raises(ValueError, match="image size: a folder of images needs one"):
+        load_images(str(folder))
+
+
+def test_damaged_image_is_named(folder):
+    whole = (folder / "b.png").read_bytes()
+    (folder / "b.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "c.jpg").write_text("not a picture")
+    images = FolderImages(folder, 8)
+    for index, name in ((1, "b.png"), (2, "c.jpg")):
+        with pytest.raises(DamagedImage, match=f"cannot read .*{name}"):
+            images.batch(torch.tensor([index]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of tags
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
+def test_damage_anywhere_is_told_or_does_not_matter(tmp_path, ending):
+    """Whatever Pillow's decoders raise at a file that was cut or overwritten, it is DamagedImage here"""
+    generator = np.random.default_rng(0)
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(path)
+    whole, damaged = path.read_bytes(), 0
+    for _ in range(60):
+        content = bytearray(whole[: int(generator.integers(0, len(whole)))] if generator.random() < 0.5 else whole)
+        for place in generator.integers(0, max(1, len(content)), 4) if content else ():
+            content[place] = generator.integers(0, 255)
+        path.write_bytes(content)
+        try:
+            assert FolderImages(tmp_path, 8).batch(torch.tensor([0])).shape == (1, 3, 8, 8)
+        except DamagedImage as error:
+            assert str(path) in str(error)
+            damaged += 1
+    assert damaged > 10
+
+
+def test_fingerprints(folder):
+    """Of files: names and sizes. Of tensors: all of it"""
+    before = FolderImages(folder, 5).fingerprint()
+    assert FolderImages(folder, 5).fingerprint() == before
+    assert FolderImages(folder, 6).fingerprint() != before
+    assert FolderImages(folder, 5, 1).fingerprint() != before
+    (folder / "notes.txt").write_text("no image still")
+    assert FolderImages(folder, 5).fingerprint() == before
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes() + b"\0")
+    longer = FolderImages(folder, 5).fingerprint()
+    (folder / "b.png").rename(folder / "c.png")
+    assert len({before, longer, FolderImages(folder, 5).fingerprint()}) == 3
+    images = torch.zeros(2, 1, 3, 3)
+    other = images.clone()
+    other[1, 0, 2, 2] = 1e-7
+    prints = {TensorImages(x).fingerprint() for x in (images, other, images[:1], images.view(2, 1, 1, 9))}
+    assert len(prints) == 4
+    assert TensorImages(images.clone()).fingerprint() in prints
+
+
+def test_dataset():
+    class Pairs(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((2, 4, 5), index / 3, dtype=torch.float64), "label"
+
+    images = as_images(Pairs())
+    assert isinstance(images, DatasetImages)
+    assert (len(images), images.shape, images.fingerprint()) == (3, (2, 4, 5), f"{Pairs.__qualname__} 3 (2, 4, 5)")
+    batch = images.batch(torch.tensor([2, 0]))
+    assert batch.dtype == torch.float32
+    assert torch.equal(batch, torch.tensor([2 / 3, 0]).view(2, 1, 1, 1).expand(2, 2, 4, 5))
+    assert as_images(images) is images
+    assert len(as_images(torch.utils.data.TensorDataset(torch.zeros(4, 1, 2, 2)))) == 4
+    with pytest.raises(TypeError, match="has no length, expected a map-style torch Dataset"):
+        as_images(type("Endless", (), {"__getitem__": lambda self, index: torch.zeros(1, 2, 2)})())
+
+
+def test_first_item_that_can_be_read_tells_the_shape():
+    class Items(list):
+        def __getitem__(self, index):
+            if super().__getitem__(index) is None:
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    images = as_images(Items([None, torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)]))
+    assert images.shape == (1, 2, 3)
+    with pytest.raises(DamagedImage, match="data: cannot read item 0: gone"):
+        images.batch(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), as item 1"):
+        images.batch(torch.tensor([2]))
+    with pytest.raises(DamagedImage, match="data: cannot read item 1: gone"):
+        as_images(Items([None, None]))
+
+
+def test_image_folder_of_torchvision(folder):
+    datasets = pytest.importorskip("torchvision.datasets")
+    from torchvision import transforms
+
+    change = transforms.Compose(
+        [transforms.RandomCrop(6), transforms.ToTensor(), transforms.Lambda(lambda x: 2 * x - 1)]
+    )
+    (folder / "b").mkdir()
+    (folder / "b.png").rename(folder / "b" / "b.png")
+    images = as_images(datasets.ImageFolder(folder, change))
+    assert (len(images), images.shape) == (2, (3, 6, 6))
+    both = [images.batch(torch.tensor([1]), [seed]) for seed in (7, 8, 7)]
+    assert torch.equal(both[0], both[2])
+    assert not torch.equal(both[0], both[1])
+
+
+def test_tensor_images_bad_input():
+    for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
+        with pytest.raises(ValueError, match="images: got"):
+            TensorImages(images)
+    for images, found in (
+        (torch.full((2, 1, 2, 2), 255.0), "255 to 255"),
+        (torch.full((1, 1, 1, 1), torch.nan), "nan"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"images: the tensor has values from {found}.*, expected them in \[-1, 1"
+        ):
+            TensorImages(images)
+
+
+def test_tensor_of_a_graph_is_data_alone():
+    images = TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True))
+    assert not images.batch(torch.tensor([0])).requires_grad
+    assert images.fingerprint() == TensorImages(torch.zeros(2, 1, 2, 2)).fingerprint()

@@ -1,0 +1,360 @@
+"""ddpm_ext.training.Trainer on a module and a dataset: its steps against a plain loop, and what it makes on the way."""
+
+import csv
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support import trainer_run
+from support.trainer_run import Squares, Tiny, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
+from ddpm_ext.training.batches import StepBatches
+from ddpm_ext.training.data import TensorImages, as_images
+from ddpm_ext.training.step import Stepper, _share
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+def rows(folder):
+    with open(folder / "losses.csv") as opened:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
+
+
+def final(folder):
+    """The tensors of the last checkpoint"""
+    return checkpoints.load(checkpoints.newest(folder))[0]
+
+
+def close(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    return all(torch.allclose(one[name].double(), other[name].double(), **tolerance) for name in one)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
+    """In float64, with the loss, the noise, the average and the learning rate as they are told"""
+    options = {"steps": 12, "warmup": 3, "clip": clip, "ema": 0.8, "lr": 0.01, "weight_decay": 0.1, "seed": 4}
+    trainer = make(tmp_path / "run", dropout=0.0, prediction="v", **options)
+    batches = StepBatches(as_images(Squares()), trainer.options, 0, 6)
+    sampler = trainer.state.timestep_sampler
+    trainer.fit()
+
+    model, average = Tiny(dropout=0.0).double(), Tiny(dropout=0.0).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    kept = GaussianDiffusion(20).alphas_cumprod
+    expected = []
+    for step in range(12):
+        x = batches[step].images.double()
+        t, weights = sampler.sample(6, seed=4, iteration=step)
+        assert torch.equal(weights, torch.ones(6))
+        noise = randn(x.shape, Philox(4), stream=2, draw=step).double()
+        a, b = kept[t].sqrt().view(-1, 1, 1, 1), (1 - kept[t]).sqrt().view(-1, 1, 1, 1)
+        loss = (model(a * x + b * noise, t) - (a * noise - b * x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([value.grad.flatten() for value in model.parameters()]).norm()
+        if clip and norm > clip:
+            for value in model.parameters():
+                value.grad *= clip / (norm + 1e-6)
+        lr = 0.01 * min(1, (step + 1) / 3) * 0.5 * (1 + math.cos(math.pi * step / 12))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        decay = min(0.8, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean += (1 - decay) * (value - mean)
+        expected.append({"step": step + 1, "loss": loss.item(), "grad_norm": norm.item(), "lr": lr})
+    average.calls.copy_(model.calls)
+
+    found = final(tmp_path / "run")
+    tolerance = {"rtol": 1e-4, "atol": 1e-6}
+    assert close(checkpoints.part(found, "model."), model.state_dict(), **tolerance)
+    assert close(checkpoints.part(found, "average."), average.state_dict(), **tolerance)
+    assert close(trainer_run.weights(tmp_path / "run"), average.state_dict(), **tolerance)
+    for row, wanted in zip(rows(tmp_path / "run"), expected, strict=True):
+        assert row.pop("images_per_second") > 0
+        assert row == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 6])
+def test_accumulated_parts_are_the_whole_batch(tmp_path, accumulate):
+    for name, parts in (("whole", 1), ("parts", accumulate)):
+        make(tmp_path / name, dropout=0.0, steps=15, accumulate=parts, loss="l1").fit()
+    whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
+    for name in ("model.calls", "average.calls"):
+        assert parts.pop(name) == accumulate * whole.pop(name)
+    assert close(parts, whole, rtol=1e-4, atol=1e-6)
+    for row, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("loss", "huber"),
+        ("loss", "vlb"),
+        ("weighting", "min_snr"),
+        ("offset_noise", 0.3),
+        ("input_perturbation", 0.3),
+        ("timestep_sampler", "uniform"),
+        ("autocast", "bfloat16"),
+        ("autocast", "float16"),
+        ("prediction", "x0"),
+        ("beta_schedule", "cosine"),
+        ("clip", 0.1),
+        ("seed", 9),
+        ("flip", True),
+    ],
+)
+def test_options_reach_the_weights(tmp_path, option, value):
+    base = {"steps": 6, "prediction": "v", "beta_schedule": "sigmoid"}
+    for name, options in (("plain", base), ("other", base | {option: value})):
+        make(tmp_path / name, **options).fit()
+    plain, other = (trainer_run.weights(tmp_path / name) for name in ("plain", "other"))
+    assert not close(plain, other, rtol=1e-6)
+    assert close(plain, other, atol=0.2)  # of a few steps
+
+
+def test_float16_leaves_out_a_step_that_overflows(tmp_path):
+    model = Tiny(dropout=0.0)
+    with torch.no_grad():
+        model.out.weight.mul_(10)
+    make(tmp_path / "run", model=model, steps=8, autocast="float16").fit()
+    found = rows(tmp_path / "run")
+    assert not math.isfinite(found[0]["grad_norm"])
+    assert math.isfinite(found[0]["loss"])
+    assert math.isfinite(found[-1]["grad_norm"])
+    assert checkpoints.header(checkpoints.newest(tmp_path / "run"))["scaler"]["scale"] < 65536
+    assert all(value.isfinite().all() for value in final(tmp_path / "run").values())
+
+
+def test_steps_wait_for_no_device(tmp_path):
+    """What reads a tensor's value is asked for by numbers() alone"""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
+            self.count += function.name().startswith(names) or "::item" in function.name()
+            return function(*arguments, **(options or {}))
+
+    for autocast in ("none", "bfloat16"):
+        trainer = make(tmp_path / "run", autocast=autocast, accumulate=2)
+        stepper = Stepper(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
+        images = torch.zeros(6, 1, 8, 8)
+        stepper.take(images)
+        with Reads() as reads:
+            for _ in range(3):
+                stepper.take(images)
+            assert reads.count == 0
+            assert len(stepper.numbers(lambda: None)) == 4
+        assert stepper.numbers(lambda: None) == []
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_part(tmp_path):
+    """And the same again where a step is taken again"""
+    trainer = make(tmp_path / "run", accumulate=2, dropout=0.5)
+    stepper = Stepper(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
+    masks = []
+    trainer.model.dropout.register_forward_hook(lambda module, given, output: masks.append(output == 0))
+    for step in (0, 1, 0):
+        trainer.state.step = step
+        stepper.take(torch.zeros(6, 1, 8, 8))
+    assert len(masks) == 6
+    assert torch.equal(torch.cat(masks[:2]), torch.cat(masks[4:]))
+    assert not any(torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
+
+
+def test_random_transforms_depend_on_the_place_alone():
+    """Not on the batches, the workers, or what was read before; the caller's generators are left alone"""
+    options = TrainOptions(data="squares", batch_size=6, seed=3)
+    cpu = torch.device("cpu")
+    whole = [batch.images for batch in StepBatches(as_images(Squares()), options, 0, 6).iterate(0, 5, cpu)]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    assert torch.equal(StepBatches(as_images(Squares()), options, 0, 6)[3].images, whole[3])
+    parts = [StepBatches(as_images(Squares()), options, *rows)[3].images for rows in ((0, 1), (1, 6))]
+    assert torch.equal(torch.cat(parts), whole[3])
+    ahead = StepBatches(as_images(Squares()), TrainOptions(data="squares", batch_size=6, seed=3, workers=2), 0, 6)
+    assert all(
+        torch.equal(batch.images, wanted) for batch, wanted in zip(ahead.iterate(1, 5, cpu), whole[1:], strict=True)
+    )
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert len(torch.unique(torch.cat(whole).flatten(1), dim=0)) == 30  # no two alike: each time drawn anew
+
+
+@given(
+    count=st.integers(1, 9),
+    batch_size=st.integers(1, 12),
+    ranks=st.integers(1, 4),
+    accumulate=st.integers(1, 3),
+    step=st.integers(0, 20),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_ranks_and_parts_share_the_batch(count, batch_size, ranks, accumulate, step, seed):
+    """In order, evenly, none left out, none twice; the images, their seeds and their mirroring go with the place"""
+    assume(batch_size >= ranks * accumulate)
+    options = TrainOptions(data="tensor", batch_size=batch_size, flip=True, seed=seed)
+    images = TensorImages(torch.rand(count, 1, 1, 2))
+    whole = StepBatches(images, options, 0, batch_size)[step].images
+    rows = [_share(range(batch_size), rank, ranks) for rank in range(ranks)]
+    parts = [_share(own, part, accumulate) for own in rows for part in range(accumulate)]
+    assert [row for part in parts for row in part] == list(range(batch_size))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    assert min(map(len, parts)) >= 1
+    split = torch.cat([StepBatches(images, options, own.start, own.stop)[step].images for own in rows])
+    assert torch.equal(split, whole)
+
+
+def test_every_image_comes_once_in_each_round():
+    images = TensorImages(torch.arange(11.0).view(11, 1, 1, 1) / 11)
+    batches = StepBatches(images, TrainOptions(batch_size=6), 0, 6)
+    seen = torch.cat([batches[step].images.flatten() for step in range(11)]).view(6, 11)
+    assert torch.equal(seen.sort(1).values, images.images.flatten().expand(6, 11))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_grids_are_drawn_by_the_average(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    from ddpm_ext import plots
+
+    options = {"sample_every": 8, "sample_steps": 5, "sample_count": 6, "steps": 20}
+    trainer = make(tmp_path / "run", **options)
+    trainer.fit()
+    folder = tmp_path / "run" / "samples"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step-00000008.png", "step-00000016.png"]
+    make(tmp_path / "short", **options | {"checkpoint_every": 16}).fit()
+    make(tmp_path / "none", **options | {"sample_every": 0}).fit()
+    assert close(trainer_run.weights(tmp_path / "run"), trainer_run.weights(tmp_path / "none"), rtol=0, atol=0)
+    average = Tiny()
+    average.load_state_dict(checkpoints.part(checkpoints.load(_checkpoint(tmp_path / "short", 16))[0], "average."))
+    drawn = trainer.diffusion.p_sample_loop(
+        average.eval(), (6, 1, 8, 8), sampler="ddim", steps=5, rng=Philox(0), record="last", progress=False
+    )
+    with image.open(folder / "step-00000016.png") as opened:
+        assert np.array_equal(np.asarray(opened), plots.grid(plots.to_uint8(drawn.detach())))
+
+
+def _checkpoint(folder, step):
+    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
+
+
+def test_module_leaves_weights_and_what_they_are(tmp_path):
+    lines = []
+    result = make(tmp_path / "run", steps=3, report=lines.append, command="by hand").fit()
+    assert {path.name for path in result.folder.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "losses.csv",
+        "losses.png",
+        "model.json",
+        "model.safetensors",
+        "scheduler",
+        "training.json",
+    }
+    assert "no pipeline: the model is no UNet2DModel" in lines[-1]
+    assert json.loads((result.folder / "model.json").read_text())["class"] == "Tiny"
+    made = json.loads((result.folder / "training.json").read_text())
+    assert (made["command"], made["ranks"], made["images"], made["skipped"]) == ("by hand", 1, 11, [])
+    assert made["options"]["data"] == "Squares"
+    assert result.parameters == sum(value.numel() for value in Tiny().parameters())
+
+
+def test_diffusion_is_taken_as_given(tmp_path):
+    diffusion = GaussianDiffusion(5, torch.linspace(0.1, 0.5, 5), prediction="x0")
+    trainer = Trainer(Tiny(), diffusion, Squares(), tmp_path / "run", steps=3, batch_size=2, report=len)
+    trainer.fit()
+    assert trainer.diffusion is diffusion
+    assert trainer.options.timesteps == 5
+    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["trained_betas"] == pytest.approx(torch.linspace(0.1, 0.5, 5).tolist())
+    assert config["prediction_type"] == "sample"
+
+
+def test_frozen_weights_stay(tmp_path):
+    model = Tiny()
+    model.into.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    make(tmp_path / "run", model=model, steps=5).fit()
+    found = trainer_run.weights(tmp_path / "run")
+    assert torch.equal(found["into.weight"], before["into.weight"])
+    assert not torch.equal(found["out.weight"], before["out.weight"])
+    make(tmp_path / "run", model=model, steps=5, resume=True).fit()
+
+
+@pytest.mark.parametrize("given", ["file", "dict", "option"])
+def test_configuration_of_a_unet(tmp_path, given):
+    pytest.importorskip("diffusers")
+    from ddpm_ext.models.folder import load_model
+
+    config = {
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4,
+        "dropout": 0.25,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    options = {"steps": 2, "batch_size": 2, "timesteps": 20, "report": len}
+    model = {"file": path, "dict": config, "option": None}[given]
+    if given == "option":
+        options["model_config"] = str(path)
+    Trainer(model, None, torch.zeros(3, 1, 8, 8), tmp_path / "run", **options).fit()
+    loaded = load_model(tmp_path / "run")
+    assert loaded.unet.config.block_out_channels == [8, 8]
+    assert loaded.unet.config.dropout == 0.25
+    assert loaded.shape == (1, 8, 8)
+
+
+def test_tensorboards_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make(tmp_path / "run", steps=14, tensorboard=True, sample_every=10, sample_steps=2).fit()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = rows(tmp_path / "run")
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (stop, pytest.approx(np.mean([row["loss"] for row in found[start:stop]]), rel=1e-5))
+        for start, stop in ((0, 7), (7, 10), (10, 14))
+    ]
+    assert [event.step for event in events.Images("samples")] == [10]
+
+
+def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"tensorboard: .* pip install tensorboard"):
+        make(tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bar_and_lines(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    trainer = Trainer(Tiny(), None, Squares(), tmp_path / "run", progress=True, **trainer_run.SIZES)
+    trainer.fit()
+    written = capsys.readouterr()
+    assert "60/60" in written.err
+    assert sum(line.startswith("step ") for line in written.out.splitlines()) == 9  # every 7, and the last
+
+
+def test_learning_rate_is_reached():
+    options = TrainOptions(steps=100, warmup=0, lr=1.0)
+    assert learning_rate(options, 0) == 1.0

@@ -1,0 +1,342 @@
+"""ddpm_ext.training: what it says to data, models and folders that don't fit; nothing that was there is lost."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from support import trainer_run
+from support.trainer_run import Squares, Tiny, make
+
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.training import Trainer, checkpoints
+from ddpm_ext.training.step import Stepper
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+class Items:
+    """A dataset of given items"""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+def half_frozen():
+    model = Tiny()
+    model.into.requires_grad_(False)
+    return model
+
+
+class Noted(Tiny):
+    """With more than tensors in its state"""
+
+    def get_extra_state(self):
+        return {"note": 1}
+
+
+IMAGE = torch.zeros(1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"data": Items()}, ValueError, "data: the dataset is empty"),
+        ({"data": iter([IMAGE])}, TypeError, "data is a list_iterator, expected 'digits', a folder, a tensor or"),
+        ({"data": Items(3)}, TypeError, "data: item 0 is a int, expected a floating tensor"),
+        ({"data": Items(IMAGE.byte())}, TypeError, r"item 0 is a torch.uint8 \(1, 8, 8\), expected a floating"),
+        ({"data": Items(IMAGE[0])}, TypeError, r"item 0 is a torch.float32 \(8, 8\), expected"),
+        ({"data": Items(IMAGE + 255)}, ValueError, r"item 0 has values from 255 to 255, expected them in \[-1, 1\]"),
+        ({"data": Items(IMAGE * torch.nan)}, ValueError, "item 0 has values from nan to nan"),
+        ({"data": torch.zeros(3, 8, 8)}, ValueError, "images: got torch.float32 of shape"),
+        ({"data": "nowhere", "image_size": 8}, ValueError, "data: no such folder: nowhere"),
+        ({"model": Tiny(3)}, ValueError, r"model: it fails at images of shape \(1, 8, 8\) \(.*channels"),
+        ({"model": Tiny(1, 2)}, ValueError, r"model: it gives \(1, 2, 8, 8\) for images of shape \(1, 1, 8, 8\), exp"),
+        ({"model": Tiny().requires_grad_(False)}, ValueError, "model: a Tiny has no parameters to train, expected at"),
+        ({"model": Noted()}, ValueError, "model: _extra_state in its state dict is a dict, expected a tensor"),
+        ({"model": torch.nn.Linear(2, 2)}, ValueError, r"model: it fails at images .* takes 2 positional arguments"),
+        ({"model": "nowhere.json"}, ValueError, "model: no such file: nowhere.json"),
+        ({"model": {"in_channels": 3}}, ValueError, "model: config has in_channels 3, expected 1 for images"),
+        ({"model": {"out_channels": 2}}, ValueError, "model: config has out_channels 2, expected 1"),
+        ({"model": {"sample_size": 4}}, ValueError, "model: config has sample_size 4, expected 8"),
+        ({"model": {"num_class_embeds": 4}}, ValueError, "model: config describes a class-conditional model"),
+        (
+            {"model": {}, "widths": (8,), "groups": 4, "attention": ()},
+            ValueError,
+            r"widths: got \(8,\), but the model's",
+        ),
+        ({"loss": "vlb", "weighting": "min_snr"}, ValueError, "alphas_cumprod ends at 0"),
+        ({"loss": "vlb", "weighting": "snr", "beta_schedule": "cosine"}, ValueError, "weighting is given beside loss"),
+        ({"weighting": "min_snr"}, ValueError, "weighting is 'min_snr', but alphas_cumprod ends at 0"),
+        ({"sample_every": 1, "sample_steps": 5, "data": torch.zeros(2, 2, 8, 8)}, ValueError, "images have 2 channels"),
+        ({"lr": -1.0}, ValueError, "lr: got -1.0, expected a positive number"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit(tmp_path, monkeypatch, options, error, message):
+    if isinstance(options.get("model"), dict):
+        pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message) as info:
+        make(tmp_path / "run", **options)
+    assert "\n" not in str(info.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_diffusion_of_another_kind(tmp_path):
+    with pytest.raises(TypeError, match="diffusion is a str, expected a GaussianDiffusion"):
+        Trainer(Tiny(), "linear", Squares(), tmp_path / "run")
+    with pytest.raises(ValueError, match="diffusion: its prediction is 'x_prev', expected"):
+        Trainer(Tiny(), GaussianDiffusion(20, prediction="x_prev"), Squares(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_item_of_another_size(tmp_path, workers):
+    data = Items(IMAGE, (IMAGE, 1), torch.zeros(1, 8, 9))
+    with pytest.raises(ValueError, match=r"^data: item 2 has shape \(1, 8, 9\), expected \(1, 8, 8\), as item 0$"):
+        make(tmp_path / "run", data=data, workers=workers).fit()
+
+
+def test_item_that_cannot_be_read(tmp_path):
+    data = Items(IMAGE, IMAGE, OSError("broken"), IMAGE)
+    with pytest.raises(ValueError, match=r"^data: cannot read item 2: broken$"):
+        make(tmp_path / "run", data=data).fit()
+    lines = []
+    make(tmp_path / "run", data=data, skip_corrupt=True, report=lines.append).fit()
+    assert [line for line in lines if line.startswith("skipped")] == ["skipped: data: cannot read item 2: broken"]
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["skipped"] == [
+        "data: cannot read item 2: broken"
+    ]
+
+
+def test_skipped_image_is_the_next_good_one(tmp_path):
+    """The same weights as with the next image in its place; of nothing but damaged ones none is made"""
+    good = [torch.full((1, 8, 8), value / 4) for value in range(4)]
+    make(tmp_path / "skipped", data=Items(*good[:3], OSError("a"), OSError("b")), skip_corrupt=True).fit()
+    make(tmp_path / "replaced", data=Items(*good[:3], good[0], good[0])).fit()
+    found, expected = (trainer_run.weights(tmp_path / name) for name in ("skipped", "replaced"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    class Fading(Items):
+        def __getitem__(self, index):
+            if self.items:
+                image, self.items = self.items[0], ()
+                return image
+            raise OSError("gone")
+
+        def __len__(self):
+            return 3
+
+    with pytest.raises(ValueError, match="data: none of the 3 images can be read, the last because: data: cannot read"):
+        make(tmp_path / "run", data=Fading(IMAGE), skip_corrupt=True).fit()
+
+
+def test_folder_with_a_corrupt_image(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 255, (8, 8), np.uint8)
+        image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    broken = tmp_path / "images" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    options = {"data": str(tmp_path / "images"), "image_size": 8, "channels": 1, "steps": 6}
+    with pytest.raises(ValueError, match=r"^data: cannot read .*2\.png: "):
+        make(tmp_path / "run", **options).fit()
+    lines = []
+    make(tmp_path / "run", **options, skip_corrupt=True, workers=1, report=lines.append).fit()
+    assert sum(line.startswith(f"skipped: data: cannot read {broken}: ") for line in lines) == 1
+
+
+def test_loss_that_is_no_number_tells_where_and_what_is_left(tmp_path, monkeypatch):
+    trainer = make(tmp_path / "run", log_every=50)
+    seen = {}
+    take = Stepper.take
+
+    def spoil(self, images):
+        if self.state.step == 23:
+            images = images.clone()
+            images[4] = torch.nan
+        take(self, images)
+        seen[self.state.step - 1] = self._pending[-1].t.tolist()
+
+    monkeypatch.setattr(Stepper, "take", spoil)
+    with pytest.raises(ValueError) as info:
+        trainer.fit()
+    path = tmp_path / "run" / "checkpoints" / "step-00000020.safetensors"
+    message = f"training: the loss is nan at step 23, at timesteps {seen[23][4]}; the newest checkpoint is {path}"
+    assert str(info.value) == f"{message}; a lower lr may help"
+    assert checkpoints.newest(tmp_path / "run") == path  # none of weights that are no numbers
+
+
+class Rough(Tiny):
+    """Its gradient is no number, while its output is one"""
+
+    def forward(self, x, t):
+        zero = 0 * self.time.weight.sum()
+        return super().forward(x, t) + zero.square().sqrt()
+
+
+def test_gradient_that_is_no_number(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"training: the gradient's norm is nan at step 0, at timesteps .*, \.\.\.; noth"
+    ):
+        make(tmp_path / "run", model=Rough(), batch_size=20).fit()
+
+
+def test_gradient_that_no_loss_scale_helps(tmp_path):
+    """From 65536 down to 1 they are tried; then the run stops, as it would without a scale"""
+    with pytest.raises(ValueError, match=r"training: the gradient's norm is nan at step 14, .*step-00000010\.safeten"):
+        make(tmp_path / "run", model=Rough(), autocast="float16").fit()
+    assert checkpoints.header(checkpoints.newest(tmp_path / "run"))["scaler"]["scale"] == 65536 / 2**10
+
+
+def test_run_that_was_stopped_before_a_checkpoint_is_not_continued(tmp_path):
+    def report(text):
+        if text.startswith("step "):
+            raise KeyboardInterrupt
+
+    trainer = make(tmp_path / "run", report=report)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    with pytest.raises(ValueError, match="fit: this Trainer has taken 7 steps that nothing saved; make another"):
+        trainer.fit()
+    make(tmp_path / "run", steps=8).fit()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    make(folder, steps=20).fit()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.5}, "lr is 0.5, but .* was made with 0.002"),
+        ({"batch_size": 5}, "batch_size is 5, but"),
+        ({"timestep_sampler": "uniform"}, "timestep_sampler is uniform, but"),
+        ({"squares": 12}, "the number of images is 12, but .* was made with 11"),
+        ({"data": torch.zeros(11, 1, 8, 8)}, "the images' fingerprint is .*, but .* was made with Squares 11"),
+        (
+            {"model": half_frozen()},
+            r"the frozen parameters is \['into.weight', 'into.bias'\], but .* was made with \[\]",
+        ),
+        ({"width": 8}, r"model's into.weight is \[8, 1, 3, 3\], but .* was made with \[6, 1, 3, 3\]"),
+    ],
+)
+def test_resumed_with_something_else(done, options, message):
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"^resume: {message}"):
+        make(done, resume=True, **{"steps": 20} | options).fit()
+    changed = {path for path in done.rglob("*") if path.is_file() and before.get(path) != path.stat().st_mtime_ns}
+    assert {path.name for path in changed} <= {".lock"}
+
+
+def test_resumed_on_a_changed_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "images" / f"{name}.png")
+    options = {"image_size": 8, "channels": 1, "steps": 3}
+    make(tmp_path / "run", data=str(tmp_path / "images"), **options).fit()
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    options["data"] = str(tmp_path / "elsewhere")
+    make(tmp_path / "run", resume=True, **options).fit()  # another place is no other data
+    (tmp_path / "elsewhere" / "b.png").rename(tmp_path / "elsewhere" / "c.png")
+    with pytest.raises(ValueError, match="resume: the images' fingerprint is"):
+        make(tmp_path / "run", resume=True, **options).fit()
+
+
+def test_damaged_newest_checkpoint(tmp_path):
+    folder, lines = tmp_path / "run", []
+    make(folder, steps=20).fit()
+    straight = trainer_run.weights(folder)
+    newest = checkpoints.newest(folder)
+    newest.write_bytes(newest.read_bytes()[:-9])
+    make(folder, steps=20, resume=True, report=lines.append).fit()
+    assert lines[0].startswith(f"resume: {newest} is cut short or damaged (")
+    assert lines[1].startswith("resumed at step 10 from ")
+    found = trainer_run.weights(folder)
+    assert all(torch.equal(found[name], straight[name]) for name in straight)
+    checkpoints.load(newest)  # whole again
+
+
+def test_two_runs_in_a_folder(tmp_path):
+    pytest.importorskip("fcntl")
+    second = []
+
+    def report(text):
+        if text.startswith("step ") and not second:
+            with pytest.raises(ValueError, match="out: another run is at work in") as info:
+                make(tmp_path / "run", resume=True).fit()
+            second.append(info)
+
+    make(tmp_path / "run", report=report).fit()
+    assert second
+
+
+def test_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    from ddpm_ext.base import files
+
+    write = files.write_bytes
+
+    def full(path, content):
+        if "step-00000020" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_bytes", full)
+    with pytest.raises(
+        OSError, match=r"^checkpoint: cannot write .*: No space left on device; the newest is still .*10\."
+    ):
+        make(folder, steps=30).fit()
+    monkeypatch.undo()
+    make(folder, steps=30, resume=True).fit()
+    make(tmp_path / "straight", steps=30).fit()
+    found, expected = (trainer_run.weights(run) for run in (folder, tmp_path / "straight"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    steps = [line.partition(",")[0] for line in (folder / "losses.csv").read_text().splitlines()]
+    assert steps == ["step", *map(str, range(1, 31))]
+
+
+def test_full_disk_at_the_log(tmp_path, monkeypatch):
+    from ddpm_ext.training import log as records
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    trainer = make(tmp_path / "run")
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(OSError, match=r"^losses: cannot write .*losses\.csv: No space left on device$"):
+        trainer.fit()
+
+
+def test_log_that_was_cut_short(tmp_path):
+    """A line that a killed run wrote in part is made again"""
+    folder = tmp_path / "run"
+    make(folder, steps=20).fit()
+    whole = (folder / "losses.csv").read_text().splitlines(keepends=True)
+    (folder / "checkpoints" / "step-00000020.safetensors").unlink()
+    (folder / "losses.csv").write_text("".join(whole[:13]) + whole[13][:5])
+    make(folder, steps=20, resume=True).fit()
+    again = (folder / "losses.csv").read_text().splitlines(keepends=True)
+    assert [line.split(",")[:4] for line in again] == [line.split(",")[:4] for line in whole]

@@ -1,0 +1,194 @@
+"""ddpm_ext.training by several ranks: the same images, timesteps and noise as by one, and no rank waits for ever."""
+
+import copy
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import trainer_run
+from support.command_line import ENVIRONMENT
+
+from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.training import checkpoints
+from ddpm_ext.training.step import Stepper
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+STEPS = {"steps": 20, "dropout": 0.0, "batch_size": 7}
+SAME = {
+    "two": (2, STEPS | {"timestep_sampler": "loss_second_moment", "timesteps": 3, "beta_schedule": "cosine"}),
+    "three": (3, STEPS | {"accumulate": 2, "flip": True, "log_every": 5}),
+}
+DIFFERENT = {
+    "seed": ({"seed": 1}, "ranks: seed is 1 on rank 1 and 0 on rank 0, expected the same on all"),
+    "lr": ({"lr": 0.5}, "ranks: lr is 0.5 on rank 1 and 0.002 on rank 0"),
+    "data": ({"squares": 12}, "ranks: the number of images is 12 on rank 1 and 11 on rank 0"),
+    "model": ({"width": 7}, r"ranks: model's .* is \[7.* on rank 1 and \[6.* on rank 0"),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Runs of several ranks by name: the folder, and how the ranks ended"""
+    folder = tmp_path_factory.mktemp("ranks")
+    runs = {name: [options] * size for name, (size, options) in SAME.items()}
+    runs |= {name: [STEPS, STEPS | other] for name, (other, _) in DIFFERENT.items()}
+    runs["interrupted"] = [STEPS | {"checkpoint_every": 5, "die_at": 12}] * 2
+    runs |= {f"killed {rank}": [STEPS | ({"die_at": 7} if rank == own else {}) for own in (0, 1)] for rank in (0, 1)}
+    runs["group"] = [STEPS | {"own_group": "gloo"}] * 2
+    runs["group of GPUs"] = [SAME["two"][1] | {"own_group": "cuda:gloo"}] * 2
+    runs["three killed"] = [SAME["three"][1] | {"checkpoint_every": 5, "die_at": 7}] * 3
+    runs["not a number"] = [STEPS, STEPS | {"nan_at": 8}]
+    codes = trainer_run.in_forks(folder, runs)
+    return {name: (folder / name, codes[name]) for name in runs}
+
+
+def said(folder, rank, where="err"):
+    return (folder / f"{rank}.{where}").read_text()
+
+
+def alike(found, expected):
+    """To rounding: sums are taken over other parts of the batch; "calls" counts a rank's own"""
+    assert found.keys() == expected.keys()
+    names = [name for name in expected if not name.endswith("calls")]
+    return all(torch.allclose(found[name].float(), expected[name].float(), rtol=1e-4, atol=1e-6) for name in names)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
+    folder, codes = ended[name]
+    size, options = SAME[name]
+    assert codes == [0] * size, said(folder, 0)
+    assert f", on cpu, by {size} ranks\n" in said(folder, 0, "out")
+    assert said(folder, 1, "out") == ""  # rank 0 alone tells
+    trainer_run.make(tmp_path / "one", **options).fit()
+    assert alike(*(checkpoints.load(checkpoints.newest(run))[0] for run in (folder / "run", tmp_path / "one")))
+    losses = [
+        [float(line.split(",")[1]) for line in (run / "losses.csv").read_text().splitlines()[1:]]
+        for run in (folder / "run", tmp_path / "one")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_one_rank_goes_on_where_two_stopped(ended, tmp_path):
+    folder, codes = ended["interrupted"]
+    assert codes == [-signal.SIGKILL] * 2
+    assert checkpoints.newest(folder / "run").name == "step-00000010.safetensors"
+    trainer_run.make(folder / "run", resume=True, **STEPS).fit()
+    trainer_run.make(tmp_path / "one", **STEPS).fit()
+    assert alike(trainer_run.weights(folder / "run"), trainer_run.weights(tmp_path / "one"))
+
+
+def test_three_go_on_where_three_stopped_bit_for_bit(ended, tmp_path):
+    """Where the order in which gradients are added up shows"""
+    shutil.copytree(ended["three killed"][0], tmp_path / "three")
+    again = [SAME["three"][1] | {"checkpoint_every": 5, "resume": True}] * 3
+    assert trainer_run.in_forks(tmp_path, {"three": again}) == {"three": [0] * 3}
+    assert "resumed at step 5 " in said(tmp_path / "three", 0, "out")
+    found, expected = (
+        checkpoints.load(checkpoints.newest(folder / "run"))[0] for folder in (tmp_path / "three", ended["three"][0])
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_rank_ends_the_others(ended, killed):
+    folder, codes = ended[f"killed {killed}"]
+    assert (codes[killed], codes[1 - killed]) == (-signal.SIGKILL, 1)
+    assert said(folder, 1 - killed).startswith("another rank ended before the work was done")
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_ranks_that_differ_are_told(ended, name):
+    folder, codes = ended[name]
+    assert codes == [1, 2]
+    assert re.match(DIFFERENT[name][1], said(folder, 0))
+    assert (said(folder, 0).count("\n"), said(folder, 1)) == (1, "")
+    assert not (folder / "run").exists()
+
+
+def test_loss_that_is_no_number_on_one_rank_stops_all(ended):
+    folder, codes = ended["not a number"]
+    assert codes == [1, 2]
+    message = r"training: the loss is nan at step 8, at timesteps [\d, ]+; nothing was saved yet; a lower lr may help\n"
+    assert re.fullmatch(message, said(folder, 0))
+    assert said(folder, 1) == ""
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    meeting = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def first_of_two(trainer):
+    ranks = Ranks(0, 2)
+    return Stepper(trainer.state, trainer.diffusion, trainer.options, ranks, trainer.device)
+
+
+def test_parts_are_averaged_over_ranks_once(group_of_one, tmp_path):
+    """Not after each of them; and once before the first step, where it changes nothing"""
+    trainer = trainer_run.make(tmp_path / "run", **STEPS | {"batch_size": 6}, accumulate=3)
+    stepper, averaged = first_of_two(trainer), []
+
+    def average(state, bucket):
+        averaged.append((trainer.state.step, bucket.index()))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    stepper.parallel.register_comm_hook(None, average)
+    for _ in range(2):
+        stepper.take(torch.zeros(3, 1, 8, 8))
+    assert averaged == [(0, 0), (0, 0), (1, 0)]
+    assert trainer.model.calls == 6
+
+
+def test_parameter_without_a_gradient_is_told(group_of_one, tmp_path):
+    model = trainer_run.Tiny()
+    model.spare = torch.nn.Linear(2, 2)
+    stepper = first_of_two(trainer_run.make(tmp_path / "run", model=copy.deepcopy(model), **STEPS))
+    with pytest.raises(ValueError, match=r"model: spare\.weight gets no gradient, expected requires_grad=False for it"):
+        stepper.take(torch.zeros(3, 1, 8, 8))
+    trainer_run.make(tmp_path / "run", model=model, **STEPS).fit()  # alone it may be there
+
+
+@pytest.mark.parametrize("name", ["group", "group of GPUs"])
+def test_group_of_the_caller_is_used_and_left(ended, name):
+    folder, codes = ended[name]
+    assert codes == [0, 0], said(folder, 0)
+    assert said(folder, 1, "out") == "the group is there\n"
+
+
+def test_command_under_torchrun(tmp_path):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddpm_ext"]
+    tiny = ["--steps=2", "--batch-size=4", "--widths=8", "--attention=", "--groups=4", "--timesteps=20", "--quiet"]
+    command = [*launcher, "train", *tiny, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("final loss") == 1
+    assert (tmp_path / "run" / "model_index.json").is_file()
+
+
+def test_too_many_ranks_for_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=r"batch_size: got 7, expected at least 3 ranks times 3 to accumulate"):
+        trainer_run.make(tmp_path / "run", **STEPS, accumulate=3)
+    assert not os.listdir(tmp_path)

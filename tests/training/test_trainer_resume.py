@@ -1,0 +1,96 @@
+"""ddpm_ext.training: a run that is killed and resumed ends like one that was left alone, whatever its options."""
+
+import csv
+import os
+import signal
+
+import pytest
+import torch
+from support import trainer_run
+
+from ddpm_ext.training import checkpoints
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks")
+
+VARIANTS = {
+    "plain": {},
+    "accumulate": {"accumulate": 4},
+    "bfloat16": {"autocast": "bfloat16"},
+    "float16": {"autocast": "float16"},
+    "loss_second_moment": {"timestep_sampler": "loss_second_moment"},
+    "workers": {"workers": 2, "flip": True},
+    "learned": {"variance": "learned_range", "beta_schedule": "cosine"},
+    "offset": {"offset_noise": 0.1, "input_perturbation": 0.1},
+    "no clip": {"clip": 0.0, "loss": "huber", "prediction": "v", "weighting": "min_snr"},
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder for each variant, killed after 37 of 60 steps, 30 of them in checkpoints"""
+    folder = tmp_path_factory.mktemp("killed")
+    ended = trainer_run.in_forks(folder, {name: [{**variant, "die_at": 37}] for name, variant in VARIANTS.items()})
+    assert ended == {name: [-signal.SIGKILL] for name in VARIANTS}
+    return {name: folder / name / "run" for name in VARIANTS}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_killed_and_resumed_is_as_never_stopped(killed, tmp_path, threads, name):
+    threads(1)
+    folder, straight, lines = killed[name], tmp_path / "straight", []
+    assert checkpoints.newest(folder).name == "step-00000030.safetensors"
+    assert len((folder / "losses.csv").read_text().splitlines()) == 1 + 35  # written every 7 and every 10 steps
+    trainer = trainer_run.make(folder, resume=True, report=lines.append, **VARIANTS[name])
+    trainer.fit()
+    assert any(line.startswith("resumed at step 30 ") for line in lines)
+    other = trainer_run.make(straight, **VARIANTS[name])
+    other.fit()
+
+    found, expected = trainer_run.weights(folder), trainer_run.weights(straight)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    last = [checkpoints.load(checkpoints.newest(run)) for run in (folder, straight)]
+    assert last[0][1] == last[1][1]
+    assert last[0][1]["scaler"].get("_growth_tracker") == (60 if name == "float16" else None)
+    assert last[0][0].keys() == last[1][0].keys()
+    assert all(torch.equal(last[0][0][key], last[1][0][key]) for key in last[1][0])
+    rows = []
+    for run in (folder, straight):
+        with open(run / "losses.csv") as opened:
+            rows.append([{**row, "images_per_second": ""} for row in csv.DictReader(opened)])
+    assert rows[0] == rows[1]
+    assert [int(row["step"]) for row in rows[0]] == list(range(1, 61))
+
+
+def test_state_has_the_strides_of_the_weights(tmp_path, threads):
+    """Which a fused step takes for granted"""
+    threads(1)
+
+    def trainer(**options):
+        model = trainer_run.Tiny(channels=2).to(memory_format=torch.channels_last)
+        data = torch.linspace(-1, 1, 3 * 2 * 8 * 8).view(3, 2, 8, 8)
+        return trainer_run.make(tmp_path / "run", model=model, data=data, steps=20, **options)
+
+    trainer().fit()
+    expected = trainer_run.weights(tmp_path / "run")
+    checkpoints.newest(tmp_path / "run").unlink()
+    resumed = trainer(resume=True)
+    resumed.fit()
+    assert not resumed.model.into.weight.is_contiguous()
+    found = trainer_run.weights(tmp_path / "run")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    moments = resumed.state.optimizer.state[resumed.model.into.weight]
+    assert moments["exp_avg"].stride() == resumed.model.into.weight.stride()
+
+
+def test_variants_differ(killed):
+    """So that none of them passes by being ignored"""
+    last = {
+        name: checkpoints.load(checkpoints.newest(folder))[0]["model.out.weight"] for name, folder in killed.items()
+    }
+    names = list(last)
+    for place, name in enumerate(names):
+        for other in names[:place]:
+            assert last[name].shape != last[other].shape or not torch.equal(last[name], last[other]), (name, other)

@@ -1,0 +1,290 @@
+"""ddpm_ext.training with a UNet2DModel: what a run leaves; one that is killed and resumed ends like another."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ext.models.folder import load_model
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, train
+
+for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
+    pytest.importorskip(module)
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TINY = {
+    "steps": 24,
+    "batch_size": 4,
+    "widths": (8,),
+    "attention": (),
+    "groups": 4,
+    "timesteps": 20,
+    "warmup": 2,
+    "checkpoint_every": 4,
+    "log_every": 8,
+}
+# The same on the command line
+COMMAND = [
+    f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for name, value in TINY.items()
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tiny models gain nothing from more, and the runs in other processes have one as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "straight"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lines = []
+    result = train(TrainOptions(**TINY), folder, command="made by a test", report=lines.append)
+    torch.set_num_threads(threads)
+    return folder, result, lines
+
+
+def quiet(text):
+    """A report that is not read"""
+
+
+def test_what_a_run_leaves(straight):
+    folder, result, lines = straight
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "losses.csv",
+        "losses.png",
+        "model_index.json",
+        "scheduler",
+        "training.json",
+        "unet",
+    ]
+    assert [path.name for path in checkpoints._all(folder)] == [
+        "step-00000020.safetensors",
+        "step-00000024.safetensors",
+    ]
+    with open(folder / "losses.csv") as opened:
+        rows = list(csv.DictReader(opened))
+    losses = [float(row["loss"]) for row in rows]
+    assert [int(row["step"]) for row in rows] == list(range(1, 25))
+    made = json.loads((folder / "training.json").read_text())
+    assert made["command"] == "made by a test"
+    assert made["versions"]["torch"] == torch.__version__
+    assert made["options"]["widths"] == [8]
+    assert made["final_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert made["parameters"] == result.parameters > 0
+    assert sum("step " in line and "loss" in line for line in lines) == 3
+
+
+def test_result_is_a_pipeline_of_diffusers(straight, tmp_path):
+    """Both ways: diffusers samples from it as we do, and what diffusers saves again samples here"""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DDPMPipeline.from_pretrained(straight[0])
+    pipeline.set_progress_bar_config(disable=True)
+    ours = load_model(straight[0])
+    assert ours.settings.timesteps == pipeline.scheduler.config.num_train_timesteps == 20
+    assert ours.shape == (1, 8, 8)
+    images = pipeline(batch_size=2, num_inference_steps=20, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+    assert 0 <= images.min() < images.max() <= 1
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 17])
+    with torch.no_grad():
+        assert torch.allclose(ours.unet(x, t).sample, pipeline.unet(x, t).sample, atol=1e-5)
+    pipeline.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert torch.allclose(again.settings.diffusion().betas, ours.settings.diffusion().betas, rtol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(again.unet.parameters(), ours.unet.parameters(), strict=True))
+
+
+def test_learned_range_is_a_pipeline_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    options = TINY | {"variance": "learned_range", "beta_schedule": "cosine", "steps": 4}
+    train(TrainOptions(**options), tmp_path / "run", report=quiet)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline.unet.config.out_channels == 2
+    pipeline.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipeline(batch_size=2, num_inference_steps=20, output_type="np").images).all()
+    ours = load_model(tmp_path / "run")
+    assert ours.settings.variance == "learned_range"
+
+    # A step of theirs is one of ours, with the same noise
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 11
+    with torch.no_grad():
+        output = ours.unet(x, torch.tensor([t, t])).sample
+        theirs = pipeline.scheduler.step(output, t, x, generator=torch.Generator().manual_seed(3)).prev_sample
+        noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(
+            ours.settings.diffusion().p_sample(ours.unet, x, torch.tensor([t, t]), noise=noise), theirs, atol=1e-3
+        )
+
+
+def test_training_learns(tmp_path, device):
+    losses = []
+    options = TrainOptions(
+        **TINY | {"steps": 150, "lr": 1e-2, "checkpoint_every": 1000, "batch_size": 16, "device": str(device)}
+    )
+    train(options, tmp_path / "run", report=quiet)
+    with open(tmp_path / "run" / "losses.csv") as opened:
+        losses = [float(row["loss"]) for row in csv.DictReader(opened)]
+    assert np.mean(losses[-30:]) < 0.6 * np.mean(losses[:10])
+
+
+def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
+    folder = tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ddpm_ext", "train", *COMMAND, "--quiet", "--out", str(folder)]
+    # Slowed down from the first checkpoint on, so that the kill comes in the middle on any machine.
+    slow = (
+        "import sys, time\nfrom ddpm_ext import checkpoints, cli\n"
+        "save = checkpoints.save\n"
+        "def slowly(*arguments):\n    save(*arguments)\n    time.sleep(60)\n"
+        "checkpoints.save = slowly\nsys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    running = subprocess.Popen([sys.executable, "-c", slow, *command[3:]], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while checkpoints.newest(folder) is None and time.monotonic() < deadline and running.poll() is None:
+            time.sleep(0.05)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert checkpoints.newest(folder).name == "step-00000004.safetensors"
+    assert not (folder / WEIGHTS).exists()
+
+    with pytest.raises(ValueError, match=r"out: .* holds a run already; resume it, or give another folder"):
+        train(TrainOptions(**TINY), folder, report=quiet)
+    with pytest.raises(ValueError, match=r"resume: lr is 0\.5, but .* was made with 0\.002"):
+        train(TrainOptions(**TINY | {"lr": 0.5}), folder, resume=True, report=quiet)
+
+    # Without the options: they are the checkpoint's.
+    resume = [*command[:4], "--resume", "--quiet", "--out", str(folder)]
+    done = subprocess.run(resume, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 4 " in done.stdout
+    assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
+
+
+def test_resumed_options_go_with_the_checkpoints(tmp_path, monkeypatch):
+    """Not with the defaults of what isn't said"""
+    from ddpm_ext import cli, training
+
+    found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
+    train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
+    latest = checkpoints.latest(tmp_path / "run")
+    monkeypatch.setattr(checkpoints, "latest", lambda *a, **k: (latest[0], latest[1] | {"options": asdict(found)}))
+    taken = []
+    monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
+    more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", "--out", str(tmp_path / "run"), *more])
+    assert taken == [replace(found, accumulate=200, sample_every=5, sample_steps=1500)]
+
+
+def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
+    folder = straight[0]
+    before = (folder / WEIGHTS).read_bytes()
+    train(TrainOptions(**TINY), folder, resume=True, report=quiet)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", resume=True, report=quiet)
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+
+
+def test_seed_decides(straight, tmp_path):
+    before = torch.random.get_rng_state()
+    train(TrainOptions(**TINY | {"seed": 1}), tmp_path / "run", report=quiet)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's generator is left alone
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() != (straight[0] / WEIGHTS).read_bytes()
+
+
+def test_damaged_checkpoint(straight, tmp_path):
+    whole = checkpoints.newest(straight[0]).read_bytes()
+    path = tmp_path / "run" / "checkpoints" / "step-00000024.safetensors"
+    path.parent.mkdir(parents=True)
+    for content in (whole[: len(whole) // 2], b"", (straight[0] / WEIGHTS).read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"resume: .*step-00000024\.safetensors is cut short or damaged"):
+            train(TrainOptions(**TINY), tmp_path / "run", resume=True, report=quiet)
+        assert path.read_bytes() == content
+        assert not (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_folder_of_images(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        image.fromarray(np.full((9, 12, 3), 60 * index, np.uint8)).save(tmp_path / "images" / f"{index}.png")
+    options = TrainOptions(**TINY | {"data": str(tmp_path / "images"), "image_size": 8, "flip": True, "steps": 3})
+    train(options, tmp_path / "run", report=quiet)
+    assert json.loads((tmp_path / "run" / "unet" / "config.json").read_text())["in_channels"] == 3
+
+
+def test_loss_that_is_no_number(tmp_path):
+    with pytest.raises(ValueError, match="training: the loss is"):
+        train(TrainOptions(**TINY | {"lr": 1e30}), tmp_path / "run", report=quiet)
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_learning_rate():
+    options = TrainOptions(steps=1000, warmup=10, lr=1.0)
+    assert learning_rate(options, 0) == pytest.approx(0.1)
+    assert learning_rate(options, 500) == pytest.approx(0.5)
+    assert 0 < learning_rate(options, 999) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": float("nan")}, "lr: got nan"),
+        ({"ema": 1.0}, r"ema: got 1.0, expected in \[0, 1\)"),
+        ({"dropout": -0.1}, "dropout: got -0.1"),
+        ({"seed": 2**64}, r"seed: got \d+, expected in \[0, 2\^64\)"),
+        ({"widths": ()}, "widths: got"),
+        ({"widths": (12,)}, "widths: got 12, expected multiples of groups, 8"),
+        ({"attention": (3,)}, r"attention: got 3, expected levels in \[0, 3\)"),
+        ({"weights_dtype": "int8"}, "weights_dtype: got int8"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"accumulate": 129}, "accumulate: got 129, expected at most the batch size, 128"),
+        ({"clip": -1.0}, "clip: got -1.0, expected a number >= 0"),
+        ({"clip": float("inf")}, "clip: got inf"),
+        ({"delta": 0.0}, "delta: got 0.0, expected a positive number"),
+        ({"offset_noise": float("nan")}, "offset_noise: got nan"),
+        ({"autocast": "float32"}, "autocast: got float32, expected one of none, bfloat16, float16"),
+        ({"loss": "l2"}, "loss: got l2, expected one of mse, l1, huber"),
+        ({"variance": "known"}, "variance: got known"),
+        ({"weighting": "max_snr"}, "weighting: got max_snr"),
+        ({"timestep_sampler": "all"}, "timestep_sampler: got all, expected one of uniform, low_discrepancy"),
+        ({"workers": -1}, "workers: got -1, expected at least 0"),
+        ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),
+        ({"flip": True}, "flip: digits"),
+    ],
+)
+def test_bad_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**changes)
+
+
+def test_image_size_must_halve(tmp_path):
+    with pytest.raises(ValueError, match="image size: got 8, expected a multiple of 16"):
+        train(TrainOptions(**TINY | {"widths": (8,) * 5}), tmp_path / "run", report=quiet)
