@@ -9,25 +9,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip, Model
-from ddpm_ext.loop import plan as sampling
 from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.loop.inpaint import Inpaint
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.rows import LEARNED
+from ddpm_ext.loop.loop import Record
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.plan import Plan, make_plan
+from ddpm_ext.loop.results import CapturedLoop, collect
+from ddpm_ext.loop.rows import LoopRowsCache
 from ddpm_ext.losses import likelihood
 from ddpm_ext.losses.likelihood import BitsPerDim, VlbTerms
+from ddpm_ext.losses.rows import LossRows
+from ddpm_ext.losses.train_losses import LossOptions, train_losses
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.process.clip import DynamicThreshold, as_fixed_clip
-from ddpm_ext.process.model_output import split_variance
-from ddpm_ext.process.process import ForwardProcess, like_samples
+from ddpm_ext.process import reverse
+from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["GaussianDiffusion"]
 
 
-class GaussianDiffusion(ForwardProcess):
+class GaussianDiffusion:
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
@@ -57,6 +61,150 @@ class GaussianDiffusion(ForwardProcess):
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
     """
 
+    betas: Tensor
+    alphas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    sqrt_recip_alphas_cumprod: Tensor
+    sqrt_recipm1_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        beta_schedule: str | Tensor = "linear",
+        *,
+        prediction: str = "eps",
+        variance: str = "fixed_small",
+        backend: str = "fused",
+    ) -> None:
+        self.process = process = Process(
+            timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend
+        )
+        self.timesteps, self.prediction = process.timesteps, process.prediction
+        self.variance, self.backend = process.variance, process.backend
+        for name in SCHEDULE_ATTRIBUTES:
+            setattr(self, name, getattr(process, name))
+        self._loss_rows = LossRows(process)
+        self._loop_rows = LoopRowsCache()
+
+    def __repr__(self) -> str:
+        return (
+            f"GaussianDiffusion(timesteps={self.timesteps}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, backend={self.backend!r})"
+        )
+
+    # ---------------------------------------------------------------------------------------- forward process
+
+    def q_sample(
+        self,
+        x_start: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        *,
+        rng: Philox | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
+
+        Args:
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+            out: as x_start: where the result goes; x_start itself is fine. No gradients then.
+
+        Returns:
+            x_t, as x_start. Differentiable in x_start and noise.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
+        return self.process.q_sample(x_start, t, noise, rng=rng, out=out)
+
+    def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...).
+        """
+        return self.process.q_mean_variance(x_start, t)
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
+        """
+        return self.process.q_posterior_mean_variance(x_start, x_t, t)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
+
+        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), of which only the sign has a
+        meaning.
+        """
+        return self.process.predict_start_from_noise(x_t, t, noise)
+
+    # ----------------------------------------------------------------------------------------------- training
+
+    def train_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        *,
+        rng: Philox | None = None,
+        loss: str = "mse",
+        delta: float = 1.0,
+        weighting: str | Tensor = "simple",
+        vlb_weight: float = 0.001,
+        offset_noise: float = 0.0,
+        input_perturbation: float = 0.0,
+        reduction: str = "mean",
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
+        model's: one makes x_t, the other the loss and its gradient. Drawn noise is not stored, but drawn again.
+
+        Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
+        mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.
+
+        Args:
+            model: model(x_t, t, **model_kwargs) -> (batch, ...).
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise, rng: as in q_sample.
+            loss: "mse", "l1" or "huber"; or the variational bound alone, whose term moves the mean too: "vlb", in bits
+                per dimension, or "rescaled_vlb", `timesteps` times that. The mean of the latter over uniform t is the
+                bound without the prior's term, which no model changes.
+            delta: the difference up to which "huber" is quadratic, above 0.
+            weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
+                another of ddpm_ext.tables.weightings; or weights (timesteps,), which are read anew when torch has
+                written to them (writes by others go unseen).
+            vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
+            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, whatever
+                stream rng has), at least 0. The noise is made as a tensor then.
+            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever stream rng has),
+                relative to that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure
+                bias". It costs one launch more.
+            reduction: "mean" or "sum" of the samples' losses, or "none".
+
+        Returns:
+            A scalar loss, or (batch,), float32 (float64 for float64 samples).
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
+        options = LossOptions(loss, delta, weighting, vlb_weight, offset_noise, input_perturbation, reduction)
+        return train_losses(self.process, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
+
     # ---------------------------------------------------------------------------------------- reverse process
 
     def p_mean_variance(
@@ -71,29 +219,8 @@ class GaussianDiffusion(ForwardProcess):
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
             (batch, 1, ...), or of x_t's where they are learned.
         """
-        table = self._table("steps", "x_t", x_t)
-        self._ops.check_reverse_step(x_t, table, t)
-        clip = as_fixed_clip(clip_denoised)
-        model_output = self._call(model, x_t, t)
-        learned = None
-        if self.variance in LEARNED:
-            model_output, learned = split_variance(x_t, model_output)
-        mean = self._ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
-        if learned is None:
-            return mean, self._extract("p_variance", t, x_t), self._extract("p_log_variance", t, x_t)
-        learned = learned.to(checks.compute_dtype(x_t.dtype))
-        if self.variance == "learned_variance":
-            return mean, learned, learned.log()
-        constant, slope = (like_samples(column, t, x_t) for column in self._learned(x_t).unbind(1))
-        log_variance = constant + slope * learned
-        return mean, log_variance.exp(), log_variance
+        return reverse.p_mean_variance(self.process, model, x_t, t, clip_denoised)
 
-    def _learned(self, x: Tensor) -> Tensor:
-        """(timesteps, 2): of a log-variance, what is added to the model's and what that is multiplied by."""
-        dtype = checks.compute_dtype(x.dtype)
-        return self._tables.get("learned_log_variance", x.device, dtype)
-
-    @torch.no_grad()
     def p_sample(
         self,
         model: Model,
@@ -121,15 +248,7 @@ class GaussianDiffusion(ForwardProcess):
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
         """
-        table = self._table("steps", "x_t", x_t)
-        self._ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
-        options: dict[str, Any] = {"clip": as_fixed_clip(clip_denoised), "noise": noise, "rng": rng, "out": out}
-        model_output = self._call(model, x_t, t)
-        if self.variance not in LEARNED:
-            return self._ops.reverse_step(x_t, model_output, table, t, **options)
-        model_output, variance = split_variance(x_t, model_output)
-        options |= {"model_variance": variance, "log_variance": self.variance != "learned_variance"}
-        return self._ops.extended_step(x_t, model_output, self._table("extended", "x_t", x_t), t, **options)
+        return reverse.p_sample(self.process, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
 
     def p_sample_loop(
         self,
@@ -154,7 +273,7 @@ class GaussianDiffusion(ForwardProcess):
         rng: Philox | None = None,
         record: str | int | Sequence[int] = "all",
         x0: bool = False,
-        callback: Callable[[sampling.Record], object] | None = None,
+        callback: Callable[[Record], object] | None = None,
         progress: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -213,10 +332,7 @@ class GaussianDiffusion(ForwardProcess):
         Raises:
             TypeError, ValueError: an argument of another type, an unknown name, or out of range.
         """
-        plan = sampling.make_plan(
-            self,
-            model,
-            shape,
+        options = LoopOptions(
             sampler=sampler,
             steps=steps,
             spacing=spacing,
@@ -240,11 +356,11 @@ class GaussianDiffusion(ForwardProcess):
             autocast=autocast,
             graph=graph,
         )
-        return sampling.collect(plan, record=record, callback=callback, progress=progress)
+        return collect(self._plan(model, shape, options), record=record, callback=callback, progress=progress)
 
     def sample_progressive(
         self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Any
-    ) -> Iterator[sampling.Record]:
+    ) -> Iterator[Record]:
         """p_sample_loop, step by step: a Record (step, timestep, x_t, x0) after each, taken when it is asked for.
 
         Both tensors are buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
@@ -253,22 +369,25 @@ class GaussianDiffusion(ForwardProcess):
         Arguments are p_sample_loop's, but for record and callback, and for graph="loop", of which nothing is seen in
         between. They are checked at once; what is raised is p_sample_loop's, too.
         """
-        plan = sampling.make_plan(self, model, shape, **options)
+        plan = self._plan(model, shape, LoopOptions(**options))
         if plan.whole:
             raise ValueError("graph is 'loop', expected True or 'step': nothing is seen in between")
         return plan.make().run(progress)
 
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Any
-    ) -> sampling.CapturedLoop:
+    ) -> CapturedLoop:
         """A loop to take again and again, by a CUDA graph that is recorded once: captured(rng) gives samples.
 
         Arguments are p_sample_loop's, but for record, callback, progress and x0. Tensors of model_kwargs are copied,
         and can be replaced from call to call; other conditioning belongs into tensors that the caller writes to. What
         is raised is p_sample_loop's, too.
         """
-        plan = sampling.make_plan(self, model, shape, graph=graph or True, **options)
-        return sampling.CapturedLoop(plan.make(), plan.whole)
+        plan = self._plan(model, shape, LoopOptions(graph=graph or True, **options))
+        return CapturedLoop(plan.make(), plan.whole)
+
+    def _plan(self, model: Model, shape: tuple[int, ...], options: LoopOptions) -> Plan:
+        return make_plan(self.process, self._loop_rows, model, shape, options)
 
     def sample(
         self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any
@@ -288,12 +407,12 @@ class GaussianDiffusion(ForwardProcess):
         rng: Philox | None = None,
         clip_denoised: bool | Clip = True,
     ) -> VlbTerms:
-        """The variational bound's terms at t, in bits per dimension: see ddpm_ext.likelihood.vlb_terms."""
-        return likelihood.vlb_terms(self, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
+        """The variational bound's terms at t, in bits per dimension: see ddpm_ext.losses.likelihood.vlb_terms."""
+        return likelihood.vlb_terms(self.process, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.likelihood.prior_bpd."""
-        return likelihood.prior_bpd(self, x_start)
+        """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.losses.likelihood.prior_bpd."""
+        return likelihood.prior_bpd(self.process, x_start)
 
     def bits_per_dim(
         self,
@@ -305,5 +424,7 @@ class GaussianDiffusion(ForwardProcess):
         progress: bool = False,
     ) -> BitsPerDim:
         """The bound of 8-bit images' negative log-likelihood, in bits per dimension, by one call of the model a
-        timestep: see ddpm_ext.likelihood.bits_per_dim."""
-        return likelihood.bits_per_dim(self, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress)
+        timestep: see ddpm_ext.losses.likelihood.bits_per_dim."""
+        return likelihood.bits_per_dim(
+            self.process, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress
+        )

@@ -16,7 +16,8 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import require
-from ddpm_ext.loop.rows import make_tables
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
@@ -160,7 +161,8 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> tuple[LoadedModel
         raise ValueError(f"eta: got {options.eta}, but it belongs to --sampler {' or '.join(WITH_ETA)}")
     model = load_model(options.model, device=device, dtype=getattr(torch, options.dtype))
     diffusion = model.settings.diffusion(options.backend)
-    rows = make_tables(diffusion, options.sampler, options.steps, options.spacing, None, options.eta)
+    chosen = LoopOptions(sampler=options.sampler, steps=options.steps, spacing=options.spacing, eta=options.eta)
+    rows = make_loop_rows(diffusion.process, chosen)
     return model, diffusion, len(rows)
 
 

@@ -15,7 +15,7 @@ import torch
 from ddpm_ext.base import files
 from ddpm_ext.cli import arguments as options
 from ddpm_ext.loop.rows import SIGMA_GRIDS
-from ddpm_ext.tables.predictions import PREDICTIONS
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.spacing import Grid, make_grid, spaced_timesteps
@@ -120,7 +120,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=options._whole(1), metavar="N", help="steps of the loop (default: all)")
     add("--spacing", metavar="NAME", help="linspace, leading, trailing, quadratic, ddim50, 10,20, karras, log_snr")
     add("--eta", type=options._number(0, "a number >= 0"), metavar="X", help=f"of {' or '.join(WITH_ETA)}")
-    add("--prediction", choices=PREDICTIONS, default="eps", help="what the model predicts")
+    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
     add("--timesteps", type=options._whole(1), default=1000, metavar="N", help="steps of the schedule")
     add = parser.add_argument_group("output").add_argument

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
+from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.registry import Support
 from ddpm_ext.integrations.shared import Accelerated, drawn, misfit, new, version, wants_gradient
 from ddpm_ext.ops.noise import Philox, randn
-from ddpm_ext.process.process import ForwardProcess
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -78,7 +78,7 @@ SUPPORT = tuple(
 
 def resembles(cls: type) -> bool:
     """Whether a class has the tutorial's methods, whose first parameters have its names, order and defaults."""
-    if issubclass(cls, ForwardProcess):  # ours
+    if issubclass(cls, GaussianDiffusion):  # ours
         return False
     for name, expected in METHODS.items():
         method = getattr(cls, name, None)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-__all__ = ["Graphs"]
+__all__ = ["CudaGraphs"]
 
 
-class Graphs:
+class CudaGraphs:
     """Recordings by key, all from one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:

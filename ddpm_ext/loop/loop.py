@@ -14,12 +14,14 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import counter
 from ddpm_ext.base.types import Model
-from ddpm_ext.loop.cuda_graphs import Graphs
+from ddpm_ext.loop.begin import Begin, compiled, rng_in_memory
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.rows import Kind, LoopTables
-from ddpm_ext.loop.step import StepOptions, Stepper
-from ddpm_ext.ops.noise import STREAM_START, Philox, rng_of_many
+from ddpm_ext.loop.options import LoopOptions, StepOptions
+from ddpm_ext.loop.rows import LoopRows, RowKind
+from ddpm_ext.loop.step import LoopStep
+from ddpm_ext.ops.noise import Philox, rng_of_many
 
 __all__ = ["Loop", "Record"]
 
@@ -27,9 +29,9 @@ __all__ = ["Loop", "Record"]
 class Record(NamedTuple):
     """A loop after one of its steps.
 
-    step: 0 for the first; timestep: where it started from; x_t: the samples, where it arrived; x0: the clean ones that
-    it predicted, or None where they were not asked for. Both are on the loop's device, in buffers that it writes to
-    again: copy what is to last.
+    step: 0 for the first. timestep: where the step started. x_t: the samples after it. x0: the predicted clean samples,
+    or None where they were not asked for. Both tensors are on the loop's device, in buffers that later steps overwrite:
+    copy what you want to keep.
     """
 
     step: int
@@ -38,119 +40,64 @@ class Record(NamedTuple):
     x0: Tensor | None = None
 
 
-def _compiled(model: Model, how: bool | str) -> Model:
-    if isinstance(how, str):
-        try:
-            return torch.compile(model, mode=how)
-        except RuntimeError as error:
-            raise ValueError(f"compile is {how!r}, expected a bool or a mode of torch.compile: {error}") from None
-    if not isinstance(how, bool):
-        raise TypeError(f"compile is {how!r}, expected a bool or a mode of torch.compile")
-    return torch.compile(model) if how else model
-
-
-def _model_device(model: Any) -> torch.device:
-    parameters = getattr(model, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-def _check_given(
-    name: str, given: object, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype
-) -> None:
-    checks.tensor(name, given)
-    assert isinstance(given, Tensor)
-    if given.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {shape}")
-    if given.dtype != dtype:
-        raise TypeError(f"{name} has dtype {given.dtype}, expected that of the samples, {dtype}")
-    if device is not None and given.device != checks.device(device):
-        raise ValueError(f"{name} is on {given.device}, expected the samples' device, {device}")
-
-
 class Loop:
-    """Samples on their way through the rows of a table, from row `first` on: see GaussianDiffusion.p_sample_loop, whose
-    options these are. All that it needs beside what the model makes is allocated here.
+    """Samples on their way through the rows of a table, from row `first` on. All memory that it needs beside the
+    model's is allocated here.
+
+    Args:
+        ops: the operators of the process.
+        model, shape, options: as p_sample_loop's.
+        rows: of the loop.
+        first: the row that the loop begins with.
+        step_options: what a step does besides its row.
     """
 
     def __init__(
         self,
-        backend: ModuleType,
+        ops: ModuleType,
         model: Model,
         shape: tuple[int, ...],
-        tables: LoopTables,
+        rows: LoopRows,
         first: int,
-        options: StepOptions,
-        *,
-        start: Tensor | Interpolation | None = None,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        compile: bool | str = False,
-        graph: bool | str = False,
+        step_options: StepOptions,
+        options: LoopOptions,
     ) -> None:
-        self.backend, self.tables = backend, tables
-        self.shape, self.dtype = checks.shape(shape, least=1), dtype
-        self.first = first
-        self._device = None if device is None else checks.device(device)
-        if self._device is None:
-            given = [x for x in (start, noise) if x is not None]
-            image = given[0] if given else None
-            image = image.first if isinstance(image, Interpolation) else image
-            self._device = image.device if isinstance(image, Tensor) else _model_device(model)
-        if graph and compile in ("reduce-overhead", "max-autotune"):
-            raise ValueError(
-                f"compile is {compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
-            )
-        rng = rng_of_many(rng)
-        x = self._begin(rng, start, noise)
-        backend.check_reverse_step(
-            x, tables.device.get("steps", x.device, checks.compute_dtype(x.dtype)), first, rng=rng
-        )
-        if graph:
-            rng = _in_memory(rng, len(x), x.device)
+        self.rows, self.first = rows, first
+        self._begin = Begin(ops, model, shape, rows, first, options)
+        rng = rng_of_many(options.rng)
+        x = self._begin.samples(rng, options.start, options.noise)
+        ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), first, rng=rng)
+        if options.graph:
+            rng = rng_in_memory(rng, len(x), x.device)
             kwargs = {
                 name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in options.model_kwargs.items()
+                for name, value in step_options.model_kwargs.items()
             }
-            options = replace(options, model_kwargs=kwargs)
-        self.stepper = Stepper(backend, _compiled(model, compile), tables, x, rng, options)
-        batch = len(self.stepper.state.x_twice)
-        moments = tables.device.timesteps(x.device)
-        self._graphs = Graphs(x.device) if graph else None
-        self._whole = graph == "loop"
-        if graph and not self._whole:
-            self._moments, self._row = moments, torch.full((batch,), self.first, device=x.device)
+            step_options = replace(step_options, model_kwargs=kwargs)
+        self._step = LoopStep(ops, compiled(model, options.compile), rows, x, rng, step_options)
+        batch = len(self._step.state.x_twice)
+        timesteps = rows.device.timesteps(x.device)
+        self._graphs = CudaGraphs(x.device) if options.graph else None
+        self._whole = options.graph == "loop"
+        if options.graph and not self._whole:
+            self._timesteps, self._row = timesteps, torch.full((batch,), self.first, device=x.device)
         else:
-            # every step's timesteps at once: the model gets a row of this, and no step makes a tensor
-            self._moments = moments[:, None].repeat(1, batch)
-
-    def _begin(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
-        """Where the first step starts from."""
-        if start is not None and noise is not None:
-            raise ValueError("noise and start are both given, expected one of them")
-        if noise is not None:
-            _check_given("noise", noise, self.shape, self._device, self.dtype)
-            return noise
-        if start is None:
-            return self.backend.randn(self.shape, rng.of(STREAM_START, 0), device=self._device, dtype=self.dtype)
-        images = (start.first, start.second) if isinstance(start, Interpolation) else (start,)
-        noised = []
-        for draw, image in enumerate(images):
-            _check_given("start", image, self.shape, self._device, self.dtype)
-            scales = self.tables.device.find("start", image.device, checks.compute_dtype(self.dtype))
-            if scales is None:
-                raise ValueError(
-                    "start is given, expected a sampler whose timesteps are the schedule's own, or its name"
-                )
-            with torch.no_grad():
-                noised.append(self.backend.forward_process(image, scales, self.first, rng=rng.of(STREAM_START, draw)))
-        return start.mix(*noised) if isinstance(start, Interpolation) else noised[0]
+            # Every step's timesteps at once: the model gets a row of this, and no step makes a tensor.
+            self._timesteps = timesteps[:, None].repeat(1, batch)
 
     def __len__(self) -> int:
         """Steps."""
-        return len(self.tables) - self.first
+        return len(self.rows) - self.first
+
+    @property
+    def x(self) -> Tensor:
+        """The samples, in a buffer that the next step but one overwrites."""
+        return self._step.state.x
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the samples share their memory with a copy of them."""
+        return self._step.options.doubled
 
     def restart(
         self,
@@ -159,37 +106,37 @@ class Loop:
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Back to the first step, in the same memory: of a captured loop."""
+        """Goes back to the first step of a captured loop, in the same memory."""
         if start is None and self.first > 0:
             raise ValueError(
-                f"start is None, expected one: the loop takes the last {len(self)} of {len(self.tables)} steps"
+                f"start is None, expected one: the loop takes the last {len(self)} of {len(self.rows)} steps"
             )
         rng = rng_of_many(rng)
-        x = self._begin(rng, start, noise)
-        kept, new = self.stepper.rng, _in_memory(rng, len(x), x.device)
-        assert kept.seed is not None and kept.sample_ids is not None and new.seed is not None
+        x = self._begin.samples(rng, start, noise)
+        captured, new = self._step.rng, rng_in_memory(rng, len(x), x.device)
+        assert captured.seed is not None and captured.sample_ids is not None and new.seed is not None
         assert new.sample_ids is not None
         checks.per_sample("sample_ids", new.sample_ids, len(x), x.device, 2**56 - 1)
         if model_kwargs is not None and not isinstance(model_kwargs, Mapping):
             raise TypeError(f"model_kwargs is a {type(model_kwargs).__name__}, expected a dict")
         given = dict(model_kwargs or {})
-        own = self.stepper.options.model_kwargs
+        own = self._step.options.model_kwargs
         for name, value in given.items():
             if not isinstance(own.get(name), Tensor):
                 raise ValueError(f"model_kwargs has {name!r}, expected tensors that were given when the loop was made")
             checks.like(f"model_kwargs[{name!r}]", value, "the one given before", own[name])
-        kept.seed.copy_(new.seed)
-        kept.sample_ids.copy_(new.sample_ids)
+        captured.seed.copy_(new.seed)
+        captured.sample_ids.copy_(new.sample_ids)
         for name, value in given.items():
             own[name].copy_(value)
-        self.stepper.state.restart(x)
+        self._step.state.restart(x)
         if not self._whole:
             self._row.fill_(self.first)
 
     @torch.no_grad()
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
         """The steps, each taken when it is asked for."""
-        state, told = self.stepper.state, self.tables.timesteps
+        state, timesteps = self._step.state, self.rows.timesteps
         for step in _steps(len(self), len(state.x), progress):
             row = self.first + step
             if copies is not None:
@@ -197,56 +144,47 @@ class Loop:
                 if state.next_x0 is not None:
                     copies.before_overwriting(state.next_x0)
             self._take(row)
-            state.advance(self.tables.kinds[row])
-            yield Record(step, told[row], state.x, state.x0 if self.stepper.options.hand_out else None)
+            state.advance(self.rows.kinds[row])
+            yield Record(step, timesteps[row], state.x, state.x0 if self._step.options.returns_x0 else None)
 
     @torch.no_grad()
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        state, begin = self.stepper.state, self.stepper.state.x.clone()
+        state, first_x = self._step.state, self._step.state.x.clone()
 
-        def go(take: Callable[[Kind, int, Tensor], None]) -> None:
+        def go(take: Callable[[RowKind, int, Tensor], None]) -> None:
             state.rewind()
-            for row in range(self.first, len(self.tables)):
-                take(self.tables.kinds[row], row, self._moments[row])
-                state.advance(self.tables.kinds[row])
+            for row in range(self.first, len(self.rows)):
+                take(self.rows.kinds[row], row, self._timesteps[row])
+                state.advance(self.rows.kinds[row])
 
-        self._graphs.run("loop", lambda: go(self.stepper.take), lambda: state.restart(begin))
-        go(lambda *_: None)  # a graph that is played advances nothing here
+        self._graphs.run("loop", lambda: go(self._step.take), lambda: state.restart(first_x))
+        go(lambda *_: None)  # a replayed graph runs no Python, so the buffers' order is brought up to date here
         return state.x
 
     def _take(self, row: int) -> None:
-        kind, stepper = self.tables.kinds[row], self.stepper
+        kind, step = self.rows.kinds[row], self._step
         if self._graphs is None:
-            return stepper.take(kind, row, self._moments[row])
-        batch = len(stepper.state.x)
+            return step.take(kind, row, self._timesteps[row])
+        batch = len(step.state.x)
 
-        def step() -> None:
-            stepper.take(kind, self._row[:batch], self._moments.index_select(0, self._row))
+        def take() -> None:
+            step.take(kind, self._row[:batch], self._timesteps.index_select(0, self._row))
             self._row.add_(1)
 
-        self._graphs.run((kind, *stepper.state.turn), step, lambda: self._row.sub_(1))
-
-
-def _in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
-    """The same, with everything in tensors on the device: what a graph reads anew each time it is played."""
-    seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
-    ids = rng.sample_ids
-    if ids is None:
-        ids = torch.arange(rng.first_id, rng.first_id + batch, device=device)
-    return Philox(seed.to(device, copy=True), ids.to(device, copy=True))
+        self._graphs.run((kind, *step.state.addresses), take, lambda: self._row.sub_(1))
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
     if not progress:
         return range(count)
     bar = counter(count, "sampling loop time step")
-    return bar if isinstance(bar, range) else _shown(bar, count, batch)
+    return bar if isinstance(bar, range) else _with_rate(bar, count, batch)
 
 
-def _shown(bar: Any, count: int, batch: int) -> Iterator[int]:
-    """With images a second, by the steps so far."""
+def _with_rate(bar: Any, count: int, batch: int) -> Iterator[int]:
+    """Shows whole images a second, by the steps so far."""
     begin = time.perf_counter()
     for step in bar:
         yield step

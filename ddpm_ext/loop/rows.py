@@ -1,200 +1,228 @@
-"""The rows that a sampling loop's options mean, on the devices where it runs."""
+"""The rows of a sampling loop: the table that its options choose, on the devices where the loop runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext.loop.guidance import Guidance
+from ddpm_ext.loop.guidance import Guidance, as_guidance
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, check_eta, repaint
 from ddpm_ext.tables.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
-if TYPE_CHECKING:
-    from ddpm_ext.diffusion import GaussianDiffusion
+__all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]
 
-__all__ = ["Kind", "LoopTables", "make_tables"]
-
-KEPT = 8  # how many loops' tables a GaussianDiffusion keeps
+CACHED = 8  # loops whose rows a GaussianDiffusion holds
 SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
-LEARNED = ("learned", "learned_range", "learned_variance")
+Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 
 
-class Kind(NamedTuple):
-    """What a row asks for. asks: the model at all; guided: its unconditional output, too; keeps: its output beside the
-    x0 that follows from it."""
+class RowKind(NamedTuple):
+    """What a step needs of the model.
 
-    asks: bool
+    calls_model: False for a jump back. guided: whether it also needs the unconditional output. needs_output: whether
+    the step still reads the output once x0 is known.
+    """
+
+    calls_model: bool
     guided: bool
-    keeps: bool
+    needs_output: bool
 
 
 @dataclass(frozen=True, eq=False)
-class LoopTables:
-    """A loop's rows.
+class LoopRows:
+    """The rows of a loop.
 
-    steps: as a StepTable; device: for the kernels; kinds, timesteps: of each row, on the host; variance: how the rows
-    take the model's own variance: "log", "direct", or None.
+    table: as a StepTable. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
+    read the model's variance output, "log" or "direct"; None where they don't.
     """
 
-    steps: StepTable
+    table: StepTable
     device: StepDeviceTables
-    kinds: list[Kind]
+    kinds: list[RowKind]
     timesteps: list[int | float]
     variance: str | None
 
     def __len__(self) -> int:
         return len(self.kinds)
 
+    @property
+    def has_history(self) -> bool:
+        """Whether a step reads the predicted clean samples of the step before."""
+        return bool((self.table.c3 != 0).any())
 
-def make_tables(
-    diffusion: GaussianDiffusion,
-    sampler: str | StepTable,
-    steps: int | None = None,
-    spacing: str = "linspace",
-    timesteps: Sequence[int] | Tensor | None = None,
-    eta: float | None = None,
-    *,
-    guidance: Guidance | None = None,
-    jumps: tuple[int, int] | None = None,
-) -> LoopTables:
-    """The rows of p_sample_loop's options, checked. The last few are kept: a second loop uploads nothing, and so can be
-    captured in a CUDA graph.
 
-    `jumps`: jump_length and jump_n_sample of RePaint's resampling.
+class LoopRowsCache:
+    """The rows of the last few loops of one process: a second loop copies nothing to the device, and so can be captured
+    in a CUDA graph."""
+
+    def __init__(self) -> None:
+        # Beside its rows, each StepTable that was given as a sampler, so that no other object gets its id.
+        self._entries: dict[object, tuple[LoopRows, object]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, process: Process, options: LoopOptions) -> LoopRows:
+        """make_loop_rows(process, options), made once."""
+        _check_beside_table(options)
+        key = _key(options)
+        found = self._entries.get(key)
+        if found is None or (isinstance(options.sampler, StepTable) and found[1] is not options.sampler):
+            if key not in self._entries and len(self._entries) == CACHED:
+                self._entries.pop(next(iter(self._entries)))
+            found = self._entries[key] = make_loop_rows(process, options), options.sampler
+        return found[0]
+
+
+def _key(options: LoopOptions) -> object:
+    """What the rows depend on, by more than equality: 1.0 and True must not pass for the 1 of an earlier loop."""
+    sampler = id(options.sampler) if isinstance(options.sampler, StepTable) else repr(options.sampler)
+    guidance, timesteps = as_guidance(options.guidance), options.timesteps
+    if not (timesteps is None or isinstance(timesteps, Tensor)):
+        timesteps = torch.as_tensor(timesteps, device="cpu")
+    return (
+        sampler,
+        repr(options.eta),
+        repr(options.steps),
+        repr(options.spacing),
+        None if timesteps is None else (timesteps.dtype, timesteps.shape, tuple(timesteps.flatten().tolist())),
+        None if guidance is None else repr((guidance.scale, guidance.interval)),
+        _jumps(options),
+    )
+
+
+def _jumps(options: LoopOptions) -> Jumps | None:
+    inpaint = options.inpaint
+    return None if inpaint is None or inpaint.jump_n_sample == 1 else (inpaint.jump_length, inpaint.jump_n_sample)
+
+
+def _check_beside_table(options: LoopOptions) -> None:
+    """A StepTable says all that these options would."""
+    if not isinstance(options.sampler, StepTable):
+        return
+    spacing = None if options.spacing == "linspace" else options.spacing
+    chosen = {"steps": options.steps, "spacing": spacing, "timesteps": options.timesteps, "eta": options.eta}
+    for name, value in chosen.items():
+        if value is not None:
+            raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
+
+
+def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
+    """The rows that a loop's options choose.
+
+    Raises:
+        TypeError, ValueError: an option that is unknown, out of range, or does not fit the process.
     """
-    kept = diffusion._loops
-    scale = None if guidance is None else (guidance.scale, guidance.interval)
-    options: dict[str, object] = {"prediction": "x0" if diffusion.prediction == "x_prev" else diffusion.prediction}
-    if isinstance(sampler, StepTable):
-        others = {"steps": steps, "spacing": None if spacing == "linspace" else spacing}
-        for name, value in {**others, "timesteps": timesteps, "eta": eta}.items():
-            if value is not None:
-                raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
-        key: object = (id(sampler), repr(scale), jumps)
-        if key not in kept or kept[key][1] is not sampler:
-            # beside the table, so that no other gets its id
-            _keep(kept, key, (_loop_tables(diffusion, sampler, guidance, jumps, False), sampler))
-        return kept[key][0]
+    _check_beside_table(options)
+    learned = False
+    if isinstance(options.sampler, StepTable):
+        table = options.sampler
+    else:
+        table = _sampler_table(process, options)
+        learned = options.sampler == "ddpm" and process.variance_entry.learned
+    return _loop_rows(process, table, as_guidance(options.guidance), _jumps(options), learned)
 
+
+def _sampler_table(process: Process, options: LoopOptions) -> StepTable:
+    sampler, eta = options.sampler, options.eta
     if sampler not in tuple(SAMPLERS):
         raise ValueError(f"sampler is {sampler!r}, expected {' or '.join(map(repr, SAMPLERS))}, or a StepTable")
+    assert isinstance(sampler, str)
+    any_step = process.prediction_entry.any_step
+    arguments: dict[str, object] = {"prediction": process.prediction if any_step else "x0"}
     if sampler == "ddpm":
-        options["variance"] = diffusion.variance
+        arguments["variance"] = process.variance
     if eta is not None:
         eta = check_eta(eta)
         if sampler in WITH_ETA:
-            options["eta"] = eta
+            arguments["eta"] = eta
         elif eta != 0:
             raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
-    # by more than equality: 1.0 and True must not pass for the 1 that is kept
-    given = timesteps
-    if not (given is None or isinstance(given, Tensor)):
-        given = torch.as_tensor(given, device="cpu")
-    chosen = None if given is None else (given.dtype, given.shape, tuple(given.flatten().tolist()))
-    key = (sampler, eta, repr(steps), repr(spacing), chosen, repr(scale), jumps)
-    if key not in kept:
-        table = SAMPLERS[sampler](_grid(diffusion, steps, spacing, timesteps), **options)
-        if diffusion.prediction == "x_prev":
-            table = _from_x_prev(diffusion, table)
-        learned = sampler == "ddpm" and diffusion.variance in LEARNED
-        _keep(kept, key, (_loop_tables(diffusion, table, guidance, jumps, learned), table))
-    return kept[key][0]
+    table = SAMPLERS[sampler](_grid(process, options.steps, options.spacing, options.timesteps), **arguments)
+    return table if any_step else _for_schedule_steps(process, table)
 
 
-def _from_x_prev(diffusion: GaussianDiffusion, table: StepTable) -> StepTable:
-    """Rows for a model's x0 as rows for the mean of q(x_{t-1} | x_t, x_0): x0 = a x + b m, whatever steps are left out.
-
-    The mean that a model learned is that of the schedule's own step, not of the longer one that a loop takes.
+def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
+    """Rows for a model's x0 as rows for a prediction of the schedule's own steps: x0 = a x + b m by these steps, also
+    where the loop leaves some of them out.
     """
     t = table.timestep
     if t.is_floating_point():
-        raise ValueError("prediction is 'x_prev', expected a spacing whose timesteps are the schedule's own")
-    b = 1 / diffusion.posterior_mean_coef1[t]
-    a = -diffusion.posterior_mean_coef2[t] * b
+        raise ValueError(
+            f"prediction is {process.prediction!r}, expected a spacing whose timesteps are the schedule's own"
+        )
+    a, b = (column[t] for column in process.prediction_entry.x0(process.levels))
     columns = {name: getattr(table, name) for name in COLUMNS}
     return StepTable(**columns | {"a": a, "b": b, "c1": table.c1 + a * table.c2, "c2": b * table.c2})
 
 
-Kept = tuple[LoopTables, StepTable]
-
-
-def _keep(kept: dict[object, Kept], key: object, value: Kept) -> None:
-    """The oldest makes room."""
-    if key not in kept and len(kept) == KEPT:
-        kept.pop(next(iter(kept)))
-    kept[key] = value
-
-
-def _loop_tables(
-    diffusion: GaussianDiffusion,
-    table: StepTable,
-    guidance: Guidance | None,
-    jumps: tuple[int, int] | None,
-    learned: bool,
-) -> LoopTables:
+def _loop_rows(
+    process: Process, table: StepTable, guidance: Guidance | None, jumps: Jumps | None, learned: bool
+) -> LoopRows:
     table = table.to("cpu")
     if jumps is not None:
         table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
     if table.c3[0] != 0:
         raise ValueError(f"sampler's first row has c3 {table.c3[0]}, but there is no step before it, expected 0")
     scales = torch.ones_like(table.a) if guidance is None else guidance.scales(table.timestep)
-    asks = (table.b != 0) | (table.c2 != 0)
-    columns = (asks, asks & (scales != 1), table.c2 != 0)
-    kinds = [Kind(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
-    levels = _levels(diffusion, table)
+    calls_model = (table.b != 0) | (table.c2 != 0)
+    columns = (calls_model, calls_model & (scales != 1), table.c2 != 0)
+    kinds = [RowKind(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    levels = _levels(process, table)
     others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
-    return LoopTables(
+    return LoopRows(
         table,
         StepDeviceTables(table, scales, **others),
         kinds,
         table.timestep.tolist(),
-        _variance(diffusion, table, learned),
+        _variance(process, table, learned),
     )
 
 
-def _variance(diffusion: GaussianDiffusion, table: StepTable, learned: bool) -> str | None:
-    """How the rows take the model's own variance. `learned`: that they do."""
+def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
+    """How the rows read the model's variance output. `learned`: that they do."""
+    variance = process.variance_entry
     log = bool((table.l1 != 0).any())
-    # a standard deviation of 1 where none is told: only what multiplies a learned one
-    learned = learned or log or (diffusion.variance == "learned_variance" and bool((table.s == 1).any()))
-    if log and diffusion.variance not in ("learned", "learned_range"):
+    # A row's s of 1 stands for no deviation of its own: it only multiplies the model's.
+    learned = learned or log or (variance.learned and not variance.logarithm and bool((table.s == 1).any()))
+    if log and not variance.logarithm:
         raise ValueError(
             f"sampler has rows for the logarithm of a model's own variance (l1), but the variance is "
-            f"{diffusion.variance!r}, expected 'learned' or 'learned_range'"
+            f"{process.variance!r}, expected 'learned' or 'learned_range'"
         )
     if not learned:
         return None
-    return "direct" if diffusion.variance == "learned_variance" else "log"
+    return "log" if variance.logarithm else "direct"
 
 
-def _levels(diffusion: GaussianDiffusion, table: StepTable) -> Tensor | None:
-    """alphas_cumprod where each row starts: what the table says, or else of the schedule's own timesteps."""
+def _levels(process: Process, table: StepTable) -> Tensor | None:
+    """alphas_cumprod where each row starts: the table's, or else that of the schedule's own timesteps."""
     if bool(table.now.any()):
         return table.now.cpu()
     t = table.timestep.cpu()
-    own = not t.is_floating_point() and bool(((t >= 0) & (t < diffusion.timesteps)).all())
-    return diffusion.alphas_cumprod[t] if own else None
+    own = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
+    return process.alphas_cumprod[t] if own else None
 
 
-def _grid(
-    diffusion: GaussianDiffusion, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None
-) -> Grid:
+def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None) -> Grid:
     if timesteps is not None:
         if steps is not None or spacing != "linspace":
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
-        grid = make_grid(diffusion.alphas_cumprod, timesteps, betas=diffusion.betas)
+        grid = make_grid(process.alphas_cumprod, timesteps, betas=process.betas)
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
     if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
         if steps is None:
             raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
-        return SIGMA_GRIDS[spacing](diffusion.alphas_cumprod, steps)
-    chosen = spaced_timesteps(diffusion.timesteps, steps, spacing)
-    return make_grid(diffusion.alphas_cumprod, chosen, betas=diffusion.betas)
+        return SIGMA_GRIDS[spacing](process.alphas_cumprod, steps)
+    chosen = spaced_timesteps(process.timesteps, steps, spacing)
+    return make_grid(process.alphas_cumprod, chosen, betas=process.betas)

@@ -8,7 +8,7 @@ term of a sample is the mean over its elements, divided by ln 2; all is float32 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,12 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import counter
 from ddpm_ext.base.types import Clip, Model
-from ddpm_ext.loop.rows import LEARNED
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_kl
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
-
-if TYPE_CHECKING:
-    from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.process.process import Process
+from ddpm_ext.process.reverse import p_mean_variance
 
 __all__ = ["BitsPerDim", "VlbTerms", "bits_per_dim", "prior_bpd", "vlb_terms"]
 
@@ -59,7 +57,7 @@ def _mean_flat(values: Tensor) -> Tensor:
 
 
 def vlb_terms(
-    diffusion: GaussianDiffusion,
+    process: Process,
     model: Model,
     x_start: Tensor,
     t: int | Tensor,
@@ -86,17 +84,17 @@ def vlb_terms(
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
     clip = as_fixed_clip(clip_denoised)
-    x_t = diffusion.q_sample(x_start, t, noise, rng=rng)
-    model_output = diffusion._call(model, x_t, t)
+    x_t = process.q_sample(x_start, t, noise, rng=rng)
+    model_output = process.call_model(model, x_t, t)
     dtype = checks.compute_dtype(x_start.dtype)
     x_start, x_t = x_start.to(dtype), x_t.to(dtype)
 
-    mean, _, log_variance = diffusion.p_mean_variance(lambda *_: model_output, x_t, t, clip_denoised)
-    if diffusion.variance not in LEARNED:
-        log_variance = diffusion._extract("finite_log_variance", t, x_t)
+    mean, _, log_variance = p_mean_variance(process, lambda *_: model_output, x_t, t, clip_denoised)
+    if not process.variance_entry.learned:
+        log_variance = process.extract("finite_log_variance", t, x_t)
 
     def divergence() -> Tensor:
-        true_mean, _, true_log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+        true_mean, _, true_log_variance = process.q_posterior_mean_variance(x_start, x_t, t)
         return _mean_bits(normal_kl(true_mean, true_log_variance, mean, log_variance))
 
     def decoder() -> Tensor:
@@ -109,14 +107,14 @@ def vlb_terms(
     else:
         output = divergence()
 
-    predicted = split_variance(x_t, model_output)[0] if diffusion.variance in LEARNED else model_output
-    pred_xstart = diffusion._ops.extended_step(
-        x_t.detach(), predicted.detach(), diffusion._table("x0", "x_t", x_t), t, clip=clip, add_noise=False
+    predicted = split_variance(x_t, model_output)[0] if process.variance_entry.learned else model_output
+    pred_xstart = process.ops.extended_step(
+        x_t.detach(), predicted.detach(), process.table("x0", "x_t", x_t), t, clip=clip, add_noise=False
     )
     return VlbTerms(output, pred_xstart)
 
 
-def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
+def prior_bpd(process: Process, x_start: Tensor) -> Tensor:
     """The prior's term, (batch,): how far the last x_t still is from pure noise, in bits per dimension.
 
     Args:
@@ -127,13 +125,13 @@ def prior_bpd(diffusion: GaussianDiffusion, x_start: Tensor) -> Tensor:
     """
     checks.samples("x_start", x_start)
     x_start = x_start.to(checks.compute_dtype(x_start.dtype))
-    mean, _, log_variance = diffusion.q_mean_variance(x_start, diffusion.timesteps - 1)
+    mean, _, log_variance = process.q_mean_variance(x_start, process.timesteps - 1)
     return _mean_bits(normal_kl(mean, log_variance, 0.0, 0.0))
 
 
 @torch.no_grad()
 def bits_per_dim(
-    diffusion: GaussianDiffusion,
+    process: Process,
     model: Model,
     x_start: Tensor,
     *,
@@ -155,12 +153,12 @@ def bits_per_dim(
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
     rng = rng_of_many(rng)
-    prior = prior_bpd(diffusion, x_start)
-    levels = diffusion.alphas_cumprod
+    prior = prior_bpd(process, x_start)
+    levels = process.alphas_cumprod
     vlb, x_start_mse, mse = [], [], []
-    count = diffusion.timesteps
+    count = process.timesteps
     for t in counter(count, "bits per dimension, timestep") if progress else range(count):
-        output, pred_xstart = vlb_terms(diffusion, model, x_start, t, rng=rng, clip_denoised=clip_denoised)
+        output, pred_xstart = vlb_terms(process, model, x_start, t, rng=rng, clip_denoised=clip_denoised)
         error = pred_xstart - x_start
         vlb.append(output)
         x_start_mse.append(_mean_flat(error**2))

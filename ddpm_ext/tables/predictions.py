@@ -1,24 +1,146 @@
-"""What a model predicts, and how the clean sample follows from it."""
+"""What a model can predict: one entry of PREDICTIONS each, with all that it means.
+
+Notation: x is the sample x_t, m the model's output, a_t is alphas_cumprod at t.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["HUGE", "PREDICTIONS", "prediction_coefficients"]
+__all__ = ["HUGE", "PREDICTIONS", "SPACED_PREDICTIONS", "Levels", "Prediction", "peer_predictions"]
 
-PREDICTIONS = ("eps", "x0", "v")
-# Where alphas_cumprod is 0 (or all but) and the model predicts eps, x0 is the sign of x - m once it is clipped:
-# a power of two near 1e30, so that both products are exact.
+# Where alphas_cumprod is 0 (or nearly so) and the model predicts eps, the clipped x0 is the sign of x - m.
+# Its factors are a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
 HUGE = 2.0**100
 
 
-def prediction_coefficients(alphas_cumprod: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """a, b of x0 = a x + b m. eps: eq. (15) of Ho et al. 2020; v: section 4 of Salimans & Ho 2022."""
-    if prediction == "x0":
-        return torch.zeros_like(alphas_cumprod), torch.ones_like(alphas_cumprod)
-    if prediction == "v":
-        return alphas_cumprod.sqrt(), -(1 - alphas_cumprod).sqrt()
-    a = alphas_cumprod.rsqrt()
-    none = a > HUGE
-    return torch.where(none, HUGE, a), torch.where(none, -HUGE, -(1 / alphas_cumprod - 1).sqrt())
+class Levels(NamedTuple):
+    """Where steps start.
+
+    alphas_cumprod: (rows,). of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7)
+    of Ho et al. 2020.
+    """
+
+    alphas_cumprod: Tensor
+    of_x0: Tensor
+    of_x: Tensor
+
+    @property
+    def signal(self) -> Tensor:
+        return self.alphas_cumprod.sqrt()
+
+    @property
+    def noise(self) -> Tensor:
+        return (1 - self.alphas_cumprod).sqrt()
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model's output m is.
+
+    Args:
+        meaning: what m is, for help texts.
+        x0: a, b of x0 = a x + b m, the predicted clean sample.
+        eps: p, q of eps = p x + q m, the noise that the prediction implies.
+        target: k0, k1 of k0 x_start + k1 noise, which the model is trained to return.
+        error: by what the squared error of x0 is multiplied to give that of m, as a function of the signal-to-noise
+            ratio a_t / (1 - a_t); None where that depends on more, so that no weighting has a name.
+        without_signal: whether m determines x0 where alphas_cumprod is 0.
+        any_step: whether the rows of a shorter loop follow from its levels alone. The mean of q(x_{t-1} | x_t, x_0)
+            belongs to the schedule's own steps.
+        peers: the names that other libraries have for it.
+    """
+
+    meaning: str
+    x0: Callable[[Levels], Pair]
+    eps: Callable[[Levels], Pair]
+    target: Callable[[Levels], Pair]
+    error: Callable[[Tensor], Tensor] | None
+    without_signal: bool = True
+    any_step: bool = True
+    peers: Mapping[str, str] = field(default_factory=dict)
+
+    def mean_slope(self, levels: Levels) -> Tensor:
+        """How much m counts in the mean of p(x_{t-1} | x_t)."""
+        return levels.of_x0 * self.x0(levels)[1] if self.any_step else torch.ones_like(levels.of_x0)
+
+
+def _x0_of_eps(at: Levels) -> Pair:
+    """Eq. (15) of Ho et al. 2020."""
+    a = at.alphas_cumprod.rsqrt()
+    no_signal = a > HUGE
+    b = -(1 / at.alphas_cumprod - 1).sqrt()
+    return torch.where(no_signal, HUGE, a), torch.where(no_signal, -HUGE, b)
+
+
+def _x0_of_x_prev(at: Levels) -> Pair:
+    """Eq. (7) of Ho et al. 2020, solved for x_0."""
+    return -at.of_x / at.of_x0, 1 / at.of_x0
+
+
+def _eps_of(x0: Callable[[Levels], Pair]) -> Callable[[Levels], Pair]:
+    """eps = (x - sqrt(a_t) x0) / sqrt(1 - a_t): eq. (4) of Ho et al. 2020, solved for the noise."""
+
+    def eps(at: Levels) -> Pair:
+        a, b = x0(at)
+        return (1 - at.signal * a) / at.noise, -at.signal * b / at.noise
+
+    return eps
+
+
+def _x0_itself(at: Levels) -> Pair:
+    return torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)
+
+
+PREDICTIONS: dict[str, Prediction] = {
+    "eps": Prediction(
+        meaning="the noise",
+        x0=_x0_of_eps,
+        eps=lambda at: (torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
+        target=lambda at: (torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
+        error=lambda ratio: ratio,
+        without_signal=False,
+        peers={"diffusers": "epsilon", "guided-diffusion": "EPSILON", "denoising-diffusion-pytorch": "pred_noise"},
+    ),
+    "x0": Prediction(
+        meaning="the clean sample",
+        x0=_x0_itself,
+        eps=_eps_of(_x0_itself),
+        target=lambda at: (torch.ones_like(at.alphas_cumprod), torch.zeros_like(at.alphas_cumprod)),
+        error=torch.ones_like,
+        peers={"diffusers": "sample", "guided-diffusion": "START_X", "denoising-diffusion-pytorch": "pred_x0"},
+    ),
+    "v": Prediction(
+        meaning="the velocity sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0 (Salimans & Ho 2022, section 4)",
+        x0=lambda at: (at.signal, -at.noise),
+        eps=lambda at: (at.noise, at.signal),
+        target=lambda at: (-at.noise, at.signal),
+        error=lambda ratio: ratio + 1,
+        peers={"diffusers": "v_prediction", "denoising-diffusion-pytorch": "pred_v"},
+    ),
+    "x_prev": Prediction(
+        meaning="the mean of q(x_{t-1} | x_t, x_0)",
+        x0=_x0_of_x_prev,
+        eps=_eps_of(_x0_of_x_prev),
+        target=lambda at: (at.of_x0 + at.of_x * at.signal, at.of_x * at.noise),
+        error=None,
+        any_step=False,
+        peers={"guided-diffusion": "PREVIOUS_X"},
+    ),
+}
+
+# Those that fit every sampler and every spacing.
+SPACED_PREDICTIONS = tuple(name for name, prediction in PREDICTIONS.items() if prediction.any_step)
+
+
+def peer_predictions(library: str) -> dict[str, str]:
+    """Our name of a prediction by the name that `library` has for it."""
+    return {entry.peers[library]: name for name, entry in PREDICTIONS.items() if library in entry.peers}

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.tables import predictions
+from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.variances import VARIANCES, Posterior
 
 __all__ = [
     "SAMPLERS",
@@ -37,9 +38,7 @@ __all__ = [
     "repaint",
 ]
 
-PREDICTIONS = (*predictions.PREDICTIONS, "x_prev")
 FEW = 15  # steps, below which DPM-Solver++ takes the last one at first order
-VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range", "learned_variance")
 
 
 def _posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,30 +51,30 @@ def _posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _levels(grid: Grid | Jumps) -> Levels:
+    """Where the grid's steps start."""
+    of_x0, of_x, _ = _posterior(grid)
+    return Levels(grid.now, of_x0, of_x)
+
+
+def _prediction(name: str) -> Prediction:
+    return PREDICTIONS[checks.one_of("prediction", name, PREDICTIONS)]
+
+
 def _x0(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
     """a, b of x0 = a x + b m."""
-    checks.one_of("prediction", prediction, PREDICTIONS)
-    if prediction != "x_prev":
-        return predictions.prediction_coefficients(grid.now, prediction)
-    of_x0, of_x, _ = _posterior(grid)  # m is the posterior's mean
-    return -of_x / of_x0, 1 / of_x0
+    return _prediction(prediction).x0(_levels(grid))
 
 
 def _eps(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
     """p, q of eps = p x + q m, the noise that an unclipped prediction implies."""
-    now = grid.now
-    if prediction == "eps":
-        return torch.zeros_like(now), torch.ones_like(now)
-    if prediction == "v":
-        return (1 - now).sqrt(), now.sqrt()
-    a, b = _x0(grid, prediction)
-    return (1 - now.sqrt() * a) / (1 - now).sqrt(), -now.sqrt() * b / (1 - now).sqrt()
+    return _prediction(prediction).eps(_levels(grid))
 
 
 def _score(grid: Grid | Jumps) -> Tensor:
     """What a classifier's gradient adds to x0 where eps becomes eps - sqrt(1 - a_t) g."""
     root = grid.now.sqrt()
-    return torch.where(root < 1 / predictions.HUGE, 0.0, (1 - grid.now) / root)
+    return torch.where(root < 1 / HUGE, 0.0, (1 - grid.now) / root)
 
 
 def check_eta(eta: object) -> float:
@@ -130,25 +129,11 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
     Raises:
         ValueError: an unknown name.
     """
-    checks.one_of("variance", variance, VARIANCES)
+    entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
     ends = isinstance(grid, Grid)
     of_x0, of_x, posterior_variance = _posterior(grid)
     a, b = _x0(grid, prediction)
-    small, large = posterior_variance.clamp(min=1e-20), grid.betas
-    s, weight = torch.ones_like(a), torch.ones_like(a)
-    l0, l1 = torch.zeros_like(a), torch.zeros_like(a)
-    if variance == "fixed_small":
-        s, weight = small.sqrt(), posterior_variance
-    elif variance == "fixed_large":
-        s, weight = large.sqrt(), large
-        if ends:
-            weight = torch.cat([large[:-1], posterior_variance[-2:-1] if len(grid) > 1 else large])
-    elif variance == "learned":
-        l1 += 0.5
-    elif variance == "learned_range":
-        if ends and posterior_variance[-1] == 0:  # else what is learned there would end at 1e-20
-            small = torch.cat([small[:-1], small[-2:-1] if len(grid) > 1 else large])
-        l0, l1 = (large.log() + small.log()) / 4, (large.log() - small.log()) / 4
+    s, l0, l1, weight = entry.columns(Posterior(posterior_variance, grid.betas, ends))
     if ends:
         s[-1] = 0
     return StepTable(
@@ -194,8 +179,8 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
     Raises:
         ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.
     """
-    if prediction == "x_prev":
-        raise ValueError("prediction is 'x_prev', the mean of a step down, expected another for steps up")
+    if not _prediction(prediction).any_step:
+        raise ValueError(f"prediction is {prediction!r}, the mean of a step down, expected another for steps up")
     if not (grid.after < grid.now).all():
         raise ValueError("grid does not ascend in noise, expected alphas_cumprod to fall from step to step")
     return _implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)

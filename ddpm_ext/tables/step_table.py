@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.files import write_text
+from ddpm_ext.base.optional import require
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, compare, short
 
 if TYPE_CHECKING:
@@ -317,9 +318,8 @@ class StepTable:
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
         """
-        from ddpm_ext.plots import step_table_figure  # an extra, of which the core knows nothing until here
-
-        return step_table_figure(self, path)
+        # Pictures are an extra that stands above the tables, so the module is looked up here and not imported.
+        return require("ddpm_ext.plots", "drawing a step table").step_table_figure(self, path)
 
     def diff(self, other: StepTable) -> TableDiff:
         """Where the tables differ and by how much; false where they are equal. `print` it, or ask its columns.

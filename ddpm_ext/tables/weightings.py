@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.predictions import PREDICTIONS
 
 __all__ = ["WEIGHTINGS", "check_given", "edm", "min_snr", "names", "p2", "snr", "truncated_snr", "weights"]
 
@@ -45,7 +46,8 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     """Of the weightings that a prediction can have: eps at an alphas_cumprod of 0 says nothing of x_0."""
-    known = prediction in ("x0", "v") or (prediction == "eps" and bool(alphas_cumprod[-1] > 0))
+    entry = PREDICTIONS[prediction]
+    known = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))
     return ("simple", *WEIGHTINGS) if known else ("simple",)
 
 
@@ -81,7 +83,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
         raise TypeError(f"weighting is a {type(weighting).__name__}, expected a name or a tensor")
     checks.one_of("weighting", weighting, ("simple", *WEIGHTINGS))
     if weighting not in names(alphas_cumprod, prediction):
-        if prediction == "eps":
+        if PREDICTIONS[prediction].error is not None:
             raise ValueError(
                 f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps says nothing of x_0, expected "
                 "'simple' or a tensor"
@@ -89,8 +91,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
         raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
     if weighting == "simple":
         return torch.ones_like(alphas_cumprod)
+    error = PREDICTIONS[prediction].error
+    assert error is not None  # else it would have no names
     ratio = alphas_cumprod / (1 - alphas_cumprod)
-    of_x0 = WEIGHTINGS[weighting](ratio)
-    if prediction == "x0":
-        return of_x0
-    return of_x0 / (ratio + 1 if prediction == "v" else ratio)
+    return WEIGHTINGS[weighting](ratio) / error(ratio)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.loop.rows import LEARNED
 from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
+from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]
@@ -41,7 +41,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -
     given = source if isinstance(source, dict) else read_json(Path(source))
     channels, height, width = shape
     fits = {"sample_size": height if height == width else [height, width], "in_channels": channels}
-    fits["out_channels"] = channels * (2 if options.variance in LEARNED else 1)
+    fits["out_channels"] = channels * VARIANCES[options.variance].channels
     for key, value in fits.items():
         if given.get(key) not in (None, value):
             raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for images of shape {shape}")
@@ -64,7 +64,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
         "in_channels": channels,
-        "out_channels": channels * (2 if options.variance in LEARNED else 1),
+        "out_channels": channels * VARIANCES[options.variance].channels,
         "block_out_channels": list(options.widths),
         "layers_per_block": options.layers,
         "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
@@ -87,7 +87,7 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
         raise ValueError(f"model: it fails at images of shape {shape[1:]} ({one_line(error)})") from error
     finally:
         model.train(training)
-    expected = (shape[0], shape[1] * (2 if variance in LEARNED else 1), *shape[2:])
+    expected = (shape[0], shape[1] * VARIANCES[variance].channels, *shape[2:])
     if found.shape != expected:
         raise ValueError(
             f"model: it gives {tuple(found.shape)} for images of shape {shape}, expected {expected}, variance being "

@@ -10,7 +10,7 @@ from support.loop_cases import CASES, IDS, PART, SHAPE, given, make_diffusion, m
 
 from ddpm_ext import Guidance, Interpolation, Philox
 from ddpm_ext.loop import loop
-from ddpm_ext.loop.cuda_graphs import Graphs
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
 
 cases = pytest.mark.parametrize("case", CASES)
 graphs = pytest.mark.parametrize("graph", ["step", "loop"])
@@ -29,7 +29,7 @@ def quiet(device):
 @pytest.fixture
 def faked(monkeypatch):
     log = fake_cuda.install(monkeypatch)
-    monkeypatch.setattr(loop, "Graphs", lambda device: Graphs(torch.device("cuda")))
+    monkeypatch.setattr(loop, "CudaGraphs", lambda device: CudaGraphs(torch.device("cuda")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield log
@@ -241,7 +241,7 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     """Warm-up and capture on one stream, which waits for the samples, and is waited for."""
     device = torch.device("cuda", 1)
     x = torch.zeros(3)
-    graphs = Graphs(device)
+    graphs = CudaGraphs(device)
     (made,) = [entry for entry in faked if entry[0] == "stream"]
     assert made[1] == device
     streams = []

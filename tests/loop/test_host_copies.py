@@ -6,7 +6,7 @@ import torch
 from support import fake_cuda
 from support.loop_cases import make_diffusion, ours
 
-from ddpm_ext.loop import plan as sampling
+from ddpm_ext.loop import results
 from ddpm_ext.loop.host_copies import HostCopies
 
 
@@ -79,7 +79,7 @@ def test_a_loops_records_by_late_copies(pinned, monkeypatch):
     gd = make_diffusion()
     arguments = ours(gd, "inpaint jumps")
     expected = [gd.p_sample_loop(**arguments, record=record) for record in ("all", "x0", 3, [0, 4, 5])]
-    monkeypatch.setattr(sampling, "HostCopies", lambda device: HostCopies(torch.device("cuda")))
+    monkeypatch.setattr(results, "HostCopies", lambda device: HostCopies(torch.device("cuda")))
     for record, arrays in zip(("all", "x0", 3, [0, 4, 5]), expected, strict=True):
         found = gd.p_sample_loop(**arguments, record=record)
         assert len(found) == len(arrays) and all(map(np.array_equal, found, arrays))

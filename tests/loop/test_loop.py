@@ -9,7 +9,7 @@ from support.gaussian import MU, SIGMA, TIMESTEPS, diffusion, exact_model
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
-from ddpm_ext.loop.rows import KEPT
+from ddpm_ext.loop.rows import CACHED
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, make_grid, spaced_timesteps
@@ -28,9 +28,9 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
         for cls in (StepTable, StepDeviceTables):
             patch.setattr(cls, "__init__", None)
         assert torch.equal(run(gd, **options), first)
-    for steps in range(1, 2 * KEPT):
+    for steps in range(1, 2 * CACHED):
         run(gd, sampler="ddim", steps=steps)
-    assert len(gd._loops) <= KEPT
+    assert len(gd._loop_rows) <= CACHED
     assert torch.equal(run(gd, **options), first)
     run(gd, sampler="ddim", steps=1)
     for steps, error in ((True, TypeError), (1.0, TypeError), ([1], TypeError)):  # not taken for the 1 that is kept
@@ -156,7 +156,7 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
     recorded = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, strength=strength, progress=False, **options)
     assert len(recorded) == taken
     assert torch.equal(start, torch.linspace(-1, 1, 15, device=device).reshape(3, 5))
-    ops = gd._ops
+    ops = gd.process.ops
     for i in range(TIMESTEPS - taken, TIMESTEPS):
         m = exact_model(gd)(x, torch.full((3,), TIMESTEPS - 1 - i, device=device))
         x = ops.reverse_step(x, m, table.packed(device), i, clip=(-1.0, 1.0), rng=Philox(6, ids))

@@ -13,6 +13,8 @@ from support.refusals import Model, refuse
 from torch._dynamo.backends.debugging import aot_eager
 
 from ddpm_ext import GaussianDiffusion, Philox, reference
+from ddpm_ext.losses.rows import LossRows
+from ddpm_ext.losses.train_losses import LossOptions, kernel_loss
 from ddpm_ext.ops import loss as losses
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_kl
 
@@ -146,7 +148,7 @@ def test_reductions_and_draws(backend, variance, device):
     torch.testing.assert_close(total, each.sum())
     torch.testing.assert_close(slope, total_slope, rtol=1e-5, atol=0)
     torch.testing.assert_close(mean_slope, slope / 6, rtol=1e-5, atol=1e-9)
-    z = gd._ops.forward_process(torch.zeros_like(x), torch.tensor([[0.0, 1.0]] * 1000).to(device), t, rng=rng)
+    z = gd.process.ops.forward_process(torch.zeros_like(x), torch.tensor([[0.0, 1.0]] * 1000).to(device), t, rng=rng)
     given = gd.train_losses(lambda *_: m, x, t, z, loss="vlb", reduction="none")
     torch.testing.assert_close(given, each, rtol=2e-6, atol=0)
     one = gd.train_losses(lambda *_: m, x, 400, z, loss="vlb", reduction="none")
@@ -298,13 +300,20 @@ def test_compiles_once_for_every_weight_of_the_bound(device):
     torch.compiler.reset()
 
 
+def bound_rows(gd, device, dtype, loss, vlb_weight):
+    """The rows that train_losses takes."""
+    loss_rows = LossRows(gd.process)
+    _, terms = kernel_loss(gd.process, loss_rows, LossOptions(loss=loss, vlb_weight=vlb_weight))
+    return loss_rows.get("simple", device, dtype, terms)
+
+
 def test_gradcheck_of_the_reference():
     gd = GaussianDiffusion(50, variance="learned_range", backend="reference")
     x = images("cpu").double()[:4, :, :2, :2]
     m = outputs("learned_range", "cpu").double()[:4, :, :2, :2].requires_grad_()
     t, z = torch.tensor([0, 1, 30, 49]), torch.randn_like(x)
     for loss in ("vlb", "mse"):
-        rows = gd._losses.get("simple", x.device, x.dtype, gd._counts(loss, "simple", 0.1)[1])
+        rows = bound_rows(gd, x.device, x.dtype, loss, 0.1)
         assert torch.autograd.gradcheck(
             lambda m, rows=rows: reference.diffusion_loss(m, x, rows, t, noise=z, variational=True), m
         )
@@ -313,7 +322,7 @@ def test_gradcheck_of_the_reference():
 def test_opcheck(device):
     gd = GaussianDiffusion(variance="learned_range")
     x, m, t = images(device), outputs("learned_range", device).requires_grad_(), TIMESTEPS.to(device)
-    rows = gd._losses.get("simple", device, torch.float32, gd._counts("mse", "simple", 0.001)[1])
+    rows = bound_rows(gd, device, torch.float32, "mse", 0.001)
     for detach_mean in (True, False):
         torch.library.opcheck(
             torch.ops.ddpm_ext.diffusion_loss,
@@ -343,5 +352,5 @@ def test_refusals(backend, device):
             make(variance="learned").train_losses(lambda *_, shape=shape: torch.zeros(shape, device=device), x, t)
     with pytest.raises(ValueError, match="x_start is missing, expected one beside variational"):
         gd = make(variance="learned")
-        rows = gd._losses.get("simple", device, torch.float32, gd._counts("vlb", "simple", 0)[1])
-        gd._ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)
+        rows = bound_rows(gd, device, torch.float32, "vlb", 0.0)
+        gd.process.ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)

@@ -8,7 +8,6 @@ from support.comparison import backends, predictions, variances
 from support.gaussian import MU, SIGMA, best_prediction, exact_model, marginal
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.losses.likelihood import bits_per_dim, prior_bpd, vlb_terms
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.noise import STREAM_FORWARD
 
@@ -60,7 +59,7 @@ def expected_term(x_start, t, variance):
 def test_terms(device, backend, variance, prediction):
     gd = diffusion(prediction, variance, backend)
     x_start = images(device=device)
-    found = bits_per_dim(gd, exact_model(gd), x_start, rng=RNG, clip_denoised=False)
+    found = gd.bits_per_dim(exact_model(gd), x_start, rng=RNG, clip_denoised=False)
     for tensor in (found.vlb, found.x_start_mse, found.mse):
         assert tensor.shape == (len(x_start), TIMESTEPS) and tensor.dtype == torch.float32
     for t in range(TIMESTEPS):
@@ -71,7 +70,7 @@ def test_terms(device, backend, variance, prediction):
         ratio = gd.alphas_cumprod[t] / (1 - gd.alphas_cumprod[t])
         torch.testing.assert_close(found.x_start_mse[:, t].cpu(), error.float(), rtol=1e-4, atol=0)
         torch.testing.assert_close(found.mse[:, t].cpu(), (error * ratio).float(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(found.prior, prior_bpd(gd, x_start))
+    torch.testing.assert_close(found.prior, gd.prior_bpd(x_start))
     torch.testing.assert_close(found.total, found.prior + found.vlb.sum(1))
 
 
@@ -98,13 +97,13 @@ def test_bound_is_tight_where_the_model_is_exact():
     gd = diffusion(variance="learned")
     x_start = images((16, 4000), sigma=NARROW)
     assert x_start.abs().max() < 1
-    found = bits_per_dim(gd, best_with_variance(gd), x_start, rng=RNG, clip_denoised=False)
+    found = gd.bits_per_dim(best_with_variance(gd), x_start, rng=RNG, clip_denoised=False)
     probabilities = torch.special.ndtr(((torch.arange(257).double() * 2 - 256) / 255 - MU) / NARROW).diff()
     entropy = torch.special.entr(probabilities).sum() / math.log(2)
     exact = -mean(discretized_gaussian_log_likelihood(x_start, mean=MU, log_scale=math.log(NARROW))) / math.log(2)
     assert abs(exact.mean() - entropy) < 0.015
     assert abs(found.total.mean() - exact.mean()) < 0.02  # measured 0.009 at the most over ten seeds
-    worse = bits_per_dim(gd, lambda x, t: best_with_variance(gd)(x, t) + 0.2, x_start, rng=RNG, clip_denoised=False)
+    worse = gd.bits_per_dim(lambda x, t: best_with_variance(gd)(x, t) + 0.2, x_start, rng=RNG, clip_denoised=False)
     assert worse.total.mean() > found.total.mean() + 0.1
 
 
@@ -113,8 +112,8 @@ def test_prior():
     x_start = images()
     kept = gd.alphas_cumprod[-1]
     nats = (kept * x_start.double() ** 2 + (1 - kept) - 1 - (1 - kept).log()) / 2
-    torch.testing.assert_close(prior_bpd(gd, x_start), (mean(nats) / math.log(2)).float())
-    assert prior_bpd(gd, x_start.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(gd.prior_bpd(x_start), (mean(nats) / math.log(2)).float())
+    assert gd.prior_bpd(x_start.bfloat16()).dtype == torch.float32
 
 
 def noisy(prediction="eps", learned=False, scale=0.3):
@@ -141,9 +140,9 @@ def test_fused_is_the_reference_in_float64(device, prediction, variance, clip):
         seen.append(model(x, t))
         return seen[-1]
 
-    found = vlb_terms(fused, recorded, x_start, t, noise=z, clip_denoised=clip)
-    expected = vlb_terms(
-        reference, lambda *_: seen[0].double(), x_start.double(), t, noise=z.double(), clip_denoised=clip
+    found = fused.vlb_terms(recorded, x_start, t, noise=z, clip_denoised=clip)
+    expected = reference.vlb_terms(
+        lambda *_: seen[0].double(), x_start.double(), t, noise=z.double(), clip_denoised=clip
     )
     assert len(seen) == 1
     assert expected.output.dtype == torch.float64 and found.output.dtype == torch.float32
@@ -161,8 +160,8 @@ def test_one_timestep_for_all(device, backend, variance):
     gd, x_start = diffusion(variance=variance, backend=backend), images(device=device)
     model = noisy(learned=variance.startswith("learned"))
     for t in (0, 1, 39):
-        one = vlb_terms(gd, model, x_start, t, rng=RNG)
-        many = vlb_terms(gd, model, x_start, torch.full((len(x_start),), t, device=device), rng=RNG)
+        one = gd.vlb_terms(model, x_start, t, rng=RNG)
+        many = gd.vlb_terms(model, x_start, torch.full((len(x_start),), t, device=device), rng=RNG)
         for found, expected in zip(one, many, strict=True):
             assert torch.equal(found, expected)
 
@@ -176,9 +175,9 @@ def test_batches_do_not_matter(device):
             seen.setdefault(moment, []).append(sample.clone())
         return noisy()(x, t)
 
-    whole = bits_per_dim(gd, model, x_start, rng=RNG)
+    whole = gd.bits_per_dim(model, x_start, rng=RNG)
     of_whole, seen = seen, {}
-    parts = [bits_per_dim(gd, model, x_start[i : i + 2], rng=Philox(11, 1000 + i)) for i in range(0, len(x_start), 2)]
+    parts = [gd.bits_per_dim(model, x_start[i : i + 2], rng=Philox(11, 1000 + i)) for i in range(0, len(x_start), 2)]
     assert list(of_whole) == list(range(TIMESTEPS)) and list(map(len, seen.values())) == [len(x_start)] * TIMESTEPS
     for t, samples in of_whole.items():
         assert torch.equal(torch.stack(samples), torch.stack(seen[t]))
@@ -200,8 +199,8 @@ def test_gradients(variance):
         with torch.no_grad():
             output = model(gd.q_sample(x_start, t, z), t).to(dtype)
         output.requires_grad_()
-        terms = vlb_terms(
-            gd, lambda *_, output=output: output, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False
+        terms = gd.vlb_terms(
+            lambda *_, output=output: output, x_start.to(dtype), t, noise=z.to(dtype), clip_denoised=False
         )
         assert not terms.pred_xstart.requires_grad
         terms.output.sum().backward()
@@ -213,7 +212,7 @@ def test_gradients(variance):
 
 def test_no_gradients_of_a_whole_bound():
     weight = torch.ones((), requires_grad=True)
-    found = bits_per_dim(diffusion(), lambda x, t: x * weight, images(), rng=RNG)
+    found = diffusion().bits_per_dim(lambda x, t: x * weight, images(), rng=RNG)
     assert not any(tensor.requires_grad for tensor in found)
 
 
@@ -227,16 +226,16 @@ def test_half_precision_reaches_the_model_alone(device, dtype):
         return noisy()(x, t)
 
     t = torch.tensor([0, 1, 5, 20, 39], device=device)
-    found = vlb_terms(gd, model, x_start, t, rng=RNG)
+    found = gd.vlb_terms(model, x_start, t, rng=RNG)
     assert seen[0].dtype == dtype and found.output.dtype == found.pred_xstart.dtype == torch.float32
-    with_same = vlb_terms(gd, lambda *_: noisy()(seen[0], t), x_start.float(), t, rng=RNG)
+    with_same = gd.vlb_terms(lambda *_: noisy()(seen[0], t), x_start.float(), t, rng=RNG)
     torch.testing.assert_close(found.output[1:], with_same.output[1:], rtol=0.05, atol=0.05)
 
 
 def test_samples_of_one_number_each():
     gd, x_start = diffusion(), images((6,))
-    found = bits_per_dim(gd, exact_model(gd), x_start, rng=RNG, clip_denoised=False)
-    wide = bits_per_dim(gd, exact_model(gd), x_start[:, None], rng=RNG, clip_denoised=False)
+    found = gd.bits_per_dim(exact_model(gd), x_start, rng=RNG, clip_denoised=False)
+    wide = gd.bits_per_dim(exact_model(gd), x_start[:, None], rng=RNG, clip_denoised=False)
     for one, other in zip(found, wide, strict=True):
         assert torch.equal(one, other)
 
@@ -245,11 +244,11 @@ def test_samples_of_one_number_each():
 def test_terminal_level_of_zero_and_single_timesteps(prediction):
     betas = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     gd = GaussianDiffusion(3, betas, prediction=prediction)
-    found = bits_per_dim(gd, noisy(prediction), images(), rng=RNG)
+    found = gd.bits_per_dim(noisy(prediction), images(), rng=RNG)
     assert all(tensor.isfinite().all() for tensor in found)
     assert (found.prior == 0).all() and (found.mse[:, -1] == 0).all() and (found.x_start_mse[:, -1] > 0).all()
     alone = GaussianDiffusion(1, torch.tensor([0.02]), prediction=prediction)
-    found = bits_per_dim(alone, exact_model(alone), images(), rng=RNG)
+    found = alone.bits_per_dim(exact_model(alone), images(), rng=RNG)
     kept = alone.alphas_cumprod[0]
     x_t = kept.sqrt() * images().double() + (1 - kept).sqrt() * randn(SHAPE, RNG, stream=STREAM_FORWARD).double()
     x0 = best_prediction(kept, x_t, "x0").clamp(-1, 1)
@@ -260,13 +259,13 @@ def test_terminal_level_of_zero_and_single_timesteps(prediction):
 def test_seeds_and_progress(capsys):
     gd, x_start = diffusion(), images()
     torch.manual_seed(3)
-    first = bits_per_dim(gd, noisy(), x_start)
+    first = gd.bits_per_dim(noisy(), x_start)
     torch.manual_seed(3)
-    again = bits_per_dim(gd, noisy(), x_start, progress=False)
+    again = gd.bits_per_dim(noisy(), x_start, progress=False)
     assert torch.equal(first.vlb, again.vlb) and capsys.readouterr().err == ""
-    assert not torch.equal(first.vlb, bits_per_dim(gd, noisy(), x_start).vlb)
+    assert not torch.equal(first.vlb, gd.bits_per_dim(noisy(), x_start).vlb)
     pytest.importorskip("tqdm")
-    bits_per_dim(gd, noisy(), x_start, rng=RNG, progress=True)
+    gd.bits_per_dim(noisy(), x_start, rng=RNG, progress=True)
     assert f"{TIMESTEPS}/{TIMESTEPS}" in capsys.readouterr().err
 
 
@@ -288,7 +287,7 @@ def test_bad_arguments_never_reach_the_model(change, kind, message):
 
     given = {"x_start": images(), "t": 3, **change}
     with pytest.raises(kind, match=message):
-        vlb_terms(diffusion(), model, **given)
+        diffusion().vlb_terms(model, **given)
 
 
 @pytest.mark.parametrize(
@@ -307,13 +306,13 @@ def test_bad_arguments_never_reach_the_model(change, kind, message):
 def test_bad_arguments_of_a_whole_bound(change, kind, message):
     given = {"x_start": images(), "rng": RNG, **change}
     with pytest.raises(kind, match=message):
-        bits_per_dim(diffusion(), noisy(), **given)
+        diffusion().bits_per_dim(noisy(), **given)
     if "x_start" in change:
         with pytest.raises(kind, match=message):
-            prior_bpd(diffusion(), change["x_start"])
+            diffusion().prior_bpd(change["x_start"])
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned"])
 def test_output_of_another_shape(variance):
     with pytest.raises(ValueError, match=r"model_output has shape .5, 1, 4, 6., expected"):
-        vlb_terms(diffusion(variance=variance), lambda x, t: x[:, :1], images(), 3, rng=RNG)
+        diffusion(variance=variance).vlb_terms(lambda x, t: x[:, :1], images(), 3, rng=RNG)

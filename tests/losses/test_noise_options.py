@@ -152,7 +152,7 @@ def test_refusals(backend, device):
             bad(kind, [f"{name} is {value!r}", "number"], **{name: value})
         bad(TypeError, [f"{name} is True", "a number"], **{name: True})
     noise = torch.ones(3, 2, 4, device=device)
-    bad(ValueError, ["offset_noise is given beside noise", "moved already"], offset_noise=0.1, noise=noise)
+    bad(ValueError, ["offset_noise is given beside noise", "has its offset already"], offset_noise=0.1, noise=noise)
     bad(ValueError, ["noise and rng are both given"], noise=noise, rng=Philox(0), input_perturbation=0.1)
     flat = torch.ones(3, device=device)
     bad(ValueError, [r"offset_noise: x_start has shape \(3,\)", "channels"], offset_noise=0.1, x_start=flat)

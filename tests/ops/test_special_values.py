@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddpm_ext import Philox, ops, reference
-from ddpm_ext.tables.predictions import prediction_coefficients
+from ddpm_ext.tables.predictions import PREDICTIONS, Levels
 
 BACKENDS = pytest.mark.parametrize("backend", [ops, reference])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -133,7 +133,7 @@ def test_empty(backend, dtype, shape, device):
 @BACKENDS
 def test_without_signal_x0_is_the_sign_of_x_minus_m(backend, normal, device):
     """Where alphas_cumprod is 0 and the model predicts eps, also where both are equal."""
-    a, b = (float(v) for v in prediction_coefficients(torch.zeros(1, dtype=torch.float64), "eps"))
+    a, b = (float(v) for v in PREDICTIONS["eps"].x0(Levels(*torch.zeros(3, 1, dtype=torch.float64))))
     x, i = normal(1, 999), torch.arange(999, device=device)
     m = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])[i % 3, 0, i][None]
     start = backend.reverse_step(x, m, step_table(device, (a, b, 1.0, 0.0, 0.0, 0.0)), 0, add_noise=False)

@@ -118,7 +118,7 @@ def test_condition_mean(inputs, prediction, variance, clip):
     )["sample"]
     halves = told.chunk(2, 1) if told.shape != SHAPE else (told, None)
     found = ops.extended_step(
-        x, halves[0], gd._table("extended", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
+        x, halves[0], gd.process.table("extended", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
         model_variance=halves[1], gradient=g,
     )  # fmt: skip
     spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
-from ddpm_ext.losses.likelihood import bits_per_dim, prior_bpd, vlb_terms
 from ddpm_ext.ops.noise import STREAM_FORWARD
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
@@ -90,7 +89,7 @@ def test_vlb_terms(device, exact_cdf, prediction, variance, clip):
     x_start, t = images(device), torch.tensor([0, 1, 30, TIMESTEPS - 1], device=device)
     x_t = gd.q_sample(x_start, t, rng=RNG)
     model = model_of(gd, x_start)
-    found = vlb_terms(gd, model, x_start, t, rng=RNG, clip_denoised=clip)
+    found = gd.vlb_terms(model, x_start, t, rng=RNG, clip_denoised=clip)
     expected = theirs._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=clip)
     torch.testing.assert_close(found.output, expected["output"], rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(found.pred_xstart, expected["pred_xstart"], rtol=0, atol=1e-9)
@@ -103,14 +102,14 @@ def test_their_cdf_is_near(device):
     x_t = gd.q_sample(x_start, 0, rng=RNG)
     model = model_of(gd, x_start)
     expected = theirs._vb_terms_bpd(model, x_start, x_t, torch.zeros(len(x_start), dtype=torch.int64, device=device))
-    found = vlb_terms(gd, model, x_start, 0, rng=RNG)
+    found = gd.vlb_terms(model, x_start, 0, rng=RNG)
     torch.testing.assert_close(found.output, expected["output"], rtol=0, atol=0.01)
     assert not torch.allclose(found.output, expected["output"], rtol=0, atol=1e-9)
 
 
 def test_prior(device):
     gd, theirs = pair("eps", "fixed_small")
-    torch.testing.assert_close(prior_bpd(gd, images(device)), theirs._prior_bpd(images(device)), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gd.prior_bpd(images(device)), theirs._prior_bpd(images(device)), rtol=1e-9, atol=0)
 
 
 @variances
@@ -127,7 +126,7 @@ def test_whole_bound(device, exact_cdf, monkeypatch, prediction, clip, variance)
     )
     model = model_of(gd, x_start)
     expected = theirs.calc_bpd_loop(model, x_start, clip_denoised=clip)
-    found = bits_per_dim(gd, model, x_start, rng=RNG, clip_denoised=clip)
+    found = gd.bits_per_dim(model, x_start, rng=RNG, clip_denoised=clip)
     assert next(drawn, None) is None
     torch.testing.assert_close(found.total, expected["total_bpd"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.prior, expected["prior_bpd"], rtol=1e-9, atol=0)

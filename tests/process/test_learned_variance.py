@@ -8,12 +8,12 @@ from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, mo
 from support.tutorial import Tutorial
 
 from ddpm_ext import Philox
-from ddpm_ext.loop.rows import LEARNED
 from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.spacing import make_grid
+from ddpm_ext.tables.variances import VARIANCES
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-variances = pytest.mark.parametrize("variance", LEARNED)
+variances = pytest.mark.parametrize("variance", [name for name, variance in VARIANCES.items() if variance.learned])
 
 
 def make(device, backend, variance, prediction="eps"):
@@ -96,7 +96,7 @@ def test_loop_is_p_sample_again_and_again(device, backend, variance):
     both = with_variance(variance)
     options = {"rng": Philox(9), "progress": False, "device": device}
     loop = gd.p_sample_loop(both, SHAPE, **options)
-    x = gd._ops.randn(SHAPE, Philox(9, stream=1), device=device)
+    x = gd.process.ops.randn(SHAPE, Philox(9, stream=1), device=device)
     for t, expected in zip(range(99, -1, -1), loop, strict=True):
         x = gd.p_sample(both, x, t, rng=Philox(9))
         assert np.array_equal(x.cpu().numpy(), expected)

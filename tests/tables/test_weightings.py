@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.losses.rows import KEPT
+from ddpm_ext.losses.rows import CACHED, LossRows
 from ddpm_ext.tables import weightings
 from ddpm_ext.tables.weightings import WEIGHTINGS, weights
 
@@ -93,8 +93,9 @@ def test_an_end_without_signal(prediction):
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-def rows(gd, weighting, dtype=torch.float64):
-    return gd._losses.get(weighting, CPU, dtype)
+def rows(of, weighting, dtype=torch.float64):
+    """The rows of a diffusion, or of its LossRows."""
+    return (of if isinstance(of, LossRows) else LossRows(of.process)).get(weighting, CPU, dtype)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
@@ -127,20 +128,20 @@ class Operations(TorchDispatchMode):
 
 
 def test_rows_are_made_once(device):
-    gd, own = GaussianDiffusion(50), torch.rand(50)
+    loss_rows, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
     for weighting in (*NAMES, own):
-        first = gd._losses.get(weighting, device, torch.float32)
+        first = loss_rows.get(weighting, device, torch.float32)
         with Operations() as operations:
-            assert gd._losses.get(weighting, device, torch.float32) is first
+            assert loss_rows.get(weighting, device, torch.float32) is first
         assert operations.count == 0
         assert first.device == device
-    for i in range(3 * KEPT):
-        rows(gd, torch.full((50,), float(i)))
-    assert len(gd._losses._kept) == KEPT
+    for i in range(3 * CACHED):
+        rows(loss_rows, torch.full((50,), float(i)))
+    assert len(loss_rows._given) == CACHED
 
 
 def test_weights_that_are_written_to_count_anew():
-    gd, own = GaussianDiffusion(50), torch.rand(50)
+    gd, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
     for value in (2.0, 3.0):
         own.fill_(value)
         assert (rows(gd, own)[:, 2] == value).all()
@@ -154,22 +155,22 @@ def test_weights_that_are_written_to_count_anew():
 
 
 @pytest.mark.parametrize(
-    "remake", [copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))], ids=["copied", "pickled"]
+    "remake", [copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))], ids=["copied", "pickled"]
 )
 def test_other_weights_at_an_old_address(remake):
     """A copy of the object knows no weights by where they lay for the first one."""
-    gd = GaussianDiffusion(50)
-    for i in range(KEPT):
-        rows(gd, torch.full((50,), float(i)))
-    again = remake(gd)
-    del gd
+    first = LossRows(GaussianDiffusion(50).process)
+    for i in range(CACHED):
+        rows(first, torch.full((50,), float(i)))
+    again = remake(first)
+    del first
     for i in range(50):
         assert (rows(again, torch.full((50,), 100.0 + i))[:, 2] == 100 + i).all()
     assert torch.equal(rows(again, "min_snr"), rows(GaussianDiffusion(50), "min_snr"))
 
 
 @pytest.mark.parametrize(
-    "remake", [copy.deepcopy, lambda gd: pickle.loads(pickle.dumps(gd))], ids=["copied", "pickled"]
+    "remake", [copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))], ids=["copied", "pickled"]
 )
 def test_given_weights_are_not_copied(remake):
     """They may be on a device that is not there, or of a graph, which can't be copied at all."""

@@ -82,7 +82,7 @@ def training_losses(
 def _noise(plan: Plan, x_start: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
     """The noise itself, where it was not made yet."""
     if source.get("noise") is None:
-        table = plan.forward._tables.get("noise", x_start.device, torch.float32)
+        table = plan.forward.tables.get("noise", x_start.device, torch.float32)
         return ops.forward_process(torch.zeros_like(x_start), table, t, **source)
     return source["noise"]
 

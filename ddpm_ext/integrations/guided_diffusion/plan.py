@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.checks import is_plain
-from ddpm_ext.loop.rows import LEARNED
-from ddpm_ext.losses.rows import Counts
-from ddpm_ext.process.process import ForwardProcess
+from ddpm_ext.losses.rows import LossRows, Terms
+from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.variances import VARIANCES as VARIANCE_ENTRIES
 
 __all__ = ["Plan", "Rows", "plan_of"]
 
@@ -92,10 +92,11 @@ class Plan:
         self.why = "" if prediction is None or variance is None else _refusal(peer)
         if self.why is not None or prediction is None or variance is None:
             return
-        self.prediction, self.learned = prediction, variance in LEARNED
+        self.prediction, self.learned = prediction, VARIANCE_ENTRIES[variance].learned
         self.timesteps = int(peer.num_timesteps)
         betas = torch.from_numpy(np.array(peer.betas, np.float64))
-        self.forward = ForwardProcess(self.timesteps, betas, prediction=prediction, variance=variance)
+        self.forward = Process(self.timesteps, betas, prediction=prediction, variance=variance)
+        self._loss_rows = LossRows(self.forward)
         if not _alike(peer, self.forward):
             self.why = "its tables are not those that follow from its betas"
             return
@@ -166,11 +167,11 @@ class Plan:
 
     def q_sample(self, device: torch.device) -> Tensor:
         """(timesteps, 2)"""
-        return self.forward._tables.get("q_sample", device, torch.float32)
+        return self.forward.tables.get("q_sample", device, torch.float32)
 
     def error(self, device: torch.device) -> Tensor:
         """(timesteps, 4): the rows of the model's mean squared error."""
-        return self.forward._losses.get("simple", device, torch.float32)
+        return self._loss_rows.get("simple", device, torch.float32)
 
     def bound(self, loss: str) -> Bound:
         """Of a loss_type's name. Bins at t = 0 have a normal distribution of the peer's own, an approximation, so their
@@ -178,9 +179,9 @@ class Plan:
         found = self._bound.get(loss)
         if found is None:
             factor = LOSSES[loss][1](self.timesteps)
-            counts = Counts(error=False, bound=factor / math.log(2))
+            terms = Terms(error=False, bound=factor / math.log(2))
             with torch.inference_mode(False):
-                rows = self.forward._losses.get("simple", torch.device("cpu"), torch.float64, counts).clone()
+                rows = self._loss_rows.get("simple", torch.device("cpu"), torch.float64, terms).clone()
                 rows[0, 3:] = 0
                 found = self._bound[loss] = Bound(DeviceTables(bound=rows), factor)
         return found
@@ -214,7 +215,7 @@ def _refusal(peer: Any) -> str | None:
     return None
 
 
-def _alike(peer: Any, forward: ForwardProcess) -> bool:
+def _alike(peer: Any, forward: Process) -> bool:
     """Whether the peer's arrays are what the rows are made of."""
     ours: dict[str, Array] = {name: getattr(forward, name).numpy() for name in SAME_NAME}
     variance = ours["posterior_variance"]

@@ -1,0 +1,112 @@
+"""What a sampling loop begins from: the device, the samples before the first step, and the model as it is called."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.types import Model
+from ddpm_ext.loop.interpolation import Interpolation
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import LoopRows
+from ddpm_ext.ops.noise import STREAM_START, Philox
+
+__all__ = ["Begin", "compiled", "rng_in_memory"]
+
+
+def compiled(model: Model, how: bool | str) -> Model:
+    """The model as p_sample_loop's option `compile` asks for it."""
+    if isinstance(how, str):
+        try:
+            return torch.compile(model, mode=how)
+        except RuntimeError as error:
+            raise ValueError(f"compile is {how!r}, expected a bool or a mode of torch.compile: {error}") from None
+    if not isinstance(how, bool):
+        raise TypeError(f"compile is {how!r}, expected a bool or a mode of torch.compile")
+    return torch.compile(model) if how else model
+
+
+def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
+    """The same noise, with seed and sample ids in tensors on the device, which a CUDA graph reads at each replay."""
+    seed = torch.tensor(rng.seed_value, device=device) if rng.seed is None else rng.seed
+    ids = rng.sample_ids
+    if ids is None:
+        ids = torch.arange(rng.first_id, rng.first_id + batch, device=device)
+    return Philox(seed.to(device, copy=True), ids.to(device, copy=True))
+
+
+class Begin:
+    """Makes the samples before a loop's first step.
+
+    Args:
+        ops: the operators of the process.
+        model, shape, options: as p_sample_loop's.
+        rows, first: of the loop, and the row that it begins with.
+    """
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        model: Model,
+        shape: tuple[int, ...],
+        rows: LoopRows,
+        first: int,
+        options: LoopOptions,
+    ) -> None:
+        self._ops, self._rows, self._first = ops, rows, first
+        self._shape, self._dtype = checks.shape(shape, least=1), options.dtype
+        self._device = _device(options, model)
+
+    def samples(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
+        """Of the loop's shape: pure noise, drawn or given, or images with the noise of the first step.
+
+        Raises:
+            TypeError, ValueError: start or noise of another type, shape, dtype or device, or both.
+        """
+        if start is not None and noise is not None:
+            raise ValueError("noise and start are both given, expected one of them")
+        if noise is not None:
+            self._check("noise", noise)
+            return noise
+        if start is None:
+            return self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+        images = (start.first, start.second) if isinstance(start, Interpolation) else (start,)
+        noised = []
+        for draw, image in enumerate(images):
+            self._check("start", image)
+            levels = self._rows.device.find("start", image.device, checks.compute_dtype(self._dtype))
+            if levels is None:
+                raise ValueError(
+                    "start is given, expected a sampler whose timesteps are the schedule's own, or its name"
+                )
+            with torch.no_grad():
+                noised.append(self._ops.forward_process(image, levels, self._first, rng=rng.of(STREAM_START, draw)))
+        return start.mix(*noised) if isinstance(start, Interpolation) else noised[0]
+
+    def _check(self, name: str, given: object) -> None:
+        checks.tensor(name, given)
+        assert isinstance(given, Tensor)
+        if given.shape != self._shape:
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {self._shape}")
+        if given.dtype != self._dtype:
+            raise TypeError(f"{name} has dtype {given.dtype}, expected that of the samples, {self._dtype}")
+        if given.device != self._device:
+            raise ValueError(f"{name} is on {given.device}, expected the samples' device, {self._device}")
+
+
+def _device(options: LoopOptions, model: Any) -> torch.device:
+    """The one that is given; else that of start or noise, else of the model's parameters, else the CPU."""
+    if options.device is not None:
+        return checks.device(options.device)
+    given = [x for x in (options.start, options.noise) if x is not None]
+    image = given[0] if given else None
+    image = image.first if isinstance(image, Interpolation) else image
+    if isinstance(image, Tensor):
+        return image.device
+    parameters = getattr(model, "parameters", None)
+    first = next(iter(parameters()), None) if callable(parameters) else None
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,100 @@
+"""What a sampling loop returns: the last samples, or those of chosen steps; and a loop to call again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.loop.host_copies import HostCopies
+from ddpm_ext.loop.interpolation import Interpolation
+from ddpm_ext.loop.loop import Loop, Record
+from ddpm_ext.loop.plan import Plan
+from ddpm_ext.ops.noise import Philox
+
+__all__ = ["CapturedLoop", "collect"]
+
+
+def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] | None:
+    """Which steps to record; None for the last alone, as a tensor."""
+    if isinstance(record, str):
+        if record not in ("all", "last", "x0"):
+            raise ValueError(
+                f"record is {record!r}, expected 'all', 'last', 'x0', an int k for every k-th step, or steps"
+            )
+        return None if record == "last" else set(range(steps))
+    if isinstance(record, Sequence):
+        stop_name = f"{steps}, there being {steps} steps"
+        chosen = [checks.integer("record's step", step, steps, stop_name) for step in record]
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"record is {record!r}, expected each step once")
+        return set(chosen)
+    every = checks.integer("record", record, 2**63, "2^63", start=1)
+    return {*range(every - 1, steps, every), steps - 1}
+
+
+def collect(
+    plan: Plan,
+    *,
+    record: str | int | Sequence[int],
+    callback: Callable[[Record], object] | None,
+    progress: bool,
+) -> list[np.ndarray] | Tensor:
+    """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop."""
+    chosen = _recorded_steps(record, plan.steps)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback is {callback!r}, expected a function of a Record")
+    if plan.whole:
+        if callback is not None or chosen is not None:
+            raise ValueError("graph is 'loop', expected record='last' and no callback: nothing is seen in between")
+        return plan.make().run_whole().clone()
+    loop = plan.make()
+    copies = None if chosen is None else HostCopies(loop.x.device)
+    listed = not isinstance(record, str | int)
+    for now in loop.run(progress, copies):
+        stop = callback is not None and callback(now)
+        if copies is not None and chosen is not None and (now.step in chosen or (stop and not listed)):
+            recorded = now.x0 if record == "x0" else now.x_t
+            assert recorded is not None
+            copies.add(recorded)
+        if stop:
+            break
+    if copies is not None:
+        return copies.arrays()
+    return now.x_t.clone() if loop.doubled else now.x_t  # without the other half in its memory
+
+
+class CapturedLoop:
+    """A loop to run again and again, with other seeds and conditioning, in the same memory: by a CUDA graph of its
+    step, or of all its steps. GaussianDiffusion.capture makes it."""
+
+    def __init__(self, loop: Loop, whole: bool) -> None:
+        self._loop, self._whole = loop, whole
+
+    def __call__(
+        self,
+        rng: Philox | None = None,
+        *,
+        start: Tensor | Interpolation | None = None,
+        noise: Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Samples, in a tensor of their own.
+
+        Args:
+            rng: seed and sample ids; None: a seed from torch's default CPU generator.
+            start, noise: as p_sample_loop's.
+            model_kwargs: tensors that replace those that the loop was made with; None: the same again.
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop.
+        """
+        self._loop.restart(rng, start, noise, model_kwargs)
+        if self._whole:
+            return self._loop.run_whole().clone()
+        for _ in self._loop.run():
+            pass
+        return self._loop.x.clone()

@@ -1,0 +1,66 @@
+"""One step of the reverse process: the distribution p(x_{t-1} | x_t), and a draw from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.process.clip import as_fixed_clip
+from ddpm_ext.process.model_output import split_variance
+from ddpm_ext.process.process import Process
+
+__all__ = ["p_mean_variance", "p_sample"]
+
+
+def p_mean_variance(
+    process: Process, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See GaussianDiffusion.p_mean_variance."""
+    table = process.table("steps", "x_t", x_t)
+    process.ops.check_reverse_step(x_t, table, t)
+    clip = as_fixed_clip(clip_denoised)
+    model_output = process.call_model(model, x_t, t)
+    variance = process.variance_entry
+    returned = None
+    if variance.learned:
+        model_output, returned = split_variance(x_t, model_output)
+    mean = process.ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
+    if returned is None:
+        return mean, process.extract("p_variance", t, x_t), process.extract("p_log_variance", t, x_t)
+    returned = returned.to(checks.compute_dtype(x_t.dtype))
+    if not variance.logarithm:
+        return mean, returned, returned.log()
+    columns = process.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
+    constant, slope = (process.at(column, t, x_t) for column in columns)
+    log_variance = constant + slope * returned
+    return mean, log_variance.exp(), log_variance
+
+
+@torch.no_grad()
+def p_sample(
+    process: Process,
+    model: Model,
+    x_t: Tensor,
+    t: int | Tensor,
+    clip_denoised: bool | Clip = True,
+    *,
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See GaussianDiffusion.p_sample."""
+    table = process.table("steps", "x_t", x_t)
+    process.ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
+    options: dict[str, Any] = {"clip": as_fixed_clip(clip_denoised), "noise": noise, "rng": rng, "out": out}
+    model_output = process.call_model(model, x_t, t)
+    variance = process.variance_entry
+    if not variance.learned:
+        return process.ops.reverse_step(x_t, model_output, table, t, **options)
+    model_output, returned = split_variance(x_t, model_output)
+    options |= {"model_variance": returned, "log_variance": variance.logarithm}
+    return process.ops.extended_step(x_t, model_output, process.table("extended", "x_t", x_t), t, **options)

@@ -1,0 +1,186 @@
+"""The variance of a reverse step: one entry of VARIANCES each, with all that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TRAINABLE_VARIANCES",
+    "VARIANCES",
+    "FixedVariance",
+    "NoiseColumns",
+    "Posterior",
+    "Variance",
+    "peer_variances",
+]
+
+LEAST = 1e-20  # of a variance, before its logarithm is taken
+
+
+class Posterior(NamedTuple):
+    """The variances between which a reverse step's lies, of descending rows: (rows,), float64.
+
+    small: that of q(x_s | x_t, x_0), eq. (7) of Ho et al. 2020. large: beta. ends: whether the last row is the last
+    step of a process, which adds no noise.
+    """
+
+    small: Tensor
+    large: Tensor
+    ends: bool
+
+    def small_before_end(self, small: Tensor) -> Tensor:
+        """`small`, whose last value is that of the step before, or beta where there is only one step."""
+        return torch.cat([small[:-1], small[-2:-1] if len(small) > 1 else self.large])
+
+
+class NoiseColumns(NamedTuple):
+    """Columns of a step table, (rows,): s, l0, l1 of the noise, and g1, the weight of a classifier's gradient."""
+
+    s: Tensor
+    l0: Tensor
+    l1: Tensor
+    g1: Tensor
+
+
+class FixedVariance(NamedTuple):
+    """The variance of each of a schedule's reverse steps where the model doesn't return it: (timesteps,), float64.
+
+    variance: 0 at t = 0 for the posterior's. log_variance: its logarithm, clipped there. finite: the variance with
+    that of t = 1 at t = 0, so that a log-likelihood is finite there.
+    """
+
+    variance: Tensor
+    log_variance: Tensor
+    finite: Tensor
+
+
+def _finite(variance: Tensor, betas: Tensor, posterior_variance: Tensor) -> Tensor:
+    return torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas, variance[1:]])
+
+
+def _schedule_small(betas: Tensor, posterior_variance: Tensor) -> FixedVariance:
+    log_variance = posterior_variance.clamp(min=LEAST).log()
+    return FixedVariance(posterior_variance, log_variance, _finite(posterior_variance, betas, posterior_variance))
+
+
+def _schedule_large(betas: Tensor, posterior_variance: Tensor) -> FixedVariance:
+    finite = _finite(betas, betas, posterior_variance)
+    return FixedVariance(finite, finite.log(), finite)
+
+
+@dataclass(frozen=True)
+class Variance:
+    """The variance of p(x_{t-1} | x_t).
+
+    Args:
+        meaning: for help texts.
+        columns: the columns of a step table that say it.
+        schedule: the variance of the schedule's own steps where the model doesn't return it, by betas and the variance
+            of q(x_{t-1} | x_t, x_0), each (timesteps,).
+        learned: whether the model returns it beside its prediction, in twice the channels.
+        logarithm: where it is learned, whether the model returns v of the log-variance 2 (l0 + l1 v); else v is the
+            variance itself.
+        bound: whether the variational bound can train a model for it.
+        peers: the names that other libraries have for it; the first is the one to write.
+    """
+
+    meaning: str
+    columns: Callable[[Posterior], NoiseColumns]
+    schedule: Callable[[Tensor, Tensor], FixedVariance] = _schedule_small
+    learned: bool = False
+    logarithm: bool = False
+    bound: bool = True
+    peers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        """How many times the sample's channels the model returns."""
+        return 2 if self.learned else 1
+
+
+def _fixed(variance: Tensor, weight: Tensor) -> NoiseColumns:
+    return NoiseColumns(variance.sqrt(), torch.zeros_like(variance), torch.zeros_like(variance), weight)
+
+
+def _fixed_small(of: Posterior) -> NoiseColumns:
+    return _fixed(of.small.clamp(min=LEAST), of.small)
+
+
+def _fixed_large(of: Posterior) -> NoiseColumns:
+    weight = of.large
+    if of.ends:  # as guided-diffusion: the last step's is the posterior's of the step before
+        weight = torch.cat([of.large[:-1], of.small[-2:-1] if len(of.large) > 1 else of.large])
+    return _fixed(of.large, weight)
+
+
+def _learned_columns(l0: Tensor, l1: Tensor) -> NoiseColumns:
+    return NoiseColumns(torch.ones_like(l0), l0, l1, torch.ones_like(l0))
+
+
+def _learned(of: Posterior) -> NoiseColumns:
+    return _learned_columns(torch.zeros_like(of.small), torch.full_like(of.small, 0.5))
+
+
+def _learned_range(of: Posterior) -> NoiseColumns:
+    """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
+    small, large = of.small.clamp(min=LEAST), of.large
+    if of.ends and of.small[-1] == 0:  # else what is learned there would end at LEAST
+        small = of.small_before_end(small)
+    return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
+
+
+def _learned_variance(of: Posterior) -> NoiseColumns:
+    return _learned_columns(torch.zeros_like(of.small), torch.zeros_like(of.small))
+
+
+def _same_name(name: str, *diffusers: str) -> dict[str, tuple[str, ...]]:
+    return {"diffusers": diffusers, "guided-diffusion": (name.upper(),)}
+
+
+VARIANCES: dict[str, Variance] = {
+    "fixed_small": Variance(
+        meaning="the posterior's",
+        columns=_fixed_small,
+        peers=_same_name("fixed_small", "fixed_small", "fixed_small_log"),
+    ),
+    "fixed_large": Variance(
+        meaning="beta",
+        columns=_fixed_large,
+        schedule=_schedule_large,
+        peers=_same_name("fixed_large", "fixed_large", "fixed_large_log"),
+    ),
+    "learned": Variance(
+        meaning="the model returns its logarithm",
+        columns=_learned,
+        learned=True,
+        logarithm=True,
+        # diffusers has no such variance_type, and so refuses the model's channels in place of misreading them.
+        peers=_same_name("learned", "learned_log"),
+    ),
+    "learned_range": Variance(
+        meaning="the model returns where its logarithm lies between those of fixed_small (-1) and fixed_large (1)",
+        columns=_learned_range,
+        learned=True,
+        logarithm=True,
+        peers=_same_name("learned_range", "learned_range"),
+    ),
+    "learned_variance": Variance(
+        meaning="the model returns it",
+        columns=_learned_variance,
+        learned=True,
+        bound=False,
+        peers={"diffusers": ("learned",)},
+    ),
+}
+
+TRAINABLE_VARIANCES = tuple(name for name, variance in VARIANCES.items() if variance.bound)
+
+
+def peer_variances(library: str) -> dict[str, str]:
+    """Our name of a variance by each name that `library` has for it."""
+    return {theirs: name for name, entry in VARIANCES.items() for theirs in entry.peers.get(library, ())}
