@@ -245,7 +245,7 @@ def configure():
     cxx += [f"-isystem{folder}" for folder in extension.include_dirs[1:]]
 
     class BuildExt(cpp_extension.BuildExtension):
-        """Leaves a note beside the module of what it was built for; `ddpm_ext._extension` reads it before loading."""
+        """Writes beside the module what it was built for; `ddpm_ext.ops.extension` reads that before it loads it."""
 
         def run(self):
             self.force = True  # without ninja, a change of torch or flags alone would go unnoticed

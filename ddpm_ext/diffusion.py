@@ -38,24 +38,25 @@ class GaussianDiffusion:
         timesteps: steps of the forward process, at least 1.
         beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
             which the last may be 1.
-        prediction: what the model's output is: the noise "eps", the clean sample "x0",
+        prediction: what the model returns: the noise "eps", the clean sample "x0",
             "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, or "x_prev", the mean of
             q(x_{t-1} | x_t, x_0).
-        variance: of a reverse step, "fixed_small" (the posterior's) or "fixed_large" (beta); or the model's own, for
-            which its output has twice the channels: "learned" (its logarithm), "learned_range" (where its logarithm
-            lies between those two, -1 to 1; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (itself, as
-            diffusers' "learned").
+        variance: of a reverse step: "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model returns it,
+            in twice the channels: "learned" (its logarithm), "learned_range" (where its logarithm lies between those
+            two, from -1 to 1; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (itself, as diffusers' "learned").
         backend: "fused" (float32, float16, bfloat16) or "reference" (plain torch, any float dtype).
 
-    Everywhere, samples have shape (batch, ...); `t` is int64 of shape (batch,) on the samples' device, or an int for
-    all samples (a tensor on a GPU is not read back: values out of range count as the nearest); `model(x_t, t)` gives a
-    tensor of x_t's shape (or an object that holds it as `.sample`) and must not write to its arguments, which are views
-    and buffers that later steps use again.
+    In all methods, samples have shape (batch, ...). `t` is int64 of shape (batch,) on the samples' device, or an int
+    for all samples; a tensor on a GPU is not read back, and values out of range count as the nearest. `model(x_t, t)`
+    returns a tensor of x_t's shape, or an object that holds it as `.sample`; it must not write to its arguments, which
+    are views and buffers that later steps use again.
 
-    Its attributes betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod,
-    sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
-    posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2 are float64
-    (timesteps,), on the CPU.
+    Attributes:
+        timesteps, prediction, variance, backend: as given.
+        betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
+        log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
+        posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: float64 (timesteps,), on the CPU.
+        process: the schedule with its tables and operators, a ddpm_ext.process.process.Process.
 
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
@@ -117,7 +118,7 @@ class GaussianDiffusion:
             x_start: (batch, ...), in [-1, 1] by custom.
             t: int64 (batch,) or int, in [0, timesteps).
             noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
-            out: as x_start: where the result goes; x_start itself is fine. No gradients then.
+            out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
 
         Returns:
             x_t, as x_start. Differentiable in x_start and noise.
@@ -240,7 +241,7 @@ class GaussianDiffusion:
             t: int64 (batch,) or int, in [0, timesteps).
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
             noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
-            out: as x_t: where the result goes; x_t itself is fine.
+            out: as x_t: where the result is written; it may be x_t.
 
         Returns:
             x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
@@ -281,50 +282,53 @@ class GaussianDiffusion:
         autocast: torch.dtype | None = None,
         graph: bool | str = False,
     ) -> list[np.ndarray] | Tensor:
-        """From pure noise to samples: algorithm 2, or that of another sampler.
+        """Samples from pure noise, by algorithm 2 or that of another sampler.
 
         Args:
-            model: model(x_t, t, **model_kwargs) -> (batch, ...), twice the channels where the variance is learned. It
-                sees two buffers in turn: what it wants to keep, it must copy.
+            model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels where the variance is learned.
+                Its inputs are buffers that later steps overwrite: it must copy what it wants to keep.
             shape: (batch, ...).
-            sampler: "ddpm", "ddim", "dpmpp_2m" or another of ddpm_ext.samplers.SAMPLERS; or a StepTable, whose rows it
-                takes as they are.
-            steps: how many of the timesteps; None: all.
-            spacing: which of them, "linspace" (evenly, with both ends), "leading", "trailing", "quadratic", "ddim25" or
-                "10,15,20" and the like (see ddpm_ext.spacing); "karras" and "log_snr" go between them, and the model
-                gets float32 timesteps.
-            timesteps: these instead, int64, descending.
-            eta: the noise of a sampler that has it, 0 (none) to 1 (as much as ddpm) and beyond; None: 0 for ddim, 1 for
-                the others.
+            sampler: "ddpm", "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a StepTable, whose
+                rows are the steps.
+            steps: the number of timesteps to visit; None: all.
+            spacing: which timesteps: "linspace" (evenly, with both ends), "leading", "trailing", "quadratic", or
+                "ddim25", "10,15,20" and the like (see ddpm_ext.tables.spacing); "karras" and "log_snr" lie between the
+                schedule's timesteps, and the model gets float32 timesteps.
+            timesteps: these timesteps, int64, descending, instead of steps and spacing.
+            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: 0 for ddim,
+                1 for the others.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
                 it to; or a DynamicThreshold.
-            guidance: a Guidance, classifier-free, or its scale.
+            guidance: a Guidance, for classifier-free guidance, or its scale.
             cond_fn: cond_fn(x_t, t, **model_kwargs) -> (batch, ...), the gradient of a classifier's log-probability
-                (Dhariwal & Nichol 2021): it moves ddpm's mean (algorithm 1), and every other sampler's eps (2).
-            denoised_fn: denoised_fn(x_0) -> x_0, on each prediction before it is clipped.
-            inpaint: an Inpaint, of samples that are known in part.
-            self_condition: whether the model gets the x_0 of the step before, zeros at first, as its third argument
+                (Dhariwal & Nichol 2021). It changes the mean of ddpm's step (algorithm 1) and the eps of every other
+                sampler's (algorithm 2).
+            denoised_fn: denoised_fn(x_0) -> x_0, applied to each prediction before it is clipped.
+            inpaint: an Inpaint, for samples of which a part is known.
+            self_condition: whether the model's third argument is the x_0 that the step before predicted, zeros at first
                 (Chen et al. 2023, "Analog Bits").
-            model_kwargs: what else model and cond_fn get.
-            start: `shape`, samples to begin from instead of pure noise: they get the noise of the first step taken
-                (stream 1, as pure noise does), and `strength` of the steps, the last, take it away (Meng et al. 2022,
+            model_kwargs: further arguments of model and cond_fn.
+            start: samples of `shape` to begin from instead of pure noise. They get the noise of the first step that is
+                taken (stream 1, as pure noise does), and the last `strength` of the steps remove it (Meng et al. 2022,
                 "SDEdit"); or an Interpolation between two.
-            strength: 0 (exclusive, at least one step) to 1, how many of the steps; without a start all.
-            noise: `shape`, what the first step begins from, instead of drawn noise.
-            rng: seed and sample ids; None: a seed from torch's default CPU generator. One with a draw or a stream of
-                its own is refused: it would give each step the same noise.
-            record: "all": each step's samples; an int k: every k-th step's and the last; a list of ints: those steps',
-                0 the first; "x0": each step's predicted clean samples; "last": the last samples alone.
-            x0: whether a Record holds the predicted clean samples, too.
-            callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends there if it returns
+            strength: the share of the steps that is taken, above 0 to 1, at least one step; 1 without a start.
+            noise: of `shape`: the first step begins from it instead of drawn noise.
+            rng: seed and sample ids; None: a seed from torch's default CPU generator. A Philox with a draw or a stream
+                of its own is refused: it would give each step the same noise.
+            record: what is returned: "all": each step's samples; an int k: those of every k-th step and of the last;
+                a list of ints: those of these steps, 0 being the first; "x0": each step's predicted clean samples;
+                "last": the last samples alone.
+            x0: whether a Record has the predicted clean samples as well.
+            callback: called with a Record (step, timestep, x_t, x0) after each step; the loop ends when it returns
                 true.
             progress: whether to show a progress bar (where tqdm is installed).
             device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
             dtype: of the samples.
-            compile: whether to give the model to torch.compile; or with which of its modes.
-            autocast: float16 or bfloat16, to which torch.autocast may lower the model's arithmetic, and that alone.
-            graph: True or "step": the step, model and all, is captured in a CUDA graph and played again; "loop": all
-                steps in one. Where that is impossible, a warning says why, and steps are called as without.
+            compile: whether to compile the model by torch.compile; or the mode to compile it with.
+            autocast: float16 or bfloat16, to which torch.autocast lowers the model's arithmetic; the steps' stays
+                float32.
+            graph: True or "step": one step, with the model, is captured in a CUDA graph and replayed; "loop": all steps
+                are one graph. Where that is impossible, a warning says why, and the loop runs without.
 
         Returns:
             A list of numpy arrays of `shape` (bfloat16 as float32), or with record="last" a tensor.
@@ -361,13 +365,15 @@ class GaussianDiffusion:
     def sample_progressive(
         self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Any
     ) -> Iterator[Record]:
-        """p_sample_loop, step by step: a Record (step, timestep, x_t, x0) after each, taken when it is asked for.
+        """p_sample_loop as an iterator: each step is taken when its Record (step, timestep, x_t, x0) is asked for.
 
-        Both tensors are buffers that the loop goes on writing to: what is to last must be copied. Gradients are not
-        recorded.
+        Both tensors are buffers that later steps overwrite: copy what you want to keep. Gradients are not recorded.
 
-        Arguments are p_sample_loop's, but for record and callback, and for graph="loop", of which nothing is seen in
-        between. They are checked at once; what is raised is p_sample_loop's, too.
+        Args:
+            options: p_sample_loop's, except record, callback and graph="loop".
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop, and before the first step.
         """
         plan = self._plan(model, shape, LoopOptions(**options))
         if plan.whole:
@@ -377,11 +383,14 @@ class GaussianDiffusion:
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Any
     ) -> CapturedLoop:
-        """A loop to take again and again, by a CUDA graph that is recorded once: captured(rng) gives samples.
+        """A loop to run again and again, by a CUDA graph that is captured once: `captured(rng)` returns samples.
 
-        Arguments are p_sample_loop's, but for record, callback, progress and x0. Tensors of model_kwargs are copied,
-        and can be replaced from call to call; other conditioning belongs into tensors that the caller writes to. What
-        is raised is p_sample_loop's, too.
+        Args:
+            options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
+                each call can replace them; other conditioning must be in tensors that the caller writes to.
+
+        Raises:
+            TypeError, ValueError: as p_sample_loop.
         """
         plan = self._plan(model, shape, LoopOptions(graph=graph or True, **options))
         return CapturedLoop(plan.make(), plan.whole)
@@ -392,7 +401,7 @@ class GaussianDiffusion:
     def sample(
         self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any
     ) -> list[np.ndarray] | Tensor:
-        """Images of shape (batch_size, channels, image_size, image_size): p_sample_loop, and its options."""
+        """p_sample_loop for images of shape (batch_size, channels, image_size, image_size), with its options."""
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
 
     # --------------------------------------------------------------------------------------------- likelihood

@@ -1,6 +1,6 @@
-"""The compiled module, as `C`. Where it can't be had, one sentence says so, with the command that helps.
+"""The compiled module, as `C`. Where it can't be loaded, an ImportError says why and which command helps.
 
-`BUILT` is what setup.py noted beside the module: the torch and CUDA versions it was built for, or why without CUDA.
+`BUILT` is what setup.py wrote beside the module: the torch and CUDA versions it was built for, or why it has no CUDA.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parents[1]  # the package's, where setup.py pu
 
 
 def mend() -> str:
-    """The command that builds the module anew."""
+    """The command that builds the module again."""
     root = FOLDER.parent
     install = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
     # Python run in the source folder imports the package from there, so that only an editable install helps.

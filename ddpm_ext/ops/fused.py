@@ -1,7 +1,7 @@
 """The operators in Python: one launch each, on the CPU or a GPU. `reference` has a twin of each, by the same name.
 
-Eager calls go through pybind11 (which hands over to torch's dispatcher where gradients, subclasses or modes are at
-work), compiled ones through torch.ops.ddpm_ext.
+Eager calls go through pybind11, and from there through torch's dispatcher only where it is needed: for gradients,
+tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_CLIP = _registration.NO_CLIP
 
 
 def _refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
-    """As C does for an eager call."""
+    """Makes a compiled call refuse what the C++ side refuses in an eager one."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
@@ -50,19 +50,19 @@ def reverse_step(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """One step of the reverse process by row t of a step table: see `tables`.
+    """One step of the reverse process by row t of a step table: see StepTable for the equation.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
-        model_output: as x_t; of a lower precision, too.
+        model_output: as x_t, or of a lower precision.
         table: float32 (rows, 8): StepTable.packed.
-        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). On a GPU its values are not read back
-            to be checked: the kernel takes the nearest row.
-        clip: range of the predicted clean sample, None for no clip.
-        noise: as x_t: used in place of drawn noise.
-        rng: whose noise to draw (stream 0, the row's draw); None: a seed from torch's default CPU generator.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not read back to be
+            checked: the kernel takes the nearest row.
+        clip: range (low, high) that the predicted clean sample is clipped to, or None.
+        noise: as x_t: used instead of drawn noise.
+        rng: the source of drawn noise (stream 0, the row's draw); None: a seed from torch's default CPU generator.
         add_noise: False gives the mean.
-        out: as x_t: where the result goes; x_t itself is fine. No gradients then.
+        out: as x_t: where the result is written; it may be x_t. Gradients are not recorded then.
 
     Returns:
         x_{t-1}, as x_t. Differentiable in x_t, model_output and noise.
@@ -110,37 +110,39 @@ def extended_step(
     out_copy: Tensor | None = None,
     x0_out: Tensor | None = None,
 ) -> Tensor:
-    """reverse_step with all that an affine row can't say, still in one launch. With u the model's unconditional output:
+    """reverse_step with what a row of numbers can't express, still in one launch. With u the model's unconditional
+    output:
 
         m    = output_scale (u + w (m - u))
         x0   = clip(x_start_scale (a x + b m)) + g0 gradient
         prev = c0 x0 + c1 x + c2 m + c3 history + V g1 gradient + S z
         prev = mask (k0 known + k1 z) + (1 - mask) prev
 
-    S = s, V = 1; with a model's variance v, S = s exp(l0 + l1 v), V = exp(l0 + l1 v)^2, or S = s sqrt(v), V = v. Of
-    what isn't given, nothing is read, and its term falls away; where w is 1, m is what it was.
+    S = s, V = 1; with a model's variance v, S = s exp(l0 + l1 v), V = exp(l0 + l1 v)^2, or S = s sqrt(v), V = v. An
+    input that isn't given is not read, and its term is left out; where w is 1, u is not read.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
-        model_output: as x_t; of a lower precision, too. None: 0, for rows that don't ask a model or an x_start given.
+        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
         table: float32 (rows, 16): StepTable.packed_extended.
         t, noise, rng, add_noise: as reverse_step's.
-        clip: range of the predicted clean sample, None for no clip.
-        uncond_output: as model_output: of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
-        output_scale: float32 (batch,), what the model's output is multiplied by (Lin et al. 2024, section 3.4).
-        model_variance: as model_output, v.
-        log_variance: whether v is for l0 + l1 v, the logarithm of a standard deviation, which counts in [-87, 88]; or
-            the variance itself, which counts in [2^-100, 2^100].
-        x_start: as x_t, in place of a x + b m.
-        x_start_scale: float32 (batch,), what the prediction is multiplied by before it is clipped: 1 / bound for
-            dynamic thresholding (Saharia et al. 2022, section 2.3).
+        clip: range (low, high) that the predicted clean sample is clipped to, or None.
+        uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+        output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
+        model_variance: as model_output: v.
+        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
+            variance itself, clamped to [2^-100, 2^100].
+        x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
+        x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
+            thresholding (Saharia et al. 2022, section 2.3).
         history: as x_t: the predicted clean sample of the step before.
-        gradient: as x_t: a classifier's (Dhariwal & Nichol 2021).
-        known, mask: as x_t: a clean sample, and from 0 to 1 how much of it to keep. The noise is that of the element.
-        out: as x_t: where the result goes.
-        out_copy, x0_out: as x_t: get the result once more, and the predicted clean sample with its gradient.
+        gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
+        out: as x_t: where the result is written.
+        out_copy: as x_t: a second copy of the result is written here.
+        x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
 
-    Of what is written, each may lie where one of the arguments does, element by element.
+    Each of these three may be one of the arguments, element by element.
 
     Returns:
         x_{t-1}, as x_t. Gradients are not recorded.
@@ -150,7 +152,7 @@ def extended_step(
             gradient; a mask without known or known without a mask; uncond_output without model_output.
     """
     checks.tensor("x_t", x_t)
-    extras = {
+    inputs = {
         "uncond_output": uncond_output,
         "output_scale": output_scale,
         "model_variance": model_variance,
@@ -164,7 +166,7 @@ def extended_step(
         "out_copy": out_copy,
         "x0_out": x0_out,
     }
-    for name, value in (("model_output", model_output), ("out", out), *extras.items()):
+    for name, value in (("model_output", model_output), ("out", out), *inputs.items()):
         if value is not None and name != "log_variance":
             checks.tensor(name, value)
     row, index = split_t(t)
@@ -173,12 +175,12 @@ def extended_step(
     if out is None:
         out = torch.empty_like(x_t)
     if not torch.compiler.is_compiling():
-        C.extended_step(x_t, model_output, table, *arguments, out, *extras.values())
+        C.extended_step(x_t, model_output, table, *arguments, out, *inputs.values())
         return out
     tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
-    tensors |= {name: value for name, value in extras.items() if not isinstance(value, bool)}
+    tensors |= {name: value for name, value in inputs.items() if not isinstance(value, bool)}
     _refuse_grad("extended_step", "it", **tensors)
-    torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **extras)
+    torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **inputs)
     return out
 
 
@@ -191,7 +193,7 @@ def check_reverse_step(
     rng: Philox | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """What reverse_step would say of these, before a model is called with them."""
+    """Raises what reverse_step would raise for these arguments, before a model is called with them."""
     checks.tensor("x_t", x_t)
     if out is not None:
         checks.tensor("out", out)
@@ -211,16 +213,16 @@ def forward_process(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """k0 x_start + k1 z by row t of a table (rows, 2): x_t, or whatever else is affine in x_start and its noise.
+    """k0 x_start + k1 z by row t of a table (rows, 2): x_t, or anything else that is linear in x_start and its noise.
 
     Args:
         x_start: (batch, ...), float32, float16 or bfloat16.
         table: float32 (rows, 2).
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
-        noise: as x_start: used in place of drawn noise.
-        rng: whose noise to draw (stream 2, draw t); None: a seed from torch's default CPU generator.
+        noise: as x_start: used instead of drawn noise.
+        rng: the source of drawn noise (stream 2, draw t); None: a seed from torch's default CPU generator.
         add_noise: False gives k0 x_start.
-        out: as x_start: where the result goes; x_start itself is fine. No gradients then.
+        out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
 
     Returns:
         as x_start. Differentiable in x_start and noise.
@@ -243,7 +245,7 @@ def forward_process(
 
 
 def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
-    """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample of which x_t is made with this noise.
+    """k0 x_t + k1 noise by row t of a table (rows, 2): the clean sample that x_t was made of with this noise.
 
     Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
     """

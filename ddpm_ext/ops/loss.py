@@ -1,4 +1,4 @@
-"""The training loss as an operator: the target is made in registers, its noise drawn again from its counter."""
+"""The training loss as an operator: the target is made in registers, and its noise drawn again, not stored."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def diffusion_loss(
     variational: bool = False,
     detach_mean: bool = False,
 ) -> Tensor:
-    """How far a model's output is from its target k0 x_start + k1 z, in one launch, and the slope in the same.
+    """The loss of a model's output against its target k0 x_start + k1 z, and its gradient, in one launch.
 
-    A sample's loss is the mean over its elements, times its row's weight. Its sum is taken in one fixed order: the same
-    bits in every batch, on every number of threads, on the CPU and on a GPU.
+    A sample's loss is the mean over its elements, times its row's weight. It is summed in one fixed order, so that its
+    bits are the same in every batch, with every number of threads, on the CPU and on a GPU.
 
     Args:
-        model_output: (batch, ...), float32, float16 or bfloat16; of a lower precision than x_start, too.
-        x_start: (batch, ...); None: rows' k0 count as 0, as where the noise is predicted.
+        model_output: (batch, ...), float32, float16 or bfloat16; it may have a lower precision than x_start.
+        x_start: (batch, ...); None where k0 is 0 in all rows, as for a model that predicts the noise.
         table: float32 (rows, 4): k0, k1, the weight, and a zero; with `variational` (rows, 8), see csrc/core/loss.h.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         loss: of the difference d, "mse" (d^2), "l1" (|d|), or "huber" (d^2 / 2 where |d| <= delta, else
             delta (|d| - delta / 2), as torch's).
         noise: as x_start: z. None: drawn by `rng` (stream 2, draw t), the one that made the model's input.
         reduction: "mean" or "sum" of the samples' losses, or "none".
-        variational: whether a term of the variational bound is added, to which x_start is needed; the model's output
-            may have twice its channels then, the second half for the variance.
-        detach_mean: whether that term is to have no slope by the first half.
+        variational: whether a term of the variational bound is added, which needs x_start; the model's output may then
+            have twice the channels, the second half for the variance.
+        detach_mean: whether that term has no gradient in the first half.
 
     Returns:
-        A scalar, or (batch,); float32. Differentiable in model_output, once.
+        A scalar, or (batch,); float32. Differentiable once, in model_output.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; x_start or noise
@@ -80,7 +80,7 @@ def diffusion_loss(
 
 
 def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
-    """The operator has no gradient in what it makes the target of."""
+    """Raises ValueError: the operator has no gradient in the tensors that its target is made of."""
     if torch.is_grad_enabled():
         for name, given in (("x_start", x_start), ("noise", noise)):
             if given is not None and given.requires_grad:
@@ -90,7 +90,7 @@ def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
 
 
 class _DiffusionLoss(torch.autograd.Function):
-    """Eager calls, which the dispatcher would cost more than a small loss does."""
+    """For eager calls, where the dispatcher would take longer than a small loss."""
 
     @staticmethod
     def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
@@ -107,9 +107,10 @@ class _DiffusionLoss(torch.autograd.Function):
 
 
 def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
-    """slope times grad, where it can be in the slope's own memory."""
+    """slope times grad, in the slope's own memory where that is possible."""
     plain = checks.is_plain(grad)
-    kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()  # and may be asked for again
+    # A retained graph may need the slope again.
+    kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.clone() if kept else slope
     factor = _registration.by_sample(grad, slope)

@@ -22,17 +22,17 @@ __all__ = [
     "random_seed",
 ]
 
-# What noise is for. 6 to 15 are kept for later; 16 and up are the caller's.
+# What noise is for. 6 to 15 are reserved; 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 
 
-# seed, seed_value, sample_ids, first_id, stream, draw: as the operators take them
+# seed, seed_value, sample_ids, first_id, stream, draw, as the operators take them
 RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
 
 
 class Philox:
-    """A source of noise for a batch: who the samples are, not where they lie.
+    """A source of noise for a batch, by who its samples are and not by where they lie.
 
     The same (seed, sample id) gets the same noise in any batch, on any device, in any dtype and memory layout.
 
@@ -40,10 +40,10 @@ class Philox:
         seed: 0 <= seed < 2^64, or an int64 tensor of shape () that holds those 64 bits.
         sample_ids: the first sample's id, the others counting up from it; or an int64 tensor of shape (batch,) on the
             samples' device. 0 <= id < 2^56.
-        draw: 0 <= draw < 2^32, in place of the timestep. A sampling loop refuses it.
-        stream: 0 <= stream < 256, in place of the operation's own (0 the reverse step, 1 the starting noise, 2 the
+        draw: 0 <= draw < 2^32, used instead of the timestep. A sampling loop refuses it.
+        stream: 0 <= stream < 256, used instead of the operation's own (0 the reverse step, 1 the starting noise, 2 the
             forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
-            noise (4) and input perturbation (5) keep theirs.
+            noise (4) and input perturbation (5) always have their own.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is
@@ -91,13 +91,13 @@ class Philox:
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
     def of(self, stream: int, draw: int | None) -> Philox:
-        """The same seed and samples with a stream and a draw of their own."""
+        """The same seed and sample ids, with this stream and draw."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return Philox(seed, ids, stream=stream, draw=draw)
 
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
-        """What the operators take; a stream and a draw of its own come first."""
+        """What the operators take. The object's own stream and draw take precedence over the arguments."""
         if self.stream is not None:
             stream = self.stream
         if self.draw is not None:
@@ -112,7 +112,7 @@ def check_rng(rng: object) -> None:
 
 
 def rng_of_many(rng: Philox | None) -> Philox:
-    """The rng of something that draws at every step, or a fresh one. Raises TypeError and ValueError."""
+    """The rng of a loop, which draws at every step; None: a fresh one. Raises TypeError and ValueError."""
     rng = fresh_rng() if rng is None else rng
     check_rng(rng)
     if rng.draw is not None or rng.stream is not None:
@@ -127,7 +127,7 @@ def random_seed() -> int:
 
 def fresh_rng() -> Philox:
     """A Philox with a seed from torch's default CPU generator."""
-    if torch.compiler.is_compiling():  # an int would be burnt into the graph
+    if torch.compiler.is_compiling():  # an int would become a constant of the graph
         return Philox(torch.ops.ddpm_ext.draw_seed())
     return Philox(random_seed())
 
@@ -158,7 +158,7 @@ def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, strea
 
 
 def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:
-    """randn's arguments but rng and device; the shape."""
+    """Checks randn's arguments except rng and device; returns the shape."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype!r}, expected a floating torch.dtype")
     if draw is not None:
@@ -177,13 +177,13 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The contract's standard normals.
+    """The noise contract's standard normals.
 
     Args:
         shape: (batch, ...).
         rng: seed and sample ids; None draws a seed from torch's default CPU generator.
         draw, stream: which noise; None means the rng's own, else 0.
-        device: where it is made; the values are the same everywhere.
+        device: where the result is made; its values are the same on every device.
         dtype: float32, float16 or bfloat16: drawn in float32, then rounded.
 
     Returns:

@@ -1,7 +1,8 @@
-"""The operators in plain torch: slow, obvious, of any float dtype, the truth in tests and `backend="reference"`.
+"""The operators in plain torch: slow, obvious, for any float dtype. Tests compare with them, and they are what
+`backend="reference"` runs.
 
-Each function is the twin of the one of the same name in `ops`, with the same arguments; arithmetic is float64 for
-float64 samples and float32 for all others, tables likewise.
+Each function is the twin of the one of the same name in `ops`, with the same arguments. Arithmetic is float64 for
+float64 samples and float32 for all others; so are the tables.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
+from ddpm_ext.ops.extended_inputs import Kind, names
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_randn, check_rng, fresh_rng
@@ -50,7 +52,7 @@ def randn(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The twin of ddpm_ext.randn, by the contract's formula in float64; draw may be an int64 tensor (batch,)."""
+    """Twin of ddpm_ext.randn, by the noise contract's formula in float64; draw may be an int64 tensor (batch,)."""
     sizes = check_randn(shape, None if isinstance(draw, Tensor) else draw, stream, dtype)
     if rng is None:
         rng = fresh_rng()
@@ -69,7 +71,7 @@ def randn(
 def _check(
     x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
 ) -> None:
-    """What the compiled operators check; `lower` names the one tensor that may be of lower precision than x."""
+    """Checks what the compiled operators check; `lower` names the tensor that may have a lower precision than x."""
     checks.samples(x_name, x)
     row, index = split_t(t)
     if row is not None:
@@ -89,7 +91,7 @@ def _check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None) -> None:
 
 
 def _check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
-    """One number a sample: float32, or as x."""
+    """Checks a tensor of one number for each sample, float32 or as x."""
     if scale is None:
         return
     checks.tensor(name, scale)
@@ -160,7 +162,7 @@ def reverse_step(
     add_noise: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x0 = clip(a x + b m); prev = c0 x0 + c1 x + c2 m + s z. Twin of ops.reverse_step."""
+    """Twin of ops.reverse_step."""
     check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
     checks.like("model_output", model_output, "x_t", x_t, lower=True)
     dtype = checks.compute_dtype(x_t.dtype)
@@ -169,7 +171,7 @@ def reverse_step(
     x_start = a * x + b * m
     if clip is not None:
         x_start = x_start.clamp(*clip)
-    # c2 is 0 but where the model's eps is kept, and 0 times an infinite m would be NaN where the clip tamed it
+    # Where c2 is 0, an infinite m must not make a NaN of a result that the clip keeps finite.
     prev = c0 * x_start + c1 * x + torch.where(c2 == 0, 0.0, c2 * m)
     if add_noise or noise is not None or rng is not None:
         prev = prev + s * _resolve_noise(x_t, noise, rng, STREAM_REVERSE, _draws(table, t, x_t))
@@ -201,15 +203,29 @@ def extended_step(
     x0_out: Tensor | None = None,
 ) -> Tensor:
     """Twin of ops.extended_step, whose docstring has the equations."""
-    like_x = {"noise": noise, "x_start": x_start, "history": history, "gradient": gradient, "known": known}
-    like_x |= {"mask": mask, "out": out, "out_copy": out_copy, "x0_out": x0_out}
+    inputs = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "model_variance": model_variance,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history": history,
+        "gradient": gradient,
+        "known": known,
+        "mask": mask,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+    }
+    like_x = {"noise": noise, "out": out} | {name: inputs[name] for name in names(Kind.LIKE_X, Kind.RESULT)}
     _check("x_t", x_t, table, t, like_x)
     _check_noise(x_t, noise, rng)
-    of_model = {"model_output": model_output, "uncond_output": uncond_output, "model_variance": model_variance}
+    of_model = {"model_output": model_output} | {name: inputs[name] for name in names(Kind.OF_MODEL)}
     first, *others = [(name, given) for name, given in of_model.items() if given is not None] or [("x_t", x_t)]
     checks.like(*first, "x_t", x_t, lower=True)
     for name, given in others:
         checks.like(name, given, *first)
+    for name in names(Kind.PER_SAMPLE):
+        _check_scale(name, inputs[name], x_t)
     if uncond_output is not None and model_output is None:
         raise ValueError("uncond_output is given without model_output, expected both")
     if mask is not None and known is None:
@@ -217,8 +233,6 @@ def extended_step(
     if known is not None and mask is None:
         raise ValueError("known is given without mask, expected both")
     dtype = checks.compute_dtype(x_t.dtype)
-    _check_scale("output_scale", output_scale, x_t)
-    _check_scale("x_start_scale", x_start_scale, x_t)
 
     def wide(given: Tensor | None) -> Tensor | None:
         return None if given is None else given.to(dtype)
@@ -236,7 +250,7 @@ def extended_step(
     x0 = x0 * factor(x_start_scale)
     if clip is not None:
         x0 = x0.clamp(*clip)
-    # factors of 0 keep out what may be infinite, or was never written
+    # Where a factor is 0, its tensor may be infinite, or memory that was never written.
     rest = c1 * x + torch.where(c2 == 0, zero, c2 * m)
     if (h := wide(history)) is not None:
         rest = rest + torch.where(c3 == 0, zero, c3 * h)
@@ -250,11 +264,11 @@ def extended_step(
     z = zero
     if add_noise or noise is not None or rng is not None:
         z = _resolve_noise(x_t, noise, rng, STREAM_REVERSE, _draws(table, t, x_t))
-        # as in the plain step, noise that is given counts in every row
+        # As in the plain step, given noise counts in every row.
         prev = prev + z * (s * deviation if noise is not None else torch.where(s == 0, zero, s * deviation))
     if mask is not None and known is not None:
-        kept = mask.to(dtype)
-        prev = kept * (k0 * known.to(dtype) + k1 * z) + (1 - kept) * prev
+        share = mask.to(dtype)
+        prev = share * (k0 * known.to(dtype) + k1 * z) + (1 - share) * prev
     if x0_out is not None:
         x0_out.copy_(x0)
     if out_copy is not None:
@@ -365,8 +379,9 @@ def _bound(
     scale: Tensor,
     decoder: Tensor,
 ) -> Tensor:
-    """`weight` times an element's term of the variational bound: eq. (5) of Ho et al. 2020, at a decoder's row (13)."""
-    log_variance = l0 + l1 * v  # over the posterior's, but at a decoder's row
+    """`weight` times an element's term of the variational bound, eq. (5) of Ho et al. 2020; in the decoder's row,
+    eq. (13)."""
+    log_variance = l0 + l1 * v  # relative to the posterior's, except in the decoder's row
     g = -log_variance.clamp(-88, 87)
     divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2
     likelihood = discretized_gaussian_log_likelihood(x_start, mean=x_start + scale * d, log_scale=log_variance / 2)

@@ -1,4 +1,4 @@
-"""What torch must know of the operators beside how to run them: shapes without data, and gradients."""
+"""What torch must know of the operators besides how to run them: the shapes of their results, and their gradients."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_con
 
 
 def _clamp_lets_edges_through() -> bool:
-    """Whether torch.clamp's gradient at the very edge is 1, as in older versions, or 0, as in newer ones."""
+    """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch, or 0."""
     with torch.inference_mode(False), torch.enable_grad():
         edge = torch.ones((), requires_grad=True)
         return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
@@ -133,7 +133,7 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
     clipped = c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
-        # The same operation as in the step, so that the clip holds back exactly what it clipped.
+        # The step's own operation, so that the gradient is 0 exactly where the step clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
         inside = (x_start > ctx.clip_min) & (x_start < ctx.clip_max)
         if _EDGES_INSIDE:
@@ -153,13 +153,13 @@ _lib.register_autograd("ddpm_ext::reverse_step", _step_backward, setup_context=_
 
 
 def refuse_second_derivative() -> None:
-    """In a backward pass by create_graph=True, whose gradient would count as a constant."""
+    """Raises RuntimeError in a backward pass with create_graph=True, which would treat the gradient as a constant."""
     if torch.is_grad_enabled():
         raise RuntimeError("diffusion_loss: a second derivative is asked for, expected the first (backend='reference')")
 
 
 def by_sample(grad: Tensor, slope: Tensor) -> Tensor:
-    """What comes back for a loss, a scalar or (batch,), as a factor of its slope."""
+    """The gradient of a loss, a scalar or (batch,), in a shape that multiplies its slope."""
     return grad.reshape(-1, *[1] * (slope.dim() - 1))
 
 

@@ -1,4 +1,4 @@
-"""ddpm_ext.timestep_samplers: by the noise contract's numbers, by their distributions, and over ranks."""
+"""losses.timestep_samplers: by the noise contract's numbers, by their distributions, and over ranks."""
 
 import inspect
 import math
@@ -270,7 +270,7 @@ RANK = f"""
 import sys
 import torch
 from torch import distributed
-from ddpm_ext.timestep_samplers import LossSecondMoment
+from ddpm_ext.losses.timestep_samplers import LossSecondMoment
 
 rank, path = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{{path}}/meet", rank=rank, world_size=2)

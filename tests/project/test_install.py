@@ -1,4 +1,4 @@
-"""What setup.py decides, and what `ddpm_ext._extension` says where there is no compiled module that fits."""
+"""What setup.py decides, and what `ddpm_ext.ops.extension` says where there is no compiled module that fits."""
 
 from __future__ import annotations
 
@@ -192,11 +192,12 @@ def test_without_a_torch_that_will_do_the_build_ends_in_one_sentence(tmp_path, t
 
 
 def fake_package(root: Path, torch: str, torch_cuda: str | None) -> Path:
-    """A ddpm_ext that is nothing but `_extension`, and a torch that is nothing but its version. Returns the package."""
+    """A ddpm_ext of `ops.extension` alone, and a torch that has nothing but a version. Returns the package."""
     package = root / "ddpm_ext"
-    package.mkdir(parents=True)
-    shutil.copy(ROOT / "ddpm_ext" / "_extension.py", package)
-    (package / "__init__.py").write_text("from ddpm_ext._extension import BUILT, C\n")
+    (package / "ops").mkdir(parents=True)
+    shutil.copy(ROOT / "ddpm_ext" / "ops" / "extension.py", package / "ops")
+    (package / "ops" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("from ddpm_ext.ops.extension import BUILT, C\n")
     (root / "torch.py").write_text(
         f"import types\n__version__ = {torch!r}\nversion = types.SimpleNamespace(cuda={torch_cuda!r})\n"
     )

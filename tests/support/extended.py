@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_ext.ops.extended_inputs import Kind, names
+
 COLUMNS = ("a", "b", "c0", "c1", "c2", "s", "draw", "c3", "l0", "l1", "g0", "g1", "k0", "k1", "w")
-# options by what they are like
-LIKE_X = ("x_start", "history", "gradient", "known", "mask")
-OF_MODEL = ("uncond_output", "model_variance")
-PER_SAMPLE = ("output_scale", "x_start_scale")
-RESULTS = ("out", "out_copy", "x0_out")
+LIKE_X, OF_MODEL, PER_SAMPLE = names(Kind.LIKE_X), names(Kind.OF_MODEL), names(Kind.PER_SAMPLE)
+RESULTS = ("out", *names(Kind.RESULT))
 
 
 def make_table(rows: int, seed: int = 0, **columns: float) -> Tensor:
@@ -36,7 +35,7 @@ def make_row(**columns: float) -> Tensor:
 
 
 def options(shape: tuple[int, ...], dtype: torch.dtype, model_dtype: torch.dtype, seed: int = 9) -> dict[str, Tensor]:
-    """Of all tensors that are read besides x, the model's output and noise."""
+    """All tensors that are read besides x, the model's output and noise."""
 
     def normal(number: int, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=torch.Generator().manual_seed(100 * seed + number))

@@ -12,14 +12,12 @@ from support.cuda_host.guarded import Placed
 from support.extended import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_table
 from torch import Tensor
 
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
 from ddpm_ext.ops.extension import C
 
 TABLE = make_table(8)
 READ = ("x_t", "model_output", "noise", *LIKE_X, *OF_MODEL)
 OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
-# as C.extended_step takes them after its out
-ORDER = ("uncond_output", "output_scale", "model_variance", "log_variance", "x_start", "x_start_scale", "history")
-ORDER += ("gradient", "known", "mask", "out_copy", "x0_out")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class ExtendedCall:
             (None, self.seed, self.ids, self.first_id, self.stream, self.draw),
         )
         how = (*row, *self.clip, given.get("noise"), self.drawn, *rng, given["out"])
-        return given["x_t"], given.get("model_output"), *how, *map(given.get, ORDER)
+        return given["x_t"], given.get("model_output"), *how, *map(given.get, EXTENDED_INPUTS)
 
     def __str__(self) -> str:
         layouts = {name: (t.dtype, tuple(t.shape), t.stride()) for name, t in self.tensors.items()}

@@ -1,0 +1,43 @@
+"""The inputs and results of the extended step beside those of a plain step, declared once for Python.
+
+A test holds the signatures of ops.extended_step and of its twin in `reference`, and the compiled operator's schema, to
+this list; csrc/torch/extras.def is the list of the C++ side.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["EXTENDED_INPUTS", "Kind", "names"]
+
+
+class Kind(Enum):
+    """What a tensor must be like."""
+
+    LIKE_X = "x_t's shape and dtype"
+    OF_MODEL = "x_t's shape, the model output's dtype"
+    PER_SAMPLE = "float32 (batch,)"
+    RESULT = "written, x_t's shape and dtype"
+    FLAG = "a bool"
+
+
+# In the order of the compiled operator's arguments.
+EXTENDED_INPUTS: dict[str, Kind] = {
+    "uncond_output": Kind.OF_MODEL,
+    "output_scale": Kind.PER_SAMPLE,
+    "model_variance": Kind.OF_MODEL,
+    "log_variance": Kind.FLAG,
+    "x_start": Kind.LIKE_X,
+    "x_start_scale": Kind.PER_SAMPLE,
+    "history": Kind.LIKE_X,
+    "gradient": Kind.LIKE_X,
+    "known": Kind.LIKE_X,
+    "mask": Kind.LIKE_X,
+    "out_copy": Kind.RESULT,
+    "x0_out": Kind.RESULT,
+}
+
+
+def names(*kinds: Kind) -> tuple[str, ...]:
+    """The inputs of these kinds, in the operator's order."""
+    return tuple(name for name, kind in EXTENDED_INPUTS.items() if kind in kinds)
