@@ -1,6 +1,6 @@
-"""CUDA graphs of a loop's steps: what a step launches, the model's kernels and ours, is recorded once and played again.
+"""CUDA graphs of a loop's steps: the kernels that a step launches, the model's and ours, are captured and replayed.
 
-Where nothing can be recorded, the same calls are made each time in the recording's place, and a warning says why.
+Where nothing can be captured, a warning says why, and the step's calls are made each time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["CudaGraphs"]
 
 
 class CudaGraphs:
-    """Recordings by key, all from one pool of memory."""
+    """Captured graphs by key, all in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -22,29 +22,29 @@ class CudaGraphs:
         self._possible = device.type == "cuda"
         if self._possible:
             self._pool = torch.cuda.graph_pool_handle()
-            # torch's own stream for it is of the device that was current when the process first recorded anything
+            # torch's own stream for captures belongs to the device that was current at the process's first capture.
             self._stream = torch.cuda.Stream(device)
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
 
     def run(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
-        """Does what `step` does: the first time for a key by recording it, then by playing the recording.
+        """Does what `step` does, by replaying its graph, which is captured the first time that a key is used.
 
-        `step` must read all that changes from one time to the next from memory that stays where it is. `restore` takes
-        back what it did: before a recording it runs once, so that libraries set themselves up.
+        `step` must read all that changes between calls from memory that stays where it is. It runs once before it is
+        captured, so that libraries set themselves up, and `restore` then undoes what it did.
         """
         if self._possible and key not in self._graphs:
-            self._record(key, step, restore)
+            self._capture(key, step, restore)
         if self._possible:
             self._graphs[key].replay()
         else:
             step()
 
-    def _record(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
+    def _capture(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        # also leaves the stream where a capture fails, which some versions of torch then don't
+        # This also leaves the stream when a capture fails, which some versions of torch do not.
         with torch.cuda.stream(self._stream):
             step()
             restore()
@@ -54,7 +54,7 @@ class CudaGraphs:
                     try:
                         step()
                     except Exception as error:
-                        cause = error  # the end of a capture that failed has an error of its own
+                        cause = error  # ending the failed capture raises an error of its own
                         raise
                 self._graphs[key] = graph
             except RuntimeError as error:

@@ -28,14 +28,14 @@ class Guidance:
     """The model's output m becomes u + scale (m - u), with u its unconditional output (Ho & Salimans 2022, eq. 6).
 
     Args:
-        scale: 1 for none, as diffusers' guidance_scale; the paper's is scale - 1.
+        scale: as diffusers' guidance_scale: 1 is no guidance; the paper's scale is scale - 1.
         unconditional: unconditional(x_t, t) -> u, of x_t's shape. None: the model gets the batch twice, (2 batch, ...),
-            and its output's first half is u and the second m, as in diffusers; so it is with the tensors of 2 batch
-            rows among model_kwargs, of which the second half goes to where the batch is asked about once.
-        rescale: phi of Lin et al. 2024, section 3.4: how much of the guided output's growth in standard deviation is
-            taken back, 0 to 1; 0.7 is theirs.
+            and returns u in the first half and m in the second, as in diffusers. Tensors in model_kwargs then have 2
+            batch rows; where the model gets the batch only once, it gets their second half.
+        rescale: phi of Lin et al. 2024, section 3.4, from 0 to 1: how much of the growth of the output's standard
+            deviation is taken back; the paper recommends 0.7.
         interval: (low, high), the timesteps at which to guide, both included (Kynkäänniemi et al. 2024); None: all. At
-            the others the model is asked once.
+            the others the model is called once.
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
@@ -68,7 +68,7 @@ class Guidance:
         return scales
 
     def output_scale(self, model_output: Tensor, uncond_output: Tensor) -> Tensor | None:
-        """What to multiply the guided output by, (batch,) in float32, or float64 for such outputs; None: nothing."""
+        """The factor of the guided output, (batch,), float32 or for float64 outputs float64; None for no factor."""
         if self.rescale == 0:
             return None
         dtype = checks.compute_dtype(model_output.dtype)
@@ -80,13 +80,13 @@ class Guidance:
 
 
 def _spread(x: Tensor) -> Tensor:
-    """Of each row the standard deviation, times a factor of the row's length: torch.std takes ten times as long on a
-    CPU."""
+    """The standard deviation of each row, times a factor that depends on the row's length alone. On a CPU, torch.std
+    takes ten times as long."""
     return torch.linalg.vector_norm(x - x.mean(1, keepdim=True), dim=1)
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:
-    """A number is a scale."""
+    """The guidance that p_sample_loop's option means: a number is a scale."""
     if guidance is None or isinstance(guidance, Guidance):
         return guidance
     if isinstance(guidance, int | float):

@@ -12,14 +12,14 @@ __all__ = ["HostCopies"]
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """A copy on the host; bfloat16, which numpy lacks, as float32."""
+    """A copy on the host; bfloat16, which numpy does not have, becomes float32."""
     x = x.float() if x.dtype == torch.bfloat16 else x
     return np.array(x.cpu().numpy())
 
 
 class HostCopies:
-    """Collects arrays. From a GPU, a stream of its own copies into two places of pinned memory in turn, each emptied
-    before it is used again.
+    """Collects copies as arrays. From a GPU, a stream of its own copies into two pinned buffers in turn; each becomes
+    an array before it is used again.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,9 @@ class HostCopies:
         self._arrays: list[np.ndarray] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: list[Tensor] = []
-        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()  # an address, its copy, when it is done
+        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = (
+            deque()
+        )  # an address, the buffer for its copy, and when that is done
 
     def add(self, x: Tensor) -> None:
         if self._stream is None:
@@ -47,13 +49,13 @@ class HostCopies:
         self._under_way.append((x.data_ptr(), host, done))
 
     def before_overwriting(self, x: Tensor) -> None:
-        """What is still being copied from there comes first; the host doesn't wait."""
+        """Makes the current stream wait until copies from x are done; the host does not wait."""
         for address, _, done in self._under_way:
             if address == x.data_ptr():
                 done.wait(torch.cuda.current_stream(self._device))
 
     def arrays(self) -> list[np.ndarray]:
-        """All of them, in order; waits for those under way."""
+        """All copies, in order; waits for those under way."""
         while self._under_way:
             self._finish_oldest()
         return self._arrays

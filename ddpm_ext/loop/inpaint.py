@@ -14,14 +14,14 @@ __all__ = ["Inpaint"]
 
 @dataclass(frozen=True)
 class Inpaint:
-    """A part of the samples is known: each step puts it back, noised to the level where the step arrives.
+    """Samples of which a part is known: each step replaces that part by the known one, noised to the step's new level.
 
     Args:
         known: (batch, ...), the clean samples, of the loop's shape.
-        mask: 1 where they are known, 0 where not, and between the two a mixture; a bool or a float tensor that
+        mask: 1 where they are known, 0 where they are not, and a mixture between the two; a bool or a float tensor that
             broadcasts to `known`'s shape.
         jump_length, jump_n_sample: RePaint's resampling (Lugmayr et al. 2022, section 4.2): each stretch of
-            `jump_length` steps is taken `jump_n_sample` times, with the noise put back in between. 1: once.
+            `jump_length` steps is taken `jump_n_sample` times, and noise is added again in between. 1: once.
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, or out of range.

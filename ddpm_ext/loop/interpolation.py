@@ -14,13 +14,13 @@ __all__ = ["Interpolation", "slerp"]
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Begin between two images: both are noised to the level of the first step taken, each with noise of its own, and
+    """Begins between two images: both get noise of their own, up to the level of the first step that is taken, and are
     mixed there (Ho et al. 2020, section 4.3; Song et al. 2021, appendix D.5).
 
     Args:
         first, second: (batch, ...), clean samples of the loop's shape.
         weight: of `second`, from 0 to 1; a float, or a tensor (batch,).
-        method: "slerp", along the great circle, which keeps the noise's variance; or "lerp".
+        method: "slerp", along the great circle, which preserves the noise's variance; or "lerp".
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
@@ -49,7 +49,7 @@ class Interpolation:
             raise ValueError(f"weight is {self.weight}, expected 0 <= weight <= 1")
 
     def mix(self, first: Tensor, second: Tensor) -> Tensor:
-        """The noised images, mixed."""
+        """A mixture of the noised images."""
         return slerp(first, second, self.weight) if self.method == "slerp" else _lerp(first, second, self.weight)
 
 
@@ -65,7 +65,7 @@ def _lerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation of each sample (Song et al. 2021, eq. 67); samples that point the same way, by lerp.
+    """Spherical interpolation of each sample (Song et al. 2021, eq. 67); linear where both point the same way.
 
     Args:
         first, second: (batch, ...).

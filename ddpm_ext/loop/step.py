@@ -154,9 +154,9 @@ class LoopStep:
             return
 
         inputs = dict(self._constant)
-        model_output = None
+        still_read: Tensor | None = None
         if kind.calls_model:
-            model_output = self._x_start(kind, row, self._outputs(kind, t, inputs), inputs)
+            still_read = self._x_start(kind, row, self._outputs(kind, t, inputs), inputs)
             if options.cond_fn is not None:
                 inputs["gradient"] = options.cond_fn(x, timesteps, **self._single_kwargs)
                 checks.like("what cond_fn returns", inputs["gradient"], "x_t", x)
@@ -165,7 +165,7 @@ class LoopStep:
             inputs["x0_out"] = state.next_x0
         self.ops.extended_step(
             x,
-            model_output,
+            still_read,
             self._extended,
             row,
             clip=options.clip,

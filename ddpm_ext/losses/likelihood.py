@@ -1,8 +1,9 @@
 """The variational bound of a sample's negative log-likelihood, in bits per dimension: Ho et al. 2020, eq. (5).
 
-Its terms, one a timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and at t = 0 the negative
-log-likelihood of the image's levels (eq. 13); and the prior's, KL(q(x_T | x_0) || N(0, 1)), which no model changes. A
-term of a sample is the mean over its elements, divided by ln 2; all is float32 (float64 for float64 samples).
+It has one term for each timestep: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and the negative
+log-likelihood of the image's levels (eq. 13) for t = 0; and the prior's term KL(q(x_T | x_0) || N(0, 1)), which does
+not depend on the model. A sample's term is the mean over its elements, divided by ln 2; it is float32 (float64 for
+float64 samples).
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ def vlb_terms(
     rng: Philox | None = None,
     clip_denoised: bool | Clip = True,
 ) -> VlbTerms:
-    """The bound's term at t, by one call of the model at x_t ~ q(x_t | x_0); one draw of an expectation.
+    """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-    A "fixed_small" variance counts at t = 0 as that of t = 1, so that the log-likelihood there is finite.
+    At t = 0, a "fixed_small" variance is replaced by that of t = 1, so that the log-likelihood is finite.
 
     Args:
         model: as everywhere in GaussianDiffusion.
-        x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype: 16 bits reach the model alone.
+        x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype; only the model computes in 16 bits.
         t: int64 (batch,) or int, in [0, timesteps).
         noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
         clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
@@ -115,7 +116,7 @@ def vlb_terms(
 
 
 def prior_bpd(process: Process, x_start: Tensor) -> Tensor:
-    """The prior's term, (batch,): how far the last x_t still is from pure noise, in bits per dimension.
+    """The prior's term, (batch,): how far the last x_t is from pure noise, in bits per dimension.
 
     Args:
         x_start: (batch, ...), of any float dtype.
@@ -139,9 +140,9 @@ def bits_per_dim(
     clip_denoised: bool | Clip = True,
     progress: bool = False,
 ) -> BitsPerDim:
-    """The whole bound of each sample, by one call of the model a timestep; without gradients.
+    """The whole bound of each sample, by one call of the model for each timestep; without gradients.
 
-    A sample's x_t follow from its id and the seed, and so does its bound, whatever batch it is in.
+    A sample's bound depends on the seed and on its id, and not on the batch that it is in.
 
     Args:
         model, x_start, clip_denoised: as vlb_terms'.
@@ -162,7 +163,7 @@ def bits_per_dim(
         error = pred_xstart - x_start
         vlb.append(output)
         x_start_mse.append(_mean_flat(error**2))
-        # x_t being made of x_start and its noise, the error of the noise is that of x_0 times the root of their ratio
+        # x_t is made of x_start and noise, so the noise's error is that of x_0 times the root of their ratio.
         mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
     terms = torch.stack(vlb, 1)
     total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)

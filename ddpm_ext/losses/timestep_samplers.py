@@ -1,8 +1,8 @@
 """Which timesteps a training iteration takes, and how much each of its losses then counts.
 
-All have one interface. The timestep of a sample follows from the seed, the iteration and its place in the batch over
-all ranks, by the noise contract (stream 3, draw iteration, id place): no number of ranks or of smaller batches changes
-it. Losses, times the weights that come with their timesteps, have the mean over all timesteps for their expectation.
+All have one interface. A sample's timestep follows from the seed, the iteration and the sample's place in the batch
+over all ranks, by the noise contract (stream 3, draw iteration, id place), so it does not depend on the number of ranks
+or of smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PLACES = 2**56
 
 
 def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
-    """Of each place, float64 in (0, 1): (w0 + 1/2) / 2^32."""
+    """A number for each place, float64 in (0, 1): (w0 + 1/2) / 2^32."""
     word = torch.zeros_like(places)
     counter = torch.stack([word, word + iteration, places & 0xFFFFFFFF, (places >> 32) + (STREAM_TIMESTEPS << 24)], -1)
     key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32], device=places.device)
@@ -40,7 +40,7 @@ def _uniforms(seed: int, iteration: int, places: Tensor) -> Tensor:
 
 
 class TimestepSampler:
-    """What all of them share. `learns`: whether update() changes what they draw.
+    """The base of all timestep samplers. `learns`: whether update() changes what they draw.
 
     Args:
         timesteps: of the diffusion, at least 1.
@@ -55,7 +55,7 @@ class TimestepSampler:
         return f"{type(self).__name__}({self.timesteps})"
 
     def probabilities(self) -> Tensor:
-        """Of each timestep, float64 (timesteps,), all above 0; their sum is 1."""
+        """The probability of each timestep, float64 (timesteps,), all above 0; their sum is 1."""
         return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64, device="cpu")
 
     def sample(
@@ -71,10 +71,10 @@ class TimestepSampler:
         """The timesteps of samples first to first + batch_size - 1 of a batch of `total`.
 
         Args:
-            batch_size: how many, at least 0.
+            batch_size: the number of samples, at least 0.
             seed: 0 <= seed < 2^64.
             iteration: 0 <= iteration < 2^32.
-            first: the first one's place in the batch over all ranks.
+            first: the first sample's place in the batch over all ranks.
             total: the size of that batch; None: first + batch_size.
             device: where the results go; they are made on the CPU.
 
@@ -98,30 +98,30 @@ class TimestepSampler:
         return t.to(device), weights.to(device)
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
-        """Of each place, float64 in [0, 1)."""
+        """A number for each place, float64 in [0, 1)."""
         return _uniforms(seed, iteration, places)
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in all timesteps' probabilities, laid end to end, the positions lie; the weights."""
+        """The timesteps in whose part of [0, 1) the positions lie, by their probabilities; and the weights."""
         t = (positions * self.timesteps).long().clamp(max=self.timesteps - 1)
         return t, torch.ones_like(t, dtype=torch.float32)
 
     def update(self, t: Tensor, losses: Tensor, *, local: bool = True) -> None:
-        """The losses of an iteration, as they are without weights; nothing is learned of them here.
+        """Learns from the losses of an iteration, without weights; the base class learns nothing.
 
         Args:
             t: int64 (n,).
             losses: (n,), on any device.
             local: whether they are this rank's alone: then all ranks of torch.distributed must call this, and each
-                learns of the others' losses, in the order of ranks. False: they are the whole batch's already.
+                learns from the losses of all, in the order of ranks. False: they are those of the whole batch.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What update() has learned: tensors by name, none here."""
+        """What update() has learned, as tensors by name; none in the base class."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from what state_dict gave. Raises ValueError if it is another sampler's."""
+        """Restores what state_dict returned. Raises ValueError if that belongs to another sampler."""
         if state:
             raise ValueError(
                 f"state has {', '.join(state)}, expected nothing, as a {type(self).__name__} learns nothing"
@@ -129,14 +129,14 @@ class TimestepSampler:
 
 
 class Uniform(TimestepSampler):
-    """Each independently: Ho et al. 2020, algorithm 1."""
+    """Each timestep is drawn independently, all with the same probability: Ho et al. 2020, algorithm 1."""
 
 
 class LowDiscrepancy(TimestepSampler):
     """Evenly spread over the batch: sample i of B lies at (u + i / B) mod 1 of all timesteps, with one u for all.
 
-    So each sample's timestep is uniform, while of B equal stretches of them each has one: the loss varies less from
-    iteration to iteration. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
+    Each sample's timestep is uniform, and each of B equal stretches of timesteps gets one sample, so that the loss
+    varies less between iterations. Kingma et al. 2021, "Variational Diffusion Models", appendix I.1.
     """
 
     def _positions(self, places: Tensor, total: int, seed: int, iteration: int) -> Tensor:
@@ -145,7 +145,7 @@ class LowDiscrepancy(TimestepSampler):
 
 
 class _Weighted(TimestepSampler):
-    """Each independently, by probabilities of their own."""
+    """Each timestep is drawn independently, by probabilities of its own."""
 
     def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = self.probabilities()
@@ -155,7 +155,7 @@ class _Weighted(TimestepSampler):
 
 
 class Importance(_Weighted):
-    """By given probabilities.
+    """Draws by given probabilities.
 
     Args:
         density: (timesteps,), finite and above 0, of any real dtype; divided by its sum.
@@ -184,14 +184,15 @@ class Importance(_Weighted):
 
 
 class LossSecondMoment(_Weighted):
-    """By the root of the mean square of each timestep's last losses: Nichol & Dhariwal 2021, section 3.3, eq. (18).
+    """Draws by the root of the mean square of each timestep's last losses: Nichol & Dhariwal 2021, section 3.3,
+    eq. (18).
 
-    Uniform until each timestep has had as many as are kept. Losses that are not finite are left out.
+    It is uniform until each timestep has `history` losses. Losses that are not finite are ignored.
 
     Args:
         timesteps: of the diffusion, at least 1.
-        history: how many losses of a timestep are kept, at least 1.
-        uniform_probability: how much of the probability is spread evenly over all timesteps, in (0, 1].
+        history: how many losses of a timestep count, at least 1.
+        uniform_probability: the share of the probability that is spread evenly over all timesteps, in (0, 1].
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
@@ -229,11 +230,11 @@ class LossSecondMoment(_Weighted):
         t, losses = t.detach().cpu(), losses.detach().to("cpu", torch.float64)
         checks.per_sample("t", t, len(losses), t.device, self.timesteps - 1)
         own = t.tolist(), losses.tolist()
-        for moments, values in _of_all_ranks(own) if local else [own]:
-            for moment, loss in zip(moments, values, strict=True):
+        for timesteps, values in _of_all_ranks(own) if local else [own]:
+            for timestep, loss in zip(timesteps, values, strict=True):
                 if math.isfinite(loss):
-                    self._losses[moment, self._counts[moment] % self._losses.shape[1]] = loss
-                    self._counts[moment] += 1
+                    self._losses[timestep, self._counts[timestep] % self._losses.shape[1]] = loss
+                    self._counts[timestep] += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """losses, float64 (timesteps, history), and counts, int64 (timesteps,): copies."""
@@ -254,7 +255,7 @@ class LossSecondMoment(_Weighted):
 
 
 def _of_all_ranks(own: Any) -> list[Any]:
-    """What all ranks of torch.distributed give, by rank; alone without it."""
+    """`own` of all ranks of torch.distributed, in their order; of this process alone without it."""
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -272,5 +273,6 @@ TIMESTEP_SAMPLERS: dict[str, type[Uniform | LowDiscrepancy | LossSecondMoment]] 
 
 
 def make_timestep_sampler(name: str, timesteps: int) -> TimestepSampler:
-    """The one of TIMESTEP_SAMPLERS that has this name. Raises TypeError and ValueError as it does, or for no name."""
+    """The sampler of that name in TIMESTEP_SAMPLERS. Raises TypeError and ValueError as its class, and for no such
+    name."""
     return TIMESTEP_SAMPLERS[checks.one_of("timestep_sampler", name, TIMESTEP_SAMPLERS)](timesteps)

@@ -1,7 +1,7 @@
-"""Kullback-Leibler divergences and log-likelihoods of Gaussians: what the terms of a diffusion's bound are made of.
+"""Kullback-Leibler divergences and log-likelihoods of Gaussians, of which the variational bound is made.
 
-All is elementwise and differentiable. Arguments broadcast, and numbers stand for tensors; arithmetic and results are
-float64 where a tensor is, else float32.
+All functions are elementwise and differentiable. Arguments broadcast, and may be numbers. Arithmetic and results are
+float64 where a tensor is float64, else float32.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
     """slope times grad, in the slope's own memory where that is possible."""
     plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
-    kept = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
+    retained = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
-        return slope.clone() if kept else slope
+        return slope.clone() if retained else slope
     factor = _registration.by_sample(grad, slope)
-    return slope * factor if kept else slope.mul_(factor)
+    return slope * factor if retained else slope.mul_(factor)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ddpm_ext.loop.plan import Record
+from ddpm_ext.loop.loop import Record
 
 __all__ = ["Recorder"]
 

@@ -1,4 +1,4 @@
-"""To what range a predicted clean sample is clipped."""
+"""The range that the predicted clean sample is clipped to: none, a fixed one, or each sample's own."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DynamicThreshold:
     least 1 (Saharia et al. 2022, section 2.3).
 
     Args:
-        quantile: which, in (0, 1].
-        maximum: what a bound is at most, from 1 on; diffusers' sample_max_value.
+        quantile: which quantile, in (0, 1].
+        maximum: the largest bound, at least 1; diffusers' sample_max_value.
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
@@ -41,9 +41,9 @@ class DynamicThreshold:
             raise ValueError(f"maximum is {self.maximum!r}, expected at least 1")
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
-        """1 / bound of each sample, (batch,) in float32, or float64 for such samples."""
+        """1 / bound of each sample, (batch,), float32 or for float64 samples float64."""
         dtype = checks.compute_dtype(x_start.dtype)
-        # torch.quantile's value; it sorts all elements for that, and takes no more than 2^24
+        # This is torch.quantile's value, which sorts all elements and takes at most 2^24 of them.
         sizes = x_start.to(dtype).reshape(len(x_start), -1).abs()
         rank = self.quantile * (sizes.shape[1] - 1)
         low = math.floor(rank)
@@ -53,7 +53,7 @@ class DynamicThreshold:
 
 
 def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None, DynamicThreshold | None]:
-    """The range to clip to, None for none, and how to find a sample's own."""
+    """The range to clip to, or None; and how to find each sample's own range, or None."""
     if isinstance(clip_denoised, DynamicThreshold):
         return (-1.0, 1.0), clip_denoised
     if isinstance(clip_denoised, bool):
@@ -71,7 +71,7 @@ def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None,
 
 
 def as_fixed_clip(clip_denoised: bool | Clip) -> Clip | None:
-    """Of a step by itself."""
+    """The range to clip to in a single step, which takes no DynamicThreshold."""
     clip, threshold = as_clip(clip_denoised)
     if threshold is not None:
         raise TypeError(f"clip_denoised is {threshold}, expected a bool or a range (low, high) outside of a loop")

@@ -20,7 +20,8 @@ def unwrap(model_output: Any) -> Tensor:
 
 
 def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves of a learned variance's model output (batch, 2 channels, ...), as views: prediction and variance."""
+    """The prediction and the variance, as views: the halves of a model's output (batch, 2 channels, ...) where the
+    variance is learned."""
     channels = x_t.shape[1] if x_t.dim() > 1 else 0
     if channels == 0:
         raise ValueError(
