@@ -1,8 +1,9 @@
-"""All that is claimed of the CUDA kernels, checked and measured by one command on a machine with an NVIDIA GPU.
+"""Checks and measures the CUDA kernels on a machine with an NVIDIA GPU, in eight minutes.
 
     make gpu                                     # or: python -m benchmarks.gpu
-    python -m benchmarks.gpu --dry --out FOLDER  # the same code on the CPU with tiny sizes, nothing built
+    python -m benchmarks.gpu --dry --out FOLDER  # the same commands on the CPU, with tiny sizes and nothing built
+    python -m benchmarks.gpu.speed steps         # one part by itself
 
-It needs torch with CUDA, numpy, setuptools, ninja, pytest and an nvcc; no network, nothing installed. The parts and
-their order: see `__main__`.
+It needs torch with CUDA, numpy, setuptools, ninja, pytest, pytest-benchmark and nvcc. It needs no network and installs
+nothing. `parts` lists what is done, in which order, and how much time each part has.
 """

@@ -1,119 +1,138 @@
-"""The parts, their order and their time.
-
-Each part runs in a process of its own and is ended when its time is up (in a dry run in this one, to be quick); the
-results are written anew after each. What a part doesn't need of its time, the later ones have.
-"""
+"""Runs the parts: each in a process of its own, in its time, with the results written anew after each."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from benchmarks.gpu import claims, part, report
-from benchmarks.gpu.context import ROOT
+from benchmarks.gpu.parts import FAIL, NO_GPU, NOT_MEASURED, ROOT, Part, Result, all_parts
+from benchmarks.gpu.report import COMMAND, markdown
 
-# Shares of the budget in seconds. First what all rests on, then whether it is right, then how fast; last what takes
-# long and mostly repeats.
-PARTS = {
-    "machine": 15,
-    "build": 110,
-    "bits": 45,
-    "costs": 30,
-    "graphs": 25,
-    "speed": 105,
-    "suite": 85,
-    "sanitizer": 65,
-}
-BUDGET = sum(PARTS.values())
-BUILD_SHARE = 0.6  # of what is left, which a build may take: without one, nothing else is worth its time
-LEAST = 8.0  # seconds, under which a part isn't started
+GRACE = 4.0  # seconds between the request to end and the end itself, in which pytest prints how tests failed
+LEAST = 8.0  # seconds, under which a part is not started
+Results = dict[str, dict[str, Any]]  # by part: verdict, found, seconds, rows
 
 
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def scrub(text: str) -> str:
+    """Without this machine's paths, since results are published."""
+    for path, name in ((ROOT, "."), (sys.prefix, "<python>"), (sys.base_prefix, "<python>"), (Path.home(), "~")):
+        text = text.replace(str(path), name) if len(str(path)) > 1 else text
+    return text
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=report.COMMAND, description="Checks and measures the CUDA kernels.")
-    parser.add_argument("--dry", action="store_true", help="the same code on the CPU with tiny sizes; needs --out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: benchmarks/results)")
-    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"for all (default: {BUDGET})")
-    parser.add_argument(
-        "--only", metavar="PARTS", help=f"these parts, with commas between (default: {','.join(PARTS)}), machine always"
-    )
-    options = parser.parse_args()
-    wanted = PARTS if options.only is None else ("machine", *options.only.split(","))
-    for name in wanted:
-        if name not in PARTS:
-            parser.error(f"--only has {name!r}, expected some of {','.join(PARTS)}")
-    options.only = [name for name in PARTS if name in wanted]
-    if options.out is None:
-        if options.dry:
-            parser.error("--dry needs --out: its numbers are no results")
-        options.out = ROOT / "benchmarks" / "results"
-    return options
+def end(process: subprocess.Popen[bytes], by: signal.Signals) -> None:
+    """Signals a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, by)
 
 
-def limit(name: str, later: Sequence[str], left: float) -> float:
-    """Seconds that a part may take of those that are left to it and to the later ones."""
-    if name == "build":
-        return left * BUILD_SHARE if later else left
-    return left * PARTS[name] / sum(PARTS[n] for n in (name, *later))
-
-
-def skipped(why: str) -> dict[str, Any]:
-    return {"status": "skipped", "seconds": 0.0, "results": {}, "error": [why]}
-
-
-def run_all(names: Sequence[str], *, budget: float, out: Path, dry: bool, parts: dict[str, Any]) -> None:
-    """Fills `parts`, and writes them down after each."""
-    started = time.monotonic()
-    for i, name in enumerate(names):
-        spent = time.monotonic() - started
-        seconds = limit(name, names[i + 1 :], budget - spent)
-        print(f"[{spent:3.0f} s] {name} ...", flush=True)
-        if parts.get("build", {"status": "done"})["status"] != "done":
-            parts[name] = skipped("nothing was built")
-        elif seconds < LEAST:
-            parts[name] = skipped("no time is left")
-        else:
-            parts[name] = part.run_here(name, seconds) if dry else part.run(name, seconds)
-        if name == "machine" and parts[name]["error"]:
-            print(parts[name]["error"][-1], file=sys.stderr)
-            sys.exit(2)
-        for line in parts[name]["error"]:
-            print(f"         {line}", flush=True)
+def run(part: Part, seconds: float, log: Path) -> int | None:
+    """Its exit status, or None if it was cut off. Its output is in `log` as it comes."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": ""} | dict(part.environment)
+    how: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    with log.open("wb") as out, subprocess.Popen(part.command, stdout=out, stderr=subprocess.STDOUT, **how) as process:
         try:
-            report.write(out, parts, dry=dry)
-        except Exception:  # a table that can't be made is no reason to measure no more
-            traceback.print_exc()
+            return process.wait(timeout=max(seconds - GRACE, 0))
+        except subprocess.TimeoutExpired:
+            end(process, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE)
+            return None
+        finally:
+            end(process, signal.SIGKILL)
+
+
+def result_of(part: Part, seconds: float, log: Path) -> Result:
+    if not part.command:
+        return Result(NOT_MEASURED, "nothing to run it with")
+    if seconds < LEAST:
+        return Result(NOT_MEASURED, "no time was left")
+    try:
+        status = run(part, seconds, log)
+        return part.read(scrub(log.read_text(encoding="utf-8", errors="replace")), status)
+    except Exception as error:  # what goes wrong with one part must not stop the next
+        return Result(FAIL, f"{type(error).__name__}: {scrub(str(error))}")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file beside its place and renames it, so that there is always a whole one."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write(out: Path, name: str, results: Results) -> None:
+    """The results so far as JSON and as Markdown, and the last part's log below the others."""
+    replace_text(out / f"{name}.json", json.dumps({"command": COMMAND, "parts": results}, indent=1) + "\n")
+    replace_text(out / f"{name}.md", markdown(results))
+    running = out / "running.log"
+    if running.exists():
+        with (out / f"{name}.log").open("w" if len(results) == 1 else "a", encoding="utf-8") as logs:
+            logs.write(f"\n==== {[*results][-1]}\n{scrub(running.read_text(encoding='utf-8', errors='replace'))}")
+        running.unlink()
+
+
+def file_name(results: Mapping[str, Any]) -> str:
+    """The card's: `nvidia-h100-80gb-hbm3`, for example."""
+    rows = results.get("machine", {}).get("rows") or [{}]
+    return re.sub(r"[^a-z0-9]+", "-", rows[0].get("card", "unknown card").lower()).strip("-")
+
+
+def run_all(parts: Sequence[Part], budget: float, out: Path) -> int:
+    """Each part may run until the shares of all parts up to it are over. Returns the exit status."""
+    results: Results = {}
+    started, shares, total = time.monotonic(), 0.0, sum(part.seconds for part in parts)
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        shares += part.seconds
+        spent = time.monotonic() - started
+        print(f"[{spent:3.0f} s] {part.name} ...", flush=True)
+        result = result_of(part, budget * shares / total - spent, out / "running.log")
+        taken = round(time.monotonic() - started - spent, 1)
+        if result.rows and NO_GPU in result.rows[0]:
+            (out / "running.log").unlink()
+            print(f"{result.rows[0][NO_GPU]}; on a machine without a GPU: --dry", file=sys.stderr)
+            return 2
+        results[part.name] = {**result._asdict(), "seconds": taken}
+        write(out, file_name(results), results)
+        print(f"        {result.verdict}: {result.found}", flush=True)
+    print(f"\nresults in {out}")
+    return int(any(part["verdict"] == FAIL for part in results.values()))
 
 
 def main() -> int:
-    options = arguments()
-    signal.signal(signal.SIGTERM, interrupt)
-    if options.dry:  # before torch is loaded: with tiny sizes threads only wait, and no GPU is what is expected
-        os.environ |= {"OMP_NUM_THREADS": "1", "KINETO_LOG_LEVEL": "5"}
-    parts: dict[str, Any] = {}
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Checks and measures the CUDA kernels.")
+    parser.add_argument("--dry", action="store_true", help="run the same on the CPU with tiny sizes; needs --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: benchmarks/results)")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time for all parts (default: eight minutes)")
+    parser.add_argument("--only", metavar="PARTS", help="these parts, with commas between, and the machine's always")
+    options = parser.parse_args()
+    if options.dry and options.out is None:
+        parser.error("--dry needs --out, since its numbers are no results")
+    if options.dry:
+        os.environ["OMP_NUM_THREADS"] = "1"  # with tiny sizes, threads only wait for one another
+    parts = {part.name: part for part in all_parts(dry=options.dry)}
+    wanted = [*parts] if options.only is None else ["machine", *options.only.split(",")]
+    if unknown := sorted(set(wanted) - set(parts)):
+        parser.error(f"--only has {unknown[0]!r}, expected some of {','.join(parts)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    budget = options.budget or sum(part.seconds for part in parts.values())
+    out = options.out or ROOT / "benchmarks" / "results"
     try:
-        run_all(options.only, budget=options.budget, out=options.out, dry=options.dry, parts=parts)
+        return run_all([part for name, part in parts.items() if name in wanted], budget, out)
     except KeyboardInterrupt:
         print("interrupted: the results are those of the parts so far", file=sys.stderr)
         return 130
-    verdicts = claims.judge(parts, dry=options.dry)
-    print()
-    for v in verdicts:
-        print(f"{v.verdict:>12}  {v.claim}: {v.found}")
-    print(f"\nresults in {options.out}")
-    return int(claims.failed(verdicts))
 
 
 if __name__ == "__main__":

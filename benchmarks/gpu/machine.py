@@ -1,108 +1,74 @@
-"""What the numbers of a run depend on: card, driver, clocks, versions, commit."""
+"""What the numbers depend on: card, driver, clocks, versions, commit."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import os
 import platform
-import re
-import shutil
 import subprocess
+import sys
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.gpu.context import ROOT, Context, cores
+from benchmarks.gpu.parts import NO_GPU, ROOT
 
-__all__ = ["ask", "measure", "nvcc_path"]
-
-PACKAGES = ("numpy", "triton", "pytest", "diffusers", "setuptools", "ninja")
-ASKED = (
-    "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,"
-    "ecc.mode.current,persistence_mode"
-)
+CLOCKS = "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
 
 
-def ask(*command: str, seconds: float = 20) -> str:
-    """What a command prints; nothing if there is none, or if it fails."""
+def output(*command: str) -> str:
+    """What a command prints; nothing where there is no such command, or where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=ROOT, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def nvcc_path() -> str | None:
-    """As setup.py looks for it."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home:
-            return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc")
-
-
-def clocks() -> dict[str, str]:
-    """Driver, clocks and limits as nvidia-smi has them."""
-    values = ask("nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader").splitlines()
-    return dict(zip(ASKED.split(","), (v.strip() for v in values[0].split(",")), strict=False)) if values else {}
-
-
-def cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1] if model else platform.machine()
-
-
-def sources() -> str:
-    """A hash of csrc: what was measured, also where git isn't."""
-    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()[:12]
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def card() -> dict[str, object]:
-    """Raises RuntimeError where torch finds none."""
+def card() -> dict[str, Any]:
     if not torch.cuda.is_available():
-        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
-        raise RuntimeError(f"torch {torch.__version__} {why}; on a machine without one: --dry")
+        return {
+            NO_GPU: f"torch {torch.__version__} {'finds no GPU' if torch.version.cuda else 'is built without CUDA'}"
+        }
     about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    values = output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader").split("\n")[0].split(", ")
     return {
         "card": about.name,
         "capability": f"{about.major}.{about.minor}",
         "multiprocessors": about.multi_processor_count,
-        "memory_bytes": about.total_memory,
-        "l2_bytes": getattr(about, "L2_cache_size", None),
+        "memory": f"{about.total_memory / 2**30:.0f} GiB",
+        "L2 cache": f"{getattr(about, 'L2_cache_size', 0) / 2**20:.0f} MiB",
         "cards": torch.cuda.device_count(),
-        "clocks": clocks(),
+        **dict(zip(CLOCKS.split(","), values, strict=False)),
     }
 
 
-def measure(context: Context) -> None:
-    release = re.search(r"release ([\d.]+)", ask(nvcc_path() or "nvcc", "--version"))
-    context.results |= {"card": "none (dry run)"} if context.dry else card()
-    context.results |= {
+def host() -> dict[str, Any]:
+    with open("/proc/cpuinfo") as lines:
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    triton = [d.version for d in metadata.distributions(name="triton")]
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": ask("git", "rev-parse", "HEAD") or None,
-        "csrc": sources(),
-        "changed_since_commit": bool(ask("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": output("git", "rev-parse", "HEAD") or "unknown",
+        "changed": bool(output("git", "status", "--porcelain", "--untracked-files=no")),
+        "csrc": hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in sources)).hexdigest()[:12],
         "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "nvcc": release[1] if release else None,
+        "CUDA of torch": torch.version.cuda,
+        "nvcc": output("nvcc", "--version").rpartition(" release ")[2].split(",")[0],
         "python": platform.python_version(),
-        "packages": versions(),
-        "cpu": cpu(),
-        "cores": cores(),
+        "triton": ", ".join(triton) or "none",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
     }
+
+
+if __name__ == "__main__":
+    found = {"card": "none (dry run)"}
+    if "--dry" not in sys.argv:
+        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        found = card() if torch.cuda.is_available() else {NO_GPU: f"torch {torch.__version__} {why}"}
+    print(json.dumps(found if NO_GPU in found else found | host()), flush=True)

@@ -2,87 +2,110 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Spread", "capture", "per_call", "spread", "timed"]
-
 Function = Callable[[], Any]
 
 
-class Spread(NamedTuple):
-    """Seconds: the median and the quartiles of `count` measurements."""
+class Scale(NamedTuple):
+    """How much is measured; by default, on a GPU."""
 
-    median: float
-    low: float
-    high: float
-    count: int
-
-
-def spread(seconds: Sequence[float]) -> Spread:
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Spread(median, low, high, len(seconds))
+    launches: int = 4096  # in a graph, at most
+    bytes: int = 8 * 10**9  # moved by a graph, about
+    times: int = 15
+    seconds: float = 0.02  # of a round of calls, about
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles in microseconds."""
+    low, median, high = (round(s * 1e6, 3) for s in statistics.quantiles(seconds, n=4, method="inclusive"))
+    return {"us": median, "us_low": low, "us_high": high}
 
 
-def capture(function: Function, device: torch.device) -> Function:
-    """What replays a function's launches from a CUDA graph, without the host's part; on the CPU the function itself."""
-    if device.type != "cuda":
-        return function
-    aside = torch.cuda.Stream(device)
-    aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):  # tables, handles and the like come into being outside of the graph
-        function()
-    torch.cuda.current_stream(device).wait_stream(aside)
-    synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    current = torch.cuda.current_stream(device)
-    try:
-        with torch.cuda.graph(graph):
+class Timer:
+    def __init__(self, device: torch.device, scale: Scale) -> None:
+        self.device, self.scale, self.on_gpu = device, scale, device.type == "cuda"
+        self.l2 = 2**15
+        if self.on_gpu:
+            self.l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
+        self.copy = functools.cache(self._copy)
+
+    def sets(self, moved: int, cold: bool) -> int:
+        """Cold, so many sets of inputs that twice the L2 cache is moved before one comes again."""
+        return min(max(math.ceil(2 * self.l2 / moved), 2), self.scale.launches) if cold else 1
+
+    def of_device(self, calls: Sequence[Function], moved: int, *, graph: bool = True) -> dict[str, float]:
+        """The device's time of one call, without the host's part; the calls take turns."""
+        launches = max(len(calls), min(max(self.scale.bytes // moved, 8), 1024, self.scale.launches))
+        kept: deque[Any] = deque(maxlen=len(calls))  # so that new results are not written to the same place
+
+        def run() -> None:
+            for i in range(launches):
+                kept.append(calls[i % len(calls)]())
+
+        replay = self.capture(run) if graph and self.on_gpu else run
+        return spread([seconds / launches for seconds in self.each(replay)])
+
+    def of_calls(self, function: Function) -> dict[str, float]:
+        """The host's time of one call, launch included."""
+        first = self.rounds(function, 1, 1)[0]
+        calls = int(min(max(self.scale.seconds / max(first, 1e-7), 3), 200))
+        return spread(self.rounds(function, calls, max(self.scale.times // 2, 3)))
+
+    def _copy(self, moved: int, cold: bool) -> float:
+        """Microseconds of a device-to-device copy that reads and writes `moved` bytes together, by a graph or by single
+        calls, which another engine may make faster."""
+        source = torch.randint(256, (self.sets(moved, cold), moved // 2), device=self.device, dtype=torch.uint8)
+        calls = [functools.partial(torch.empty_like(x).copy_, x) for x in source]
+        return min(self.of_device(calls, moved, graph=graph)["us"] for graph in {True, moved < self.l2 // 32})
+
+    def capture(self, function: Function) -> Function:
+        """Replays a function's launches from a CUDA graph."""
+        current, aside = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):  # tables and handles are made before the capture
             function()
-    except BaseException:
-        torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
-        raise
-    return graph.replay
+        current.wait_stream(aside)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                function()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
+        return graph.replay
 
-
-def timed(function: Function, device: torch.device, times: int, warm: int = 3) -> list[float]:
-    """Seconds of each of `times` calls, on the device, one right behind the other."""
-    for _ in range(warm):
-        function()
-    if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for _ in range(times):
+    def each(self, function: Function) -> list[float]:
+        """Seconds on the device of each call, one right behind the other."""
+        if not self.on_gpu:
+            return self.rounds(function, 1, self.scale.times)
+        for _ in range(3):  # not waited for, so that the host stays ahead and no gap is measured
             function()
-            marks.append(time.perf_counter())
-        return [b - a for a, b in itertools.pairwise(marks)]
-    # no synchronisation after the warm-up: the host gets ahead, and no gap is measured
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    events[0].record()
-    for event in events[1:]:
-        function()
-        event.record()
-    synchronize(device)
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-
-
-def per_call(function: Function, device: torch.device, calls: int, times: int) -> list[float]:
-    """Seconds a call by the host's clock, of `times` rounds of `calls`: what a caller waits, launch included."""
-    found = []
-    for _ in range(times + 1):  # the first is the warm-up
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.scale.times + 1)]
+        events[0].record()
+        for event in events[1:]:
             function()
-        synchronize(device)
-        found.append((time.perf_counter() - start) / calls)
-    return found[1:]
+            event.record()
+        torch.cuda.synchronize(self.device)
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+
+    def rounds(self, function: Function, calls: int, times: int) -> list[float]:
+        """Seconds a call by the host's clock, of each round."""
+        found = []
+        for _ in range(times + 1):  # the first round warms up
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if self.on_gpu:
+                torch.cuda.synchronize(self.device)
+            found.append((time.perf_counter() - start) / calls)
+        return found[1:]

@@ -1,4 +1,4 @@
-"""What is timed: our steps over sets of inputs, a copy of the bytes that a step moves, and how others do the step."""
+"""What is timed: the operations of ddpm_ext, and how others do the same."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.losses import loss_and_slope
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.demo.eager import EagerDiffusion
-from ddpm_ext.tables.samplers import ddpm
-from ddpm_ext.tables.spacing import make_grid
 
-__all__ = ["OPERATIONS", "Batch", "batches", "compiled", "copies", "gradient", "others"]
-
+Shape = tuple[int, ...]
 T = 500  # a step that draws noise
+GD, RNG = GaussianDiffusion(1000), Philox(0)
 
 
 class Batch(NamedTuple):
@@ -31,147 +28,118 @@ class Batch(NamedTuple):
     t: Tensor
 
 
-class Operation(NamedTuple):
-    """`reads`: of x, m and noise, which it reads; it writes out, or makes its own (`keeps`), as large as `writes`."""
-
-    reads: tuple[str, ...]
-    call: Callable[[GaussianDiffusion, Batch, Philox], Any]
-    keeps: bool = False
-    writes: str = "x"
-
-    def moved(self, numel: int, dtype: torch.dtype, second: torch.dtype) -> int:
-        """Bytes that must be moved for samples of `dtype` and a model's output of `second`."""
-        sizes = {"x": dtype.itemsize, "m": second.itemsize, "noise": dtype.itemsize}
-        return numel * (sum(sizes[name] for name in self.reads) + sizes[self.writes])
-
-
-@functools.cache
-def extended_table(device: torch.device) -> Tensor:
-    gd = GaussianDiffusion(1000)
-    grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
-    return ddpm(grid, variance="learned_range")[::-1].packed_extended(device)
-
-
-@functools.cache
-def loss_table(device: torch.device) -> Tensor:
-    """Rows of which x_start and noise count."""
-    return torch.tensor([-0.6, 0.8, 1.0, 0.0], device=device).repeat(1000, 1)
-
-
-OPERATIONS = {
-    "p_sample": Operation(("x", "m"), lambda gd, b, rng: gd.p_sample(lambda *_: b.m, b.x, b.t, rng=rng, out=b.out)),
-    "p_sample, noise given": Operation(
-        ("x", "m", "noise"), lambda gd, b, rng: gd.p_sample(lambda *_: b.m, b.x, b.t, noise=b.noise, out=b.out)
-    ),
-    "q_sample": Operation(("x",), lambda gd, b, rng: gd.q_sample(b.x, b.t, rng=rng, out=b.out)),
-    "q_sample, noise given": Operation(
-        ("x", "noise"), lambda gd, b, rng: gd.q_sample(b.x, b.t, noise=b.noise, out=b.out)
-    ),
-    "randn": Operation((), lambda gd, b, rng: randn(b.x.shape, rng, device=b.x.device, dtype=b.x.dtype), keeps=True),
-    "extended_step": Operation(
-        ("x", "m"),
-        lambda gd, b, rng: ops.extended_step(
-            b.x, b.m, extended_table(b.x.device), b.t, clip=(-1.0, 1.0), rng=rng, out=b.out
-        ),
-    ),
-    "extended_step, learned variance": Operation(
-        ("x", "m", "noise"),
-        lambda gd, b, rng: ops.extended_step(
-            *(b.x, b.m, extended_table(b.x.device), b.t),
-            **{"clip": (-1.0, 1.0), "model_variance": b.noise, "rng": rng, "out": b.out},
-        ),
-    ),
-    "loss and slope": Operation(
-        ("x", "m"),
-        lambda gd, b, rng: loss_and_slope(b.m, b.x, loss_table(b.x.device), b.t, rng=rng, reduction="mean"),
-        keeps=True,
-        writes="m",
-    ),
+# The tensors that an operation must read and write.
+MOVED = {
+    "p_sample": ("x", "m", "out"),
+    "p_sample, noise given": ("x", "m", "noise", "out"),
+    "q_sample": ("x", "out"),
+    "q_sample, noise given": ("x", "noise", "out"),
+    "randn": ("out",),
+    "extended_step": ("x", "m", "out"),
+    "extended_step, learned variance": ("x", "m", "noise", "out"),
+    "loss and slope": ("x", "m", "m"),
+    "train_losses": ("x", "m", "m"),
 }
 
 
-def batches(
-    count: int,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    second: torch.dtype,
-    device: torch.device,
-    reads: tuple[str, ...] = ("x", "m", "noise"),
-) -> list[Batch]:
-    """Sets of inputs, each in memory of its own, of random values; what isn't read is one tensor for all."""
+class Way(NamedTuple):
+    """`captured`: whether a CUDA graph can hold it, so that the device's own time is measured."""
 
-    def make(name: str, of: torch.dtype) -> Tensor:
-        if name in reads:
-            return torch.randn(count, *shape, device=device, dtype=of)
-        return torch.zeros(shape, device=device, dtype=of).expand(count, *shape)
-
-    x, m, noise = make("x", dtype), make("m", second), make("noise", dtype)
-    out = torch.empty(count, *shape, device=device, dtype=dtype)
-    t = torch.full(shape[:1], T, device=device)
-    return [Batch(x[i], m[i], noise[i], out[i], t) for i in range(count)]
+    operation: str
+    way: str
+    call: Callable[[Batch], Any]
+    captured: bool = True
 
 
-def copies(count: int, moved: int, device: torch.device) -> list[Callable[[], Any]]:
-    """Device-to-device copies that read and write `moved` bytes together, each in memory of its own."""
-    source = torch.randint(256, (count, moved // 2), device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return [lambda i=i: target[i].copy_(source[i]) for i in range(count)]
+# Rows of the tables: of a step with noise, and of the loss of a predicted v.
+STEP_ROW = (1.1, -0.5, 0.2, 0.8, 0.0, 0.1, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)
 
 
+@functools.cache
+def table(row: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(row, device=device).repeat(1000, 1)
+
+
+def p_sample(b: Batch, **options: Any) -> Tensor:
+    return GD.p_sample(lambda *_: b.m, b.x, b.t, **options)
+
+
+def extended_step(b: Batch, **options: Any) -> Tensor:
+    return ops.extended_step(b.x, b.m, table(STEP_ROW, b.x.device), b.t, rng=RNG, out=b.out, **options)
+
+
+def loss_and_slope(b: Batch) -> Tensor:
+    """Without the backward pass, which multiplies the slope."""
+    with torch.enable_grad():
+        leaf = b.m.detach().requires_grad_()
+        return ops.diffusion_loss(leaf, b.x, table(LOSS_ROW, b.x.device), b.t, rng=RNG)
+
+
+def trained(loss: Callable[[Tensor, Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    """A loss of a model's output, and its gradient there."""
+
+    def call(b: Batch) -> Tensor:
+        with torch.enable_grad():
+            leaf = b.m.detach().requires_grad_()
+            return torch.autograd.grad(loss(leaf, b), leaf)[0]
+
+    return call
+
+
+STEPS = (
+    Way("p_sample", "ddpm_ext, out=", lambda b: p_sample(b, rng=RNG, out=b.out)),
+    Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
+    Way("p_sample", "torch.add of the same bytes", lambda b: torch.add(b.x, b.m, out=b.out)),
+)
+REST = (
+    Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
+    Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),
+    Way("q_sample, noise given", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, noise=b.noise, out=b.out)),
+    Way("randn", "ddpm_ext", lambda b: randn(b.x.shape, RNG, device=b.x.device, dtype=b.x.dtype)),
+    Way("extended_step", "ddpm_ext, out=", extended_step),
+    Way("extended_step, learned variance", "ddpm_ext, out=", lambda b: extended_step(b, model_variance=b.noise)),
+    Way("loss and slope", "ddpm_ext", loss_and_slope),
+)
+TRAINING = Way(
+    *("train_losses", "ddpm_ext", trained(lambda m, b: GD.train_losses(lambda *_: m, b.x, b.t, rng=RNG))),
+    captured=False,
+)
+
+
+@functools.cache
 def near_eager(device: torch.device) -> EagerDiffusion:
     """Eager code with its tables on the device, so that no step copies them there."""
     eager = EagerDiffusion()
-    for name, table in vars(eager).items():
-        setattr(eager, name, table.to(device))
+    for name, numbers in vars(eager).items():
+        setattr(eager, name, numbers.to(device))
     return eager
 
 
 def eager_loss(eager: EagerDiffusion, m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a model's output m for x_t, which is handed out, so that a compiler makes it, too."""
+    """Of a model's output m for x_t. It returns x_t too, so that a compiler cannot leave it out."""
     noise = torch.randn_like(x)
     signal = eager.extract(eager.sqrt_alphas_cumprod, t, x)
     x_t = signal * x + eager.extract(eager.sqrt_one_minus_alphas_cumprod, t, x) * noise
     return F.mse_loss(m, noise), x_t
 
 
-def gradient(loss: Callable[[Tensor], Tensor], output: Tensor) -> Callable[[], Tensor]:
-    """A call that makes a loss of a model's output, and its gradient there."""
-    leaf = output.detach().requires_grad_()
-
-    def call() -> Tensor:
-        with torch.enable_grad():
-            return torch.autograd.grad(loss(leaf), leaf)[0]
-
-    return call
+def others(device: torch.device) -> Iterator[Way]:
+    for eager, way in ((near_eager(device), "eager, tables on the device"), (EagerDiffusion(), "eager")):
+        near = way != "eager"
+        yield Way("p_sample", way, lambda b, e=eager: e.p_sample(b.m, b.x, b.t), near)
+        yield Way("q_sample", way, lambda b, e=eager: e.q_sample(b.x, b.t), near)
+        yield Way("train_losses", way, trained(lambda m, b, e=eager: eager_loss(e, m, b.x, b.t)[0]), False)
+    yield Way("randn", "torch.randn", lambda b: torch.randn(b.x.shape, device=device, dtype=b.x.dtype))
 
 
-def others(batch: Batch) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """Other ways to do what ours do: operation, way, call."""
-    device = batch.x.device
-    eager, near = EagerDiffusion(), near_eager(device)
-    x, m, t = batch.x, batch.m, batch.t
-    yield "p_sample", "eager", lambda: eager.p_sample(m, x, t)
-    yield "q_sample", "eager", lambda: eager.q_sample(x, t)
-    yield "p_sample", "eager, tables on the device", lambda: near.p_sample(m, x, t)
-    yield "q_sample", "eager, tables on the device", lambda: near.q_sample(x, t)
-    yield "train_losses", "eager", gradient(lambda m: eager_loss(eager, m, x, t)[0], m)
-    yield "train_losses", "eager, tables on the device", gradient(lambda m: eager_loss(near, m, x, t)[0], m)
-    yield "randn", "torch.randn", lambda: torch.randn(x.shape, device=device, dtype=x.dtype)
-    try:
-        from diffusers import DDPMScheduler
-    except (ImportError, RuntimeError):  # the latter where something that it needs is broken
-        return
-    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    yield "p_sample", "diffusers", lambda: scheduler.step(m, T, x, return_dict=False)
-    yield "q_sample", "diffusers", lambda: scheduler.add_noise(x, torch.randn_like(x), t)
-
-
-def compiled(batch: Batch, compiler: str) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    near, way = near_eager(batch.x.device), "torch.compile of eager, tables on the device"
+def compiled(device: torch.device, compiler: str) -> Iterator[Way]:
+    """Compiled anew for each shape: call it once a shape."""
+    near, way = near_eager(device), "torch.compile of eager"
     torch.compiler.reset()
-    step = torch.compile(near.p_sample, backend=compiler, dynamic=False)
-    yield "p_sample", way, lambda: step(batch.m, batch.x, batch.t)
-    forward = torch.compile(near.q_sample, backend=compiler, dynamic=False)
-    yield "q_sample", way, lambda: forward(batch.x, batch.t)
-    loss = torch.compile(functools.partial(eager_loss, near), backend=compiler, dynamic=False)
-    yield "train_losses", way, gradient(lambda m: loss(m, batch.x, batch.t)[0], batch.m)
+    how: dict[str, Any] = {"backend": compiler, "dynamic": False}
+    step, forward = torch.compile(near.p_sample, **how), torch.compile(near.q_sample, **how)
+    loss = torch.compile(functools.partial(eager_loss, near), **how)
+    yield Way("p_sample", way, lambda b: step(b.m, b.x, b.t))
+    yield Way("q_sample", way, lambda b: forward(b.x, b.t))
+    yield Way("train_losses", way, trained(lambda m, b: loss(m, b.x, b.t)[0]), False)

@@ -1,317 +1,286 @@
-"""benchmarks/gpu where there is no GPU: its dry run, and that its checks and verdicts can say no."""
+"""benchmarks/gpu where there is no GPU: how it runs its parts, reads their logs and writes their results."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-import torch
 
-from benchmarks.gpu import __main__ as main
-from benchmarks.gpu import bits, build, claims, costs, graphs, part, report, sanitizer
-from benchmarks.gpu.context import Check, cores
-from benchmarks.gpu.ways import OPERATIONS
-from ddpm_ext import GaussianDiffusion, Philox
+from benchmarks.gpu import __main__ as script
+from benchmarks.gpu import parts, speed
+from benchmarks.gpu.parts import CUT_OFF, FAIL, NOT_MEASURED, PASS, ROOT, Part
+from benchmarks.gpu.report import markdown
+from benchmarks.gpu.ways import MOVED
 
-CPU = torch.device("cpu")
-
-
-# -------------------------------------------------------------------------------------------------------- dry run
+WITHOUT_PYTEST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory, root):
-    folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(folder)]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads((folder / "dry.json").read_text()), done.stdout
+def part(name, code, seconds=100.0, read=parts.read_rows):
+    return Part(name, seconds, (sys.executable, "-c", code), read)
 
 
-def test_dry_run_does_every_part(dry):
-    _, content, _ = dry
-    assert {name: p["status"] for name, p in content["parts"].items()} == dict.fromkeys(main.PARTS, "done")
-    checks = [check for p in content["parts"].values() for check in p["results"].get("checks", [])]
-    assert len(checks) > len(costs.MEASURES) * len(costs.STEPS)
-    assert all(check["ok"] is True for check in checks)
-    speed = content["parts"]["speed"]["results"]
-    assert {row["operation"] for row in speed["kernels"]} == set(OPERATIONS)
-    assert {row["cache"] for row in speed["kernels"]} == {"cold", "warm"}
-    assert {row["way"] for row in speed["calls"]} >= {"ddpm_ext", "ddpm_ext, out=", "eager", "torch.randn"}
-    assert any("torch.compile" in row["way"] for row in speed["calls"])
-    trained = {row["way"] for row in speed["calls"] if row["operation"] == "train_losses"}
-    assert {"ddpm_ext", "eager"} <= trained and any("torch.compile" in way for way in trained)
-    assert not any("Error" in line for line in speed["skipped"])
-    for row in speed["kernels"] + speed["calls"]:
-        assert 0 <= row["us_low"] <= row["us"] <= row["us_high"]
+def row(**values):
+    return f"print({json.dumps(values)!r}, flush=True); "
 
 
-def test_dry_run_claims_nothing_of_a_card(dry):
-    _, content, output = dry
-    assert [v["claim"] for v in content["verdicts"]] == [claim for claim, *_ in claims.CLAIMS]
-    for v in content["verdicts"]:
-        assert v["verdict"] == "not measured"
-        assert v["found"].startswith("no card")
-        assert f"not measured  {v['claim']}: no card" in output
+MACHINE = part("machine", row(card="Card 1"), seconds=4)
 
 
-def test_dry_run_writes_what_may_be_published(dry, root):
-    folder, content, _ = dry
-    assert sorted(path.name for path in folder.iterdir()) == ["dry.json", "dry.md"]
-    text = (folder / "dry.md").read_text()
-    assert text == report.markdown(content)
-    for v in content["verdicts"]:
-        assert v["claim"] in text
-    for path in folder.iterdir():
-        assert str(root) not in path.read_text()
-        assert sys.prefix not in path.read_text()
+def run(monkeypatch, folder, *chosen):
+    """The exit status and the results."""
+    monkeypatch.setattr(script, "GRACE", 0.5)
+    monkeypatch.setattr(script, "LEAST", 0.1)
+    status = script.run_all(chosen, sum(p.seconds for p in chosen), folder)
+    results = json.loads((folder / "card-1.json").read_text())["parts"]
+    assert sorted(path.name for path in folder.iterdir()) == ["card-1.json", "card-1.log", "card-1.md"]
+    assert list(results) == [p.name for p in chosen]
+    return status, results
 
 
-def test_without_a_card(tmp_path, root):
-    """Says why, and leaves nothing."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+def command(*arguments, **environment):
+    arguments = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)]
+    return subprocess.run(arguments, cwd=ROOT, env=WITHOUT_PYTEST | environment, capture_output=True, text=True)
+
+
+# ----------------------------------------------------------------------------------------- one part after another
+
+
+def test_a_part_that_crashes_stops_no_other(monkeypatch, tmp_path):
+    crash = part("crash", row(n=1) + "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    missing = Part("missing", 100, ("no such program",), parts.read_rows)
+    raises = part("raises", "raise SystemExit('no memory')")
+    not_installed = Part("not installed", 100, (), parts.read_rows)
+    chosen = (MACHINE, crash, missing, raises, not_installed, part("last", row(n=2)))
+    status, found = run(monkeypatch, tmp_path, *chosen)
+    assert status == 1
+    assert [p["verdict"] for p in found.values()] == [PASS, FAIL, FAIL, FAIL, NOT_MEASURED, PASS]
+    assert found["crash"]["rows"] == [{"n": 1}] and "exit status -11" in found["crash"]["found"]
+    assert "no such program" in found["missing"]["found"]
+    assert "exit status 1" in found["raises"]["found"] and "no memory" in found["raises"]["found"]
+    assert found["last"]["rows"] == [{"n": 2}]
+    log = (tmp_path / "card-1.log").read_text()
+    assert log.index("==== crash") < log.index("no memory") < log.index("==== last")
+
+
+def test_a_part_that_takes_too_long_loses_only_its_own_time(monkeypatch, tmp_path):
+    """And what it started ends with it, even if it does not listen."""
+    child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print('child', p.pid, flush=True); "
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    slow = part("slow", row(n=1) + child + "print('{\"n\": ', end='', flush=True); " + deaf, seconds=2)
+    started = time.monotonic()
+    status, found = run(monkeypatch, tmp_path, MACHINE, slow, part("last", row(n=2)))
+    assert status == 0
+    assert time.monotonic() - started < 60
+    assert (found["slow"]["verdict"], found["slow"]["rows"]) == (CUT_OFF, [{"n": 1}])
+    assert found["last"]["verdict"] == PASS
+    log = (tmp_path / "card-1.log").read_text()
+    pid = int(log.partition("child ")[2].split()[0])
+    for _ in range(100):
+        if not alive(pid):
+            break
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+def alive(pid):
+    """A process that is not only waiting to be collected by its parent."""
+    try:
+        with open(f"/proc/{pid}/stat") as line:
+            return line.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path):
+    """So pytest still says how tests failed."""
+    polite = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('how it failed')"
+    _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite, seconds=2))
+    assert found["slow"]["verdict"] == CUT_OFF
+    assert "how it failed" in (tmp_path / "card-1.log").read_text()
+
+
+def test_each_result_is_written_before_the_next_part_begins(monkeypatch, tmp_path):
+    """A part reads the results of the one before; a file is whole or not there."""
+    first = part("first", row(n=1))
+    look = part("look", f"print(open({str(tmp_path / 'card-1.json')!r}).read().replace('\\n', ''))")
+    _, found = run(monkeypatch, tmp_path, MACHINE, first, look)
+    (seen,) = found["look"]["rows"]
+    assert list(seen["parts"]) == ["machine", "first"]
+    assert seen["parts"]["first"]["rows"] == [{"n": 1}]
+
+
+def test_time_that_is_left_goes_to_the_next_parts(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(script, "result_of", lambda part, seconds, log: given.append(seconds) or parts.Result(PASS, ""))
+    chosen = parts.all_parts(dry=False)
+    budget = sum(part.seconds for part in chosen)
+    script.run_all(chosen, budget, tmp_path)
+    assert budget <= 480
+    assert given[0] == pytest.approx(chosen[0].seconds, abs=1)
+    assert given[-1] == pytest.approx(budget, abs=5)
+    assert given == sorted(given)
+
+
+def test_no_time_is_left(tmp_path):
+    found = script.result_of(part("late", row(n=1)), script.LEAST - 1, tmp_path / "log")
+    assert (found.verdict, found.found) == (NOT_MEASURED, "no time was left")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_paths_of_this_machine_are_published(monkeypatch, tmp_path):
+    code = f"print({str(ROOT)!r}, {sys.prefix!r}); raise SystemExit({str(ROOT)!r})"
+    run(monkeypatch, tmp_path, MACHINE, part("paths", code))
+    for path in tmp_path.iterdir():
+        assert str(ROOT) not in path.read_text() and sys.prefix not in path.read_text()
+
+
+# ------------------------------------------------------------------------------------------------- the real parts
+
+
+def test_without_a_card(tmp_path):
+    """It says why, and leaves nothing."""
+    done = command("--out", tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "finds no GPU" in done.stderr or "is built without CUDA" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-# ---------------------------------------------------------------------------------------------------- parts, time
+@pytest.mark.parametrize("arguments, message", [(["--dry"], "--dry needs --out"), (["--only", "x"], "--only has 'x'")])
+def test_arguments_that_do_not_fit(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and message in done.stderr
 
 
-def test_a_part_that_fails_or_takes_too_long():
-    failed = part.run("no_such_part", 60, dry=True)
-    assert failed["status"] == "failed"
-    assert "No module named 'benchmarks.gpu.no_such_part'" in failed["error"][-1]
-    late = part.run("bits", 0.2, dry=True)
-    assert late["status"] == "cut off"
-    assert late["seconds"] < 10
+def test_interrupted(tmp_path):
+    """By a machine that ends it, say: the results so far stay, and nothing runs on."""
+    arguments = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path), "--only", "speed-rest"]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=WITHOUT_PYTEST, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "speed-rest" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    assert list(json.loads((tmp_path / "none-dry-run.json").read_text())["parts"]) == ["machine"]
 
 
-def test_a_part_in_a_process_of_its_own():
-    found = part.run("build", 60, dry=True)
-    assert (found["status"], found["error"]) == ("done", [])
-    assert found["results"]["environment"] == build.environment((9, 0), cores())
+def test_a_dry_run(tmp_path):
+    done = command("--dry", "--out", tmp_path, "--only", "speed-loop")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "none-dry-run.json").read_text())["parts"]
+    assert {name: p["verdict"] for name, p in found.items()} == dict.fromkeys(["machine", "speed-loop"], PASS)
+    ways = {row["way"] for row in found["speed-loop"]["rows"]}
+    assert {"ddpm_ext, no graph", "ddpm_ext, step graph", "ddpm_ext, loop graph"} == ways
 
 
-def test_what_breaks_off_leaves_what_it_found(monkeypatch):
-    def measure(context):
-        context.check(Check("first", True, "seen"))
-        raise SystemExit("enough")
-
-    monkeypatch.setattr(bits, "measure", measure)
-    found = part.run_here("bits", 60)
-    assert found["status"] == "failed"
-    assert found["error"][-1] == "SystemExit: enough"
-    assert [check["name"] for check in found["results"]["checks"]] == ["first"]
-
-
-def test_no_part_takes_the_time_of_the_later_ones():
-    names = list(main.PARTS)
-    left = float(main.BUDGET)
-    for i, name in enumerate(names):
-        seconds = main.limit(name, names[i + 1 :], left)
-        assert main.LEAST < seconds <= left
-        left -= seconds  # all takes as long as it may
-    assert left == pytest.approx(0)
-    assert main.BUDGET <= 480
-    assert main.limit("speed", ["suite"], 100) > main.limit("speed", ["suite", "sanitizer"], 100)
+@pytest.mark.filterwarnings("ignore:graph. steps are not captured")
+def test_every_operation_and_way_is_timed():
+    """On the CPU, with tiny sizes."""
+    bench = speed.Bench(dry=True)
+    rows = [row for group in speed.GROUPS for row in speed.measured(group, bench)]
+    assert not [row for row in rows if "error" in row]
+    ways = {name: {row["way"] for row in rows if row["operation"] == name} for name in {r["operation"] for r in rows}}
+    assert set(ways) == {*MOVED, "a step of a loop", "empty launch"}
+    assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
+    assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
+    assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
+    for row in rows:
+        for found in (row[name] for name in ("cold", "warm", "call") if name in row):
+            assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
+    text = markdown({"speed-all": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": rows}})
+    assert all(f"| {operation} |" in text for operation in ways)
 
 
-def test_built_for_one_architecture():
-    told = build.environment((12, 0), 16)
-    assert (told["TORCH_CUDA_ARCH_LIST"], told["MAX_JOBS"], told["DDPM_EXT_CUDA"]) == ("12.0", "16", "1")
+def test_a_way_that_fails_loses_no_other(monkeypatch):
+    def fails():
+        raise ValueError("too large\nand more")
+
+    monkeypatch.setitem(speed.GROUPS, "loop", lambda bench: iter([fails, lambda: {"n": 1}]))
+    assert list(speed.measured("loop", None)) == [{"error": "ValueError: too large"}, {"n": 1}]
 
 
-# --------------------------------------------------------------------------------------- checks that must say no
+def test_tests_that_the_parts_run_are_there():
+    for chosen in parts.all_parts(dry=True):
+        for argument in chosen.command:
+            if argument.startswith("tests/"):
+                assert (ROOT / argument).is_file(), argument
+    suite = parts.suite()
+    assert len(suite) == len(set(suite)) > 20
+    assert "graphs" in suite[0] and any(word in suite[-1] for word in parts.LATE)
 
 
-def test_one_bit_is_a_difference():
-    x = torch.tensor([1.0, float("nan"), 0.0, 3.0])
-    assert bits.different(x.clone(), x) == 0
-    assert bits.different(torch.nextafter(x, torch.full_like(x, 9)), x) == 3
-    assert bits.different(torch.tensor([1.0, float("nan"), -0.0, 3.0]), x) == 1
-    assert bits.different(x.bfloat16(), x) == 4
-    assert bits.different(x[:2], x) == 4
+def test_the_sanitizer_runs_under_each_tool(monkeypatch):
+    monkeypatch.setattr(parts, "compute_sanitizer", lambda: "compute-sanitizer")
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        found = next(chosen.command for chosen in parts.all_parts(dry=False) if chosen.name == tool)
+        assert found[:3] == ("compute-sanitizer", "--tool", tool)
+        assert ("kns=ddpm_ext" in found) == (tool != "initcheck")
+    monkeypatch.setattr(parts, "compute_sanitizer", lambda: None)
+    assert parts.sanitizer("memcheck", 9).command == ()
 
 
-@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "diffusion_loss"])
-def test_bits_notice_another_result(monkeypatch, op):
-    right = bits.call
+# ------------------------------------------------------------------------------------------------------ reading logs
 
-    def call(case, device, layout):
-        result = right(case, device, layout)
-        if layout == "padded" and case.op == op:
-            result.view(-1)[-1] += 1
-        return result
-
-    monkeypatch.setattr(bits, "call", call)
-    assert bits.CHECKS["forward_process"](CPU, [(2, 3, 4)]).ok
-    found = bits.CHECKS[op](CPU, [(2, 3, 4)])
-    assert found.ok is False
-    assert "padded" in found.found and "1 elements differ" in found.found
-
-
-@pytest.mark.parametrize(
-    "measure, step",
-    [
-        ("launches", lambda i, o: i.gd.p_sample(lambda *_: i.m, i.gd.q_sample(i.x, i.t), i.t, **o)),
-        ("allocations", lambda i, o: i.gd.p_sample(lambda *_: i.m.clone(), i.x, i.t, **o)),
-        ("allocations with out=", lambda i, o: i.gd.p_sample(lambda *_: i.m, i.x, i.t)),
-    ],
-)
-def test_costs_notice_more(measure, step):
-    assert costs.MEASURES[measure](step, costs.inputs(CPU), CPU).ok is False
+PASSED = "tests/a.py::test_a[cuda-x y] PASSED [ 50%]\n"
+SKIPPED = "tests/a.py::test_b SKIPPED (needs two GPUs) [ 75%]\n"
+FAILED = "tests/a.py::test_c FAILED [100%]\n"
 
 
 @pytest.mark.parametrize(
-    "more, name",
+    "log, status, verdict, found",
     [
-        (lambda i, found: i.gd.q_sample(i.x, i.t), "launches"),
-        (lambda i, found: found.clone(), "allocations"),
+        (PASSED + SKIPPED, 0, PASS, "1 passed, 1 skipped"),
+        (PASSED + FAILED, 1, FAIL, "first: tests/a.py::test_c"),
+        (PASSED, None, CUT_OFF, "1 passed"),
+        (PASSED + FAILED, None, FAIL, "first: tests/a.py::test_c"),
+        (PASSED + "tests/a.py::test_d Fatal Python error: Segmentation fault", -11, FAIL, "exit status -11, 1 passed"),
+        (SKIPPED, 0, NOT_MEASURED, "1 skipped"),
+        ("ERROR: --device is 'cuda', but torch finds no GPU", 4, FAIL, "torch finds no GPU"),
     ],
 )
-def test_costs_notice_more_of_training(monkeypatch, more, name):
-    right = costs.train
-    assert all(check.ok for check in costs.check_training("drawn", CPU))
-
-    def train(i, noise):
-        found = right(i, noise)
-        return found, more(i, found)
-
-    monkeypatch.setattr(costs, "train", train)
-    wrong = [check.name for check in costs.check_training("drawn", CPU) if check.ok is False]
-    assert f"{name}: train_losses, noise drawn" in wrong
+def test_what_pytest_says(log, status, verdict, found):
+    result = parts.read_pytest(log, status)
+    assert result.verdict == verdict and found in result.found
 
 
-def test_graphs_notice_a_seed_that_stays():
-    gd = GaussianDiffusion(1000)
-    x = torch.zeros(2, 3)
-    burnt_in = Philox(1)
-
-    def forward(rng, device):
-        return gd.q_sample(x, 500, rng=rng if rng.seed is None else burnt_in)
-
-    ok, found = graphs.check(forward, CPU)
-    assert not ok
-    assert "elements differ" in found
-
-
-# ------------------------------------------------------------------------------------------------------- verdicts
-
-
-def parts_with(**changes):
-    """What a run on a card finds if all is well, with other parts in the place of some."""
-
-    def checks(*names, ok=True):
-        return {"checks": [{"name": name, "ok": ok, "found": "as it should"} for name in names]}
-
-    kernel = {"operation": "p_sample", "dtype": "float32", "cache": "cold", "us": 2.0}
-    rows = [
-        kernel | {"shape": [64, 3, 512, 512], "moved_bytes": 10**9, "of_copy": 0.95, "of_empty": 90.0},
-        kernel | {"shape": [1, 3, 32, 32], "moved_bytes": 10**4, "of_copy": 0.3, "of_empty": 1.2},
-    ]
-    results = {
-        "build": {"seconds": 40.0, "environment": {"TORCH_CUDA_ARCH_LIST": "9.0"}},
-        "bits": checks("reverse_step", "randn"),
-        "costs": checks("launches: a", "synchronisation: a", "allocations: a", "allocations with out=: a"),
-        "graphs": checks("graph: a"),
-        "speed": {"l2_bytes": 10**7, "empty": {"us": 1.5, "what": "empty"}, "kernels": rows},
-        "suite": checks("pytest a"),
-        "sanitizer": checks("memcheck"),
-    }
-    parts = {name: {"status": "done", "seconds": 1.0, "results": r, "error": []} for name, r in results.items()}
-    for name, change in changes.items():
-        parts[name] = parts[name] | change
-    return parts
-
-
-def verdicts(**changes):
-    judged = claims.judge(parts_with(**changes), dry=False)
-    assert claims.failed(judged) == any(v.verdict == "FAIL" and v.correctness for v in judged)
-    return {v.claim: v for v in judged}
-
-
-def test_all_passes():
-    assert {v.verdict for v in verdicts().values()} == {"pass"}
-
-
-def check_results(name, ok):
-    return {"results": {"checks": [{"name": name, "ok": ok, "found": "seven"}]}}
-
-
-@pytest.mark.parametrize(
-    "name, check, claim",
-    [
-        ("bits", "randn", "the CPU's bits, noise included"),
-        ("costs", "launches: a", "a step is one launch"),
-        ("costs", "synchronisation: a", "a step synchronises nothing"),
-        ("costs", "allocations: a", "a step allocates its output alone"),
-        ("costs", "allocations with out=: a", "a step allocates nothing with out="),
-        ("graphs", "graph: a", "a graph replayed with another seed: the eager bits"),
-        ("suite", "pytest a", "the tests pass on the card"),
-        ("sanitizer", "memcheck", "compute-sanitizer finds nothing"),
-    ],
-)
-def test_a_check_that_fails_or_can_not_be_told(name, check, claim):
-    failing = verdicts(**{name: check_results(check, False)})
-    assert (failing[claim].verdict, failing[claim].correctness) == ("FAIL", True)
-    assert "seven" in failing[claim].found
-    assert verdicts(**{name: check_results(check, None)})[claim].verdict == "not measured"
-
-
-def test_a_crash_fails_and_a_cut_off_does_not():
-    claim = "the CPU's bits, noise included"
-    crashed = verdicts(bits={"status": "failed", "error": ["CUDA error: an illegal memory access"]})[claim]
-    assert crashed.verdict == "FAIL" and "illegal" in crashed.found
-    cut_off = verdicts(bits={"status": "cut off", "error": ["after 9 s"]})[claim]
-    assert cut_off.verdict == "not measured" and "2 of 2" in cut_off.found
-    assert (
-        verdicts(build={"status": "failed", "error": ["nvcc"]})["it builds for this card and loads"].verdict == "FAIL"
+def test_pytest_says_it_like_that(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_x(x): assert x == 'c'\n"
+        "@pytest.mark.skip(reason='why')\ndef test_y(): pass\n"
+        "@pytest.fixture\ndef f(): raise OSError\ndef test_z(f): pass\n"
     )
-
-
-def test_a_slow_step_fails_its_claim_and_not_the_run():
-    parts = parts_with()
-    parts["speed"]["results"]["kernels"][0]["of_copy"] = 0.89
-    parts["speed"]["results"]["kernels"][1]["of_empty"] = 1.6
-    judged = claims.judge(parts, dry=False)
-    assert [v.verdict for v in judged if not v.correctness] == ["FAIL", "FAIL"]
-    assert "89.0 %" in next(v.found for v in judged if "bandwidth" in v.claim)
-    assert not claims.failed(judged)
-
-
-def test_no_part_but_the_machine():
-    assert {v.verdict for v in claims.judge({}, dry=False)} == {"not measured"}
+    arguments = [argument for argument in parts.pytest("test_it.py", dry=True) if argument not in ("--device", "cpu")]
+    done = subprocess.run(arguments, cwd=tmp_path, env=WITHOUT_PYTEST, capture_output=True, text=True)
+    counts, failed = parts.outcomes(done.stdout)
+    assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
+    assert failed == ["test_it.py::test_x[a b]", "test_it.py::test_z"]
 
 
 INVALID = "========= Invalid __global__ read of size 4 bytes\n"
-THREE = "40 cases\n========= ERROR SUMMARY: 3 errors\n"
-HAZARD = "40 cases\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+OURS = INVALID + "=========     at void ddpm_ext::cuda::f()\n"
+THREE = "========= ERROR SUMMARY: 3 errors\n"
+HAZARD = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
 
 
 @pytest.mark.parametrize(
-    "tool, status, output, ok",
+    "status, log, verdict",
     [
-        ("memcheck", 0, "========= COMPUTE-SANITIZER\n40 cases\n========= ERROR SUMMARY: 0 errors\n", True),
-        ("racecheck", 0, "40 cases\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", True),
-        ("memcheck", 9, f"{INVALID}=========     at void ddpm_ext::cuda::f()\n{THREE}", False),
-        ("racecheck", 9, f"{INVALID}=========     at void ddpm_ext::cuda::f()\n{HAZARD}", False),
-        ("initcheck", 9, f"{INVALID}=========     at void at::native::f()\n{THREE}", None),
-        ("memcheck", 1, "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors\n", None),
-        ("memcheck", 1, "Traceback\nImportError: no module\n", None),
-        ("memcheck", None, "", None),
+        (0, "========= COMPUTE-SANITIZER\n" + PASSED + "========= ERROR SUMMARY: 0 errors\n", PASS),
+        (0, PASSED + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", PASS),
+        (9, OURS + PASSED + THREE, FAIL),
+        (9, OURS + PASSED + HAZARD, FAIL),
+        (9, INVALID + "=========     at void at::native::f()\n" + PASSED + THREE, NOT_MEASURED),
+        (1, "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors\n", NOT_MEASURED),
+        (1, "Traceback\nImportError: no module\n", NOT_MEASURED),
+        (1, FAILED + "========= ERROR SUMMARY: 0 errors\n", FAIL),
+        (None, PASSED, CUT_OFF),
+        (None, OURS + PASSED, FAIL),
     ],
 )
-def test_what_the_sanitizer_says(tool, status, output, ok):
-    assert sanitizer.verdict(tool, status, output).ok is ok
-
-
-def test_names_of_files():
-    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+def test_what_the_sanitizer_says(status, log, verdict):
+    assert parts.read_sanitizer(log, status).verdict == verdict

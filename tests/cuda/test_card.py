@@ -1,49 +1,15 @@
-"""What holds on a GPU alone: launches, waits, allocations, graphs, streams, the CPU's bits. The checks are those of
-benchmarks/gpu, which reports on them for a card."""
+"""What only a GPU has: streams, a second GPU, inductor's code, and timesteps that are not read back."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support.extended import make_table
 
-from benchmarks.gpu import bits, costs, graphs
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 
 pytestmark = pytest.mark.cuda
 
 SHAPE = (4, 3, 32, 32)
-
-
-def assert_holds(check):
-    if check.ok is None:
-        pytest.skip(check.found)
-    assert check.ok, f"{check.name}: {check.found}"
-
-
-@pytest.mark.parametrize("name", bits.CHECKS)
-def test_the_bits_of_the_cpu(device, name):
-    assert_holds(bits.CHECKS[name](device))
-
-
-@pytest.mark.parametrize("step", costs.STEPS)
-@pytest.mark.parametrize("measure", costs.MEASURES)
-def test_costs_of_a_step(device, measure, step):
-    assert_holds(costs.check(measure, step, device))
-
-
-def test_a_loop_launches_once_a_step(device):
-    assert_holds(costs.check_loop(device))
-
-
-def test_costs_of_randn(device):
-    for check in costs.check_randn(device):
-        assert_holds(check)
-
-
-@pytest.mark.parametrize("name", graphs.CHECKS)
-def test_a_graph_replayed_with_another_seed(device, name):
-    assert_holds(graphs.CHECKS[name](device))
 
 
 @pytest.fixture
@@ -116,7 +82,7 @@ def test_t_out_of_range_counts_as_the_nearest(device, make_step_table, normal):
     assert torch.equal(
         ops.reverse_step(x, m, table, wild, rng=Philox(1)), ops.reverse_step(x, m, table, tame, rng=Philox(1))
     )
-    wide = make_table(5).to(device)
+    wide = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(device)
     assert torch.equal(
         ops.extended_step(x, m, wide, wild, rng=Philox(1)), ops.extended_step(x, m, wide, tame, rng=Philox(1))
     )

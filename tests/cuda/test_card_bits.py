@@ -1,0 +1,346 @@
+"""A GPU computes the CPU's bits: each operator, with each dtype pair, kind of noise, memory layout and option.
+
+The expected result is the CPU's from contiguous tensors. The device under test gets the same values in several memory
+layouts. On the CPU itself these tests compare the layouts with one another.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+
+CPU = torch.device("cpu")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+PAIRS = ((F32, F32), (F32, F16), (F32, BF16), (F16, F16), (BF16, BF16))  # of the sample and of the model's output
+NOISES = ("none", "given", "drawn", "drawn, seed on the device")
+# Samples of whole vectors; a tail; contiguous samples at addresses that no vector load takes; one element.
+SHAPES = ((4, 3, 32, 32), (1, 2051), (3, 5, 7, 9), (2, 1))
+MANY_SAMPLES = (70_000, 4)  # more than a grid has rows
+LARGE = (64, 3, 512, 512)
+PAST_32_BITS = 2**32 + 2**17 + 8
+SEED, FIRST_ID = 2**63 + 5, 2**32 - 2  # the seed's highest bit is set; the ids pass 2^32
+ROWS, T = 12, 5  # T stands for all samples where t is an int: a row with noise and with the model's eps
+
+OPERATORS = (
+    *("reverse_step", "extended_step", "forward_process", "predict_start", "posterior_mean", "randn"),
+    "diffusion_loss",
+)
+# The inputs of the extended step that have the sample's dtype, the model output's dtype, or one number a sample.
+LIKE_X = ("x_start", "history", "gradient", "known", "mask")
+OF_MODEL = ("uncond_output", "model_variance")
+PER_SAMPLE = ("output_scale", "x_start_scale")
+OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
+OPTION_SETS = (*((name,) for name in OPTIONS if name not in ("known", "mask")), ("known", "mask"), OPTIONS)
+LOSS_OPTIONS = (
+    *(("mse", "x_start"), ("l1", "x_start"), ("huber", "x_start"), ("mse",), ("huber", "x_start", "no gradient")),
+    *(("mse", "x_start", "bound"), ("mse", "x_start", "bound", "learned")),
+    ("huber", "x_start", "bound", "learned", "detached"),
+)
+
+
+class Case(NamedTuple):
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = F32
+    second: torch.dtype = F32
+    noise: str = "none"
+    layout: str = "contiguous"
+    fill: str = "normal"
+    in_place: bool = False
+    options: tuple[str, ...] = ()  # of the extended step, or of the loss
+
+    def __str__(self) -> str:
+        dtypes = " ".join(str(d).removeprefix("torch.") for d in (self.dtype, self.second))
+        words = (self.op, name(self.shape), dtypes, f"noise {self.noise}", self.layout, self.fill, *self.options)
+        return ", ".join((*words, *["in place"] * self.in_place))
+
+
+def name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+
+
+def unaligned(x: Tensor) -> Tensor:
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def padded(x: Tensor) -> Tensor:
+    return F.pad(x, (3, 2))[..., 3:-2]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.dim() > 2 else x.t().contiguous().t()
+
+
+# Of the sample, and of the other tensors.
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "contiguous": (Tensor.contiguous, Tensor.contiguous),
+    "unaligned": (unaligned, unaligned),
+    "padded": (padded, padded),
+    "channels last": (channels_last, channels_last),
+    "mixed": (channels_last, Tensor.contiguous),
+}
+
+
+@functools.cache
+def rows(columns: int) -> Tensor:
+    """Random numbers as the rows of an operator's table: 2 columns of the forward process and the predictions, 4 of the
+    loss, 5 of the loss with the variational bound, 8 of the reverse step, 16 of the extended step. Each factor that
+    switches something off is 0 in some rows."""
+    width = 8 if columns == 5 else columns
+    table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(columns))
+    if columns in (4, 5):
+        table[::3, 0] = table[1::4, 1] = 0
+        table[:, -1] = (torch.arange(ROWS) % 4 == 2).float() if columns == 5 else 0  # rows of the decoder
+    if columns in (8, 16):
+        table[::3, 4] = table[::4, 5] = 0
+        table.view(torch.int32)[:, 6] = torch.arange(ROWS, dtype=torch.int32) - 6  # draws are read as unsigned
+        table[:, 7] = 0
+    if columns == 16:
+        table[:, 7] = (torch.arange(ROWS) % 3 != 1) * 0.7
+        table[::5, 13] = 0
+        table[::2, 14] = 1  # no guidance
+    return table
+
+
+@functools.lru_cache(maxsize=8)
+def values(shape: tuple[int, ...], dtype: torch.dtype, fill: str, seed: int) -> Tensor:
+    """On the CPU. "special" mixes zeros, infinities, NaN, subnormal and the largest numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if fill == "special":
+        about = torch.finfo(dtype)
+        odd = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), about.tiny / 4, about.max, about.min, 1.0, -1.0]
+        x = torch.tensor(odd, dtype=torch.float64)[torch.randint(len(odd), shape, generator=generator)]
+    return x.to(dtype)
+
+
+def call(case: Case, device: torch.device, layout: str) -> Tensor:
+    """The operator's results as one tensor."""
+    batch, (of_sample, of_others) = case.shape[0], LAYOUTS[layout]
+
+    def tensor(seed: int, dtype: torch.dtype, lay: Callable[[Tensor], Tensor] = of_others) -> Tensor:
+        return lay(values(case.shape, dtype, case.fill, seed).to(device))
+
+    # Both forms of t and of the ids take part.
+    t: Tensor | int = T if case.layout == "mixed" else (torch.arange(batch) % ROWS).to(device)
+    if case.noise.endswith("device"):
+        rng = Philox(torch.tensor(SEED - 2**64, device=device), FIRST_ID)
+    else:
+        rng = Philox(SEED, (torch.arange(batch) * 2**30 + FIRST_ID).to(device))
+    if case.op == "randn":
+        return randn(case.shape, rng, draw=7, device=device, dtype=case.dtype)
+    x = tensor(0, case.dtype, of_sample)
+    if case.op in ("predict_start", "posterior_mean"):
+        return getattr(ops, case.op)(x, tensor(1, case.second), rows(2).to(device), t)
+    how: dict[str, Any] = {"rng": rng}
+    if case.noise == "none":
+        how = {"add_noise": False}
+    elif case.noise == "given":
+        how = {"noise": tensor(2, case.dtype)}
+    if case.in_place:
+        how["out"] = x = x.clone()
+    if case.op == "forward_process":
+        return ops.forward_process(x, rows(2).to(device), t, **how)
+    if case.op == "diffusion_loss":
+        return loss_and_gradient(case, x, t, how, of_others)
+    how["clip"] = None if case.layout == "padded" else (-1.0, 1.0)
+    if case.op == "reverse_step":
+        return ops.reverse_step(x, tensor(1, case.second), rows(8).to(device), t, **how)
+    for seed, option in enumerate(OPTIONS, start=10):
+        if option in case.options and option in PER_SAMPLE:
+            how[option] = values((batch,), F32, "normal", seed).to(device)
+        elif option in case.options:
+            how[option] = tensor(seed, case.second if option in OF_MODEL else case.dtype)
+    results = {result: torch.empty_like(x) for result in ("out_copy", "x0_out")}
+    if case.in_place and "history" in how:
+        results["x0_out"] = how["history"] = how["history"].clone()
+    how["log_variance"] = case.fill == "normal"
+    prev = ops.extended_step(x, tensor(1, case.second), rows(16).to(device), t, **how, **results)
+    return torch.stack([prev, *results.values()])
+
+
+def loss_and_gradient(
+    case: Case, x: Tensor, t: Tensor | int, how: dict[str, Any], lay: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Each sample's loss, and the gradient with respect to the model's output."""
+    kind, *options = case.options
+    bound, learned = "bound" in options, "learned" in options
+    shape = (case.shape[0], case.shape[1] * (2 if learned else 1), *case.shape[2:])
+    m = lay(values(shape, case.second, case.fill, 1).to(x.device)).requires_grad_("no gradient" not in options)
+    losses = ops.diffusion_loss(
+        *(m, x if "x_start" in options else None, rows(5 if bound else 4).to(x.device), t),
+        **{"loss": kind, "delta": 0.5, "reduction": "none", "variational": bound},
+        **{"detach_mean": "detached" in options, **how},
+    )
+    if not m.requires_grad:
+        return losses
+    (gradient,) = torch.autograd.grad(losses, m, torch.ones_like(losses))
+    return torch.cat([losses.detach(), gradient.flatten().float()])
+
+
+def operands(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
+    """An operator with all its dtypes and kinds of noise, contiguous."""
+    for dtype, second in PAIRS:
+        if op in ("predict_start", "posterior_mean"):
+            yield Case(op, shape, dtype, second, "given")
+            continue
+        for noise in NOISES:
+            drawn, one_dtype = noise.startswith("drawn"), second == dtype
+            if op == "extended_step":
+                yield Case(op, shape, dtype, second, noise, options=OPTIONS)
+            if op in ("reverse_step", "extended_step") or (op == "forward_process" and one_dtype):
+                yield Case(op, shape, dtype, second, noise)
+            if op == "randn" and one_dtype and drawn:
+                yield Case(op, shape, dtype, second, noise)
+            if op == "diffusion_loss" and noise != "none":
+                yield Case(op, shape, dtype, second, noise, options=LOSS_OPTIONS[0])
+
+
+def cases(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
+    """An operator with all that it takes."""
+    for case in operands(op, shape):
+        for layout in ("contiguous",) if op == "randn" else LAYOUTS:
+            yield case._replace(layout=layout)
+        if op in ("reverse_step", "extended_step", "forward_process"):
+            yield case._replace(in_place=True)
+        sets = {"extended_step": OPTION_SETS, "diffusion_loss": LOSS_OPTIONS[1:]}.get(op, ())
+        if case.noise == "drawn":
+            yield from (case._replace(options=options) for options in sets)
+
+
+# ----------------------------------------------------------------------------------------------------- comparison
+
+
+def count_different(got: Tensor, expected: Tensor) -> int:
+    """How many elements differ in a bit. Any NaN equals any other."""
+    if got.dtype != expected.dtype or got.shape != expected.shape:
+        return max(got.numel(), expected.numel(), 1)
+    integers = torch.int32 if got.dtype == F32 else torch.int16
+    got, expected = got.cpu().contiguous(), expected.cpu().contiguous()
+    same = (got.view(integers) == expected.view(integers)) | (got.isnan() & expected.isnan())
+    return int((~same).sum())
+
+
+def wrong(these: Iterator[Case], device: torch.device) -> list[str]:
+    """The cases in which the device's bits are not the CPU's."""
+    found = []
+    for case in these:
+        expected = call(case._replace(in_place=False), CPU, "contiguous")
+        if differing := count_different(call(case, device, case.layout), expected):
+            found.append(f"{case}: {differing} elements differ")
+    return found
+
+
+def halve(x: Tensor, t: Tensor) -> Tensor:
+    """A model whose arithmetic is exact, so that it computes the same bits everywhere."""
+    return x * 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
+def test_every_kernel(device, shape, op):
+    assert not wrong(cases(op, shape), device)
+
+
+@pytest.mark.parametrize("op", [op for op in OPERATORS if op != "randn"])
+def test_special_values(device, op):
+    assert not wrong((case._replace(fill="special") for case in operands(op, (3, 1000))), device)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("sampler, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.7)])
+def test_a_whole_loop(device, sampler, eta, dtype):
+    gd = GaussianDiffusion(1000)
+    options = {"sampler": sampler, "eta": eta, "steps": 20, "rng": Philox(SEED), "dtype": dtype}
+    got, expected = (
+        gd.p_sample_loop(halve, SHAPES[0], device=where, record="last", progress=False, **options)
+        for where in (device, CPU)
+    )
+    assert count_different(got, expected) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", OPERATORS)
+def test_more_samples_than_a_grid_has_rows(device, op):
+    assert not wrong(cases(op, MANY_SAMPLES), device)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ["reverse_step", "forward_process", "randn", "diffusion_loss"])
+def test_a_large_batch(device, op):
+    options = LOSS_OPTIONS[0] if op == "diffusion_loss" else ()
+    try:
+        assert not wrong((Case(op, LARGE, d, d, "drawn", options=options) for d in (F32, F16, BF16)), device)
+    finally:
+        values.cache_clear()
+
+
+@pytest.mark.cuda
+def test_a_sample_of_more_elements_than_32_bits_count(device):
+    """Aligned, and by strides from one element that is seen everywhere; windows of the results are compared."""
+    numel, table = PAST_32_BITS, rows(2)
+    if min(torch.cuda.mem_get_info(device)[0], free_host_memory()) < 3 * 2 * numel:
+        pytest.skip("needs 26 GB of memory on the GPU and on the host")
+    windows = [slice(at, at + 2**16) for at in (0, numel // 2 - 2**15, 2**32 - 2**15, numel - 2**16)]
+
+    def cut(whole: Tensor) -> list[Tensor]:
+        return [whole[0, window].cpu() for window in windows]
+
+    def noised(where: torch.device) -> Tensor:
+        x = torch.full((1, 1), 0.75, dtype=BF16, device=where).expand(1, numel)
+        return ops.forward_process(x, table.to(where), T, rng=Philox(SEED))
+
+    for make in (lambda where: randn((1, numel), Philox(SEED), device=where, dtype=BF16), noised):
+        for got, expected in zip(cut(make(device)), cut(make(CPU)), strict=True):
+            assert count_different(got, expected) == 0
+
+
+def free_host_memory() -> int:
+    """In bytes; 0 where it cannot be told."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+
+
+# --------------------------------------------------------------------------------- that these tests can fail at all
+
+
+def test_one_bit_is_a_difference():
+    x = torch.tensor([1.0, float("nan"), 0.0, 3.0])
+    assert count_different(x.clone(), x) == 0
+    assert count_different(torch.nextafter(x, torch.full_like(x, 9)), x) == 3
+    assert count_different(torch.tensor([1.0, float("nan"), -0.0, 3.0]), x) == 1
+    assert count_different(x.bfloat16(), x) == 4
+    assert count_different(x[:2], x) == 4
+
+
+@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "diffusion_loss"])
+def test_another_result_is_noticed(monkeypatch, op):
+    right = call
+
+    def call_wrongly(case, device, layout):
+        result = right(case, device, layout)
+        if layout == "padded" and case.op == op:
+            result.view(-1)[-1] += 1
+        return result
+
+    monkeypatch.setitem(globals(), "call", call_wrongly)
+    assert not wrong(cases("forward_process", (2, 3, 4)), CPU)
+    found = wrong(cases(op, (2, 3, 4)), CPU)
+    assert found and all("padded" in line and line.endswith(": 1 elements differ") for line in found)

@@ -1,0 +1,277 @@
+"""A step is one launch, waits for nothing, and allocates nothing but its output.
+
+On the CPU, torch's profiler counts operators of ddpm_ext in place of launches, and nothing there can wait.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+
+SHAPE = (8, 3, 16, 16)
+BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
+SMALL = 16 * 512  # for a training step's sums, a loss per sample and the like, in blocks of 512 bytes
+CALLS = 10
+GD = GaussianDiffusion(1000)
+# CUDA calls that wait, copy or allocate. cudaDeviceSynchronize is called by the profiler and by these tests.
+SLOW = re.compile(r"cu(da)?(Stream|Event)Synchronize|cu(da)?Mem(cpy|set|Alloc|Free)|cuda(Malloc|Free|HostAlloc)")
+
+# ------------------------------------------------------------------------------------------------------- counters
+
+
+class Launches(NamedTuple):
+    """Kernels and copies by name, and the CUDA calls that match SLOW by name."""
+
+    kernels: Counter[str]
+    slow: Counter[str]
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_launches(function: Callable[[], Any], device: torch.device, calls: int = CALLS) -> Launches:
+    """Of `calls` calls, after one that is not counted."""
+    function()
+    synchronize(device)
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        for _ in range(calls):
+            function()
+        synchronize(device)  # the profile contains only what has ended
+    kernels, slow = Counter[str](), Counter[str]()
+    for event in profiler.events():
+        if on_gpu and event.device_type == DeviceType.CUDA:
+            # Annotations and waits appear as the device's events, too.
+            if not getattr(event, "is_user_annotation", False) and not event.name.endswith("Sync"):
+                kernels[event.name] += 1
+        elif not on_gpu and event.name.startswith("ddpm_ext::"):
+            kernels[event.name] += 1
+        elif SLOW.match(event.name):
+            slow[event.name] += 1
+    return Launches(kernels, slow)
+
+
+def wait_message(function: Callable[[], Any], device: torch.device) -> str:
+    """torch's message if the host waits for the GPU in a second call; empty if it does not."""
+    function()
+    if device.type != "cuda":
+        return ""
+    synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
+
+
+def count_allocations(function: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """How many blocks of the device's memory a second call allocates, and their bytes. The first result is freed."""
+    function()
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_stats(device)
+        result = function()
+        after = torch.cuda.memory_stats(device)
+        keys = ("allocation.all.allocated", "allocated_bytes.all.allocated")
+        blocks, size = (int(after[key]) - int(before[key]) for key in keys)
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = function()
+        taken = [event.self_cpu_memory_usage for event in profiler.events() if event.self_cpu_memory_usage > 0]
+        blocks, size = len(taken), sum(taken)
+    del result
+    return blocks, size
+
+
+@pytest.fixture(scope="session")
+def launches(device) -> Callable[..., Launches]:
+    """Counts launches. Skips on a machine where the profiler does not see them."""
+
+    def count(function: Callable[[], Any], calls: int = CALLS) -> Launches:
+        for _ in range(3):  # the profiler may lose a launch, and never invents one
+            found = count_launches(function, device, calls)
+            if found.kernels.total() >= calls:
+                break
+        return found
+
+    if device.type == "cuda":
+        x = torch.zeros(8, device=device)
+        seen = count(lambda: x.add_(1)).kernels.total()
+        if seen != CALLS:
+            pytest.skip(f"torch's profiler saw {seen} of {CALLS} launches of torch's own")
+    return count
+
+
+@pytest.fixture(scope="session")
+def waits(device) -> Callable[..., str]:
+    if device.type == "cuda" and not wait_message(torch.zeros((), device=device).item, device):
+        pytest.skip("torch.cuda.set_sync_debug_mode does not notice .item()")
+    return lambda function: wait_message(function, device)
+
+
+@pytest.fixture(scope="session")
+def allocations(device) -> Callable[..., tuple[int, int]]:
+    return lambda function: count_allocations(function, device)
+
+
+# ---------------------------------------------------------------------------------------------------------- calls
+
+
+class Inputs(NamedTuple):
+    """All on the device, so that no call moves anything there."""
+
+    x: Tensor
+    m: Tensor
+    out: Tensor
+    t: Tensor
+    seed: Tensor
+    table: Tensor
+    options: dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def inputs(device) -> Inputs:
+    x = torch.linspace(-1, 1, BYTES // 4, device=device).reshape(SHAPE)
+    m = x.flip(0).contiguous()
+    like_x = ("x_start", "history", "gradient", "known", "mask", "uncond_output", "model_variance")
+    options = dict.fromkeys(like_x, m) | dict.fromkeys(("output_scale", "x_start_scale"), x.flatten()[:8])
+    options |= {"out_copy": torch.empty_like(x), "x0_out": torch.empty_like(x)}
+    table = torch.linspace(-1, 1, 16).repeat(1000, 1).to(device)
+    t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
+    return Inputs(x, m, torch.empty_like(x), t, seed, table, options)
+
+
+NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
+    "drawn": lambda i: {"rng": Philox(1)},
+    "drawn, seed on the device": lambda i: {"rng": Philox(i.seed)},
+    "given": lambda i: {"noise": i.x},
+    "torch's seed": lambda i: {},
+}
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "p_sample": lambda i, t, **o: GD.p_sample(lambda *_: i.m, i.x, t, **o),
+    "q_sample": lambda i, t, **o: GD.q_sample(i.x, t, **o),
+    "extended_step, all options": lambda i, t, **o: ops.extended_step(i.x, i.m, i.table, t, **i.options, **o),
+}
+
+
+@pytest.fixture(params=[(step, form) for step in STEPS for form in ("tensor", "int")], ids=" of t as ".join)
+def step_of_t(request, inputs) -> Callable[..., Tensor]:
+    name, form = request.param
+    return lambda **options: STEPS[name](inputs, inputs.t if form == "tensor" else 500, **options)
+
+
+@pytest.fixture(params=NOISES)
+def step(request, inputs, step_of_t) -> Callable[..., Tensor]:
+    """A call without gradients, with the noise chosen."""
+
+    def call(**options: Any) -> Tensor:
+        with torch.no_grad():
+            return step_of_t(**NOISES[request.param](inputs), **options)
+
+    return call
+
+
+@pytest.fixture(params=NOISES)
+def train(request, inputs) -> Callable[[], Tensor]:
+    """The gradient of a loss with respect to the model's output, which is computed before."""
+
+    def call() -> Tensor:
+        output = inputs.m.detach().requires_grad_()
+        loss = GD.train_losses(lambda *_: output, inputs.x, inputs.t, **NOISES[request.param](inputs))
+        return torch.autograd.grad(loss, output)[0]
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------- tests
+
+
+def test_a_step_is_one_launch(step, inputs, launches):
+    found = launches(lambda: step(out=inputs.out))
+    assert (list(found.kernels.values()), found.slow) == ([CALLS], {})
+
+
+def test_a_step_waits_for_nothing(step, inputs, waits):
+    assert not waits(step)
+    assert not waits(lambda: step(out=inputs.out))
+
+
+def test_a_step_allocates_its_output_alone(step, allocations):
+    assert allocations(step) == (1, BYTES)
+
+
+def test_a_step_allocates_nothing_with_out(step, inputs, allocations):
+    assert allocations(lambda: step(out=inputs.out)) == (0, 0)
+
+
+def test_a_loop_launches_once_a_step(inputs, launches, device):
+    def loop(steps: int) -> Tensor:
+        options = {"rng": Philox(1), "record": "last", "progress": False, "device": device}
+        return GD.p_sample_loop(lambda *_: inputs.m, SHAPE, steps=steps, **options)
+
+    few, many = (launches(lambda steps=steps: loop(steps), 1).kernels for steps in (5, 25))
+    assert list((many - few).values()) == [20]
+
+
+def test_randn_is_one_launch_and_allocates_its_output_alone(launches, allocations, device):
+    def draw() -> Tensor:
+        return randn(SHAPE, Philox(1), device=device)
+
+    assert allocations(draw) == (1, BYTES)
+    assert launches(draw).kernels.total() == CALLS
+
+
+def test_training_is_two_launches(train, launches):
+    """x_t is one, the loss with its slope the other. torch's own launches beside them are not counted: on a GPU nobody
+    reads back whether the loss's gradient is 1, so the slope is multiplied in place."""
+    found = launches(train)
+    ours = [count for kernel, count in found.kernels.items() if "ddpm_ext" in kernel]
+    assert (ours, found.slow) == ([CALLS, CALLS], {})
+
+
+def test_training_waits_for_nothing(train, waits):
+    assert not waits(train)
+
+
+def test_training_allocates_two_batches_at_most(train, allocations):
+    assert allocations(train)[1] <= 2 * BYTES + SMALL
+
+
+# ------------------------------------------------------------------------------ that the counters can see more at all
+
+
+def test_more_launches_are_counted(inputs, launches):
+    found = launches(lambda: GD.p_sample(lambda *_: inputs.m, GD.q_sample(inputs.x, inputs.t), inputs.t))
+    assert list(found.kernels.values()) == [CALLS, CALLS]
+
+
+@pytest.mark.parametrize("copy, blocks", [(False, 1), (True, 2)])
+def test_more_allocations_are_counted(inputs, allocations, copy, blocks):
+    def step() -> Tensor:
+        return GD.p_sample(lambda *_: inputs.m.clone() if copy else inputs.m, inputs.x, inputs.t)
+
+    assert allocations(step) == (blocks, blocks * BYTES)
+
+
+def test_more_of_training_is_counted(inputs, train, launches, allocations):
+    more = launches(lambda: (train(), GD.q_sample(inputs.x, inputs.t)))
+    assert sum(count for kernel, count in more.kernels.items() if "ddpm_ext" in kernel) == 3 * CALLS
+    assert allocations(lambda: [train() for _ in range(3)])[1] > 2 * BYTES + SMALL
