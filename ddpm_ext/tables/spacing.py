@@ -45,6 +45,11 @@ class Grid:
     def __len__(self) -> int:
         return len(self.timestep)
 
+    def __getitem__(self, steps: slice) -> Grid:
+        """The grid of a slice's steps, which follow one on another."""
+        start, stop, _ = steps.indices(len(self))
+        return Grid(self.timestep[start:stop], self.alphas_cumprod[start : stop + 1], self.betas[start:stop])
+
     @property
     def now(self) -> Tensor:
         """alphas_cumprod where each step starts, (rows,)."""
