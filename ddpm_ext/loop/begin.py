@@ -45,7 +45,7 @@ class Begin:
     Args:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
-        rows, first: of the loop, and the row that it begins with.
+        rows: of the loop.
     """
 
     def __init__(
@@ -54,10 +54,9 @@ class Begin:
         model: Model,
         shape: tuple[int, ...],
         rows: LoopRows,
-        first: int,
         options: LoopOptions,
     ) -> None:
-        self._ops, self._rows, self._first = ops, rows, first
+        self._ops, self._rows = ops, rows
         self._shape, self._dtype = checks.shape(shape, least=1), options.dtype
         self._device = _device(options, model)
 
@@ -81,10 +80,11 @@ class Begin:
             levels = self._rows.device.find("start", image.device, checks.compute_dtype(self._dtype))
             if levels is None:
                 raise ValueError(
-                    "start is given, expected a sampler whose timesteps are the schedule's own, or its name"
+                    "start is given beside a sampler whose table has no level (now) where its steps start, and whose "
+                    "timesteps are not the schedule's own; expected one that has, or a sampler by its name"
                 )
             with torch.no_grad():
-                noised.append(self._ops.forward_process(image, levels, self._first, rng=rng.of(STREAM_START, draw)))
+                noised.append(self._ops.forward_process(image, levels, 0, rng=rng.of(STREAM_START, draw)))
         return start.mix(*noised) if isinstance(start, Interpolation) else noised[0]
 
     def _check(self, name: str, given: object) -> None:

@@ -41,14 +41,13 @@ class Record(NamedTuple):
 
 
 class Loop:
-    """Samples on their way through the rows of a table, from row `first` on. All memory that it needs beside the
+    """Samples on their way through the rows of a table. All memory that it needs beside the
     model's is allocated here.
 
     Args:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
         rows: of the loop.
-        first: the row that the loop begins with.
         step_options: what a step does besides its row.
     """
 
@@ -58,15 +57,14 @@ class Loop:
         model: Model,
         shape: tuple[int, ...],
         rows: LoopRows,
-        first: int,
         step_options: StepOptions,
         options: LoopOptions,
     ) -> None:
-        self.rows, self.first = rows, first
-        self._begin = Begin(ops, model, shape, rows, first, options)
+        self.rows = rows
+        self._begin = Begin(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng)
         x = self._begin.samples(rng, options.start, options.noise)
-        ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), first, rng=rng)
+        ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), 0, rng=rng)
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
             kwargs = {
@@ -80,14 +78,14 @@ class Loop:
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self._whole = options.graph == "loop"
         if options.graph and not self._whole:
-            self._timesteps, self._row = timesteps, torch.full((batch,), self.first, device=x.device)
+            self._timesteps, self._row = timesteps, torch.zeros(batch, dtype=torch.int64, device=x.device)
         else:
             # Every step's timesteps at once: the model gets a row of this, and no step makes a tensor.
             self._timesteps = timesteps[:, None].repeat(1, batch)
 
     def __len__(self) -> int:
         """Steps."""
-        return len(self.rows) - self.first
+        return len(self.rows)
 
     @property
     def x(self) -> Tensor:
@@ -107,10 +105,9 @@ class Loop:
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Goes back to the first step of a captured loop, in the same memory."""
-        if start is None and self.first > 0:
-            raise ValueError(
-                f"start is None, expected one: the loop takes the last {len(self)} of {len(self.rows)} steps"
-            )
+        skipped = self.rows.skipped
+        if start is None and skipped > 0:
+            raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
         rng = rng_of_many(rng)
         x = self._begin.samples(rng, start, noise)
         captured, new = self._step.rng, rng_in_memory(rng, len(x), x.device)
@@ -131,21 +128,20 @@ class Loop:
             own[name].copy_(value)
         self._step.state.restart(x)
         if not self._whole:
-            self._row.fill_(self.first)
+            self._row.zero_()
 
     @torch.no_grad()
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
         """The steps, each taken when it is asked for."""
         state, timesteps = self._step.state, self.rows.timesteps
-        for step in _steps(len(self), len(state.x), progress):
-            row = self.first + step
+        for row in _steps(len(self), len(state.x), progress):
             if copies is not None:
                 copies.before_overwriting(state.next_x)
                 if state.next_x0 is not None:
                     copies.before_overwriting(state.next_x0)
             self._take(row)
             state.advance(self.rows.kinds[row])
-            yield Record(step, timesteps[row], state.x, state.x0 if self._step.options.returns_x0 else None)
+            yield Record(row, timesteps[row], state.x, state.x0 if self._step.options.returns_x0 else None)
 
     @torch.no_grad()
     def run_whole(self) -> Tensor:
@@ -155,7 +151,7 @@ class Loop:
 
         def go(take: Callable[[RowKind, int, Tensor], None]) -> None:
             state.rewind()
-            for row in range(self.first, len(self.rows)):
+            for row in range(len(self.rows)):
                 take(self.rows.kinds[row], row, self._timesteps[row])
                 state.advance(self.rows.kinds[row])
 

@@ -23,12 +23,11 @@ class Plan:
     options: LoopOptions
     step_options: StepOptions
     rows: LoopRows
-    first: int
 
     @property
     def steps(self) -> int:
-        """How many steps the loop takes."""
-        return len(self.rows) - self.first
+        """How many rows the loop takes."""
+        return len(self.rows)
 
     @property
     def whole(self) -> bool:
@@ -36,7 +35,7 @@ class Plan:
         return self.options.graph == "loop"
 
     def make(self) -> Loop:
-        return Loop(self.process.ops, self.model, self.shape, self.rows, self.first, self.step_options, self.options)
+        return Loop(self.process.ops, self.model, self.shape, self.rows, self.step_options, self.options)
 
 
 def make_plan(
@@ -47,24 +46,13 @@ def make_plan(
         raise TypeError(f"model is {model!r}, expected a function")
     step_options = options.step_options(learned=process.variance_entry.learned)
     rows = cache.get(process, options)
-    first = _first_row(len(rows), options.strength)
-    _check_rows(rows, first, step_options)
-    return Plan(process, model, shape, options, step_options, rows, first)
+    _check_rows(rows, step_options)
+    return Plan(process, model, shape, options, step_options, rows)
 
 
-def _first_row(rows: int, strength: float) -> int:
-    """The row that a loop begins with, which takes the last `strength` of all."""
-    taken = int(rows * strength + 1e-9)  # 0.29 of 100 is 29
-    if taken == 0:
-        raise ValueError(f"strength is {strength}, of {rows} steps not one, expected at least {1 / rows:.3g}")
-    return rows - taken
-
-
-def _check_rows(rows: LoopRows, first: int, options: StepOptions) -> None:
+def _check_rows(rows: LoopRows, options: StepOptions) -> None:
     """That the table has what the options need."""
     table = rows.table
-    if table.c3[first] != 0:
-        raise ValueError(f"strength begins with row {first}, whose c3 is {table.c3[first]}, expected one with c3 0")
     if options.inpaint is not None and not bool(table.after.any()):
         raise ValueError("inpaint is given, expected a sampler whose table says `after`, where its steps arrive")
     if options.cond_fn is not None and not bool((table.g0 != 0).any() | (table.g1 != 0).any()):

@@ -38,13 +38,15 @@ class RowKind(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoopRows:
-    """The rows of a loop.
+    """The rows of the steps that a loop takes.
 
-    table: as a StepTable. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
+    table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
+    with the first. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
     read the model's variance output, "log" or "direct"; None where they don't.
     """
 
     table: StepTable
+    skipped: int
     device: StepDeviceTables
     kinds: list[RowKind]
     timesteps: list[int | float]
@@ -93,6 +95,7 @@ def _key(options: LoopOptions) -> object:
         repr(options.eta),
         repr(options.steps),
         repr(options.spacing),
+        repr(options.strength),
         None if timesteps is None else (timesteps.dtype, timesteps.shape, tuple(timesteps.flatten().tolist())),
         None if guidance is None else repr((guidance.scale, guidance.interval)),
         _jumps(options),
@@ -124,14 +127,34 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     _check_beside_table(options)
     learned = False
     if isinstance(options.sampler, StepTable):
-        table = options.sampler
+        table, skipped = _last_rows(options.sampler, options.strength)
     else:
-        table = _sampler_table(process, options)
+        table, skipped = _sampler_table(process, options)
         learned = options.sampler == "ddpm" and process.variance_entry.learned
-    return _loop_rows(process, table, as_guidance(options.guidance), _jumps(options), learned)
+    return _loop_rows(process, table, skipped, as_guidance(options.guidance), _jumps(options), learned)
 
 
-def _sampler_table(process: Process, options: LoopOptions) -> StepTable:
+def _skipped(steps: int, strength: float) -> int:
+    """How many steps come before the last `strength` of them."""
+    taken = int(steps * strength + 1e-9)  # 0.29 of 100 is 29
+    if taken == 0:
+        raise ValueError(f"strength is {strength}, of {steps} steps not one, expected at least {1 / steps:.3g}")
+    return steps - taken
+
+
+def _last_rows(table: StepTable, strength: float) -> tuple[StepTable, int]:
+    """The rows of a given table that the loop takes, and how many come before."""
+    skipped = _skipped(len(table), strength)
+    if skipped and table.c3[skipped] != 0:
+        raise ValueError(
+            f"strength begins with row {skipped}, which needs the step before (c3 is {table.c3[skipped]}), expected a "
+            "row with c3 0, or the sampler by its name"
+        )
+    return (table[skipped:] if skipped else table), skipped
+
+
+def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
+    """The rows that the loop takes of a sampler by its name, and how many of its steps come before."""
     sampler, eta = options.sampler, options.eta
     if sampler not in tuple(SAMPLERS):
         raise ValueError(f"sampler is {sampler!r}, expected {' or '.join(map(repr, SAMPLERS))}, or a StepTable")
@@ -146,8 +169,14 @@ def _sampler_table(process: Process, options: LoopOptions) -> StepTable:
             arguments["eta"] = eta
         elif eta != 0:
             raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
-    table = SAMPLERS[sampler](_grid(process, options.steps, options.spacing, options.timesteps), **arguments)
-    return table if any_step else _for_schedule_steps(process, table)
+    grid = _grid(process, options.steps, options.spacing, options.timesteps)
+    table, skipped = SAMPLERS[sampler](grid, **arguments), _skipped(len(grid), options.strength)
+    if skipped and len(table) == len(grid) and table.c3[skipped] == 0:
+        table = table[skipped:]
+    elif skipped:
+        # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
+        table = SAMPLERS[sampler](grid[skipped:], **arguments)
+    return (table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
@@ -165,7 +194,12 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
 
 
 def _loop_rows(
-    process: Process, table: StepTable, guidance: Guidance | None, jumps: Jumps | None, learned: bool
+    process: Process,
+    table: StepTable,
+    skipped: int,
+    guidance: Guidance | None,
+    jumps: Jumps | None,
+    learned: bool,
 ) -> LoopRows:
     table = table.to("cpu")
     if jumps is not None:
@@ -180,6 +214,7 @@ def _loop_rows(
     others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
     return LoopRows(
         table,
+        skipped,
         StepDeviceTables(table, scales, **others),
         kinds,
         table.timestep.tolist(),

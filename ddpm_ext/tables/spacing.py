@@ -45,6 +45,11 @@ class Grid:
     def __len__(self) -> int:
         return len(self.timestep)
 
+    def __getitem__(self, steps: slice) -> Grid:
+        """The grid of a slice's steps, which follow one on another."""
+        start, stop, _ = steps.indices(len(self))
+        return Grid(self.timestep[start:stop], self.alphas_cumprod[start : stop + 1], self.betas[start:stop])
+
     @property
     def now(self) -> Tensor:
         """alphas_cumprod where each step starts, (rows,)."""
@@ -169,16 +174,20 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
                 return torch.arange(0, timesteps, stride, device="cpu").flip(0)
         raise ValueError(f"spacing is {sections!r}, but no stride takes {steps} of {timesteps} timesteps")
     size, longer = divmod(timesteps, len(sections))
-    taken: list[Tensor] = []
+    taken: list[int] = []
     start = 0
     for i, count in enumerate(sections):
         length = size + (i < longer)
         if not 1 <= count <= length:
             raise ValueError(f"section {i} is to give {count} timesteps, expected 1 to {length}, which it has")
-        gap = 1.0 if count == 1 else (length - 1) / (count - 1)
-        taken.append(start + (torch.arange(count, dtype=torch.float64, device="cpu") * gap).round().long())
+        gap, position = 1.0 if count == 1 else (length - 1) / (count - 1), 0.0
+        # Added up in floating point and rounded as guided-diffusion does, so that a respaced model gets the timesteps
+        # that it was evaluated with: where a position is near a half, the sum decides.
+        for _ in range(count):
+            taken.append(start + round(position))
+            position += gap
         start += length
-    return torch.cat(taken).flip(0)
+    return torch.tensor(taken, dtype=torch.int64, device="cpu").flip(0)
 
 
 # ----------------------------------------------------------------------------------------------------------- grids

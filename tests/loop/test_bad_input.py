@@ -103,9 +103,9 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # sa
         ({"start": Interpolation(X, X), "strength": 2}, ValueError, ["strength is 2"]),
         ({"start": X, "sampler": StepTable([40.5], *[[1.0]] * 4), "steps": None}, ValueError, ["start is given"]),
         (
-            {"start": X, "strength": 0.4, "sampler": "heun", "steps": 3},
+            {"start": X, "strength": 0.7, "sampler": dpmpp_2m(GRID, lower_order_final=False), "steps": None},
             ValueError,
-            ["strength begins with row 3", "c3"],
+            ["strength begins with row", "needs the step before", "by its name"],
         ),
         ({"sampler": dpmpp_2m(GRID)[1:], "steps": None}, ValueError, ["first row has c3"]),
         ({"sampler": ddim(GRID), "steps": 3}, ValueError, ["steps is 3 beside a StepTable"]),

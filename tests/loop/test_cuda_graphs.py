@@ -153,7 +153,7 @@ def test_captured_with_what_does_not_fit_is_refused(device, quiet):
         assert torch.equal(captured(Philox(1)), before)  # nothing of it was taken
     half = gd.capture(**arguments, start=noise, strength=0.5)
     for given_ in ({}, {"noise": noise}):
-        with pytest.raises(ValueError, match="start is None, expected one: the loop takes the last 4 of 8 steps"):
+        with pytest.raises(ValueError, match="start is None, expected one: the loop leaves out the first 4 steps"):
             half(Philox(1), **given_)
 
 

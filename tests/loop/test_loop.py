@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.gaussian import MU, SIGMA, TIMESTEPS, diffusion, exact_model
+from support.gaussian import MU, SIGMA, TIMESTEPS, diffusion, exact_model, flow
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
@@ -167,6 +167,38 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
     assert torch.equal(by_table, x)
 
 
+@backends
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "heun"])
+@pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.5, 5), (0.4, 4), (0.1, 1)])
+def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler, strength, taken):
+    """As if the sampler's timesteps were the last ones alone; strength counts steps, of which heun's are two rows."""
+    gd = diffusion(backend=backend)
+    timesteps = list(range(TIMESTEPS - 1, -1, -TIMESTEPS // 10))
+    start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
+    options = {"rng": Philox(6), "device": device, "start": start, "progress": False, "clip_denoised": False}
+    found = gd.p_sample_loop(
+        exact_model(gd), (3, 5), sampler=sampler, timesteps=timesteps, strength=strength, **options
+    )
+    last = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, timesteps=timesteps[-taken:], **options)
+    assert len(found) == (2 * taken - 1 if sampler == "heun" else taken)
+    assert all(map(np.array_equal, found, last))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
+def test_a_start_of_higher_order_follows_the_exact_flow(device, sampler):
+    """Nearer to it than a sampler of first order does by the same timesteps."""
+    gd, start = diffusion(), torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
+    x_t = gd.q_sample(start, 59, rng=Philox(6, stream=1, draw=0)).double().cpu()
+    options = {"rng": Philox(6), "device": device, "start": start, "strength": 0.6, "progress": False}
+    options |= {"clip_denoised": False, "record": "last"}
+    exact = flow(x_t, gd.alphas_cumprod[59], torch.tensor(1.0, dtype=torch.float64))
+    error, first_order = (
+        (gd.p_sample_loop(exact_model(gd), (3, 5), sampler=name, **options).double().cpu() - exact).abs().max()
+        for name in (sampler, "euler")
+    )
+    assert error < first_order / 2
+
+
 def test_start_of_no_signal_is_pure_noise(run, device):
     """Where nothing of the start is left, its noise is the starting noise."""
     betas = torch.linspace(0.1, 1.0, 20, dtype=torch.float64)
@@ -211,5 +243,5 @@ def test_start_between_timesteps(run, device):
     gd.p_sample_loop(model, (2, 7), sampler=table, strength=0.4, **options)
     assert torch.equal(told[4][0], first)
     bare = StepTable(table.timestep, table.a, table.b, table.c0, table.c1)  # doesn't say where it starts
-    with pytest.raises(ValueError, match="start is given, expected a sampler whose timesteps are the schedule's own"):
+    with pytest.raises(ValueError, match="start is given beside a sampler whose table has no level"):
         gd.p_sample_loop(model, (2, 7), sampler=bare, **options)

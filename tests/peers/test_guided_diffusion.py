@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
@@ -222,3 +223,11 @@ def test_rows_say_what_their_tables_say():
         (table.c1, "posterior_mean_coef2"),
     ):
         torch.testing.assert_close(ours, torch.from_numpy(getattr(theirs, name)).flip(0), rtol=1e-9, atol=1e-12)
+
+
+@for_many(100)
+def test_sections(choose):
+    """space_timesteps, whose positions are added up in floating point."""
+    timesteps = choose.integer(10, 4000)
+    counts = choose.several(lambda: choose.integer(1, timesteps // 5), 1, 5)
+    assert section_timesteps(timesteps, counts).flip(0).tolist() == sorted(respace.space_timesteps(timesteps, counts))

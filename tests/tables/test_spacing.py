@@ -86,6 +86,13 @@ def test_sections(choose):
         start += length
 
 
+def test_sections_round_as_guided_diffusion_does():
+    """Where a position falls on a half, the stride's sum in floating point decides: its `10,15,20` of 300 timesteps
+    takes 149, where the exact position is 149.5."""
+    timesteps = section_timesteps(300, [10, 15, 20])
+    assert 149 in timesteps and 150 not in timesteps
+
+
 def test_ddim_sections():
     assert spaced_timesteps(1000, None, "ddim25").tolist() == list(range(960, -1, -40))
     assert spaced_timesteps(1000, None, "ddim1000").tolist() == list(range(999, -1, -1))
