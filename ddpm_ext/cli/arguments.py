@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from ddpm_ext.bulk.run import SHARD_SIZE
+from ddpm_ext.bulk.shards import SHARD_SIZE
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 
 __all__ = ["build_parser", "given_to_train"]

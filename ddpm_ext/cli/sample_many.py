@@ -15,7 +15,9 @@ import ddpm_ext
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
-from ddpm_ext.bulk import run as many
+from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
+from ddpm_ext.bulk.run import sample_many
+from ddpm_ext.bulk.shards import Shards
 from ddpm_ext.cli import commands
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
@@ -34,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
             torch.cuda.set_device(options.device)  # a model's own kernels go by it
         model, diffusion, rows = commands.prepare(options, pictures=options.png)
         channels, height, width = model.shape
-        shards = many.Shards(folder, options.num_images, options.shard_size, (height, width, channels))
+        shards = Shards(folder, options.num_images, options.shard_size, (height, width, channels))
         npz, png = _npz_path(options, shards), folder / "png"
 
         def check_outputs() -> None:
@@ -43,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
                     raise ValueError(f"npz: got {npz}, expected a name that ends in .npz")
                 files.check_writable(npz)
             if options.png:
-                many.check_png_folder(shards, png)
+                check_png_folder(shards, png)
 
         ranks.share(check_outputs)
-        work = many.sample_many(
+        work = sample_many(
             shards,
             _settings(options, model, rows),
             lambda first, count: plots.to_uint8(commands.draw(model, diffusion, options, first, count, progress=False)),
@@ -63,10 +65,10 @@ def run(options: argparse.Namespace) -> None:
         done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
     print(done, flush=True)
     if options.npz is not None:
-        many.write_npz(shards, npz)
+        write_npz(shards, npz)
         print(npz, flush=True)
     if options.png:
-        many.write_pngs(shards, png)
+        write_pngs(shards, png)
         print(png, flush=True)
 
 
@@ -100,7 +102,7 @@ def _model_hash(model: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def _npz_path(options: argparse.Namespace, shards: many.Shards) -> Path:
+def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:
     """By default inside the folder, with the name that guided-diffusion gives it."""
     name = f"samples_{_by((shards.count, *shards.shape))}.npz"
     return Path(options.npz) if options.npz else shards.folder / name
