@@ -111,7 +111,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=std.device, metavar="NAME", help=DEVICES_OF_RANKS)
 
     add = parser.add_argument_group("model (diffusers' UNet2DModel)").add_argument
-    add("--model-config", metavar="FILE", help="its config.json, in place of the next five options")
+    add("--model-config", metavar="FILE", help="its config.json, in place of the next four options")
     widths = "channels, one number a level"
     add("--widths", type=whole_numbers, default=_text(std.widths), metavar="A,B,...", help=widths)
     add("--layers", type=whole_number(1), default=std.layers, metavar="N", help="residual blocks a level")
