@@ -30,9 +30,10 @@ from ddpm_ext.cli.arguments import (
 )
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.loop.rows import make_tables
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.plots.recorder import Recorder
-from ddpm_ext.tables.predictions import PREDICTIONS
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.step_table import StepTable
@@ -144,7 +145,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default: all)")
     add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
     add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
-    add("--prediction", choices=PREDICTIONS, default="eps", help="what the model predicts")
+    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
     add("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedule")
     add = parser.add_argument_group("output").add_argument
@@ -169,8 +170,9 @@ def _draw_table(options: argparse.Namespace) -> str:
 def _table(source: str, options: argparse.Namespace) -> StepTable:
     if source in SAMPLERS:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
-        spacing = options.spacing or "linspace"
-        return make_tables(diffusion, source, options.steps, spacing, None, eta_of(source, options.eta)).steps
+        spacing, eta = options.spacing or "linspace", eta_of(source, options.eta)
+        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
+        return make_loop_rows(diffusion.process, chosen).table
     if Path(source).suffix.lower() != ".json":
         expected = f"{', '.join(SAMPLERS)} or a .json file that StepTable.save wrote"
         raise ValueError(f"table: got {source}, expected {expected}")

@@ -10,7 +10,8 @@ import torch
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.loop.rows import make_tables
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
@@ -46,7 +47,8 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     check_eta(options.eta, [options.sampler])
     model = load_model(options.model, device=device, dtype=DTYPES[options.dtype])
     diffusion = model.settings.diffusion(options.backend)
-    rows = make_tables(diffusion, options.sampler, options.steps, options.spacing, None, options.eta)
+    loop = LoopOptions(sampler=options.sampler, steps=options.steps, spacing=options.spacing, eta=options.eta)
+    rows = make_loop_rows(diffusion.process, loop)
     return Prepared(model, diffusion, device, len(rows))
 
 

@@ -25,11 +25,12 @@ from ddpm_ext.cli.arguments import (
 )
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
-from ddpm_ext.tables.predictions import PREDICTIONS
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
+from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 from ddpm_ext.training import checkpoints
-from ddpm_ext.training.options import AUTOCAST, DTYPES, VARIANCES
+from ddpm_ext.training.options import AUTOCAST, DTYPES
 
 __all__ = ["add_parser", "run"]
 
@@ -124,9 +125,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--timesteps", type=whole_number(1), default=std.timesteps, metavar="N", help="steps of the schedule")
     growth = "how fast the noise grows"
     add("--beta-schedule", choices=tuple(SCHEDULES), default=std.beta_schedule, help=growth)
-    add("--prediction", choices=PREDICTIONS, default=std.prediction, help="what the model predicts")
+    add("--prediction", choices=SPACED_PREDICTIONS, default=std.prediction, help="what the model predicts")
     variance = "of a reverse step; a learned one is half of the model's output"
-    add("--variance", choices=VARIANCES, default=std.variance, help=variance)
+    add("--variance", choices=TRAINABLE_VARIANCES, default=std.variance, help=variance)
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=(*LOSSES, *BOUNDS), default=std.loss, help="of the prediction's error")

@@ -14,6 +14,7 @@ import torch
 from support.command_line import ENVIRONMENT, TINY, call, run, save_tiny
 
 from ddpm_ext import models
+from ddpm_ext.models.folder import CONFIG, WEIGHTS
 from ddpm_ext.models.scheduler import DiffusionSettings
 
 for module in ("diffusers", "safetensors", "sklearn", "tqdm"):
@@ -218,12 +219,12 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, ca
 
 def damaged(folder, kind):
     """Makes a model's folder unusable in one of several ways."""
-    weights = folder / models.WEIGHTS
+    weights = folder / WEIGHTS
     if kind == "cut short":
         weights.write_bytes(weights.read_bytes()[:5000])
     elif kind == "another architecture":
-        config = json.loads((folder / models.CONFIG).read_text())
-        (folder / models.CONFIG).write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
     elif kind == "no such file":
         weights.unlink()
     elif kind == "pickled":

@@ -13,6 +13,7 @@ import pytest
 from support.command_line import ENVIRONMENT, call, run, save_tiny
 
 from ddpm_ext import models
+from ddpm_ext.models.folder import WEIGHTS
 
 for module in ("diffusers", "safetensors", "tqdm"):
     pytest.importorskip(module)
@@ -84,11 +85,11 @@ def test_outputs_of_a_run_that_is_done(tiny, tmp_path, many, capsys):
 def test_other_settings_are_refused(tiny, tmp_path, many, capsys):
     other = save_tiny(tmp_path / "other")
     assert call(*arguments(other, many, "--eta", 0)) == 0  # the same model in another place; ddpm has no eta
-    weights = models.read_weights(other / models.WEIGHTS)
+    weights = models.read_weights(other / WEIGHTS)
     next(iter(weights.values())).add_(1)
     from safetensors.torch import save_file
 
-    save_file(weights, other / models.WEIGHTS)
+    save_file(weights, other / WEIGHTS)
     before = shards(many)
     changes = {
         "seed is 0 there and 1 here": ("--seed", 1),
