@@ -78,7 +78,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:
-    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless they are ints, ValueError if one is below `least`."""
+    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError if one is too small."""
     if not isinstance(value, Iterable):
         raise TypeError(f"shape is {value}, expected ints (batch, ...)")
     sizes = tuple(value)

@@ -44,7 +44,7 @@ class Ranks:
     _at_the_end: Any = field(default=None, repr=False, compare=False)
 
     def device(self, name: str) -> str:
-        """The device that this rank uses: `name`, but a plain "cuda" among several ranks becomes the local rank's GPU."""
+        """The device that this rank uses: `name`, but for a plain "cuda" among several ranks the local rank's GPU."""
         count = torch.cuda.device_count() if name == "cuda" and self.size > 1 else 0
         return f"cuda:{self.local % count}" if count else name
 

@@ -12,7 +12,7 @@ __all__ = ["EagerDiffusion"]
 
 
 class EagerDiffusion:
-    """The forward and reverse steps of Ho et al. 2020: linear schedule, fixed small variance, prediction of the noise."""
+    """The steps of Ho et al. 2020, forward and reverse: linear schedule, fixed small variance, predicted noise."""
 
     def __init__(self, timesteps: int = 1000) -> None:
         scale = 1000 / timesteps

@@ -1,4 +1,4 @@
-"""ddpm_ext.base.files: a file appears whole or not at all."""
+"""ddpm_ext.base.files: a file is never partial, whatever happens while it is written."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
     try:
         assert (done.returncode, locked) == (-signal.SIGKILL, "locked")
         with files.lock(path):
-            os.kill(int(worker), 0)  # still there
+            os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
 

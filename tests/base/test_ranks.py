@@ -6,7 +6,7 @@ from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.ranks import Ranks
 
 
-def test_place_by_the_environment(monkeypatch):
+def test_rank_from_the_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     assert distributed.ranks() == Ranks(0, 1, 0)
@@ -39,4 +39,4 @@ def test_each_rank_has_its_gpu(monkeypatch):
     assert Ranks(3, 4, 3).device("cpu") == "cpu"
     assert Ranks().device("cuda") == "cuda"
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert Ranks(1, 2, 1).device("cuda") == "cuda"  # which is refused with a reason where it is used
+    assert Ranks(1, 2, 1).device("cuda") == "cuda"  # the command refuses it later, with the reason

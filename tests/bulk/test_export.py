@@ -24,12 +24,12 @@ def test_npz_is_that_of_numpy(tmp_path, truth):
         assert ours.namelist() == theirs.namelist() == ["arr_0.npy"]
         assert ours.read("arr_0.npy") == theirs.read("arr_0.npy")
         assert ours.testzip() is None
-        assert ours.infolist()[0].date_time[0] == 1980  # nothing that differs from run to run
+        assert ours.infolist()[0].date_time[0] == 1980  # the file does not depend on the time of the run
     with np.load(tmp_path / "new" / "a.npz") as opened:
         assert np.array_equal(opened["arr_0"], truth)
 
 
-def test_npz_takes_a_shard_of_memory(tmp_path):
+def test_npz_needs_the_memory_of_a_shard(tmp_path):
     shards = Shards(tmp_path, 40, 1, (512, 512, 3))
     (tmp_path / "shards").mkdir()
     for index in range(len(shards)):
@@ -44,7 +44,7 @@ def test_npz_takes_a_shard_of_memory(tmp_path):
     assert peak < 4 * 512 * 512 * 3
 
 
-def test_what_a_killed_writer_left_goes(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     shards, _ = exact_run.run(tmp_path / "run")
     pytest.importorskip("PIL.Image")
     npz, png = tmp_path / "a.b.npz", tmp_path / "png"
@@ -53,7 +53,7 @@ def test_what_a_killed_writer_left_goes(tmp_path):
     beside.write_bytes(b"torn")
     (tmp_path / ".png.01234567").mkdir()
     (tmp_path / ".png.01234567" / "000000.png").touch()
-    (tmp_path / ".a.c.01234567.npz").touch()  # another file's
+    (tmp_path / ".a.c.01234567.npz").touch()  # the leftover of another file
     write_npz(shards, npz)
     write_pngs(shards, png)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.c.01234567.npz", "a.b.npz", "png", "run"]

@@ -27,7 +27,7 @@ def test_neither_batches_nor_shards_matter(tmp_path, truth, batch_size, size):
     assert max(map(len, seen)) == min(batch_size, size)
 
 
-def test_what_is_there_is_not_drawn_again(tmp_path, truth):
+def test_existing_shards_are_not_drawn_again(tmp_path, truth):
     shards, _ = exact_run.run(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     gone = [shards.path(1), shards.path(5)]
@@ -47,7 +47,7 @@ def test_torn_files_are_ignored_and_removed(tmp_path, truth):
     torn = Shards(tmp_path, COUNT, SIZE, SHAPE).path(2)
     content = torn.read_bytes()
     torn.unlink()
-    with pytest.raises(FileNotFoundError), files.atomic_path(torn) as beside:  # its own name of the file beside
+    with pytest.raises(FileNotFoundError), files.atomic_path(torn) as beside:  # to get the name that it uses
         beside.touch()
         beside.unlink()
     beside.write_bytes(content[:-50])
@@ -58,7 +58,7 @@ def test_torn_files_are_ignored_and_removed(tmp_path, truth):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", "short", "other"])
-def test_damaged_shard_is_told_before_the_work(tmp_path, content):
+def test_damaged_shard_is_reported_before_the_work(tmp_path, content):
     shards, _ = exact_run.run(tmp_path)
     path = shards.path(3)
     if content == "short":
@@ -109,7 +109,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
             exact_run.run(tmp_path / "a")
 
 
-def test_manifest_comes_first_and_says_what(tmp_path):
+def test_manifest_is_written_first(tmp_path):
     def draw(first, count):
         raise RuntimeError("drawing begins")
 
@@ -122,7 +122,7 @@ def test_manifest_comes_first_and_says_what(tmp_path):
 
 
 @pytest.mark.parametrize("given", [np.zeros((1, *SHAPE)), np.zeros((3, 4, 5, 1), np.uint8)])
-def test_draw_must_give_what_the_shards_hold(tmp_path, given):
+def test_draw_must_return_what_the_shards_hold(tmp_path, given):
     shards = Shards(tmp_path, 3, SIZE, SHAPE)
     with pytest.raises(ValueError, match=r"draw gave (float64|uint8) of .*, expected uint8 of shape \(3, 4, 5, 3\)"):
         sample_many(shards, {}, lambda first, count: given, batch_size=3)
@@ -155,7 +155,7 @@ def test_one_run_at_a_time(tmp_path):
 
     sample_many(shards, {"seed": 0}, draw, batch_size=2)
     assert messages == [f"out: another run is at work in {tmp_path}"]
-    assert exact_run.run(tmp_path)[1].drawn == 0  # the lock went with the run
+    assert exact_run.run(tmp_path)[1].drawn == 0  # the lock has ended with the run
 
 
 def test_bar_counts_samples(tmp_path, capsys):

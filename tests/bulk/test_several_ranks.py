@@ -74,14 +74,14 @@ def test_killed_rank_ends_the_others_and_the_next_run_goes_on(tmp_path, killed):
     assert "another rank ended before the work was done" in error
     before = {path: path.stat().st_mtime_ns for path in folder.glob("shards/0*.npy")}
     assert 2 <= len(before) < 6
-    shards, result = exact_run.run(folder)  # alone this time
+    shards, result = exact_run.run(folder)  # in one process
     assert result.drawn == COUNT - sum(len(shards.ids(i)) for i in range(6) if shards.path(i) in before)
     assert all(path.stat().st_mtime_ns == time_before for path, time_before in before.items())
     exact_run.run(tmp_path / "one")
     assert contents(folder) == contents(tmp_path / "one")
 
 
-def test_ranks_with_folders_of_their_own_are_told(tmp_path):
+def test_ranks_that_do_not_share_a_folder_are_refused(tmp_path):
     other = {"1": {"folder": str(tmp_path / "other")}}
     ended = ends(start(tmp_path / "run", 2, _VISIBLE_WITHIN=0.3, **{"by rank": other}))
     assert [code for code, _ in ended] == [1, 1]
@@ -89,18 +89,18 @@ def test_ranks_with_folders_of_their_own_are_told(tmp_path):
     assert "another rank ended" in ended[0][1]
 
 
-def test_stuck_rank_is_told(tmp_path):
+def test_stuck_rank_is_reported(tmp_path):
     processes = start(tmp_path, 2, _PATIENCE=0.5, **{"by rank": {"1": {"pause": 1000}}})
     assert "a rank is stuck" in processes[0].communicate(timeout=120)[1]
     assert processes[0].returncode == 1
-    assert len(list(tmp_path.glob("shards/0*.npy"))) == 3  # rank 0's
+    assert len(list(tmp_path.glob("shards/0*.npy"))) == 3  # those of rank 0
     processes[1].kill()
     processes[1].communicate()
 
 
-def test_what_rank_0_refuses_ends_all(tmp_path):
+def test_an_error_of_rank_0_ends_all(tmp_path):
     exact_run.run(tmp_path)
     ended = ends(start(tmp_path, 2, seed=5))
-    assert [code for code, _ in ended] == [1, 2]  # a traceback in this script; nothing from rank 1
+    assert [code for code, _ in ended] == [1, 2]  # rank 0 ends with a traceback, rank 1 without a message
     assert "seed is 0 there and 5 here" in ended[0][1]
     assert "seed" not in ended[1][1]

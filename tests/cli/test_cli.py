@@ -1,4 +1,4 @@
-"""`ddpm-ext` as a subprocess: what it writes, and what it says to bad input."""
+"""`ddpm-ext`: the files that its commands write, and its messages for wrong input."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_samples_do_not_depend_on_the_batch_size(tiny, tmp_path):
             == 0
         )
         found.append(np.load(tmp_path / "a.npz")["arr_0"].astype(int))
-    # The noise is the same to the bit; the model's sums may be rounded otherwise in a batch of another size.
+    # The noise has the same bits; the model's sums may be rounded differently in a batch of another size.
     assert abs(found[0] - found[1]).max() <= 1
     assert abs(found[0] - found[2]).max() <= 1
     assert len(np.unique(found[0].reshape(4, -1), axis=0)) == 4
@@ -98,7 +98,7 @@ def test_trajectory(tiny, tmp_path, ending, device):
     ],
 )
 def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames):
-    """Of 5 rows, of 6, and of Heun's 2 a step but for the last, and here the first: the last is always shown"""
+    """The last step is shown: of 5 rows, of 6, and of Heun's, which are two a step and one for the last step."""
     out = tmp_path / "a.gif"
     assert call("trajectory", "--model", tiny, "--num", 1, *options, "--out", out, "--quiet") == 0
     with Image.open(out) as opened:
@@ -143,7 +143,7 @@ def test_info():
         assert word in done.stdout
 
 
-def test_help_tells_groups_and_defaults(capsys):
+def test_help_shows_groups_and_defaults(capsys):
     pages = {}
     for name in ("", "sample", "train", "trajectory", "plot", "info"):
         assert call(*name.split(), "--help") == 0
@@ -245,7 +245,7 @@ def test_damaged_model_overwrites_nothing(tiny, tmp_path, kind):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "samples.npz"]
 
 
-def test_unwritable_out_is_told_before_the_work(tiny, tmp_path, capsys):
+def test_unwritable_out_is_reported_before_the_work(tiny, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()
     for out in ("file/a.npz", "folder.npz"):
@@ -270,15 +270,15 @@ def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
 def test_ctrl_c(tiny, tmp_path):
     command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "64", "--out", str(tmp_path / "a.npz")]
 
-    def heed() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and all that they start
+    def accept_sigint() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so do their children
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=heed, **pipes)
+    running = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=accept_sigint, **pipes)
     seen = b""
     deadline = time.monotonic() + 120
     while b"/1000" not in seen and time.monotonic() < deadline and running.poll() is None:
-        seen += os.read(running.stderr.fileno(), 4096)  # until the bar shows that it samples
+        seen += os.read(running.stderr.fileno(), 4096)  # until the progress bar shows that sampling has started
     running.send_signal(signal.SIGINT)
     rest = running.communicate(timeout=60)[1]
     assert running.returncode == 130

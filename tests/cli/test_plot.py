@@ -1,4 +1,4 @@
-"""`ddpm-ext plot`: what each kind draws, and what it says to bad input."""
+"""`ddpm-ext plot`: what each kind draws, and its messages for wrong input."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 
 @pytest.fixture
 def saved(monkeypatch, tmp_path):
-    """The figures that are written, in a working folder of their own"""
+    """The figures that are written; the working folder is a new one."""
     monkeypatch.chdir(tmp_path)
     kept, save = [], matplotlib_figure.Figure.savefig
     monkeypatch.setattr(
@@ -163,7 +163,7 @@ def test_histogram_of_a_sampler_that_comes_twice_to_a_timestep(tiny, monkeypatch
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_help_tells_kinds_and_their_options(capsys):
+def test_help_shows_kinds_and_their_options(capsys):
     for arguments, words in (
         ((), ("schedules", "table", "grid", "trajectory", "histogram")),
         (("schedules",), ("linear", "(default: 1000)", "examples:", ".svg")),
