@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> None:
     if found is None:
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        given = {name: value for name, value in _given(options.arguments).items() if name in names}
-        chosen = training.with_defaults_of(found[1]["options"], given)
+        chosen = training.with_defaults_of(found[1]["options"], _given(options.arguments, names))
         check_device(chosen.device)
     result = training.train(
         chosen,
@@ -73,13 +72,14 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _given(arguments: list[str]) -> dict[str, Any]:
-    """The options that the command line names, without the defaults of the others."""
+def _given(arguments: list[str], names: set[str]) -> dict[str, Any]:
+    """Those of the named options that the command line has, without the defaults of the others."""
     parser = Parser(prog="ddpm-ext train")
     _add_options(parser)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return vars(parser.parse_args(arguments[arguments.index("train") + 1 :]))
+    absent = object()  # argparse sets a default only where the namespace has no value
+    options = argparse.Namespace(**dict.fromkeys(names, absent))
+    parser.parse_args(arguments[arguments.index("train") + 1 :], options)
+    return {name: value for name, value in vars(options).items() if name in names and value is not absent}
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
