@@ -41,7 +41,7 @@ bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE 
 	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))
 
 bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
-	$(PY) -m pytest -q benchmarks $(if $(TABLE),--table $(TABLE))
+	$(PY) -m pytest -q benchmarks/cpu $(if $(TABLE),--table $(TABLE))
 
 sass: venv ## the CUDA kernels as machine code, and what cards can make of them (TABLE=FILE writes it)
 	$(PY) -m benchmarks.static $(if $(TABLE),--table $(TABLE))

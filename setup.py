@@ -1,8 +1,8 @@
-"""Builds `ddpm_ext._C`: CPU kernels always, CUDA kernels where torch has CUDA and an nvcc fits it.
+"""Builds `ddpm_ext._C`: CPU kernels always, and CUDA kernels if torch has CUDA and there is an nvcc that fits it.
 
 Environment variables:
-- DDPM_EXT_CUDA: 0 leaves CUDA out, 1 demands it; unset takes it where it can be had
-- CUDA_HOME, else CUDA_PATH: the CUDA toolkit; else the one behind `nvcc` on PATH
+- DDPM_EXT_CUDA: 0 builds without CUDA, 1 fails if CUDA can't be built; unset builds it if possible
+- CUDA_HOME, or else CUDA_PATH: the CUDA toolkit; without both, the toolkit of the `nvcc` on PATH
 - TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"
 - MAX_JOBS: how many compilers run at once
 """
@@ -25,14 +25,14 @@ from setuptools import Extension, setup
 MODULE = "ddpm_ext._C"
 OLDEST_TORCH = (2, 7)
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
-LICENSE = "Apache-2.0"  # here, since pyproject.toml has no form that setuptools before and after 77 both take
+LICENSE = "Apache-2.0"  # not in pyproject.toml, which has no form that setuptools before and after 77 both accept
 INSTALL = "pip install --no-build-isolation ."
 
 # Contraction, or any flag that lets the compiler reorder arithmetic, would break the noise contract. No -march: the
 # instruction set is chosen at run time.
 HOST_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall"]
-# Interleave long chains of vector instructions: a seventh faster with g++ 12. For compilers that know them.
+# These interleave long chains of vector instructions, a seventh faster with g++ 12. Some compilers don't know them.
 TUNING_FLAGS = ["-fschedule-insns", "-fira-region=all"]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-lineinfo", "-Xfatbin=-compress-all", f"-Xcompiler={','.join(HOST_FLAGS)}"]
 
@@ -41,7 +41,7 @@ COMPILING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit, its version and the architectures its nvcc compiles for; without a home, why there is none."""
+    """A CUDA toolkit, its version and the architectures that its nvcc compiles for. Without one, `problem` says why."""
 
     home: str | None
     version: str = ""
@@ -50,7 +50,7 @@ class Toolkit(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to build: with this toolkit, or for the CPU alone and why."""
+    """Whether to build with a CUDA toolkit, and if not, why."""
 
     toolkit: Toolkit | None
     why_cpu: str = ""
@@ -61,7 +61,7 @@ def fail(message: str) -> NoReturn:
 
 
 def ask(*command: str) -> str:
-    """What a command prints, on either stream; nothing if it fails."""
+    """The output of a command, of both streams; empty if it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     except OSError:
@@ -81,7 +81,7 @@ def has_nvcc(home: str | os.PathLike[str]) -> bool:
 
 
 def home_behind(nvcc: str) -> str | None:
-    """The toolkit that an nvcc belongs to: nvcc is asked, since what PATH finds may be a wrapper script."""
+    """The toolkit that an nvcc belongs to. Its --dryrun shows it even if the nvcc on PATH is a wrapper script."""
     here = re.search(r"^#\$ _HERE_=(.+)$", ask(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE)
     bins = [Path(here[1].strip())] if here else []
     for folder in [*bins, Path(nvcc).resolve().parent]:
@@ -114,7 +114,7 @@ def find_toolkit(env: Mapping[str, str]) -> Toolkit:
 
 
 def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None) -> Plan:
-    """CUDA or not. Ends the build where DDPM_EXT_CUDA=1 can't be had."""
+    """Decides whether to build with CUDA. Ends the build if DDPM_EXT_CUDA is 1 and that is not possible."""
     wish = env.get("DDPM_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"DDPM_EXT_CUDA={wish} is unknown: 0 leaves CUDA out, 1 demands it, unset takes it where it can be had")
@@ -139,7 +139,7 @@ def make_plan(env: Mapping[str, str], torch_version: str, torch_cuda: str | None
 
 
 def default_archs(nvcc_knows: Collection[str], torch_knows: Callable[[str], bool]) -> str:
-    """Of ARCHS those that both know, and PTX for the last, so that later GPUs run too."""
+    """Those of ARCHS that nvcc and torch both know, and PTX of the last, which later GPUs can run."""
     archs = [arch for arch in ARCHS if arch in nvcc_knows and torch_knows(arch)]
     if not archs:
         fail(f"nvcc and torch share none of the architectures {' '.join(ARCHS)}; set TORCH_CUDA_ARCH_LIST")
@@ -147,7 +147,7 @@ def default_archs(nvcc_knows: Collection[str], torch_knows: Callable[[str], bool
 
 
 def torch_knows(arch: str) -> bool:
-    """Whether torch's own build helper takes an architecture; it keeps no public list."""
+    """Whether torch's build helper accepts an architecture. It has no public list of them."""
     from torch.utils import cpp_extension
 
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -164,7 +164,7 @@ def torch_knows(arch: str) -> bool:
 
 
 def check_torch():
-    """The torch module, or the end of the build with the command that helps."""
+    """Returns the torch module. If it is missing or too old, the build ends with the command that helps."""
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -192,7 +192,7 @@ def compiler() -> list[str]:
 
 
 def known_flags(flags: Collection[str]) -> list[str]:
-    """Those that the C++ compiler takes without a warning."""
+    """Those of the flags that the C++ compiler accepts without a warning."""
     command = [*compiler(), "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
     return [flag for flag in flags if succeeds(*command, flag)]
 
@@ -202,7 +202,7 @@ def macro(name: str, text: str) -> str:
 
 
 def configure():
-    """The extension and the command that builds it, for the torch at hand."""
+    """Returns the extension and the command that builds it, for the installed torch."""
     torch = check_torch()
     plan = make_plan(os.environ, torch.__version__, torch.version.cuda)
     info = {"torch": torch.__version__, "torch_cuda": torch.version.cuda}
@@ -225,10 +225,10 @@ def configure():
 
     cxx = [*CXX_FLAGS, *known_flags(TUNING_FLAGS), macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
     if sys.platform == "linux" and "clang" in ask(*compiler(), "--version"):
-        # Its OpenMP calls another runtime than the one that torch brings.
+        # Its OpenMP needs another runtime than the one that comes with torch.
         print("ddpm_ext: built by clang, the CPU kernels run on one thread; CXX=g++ uses all")
     elif sys.platform == "linux":
-        # at::parallel_for is a serial loop without it. The linker doesn't get it: OpenMP must be the one torch loaded.
+        # Without it at::parallel_for is a serial loop. The linker doesn't get it, so that torch's OpenMP is used.
         cxx.append("-fopenmp")
     if plan.toolkit:
         cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
@@ -241,7 +241,7 @@ def configure():
         define_macros=[("DDPM_EXT_WITH_CUDA", None)] if plan.toolkit else [],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
     )
-    # Ours warn, torch's headers don't: g++ ignores -I for a folder that is also given so.
+    # Warnings of torch's headers are off: g++ ignores -I for a folder that -isystem names as well.
     cxx += [f"-isystem{folder}" for folder in extension.include_dirs[1:]]
 
     class BuildExt(cpp_extension.BuildExtension):
@@ -249,7 +249,7 @@ def configure():
 
         def run(self):
             self.force = True  # without ninja, a change of torch or flags alone would go unnoticed
-            if self.inplace:  # pip gives an editable build a temporary folder, and all would be compiled anew each time
+            if self.inplace:  # in pip's temporary folder, an editable build would compile everything anew
                 self.build_temp = f"build/temp.{sys.platform}-{sys.implementation.cache_tag}"
             super().run()
             for folder in {False, bool(self.inplace)}:
@@ -261,7 +261,7 @@ def configure():
 
 
 def add_ninja_to_path() -> None:
-    """pip called by its path leaves the environment's bin folder off PATH, where torch looks for ninja."""
+    """Puts ninja on PATH, where torch looks for it. A pip that is called by its path has no bin folder there."""
     try:
         import ninja
     except ModuleNotFoundError:

@@ -1,1 +1,1 @@
-"""A package, so that `python -m benchmarks.gpu` can't find another folder of this name."""
+"""Measurements of speed and quality; a package, so that `python -m benchmarks.gpu` finds no other folder."""

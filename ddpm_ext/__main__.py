@@ -1,4 +1,4 @@
-"""`python -m ddpm_ext` is `ddpm-ext`."""
+"""`python -m ddpm_ext` runs the command `ddpm-ext`."""
 
 import sys
 

@@ -10,8 +10,10 @@ __all__ = ["__version__", "build_info"]
 
 
 def _version() -> str:
-    """pyproject.toml's, as it was when this was installed; with "+source" where a source folder is used that never was,
-    and "0+unknown" where the package lies by itself.
+    """The version in the installed metadata, which is that of pyproject.toml when the package was installed.
+
+    A source folder that was never installed has pyproject.toml's version with "+source". A copy of the package without
+    either has "0+unknown".
     """
     import re
     from importlib import metadata
@@ -30,11 +32,11 @@ __version__ = _version()
 
 
 def build_info() -> dict[str, Any]:
-    """What this build is.
+    """How this build was made and what it uses.
 
     Returns:
-        version: of ddpm_ext; torch: it was built for; cuda: the toolkit, or None; cuda_architectures: built for, ""
-        without CUDA; why_cpu: why there is no CUDA, "" with it; compiler; cpu: the CPU instruction set in use,
-        "avx512", "avx2" or "portable".
+        version: that of ddpm_ext. torch: the version that it was built for. cuda: the version of the toolkit, or None.
+        cuda_architectures: those that it was built for, or "". why_cpu: why it was built without CUDA, or "".
+        compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2" or "portable".
     """
     return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}

@@ -1,1 +1,1 @@
-"""What knows nothing of diffusion: checks of arguments, files, seeds, optional packages, ranks."""
+"""General helpers that know nothing of diffusion: argument checks, files, seeds, optional packages, ranks, types."""

@@ -1,7 +1,7 @@
-"""What arguments must be. Each check says the argument's name, what came and what is expected.
+"""Checks of arguments. An error names the argument, the value that was given, and what is expected.
 
-The compiled operators check tensors against one another themselves; here is what must be known before they are called,
-and what `reference` checks in their place.
+The compiled operators themselves check that their tensors fit one another. Here are the checks that must be made before
+an operator is called, and those that `reference` makes in place of the operators.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 
-# A tuple, and loops instead of any(): older versions of torch.compile trace these.
+# A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
-    """An int in [start, stop)."""
+    """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
     value = int(value)
@@ -45,7 +45,7 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
 
 
 def nonnegative(name: str, value: object) -> None:
-    """A finite number, at least 0."""
+    """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
     if not 0 <= float(value) < math.inf:
@@ -53,30 +53,32 @@ def nonnegative(name: str, value: object) -> None:
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
+    """Returns `value`. Raises ValueError unless it is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, expected {' or '.join(repr(choice) for choice in choices)}")
     return value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What samples of a dtype are computed in: float64 in itself, all others in float32."""
+    """The dtype that arithmetic on samples of `dtype` uses: float64 for float64, and float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tensor(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether it is no subclass and of no function transform, nor one of the many that autograd takes at once."""
+    """Whether a tensor is neither of a subclass nor wrapped by a transform of torch.func or by batched gradients."""
     functorch = torch._C._functorch
     wrapped = functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
     return type(tensor) is Tensor and not wrapped
 
 
 def shape(value: object, least: int = 0) -> tuple[int, ...]:
-    """(batch, ...), of sizes of at least `least`."""
+    """Returns sizes (batch, ...) as a tuple. Raises TypeError unless all are ints, ValueError if one is too small."""
     if not isinstance(value, Iterable):
         raise TypeError(f"shape is {value}, expected ints (batch, ...)")
     sizes = tuple(value)
@@ -91,10 +93,10 @@ def shape(value: object, least: int = 0) -> tuple[int, ...]:
 
 
 def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
-    """t as the operators take it: a tensor, or None and an int."""
+    """Splits t into what the operators take: (t, 0) for a tensor, and (None, t) for an int."""
     if isinstance(t, Tensor):
         return t, 0
-    if isinstance(t, numbers.Integral) and not isinstance(t, int):  # numpy's
+    if isinstance(t, numbers.Integral) and not isinstance(t, int):  # an integer of numpy
         t = int(t)
     if isinstance(t, bool) or not isinstance(t, _INTS):
         raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
@@ -104,7 +106,7 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
 
 
 def device(value: object) -> torch.device:
-    """With its index, as tensors tell it."""
+    """Returns `value` as a device. A CUDA device gets its index, so that it equals the `device` of tensors there."""
     try:
         found = torch.device(value)  # type: ignore[call-overload]
     except (RuntimeError, TypeError):
@@ -115,7 +117,7 @@ def device(value: object) -> torch.device:
 
 
 def samples(name: str, x: Tensor) -> None:
-    """A float tensor (batch, ...)."""
+    """Raises TypeError or ValueError unless x is a floating tensor (batch, ...)."""
     tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
@@ -124,7 +126,10 @@ def samples(name: str, x: Tensor) -> None:
 
 
 def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -> None:
-    """A tensor of x's shape, device and dtype, or with `lower` of 16 bits where x has 32."""
+    """Raises TypeError or ValueError unless y is a tensor of x's shape, device and dtype.
+
+    lower: accept float16 and bfloat16 as well where x is float32.
+    """
     tensor(name, y)
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(y.shape)}, expected that of {x_name}, {tuple(x.shape)}")
@@ -136,7 +141,10 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 
 
 def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int) -> None:
-    """int64 (batch,), with values in [0, last] where they can be seen without a synchronisation."""
+    """Raises TypeError or ValueError unless v is int64 (batch,) with values in [0, last].
+
+    The values are checked only on the CPU, because reading them on a GPU would synchronise.
+    """
     if v.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {v.dtype}, expected int64")
     if v.shape != (batch,):

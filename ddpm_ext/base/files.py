@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written beside their place under another name, then renamed into it."""
+"""Atomic writing: a file is written under another name in the same folder and then renamed, so it is never partial."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["atomic_path", "check_writable", "lock", "write_bytes", "write_json",
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
-    # Through a symbolic link we replace the file that it points to, not the link.
+    # Where the path is a symbolic link, the file that it points to is replaced, and the link stays.
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ValueError(f"out: {path} is a folder, expected a file")
@@ -28,14 +28,14 @@ def _target(path: str | os.PathLike[str]) -> Path:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a new name beside `path`, with the same ending, to write to.
 
-    When the block ends well, the file is flushed to the disk and renamed to `path`; when it raises, the file is removed
-    and what stood at `path` before is untouched. Missing parent folders are made.
+    When the block ends without an exception, the file is flushed to the disk and renamed to `path`. Otherwise it is
+    removed, and a file that was at `path` before stays as it was. Missing parent folders are made.
 
     Raises ValueError if `path` is a folder or a device, OSError if it can't be written.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile: its files are readable by the owner alone, and would stay so after the rename.
+    # Not by tempfile: only the owner can read its files, and the rename would not change that.
     beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         yield beside
@@ -65,7 +65,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError, naming the reason, if a file could not be written to `path`; leaves no file behind.
 
-    For asking before an hour of work, not after it.
+    With it, a command can report a wrong path before hours of work in place of afterwards.
     """
     try:
         target = _target(path)
@@ -85,10 +85,12 @@ def _close(opened: BinaryIO) -> None:
 
 @contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps a second run out of the folder of a file, where the file system can; the system ends the lock with the
-    process. Raises ValueError if there is one."""
+    """Locks a file, which keeps a second run out of its folder. The lock ends with the process, even if it is killed.
+
+    On file systems without locks it does nothing. Raises ValueError if another run has the lock.
+    """
     with open(path, "rb") as opened:
-        # A worker that is forked later has it open, too, and outlives a killed run by seconds.
+        # A worker that is forked later inherits the open file, and would hold the lock for seconds after a killed run.
         register_after_fork(opened, _close)
         try:
             import fcntl
@@ -97,5 +99,5 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"out: another run is at work in {Path(path).parent}") from None
         except (ImportError, OSError):
-            pass  # Windows, or a network without locks
+            pass  # Windows, or a network file system without locks
         yield

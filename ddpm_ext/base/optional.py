@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used; a missing one ends in the command that installs it."""
+"""Optional packages, imported where they are used. The error for a missing one has the command that installs it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class MissingExtra(ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Imports `module` and returns it; raises MissingExtra, with the pip command, if it isn't installed."""
+    """Imports and returns a module. Raises MissingExtra, with the pip command, if its package is not installed.
+
+    purpose: what it is needed for, as the start of the error's sentence.
+    """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         top = module.partition(".")[0]
         if error.name is None or error.name.partition(".")[0] != top:
-            raise  # installed, but something that it needs is not: that package's own message says more
+            raise  # the package is installed, but one of its own dependencies is not, which this error names
         package = _INSTALLS.get(top, top)
         raise MissingExtra(f'{purpose} needs {package}: pip install "ddpm-ext[demo]"') from None
 
 
 def counter(count: int, what: str) -> Iterable[int]:
-    """range(count), with a progress bar where tqdm is installed."""
+    """range(count), with a progress bar labelled `what` if tqdm is installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:

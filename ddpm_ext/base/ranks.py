@@ -1,7 +1,7 @@
-"""Several processes at one task, as torchrun starts them: which one this is, and the little that they tell each other.
+"""Several processes that share one task, as torchrun starts them: which one this is, and how they communicate.
 
-They talk over gloo, on the CPU; where they sample, only at the start and at the end of the work, so that no GPU waits
-for another. Gradients of models on GPUs are averaged over NCCL.
+They exchange objects over gloo, on the CPU. While samples are drawn they communicate only at the start and at the end,
+so that no GPU waits for another. Gradients of models on GPUs are averaged over NCCL.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["Ranks", "join", "ranks"]
 
 T = TypeVar("T")
 
-_MEETING = timedelta(minutes=30)  # for all to be there at the start, models loaded
-_WORK = timedelta(days=365)  # a rank that dies is noticed at once, by its closed connections
-_POLL = 0.1
+_MEETING = timedelta(minutes=30)  # until all ranks must have started and loaded their models
+_WORK = timedelta(days=365)  # no limit in practice: a rank that dies is noticed at once, by its closed connections
+_POLL = 0.1  # seconds
 _LOST = (
     "another rank ended before the work was done (its own message, if it had one, says why); "
     "what was finished is kept: run the same command again to go on"
@@ -34,23 +34,24 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: `rank` of `size`, and `local` among those of its machine. By default one alone."""
+    """This process is number `rank` of `size`, and number `local` of those on its machine. By default it is alone."""
 
     rank: int = 0
     size: int = 1
     local: int = 0
-    _talk: Any = field(default=None, repr=False, compare=False)  # the process group for words; None: the default one
-    _at_the_end: Any = field(default=None, repr=False, compare=False)  # a process group that waits for the work
+    # The process group for objects, or None for the default one; and the group on which ranks wait for the end.
+    _talk: Any = field(default=None, repr=False, compare=False)
+    _at_the_end: Any = field(default=None, repr=False, compare=False)
 
     def device(self, name: str) -> str:
-        """`name`, but for a plain "cuda" among several ranks: then each takes the GPU of its local rank."""
+        """The device that this rank uses: `name`, but for a plain "cuda" among several ranks the local rank's GPU."""
         count = torch.cuda.device_count() if name == "cuda" and self.size > 1 else 0
         return f"cuda:{self.local % count}" if count else name
 
     def share(self, make: Callable[[], T]) -> T:
-        """What make() returns on rank 0, on all ranks.
+        """Calls make() on rank 0 only, and returns its result on all ranks.
 
-        Where it raises on rank 0, the exception is rank 0's alone to tell: the others end with SystemExit(2).
+        If it raises, only rank 0 raises the exception, so that it is reported once; the others raise SystemExit(2).
         Raises ConnectionError if a rank is lost.
         """
         if self.size == 1:
@@ -73,7 +74,7 @@ class Ranks:
         return box[1]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank, on all ranks. Raises ConnectionError if a rank is lost."""
+        """Returns the values of all ranks, in their order, on each rank. Raises ConnectionError if a rank is lost."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -84,7 +85,7 @@ class Ranks:
         return values
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a tensor on the CPU, written to it. Raises ConnectionError if a rank is lost."""
+        """Sums a tensor on the CPU over all ranks, in place. Raises ConnectionError if a rank is lost."""
         if self.size > 1:
             from torch import distributed
 
@@ -93,9 +94,10 @@ class Ranks:
         return values
 
     def parallel(self, model: Module, device: torch.device) -> Module:
-        """`model`, with all ranks' gradients averaged after each backward pass; rank 0's weights for all.
+        """Wraps a model so that the gradients of all ranks are averaged in each backward pass.
 
-        Among several ranks this is a DistributedDataParallel, over NCCL on GPUs.
+        Among several ranks this is a DistributedDataParallel, over NCCL on GPUs, and all ranks get the weights of rank
+        0. A single process gets `model` itself.
         """
         if self.size == 1:
             return model
@@ -109,7 +111,7 @@ class Ranks:
 
     @contextmanager
     def in_touch(self) -> Iterator[None]:
-        """Around what talks to other ranks by itself: a lost rank becomes a ConnectionError, as elsewhere."""
+        """Wraps code that communicates by itself, such as a backward pass: a lost rank becomes a ConnectionError."""
         try:
             yield
         except RuntimeError as error:
@@ -118,7 +120,7 @@ class Ranks:
             raise ConnectionError(_LOST) from error
 
     def wait_for_all(self, meanwhile: Callable[[], object]) -> None:
-        """Returns when every rank is here, and calls `meanwhile` from time to time until then.
+        """Waits until every rank has called this, and calls `meanwhile` from time to time until then.
 
         Raises ConnectionError as soon as a rank is lost, and whatever `meanwhile` raises.
         """
@@ -137,7 +139,7 @@ class Ranks:
 
 @contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """torch.distributed's RuntimeErrors, which speak of sockets, as one that says what to do."""
+    """Turns RuntimeErrors of torch.distributed, which speak of sockets, into a ConnectionError that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -145,7 +147,7 @@ def _lost_ranks() -> Iterator[None]:
 
 
 def ranks() -> Ranks:
-    """This process's place, by the environment that torchrun sets; alone without one.
+    """This process's rank, from the environment variables that torchrun sets; without them it is alone.
 
     Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK make no sense.
     """
@@ -166,9 +168,10 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """The ranks of this run, with a process group around the block if there are several; one that is there is used.
+    """Yields this process's rank. If there are several ranks, they have a process group while the block runs.
 
-    Raises ValueError for an environment that makes no sense, ConnectionError if the others don't come.
+    A process group that is initialized already is used and stays. Raises ValueError if WORLD_SIZE, RANK and LOCAL_RANK
+    make no sense, ConnectionError if the other ranks don't start.
     """
     here = ranks()
     if here.size == 1:
@@ -176,7 +179,7 @@ def join() -> Iterator[Ranks]:
         return
     from torch import distributed
 
-    if distributed.is_initialized():  # by the caller, who ends it, too; theirs may be one of GPUs alone
+    if distributed.is_initialized():  # by the caller, who also destroys it; it may be one for GPUs only
         talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_MEETING, _WORK))
         yield replace(here, _talk=talk, _at_the_end=at_the_end)
         return

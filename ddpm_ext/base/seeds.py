@@ -1,4 +1,4 @@
-"""Seeds derived from a seed and what it is for, so that a step's random numbers need no history."""
+"""Derives seeds from one seed and a purpose, so that the random numbers of a step do not depend on earlier steps."""
 
 from __future__ import annotations
 

@@ -11,4 +11,4 @@ Clip = tuple[float, float]
 """The range (low, high) that the predicted clean sample is clipped to."""
 
 Model = Callable[..., Any]
-"""model(x_t, t, ...) returns a tensor of x_t's shape, or an object that holds one as `.sample`."""
+"""A denoiser: model(x_t, t, ...) returns a tensor of x_t's shape, or an object that has one as `.sample`."""

@@ -1,1 +1,1 @@
-"""Many images, drawn by several ranks into a folder that a killed run can go on with."""
+"""Draws many images into a folder, by one process or several, and writes the files that evaluation scripts read."""

@@ -1,10 +1,6 @@
-"""Many samples into a folder, by one process or several, which may be killed at any time and started again.
+"""Draws the samples that a folder lacks, by one process or several. A run that was killed continues where it was.
 
-A sample is its id: the ids 0 to N - 1 are cut into shards of fixed ranges, whatever the number of ranks and the batch
-size, and the ranks take turns at those that are missing. In the folder:
-
-    manifest.json                       what the samples follow from; written first
-    shards/000000000-000000511.npy      uint8 (ids, height, width, channels); one that is there is complete
+The ranks take turns at the missing shards: with R ranks, rank r draws every R-th of them, starting with the r-th.
 """
 
 from __future__ import annotations
@@ -12,89 +8,34 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.bulk.shards import MANIFEST, Pixels, Shards
 
-__all__ = ["SHARD_SIZE", "Shards", "Work", "check_png_folder", "sample_many", "write_npz", "write_pngs"]
+__all__ = ["Result", "sample_many"]
 
-SHARD_SIZE = 512
-Pixels = npt.NDArray[np.uint8]
-
-_MANIFEST = "manifest.json"
 _FORMAT = "ddpm-ext samples 1"
-_LOOK = 1.0  # seconds between rank 0's looks into the folder
-_PATIENCE = 600.0  # seconds, and ten times what a rank needs for a shard: how long none may come from the others
+_INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
+_PATIENCE = 600.0  # seconds, plus ten times what a rank needs for a shard: how long the others may write none
 _VISIBLE_WITHIN = 60.0  # seconds until a new file shows on another machine's mount of the same file system
-_THREADS = 8
 
 
 @dataclass(frozen=True)
-class Shards:
-    """Samples 0 to `count` - 1 in files of `size`, the last of the rest; `shape`: (height, width, channels)."""
+class Result:
+    """What a run did.
 
-    folder: Path
-    count: int
-    size: int
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return -(-self.count // self.size)
-
-    def ids(self, index: int) -> range:
-        return range(index * self.size, min((index + 1) * self.size, self.count))
-
-    def path(self, index: int) -> Path:
-        ids = self.ids(index)
-        return self.folder / "shards" / f"{ids[0]:09d}-{ids[-1]:09d}.npy"
-
-    def missing(self) -> list[int]:
-        return [index for index in range(len(self)) if not self.path(index).exists()]
-
-    def write(self, index: int, images: Pixels) -> None:
-        """Raises ValueError if the images are not uint8 (ids, height, width, channels)."""
-        self._check(index, images, "draw gave")
-        with files.atomic_path(self.path(index)) as beside:
-            np.save(beside, images)
-
-    def read(self, index: int) -> Pixels:
-        """A shard, memory-mapped. Raises ValueError if it is not what a run writes."""
-        path = self.path(index)
-        try:
-            images = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"out: {path} is damaged ({error}); remove it, and it is drawn again") from error
-        self._check(index, images, f"out: {path} holds")
-        return images
-
-    def images(self) -> Iterator[Pixels]:
-        """All samples in order, a shard at a time, memory-mapped."""
-        return map(self.read, range(len(self)))
-
-    def _check(self, index: int, images: Pixels, said: str) -> None:
-        expected = (len(self.ids(index)), *self.shape)
-        if images.shape != expected or images.dtype != np.uint8:
-            raise ValueError(f"{said} {images.dtype} of shape {images.shape}, expected uint8 of shape {expected}")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run did: the samples that were missing at its start, and the seconds until all ranks had drawn them."""
+    drawn: how many samples were missing at its start. seconds: the time until all ranks had drawn them.
+    """
 
     drawn: int
     seconds: float
@@ -109,28 +50,28 @@ def sample_many(
     ranks: Ranks | None = None,
     about: dict[str, Any] | None = None,
     progress: bool = False,
-) -> Work:
-    """Draws the shards that are missing in the folder; on return all are there.
+) -> Result:
+    """Draws the shards that are missing in the folder. When it returns, the folder has all of them.
 
     Args:
-        settings: what the samples follow from, as JSON: one folder has one run's alone.
-        draw: draw(first id, count) -> uint8 (count, height, width, channels).
-        batch_size: how many at a time, at most a shard.
+        settings: what determines the samples, as JSON. A folder holds samples of one set of settings only.
+        draw: draw(first sample, count) -> uint8 (count, height, width, channels).
+        batch_size: how many samples to draw at a time; a batch never goes past the end of a shard.
         ranks: the processes at work, all with the same arguments and the same folder; None: this one alone.
-        about: what the manifest says besides.
-        progress: whether rank 0 shows a bar of all ranks' samples; it needs tqdm.
+        about: further entries of the manifest, which later runs do not compare.
+        progress: whether rank 0 shows a progress bar over the samples of all ranks; it needs tqdm.
 
     Raises:
-        ValueError: the folder has samples of other settings, another run at work, a damaged shard, or is not shared by
-            all ranks; draw gave something else.
-        ConnectionError: another rank was lost. TimeoutError: another rank writes nothing any more.
+        ValueError: the folder has samples of other settings, another run at work or a damaged shard, or the ranks do
+            not share it; draw returned something else.
+        ConnectionError: another rank was lost. TimeoutError: another rank has stopped writing shards.
     """
     ranks = ranks or Ranks()
     with ExitStack() as until_the_end:
         missing = ranks.share(lambda: _begin(shards, settings, about or {}, until_the_end))
-        _check_shared(shards.folder / _MANIFEST)
+        _wait_until_visible(shards.manifest)
         first = ranks.rank == 0
-        watch = _Watch(shards, missing, bar=progress and first, every=_LOOK if first else 10 * _LOOK)
+        watch = _Watch(shards, missing, bar=progress and first, every=_INTERVAL if first else 10 * _INTERVAL)
         until_the_end.callback(watch.close)
         for index in missing[ranks.rank :: ranks.size]:
             ids, batches = shards.ids(index), []
@@ -144,21 +85,20 @@ def sample_many(
 
 
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
-    """Rank 0's part: manifest, lock, and which shards are missing."""
-    manifest, inside = shards.folder / _MANIFEST, shards.folder / "shards"
+    """Rank 0's preparation: writes or compares the manifest, locks the folder, and returns the missing shards."""
     settings = {**settings, "num_images": shards.count, "shard_size": shards.size, "shape": list(shards.shape)}
     if shards.folder.exists() and not shards.folder.is_dir():
         raise ValueError(f"out: {shards.folder} is a file, expected a folder")
-    if manifest.exists():
-        _check_same(manifest, settings)
-    elif inside.exists():
-        raise ValueError(f"out: {shards.folder} has shards but no {_MANIFEST}, expected both or neither")
+    if shards.manifest.exists():
+        _check_same(shards.manifest, settings)
+    elif shards.inside.exists():
+        raise ValueError(f"out: {shards.folder} has shards but no {MANIFEST}, expected both or neither")
     else:
-        files.check_writable(manifest)
-        files.write_json(manifest, {"format": _FORMAT, "settings": settings, "about": about})
-    until_the_end.enter_context(files.lock(manifest))
-    inside.mkdir(exist_ok=True)
-    for leftover in inside.glob(".*.npy"):  # of a writer that was killed
+        files.check_writable(shards.manifest)
+        files.write_json(shards.manifest, {"format": _FORMAT, "settings": settings, "about": about})
+    until_the_end.enter_context(files.lock(shards.manifest))
+    shards.inside.mkdir(exist_ok=True)
+    for leftover in shards.inside.glob(".*.npy"):  # of a process that was killed while it wrote
         leftover.unlink()
     missing = shards.missing()
     for index in set(range(len(shards))).difference(missing):
@@ -167,6 +107,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
 
 
 def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError, naming what differs, if the folder's samples have other settings."""
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
         there = found["settings"] if found["format"] == _FORMAT else None
@@ -180,8 +121,8 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"out: {manifest.parent} has samples of other settings: {differ}; expected another folder")
 
 
-def _check_shared(path: Path) -> None:
-    """Waits for what another rank wrote to show here; raises ValueError if it doesn't."""
+def _wait_until_visible(path: Path) -> None:
+    """Waits until a file that another rank wrote can be seen here; raises ValueError if it doesn't appear."""
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:
@@ -190,14 +131,18 @@ def _check_shared(path: Path) -> None:
 
 
 class _Watch:
-    """A rank's view of the folder: whether the others are still at work, the time, and rank 0's bar."""
+    """One rank's view of the folder: which shards are still missing, and whether the other ranks make progress.
+
+    bar: whether to show a progress bar. every: seconds between two looks into the folder.
+    """
 
     def __init__(self, shards: Shards, missing: list[int], *, bar: bool, every: float) -> None:
         self.shards, self.every = shards, every
         self.sizes = {shards.path(index).name: len(shards.ids(index)) for index in missing}
         self.wanted = sum(self.sizes.values())
-        self.start = self.own_start = self.news = self.looked = time.monotonic()
-        self.left, self.slowest = len(missing), 0.0
+        self.start = self.own_start = self.last_change = self.last_look = time.monotonic()
+        self.remaining = len(missing)
+        self.slowest = 0.0  # seconds, of this rank's shards
         self.bar = None
         if bar:
             tqdm = require("tqdm", "the progress bar").tqdm
@@ -208,13 +153,16 @@ class _Watch:
             self.bar.close()
 
     def look(self, own: int = 0, *, now: bool = False) -> None:
-        """Counts the shards that are there, if it is time to; `own`: samples of the own shard under way."""
-        if not now and time.monotonic() - self.looked < self.every:
+        """Counts the shards in the folder if the last look is long enough ago, or `now`.
+
+        own: how many samples of the shard that this rank is at are drawn.
+        """
+        if not now and time.monotonic() - self.last_look < self.every:
             return
-        self.looked = time.monotonic()
-        names = self.sizes.keys() - os.listdir(self.shards.folder / "shards")
-        if len(names) != self.left:
-            self.left, self.news = len(names), self.looked
+        self.last_look = time.monotonic()
+        names = self.sizes.keys() - os.listdir(self.shards.inside)
+        if len(names) != self.remaining:
+            self.remaining, self.last_change = len(names), self.last_look
         if self.bar is not None:
             self.bar.update(self.shards.count - sum(self.sizes[name] for name in names) + own - self.bar.n)
 
@@ -223,80 +171,21 @@ class _Watch:
         self.slowest, self.own_start = max(self.slowest, now - self.own_start), now
 
     def wait(self) -> None:
-        """While this rank has nothing more to draw. One that had nothing at all knows no measure."""
+        """Called again and again while this rank waits for the others.
+
+        Raises TimeoutError if they write nothing for long. A rank that drew no shard cannot estimate how long one
+        takes, and waits without a limit.
+        """
         self.look()
         patience = _PATIENCE + 10 * self.slowest if self.slowest else math.inf
-        if time.monotonic() - self.news > patience:
+        if time.monotonic() - self.last_change > patience:
             raise TimeoutError(
-                f"no shard has come for {patience:.0f} s, and {self.left} are missing: a rank is stuck; "
+                f"no shard has come for {patience:.0f} s, and {self.remaining} are missing: a rank is stuck; "
                 "what was finished is kept: run the same command again to go on"
             )
 
-    def finish(self) -> Work:
+    def finish(self) -> Result:
         for name in self.sizes:
-            _check_shared(self.shards.folder / "shards" / name)
+            _wait_until_visible(self.shards.inside / name)
         self.look(now=True)
-        return Work(self.wanted, time.monotonic() - self.start)
-
-
-# -------------------------------------------------------------------------------------------------------- the end
-
-
-def write_npz(shards: Shards, path: str | os.PathLike[str]) -> None:
-    """All samples as arr_0, uint8 (count, height, width, channels), in an .npz; a shard in memory at a time.
-
-    The same samples give the same file, to the bit.
-    """
-    target = Path(path)
-    _remove_leftovers(target)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
-    with (
-        files.atomic_path(target) as beside,
-        zipfile.ZipFile(beside, "w") as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as opened,
-    ):
-        np.lib.format.write_array_header_1_0(opened, header)
-        for images in shards.images():
-            opened.write(images.tobytes())
-
-
-def write_pngs(shards: Shards, folder: Path) -> None:
-    """All samples as 000000.png and so on; the folder appears when all are there, and one that is there stays.
-
-    Raises ValueError as check_png_folder.
-    """
-    check_png_folder(shards, folder)
-    if folder.exists():
-        return
-    _remove_leftovers(folder)
-    image = require("PIL.Image", "writing pictures")
-    digits = max(6, len(str(shards.count - 1)))
-    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    beside.mkdir()
-
-    def save(sample: int, pixels: Pixels) -> None:
-        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / f"{sample:0{digits}d}.png")
-
-    try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for index, images in enumerate(shards.images()):
-                list(pool.map(save, shards.ids(index), images))
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_png_folder(shards: Shards, folder: Path) -> None:
-    """Raises ValueError if the channels are not 1 or 3, or the folder exists with another number of pictures."""
-    if shards.shape[-1] not in (1, 3):
-        raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")
-    if folder.exists():
-        found = sum(1 for _ in folder.glob("*.png"))
-        if found != shards.count:
-            raise ValueError(f"png: {folder} has {found} pictures, expected {shards.count}; remove it for new ones")
-
-
-def _remove_leftovers(target: Path) -> None:
-    """What a writer left beside `target` when it was killed: see files.atomic_path."""
-    for leftover in target.parent.glob(f".{escape(target.stem)}.????????{escape(target.suffix)}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return Result(self.wanted, time.monotonic() - self.start)

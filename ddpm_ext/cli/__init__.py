@@ -1,4 +1,4 @@
-"""`ddpm-ext` on the command line: one file a command."""
+"""The command `ddpm-ext`. Each file of a command declares its options (add_parser) and does its work (run)."""
 
 from ddpm_ext.cli.main import main
 

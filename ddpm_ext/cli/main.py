@@ -1,52 +1,62 @@
-"""`ddpm-ext` on the command line: runs a command, and turns errors into one sentence."""
+"""`ddpm-ext` on the command line: runs a command, and reports an error as one sentence."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from ddpm_ext.cli.arguments import build_parser, given_to_train
+from ddpm_ext.cli import info, plot, sample, train, trajectory
+from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
+from ddpm_ext.version import __version__
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
-_WRONG_INPUT, _INTERRUPTED = 2, 130
+_INTERRUPTED = 130
+_COMMANDS = {"sample": sample, "train": train, "trajectory": trajectory, "plot": plot, "info": info}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `ddpm-ext` with all its commands."""
+    parser = Parser(
+        prog="ddpm-ext",
+        usage="ddpm-ext COMMAND [options]",
+        description="Diffusion with one kernel launch a step, and the same noise for the same seed everywhere.",
+        epilog="ddpm-ext COMMAND --help shows a command's options.",
+        formatter_class=Formatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ddpm-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for command in _COMMANDS.values():
+        command.add_parser(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `ddpm-ext` and returns its exit code: 0, 2 for anything wrong with the input, 130 for Ctrl-C."""
+    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input, or 130 for Ctrl-C.
+
+    A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = "ddpm-ext"
+    options = argparse.Namespace(arguments=arguments)
     try:
-        options = build_parser().parse_args(arguments)
+        build_parser().parse_args(arguments, options)
         name = f"ddpm-ext {options.command}"
-        from ddpm_ext.cli import commands
-        from ddpm_ext.cli import plot as plot_command
-        from ddpm_ext.cli import sample_many as many_command
-
-        if options.command == "train":
-            commands.train(options, given_to_train(arguments), arguments)
-        else:
-            many = options.command == "sample" and options.num_images is not None
-            run = {
-                "sample": many_command.run if many else commands.sample,
-                "trajectory": commands.trajectory,
-                "plot": plot_command.run,
-                "info": commands.info,
-            }
-            run[options.command](options)
+        _COMMANDS[options.command].run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        sys.stdout = None  # nobody reads what we print: no second error when Python ends
+        sys.stdout = None  # the reader has closed the pipe; without this, Python would fail again on its way out
         return 1
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         return _wrong(name, " ".join(str(error).split()) or type(error).__name__)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise  # a fault of ours, which a traceback helps to find
+            raise  # a defect of this package, which a traceback helps to find
         return _wrong(name, f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit")
     return 0
 
@@ -55,7 +65,7 @@ def _wrong(name: str, reason: str) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         name += f", rank {os.environ.get('RANK')}"
     print(f"{name}: {reason}", file=sys.stderr)
-    return _WRONG_INPUT
+    return WRONG_INPUT
 
 
 if __name__ == "__main__":

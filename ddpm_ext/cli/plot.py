@@ -1,4 +1,4 @@
-"""`ddpm-ext plot`: schedules, step tables, samples and the loop that makes them, as pictures."""
+"""`ddpm-ext plot`: draws schedules, step tables, samples, and how samples come about."""
 
 from __future__ import annotations
 
@@ -6,201 +6,173 @@ import argparse
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-# The module and not its names: it imports this one, too.
+from ddpm_ext import plots
 from ddpm_ext.base import files
-from ddpm_ext.cli import arguments as options
-from ddpm_ext.loop.rows import SIGMA_GRIDS
+from ddpm_ext.base.optional import require
+from ddpm_ext.bulk.shards import Pixels
+from ddpm_ext.cli import trajectory
+from ddpm_ext.cli.arguments import (
+    SPACING_NAMES,
+    Subparsers,
+    add_command,
+    add_sampling,
+    check_ending,
+    check_eta,
+    endings_help,
+    eta_of,
+    nonnegative_number,
+    positive_number,
+    whole_number,
+)
+from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
-from ddpm_ext.tables.spacing import Grid, make_grid, spaced_timesteps
 from ddpm_ext.tables.step_table import StepTable
-
-if TYPE_CHECKING:
-    from ddpm_ext.diffusion import GaussianDiffusion
-    from ddpm_ext.plots import Pixels
 
 __all__ = ["add_parser", "run"]
 
-FIGURES = (".png", ".svg", ".pdf")
-PICTURES = (".png",)
-MOMENTS = 100  # of a histogram over time
+_FIGURES = (".png", ".svg", ".pdf")
+_PICTURES = (".png",)
+_HISTOGRAMS = 100  # about how many along the loop
 
-EXAMPLES = {
-    "schedules": """
+_EXAMPLES = {
+    "schedules": """examples:
   ddpm-ext plot schedules --out schedules.png
   ddpm-ext plot schedules linear cosine --timesteps 4000 --out schedules.svg""",
-    "table": """
+    "table": """examples:
   ddpm-ext plot table ddim --steps 50 --spacing trailing --eta 0.5 --out ddim.png
   ddpm-ext plot table ddpm ddim euler_ancestral --steps 20 --against timestep --out samplers.png
   ddpm-ext plot table mine.json ddim --steps 50 --out mine.png""",
-    "grid": """
+    "grid": """examples:
   ddpm-ext sample --num 64 --out samples.npz
   ddpm-ext plot grid samples.npz --columns 16 --out grid.png""",
-    "trajectory": """
+    "trajectory": """examples:
   ddpm-ext plot trajectory --num 5 --every 100 --out trajectory.png
   ddpm-ext plot trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",
-    "histogram": """
+    "histogram": """examples:
   ddpm-ext plot histogram --num 256 --sampler ddim --steps 100 --out histogram.png""",
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Adds `plot` with its kinds of pictures to ddpm-ext's commands; run() takes what is parsed."""
-    plot = subparsers.add_parser(
+def add_parser(commands: Subparsers) -> None:
+    """Adds `plot`, with its kinds of pictures, to the commands of ddpm-ext."""
+    plot = add_command(
+        commands,
         "plot",
-        usage="ddpm-ext plot KIND [options]",
-        help="draw schedules, step tables, samples and how they come about",
-        description="Draws a picture.",
-        epilog="ddpm-ext plot KIND --help tells more.",
-        formatter_class=options._Formatter,
+        "draw schedules, step tables, samples and how they come about",
+        "Draws a picture.",
+        takes="KIND ",
+        epilog="ddpm-ext plot KIND --help shows a kind's options.",
     )
-    plot.prog = "ddpm-ext plot"
     kinds = plot.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds of pictures")
 
     def add(name: str, takes: str, summary: str) -> argparse.ArgumentParser:
-        made = kinds.add_parser(
-            name,
-            usage=f"ddpm-ext plot {name} {takes}[options]",
-            help=summary,
-            description=f"Draws {summary}.",
-            epilog=f"examples:{EXAMPLES[name]}",
-            formatter_class=options._Formatter,
-        )
-        made.prog = f"ddpm-ext plot {name}"
-        return made
+        description = f"Draws {summary}."
+        return add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=_EXAMPLES[name])
 
     _add_schedules(add("schedules", "[NAME ...] ", "alphas_cumprod and the signal-to-noise ratio of schedules"))
     _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps"))
-    _add_grid(add("grid", "FILE ", "samples that lie in a file, as a grid"))
-    loop = add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory")
-    options._add_sampling(loop, num=8, many=False, out="trajectory.png", out_help=".png: two strips; .gif: moving")
-    every = "steps between two pictures (default: about ten in all, 60 in a GIF)"
-    loop.add_argument("--every", type=options._whole(1), metavar="K", help=every)
-    values = add("histogram", "", "how the values of x_t are distributed along the loop")
-    options._add_sampling(values, num=64, many=False, out="histogram.png", out_help=_endings(FIGURES))
-    add_option = values.add_argument_group("histogram").add_argument
-    add_option("--bins", type=options._whole(1, 10000), default=80, metavar="N", help="of the values")
-    limit = "values from -X to X are shown (default: all)"
-    add_option("--limit", type=options._number(0, "a number > 0", above=True), metavar="X", help=limit)
-    return plot
+    _add_grid(add("grid", "FILE ", "samples from a file, as a grid"))
+    trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
+    _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop"))
 
 
-def _endings(endings: tuple[str, ...]) -> str:
-    return f"ends in {' or '.join(endings)}"
-
-
-def _schedule(name: str) -> str:
-    """As argparse's choices, which it can't combine with none given."""
-    if name not in SCHEDULES:
-        raise argparse.ArgumentTypeError(f"got {name}, expected {', '.join(SCHEDULES)}")
-    return name
-
-
-def _add_schedules(parser: argparse.ArgumentParser) -> None:
-    every = ", ".join(SCHEDULES)
-    parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
-    parser.add_argument("--timesteps", type=options._whole(1), default=1000, metavar="N", help="steps of the schedules")
-    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=_endings(FIGURES))
-
-
-def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SAMPLER|FILE",
-        help=f"{', '.join(SAMPLERS)}, or a .json file that StepTable.save wrote; several are laid over one another",
-    )
-    add = parser.add_argument_group("of samplers").add_argument
-    add("--steps", type=options._whole(1), metavar="N", help="steps of the loop (default: all)")
-    add("--spacing", metavar="NAME", help="linspace, leading, trailing, quadratic, ddim50, 10,20, karras, log_snr")
-    add("--eta", type=options._number(0, "a number >= 0"), metavar="X", help=f"of {' or '.join(WITH_ETA)}")
-    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
-    add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=options._whole(1), default=1000, metavar="N", help="steps of the schedule")
-    add = parser.add_argument_group("output").add_argument
-    add("--against", choices=("step", "timestep"), default="step", help="the horizontal axis")
-    add("--out", default="table.png", metavar="FILE", help=_endings(FIGURES))
-
-
-def _add_grid(parser: argparse.ArgumentParser) -> None:
-    what = ".npz that ddpm-ext sample wrote, or .npy: uint8 (num, height, width, channels) or floats "
-    parser.add_argument("file", metavar="FILE", help=f"{what}(num, channels, height, width) in [-1, 1]")
-    parser.add_argument("--num", type=options._whole(1), metavar="N", help="the first N samples (default: all)")
-    parser.add_argument("--columns", type=options._whole(1), metavar="N", help="(default: about square)")
-    enlarged = "times that each pixel is enlarged (default: as makes small images visible)"
-    parser.add_argument("--scale", type=options._whole(1, 1000), metavar="N", help=enlarged)
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help=_endings(PICTURES))
-
-
-# ---------------------------------------------------------------------------------------------------- what they do
-
-
-def run(given: argparse.Namespace) -> None:
-    """Draws the picture that add_parser's options describe, and prints its path and what it shows.
+def run(options: argparse.Namespace) -> None:
+    """Draws the picture that the options describe, and prints its path and what it shows.
 
     Raises:
-        TypeError, ValueError: an option out of range, a file that can't be read or written. MissingExtra: matplotlib,
+        TypeError, ValueError: an option is out of range, or a file can't be read or written. MissingExtra: matplotlib,
         pillow or what the model needs is not installed.
     """
-    draw: dict[str, Callable[[argparse.Namespace], str]] = {
+    if options.kind == "trajectory":
+        trajectory.run(options)
+        return
+    draw_kind: dict[str, Callable[[argparse.Namespace], str]] = {
         "schedules": _draw_schedules,
         "table": _draw_table,
         "grid": _draw_grid,
         "histogram": _draw_histogram,
     }
-    if given.kind == "trajectory":
-        from ddpm_ext.cli import commands
-
-        commands.trajectory(given)
-    else:
-        print(f"{given.out}: {draw[given.kind](given)}")
+    print(f"{options.out}: {draw_kind[options.kind](options)}")
 
 
 def _check_out(out: str, endings: tuple[str, ...]) -> None:
-    if Path(out).suffix.lower() not in endings:
-        raise ValueError(f"out: got {out}, expected a name that {_endings(endings)}")
+    check_ending(out, endings)
     files.check_writable(out)
 
 
-def _draw_schedules(given: argparse.Namespace) -> str:
-    from ddpm_ext.diffusion import GaussianDiffusion
-    from ddpm_ext.plots.figures import schedule_figure
-
-    _check_out(given.out, FIGURES)
-    names = given.names or tuple(SCHEDULES)
-    schedule_figure({name: GaussianDiffusion(given.timesteps, name).alphas_cumprod for name in names}, given.out)
-    return f"{', '.join(dict.fromkeys(names))}, {given.timesteps} timesteps"
+# ------------------------------------------------------------------------------------------------------- schedules
 
 
-def _draw_table(given: argparse.Namespace) -> str:
-    from ddpm_ext.plots.step_tables import step_table_figure
+def _add_schedules(parser: argparse.ArgumentParser) -> None:
+    every = ", ".join(SCHEDULES)
+    parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
+    parser.add_argument("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedules")
+    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(_FIGURES))
 
-    _check_out(given.out, FIGURES)
-    samplers = [source for source in given.sources if source in SAMPLERS]
+
+def _schedule(name: str) -> str:
+    """Parses a schedule's name. argparse's own `choices` would refuse an empty list of names."""
+    if name not in SCHEDULES:
+        raise argparse.ArgumentTypeError(f"got {name}, expected {', '.join(SCHEDULES)}")
+    return name
+
+
+def _draw_schedules(options: argparse.Namespace) -> str:
+    _check_out(options.out, _FIGURES)
+    names = options.names or tuple(SCHEDULES)
+    levels = {name: GaussianDiffusion(options.timesteps, name).alphas_cumprod for name in names}
+    plots.schedule_figure(levels, options.out)
+    return f"{', '.join(levels)}, {options.timesteps} timesteps"
+
+
+# ----------------------------------------------------------------------------------------------------- step tables
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    sources = f"{', '.join(SAMPLERS)}, or a .json file that StepTable.save wrote; several are drawn in the same axes"
+    parser.add_argument("sources", nargs="+", metavar="SAMPLER|FILE", help=sources)
+    add = parser.add_argument_group("of samplers").add_argument
+    add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default: all)")
+    add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
+    add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
+    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
+    add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
+    add("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedule")
+    add = parser.add_argument_group("output").add_argument
+    add("--against", choices=("step", "timestep"), default="step", help="the horizontal axis")
+    add("--out", default="table.png", metavar="FILE", help=endings_help(_FIGURES))
+
+
+def _draw_table(options: argparse.Namespace) -> str:
+    _check_out(options.out, _FIGURES)
+    samplers = [source for source in options.sources if source in SAMPLERS]
     if not samplers:
         for name in ("steps", "spacing", "eta"):
-            if getattr(given, name) is not None:
-                raise ValueError(f"{name}: got {getattr(given, name)}, but no sampler is to be drawn, only files")
-    elif given.eta is not None and not set(samplers) & set(WITH_ETA):
-        raise ValueError(f"eta: got {given.eta}, but it belongs to {' or '.join(WITH_ETA)}")
-    tables = {source: _table(source, given) for source in given.sources}
-    step_table_figure(next(iter(tables.values())) if len(tables) == 1 else tables, given.out, against=given.against)
+            if getattr(options, name) is not None:
+                raise ValueError(f"{name}: got {getattr(options, name)}, but no sampler is to be drawn, only files")
+    check_eta(options.eta, samplers)
+    tables = {source: _table(source, options) for source in options.sources}
+    shown = next(iter(tables.values())) if len(tables) == 1 else tables
+    plots.step_table_figure(shown, options.out, against=options.against)
     return ", ".join(f"{source} ({len(table)} row{'s' * (len(table) != 1)})" for source, table in tables.items())
 
 
-def _table(source: str, given: argparse.Namespace) -> StepTable:
-    from ddpm_ext.diffusion import GaussianDiffusion
-
+def _table(source: str, options: argparse.Namespace) -> StepTable:
     if source in SAMPLERS:
-        diffusion = GaussianDiffusion(given.timesteps, given.beta_schedule)
-        eta: dict[str, Any] = {} if given.eta is None or source not in WITH_ETA else {"eta": given.eta}
-        return SAMPLERS[source](_grid(diffusion, given), prediction=given.prediction, **eta)
+        diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
+        spacing, eta = options.spacing or "linspace", eta_of(source, options.eta)
+        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
+        return make_loop_rows(diffusion.process, chosen).table
     if Path(source).suffix.lower() != ".json":
         expected = f"{', '.join(SAMPLERS)} or a .json file that StepTable.save wrote"
         raise ValueError(f"table: got {source}, expected {expected}")
@@ -210,29 +182,32 @@ def _table(source: str, given: argparse.Namespace) -> StepTable:
         raise ValueError(f"table: cannot read {source}: {error.strerror or error}") from error
 
 
-def _grid(diffusion: GaussianDiffusion, given: argparse.Namespace) -> Grid:
-    if given.spacing in SIGMA_GRIDS:
-        if given.steps is None:
-            raise ValueError(f"steps: none given, expected a number for spacing {given.spacing}")
-        return SIGMA_GRIDS[given.spacing](diffusion.alphas_cumprod, given.steps)
-    chosen = spaced_timesteps(given.timesteps, given.steps, given.spacing or "linspace")
-    return make_grid(diffusion.alphas_cumprod, chosen, betas=diffusion.betas)
+# --------------------------------------------------------------------------------------------------------- samples
 
 
-def _draw_grid(given: argparse.Namespace) -> str:
-    from ddpm_ext import plots
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    what = (
+        ".npz that ddpm-ext sample wrote, or .npy: uint8 (num, height, width, channels) or floats "
+        "(num, channels, height, width) in [-1, 1]"
+    )
+    parser.add_argument("file", metavar="FILE", help=what)
+    parser.add_argument("--num", type=whole_number(1), metavar="N", help="the first N samples (default: all)")
+    columns = "samples in a row (default: for a grid that is about square)"
+    parser.add_argument("--columns", type=whole_number(1), metavar="N", help=columns)
+    scale = "factor by which each pixel is enlarged (default: so that small images become visible)"
+    parser.add_argument("--scale", type=whole_number(1, 1000), metavar="N", help=scale)
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help=endings_help(_PICTURES))
 
-    _check_out(given.out, PICTURES)
-    images = _read_samples(given.file)
-    images = images[: given.num]
-    plots.save_picture(plots.grid(images, columns=given.columns, scale=given.scale), given.out)
+
+def _draw_grid(options: argparse.Namespace) -> str:
+    _check_out(options.out, _PICTURES)
+    images = _read_samples(options.file)[: options.num]
+    plots.save_picture(plots.grid(images, columns=options.columns, scale=options.scale), options.out)
     return f"{len(images)} samples, {'x'.join(map(str, images.shape[1:]))}"
 
 
 def _read_samples(path: str) -> Pixels:
-    """(num, height, width, channels) uint8, of an .npz's arr_0 or an .npy."""
-    from ddpm_ext import plots
-
+    """(num, height, width, channels) uint8, from arr_0 of an .npz or from an .npy."""
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
@@ -252,20 +227,25 @@ def _read_samples(path: str) -> Pixels:
     return found
 
 
-def _draw_histogram(given: argparse.Namespace) -> str:
-    from ddpm_ext.base.optional import require
-    from ddpm_ext.cli import commands
-    from ddpm_ext.plots.figures import histogram_figure
-    from ddpm_ext.plots.recorder import Recorder
+# ------------------------------------------------------------------------------------------------------- histogram
 
-    _check_out(given.out, FIGURES)
+
+def _add_histogram(parser: argparse.ArgumentParser) -> None:
+    add_sampling(parser, num=64, out="histogram.png", out_help=endings_help(_FIGURES))
+    add = parser.add_argument_group("histogram").add_argument
+    add("--bins", type=whole_number(1, 10000), default=80, metavar="N", help="number of bins of the values")
+    add("--limit", type=positive_number, metavar="X", help="show values from -X to X (default: all)")
+
+
+def _draw_histogram(options: argparse.Namespace) -> str:
+    _check_out(options.out, _FIGURES)
     require("matplotlib", "drawing a histogram")
-    model, diffusion, steps = commands.prepare(given, pictures=False)
-    every = max(1, steps // MOMENTS)
-    recorder = Recorder(model.unet, every, steps, given.num)
-    samples = commands.draw(model, diffusion, given, 0, given.num, recorder)
-    # Heun's method comes twice to a timestep
-    new = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
-    timesteps, moments = [recorder.t[i] for i in new], [recorder.x_t[i] for i in new]
-    histogram_figure(moments, timesteps, given.out, samples=samples, bins=given.bins, limit=given.limit)
-    return f"{given.num} samples at {len(moments)} of {steps} steps"
+    prepared = prepare(options, pictures=False)
+    every = max(1, prepared.steps // _HISTOGRAMS)
+    recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
+    samples = draw(prepared, options, 0, options.num, recorder)
+    # Heun's method visits each timestep twice; the first visit is shown.
+    first = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
+    timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
+    plots.histogram_figure(x_t, timesteps, options.out, samples=samples, bins=options.bins, limit=options.limit)
+    return f"{options.num} samples at {len(x_t)} of {prepared.steps} steps"

@@ -1,55 +1,65 @@
-"""`ddpm-ext sample --num-images`: what ddpm_ext.many does, with the command line's options."""
+"""`ddpm-ext sample --num-images`: many samples into a folder, by all ranks of torchrun, with ddpm_ext.bulk."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ddpm_ext
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
-from ddpm_ext.bulk import run as many
-from ddpm_ext.cli import commands
+from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
+from ddpm_ext.bulk.run import sample_many
+from ddpm_ext.bulk.shards import SHARD_SIZE, Shards
+from ddpm_ext.cli.arguments import check_device, check_ending, eta_of, whole_number
+from ddpm_ext.cli.sampling import Prepared, draw, prepare
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.version import __version__
 
-__all__ = ["run"]
+__all__ = ["add_options", "run"]
+
+
+def add_options(add: Callable[..., argparse.Action]) -> None:
+    """Adds the options of the output that belong to --num-images."""
+    npz = "also write an .npz, for guided-diffusion's evaluator (default: FOLDER/samples_NxHxWxC.npz)"
+    add("--npz", nargs="?", const="", metavar="FILE", help=f"with --num-images: {npz}")
+    png = "also write FOLDER/png/000000.png and so on, for torch-fidelity"
+    add("--png", action="store_true", help=f"with --num-images: {png}")
+    size = "samples in each file, and the most that a batch can have"
+    add("--shard-size", type=whole_number(1), default=SHARD_SIZE, metavar="N", help=f"with --num-images: {size}")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Draws what is missing of `options.num_images` samples in the folder `options.out`, with the other ranks."""
+    """Draws what the folder `options.out` lacks of `options.num_images` samples, together with the other ranks."""
     folder = Path(options.out or "samples")
     if folder.suffix.lower() in (".npz", ".png"):
         raise ValueError(f"out: got {folder}, expected a folder for --num-images; --npz and --png write files too")
     with distributed.join() as ranks:
         options.device = ranks.device(options.device)
-        if commands.check_device(options.device).type == "cuda":
-            torch.cuda.set_device(options.device)  # a model's own kernels go by it
-        model, diffusion, rows = commands.prepare(options, pictures=options.png)
-        channels, height, width = model.shape
-        shards = many.Shards(folder, options.num_images, options.shard_size, (height, width, channels))
+        if check_device(options.device).type == "cuda":
+            torch.cuda.set_device(options.device)  # a model's own kernels may launch on the current device
+        prepared = prepare(options, pictures=options.png)
+        channels, height, width = prepared.model.shape
+        shards = Shards(folder, options.num_images, options.shard_size, (height, width, channels))
         npz, png = _npz_path(options, shards), folder / "png"
 
         def check_outputs() -> None:
             if options.npz is not None:
-                if npz.suffix.lower() != ".npz":
-                    raise ValueError(f"npz: got {npz}, expected a name that ends in .npz")
+                check_ending(str(npz), (".npz",), "npz")
                 files.check_writable(npz)
             if options.png:
-                many.check_png_folder(shards, png)
+                check_png_folder(shards, png)
 
         ranks.share(check_outputs)
-        work = many.sample_many(
+        result = sample_many(
             shards,
-            _settings(options, model, rows),
-            lambda first, count: plots.to_uint8(commands.draw(model, diffusion, options, first, count, progress=False)),
+            _settings(options, prepared),
+            lambda first, count: plots.to_uint8(draw(prepared, options, first, count, progress=False)),
             batch_size=options.batch_size,
             ranks=ranks,
             about={"model": options.model, "torch": torch.__version__},
@@ -58,31 +68,27 @@ def run(options: argparse.Namespace) -> None:
     if ranks.rank != 0:
         return
     done = f"{folder}: {shards.count} samples, {_by(shards.shape)}"
-    if work.drawn:
-        done += f"; {work.drawn} drawn in {work.seconds:.1f} s, {work.drawn / work.seconds:.1f} images/s"
+    if result.drawn:
+        done += f"; {result.drawn} drawn in {result.seconds:.1f} s, {result.drawn / result.seconds:.1f} images/s"
         done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
     print(done, flush=True)
     if options.npz is not None:
-        many.write_npz(shards, npz)
+        write_npz(shards, npz)
         print(npz, flush=True)
     if options.png:
-        many.write_pngs(shards, png)
+        write_pngs(shards, png)
         print(png, flush=True)
 
 
-def _settings(options: argparse.Namespace, model: LoadedModel, rows: int) -> dict[str, Any]:
-    """What samples follow from, but for their ids."""
-    eta = None
-    if options.sampler in WITH_ETA:
-        default = inspect.signature(SAMPLERS[options.sampler]).parameters["eta"].default
-        eta = default if options.eta is None else options.eta
+def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
+    """All that determines a sample besides its number."""
     return {
-        "version": ddpm_ext.__version__,
-        "model_sha256": _model_hash(model),
+        "version": __version__,
+        "model_sha256": _model_hash(prepared.model),
         "sampler": options.sampler,
-        "steps": rows,
+        "steps": prepared.steps,
         "spacing": options.spacing,
-        "eta": eta,
+        "eta": eta_of(options.sampler, options.eta),
         "seed": options.seed,
         "dtype": options.dtype,
         "backend": options.backend,
@@ -90,7 +96,7 @@ def _settings(options: argparse.Namespace, model: LoadedModel, rows: int) -> dic
 
 
 def _model_hash(model: LoadedModel) -> str:
-    """Of architecture, weights and diffusion, wherever the folder is."""
+    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
     digest = hashlib.sha256(repr(model.settings).encode())
     inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
     for name in (CONFIG, WEIGHTS):
@@ -100,8 +106,8 @@ def _model_hash(model: LoadedModel) -> str:
     return digest.hexdigest()
 
 
-def _npz_path(options: argparse.Namespace, shards: many.Shards) -> Path:
-    """By default inside the folder, with the name that guided-diffusion gives it."""
+def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:
+    """The path given with --npz; by default inside the folder, with the name that guided-diffusion gives it."""
     name = f"samples_{_by((shards.count, *shards.shape))}.npz"
     return Path(options.npz) if options.npz else shards.folder / name
 

@@ -1,1 +1,1 @@
-"""`python -m ddpm_ext.demo`: digits by the model that comes with the package, and what a step costs."""
+"""`python -m ddpm_ext.demo`: draws digits with the model that comes with the package, and times a step."""

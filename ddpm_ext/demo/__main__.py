@@ -1,4 +1,4 @@
-"""`python -m ddpm_ext.demo --out demo`: 64 digits, how they came about, and what a step costs."""
+"""`python -m ddpm_ext.demo --out demo`: draws 64 digits and how they develop from noise, and times a step."""
 
 from __future__ import annotations
 
@@ -27,9 +27,15 @@ _SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))
 
 
 def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progress: bool = True) -> list[Path]:
-    """Samples 64 digits with the model that ships; writes samples.png, trajectory.png and x0.png to `folder`.
+    """Draws 64 digits with the model that comes with the package, and writes three pictures to `folder`.
 
-    `steps`: None takes all of the schedule's 1,000. Returns the paths.
+    samples.png has the digits; trajectory.png has x_t, and x0.png the predicted clean samples, at some of the steps.
+
+    Args:
+        steps: of the loop; None: all 1,000 of the schedule.
+
+    Returns:
+        The paths of the pictures.
     """
     paths = [folder / name for name in ("samples.png", "trajectory.png", "x0.png")]
     for path in paths:
@@ -49,7 +55,7 @@ def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progre
             callback=recorder.keep,
             progress=progress,
         )
-    assert isinstance(digits, torch.Tensor)  # what "last" gives
+    assert isinstance(digits, torch.Tensor)  # with record="last"
     save_grid(digits, paths[0], columns=8)
     save_strips(recorder.x_t, recorder.labels(), "x_t: what the loop has at step t", paths[1])
     save_strips(recorder.x_0, recorder.labels(), "x_0 as the model predicts it from x_t", paths[2])
@@ -57,31 +63,31 @@ def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progre
 
 
 def step_costs(shape: tuple[int, ...], *, rounds: int = 60) -> tuple[float, float]:
-    """Median seconds of one reverse step's diffusion part at `shape`: fused, and in eager torch's common form.
+    """Median seconds of one reverse step without the model's call: of the fused kernel, and of eager torch.
 
-    The model's output is given, the noise is drawn in the step, and the two take turns.
+    The model's output is given, and the noise is drawn in the step. The two are timed in turns.
     """
     fused, eager = GaussianDiffusion(), EagerDiffusion()
     x, predicted = torch.randn(shape), torch.randn(shape)
     t = torch.full((shape[0],), 500)
     rng, result = Philox(0), torch.empty_like(x)
 
-    def ours() -> None:
+    def fused_step() -> None:
         fused.p_sample(lambda x_t, t: predicted, x, t, rng=rng, out=result)
 
-    def theirs() -> None:
+    def eager_step() -> None:
         eager.p_sample(predicted, x, t)
 
     with torch.no_grad():
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds + 5):
-            for run, kept in zip((ours, theirs), times, strict=True):
-                kept.append(_seconds(run))
+            for step, seconds in zip((fused_step, eager_step), times, strict=True):
+                seconds.append(_seconds(step))
     return statistics.median(times[0][5:]), statistics.median(times[1][5:])
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    """The time of one of ten calls"""
+    """The mean time of ten calls."""
     start = time.perf_counter()
     for _ in range(10):
         run()
@@ -91,18 +97,18 @@ def _seconds(run: Callable[[], None]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo and returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m ddpm_ext.demo", description=__doc__)
-    parser.add_argument("--out", default="demo", metavar="FOLDER", help="where the pictures go (default: demo)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="other digits for another seed (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="fewer steps, for a quick look (default: 1000)")
+    parser.add_argument("--out", default="demo", metavar="FOLDER", help="folder for the pictures (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the loop; fewer are quicker (default: 1000)")
     options = parser.parse_args(arguments)
     try:
         require("tqdm", "the progress bar")
-        print("64 digits, every step of the schedule one kernel launch after the model:")
+        print("64 digits, drawn with one kernel launch in each step besides the model:")
         paths = draw_digits(Path(options.out), seed=options.seed, steps=options.steps)
         for path in paths:
             print(f"  {path}")
         threads = torch.get_num_threads()
-        print(f"One step's diffusion part, without the model, on the CPU with {threads} threads (medians):")
+        print(f"One step without the model, on the CPU with {threads} threads (medians):")
         for shape in _SHAPES:
             fused, eager = step_costs(shape)
             name = "x".join(map(str, shape))

@@ -1,6 +1,6 @@
-"""The diffusion's formulas as they are commonly written in eager torch: what the fused kernels are measured against.
+"""The diffusion's formulas as they are commonly written in eager torch, which the fused kernels are compared with.
 
-Nothing is spared and nothing added: coefficients gathered by t, one operator a term, noise from torch's generator.
+Coefficients are gathered by t, each term is an operator of its own, and the noise comes from torch's generator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["EagerDiffusion"]
 
 
 class EagerDiffusion:
-    """A forward and a reverse step of Ho et al. 2020: linear schedule, fixed small variance, the noise is predicted."""
+    """The steps of Ho et al. 2020, forward and reverse: linear schedule, fixed small variance, predicted noise."""
 
     def __init__(self, timesteps: int = 1000) -> None:
         scale = 1000 / timesteps
@@ -20,7 +20,7 @@ class EagerDiffusion:
         alphas_cumprod = torch.cumprod(1 - betas, 0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        # The tables stay in float64 on the CPU, as people leave them, and are taken to t's device when used.
+        # In common code the tables are float64 on the CPU and are copied to t's device in each step.
         self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()
         self.sqrt_one_minus_alphas_cumprod = (1 - alphas_cumprod).sqrt()
         self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
@@ -31,11 +31,11 @@ class EagerDiffusion:
 
     @staticmethod
     def extract(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        """The entries at `t`, (batch,) int64, shaped to multiply `like`, (batch, ...)."""
+        """The entries of a table at t, (batch,) int64, in a shape that broadcasts with `like`, (batch, ...)."""
         return table.to(t.device).gather(0, t).float().reshape(len(t), *(1,) * (like.dim() - 1))
 
     def q_sample(self, x_start: Tensor, t: Tensor) -> Tensor:
-        """x_t from x_0, eq. (4)"""
+        """x_t from x_0, eq. (4), of x_start's shape (batch, ...)."""
         noise = torch.randn_like(x_start)
         return (
             self.extract(self.sqrt_alphas_cumprod, t, x_start) * x_start
@@ -43,7 +43,7 @@ class EagerDiffusion:
         )
 
     def p_sample(self, predicted_noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_{t-1} from x_t and the model's output, eqs. (6), (7) and (11)"""
+        """x_{t-1} from x_t and the model's output, both (batch, ...): eqs. (6), (7) and (11)."""
         start = (
             self.extract(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
             - self.extract(self.sqrt_recipm1_alphas_cumprod, t, x_t) * predicted_noise

@@ -1,4 +1,4 @@
-"""ddpm_ext.files: a file appears whole or not at all."""
+"""ddpm_ext.base.files: a file is never partial, whatever happens while it is written."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     files.write_bytes(path, b"old")
     code = (
-        "import os, signal, sys\nfrom ddpm_ext import files\n"
+        "import os, signal, sys\nfrom ddpm_ext.base import files\n"
         "with files.atomic_path(sys.argv[1]) as beside:\n"
         "    beside.write_bytes(b'ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -49,7 +49,7 @@ def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
     path = tmp_path / ".lock"
     path.touch()
     code = (
-        "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext import files\n"
+        "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext.base import files\n"
         "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
         "context = multiprocessing.get_context('fork')\nhere, there = context.Pipe()\n"
         "with files.lock(sys.argv[1]):\n"
@@ -65,7 +65,7 @@ def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
     try:
         assert (done.returncode, locked) == (-signal.SIGKILL, "locked")
         with files.lock(path):
-            os.kill(int(worker), 0)  # still there
+            os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
 

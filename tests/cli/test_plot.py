@@ -1,4 +1,4 @@
-"""`ddpm-ext plot`: what each kind draws, and what it says to bad input."""
+"""`ddpm-ext plot`: what each kind draws, and its messages for wrong input."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ from support.command_line import call, save_tiny
 from support.figure_contents import drawn, legend, points
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, plots, randn
-from ddpm_ext.plots import figures
 from ddpm_ext.tables.samplers import ddim, ddpm, euler
 from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
 
@@ -17,7 +16,7 @@ Image = pytest.importorskip("PIL.Image")
 
 @pytest.fixture
 def saved(monkeypatch, tmp_path):
-    """The figures that are written, in a working folder of their own"""
+    """The figures that are written; the working folder is a new one."""
     monkeypatch.chdir(tmp_path)
     kept, save = [], matplotlib_figure.Figure.savefig
     monkeypatch.setattr(
@@ -156,7 +155,7 @@ def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, saved, caps
 def test_histogram_of_a_sampler_that_comes_twice_to_a_timestep(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(figures, "histogram_figure", lambda moments, timesteps, *_, **__: seen.append(timesteps))
+    monkeypatch.setattr(plots, "histogram_figure", lambda x_t, timesteps, *_, **__: seen.append(timesteps))
     assert call("plot", "histogram", "--model", tiny, "--num", 2, "--sampler", "heun", "--steps", 5, "--quiet") == 0
     assert seen == [[19, 14, 10, 5, 0]]
 
@@ -164,7 +163,7 @@ def test_histogram_of_a_sampler_that_comes_twice_to_a_timestep(tiny, monkeypatch
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_help_tells_kinds_and_their_options(capsys):
+def test_help_shows_kinds_and_their_options(capsys):
     for arguments, words in (
         ((), ("schedules", "table", "grid", "trajectory", "histogram")),
         (("schedules",), ("linear", "(default: 1000)", "examples:", ".svg")),
@@ -194,7 +193,7 @@ BAD = [
     (("table", "mine.json", "--eta", "1"), "eta: got 1.0, but no sampler is to be drawn"),
     (("table", "ddpm", "--eta", "1"), "eta: got 1.0, but it belongs to ddim or euler_ancestral"),
     (("table", "ddpm", "--steps", "2000"), "steps is 2000"),
-    (("table", "ddpm", "--spacing", "karras"), "steps: none given, expected a number for spacing karras"),
+    (("table", "ddpm", "--spacing", "karras"), "steps is None, expected a number of steps for spacing 'karras'"),
     (("table", "ddpm", "--spacing", "odd"), "spacing is 'odd'"),
     (("table", "ddpm", "--against", "row"), "invalid choice: 'row'"),
     (("grid",), "required: FILE"),

@@ -1,4 +1,4 @@
-"""`ddpm-ext sample --num-images`: alone, under torchrun, killed and run again."""
+"""`ddpm-ext sample --num-images`: in one process, under torchrun, and killed and run again."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from support.command_line import ENVIRONMENT, call, run, save_tiny
 
 from ddpm_ext import models
+from ddpm_ext.models.folder import WEIGHTS
 
 for module in ("diffusers", "safetensors", "tqdm"):
     pytest.importorskip(module)
@@ -27,7 +28,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many(tiny, tmp_path_factory):
-    """The folder of a run: three shards, batches of two"""
+    """The folder of a run with three shards, drawn in batches of two."""
     folder = tmp_path_factory.mktemp("run") / "samples"
     assert call(*arguments(tiny, folder)) == 0
     return folder
@@ -49,7 +50,7 @@ def pixels(folder):
 def test_same_samples_as_a_plain_run(tiny, tmp_path, many):
     plain = tmp_path / "a.npz"
     assert call("sample", "--model", tiny, "--num", N, "--steps", 6, "--out", plain, "--quiet") == 0
-    # The noise is the same to the bit; the model's sums may be rounded otherwise in a batch of another size.
+    # The noise has the same bits; the model's sums may be rounded differently in a batch of another size.
     assert abs(pixels(many) - np.load(plain)["arr_0"]).max() <= 1
     for batch_size in (1, 3, 7):
         assert call(*arguments(tiny, tmp_path / str(batch_size), "--batch-size", batch_size)) == 0
@@ -84,11 +85,11 @@ def test_outputs_of_a_run_that_is_done(tiny, tmp_path, many, capsys):
 def test_other_settings_are_refused(tiny, tmp_path, many, capsys):
     other = save_tiny(tmp_path / "other")
     assert call(*arguments(other, many, "--eta", 0)) == 0  # the same model in another place; ddpm has no eta
-    weights = models.read_weights(other / models.WEIGHTS)
+    weights = models.read_weights(other / WEIGHTS)
     next(iter(weights.values())).add_(1)
     from safetensors.torch import save_file
 
-    save_file(weights, other / models.WEIGHTS)
+    save_file(weights, other / WEIGHTS)
     before = shards(many)
     changes = {
         "seed is 0 there and 1 here": ("--seed", 1),
@@ -110,7 +111,7 @@ def test_other_settings_are_refused(tiny, tmp_path, many, capsys):
     assert shards(many) == before
 
 
-def test_manifest_says_what_samples_follow_from(tiny, many):
+def test_manifest_has_what_determines_the_samples(tiny, many):
     found = json.loads((many / "manifest.json").read_text())
     assert found["about"]["model"] == str(tiny)
     settings = found["settings"]
@@ -143,7 +144,7 @@ def test_plain_sample_among_ranks_is_refused(tiny, tmp_path, monkeypatch, capsys
 def test_torchrun_killed_and_run_again(tiny, tmp_path, many):
     folder = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddpm_ext"]
-    # Slow enough to be killed on the way
+    # So slow that it can be killed on the way.
     slow = ("--num-images", 24, "--shard-size", 1, "--backend", "reference", "--steps", 20)
     command = [*launcher, *map(str, arguments(tiny, folder, *slow))]
     running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

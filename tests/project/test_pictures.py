@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.figure_contents import drawn
 
-from ddpm_ext.cli.arguments import build_parser
+from ddpm_ext.cli.main import build_parser
 
 Image = pytest.importorskip("PIL.Image")
 

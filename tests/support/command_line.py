@@ -1,4 +1,4 @@
-"""`ddpm-ext` in a process of its own or in this one, and a tiny model for it."""
+"""Runs `ddpm-ext` in a process of its own or in this one, and makes a tiny model for it."""
 
 import os
 import subprocess
@@ -23,13 +23,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 
 def run(*arguments, cwd=None):
-    """The command in a process of its own"""
+    """Runs the command in a process of its own."""
     command = [sys.executable, "-m", "ddpm_ext", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def call(*arguments):
-    """The command in this process, for the many cases where only the outcome counts: the exit code"""
+    """Runs the command in this process, which is faster, and returns its exit code."""
     try:
         return cli.main([str(argument) for argument in arguments])
     except SystemExit as stopped:
@@ -37,7 +37,7 @@ def call(*arguments):
 
 
 def save_tiny(folder):
-    """A tiny colour model of 20 timesteps, 8 by 12 pixels, in a folder"""
+    """Saves a tiny colour model of 20 timesteps and 8 by 12 pixels to a folder."""
     torch.manual_seed(0)
     models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
     return folder

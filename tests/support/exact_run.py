@@ -1,7 +1,7 @@
-"""ddpm_ext.many with a model whose arithmetic is exact: one sample's bits are the same in every batch.
+"""ddpm_ext.bulk with a model whose arithmetic is exact: a sample has the same bits in every batch.
 
-As a process, one rank of a run: `exact_run.py FOLDER '{"batch_size": 3, ...}'`, the options those of `run`;
-"by rank" has more of them for some.
+As a process this is one rank of a run: `exact_run.py FOLDER '{"batch_size": 3, ...}'`. The options are those of `run`;
+"by rank" holds further options for single ranks.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.base import ranks as distributed
-from ddpm_ext.bulk import run as many
+from ddpm_ext.bulk import run as bulk_run
+from ddpm_ext.bulk.shards import Shards
 from ddpm_ext.plots import to_uint8
 
 COUNT, SIZE, SHAPE = 23, 4, (4, 5, 3)  # six shards, the last of three samples
 
 
 def make_draw(seed: int = 0, pause: float = 0.0, seen: list | None = None):
-    """draw(first, count); `pause`: seconds a sample; `seen` gets the noise that each batch starts from."""
+    """draw(first, count). pause: seconds to sleep for each sample. seen: gets the starting noise of each batch."""
     diffusion = GaussianDiffusion(20)
     channels, height, width = SHAPE[2], *SHAPE[:2]
 
@@ -39,18 +42,29 @@ def make_draw(seed: int = 0, pause: float = 0.0, seen: list | None = None):
 
 
 def run(folder: Path, ranks=None, *, count=COUNT, size=SIZE, seed=0, batch_size=3, pause=0.0, seen=None, settings=None):
-    """The shards and what sample_many says."""
-    shards = many.Shards(Path(folder), count, size, SHAPE)
+    """The shards and what sample_many returns."""
+    shards = Shards(Path(folder), count, size, SHAPE)
     draw = make_draw(seed, pause, seen)
-    work = many.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
-    return shards, work
+    result = bulk_run.sample_many(shards, settings or {"seed": seed}, draw, batch_size=batch_size, ranks=ranks)
+    return shards, result
+
+
+def contents(folder):
+    """The bytes of every file in a folder, by its path; without the manifest."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    del found["manifest.json"]
+    return found
+
+
+def joined(shards):
+    return np.concatenate(list(shards.images()))
 
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     for name in ("_PATIENCE", "_VISIBLE_WITHIN"):
         if name in options:
-            setattr(many, name, options.pop(name))
+            setattr(bulk_run, name, options.pop(name))
     with distributed.join() as ranks:
         options |= options.pop("by rank", {}).get(str(ranks.rank), {})
         run(options.pop("folder", sys.argv[1]), ranks, **options)

@@ -1,11 +1,12 @@
 """Measures how good a model's digits are, and writes the numbers to a JSON file.
 
-    python benchmarks/digits_quality.py --model digits --out ddpm_ext/models/digits/quality.json
+    python benchmarks/quality/digits_quality.py --model digits --out ddpm_ext/models/digits/quality.json
 
-Two classifiers are trained on the part of scikit-learn's digits that the model was trained on. Of the samples, and of
-the real digits held out, it is counted how many each is sure of (p > 0.9); further which digits occur among the
-samples, and how far each image is from the nearest training image (Euclidean, pixels in [-1, 1]): samples much nearer
-than real digits would be copies. All is seeded: the same model gives the same numbers, up to the model's rounding.
+Two classifiers are trained on the part of scikit-learn's digits that the model was trained on. The script counts how
+many of the samples, and of the real digits that were held out, each classifier is sure of (p > 0.9). It counts each
+digit among the samples, and measures how far each image is from the nearest training image (Euclidean, pixels in
+[-1, 1]): samples much nearer than real digits would be copies. Everything is seeded, so the same model gives the same
+numbers up to the rounding of its arithmetic.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SURE = 0.9
 
 
 def classifiers() -> dict[str, Any]:
-    """Two of different kinds, so that no single one's taste decides."""
-    # Shuffled, since the digits stand in the order of their writers.
+    """Two of different kinds, so that the numbers do not depend on one kind's weaknesses."""
+    # Shuffled, because the digits are ordered by their writers.
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     return {
         "support vectors": CalibratedClassifierCV(SVC(gamma=0.0625, C=10), ensemble=False, cv=folds),
@@ -42,7 +43,7 @@ def classifiers() -> dict[str, Any]:
 
 
 def draw(model: LoadedModel, count: int, seed: int, batch: int) -> torch.Tensor:
-    """(count, 1, 8, 8): all steps of the schedule, DDPM"""
+    """Samples (count, 1, 8, 8) by DDPM with all steps of the schedule."""
     diffusion = model.settings.diffusion()
     parts = []
     with torch.no_grad():
@@ -53,12 +54,12 @@ def draw(model: LoadedModel, count: int, seed: int, batch: int) -> torch.Tensor:
 
 
 def nearest(images: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """The distance of each image (n, 64) to the nearest of `training` (m, 64)"""
+    """The distance of each image (n, 64) to the nearest of `training` (m, 64)."""
     return np.stack([np.sqrt(((training - image) ** 2).sum(1)).min() for image in images])
 
 
 def measure(samples: torch.Tensor) -> dict[str, Any]:
-    """The numbers for samples (n, 1, 8, 8) in [-1, 1]"""
+    """The numbers for samples (n, 1, 8, 8) in [-1, 1]."""
     training, labels = digits("train")
     held_out, held_out_labels = digits("heldout")
     known, real, drawn = (images.flatten(1).double().numpy() for images in (training, held_out, samples.clamp(-1, 1)))

@@ -1,4 +1,4 @@
-"""The forward process without given noise, and the noise alone."""
+"""The forward process with noise drawn inside the step, and the noise alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step of training outside the model: x_t made, the loss of a given output, and its gradient there."""
+"""A step of training without the model: x_t, the loss of a given model output, and the gradient with respect to it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(benchmark, shape):
 
 
 class Eager:
-    """As the tutorials write it; x_t is handed out, so that a compiler makes it, too."""
+    """The loss as tutorials write it. It also returns x_t, so that a compiler cannot leave it out."""
 
     def __init__(self, prediction):
         gd = GaussianDiffusion()
@@ -73,7 +73,7 @@ def test_compiled(run, prediction):
 
 
 def guided_diffusion(mean, variance, loss):
-    """Its loss, where a checkout of it is on PYTHONPATH."""
+    """The loss of guided-diffusion, which needs a checkout of it on PYTHONPATH."""
     peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
     diffusion = peer.GaussianDiffusion(
         betas=peer.get_named_beta_schedule("linear", 1000),
@@ -89,7 +89,7 @@ def test_guided_diffusion(run, what, mean):
     run(what, "guided-diffusion", guided_diffusion(mean, "FIXED_SMALL", "MSE"))
 
 
-# With the variational bound, alone or beside the error: ours and guided-diffusion's.
+# The variational bound, alone or beside the error: the names of the loss here and in guided-diffusion.
 BOUNDS = {"eps, learned range": ("mse", "RESCALED_MSE"), "eps, learned range, bound": ("vlb", "KL")}
 
 
@@ -106,7 +106,7 @@ def test_guided_diffusion_with_bound(run, what):
 
 
 class Given(nn.Module):
-    """A model, as lucidrains' object asks for one, whose output is there."""
+    """A model with the attributes that denoising-diffusion-pytorch reads. It returns the output that is set."""
 
     channels = out_dim = 3
     self_condition = False
@@ -120,7 +120,7 @@ class Given(nn.Module):
 
 
 def test_lucidrains(run, shape, prediction):
-    """denoising-diffusion-pytorch, where it is installed."""
+    """The loss of denoising-diffusion-pytorch, if it is installed."""
     peer = pytest.importorskip("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
     model, objective = Given(), {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[prediction]
     diffusion = peer.GaussianDiffusion(model, image_size=shape[2:], objective=objective, auto_normalize=False)

@@ -1,4 +1,4 @@
-"""One reverse step after the model's call: everything over the sample, noise included."""
+"""One reverse step without the model's call; the noise is drawn in the step."""
 
 from __future__ import annotations
 
@@ -59,6 +59,6 @@ def test_diffusers(run):
 
 
 def test_floor(run, shape):
-    """The bytes that a step must move, and nothing else: two tensors read, one written."""
+    """Only the memory traffic that a step cannot avoid: two tensors are read and one is written."""
     out = torch.empty(shape)
     run("torch.add(out=)", lambda x, m, t: torch.add(x, m, out=out))

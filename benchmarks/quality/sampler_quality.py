@@ -1,11 +1,12 @@
-"""How good the digits are that each sampler draws in so many steps, as a table in Markdown.
+"""How good digits each sampler draws in a number of steps, as a table in Markdown.
 
-    python benchmarks/sampler_quality.py --keep build/samples --table benchmarks/results/samplers.md
+    python benchmarks/quality/sampler_quality.py --keep build/samples --table benchmarks/results/samplers.md
 
-Of the samples it is counted how many a classifier is sure of (p > 0.9: support vectors, see digits_quality.py), and how
-far they are from the digits that the model was trained on, as a Fréchet distance (Heusel et al. 2017) in the space of
-the 64 hidden units of a small network that was trained to tell digits apart: 0 for the same distribution. Every cell is
-of the same seed, so of the same starting noise. Samples are kept in a folder; a second run draws what is missing.
+A cell has two numbers: the share of the samples that a classifier is sure of (p > 0.9; the support vectors of
+digits_quality.py), and the Fréchet distance (Heusel et al. 2017) between the samples and the digits that the model was
+trained on, 0 for the same distribution. The distance is taken between the 64 hidden units of a small network that was
+trained to classify digits. All cells have the same seed and so the same starting noise. The samples are saved in a
+folder, and a later run draws only those that are missing.
 """
 
 from __future__ import annotations
@@ -32,32 +33,32 @@ SPACING = "trailing"
 
 
 def pixels(images: torch.Tensor) -> Array:
-    """(n, 64)"""
+    """Images as rows, (n, 64)."""
     return images.clamp(-1, 1).flatten(1).double().numpy()
 
 
 class Features:
-    """The hidden units of a network that tells digits apart."""
+    """The hidden units of a network that classifies digits."""
 
     def __init__(self) -> None:
         images, labels = digits("train")
         self.network = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels(images), labels.numpy())
 
     def __call__(self, images: Array) -> Array:
-        """(n, 64)"""
+        """The hidden units of images (n, 64), (n, 64)."""
         return np.maximum(images @ self.network.coefs_[0] + self.network.intercepts_[0], 0)
 
 
 def frechet(x: Array, y: Array) -> float:
-    """Between the Gaussians of the same mean and covariance."""
+    """The Fréchet distance of two Gaussians that have the means and covariances of x and y, each (n, features)."""
     means, covariances = [z.mean(0) for z in (x, y)], [np.cov(z, rowvar=False) for z in (x, y)]
-    # the trace of the product's root; units that are never on make the product singular
+    # The trace of the product's square root, by its eigenvalues: units that are never on make the product singular.
     shared = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(min=0)).sum()
     return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * shared)
 
 
 def draw(sampler: str, steps: int, count: int, batch: int, keep: Path) -> torch.Tensor:
-    """(count, 1, 8, 8): kept ones, if there are as many."""
+    """Samples (count, 1, 8, 8), from the folder if it has enough."""
     path = keep / f"{sampler}-{steps}.npy"
     if path.exists() and len(kept := np.load(path)) >= count:
         return torch.from_numpy(kept[:count])
@@ -126,11 +127,11 @@ def main() -> None:
             "",
             f"Share of {options.num:,} samples that a classifier is sure of (p > {SURE}), and Fréchet distance to the",
             f"training digits in a classifier's 64 features. {len(held_out)} digits held out: {cell(held_out)}.",
-            f"`heun` asks the model twice a step. Spacing: {SPACING}; x0 clipped to [-1, 1]; seed 0.",
+            f"`heun` calls the model twice a step. Spacing: {SPACING}; x0 clipped to [-1, 1]; seed 0.",
             "",
             *lines,
             "",
-            f"`python benchmarks/sampler_quality.py`, torch {torch.__version__} on {platform.machine()}",
+            f"`python benchmarks/quality/sampler_quality.py`, torch {torch.__version__} on {platform.machine()}",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""A sampling loop outside the model, option by option: of a model that costs nothing, so that all of it is ours."""
+"""A sampling loop with each option. The model returns a given tensor, so that only the loop's own time is measured."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def shape(request):
 
 
 class Given:
-    """Tensors that stand in for a model's outputs and a user's images."""
+    """Tensors in place of a model's outputs and a user's images."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.output, self.uncond, self.gradient = torch.randn(3, *shape).unbind()
@@ -52,11 +52,11 @@ def ours(shape: tuple[int, ...], model: Callable[..., Tensor], **options: Any) -
     return lambda: gd.p_sample_loop(model, shape, **given)
 
 
-# What the options are given, and the model that goes with each.
+# Each option: the model for it, and the arguments of p_sample_loop.
 OPTIONS: dict[str, Callable[[Given], tuple[Callable[..., Tensor], dict[str, Any]]]] = {
     "ddpm": lambda g: (lambda x, t: g.output, {}),
     "ddim": lambda g: (lambda x, t: g.output, {"sampler": "ddim"}),
-    "ddim, x0 handed out": lambda g: (lambda x, t: g.output, {"sampler": "ddim", "x0": True}),
+    "ddim, x0 returned": lambda g: (lambda x, t: g.output, {"sampler": "ddim", "x0": True}),
     "ddim, guidance by two functions": lambda g: (
         lambda x, t: g.output,
         {"sampler": "ddim", "guidance": Guidance(SCALE, lambda x, t: g.uncond)},
@@ -98,7 +98,7 @@ def scheduler_loop(scheduler: Any, shape: tuple[int, ...], output: Callable[[], 
 
 
 def guided(uncond: Tensor, output: Tensor, rescale: float = 0.0) -> Tensor:
-    """As diffusers' pipelines write it."""
+    """Classifier-free guidance as diffusers' pipelines compute it."""
     guided = uncond + SCALE * (output - uncond)
     if rescale == 0:
         return guided
@@ -107,7 +107,7 @@ def guided(uncond: Tensor, output: Tensor, rescale: float = 0.0) -> Tensor:
     return rescale * rescaled + (1 - rescale) * guided
 
 
-# A scheduler's class, its own options, and what it is given as the model's output.
+# Each option: a scheduler's class, its arguments, and the model output that it gets.
 PEERS: dict[str, tuple[str, dict[str, Any], Callable[[Given], Callable[[], Tensor]]]] = {
     "ddpm": ("DDPMScheduler", {}, lambda g: lambda: g.output),
     "ddim": ("DDIMScheduler", {}, lambda g: lambda: g.output),
@@ -143,7 +143,7 @@ def test_eager(run, shape):
     run("ddpm", "eager", prepare)
 
 
-# How guided-diffusion's object is made and which of its loops is taken.
+# Each option: the variance of guided-diffusion's object, the name of its loop, and the model output that it gets.
 GUIDED: dict[str, tuple[str, str, Callable[[Given], Tensor]]] = {
     "ddpm": ("FIXED_SMALL", "p_sample_loop", lambda g: g.output),
     "ddim": ("FIXED_SMALL", "ddim_sample_loop", lambda g: g.output),
@@ -154,7 +154,7 @@ GUIDED: dict[str, tuple[str, str, Callable[[Given], Tensor]]] = {
 
 @pytest.mark.parametrize("option", GUIDED)
 def test_guided_diffusion(run, shape, option):
-    """Where a checkout of it is on PYTHONPATH."""
+    """Needs a checkout of guided-diffusion on PYTHONPATH."""
     peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
     respace = pytest.importorskip("guided_diffusion.respace")
     variance, loop, output = GUIDED[option]
@@ -167,8 +167,8 @@ def test_guided_diffusion(run, shape, option):
     )
 
     def prepare(given):
-        told = output(given)
+        model_output = output(given)
         more = {"cond_fn": lambda x, t: given.gradient, "model_kwargs": {}} if "cond_fn" in option else {}
-        return lambda: getattr(diffusion, loop)(lambda x, t: told, shape, device="cpu", **more)
+        return lambda: getattr(diffusion, loop)(lambda x, t: model_output, shape, device="cpu", **more)
 
     run(option, "guided-diffusion", prepare)

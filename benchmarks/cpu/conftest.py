@@ -1,7 +1,8 @@
-"""Shapes, and the table of ratios at the end of a run. `--table FILE` writes it as Markdown too.
+"""The shapes that are measured, and the table of ratios after a run. `--table FILE` also writes it as Markdown.
 
-Shapes come in rising order, each as in a process that has seen nothing larger: what eager code takes at large shapes
-hangs on whether the allocator kept the memory of its last step, or has to ask the system for every page again.
+The shapes are measured in rising order, so that each is measured in a process that has seen nothing larger. The time of
+eager code at large shapes depends on whether the allocator still holds the memory of its last step or must get every
+page from the system again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import ddpm_ext
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
-BASELINES = ("eager", "diffusers", "guided-diffusion")  # the first of them that a group has
+BASELINES = ("eager", "diffusers", "guided-diffusion")  # ratios are taken against the first of these that a group has
 
 
 def pytest_addoption(parser):

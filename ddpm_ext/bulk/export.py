@@ -1,0 +1,83 @@
+"""A run's samples as the files that evaluation scripts read: one .npz (`--npz`), or a folder of pictures (`--png`)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from glob import escape
+from pathlib import Path
+
+import numpy as np
+
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
+from ddpm_ext.bulk.shards import Pixels, Shards
+
+__all__ = ["check_png_folder", "write_npz", "write_pngs"]
+
+_THREADS = 8
+
+
+def write_npz(shards: Shards, path: str | os.PathLike[str]) -> None:
+    """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels), one shard in memory at a time.
+
+    The same samples give the same bytes.
+    """
+    target = Path(path)
+    _remove_leftovers(target)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
+    with (
+        files.atomic_path(target) as beside,
+        zipfile.ZipFile(beside, "w") as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as opened,
+    ):
+        np.lib.format.write_array_header_1_0(opened, header)
+        for images in shards.images():
+            opened.write(images.tobytes())
+
+
+def write_pngs(shards: Shards, folder: Path) -> None:
+    """Writes all samples to `folder` as 000000.png, 000001.png and so on.
+
+    The folder appears once all pictures are written. If it exists already, it is left as it is.
+
+    Raises ValueError as check_png_folder.
+    """
+    check_png_folder(shards, folder)
+    if folder.exists():
+        return
+    _remove_leftovers(folder)
+    image = require("PIL.Image", "writing pictures")
+    digits = max(6, len(str(shards.count - 1)))
+    beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    beside.mkdir()
+
+    def save(sample: int, pixels: Pixels) -> None:
+        image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(beside / f"{sample:0{digits}d}.png")
+
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for index, images in enumerate(shards.images()):
+                list(pool.map(save, shards.ids(index), images))
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def check_png_folder(shards: Shards, folder: Path) -> None:
+    """Raises ValueError if the channels are not 1 or 3, or the folder exists with another number of pictures."""
+    if shards.shape[-1] not in (1, 3):
+        raise ValueError(f"png: got samples of {shards.shape[-1]} channels, expected 1 or 3")
+    if folder.exists():
+        found = sum(1 for _ in folder.glob("*.png"))
+        if found != shards.count:
+            raise ValueError(f"png: {folder} has {found} pictures, expected {shards.count}; remove it for new ones")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what a process that was killed while it wrote `target` left beside it; files.atomic_path names it."""
+    for leftover in target.parent.glob(f".{escape(target.stem)}.????????{escape(target.suffix)}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

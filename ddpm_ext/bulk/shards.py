@@ -1,0 +1,87 @@
+"""The folder of a run of many samples. A sample's number, from 0 to count - 1, is its identity.
+
+The samples are divided into shards of consecutive numbers. The division depends neither on how many ranks draw them nor
+on the batch size. In the folder:
+
+    manifest.json                       the settings that determine the samples; written first
+    shards/000000000-000000511.npy      uint8 (samples, height, width, channels); a file that exists is complete
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ddpm_ext.base import files
+
+__all__ = ["MANIFEST", "SHARD_SIZE", "Pixels", "Shards"]
+
+MANIFEST = "manifest.json"
+SHARD_SIZE = 512
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Samples 0 to `count` - 1 in files of `size` samples; the last file holds what remains.
+
+    shape: (height, width, channels) of a sample.
+    """
+
+    folder: Path
+    count: int
+    size: int
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return -(-self.count // self.size)
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / MANIFEST
+
+    @property
+    def inside(self) -> Path:
+        """The folder that holds the shards' files."""
+        return self.folder / "shards"
+
+    def ids(self, index: int) -> range:
+        """The numbers of the samples in a shard."""
+        return range(index * self.size, min((index + 1) * self.size, self.count))
+
+    def path(self, index: int) -> Path:
+        ids = self.ids(index)
+        return self.inside / f"{ids[0]:09d}-{ids[-1]:09d}.npy"
+
+    def missing(self) -> list[int]:
+        """The shards that have not been written yet."""
+        return [index for index in range(len(self)) if not self.path(index).exists()]
+
+    def write(self, index: int, images: Pixels) -> None:
+        """Writes a shard, atomically. Raises ValueError unless images is uint8 (samples, height, width, channels)."""
+        self._check(index, images, "draw gave")
+        with files.atomic_path(self.path(index)) as beside:
+            np.save(beside, images)
+
+    def read(self, index: int) -> Pixels:
+        """A shard's samples, memory-mapped. Raises ValueError if the file is damaged or holds something else."""
+        path = self.path(index)
+        try:
+            images = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"out: {path} is damaged ({error}); remove it, and it is drawn again") from error
+        self._check(index, images, f"out: {path} holds")
+        return images
+
+    def images(self) -> Iterator[Pixels]:
+        """All samples in order, a memory-mapped shard at a time."""
+        return map(self.read, range(len(self)))
+
+    def _check(self, index: int, images: Pixels, source: str) -> None:
+        expected = (len(self.ids(index)), *self.shape)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise ValueError(f"{source} {images.dtype} of shape {images.shape}, expected uint8 of shape {expected}")

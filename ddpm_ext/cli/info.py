@@ -1,0 +1,41 @@
+"""`ddpm-ext info`: shows how the extension was built and what it runs on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ddpm_ext.cli.arguments import Subparsers, add_command
+from ddpm_ext.version import build_info
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `info` to the commands of ddpm-ext."""
+    description = "Shows how the extension was built and what it runs on."
+    add_command(commands, "info", "show build, devices and instruction set", description)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints how the extension was built and what it runs on."""
+    rows = {str(name).replace("_", " "): value for name, value in _flat(build_info()).items()}
+    rows["threads"] = torch.get_num_threads()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rows["devices"] = ", ".join(["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count))])
+    width = max(len(name) for name in rows)
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {'none' if value in (None, '') else value}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, their names joined by spaces; a list becomes one text."""
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            rows |= _flat(value, f"{prefix}{name} ")
+        else:
+            rows[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return rows

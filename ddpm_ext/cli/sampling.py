@@ -1,0 +1,91 @@
+"""What the commands that draw samples share, once their options are parsed."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from ddpm_ext.base.optional import require
+from ddpm_ext.cli.arguments import check_device, check_eta
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.models.folder import LoadedModel, load_model
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.plots.recorder import Recorder
+from ddpm_ext.training.options import DTYPES
+
+__all__ = ["Prepared", "draw", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model on its device, its diffusion, and how many steps the loop will take."""
+
+    model: LoadedModel
+    diffusion: GaussianDiffusion
+    device: torch.device
+    steps: int
+
+
+def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
+    """Loads the model, and checks before the work starts what can be checked then.
+
+    pictures: whether the command will write pictures, which need pillow.
+
+    Raises:
+        TypeError, ValueError: an option is out of range or doesn't fit another, or the model's folder is wrong.
+        MissingExtra: a package that the command needs is not installed.
+    """
+    device = check_device(options.device)
+    if not options.quiet:
+        require("tqdm", "the progress bar")
+    if pictures:
+        require("PIL.Image", "writing pictures")
+    check_eta(options.eta, [options.sampler])
+    model = load_model(options.model, device=device, dtype=DTYPES[options.dtype])
+    diffusion = model.settings.diffusion(options.backend)
+    loop = LoopOptions(sampler=options.sampler, steps=options.steps, spacing=options.spacing, eta=options.eta)
+    rows = make_loop_rows(diffusion.process, loop)
+    return Prepared(model, diffusion, device, len(rows))
+
+
+def draw(
+    prepared: Prepared,
+    options: argparse.Namespace,
+    first: int,
+    count: int,
+    recorder: Recorder | None = None,
+    *,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Draws the seed's samples `first` to `first + count - 1`.
+
+    Args:
+        recorder: records x_t and the predicted clean samples along the loop.
+        progress: whether to show a progress bar, unless the options say --quiet.
+
+    Returns:
+        (count, channels, height, width), of the options' dtype, on the model's device.
+    """
+    model = prepared.model
+    with torch.no_grad():
+        samples = prepared.diffusion.p_sample_loop(
+            model.unet if recorder is None else recorder,
+            (count, *model.shape),
+            sampler=options.sampler,
+            steps=options.steps,
+            spacing=options.spacing,
+            eta=options.eta,
+            rng=Philox(options.seed, sample_ids=first),
+            record="last",
+            x0=recorder is not None,
+            callback=None if recorder is None else recorder.keep,
+            progress=progress and not options.quiet,
+            device=prepared.device,
+            dtype=DTYPES[options.dtype],
+        )
+    assert isinstance(samples, torch.Tensor)  # with record="last"
+    return samples

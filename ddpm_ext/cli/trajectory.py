@@ -1,0 +1,50 @@
+"""`ddpm-ext trajectory`: draws how samples develop from noise, as strips or a moving picture."""
+
+from __future__ import annotations
+
+import argparse
+
+from ddpm_ext import plots
+from ddpm_ext.base import files
+from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending, whole_number
+from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.plots.recorder import Recorder
+
+__all__ = ["add_options", "add_parser", "run"]
+
+_ENDINGS = (".png", ".gif")
+_PICTURES = {".png": 10, ".gif": 60}  # about how many points of the loop are shown, unless --every says so
+_EXAMPLES = """examples:
+  ddpm-ext trajectory --num 5 --every 100 --out trajectory.png
+  ddpm-ext trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `trajectory` to the commands of ddpm-ext."""
+    description = "Draws x_t and the predicted x_0 at the same steps of the loop, for the first samples of the seed."
+    parser = add_command(commands, "trajectory", "draw how samples come about", description, epilog=_EXAMPLES)
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options, which `plot trajectory` has as well."""
+    kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving"
+    add_sampling(parser, num=8, out="trajectory.png", out_help=kinds)
+    every = f"steps between two pictures (default: about {_PICTURES['.png']} in all, {_PICTURES['.gif']} in a GIF)"
+    parser.add_argument_group("strips").add_argument("--every", type=whole_number(1), metavar="K", help=every)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes x_t and the predicted clean samples along the loop to the picture `options.out`."""
+    ending = check_ending(options.out, _ENDINGS)
+    prepared = prepare(options, pictures=True)
+    files.check_writable(options.out)
+    every = options.every or max(1, prepared.steps // _PICTURES[ending])
+    recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
+    draw(prepared, options, 0, options.num, recorder)
+    shown = recorder.x_t, recorder.x_0, recorder.labels()
+    if ending == ".gif":
+        plots.save_gif(plots.trajectory_frames(*shown), options.out)
+    else:
+        plots.save_picture(plots.trajectory(*shown), options.out)
+    print(f"{options.out}: {options.num} samples at {len(recorder.t)} of {prepared.steps} steps")

@@ -1,0 +1,168 @@
+"""A run of one process: the same samples for every batch size and shard size, interrupted or not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import exact_run
+from support.exact_run import COUNT, SHAPE, SIZE, contents, joined, make_draw
+
+from ddpm_ext import Philox, randn
+from ddpm_ext.base import files
+from ddpm_ext.bulk.run import sample_many
+from ddpm_ext.bulk.shards import Shards
+from ddpm_ext.ops.noise import STREAM_START
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+@pytest.mark.parametrize("size", [4, 6, 100])
+def test_neither_batches_nor_shards_matter(tmp_path, truth, batch_size, size):
+    seen = []
+    shards, result = exact_run.run(tmp_path, size=size, batch_size=batch_size, seen=seen)
+    assert result.drawn == COUNT
+    assert np.array_equal(joined(shards), truth)
+    start = np.concatenate([np.asarray(noise) for noise in seen])
+    assert start.tobytes() == randn(start.shape, Philox(0), stream=STREAM_START).numpy().tobytes()
+    assert max(map(len, seen)) == min(batch_size, size)
+
+
+def test_existing_shards_are_not_drawn_again(tmp_path, truth):
+    shards, _ = exact_run.run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    gone = [shards.path(1), shards.path(5)]
+    for path in gone:
+        path.unlink()
+    shards, result = exact_run.run(tmp_path, batch_size=2)
+    assert result.drawn == 4 + 3
+    assert np.array_equal(joined(shards), truth)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    assert {path for path in after if after[path] == before[path]} == before.keys() - gone
+    assert exact_run.run(tmp_path)[1].drawn == 0
+
+
+def test_torn_files_are_ignored_and_removed(tmp_path, truth):
+    exact_run.run(tmp_path)
+    whole = contents(tmp_path)
+    torn = Shards(tmp_path, COUNT, SIZE, SHAPE).path(2)
+    content = torn.read_bytes()
+    torn.unlink()
+    with pytest.raises(FileNotFoundError), files.atomic_path(torn) as beside:  # to get the name that it uses
+        beside.touch()
+        beside.unlink()
+    beside.write_bytes(content[:-50])
+    shards, result = exact_run.run(tmp_path)
+    assert result.drawn == 4
+    assert contents(tmp_path) == whole
+    assert np.array_equal(joined(shards), truth)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", "short", "other"])
+def test_damaged_shard_is_reported_before_the_work(tmp_path, content):
+    shards, _ = exact_run.run(tmp_path)
+    path = shards.path(3)
+    if content == "short":
+        content = path.read_bytes()[:-1]
+    if content == "other":
+        np.save(path, np.zeros((4, *SHAPE), np.float32))
+    else:
+        path.write_bytes(content)
+    shards.path(0).unlink()
+    with pytest.raises(ValueError, match=r"out: .*000000012-000000015.npy (is damaged|holds float32)"):
+        exact_run.run(tmp_path)
+    assert not shards.path(0).exists()
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    settings = {"seed": 0, "eta": 0.5, "sampler": "ddim"}
+    exact_run.run(tmp_path, settings=settings)
+    before = contents(tmp_path), (tmp_path / "manifest.json").read_bytes()
+    assert exact_run.run(tmp_path, settings=dict(settings))[1].drawn == 0
+    changes = [
+        ({"seed": 1}, {}, "seed is 0 there and 1 here"),
+        ({"eta": None}, {}, "eta is 0.5 there and None here"),
+        ({"spacing": "leading"}, {}, "spacing is None there and leading here"),
+        ({"sampler": "ddpm", "seed": 2}, {}, "seed is 0 there and 2 here; sampler is ddim there and ddpm here"),
+        ({}, {"count": COUNT + 1}, f"num_images is {COUNT} there and {COUNT + 1} here"),
+        ({}, {"size": 5}, "shard_size is 4 there and 5 here"),
+    ]
+    for change, options, message in changes:
+        with pytest.raises(ValueError, match=f"samples of other settings: {message}; expected another folder"):
+            exact_run.run(tmp_path, settings=settings | change, **options)
+    assert (contents(tmp_path), (tmp_path / "manifest.json").read_bytes()) == before
+
+
+def test_folders_of_something_else_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"out: .*file is a file"):
+        exact_run.run(tmp_path / "file")
+    (tmp_path / "a" / "shards").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has shards but no manifest\.json"):
+        exact_run.run(tmp_path / "a")
+    for content, message in (
+        ("{", "is no manifest of samples"),
+        ("[]", "is no manifest of samples"),
+        ('{"format": "2", "settings": {}}', "has format '2', expected 'ddpm-ext samples 1'"),
+    ):
+        (tmp_path / "a" / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            exact_run.run(tmp_path / "a")
+
+
+def test_manifest_is_written_first(tmp_path):
+    def draw(first, count):
+        raise RuntimeError("drawing begins")
+
+    shards = Shards(tmp_path / "new" / "folder", COUNT, SIZE, SHAPE)
+    with pytest.raises(RuntimeError, match="drawing begins"):
+        sample_many(shards, {"seed": 2**64 - 1}, draw, batch_size=1, about={"model": "mine"})
+    found = json.loads((shards.folder / "manifest.json").read_text())
+    expected = {"seed": 2**64 - 1, "num_images": COUNT, "shard_size": SIZE, "shape": list(SHAPE)}
+    assert (found["settings"], found["about"]) == (expected, {"model": "mine"})
+
+
+@pytest.mark.parametrize("given", [np.zeros((1, *SHAPE)), np.zeros((3, 4, 5, 1), np.uint8)])
+def test_draw_must_return_what_the_shards_hold(tmp_path, given):
+    shards = Shards(tmp_path, 3, SIZE, SHAPE)
+    with pytest.raises(ValueError, match=r"draw gave (float64|uint8) of .*, expected uint8 of shape \(3, 4, 5, 3\)"):
+        sample_many(shards, {}, lambda first, count: given, batch_size=3)
+    assert not list((tmp_path / "shards").iterdir())
+
+
+def test_shard_is_whole_or_not_there(tmp_path, monkeypatch, truth):
+    def half(path, images):
+        Path(path).write_bytes(images.tobytes()[:100])
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(np, "save", half)
+        exact_run.run(tmp_path)
+    assert not list((tmp_path / "shards").iterdir())
+    assert np.array_equal(joined(exact_run.run(tmp_path)[0]), truth)
+
+
+def test_one_run_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    shards = Shards(tmp_path, COUNT, SIZE, SHAPE)
+    messages = []
+
+    def draw(first, count):
+        if not messages:
+            with pytest.raises(ValueError) as caught:
+                exact_run.run(tmp_path)
+            messages.append(str(caught.value))
+        return make_draw()(first, count)
+
+    sample_many(shards, {"seed": 0}, draw, batch_size=2)
+    assert messages == [f"out: another run is at work in {tmp_path}"]
+    assert exact_run.run(tmp_path)[1].drawn == 0  # the lock has ended with the run
+
+
+def test_bar_counts_samples(tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    shards, _ = exact_run.run(tmp_path)
+    shards.path(0).unlink()
+    sample_many(shards, {"seed": 0}, make_draw(), batch_size=2, progress=True)
+    shown = capsys.readouterr().err
+    assert f"19/{COUNT}" in shown
+    assert f"{COUNT}/{COUNT}" in shown

@@ -1,0 +1,141 @@
+"""`ddpm-ext`: help, info, messages for wrong input, and interruption."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.command_line import ENVIRONMENT, call, run, save_tiny
+
+for module in ("diffusers", "safetensors", "sklearn", "tqdm", "PIL.Image"):
+    pytest.importorskip(module)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "cuda", "devices", "cpu", "threads"):
+        assert word in done.stdout
+
+
+def test_help_shows_groups_and_defaults(capsys):
+    pages = {}
+    for name in ("", "sample", "train", "trajectory", "plot", "info"):
+        assert call(*name.split(), "--help") == 0
+        pages[name], errors = capsys.readouterr()
+        assert errors == ""
+    for word in ("sample", "train", "trajectory", "plot", "info"):
+        assert word in pages[""]
+    for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
+        assert word in pages["sample"]
+    for word in ("--checkpoint-every", "--resume", "(default: 32,48,64)", "loss_second_moment", "learned_range"):
+        assert word in pages["train"]
+
+
+BAD = [
+    (("sample", "--num", "0"), "--num: got 0, expected a whole number of at least 1"),
+    (("sample", "--num", "many"), "--num: got many"),
+    (("sample", "--steps", "0"), "--steps: got 0"),
+    (("sample", "--steps", "1001"), "steps is 1001, expected 1 <= steps < 1001, there being 1000 timesteps"),
+    (("sample", "--spacing", "even"), "spacing is 'even', expected 'linspace', 'leading'"),
+    (("sample", "--spacing", "karras"), "steps is None, expected a number of steps for spacing 'karras'"),
+    (("sample", "--spacing", "ddim7", "--steps", "7"), "steps is 7 beside spacing 'ddim7'"),
+    (("sample", "--num-images", "0"), "--num-images: got 0, expected a whole number of at least 1"),
+    (("sample", "--num-images", "4", "--num", "4"), "not allowed with argument"),
+    (("sample", "--num-images", "4", "--out", "a.npz"), "out: got a.npz, expected a folder for --num-images"),
+    (("sample", "--num-images", "4", "--npz", "a.npy"), "npz: got a.npy, expected a name that ends in .npz"),
+    (("sample", "--num-images", "4", "--shard-size", "0"), "--shard-size: got 0"),
+    (("sample", "--num-images", "4", "--steps", "1001"), "steps is 1001, expected 1 <= steps"),
+    (("sample", "--npz"), "npz: belongs to --num-images"),
+    (("sample", "--png"), "png: belongs to --num-images"),
+    (("sample", "--eta", "-1"), "--eta: got -1, expected a number >= 0"),
+    (("sample", "--eta", "nan", "--sampler", "ddim"), "--eta: got nan"),
+    (("sample", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
+    (("sample", "--seed", "-1"), "--seed: got -1, expected a whole number in [0, 18446744073709551615]"),
+    (("sample", "--batch-size", "0"), "--batch-size: got 0"),
+    (("sample", "--sampler", "plms"), "invalid choice: 'plms'"),
+    (("sample", "--sampler", "euler", "--eta", "1"), "belongs to ddim or euler_ancestral"),
+    (("sample", "--device", "abacus"), "device: abacus can't be used here"),
+    (("sample", "--device", "cuda:77"), "device: cuda:77 can't be used here"),
+    (("sample", "--dtype", "int8"), "invalid choice: 'int8'"),
+    (("sample", "--model", "nowhere"), "model: no such folder: nowhere"),
+    (("sample", "--out", "samples.jpg"), "out: got samples.jpg, expected a name that ends in .npz or .png"),
+    (("sample", "--colour", "red"), "unrecognized arguments: --colour red"),
+    (("trajectory", "--out", "a.npz"), "expected a name that ends in .png or .gif"),
+    (("trajectory", "--every", "0"), "--every: got 0"),
+    (("train", "--steps", "1"), "required: --out"),
+    (("train", "--out", "run", "--lr", "0"), "--lr: got 0, expected a number > 0"),
+    (("train", "--out", "run", "--ema", "1"), "--ema: got 1, expected in [0, 1)"),
+    (("train", "--out", "run", "--widths", "a,b"), "--widths: got a,b"),
+    (("train", "--out", "run", "--flip"), "flip: digits are not to be mirrored"),
+    (("train", "--out", "run", "--data", "nowhere", "--image-size", "8"), "data: no such folder: nowhere"),
+    (("train", "--out", "run", "--image-size", "16"), "digits are 8 by 8"),
+    (("train", "--out", "run", "--autocast", "half"), "--autocast: invalid choice: 'half'"),
+    (("train", "--out", "run", "--timestep-sampler", "all"), "--timestep-sampler: invalid choice: 'all'"),
+    (("train", "--out", "run", "--accumulate", "129"), "accumulate: got 129, expected at most the batch size, 128"),
+    (("train", "--out", "run", "--clip", "-1"), "--clip: got -1, expected a number >= 0"),
+    (("train", "--out", "run", "--sample-every", "-1"), "--sample-every: got -1"),
+    (("train", "--out", "run", "--model-config", "none.json"), "model: no such file: none.json"),
+    (("train", "--out", "run", "--data", ".", "--image-size", "8"), "data: no images in ., expected files ending in"),
+    (("paint",), "invalid choice: 'paint'"),
+    ((), "required: COMMAND"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    written = capsys.readouterr()
+    assert message in written.err
+    assert (written.err.count("\n"), written.out) == (1, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_out_is_reported_before_the_work(tiny, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for out in ("file/a.npz", "folder.npz"):
+        assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / out) == 2
+    assert call("train", "--steps", 1, "--out", tmp_path / "file") == 2
+    written = capsys.readouterr()
+    assert (written.err.count("\n"), written.err.count(": out: ")) == (3, 3)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("diffusers", "tqdm"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / "a.npz") == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f'needs {name}: pip install "ddpm-ext[demo]"' in message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c(tiny, tmp_path):
+    command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "64", "--out", str(tmp_path / "a.npz")]
+
+    def accept_sigint() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so do their children
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, env=ENVIRONMENT, preexec_fn=accept_sigint, **pipes)
+    seen = b""
+    deadline = time.monotonic() + 120
+    while b"/1000" not in seen and time.monotonic() < deadline and running.poll() is None:
+        seen += os.read(running.stderr.fileno(), 4096)  # until the progress bar shows that sampling has started
+    running.send_signal(signal.SIGINT)
+    rest = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert b"ddpm-ext sample: interrupted" in rest
+    assert b"Traceback" not in rest
+    assert not list(tmp_path.iterdir())

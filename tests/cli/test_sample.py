@@ -1,0 +1,98 @@
+"""`ddpm-ext sample --num`: the file that it writes, and what the samples depend on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from support.command_line import call, run, save_tiny
+
+from ddpm_ext.models.folder import CONFIG, WEIGHTS
+
+for module in ("diffusers", "safetensors", "tqdm"):
+    pytest.importorskip(module)
+Image = pytest.importorskip("PIL.Image")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, device):
+    options = ("--num", 5, "--batch-size", 2, "--device", device, "--out", "new/samples.npz")
+    done = run("sample", "--model", tiny, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "new/samples.npz: 5 samples, 8x12x3" in done.stdout
+    assert "it/s" in done.stderr  # the progress bar
+    with np.load(tmp_path / "new" / "samples.npz") as opened:
+        assert opened.files == ["arr_0"]
+        assert (opened["arr_0"].shape, opened["arr_0"].dtype) == ((5, 8, 12, 3), np.uint8)
+        assert opened["arr_0"].std() > 1
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npz"]
+
+
+def test_samples_do_not_depend_on_the_batch_size(tiny, tmp_path):
+    found = []
+    for batch in (1, 3, 64):
+        assert (
+            call("sample", "--model", tiny, "--num", 4, "--batch-size", batch, "--out", tmp_path / "a.npz", "--quiet")
+            == 0
+        )
+        found.append(np.load(tmp_path / "a.npz")["arr_0"].astype(int))
+    # The noise has the same bits; the model's sums may be rounded differently in a batch of another size.
+    assert abs(found[0] - found[1]).max() <= 1
+    assert abs(found[0] - found[2]).max() <= 1
+    assert len(np.unique(found[0].reshape(4, -1), axis=0)) == 4
+
+
+def test_seed_and_sampler_decide(tiny, tmp_path):
+    def drawn(*more):
+        assert call("sample", "--model", tiny, "--num", 2, "--out", tmp_path / "a.npz", "--quiet", *more) == 0
+        return np.load(tmp_path / "a.npz")["arr_0"].astype(int)
+
+    first = drawn()
+    assert np.array_equal(drawn("--seed", 0), first)
+    ddim = ("--sampler", "ddim", "--steps", 4)
+    others = [("--seed", 1), ("--steps", 7), ddim, (*ddim, "--eta", 1.0), (*ddim, "--spacing", "trailing")]
+    for other in (*others, ("--spacing", "3,4")):
+        assert abs(drawn(*other) - first).max() > 5
+    assert abs(drawn("--backend", "reference") - first).max() <= 1
+    assert abs(drawn("--dtype", "bfloat16") - first).mean() < 10
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "karras"])
+def test_png_is_a_visible_grid(tmp_path, spacing):
+    fast = ("--sampler", "ddim", "--steps", 5, "--spacing", spacing)
+    assert call("sample", "--num", 4, *fast, "--out", tmp_path / "a.png", "--quiet") == 0
+    with Image.open(tmp_path / "a.png") as opened:
+        assert opened.format == "PNG"
+        assert min(opened.size) > 120  # two by two of eight pixels a side, enlarged
+
+
+def damaged(folder, kind):
+    """Makes a model's folder unusable in one of several ways."""
+    weights = folder / WEIGHTS
+    if kind == "cut short":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif kind == "another architecture":
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | {"block_out_channels": [16, 16]}))
+    elif kind == "no such file":
+        weights.unlink()
+    elif kind == "pickled":
+        weights.rename(folder / "diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize("kind", ["cut short", "another architecture", "no such file", "pickled"])
+def test_damaged_model_overwrites_nothing(tiny, tmp_path, kind):
+    shutil.copytree(tiny, tmp_path / "model")
+    damaged(tmp_path / "model", kind)
+    (tmp_path / "samples.npz").write_bytes(b"precious")
+    done = run("sample", "--model", "model", "--num", 1, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert kind in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "samples.npz").read_bytes() == b"precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "samples.npz"]
