@@ -71,11 +71,19 @@ def text_of(pattern: str) -> str:
 
 @cache
 def enum(name: str) -> list[str]:
-    """The enumerators of an enum class in csrc."""
+    """The enumerators of an enum class in csrc; of Role and Result, those that core/extras.def adds are among them."""
     found = re.search(rf"enum class {name}\b[^{{]*\{{([^}}]*)\}}", text_of("**/*.h") + text_of("**/*.cuh"))
     if found is None:
         raise ValueError(f"csrc has no enum class {name}")
-    return [word.strip() for word in found[1].split(",") if word.strip()]
+    text = re.sub(r"DDPM_EXTRAS_(\w+)\(DDPM_NAME\)", lambda kind: ", ".join([*extras(kind[1]), ""]), found[1])
+    return [word.strip() for word in text.split(",") if word.strip() not in ("", "count")]
+
+
+@cache
+def extras(kind: str) -> list[str]:
+    """The optional arguments of the extended step of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULTS."""
+    declared = text_of("core/extras.def").split("#define DDPM_EXTRAS(", 1)[1].split("// clang-format on")[0]
+    return re.findall(rf"^  {kind.removesuffix('S')}\((\w+)", declared, re.MULTILINE)
 
 
 @cache
