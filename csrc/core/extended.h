@@ -1,9 +1,11 @@
 // One element of the extended step, which is the reverse step (core/step.h) with everything that its row cannot
-// express. The equation stands in the docstring of ddpm_ext's StepTable, with the same letters: g is `gradient`, h is
-// `history` and v is `model_variance`. Around it the extended step adds:
-//   m is guided towards the condition: u + w (m - u), with u the `uncond_output`, and then multiplied by
-//   `output_scale`. x0 is `x_start` where one is given; it is multiplied by `x_start_scale` before the clip. Where the
-//   sample is partly known, prev = mask (k0 known + k1 z) + (1 - mask) prev.
+// express.
+//
+// The equation stands in the docstring of ddpm_ext's StepTable, with the same letters: g is `gradient`, h is `history`
+// and v is `model_variance`. The extended step also takes these arguments (core/extras.def):
+// - `uncond_output` u: m becomes u + w (m - u), which is classifier-free guidance, before `output_scale` multiplies it.
+// - `x_start` is used in place of a x + b m, and `x_start_scale` multiplies either before the clip.
+// - `known` and `mask`: prev becomes mask (k0 known + k1 z) + (1 - mask) prev.
 #pragma once
 
 #include "core/exponential.h"

@@ -63,15 +63,10 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
 void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                    DDPM_RNG_PARAMETERS, const Tensor& out DDPM_EXTRAS_PARAMETERS) {
-  const std::initializer_list<Named> tensors = {{"x_t", x_t},
-                                                {"model_output", model_output},
-                                                {"noise", noise},
-                                                {"table", table},
-                                                {"t", t},
-                                                {"sample_ids", sample_ids},
-                                                {"out", out},
 #define DDPM_NAMED(name, ...) {#name, name},
-                                                DDPM_EXTRAS_TENSORS(DDPM_NAMED)};
+  const std::initializer_list<Named> tensors = {
+      {"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"table", table},
+      {"t", t},     {"sample_ids", sample_ids},     {"out", out},     DDPM_EXTRAS_TENSORS(DDPM_NAMED)};
 #undef DDPM_NAMED
   refuse_grad("extended_step", tensors, "it");
   if (needs_dispatcher("extended_step", tensors)) {

@@ -15,11 +15,10 @@ constexpr const char* op = "extended_step";
 
 // Sets the dtype of the model's tensors. The first one that is given decides, and the others must have the same.
 void set_model_dtypes(ExtendedCall& call, const Tensor& x_t, const OptionalTensor& model_output, const Extras& extras) {
-  const std::pair<const char*, const Tensor*> tensors[] = {{"model_output", pointer(model_output)},
 #define DDPM_NAMED(name) {#name, pointer(extras.name)},
-                                                           DDPM_EXTRAS_OF_MODEL(DDPM_NAMED)
+  const std::pair<const char*, const Tensor*> tensors[] = {{"model_output", pointer(model_output)},
+                                                           DDPM_EXTRAS_OF_MODEL(DDPM_NAMED)};
 #undef DDPM_NAMED
-  };
   DType dtype = call[Role::x_t].dtype;
   const char* first_name = nullptr;
   const Tensor* first = nullptr;
