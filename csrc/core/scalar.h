@@ -11,8 +11,9 @@
 //   F::kLanes                        the number of elements
 //   Words, Products                  Philox's words and their 64-bit products, in the order that suits the machine
 //   multiply_wide, high, low, xor3, Words ^ uint32_t
-//   block_words(first)               the Words of kLanes consecutive blocks, which join() brings back to a U
-//   join(Words), transpose(F[4])     turns four vectors of one element each of every block into memory order
+//   block_words(first)               the numbers of kLanes consecutive blocks, as Words
+//   join(Words)                      the same words as a U
+//   transpose(F (&z)[4])             brings the elements of kLanes blocks, z[k] with element k of each, to memory order
 //   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
 

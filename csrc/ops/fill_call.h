@@ -12,7 +12,7 @@ namespace ddpm_ext {
 
 inline const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
 
-// These take call.batch as it is, which must have been set.
+// These check against call.batch, which must have been set.
 void set_table(const char* op, Call& call, const Tensor& table, int64_t columns, const OptionalTensor& t,
                int64_t t_index, at::Device device);
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device);
