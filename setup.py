@@ -184,7 +184,7 @@ def files(*patterns: str) -> list[str]:
 
 
 def sources(cuda: bool) -> list[str]:
-    return files("*.cpp", "cpu/*.cpp", *(["cuda/*.cu"] if cuda else []))
+    return files("ops/*.cpp", "cpu/**/*.cpp", *(["cuda/*.cu"] if cuda else []))
 
 
 def compiler() -> list[str]:
@@ -237,7 +237,7 @@ def configure():
         MODULE,
         sources(cuda=plan.toolkit is not None),
         include_dirs=[str(Path(__file__).resolve().parent / "csrc")],
-        depends=files("**/*.h", "**/*.cuh"),
+        depends=files("**/*.h", "**/*.cuh", "**/*.def"),
         define_macros=[("DDPM_EXT_WITH_CUDA", None)] if plan.toolkit else [],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
     )

@@ -1,4 +1,4 @@
-"""What a kernel is, by its template's arguments, and the bytes that one element of its tensors costs."""
+"""Identifies a kernel by its template's arguments and counts the bytes that it moves for one element."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("b
 
 
 class Variant(NamedTuple):
-    """One instance of `elementwise` in csrc/cuda/elementwise.cuh, of `extended` in extended_step.cu, or of
+    """One instance of a kernel template: `elementwise` in csrc/cuda/elementwise.cuh, `extended` in extended_step.cu, or
     `loss_of_samples` in loss.cu."""
 
     op: str
-    noise: str  # of the Noise enum: none, given, drawn
-    access: str  # of the Access enum: vector, ...
+    noise: str  # one of the Noise enum: none, given, drawn
+    access: str  # one of the Access enum: vector, strided
     device_seed: bool
-    tensors: tuple[str, ...]  # types of those that it reads and, last, of those it writes, as in C++
+    tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
 
     @property
     def has_options(self) -> bool:
-        """Whether what it reads and writes is known when it runs: then all of it is meant here, its noise drawn."""
+        """Whether its tensors are known only when it runs. Here all of them are counted, and its noise is drawn."""
         return self.op in (EXTENDED, LOSS, BOUND)
 
     @property
     def adds_up(self) -> bool:
-        """Whether a block adds up what its threads have: its first warp does more than the others."""
+        """Whether a block adds up its threads' values, so that its first warp does more than the others."""
         return self.op in (LOSS, BOUND)
 
     @property
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 
     @property
     def dtypes(self) -> str:
-        """Of x, the second tensor and given noise, as far as it reads them: one name where all are the same."""
+        """The dtypes of x, the second tensor and given noise, as far as it reads them; one name if all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
         read = names[: -self.written] or names
         if self.op == EXTENDED:
@@ -71,11 +71,19 @@ def text_of(pattern: str) -> str:
 
 @cache
 def enum(name: str) -> list[str]:
-    """The enumerators of an enum class in csrc."""
+    """The enumerators of an enum class in csrc, with those that core/extras.def adds to Role and Result."""
     found = re.search(rf"enum class {name}\b[^{{]*\{{([^}}]*)\}}", text_of("**/*.h") + text_of("**/*.cuh"))
     if found is None:
         raise ValueError(f"csrc has no enum class {name}")
-    return [word.strip() for word in found[1].split(",") if word.strip()]
+    text = re.sub(r"DDPM_EXTRAS_(\w+)\(DDPM_NAME\)", lambda kind: ", ".join([*extras(kind[1]), ""]), found[1])
+    return [word.strip() for word in text.split(",") if word.strip() not in ("", "count")]
+
+
+@cache
+def extras(kind: str) -> list[str]:
+    """The optional arguments of the extended step of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULTS."""
+    declared = text_of("core/extras.def").split("#define DDPM_EXTRAS(", 1)[1].split("// clang-format on")[0]
+    return re.findall(rf"^  {kind.removesuffix('S')}\((\w+)", declared, re.MULTILINE)
 
 
 @cache
@@ -89,14 +97,14 @@ def reads(op: str) -> tuple[bool, bool]:
 
 @cache
 def max_turns() -> int:
-    """Vectors that a thread takes at most, by the launch's constant; 1 where there is none."""
+    """How many vectors a thread takes at most, by the launch's constant; 1 if there is no constant."""
     found = re.search(r"\bkMaxTurns = (\d+)", text_of("cuda/*.cuh"))
     return int(found[1]) if found else 1
 
 
 @cache
 def warps_that_add_up() -> int:
-    """Of a block of the loss, whose threads take four elements of a chunk each."""
+    """The number of warps in a block of the loss, in which each thread takes four elements of a chunk."""
     found = re.search(r"\bkLossChunk = (\d+)", text_of("core/loss.h"))
     if found is None:
         raise ValueError("csrc/core/loss.h has no kLossChunk")
@@ -113,7 +121,7 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 
 def variant(demangled: str) -> Variant:
-    """Of a name as c++filt prints it."""
+    """Finds the variant of a kernel from its name as c++filt prints it."""
     found = re.search(r"\b(elementwise|extended|loss_of_samples)<(.*?)>\(", demangled)
     if found is None:
         raise ValueError(f"not an instance of elementwise, extended or loss_of_samples: {demangled}")
@@ -131,7 +139,7 @@ def variant(demangled: str) -> Variant:
     given = values["Noise"] == "given"
     if found[1] == "loss_of_samples":
         x, model = [argument for argument in arguments if argument in TYPES]
-        # with the bound, the model's output has a half for the variance; slopes are float32
+        # with the bound, half of the model's output is for the variance; slopes are float32
         op, halves = (BOUND, 2) if arguments[0].endswith("VariationalRow") else (LOSS, 1)
         tensors = (x, *[model] * halves, *[x] * given, *["float"] * halves)
         return Variant(op, values["Noise"], values["Access"], False, tensors, halves)

@@ -1,28 +1,30 @@
-// How unlikely an element of an 8-bit image is under a Gaussian: -ln of what its bin, 2/255 wide, holds of it (Ho et
-// al. 2020, eq. 13), and the slopes. Of one number at a time: one sample in some thousand is at the last step.
+// The negative log-probability of one element of an 8-bit image under a Gaussian: -ln of the Gaussian's integral over
+// the element's bin, which is 2/255 wide (Ho et al. 2020, eq. 13), and its slopes. These functions take single numbers,
+// not vectors, since about one sample in a thousand is at the last step.
 #pragma once
 
 #include "core/exponential.h"
 
 namespace ddpm_ext {
 
+// A negative log-probability and its slopes.
 struct Unlikeliness {
   float value, by_mean, by_log_variance;
 };
 
-// Of a normal x > 0, within an ulp.
+// Computes 1 / x for a normal x > 0, within an ulp.
 DDPM_HD float reciprocal(float x) {
   float y = bits_to_float(0x7ef311c3u - float_to_bits(x));
   for (int i = 0; i < 3; ++i) y = fma(y, fma(-x, y, 1.0f), y);  // Newton's method
   return y;
 }
 
-// Of a normal x > 0.
+// Computes ln x for a normal x > 0.
 DDPM_HD float logarithm(float x) {
   // x = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
   const uint32_t bits = float_to_bits(x), exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // 2^23 e
   const float f = bits_to_float(bits - exponent) - 1.0f;
-  // ln(1 + f) = f q: minimax for the relative error, 3e-8
+  // ln(1 + f) = f q. q is minimax for the relative error, which is 3e-8.
   float q = 0x1.65f094p-4f;
   q = fma(q, f, -0x1.25059cp-3f);
   q = fma(q, f, 0x1.317caep-3f);
@@ -35,16 +37,16 @@ DDPM_HD float logarithm(float x) {
   return fma(signed_to_float(exponent), 0x1.62e430p-24f, f * q);
 }
 
-// -ln(1 - q), q in [0, 1).
+// Computes -ln(1 - q) for q in [0, 1).
 DDPM_HD float unlikeliness_of_rest(float q) {
   if (q > 0.1f) return -logarithm(1.0f - q);
   return q * fma(q, fma(q, fma(q, fma(q, fma(q, 1.0f / 6, 0.2f), 0.25f), 1.0f / 3), 0.5f), 1.0f);
 }
 
-// Mills' ratio, what lies beyond x >= 0 standard deviations over the density there.
+// Mills' ratio: the probability beyond x >= 0 standard deviations, divided by the density at x.
 DDPM_HD float mills_ratio(float x) {
   const float t = reciprocal(fma(x, 0x1.333334p-2f, 1.0f));
-  // minimax for the relative error, 2.3e-8
+  // p is minimax for the relative error, which is 2.3e-8.
   float p = -0x1.c32702p-6f;
   p = fma(p, t, 0x1.9a3afap-4f);
   p = fma(p, t, -0x1.4fed3cp-4f);
@@ -59,12 +61,13 @@ DDPM_HD float mills_ratio(float x) {
   return p * t;
 }
 
+// The standard normal's density.
 DDPM_HD float density(float x) { return exponential(-0.5f * x * x) * 0x1.988454p-2f; }
 
 constexpr float kHalfBin = 0x1.010102p-8f;  // 1 / 255
 constexpr float kHalfLnTwoPi = 0x1.d67f1cp-1f;
 
-// Of what lies beyond w standard deviations: -ln, and the slope.
+// Computes -ln of the probability beyond w standard deviations, and its slope by w.
 DDPM_HD float tail_unlikeliness(float w, float& slope) {
   if (w < 0.0f) {
     const float peak = density(w), q = peak * mills_ratio(-w);
@@ -76,12 +79,13 @@ DDPM_HD float tail_unlikeliness(float w, float& slope) {
   return fma(0.5f * w, w, kHalfLnTwoPi) - logarithm(ratio);
 }
 
-// Of the bin whose middle is `distance` >= 0 from the mean, in standard deviations u - h to u + h: -ln, and its slopes
-// times u and h; that by u alone.
+// Computes -ln of the probability of the bin whose middle is `distance` >= 0 away from the mean. In standard deviations
+// the bin reaches from u - h to u + h. by_u is the slope by u; u_by_u and h_by_h are the slopes by u and h times u and
+// h.
 DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_variance, float& by_u, float& u_by_u,
                                float& h_by_h) {
   const float u = distance * inverse, h = kHalfBin * inverse;
-  if (h < 0.1f && u * h < 0.2f) {  // a bin so narrow that the density hardly changes: 2 h density(u) (1 + s)
+  if (h < 0.1f && u * h < 0.2f) {  // the density hardly changes inside the bin: 2 h density(u) (1 + s)
     const float y = u * h, k = h * h, y2 = y * y;
     const float second = (y2 - k) * (1.0f / 6), fourth = fma(y2, fma(-6.0f, k, y2), 3.0f * k * k) * (1.0f / 120);
     const float s = second + fourth, rest = fma(-s, fma(-s, 1.0f - s, 1.0f), 1.0f);  // 1 / (1 + s)
@@ -109,10 +113,10 @@ DDPM_HD float bin_unlikeliness(float distance, float inverse, float half_log_var
   return unlikeliness_of_rest(q);
 }
 
-// `difference`: of x_start from the Gaussian's mean. A log-variance beyond [-60, 60] counts as the nearest.
+// `difference` is x_start minus the Gaussian's mean. log_variance is clamped to [-60, 60].
 DDPM_HD Unlikeliness unlikeliness(float x_start, float difference, float log_variance) {
   const float half = clamp(0.5f * log_variance, -30.0f, 30.0f), inverse = exponential(-half);
-  if (x_start > 0.999f || x_start < -0.999f) {  // the outermost bins reach to infinity
+  if (x_start > 0.999f || x_start < -0.999f) {  // the first and the last bin reach to infinity
     const float side = x_start > 0.0f ? 1.0f : -1.0f, w = fma(side, difference, -kHalfBin) * inverse;
     float slope;
     const float value = tail_unlikeliness(w, slope);

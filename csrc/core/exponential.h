@@ -1,17 +1,18 @@
-// e^y from integer operations and correctly rounded + x fma alone, so that every device gives the same bits.
+// The exponential, from integer operations and correctly rounded + x fma alone, so that every device gives the same
+// bits.
 #pragma once
 
 #include "core/scalar.h"
 
 namespace ddpm_ext {
 
-// e^y = scale (1 + r + r^2 p); y in [-87, 88], or NaN.
+// Finds e^y = scale (1 + r + r^2 p) for y in [-87, 88] or NaN.
 template <class F>
 DDPM_HD void exponential_parts(F y, F& scale, F& r, F& p) {
-  // y = n ln 2 + r: adding 1.5 x 2^23 leaves the nearest integer in the low bits
+  // y = n ln 2 + r. Adding 1.5 x 2^23 leaves the nearest integer in the low bits.
   const F shifted = fma(y, F(0x1.715476p+0f), F(0x1.8p+23f)), n = shifted + F(-0x1.8p+23f);
   r = fma(n, F(0x1.bd0106p-13f), fma(n, F(-0x1.63p-1f), y));  // ln 2 = 0x1.63p-1 - 0x1.bd0106p-13
-  // minimax for the relative error, 3.1e-9
+  // p is minimax for the relative error, which is 3.1e-9.
   p = F(0x1.6a2434p-10f);
   p = fma(p, r, F(0x1.1239e2p-7f));
   p = fma(p, r, F(0x1.5558f2p-5f));
@@ -21,7 +22,7 @@ DDPM_HD void exponential_parts(F y, F& scale, F& r, F& p) {
   scale = bits_to_float((float_to_bits(shifted) << 23) + U(0x3f800000u));
 }
 
-// Within 1.3 x 2^-24 of e^y, relative; y beyond [-87, 88], where float32 ends, counts as the nearest. NaN passes.
+// Computes e^y within 1.3 x 2^-24, relative. y is clamped to [-87, 88], where float32 ends; NaN stays NaN.
 template <class F>
 DDPM_HD F exponential(F y) {
   F scale, r, p;
@@ -29,13 +30,13 @@ DDPM_HD F exponential(F y) {
   return fma(fma(p, r, F(1.0f)), r, F(1.0f)) * scale;
 }
 
-// e^y - 1 - y, of small y too, and e^y; y in [-87, 88].
+// Computes e^y - 1 - y without cancellation near 0, and e^y, for y in [-87, 88].
 template <class F>
 DDPM_HD F exponential_excess(F y, F& exponential) {
   F scale, r, p;
   exponential_parts(y, scale, r, p);
   exponential = fma(fma(p, r, F(1.0f)), r, F(1.0f)) * scale;
-  // near 0 the scale is 1 and r is y, so that the first term alone is left
+  // Near 0 the scale is 1 and r is y, so that only the first term is left.
   return fma(scale, r * r * p, fma(scale, r, F(-1.0f) * y) + (scale + F(-1.0f)));
 }
 

@@ -1,56 +1,69 @@
-// The reverse step with all that an affine row can't say. Of one element:
-//   m    = u + w (m - u)                              classifier-free guidance, times a factor of the sample's
-//   x0   = clamp(f (a x + b m)) + g0 g                f: a factor of the sample's; or of an x0 that is given
-//   prev = c0 x0 + c1 x + c2 m + c3 h + V g1 g + S z  h: the x0 of the step before; g: a classifier's gradient
-//   S, V = s, 1;  s exp(l0 + l1 v), exp(l0 + l1 v)^2;  or s sqrt(v), v     v: the model's own variance
-//   prev = mask (k0 known + k1 z) + (1 - mask) prev   the part of the sample that is known
+// One element of the extended step, which is the reverse step (core/step.h) with everything that its row cannot
+// express.
+//
+// The equation stands in the docstring of ddpm_ext's StepTable, with the same letters: g is `gradient`, h is `history`
+// and v is `model_variance`. The extended step also takes these arguments (core/extras.def):
+// - `uncond_output` u: m becomes u + w (m - u), which is classifier-free guidance, before `output_scale` multiplies it.
+// - `x_start` is used in place of a x + b m, and `x_start_scale` multiplies either before the clip.
+// - `known` and `mask`: prev becomes mask (k0 known + k1 z) + (1 - mask) prev.
 #pragma once
 
 #include "core/exponential.h"
+#include "core/extras.def"
 #include "core/forward.h"
 #include "core/step.h"
 
 namespace ddpm_ext {
 
-// As it lies in memory: float32 (rows, 16).
+// A row as it lies in memory: float32 (rows, 16).
 struct alignas(16) ExtendedRow {
   StepRow step;
   float l0, l1, g0, g1, k0, k1, w;
   uint32_t unused;
 };
 
-// The tensors that a step reads besides x. Those of Role::x's dtype, then those of the model output's.
-enum class Role : int { x, noise, x_start, history, gradient, known, mask, model_output, uncond, variance };
-constexpr int kRoles = 10;
+// The tensors that a step reads. Those with the dtype of x_t come first, then those with the dtype of the model's
+// output.
+enum class Role : int { x_t, noise, DDPM_EXTRAS_LIKE_X(DDPM_NAME) model_output, DDPM_EXTRAS_OF_MODEL(DDPM_NAME) count };
+constexpr int kRoles = static_cast<int>(Role::count);
 DDPM_HD constexpr bool of_model(Role role) { return role >= Role::model_output; }
-// And those that it writes: the next sample, a second copy of it, x0.
-enum class Result : int { prev, copy, x0 };
-constexpr int kResults = 3;
 
+// The tensors that a step writes. `out` is the next sample.
+enum class Result : int { out, DDPM_EXTRAS_RESULTS(DDPM_NAME) count };
+constexpr int kResults = static_cast<int>(Result::count);
+
+// Where the standard deviation comes from: from the row alone, or from model_variance as a logarithm or as it is.
 enum class Variance : int { of_row, log, direct };
 
-// What else all elements of a sample share.
+// The values, besides the row, that all elements of a sample share.
 struct ExtendedSample {
-  float clip_min, clip_max, output_scale, x_start_scale;
+  float clip_min, clip_max;
+#define DDPM_FIELD(name) float name;
+  DDPM_EXTRAS_PER_SAMPLE(DDPM_FIELD)
+#undef DDPM_FIELD
   Variance variance;
 };
 
+// Whether a step of this row needs noise that the kernel draws.
 DDPM_HD bool draws(const ExtendedRow& row, bool masked) { return row.step.s != 0.0f || (masked && row.k1 != 0.0f); }
 
+// Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
 template <class F>
 DDPM_HD F guide(float w, F m, F u) {
   return fma(F(w), fma(F(-1.0f), u, m), u);
 }
 
-// A standard deviation, over the row's s; sqrt takes no 0.
+// The standard deviation divided by the row's s. The clamp keeps zero away from sqrt, which does not take it.
 template <class F>
 DDPM_HD F learned_deviation(const ExtendedRow& row, Variance kind, F v) {
   if (kind == Variance::log) return exponential(fma(F(row.l1), v, F(row.l0)));
   return sqrt(clamp(v, F(0x1p-100f), F(0x1p100f)));
 }
 
-// N neighbours, so that what a call has is asked once for all of them. Io has(role), load<role>(i), has(result),
-// store<result>(i, value): tensors that a call doesn't have are neither read nor written. z: their noise, where drawn.
+// Takes the step for N neighbouring elements at once, so that each question about the call is answered once for all of
+// them. Io reads and writes memory: has(role) and has(result) say whether the call has a tensor, load<role>(i) reads
+// element i, and store<result>(i, value) writes it. Tensors that the call does not have are neither read nor written.
+// z holds the elements' noise if `drawn`.
 template <int N, class F, class Io>
 DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample, Io& io, bool drawn, F (&z)[N]) {
   const StepRow& step = row.step;
@@ -58,13 +71,13 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
   F x[N], m[N], x0[N], prev[N];
 
 #define DDPM_EACH DDPM_UNROLL for (int i = 0; i < N; ++i)
-  DDPM_EACH x[i] = io.template load<Role::x>(i);
+  DDPM_EACH x[i] = io.template load<Role::x_t>(i);
   DDPM_EACH m[i] = F(0.0f);
   if (io.has(Role::model_output)) {
     DDPM_EACH m[i] = io.template load<Role::model_output>(i);
   }
-  if (io.has(Role::uncond) && row.w != 1.0f) {
-    DDPM_EACH m[i] = guide(row.w, m[i], io.template load<Role::uncond>(i));
+  if (io.has(Role::uncond_output) && row.w != 1.0f) {
+    DDPM_EACH m[i] = guide(row.w, m[i], io.template load<Role::uncond_output>(i));
   }
   DDPM_EACH m[i] = m[i] * F(sample.output_scale);
 
@@ -86,7 +99,7 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
   F deviation[N];
   DDPM_EACH deviation[i] = F(1.0f);
   if (learned) {
-    DDPM_EACH deviation[i] = learned_deviation(row, sample.variance, io.template load<Role::variance>(i));
+    DDPM_EACH deviation[i] = learned_deviation(row, sample.variance, io.template load<Role::model_variance>(i));
   }
   if (io.has(Role::gradient)) {
     DDPM_EACH {
@@ -100,7 +113,7 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
   if (io.has(Role::noise)) {
     DDPM_EACH z[i] = io.template load<Role::noise>(i);
   }
-  // As in the plain step, noise that is given counts in every row.
+  // As in the plain step, given noise is added in every row, also where s is 0.
   if (io.has(Role::noise) || (drawn && step.s != 0.0f)) {
     DDPM_EACH prev[i] = fma(deviation[i] * F(step.s), z[i], prev[i]);
   }
@@ -113,14 +126,14 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
     }
   }
 
-  // Last, so that a result may lie where what it is made from does.
-  if (io.has(Result::x0)) {
-    DDPM_EACH io.template store<Result::x0>(i, x0[i]);
+  // Stores come last, so that a result may overwrite the tensors that it is computed from.
+  if (io.has(Result::x0_out)) {
+    DDPM_EACH io.template store<Result::x0_out>(i, x0[i]);
   }
-  if (io.has(Result::copy)) {
-    DDPM_EACH io.template store<Result::copy>(i, prev[i]);
+  if (io.has(Result::out_copy)) {
+    DDPM_EACH io.template store<Result::out_copy>(i, prev[i]);
   }
-  DDPM_EACH io.template store<Result::prev>(i, prev[i]);
+  DDPM_EACH io.template store<Result::out>(i, prev[i]);
 #undef DDPM_EACH
 }
 

@@ -1,5 +1,5 @@
-// One element of the forward process, x_t = k0 x_start + k1 z, and of whatever else is affine in two tensors: the
-// prediction of x_start, the posterior mean.
+// One element of the forward process, x_t = k0 x_start + k1 z. The predicted clean sample and the posterior mean are
+// affine in two tensors as well and use the same function.
 #pragma once
 
 #include "core/scalar.h"

@@ -1,4 +1,5 @@
-// One element of a training loss: how far the model's output is from its target k0 x_start + k1 z, and the slope there.
+// One element of a training loss: the difference between the model's output and its target k0 x_start + k1 z, the loss
+// of that difference, and the slope of the loss.
 #pragma once
 
 #include "core/discretized.h"
@@ -6,7 +7,7 @@
 
 namespace ddpm_ext {
 
-// As it lies in memory: float32 (rows, 4), the last unused.
+// A row as it lies in memory: float32 (rows, 4). The last column is unused.
 struct alignas(16) LossRow {
   float k0, k1, weight;
   uint32_t unused;
@@ -14,20 +15,20 @@ struct alignas(16) LossRow {
 
 enum class Loss : int { mse, l1, huber };
 
-// x_start counts where it is there.
+// Without x_start the target is k1 z.
 template <class Row, class F>
 DDPM_HD F loss_difference(const Row& row, F m, bool has_x_start, F x_start, F z) {
   const F target = has_x_start ? affine({row.k0, row.k1}, x_start, z) : F(row.k1) * z;
   return fma(F(-1.0f), target, m);
 }
 
-// A loss of the difference d is s (d - c s), where s is d, or its sign, or d clamped to [-delta, delta]; c is 0, 0,
-// 1/2.
+// The loss of a difference d is s (d - c s). For mse, s = d and c = 0; for l1, s is the sign of d and c = 0; for huber,
+// s is d clamped to [-delta, delta] and c = 1/2. This returns s.
 template <class F>
 DDPM_HD F loss_part(Loss kind, float delta, F d) {
   if (kind == Loss::mse) return d;
   if (kind == Loss::huber) return clamp(d, F(-delta), F(delta));
-  return clamp(d * F(0x1p126f) * F(0x1p126f), F(-1.0f), F(1.0f));  // of subnormal numbers, too
+  return clamp(d * F(0x1p126f) * F(0x1p126f), F(-1.0f), F(1.0f));  // the sign, also of subnormal numbers
 }
 
 template <class F>
@@ -35,7 +36,7 @@ DDPM_HD F loss_value(Loss kind, F d, F part) {
   return part * (kind == Loss::huber ? fma(part, F(-0.5f), d) : d);
 }
 
-// The slope is that of the part, times this.
+// The slope of the loss is `part` times this.
 DDPM_HD constexpr float slope_of_part(Loss kind) { return kind == Loss::mse ? 2.0f : 1.0f; }
 DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
   return share * slope_of_part(kind) * row.weight;
@@ -43,21 +44,24 @@ DDPM_HD float slope_factor(float share, Loss kind, const LossRow& row) {
 
 // ------------------------------------------------------------------------------------- with the variational bound
 
-// As it lies in memory: float32 (rows, 8). To `weight` times the loss comes `vlb_weight` times the bound's term, by the
-// model's log-variance, l0 + l1 v, where v is its own output:
-//   KL(posterior | model) = (e^g (1 + scale d^2) - 1 - g) / 2    g = -(l0 + l1 v): l0 has the posterior's taken off
-//   at a decoder's row -ln of what the bin of x_start holds, whose mean is x_start + scale d
+// A row as it lies in memory: float32 (rows, 8). The loss is `weight` times the loss above plus `vlb_weight` times a
+// term of the variational bound. The model's log-variance is l0 + l1 v, with v the model's own output. In a row with
+// decoder = 0 the term is the divergence of the posterior from the model, where l0 is relative to the posterior's
+// log-variance:
+//   KL(posterior | model) = (e^g (1 + scale d^2) - 1 - g) / 2        g = -(l0 + l1 v)
+// In a decoder's row the term is -ln of the probability of x_start's 8-bit level (core/discretized.h), under a Gaussian
+// whose mean is x_start + scale d.
 struct alignas(16) VariationalRow {
   float k0, k1, weight, vlb_weight, l0, l1, scale, decoder;
 };
 
-// The value, and its slopes by the model's output and by v.
+// A loss and its slopes by the model's output and by v.
 template <class F>
 struct LossParts {
   F value, slope, variance_slope;
 };
 
-// Nothing but the loss's own slope reaches the output where the mean is detached.
+// If the mean is detached, the bound adds nothing to the slope by the model's output.
 template <class F>
 DDPM_HD LossParts<F> with_bound(const VariationalRow& row, Loss kind, float delta, bool detached, F d,
                                 const LossParts<F>& bound) {
@@ -80,14 +84,15 @@ DDPM_HD LossParts<float> decoder_bound(const VariationalRow& row, float d, float
   return {bin.value, row.scale * bin.by_mean, row.l1 * bin.by_log_variance};
 }
 
-// x_start is needed for the target, or for its bin.
+// Whether a row needs x_start, for the target or for the decoder's term.
 DDPM_HD bool reads_x_start(const VariationalRow& row) { return row.k0 != 0.0f || row.decoder != 0.0f; }
 
 DDPM_HD float slope_factor(float share, Loss, const VariationalRow&) { return share; }
 
-// A sample's sum, in the same order on every device: elements by chunks of kLossChunk, of which element j is added to
-// lane j mod kLossLanes in float32, and the lanes by halves in float64; then chunk i to strand i mod kLossStrands, and
-// the strands by halves; and so the losses of a batch. What a sample's sum is multiplied by beside 1 / numel:
+// Every device adds up a sample's losses in the same order. A sample is cut into chunks of kLossChunk elements. In a
+// chunk, element j is added to lane j mod kLossLanes in float32, and the lanes are added by halves in float64. Then
+// chunk i is added to strand i mod kLossStrands, and the strands are added by halves. The losses of a batch are added
+// by strands as well. This is the factor of a sample's sum besides 1 / numel:
 DDPM_HD float weight_of_sum(const LossRow& row) { return row.weight; }
 DDPM_HD float weight_of_sum(const VariationalRow&) { return 1.0f; }
 constexpr int kLossChunk = 512, kLossLanes = 64, kLossStrands = 128;

@@ -1,12 +1,13 @@
-// Box-Muller: two words of 32 random bits to two standard normals, from integer operations and correctly rounded
-// + - x fma sqrt alone, so that every device gives the same bits. Within 2e-6 of the formula in float64.
+// Box-Muller: turns two words of 32 random bits into two standard normals. It uses integer operations and correctly
+// rounded + - x fma sqrt alone, so that every device gives the same bits. The result is within 2e-6 of the formula in
+// float64, absolute.
 #pragma once
 
 #include "core/scalar.h"
 
 namespace ddpm_ext {
 
-// sqrt(-2 ln u) with u = fma(float(w), 2^-32, 2^-33).
+// Computes sqrt(-2 ln u) with u = fma(float(w), 2^-32, 2^-33).
 template <class U>
 DDPM_HD auto radius(U w) {
   using F = decltype(unsigned_to_float(w));
@@ -14,7 +15,7 @@ DDPM_HD auto radius(U w) {
   // u = 2^e (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1)
   const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // 2^23 e
   const F f = bits_to_float(bits - exponent) + F(-1.0f);
-  // -2 ln(1 + f) = f q(f): q minimax for the error of the square root, 3.1e-7
+  // -2 ln(1 + f) = f q(f). q is minimax for the error of the square root, which is 3.1e-7.
   F q = F(-0x1.eba97ap-3f);
   q = fma(q, f, F(0x1.82798ep-2f));
   q = fma(q, f, F(-0x1.a48406p-2f));
@@ -22,15 +23,15 @@ DDPM_HD auto radius(U w) {
   q = fma(q, f, F(-0x1.55182cp-1f));
   q = fma(q, f, F(0x1.000292p+0f));
   q = fma(q, f, F(-0x1.00001cp+1f));
-  // 2^-100 is lost in any sum but where u is 1: so the root is of a number above 0, always
+  // Adding 2^-100 changes the sum only where u is 1, where it keeps the square root away from 0.
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
 
-// cos and sin of 2 pi w / 2^32, with one sign too many where half_turns(w) has bit 31 set. The angle's part beyond the
-// nearest half turn is w's low 31 bits, read as signed.
+// Computes cos and sin of 2 pi w / 2^32, but both with the wrong sign if half_turns(w) has bit 31 set. What is left of
+// the angle after the nearest half turn is in the low 31 bits of w, read as a signed number.
 template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
-  const F x = signed_to_float(w << 1) * F(0x1p-31f);  // in [-1, 1]: quarters of a turn
+  const F x = signed_to_float(w << 1) * F(0x1p-31f);  // quarter turns, in [-1, 1]
   const F x2 = x * x;
   F s = F(0x1.3912a8p-13f);
   s = fma(s, x2, F(-0x1.31fbf4p-8f));
@@ -45,12 +46,14 @@ DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   sine = s;
 }
 
-// Bit 31: whether the nearest half turn is an odd one.
+// Bit 31 of the result says whether the nearest half turn is an odd one.
 template <class U>
 DDPM_HD U half_turns(U w) {
   return w + U(0x40000000u);
 }
 
+// Computes the normals of two words. Of the four words of a Philox block, w0 and w1 give the first two normals, w2 and
+// w3 the other two.
 template <class U, class F>
 DDPM_HD void box_muller(U w0, U w1, F& z0, F& z1) {
   F c, s;

@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and the counter that the noise
-// contract lays out in it: (block, draw, sample id, sample id's upper bits and stream).
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and the noise contract's counter:
+// (block, draw, low half of the sample id, high half of the sample id with the stream in its upper 8 bits).
 #pragma once
 
 #include "core/scalar.h"
@@ -10,7 +10,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// The key of every round: computed once a launch, read as constants by every element.
+// The keys of all rounds. They are computed once for each launch and are constants to every element.
 struct PhiloxKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 };
@@ -23,7 +23,7 @@ DDPM_HD PhiloxKeys philox_keys(uint64_t seed) {
   return keys;
 }
 
-// Rounds first to 9, over counter words of type U (uint32_t, or a vector of them).
+// Takes rounds `first` to 9 over counter words of type U, which is uint32_t or a vector of them.
 template <class U>
 DDPM_HD void philox_rounds(const PhiloxKeys& keys, int first, U& c0, U& c1, U& c2, U& c3) {
   DDPM_UNROLL
@@ -36,20 +36,20 @@ DDPM_HD void philox_rounds(const PhiloxKeys& keys, int first, U& c0, U& c1, U& c
   }
 }
 
-// Three of the counter's words are the same for a whole sample.
+// The three words of the counter that are the same for a whole sample.
 struct SampleCounter {
   uint32_t draw, id_low, id_high;
 };
 
-constexpr uint64_t kIdMask = (uint64_t{1} << 56) - 1;  // so that no id reaches another stream
+constexpr uint64_t kIdMask = (uint64_t{1} << 56) - 1;  // so that no id can reach into another stream
 
 DDPM_HD SampleCounter sample_counter(uint64_t id, uint32_t stream, uint32_t draw) {
   id &= kIdMask;
   return {draw, static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32) + (stream << 24)};
 }
 
-// What of rounds 0 and 1 does not depend on the block, taken out of the loop over a sample: half of round 0's
-// multiplications and half of round 1's.
+// The part of rounds 0 and 1 that does not depend on the block, half of each round's multiplications. It is computed
+// once for each sample.
 struct PhiloxSample {
   uint32_t c3_key, c0_high, c1_key, c3;
 };
@@ -60,7 +60,7 @@ DDPM_HD PhiloxSample philox_sample(const PhiloxKeys& keys, const SampleCounter& 
   return {counter.id_high ^ keys.k1[0], high(q0) ^ keys.k1[1], low(p1) ^ keys.k0[1], low(q0)};
 }
 
-// The four words w[0..3] of counter (block, draw, id_low, id_high).
+// Computes the four words w[0..3] of the counter (block, draw, id_low, id_high).
 template <class U>
 DDPM_HD void philox_block(const PhiloxKeys& keys, const PhiloxSample& sample, U block, U (&w)[4]) {
   auto p0 = multiply_wide(block, kPhiloxM0);

@@ -1,5 +1,20 @@
-// One element's arithmetic, for g++ and nvcc alike. The CPU's vector types (cpu/simd_*.h) offer the same names, so the
-// templates in core/ are written once and mean the same operations, in the same order, on every path.
+// The arithmetic of one element, for g++ and nvcc alike. The templates in core/ are written once over the types below
+// and mean the same operations in the same order for each of them.
+//
+// A vector type that stands in for float and uint32_t (cpu/simd/*.h, cuda/pair.cuh) must provide, for its float type F
+// and its integer type U:
+//   F(float), U(uint32_t)            the same value in every lane
+//   F + F, F * F, fma, sqrt, clamp   each correctly rounded, clamp as below
+//   U + U, U - U, U & U, U << int
+//   bits_to_float, float_to_bits, signed_to_float, unsigned_to_float, flip_sign
+// The CPU's also provide, for the kernels (cpu/kernels/):
+//   F::kLanes                        the number of elements
+//   Words, Products                  Philox's words and their 64-bit products, in the order that suits the machine
+//   multiply_wide, high, low, xor3, Words ^ uint32_t
+//   block_words(first)               the numbers of kLanes consecutive blocks, as Words
+//   join(Words)                      the same words as a U
+//   transpose(F (&z)[4])             brings the elements of kLanes blocks, z[k] with element k of each, to memory order
+//   load(p), store(p, F)             for float, Float16 and BFloat16; a store rounds to nearest even
 #pragma once
 
 #include <math.h>
@@ -30,20 +45,20 @@ DDPM_HD uint32_t float_to_bits(float f) {
   return u;
 }
 
-// Integer to float, rounded to nearest even.
+// Converts an integer to float, rounding to nearest even.
 DDPM_HD float unsigned_to_float(uint32_t u) { return static_cast<float>(u); }
 DDPM_HD float signed_to_float(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 
-// f with its sign flipped where u has bit 31 set.
+// Returns f with its sign flipped if u has bit 31 set.
 DDPM_HD float flip_sign(float f, uint32_t u) { return bits_to_float(float_to_bits(f) ^ (u & 0x80000000u)); }
 
-// As torch.clamp: NaN passes.
+// Clamps as torch.clamp does: NaN stays NaN.
 DDPM_HD float clamp(float x, float lo, float hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
 }
 
-// 32 x 32 -> 64 bits. The vector types keep such a product in one lane of 64 bits, and so does this one.
+// Multiplies 32 by 32 bits to 64. The vector types, too, hold such a product in one lane of 64 bits.
 DDPM_HD uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 DDPM_HD uint32_t high(uint64_t p) { return static_cast<uint32_t>(p >> 32); }
 DDPM_HD uint32_t low(uint64_t p) { return static_cast<uint32_t>(p); }

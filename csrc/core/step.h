@@ -1,14 +1,13 @@
-// One element of the reverse process:
-//   x0   = clamp(a x + b m)
-//   prev = c0 x0 + c1 x + c2 m + s z
+// One element of the reverse step: x0 and then the next sample, by one row. The equation stands in the docstring of
+// ddpm_ext's StepTable; names here are its letters.
 #pragma once
 
 #include "core/scalar.h"
 
 namespace ddpm_ext {
 
-// A row of a step table as it lies in memory: float32 (rows, 8), the seventh column an int32's bits, the last read by
-// the extended step alone.
+// A row of a step table as it lies in memory: float32 (rows, 8). The seventh column holds the bits of an integer, and
+// only the extended step reads the last one.
 struct alignas(16) StepRow {
   float a, b, c0, c1, c2, s;
   uint32_t draw;
@@ -20,8 +19,8 @@ DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float cl
   return clamp(fma(F(row.a), x, F(row.b) * m), F(clip_min), F(clip_max));
 }
 
-// The noise-free part. c2 is 0 but for samplers that keep the model's eps, and 0 times an infinite m would be NaN where
-// the clip had tamed it.
+// The step without its noise. Only samplers that keep the model's own eps have a c2 other than 0. For the others m must
+// not be read a second time: 0 times an infinite m would be NaN, although the clip has made x0 finite.
 template <class F>
 DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max) {
   F rest = F(row.c1) * x;

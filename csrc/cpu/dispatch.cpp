@@ -1,4 +1,4 @@
-// Chooses the instruction set once a process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
+// Chooses the instruction set once in a process: the best that the CPU has, or the one that DDPM_EXT_CPU names.
 #include <c10/util/Exception.h>
 #include <stdlib.h>
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/loops.h"
+#include "cpu/operators.h"
 
 namespace ddpm_ext::cpu {
 namespace {
@@ -17,7 +17,8 @@ std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__) && defined(__GNUC__)
   unsigned a, b, c = 0, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // older compilers' builtin doesn't know it
+  const bool f16c =
+      __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);  // the builtins of older compilers do not know f16c
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&avx512::kernels);

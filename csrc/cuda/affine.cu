@@ -1,6 +1,7 @@
+// The forward process, the predicted clean sample and the posterior mean: operators that are affine in two tensors.
 #include "core/forward.h"
 #include "cuda/elementwise.cuh"
-#include "cuda/launch.h"
+#include "cuda/operators.h"
 
 namespace ddpm_ext::cuda {
 namespace {
@@ -13,63 +14,31 @@ struct Affine {
   static __device__ __forceinline__ uint32_t draw(const Row&, int64_t t) { return static_cast<uint32_t>(t); }
 
   template <Noise kNoise, class F>
-  static __device__ __forceinline__ F element(const Row& row, const Args&, F x, F, F z) {
+  static __device__ __forceinline__ F element(const Row& row, const ElementwiseCall&, F x, F, F z) {
     if constexpr (kNoise == Noise::none) return F(row.k0) * x;
     return affine(row, x, z);
   }
 };
 
-struct Randn {
-  struct Row {};
-  static constexpr bool kX = false, kSecond = false, kRowless = true;
-
-  static __device__ __forceinline__ bool draws(const Row&) { return true; }
-  static __device__ __forceinline__ uint32_t draw(const Row&, int64_t) { return 0; }
-
-  template <Noise, class F>
-  static __device__ __forceinline__ F element(const Row&, const Args&, F, F, F z) {
-    return z;
-  }
-};
-
-template <class X>
-void launch_randn(const Args& args, cudaStream_t stream) {
-  if (args.seed_data != nullptr) return launch_typed<Randn, Noise::drawn, true, X, X, X>(args, stream);
-  return launch_typed<Randn, Noise::drawn, false, X, X, X>(args, stream);
-}
-
 }  // namespace
 
-void affine(const Args& args, int device) {
+void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (args.x.dtype) {
+    switch (call.x.dtype) {
       case DType::float16:
-        return launch_noise<Affine, __half, __half, __half>(args, stream);
+        return launch_noise<Affine, __half, __half, __half>(call, stream);
       case DType::bfloat16:
-        return launch_noise<Affine, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(args, stream);
+        return launch_noise<Affine, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(call, stream);
       case DType::float32:
-        if (args.noise_kind != Noise::given) return launch_noise<Affine, float, float, float>(args, stream);
-        switch (args.noise.dtype) {
+        if (call.noise_kind != Noise::given) return launch_noise<Affine, float, float, float>(call, stream);
+        switch (call.noise.dtype) {
           case DType::float32:
-            return launch_typed<Affine, Noise::given, false, float, float, float>(args, stream);
+            return launch_typed<Affine, Noise::given, false, float, float, float>(call, stream);
           case DType::float16:
-            return launch_typed<Affine, Noise::given, false, float, float, __half>(args, stream);
+            return launch_typed<Affine, Noise::given, false, float, float, __half>(call, stream);
           case DType::bfloat16:
-            return launch_typed<Affine, Noise::given, false, float, float, __nv_bfloat16>(args, stream);
+            return launch_typed<Affine, Noise::given, false, float, float, __nv_bfloat16>(call, stream);
         }
-    }
-  });
-}
-
-void randn(const Args& args, int device) {
-  on_device(device, [&](cudaStream_t stream) {
-    switch (args.out.dtype) {
-      case DType::float32:
-        return launch_randn<float>(args, stream);
-      case DType::float16:
-        return launch_randn<__half>(args, stream);
-      case DType::bfloat16:
-        return launch_randn<__nv_bfloat16>(args, stream);
     }
   });
 }

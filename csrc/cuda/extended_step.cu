@@ -1,25 +1,33 @@
+// The extended step: core/extended.h for every element. Which tensors a call has is known only when it runs, so the
+// kernels are made from the roles of core/extras.def and branch on null pointers, which are the same for all threads.
+#include <type_traits>
+#include <utility>
+
 #include "core/extended.h"
-#include "cuda/elementwise.cuh"
-#include "cuda/launch.h"
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/normals.cuh"
+#include "cuda/operators.h"
+#include "cuda/sample.cuh"
 
 namespace ddpm_ext::cuda {
 namespace {
 
-// A step's tensors, 128 or 64 bits at a time: kItems elements of a sample, of which extended_step takes four. All loads
-// are under way before the first is waited for.
+// kItems elements of a step's tensors, moved 128 or 64 bits at a time. extended_step takes four of them. All loads are
+// issued before the first value is used.
 template <class X, class M>
 class VectorTensors {
  public:
   static constexpr int kItems = sizeof(X) == 2 ? 8 : 4;
 
-  __device__ __forceinline__ VectorTensors(const ExtendedArgs& args, uint32_t b, uint32_t j)
-      : args_(args), b_(b), j_(j) {
-    fetch<Role::x, Role::noise, Role::x_start, Role::history, Role::gradient, Role::known, Role::mask,
-          Role::model_output, Role::uncond, Role::variance>();
+  __device__ __forceinline__ VectorTensors(const ExtendedCall& call, uint32_t b, uint32_t j)
+      : call_(call), b_(b), j_(j) {
+    fetch(std::make_integer_sequence<int, kRoles>());
   }
 
-  __device__ __forceinline__ bool has(Role role) const { return args_[role].data != nullptr; }
-  __device__ __forceinline__ bool has(Result result) const { return args_[result].data != nullptr; }
+  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
+  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
 
   template <Role kRole>
   __device__ __forceinline__ F2 load(int i) const {
@@ -30,9 +38,10 @@ class VectorTensors {
     narrow(value, results_[static_cast<int>(kResult)].pairs[first + i]);
   }
 
-  __device__ __forceinline__ void finish() const { put<Result::prev, Result::copy, Result::x0>(); }
+  // Writes the results.
+  __device__ __forceinline__ void finish() const { put(std::make_integer_sequence<int, kResults>()); }
 
-  int first = 0;  // pair of the four
+  int first = 0;  // the first pair of the four elements that load and store mean
 
  private:
   template <Role kRole>
@@ -48,76 +57,77 @@ class VectorTensors {
     return sample_start(tensor.batch_stride, b_) + j_;
   }
 
-  template <Role... kEach>
-  __device__ __forceinline__ void fetch() {
-    (fetch_one<kEach>(), ...);
+  template <int... kEach>
+  __device__ __forceinline__ void fetch(std::integer_sequence<int, kEach...>) {
+    (fetch_one<static_cast<Role>(kEach)>(), ...);
   }
   template <Role kRole>
   __device__ __forceinline__ void fetch_one() {
     using T = std::conditional_t<of_model(kRole), M, X>;
     if (!has(kRole)) return;
-    const TensorArg& tensor = args_[kRole];
+    const TensorArg& tensor = call_[kRole];
     const_cast<Vector<T, kItems>&>(get<kRole>()).load(static_cast<const T*>(tensor.data) + offset(tensor));
   }
-  template <Result... kEach>
-  __device__ __forceinline__ void put() const {
-    (put_one<kEach>(), ...);
+  template <int... kEach>
+  __device__ __forceinline__ void put(std::integer_sequence<int, kEach...>) const {
+    (put_one<static_cast<Result>(kEach)>(), ...);
   }
   template <Result kResult>
   __device__ __forceinline__ void put_one() const {
     if (!has(kResult)) return;
-    const TensorArg& tensor = args_[kResult];
+    const TensorArg& tensor = call_[kResult];
     results_[static_cast<int>(kResult)].store(static_cast<X*>(tensor.data) + offset(tensor));
   }
 
-  const ExtendedArgs& args_;
+  const ExtendedCall& call_;
   const uint32_t b_, j_;
   Vector<X, kItems> like_x_[static_cast<int>(Role::model_output)];
   Vector<M, kItems> of_model_[kRoles - static_cast<int>(Role::model_output)];
   Vector<X, kItems> results_[kResults];
 };
 
-// The same for one element, the first of a pair whose other nobody asks for: by any strides, and beyond a sample's
-// whole vectors.
+// One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
+// of a pair whose second is not used.
 template <class X, class M, bool kContiguous>
 class ElementTensors {
  public:
-  __device__ __forceinline__ ElementTensors(const ExtendedArgs& args, const Dividers& dividers, int64_t b, int64_t j)
-      : args_(args) {
+  __device__ __forceinline__ ElementTensors(const ExtendedCall& call, const Dividers& dividers, int64_t b, int64_t j)
+      : call_(call) {
     each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
     if constexpr (!kContiguous) {
-      for_each_index(args, dividers, j, [&](int d, int64_t index) {
+      for_each_index(call, dividers, j, [&](int d, int64_t index) {
         each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
       });
     }
   }
 
-  __device__ __forceinline__ bool has(Role role) const { return args_[role].data != nullptr; }
-  __device__ __forceinline__ bool has(Result result) const { return args_[result].data != nullptr; }
+  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
+  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
 
   template <Role kRole>
   __device__ __forceinline__ F2 load(int) const {
     using T = std::conditional_t<of_model(kRole), M, X>;
-    return {to_float(static_cast<const T*>(args_[kRole].data)[inputs_[static_cast<int>(kRole)]]), 0.0f};
+    return {to_float(static_cast<const T*>(call_[kRole].data)[inputs_[static_cast<int>(kRole)]]), 0.0f};
   }
   template <Result kResult>
   __device__ __forceinline__ void store(int, F2 value) const {
-    static_cast<X*>(args_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
+    static_cast<X*>(call_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
   }
 
  private:
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) {
     DDPM_UNROLL
-    for (int i = 0; i < kRoles; ++i) visit(args_.inputs[i], inputs_[i]);
+    for (int i = 0; i < kRoles; ++i) visit(call_.inputs[i], inputs_[i]);
     DDPM_UNROLL
-    for (int i = 0; i < kResults; ++i) visit(args_.results[i], results_[i]);
+    for (int i = 0; i < kResults; ++i) visit(call_.results[i], results_[i]);
   }
 
-  const ExtendedArgs& args_;
+  const ExtendedCall& call_;
   int64_t inputs_[kRoles], results_[kResults];
 };
 
+// The factor of sample b.
 template <class Index>
 __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
   return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
@@ -125,29 +135,31 @@ __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
 
 template <Access kAccess, class X, class M>
 __global__ void __launch_bounds__(kThreads)
-    extended(const __grid_constant__ ExtendedArgs args, const __grid_constant__ Dividers dividers) {
+    extended(const __grid_constant__ ExtendedCall call, const __grid_constant__ Dividers dividers) {
   constexpr bool kVector = kAccess == Access::vector;
   using Index = std::conditional_t<kVector, uint32_t, int64_t>;
   constexpr int kItems = kVector ? VectorTensors<X, M>::kItems : 4;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
-  if (b >= static_cast<Index>(args.batch)) return;
+  if (b >= static_cast<Index>(call.batch)) return;
 
-  const ExtendedRow row = static_cast<const ExtendedRow*>(args.table)[sample_row(args, b)];
-  const ExtendedSample sample = {args.clip_min, args.clip_max, of_sample(args.output_scale, b),
-                                 of_sample(args.x_start_scale, b), args.variance_kind};
-  const bool drawn = args.noise_kind == Noise::drawn && draws(row, args[Role::mask].data != nullptr);
-  const uint64_t seed = args.seed_data != nullptr ? static_cast<uint64_t>(*args.seed_data) : args.seed;
+  const ExtendedRow row = static_cast<const ExtendedRow*>(call.table)[sample_row(call, b)];
+#define DDPM_OF_SAMPLE(name) of_sample(call.name, b),
+  const ExtendedSample sample = {call.clip_min, call.clip_max,
+                                 DDPM_EXTRAS_PER_SAMPLE(DDPM_OF_SAMPLE) call.variance_kind};
+#undef DDPM_OF_SAMPLE
+  const bool drawn = call.noise_kind == Noise::drawn && draws(row, call[Role::mask].data != nullptr);
+  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
-  const PhiloxSample counter = sample_noise(args, keys, b, row.step.draw);
+  const PhiloxSample counter = sample_noise(call, keys, b, row.step.draw);
 
-  const Index numel = static_cast<Index>(args.numel);
+  const Index numel = static_cast<Index>(call.numel);
   const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
   Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
   if constexpr (kVector) {
     const Index whole = numel / kItems * kItems;
 #pragma unroll 1
     for (; j < whole; j += step) {
-      VectorTensors<X, M> tensors(args, b, j);
+      VectorTensors<X, M> tensors(call, b, j);
       DDPM_UNROLL
       for (int q = 0; q < kItems; q += 4) {
         F2 z[2] = {F2(0.0f), F2(0.0f)};
@@ -158,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
       tensors.finish();
     }
   }
-  // Fours, or those of the ragged end, to which one thread comes.
+  // Four elements at a time by strides; or the rest of a sample beyond its whole vectors, which one thread takes.
   for (; j < numel; j += kVector ? 4 : step) {
     F2 z[2] = {F2(0.0f), F2(0.0f)};
     if (drawn) draw_normals(keys, counter, j, z);
@@ -167,38 +179,38 @@ __global__ void __launch_bounds__(kThreads)
     for (Index i = j; i < end; ++i) {
       const F2 half = i & 2 ? z[1] : z[0];
       F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
-      ElementTensors<X, M, kVector> tensors(args, dividers, b, i);
+      ElementTensors<X, M, kVector> tensors(call, dividers, b, i);
       extended_step(row, sample, tensors, drawn, one);
     }
   }
 }
 
 template <Access kAccess, class X, class M>
-void launch_access(const ExtendedArgs& args, cudaStream_t stream) {
-  const Shape shape = launch_shape(args.batch, args.numel, kAccess == Access::vector ? VectorTensors<X, M>::kItems : 4);
+void launch_access(const ExtendedCall& call, cudaStream_t stream) {
+  const Shape shape = launch_shape(call.batch, call.numel, kAccess == Access::vector ? VectorTensors<X, M>::kItems : 4);
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
   config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, extended<kAccess, X, M>, args, Dividers(args)));
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, extended<kAccess, X, M>, call, Dividers(call)));
 }
 
 template <class X, class M>
-void launch(const ExtendedArgs& args, cudaStream_t stream) {
-  switch (choose_access(args)) {
+void launch(const ExtendedCall& call, cudaStream_t stream) {
+  switch (choose_access(call)) {
     case Access::vector:
-      return launch_access<Access::vector, X, M>(args, stream);
+      return launch_access<Access::vector, X, M>(call, stream);
     case Access::strided:
-      return launch_access<Access::strided, X, M>(args, stream);
+      return launch_access<Access::strided, X, M>(call, stream);
   }
 }
 
 }  // namespace
 
-void extended_step(const ExtendedArgs& args, int device) {
+void extended_step(const ExtendedCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    by_dtypes(args[Role::x].dtype, args[Role::model_output].dtype,
-              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(args, stream); });
+    by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype,
+              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(call, stream); });
   });
 }
 

@@ -1,5 +1,5 @@
-// Loads and stores: 128 bits at a time where alignment allows, else element by element by any strides. All arithmetic
-// is float32.
+// Loads and stores: 128 bits at a time where the alignment allows it, else one element at a time by any strides. Values
+// are converted to and from float32, in which all arithmetic is done.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "args.h"
+#include "call.h"
 #include "cuda/pair.cuh"
 
 namespace ddpm_ext::cuda {
@@ -54,7 +54,7 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems neighbours as they lie in memory, in words of 128 bits, or one of 64.
+// kItems neighbouring elements as they lie in memory, in words of 128 bits or in one of 64.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
@@ -77,21 +77,21 @@ struct Vector {
   }
 };
 
-// Where element j of a sample lies in each of its tensors.
+// The offsets of an element of a sample in each of its tensors.
 struct Offsets {
   int64_t x = 0, model_output = 0, noise = 0, out = 0;
 
-  __device__ __forceinline__ void add(const Args& args, int d, int64_t n) {
-    x += n * args.x.strides[d];
-    model_output += n * args.model_output.strides[d];
-    noise += n * args.noise.strides[d];
-    out += n * args.out.strides[d];
+  __device__ __forceinline__ void add(const ElementwiseCall& call, int d, int64_t n) {
+    x += n * call.x.strides[d];
+    model_output += n * call.model_output.strides[d];
+    noise += n * call.noise.strides[d];
+    out += n * call.out.strides[d];
   }
 };
 
-// Division of j < 2^34 by a size of 2 or more: a multiplication and a shift, since a GPU divides by a long routine.
-// With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1, so the quotient's error is below j 2^-(63+s),
-// less than the 1/size that would matter.
+// Divides j < 2^34 by a size of 2 or more with a multiplication and a shift, since a GPU has only a long routine for
+// division. With 2^(s-1) < size <= 2^s, magic exceeds 2^(63+s) / size by at most 1. So the quotient's error is below
+// j 2^-(63+s), which is less than the 1/size that could change it.
 struct Divider {
   uint64_t magic = 0;
   int shift = 0;
@@ -107,35 +107,38 @@ struct Divider {
 };
 
 struct Dividers {
-  Divider by[kMaxDims];  // by[0]: a quotient of 0, nothing counts on
+  Divider by[kMaxDims];  // by[0] is not set and gives a quotient of 0
 
-  explicit Dividers(const Call& args) {
-    for (int d = 1; d < args.dims; ++d) by[d] = Divider(args.sizes[d]);
+  explicit Dividers(const Call& call) {
+    for (int d = 1; d < call.dims; ++d) by[d] = Divider(call.sizes[d]);
   }
 };
 
-// `left`: how many elements there are from j on before a dimension but the last counts on.
-__device__ __forceinline__ Offsets offsets(const Args& args, const Dividers& dividers, int64_t j, int64_t& left) {
+// The offsets of element j. `left` is how many elements follow, with j itself, until an index other than the last
+// changes.
+__device__ __forceinline__ Offsets offsets(const ElementwiseCall& call, const Dividers& dividers, int64_t j,
+                                           int64_t& left) {
   Offsets o;
-  left = args.numel - j;
-  for (int d = args.dims - 1; d > 0; --d) {
+  left = call.numel - j;
+  for (int d = call.dims - 1; d > 0; --d) {
     const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-    const int64_t index = j - quotient * args.sizes[d];
-    if (d == args.dims - 1) left = args.sizes[d] - index;
-    o.add(args, d, index);
+    const int64_t index = j - quotient * call.sizes[d];
+    if (d == call.dims - 1) left = call.sizes[d] - index;
+    o.add(call, d, index);
     j = quotient;
   }
-  o.add(args, 0, j);
+  o.add(call, 0, j);
   return o;
 }
 
-// Calls add(d, index) for each dimension of a sample's element j: once for all tensors that it is in.
+// Calls add(d, index) with the index of a sample's element j in each dimension, so that the division is done once for
+// all tensors.
 template <class Add>
-__device__ __forceinline__ void for_each_index(const Call& args, const Dividers& dividers, int64_t j, Add add) {
+__device__ __forceinline__ void for_each_index(const Call& call, const Dividers& dividers, int64_t j, Add add) {
 #pragma unroll 1
-  for (int d = args.dims - 1; d >= 0; --d) {
+  for (int d = call.dims - 1; d >= 0; --d) {
     const int64_t quotient = static_cast<int64_t>(dividers.by[d].quotient(static_cast<uint64_t>(j)));
-    add(d, j - quotient * args.sizes[d]);
+    add(d, j - quotient * call.sizes[d]);
     j = quotient;
   }
 }

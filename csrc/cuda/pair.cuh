@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over two elements at once: from sm_100 on one instruction adds, multiplies or fuses
-// two floats, rounding each as its scalar twin does.
+// The arithmetic of core/scalar.h over two elements at once. From sm_100 on, one instruction adds, multiplies or fuses
+// two pairs of floats and rounds each result as the scalar instruction does.
 #pragma once
 
 #include "core/scalar.h"
@@ -31,13 +31,13 @@ __device__ __forceinline__ F2 operator*(F2 a, F2 b) { return {a.v.x * b.v.x, a.v
 __device__ __forceinline__ F2 fma(F2 a, F2 b, F2 c) { return {fmaf(a.v.x, b.v.x, c.v.x), fmaf(a.v.y, b.v.y, c.v.y)}; }
 #endif
 
-// The root of x from y, 1/sqrt(x) within 2^-23.3: one step of Newton's method, rounded to nearest.
+// Computes sqrt(x) from y, which is 1/sqrt(x) within 2^-23.3, by one step of Newton's method. It is rounded to nearest.
 __device__ __forceinline__ F2 newton_root(F2 x, F2 y) {
   const F2 root = x * y, half = y * F2(0.5f);
   return fma(fma(root * F2(-1.0f), root, x), half, root);
 }
 
-// sqrt.rn's own instructions for numbers that are neither 0 nor subnormal, without the call that looks after those.
+// The instructions that sqrt.rn has for numbers that are neither 0 nor subnormal, without its call for those that are.
 __device__ __forceinline__ F2 sqrt(F2 x) { return newton_root(x, {rsqrt_approx(x.v.x), rsqrt_approx(x.v.y)}); }
 
 __device__ __forceinline__ F2 clamp(F2 x, F2 lo, F2 hi) {

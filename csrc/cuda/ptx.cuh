@@ -1,16 +1,16 @@
-// The instructions that CUDA C++ has no word for.
+// Instructions that CUDA C++ cannot express.
 #pragma once
 
 namespace ddpm_ext::cuda {
 
-// 1/sqrt(x) within 2^-22.9, of a normal x: .ftz would only save the check for others.
+// Approximates 1/sqrt(x) within 2^-22.9 for a normal x. For such numbers .ftz changes nothing but saves a check.
 __device__ __forceinline__ float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// NaN passes, and -0 is below 0. Before sm_80 there is no such instruction.
+// The larger and the smaller number. NaN stays NaN, and -0 is below 0. Before sm_80 there is no such instruction.
 __device__ __forceinline__ float max_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800
   float c;
@@ -30,7 +30,7 @@ __device__ __forceinline__ float min_nan(float a, float b) {
 #endif
 }
 
-// p to global memory, computed once: else the compiler puts the address together anew wherever it is used.
+// Keeps a pointer to global memory in a register. Otherwise the compiler computes the address anew at every use.
 template <class T>
 __device__ __forceinline__ T* in_register(T* p) {
   asm("" : "+l"(p));

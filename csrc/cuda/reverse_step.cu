@@ -1,6 +1,7 @@
+// The reverse step: core/step.h for every element.
 #include "core/step.h"
 #include "cuda/elementwise.cuh"
-#include "cuda/launch.h"
+#include "cuda/operators.h"
 
 namespace ddpm_ext::cuda {
 namespace {
@@ -13,18 +14,18 @@ struct ReverseStep {
   static __device__ __forceinline__ uint32_t draw(const Row& row, int64_t) { return row.draw; }
 
   template <Noise kNoise, class F>
-  static __device__ __forceinline__ F element(const Row& row, const Args& args, F x, F m, F z) {
-    const F mean = step_mean(row, x, m, args.clip_min, args.clip_max);
+  static __device__ __forceinline__ F element(const Row& row, const ElementwiseCall& call, F x, F m, F z) {
+    const F mean = step_mean(row, x, m, call.clip_min, call.clip_max);
     return kNoise == Noise::none ? mean : add_noise(row, mean, z);
   }
 };
 
 }  // namespace
 
-void reverse_step(const Args& args, int device) {
+void reverse_step(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    by_dtypes(args.x.dtype, args.model_output.dtype,
-              [&](auto x, auto m) { launch_noise<ReverseStep, decltype(x), decltype(m), decltype(x)>(args, stream); });
+    by_dtypes(call.x.dtype, call.model_output.dtype,
+              [&](auto x, auto m) { launch_noise<ReverseStep, decltype(x), decltype(m), decltype(x)>(call, stream); });
   });
 }
 

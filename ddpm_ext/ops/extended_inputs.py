@@ -1,7 +1,7 @@
 """The inputs and results of the extended step beside those of a plain step, declared once for Python.
 
 A test holds the signatures of ops.extended_step and of its twin in `reference`, and the compiled operator's schema, to
-this list; csrc/torch/extras.def is the list of the C++ side.
+this list; csrc/core/extras.def is the list of the C++ side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// What a test sets and asks of the stand-in.
+// The settings of the stand-in that a test may change, and what it recorded.
 #pragma once
 
 #include <stddef.h>
@@ -16,17 +16,18 @@ struct Launch {
 };
 
 struct Control {
-  uint64_t seed = 0;  // of the order in which threads and blocks take turns
-  // Only these blocks of a grid run, numbered with x fastest. None of them: launches are noted, nothing runs.
+  uint64_t seed = 0;  // decides the order in which threads and blocks take turns
+  // If set, only these blocks of a grid run, numbered with x fastest. With an empty list launches are recorded but
+  // nothing runs.
   std::optional<std::vector<uint64_t>> blocks;
-  bool refuse = false;  // every launch is an error
-  int seconds = 30;     // of a processor's time that a launch may take
+  bool refuse = false;  // makes every launch an error
+  int seconds = 30;     // of processor time that a launch may take
   std::vector<Launch> launches;
 };
 
 inline Control control;
 
-// Under AddressSanitizer: no instrumented code may touch these bytes. Else nothing.
+// Under AddressSanitizer, forbids instrumented code to touch these bytes, or allows it again. Without it, does nothing.
 void poison(void* p, size_t size);
 void unpoison(void* p, size_t size);
 

@@ -1,5 +1,5 @@
-// A fault of a kernel, such as an access to a guard page, ends the launch with an error, as on a GPU, not the process;
-// and so does the end of its time.
+// Faults. A kernel that touches a guard page, or that exceeds its time, ends the launch with an error, as on a GPU, and
+// not the process.
 #pragma once
 
 #include <string>
@@ -15,10 +15,10 @@ struct Fault {
   std::string text() const;
 };
 
-// Whether a kernel's code runs, not the scheduler's: a fiber may be left at any instruction of the one alone.
+// Whether a kernel's code is running and not the scheduler's. A fiber may only be left while it is.
 extern volatile bool in_kernel;
 
-// Catches faults of the thread that made it, as long as it lives, and what takes it more than `seconds`.
+// During its lifetime, catches faults of the thread that created it, and stops work that takes more than `seconds`.
 class CatchFaults {
  public:
   explicit CatchFaults(int seconds);
@@ -26,8 +26,8 @@ class CatchFaults {
   CatchFaults(const CatchFaults&) = delete;
 };
 
-const Fault* caught_fault();  // since the last call; null: none
+const Fault* caught_fault();  // the fault since the last call, or null
 
-[[noreturn]] void leave_fiber();  // called where a fault was caught
+[[noreturn]] void leave_fiber();  // called after a fault was caught
 
 }  // namespace standin

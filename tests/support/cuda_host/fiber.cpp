@@ -16,7 +16,7 @@ namespace {
 
 constexpr size_t kStack = size_t{1} << 17;
 
-// AddressSanitizer keeps books on stacks, and must hear of every switch.
+// AddressSanitizer tracks stacks and must be informed of every switch.
 const void* host_stack;
 size_t host_size;
 
@@ -39,7 +39,7 @@ void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_
 }  // namespace
 
 Fiber::Fiber(void (*body)(Fiber*)) : body_(body) {
-  const size_t page = sysconf(_SC_PAGESIZE);  // below the stack, so that an overflow is no silent one
+  const size_t page = sysconf(_SC_PAGESIZE);  // a guard page below the stack, so that an overflow is a fault
   void* memory = mmap(nullptr, page + kStack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stack_ = static_cast<char*>(memory) + page;
@@ -88,7 +88,7 @@ void Fiber::enter(unsigned high, unsigned low) {
 
 void Fiber::leave() {
   prepared_ = false;
-  before_switch(nullptr, host_stack, host_size);  // null: the fiber's own is never needed again
+  before_switch(nullptr, host_stack, host_size);  // null: the fiber's own stack is never needed again
   go(host_);
 }
 

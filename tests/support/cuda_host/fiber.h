@@ -1,4 +1,4 @@
-// Threads of execution that take turns on one thread of the host, each on a stack of its own.
+// Threads of execution that take turns on one thread of the host. Each has its own stack.
 #pragma once
 
 #include <stddef.h>
@@ -6,20 +6,20 @@
 
 namespace standin {
 
-// What __builtin_setjmp keeps: it saves no signal mask, so that a switch is a few instructions.
+// The state that __builtin_setjmp saves. It has no signal mask, so a switch takes only a few instructions.
 using Place = void* [5];
 
 class Fiber {
  public:
-  // body is called once for each time that the fiber is started.
+  // `body` is called once each time the fiber is started.
   explicit Fiber(void (*body)(Fiber*));
   ~Fiber();
   Fiber(const Fiber&) = delete;
 
-  void run();      // from outside: goes on with the body until it pauses, or starts it anew after it ended
+  void run();      // from outside: continues the body until it pauses, or restarts it after its end
   void pause();    // from inside
-  void abandon();  // from outside: the body is not gone on with, the next run starts it anew
-  // From inside, also from a signal's handler: as pause, but abandons the body.
+  void abandon();  // from outside: drops the body's state, so that the next run restarts it
+  // From inside, also from a signal handler: like pause, but drops the body's state.
   [[noreturn]] void leave();
 
   bool ended() const { return ended_; }

@@ -28,9 +28,9 @@ SANITIZED = Path(GIVEN).parent.name == "sanitized"
 
 KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), FOLDER / "probe.cu"]
 RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "control.cpp")]
-# Not library.cpp: its operators can be registered once a process, and ddpm_ext's own module did.
+# Without library.cpp, since a process can register its operators only once and ddpm_ext's own module has done so.
 TORCH = [
-    *sorted(p for p in CSRC.glob("*.cpp") if p.name != "library.cpp"),
+    *sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"),
     FOLDER / "module.cpp",
     FOLDER / "loss_module.cpp",
 ]

@@ -1,15 +1,15 @@
-// The training loss over its CUDA kernel: see module.cpp. What a GPU's call has beside a CPU's is a count of blocks
-// that are done, zeros before and the number of blocks after.
+// The training loss with its CUDA kernel, as in module.cpp. A GPU's call also needs the counts of blocks that are done,
+// which must be zero.
 #include <vector>
 
-#include "cpu/loops.h"
-#include "cuda/launch.h"
+#include "cpu/operators.h"
+#include "cuda/operators.h"
 
 namespace ddpm_ext::cpu {
 
-void loss(const LossArgs& args) {
-  std::vector<uint32_t> blocks_done(static_cast<size_t>(args.batch));
-  LossArgs on_gpu = args;
+void loss(const LossCall& call) {
+  std::vector<uint32_t> blocks_done(static_cast<size_t>(call.batch));
+  LossCall on_gpu = call;
   on_gpu.blocks_done = blocks_done.data();
   cuda::loss(on_gpu, 0);
 }

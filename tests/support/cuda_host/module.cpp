@@ -1,5 +1,6 @@
-// Two Python modules in one library. `operators` is csrc/bindings.cpp as it is, over CUDA kernels in place of the
-// CPU's: its functions take what ddpm_ext._extension.C's take. `control`, here, is for what those don't reach.
+// Two Python modules in one library. `operators` is csrc/ops/bindings.cpp as it is, with the CUDA kernels in place of
+// the CPU's, so its functions take the arguments of those of ddpm_ext._C. `control`, in this file, is for everything
+// else.
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -8,10 +9,10 @@
 
 #include "control.h"
 #include "core/normal.h"
-#include "cpu/loops.h"
-#include "cuda/launch.h"
+#include "cpu/operators.h"
+#include "cuda/operators.h"
 #include "cuda/ptx.cuh"
-#include "ops.h"
+#include "ops/operators.h"
 #include "probe.h"
 #include "standin/intrinsics.h"
 
@@ -21,30 +22,30 @@ using ddpm_ext::OptionalTensor;
 
 namespace {
 
-// In place of arguments that the operators read on the CPU, to check or to use them, and pass on as pointers from a
-// GPU; and of results that they allocate.
+// Tensors to use in place of arguments that the operators read themselves if they are on the CPU but pass to the kernel
+// if they are on a GPU, and in place of results that they allocate.
 struct Instead {
   OptionalTensor t, sample_ids, seed, out;
 } instead;
 
 bool took_vectors;
 
-template <class Args>
-void run(void (*kernels)(const Args&, int), Args args) {
-  if (instead.t) args.t = instead.t->const_data_ptr<int64_t>(), args.t_stride = instead.t->stride(0);
+template <class AnyCall>
+void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
+  if (instead.t) call.t = instead.t->const_data_ptr<int64_t>(), call.t_stride = instead.t->stride(0);
   if (instead.sample_ids) {
-    args.sample_ids = instead.sample_ids->const_data_ptr<int64_t>();
-    args.ids_stride = instead.sample_ids->stride(0);
+    call.sample_ids = instead.sample_ids->const_data_ptr<int64_t>();
+    call.ids_stride = instead.sample_ids->stride(0);
   }
-  if (instead.seed) args.seed_data = instead.seed->const_data_ptr<int64_t>();
-  if constexpr (std::is_same_v<Args, ddpm_ext::Args>) {
-    if (instead.out) {  // inside a sample as the allocated one
-      args.out.data = instead.out->mutable_data_ptr();
-      args.out.batch_stride = instead.out->stride(0);
+  if (instead.seed) call.seed_data = instead.seed->const_data_ptr<int64_t>();
+  if constexpr (std::is_same_v<AnyCall, ddpm_ext::ElementwiseCall>) {
+    if (instead.out) {  // its samples have the layout of the allocated one's
+      call.out.data = instead.out->mutable_data_ptr();
+      call.out.batch_stride = instead.out->stride(0);
     }
   }
-  took_vectors = probe::takes_vectors(args);
-  kernels(args, 0);
+  took_vectors = probe::takes_vectors(call);
+  kernels(call, 0);
 }
 
 Tensor randn(std::vector<int64_t> size, const OptionalTensor& seed, int64_t seed_value,
@@ -61,7 +62,7 @@ py::list take_launches() {
   return result;
 }
 
-// How many of the words first, first + step ... (count of them) get another radius from the CUDA kernels' code.
+// Counts the words, of `count` words first, first + step ..., for which the CUDA kernels' code computes another radius.
 int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   int64_t mismatches = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -71,7 +72,7 @@ int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   return mismatches;
 }
 
-// The contract's normals of blocks first to first + count, by the CPU's code.
+// The contract's normals of blocks first to first + count, computed by the scalar code.
 std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t draw, uint32_t first, int count) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(seed);
   const ddpm_ext::PhiloxSample sample = ddpm_ext::philox_sample(keys, ddpm_ext::sample_counter(id, stream, draw));
@@ -89,10 +90,10 @@ std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t
 
 namespace ddpm_ext::cpu {
 
-void reverse_step(const Args& args) { run(cuda::reverse_step, args); }
-void extended_step(const ExtendedArgs& args) { run(cuda::extended_step, args); }
-void affine(const Args& args) { run(cuda::affine, args); }
-void randn(const Args& args) { run(cuda::randn, args); }
+void reverse_step(const ElementwiseCall& call) { run(cuda::reverse_step, call); }
+void extended_step(const ExtendedCall& call) { run(cuda::extended_step, call); }
+void affine(const ElementwiseCall& call) { run(cuda::affine, call); }
+void randn(const ElementwiseCall& call) { run(cuda::randn, call); }
 const char* instruction_set() { return "cuda"; }
 
 }  // namespace ddpm_ext::cpu

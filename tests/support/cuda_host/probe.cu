@@ -25,7 +25,7 @@ __global__ void sum_by_shared(const int* numbers, int64_t* sums) {
   if (i == 0) sums[blockIdx.x] = part[0];
 }
 
-// Threads of whole warps only.
+// Takes only whole warps of threads.
 __global__ void sum_by_shuffles(const int* numbers, int64_t* sums) {
   __shared__ int64_t part[kThreads / warpSize];
   int64_t sum = numbers[blockIdx.x * blockDim.x + threadIdx.x];
@@ -50,7 +50,7 @@ __global__ void sum_by_atomics(const int* numbers, int64_t* sums) {
 
 __global__ void take_numbers(int* counter, int* numbers) { numbers[threadIdx.x] = atomicAdd(counter, 1); }
 
-// ----------------------------------------------------------------------------- right, and wrong in one way each
+// ----------------------------------- kernels that are right, and kernels that are wrong in one way each
 
 __global__ void early_return() {
   if (threadIdx.x % 3 == 0) return;
@@ -91,12 +91,12 @@ void launch(unsigned blocks, unsigned threads, void (*kernel)(Parameters...), Ar
 
 }  // namespace
 
-bool takes_vectors(const ddpm_ext::Args& args) {
-  return ddpm_ext::cuda::choose_access(args) == ddpm_ext::cuda::Access::vector;
+bool takes_vectors(const ddpm_ext::ElementwiseCall& call) {
+  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
 }
 
-bool takes_vectors(const ddpm_ext::ExtendedArgs& args) {
-  return ddpm_ext::cuda::choose_access(args) == ddpm_ext::cuda::Access::vector;
+bool takes_vectors(const ddpm_ext::ExtendedCall& call) {
+  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
 }
 
 float radius(uint32_t w) { return ddpm_ext::radius(ddpm_ext::cuda::U2(w)).v.x; }

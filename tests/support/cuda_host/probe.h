@@ -1,4 +1,4 @@
-// What of the CUDA sources and of the stand-in a test asks for; compiled as they are.
+// Functions by which tests reach into the CUDA sources and the stand-in. They are compiled like the CUDA sources.
 #pragma once
 
 #include <stdint.h>
@@ -6,22 +6,22 @@
 #include <string>
 #include <vector>
 
-#include "args.h"
+#include "call.h"
 
 namespace probe {
 
 // Whether the kernels would load and store whole vectors.
-bool takes_vectors(const ddpm_ext::Args& args);
-bool takes_vectors(const ddpm_ext::ExtendedArgs& args);
-float radius(uint32_t w);  // of core/normal.h, with the kernels' square root
+bool takes_vectors(const ddpm_ext::ElementwiseCall& call);
+bool takes_vectors(const ddpm_ext::ExtendedCall& call);
+float radius(uint32_t w);  // that of core/normal.h with the kernels' square root
 
-// Sums of runs of `threads` numbers in three ways: through shared memory, by shuffles, by an atomic addition.
+// Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);
 
-// Which number each of the threads of one block draws from a counter, by turns: their order.
+// The order of a block's threads: the number that each of them takes from a counter.
 std::vector<int> order_of_threads(unsigned threads);
 
-// Launches one of the small kernels of probe.cu; errors are exceptions.
+// Launches one of the small kernels of probe.cu. Errors become exceptions.
 void run_kernel(const std::string& name, unsigned blocks, unsigned threads);
 
 }  // namespace probe

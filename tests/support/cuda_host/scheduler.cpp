@@ -1,5 +1,6 @@
-// Runs a launch: blocks one after the other, the threads of a block by turns, both in an order that the seed picks. A
-// thread's turn lasts until it meets a barrier or ends; barriers open when no thread can go on without.
+// Runs a launch: the blocks one after the other and the threads of a block in turns, both in an order that the seed
+// decides. A thread's turn lasts until it reaches a barrier or ends. Barriers open when no thread can continue
+// otherwise.
 #include <string.h>
 
 #include <memory>
@@ -22,7 +23,7 @@ struct Error {
   cudaError_t code = cudaSuccess;
   std::string text;
 };
-Error error;       // of the launch under way
+Error error;       // of the current launch
 Error last_error;  // for cudaGetLastError and cudaGetErrorString
 
 enum class State { ready, at_block_barrier, at_warp_barrier, ended };
@@ -34,13 +35,13 @@ struct Thread {
   State state;
   Site site;
   unsigned mask;
-  uint64_t bits;  // for its warp to read
+  uint64_t bits;  // which the other threads of the warp read
 
   Thread();
 };
 
-std::vector<std::unique_ptr<Thread>> threads;  // kept from launch to launch
-unsigned live;                                 // how many of them the block has
+std::vector<std::unique_ptr<Thread>> threads;  // reused by later launches
+unsigned live;                                 // how many of them the current block has
 Thread* running;
 void (*kernel_call)(void*);
 void* kernel;
@@ -90,7 +91,7 @@ void wait(State state, unsigned mask, Site site) {
   in_kernel = true;
 }
 
-// The threads of a warp that `mask` names, or none where they don't all wait for each other.
+// The threads of a warp that are in `mask`, or none if they do not all wait for each other.
 std::vector<Thread*> met_in_warp(const Thread& first) {
   std::vector<Thread*> met;
   for (unsigned i = 0; i < warpSize; ++i) {
@@ -104,7 +105,8 @@ std::vector<Thread*> met_in_warp(const Thread& first) {
   return met;
 }
 
-// Lets go those whose barrier all have reached who must. A thread that ended is missed by the block's barrier no more.
+// Releases the threads whose barrier has been reached by all that take part. A thread that has ended no longer takes
+// part in the block's barriers.
 bool open_barriers() {
   bool all = true, opened = false;
   const Thread* first = nullptr;
@@ -232,7 +234,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
     leave_fiber();
   }
   const uint64_t result = threads[running->number / warpSize * warpSize + source]->bits;
-  wait_for_warp(mask, site);  // until all have read
+  wait_for_warp(mask, site);  // waits until all have read the bits
   return result;
 }
 

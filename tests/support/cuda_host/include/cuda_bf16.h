@@ -1,4 +1,4 @@
-// bfloat16: float32's upper half, from float32 to nearest even.
+// bfloat16, the upper half of a float32. Conversion from float32 rounds to nearest even.
 #pragma once
 
 #include <stdint.h>

@@ -1,4 +1,4 @@
-// IEEE 754's binary16, from float32 to nearest even.
+// IEEE 754's binary16. Conversion from float32 rounds to nearest even.
 #pragma once
 
 #include <math.h>
@@ -29,10 +29,10 @@ inline __half __float2half_rn(float f) {
   uint32_t bits;
   if (f != f) {
     return {0x7fff};
-  } else if (magnitude >= 65520.0f) {  // half way between the largest number and what would follow
+  } else if (magnitude >= 65520.0f) {  // halfway between the largest number and the one that would follow
     bits = 0x7c00;
   } else if (magnitude < 0x1p-14f) {
-    bits = static_cast<uint32_t>(nearbyintf(magnitude * 0x1p24f));  // exact but for the rounding
+    bits = static_cast<uint32_t>(nearbyintf(magnitude * 0x1p24f));  // only nearbyintf rounds
   } else {
     bits = (u + 0xfff + (u >> 13 & 1) - (112u << 23)) >> 13;
   }

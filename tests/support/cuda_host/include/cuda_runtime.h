@@ -1,5 +1,5 @@
-// A stand-in for the CUDA runtime, included before every CUDA source: plain g++ compiles the kernels, and they run on
-// the CPU, where sanitizers and guard pages see each of their accesses. It has what the sources use, no more.
+// A stand-in for the CUDA runtime, which is included before every CUDA source. With it g++ compiles the kernels and
+// they run on the CPU, where sanitizers and guard pages check each of their accesses. It has only what the sources use.
 #pragma once
 
 #include "standin/intrinsics.h"

@@ -1,4 +1,4 @@
-// Arithmetic and loads by CUDA's names.
+// Arithmetic and loads under CUDA's names.
 #pragma once
 
 #include <math.h>

@@ -1,4 +1,4 @@
-// Launches. One runs to its end before the call returns, so that what goes wrong in a kernel is the launch's error.
+// Launches. The kernel ends before the call returns, so that an error inside the kernel becomes the launch's error.
 #pragma once
 
 #include <stddef.h>
@@ -16,7 +16,7 @@ enum cudaError_t {
 };
 using cudaStream_t = struct CUstream_st*;
 
-struct cudaLaunchAttribute;  // none is taken
+struct cudaLaunchAttribute;  // no attribute is supported
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -26,7 +26,7 @@ struct cudaLaunchConfig_t {
 };
 
 cudaError_t cudaGetLastError();
-const char* cudaGetErrorString(cudaError_t error);  // with what happened, where it was the last one
+const char* cudaGetErrorString(cudaError_t error);  // describes what happened if it was the last error
 
 namespace standin {
 

@@ -1,4 +1,4 @@
-// CUDA's qualifiers of functions and variables.
+// CUDA's qualifiers for functions and variables.
 #pragma once
 
 #define __global__
@@ -7,6 +7,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time, so that one copy for all blocks is each block's own. It starts with what the block before
-// left there: as good as uninitialised.
+// One block runs at a time, so all blocks can use the same copy. It starts with whatever the previous block left there,
+// which is as good as uninitialised.
 #define __shared__ static

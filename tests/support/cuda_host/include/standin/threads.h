@@ -1,5 +1,5 @@
-// What a thread of a kernel knows of itself and how it meets the others. All threads of a launch are fibers of one
-// thread of the host, so that variables of the running one are plain globals and every operation is atomic.
+// The indices of a kernel's thread, and how it synchronises with others. All threads of a launch are fibers of one
+// thread of the host, so the variables of the running thread are plain globals and every operation is atomic.
 #pragma once
 
 #include <stdint.h>
@@ -21,7 +21,7 @@ struct Site {
 
 void wait_for_block(Site site);
 void wait_for_warp(unsigned mask, Site site);
-// The bits that the warp's thread `lane` hands over at the same site.
+// The bits that the thread `lane` of the warp passes at the same site.
 uint64_t exchange(unsigned mask, uint64_t bits, int lane, Site site);
 int lane();
 
@@ -35,7 +35,7 @@ T exchange_value(unsigned mask, T value, int source, Site site) {
   return value;
 }
 
-// Lane `source`, or the caller's own where that lies beyond its part of `width` lanes.
+// Lane `source`, or the caller's own lane if `source` is outside its group of `width` lanes.
 inline int within(int source, int width) { return source <= (lane() | (width - 1)) ? source : lane(); }
 
 template <class T>
@@ -52,7 +52,7 @@ T add(T* p, T value) {
 inline void __syncthreads(STANDIN_SITE) { standin::wait_for_block({file, line}); }
 inline void __syncwarp(unsigned mask = 0xffffffffu, STANDIN_SITE) { standin::wait_for_warp(mask, {file, line}); }
 
-// One thread runs at a time, and sees what all others wrote.
+// One thread runs at a time and sees everything that the others wrote.
 inline void __threadfence() {}
 
 template <class T>

@@ -1,4 +1,4 @@
-// CUDA's vectors, aligned as there.
+// CUDA's vector types, with the same alignment.
 #pragma once
 
 struct uint3 {

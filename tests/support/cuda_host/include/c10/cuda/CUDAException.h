@@ -7,7 +7,7 @@ namespace c10::cuda {
 
 inline void check(cudaError_t error, const char* file, int line) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // forgets it
+  cudaGetLastError();  // clears the error
   throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": CUDA error " + std::to_string(error) +
                            ": " + cudaGetErrorString(error));
 }

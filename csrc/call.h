@@ -1,0 +1,96 @@
+// The data of one call of an operator, as a kernel on either device receives it. Nothing here depends on torch.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/extended.h"
+#include "core/loss.h"
+
+namespace ddpm_ext {
+
+enum class DType : int { float32, float16, bfloat16 };
+enum class Noise : int { none, given, drawn };
+
+constexpr int kMaxDims = 8;  // of a sample, after neighbouring dimensions have been merged
+
+// A tensor of shape (batch, sizes...). Strides count elements. `data` is null if the call does not have the tensor.
+struct TensorArg {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t batch_stride = 0;
+  int64_t strides[kMaxDims] = {};
+};
+
+// The part that the calls of all operators have in common.
+struct Call {
+  int64_t batch = 0;
+  int64_t numel = 0;  // of one sample
+  int dims = 0;
+  int64_t sizes[kMaxDims] = {1, 1, 1, 1, 1, 1, 1, 1};  // 1 where there is no dimension: a GPU may divide by it
+  bool contiguous = false;                             // whether every tensor is contiguous inside a sample
+
+  // Sample i takes the row table[t[i * t_stride]], or table[t_index] if t is null.
+  const void* table = nullptr;
+  int64_t rows = 0;
+  const int64_t* t = nullptr;
+  int64_t t_stride = 0;
+  int64_t t_index = 0;
+  float clip_min = 0, clip_max = 0;
+
+  // The noise. If seed_data or sample_ids is null, seed or first_id is used in its place.
+  Noise noise_kind = Noise::none;
+  const int64_t* seed_data = nullptr;
+  uint64_t seed = 0;
+  const int64_t* sample_ids = nullptr;
+  int64_t ids_stride = 0;
+  int64_t first_id = 0;
+  uint32_t stream = 0;
+  int64_t draw = 0;  // negative: the draw of the sample's row
+};
+
+// A call of the reverse step (rows are StepRow), of an affine operator (AffineRow; its second tensor is `noise`) or of
+// randn (no rows).
+struct ElementwiseCall : Call {
+  TensorArg x, model_output, noise, out;
+};
+
+// A float32 factor for each sample. It is 1 for all samples if data is null.
+struct PerSample {
+  const float* data = nullptr;
+  int64_t stride = 0;
+};
+
+// A call of the extended step. Rows are ExtendedRow; core/extras.def lists the tensors and factors.
+struct ExtendedCall : Call {
+  TensorArg inputs[kRoles], results[kResults];
+#define DDPM_FIELD(name) PerSample name;
+  DDPM_EXTRAS_PER_SAMPLE(DDPM_FIELD)
+#undef DDPM_FIELD
+  Variance variance_kind = Variance::of_row;
+
+  DDPM_HD const TensorArg& operator[](Role role) const { return inputs[static_cast<int>(role)]; }
+  DDPM_HD const TensorArg& operator[](Result result) const { return results[static_cast<int>(result)]; }
+  TensorArg& operator[](Role role) { return inputs[static_cast<int>(role)]; }
+  TensorArg& operator[](Result result) { return results[static_cast<int>(result)]; }
+};
+
+// A call of a training loss. Rows are LossRow, or VariationalRow with the variational bound.
+struct LossCall : Call {
+  TensorArg model_output, variance, x_start, noise;
+  TensorArg slope, variance_slope;  // float32, written unless data is null
+  Loss kind = Loss::mse;
+  float delta = 1;
+  bool variational = false, detached = false;
+  float slope_share = 0;            // the factor of a slope, besides its row's weight
+  double per_element = 0;           // 1 / numel
+  double* chunks = nullptr;         // (batch, loss_chunks(numel)): scratch for the chunks' sums
+  uint32_t* blocks_done = nullptr;  // (batch + 1,), zeros: scratch for a GPU
+  float* loss = nullptr;            // (batch,), written
+  float* total = nullptr;           // the sum of the losses times total_factor, written unless null
+  double total_factor = 1;
+};
+
+// How many chunks a sample of the loss has.
+DDPM_HD constexpr int64_t loss_chunks(int64_t numel) { return (numel + kLossChunk - 1) / kLossChunk; }
+
+}  // namespace ddpm_ext

@@ -1,0 +1,121 @@
+// The loop of the training loss over a run.
+#pragma once
+
+#include "cpu/kernels/normals.h"
+
+namespace ddpm_ext::DDPM_ISA {
+namespace {
+
+// Adds up a run's losses, four vectors at a time, in the order that core/loss.h describes.
+class ChunkSums {
+ public:
+  explicit ChunkSums(double* sums) : sums_(sums) { clear(); }
+
+  DDPM_HD void add(int64_t i, const F32 (&values)[4]) {
+    F32(&lanes)[4] = lanes_[i % kLossLanes / (4 * F32::kLanes)];
+    for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
+    if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
+  }
+  // Writes the sum of everything since the last whole chunk.
+  DDPM_HD void finish() {
+    float lanes[kLossLanes];
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
+    double sums[kLossLanes / 2];
+    for (int l = 0; l < kLossLanes / 2; ++l)
+      sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
+    for (int h = kLossLanes / 4; h > 0; h /= 2)
+      for (int l = 0; l < h; ++l) sums[l] += sums[l + h];
+    *sums_++ = sums[0];
+    clear();
+  }
+
+ private:
+  static constexpr int kGroups = kLossLanes / (4 * F32::kLanes);
+
+  DDPM_HD void clear() {
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) lanes_[g][k] = F32(0.0f);
+  }
+
+  double* sums_;
+  F32 lanes_[kGroups][4];
+};
+
+// The decoder's term, lane by lane.
+DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
+  float ds[F32::kLanes], vs[F32::kLanes], xs[F32::kLanes], values[F32::kLanes], slopes[F32::kLanes];
+  float variance_slopes[F32::kLanes];
+  store(ds, d), store(vs, v), store(xs, x_start);
+  for (int i = 0; i < F32::kLanes; ++i) {
+    const LossParts<float> bound = ddpm_ext::decoder_bound(row, ds[i], vs[i], xs[i]);
+    values[i] = bound.value, slopes[i] = bound.slope, variance_slopes[i] = bound.variance_slope;
+  }
+  return {load(values), load(slopes), load(variance_slopes)};
+}
+
+template <class Row, Noise kNoise, class X, class M>
+DDPM_HD void loss_of_run(const LossRun& run) {
+  constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
+  const Row row = *static_cast<const Row*>(run.row);
+  const M* m = static_cast<const M*>(run.model_output);
+  const M* variance = static_cast<const M*>(run.variance);
+  const X* x_start = static_cast<const X*>(run.x_start);
+  const X* noise = static_cast<const X*>(run.noise);
+  float* slope = static_cast<float*>(run.slope);
+  float* variance_slope = static_cast<float*>(run.variance_slope);
+  const Loss kind = run.kind;
+  const float factor = slope_factor(run.slope_share, kind, row), delta = run.delta;
+  const bool detached = run.detached;
+  const int64_t valid = run.valid;
+  bool aimed_at_x_start = x_start != nullptr;
+  if constexpr (kVariational) {
+    if (!reads_x_start(row)) x_start = nullptr;
+    aimed_at_x_start = row.k0 != 0.0f;
+  }
+  ChunkSums sums(run.chunks);
+  for_each_four<kNoise>(run, [&](int64_t i, F32(&z)[4]) {
+    F32 values[4];
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = i + k * F32::kLanes;
+      if constexpr (kNoise == Noise::given) z[k] = load(noise + at);
+      if constexpr (kNoise == Noise::none) z[k] = F32(0.0f);
+      const F32 x = x_start != nullptr ? load(x_start + at) : F32(0.0f);
+      const F32 d = loss_difference(row, load(m + at), aimed_at_x_start, x, z[k]);
+      if constexpr (kVariational) {
+        const F32 v = variance != nullptr ? load(variance + at) : F32(0.0f);
+        const LossParts<F32> parts =
+            with_bound(row, kind, delta, detached, d,
+                       row.decoder != 0.0f ? DDPM_ISA::decoder_bound(row, d, v, x) : divergence(row, d, v));
+        values[k] = parts.value;
+        if (slope != nullptr) store(slope + at, F32(factor) * parts.slope);
+        if (variance_slope != nullptr) store(variance_slope + at, F32(factor) * parts.variance_slope);
+      } else {
+        const F32 part = loss_part(kind, delta, d);
+        values[k] = loss_value(kind, d, part);
+        if (slope != nullptr) store(slope + at, F32(factor) * part);
+      }
+    }
+    if (i + 4 * F32::kLanes > valid) {  // elements beyond the sample's end count as 0
+      float all[4 * F32::kLanes];
+      for (int k = 0; k < 4; ++k) store(all + k * F32::kLanes, values[k]);
+      for (int64_t j = valid > i ? valid - i : 0; j < 4 * F32::kLanes; ++j) all[j] = 0.0f;
+      for (int k = 0; k < 4; ++k) values[k] = load(all + k * F32::kLanes);
+    }
+    sums.add(i, values);
+  });
+  if (run.count % kLossChunk != 0) sums.finish();
+}
+
+template <Noise kNoise, class X, class M>
+void loss_run(const LossRun& run) {
+  loss_of_run<LossRow, kNoise, X, M>(run);
+}
+
+template <Noise kNoise, class X, class M>
+void variational_run(const LossRun& run) {
+  loss_of_run<VariationalRow, kNoise, X, M>(run);
+}
+
+}  // namespace
+}  // namespace ddpm_ext::DDPM_ISA

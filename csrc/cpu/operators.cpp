@@ -1,0 +1,102 @@
+#include "cpu/operators.h"
+
+#include "cpu/runs.h"
+
+namespace ddpm_ext::cpu {
+namespace {
+
+struct NoRow {};
+
+int index(DType dtype) { return static_cast<int>(dtype); }
+
+}  // namespace
+
+void reverse_step(const ElementwiseCall& call) {
+  const auto& table = kernels().reverse_step;
+  const auto clip = [&](Run& run, int64_t) { run.clip_min = call.clip_min, run.clip_max = call.clip_max; };
+  const int x = index(call.x.dtype), m = index(call.model_output.dtype);
+  auto choose = [&](const StepRow* row) {
+    const bool noiseless = call.noise_kind == Noise::drawn && row->s == 0.0f;  // the noise has no weight
+    return table[static_cast<int>(noiseless ? Noise::none : call.noise_kind)][x][m];
+  };
+  for_each_sample<StepRow, Run>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, clip);
+}
+
+void extended_step(const ExtendedCall& call) {
+  const auto& table = kernels().extended_step;
+  const int x = index(call[Role::x_t].dtype), m = index(call[Role::model_output].dtype);
+  const bool masked = call[Role::mask].data != nullptr;
+  auto choose = [&](const ExtendedRow* row) {
+    return table[call.noise_kind == Noise::drawn && draws(*row, masked)][x][m];
+  };
+  auto fill = [&](ExtendedRun& run, int64_t b) {
+    const auto of = [b](const PerSample& values) {
+      return values.data == nullptr ? 1.0f : values.data[b * values.stride];
+    };
+#define DDPM_OF_SAMPLE(name) of(call.name),
+    run.sample = {call.clip_min, call.clip_max, DDPM_EXTRAS_PER_SAMPLE(DDPM_OF_SAMPLE) call.variance_kind};
+#undef DDPM_OF_SAMPLE
+  };
+  for_each_sample<ExtendedRow, ExtendedRun>(
+      call, choose, [](const ExtendedRow* row, int64_t) { return row->step.draw; }, fill);
+}
+
+void affine(const ElementwiseCall& call) {
+  const int x = index(call.x.dtype), z = call.noise_kind == Noise::given ? index(call.noise.dtype) : x;
+  const RunKernel kernel = kernels().affine[static_cast<int>(call.noise_kind)][x][z];
+  for_each_sample<AffineRow, Run>(
+      call, [=](const AffineRow*) { return kernel; },
+      [&](const AffineRow*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, [](Run&, int64_t) {});
+}
+
+void randn(const ElementwiseCall& call) {
+  const RunKernel kernel = kernels().randn[index(call.out.dtype)];
+  for_each_sample<NoRow, Run>(
+      call, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; }, [](Run&, int64_t) {});
+}
+
+namespace {
+
+// Adds up values in the order of kLossStrands in core/loss.h.
+template <class T>
+double sum_by_strands(const T* values, int64_t count) {
+  double strands[kLossStrands] = {};
+  for (int64_t i = 0; i < count; ++i) strands[i % kLossStrands] += values[i];
+  for (int h = kLossStrands / 2; h > 0; h /= 2)
+    for (int i = 0; i < h; ++i) strands[i] += strands[i + h];
+  return strands[0];
+}
+
+template <class Row>
+void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
+  const int x = index(call.x_start.dtype), m = index(call.model_output.dtype);
+  auto choose = [&](const Row* row) {
+    const bool noiseless = call.noise_kind == Noise::drawn && row->k1 == 0.0f;  // the noise has no weight
+    return table[static_cast<int>(noiseless ? Noise::none : call.noise_kind)][x][m];
+  };
+  const int64_t chunks = loss_chunks(call.numel);
+  auto fill = [&](LossRun& run, int64_t b) {
+    run.kind = call.kind;
+    run.delta = call.delta;
+    run.detached = call.detached;
+    run.slope_share = call.slope_share;
+    run.sample_chunks = call.chunks + b * chunks;
+  };
+  for_each_sample<Row, LossRun>(
+      call, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, fill);
+  for (int64_t b = 0; b < call.batch; ++b) {
+    const double weight = weight_of_sum(static_cast<const Row*>(call.table)[timestep(call, b)]);
+    call.loss[b] = static_cast<float>(sum_by_strands(call.chunks + b * chunks, chunks) * call.per_element * weight);
+  }
+  if (call.total != nullptr)
+    *call.total = static_cast<float>(sum_by_strands(call.loss, call.batch) * call.total_factor);
+}
+
+}  // namespace
+
+void loss(const LossCall& call) {
+  if (call.variational) return loss_by_rows<VariationalRow>(call, kernels().variational_loss);
+  loss_by_rows<LossRow>(call, kernels().loss);
+}
+
+}  // namespace ddpm_ext::cpu

@@ -1,0 +1,48 @@
+// The two ways in which a kernel reaches memory, and which of them a call allows.
+#pragma once
+
+#include <initializer_list>
+
+#include "call.h"
+
+namespace ddpm_ext::cuda {
+
+// How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
+// moves one element at a time, by any strides, and counts with 64 bits.
+enum class Access { vector, strided };
+
+// Whether a tensor's address and strides allow Access::vector.
+inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
+  const int64_t size = tensor.dtype == DType::float32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && (batch == 1 || tensor.batch_stride * size % 16 == 0) &&
+         tensor.batch_stride < int64_t{1} << 32;
+}
+
+// Whether a call's sizes allow Access::vector.
+inline bool in_vectors(const Call& call) {
+  constexpr int64_t k31 = int64_t{1} << 31, k32 = int64_t{1} << 32;
+  // With fewer than 2^31 elements in a sample, an element's index plus a step of the loop stays below 2^32.
+  return call.contiguous && call.numel < k31 && call.batch < k31 && call.t_stride < k32 && call.ids_stride < k32;
+}
+
+inline Access choose_access(const Call& call, std::initializer_list<const TensorArg*> tensors) {
+  bool vector = in_vectors(call);
+  for (const TensorArg* tensor : tensors) vector = vector && in_vectors(*tensor, call.batch);
+  return vector ? Access::vector : Access::strided;
+}
+
+inline Access choose_access(const ElementwiseCall& call) {
+  return choose_access(call, {&call.x, &call.model_output, &call.noise, &call.out});
+}
+
+inline Access choose_access(const ExtendedCall& call) {
+  bool vector = in_vectors(call);
+#define DDPM_STRIDE_FITS(name) vector = vector && call.name.stride < int64_t{1} << 32;
+  DDPM_EXTRAS_PER_SAMPLE(DDPM_STRIDE_FITS)
+#undef DDPM_STRIDE_FITS
+  for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
+  for (const TensorArg& tensor : call.results) vector = vector && in_vectors(tensor, call.batch);
+  return vector ? Access::vector : Access::strided;
+}
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,68 @@
+// What every launch needs: the shape of its grid, the types of its tensors, the device and its stream.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "call.h"
+
+namespace ddpm_ext::cuda {
+
+constexpr int kThreads = 256;  // of a block
+
+// The numbers of blocks and of threads in a block.
+struct Shape {
+  dim3 grid, block;
+};
+
+// Lays out blocks of kThreads threads along a sample, or over several samples if they are small. In a large tensor each
+// thread takes several turns, so that the work before its first turn is shared.
+inline Shape launch_shape(int64_t batch, int64_t numel, int items) {
+  constexpr int64_t kEnoughBlocks = 2048;  // twice as many as the largest GPU runs at once
+  constexpr int64_t kMaxTurns = 8, kMaxGridY = 65535;
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t threads = divide_up(numel, items);  // for a sample
+  int64_t along = 1;
+  while (along < kThreads && along < threads) along *= 2;
+  const int64_t samples = kThreads / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
+  const int64_t turns = std::clamp<int64_t>(columns * rows / kEnoughBlocks, 1, kMaxTurns);
+  const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
+  return {dim3(unsigned_int(divide_up(columns, turns)), unsigned_int(std::min(rows, kMaxGridY)),
+               unsigned_int(divide_up(rows, kMaxGridY))),
+          dim3(unsigned_int(along), unsigned_int(samples))};
+}
+
+// Calls launch(x, m) with a value of each tensor's type. The model's output m may have a lower precision if x is
+// float32.
+template <class Launch>
+void by_dtypes(DType x, DType m, Launch launch) {
+  switch (x) {
+    case DType::float16:
+      return launch(__half(), __half());
+    case DType::bfloat16:
+      return launch(__nv_bfloat16(), __nv_bfloat16());
+    case DType::float32:
+      switch (m) {
+        case DType::float32:
+          return launch(float(), float());
+        case DType::float16:
+          return launch(float(), __half());
+        case DType::bfloat16:
+          return launch(float(), __nv_bfloat16());
+      }
+  }
+}
+
+// Makes the device current and calls launch(stream) with its current stream.
+template <class Launch>
+void on_device(int device, Launch launch) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  launch(c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream());
+}
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,22 @@
+// The seam between kernels and noise on a GPU: a Philox block's normals, two at a time. On the CPU this is
+// cpu/kernels/normals.h.
+#pragma once
+
+#include "core/normal.h"
+#include "core/philox.h"
+#include "cuda/pair.cuh"
+
+namespace ddpm_ext::cuda {
+
+// Draws the normals of the block of four elements that contains element j.
+template <class Index>
+__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2 (&z)[2]) {
+  uint32_t w[4];
+  F2 even, odd;
+  philox_block(keys, sample, static_cast<uint32_t>(j >> 2), w);
+  box_muller(U2(w[0], w[2]), U2(w[1], w[3]), even, odd);
+  z[0] = F2(even.v.x, odd.v.x);
+  z[1] = F2(even.v.y, odd.v.y);
+}
+
+}  // namespace ddpm_ext::cuda

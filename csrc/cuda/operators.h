@@ -1,0 +1,14 @@
+// The operators over whole tensors on a GPU, on its current stream. The arguments have been checked.
+#pragma once
+
+#include "call.h"
+
+namespace ddpm_ext::cuda {
+
+void reverse_step(const ElementwiseCall& call, int device);
+void extended_step(const ExtendedCall& call, int device);
+void affine(const ElementwiseCall& call, int device);
+void loss(const LossCall& call, int device);
+void randn(const ElementwiseCall& call, int device);
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,34 @@
+// The values that all elements of a sample share: where it begins, its row, and its part of Philox's counter.
+#pragma once
+
+#include "call.h"
+#include "core/philox.h"
+
+namespace ddpm_ext::cuda {
+
+// The offset at which sample b begins.
+template <class Index>
+__device__ __forceinline__ int64_t sample_start(int64_t batch_stride, Index b) {
+  if constexpr (sizeof(Index) == 4) return static_cast<uint64_t>(b) * static_cast<uint32_t>(batch_stride);
+  return b * batch_stride;
+}
+
+// The row of sample b.
+template <class Index>
+__device__ __forceinline__ int64_t sample_row(const Call& call, Index b) {
+  int64_t t = call.t_index;
+  if (call.t != nullptr) t = call.t[sample_start(call.t_stride, b)];
+  return t < 0 ? 0 : t >= call.rows ? call.rows - 1 : t;  // a t on the GPU is not read back to be checked
+}
+
+// The noise of sample b. row_draw is the draw to use if the caller gave none.
+template <class Index>
+__device__ __forceinline__ PhiloxSample sample_noise(const Call& call, const PhiloxKeys& keys, Index b,
+                                                     uint32_t row_draw) {
+  uint64_t id = static_cast<uint64_t>(call.first_id) + b;
+  if (call.sample_ids != nullptr) id = call.sample_ids[sample_start(call.ids_stride, b)];
+  const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : row_draw;
+  return philox_sample(keys, sample_counter(id, call.stream, draw));
+}
+
+}  // namespace ddpm_ext::cuda

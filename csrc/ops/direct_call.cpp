@@ -1,0 +1,67 @@
+#include "ops/direct_call.h"
+
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+namespace ddpm_ext {
+namespace {
+
+bool records_grad(std::initializer_list<Named> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Named& t : tensors)
+    if (t.tensor != nullptr && t.tensor->requires_grad()) return true;
+  return false;
+}
+
+// The dispatcher would silently ignore a tangent.
+void refuse_forward_mode(const char* op, std::initializer_list<Named> tensors) {
+  for (const Named& t : tensors) {
+    if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!t.tensor->_fw_grad(0).defined(), op, ": ", t.name,
+                                " has a forward-mode derivative, expected none (backend=\"reference\" takes them)");
+  }
+}
+
+}  // namespace
+
+bool plain(std::initializer_list<Named> tensors) {
+  using c10::DispatchKey;
+  using c10::DispatchKeySet;
+  constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
+                                  DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch});
+  constexpr DispatchKeySet own({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
+                                DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
+                                DispatchKey::AutocastCUDA});
+  if (c10::impl::tls_local_dispatch_key_set().included_.has_any(modes)) return false;
+  for (const Named& t : tensors)
+    if (t.tensor != nullptr && (t.tensor->key_set() | own) != own) return false;
+  return true;
+}
+
+void check_agreement(const char* op, std::initializer_list<Named> tensors) {
+  const Tensor& first = *tensors.begin()->tensor;
+  for (const Named& t : tensors) {
+    if (t.tensor == nullptr) continue;
+    TORCH_CHECK_VALUE(t.tensor->layout() == at::kStrided, op, ": ", t.name, " has layout ", t.tensor->layout(),
+                      ", expected strided");
+    TORCH_CHECK_VALUE(t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
+                      ", expected the samples' device, ", first.device());
+  }
+}
+
+bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
+  refuse_forward_mode(op, tensors);
+  if (plain(tensors) && !records_grad(tensors)) return false;
+  check_agreement(op, tensors);
+  return true;
+}
+
+void refuse_grad(const char* op, std::initializer_list<Named> tensors, const char* recorder) {
+  if (!at::GradMode::is_enabled()) return;
+  for (const Named& t : tensors) {
+    TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name, " requires a gradient, but ",
+                      recorder, " records no gradients, expected none");
+  }
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,36 @@
+// Decides whether an eager call may skip torch's dispatcher: not if it records gradients, nor if a mode, a function
+// transform or a tensor subclass is at work.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+
+#include "ops/operators.h"
+
+namespace ddpm_ext {
+
+// An argument and its name, for the message.
+struct Named {
+  const char* name;
+  const Tensor* tensor;  // null: it was not given
+
+  Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
+  Named(const char* name, const OptionalTensor& t) : name(name), tensor(t.has_value() ? &*t : nullptr) {}
+};
+
+// Whether no mode is active and every tensor is an ordinary one of the CPU or of CUDA, so that a kernel may be called
+// directly.
+bool plain(std::initializer_list<Named> tensors);
+
+// Checks that all tensors are strided and on the first one's device, by which the dispatcher chooses the kernel.
+void check_agreement(const char* op, std::initializer_list<Named> tensors);
+
+// Whether the dispatcher must be called. Raises NotImplementedError for forward-mode derivatives, and ValueError if the
+// dispatcher could not choose a kernel.
+bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors);
+
+// Raises ValueError if a tensor requires a gradient that `recorder` would not record.
+void refuse_grad(const char* op, std::initializer_list<Named> tensors, const char* recorder = "out=");
+
+}  // namespace ddpm_ext

@@ -1,0 +1,140 @@
+#include "ops/fill_call.h"
+
+#include <algorithm>
+
+#include "ops/checks.h"
+
+namespace ddpm_ext {
+namespace {
+
+constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
+constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four elements have 32-bit numbers
+
+}  // namespace
+
+void set_table(const char* op, Call& call, const Tensor& table, int64_t columns, const OptionalTensor& t,
+               int64_t t_index, at::Device device) {
+  CHECK_TYPE(table.scalar_type() == at::kFloat, "table", " has dtype ", table.scalar_type(), ", expected float32");
+  CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
+              " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
+  CHECK_VALUE(table.device() == device, "table", " is on ", table.device(), ", expected the samples' device, ", device);
+  // A GPU reads a row 16 bytes at a time, or 8 if the row has no more.
+  const uintptr_t multiple = columns * sizeof(float) < 16 ? 8 : 16,
+                  address = reinterpret_cast<uintptr_t>(table.const_data_ptr());
+  CHECK_VALUE(address % multiple == 0, "table", " begins at an address that is ", address % multiple,
+              " more than a multiple of ", multiple, ", expected a multiple of ", multiple);
+  call.table = table.const_data_ptr();
+  call.rows = table.size(0);
+  if (t.has_value()) {
+    call.t_stride = check_per_sample(op, "t", *t, call.batch, device);
+    check_range(op, "t", *t, call.rows - 1);
+    call.t = t->const_data_ptr<int64_t>();
+  } else {
+    CHECK_VALUE(0 <= t_index && t_index < call.rows, "t", " is ", t_index, ", expected 0 <= t < ", call.rows);
+    call.t_index = t_index;
+  }
+}
+
+void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
+  CHECK_VALUE(0 <= rng.stream && rng.stream < 256, "stream", " is ", rng.stream, ", expected 0 <= stream < 256");
+  CHECK_VALUE(rng.draw < (int64_t{1} << 32), "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
+  if (rng.sample_ids.has_value()) {
+    call.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, call.batch, device);
+    check_range(op, "sample_ids", *rng.sample_ids, kMaxId);
+    call.sample_ids = rng.sample_ids->const_data_ptr<int64_t>();
+  } else {
+    CHECK_VALUE(0 <= rng.first_id && rng.first_id <= kMaxId - std::max<int64_t>(call.batch - 1, 0), "sample_ids",
+                " start at ", rng.first_id, " for a batch of ", call.batch, ", expected all in 0 <= id < 2^56");
+    call.first_id = rng.first_id;
+  }
+  call.seed = static_cast<uint64_t>(rng.seed_value);
+  if (rng.seed.has_value()) {
+    const Tensor& seed = *rng.seed;
+    CHECK_TYPE(seed.scalar_type() == at::kLong, "seed", " has dtype ", seed.scalar_type(), ", expected int64");
+    CHECK_VALUE(seed.dim() == 0, "seed", " has shape ", seed.sizes(), ", expected a 0-dimensional tensor");
+    CHECK_VALUE(seed.is_cpu() || seed.device() == device, "seed", " is on ", seed.device(), ", expected cpu or ",
+                device);
+    if (seed.is_cpu()) {
+      call.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+    } else {
+      call.seed_data = seed.const_data_ptr<int64_t>();
+    }
+  }
+  call.stream = static_cast<uint32_t>(rng.stream);
+  call.draw = rng.draw;
+}
+
+void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, const char* x_name,
+               const OptionalTensor& noise, bool draw_noise, const Rng& rng) {
+  CHECK_VALUE(!(noise.has_value() && draw_noise), "noise", " is given together with rng, expected one of them");
+  if (noise.has_value()) {
+    arg.dtype = check_same(op, "noise", *noise, x_name, x);
+    call.noise_kind = Noise::given;
+  } else if (draw_noise) {
+    set_rng(op, call, rng, x.device());
+    call.noise_kind = Noise::drawn;
+  }
+}
+
+void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
+  CHECK_VALUE(clip_min <= clip_max, "clip", " is [", clip_min, ", ", clip_max, "], expected min <= max");
+  // The bounds' zeros get those signs that leave a zero of x as it is, also where -0 is less than 0.
+  call.clip_min = static_cast<float>(clip_min) == 0 ? -0.0f : static_cast<float>(clip_min);
+  call.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
+}
+
+void set_per_sample(const char* op, const char* name, PerSample& factor, const OptionalTensor& given, const Call& call,
+                    at::Device device) {
+  if (!given.has_value()) return;
+  CHECK_TYPE(given->scalar_type() == at::kFloat, name, " has dtype ", given->scalar_type(), ", expected float32");
+  CHECK_VALUE(given->dim() == 1 && given->size(0) == call.batch, name, " has shape ", given->sizes(), ", expected [",
+              call.batch, "], one a sample");
+  CHECK_VALUE(given->device() == device, name, " is on ", given->device(), ", expected the samples' device, ", device);
+  factor = {given->const_data_ptr<float>(), given->stride(0)};
+}
+
+void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, int64_t columns,
+              const StepArguments& arguments) {
+  x.dtype = out.dtype = check_sample(op, "x_t", arguments.x_t);
+  call.batch = arguments.x_t.size(0);
+  set_table(op, call, arguments.table, columns, arguments.t, arguments.t_index, arguments.x_t.device());
+  set_noise(op, call, noise, arguments.x_t, "x_t", arguments.noise, arguments.draw_noise, arguments.rng);
+}
+
+void bind(const char* op, Call& call, std::initializer_list<Bound> inputs, const Tensor& out, TensorArg& out_arg) {
+  c10::SmallVector<Bound, 16> tensors;
+  for (const Bound& bound : inputs) {
+    if (bound.tensor == nullptr) continue;
+    bound.arg->data = const_cast<void*>(bound.tensor->const_data_ptr());
+    tensors.push_back(bound);
+  }
+  out_arg.data = out.mutable_data_ptr();
+  tensors.push_back({&out, &out_arg});
+
+  call.batch = out.size(0);
+  call.numel = call.batch == 0 ? 0 : out.numel() / call.batch;
+  CHECK_VALUE(call.numel < kMaxNumel, "a sample", " has ", call.numel, " elements, expected fewer than 2^34");
+  for (const Bound& bound : tensors) bound.arg->batch_stride = bound.tensor->stride(0);
+  for (int64_t d = 1; d < out.dim(); ++d) {
+    const int64_t size = out.size(d);
+    if (size == 1) continue;
+    bool merges = call.dims > 0;
+    for (const Bound& bound : tensors)
+      merges = merges && bound.arg->strides[call.dims - 1] == size * bound.tensor->stride(d);
+    if (!merges) {
+      CHECK_VALUE(call.dims < kMaxDims, "a sample", " has more than ", kMaxDims,
+                  " dimensions whose strides do not merge, expected contiguous tensors");
+      call.sizes[call.dims++] = 1;
+    }
+    call.sizes[call.dims - 1] *= size;
+    for (const Bound& bound : tensors) bound.arg->strides[call.dims - 1] = bound.tensor->stride(d);
+  }
+  if (call.dims == 0) {  // a sample is one element
+    call.sizes[call.dims++] = 1;
+    for (const Bound& bound : tensors) bound.arg->strides[0] = 1;
+  }
+  call.contiguous = call.dims == 1;
+  for (const Bound& bound : tensors) call.contiguous = call.contiguous && bound.arg->strides[0] == 1;
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,30 @@
+#include <ATen/ops/empty_like.h>
+
+#include "core/forward.h"
+#include "ops/checks.h"
+#include "ops/fill_call.h"
+#include "ops/large_pages.h"
+#include "ops/operators.h"
+#include "ops/run_on_device.h"
+
+namespace ddpm_ext {
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  constexpr const char* op = "forward_process";
+  const Tensor* given = pointer(noise);
+  ElementwiseCall call;
+  call.x.dtype = call.out.dtype = check_sample(op, "x_start", x_start);
+  call.batch = x_start.size(0);
+  set_table(op, call, table, sizeof(AffineRow) / sizeof(float), t, t_index, x_start.device());
+  set_noise(op, call, call.noise, x_start, "x_start", noise, draw_noise, rng);
+  if (out.has_value())
+    check_out(op, *out, "x_start", x_start,
+              {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
+  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_start));
+  bind(op, call, {{&x_start, &call.x}, {given, &call.noise}}, result, call.out);
+  DDPM_RUN(affine, call, x_start.device());
+  return finish(result, out);
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,110 @@
+#include "ops/library.h"
+
+#include <ATen/ops/scalar_tensor.h>
+#include <torch/library.h>
+
+namespace ddpm_ext::library {
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    DDPM_RNG_PARAMETERS) {
+  return ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise,
+                                DDPM_RNG_STRUCT, std::nullopt);
+}
+
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                      DDPM_RNG_PARAMETERS, Tensor& out) {
+  ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT,
+                         out);
+}
+
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   DDPM_RNG_PARAMETERS, const Tensor& out DDPM_EXTRAS_PARAMETERS) {
+  ddpm_ext::extended_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT,
+                          DDPM_EXTRAS_STRUCT, out);
+}
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS) {
+  return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, std::nullopt);
+}
+
+void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
+  ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
+}
+
+Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device) {
+  return ddpm_ext::randn(size, DDPM_RNG_STRUCT, dtype, device);
+}
+
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
+  return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_STRUCT,
+                                  reduction, want_slope, variational, detach_mean);
+}
+
+Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
+
+}  // namespace ddpm_ext::library
+
+#define DDPM_RNG_SCHEMA                                                                                          \
+  "Tensor? seed=None, SymInt seed_value=0, Tensor? sample_ids=None, SymInt first_id=0, SymInt stream=0, SymInt " \
+  "draw=-1"
+
+#define DDPM_INPUT_SCHEMA(name) ", Tensor? " #name "=None"
+#define DDPM_FLAG_SCHEMA(name, default) ", bool " #name "=" #default
+#define DDPM_RESULT_SCHEMA(name, letter) ", Tensor(" #letter "!)? " #name "=None"
+#define DDPM_EXTRAS_SCHEMA \
+  DDPM_EXTRAS(DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_FLAG_SCHEMA, DDPM_RESULT_SCHEMA)
+
+TORCH_LIBRARY(ddpm_ext, m) {
+  m.def(
+      "reverse_step(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
+  m.def(
+      "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
+  m.def(
+      "extended_step(Tensor x_t, Tensor? model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out" DDPM_EXTRAS_SCHEMA
+      ") -> ()");
+  m.def(
+      "forward_process(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
+      "draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
+  m.def(
+      "forward_process.out(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
+      "draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
+  m.def("predict_start(Tensor x_t, Tensor noise, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
+  m.def("posterior_mean(Tensor x_start, Tensor x_t, Tensor table, Tensor? t, SymInt t_index) -> Tensor");
+  m.def("randn(SymInt[] size, " DDPM_RNG_SCHEMA ", *, ScalarType dtype, Device device) -> Tensor");
+  m.def(
+      "diffusion_loss(Tensor model_output, Tensor? x_start, Tensor table, Tensor? t, SymInt t_index, int kind, float "
+      "delta, Tensor? noise, " DDPM_RNG_SCHEMA
+      ", *, int reduction=0, bool want_slope=False, bool "
+      "variational=False, bool detach_mean=False) -> (Tensor, Tensor)");
+  m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
+}
+
+// Each operator is one function for all devices, which looks at its arguments' device itself.
+static void register_kernels(torch::Library& m) {
+  m.impl("reverse_step", ddpm_ext::library::reverse_step);
+  m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
+  m.impl("extended_step", ddpm_ext::library::extended_step);
+  m.impl("forward_process", ddpm_ext::library::forward_process);
+  m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
+  m.impl("diffusion_loss", ddpm_ext::library::diffusion_loss);
+  m.impl("predict_start", ddpm_ext::predict_start);
+  m.impl("posterior_mean", ddpm_ext::posterior_mean);
+}
+
+TORCH_LIBRARY_IMPL(ddpm_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(ddpm_ext, CUDA, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(ddpm_ext, CompositeExplicitAutograd, m) {  // no tensor argument has a device
+  m.impl("randn", ddpm_ext::library::randn);
+  m.impl("draw_seed", ddpm_ext::library::draw_seed);
+}

@@ -1,0 +1,49 @@
+// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rng and Extras are
+// spread over parameters.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/operators.h"
+
+#define DDPM_RNG_PARAMETERS                                                                                           \
+  const OptionalTensor &seed, int64_t seed_value, const OptionalTensor &sample_ids, int64_t first_id, int64_t stream, \
+      int64_t draw
+#define DDPM_RNG_STRUCT \
+  ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw }
+#define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw
+
+// The same for Extras. Each begins with a comma, since it follows other parameters.
+#define DDPM_TENSOR_PARAMETER(name, ...) , const OptionalTensor& name
+#define DDPM_FLAG_PARAMETER(name, ...) , bool name
+#define DDPM_EXTRAS_PARAMETERS                                                                          \
+  DDPM_EXTRAS(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_FLAG_PARAMETER, \
+              DDPM_TENSOR_PARAMETER)
+#define DDPM_EXTRAS_ARGUMENTS \
+  DDPM_EXTRAS(DDPM_COMMA_NAME, DDPM_COMMA_NAME, DDPM_COMMA_NAME, DDPM_COMMA_NAME, DDPM_COMMA_NAME)
+#define DDPM_EXTRAS_STRUCT \
+  ddpm_ext::Extras { DDPM_EXTRAS(DDPM_NAME, DDPM_NAME, DDPM_NAME, DDPM_NAME, DDPM_NAME) }
+
+namespace ddpm_ext::library {
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    DDPM_RNG_PARAMETERS);
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                      DDPM_RNG_PARAMETERS, Tensor& out);
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   DDPM_RNG_PARAMETERS, const Tensor& out DDPM_EXTRAS_PARAMETERS);
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS);
+void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
+Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean);
+Tensor draw_seed();
+
+}  // namespace ddpm_ext::library

@@ -1,0 +1,85 @@
+// The operators over torch tensors, for the CPU and CUDA. Each checks every argument before it reads or writes
+// anything. A ValueError or a TypeError says which argument is wrong, what came and what is expected.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "core/extras.def"
+
+namespace ddpm_ext {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The source of drawn noise (core/philox.h). `seed`, a 0-dimensional int64 tensor on the CPU or on the samples' device,
+// is used in place of seed_value, which holds the bits of an unsigned 64-bit number. `sample_ids`, int64 (batch,), is
+// used in place of first_id + 0, 1, 2 ... A negative draw means the draw of the sample's row.
+struct Rng {
+  OptionalTensor seed;
+  int64_t seed_value;
+  OptionalTensor sample_ids;
+  int64_t first_id, stream, draw;
+};
+
+// Computes x_{t-1} from x_t (batch, ...) and the model's output of the same shape, by the rows of a step table, float32
+// (rows, 8). `t`, int64 (batch,), is used in place of t_index. Without noise and with draw_noise false this is the
+// mean.
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    const Rng& rng, const OptionalTensor& out);
+
+// Checks these arguments of reverse_step, so that an error comes before a model is called.
+void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+
+// The optional arguments of the extended step, which core/extras.def declares.
+struct Extras {
+#define DDPM_TENSOR(name, ...) OptionalTensor name;
+#define DDPM_FLAG(name, ...) bool name;
+  DDPM_EXTRAS(DDPM_TENSOR, DDPM_TENSOR, DDPM_TENSOR, DDPM_FLAG, DDPM_TENSOR)
+#undef DDPM_TENSOR
+#undef DDPM_FLAG
+};
+
+// Writes the next sample to `out`, by the rows of an extended table, float32 (rows, 16). A missing model_output counts
+// as 0.
+void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
+                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                   const Rng& rng, const Extras& extras, const Tensor& out);
+
+// Computes k0 x_start + k1 noise by the rows of `table`, float32 (rows, 2). Without noise and with draw_noise false
+// this is k0 x_start.
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+
+// Computes the training loss of each sample and its slope by the model's output. The loss compares the model's output
+// with k0 x_start + k1 noise, by the rows of `table`, float32 (rows, 4), and is multiplied by the row's weight; without
+// x_start the target is k1 noise. `kind` is 0 for the squared difference, 1 for the absolute difference and 2 for
+// Huber's loss with `delta`; each is the mean over a sample. `reduction` is 0 for the mean over the batch, 1 for the
+// losses (batch,) and 2 for their sum. Results are float32. The slope (for reduction 1: of the sum) is empty unless
+// want_slope is true. `variational` adds a term of the variational bound, by rows (rows, 8), see core/loss.h. Then
+// x_start must be given, and the model's output may have twice the channels of x_start, the second half for the
+// variance. With `detach_mean` the bound's term adds nothing to the slope of the first half.
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
+                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
+                                          double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
+                                          bool want_slope, bool variational, bool detach_mean);
+
+// Computes k0 x_t + k1 noise.
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
+                     int64_t t_index);
+
+// Computes k0 x_start + k1 x_t.
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
+                      int64_t t_index);
+
+// Draws the noise contract's standard normals, of shape (batch, ...).
+Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Device device);
+
+// Draws a seed from torch's default CPU generator.
+int64_t draw_seed();
+
+}  // namespace ddpm_ext

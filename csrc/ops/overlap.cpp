@@ -1,0 +1,76 @@
+#include "ops/overlap.h"
+
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+
+namespace ddpm_ext {
+namespace {
+
+// The numbers stride * i for i from 0 to last.
+struct Term {
+  int64_t stride, last;
+};
+using Terms = c10::SmallVector<Term, 16>;
+
+void add_terms(Terms& terms, const at::Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) > 1 && t.stride(d) > 0) terms.push_back({t.stride(d) * t.element_size(), t.size(d) - 1});
+  if (t.element_size() > 1) terms.push_back({1, t.element_size() - 1});
+}
+
+int64_t reach(const Term* begin, const Term* end) {
+  int64_t sum = 0;
+  for (const Term* term = begin; term != end; ++term) sum += term->stride * term->last;
+  return sum;
+}
+
+// Whether the terms, sorted by stride with the largest first, can add up to target. When the budget is spent, it gives
+// up and says yes.
+bool can_sum_to(const Term* begin, const Term* end, int64_t target, int& budget) {
+  if (target < 0 || target > reach(begin, end)) return false;
+  if (target == 0) return true;
+  if (--budget < 0) return true;
+  const int64_t rest = reach(begin + 1, end);
+  const int64_t first = std::max<int64_t>(0, (target - rest + begin->stride - 1) / begin->stride);
+  for (int64_t i = std::min(begin->last, target / begin->stride); i >= first; --i)
+    if (can_sum_to(begin + 1, end, target - i * begin->stride, budget)) return true;
+  return false;
+}
+
+void sort(Terms& terms) {
+  std::sort(terms.begin(), terms.end(), [](const Term& a, const Term& b) { return a.stride > b.stride; });
+}
+
+}  // namespace
+
+bool may_overlap_itself(const at::Tensor& t) {
+  if (t.numel() <= 1) return false;
+  Terms terms;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) == 0) return true;
+    terms.push_back({t.stride(d), t.size(d) - 1});
+  }
+  sort(terms);
+  for (const Term* term = terms.begin(); term != terms.end(); ++term)
+    if (term->stride <= reach(term + 1, terms.end())) return true;
+  return false;
+}
+
+bool may_overlap(const at::Tensor& a, const at::Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0 || !a.is_alias_of(b)) return false;
+  // They share a byte if address_a + offset_a = address_b + offset_b. With offset_b counted down from its last byte,
+  // this is a question about a sum of positive terms.
+  Terms of_b;
+  add_terms(of_b, b);
+  const int64_t last_b = reach(of_b.begin(), of_b.end());
+  const int64_t distance = static_cast<const char*>(b.const_data_ptr()) - static_cast<const char*>(a.const_data_ptr());
+  Terms terms = of_b;
+  add_terms(terms, a);
+  sort(terms);
+  int budget = 10000;
+  return can_sum_to(terms.begin(), terms.end(), distance + last_b, budget);
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,47 @@
+#include <ATen/ops/empty_like.h>
+
+#include "core/step.h"
+#include "ops/checks.h"
+#include "ops/fill_call.h"
+#include "ops/large_pages.h"
+#include "ops/operators.h"
+#include "ops/run_on_device.h"
+
+namespace ddpm_ext {
+namespace {
+
+// Checks and sets everything but the model's output and the clip.
+void begin(ElementwiseCall& call, const StepArguments& arguments, const OptionalTensor& out) {
+  constexpr const char* op = "reverse_step";
+  set_step(op, call, call.x, call.noise, call.out, sizeof(StepRow) / sizeof(float), arguments);
+  if (out.has_value())
+    check_out(op, *out, "x_t", arguments.x_t,
+              {&arguments.x_t, pointer(arguments.noise), &arguments.table, pointer(arguments.t),
+               pointer(arguments.rng.sample_ids), pointer(arguments.rng.seed)});
+}
+
+}  // namespace
+
+void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  ElementwiseCall call;
+  begin(call, {x_t, table, t, t_index, noise, draw_noise, rng}, out);
+}
+
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
+                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+                    const Rng& rng, const OptionalTensor& out) {
+  constexpr const char* op = "reverse_step";
+  ElementwiseCall call;
+  begin(call, {x_t, table, t, t_index, noise, draw_noise, rng}, out);
+  call.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
+  if (out.has_value()) check_overlap(op, "out", *out, model_output);
+  set_clip(op, call, clip_min, clip_max);
+  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_t));
+  bind(op, call, {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(noise), &call.noise}}, result,
+       call.out);
+  DDPM_RUN(reverse_step, call, x_t.device());
+  return finish(result, out);
+}
+
+}  // namespace ddpm_ext
