@@ -170,7 +170,7 @@ def _check_out(out: str, endings: tuple[str, ...]) -> None:
 
 def _draw_schedules(given: argparse.Namespace) -> str:
     from ddpm_ext.diffusion import GaussianDiffusion
-    from ddpm_ext.plots.figures import schedule_figure
+    from ddpm_ext.plots import schedule_figure
 
     _check_out(given.out, FIGURES)
     names = given.names or tuple(SCHEDULES)
@@ -255,7 +255,7 @@ def _read_samples(path: str) -> Pixels:
 def _draw_histogram(given: argparse.Namespace) -> str:
     from ddpm_ext.base.optional import require
     from ddpm_ext.cli import commands
-    from ddpm_ext.plots.figures import histogram_figure
+    from ddpm_ext.plots import histogram_figure
     from ddpm_ext.plots.recorder import Recorder
 
     _check_out(given.out, FIGURES)

@@ -7,7 +7,6 @@ from support.command_line import call, save_tiny
 from support.figure_contents import drawn, legend, points
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, plots, randn
-from ddpm_ext.plots import figures
 from ddpm_ext.tables.samplers import ddim, ddpm, euler
 from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
 
@@ -156,7 +155,7 @@ def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, saved, caps
 def test_histogram_of_a_sampler_that_comes_twice_to_a_timestep(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(figures, "histogram_figure", lambda moments, timesteps, *_, **__: seen.append(timesteps))
+    monkeypatch.setattr(plots, "histogram_figure", lambda moments, timesteps, *_, **__: seen.append(timesteps))
     assert call("plot", "histogram", "--model", tiny, "--num", 2, "--sampler", "heun", "--steps", 5, "--quiet") == 0
     assert seen == [[19, 14, 10, 5, 0]]
 
