@@ -1,4 +1,4 @@
-"""ddpm_ext.checkpoints: whole or not there at all; what is damaged is said, and the one before is taken."""
+"""Checkpoints are written whole or not at all; a damaged one is reported, and the one before is used."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_the_newest_are_kept_by_number(tmp_path):
 
 
 def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
-    """They are damaged, or the run would not have gone on from an earlier one"""
+    """They are damaged, or the run would not have continued from an earlier one."""
     for step in (10, 20):
         save(tmp_path, step)
     checkpoints.newest(tmp_path).write_bytes(b"")
@@ -83,7 +83,7 @@ def test_damaged_newest_falls_back(tmp_path, share):
 
 def test_all_damaged(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2)]
-    safetensors_torch.save_file(STATE, paths[0])  # whole, and something else
+    safetensors_torch.save_file(STATE, paths[0])  # not damaged, but no checkpoint
     paths[1].write_bytes(b"")
     lines = []
     with pytest.raises(ValueError, match=r"resume: .*step-00000001\.safetensors is cut short or damaged \(its format"):
