@@ -132,8 +132,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     """The options of `train`; their names are those of TrainOptions."""
     from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
     from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
+    from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
     from ddpm_ext.tables.weightings import WEIGHTINGS
-    from ddpm_ext.training.options import AUTOCAST, VARIANCES, TrainOptions
+    from ddpm_ext.training.options import AUTOCAST, TrainOptions
 
     std = TrainOptions()
     add = parser.add_argument_group("data").add_argument
@@ -168,7 +169,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--beta-schedule", choices=_SCHEDULES, default=std.beta_schedule, help="how fast the noise grows")
     add("--prediction", choices=("eps", "x0", "v"), default=std.prediction, help="what the model predicts")
     learned = "of a step; a learned one is half of the model's output"
-    add("--variance", choices=VARIANCES, default=std.variance, help=learned)
+    add("--variance", choices=TRAINABLE_VARIANCES, default=std.variance, help=learned)
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=(*LOSSES, *BOUNDS), default=std.loss, help="of the prediction's difference")
     positive = _number(0, "a number > 0", above=True)

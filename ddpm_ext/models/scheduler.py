@@ -10,19 +10,14 @@ from torch import Tensor
 
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.tables import schedules
+from ddpm_ext.tables.predictions import peer_predictions
+from ddpm_ext.tables.variances import peer_variances
 
 __all__ = ["DiffusionSettings", "read_settings"]
 
-_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-_VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large",
-    "learned": "learned_variance",
-    "learned_log": "learned",  # which diffusers doesn't know, and would refuse the channels of
-    "learned_range": "learned_range",
-}
+# The names in GaussianDiffusion by diffusers' names
+_PREDICTIONS = peer_predictions("diffusers")
+_VARIANCES = peer_variances("diffusers")
 # Schedulers with the same forward process: a model that was trained with one can be sampled with any other.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")

@@ -12,13 +12,13 @@ import torch
 
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
+from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
-__all__ = ["AUTOCAST", "DTYPES", "VARIANCES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
+__all__ = ["AUTOCAST", "DTYPES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range", "learned")
 
 # The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded.
 # The data and the model are compared by what they are, not by the names of their files.
@@ -137,7 +137,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "autocast": AUTOCAST,
     "loss": (*LOSSES, *BOUNDS),
     "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
-    "variance": VARIANCES,
+    "variance": TRAINABLE_VARIANCES,
     "weighting": ("simple", *WEIGHTINGS),
     "weights_dtype": tuple(DTYPES),
 }

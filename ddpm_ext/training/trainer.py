@@ -21,6 +21,7 @@ from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images
@@ -271,8 +272,9 @@ def _with_settings(
         return settings.diffusion(), settings, options
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
-    if diffusion.prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected 'eps', 'x0' or 'v'")
+    if diffusion.prediction not in SPACED_PREDICTIONS:
+        expected = ", ".join(map(repr, SPACED_PREDICTIONS))
+        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
     betas = tuple(diffusion.betas.tolist())
     settings = DiffusionSettings(diffusion.timesteps, betas, diffusion.prediction, diffusion.variance)
     chosen: dict[str, Any] = {

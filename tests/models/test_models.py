@@ -11,7 +11,7 @@ import torch
 from ddpm_ext import models
 from ddpm_ext.models.folder import CONFIG, DIGITS, WEIGHTS
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
-from ddpm_ext.tables.samplers import VARIANCES
+from ddpm_ext.tables.variances import VARIANCES
 
 diffusers = pytest.importorskip("diffusers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
