@@ -69,8 +69,8 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     timestep_spacing and steps_offset are not read: which timesteps a shorter loop visits is an argument of the sampler.
 
     Raises:
-        ValueError: the scheduler is of another kind, or an entry is damaged or asks for something that
-            GaussianDiffusion's arguments can't hold. The message names `name`.
+        ValueError: the scheduler is of another kind, or an entry is damaged, or it requires what
+            GaussianDiffusion has no argument for. The message names `name`.
     """
     kind = config.get("_class_name", "DDPMScheduler")
     if kind not in _SCHEDULERS:

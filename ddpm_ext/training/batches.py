@@ -1,4 +1,4 @@
-"""The images of each training step, which depend on the seed and the step alone, in whatever order steps are read."""
+"""The images of each training step, which depend on the seed and the step alone, not on what was read before."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -
     """Makes a UNet2DModel with random weights.
 
     Args:
-        source: its configuration, or a JSON file that holds one. None: the options say it.
+        source: its configuration, or a JSON file that holds one. None: it is made by the options.
         options: the options of the run.
         shape: (channels, height, width) of the images.
 

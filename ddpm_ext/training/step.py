@@ -23,7 +23,7 @@ from ddpm_ext.training.state import TrainState
 __all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of"]
 
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
-_LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale would overflow without one
+_LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
 
 
 class _Pending(NamedTuple):
@@ -139,7 +139,7 @@ class TrainingStep:
             return self.parallel(x, t)
 
     def _update(self) -> Tensor:
-        """Updates the weights and their average; returns the gradient's norm before it was clipped."""
+        """Updates the weights and their average; returns the norm of the gradient before it was clipped."""
         state, options = self.state, self.options
         parameters = state.parameters.values()
         state.scaler.unscale_(state.optimizer)
@@ -153,7 +153,9 @@ class TrainingStep:
         return norm
 
     def log_rows(self, newest: Callable[[], Path | None]) -> list[LogRow]:
-        """The steps since the last call, for the log. Nothing else here waits for the device.
+        """The steps since the last call, for the log. This waits for the device.
+
+        `take` doesn't, unless the timestep sampler learns from the losses.
 
         Args:
             newest: finds the newest checkpoint, for the error's message.

@@ -46,10 +46,10 @@ class Trainer:
     Args:
         model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
             that as `.sample`; for a learned variance twice the channels. It is moved to the device and trained. Or the
-            configuration of a UNet2DModel, or a JSON file that holds one. None: the options say it.
-        diffusion: the schedule, the prediction and the variance. None: the options say it.
+            configuration of a UNet2DModel, or a JSON file that holds one. None: it is made by the options.
+        diffusion: the schedule, the prediction and the variance. None: it is made by the options.
         data: "digits", a folder of images, a tensor (count, channels, height, width), or a map-style torch Dataset of
-            images: see ddpm_ext.training.data.as_images. None: the options say it.
+            images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
         resume: whether to continue from the newest checkpoint in `out`. If there is none, the run starts.

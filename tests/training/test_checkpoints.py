@@ -93,7 +93,7 @@ def test_all_damaged(tmp_path):
 
 @pytest.mark.parametrize("what", ["write_bytes", "fsync", "replace"])
 def test_full_disk(tmp_path, monkeypatch, what):
-    kept = save(tmp_path, 1)
+    first = save(tmp_path, 1)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -105,9 +105,9 @@ def test_full_disk(tmp_path, monkeypatch, what):
     message = f"checkpoint: cannot write {tmp_path}/checkpoints/step-00000002.safetensors: No space left on device; "
     with pytest.raises(OSError) as info:
         save(tmp_path, 2, keep=1)
-    assert str(info.value) == f"{message}the newest is still {kept}"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
-    assert checkpoints.load(kept)[1] == {"step": 1}
+    assert str(info.value) == f"{message}the newest is still {first}"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
+    assert checkpoints.load(first)[1] == {"step": 1}
 
 
 def test_full_disk_at_the_first(tmp_path, monkeypatch):
@@ -117,8 +117,8 @@ def test_full_disk_at_the_first(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_writer(tmp_path):
-    kept = save(tmp_path, 1)
+    first = save(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step-00000002.0a1b2c3d.safetensors").write_bytes(b"half")
-    assert checkpoints.newest(tmp_path) == kept
+    assert checkpoints.newest(tmp_path) == first
     checkpoints.remove_leftovers(tmp_path)
-    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
+    assert list((tmp_path / "checkpoints").iterdir()) == [first]
