@@ -1,4 +1,4 @@
-"""Draws the documentation's pictures, by the commands that pictures.md shows: `make pictures`."""
+"""Draws the pictures of the documentation with the commands in pictures.md; `make pictures` runs this."""
 
 import os
 import re
@@ -14,7 +14,7 @@ DOCS = Path(__file__).resolve().parent
 
 
 def commands() -> list[list[str]]:
-    """The arguments of each `ddpm-ext` in pictures.md's shell blocks, in order."""
+    """The arguments of each `ddpm-ext` command in the shell blocks of pictures.md, in order."""
     blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "pictures.md").read_text(encoding="utf-8"), re.DOTALL)
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
 

@@ -1,7 +1,7 @@
-"""Denoisers in diffusers' UNet2DModel layout: loading, saving, and one that comes with the package, "digits".
+"""Loads and saves denoisers in diffusers' UNet2DModel layout; one of them, "digits", is part of the package.
 
-A folder holds config.json and diffusion_pytorch_model.safetensors, and beside them or in scheduler/ a
-scheduler_config.json; in a pipeline's folder the first two stand in unet/.
+A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json. In the folder of a pipeline
+the first two are in unet/ and the third in scheduler/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 
 __all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
 
-UNet2DModel = Any  # diffusers' class, which is imported only where one is made
+UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 DIGITS = Path(__file__).resolve().parent / "digits"
 CONFIG = "config.json"
@@ -31,7 +31,7 @@ SCHEDULER = "scheduler_config.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A denoiser that is ready to sample, with the diffusion that it was trained for."""
+    """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for."""
 
     unet: UNet2DModel
     settings: DiffusionSettings
@@ -48,12 +48,19 @@ class LoadedModel:
 def load_model(
     source: str | os.PathLike[str], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Loads "digits", which comes with the package, or a local folder in diffusers' UNet2DModel layout.
+    """Loads a model from a local folder in diffusers' UNet2DModel layout; nothing is downloaded.
 
-    The model comes back in evaluation mode, without gradients, on `device`, in `dtype`; nothing is fetched from a hub.
+    Args:
+        source: the folder, or "digits", the model in this package.
+        device, dtype: where the model is placed, and the dtype of its weights.
 
-    Raises ValueError if the folder or a file in it is missing, damaged or pickled, or holds something that we can't
-    sample: another architecture, a class-conditional or latent model, a scheduler that is no Gaussian diffusion.
+    Returns:
+        The model in evaluation mode, without gradients, and its diffusion's settings.
+
+    Raises:
+        ValueError: the folder or a file in it is missing, damaged or pickled, or holds what can't be sampled: another
+            architecture, a class-conditional or latent model, a scheduler that is no Gaussian diffusion.
+        MissingExtra: diffusers or safetensors is not installed.
     """
     folder = DIGITS if source == "digits" else Path(source)
     if not folder.is_dir():
@@ -68,7 +75,7 @@ def load_model(
     unet = build_unet(config, str(inner / CONFIG))
     load_weights(unet, read_weights(inner / WEIGHTS), inner / WEIGHTS)
     unet.requires_grad_(False)
-    # Not its own to(), which warns of a dtype even where no module minds it.
+    # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
     return LoadedModel(unet, settings, folder)
 
@@ -80,9 +87,9 @@ def save_model(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes `unet`, its weights rounded to `dtype`, and its scheduler's settings to `folder`.
+    """Writes `unet`, with weights rounded to `dtype`, and the configuration of its scheduler to `folder`.
 
-    diffusers reads it with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+    diffusers reads them with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
     """
     save = require("safetensors.torch", "writing model files").save
     target = Path(folder)
@@ -93,16 +100,20 @@ def save_model(
 
 
 def build_unet(config: dict[str, Any], name: str = "config") -> UNet2DModel:
-    """A UNet2DModel with fresh weights; raises ValueError, naming `name`, if diffusers can't make one of `config`."""
+    """Makes a UNet2DModel with random weights.
+
+    Raises:
+        ValueError: diffusers can't make a model from `config`; the message names `name`.
+    """
     diffusers = require("diffusers", "the model")
     try:
         return diffusers.UNet2DModel.from_config(config)
-    except Exception as error:  # diffusers checks little: a bad value surfaces as almost any exception
-        raise ValueError(f"model: {name} makes no UNet2DModel ({one_line(error)})") from error
+    except Exception as error:  # diffusers checks little, so a bad value can raise any exception
+        raise ValueError(f"model: {name} can't make a UNet2DModel ({one_line(error)})") from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file; raises ValueError if it is missing, cut short or damaged."""
+    """Reads the tensors in a safetensors file; raises ValueError if it is missing, cut short or damaged."""
     load = require("safetensors.torch", "reading model files").load_file
     if not path.is_file():
         pickles = sorted(
@@ -115,7 +126,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"model: no such file: {path}")
     try:
         return load(path)
-    except Exception as error:  # SafetensorError, OSError, or ValueError from a header that is no JSON
+    except Exception as error:  # SafetensorError, OSError, or ValueError if the header is not JSON
         raise ValueError(f"model: {path} is cut short or damaged ({one_line(error)})") from error
 
 
@@ -138,7 +149,7 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises ValueError if the file is missing, damaged or holds something else."""
+    """Reads a JSON object; raises ValueError if the file is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -151,22 +162,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of sensible length."""
+    """The message of an exception on one line of at most 200 characters, or its class if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_supported(config: dict[str, Any], path: Path) -> None:
+    """Raises ValueError, naming `path`, unless `config` describes a UNet2DModel that can be sampled."""
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"model: {path} describes a {kind}, expected a UNet2DModel")
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        raise ValueError(f"model: {path} describes a class-conditional model, which is not supported yet")
+        raise ValueError(f"model: {path} describes a class-conditional model, which is not supported")
     if config.get("time_embedding_type") == "fourier":
         raise ValueError(f"model: {path} has Fourier time embeddings (a score model), which are not supported")
     channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
     if outputs not in (channels, 2 * channels if isinstance(channels, int) else None):
         raise ValueError(
-            f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice"
+            f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice as many"
         )
     size = config.get("sample_size")
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]

@@ -1,6 +1,7 @@
-"""Pictures: samples as grids, strips and GIFs; schedules, step tables, histograms and losses as figures."""
+"""Pictures: samples as grids, strips and GIFs; schedules, step tables, values and losses as figures with axes."""
 
-from ddpm_ext.plots.figures import histogram_figure, save_loss_curve, schedule_figure
+from ddpm_ext.plots.histograms import histogram_figure
+from ddpm_ext.plots.loss_curve import save_loss_curve
 from ddpm_ext.plots.pictures import (
     grid,
     save_gif,
@@ -12,6 +13,7 @@ from ddpm_ext.plots.pictures import (
     trajectory,
     trajectory_frames,
 )
+from ddpm_ext.plots.schedules import schedule_figure
 from ddpm_ext.plots.step_tables import step_table_figure
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Pictures of samples: grids, labelled strips of a trajectory, GIFs; figures with axes, made elsewhere, go by here too.
+"""Pictures of samples without axes: grids, labelled strips of a trajectory, GIFs.
 
 Images are numpy arrays or tensors (batch, channels, height, width) in [-1, 1], with 1 channel (grey) or 3 (colour).
 """
@@ -37,21 +37,21 @@ Pixels = npt.NDArray[np.uint8]
 Images = torch.Tensor | npt.NDArray[np.floating]
 
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
-_BETWEEN = (88, 104, 136)  # neither black nor white, which digits are made of
-_GAP = 4
+_BETWEEN = (88, 104, 136)  # fills the gaps; neither black nor white, so that the edges of digits show
+_GAP = 4  # pixels between two images
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
-_TITLE, _LABEL = 18, 13  # pixels
-_LAST = 2000  # milliseconds that a GIF's last frame stays
+_TITLE, _LABEL = 18, 13  # font sizes in pixels
+_LAST = 2000  # milliseconds that the last frame of a GIF is shown
 _X_T, _X_0 = "x_t, what the loop has at step t", "x_0, as the model predicts it from x_t"
 
 
 def to_uint8(images: Images) -> Pixels:
-    """(batch, channels, height, width) in [-1, 1] to (batch, height, width, channels) uint8.
+    """Converts (batch, channels, height, width) in [-1, 1] to (batch, height, width, channels) uint8.
 
-    Values outside are clipped, and fractions dropped, as guided-diffusion's scripts do. NaN becomes 0.
+    As in guided-diffusion's scripts, values outside are clipped and fractions are dropped. NaN becomes 0.
 
     Raises:
-        ValueError: another number of dimensions, or integers.
+        ValueError: `images` has another number of dimensions, or holds integers.
     """
     pixels = torch.as_tensor(images)
     if pixels.dim() != 4 or not pixels.is_floating_point():
@@ -64,7 +64,7 @@ def to_uint8(images: Images) -> Pixels:
 
 
 def _enlarged(images: Pixels, scale: int | None) -> Pixels:
-    """RGB, each pixel a square of `scale` pixels; None: as many as make small images visible."""
+    """The images in RGB, each pixel repeated to a square of `scale` pixels; None chooses a scale by the size."""
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             f"images: got {images.dtype} of shape {images.shape}, "
@@ -83,14 +83,19 @@ def _enlarged(images: Pixels, scale: int | None) -> Pixels:
 
 
 def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None) -> Pixels:
-    """Puts (count, height, width, channels) uint8 into one picture, (height, width, 3) uint8, row by row.
+    """Puts images into one picture, row by row.
 
     Args:
-        columns: None makes it about square.
-        scale: enlarged that many times, without smoothing; None chooses.
+        images: (count, height, width, channels) uint8.
+        columns: images in a row. None makes the picture about square.
+        scale: how many times the images are enlarged, without smoothing. None enlarges small ones.
+
+    Returns:
+        (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: no images, of another dtype or shape; `columns` or `scale` that are no int of at least 1.
+        TypeError, ValueError: there are no images, or of another dtype or shape; `columns` or `scale` is not an int of
+            at least 1.
     """
     large = _enlarged(images, scale)
     count, height, width, _ = large.shape
@@ -107,31 +112,31 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
 
 
 def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale: int | None = None) -> Pixels:
-    """One row a sample, one column a moment, labelled above.
+    """Shows how samples change: a row for each sample, a column for each step, labels above the columns.
 
     Args:
-        images: for each moment (samples, height, width, channels) uint8.
-        labels: one a moment.
-        scale: as grid's.
+        images: the samples at each step, (samples, height, width, channels) uint8.
+        labels: one for each step.
+        scale: as in grid.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: as grid; another number of labels than moments; moments of different shapes.
+        TypeError, ValueError: as grid; there are not as many labels as steps, or the steps differ in shape.
     """
     if not images or len(images) != len(labels):
-        raise ValueError(f"labels: got {len(labels)} for {len(images)} moments, expected as many, at least 1")
-    shapes = {moment.shape for moment in images}
+        raise ValueError(f"labels: got {len(labels)} for {len(images)} steps, expected as many, at least 1")
+    shapes = {batch.shape for batch in images}
     if len(shapes) > 1:
-        raise ValueError(f"images: got moments of shapes {sorted(shapes)}, expected one shape")
-    moments, samples = len(images), len(images[0])
-    by_row = np.stack(images, axis=1).reshape(moments * samples, *images[0].shape[1:])
-    return _headed(grid(by_row, columns=moments, scale=scale), title, labels)
+        raise ValueError(f"images: got steps of shapes {sorted(shapes)}, expected one shape")
+    steps, samples = len(images), len(images[0])
+    by_row = np.stack(images, axis=1).reshape(steps * samples, *images[0].shape[1:])
+    return _headed(grid(by_row, columns=steps, scale=scale), title, labels)
 
 
 def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
-    """With a title above, and labels each above its share of the width."""
+    """The picture with a title above it, and below the title the labels, evenly spread over the width of `body`."""
     image = require("PIL.Image", "drawing")
     draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
     large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
@@ -150,22 +155,22 @@ def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
 def trajectory(
     x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
 ) -> Pixels:
-    """Two strips, one above the other: x_t, and the x_0 that the model predicts from it.
+    """Draws two strips, one above the other: x_t, and the x_0 that the model predicts from it.
 
     Args:
-        x_t, x_0: for each moment (samples, channels, height, width) in [-1, 1], the same samples at the same moments.
-        labels, scale: as those of strips.
+        x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
+        labels, scale: as in strips.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: as strips; another number of moments in `x_0` than in `x_t`.
+        TypeError, ValueError: as strips; `x_0` has not as many steps as `x_t`.
     """
     _check_pairs(x_t, x_0)
     halves = [
-        strips([to_uint8(moment) for moment in moments], labels, title, scale=scale)
-        for moments, title in ((x_t, _X_T), (x_0, _X_0))
+        strips([to_uint8(batch) for batch in steps], labels, title, scale=scale)
+        for steps, title in ((x_t, _X_T), (x_0, _X_0))
     ]
     return np.concatenate(_equally_wide(halves))
 
@@ -173,16 +178,16 @@ def trajectory(
 def trajectory_frames(
     x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
 ) -> list[Pixels]:
-    """For save_gif: a frame a moment, x_t in a grid on the left, the predicted x_0 on the right, the label above.
+    """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
 
-    Args, raises: as trajectory.
+    Args and errors are those of trajectory. The label stands above x_t.
 
     Returns:
-        For each moment (height, width, 3) uint8, all of one size.
+        For each step (height, width, 3) uint8, all of one size, for save_gif.
     """
     _check_pairs(x_t, x_0)
     if len(labels) != len(x_t):
-        raise ValueError(f"labels: got {len(labels)} for {len(x_t)} moments, expected as many, at least 1")
+        raise ValueError(f"labels: got {len(labels)} for {len(x_t)} steps, expected as many, at least 1")
     frames = []
     for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
         sides = [
@@ -197,21 +202,22 @@ def trajectory_frames(
 
 
 def _equally_wide(pictures: Sequence[Pixels]) -> list[Pixels]:
-    """With paper on the right, where a title was wider than another's picture."""
+    """The pictures, the narrow ones filled with white on the right: a long title can make one wider than another."""
     widest = max(picture.shape[1] for picture in pictures)
     return [np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=_PAPER[0]) for p in pictures]
 
 
 def _check_pairs(x_t: Sequence[Images], x_0: Sequence[Images]) -> None:
     if not len(x_t) or len(x_t) != len(x_0):
-        raise ValueError(f"x_0: got {len(x_0)} moments, x_t has {len(x_t)}, expected as many, at least 1")
+        raise ValueError(f"x_0: got {len(x_0)} steps, x_t has {len(x_t)}, expected as many, at least 1")
 
 
 def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
-    """Writes (height, width, 3) uint8 to `path`, atomically; the ending says in which format.
+    """Writes a picture, (height, width, 3) uint8, to `path`, atomically; the ending names the format.
 
     Raises:
-        ValueError: another dtype or shape, or an ending that Pillow doesn't know. OSError: it can't be written.
+        ValueError: the picture has another dtype or shape, or Pillow doesn't know the ending.
+        OSError: `path` can't be written.
     """
     image = require("PIL.Image", "writing pictures").fromarray(_checked("picture", picture))
     with atomic_path(path) as beside:
@@ -227,7 +233,7 @@ def _checked(name: str, picture: Pixels) -> Pixels:
 def save_grid(
     images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Raises as grid and save_picture."""
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Errors: as grid and save_picture."""
     save_picture(grid(to_uint8(images), columns=columns, scale=scale), path)
 
 
@@ -239,22 +245,34 @@ def save_strips(
     *,
     scale: int | None = None,
 ) -> None:
-    """Writes moments, each (samples, channels, height, width) in [-1, 1], as one labelled picture. Raises as strips."""
-    save_picture(strips([to_uint8(moment) for moment in images], labels, title, scale=scale), path)
+    """Writes the picture that strips draws.
+
+    Args:
+        images: the samples at each step, (samples, channels, height, width) in [-1, 1].
+        labels, title, scale: as in strips.
+
+    Raises:
+        TypeError, ValueError, OSError: as strips and save_picture.
+    """
+    save_picture(strips([to_uint8(batch) for batch in images], labels, title, scale=scale), path)
 
 
 def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:
-    """Writes frames, (height, width, 3) uint8 each, as a GIF without end; the last frame stays for two seconds.
+    """Writes frames as a GIF that repeats for ever; the last frame is shown for two seconds.
 
-    Neighbours that are equal become one frame, which stays as long as they would have. A GIF has up to 256 colours a
-    frame: more are approximated.
+    Equal frames that follow one another become one, shown for their time together. A frame of a GIF has up to 256
+    colours; more are approximated.
 
     Args:
-        seconds: how long the frames take together, were the last one as long as the others: no less than 20 ms each,
-            below which viewers slow them down, and a whole number of hundredths, which is what a GIF can say.
+        frames: (height, width, 3) uint8 each, all of one size.
+        path: where the GIF is written, atomically.
+        seconds: the time of all frames together, if the last one took no longer than the others. The time of a frame
+            is rounded to hundredths of a second, the unit of the format, and is at least 20 ms: viewers show shorter
+            frames more slowly.
 
     Raises:
-        ValueError: no frames, frames of different shapes, or `seconds` not above 0. OSError: it can't be written.
+        ValueError: there are no frames, they differ in shape, or `seconds` is not above 0.
+        OSError: `path` can't be written.
     """
     if not frames:
         raise ValueError("frames: got none, expected at least 1")

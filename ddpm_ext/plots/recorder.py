@@ -1,4 +1,4 @@
-"""What happens along a sampling loop: x_t and the predicted x_0 at some of its steps."""
+"""Records x_t and the predicted x_0 at some steps of a sampling loop."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ Array = npt.NDArray[np.float32]
 
 @dataclass
 class Recorder:
-    """Stands in the model's place in a loop with x0=True, and its `keep` is the callback there: keeps x_t and the x_0
-    that the loop predicts from it, of every k-th call and of the last.
+    """Wraps the model of a loop, and records every k-th call of the model and the last.
 
-    `every`: k, at least 1. `steps`: how many calls the loop will make. `samples`: how many of the batch are kept.
-    Afterwards `t`, `x_t` and `x_0` hold one entry a kept call: arrays (samples, channels, height, width) float32.
+        recorder = Recorder(model, every=10, steps=100, samples=8)
+        diffusion.p_sample_loop(recorder, shape, steps=100, x0=True, callback=recorder.keep)
+
+    Args:
+        model: the model that the loop samples from.
+        every: k, at least 1.
+        steps: how often the loop will call the model.
+        samples: how many of the batch's samples to record.
+
+    Attributes:
+        t: the recorded timesteps.
+        x_t, x_0: for each of them the noisy samples and the predicted clean ones, (samples, channels, height, width)
+            float32.
     """
 
     model: Callable[[Tensor, Tensor], Any]
@@ -40,21 +50,22 @@ class Recorder:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
     def __call__(self, x: Tensor, t: Tensor) -> Any:
+        """Calls the model; records x_t if it is this call's turn."""
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             self.t.append(t[0].item())
-            self.x_t.append(self._kept(x))
+            self.x_t.append(self._copied(x))
         self.calls += 1
         return self.model(x, t)
 
     def keep(self, record: Record) -> None:
-        """The x_0 that belongs to the last x_t, if that was kept."""
+        """The loop's callback: records the predicted x_0 if the x_t that it belongs to was recorded."""
         if len(self.x_0) < len(self.x_t):
             assert record.x0 is not None
-            self.x_0.append(self._kept(record.x0))
+            self.x_0.append(self._copied(record.x0))
 
-    def _kept(self, x: Tensor) -> Array:
+    def _copied(self, x: Tensor) -> Array:
         return x[: self.samples].float().cpu().numpy().copy()
 
     def labels(self) -> list[str]:
-        """ "t = 999" and so on, one a kept call"""
-        return [f"t = {moment:.4g}" for moment in self.t]
+        """A label for each recorded timestep: "t = 999"."""
+        return [f"t = {timestep:.4g}" for timestep in self.t]

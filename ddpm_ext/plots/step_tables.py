@@ -1,4 +1,4 @@
-"""The columns of step tables as figures: one table, or several over one another."""
+"""The columns of step tables as a figure: of one table, or of several over one another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import require
-from ddpm_ext.plots.figures import Array, PathLike, look, new_figure, to_array
+from ddpm_ext.plots.style import Array, PathLike, line_style, new_figure, plural, to_array
 from ddpm_ext.tables.step_table import StepTable
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["step_table_figure"]
 
-_LINEAR_UP_TO = 10  # factors beyond it get an axis that is logarithmic but around 0
+_LINEAR_UP_TO = 10  # an axis with larger factors is logarithmic, but linear around 0
 
 
 def step_table_figure(
@@ -27,20 +27,22 @@ def step_table_figure(
 ) -> Figure:
     """Draws the columns of one step table, or of several over one another, over the steps of the loop.
 
-    One table: the factors of the predicted x0 share a panel, and so do those of the next sample; the noise's standard
-    deviation and the timestep have one each. Several: a panel a column, a line a table; columns that are 0 in all of
-    them are left out. Axes whose factors go past 10 are logarithmic, but linear around 0. c3 is shown where it is not
-    all 0; draws and the columns for learned variances and classifiers' gradients are not.
+    Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the standard
+    deviation of the noise and the timestep have a panel each. Of several tables, each column has a panel and each table
+    a line; columns that are 0 in all tables are left out. An axis with factors above 10 is logarithmic, but linear
+    around 0. c3 is drawn unless it is all 0. The columns for draws, learned variances and gradients are not drawn.
 
     Args:
-        tables: a StepTable, or several by name, which the legend shows.
-        path: where it is written as well.
-        against: what the horizontal axis is, "step", the row's number, or "timestep", falling from left to right, where
-            tables of different numbers of rows are to be compared.
+        tables: a StepTable, or several by the names that the legend shows.
+        path: where the figure is written as well; the ending names the format.
+        against: the horizontal axis. "step" is the number of the row; "timestep", which falls from left to right, suits
+            tables with different numbers of rows.
 
     Raises:
-        TypeError: `tables` are something else. ValueError: there are none, or an unknown `against`. OSError: `path`
-        can't be written. MissingExtra: matplotlib is not installed.
+        TypeError: `tables` is neither a StepTable nor a mapping of them.
+        ValueError: there are no tables, or `against` is unknown.
+        OSError: `path` can't be written.
+        MissingExtra: matplotlib is not installed.
     """
     checks.one_of("against", against, ("step", "timestep"))
     if isinstance(tables, StepTable):
@@ -56,7 +58,7 @@ def step_table_figure(
 
 
 def _column(table: StepTable, name: str) -> Array:
-    """A column, or "step", the rows' numbers."""
+    """A column of the table by its name; "step" is the numbers of the rows."""
     if name == "step":
         return np.arange(len(table), dtype=np.float64)
     return to_array(getattr(table, name))
@@ -83,11 +85,11 @@ def _one_table(table: StepTable, path: PathLike | None, against: str) -> Figure:
     with new_figure(9, 5.6, path, "drawing a StepTable") as figure:
         for axes, (title, names, label) in zip(_panels(figure, len(panels), against), panels, strict=True):
             for number, name in enumerate(names):
-                axes.plot(x, _column(table, name), label=name, **look(number, len(table)))
+                axes.plot(x, _column(table, name), label=name, **line_style(number, len(table)))
             _finish(axes, title, label, names[0])
             if len(names) > 1:
                 axes.legend(ncols=2 if len(names) > 3 else 1)
-        figure.suptitle(f"StepTable of {_rows(len(table))}")
+        figure.suptitle(f"StepTable of {plural(len(table), 'row')}")
     return figure
 
 
@@ -96,11 +98,11 @@ _TITLES = {
     "b": "b, of the model's output in x0",
     "c0": "c0, of x0 in the next sample",
     "c1": "c1, of x in the next sample",
-    "c2": "c2, of the model's output there",
-    "c3": "c3, of the x0 of the step before",
+    "c2": "c2, of the output in the next sample",
+    "c3": "c3, of the previous x0 in the next sample",
     "s": "s, of the step's noise",
-    "timestep": "what the model is told",
-    "step": "when the model is told it",
+    "timestep": "timestep that the model receives",
+    "step": "step of each timestep",
 }
 _LABELS = {"timestep": "timestep", "step": "step of the loop"}
 
@@ -119,7 +121,7 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
         panels = _panels(figure, len(drawn), against)
         for axes, name in zip(panels, drawn, strict=True):
             for number, (label, table) in enumerate(tables.items()):
-                axes.plot(_column(table, against), _column(table, name), label=label, **look(number, len(table)))
+                axes.plot(_column(table, against), _column(table, name), label=label, **line_style(number, len(table)))
             _finish(axes, _TITLES[name], labels.get(name, "factor (no unit)"), name)
         handles = panels[0].get_legend_handles_labels()
         note = f"0 in all: {', '.join(zero)}" if zero else None
@@ -130,12 +132,8 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
     return figure
 
 
-def _rows(count: int) -> str:
-    return f"{count} row{'s' * (count != 1)}"
-
-
 def _panels(figure: Figure, count: int, against: str) -> list[Axes]:
-    """As many axes in two columns, over one horizontal axis; of an odd number, the last place is left for a legend."""
+    """`count` axes in two columns that share the horizontal axis; an odd number leaves a place for the legend."""
     axes = list(figure.subplots(math.ceil(count / 2), 2, sharex=True, squeeze=False).flat)
     for spare in axes[count:]:
         spare.axis("off")
@@ -154,5 +152,5 @@ def _finish(axes: Axes, title: str, label: str, name: str) -> None:
     if largest > _LINEAR_UP_TO and name not in _LABELS:
         ticker = require("matplotlib.ticker", "drawing step tables")
         axes.set_yscale("asinh", linear_width=0.5)
-        axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # 0, and powers of ten
+        axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # ticks at 0 and powers of ten
     axes.set(title=title, ylabel=label)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["SCHEDULES", "make_betas", "rescale_zero_terminal_snr"]
+__all__ = ["SCHEDULES", "cosine_betas", "make_betas", "rescale_zero_terminal_snr", "scaled_linear"]
 
 
 def linear(timesteps: int) -> Tensor:
@@ -18,14 +18,18 @@ def linear(timesteps: int) -> Tensor:
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
 
 
-def scaled_linear(timesteps: int) -> Tensor:
-    """Linear in sqrt(beta) from 0.00085 to 0.012 (Rombach et al. 2022: Stable Diffusion)."""
-    return torch.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2
+def scaled_linear(timesteps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
+    """Linear in sqrt(beta) from `start` to `end` (Rombach et al. 2022: Stable Diffusion)."""
+    return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64, device="cpu") ** 2
 
 
 def cosine(timesteps: int, s: float = 0.008) -> Tensor:
     """alphas_cumprod = cos^2((t/T + s) / (1 + s) pi/2), betas at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
-    t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
+    return cosine_betas(torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu"), s)
+
+
+def cosine_betas(t: Tensor, s: float = 0.008) -> Tensor:
+    """The betas of `cosine` between given times `t`, (timesteps + 1,) from 0 to 1."""
     return _from_alphas_cumprod(torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2)
 
 

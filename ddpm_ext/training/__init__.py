@@ -1,7 +1,7 @@
-"""Trains a denoiser. A run that is killed and resumed ends with the same weights as one that never stopped.
+"""Trains a denoiser. A run that is killed and resumed ends with the same weights as one that was never stopped.
 
-Nothing random is kept between two steps: the order of the images, what their transforms draw, the timesteps, the noise
-and the dropout of a step all follow from (seed, step). So a checkpoint is only tensors and a few numbers.
+No random state is carried from one step to the next: the order of the images, their random transforms, the timesteps,
+the noise and the dropout of a step depend on the seed and the step alone. So a checkpoint is tensors and a few numbers.
 """
 
 from ddpm_ext.training.options import TrainOptions, with_defaults_of

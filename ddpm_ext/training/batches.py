@@ -1,4 +1,4 @@
-"""The images of each step: a function of the seed and the step, whoever asks, in whatever order."""
+"""The images of each training step, which depend on the seed and the step alone, not on what was read before."""
 
 from __future__ import annotations
 
@@ -10,32 +10,43 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm_ext.base.seeds import generator, seed_for
-from ddpm_ext.training.data import DamagedImage, Images
+from ddpm_ext.training.data import DamagedImage, ImageSource
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["Batch", "StepBatches"]
 
+_PREFETCHED = 4  # batches that a worker reads ahead
+
 
 class Batch(NamedTuple):
-    """One rank's images of a step, (rows, channels, height, width) float32, and what was skipped to get them."""
+    """One rank's images of a step.
+
+    images: (samples, channels, height, width) float32.
+    skipped: the errors of images that could not be read.
+    """
 
     images: Tensor
     skipped: list[str]
 
 
 class StepBatches(Dataset):
-    """batches[step]: the images of rows `first` to `last` - 1 of the step's batch, or the exception at reading them.
+    """batches[step] is one rank's part of the step's batch, or the exception that reading it raised.
 
-    The set is gone through in an order drawn anew each time, across batches' borders. With `options.skip_corrupt` an
-    image that can't be read is replaced by the next in the set's own order that can be.
+    In each epoch all images come once, in a random order; a batch may end one epoch and begin the next. With
+    `options.skip_corrupt` an image that can't be read is replaced by the next one of the source that can.
+
+    Args:
+        images: the source.
+        options: batch size, seed, flip, skip_corrupt, workers.
+        start, stop: this rank takes the samples from `start` to `stop` - 1 of each batch.
     """
 
-    def __init__(self, images: Images, options: TrainOptions, first: int, last: int) -> None:
-        self.images, self.options, self.first, self.last = images, options, first, last
+    def __init__(self, images: ImageSource, options: TrainOptions, start: int, stop: int) -> None:
+        self.images, self.options, self.start, self.stop = images, options, start, stop
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> Batch | Exception:
-        # An exception that crosses processes as one is buried in that process's traceback.
+        # Returned, not raised: an exception raised in a worker arrives with the worker's traceback in its message.
         try:
             batch = self._read(step)
         except (OSError, TypeError, ValueError) as error:
@@ -43,9 +54,10 @@ class StepBatches(Dataset):
         return batch
 
     def iterate(self, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-        """The batches of the steps from `start` to `stop` - 1, read ahead by `options.workers` processes if any.
+        """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
-        Raises ValueError or TypeError for what can't be read.
+        Raises:
+            OSError, TypeError, ValueError: an image can't be read, or is not what was expected.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -53,9 +65,9 @@ class StepBatches(Dataset):
             batch_size=None,
             sampler=range(start, stop),
             num_workers=workers,
-            prefetch_factor=_AHEAD if workers else None,
+            prefetch_factor=_PREFETCHED if workers else None,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # of the workers' base seed: it is not to be taken from the caller's
+            generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
         for batch in steps:
             if isinstance(batch, Exception):
@@ -64,8 +76,8 @@ class StepBatches(Dataset):
 
     def _read(self, step: int) -> Batch:
         options = self.options
-        start = step * options.batch_size
-        places = range(start + self.first, start + self.last)
+        before = step * options.batch_size
+        places = range(before + self.start, before + self.stop)
         indices = self._indices(places)
         seeds = [seed_for(options.seed, "images", place) for place in places] if self.images.seeded else None
         skipped: list[str] = []
@@ -74,14 +86,14 @@ class StepBatches(Dataset):
         except DamagedImage:
             if not options.skip_corrupt:
                 raise
-            images = torch.cat([self._next_good(row, indices, seeds, skipped) for row in range(len(indices))])
+            images = torch.cat([self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))])
         if options.flip:
             mirrored = torch.rand(options.batch_size, generator=generator(options.seed, "flip", step)) < 0.5
-            images = torch.where(mirrored[self.first : self.last].view(-1, 1, 1, 1), images.flip(3), images)
+            images = torch.where(mirrored[self.start : self.stop].view(-1, 1, 1, 1), images.flip(3), images)
         return Batch(images, skipped)
 
     def _indices(self, places: range) -> Tensor:
-        """Which images stand at these places of the endless row of them."""
+        """The indices of the images at `places` in the sequence of all epochs."""
         count, place, parts = len(self.images), places.start, []
         while place < places.stop:
             epoch, within = divmod(place, count)
@@ -92,16 +104,13 @@ class StepBatches(Dataset):
             place += len(parts[-1])
         return torch.cat(parts)
 
-    def _next_good(self, row: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]) -> Tensor:
-        """(1, channels, height, width)"""
+    def _next_readable(self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]) -> Tensor:
+        """The image indices[i] or the next one that can be read, (1, channels, height, width)."""
         count = len(self.images)
         for ahead in range(count):
-            index = (indices[row : row + 1] + ahead) % count
+            index = (indices[i : i + 1] + ahead) % count
             try:
-                return self.images.batch(index, None if seeds is None else seeds[row : row + 1])
+                return self.images.batch(index, None if seeds is None else seeds[i : i + 1])
             except DamagedImage as error:
                 skipped.append(str(error))
         raise ValueError(f"data: none of the {count} images can be read, the last because: {skipped[-1]}")
-
-
-_AHEAD = 4  # batches that a worker reads ahead

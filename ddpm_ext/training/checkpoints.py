@@ -1,4 +1,4 @@
-"""A training run's checkpoints: one safetensors file each, with all that is no tensor as JSON in the file's header."""
+"""Checkpoints of a training run: one safetensors file each; what is not a tensor is JSON in the file's header."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 def _all(folder: Path) -> list[Path]:
-    """Oldest first"""
+    """All checkpoints, by ascending step."""
     found = [
         (int(match[1]), path)
         for path in (folder / "checkpoints").glob("step-*.safetensors")
@@ -31,29 +31,37 @@ def _all(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the most steps in a run's folder, if it has any."""
+    """The checkpoint of the highest step in a run's folder, or None. It may be damaged."""
     found = _all(folder)
     return found[-1] if found else None
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Writes `state` and `about`, the header, atomically, then removes all checkpoints up to it but the newest `keep`.
+    """Writes a checkpoint atomically; of those up to its step it leaves only the newest `keep`.
 
-    Those of more steps are damaged, or the run would have gone on from there.
+    Checkpoints of later steps are not counted: they are damaged, or the run would have continued from them.
 
-    Raises OSError, in one sentence, if it can't be written; those that were there before are left.
+    Args:
+        folder: the run's folder.
+        step: the number of steps taken.
+        state: the tensors.
+        about: the header, as JSON.
+        keep: how many checkpoints to leave, at least 1.
+
+    Raises:
+        OSError: the file can't be written; the message is one sentence. No checkpoint is removed then.
     """
     to_bytes = require("safetensors.torch", "writing checkpoints").save
     path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
-    # Copied, since safetensors takes no two tensors that share memory, as tied weights do.
+    # safetensors refuses tensors that share memory, as tied weights do, so each is copied.
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     content = to_bytes(tensors, metadata={"format": _FORMAT, "header": json.dumps(about)})
     before = newest(folder)
     try:
         files.write_bytes(path, content)
     except OSError as error:
-        kept = "no checkpoint was written before" if before is None else f"the newest is still {before}"
-        raise OSError(f"checkpoint: cannot write {path}: {error.strerror or error}; {kept}") from error
+        left = "no checkpoint was written before" if before is None else f"the newest is still {before}"
+        raise OSError(f"checkpoint: cannot write {path}: {error.strerror or error}; {left}") from error
     written = _all(folder)
     for old in written[: written.index(path) + 1][:-keep]:
         old.unlink()
@@ -61,13 +69,13 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a checkpoint; raises ValueError if the file is damaged or something else."""
+    """Reads the header of a checkpoint; raises ValueError if the file is damaged or no checkpoint."""
     with _opened(path) as (_, found):
         return found
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a checkpoint; raises ValueError if it is damaged or something else."""
+    """Reads the tensors and the header of a checkpoint; raises ValueError if the file is damaged or no checkpoint."""
     with _opened(path) as (opened, found):
         names = opened.keys()
         return {name: opened.get_tensor(name) for name in names}, found
@@ -75,7 +83,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open file, whose length has been checked, and its header."""
+    """The open file and its header; safetensors checks the length of the file."""
     safetensors = require("safetensors", "reading checkpoints")
     try:
         with safetensors.safe_open(path, "pt") as opened:
@@ -83,14 +91,17 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
             yield opened, json.loads(metadata["header"])
-    except Exception as error:  # SafetensorError derives from Exception alone
+    except Exception as error:  # safetensors' own error has no narrower base class
         raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
 
 
 def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:
-    """Path and header of the newest checkpoint that can be read, or None where there is no checkpoint.
+    """Path and header of the newest checkpoint that can be read, or None if there is no checkpoint at all.
 
-    `report` gets a line for each newer one that can't be. Raises ValueError if none can.
+    `report` is called with a line of text for each newer one that is damaged.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
     """
     found = _all(folder)
     for path in reversed(found):
@@ -104,11 +115,11 @@ def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, d
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a writer that was killed left beside the checkpoints."""
+    """Removes the temporary files that a killed process left beside the checkpoints."""
     for leftover in (folder / "checkpoints").glob(".step-*.safetensors"):
         leftover.unlink()

@@ -1,4 +1,4 @@
-"""What a training run leaves beside its weights for people to read: a line a step, pictures, and how it was made."""
+"""The log of a training run: losses.csv with a line for each step, and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext import __version__
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import MissingExtra
+from ddpm_ext.version import __version__
 
-if TYPE_CHECKING:
-    from ddpm_ext.training import Result, TrainOptions
+__all__ = ["FINAL_STEPS", "Log", "LogRow", "final_loss", "progress_line", "require_tensorboard", "versions"]
 
-__all__ = ["Log", "Row", "final_loss", "line", "require_tensorboard", "versions", "write_training"]
-
-_FINAL = 500
+FINAL_STEPS = 500
+"""The final loss of a run is the mean over so many last steps."""
 _HEADER = "step,loss,grad_norm,lr,images_per_second\n"
 
 
-class Row(NamedTuple):
-    """A step's numbers: `step` counts from 1, `norm` is the gradient's before it was clipped."""
+class LogRow(NamedTuple):
+    """One training step. `step` counts from 1; `norm` is the gradient's norm before it was clipped."""
 
     step: int
     loss: float
@@ -39,18 +36,21 @@ class Row(NamedTuple):
 
 
 class Log:
-    """A run's losses.csv, a line a step, and its TensorBoard events where asked for.
+    """The files losses.csv and, with `tensorboard`, the TensorBoard events of a run in `folder`.
 
-    Opened at a step, it goes on from there: later lines, which a killed run may have left, are removed.
+    A log that is opened at `step` continues after that step: later lines, which a killed run may have written, are
+    removed.
 
-    Raises OSError, in one sentence, if a file can't be written.
+    Raises:
+        OSError: a file can't be written; the message is one sentence.
+        MissingExtra: TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, step: int, *, tensorboard: bool = False) -> None:
         self.path = folder / "losses.csv"
-        kept = [f"{','.join(row)}\n" for row in _rows(self.path) if int(row[0]) <= step] if step else []
-        with _in_one_sentence(self.path):
-            files.write_text(self.path, _HEADER + "".join(kept))
+        earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
+        with _errors_name(self.path):
+            files.write_text(self.path, _HEADER + "".join(earlier))
         self._writer: Any = None
         if tensorboard:
             require_tensorboard()
@@ -58,9 +58,9 @@ class Log:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, rows: list[Row], images_per_second: float) -> None:
-        """Adds lines; they are on the disk when it returns."""
-        with _in_one_sentence(self.path), open(self.path, "a", encoding="utf-8") as opened:
+    def write(self, rows: list[LogRow], images_per_second: float) -> None:
+        """Adds lines; they are on the disk when this returns."""
+        with _errors_name(self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
                 opened.write(f"{row.step},{row.loss:.9g},{row.norm:.6g},{row.lr:.6g},{images_per_second:.1f}\n")
             opened.flush()
@@ -74,13 +74,13 @@ class Log:
             self._writer.flush()
 
     def pictures(self, samples: Tensor, step: int) -> None:
-        """Adds samples (count, channels, height, width) in [-1, 1] to the events."""
+        """Adds samples, (count, channels, height, width) in [-1, 1], to the TensorBoard events, if there are any."""
         if self._writer is not None:
             self._writer.add_images("samples", (samples.float().cpu().clamp(-1, 1) + 1) / 2, step)
 
     def losses(self) -> list[float]:
-        """Of all steps that are written, in order."""
-        return [float(row[1]) for row in _rows(self.path)]
+        """The losses of all steps in the file, in order."""
+        return [float(row[1]) for row in _whole_lines(self.path)]
 
     def close(self) -> None:
         if self._writer is not None:
@@ -88,15 +88,16 @@ class Log:
 
 
 @contextmanager
-def _in_one_sentence(path: Path) -> Iterator[None]:
+def _errors_name(path: Path) -> Iterator[None]:
+    """Makes an OSError in the block name the file."""
     try:
         yield
     except OSError as error:
         raise OSError(f"losses: cannot write {path}: {error.strerror or error}") from error
 
 
-def _rows(path: Path) -> list[list[str]]:
-    """The lines of a losses.csv up to the first that is not whole."""
+def _whole_lines(path: Path) -> list[list[str]]:
+    """The values in the lines of a losses.csv, up to the first line that was cut short."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, ValueError):
@@ -116,20 +117,20 @@ def require_tensorboard() -> None:
         raise MissingExtra("tensorboard: writing its events needs tensorboard: pip install tensorboard")
 
 
-def line(losses: list[float], step: int, steps: int, lr: float, images_per_second: float) -> str:
-    """One line of progress: the step, the mean of the losses since the last line, learning rate, images a second."""
+def progress_line(losses: list[float], step: int, steps: int, lr: float, images_per_second: float) -> str:
+    """A line of text: the step of all `steps`, the mean of `losses`, the learning rate, images per second."""
     mean = sum(losses) / len(losses) if losses else math.nan
     return f"step {step:>6}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {images_per_second:.1f} images/s"
 
 
 def final_loss(losses: list[float]) -> float:
-    """The mean over the last 500 steps; NaN if there are none."""
-    last = losses[-_FINAL:]
+    """The mean over the last FINAL_STEPS steps; NaN if there are none."""
+    last = losses[-FINAL_STEPS:]
     return sum(last) / len(last) if last else math.nan
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on, with versions."""
+    """The versions of Python and of the packages that the numbers of a run depend on."""
     found = {"python": platform.python_version(), "ddpm-ext": __version__, "torch": torch.__version__}
     for package in ("diffusers", "numpy", "scikit-learn"):
         try:
@@ -137,19 +138,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_training(folder: Path, options: TrainOptions, result: Result, about: dict[str, Any]) -> None:
-    """Writes training.json: options, versions, number of parameters, final loss, seconds, and what `about` says."""
-    final = round(result.final_loss, 6) if math.isfinite(result.final_loss) else None
-    content = {
-        **about,
-        "options": asdict(options),
-        "versions": versions(),
-        "parameters": result.parameters,
-        "final_loss": final,
-        "final_loss_over_steps": min(_FINAL, options.steps),
-        "seconds": round(result.seconds, 1),
-        "threads": torch.get_num_threads(),
-    }
-    files.write_json(folder / "training.json", content)

@@ -1,4 +1,4 @@
-"""The model that is trained: made from options or a configuration, or given, and written when it is done."""
+"""The model of a training run: makes a UNet2DModel, tries a model out, describes it and writes it."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ _WIDTHS = ("widths", "layers", "attention", "groups")
 
 
 def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -> nn.Module:
-    """A UNet2DModel with fresh weights for images of `shape`, (channels, height, width).
+    """Makes a UNet2DModel with random weights.
 
-    `source`: its configuration, the JSON file that holds one, or None for one made of `options`.
+    Args:
+        source: its configuration, or a JSON file that holds one. None: it is made by the options.
+        options: the options of the run.
+        shape: (channels, height, width) of the images.
 
-    Raises ValueError for a configuration that is none or doesn't fit the images.
+    Raises:
+        ValueError: the configuration is damaged, or doesn't fit the images or the options.
     """
     if source is None:
         return build_unet(config_of(options, shape))
     standard = TrainOptions()
     for name in _WIDTHS:
         if getattr(options, name) != getattr(standard, name):
-            raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration says it")
+            raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
     channels, height, width = shape
@@ -51,7 +55,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -
 
 
 def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The UNet2DModel's configuration for images of `shape`, (channels, height, width)."""
+    """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width)."""
     channels, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
@@ -76,34 +80,38 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
 
 
 def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
-    """model(x, t) in evaluation mode; raises ValueError unless it takes x and gives its shape, or twice the channels
-    where the variance is learned."""
+    """Calls model(x, t) in evaluation mode and returns its output.
+
+    Raises:
+        ValueError: the model fails, or its output has another shape than x, or, for a learned variance, than x with
+            twice the channels.
+    """
     shape, training = tuple(x.shape), model.training
     try:
         found = unwrap(model.eval()(x, t))
     except (RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"model: it fails at images of shape {shape[1:]} ({one_line(error)})") from error
+        raise ValueError(f"model: it fails for images of shape {shape[1:]} ({one_line(error)})") from error
     finally:
         model.train(training)
     expected = (shape[0], shape[1] * VARIANCES[variance].channels, *shape[2:])
     if found.shape != expected:
         raise ValueError(
-            f"model: it gives {tuple(found.shape)} for images of shape {shape}, expected {expected}, variance being "
-            f"{variance}"
+            f"model: it returns shape {tuple(found.shape)} for images of shape {shape}, expected {expected} with "
+            f"variance {variance}"
         )
     return found
 
 
 def is_unet(model: nn.Module) -> bool:
-    """Whether it is diffusers' UNet2DModel, without importing diffusers."""
+    """Whether the model is diffusers' UNet2DModel; does not import diffusers."""
     diffusers = sys.modules.get("diffusers")
     return diffusers is not None and isinstance(model, diffusers.UNet2DModel)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What tells one model from another: its class, and its configuration or the shapes of its weights."""
+    """The class of a model, and its configuration or, if it has none, the shapes of its weights."""
     kind = type(model).__qualname__
     if is_unet(model):
         config = json.loads(model.to_json_string())  # type: ignore[operator]
@@ -112,10 +120,13 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype) -> str:
-    """Writes a trained model, its weights rounded to `dtype`; returns, in a sentence, what reads it.
+    """Writes a trained model, with weights rounded to `dtype`, and the settings of its diffusion.
 
-    A UNet2DModel becomes a DDPMPipeline's folder. Of another module model.safetensors has the state dict and model.json
-    its class and the diffusion.
+    A UNet2DModel is written as a folder of a DDPMPipeline. For another module, model.safetensors holds the state dict,
+    and model.json the class and the settings.
+
+    Returns:
+        A sentence that says what can read the folder.
     """
     if is_unet(model):
         save_model(model, settings, folder / "unet", dtype=dtype)
@@ -126,8 +137,8 @@ def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dty
             folder / "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": version, **parts}
         )
         if settings.variance == "learned":
-            return f"{folder} is for ddpm-ext sample: diffusers has no logarithm of a variance"
-        return f"{folder} is a DDPMPipeline's folder, which ddpm-ext sample and diffusers read"
+            return f"{folder} is for ddpm-ext sample: diffusers has no variance that is learned as its logarithm"
+        return f"{folder} is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read"
     to_bytes = require("safetensors.torch", "writing model files").save
     weights = {
         name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
@@ -136,4 +147,4 @@ def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dty
     files.write_bytes(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
     files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
     files.write_json(folder / "model.json", {"class": describe(model)["class"], "settings": asdict(settings)})
-    return f"{folder} has the weights (model.safetensors) and no pipeline: the model is no UNet2DModel"
+    return f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel"

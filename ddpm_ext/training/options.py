@@ -1,4 +1,4 @@
-"""What determines a training run, and whether a checkpoint was made with the same."""
+"""The options of a training run, and checks that a checkpoint or the ranks of a run have the same ones."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
+from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
-__all__ = ["AUTOCAST", "DTYPES", "VARIANCES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
+__all__ = ["AUTOCAST", "DTYPES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
-VARIANCES = ("fixed_small", "fixed_large", "learned_range", "learned")
 
-# What may change when a run is resumed: nothing that reaches the weights, but for how sums are rounded. What the data
-# and the model are is compared by themselves, not by the names of files.
-_FREE = frozenset(
+# The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded.
+# The data and the model are compared by what they are, not by the names of their files.
+_MAY_CHANGE = frozenset(
     {
         "accumulate",
         "channels",
@@ -58,9 +58,10 @@ _LIMITS: tuple[tuple[str, float, float, str], ...] = (
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What determines a training run. Lists of widths and levels are tuples; see `ddpm-ext train --help`.
+    """The options of a training run; `ddpm-ext train --help` explains each of them.
 
-    Raises ValueError, naming the option, for one that is out of range or doesn't fit another.
+    Raises:
+        ValueError: an option is out of range or doesn't fit another; the message names it.
     """
 
     data: str = "digits"
@@ -136,22 +137,22 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "autocast": AUTOCAST,
     "loss": (*LOSSES, *BOUNDS),
     "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
-    "variance": VARIANCES,
+    "variance": TRAINABLE_VARIANCES,
     "weighting": ("simple", *WEIGHTINGS),
     "weights_dtype": tuple(DTYPES),
 }
 
 
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
-    """Raises ValueError, naming the first thing that differs from what the checkpoint at `path` was made with."""
+    """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with."""
     now = json.loads(json.dumps(now))
     for name in {**now, **then}:
-        if name not in _FREE and now.get(name) != then.get(name):
+        if name not in _MAY_CHANGE and now.get(name) != then.get(name):
             raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}")
 
 
 def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
-    """Raises ValueError if the ranks, each with what its run follows from, are not about to do the same."""
+    """Raises ValueError unless all ranks have the same entries: options, data and model. The device may differ."""
     for rank, own in enumerate(every):
         for name, value in {**every[0], **own}.items():
             if name != "device" and (own.get(name), every[0].get(name)) != (value, value):
@@ -162,7 +163,7 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
 
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
-    """A checkpoint's options with what is `given` in their place."""
+    """The options of a checkpoint, `was`, with those in `given` replaced."""
     known = {field.name for field in fields(TrainOptions)}
     return replace(TrainOptions(**{name: _plain(value) for name, value in was.items() if name in known}), **given)
 

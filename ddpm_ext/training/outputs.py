@@ -1,20 +1,31 @@
-"""What a run writes into its folder, by rank 0 alone: the log, checkpoints, grids of samples, and the result."""
+"""Writes the files of a run: the log, checkpoints, grids of samples, and the result. Only rank 0 does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints
-from ddpm_ext.training import log as records
+from ddpm_ext.training.log import (
+    FINAL_STEPS,
+    Log,
+    LogRow,
+    final_loss,
+    progress_line,
+    require_tensorboard,
+    versions,
+)
 from ddpm_ext.training.network import save_result
 from ddpm_ext.training.options import DTYPES, TrainOptions, check_same
 from ddpm_ext.training.state import TrainState
@@ -27,7 +38,13 @@ _RESULTS = ("model_index.json", "model.json", "training.json")
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its folder, number of parameters, mean loss of the last steps, seconds of this process."""
+    """The result of a run.
+
+    folder: where its files are.
+    parameters: the number of the model's parameters.
+    final_loss: the mean loss of the last 500 steps.
+    seconds: the time that this process took; a resumed run took more in all.
+    """
 
     folder: Path
     parameters: int
@@ -36,26 +53,38 @@ class Result:
 
 
 class Outputs:
-    """A run's folder. `about`: what the run follows from beside its options; `report` gets a line now and then."""
+    """The folder of a run.
 
-    log: records.Log
+    Args:
+        folder: where it is.
+        options: the options of the run.
+        about: what the weights depend on besides the options, as JSON.
+        report: called with lines of text.
+    """
+
+    log: Log
 
     def __init__(
         self, folder: Path, options: TrainOptions, about: dict[str, Any], report: Callable[[str], None]
     ) -> None:
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._since: list[float] = []  # losses since the last line
+        self._since: list[float] = []  # losses since the last progress line
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
-        """Makes the folder the run's own; returns the checkpoint to go on from, if any.
+        """Locks the folder for this run, until `until_the_end` closes, and opens the log.
 
-        Raises ValueError if another run is at work there, or has been (without `resume`, or of something else).
+        Returns:
+            The checkpoint to continue from, or None.
+
+        Raises:
+            ValueError: another run is writing there; or a run has written there, and `resume` is false or that run had
+                other options, data or another model.
         """
         folder = self.folder
-        there = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
-        if there and not resume:
+        has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
+        if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
-        files.check_writable(folder / "training.json")  # only now, since it makes the folder
+        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the check above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
@@ -64,59 +93,77 @@ class Outputs:
             path, header = found
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path)
             step = header["step"]
-        self.log = records.Log(folder, step, tensorboard=self.options.tensorboard)
+        self.log = Log(folder, step, tensorboard=self.options.tensorboard)
         until_the_end.callback(self.log.close)
         return path
 
     def record(
         self,
         state: TrainState,
-        rows: list[records.Row],
+        rows: list[LogRow],
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
     ) -> None:
-        """What is due after a step, by the names of the options that tell how often.
+        """Writes what is due after a step.
 
-        The log comes first, so that it has at least the steps that a checkpoint has.
+        The log comes first, so that it has at least the steps of the newest checkpoint.
+
+        Args:
+            state: the state after the step.
+            rows: the steps since the last call.
+            images_per_second: for the log.
+            due: the names of the options whose interval ends here: log_every, checkpoint_every, sample_every.
+            draw: makes samples, (count, channels, height, width) in [-1, 1].
         """
         options, step = self.options, state.step
         self.log.write(rows, images_per_second)
         self._since += [row.loss for row in rows]
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
-            self.report(records.line(self._since, step, options.steps, lr, images_per_second))
+            self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
         if "checkpoint_every" in due:
             header = state.numbers() | {"options": asdict(options), "about": self.about}
             checkpoints.save(self.folder, step, state.tensors(), header, options.keep)
         if "sample_every" in due:
-            from ddpm_ext.plots import save_grid
-
             samples = draw().cpu()
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
             self.log.pictures(samples, step)
 
     def finish(self, state: TrainState, settings: DiffusionSettings, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the model and how it was made, with what `about` says besides."""
-        from ddpm_ext.plots import save_loss_curve
-
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it."""
         losses = self.log.losses()
         if losses:
             save_loss_curve(losses, self.folder / "losses.png")
         dtype = DTYPES[self.options.weights_dtype]
         self.report(save_result(state.average, settings, self.folder, dtype))
         parameters = sum(value.numel() for value in state.model.parameters())
-        result = Result(self.folder, parameters, records.final_loss(losses), seconds)
-        records.write_training(self.folder, self.options, result, about)
+        result = Result(self.folder, parameters, final_loss(losses), seconds)
+        self._write_training(result, about)
         return result
+
+    def _write_training(self, result: Result, about: dict[str, Any]) -> None:
+        """Writes training.json: how the model was made."""
+        final = round(result.final_loss, 6) if math.isfinite(result.final_loss) else None
+        content = {
+            **about,
+            "options": asdict(self.options),
+            "versions": versions(),
+            "parameters": result.parameters,
+            "final_loss": final,
+            "final_loss_over_steps": min(FINAL_STEPS, self.options.steps),
+            "seconds": round(result.seconds, 1),
+            "threads": torch.get_num_threads(),
+        }
+        files.write_json(self.folder / "training.json", content)
 
 
 def check_extras(options: TrainOptions) -> None:
-    """Raises MissingExtra now for a package that will be needed later."""
+    """Raises MissingExtra if a package is not installed that the run will need later."""
     require("matplotlib.figure", "the curve of losses")
     require("safetensors.torch", "writing checkpoints")
     if options.sample_every:
         require("PIL.Image", "writing pictures")
     if options.tensorboard:
-        records.require_tensorboard()
+        require_tensorboard()

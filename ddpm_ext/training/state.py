@@ -1,4 +1,4 @@
-"""All that a training run carries from one step to the next, as tensors and a few numbers."""
+"""The state of a training run: all that one step passes on to the next, as tensors and a few numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ __all__ = ["TrainState"]
 
 
 class TrainState:
-    """The model, its moving average, the optimizer, the loss scale, the timestep sampler, the number of steps taken."""
+    """The model, its moving average, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
+
+    Raises:
+        ValueError: the model has no parameters to train, or more than tensors in its state dict.
+    """
 
     def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
         self.model = model
@@ -34,22 +38,22 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
         self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps)
         self.step = 0
-        self.skipped: dict[str, None] = {}  # images, in the order of finding out; a dict, being an ordered set
+        self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
         averaged = dict(self.average.named_parameters())
         self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
         self._weights: list[Tensor] = list(self.parameters.values())
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of the way; buffers are copied."""
-        # A short memory at first, so that the fresh weights are soon forgotten.
+        """Moves the average towards the weights by 1 - decay of their difference; buffers are copied."""
+        # A smaller decay at first, so that the initial weights soon stop mattering.
         decay = min(decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
         for averaged, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
             averaged.copy_(now)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the next step needs, by name."""
+        """All tensors of the state, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         names = list(self.parameters)
@@ -59,11 +63,15 @@ class TrainState:
         return tensors | {f"timestep_sampler.{name}": value for name, value in sampler.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of what it needs, as JSON."""
+        """The rest of the state, as JSON."""
         return {"step": self.step, "scaler": self.scaler.state_dict(), "skipped": list(self.skipped)}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any], path: Path) -> None:
-        """Takes up what tensors() and numbers() gave; raises ValueError, naming the file, if it is another model's."""
+        """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
+
+        Raises:
+            ValueError: it is the state of another model; the message names the file.
+        """
         try:
             self.model.load_state_dict(checkpoints.part(tensors, "model."))
             self.average.load_state_dict(checkpoints.part(tensors, "average."))
@@ -77,13 +85,13 @@ class TrainState:
             raise ValueError(f"resume: {path} holds the state of another model") from error
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """The optimizer's state by parameter, of tensors by "slot.parameter"."""
+        """The optimizer's state dict by parameter, made of tensors named "slot.parameter", as "exp_avg.conv.weight"."""
         places = {name: index for index, name in enumerate(self.parameters)}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             slot, _, parameter = name.partition(".")
             index = places[parameter]
-            if value.dim():  # with the parameter's strides, by which the fused step goes
+            if value.dim():  # AdamW's fused step assumes that its state has the parameter's strides
                 value = torch.empty_like(self._weights[index]).copy_(value)
             state.setdefault(index, {})[slot] = value
         return state

@@ -1,4 +1,4 @@
-"""One training step, by a process alone or by each of several; its numbers stay on the device until they are asked."""
+"""One training step, by one process or by each of several. Its losses stay on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.training.log import Row
+from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["Stepper", "learning_rate", "loss_options"]
+__all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of"]
 
-_SHOWN = 8  # timesteps of a loss that is no number
-_LEAST_SCALE = 1.0  # of a float16 loss: what overflows below it is the model's own
+_SHOWN = 8  # how many timesteps the error about a loss that is not finite names
+_LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
 
 
 class _Pending(NamedTuple):
-    """A step's numbers, on the device."""
+    """A step that is not logged yet; the tensors are on the device."""
 
     step: int
     t: Tensor
@@ -35,11 +35,15 @@ class _Pending(NamedTuple):
     norm: Tensor
 
 
-class Stepper:
-    """Takes steps on a TrainState.
+class TrainingStep:
+    """Takes training steps, which change a TrainState.
 
-    Sample i of the batch of step s has id i and draw s (stream 2), whatever rank has it, and its timestep follows from
-    seed, s and i: so any number of ranks, or of parts to accumulate, sees the same.
+    The noise of sample i in the batch of step s has sample id i and draw s (stream 2), and its timestep depends on the
+    seed, s and i. So they are the same for any number of ranks and of accumulated parts.
+
+    Attributes:
+        samples: the part of each batch that this rank has.
+        parts: `samples` in the parts whose gradients are accumulated.
     """
 
     def __init__(
@@ -51,61 +55,64 @@ class Stepper:
         device: torch.device,
     ) -> None:
         self.state, self.diffusion, self.options, self.ranks, self.device = state, diffusion, options, ranks, device
-        self.rows = _share(range(options.batch_size), ranks.rank, ranks.size)
-        self.parts = [_share(self.rows, part, options.accumulate) for part in range(options.accumulate)]
+        self.samples = part_of(range(options.batch_size), ranks.rank, ranks.size)
+        self.parts = [part_of(self.samples, part, options.accumulate) for part in range(options.accumulate)]
         self.parallel = ranks.parallel(state.model, device)
-        self._rehearsed = ranks.size == 1
+        self._sum_order_fixed = ranks.size == 1
         self._pending: list[_Pending] = []
 
     def take(self, images: Tensor) -> None:
-        """Takes the step that comes next. `images`: this rank's rows, (rows, channels, height, width)."""
+        """Takes the next step. `images`: this rank's samples, (samples, channels, height, width)."""
         state, options, step = self.state, self.options, self.state.step
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(options, step)
         timesteps = state.timestep_sampler.sample(
-            len(self.rows), seed=options.seed, iteration=step, first=self.rows.start, total=options.batch_size
+            len(self.samples), seed=options.seed, iteration=step, first=self.samples.start, total=options.batch_size
         )
         x_start, t, weights = map(self._on_device, (images, *timesteps))
-        if not self._rehearsed:
-            self._rehearse(x_start, t, weights)
+        if not self._sum_order_fixed:
+            self._fix_sum_order(x_start, t, weights)
         state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights) for part in self.parts])
         norm = self._update()
         if state.timestep_sampler.learns:
-            # Waits for the device, and for all ranks.
+            # This waits for the device, and for all ranks.
             seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
             state.timestep_sampler.update(torch.cat(seen), torch.cat(found), local=False)
         self._pending.append(_Pending(step, t, losses * weights, norm))
         state.step += 1
 
     def _on_device(self, value: Tensor) -> Tensor:
-        """A copy that is not waited for; on a GPU that takes pinned memory."""
+        """A copy on the device, without waiting for it; to a GPU this needs pinned memory."""
         return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
 
-    def _rehearse(self, x_start: Tensor, t: Tensor, weights: Tensor) -> None:
-        """A pass that leaves everything as it was. DistributedDataParallel adds gradients up in an order that it finds
-        out in its first pass and has from the second on: now all steps have it, where a run is resumed as elsewhere.
+    def _fix_sum_order(self, x_start: Tensor, t: Tensor, weights: Tensor) -> None:
+        """Runs a forward and a backward pass that changes neither weights nor buffers.
 
-        Raises ValueError for parameters that get no gradient, for which the second pass would wait.
+        From its second pass on, DistributedDataParallel adds gradients up in an order that it finds in the first pass.
+        After this pass every step has that order, also the first one after a resume, so that the bits are the same.
+
+        Raises:
+            ValueError: a parameter gets no gradient, for which the second pass would wait for ever.
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]
         self._backward(self.parts[-1], x_start, t, weights)
-        for value, kept in zip(model.buffers(), before, strict=True):
-            value.copy_(kept)
+        for value, saved in zip(model.buffers(), before, strict=True):
+            value.copy_(saved)
         for name, parameter in self.state.parameters.items():
             if parameter.grad is None:
                 raise ValueError(
                     f"model: {name} gets no gradient, expected requires_grad=False for it on several ranks"
                 )
-        self._rehearsed = True
+        self._sum_order_fixed = True
 
     def _backward(self, part: range, x_start: Tensor, t: Tensor, weights: Tensor) -> Tensor:
-        """Adds the gradients of some rows; returns their losses, not weighted."""
+        """Adds the gradients of `part` of the samples; returns their losses without weights, (len(part),)."""
         state, options, step = self.state, self.options, self.state.step
-        here = slice(part.start - self.rows.start, part.stop - self.rows.start)
+        here = slice(part.start - self.samples.start, part.stop - self.samples.start)
         torch.manual_seed(seed_for(options.seed, f"dropout/{part.start}", step))
-        last = part.stop == self.rows.stop
+        last = part.stop == self.samples.stop
         with nullcontext() if last or self.ranks.size == 1 else self._unsynchronised():
             losses = self.diffusion.train_losses(
                 self._denoise,
@@ -115,7 +122,7 @@ class Stepper:
                 reduction="none",
                 **loss_options(self.options),
             )
-            # Ranks' gradients are averaged: with this, the mean over the whole batch comes out.
+            # Gradients are averaged over ranks, so this factor gives the mean over the whole batch.
             mean = (losses * weights[here]).sum() * (self.ranks.size / options.batch_size)
             state.scaler.scale(mean).backward()
         return losses.detach()
@@ -132,7 +139,7 @@ class Stepper:
             return self.parallel(x, t)
 
     def _update(self) -> Tensor:
-        """Moves weights and average; returns the norm of the gradient before it was clipped."""
+        """Updates the weights and their average; returns the norm of the gradient before it was clipped."""
         state, options = self.state, self.options
         parameters = state.parameters.values()
         state.scaler.unscale_(state.optimizer)
@@ -145,60 +152,65 @@ class Stepper:
         state.update_average(options.ema)
         return norm
 
-    def numbers(self, saved: Callable[[], Path | None]) -> list[Row]:
-        """The numbers of the steps since they were last asked for; the one place that waits for the device.
+    def log_rows(self, newest: Callable[[], Path | None]) -> list[LogRow]:
+        """The steps since the last call, for the log. This waits for the device.
 
-        `saved`: the newest checkpoint, for the message.
+        `take` doesn't, unless the timestep sampler learns from the losses.
 
-        Raises ValueError at the first loss or gradient that is not finite, on rank 0; the others end.
+        Args:
+            newest: finds the newest checkpoint, for the error's message.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite. Rank 0 raises it; the other ranks exit.
         """
         if not self._pending:
             return []
-        found, self._pending = self._pending, []
-        means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in found]).cpu()
+        steps, self._pending = self._pending, []
+        means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps]).cpu()
         losses = self.ranks.total(means).tolist()
-        norms = torch.stack([step.norm for step in found]).tolist()
-        # A loss scale that is too high makes gradients overflow; the scaler then leaves the step out, and halves it.
+        norms = torch.stack([step.norm for step in steps]).tolist()
+        # If the loss scale is too high, gradients overflow; the scaler then skips the step and halves the scale.
         scaler = self.state.scaler
         may_overflow = scaler.is_enabled() and scaler.get_scale() >= _LEAST_SCALE
-        for step, loss, norm in zip(found, losses, norms, strict=True):
+        for step, loss, norm in zip(steps, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
-                self._stop(step, loss, norm, saved)
+                self._fail(step, loss, norm, newest)
         return [
-            Row(step.step + 1, loss, norm, learning_rate(self.options, step.step))
-            for step, loss, norm in zip(found, losses, norms, strict=True)
+            LogRow(step.step + 1, loss, norm, learning_rate(self.options, step.step))
+            for step, loss, norm in zip(steps, losses, norms, strict=True)
         ]
 
-    def _stop(self, step: _Pending, loss: float, norm: float, saved: Callable[[], Path | None]) -> None:
+    def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
+        """Raises ValueError on rank 0, with the timesteps of all ranks; the other ranks exit."""
         bad = step.t[~step.losses.isfinite()].tolist() if not math.isfinite(loss) else step.t.tolist()
         where = sorted({t for own in self.ranks.gather(bad) for t in own})
 
         def fail() -> None:
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
             more = ", ..." if len(where) > _SHOWN else ""
-            newest = saved()
-            kept = "nothing was saved yet" if newest is None else f"the newest checkpoint is {newest}"
+            path = newest()
+            saved = "nothing was saved yet" if path is None else f"the newest checkpoint is {path}"
             raise ValueError(
                 f"training: the {what} at step {step.step}, at timesteps {', '.join(map(str, where[:_SHOWN]))}{more}; "
-                f"{kept}; a lower lr may help"
+                f"{saved}; a lower lr may help"
             )
 
         self.ranks.share(fail)
 
 
 def loss_options(options: TrainOptions) -> dict[str, Any]:
-    """What train_losses is told, but for samples and noise."""
+    """The arguments of train_losses that are options of the run."""
     names = ("loss", "delta", "weighting", "vlb_weight", "offset_noise", "input_perturbation")
     return {name: getattr(options, name) for name in names}
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:
-    """Rises over `warmup` steps, then falls along half a cosine to nothing at the end."""
+    """The learning rate of a step: a linear rise over `warmup` steps, times half a cosine that ends at 0."""
     rise = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
 
 
-def _share(rows: range, part: int, parts: int) -> range:
-    """The part's rows of `rows`, as even as may be."""
-    count = len(rows)
-    return range(rows.start + count * part // parts, rows.start + count * (part + 1) // parts)
+def part_of(samples: range, part: int, parts: int) -> range:
+    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
+    count = len(samples)
+    return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)

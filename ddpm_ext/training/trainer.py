@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them what is logged, saved and drawn."""
+"""The training loop: takes steps, and between them logs, saves checkpoints and draws samples."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
-from ddpm_ext.training.data import Images, as_images
+from ddpm_ext.training.data import ImageSource, as_images
 from ddpm_ext.training.options import TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.state import TrainState
-from ddpm_ext.training.step import Stepper, loss_options
+from ddpm_ext.training.step import TrainingStep, loss_options
 
 __all__ = ["Trainer", "train"]
 
-_EVERY = ("log_every", "checkpoint_every", "sample_every")
+_INTERVALS = ("log_every", "checkpoint_every", "sample_every")
 
 
 class Trainer:
-    """Trains a denoiser; a run that is killed and resumed ends with the same weights as one that never stopped.
+    """Trains a denoiser. A run that is killed and resumed ends with the same weights as one that was never stopped.
 
         result = Trainer(model, diffusion, dataset, "my-run", steps=50_000, batch_size=64).fit()
 
-    Under torchrun each process makes the same Trainer: the ranks share each batch, and any number of them sees the
-    same images, noise and timesteps.
+    Under torchrun each process makes the same Trainer, and each takes a part of every batch. The images, the noise and
+    the timesteps are the same for any number of processes.
 
     Args:
-        model: a Module, model(x, t) -> (batch, channels, height, width), or with .sample, twice the channels for a
-            learned variance; it is moved to the device and trained. Or a UNet2DModel's configuration, or the JSON file
-            that holds one. None: a UNet2DModel by the options.
-        diffusion: its schedule, prediction and variance; None: by the options.
+        model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
+            that as `.sample`; for a learned variance twice the channels. It is moved to the device and trained. Or the
+            configuration of a UNet2DModel, or a JSON file that holds one. None: it is made by the options.
+        diffusion: the schedule, the prediction and the variance. None: it is made by the options.
         data: "digits", a folder of images, a tensor (count, channels, height, width), or a map-style torch Dataset of
-            images: see ddpm_ext.data.as_images. None: by the options.
-        out: the folder for the model, checkpoints and records.
-        options: all the rest; keywords replace what stands there.
-        resume: go on from the newest checkpoint in `out`, or start where there is none.
-        command: what training.json says made it.
-        report: gets a line of text now and then, on rank 0.
+            images: see ddpm_ext.training.data.as_images. None: `options.data`.
+        out: the folder for the model, the checkpoints and the log.
+        options: the options; None: the defaults.
+        resume: whether to continue from the newest checkpoint in `out`. If there is none, the run starts.
+        command: the command that training.json names.
+        report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
+        keywords: options that replace those in `options`.
 
     Raises:
-        TypeError, ValueError: an option, the model or the data don't fit, alone or together. MissingExtra: a package
-            is needed that isn't there.
+        TypeError, ValueError: an option, the model or the data are wrong, or don't fit together.
+        MissingExtra: a package is not installed that the run needs.
     """
 
     def __init__(
@@ -78,32 +80,32 @@ class Trainer:
         if data is not None:
             keywords["data"] = os.fspath(data) if isinstance(data, str | os.PathLike) else type(data).__name__
         options = replace(options or TrainOptions(), **keywords)
-        self.diffusion, self.settings, self.options = _settle(diffusion, options)
+        self.diffusion, self.settings, self.options = _with_settings(diffusion, options)
         self.folder, self.resume, self.command = Path(out), resume, command
         self.ranks = distributed.ranks()
         first = self.ranks.rank == 0
         self.progress = progress and first
-        self._plain_report = report if first else _to_nobody
-        self.report = self._report_beside_bar if self.progress else self._plain_report
+        self._plain_report = report if first else _discard
+        self.report = self._report_above_bar if self.progress else self._plain_report
         check_extras(self.options)
         if self.progress:
             require("tqdm", "the progress bar")
         self.device = torch.device(self.ranks.device(self.options.device))
-        self.images: Images = as_images(
+        self.images: ImageSource = as_images(
             self.options.data if data is None else data, self.options.image_size, self.options.channels
         )
         if self.options.sample_every and self.images.shape[0] not in (1, 3):
-            raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, pictures need 1 or 3")
+            raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, expected 1 or 3 for pictures")
         if self.options.batch_size < self.ranks.size * self.options.accumulate:
             raise ValueError(
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
-                f"{self.options.accumulate} to accumulate"
+                f"{self.options.accumulate} accumulated parts"
             )
-        with _at_home(self.device):
+        with _current_device(self.device):
             self.model = self._make_model(model)
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        about = _about(self.model, self.images, self.diffusion)
+        about = _inputs(self.model, self.images, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.report)
 
     def _make_model(self, model: Any) -> nn.Module:
@@ -114,15 +116,18 @@ class Trainer:
         return nn.Module.to(model, self.device).train()
 
     def _try_out(self) -> None:
-        """Refuses what the first step would refuse: a model, or a loss, that the diffusion can't have."""
+        """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
         x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64)
         with torch.no_grad():
             output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance)
             self.diffusion.train_losses(lambda x, t: output, x, 0, rng=Philox(0), **loss_options(self.options))
 
     def sample(self) -> Tensor:
-        """Samples (sample_count, channels, height, width) by the average, of the same noise each time: DDIM's, in
-        `options.sample_steps`."""
+        """Samples with DDIM from the averaged model, with the same noise in each call.
+
+        Returns:
+            (options.sample_count, channels, height, width), after options.sample_steps steps.
+        """
         options = self.options
         with torch.no_grad():
             samples = self.diffusion.p_sample_loop(
@@ -135,23 +140,24 @@ class Trainer:
                 progress=False,
                 device=self.device,
             )
-        assert isinstance(samples, Tensor)  # what "last" gives
+        assert isinstance(samples, Tensor)  # the type for record="last"
         return samples
 
     # --------------------------------------------------------------------------------------------------- the run
 
     def fit(self) -> Result:
-        """Trains up to `options.steps` and writes the model to the folder, as a DDPMPipeline of diffusers if it is a
-        UNet2DModel.
+        """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        Beside it stand training.json (options, versions, final loss), losses.csv and losses.png, in checkpoints/ the
-        last `options.keep`, one every `options.checkpoint_every` steps, and in samples/ the grids of
-        `options.sample_every`.
+        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds training.json (options, versions,
+        final loss), losses.csv and losses.png; checkpoints/ with the last `options.keep`, of which one is written every
+        `options.checkpoint_every` steps; and samples/ with a grid every `options.sample_every` steps.
 
         Raises:
-            ValueError: the folder holds a run already (without resume) or one with other options, model or data (with
-                it), a loss is not finite, an image can't be read, or the ranks are not about to do the same.
-            OSError: a file can't be written. ConnectionError: another rank was lost.
+            ValueError: the folder holds a run and `resume` is false, or a run with other options, data or another
+                model; a loss or a gradient is not finite; an image can't be read; or the ranks differ in options, data
+                or model.
+            OSError: a file can't be written.
+            ConnectionError: another rank was lost.
         """
         started = time.monotonic()
         with ExitStack() as until_the_end:
@@ -159,17 +165,17 @@ class Trainer:
             outputs, ranks = self._outputs, self.ranks
             every = ranks.gather(outputs.about | asdict(self.options))
             ranks.share(lambda: check_same_on_ranks(every))
-            until_the_end.enter_context(_at_home(self.device))
+            until_the_end.enter_context(_current_device(self.device))
             self._restore(ranks.share(lambda: outputs.open(until_the_end, resume=self.resume)))
-            stepper = Stepper(self.state, self.diffusion, self.options, ranks, self.device)
-            self.report(self._opening())
-            about = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
+            step = TrainingStep(self.state, self.diffusion, self.options, ranks, self.device)
+            self.report(self._first_line())
+            details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
             begun = self.state.step
             with ranks.in_touch(), _bar(self.options.steps, self.state.step, shown=self.progress) as advance:
-                self._train(stepper, advance)
+                self._train(step, advance)
             seconds = time.monotonic() - started
-            about |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
-            return ranks.share(lambda: outputs.finish(self.state, self.settings, seconds, about))
+            details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
+            return ranks.share(lambda: outputs.finish(self.state, self.settings, seconds, details))
 
     def _restore(self, path: Path | None) -> None:
         if path is not None:
@@ -177,9 +183,11 @@ class Trainer:
             self.state.restore(tensors, header, path)
             self.report(f"resumed at step {self.state.step} from {path}")
         elif self.state.step:
-            raise ValueError(f"fit: this Trainer has taken {self.state.step} steps that nothing saved; make another")
+            raise ValueError(
+                f"fit: this Trainer has taken {self.state.step} steps of which no checkpoint was saved; make another"
+            )
 
-    def _opening(self) -> str:
+    def _first_line(self) -> str:
         ranks = f", by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
         parameters = sum(value.numel() for value in self.model.parameters())
         return (
@@ -187,25 +195,25 @@ class Trainer:
             f"on {self.device}{ranks}"
         )
 
-    def _train(self, stepper: Stepper, advance: Callable[[], object]) -> None:
+    def _train(self, step: TrainingStep, advance: Callable[[], object]) -> None:
         options, state = self.options, self.state
-        batches = StepBatches(self.images, options, stepper.rows.start, stepper.rows.stop)
+        batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
         clock, skipped = _Clock(state.step), []
         for batch in batches.iterate(state.step, options.steps, self.device):
-            stepper.take(batch.images)
+            step.take(batch.images)
             skipped += batch.skipped
             advance()
-            due = {name for name in _EVERY if getattr(options, name) and state.step % getattr(options, name) == 0}
+            due = {name for name in _INTERVALS if getattr(options, name) and state.step % getattr(options, name) == 0}
             if state.step == options.steps:
                 due |= {"log_every", "checkpoint_every"}
             if due:
-                rows = stepper.numbers(lambda: checkpoints.newest(self.folder))
-                speed = clock.steps_a_second(state.step) * options.batch_size
+                rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                speed = clock.steps_per_second(state.step) * options.batch_size
                 self._note_skipped(skipped)
                 self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
 
     def _note_skipped(self, skipped: list[str]) -> None:
-        """Tells of images that are new among those skipped on any rank; all ranks know them."""
+        """Reports images that a rank has skipped for the first time; every rank learns of those of all ranks."""
         if self.options.skip_corrupt:
             for found in dict.fromkeys(text for own in self.ranks.gather(skipped) for text in own):
                 if found not in self.state.skipped:
@@ -213,14 +221,14 @@ class Trainer:
                     self.report(f"skipped: {found}")
         skipped.clear()
 
-    def _report_beside_bar(self, text: str) -> None:
+    def _report_above_bar(self, text: str) -> None:
         with require("tqdm", "the progress bar").tqdm.external_write_mode():
             self._plain_report(text)
 
 
 @contextmanager
 def _bar(steps: int, begun: int, *, shown: bool) -> Iterator[Callable[[], object]]:
-    """A progress bar around the block, if it is to be shown; what is called at each step."""
+    """A function that the block calls at each step; if `shown`, it advances a progress bar."""
     if not shown:
         yield lambda: None
         return
@@ -230,12 +238,12 @@ def _bar(steps: int, begun: int, *, shown: bool) -> Iterator[Callable[[], object
 
 
 class _Clock:
-    """Steps a second since it was last asked."""
+    """Measures the steps per second between its calls."""
 
     def __init__(self, step: int) -> None:
         self.step, self.at = step, time.monotonic()
 
-    def steps_a_second(self, step: int) -> float:
+    def steps_per_second(self, step: int) -> float:
         now = time.monotonic()
         rate = (step - self.step) / max(now - self.at, 1e-9)
         self.step, self.at = step, now
@@ -251,33 +259,34 @@ def train(
     report: Callable[[str], None] = print,
     progress: bool = False,
 ) -> Result:
-    """What `ddpm-ext train` does: Trainer(out=out, options=options, ...).fit()."""
+    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, ...).fit()."""
     return Trainer(out=out, options=options, resume=resume, command=command, report=report, progress=progress).fit()
 
 
-def _settle(
+def _with_settings(
     diffusion: GaussianDiffusion | None, options: TrainOptions
 ) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
-    """The diffusion, its settings, and the options with them."""
+    """The diffusion, given or by the options; its settings; and the options with these settings."""
     if diffusion is None:
         settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
         return settings.diffusion(), settings, options
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
-    if diffusion.prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected 'eps', 'x0' or 'v'")
+    if diffusion.prediction not in SPACED_PREDICTIONS:
+        expected = ", ".join(map(repr, SPACED_PREDICTIONS))
+        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
     betas = tuple(diffusion.betas.tolist())
     settings = DiffusionSettings(diffusion.timesteps, betas, diffusion.prediction, diffusion.variance)
-    its_own: dict[str, Any] = {
+    chosen: dict[str, Any] = {
         "timesteps": settings.timesteps,
         "prediction": settings.prediction,
         "variance": settings.variance,
     }
-    return diffusion, settings, replace(options, beta_schedule="given", **its_own)
+    return diffusion, settings, replace(options, beta_schedule="given", **chosen)
 
 
-def _about(model: nn.Module, images: Images, diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """What the weights follow from beside the options, as JSON."""
+def _inputs(model: nn.Module, images: ImageSource, diffusion: GaussianDiffusion) -> dict[str, Any]:
+    """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
     schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
     model_part = {f"model's {name}": value for name, value in network.describe(model).items()}
     return {
@@ -291,12 +300,12 @@ def _about(model: nn.Module, images: Images, diffusion: GaussianDiffusion) -> di
 
 
 @contextmanager
-def _at_home(device: torch.device) -> Iterator[None]:
-    """`device` is the current one, if it is a GPU; the caller's, and their random numbers, stay as they were."""
+def _current_device(device: torch.device) -> Iterator[None]:
+    """If `device` is a GPU, it is the current one in the block; the caller's generators are restored afterwards."""
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext(), torch.random.fork_rng([device] if cuda else []):
         yield
 
 
-def _to_nobody(text: str) -> None:
-    """A report on a rank that has none to give."""
+def _discard(text: str) -> None:
+    """The report of a rank other than 0."""

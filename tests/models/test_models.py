@@ -1,4 +1,4 @@
-"""ddpm_ext.models: diffusers' folders, the scheduler's settings, the digits model; damaged and foreign files."""
+"""ddpm_ext.models: diffusers' folders, the scheduler's settings, the digits model; damaged and unsupported files."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ddpm_ext import models
+from ddpm_ext.models.folder import CONFIG, DIGITS, WEIGHTS
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
-from ddpm_ext.tables.samplers import VARIANCES
+from ddpm_ext.tables.variances import VARIANCES
 
 diffusers = pytest.importorskip("diffusers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -29,7 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny model's folder, written by us."""
+    """The folder of a tiny model, written by save_model."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
     models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
@@ -38,7 +39,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy to damage."""
+    """A copy of it, which a test may damage."""
     shutil.copytree(saved, tmp_path / "tiny")
     return tmp_path / "tiny"
 
@@ -52,8 +53,8 @@ def test_saved_folder_is_diffusers_own_layout(saved, device):
     ours = models.load_model(saved, device=device)
     assert ours.unet.device == device
     x, t = torch.randn(3, 1, 8, 8, device=device), torch.tensor([0, 5, 19], device=device)
-    # close, not equal: a tensor's place in memory can change the order of a sum
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
+    # Close, not equal: the alignment of a tensor in memory can change the order of a sum.
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's convolutions may round to TF32
         assert torch.allclose(ours.unet(x, t).sample, theirs(x, t).sample, atol=1e-5)
     assert (ours.shape, ours.unet.training, ours.settings.timesteps) == ((1, 8, 8), False, 20)
     assert not any(parameter.requires_grad for parameter in ours.unet.parameters())
@@ -81,35 +82,35 @@ def test_dtype(saved, tmp_path, device):
     assert loaded.unet.dtype == torch.bfloat16
     assert loaded.unet.device == device
     models.save_model(loaded.unet, loaded.settings, tmp_path / "half", dtype=torch.float16)
-    weights = safetensors_torch.load_file(tmp_path / "half" / models.WEIGHTS)
+    weights = safetensors_torch.load_file(tmp_path / "half" / WEIGHTS)
     assert {value.dtype for value in weights.values()} == {torch.float16}
     assert next(models.load_model(tmp_path / "half").unet.parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_cut_short(folder, share):
-    whole = (folder / models.WEIGHTS).read_bytes()
-    (folder / models.WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ValueError, match=r"model: .*safetensors is cut short or damaged"):
         models.load_model(folder)
 
 
 def test_another_architecture(folder):
-    edit(folder / models.CONFIG, block_out_channels=[8, 16])
+    edit(folder / CONFIG, block_out_channels=[8, 16])
     with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
         models.load_model(folder)
-    edit(folder / models.CONFIG, block_out_channels=[8, 8], layers_per_block=2)
+    edit(folder / CONFIG, block_out_channels=[8, 8], layers_per_block=2)
     with pytest.raises(ValueError, match=r"another architecture .* is missing"):
         models.load_model(folder)
-    safetensors_torch.save_file({"weight": torch.zeros(3)}, folder / models.WEIGHTS)
+    safetensors_torch.save_file({"weight": torch.zeros(3)}, folder / WEIGHTS)
     with pytest.raises(ValueError, match="another architecture"):
         models.load_model(folder)
 
 
-def test_weights_that_are_no_numbers(folder):
-    weights = safetensors_torch.load_file(folder / models.WEIGHTS)
+def test_weights_that_are_not_finite(folder):
+    weights = safetensors_torch.load_file(folder / WEIGHTS)
     weights["conv_in.bias"][0] = torch.nan
-    safetensors_torch.save_file(weights, folder / models.WEIGHTS)
+    safetensors_torch.save_file(weights, folder / WEIGHTS)
     with pytest.raises(ValueError, match="not finite"):
         models.load_model(folder)
 
@@ -117,13 +118,13 @@ def test_weights_that_are_no_numbers(folder):
 def test_missing_files(folder, tmp_path):
     with pytest.raises(ValueError, match='no such folder: nowhere; expected "digits" or a folder'):
         models.load_model("nowhere")
-    (folder / models.WEIGHTS).rename(tmp_path / "kept")
+    (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"no such file: .*\.safetensors"):
         models.load_model(folder)
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match=r"pickled weights \(diffusion_pytorch_model.bin\)"):
         models.load_model(folder)
-    (folder / models.CONFIG).unlink()
+    (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match=r"no such file: .*config\.json"):
         models.load_model(folder)
 
@@ -137,20 +138,20 @@ def test_missing_files(folder, tmp_path):
         ({"time_embedding_type": "fourier"}, "Fourier time embeddings"),
         ({"out_channels": 3}, "3 output channels for 1 of input"),
         ({"sample_size": None}, "sample_size None"),
-        ({"block_out_channels": "many"}, "makes no UNet2DModel"),
-        ({"norm_num_groups": 7}, "makes no UNet2DModel"),
-        ({"down_block_types": ["NoBlock", "DownBlock2D"]}, "makes no UNet2DModel"),
+        ({"block_out_channels": "many"}, "can't make a UNet2DModel"),
+        ({"norm_num_groups": 7}, "can't make a UNet2DModel"),
+        ({"down_block_types": ["NoBlock", "DownBlock2D"]}, "can't make a UNet2DModel"),
     ],
 )
 def test_unsupported_configs(folder, changes, message):
-    edit(folder / models.CONFIG, **changes)
+    edit(folder / CONFIG, **changes)
     with pytest.raises(ValueError, match=message):
         models.load_model(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\udc80"])
-def test_config_that_is_no_json(folder, content):
-    (folder / models.CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
+def test_config_that_is_not_json(folder, content):
+    (folder / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"config\.json (is not readable JSON|holds a list)"):
         models.load_model(folder)
 
@@ -187,7 +188,7 @@ def test_predictions_and_variances():
 
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_variances_there_and_back(variance):
-    """diffusers' "learned" is a variance itself; it has none for a logarithm, and refuses one."""
+    """In diffusers "learned" is the variance itself; it has no name for the logarithm, and refuses its channels."""
     config = DiffusionSettings(variance=variance).to_scheduler_config()
     assert read_settings(config, "s").variance == variance
     scheduler = diffusers.DDPMScheduler.from_config(config)
@@ -203,9 +204,9 @@ def test_variances_there_and_back(variance):
     ("config", "message"),
     [
         ({"_class_name": "ScoreSdeVeScheduler"}, "is for a ScoreSdeVeScheduler, expected one of DDPMScheduler"),
-        ({"thresholding": True}, "dynamic thresholding"),
-        ({"clip_sample": False}, "clip_sample false"),
-        ({"clip_sample_range": 3.0}, "clip_sample_range 3.0"),
+        ({"thresholding": True}, "has thresholding true, expected false; pass clip_denoised=DynamicThreshold"),
+        ({"clip_sample": False}, "has clip_sample false, expected true; pass clip_denoised=False"),
+        ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
         ({"prediction_type": "flow"}, "prediction_type 'flow', expected one of epsilon"),
         ({"variance_type": "none"}, "variance_type 'none'"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
@@ -239,17 +240,17 @@ def test_settings_survive_writing(settings):
     assert torch.allclose(found.diffusion().betas, settings.diffusion().betas, rtol=1e-14)
 
 
-def test_digits_model_ships():
+def test_digits_model_is_in_the_package():
     loaded = models.load_model("digits")
     assert loaded.shape == (1, 8, 8)
     assert loaded.settings.timesteps == 1000
-    assert (models.DIGITS / models.WEIGHTS).stat().st_size <= 2_000_000
+    assert (DIGITS / WEIGHTS).stat().st_size <= 2_000_000
     tutorial = DiffusionSettings().diffusion()
     assert torch.allclose(loaded.settings.diffusion().alphas_cumprod, tutorial.alphas_cumprod, rtol=1e-12)
 
 
 def test_digits_models_quality_as_recorded():
-    quality = json.loads((models.DIGITS / "quality.json").read_text())
+    quality = json.loads((DIGITS / "quality.json").read_text())
     for name, found in quality["classifiers"].items():
         assert found["sure_of_samples"] >= 0.9 * found["sure_of_held_out"], name
         assert min(found["samples_of_each_digit"]) > 0, name
@@ -258,7 +259,7 @@ def test_digits_models_quality_as_recorded():
 
 
 def test_digits_model_draws_digits(device):
-    """A light check of the weights themselves: a nearest-class-mean rule must find several digits, near real ones."""
+    """A light check of the weights: samples are near to real digits, and to at least 7 of the 10."""
     pytest.importorskip("sklearn")
     from ddpm_ext import Philox
     from ddpm_ext.training.data import digits
@@ -273,7 +274,7 @@ def test_digits_model_draws_digits(device):
     nearest = torch.cdist(drawn.cpu().flatten(1), images.flatten(1)).min(1)
     held_out = torch.cdist(digits("heldout")[0].flatten(1), images.flatten(1)).min(1)
     assert len(set(labels[nearest.indices].tolist())) >= 7
-    # Random pixels, even with each pixel's own mean and spread, are more than twice as far.
+    # Random pixels with the mean and spread of each pixel are more than twice as far away.
     assert nearest.values.median() < 1.3 * held_out.values.median()
     assert nearest.values.median() > 0.7 * held_out.values.median()
 

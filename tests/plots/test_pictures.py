@@ -1,10 +1,12 @@
-"""ddpm_ext.plots: uint8 conversion, grids, strips, trajectories, GIFs."""
+"""plots.pictures: conversion to uint8, grids, strips, trajectories, GIFs."""
 
 import numpy as np
 import pytest
 import torch
 
 from ddpm_ext import plots
+from ddpm_ext.plots.pictures import _BETWEEN as BETWEEN
+from ddpm_ext.plots.pictures import _GAP as GAP
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -29,17 +31,16 @@ def test_to_uint8_bad_input():
 def test_grid_places_rows_and_enlarges():
     images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1) * 10
     picture = plots.grid(images, columns=3, scale=2)
-    gap = plots._GAP
-    assert picture.shape == (2 * (2 + gap) + gap, 3 * (2 + gap) + gap, 3)
+    assert picture.shape == (2 * (2 + GAP) + GAP, 3 * (2 + GAP) + GAP, 3)
     for index in range(5):
-        top, left = gap + index // 3 * (2 + gap), gap + index % 3 * (2 + gap)
+        top, left = GAP + index // 3 * (2 + GAP), GAP + index % 3 * (2 + GAP)
         assert (picture[top : top + 2, left : left + 2] == index * 10).all()
-    assert (picture[-gap - 1, -gap - 1] == plots._BETWEEN).all()  # the place that stays empty
+    assert (picture[-GAP - 1, -GAP - 1] == BETWEEN).all()  # the last place is empty
 
 
 def test_small_images_become_visible():
     assert min(plots.grid(np.zeros((1, 8, 8, 1), np.uint8)).shape[:2]) > 60
-    assert plots.grid(np.zeros((1, 100, 100, 3), np.uint8)).shape[0] == 100 + 2 * plots._GAP
+    assert plots.grid(np.zeros((1, 100, 100, 3), np.uint8)).shape[0] == 100 + 2 * GAP
 
 
 BAD_GRIDS = [
@@ -61,11 +62,10 @@ def test_grid_bad_input(images, options, kind, message):
 
 def test_colours_stay():
     images = np.array([[[[255, 0, 10]]], [[[1, 2, 3]]]], np.uint8)
-    gap = plots._GAP
     picture = plots.grid(images, columns=2, scale=1)
-    assert picture.shape == (1 + 2 * gap, 2 + 3 * gap, 3)
-    assert picture[gap, gap].tolist() == [255, 0, 10]
-    assert picture[gap, 2 * gap + 1].tolist() == [1, 2, 3]
+    assert picture.shape == (1 + 2 * GAP, 2 + 3 * GAP, 3)
+    assert picture[GAP, GAP].tolist() == [255, 0, 10]
+    assert picture[GAP, 2 * GAP + 1].tolist() == [1, 2, 3]
 
 
 def test_grid_is_written_as_png(tmp_path):
@@ -78,19 +78,19 @@ def test_grid_is_written_as_png(tmp_path):
 
 
 def test_strips_have_a_row_a_sample_and_labels(tmp_path):
-    moments = [torch.full((3, 1, 8, 8), value) for value in (-1.0, 0.0, 1.0, -1.0)]
-    picture = plots.strips([plots.to_uint8(moment) for moment in moments], ["a", "b", "c", "d"], "title", scale=4)
+    steps = [torch.full((3, 1, 8, 8), value) for value in (-1.0, 0.0, 1.0, -1.0)]
+    picture = plots.strips([plots.to_uint8(batch) for batch in steps], ["a", "b", "c", "d"], "title", scale=4)
     body = plots.grid(np.zeros((12, 8, 8, 1), np.uint8), columns=4, scale=4)
     assert picture.shape[1] == body.shape[1]
     head = picture.shape[0] - body.shape[0]
     assert (picture[:head] < 100).any()  # ink
-    middle = picture[head + body.shape[0] // 2, plots._GAP + 2 :: 32 + plots._GAP, 0]
+    middle = picture[head + body.shape[0] // 2, GAP + 2 :: 32 + GAP, 0]
     assert middle[:4].tolist() == [0, 127, 255, 0]
-    plots.save_strips(moments, ["a", "b", "c", "d"], "title", tmp_path / "a.png", scale=4)
+    plots.save_strips(steps, ["a", "b", "c", "d"], "title", tmp_path / "a.png", scale=4)
     with Image.open(tmp_path / "a.png") as opened:
         assert np.array_equal(np.asarray(opened), picture)
-    with pytest.raises(ValueError, match="labels: got 1 for 4 moments"):
-        plots.strips([plots.to_uint8(moment) for moment in moments], ["a"], "title")
+    with pytest.raises(ValueError, match="labels: got 1 for 4 steps"):
+        plots.strips([plots.to_uint8(batch) for batch in steps], ["a"], "title")
 
 
 def ink_columns(picture, rows):
@@ -99,29 +99,29 @@ def ink_columns(picture, rows):
 
 
 def test_labels_stand_above_their_columns():
-    moments = [np.full((1, 8, 8, 1), value, np.uint8) for value in (0, 127, 255)]
-    pitch, gap = 64 + plots._GAP, plots._GAP
+    steps = [np.full((1, 8, 8, 1), value, np.uint8) for value in (0, 127, 255)]
+    pitch = 64 + GAP
     for column in range(3):
         labels = ["", "", ""]
         labels[column] = "t = 5"
-        picture = plots.strips(moments, labels, "")
+        picture = plots.strips(steps, labels, "")
         found = ink_columns(picture, slice(36, 54))
-        assert gap + column * pitch <= found.min() < found.max() < gap + (column + 1) * pitch - gap
-        assert abs((found.min() + found.max()) / 2 - (gap + column * pitch + 32)) < 2
+        assert GAP + column * pitch <= found.min() < found.max() < GAP + (column + 1) * pitch - GAP
+        assert abs((found.min() + found.max()) / 2 - (GAP + column * pitch + 32)) < 2
 
 
 def test_long_title_is_not_cut():
-    moment = [np.zeros((1, 8, 8, 1), np.uint8)]
-    short, long = (plots.strips(moment, [""], "m" * letters) for letters in (3, 40))
-    assert short.shape[1] == 64 + 2 * plots._GAP
+    images = [np.zeros((1, 8, 8, 1), np.uint8)]
+    short, long = (plots.strips(images, [""], "m" * letters) for letters in (3, 40))
+    assert short.shape[1] == 64 + 2 * GAP
     widths = [len(ink_columns(picture, slice(0, 30))) for picture in (short, long)]
     assert widths[1] > 10 * widths[0]  # 13 times, but for gaps between letters
-    assert ink_columns(long, slice(0, 30)).max() < long.shape[1] - plots._GAP
+    assert ink_columns(long, slice(0, 30)).max() < long.shape[1] - GAP
 
 
-def pairs(samples=2, moments=3):
-    """x_t and x_0 whose values tell moment, sample and which of the two it is"""
-    values = torch.arange(moments * samples).view(moments, samples, 1, 1, 1) / 20
+def pairs(samples=2, steps=3):
+    """x_t and x_0, each image with a value of its own"""
+    values = torch.arange(steps * samples).view(steps, samples, 1, 1, 1) / 20
     return list((values - 0.9).expand(-1, -1, 1, 8, 8)), list((values + 0.1).expand(-1, -1, 1, 8, 8))
 
 
@@ -129,9 +129,9 @@ def test_trajectory_is_two_strips():
     x_t, x_0 = pairs()
     picture = plots.trajectory(x_t, x_0, ["t = 9", "t = 4", "t = 0"], scale=2)
     height = picture.shape[0] // 2
-    for half, moments in zip((picture[:height], picture[height:]), (x_t, x_0), strict=True):
+    for half, steps in zip((picture[:height], picture[height:]), (x_t, x_0), strict=True):
         body = plots.grid(
-            plots.to_uint8(torch.stack(moments, 1).reshape(6, 1, 8, 8)), columns=3, scale=2
+            plots.to_uint8(torch.stack(steps, 1).reshape(6, 1, 8, 8)), columns=3, scale=2
         )  # a row a sample
         assert np.array_equal(half[-len(body) :, : body.shape[1]], body)
         assert len(ink_columns(half, slice(0, 30))) and len(ink_columns(half, slice(36, 54)))
@@ -158,15 +158,15 @@ def test_frames_of_one_narrow_image_are_of_one_size():
 def test_trajectory_bad_input():
     x_t, x_0 = pairs()
     for draw in (plots.trajectory, plots.trajectory_frames):
-        with pytest.raises(ValueError, match="x_0: got 2 moments, x_t has 3"):
+        with pytest.raises(ValueError, match="x_0: got 2 steps, x_t has 3"):
             draw(x_t, x_0[:2], ["", "", ""])
-        with pytest.raises(ValueError, match="x_0: got 0 moments"):
+        with pytest.raises(ValueError, match="x_0: got 0 steps"):
             draw([], [], [])
         with pytest.raises(ValueError, match="labels: got 1 for 3"):
             draw(x_t, x_0, [""])
     with pytest.raises(ValueError, match=r"x_0: got shape \(2, 1, 4, 4\)"):
         plots.trajectory_frames(x_t, [images[..., :4, :4] for images in x_0], ["", "", ""], scale=2)
-    with pytest.raises(ValueError, match="images: got moments of shapes"):
+    with pytest.raises(ValueError, match="images: got steps of shapes"):
         plots.strips([np.zeros((1, 8, 8, 1), np.uint8), np.zeros((1, 4, 4, 1), np.uint8)], ["", ""], "")
 
 

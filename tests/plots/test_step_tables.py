@@ -1,4 +1,4 @@
-"""ddpm_ext.table_figures: what is in the axes of one step table and of several."""
+"""plots.step_table_figure: what is in the axes of one step table and of several."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""docs/pictures.md: its commands and code are true, its pictures are there and small."""
+"""docs/pictures.md: its commands and its code run, its pictures exist and are small."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ def script(root):
 
 
 def test_each_picture_has_its_command(root, script):
-    """What the page shows is what the commands write, and all of it lies in the folder."""
+    """The page shows what the commands write, and the folder holds these files and no others."""
     text = (root / "docs" / "pictures.md").read_text()
     options = [build_parser().parse_args(arguments) for arguments in script.commands()]
     written = [option.out for option in options if not option.out.endswith(".npz")]
@@ -29,7 +29,7 @@ def test_each_picture_has_its_command(root, script):
     assert sorted(path.name for path in (root / "docs" / "pictures").iterdir()) == sorted(written)
 
 
-def test_pictures_are_small_and_seen(root):
+def test_pictures_are_small_and_not_empty(root):
     paths = set()
     for page in (root / "README.md", root / "docs" / "sampling.md", root / "docs" / "pictures.md"):
         paths |= {page.parent / path for path in re.findall(r"!\[.+\]\((.+)\)", page.read_text())}
@@ -42,7 +42,7 @@ def test_pictures_are_small_and_seen(root):
 
 
 def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypatch):
-    """Written elsewhere, so that samples.npz does not stay."""
+    """The commands write to another folder, so that samples.npz is not left behind."""
     pytest.importorskip("matplotlib")
     (tmp_path / "pictures").mkdir()
     fast = [line for line in script.commands() if line[:2] in (["plot", "schedules"], ["plot", "table"])]
@@ -62,7 +62,7 @@ def test_code_of_the_page_runs(root, tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "pictures.md").read_text(), re.DOTALL)
     names = {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8)}
     exec(block.replace('record="last"', 'record="last", progress=False'), names)
-    assert {path.name for path in tmp_path.iterdir()} == {"schedules.png", "histogram.svg", "grid.png", "moments.gif"}
+    assert {path.name for path in tmp_path.iterdir()} == {"schedules.png", "histogram.svg", "grid.png", "x_t.gif"}
     assert list(drawn(names["figure"].axes[1])) == ["t = 999", "samples", "N(0, 1)"]
-    with Image.open("moments.gif") as opened:
+    with Image.open("x_t.gif") as opened:
         assert opened.n_frames == 20

@@ -1,19 +1,22 @@
-"""What a matplotlib figure shows, for tests of figures."""
+"""Reads what a matplotlib figure shows, for tests of figures."""
 
 
 def drawn(axes):
-    """By label the points of each line"""
+    """The points of each line by its label."""
     return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
 def legend(owner):
+    """The texts of a legend, given as such or by its axes."""
     found = owner.get_legend() if hasattr(owner, "get_legend") else owner
     return [text.get_text() for text in found.get_texts()]
 
 
 def points(x, y):
+    """Points in the form in which `drawn` returns them."""
     return [[float(a), float(b)] for a, b in zip(x, y, strict=True)]
 
 
 def looks(axes):
+    """Colour and dashes of each line."""
     return [(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in axes.lines]

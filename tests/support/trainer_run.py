@@ -1,6 +1,6 @@
 """A tiny module and a tiny dataset to train on, in this process or in others that are killed or are ranks.
 
-As a process it is what in_forks starts: imports are slow, and forks need them once.
+in_forks starts this file as a process, which imports once and then forks: imports are slow.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ddpm_ext.training import Trainer
-from ddpm_ext.training.step import Stepper
+from ddpm_ext.training.step import TrainingStep
 
 SIZES = {"steps": 60, "batch_size": 6, "timesteps": 20, "warmup": 4, "checkpoint_every": 10, "log_every": 7}
 
 
 class Tiny(nn.Module):
-    """model(x, t), with a dropout and a buffer that every call in training changes"""
+    """model(x, t), with dropout, and with a buffer that changes with every call in training mode."""
 
     def __init__(self, channels: int = 1, outputs: int | None = None, dropout: float = 0.1, width: int = 6) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tiny(nn.Module):
 
 
 class Squares(Dataset):
-    """Squares on a dark ground, at places that are drawn by three libraries' generators when they are read"""
+    """Squares on a dark ground, drawn with the generators of three libraries at each read."""
 
     def __init__(self, count: int = 11, size: int = 8) -> None:
         self.count, self.size = count, size
@@ -64,11 +64,11 @@ class Squares(Dataset):
 
 
 def _do_nothing(text: str) -> None:
-    """A report that is not read"""
+    """A report that nobody reads."""
 
 
 def make(out, *, dropout=0.1, width=6, squares=11, model=None, data=None, report=_do_nothing, **options):
-    """A Trainer of the tiny module and the squares, where nothing else is given"""
+    """A Trainer of the tiny module on the squares, unless a model or data are given."""
     options = SIZES | options
     twice = options.get("variance", "fixed_small").startswith("learned")
     if model is None:
@@ -77,14 +77,19 @@ def make(out, *, dropout=0.1, width=6, squares=11, model=None, data=None, report
 
 
 def before_steps(act) -> None:
-    """From now on act(step, images) is called before each step of this process, and gives the step's images"""
-    take = Stepper.take
-    Stepper.take = lambda self, images: take(self, act(self.state.step, images))
+    """Calls act(step, images) before each step of this process, and trains on the images that it returns."""
+    take = TrainingStep.take
+    TrainingStep.take = lambda self, images: take(self, act(self.state.step, images))
 
 
 def run(folder, *, die_at=None, nan_at=None, own_group=None, **options) -> None:
-    """Trains; the process is killed, or an image is no number, once so many steps are taken. `own_group`: the backend
-    of a process group that is there before"""
+    """Trains.
+
+    Args:
+        die_at: the process is killed after so many steps.
+        nan_at: the images of the step after so many are NaN.
+        own_group: the backend of a process group that exists before training.
+    """
     if own_group:
         torch.distributed.init_process_group(own_group)
 
@@ -96,18 +101,18 @@ def run(folder, *, die_at=None, nan_at=None, own_group=None, **options) -> None:
     before_steps(act)
     make(folder, **options).fit()
     if own_group and torch.distributed.is_initialized():
-        print("the group is there")
+        print("the group still exists")
 
 
 def weights(folder):
-    """Those that a run of `make` wrote"""
+    """The weights that a run of `make` wrote."""
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "model.safetensors")
 
 
 def _fork(folder: Path, rank: int, size: int, port: int, options: dict) -> int:
-    """The id of a process that trains in `folder`/run, what it says in files beside"""
+    """Starts a process that trains in `folder`/run and writes its output beside it; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -131,7 +136,7 @@ def _fork(folder: Path, rank: int, size: int, port: int, options: dict) -> int:
 
 
 def _codes(folder: Path, by_rank: list[dict]) -> list[int]:
-    """How each rank of a run ended: its exit code, or minus the signal"""
+    """The exit code of each rank of a run, or minus the signal that killed it."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -141,9 +146,12 @@ def _codes(folder: Path, by_rank: list[dict]) -> list[int]:
 
 
 def in_forks(folder: Path, runs: dict[str, list[dict]], timeout: float = 300) -> dict[str, list[int]]:
-    """Runs by name, one after the other, each with the options of its ranks; how the ranks ended
+    """Trains runs one after the other, each given by a name and the options of its ranks.
 
-    A run's folder is `folder`/name/run; what rank 0 says is in `folder`/name/0.out and 0.err.
+    The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err.
+
+    Returns:
+        The exit codes of the ranks by name, as _codes.
     """
     command = [sys.executable, __file__, str(folder), json.dumps(runs)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
@@ -154,6 +162,6 @@ def in_forks(folder: Path, runs: dict[str, list[dict]], timeout: float = 300) ->
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in ("torch._dynamo", "torch.distributed", "matplotlib.figure", "safetensors.torch"):
-        importlib.import_module(module)  # which a run brings in: once, not in each fork
+        importlib.import_module(module)  # a run imports them; here once for all forks
     wanted = json.loads(sys.argv[2])
     print(json.dumps({name: _codes(Path(sys.argv[1]) / name, by_rank) for name, by_rank in wanted.items()}))

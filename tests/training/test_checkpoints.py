@@ -1,4 +1,4 @@
-"""ddpm_ext.checkpoints: whole or not there at all; what is damaged is said, and the one before is taken."""
+"""Checkpoints are written whole or not at all; a damaged one is reported, and the one before is used."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_the_newest_are_kept_by_number(tmp_path):
 
 
 def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
-    """They are damaged, or the run would not have gone on from an earlier one"""
+    """They are damaged, or the run would not have continued from an earlier one."""
     for step in (10, 20):
         save(tmp_path, step)
     checkpoints.newest(tmp_path).write_bytes(b"")
@@ -83,7 +83,7 @@ def test_damaged_newest_falls_back(tmp_path, share):
 
 def test_all_damaged(tmp_path):
     paths = [save(tmp_path, step) for step in (1, 2)]
-    safetensors_torch.save_file(STATE, paths[0])  # whole, and something else
+    safetensors_torch.save_file(STATE, paths[0])  # not damaged, but no checkpoint
     paths[1].write_bytes(b"")
     lines = []
     with pytest.raises(ValueError, match=r"resume: .*step-00000001\.safetensors is cut short or damaged \(its format"):
@@ -93,7 +93,7 @@ def test_all_damaged(tmp_path):
 
 @pytest.mark.parametrize("what", ["write_bytes", "fsync", "replace"])
 def test_full_disk(tmp_path, monkeypatch, what):
-    kept = save(tmp_path, 1)
+    first = save(tmp_path, 1)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -105,9 +105,9 @@ def test_full_disk(tmp_path, monkeypatch, what):
     message = f"checkpoint: cannot write {tmp_path}/checkpoints/step-00000002.safetensors: No space left on device; "
     with pytest.raises(OSError) as info:
         save(tmp_path, 2, keep=1)
-    assert str(info.value) == f"{message}the newest is still {kept}"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [kept.name]
-    assert checkpoints.load(kept)[1] == {"step": 1}
+    assert str(info.value) == f"{message}the newest is still {first}"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
+    assert checkpoints.load(first)[1] == {"step": 1}
 
 
 def test_full_disk_at_the_first(tmp_path, monkeypatch):
@@ -117,8 +117,8 @@ def test_full_disk_at_the_first(tmp_path, monkeypatch):
 
 
 def test_leftovers_of_a_killed_writer(tmp_path):
-    kept = save(tmp_path, 1)
+    first = save(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step-00000002.0a1b2c3d.safetensors").write_bytes(b"half")
-    assert checkpoints.newest(tmp_path) == kept
+    assert checkpoints.newest(tmp_path) == first
     checkpoints.remove_leftovers(tmp_path)
-    assert list((tmp_path / "checkpoints").iterdir()) == [kept]
+    assert list((tmp_path / "checkpoints").iterdir()) == [first]

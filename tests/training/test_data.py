@@ -1,4 +1,4 @@
-"""ddpm_ext.data: digits and folders of images."""
+"""training.data: digits, folders of images, tensors and Datasets."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_load_digits_is_the_training_part():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A wide red picture with a green middle, a tall grey one below in a folder, and something else."""
+    """A wide red image with a green middle, a tall grey one in a folder below, and a text file."""
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[..., 0] = 255
     wide[:, 10:20] = (0, 255, 0)
@@ -75,7 +75,7 @@ def test_folder(folder):
     assert grey.dtype == torch.float32
     assert torch.allclose(grey, torch.full((3, 5, 5), 128 / 127.5 - 1), atol=1e-6)
     middle = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1)
-    assert torch.equal(green[:, :, 2], middle.expand(3, 5))  # the middle square, not the whole squeezed
+    assert torch.equal(green[:, :, 2], middle.expand(3, 5))  # cropped to the middle square, not squeezed
     assert torch.equal(images.batch(torch.tensor([1])), images.batch(torch.tensor([1])))
 
 
@@ -89,7 +89,7 @@ def test_folder_turns_by_exif(tmp_path):
     pixels = np.zeros((8, 8, 3), np.uint8)
     pixels[:4] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     found = FolderImages(tmp_path, 8).batch(torch.tensor([0]))[0]
     assert torch.equal(found, torch.from_numpy(np.rot90(pixels, -1).copy()).permute(2, 0, 1) / 127.5 - 1)
@@ -119,10 +119,10 @@ def test_damaged_image_is_named(folder):
             images.batch(torch.tensor([index]))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of tags
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about damaged tags
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
-def test_damage_anywhere_is_told_or_does_not_matter(tmp_path, ending):
-    """Whatever Pillow's decoders raise at a file that was cut or overwritten, it is DamagedImage here"""
+def test_damage_anywhere_is_reported_or_harmless(tmp_path, ending):
+    """Whatever Pillow's decoders raise for a file that was cut or overwritten becomes DamagedImage."""
     generator = np.random.default_rng(0)
     path = tmp_path / f"a.{ending}"
     Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(path)
@@ -141,7 +141,7 @@ def test_damage_anywhere_is_told_or_does_not_matter(tmp_path, ending):
 
 
 def test_fingerprints(folder):
-    """Of files: names and sizes. Of tensors: all of it"""
+    """Of files the names and sizes count, of tensors all values."""
     before = FolderImages(folder, 5).fingerprint()
     assert FolderImages(folder, 5).fingerprint() == before
     assert FolderImages(folder, 6).fingerprint() != before
@@ -180,7 +180,7 @@ def test_dataset():
         as_images(type("Endless", (), {"__getitem__": lambda self, index: torch.zeros(1, 2, 2)})())
 
 
-def test_first_item_that_can_be_read_tells_the_shape():
+def test_first_readable_item_decides_the_shape():
     class Items(list):
         def __getitem__(self, index):
             if super().__getitem__(index) is None:
@@ -227,7 +227,7 @@ def test_tensor_images_bad_input():
             TensorImages(images)
 
 
-def test_tensor_of_a_graph_is_data_alone():
+def test_tensor_with_a_gradient_is_detached():
     images = TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True))
     assert not images.batch(torch.tensor([0])).requires_grad
     assert images.fingerprint() == TensorImages(torch.zeros(2, 1, 2, 2)).fingerprint()

@@ -1,4 +1,4 @@
-"""ddpm_ext.training.Trainer on a module and a dataset: its steps against a plain loop, and what it makes on the way."""
+"""Trainer on a module and a dataset: its steps against a plain loop, and the files that it writes."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
-from ddpm_ext.training.step import Stepper, _share
+from ddpm_ext.training.step import TrainingStep, part_of
 
 for module in ("safetensors", "matplotlib"):
     pytest.importorskip(module)
@@ -35,7 +35,7 @@ def rows(folder):
 
 
 def final(folder):
-    """The tensors of the last checkpoint"""
+    """The tensors of the last checkpoint."""
     return checkpoints.load(checkpoints.newest(folder))[0]
 
 
@@ -46,7 +46,7 @@ def close(one, other, **tolerance):
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])
 def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
-    """In float64, with the loss, the noise, the average and the learning rate as they are told"""
+    """In float64, with the documented loss, noise, average and learning rate."""
     options = {"steps": 12, "warmup": 3, "clip": clip, "ema": 0.8, "lr": 0.01, "weight_decay": 0.1, "seed": 4}
     trainer = make(tmp_path / "run", dropout=0.0, prediction="v", **options)
     batches = StepBatches(as_images(Squares()), trainer.options, 0, 6)
@@ -55,14 +55,14 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
 
     model, average = Tiny(dropout=0.0).double(), Tiny(dropout=0.0).double()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
-    kept = GaussianDiffusion(20).alphas_cumprod
+    alphas_cumprod = GaussianDiffusion(20).alphas_cumprod
     expected = []
     for step in range(12):
         x = batches[step].images.double()
         t, weights = sampler.sample(6, seed=4, iteration=step)
         assert torch.equal(weights, torch.ones(6))
         noise = randn(x.shape, Philox(4), stream=2, draw=step).double()
-        a, b = kept[t].sqrt().view(-1, 1, 1, 1), (1 - kept[t]).sqrt().view(-1, 1, 1, 1)
+        a, b = (level.sqrt().view(-1, 1, 1, 1) for level in (alphas_cumprod[t], 1 - alphas_cumprod[t]))
         loss = (model(a * x + b * noise, t) - (a * noise - b * x)).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -126,10 +126,10 @@ def test_options_reach_the_weights(tmp_path, option, value):
         make(tmp_path / name, **options).fit()
     plain, other = (trainer_run.weights(tmp_path / name) for name in ("plain", "other"))
     assert not close(plain, other, rtol=1e-6)
-    assert close(plain, other, atol=0.2)  # of a few steps
+    assert close(plain, other, atol=0.2)  # after a few steps
 
 
-def test_float16_leaves_out_a_step_that_overflows(tmp_path):
+def test_float16_skips_a_step_that_overflows(tmp_path):
     model = Tiny(dropout=0.0)
     with torch.no_grad():
         model.out.weight.mul_(10)
@@ -143,7 +143,7 @@ def test_float16_leaves_out_a_step_that_overflows(tmp_path):
 
 
 def test_steps_wait_for_no_device(tmp_path):
-    """What reads a tensor's value is asked for by numbers() alone"""
+    """Only log_rows reads the value of a tensor."""
 
     class Reads(TorchDispatchMode):
         count = 0
@@ -155,33 +155,33 @@ def test_steps_wait_for_no_device(tmp_path):
 
     for autocast in ("none", "bfloat16"):
         trainer = make(tmp_path / "run", autocast=autocast, accumulate=2)
-        stepper = Stepper(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
+        step = TrainingStep(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
         images = torch.zeros(6, 1, 8, 8)
-        stepper.take(images)
+        step.take(images)
         with Reads() as reads:
             for _ in range(3):
-                stepper.take(images)
+                step.take(images)
             assert reads.count == 0
-            assert len(stepper.numbers(lambda: None)) == 4
-        assert stepper.numbers(lambda: None) == []
+            assert len(step.log_rows(lambda: None)) == 4
+        assert step.log_rows(lambda: None) == []
 
 
 def test_dropout_is_drawn_anew_for_each_step_and_part(tmp_path):
-    """And the same again where a step is taken again"""
+    """A step that is taken again draws the same."""
     trainer = make(tmp_path / "run", accumulate=2, dropout=0.5)
-    stepper = Stepper(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
+    step = TrainingStep(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
     masks = []
     trainer.model.dropout.register_forward_hook(lambda module, given, output: masks.append(output == 0))
-    for step in (0, 1, 0):
-        trainer.state.step = step
-        stepper.take(torch.zeros(6, 1, 8, 8))
+    for number in (0, 1, 0):
+        trainer.state.step = number
+        step.take(torch.zeros(6, 1, 8, 8))
     assert len(masks) == 6
     assert torch.equal(torch.cat(masks[:2]), torch.cat(masks[4:]))
     assert not any(torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
 
 
 def test_random_transforms_depend_on_the_place_alone():
-    """Not on the batches, the workers, or what was read before; the caller's generators are left alone"""
+    """They don't depend on batches, workers, or what was read before; the caller's generators don't change."""
     options = TrainOptions(data="squares", batch_size=6, seed=3)
     cpu = torch.device("cpu")
     whole = [batch.images for batch in StepBatches(as_images(Squares()), options, 0, 6).iterate(0, 5, cpu)]
@@ -196,7 +196,7 @@ def test_random_transforms_depend_on_the_place_alone():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
-    assert len(torch.unique(torch.cat(whole).flatten(1), dim=0)) == 30  # no two alike: each time drawn anew
+    assert len(torch.unique(torch.cat(whole).flatten(1), dim=0)) == 30  # all differ: each read draws anew
 
 
 @given(
@@ -208,13 +208,13 @@ def test_random_transforms_depend_on_the_place_alone():
     seed=st.integers(0, 2**64 - 1),
 )
 def test_ranks_and_parts_share_the_batch(count, batch_size, ranks, accumulate, step, seed):
-    """In order, evenly, none left out, none twice; the images, their seeds and their mirroring go with the place"""
+    """In order and evenly, each sample once; an image and its mirroring depend on its place in the batch alone."""
     assume(batch_size >= ranks * accumulate)
     options = TrainOptions(data="tensor", batch_size=batch_size, flip=True, seed=seed)
     images = TensorImages(torch.rand(count, 1, 1, 2))
     whole = StepBatches(images, options, 0, batch_size)[step].images
-    rows = [_share(range(batch_size), rank, ranks) for rank in range(ranks)]
-    parts = [_share(own, part, accumulate) for own in rows for part in range(accumulate)]
+    rows = [part_of(range(batch_size), rank, ranks) for rank in range(ranks)]
+    parts = [part_of(own, part, accumulate) for own in rows for part in range(accumulate)]
     assert [row for part in parts for row in part] == list(range(batch_size))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
     assert min(map(len, parts)) >= 1
@@ -222,7 +222,7 @@ def test_ranks_and_parts_share_the_batch(count, batch_size, ranks, accumulate, s
     assert torch.equal(split, whole)
 
 
-def test_every_image_comes_once_in_each_round():
+def test_every_image_comes_once_in_each_epoch():
     images = TensorImages(torch.arange(11.0).view(11, 1, 1, 1) / 11)
     batches = StepBatches(images, TrainOptions(batch_size=6), 0, 6)
     seen = torch.cat([batches[step].images.flatten() for step in range(11)]).view(6, 11)
@@ -230,7 +230,7 @@ def test_every_image_comes_once_in_each_round():
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_grids_are_drawn_by_the_average(tmp_path):
+def test_grids_are_samples_of_the_averaged_model(tmp_path):
     image = pytest.importorskip("PIL.Image")
     from ddpm_ext import plots
 
@@ -255,7 +255,7 @@ def _checkpoint(folder, step):
     return folder / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def test_module_leaves_weights_and_what_they_are(tmp_path):
+def test_files_of_a_run_with_a_module(tmp_path):
     lines = []
     result = make(tmp_path / "run", steps=3, report=lines.append, command="by hand").fit()
     assert {path.name for path in result.folder.iterdir()} == {
@@ -268,7 +268,7 @@ def test_module_leaves_weights_and_what_they_are(tmp_path):
         "scheduler",
         "training.json",
     }
-    assert "no pipeline: the model is no UNet2DModel" in lines[-1]
+    assert "but no pipeline: the model is no UNet2DModel" in lines[-1]
     assert json.loads((result.folder / "model.json").read_text())["class"] == "Tiny"
     made = json.loads((result.folder / "training.json").read_text())
     assert (made["command"], made["ranks"], made["images"], made["skipped"]) == ("by hand", 1, 11, [])
@@ -276,7 +276,7 @@ def test_module_leaves_weights_and_what_they_are(tmp_path):
     assert result.parameters == sum(value.numel() for value in Tiny().parameters())
 
 
-def test_diffusion_is_taken_as_given(tmp_path):
+def test_given_diffusion_is_used(tmp_path):
     diffusion = GaussianDiffusion(5, torch.linspace(0.1, 0.5, 5), prediction="x0")
     trainer = Trainer(Tiny(), diffusion, Squares(), tmp_path / "run", steps=3, batch_size=2, report=len)
     trainer.fit()
@@ -324,7 +324,7 @@ def test_configuration_of_a_unet(tmp_path, given):
     assert loaded.shape == (1, 8, 8)
 
 
-def test_tensorboards_events(tmp_path):
+def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""ddpm_ext.training: what it says to data, models and folders that don't fit; nothing that was there is lost."""
+"""Trainer refuses data, models and folders that don't fit, and loses no file that was there before."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.training import Trainer, checkpoints
-from ddpm_ext.training.step import Stepper
+from ddpm_ext.training.step import TrainingStep
 
 for module in ("safetensors", "matplotlib"):
     pytest.importorskip(module)
@@ -24,7 +24,7 @@ def one_thread(threads):
 
 
 class Items:
-    """A dataset of given items"""
+    """A dataset of given items; an exception is raised when it is read."""
 
     def __init__(self, *items):
         self.items = items
@@ -45,7 +45,7 @@ def half_frozen():
 
 
 class Noted(Tiny):
-    """With more than tensors in its state"""
+    """Has more than tensors in its state dict."""
 
     def get_extra_state(self):
         return {"note": 1}
@@ -66,11 +66,15 @@ IMAGE = torch.zeros(1, 8, 8)
         ({"data": Items(IMAGE * torch.nan)}, ValueError, "item 0 has values from nan to nan"),
         ({"data": torch.zeros(3, 8, 8)}, ValueError, "images: got torch.float32 of shape"),
         ({"data": "nowhere", "image_size": 8}, ValueError, "data: no such folder: nowhere"),
-        ({"model": Tiny(3)}, ValueError, r"model: it fails at images of shape \(1, 8, 8\) \(.*channels"),
-        ({"model": Tiny(1, 2)}, ValueError, r"model: it gives \(1, 2, 8, 8\) for images of shape \(1, 1, 8, 8\), exp"),
+        ({"model": Tiny(3)}, ValueError, r"model: it fails for images of shape \(1, 8, 8\) \(.*channels"),
+        (
+            {"model": Tiny(1, 2)},
+            ValueError,
+            r"model: it returns shape \(1, 2, 8, 8\) for images of shape \(1, 1, 8, 8\)",
+        ),
         ({"model": Tiny().requires_grad_(False)}, ValueError, "model: a Tiny has no parameters to train, expected at"),
         ({"model": Noted()}, ValueError, "model: _extra_state in its state dict is a dict, expected a tensor"),
-        ({"model": torch.nn.Linear(2, 2)}, ValueError, r"model: it fails at images .* takes 2 positional arguments"),
+        ({"model": torch.nn.Linear(2, 2)}, ValueError, r"model: it fails for images .* takes 2 positional arguments"),
         ({"model": "nowhere.json"}, ValueError, "model: no such file: nowhere.json"),
         ({"model": {"in_channels": 3}}, ValueError, "model: config has in_channels 3, expected 1 for images"),
         ({"model": {"out_channels": 2}}, ValueError, "model: config has out_channels 2, expected 1"),
@@ -126,8 +130,8 @@ def test_item_that_cannot_be_read(tmp_path):
     ]
 
 
-def test_skipped_image_is_the_next_good_one(tmp_path):
-    """The same weights as with the next image in its place; of nothing but damaged ones none is made"""
+def test_skipped_image_is_replaced_by_the_next_readable_one(tmp_path):
+    """Gives the same weights as with the next image in its place; fails if no image can be read."""
     good = [torch.full((1, 8, 8), value / 4) for value in range(4)]
     make(tmp_path / "skipped", data=Items(*good[:3], OSError("a"), OSError("b")), skip_corrupt=True).fit()
     make(tmp_path / "replaced", data=Items(*good[:3], good[0], good[0])).fit()
@@ -164,10 +168,10 @@ def test_folder_with_a_corrupt_image(tmp_path):
     assert sum(line.startswith(f"skipped: data: cannot read {broken}: ") for line in lines) == 1
 
 
-def test_loss_that_is_no_number_tells_where_and_what_is_left(tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_names_timesteps_and_checkpoint(tmp_path, monkeypatch):
     trainer = make(tmp_path / "run", log_every=50)
     seen = {}
-    take = Stepper.take
+    take = TrainingStep.take
 
     def spoil(self, images):
         if self.state.step == 23:
@@ -176,32 +180,32 @@ def test_loss_that_is_no_number_tells_where_and_what_is_left(tmp_path, monkeypat
         take(self, images)
         seen[self.state.step - 1] = self._pending[-1].t.tolist()
 
-    monkeypatch.setattr(Stepper, "take", spoil)
+    monkeypatch.setattr(TrainingStep, "take", spoil)
     with pytest.raises(ValueError) as info:
         trainer.fit()
     path = tmp_path / "run" / "checkpoints" / "step-00000020.safetensors"
     message = f"training: the loss is nan at step 23, at timesteps {seen[23][4]}; the newest checkpoint is {path}"
     assert str(info.value) == f"{message}; a lower lr may help"
-    assert checkpoints.newest(tmp_path / "run") == path  # none of weights that are no numbers
+    assert checkpoints.newest(tmp_path / "run") == path  # no checkpoint has weights that are not finite
 
 
 class Rough(Tiny):
-    """Its gradient is no number, while its output is one"""
+    """Its output is finite, but its gradient is NaN."""
 
     def forward(self, x, t):
         zero = 0 * self.time.weight.sum()
         return super().forward(x, t) + zero.square().sqrt()
 
 
-def test_gradient_that_is_no_number(tmp_path):
+def test_gradient_that_is_not_finite(tmp_path):
     with pytest.raises(
         ValueError, match=r"training: the gradient's norm is nan at step 0, at timesteps .*, \.\.\.; noth"
     ):
         make(tmp_path / "run", model=Rough(), batch_size=20).fit()
 
 
-def test_gradient_that_no_loss_scale_helps(tmp_path):
-    """From 65536 down to 1 they are tried; then the run stops, as it would without a scale"""
+def test_gradient_that_is_not_finite_at_any_loss_scale(tmp_path):
+    """The scales from 65536 down to 1 are tried; then the run stops, as it would without one."""
     with pytest.raises(ValueError, match=r"training: the gradient's norm is nan at step 14, .*step-00000010\.safeten"):
         make(tmp_path / "run", model=Rough(), autocast="float16").fit()
     assert checkpoints.header(checkpoints.newest(tmp_path / "run"))["scaler"]["scale"] == 65536 / 2**10
@@ -215,7 +219,9 @@ def test_run_that_was_stopped_before_a_checkpoint_is_not_continued(tmp_path):
     trainer = make(tmp_path / "run", report=report)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
-    with pytest.raises(ValueError, match="fit: this Trainer has taken 7 steps that nothing saved; make another"):
+    with pytest.raises(
+        ValueError, match="fit: this Trainer has taken 7 steps of which no checkpoint was saved; make another"
+    ):
         trainer.fit()
     make(tmp_path / "run", steps=8).fit()
 
@@ -259,7 +265,7 @@ def test_resumed_on_a_changed_folder(tmp_path):
     make(tmp_path / "run", data=str(tmp_path / "images"), **options).fit()
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     options["data"] = str(tmp_path / "elsewhere")
-    make(tmp_path / "run", resume=True, **options).fit()  # another place is no other data
+    make(tmp_path / "run", resume=True, **options).fit()  # the same images in another place are the same data
     (tmp_path / "elsewhere" / "b.png").rename(tmp_path / "elsewhere" / "c.png")
     with pytest.raises(ValueError, match="resume: the images' fingerprint is"):
         make(tmp_path / "run", resume=True, **options).fit()
@@ -293,7 +299,7 @@ def test_two_runs_in_a_folder(tmp_path):
     assert second
 
 
-def test_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(tmp_path, monkeypatch):
+def test_run_that_a_full_disk_stopped_can_be_resumed(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     from ddpm_ext.base import files
 
@@ -319,19 +325,19 @@ def test_full_disk_stops_with_a_sentence_and_the_run_goes_on_later(tmp_path, mon
 
 
 def test_full_disk_at_the_log(tmp_path, monkeypatch):
-    from ddpm_ext.training import log as records
+    from ddpm_ext.training import log
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer = make(tmp_path / "run")
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(log.os, "fsync", full)
     with pytest.raises(OSError, match=r"^losses: cannot write .*losses\.csv: No space left on device$"):
         trainer.fit()
 
 
 def test_log_that_was_cut_short(tmp_path):
-    """A line that a killed run wrote in part is made again"""
+    """A line that a killed run wrote in part is written again."""
     folder = tmp_path / "run"
     make(folder, steps=20).fit()
     whole = (folder / "losses.csv").read_text().splitlines(keepends=True)

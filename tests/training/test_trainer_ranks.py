@@ -1,4 +1,4 @@
-"""ddpm_ext.training by several ranks: the same images, timesteps and noise as by one, and no rank waits for ever."""
+"""Training by several ranks: the images, timesteps and noise of one rank, and no rank waits for ever."""
 
 import copy
 import os
@@ -15,7 +15,7 @@ from support.command_line import ENVIRONMENT
 
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import checkpoints
-from ddpm_ext.training.step import Stepper
+from ddpm_ext.training.step import TrainingStep
 
 for module in ("safetensors", "matplotlib"):
     pytest.importorskip(module)
@@ -41,7 +41,7 @@ def one_thread(threads):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """Runs of several ranks by name: the folder, and how the ranks ended"""
+    """Runs of several ranks by name: the folder, and the exit codes."""
     folder = tmp_path_factory.mktemp("ranks")
     runs = {name: [options] * size for name, (size, options) in SAME.items()}
     runs |= {name: [STEPS, STEPS | other] for name, (other, _) in DIFFERENT.items()}
@@ -60,7 +60,7 @@ def said(folder, rank, where="err"):
 
 
 def alike(found, expected):
-    """To rounding: sums are taken over other parts of the batch; "calls" counts a rank's own"""
+    """Equal but for rounding: sums are over other parts of the batch. "calls" counts the calls of one rank."""
     assert found.keys() == expected.keys()
     names = [name for name in expected if not name.endswith("calls")]
     return all(torch.allclose(found[name].float(), expected[name].float(), rtol=1e-4, atol=1e-6) for name in names)
@@ -72,7 +72,7 @@ def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
     size, options = SAME[name]
     assert codes == [0] * size, said(folder, 0)
     assert f", on cpu, by {size} ranks\n" in said(folder, 0, "out")
-    assert said(folder, 1, "out") == ""  # rank 0 alone tells
+    assert said(folder, 1, "out") == ""  # only rank 0 reports
     trainer_run.make(tmp_path / "one", **options).fit()
     assert alike(*(checkpoints.load(checkpoints.newest(run))[0] for run in (folder / "run", tmp_path / "one")))
     losses = [
@@ -82,7 +82,7 @@ def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_one_rank_goes_on_where_two_stopped(ended, tmp_path):
+def test_one_rank_resumes_a_run_of_two(ended, tmp_path):
     folder, codes = ended["interrupted"]
     assert codes == [-signal.SIGKILL] * 2
     assert checkpoints.newest(folder / "run").name == "step-00000010.safetensors"
@@ -91,8 +91,8 @@ def test_one_rank_goes_on_where_two_stopped(ended, tmp_path):
     assert alike(trainer_run.weights(folder / "run"), trainer_run.weights(tmp_path / "one"))
 
 
-def test_three_go_on_where_three_stopped_bit_for_bit(ended, tmp_path):
-    """Where the order in which gradients are added up shows"""
+def test_three_ranks_resume_a_run_of_three_bit_for_bit(ended, tmp_path):
+    """With three ranks the bits depend on the order in which gradients are added up."""
     shutil.copytree(ended["three killed"][0], tmp_path / "three")
     again = [SAME["three"][1] | {"checkpoint_every": 5, "resume": True}] * 3
     assert trainer_run.in_forks(tmp_path, {"three": again}) == {"three": [0] * 3}
@@ -111,7 +111,7 @@ def test_killed_rank_ends_the_others(ended, killed):
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_ranks_that_differ_are_told(ended, name):
+def test_ranks_that_differ_are_refused(ended, name):
     folder, codes = ended[name]
     assert codes == [1, 2]
     assert re.match(DIFFERENT[name][1], said(folder, 0))
@@ -119,7 +119,7 @@ def test_ranks_that_differ_are_told(ended, name):
     assert not (folder / "run").exists()
 
 
-def test_loss_that_is_no_number_on_one_rank_stops_all(ended):
+def test_loss_that_is_not_finite_on_one_rank_stops_all(ended):
     folder, codes = ended["not a number"]
     assert codes == [1, 2]
     message = r"training: the loss is nan at step 8, at timesteps [\d, ]+; nothing was saved yet; a lower lr may help\n"
@@ -137,13 +137,13 @@ def group_of_one(tmp_path):
 
 def first_of_two(trainer):
     ranks = Ranks(0, 2)
-    return Stepper(trainer.state, trainer.diffusion, trainer.options, ranks, trainer.device)
+    return TrainingStep(trainer.state, trainer.diffusion, trainer.options, ranks, trainer.device)
 
 
 def test_parts_are_averaged_over_ranks_once(group_of_one, tmp_path):
-    """Not after each of them; and once before the first step, where it changes nothing"""
+    """Not after each part; and once more before the first step, in the pass that fixes the order of the sums."""
     trainer = trainer_run.make(tmp_path / "run", **STEPS | {"batch_size": 6}, accumulate=3)
-    stepper, averaged = first_of_two(trainer), []
+    step, averaged = first_of_two(trainer), []
 
     def average(state, bucket):
         averaged.append((trainer.state.step, bucket.index()))
@@ -151,27 +151,27 @@ def test_parts_are_averaged_over_ranks_once(group_of_one, tmp_path):
         done.set_result(bucket.buffer())
         return done
 
-    stepper.parallel.register_comm_hook(None, average)
+    step.parallel.register_comm_hook(None, average)
     for _ in range(2):
-        stepper.take(torch.zeros(3, 1, 8, 8))
+        step.take(torch.zeros(3, 1, 8, 8))
     assert averaged == [(0, 0), (0, 0), (1, 0)]
     assert trainer.model.calls == 6
 
 
-def test_parameter_without_a_gradient_is_told(group_of_one, tmp_path):
+def test_parameter_without_a_gradient_is_refused(group_of_one, tmp_path):
     model = trainer_run.Tiny()
     model.spare = torch.nn.Linear(2, 2)
-    stepper = first_of_two(trainer_run.make(tmp_path / "run", model=copy.deepcopy(model), **STEPS))
+    step = first_of_two(trainer_run.make(tmp_path / "run", model=copy.deepcopy(model), **STEPS))
     with pytest.raises(ValueError, match=r"model: spare\.weight gets no gradient, expected requires_grad=False for it"):
-        stepper.take(torch.zeros(3, 1, 8, 8))
-    trainer_run.make(tmp_path / "run", model=model, **STEPS).fit()  # alone it may be there
+        step.take(torch.zeros(3, 1, 8, 8))
+    trainer_run.make(tmp_path / "run", model=model, **STEPS).fit()  # a single rank accepts it
 
 
 @pytest.mark.parametrize("name", ["group", "group of GPUs"])
-def test_group_of_the_caller_is_used_and_left(ended, name):
+def test_process_group_of_the_caller_is_used_and_not_closed(ended, name):
     folder, codes = ended[name]
     assert codes == [0, 0], said(folder, 0)
-    assert said(folder, 1, "out") == "the group is there\n"
+    assert said(folder, 1, "out") == "the group still exists\n"
 
 
 def test_command_under_torchrun(tmp_path):
@@ -189,6 +189,6 @@ def test_command_under_torchrun(tmp_path):
 def test_too_many_ranks_for_the_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match=r"batch_size: got 7, expected at least 3 ranks times 3 to accumulate"):
+    with pytest.raises(ValueError, match=r"batch_size: got 7, expected at least 3 ranks times 3 accumulated parts"):
         trainer_run.make(tmp_path / "run", **STEPS, accumulate=3)
     assert not os.listdir(tmp_path)

@@ -1,4 +1,4 @@
-"""ddpm_ext.training: a run that is killed and resumed ends like one that was left alone, whatever its options."""
+"""A run that is killed and resumed ends with the bits of one that was never stopped, whatever its options."""
 
 import csv
 import os
@@ -29,7 +29,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder for each variant, killed after 37 of 60 steps, 30 of them in checkpoints"""
+    """The folder of each variant, killed after 37 of 60 steps, of which a checkpoint has 30."""
     folder = tmp_path_factory.mktemp("killed")
     ended = trainer_run.in_forks(folder, {name: [{**variant, "die_at": 37}] for name, variant in VARIANTS.items()})
     assert ended == {name: [-signal.SIGKILL] for name in VARIANTS}
@@ -37,7 +37,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_killed_and_resumed_is_as_never_stopped(killed, tmp_path, threads, name):
+def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, threads, name):
     threads(1)
     folder, straight, lines = killed[name], tmp_path / "straight", []
     assert checkpoints.newest(folder).name == "step-00000030.safetensors"
@@ -65,7 +65,7 @@ def test_killed_and_resumed_is_as_never_stopped(killed, tmp_path, threads, name)
 
 
 def test_state_has_the_strides_of_the_weights(tmp_path, threads):
-    """Which a fused step takes for granted"""
+    """AdamW's fused step assumes it."""
     threads(1)
 
     def trainer(**options):
@@ -81,12 +81,12 @@ def test_state_has_the_strides_of_the_weights(tmp_path, threads):
     assert not resumed.model.into.weight.is_contiguous()
     found = trainer_run.weights(tmp_path / "run")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    moments = resumed.state.optimizer.state[resumed.model.into.weight]
-    assert moments["exp_avg"].stride() == resumed.model.into.weight.stride()
+    state = resumed.state.optimizer.state[resumed.model.into.weight]
+    assert state["exp_avg"].stride() == resumed.model.into.weight.stride()
 
 
 def test_variants_differ(killed):
-    """So that none of them passes by being ignored"""
+    """Else an option that is ignored would pass the test above."""
     last = {
         name: checkpoints.load(checkpoints.newest(folder))[0]["model.out.weight"] for name, folder in killed.items()
     }

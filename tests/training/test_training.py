@@ -1,4 +1,4 @@
-"""ddpm_ext.training with a UNet2DModel: what a run leaves; one that is killed and resumed ends like another."""
+"""Training a UNet2DModel: the files of a run, and a run that is killed and resumed."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ TINY = {
     "checkpoint_every": 4,
     "log_every": 8,
 }
-# The same on the command line
+# The same options on the command line
 COMMAND = [
     f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
     for name, value in TINY.items()
@@ -40,7 +40,7 @@ COMMAND = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The tiny models gain nothing from more, and the runs in other processes have one as well."""
+    """More threads don't help such small models, and the runs in other processes also have one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,10 +59,10 @@ def straight(tmp_path_factory):
 
 
 def quiet(text):
-    """A report that is not read"""
+    """A report that nobody reads."""
 
 
-def test_what_a_run_leaves(straight):
+def test_files_of_a_run(straight):
     folder, result, lines = straight
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
@@ -92,7 +92,7 @@ def test_what_a_run_leaves(straight):
 
 
 def test_result_is_a_pipeline_of_diffusers(straight, tmp_path):
-    """Both ways: diffusers samples from it as we do, and what diffusers saves again samples here"""
+    """diffusers loads the result, and what diffusers saves again is loaded here."""
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.DDPMPipeline.from_pretrained(straight[0])
     pipeline.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def test_learned_range_is_a_pipeline_of_diffusers(tmp_path):
     ours = load_model(tmp_path / "run")
     assert ours.settings.variance == "learned_range"
 
-    # A step of theirs is one of ours, with the same noise
+    # One step of diffusers is one of ours with the same noise.
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 11
     with torch.no_grad():
         output = ours.unet(x, torch.tensor([t, t])).sample
@@ -149,9 +149,9 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ddpm_ext", "train", *COMMAND, "--quiet", "--out", str(folder)]
-    # Slowed down from the first checkpoint on, so that the kill comes in the middle on any machine.
+    # The run sleeps after its first checkpoint, so that it is killed in the middle on any machine.
     slow = (
-        "import sys, time\nfrom ddpm_ext import checkpoints, cli\n"
+        "import sys, time\nfrom ddpm_ext import cli\nfrom ddpm_ext.training import checkpoints\n"
         "save = checkpoints.save\n"
         "def slowly(*arguments):\n    save(*arguments)\n    time.sleep(60)\n"
         "checkpoints.save = slowly\nsys.exit(cli.main(sys.argv[1:]))\n"
@@ -172,7 +172,7 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     with pytest.raises(ValueError, match=r"resume: lr is 0\.5, but .* was made with 0\.002"):
         train(TrainOptions(**TINY | {"lr": 0.5}), folder, resume=True, report=quiet)
 
-    # Without the options: they are the checkpoint's.
+    # Without options: those of the checkpoint apply.
     resume = [*command[:4], "--resume", "--quiet", "--out", str(folder)]
     done = subprocess.run(resume, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -180,8 +180,8 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
 
 
-def test_resumed_options_go_with_the_checkpoints(tmp_path, monkeypatch):
-    """Not with the defaults of what isn't said"""
+def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypatch):
+    """Not with the defaults of the options that are not given."""
     from ddpm_ext import cli, training
 
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
@@ -237,7 +237,7 @@ def test_folder_of_images(tmp_path):
     assert json.loads((tmp_path / "run" / "unet" / "config.json").read_text())["in_channels"] == 3
 
 
-def test_loss_that_is_no_number(tmp_path):
+def test_loss_that_is_not_finite(tmp_path):
     with pytest.raises(ValueError, match="training: the loss is"):
         train(TrainOptions(**TINY | {"lr": 1e30}), tmp_path / "run", report=quiet)
     assert not (tmp_path / "run" / WEIGHTS).exists()

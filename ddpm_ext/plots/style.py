@@ -1,0 +1,92 @@
+"""What all figures have in common: colours and dashes, the size and style of the paper, how they are written.
+
+A figure is a matplotlib Figure, made without pyplot; where a path is given, it is written there as well, in the format
+that the path's ending names: .png, .svg or .pdf. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ddpm_ext.base.files import atomic_path
+from ddpm_ext.base.optional import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "Array", "PathLike", "Values", "line_style", "new_figure", "plural", "to_array"]
+
+Array = npt.NDArray[np.float64]
+Values = torch.Tensor | npt.NDArray[np.floating]
+PathLike = str | os.PathLike[str]
+
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, without the yellow, which is hard to see on
+# white. Dashes and, where a line has few points, markers tell the lines apart in grey as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+_DASHES = ("-", (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4)))
+_MARKERS = "os^DvPX"
+_MOST_MARKED = 25  # lines with more points than this have no markers
+_STYLE = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.3,
+    "legend.framealpha": 0.9,
+    "svg.hashsalt": "ddpm_ext",
+}
+_WITHOUT_DATE = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+
+
+@contextmanager
+def new_figure(width: float, height: float, path: PathLike | None, purpose: str) -> Iterator[Figure]:
+    """A figure of width by height inches to draw on. If the block ends without an error, it is written to `path`.
+
+    Raises:
+        MissingExtra: matplotlib is not installed; the message names `purpose`.
+    """
+    matplotlib, figures = require("matplotlib", purpose), require("matplotlib.figure", purpose)
+    with matplotlib.rc_context(_STYLE):
+        # Not pyplot, which keeps its figures and may need a display.
+        figure = figures.Figure(figsize=(width, height), dpi=100, layout="constrained")
+        yield figure
+        if path is not None:
+            with atomic_path(path) as beside:
+                figure.savefig(beside, metadata=_WITHOUT_DATE.get(Path(path).suffix.lower()))
+
+
+def line_style(number: int, points: int) -> dict[str, Any]:
+    """Arguments of Axes.plot for line `number` of an axis, which has so many points.
+
+    Later lines are thinner, so that one which they cover still shows.
+    """
+    count = len(COLOURS)
+    style: dict[str, Any] = {
+        "color": COLOURS[number % count],
+        "linestyle": _DASHES[(number + number // count) % len(_DASHES)],
+        "linewidth": max(1.6, 2.6 - 0.35 * number),
+    }
+    if points <= _MOST_MARKED:
+        style |= {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "markerfacecolor": "white"}
+    return style
+
+
+def to_array(values: Values) -> Array:
+    """A tensor or an array of any device and dtype as a float64 array."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().double().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 step", "2 steps" """
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,0 +1,61 @@
+"""Makes an ImageSource of what a caller gives as data."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_ext.training.data.dataset import DatasetImages
+from ddpm_ext.training.data.folder import FolderImages
+from ddpm_ext.training.data.sklearn_digits import digits
+from ddpm_ext.training.data.source import ImageSource
+from ddpm_ext.training.data.tensor import TensorImages
+
+__all__ = ["as_images", "load_images"]
+
+
+def load_images(source: str, size: int | None = None, channels: int | None = None) -> ImageSource:
+    """Opens images by name.
+
+    Args:
+        source: "digits", the training part of scikit-learn's digits, or a folder of images.
+        size: height and width in pixels; a folder needs it, digits are 8 by 8.
+        channels: 1 (grey) or 3 (colour). None: 1 for digits, 3 for a folder.
+
+    Raises:
+        ValueError: `size` or `channels` doesn't fit, or the folder is missing or has no images.
+    """
+    if source != "digits":
+        if size is None:
+            raise ValueError("image size: a folder of images needs one")
+        return FolderImages(source, size, 3 if channels is None else channels)
+    if size not in (None, 8):
+        raise ValueError(f"image size: got {size}, but digits are 8 by 8 pixels")
+    if channels not in (None, 1):
+        raise ValueError(f"channels: got {channels}, but digits have 1")
+    return TensorImages(digits("train")[0])
+
+
+def as_images(data: Any, size: int | None = None, channels: int | None = None) -> ImageSource:
+    """Makes an ImageSource of `data`.
+
+    Args:
+        data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, returned as it is.
+        size, channels: as in load_images; only a name needs them.
+
+    Raises:
+        TypeError: `data` is something else.
+        ValueError: as load_images, TensorImages and DatasetImages.
+    """
+    if isinstance(data, str | os.PathLike):
+        return load_images(os.fspath(data), size, channels)
+    if isinstance(data, Tensor):
+        return TensorImages(data)
+    if callable(getattr(data, "batch", None)) and callable(getattr(data, "fingerprint", None)):
+        return data
+    if not hasattr(data, "__getitem__"):
+        kind = type(data).__name__
+        raise TypeError(f"data is a {kind}, expected 'digits', a folder, a tensor or a map-style torch Dataset")
+    return DatasetImages(data)

@@ -1,0 +1,101 @@
+"""Training images in a torch Dataset."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.training.data.source import DamagedImage, check_range
+
+__all__ = ["DatasetImages"]
+
+
+class DatasetImages:
+    """An ImageSource over a map-style torch Dataset.
+
+    Its transforms may be random: while an item is read, the generators of torch (on the CPU), numpy and Python start
+    from the item's own seed, so that what was read before has no influence. Afterwards they are as before.
+
+    Args:
+        dataset: an item is an image, or a tuple whose first entry is one: a floating-point tensor (channels, height,
+            width) in [-1, 1]. All have the shape of the first one that can be read.
+
+    Raises:
+        TypeError: the dataset has no length, or an item is no such tensor.
+        ValueError: the dataset is empty, or the values of its first image are outside [-1, 1].
+        DamagedImage: no item can be read.
+    """
+
+    seeded = True
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        try:
+            self._count = len(dataset)
+        except TypeError:
+            kind = type(dataset).__name__
+            raise TypeError(f"data: a {kind} has no length, expected a map-style torch Dataset") from None
+        if not self._count:
+            raise ValueError("data: the dataset is empty, expected at least one image")
+        self._first, first = self._first_readable()
+        check_range(f"data: item {self._first}", first)
+        self.shape: tuple[int, int, int] = tuple(first.shape)  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
+        wanted = indices.tolist()
+        images = [self._item(index, seed) for index, seed in zip(wanted, seeds or wanted, strict=True)]
+        for index, image in zip(wanted, images, strict=True):
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"data: item {index} has shape {tuple(image.shape)}, expected {self.shape}, as item {self._first}"
+                )
+        return torch.stack(images)
+
+    def fingerprint(self) -> str:
+        """The class of the dataset, its length and the shape of its images."""
+        return f"{type(self.dataset).__qualname__} {self._count} {self.shape}"
+
+    def _first_readable(self) -> tuple[int, Tensor]:
+        """The first item that can be read, and its index; raises DamagedImage if there is none."""
+        for index in range(self._count):
+            try:
+                return index, self._item(index, 0)
+            except DamagedImage:
+                if index == self._count - 1:
+                    raise
+        raise AssertionError  # the dataset is not empty
+
+    def _item(self, index: int, seed: int) -> Tensor:
+        try:
+            with _generators_seeded(seed):
+                item = self.dataset[index]
+        except OSError as error:
+            raise DamagedImage(f"data: cannot read item {index}: {error}") from error
+        image = item[0] if isinstance(item, tuple | list) and item else item
+        if not isinstance(image, Tensor) or image.dim() != 3 or not image.is_floating_point():
+            found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"data: item {index} is a {found}, expected a floating tensor (channels, height, width)")
+        return image.detach().to("cpu", torch.float32)
+
+
+@contextmanager
+def _generators_seeded(seed: int) -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
