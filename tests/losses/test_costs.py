@@ -174,16 +174,28 @@ def test_peak_with_the_bound(variance, halves, loss):
 def test_peak_of_a_lower_precision(dtype):
     """As under autocast: the slope has 32 bits, beside it stand x_t and in the end the gradient of 16."""
     step = fused(rng=Philox(1))
-    peak, kept = held(lambda output: train(step, output), lambda: make_output().detach().to(dtype).requires_grad_())
+
+    def make_narrow_output():
+        return make_output().detach().to(dtype).requires_grad_()
+
+    peak, kept = held(lambda output: train(step, output), make_narrow_output)
     assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
     assert kept == BATCH / 2, kept / BATCH
+    output = make_narrow_output()
+    with Large() as large:
+        train(step, output)
+    assert large.names == [*OURS, "aten._to_copy"]
 
 
 def test_peak_without_gradients_is_x_t():
     with torch.no_grad():
         peak, kept = held(fused(rng=Philox(1)), make_output)
+        output = make_output()
+        with Large() as large:
+            fused(rng=Philox(1))(output)
     assert BATCH <= peak <= BATCH + SMALL
     assert kept == 4
+    assert large.names == OURS
 
 
 def test_peak_without_gradients_of_an_output_that_has_them():

@@ -21,6 +21,7 @@ GD = GaussianDiffusion(1000)
 X = torch.linspace(-1, 1, BYTES // 4).reshape(SHAPE)
 M = X.flip(0).contiguous()
 T = torch.arange(8) * 100
+TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 
 
 def measure(function):
@@ -81,6 +82,32 @@ def test_int_t_makes_only_views(name):
         assert names == {operator: 1}
 
 
+ROWS, AFFINE = TABLE[:, :8].contiguous(), torch.linspace(-1, 1, 16).reshape(8, 2)
+OPERATORS = {
+    "reverse_step": lambda t, **o: ops.reverse_step(X, M, ROWS, t, **o),
+    "forward_process": lambda t, **o: ops.forward_process(X, AFFINE, t, **o),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
+@pytest.mark.parametrize("noise", [{"add_noise": False}, {"rng": Philox(1, torch.arange(8) + 4)}], ids=["none", "ids"])
+def test_an_operators_call_is_one_operator(name, t, noise):
+    """Without noise, and with the noise of given sample ids; also where a dispatch mode is active."""
+    call, buffer = OPERATORS[name], torch.empty_like(X)
+    names, allocated = measure(lambda: call(t, **noise))
+    assert names[f"ddpm_ext::{name}"] == 1
+    assert set(names) <= {f"ddpm_ext::{name}"} | ALLOCATION, names
+    assert allocated == BYTES
+    names, allocated = measure(lambda: call(t, out=buffer, **noise))
+    assert names == {f"ddpm_ext::{name}": 1}
+    assert allocated == 0
+    for more, operator in (({}, f"ddpm_ext.{name}.default"), ({"out": buffer}, f"ddpm_ext.{name}.out")):
+        with Count() as count:
+            call(t, **noise, **more)
+        assert count.names == {operator: 1}
+
+
 @pytest.mark.parametrize(
     "operator, call",
     [
@@ -96,7 +123,6 @@ def test_other_operators(operator, call):
     assert allocated == BYTES
 
 
-TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 DOUBLED = {
     "batch": dict(zip(("uncond_output", "model_output"), torch.cat([M, X]).chunk(2), strict=True)),
     "channels": dict(zip(("model_output", "model_variance"), torch.cat([M, X], 1).chunk(2, 1), strict=True)),
@@ -171,59 +197,15 @@ def test_a_loop_launches_once_a_step(sampler):
     assert many_bytes - few_bytes < BYTES
 
 
-def train(prediction="eps", dtype=torch.float32, **options):
+def train(**options):
     """A step of training: the model's own allocation is one tensor of the output's size."""
-    gd = GaussianDiffusion(1000, prediction=prediction)
 
     def step():
-        leaf = torch.empty(SHAPE, dtype=dtype, requires_grad=True)
-        gd.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
+        leaf = torch.empty(SHAPE, requires_grad=True)
+        GD.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
         return leaf.grad
 
     return step
-
-
-# What a step may hold beside tensors of the batch's size: a loss a sample, chunks of its sum, rows, views' bookkeeping.
-SMALL = 4096
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
-@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@noises
-def test_train_losses_is_two_launches(prediction, loss, noise):
-    """x_t, and the loss with its slope. No noise and no target is kept, or made at all, and no gradient is copied."""
-    names, allocated = measure(train(prediction, loss=loss, weighting="simple", **NOISE[noise]()))
-    ours = {name: count for name, count in names.items() if name.startswith("ddpm_ext::")}
-    assert ours == {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1}
-    made = {
-        "aten::randn",
-        "aten::normal_",
-        "aten::gather",
-        "aten::index",
-        "aten::mul",
-        "aten::copy_",
-        "aten::mean",
-        "aten::mse_loss",
-    }
-    assert not made & set(names), names
-    # x_t, the model's output, the slope
-    assert 3 * BYTES <= allocated <= 3 * BYTES + SMALL
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_train_losses_of_a_model_in_16_bits(dtype):
-    """Its slope has 16 bits, too; a backward pass makes the gradient of it by way of float32."""
-    names, allocated = measure(train(dtype=dtype, rng=Philox(1)))
-    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
-    x_t, output, slope, product, gradient = BYTES, BYTES // 2, BYTES // 2, BYTES, BYTES // 2
-    assert allocated <= x_t + output + slope + product + gradient + SMALL
-
-
-def test_train_losses_without_gradients_makes_no_slope():
-    with torch.no_grad():
-        names, allocated = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
-    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
-    assert BYTES <= allocated <= BYTES + SMALL
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", torch.linspace(0.5, 2, 1000)], ids=["min_snr", "given"])

@@ -235,41 +235,23 @@ def test_any_number_of_dimensions(backend, shape, device):
 @backends
 @predictions
 @pytest.mark.parametrize("t", ["tensor", 0, 999])
-def test_train_losses(backend, prediction, t, device):
-    gd, truth = pair(prediction, backend=backend)
+def test_train_losses_calls_the_model_with_x_t_and_t(backend, prediction, t, device):
+    """The values of the loss are tested in losses/test_train_losses.py."""
+    gd, _ = pair(prediction, backend=backend)
     x, z = normals(2, device)
     steps = timesteps(device) if t == "tensor" else torch.full((6,), t, device=device)
     t = steps if t == "tensor" else t
-    w = torch.tensor(0.7)
     seen = []
 
     def model(x_t, t):
         seen.append((x_t, t))
-        return w.to(x_t) * x_t
+        return 0.7 * x_t
 
     loss = gd.train_losses(model, x, t, z)
     assert loss.shape == ()
-    assert loss.dtype == torch.float32
-    assert loss.device == device
+    assert len(seen) == 1
     assert torch.equal(seen[0][1], steps)
     assert torch.equal(seen[0][0], gd.q_sample(x, t, z))
-    # measured 9.9e-8, factor 5
-    torch.testing.assert_close(float64(loss), truth.train_losses(model, x, steps, noise=z), rtol=5e-7, atol=0)
-
-
-@backends
-@predictions
-def test_train_losses_draws_one_noise(backend, prediction, device):
-    """q_sample and the target see the same noise: stream 2, draw t."""
-    gd, truth = pair(prediction, backend=backend)
-    (x,) = normals(1, device)
-    rng = Philox(7, 3)
-    for t in (timesteps(device), 400):
-        draws = t.tolist() if isinstance(t, torch.Tensor) else [t] * 6
-        z = torch.cat([ddpm_ext.randn((1, 3, 5, 7), Philox(7, 3 + i), stream=2, draw=d) for i, d in enumerate(draws)])
-        expected = truth.train_losses(lambda x_t, _: 0.5 * x_t, x, torch.tensor(draws), noise=z)
-        loss = gd.train_losses(lambda x_t, _: 0.5 * x_t, x, t, rng=rng)
-        torch.testing.assert_close(float64(loss), expected, rtol=2e-6, atol=0)
 
 
 # ---------------------------------------------------------------------------------------------- t, noise, out

@@ -215,18 +215,6 @@ def test_seed_decides(straight, tmp_path):
     assert (tmp_path / "run" / WEIGHTS).read_bytes() != (straight[0] / WEIGHTS).read_bytes()
 
 
-def test_damaged_checkpoint(straight, tmp_path):
-    whole = checkpoints.newest(straight[0]).read_bytes()
-    path = tmp_path / "run" / "checkpoints" / "step-00000024.safetensors"
-    path.parent.mkdir(parents=True)
-    for content in (whole[: len(whole) // 2], b"", (straight[0] / WEIGHTS).read_bytes()):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"resume: .*step-00000024\.safetensors is cut short or damaged"):
-            train(TrainOptions(**TINY), tmp_path / "run", resume=True, report=quiet)
-        assert path.read_bytes() == content
-        assert not (tmp_path / "run" / WEIGHTS).exists()
-
-
 def test_folder_of_images(tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "images").mkdir()
@@ -235,12 +223,6 @@ def test_folder_of_images(tmp_path):
     options = TrainOptions(**TINY | {"data": str(tmp_path / "images"), "image_size": 8, "flip": True, "steps": 3})
     train(options, tmp_path / "run", report=quiet)
     assert json.loads((tmp_path / "run" / "unet" / "config.json").read_text())["in_channels"] == 3
-
-
-def test_loss_that_is_no_number(tmp_path):
-    with pytest.raises(ValueError, match="training: the loss is"):
-        train(TrainOptions(**TINY | {"lr": 1e30}), tmp_path / "run", report=quiet)
-    assert not (tmp_path / "run" / WEIGHTS).exists()
 
 
 def test_learning_rate():
