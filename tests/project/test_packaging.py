@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import ddpm_ext
+from ddpm_ext import version as version_module
 
 # Made by building, or private; none of it may leave the folder. The first six lie where whole folders are taken.
 STRAY = (
@@ -120,13 +121,13 @@ def test_version_where_nothing_is_installed(version, monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert ddpm_ext._version() == f"{version}+source"
+    assert version_module._version() == f"{version}+source"
     package = tmp_path / "ddpm_ext"
     package.mkdir()
-    monkeypatch.setattr(ddpm_ext, "__file__", str(package / "__init__.py"))
-    assert ddpm_ext._version() == "0+unknown"
+    monkeypatch.setattr(version_module, "__file__", str(package / "version.py"))
+    assert version_module._version() == "0+unknown"
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "7.0"\n')
-    assert ddpm_ext._version() == "0+unknown"
+    assert version_module._version() == "0+unknown"
 
 
 def test_changelogs_newest_entry_is_this_version(root, version):
@@ -151,7 +152,13 @@ def test_sdist_has_what_git_has(root, contents):
 
 def test_nothing_stray_is_in_the_sdist(contents):
     assert contents.isdisjoint(STRAY)
-    assert {"setup.py", "csrc/ops.cpp", "tests/test_packaging.py", "benchmarks/results/cpu.md", "Makefile"} <= contents
+    assert {
+        "setup.py",
+        "csrc/ops.cpp",
+        "tests/project/test_packaging.py",
+        "benchmarks/results/cpu.md",
+        "Makefile",
+    } <= contents
 
 
 def test_wheel_has_the_package_alone(wheel, contents):

@@ -151,7 +151,7 @@ def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     command = [sys.executable, "-m", "ddpm_ext", "train", *COMMAND, "--quiet", "--out", str(folder)]
     # Slowed down from the first checkpoint on, so that the kill comes in the middle on any machine.
     slow = (
-        "import sys, time\nfrom ddpm_ext import checkpoints, cli\n"
+        "import sys, time\nfrom ddpm_ext import cli\nfrom ddpm_ext.training import checkpoints\n"
         "save = checkpoints.save\n"
         "def slowly(*arguments):\n    save(*arguments)\n    time.sleep(60)\n"
         "checkpoints.save = slowly\nsys.exit(cli.main(sys.argv[1:]))\n"
