@@ -1,7 +1,8 @@
-"""What the tests share: the devices they run on, the sources' folder, inputs on a device.
+"""What the tests share: the devices they run on, their markers, the sources' folder, inputs on a device.
 
-A test that takes `device`, itself or through a fixture, runs on every device at hand, or on those of `--device`; all
-others are of the CPU alone and left out where it isn't asked for. `@pytest.mark.cuda` is for what only a GPU has.
+A test that takes `device`, itself or through a fixture, runs on every device that can be used, or on those that
+`--device` names. All other tests run on the CPU only, and are left out if `--device` does not name it.
+`@pytest.mark.cuda` marks a test of something that only a GPU has.
 """
 
 from __future__ import annotations
@@ -15,6 +16,24 @@ import ddpm_ext
 
 NAMES = ("cpu", "cuda")
 DEVICES = pytest.StashKey[list[torch.device]]()
+
+TESTS = Path(__file__).resolve().parent
+# The markers that all tests of a folder or of a file have. `make test-fast` leaves out what is marked.
+MARKED = {
+    "bulk": "subprocess",
+    "cli": "subprocess",
+    "cuda": "subprocess",  # the compiler's
+    "ops/test_instruction_sets.py": "subprocess",
+    "ops/test_normal.py": "subprocess",
+    "peers": "peers",
+    "project/test_examples.py": "subprocess",
+    "project/test_gpu_script.py": "subprocess",
+    "project/test_install.py": "subprocess",
+    "project/test_packaging.py": "subprocess",
+    "project/test_reference_pages.py": "subprocess",
+    "training/test_trainer_ranks.py": "subprocess",
+    "training/test_trainer_resume.py": "subprocess",
+}
 
 
 def pytest_addoption(parser):
@@ -35,7 +54,9 @@ def why_no_cuda() -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: of what only a GPU has; `device` is never the CPU")
+    for place in MARKED:
+        if not (TESTS / place).exists():
+            raise pytest.UsageError(f"tests/conftest.py: MARKED names {place}, which is not in {TESTS}")
     given = config.getoption("--device")
     if given is None:
         chosen = ["cpu"] if why_no_cuda() else list(NAMES)
@@ -60,7 +81,24 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", devices, ids=ids, indirect=True, scope="session")
 
 
+def places(path: Path) -> list[str]:
+    """A test file and the folders that it lies in, as MARKED names them."""
+    if not path.is_relative_to(TESTS):
+        return []
+    inner = path.relative_to(TESTS)
+    return [place.as_posix() for place in (inner, *inner.parents)]
+
+
 def pytest_collection_modifyitems(config, items):
+    parallel = config.pluginmanager.hasplugin("xdist")
+    for item in items:
+        names = places(item.path)
+        for name in names:
+            if name in MARKED:
+                item.add_marker(MARKED[name])
+        if parallel and names:
+            # A file's tests share its fixtures, and those of cuda/ share a library that takes long to compile.
+            item.add_marker(pytest.mark.xdist_group("cuda" if "cuda" in names else names[0]))
     types = {device.type for device in config.stash[DEVICES]}
     kept, left_out = [], []
     for item in items:

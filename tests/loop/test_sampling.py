@@ -279,6 +279,7 @@ def test_without_tqdm(run, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.subprocess
 def test_import_needs_no_extras():
     script = (
         "import sys\n"

@@ -285,6 +285,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_ranks_learn_the_same(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -325,6 +325,7 @@ def test_compiled(fresh_compiler, prediction, loss, device):
     compiled_as_eager(gd, "aot_eager", device, loss=loss, reduction="none" if loss == "l1" else "mean")
 
 
+@pytest.mark.subprocess
 def test_compiled_by_inductor(fresh_compiler, device):
     if device.type == "cuda":
         pytest.importorskip("triton")

@@ -167,6 +167,7 @@ def everything(x, t, rng):
     )
 
 
+@pytest.mark.subprocess
 def test_inductor_with_a_dynamic_batch(inductor, device):
     compiled = inductor(lambda x, t, ids: everything(x, t, Philox(9, ids)), dynamic=True)
     for batch in (4, 6, 3):
@@ -176,6 +177,7 @@ def test_inductor_with_a_dynamic_batch(inductor, device):
             assert torch.equal(ours, eager)
 
 
+@pytest.mark.subprocess
 def test_inductor_with_the_default_generator(inductor, device):
     compiled = inductor(lambda x, t: everything(x, t, None))
     x, t = inputs(device)

@@ -256,6 +256,7 @@ class A:
 # ----------------------------------------------------------------------------------------------------- dependencies
 
 
+@pytest.mark.subprocess
 def test_import_needs_only_torch_and_numpy():
     """What torch and numpy import themselves does not count."""
     code = """

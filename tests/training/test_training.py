@@ -145,6 +145,7 @@ def test_training_learns(tmp_path, device):
     assert np.mean(losses[-30:]) < 0.6 * np.mean(losses[:10])
 
 
+@pytest.mark.subprocess
 def test_killed_and_resumed_gives_the_same_weights(straight, tmp_path):
     folder = tmp_path / "killed"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
