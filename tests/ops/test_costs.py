@@ -1,4 +1,4 @@
-"""What a step dispatches and allocates on the CPU, counted by torch's profiler."""
+"""How many operators a step dispatches and how many bytes it allocates on the CPU, counted by torch's profiler."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from ddpm_ext import GaussianDiffusion, Philox, ops
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4
-# at::empty_like as the profiler shows it
+# what the profiler shows of at::empty_like
 ALLOCATION = {"aten::empty_like", "aten::empty", "aten::empty_strided"}
 VIEWS = {"aten::select", "aten::expand", "aten::as_strided"}
 
@@ -25,7 +25,7 @@ TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 
 
 def measure(function):
-    """Operators by name, and the bytes that were allocated, of a second call."""
+    """Counts the operators of a second call by name, and the bytes that it allocates."""
     function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
@@ -78,7 +78,7 @@ def test_int_t_makes_only_views(name):
     assert names[operator] == 1
     assert set(names) <= {operator} | VIEWS, names
     assert allocated == 0
-    if name == "q_sample":  # there is no model that wants to be told
+    if name == "q_sample":  # no model needs a tensor of timesteps
         assert names == {operator: 1}
 
 
@@ -138,7 +138,7 @@ def extended_step(t, **changes):
 @pytest.mark.parametrize("doubled", DOUBLED)
 @pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
 def test_an_extended_step_is_one_operator(noise, doubled, t):
-    """With every option, and halves of a model's output taken as they lie."""
+    """With every option, and with halves of a model's output that are not copied."""
     how = {**NOISE[noise](), **DOUBLED[doubled]}
     names, allocated = measure(lambda: extended_step(t, **how))
     assert names["ddpm_ext::extended_step"] == 1
@@ -162,7 +162,7 @@ class Count(TorchDispatchMode):
 
 @steps
 def test_a_dispatch_mode_sees_one_operator(name):
-    """The direct entry steps aside where a mode listens."""
+    """The direct call of the kernel is not used if a dispatch mode is active."""
     operator, step = STEPS[name]
     step(T, rng=Philox(1))
     with Count() as count:
@@ -191,14 +191,14 @@ def test_a_loop_launches_once_a_step(sampler):
     assert (few["ddpm_ext::reverse_step"], many["ddpm_ext::reverse_step"]) == (5, 25)
     assert few["ddpm_ext::randn"] == many["ddpm_ext::randn"] == 1
     more = many - few
-    # a step: one launch, and the view of its timesteps that the model gets
+    # each step makes one launch, and the view of the timesteps that the model gets
     assert more == {"ddpm_ext::reverse_step": 20, "aten::select": 20, "aten::as_strided": 20}
-    # 25 rows are longer than 5 (the float64 columns they are made of, too), but no sample is allocated for a step
+    # 25 rows and their float64 columns need more memory than 5, but a step allocates no sample
     assert many_bytes - few_bytes < BYTES
 
 
 def train(**options):
-    """A step of training: the model's own allocation is one tensor of the output's size."""
+    """A training step. The model allocates one tensor of its output's size."""
 
     def step():
         leaf = torch.empty(SHAPE, requires_grad=True)

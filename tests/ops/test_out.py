@@ -14,7 +14,7 @@ SHAPE = (3, 4, 5, 13)
 
 @pytest.fixture
 def step(make_step_table, normal):
-    """One of either operator, by name, on x: reverse_step(x, m) or forward_process(x)."""
+    """Calls the operator of that name on x: reverse_step(x, m) or forward_process(x)."""
     table = make_step_table(4)
     affine = AFFINE.to(table.device)
 
@@ -97,7 +97,7 @@ def test_out_writes_nothing_else(step, normal, device):
 
 
 def overlaps():
-    """Memory's shape, and views x and out of it that share some but not all of it, or share it in another order."""
+    """The shape of some memory, and views x and out of it that overlap in part or have another order."""
     yield "shifted", (129,), lambda v: v[:128].view(2, 64), lambda v: v[1:].view(2, 64)
     yield "shifted back", (129,), lambda v: v[1:].view(2, 64), lambda v: v[:128].view(2, 64)
     yield "transposed", (8, 8), lambda v: v, lambda v: v.t()

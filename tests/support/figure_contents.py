@@ -2,7 +2,7 @@
 
 
 def drawn(axes):
-    """By label the points of each line"""
+    """The points of each line, by its label."""
     return {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
 
 
