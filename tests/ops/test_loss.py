@@ -23,7 +23,8 @@ DTYPES = [
     (BF16, BF16),
     (F32, F16),
     (F32, BF16),
-]  # the dtypes of the samples and of the model's output
+    # The dtypes of the samples and of the model's output.
+]
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
 NOISE_ERROR = 2e-6  # the noise contract's bound for a drawn normal
 CPU = torch.device("cpu")
