@@ -202,7 +202,5 @@ def test_a_table_that_kernels_could_not_read(device):
         ):
             call(table)
         assert call(table.clone()).isfinite().all()
-        assert (
-            call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()
-            # One row further on it is aligned again.
-        )
+        # One row further on it is aligned again.
+        assert call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()

@@ -43,11 +43,8 @@ class Number:
 
     def clip(self, low: float, high: float) -> Number:
         value = np.clip(self.value, low, high)
-        return Number(
-            value,
-            np.maximum(self.size, np.abs(value)),
-            # The result is no larger than the bound, but has the error of its terms.
-        )
+        # The result is no larger than the bound, but has the error of its terms.
+        return Number(value, np.maximum(self.size, np.abs(value)))
 
 
 def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np.ndarray]:

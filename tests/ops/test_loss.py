@@ -17,14 +17,8 @@ from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = [
-    (F32, F32),
-    (F16, F16),
-    (BF16, BF16),
-    (F32, F16),
-    (F32, BF16),
-    # The dtypes of the samples and of the model's output.
-]
+# The dtypes of the samples and of the model's output.
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
 NOISE_ERROR = 2e-6  # the noise contract's bound for a drawn normal
 CPU = torch.device("cpu")
