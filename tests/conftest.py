@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parent
 MARKED = {
     "bulk": "subprocess",
     "cli": "subprocess",
-    "cuda": "subprocess",  # the compiler's
+    "cuda": "subprocess",  # starts a compiler
     "ops/test_instruction_sets.py": "subprocess",
     "ops/test_normal.py": "subprocess",
     "peers": "peers",
@@ -46,7 +46,7 @@ def pytest_addoption(parser):
 
 
 def why_no_cuda() -> str:
-    """Empty where tests can run on a GPU."""
+    """Why tests cannot run on a GPU, or an empty string if they can."""
     info = ddpm_ext.build_info()
     if info["cuda"] is None:
         return f"ddpm_ext is built without CUDA ({info['why_cpu']})"
@@ -67,7 +67,7 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--device is {name!r}, expected cpu, cuda or cpu,cuda")
     if "cuda" in chosen and why_no_cuda():
         raise pytest.UsageError(f"--device is 'cuda', but {why_no_cuda()}")
-    # with its index, as tensors have it
+    # with an index, as the devices of tensors have one
     config.stash[DEVICES] = [torch.device(name, 0 if name == "cuda" else None) for name in chosen]
 
 
@@ -123,7 +123,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def normal(device):
-    """Random normals, the same on every device."""
+    """Makes random normals, the same on every device."""
 
     def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -134,7 +134,7 @@ def normal(device):
 
 @pytest.fixture(scope="session")
 def make_step_table(device):
-    """A step table (rows, 8) of random numbers. Every third row has no c2, every fourth no noise; draws reach 2^31."""
+    """Makes a step table (rows, 8) of random numbers. Every third row has no c2, every fourth no noise."""
 
     def make(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -151,7 +151,7 @@ def make_step_table(device):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; put back afterwards."""
+    """Sets the number of torch's threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

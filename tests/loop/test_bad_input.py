@@ -179,7 +179,7 @@ def test_what_functions_return(backend, device, what, changes, error, message):
 
 
 @backends
-def test_float64_is_refused_before_the_model_is_asked(backend, device):
+def test_float64_is_refused_before_the_model_is_called(backend, device):
     noise = torch.zeros(SHAPE, dtype=torch.float64)
     if backend == "fused":
         refuse("p_sample_loop", backend, device, TypeError, ["float64|double"], noise=noise, dtype=torch.float64)

@@ -39,7 +39,7 @@ def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
 
 
 @backends
-def test_outside_its_interval_the_model_is_asked_once(device, backend):
+def test_outside_its_interval_the_model_is_called_once(device, backend):
     gd = make_diffusion(backend=backend)
     conditional, free = Counted(model), Counted(unconditional)
     guidance = Guidance(3.0, free, interval=(9, 40))

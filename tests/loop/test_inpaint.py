@@ -30,7 +30,7 @@ F32, F64 = torch.float32, torch.float64
         ("dpmpp_2m", 1),
     ],  # jumps cannot be combined with history
 )
-def test_what_is_known_is_there_at_the_end(run, device, backend, sampler, passes):
+def test_known_pixels_are_in_the_result(run, device, backend, sampler, passes):
     """The known pixels are in the result bit for bit. After each step they have the noise of its level."""
     gd = diffusion(backend=backend)
     known, mask = given(1, PART, device, F32), half_known(PART, device, F32)
@@ -181,7 +181,7 @@ def test_slerp_of_one_direction_is_lerp(dtype, shape):
 
 @backends
 @pytest.mark.parametrize("keep_eps", [False, True])
-def test_there_and_back(run, device, backend, keep_eps):
+def test_inversion_and_back(run, device, backend, keep_eps):
     """From an image to noise by ddim_inverse, and back to the image by ddim. The error is of first order."""
     gd = diffusion(backend=backend)
     levels = gd.alphas_cumprod
@@ -199,7 +199,7 @@ def test_there_and_back(run, device, backend, keep_eps):
     assert errors[1] < 0.65 * errors[0] and errors[2] < 0.65 * errors[1]
 
 
-def test_x_prev_is_another_word_for_x0(device):
+def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
     """A model that predicts the posterior's mean gives the samples of one that predicts x0, with all steps or a few."""
     x0_of, x_prev_of = make_diffusion(prediction="x0"), make_diffusion(prediction="x_prev")
     of_x0, of_x = (c.to(device, F32) for c in (x0_of.posterior_mean_coef1, x0_of.posterior_mean_coef2))

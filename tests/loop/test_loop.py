@@ -52,7 +52,7 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
+def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
     """A given table gives the samples of its sampler. The model gets fractional timesteps as float32."""
     gd, told = diffusion(), []
     exact = exact_model(gd)
@@ -81,7 +81,7 @@ def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
 
 
 @pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
-def test_a_table_says_it_itself(option):
+def test_a_table_excludes_the_options_of_samplers(option):
     gd = diffusion()
     table = SAMPLERS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
     with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):

@@ -146,7 +146,7 @@ def test_ranks_do_not_matter(make, parts):
 
 
 @each
-def test_others_get_others(make):
+def test_other_seeds_iterations_and_places_get_other_timesteps(make):
     first = make().sample(64, seed=9, iteration=4)[0]
     assert torch.equal(first, make().sample(64, seed=9, iteration=4)[0])
     for seed, iteration, place in ((10, 4, 0), (9 + 2**32, 4, 0), (9, 5, 0), (9, 4, 64)):

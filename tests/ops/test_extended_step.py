@@ -220,7 +220,7 @@ def test_noise_is_the_contracts(step, normal, device, dtype, model_dtype, own):
 
 @BACKENDS
 @PAIRS
-def test_guidance_of_1_does_not_look(step, device, backend, dtype, model_dtype):
+def test_guidance_of_1_does_not_read_the_unconditional_output(step, device, backend, dtype, model_dtype):
     nans = torch.full(SHAPE, NAN, dtype=model_dtype, device=device)
     table, kinds = make_table(8, w=1.0), {"backend": backend, "dtype": dtype, "model_dtype": model_dtype}
     assert same_bits(step(table, uncond_output=nans, **kinds), step(table, **kinds))
@@ -230,7 +230,7 @@ def test_guidance_of_1_does_not_look(step, device, backend, dtype, model_dtype):
 
 @BACKENDS
 @PAIRS
-def test_a_c3_of_0_does_not_look(step, device, backend, dtype, model_dtype):
+def test_a_c3_of_0_does_not_read_the_history(step, device, backend, dtype, model_dtype):
     nans = torch.full(SHAPE, NAN, dtype=dtype, device=device)
     table, kinds = make_table(8, c3=0.0), {"backend": backend, "dtype": dtype, "model_dtype": model_dtype}
     assert same_bits(step(table, history=nans, **kinds), step(table, **kinds))

@@ -315,7 +315,7 @@ def test_second_derivatives(make_step_table, normal, affine, rows, name):
 # ------------------------------------------------------------------------------------------------- no graph
 
 
-def test_out_records_no_gradients_and_says_so(make_step_table, normal, affine, rows, device):
+def test_out_is_refused_where_gradients_are_needed(make_step_table, normal, affine, rows, device):
     table, out = make_step_table(3), torch.empty(SHAPE, device=device)
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
     for backend_call in (

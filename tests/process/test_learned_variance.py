@@ -150,7 +150,7 @@ def test_a_table_of_ones_own_takes_the_variance_as_its_name_does(device, varianc
 
 @pytest.mark.parametrize("own", ["fixed_small", "fixed_large", "learned_variance"])
 @pytest.mark.parametrize("rows", ["learned", "learned_range"])
-def test_rows_for_a_variance_that_the_model_does_not_tell_are_refused(own, rows):
+def test_rows_for_a_variance_that_the_model_does_not_predict_are_refused(own, rows):
     gd = make_diffusion(variance=own)
     table = ddpm(make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas), variance=rows)
     message = rf"sampler has rows for the logarithm of .* \(l1\), but the variance is '{own}', expected 'learned' or"

@@ -34,7 +34,7 @@ FLOORS = (
     {"cli", "demo"},
 )
 TOP = {"__main__"}  # runs the command line
-# Beyond the floors: the tables of numbers need no operators.
+# These are forbidden although they lead downward: the tables are numbers and need no operators.
 FORBIDDEN = {("tables", "ops")}
 
 # Private names of other libraries that are used on purpose, because nothing public gives the same.

@@ -1,4 +1,4 @@
-"""docs/pictures.md: its commands and code are true, its pictures are there and small."""
+"""docs/pictures.md: its commands and its code are right, and its pictures exist and are small."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ def script(root):
 
 
 def test_each_picture_has_its_command(root, script):
-    """What the page shows is what the commands write, and all of it lies in the folder."""
+    """The page shows what the commands write, and all pictures are in the folder."""
     text = (root / "docs" / "pictures.md").read_text()
     options = [build_parser().parse_args(arguments) for arguments in script.commands()]
     written = [option.out for option in options if not option.out.endswith(".npz")]
@@ -42,7 +42,7 @@ def test_pictures_are_small_and_seen(root):
 
 
 def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypatch):
-    """Written elsewhere, so that samples.npz does not stay."""
+    """The commands write into another folder, so that samples.npz is not added to docs/."""
     pytest.importorskip("matplotlib")
     (tmp_path / "pictures").mkdir()
     fast = [line for line in script.commands() if line[:2] in (["plot", "schedules"], ["plot", "table"])]

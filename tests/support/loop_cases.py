@@ -16,8 +16,8 @@ from ddpm_ext.tables.spacing import make_grid
 SHAPE = (4, 2, 3, 5)
 IDS = [3, 2**40, 0, 11]
 SAMPLERS = ("ddpm", "ddim", "rederived")
-# The errors that are allowed, relative to 1 + |x|: at least 3 times what was measured over all cases, which is 1.6e-5 for
-# a rescaled output that is almost constant, 1.2e-5 for all others, and 1.7e-14 in float64.
+# The allowed errors, relative to 1 + |x|. They are at least 3 times the measured ones, which are 1.6e-5 for a rescaled
+# output that is almost constant, 1.2e-5 for all other cases, and 1.7e-14 in float64.
 CLOSE = {torch.float32: 5e-5, torch.float64: 1e-13}
 
 

@@ -242,7 +242,7 @@ def test_predictions_agree(name, grid):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
-def test_rows_say_where_they_start_and_arrive(name, grid):
+def test_rows_have_the_levels_where_they_start_and_end(name, grid):
     """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
     table = SAMPLERS[name](grid)
     levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
@@ -254,7 +254,7 @@ def test_rows_say_where_they_start_and_arrive(name, grid):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_names_that_are_none(name):
+def test_unknown_names(name):
     _, kept = schedule("linear")
     grid = make_grid(kept, [999, 0])
     with pytest.raises(ValueError, match="prediction is 'noise', expected 'eps' or 'x0' or 'v' or 'x_prev'"):
@@ -272,7 +272,7 @@ def test_bad_eta(eta, error):
             sampler(make_grid(kept, [999, 0]), eta=eta)
 
 
-def test_up_is_not_by_the_mean_of_a_step_down():
+def test_inversion_refuses_the_posterior_mean():
     levels = torch.linspace(0.99, 0.02, 100, dtype=torch.float64)
     grid = make_grid(levels, torch.arange(99), final=0.01)
     with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):

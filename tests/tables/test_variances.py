@@ -109,7 +109,7 @@ def test_learned_range_reaches_from_small_to_large(name):
     assert ends == pytest.approx([small.s[-2].item() ** 2, grid.betas[-1].item()], rel=1e-12)
 
 
-def test_learned_variances_say_so_in_their_rows():
+def test_rows_of_learned_variances_have_their_columns():
     grid = full_grid(timesteps=50)
     fixed = ddpm(grid)
     for variance in LEARNED:
@@ -187,7 +187,7 @@ def test_gradient_comes_after_the_clip(keep_eps, eta):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def test_gradient_of_pure_noise_tells_nothing_of_x0():
+def test_gradient_of_pure_noise_does_not_change_x0():
     levels = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
     for name in SAMPLERS:
         assert SAMPLERS[name](make_grid(levels, [2, 1, 0])).g0[0] == 0
