@@ -52,6 +52,7 @@ def small(now, before):
 # ------------------------------------------------------------------------------------------------ distributions
 
 
+@pytest.mark.slow
 @samplers
 @pytest.mark.parametrize("steps", [None, 10])
 def test_moments_at_every_step(run, sampler, eta, steps):

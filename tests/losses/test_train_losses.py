@@ -322,6 +322,7 @@ def compiled_as_eager(gd, backend, device, **options):
             assert torch.equal(compiled(x, t, own), 2 * before)
 
 
+@pytest.mark.slow
 @predictions
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled(fresh_compiler, prediction, loss, device):

@@ -71,6 +71,7 @@ def layout(x: torch.Tensor, choose, name: str) -> torch.Tensor:
     return x
 
 
+@pytest.mark.slow
 @for_many(300)
 def test_values_and_slopes(table, device, choose):
     x_dtype, m_dtype = choose.one_of(DTYPES, "dtypes")

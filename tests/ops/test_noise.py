@@ -94,6 +94,7 @@ def test_reference_philox_broadcasts(device):
     assert w[2, 3].tolist() == C.philox4x32(counter[2, 3].tolist(), key.tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "ids", "stream", "draw"), SOURCES)
 def test_randn_is_the_contracts_formula(seed, ids, stream, draw, device):
     numel = 700_001  # 10^7 draws over the five sources

@@ -128,6 +128,7 @@ class TinyModel(nn.Module):
         return self.convolution(x) + self.embedding(t)[:, :, None, None]
 
 
+@pytest.mark.slow
 @backends
 def test_training_loop(backend, device):
     timesteps, batch_size = 500, 8
@@ -165,6 +166,7 @@ def test_parameter_gradients_of_train_losses(device):
         torch.testing.assert_close(float64(a.grad), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
 
 
+@pytest.mark.slow
 @backends
 def test_sampling_cell(backend, device):
     timesteps = 500

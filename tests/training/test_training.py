@@ -134,6 +134,7 @@ def test_learned_range_is_a_pipeline_of_diffusers(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path, device):
     losses = []
     options = TrainOptions(
