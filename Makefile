@@ -35,7 +35,7 @@ demo: build ## sample digits with the model that comes along; pictures in demo/
 	$(PY) -m ddpm_ext.demo --out demo
 
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
 test: build ## all tests
 	$(PYTEST)

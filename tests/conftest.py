@@ -89,16 +89,28 @@ def places(path: Path) -> list[str]:
     return [place.as_posix() for place in (inner, *inner.parents)]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With pytest-xdist, a file's tests run in one process, since they share its fixtures.
+
+    All tests of cuda/ run in one process, since they share a library that takes long to compile.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder.endswith("tests/cuda") else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
-    parallel = config.pluginmanager.hasplugin("xdist")
     for item in items:
-        names = places(item.path)
-        for name in names:
-            if name in MARKED:
-                item.add_marker(MARKED[name])
-        if parallel and names:
-            # A file's tests share its fixtures, and those of cuda/ share a library that takes long to compile.
-            item.add_marker(pytest.mark.xdist_group("cuda" if "cuda" in names else names[0]))
+        for place in places(item.path):
+            if place in MARKED:
+                item.add_marker(MARKED[place])
     types = {device.type for device in config.stash[DEVICES]}
     kept, left_out = [], []
     for item in items:
