@@ -431,6 +431,7 @@ def test_a_missing_disassembler_says_how_to_get_it(monkeypatch, tmp_path):
     assert compiler.disassembler("nvdisasm", tmp_path) == tmp_path / "bin" / "nvdisasm"
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(kernels.demangler() is None, reason="no c++filt to read the kernels' names")
 def test_report():
     """A loop of 4 instructions for 8 float32, on an H100: memory needs 4 B / 3350 GB/s."""
