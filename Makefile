@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support/cuda_host -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test bench bench-peers sass pictures docs gpu dist lint format clean
+.PHONY: help venv build demo test test-fast bench bench-peers sass pictures docs gpu dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,14 @@ $(VENV)/.build-done: $(VENV)/.venv-done setup.py pyproject.toml $(CSRC)
 demo: build ## sample digits with the model that comes along; pictures in demo/
 	$(PY) -m ddpm_ext.demo --out demo
 
+# As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
+
 test: build ## all tests
-	$(PY) -m pytest -q
+	$(PYTEST)
+
+test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers
+	$(PYTEST) -m "not peers and not subprocess and not slow"
 
 bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE writes the table)
 	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))

@@ -1,7 +1,8 @@
-"""What the tests share: the devices they run on, the sources' folder, inputs on a device.
+"""What the tests share: the devices they run on, their markers, the sources' folder, inputs on a device.
 
-A test that takes `device`, itself or through a fixture, runs on every device at hand, or on those of `--device`; all
-others are of the CPU alone and left out where it isn't asked for. `@pytest.mark.cuda` is for what only a GPU has.
+A test that takes `device`, itself or through a fixture, runs on every device that can be used, or on those that
+`--device` names. All other tests run on the CPU only, and are left out if `--device` does not name it.
+`@pytest.mark.cuda` marks a test of something that only a GPU has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,24 @@ import ddpm_ext
 NAMES = ("cpu", "cuda")
 DEVICES = pytest.StashKey[list[torch.device]]()
 
+TESTS = Path(__file__).resolve().parent
+# The markers that all tests of a folder or of a file have. `make test-fast` leaves out what is marked.
+MARKED = {
+    "bulk/test_several_ranks.py": "subprocess",
+    "cli": "subprocess",
+    "cuda": "subprocess",  # starts a compiler
+    "ops/test_instruction_sets.py": "subprocess",
+    "ops/test_normal.py": "subprocess",
+    "peers": "peers",
+    "project/test_examples.py": "subprocess",
+    "project/test_gpu_script.py": "subprocess",
+    "project/test_install.py": "subprocess",
+    "project/test_packaging.py": "subprocess",
+    "project/test_reference_pages.py": "subprocess",
+    "training/test_trainer_ranks.py": "subprocess",
+    "training/test_trainer_resume.py": "subprocess",
+}
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -27,7 +46,7 @@ def pytest_addoption(parser):
 
 
 def why_no_cuda() -> str:
-    """Empty where tests can run on a GPU."""
+    """Why tests cannot run on a GPU, or an empty string if they can."""
     info = ddpm_ext.build_info()
     if info["cuda"] is None:
         return f"ddpm_ext is built without CUDA ({info['why_cpu']})"
@@ -35,7 +54,9 @@ def why_no_cuda() -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: of what only a GPU has; `device` is never the CPU")
+    for place in MARKED:
+        if not (TESTS / place).exists():
+            raise pytest.UsageError(f"tests/conftest.py: MARKED names {place}, which is not in {TESTS}")
     given = config.getoption("--device")
     if given is None:
         chosen = ["cpu"] if why_no_cuda() else list(NAMES)
@@ -46,7 +67,7 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--device is {name!r}, expected cpu, cuda or cpu,cuda")
     if "cuda" in chosen and why_no_cuda():
         raise pytest.UsageError(f"--device is 'cuda', but {why_no_cuda()}")
-    # with its index, as tensors have it
+    # with an index, as the devices of tensors have one
     config.stash[DEVICES] = [torch.device(name, 0 if name == "cuda" else None) for name in chosen]
 
 
@@ -60,7 +81,36 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("device", devices, ids=ids, indirect=True, scope="session")
 
 
+def places(path: Path) -> list[str]:
+    """A test file and the folders that it lies in, as MARKED names them."""
+    if not path.is_relative_to(TESTS):
+        return []
+    inner = path.relative_to(TESTS)
+    return [place.as_posix() for place in (inner, *inner.parents)]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With pytest-xdist, a file's tests run in one process, since they share its fixtures.
+
+    All tests of cuda/ run in one process, since they share a library that takes long to compile.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder.endswith("tests/cuda") else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for place in places(item.path):
+            if place in MARKED:
+                item.add_marker(MARKED[place])
     types = {device.type for device in config.stash[DEVICES]}
     kept, left_out = [], []
     for item in items:
@@ -85,7 +135,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def normal(device):
-    """Random normals, the same on every device."""
+    """Makes random normals, the same on every device."""
 
     def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, grad: bool = False) -> torch.Tensor:
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -96,7 +146,7 @@ def normal(device):
 
 @pytest.fixture(scope="session")
 def make_step_table(device):
-    """A step table (rows, 8) of random numbers. Every third row has no c2, every fourth no noise; draws reach 2^31."""
+    """Makes a step table (rows, 8) of random numbers. Every third row has no c2, every fourth no noise."""
 
     def make(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -113,7 +163,7 @@ def make_step_table(device):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads; put back afterwards."""
+    """Sets the number of torch's threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -30,6 +30,7 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["a.bin"]
 
 
+@pytest.mark.subprocess
 def test_killed_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.bin"
     files.write_bytes(path, b"old")
@@ -43,6 +44,7 @@ def test_killed_while_writing_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
     pytest.importorskip("fcntl")

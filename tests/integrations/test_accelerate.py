@@ -274,6 +274,7 @@ def test_the_table():
         assert known.name in told or known.module.partition(".")[0] in told
 
 
+@pytest.mark.subprocess
 def test_the_table_is_printed_without_the_libraries():
     blocked = ["diffusers", "guided_diffusion", "improved_diffusion", "denoising_diffusion_pytorch"]
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys({blocked})); runpy.run_module('ddpm_ext.integrations')"

@@ -1,4 +1,4 @@
-"""Bad options of the sampling loop: see test_bad_input.py."""
+"""Bad options of the sampling loop raise errors as described in process/test_bad_input.py."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ddpm_ext.tables.spacing import make_grid
 X = torch.zeros(SHAPE)
 LEVELS = GaussianDiffusion(50).alphas_cumprod
 GRID = make_grid(LEVELS, [40, 20, 0])
-BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # says neither levels nor gradients
+BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # has no columns for levels or gradients
 
 
 @backends
@@ -179,7 +179,7 @@ def test_what_functions_return(backend, device, what, changes, error, message):
 
 
 @backends
-def test_float64_is_refused_before_the_model_is_asked(backend, device):
+def test_float64_is_refused_before_the_model_is_called(backend, device):
     noise = torch.zeros(SHAPE, dtype=torch.float64)
     if backend == "fused":
         refuse("p_sample_loop", backend, device, TypeError, ["float64|double"], noise=noise, dtype=torch.float64)

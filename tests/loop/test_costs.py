@@ -1,6 +1,6 @@
 """What a step of a loop launches, allocates and reads back, with each of the loop's options.
 
-The functions that a loop is given return what they made before, so that nothing of it is theirs.
+The functions that are passed to the loop return tensors that exist already, so that they launch and allocate nothing.
 """
 
 from collections import Counter
@@ -39,7 +39,7 @@ class Count(TorchDispatchMode):
 
 
 class Options:
-    """By name, on a device."""
+    """The loop's options by the name of a case, with tensors on a device."""
 
     def __init__(self, device):
         def make(seed, *shape):
@@ -55,7 +55,7 @@ class Options:
         return self.both if len(x) == 2 * BATCH else self.m
 
     def find(self, name):
-        """p_sample_loop's options; which launches a step makes; and which operators beside those and views."""
+        """p_sample_loop's options, the launches of a step, and the operators besides those and views."""
         guidance = Guidance(2.0, lambda *_: self.u)
         none = set()
         return {
@@ -87,7 +87,7 @@ class Options:
                 {EXTENDED: 1},
                 none,
             ),
-            # x0 has to be seen before the step: a launch more
+            # x0 is needed before the step, which costs one more launch
             "denoised_fn": ({"denoised_fn": lambda x0: self.x0}, {EXTENDED: 2}, none),
             "threshold": (
                 {"clip_denoised": DynamicThreshold(0.9)},
@@ -110,7 +110,7 @@ NAMES = (
 
 @pytest.fixture
 def walk(device):
-    """A loop's steps, the first few of them taken, and what each should cost."""
+    """A loop whose first steps are done, and the expected costs of each step."""
 
     def start(name, **more):
         made = Options(device)
@@ -127,7 +127,7 @@ def walk(device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_launches(walk, name):
-    """One over the samples in each step; and nothing of it comes back to the host."""
+    """One launch over the samples in each step, and nothing is copied to the host."""
     steps, launches, others = walk(name)
     for _ in range(10):
         with Count() as count:
@@ -141,7 +141,7 @@ def test_launches(walk, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_allocations(walk, name, device):
-    """None, but for what a quantile or a standard deviation needs."""
+    """A step allocates nothing, except for a quantile or a standard deviation."""
     steps, _, others = walk(name)
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
@@ -175,7 +175,7 @@ def test_models_see_two_buffers_in_turn(walk, device, name):
 
 
 def test_a_record_on_the_host_is_all_that_is_copied(device):
-    """By one copy each, and none for record="last"."""
+    """Each record is one copy. record="last" copies nothing."""
     made = Options(device)
     gd = GaussianDiffusion(100)
     arguments = {
@@ -195,4 +195,5 @@ def test_a_record_on_the_host_is_all_that_is_copied(device):
         assert count.names[PLAIN] == 20 and count.names["ddpm_ext.randn"] == 1
     for record, copies in ((10, 2), ("all", 20)):
         more = counts[record] - counts["last"]
-        assert more == ({"aten.copy_": copies, "aten.empty": 2} if device.type == "cuda" else {})  # numpy copies
+        # On the CPU numpy makes the copies.
+        assert more == ({"aten.copy_": copies, "aten.empty": 2} if device.type == "cuda" else {})

@@ -1,4 +1,4 @@
-"""A loop's steps as CUDA graphs: on a GPU where there is one; on the CPU by direct calls, and by a faked torch.cuda."""
+"""A loop's steps as CUDA graphs: on a GPU if there is one, on the CPU by direct calls and with a faked torch.cuda."""
 
 import warnings
 
@@ -19,7 +19,7 @@ OTHER_IDS = [7, 2**50, 1, 5]
 
 @pytest.fixture
 def quiet(device):
-    """Falling back is what is expected on the CPU."""
+    """Ignores the warning of the fallback, which the CPU always needs."""
     with warnings.catch_warnings():
         if device.type == "cpu":
             warnings.filterwarnings("ignore", "graph: steps are not captured")
@@ -36,14 +36,14 @@ def faked(monkeypatch):
 
 
 def others(case, device):
-    """Another seed and other ids; other tensors in model_kwargs."""
+    """Another seed, other ids and other tensors in model_kwargs."""
     rng = Philox(2, torch.tensor(OTHER_IDS, device=device))
     kwargs = CASES[case][0](PART, device, torch.float32).get("model_kwargs", {})
     return rng, {name: value.flip(0) if len(value) == 4 else value + 0.25 for name, value in kwargs.items()}
 
 
 def captured_is_uncaptured(case, device, graph, sampler="ddpm", gd=None, **options):
-    """Twice with a seed, once with another, and with that of before: bit for bit."""
+    """The captured loop has the bits of the plain one: twice with a seed, once with another, again with the first."""
     gd = gd or make_diffusion()
     arguments = ours(gd, case, sampler, device=device, **options)
     rng, kwargs = others(case, device)
@@ -55,7 +55,7 @@ def captured_is_uncaptured(case, device, graph, sampler="ddpm", gd=None, **optio
     del arguments["progress"], arguments["rng"]
     captured = gd.capture(**arguments, graph=graph)
     results = [captured(ours(gd, case, device=device)["rng"])]
-    for seed in (1, 2):  # the same again, as a tensor; then another
+    for seed in (1, 2):  # the same seed as a tensor, then another one
         seeded = torch.tensor(seed, device=device)
         ids = torch.tensor(IDS if seed == 1 else OTHER_IDS, device=device)
         results.append(captured(Philox(seeded, ids), model_kwargs=kwargs if seed == 2 and kwargs else None))
@@ -63,7 +63,7 @@ def captured_is_uncaptured(case, device, graph, sampler="ddpm", gd=None, **optio
     assert not torch.equal(first, second)
     for found, expected in zip(results, (first, first, second, third), strict=True):
         assert torch.equal(found, expected)
-    assert len({result.data_ptr() for result in results}) == 4  # in memory of their own
+    assert len({result.data_ptr() for result in results}) == 4  # the results do not share memory
     return captured
 
 
@@ -150,7 +150,7 @@ def test_captured_with_what_does_not_fit_is_refused(device, quiet):
     ):
         with pytest.raises(error, match=message):
             captured(**given_)
-        assert torch.equal(captured(Philox(1)), before)  # nothing of it was taken
+        assert torch.equal(captured(Philox(1)), before)  # no step was taken
     half = gd.capture(**arguments, start=noise, strength=0.5)
     for given_ in ({}, {"noise": noise}):
         with pytest.raises(ValueError, match="start is None, expected one: the loop leaves out the first 4 steps"):
@@ -160,7 +160,7 @@ def test_captured_with_what_does_not_fit_is_refused(device, quiet):
 @cases
 @graphs
 def test_memory_stays_and_nothing_is_read(device, quiet, case, graph):
-    """What a graph would record reads and writes the same memory in each loop; the host reads none of it."""
+    """The calls that a graph records use the same memory in each loop, and the host reads none of it."""
     gd = make_diffusion()
     arguments = ours(gd, case, device=device)
     del arguments["progress"], arguments["rng"]
@@ -201,7 +201,7 @@ def test_memory_stays_and_nothing_is_read(device, quiet, case, graph):
         buffers = [step[1][0] for step in addresses[0]]  # x_t
         assert buffers == [step[1][0] for step in addresses[1]]
         assert len(set(buffers)) <= 3
-        # row (an int in a graph of the whole loop), clip, and no seed or id
+        # row (an int in a graph of the whole loop) and clip, but no seed or id
         allowed = set(range(30)) | {-1, -np.inf, np.inf, 1.0, -1.0, -0.5, 0.25}
         assert {n for row in numbers for n in row} <= allowed
 
@@ -212,7 +212,7 @@ def test_memory_stays_and_nothing_is_read(device, quiet, case, graph):
 @cases
 @graphs
 def test_recorded_and_played(faked, case, graph):
-    """The same samples where all but the first steps are replays, with the numbers and the memory of the recording."""
+    """The samples are the same if all steps after the first are replays, with the recorded numbers and memory."""
     asked = []
     plain = ours(make_diffusion(), case)["model"]
 
@@ -228,7 +228,7 @@ def test_recorded_and_played(faked, case, graph):
     captured = captured_is_uncaptured(case, torch.device("cpu"), graph, gd=gd, model=counted)
     recordings = len(fake_cuda.CUDAGraph.instances)
     steps = len(captured._loop)
-    # three loops without a graph; each recording asks for a warm-up, and once more
+    # three loops without a graph; each recording calls the model for a warm-up and for the capture
     assert len(asked) - 3 * once == (2 * once if graph == "loop" else len(asked) - 3 * once)
     assert recordings == 1 if graph == "loop" else 2 <= recordings <= 12 <= 4 * steps
     replays = sum(graph.replays for graph in fake_cuda.CUDAGraph.instances)
@@ -238,7 +238,7 @@ def test_recorded_and_played(faked, case, graph):
 
 
 def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
-    """Warm-up and capture on one stream, which waits for the samples, and is waited for."""
+    """Warm-up and capture use one stream. It waits for the samples' stream, which then waits for it."""
     device = torch.device("cuda", 1)
     x = torch.zeros(3)
     graphs = CudaGraphs(device)
@@ -269,8 +269,10 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
 
 @graphs
 def test_what_cannot_be_captured_is_called(faked, graph):
-    """A model that reads a value back: the samples are the same, a warning says why, and the stream is the caller's
-    again."""
+    """A model that reads a value back is not captured. The samples are the same, and a warning gives the reason.
+
+    The current stream is the caller's afterwards.
+    """
     gd = make_diffusion()
     arguments = ours(gd, "inpaint")
     expected = gd.p_sample_loop(**arguments, record="last")
@@ -282,7 +284,7 @@ def test_what_cannot_be_captured_is_called(faked, graph):
 
 
 def test_one_kind_of_step_that_cannot_be_captured(faked):
-    """The steps before it were played, those from it on are called; rows and buffers are where they belong."""
+    """Steps before it are replayed, later ones are called directly. Rows and buffers continue in the right place."""
     gd = make_diffusion()
     calls = []
 
@@ -299,7 +301,7 @@ def test_one_kind_of_step_that_cannot_be_captured(faked):
 
 
 def test_an_error_of_the_model_is_the_models(faked):
-    """In its first call, and where it comes only once more."""
+    """An error in the model's first call, and one in a later call only."""
     gd = make_diffusion()
     for after in (0, 1, 2):
         calls = []

@@ -1,4 +1,4 @@
-"""Guidance, classifier-free and by a classifier, where the answer is known: normal data, guided, are normal again."""
+"""Guidance, classifier-free and by a classifier, with a known answer: guided normal data are normal again."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
 class Counted:
-    """A model that knows for which timesteps it was asked, and for how many samples."""
+    """A model that records the timesteps and the numbers of samples that it is called with."""
 
     def __init__(self, function):
         self.function, self.asked = function, []
@@ -39,7 +39,7 @@ def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
 
 
 @backends
-def test_outside_its_interval_the_model_is_asked_once(device, backend):
+def test_outside_its_interval_the_model_is_called_once(device, backend):
     gd = make_diffusion(backend=backend)
     conditional, free = Counted(model), Counted(unconditional)
     guidance = Guidance(3.0, free, interval=(9, 40))
@@ -53,7 +53,7 @@ def test_outside_its_interval_the_model_is_asked_once(device, backend):
     both = Counted(either)
     gd.p_sample_loop(**ours(gd, "plain", model=both, guidance=Guidance(3.0, interval=(9.0, 40.0)), device=device))
     assert both.asked == [(t, 8 if 9 <= t <= 40 else 4) for t in (99, 80, 61, 40, 22, 9, 3, 0)]
-    # no timestep is in it
+    # the interval contains no timestep
     options = ours(gd, "plain", guidance=Guidance(3.0, free, interval=(41, 60)), device=device)
     assert torch.equal(
         gd.p_sample_loop(**options, record="last"),
@@ -66,7 +66,7 @@ def test_outside_its_interval_the_model_is_asked_once(device, backend):
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 @pytest.mark.parametrize("options", [{}, {"rescale": 0.6}, {"interval": (20, 80)}], ids=str)
 def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
-    """Bit for bit, in every step."""
+    """The bits are the same in every step."""
     gd = make_diffusion(backend=backend, variance=variance)
     one = model if variance == "fixed_small" else with_variance(variance)
 
@@ -101,9 +101,9 @@ def model_of(gd, mean, sigma=SIGMA):
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_guidance_extrapolates_the_mean(run, backend, prediction, sampler):
-    """Two normal distributions of one spread: the guided model is that of a third, so far beyond the first."""
+    """Two normal distributions with the same variance: the guided model belongs to a third, beyond the first."""
     gd, scale = diffusion(prediction=prediction, backend=backend), 2.5
-    # in plain torch fewer numbers, too few for a mean
+    # plain torch is slower and gets fewer numbers, too few for the mean
     options = {"shape": (16, 512) if backend == "fused" else (2, 16), "record": "last"}
     guided = run(gd, sampler, model=model_of(gd, 0.3), guidance=Guidance(scale, model_of(gd, 0.1)), **options)
     expected = run(gd, sampler, model=model_of(gd, 0.1 + scale * 0.2), **options)
@@ -116,14 +116,14 @@ def test_guidance_extrapolates_the_mean(run, backend, prediction, sampler):
 @backends
 @pytest.mark.parametrize("sampler, options", [("ddim", {}), ("euler", {}), ("dpmpp_2m", {"steps": 20})])
 def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sampler, options):
-    """y is the sample with noise of spread r: log p(y | x_t) is a parabola, and the data given y are normal."""
+    """y is the sample with noise of standard deviation r. log p(y | x_t) is then quadratic, and p(x_0 | y) normal."""
     gd, y, r = diffusion(backend=backend), 0.9, 0.2
     levels = gd.alphas_cumprod.to(device)
 
     def cond_fn(x, t):
         kept = levels[t].to(x.dtype).reshape(-1, 1)
         mean, variance = marginal(kept)
-        slope = kept**0.5 * SIGMA**2 / variance  # x0, given x_t, is MU + slope (x - mean), but for its own spread
+        slope = kept**0.5 * SIGMA**2 / variance  # E[x0 | x_t] is MU + slope (x - mean)
         spread = SIGMA**2 * (1 - kept) / variance
         return slope * (y - MU - slope * (x - mean)) / (spread + r**2)
 
@@ -137,7 +137,7 @@ def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sam
 
 
 def test_rescale_takes_the_spread_back():
-    """Of each sample by itself; phi of it."""
+    """Each sample is rescaled by itself, by the share `rescale`."""
     m, u = torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     guided = u + 5.0 * (m - u)
     assert Guidance(5.0).output_scale(m, u) is None

@@ -1,4 +1,4 @@
-"""Copies of a loop's records on the host: by a faked torch.cuda, whose copies arrive as late as they may."""
+"""Copies of a loop's records to the host, with a faked torch.cuda whose copies finish as late as possible."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from ddpm_ext.loop.host_copies import HostCopies
 
 @pytest.fixture
 def pinned(monkeypatch):
-    """HostCopies' memory, and copies that arrive only when they are waited for."""
+    """The memory of HostCopies, and copies that finish only when something waits for them."""
     log = fake_cuda.install(monkeypatch)
     empty, copy = torch.empty, torch.Tensor.copy_
     memory, late = [], []
@@ -32,7 +32,7 @@ def pinned(monkeypatch):
         return self
 
     def arrive(*_):
-        """All copies that were asked for up to now; by then nothing may have changed the source."""
+        """Finishes all copies that were started so far. Nothing may have changed their sources."""
         for target, source in late:
             copy(target, source)
         late.clear()
@@ -47,7 +47,7 @@ def pinned(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_copies_are_finished_before_their_source_is_written_to(pinned, dtype):
-    """With copies that take as long as they may."""
+    """The copies take as long as possible."""
     memory, late, log = pinned
     copies = HostCopies(torch.device("cuda", 1))
     buffers = [torch.zeros(2, 3, dtype=dtype), torch.zeros(2, 3, dtype=dtype)]
@@ -63,10 +63,10 @@ def test_copies_are_finished_before_their_source_is_written_to(pinned, dtype):
     assert all(
         (a == a.flat[0]).all() and a.dtype == (np.float16 if dtype == torch.float16 else np.float32) for a in arrays
     )
-    assert len(memory) == 2  # however many there are
+    assert len(memory) == 2  # the number of buffers does not grow
     assert copies.arrays() is arrays
     waits = [entry for entry in log if entry[0] == "wait"]
-    assert waits and all(entry[2] is fake_cuda.DEFAULT for entry in waits)  # the device waits, by the samples' stream
+    assert waits and all(entry[2] is fake_cuda.DEFAULT for entry in waits)  # the device waits, on the samples' stream
     own = [entry for entry in log if entry[0] == "stream"]
     assert [entry[1] for entry in own] == [torch.device("cuda", 1)]
     # each copy waits for the step before it
@@ -75,7 +75,7 @@ def test_copies_are_finished_before_their_source_is_written_to(pinned, dtype):
 
 
 def test_a_loops_records_by_late_copies(pinned, monkeypatch):
-    """Samples and x0 of every step, also where buffers change in another rhythm (jumps do not write x0)."""
+    """Samples and x0 of every step, also if their buffers alternate at different times: jumps do not write x0."""
     gd = make_diffusion()
     arguments = ours(gd, "inpaint jumps")
     expected = [gd.p_sample_loop(**arguments, record=record) for record in ("all", "x0", 3, [0, 4, 5])]

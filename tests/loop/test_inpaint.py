@@ -1,4 +1,4 @@
-"""Where a loop begins and what it keeps: inpainting, interpolation, images to noise and back."""
+"""Inpainting, interpolation, and loops that begin with an image: from an image to noise and back."""
 
 import math
 from itertools import product
@@ -24,10 +24,14 @@ F32, F64 = torch.float32, torch.float64
 @backends
 @pytest.mark.parametrize(
     "sampler, passes",
-    [*product(["ddpm", "ddim", "euler_ancestral"], [1, 2]), ("heun", 1), ("dpmpp_2m", 1)],  # no jumps beside history
+    [
+        *product(["ddpm", "ddim", "euler_ancestral"], [1, 2]),
+        ("heun", 1),
+        ("dpmpp_2m", 1),
+    ],  # jumps cannot be combined with history
 )
-def test_what_is_known_is_there_at_the_end(run, device, backend, sampler, passes):
-    """Bit for bit; and at every step noised to the level where it arrives."""
+def test_known_pixels_are_in_the_result(run, device, backend, sampler, passes):
+    """The known pixels are in the result bit for bit. After each step they have the noise of its level."""
     gd = diffusion(backend=backend)
     known, mask = given(1, PART, device, F32), half_known(PART, device, F32)
     inpaint = Inpaint(known, mask, jump_length=3, jump_n_sample=passes)
@@ -39,7 +43,7 @@ def test_what_is_known_is_there_at_the_end(run, device, backend, sampler, passes
 @backends
 @pytest.mark.parametrize("mask", ["bool", "channel", "one", "half"])
 def test_masks(device, backend, mask):
-    """Any that broadcasts, of any floating dtype or bool."""
+    """A mask of any shape that broadcasts, of any floating dtype or bool."""
     gd = make_diffusion(backend=backend)
     known = given(1, PART, device, F32)
     short = torch.tensor([[1.0, 0, 0, 1, 1]] * 3, device=device)
@@ -60,7 +64,7 @@ def test_masks(device, backend, mask):
 
 
 def correlated_model(gd, correlation):
-    """The best eps for pairs of standard normals."""
+    """The best prediction of eps for pairs of correlated standard normals."""
     eye = torch.eye(2, dtype=F64)
     covariance = eye + correlation * (1 - eye)
     inverses = torch.stack([torch.linalg.inv(kept * covariance + (1 - kept) * eye) for kept in gd.alphas_cumprod])
@@ -73,7 +77,7 @@ def correlated_model(gd, correlation):
 
 
 def test_repaint_comes_closer_to_the_conditional_mean(run, device):
-    """Of two correlated numbers one is known: the other's distribution follows. The more passes, the nearer to it."""
+    """One of two correlated numbers is known. The more passes, the closer the other is to its distribution."""
     gd, correlation, count = GaussianDiffusion(1000), 0.9, 512
     known = torch.tensor([2.0, 0.0], device=device).repeat(count, 1)
     mask = torch.tensor([1.0, 0.0], device=device)
@@ -85,7 +89,7 @@ def test_repaint_comes_closer_to_the_conditional_mean(run, device):
         )
         assert (end[:, 0] == 2).all()
         errors.append(abs(end[:, 1].mean().item() - 2 * correlation))
-    # measured 0.60, 0.18, 0.13; a mean is known to 0.02
+    # measured 0.60, 0.18, 0.13; the standard error of a mean is 0.02
     assert errors[0] > 0.5
     assert errors[1] < errors[0] / 2
     assert errors[2] < errors[1]
@@ -147,7 +151,7 @@ def test_interpolations_are_independent_of_the_batch(device):
     whole, parts = loop(PART), torch.cat([loop(slice(0, 1)), loop(slice(1, 4))])
     if device.type == "cpu":
         assert torch.equal(whole, parts)
-    else:  # the sums of an angle are torch's, whose order on a GPU depends on the batch
+    else:  # torch computes the sums of the angle, and on a GPU their order depends on the batch
         torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
 
 
@@ -177,8 +181,8 @@ def test_slerp_of_one_direction_is_lerp(dtype, shape):
 
 @backends
 @pytest.mark.parametrize("keep_eps", [False, True])
-def test_there_and_back(run, device, backend, keep_eps):
-    """An image to the noise that leads to it, and down again: at first order."""
+def test_inversion_and_back(run, device, backend, keep_eps):
+    """From an image to noise by ddim_inverse, and back to the image by ddim. The error is of first order."""
     gd = diffusion(backend=backend)
     levels = gd.alphas_cumprod
     image = MU + 0.3 * given(1, PART, device, F32)
@@ -189,14 +193,14 @@ def test_there_and_back(run, device, backend, keep_eps):
         back = ddim(make_grid(levels, up.flip(0)[:-1], final=levels[up[0]].item()), keep_eps=keep_eps)
         options = {"shape": SHAPE, "record": "last", "eta": None}
         encoded = run(gd, there, noise=image, **options)
-        assert 0.6 < encoded.std() < 1.3  # noise, not the image
+        assert 0.6 < encoded.std() < 1.3  # this is noise and not the image
         errors.append((run(gd, back, noise=encoded, **options) - image).abs().max().item())
     assert errors[0] < 0.5
     assert errors[1] < 0.65 * errors[0] and errors[2] < 0.65 * errors[1]
 
 
-def test_x_prev_is_another_word_for_x0(device):
-    """What a model for the posterior's mean says, of all steps or a few, is what one for x0 says."""
+def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
+    """A model that predicts the posterior's mean gives the samples of one that predicts x0, with all steps or a few."""
     x0_of, x_prev_of = make_diffusion(prediction="x0"), make_diffusion(prediction="x_prev")
     of_x0, of_x = (c.to(device, F32) for c in (x0_of.posterior_mean_coef1, x0_of.posterior_mean_coef2))
 
@@ -297,7 +301,7 @@ def test_an_image_of_another_shape_is_refused(device):
         with pytest.raises(ValueError, match=message):
             gd.p_sample_loop(**ours(gd, "plain", model=lambda *_: asked.append(1), device=device, **options))
     assert not asked
-    # and the exact model is not needed to see that images of the same shape are taken
+    # any model shows that images of the same shape are accepted
     good = torch.zeros(SHAPE, device=device)
     assert np.isfinite(
         gd.p_sample_loop(exact_model(gd), SHAPE, start=Interpolation(good, good), rng=Philox(0), progress=False)[-1]

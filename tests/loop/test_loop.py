@@ -1,4 +1,4 @@
-"""The loop's options: tables of one's own, what it records, where it starts."""
+"""The loop's options: given step tables, what it records, and where it starts."""
 
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
 def test_a_second_loop_makes_no_table(run, device, monkeypatch):
-    """Nor copies one to the device: what a CUDA graph would not capture."""
+    """A second loop does not copy a table to the device either, which a CUDA graph could not capture."""
     gd, options = diffusion(), {"sampler": "ddim", "steps": 7, "eta": 0.5, "rng": Philox(2), "record": "last"}
     first = run(gd, **options)
     for steps in (3, 4, 5):
@@ -52,8 +52,8 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
-    """And the model is told the timesteps: between the schedule's own as float32."""
+def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
+    """A given table gives the samples of its sampler. The model gets fractional timesteps as float32."""
     gd, told = diffusion(), []
     exact = exact_model(gd)
 
@@ -81,7 +81,7 @@ def test_a_table_of_ones_own_is_what_its_name_is(run, device, options):
 
 
 @pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
-def test_a_table_says_it_itself(option):
+def test_a_table_excludes_the_options_of_samplers(option):
     gd = diffusion()
     table = SAMPLERS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
     with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):
@@ -117,7 +117,7 @@ def test_callback_sees_each_step_and_may_end_the_loop(run, device):
 
 
 def test_progressive(run, device):
-    """The same steps, none before it is asked for, without gradients where they are on."""
+    """The generator takes the same steps, each when it is requested, and records no gradients."""
     gd, calls = diffusion(), []
     exact = exact_model(gd)
 
@@ -146,7 +146,7 @@ def test_progressive(run, device):
     "sampler, strength, taken", [("ddpm", 0.29, 29), ("ddim", 0.5, 50), ("euler_ancestral", 1.0, 100)]
 )
 def test_start_by_hand(run, device, backend, sampler, strength, taken):
-    """Noise for the first step that is taken, the starting noise's, and then the last steps as ever."""
+    """The image gets the starting noise of the first step that is taken. The remaining steps are as usual."""
     gd = diffusion(backend=backend)
     start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
     ids = torch.tensor([4, 2**33, 0], device=device)
@@ -200,7 +200,7 @@ def test_a_start_of_higher_order_follows_the_exact_flow(device, sampler):
 
 
 def test_start_of_no_signal_is_pure_noise(run, device):
-    """Where nothing of the start is left, its noise is the starting noise."""
+    """If no signal of the start is left, the loop begins with the starting noise."""
     betas = torch.linspace(0.1, 1.0, 20, dtype=torch.float64)
     gd = GaussianDiffusion(20, betas, prediction="x0")
     options = {"rng": Philox(3), "progress": False, "record": "last", "device": device}
@@ -211,7 +211,7 @@ def test_start_of_no_signal_is_pure_noise(run, device):
 
 def test_weak_start_stays_near_its_image(run, device):
     gd = diffusion()
-    start = torch.full((64, 128), 2.0 * SIGMA + MU, device=device)  # far from the data's mean
+    start = torch.full((64, 128), 2.0 * SIGMA + MU, device=device)  # far from the mean of the data
     ends = [
         run(gd, shape=(64, 128), start=start, strength=strength, record="last").mean().item()
         for strength in (0.02, 0.1, 0.3, 1.0)
@@ -222,7 +222,7 @@ def test_weak_start_stays_near_its_image(run, device):
 
 
 def test_start_between_timesteps(run, device):
-    """Karras' sigmas: the noise of the first that is taken."""
+    """With Karras' sigmas, the start gets the noise of the first step that is taken."""
     gd, told = diffusion(), []
     start = torch.ones(2, 7, device=device)
     grid = karras_grid(gd.alphas_cumprod, 10)

@@ -1,4 +1,4 @@
-"""Each of the loop's options against plain_loop.py, which is plain torch in float64; and split over batches."""
+"""Each of the loop's options against plain_loop.py, a loop in plain torch and float64, also for split batches."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,7 @@ from support.loop_cases import CASES, CLOSE, PART, SAMPLERS, SHAPE, given, make_
 from ddpm_ext import Guidance
 
 BACKENDS = {"fused": torch.float32, "reference": torch.float64}
-# Of 1 + |x|. Measured over all cases: 1.6e-5 (of an output that is almost constant, rescaled; all others 1.2e-5), and
-# 1.7e-14 in float64; factor 3 and more.
-WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some by the plain kernel, some not
+WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some of them use the plain kernel
 
 cases = pytest.mark.parametrize("case", CASES)
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -18,7 +16,7 @@ backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def check(gd, options, expected, device, *, x0=True, factor=1):
-    """Every step's samples, and the predicted clean ones where they are handed out."""
+    """Compares the samples of every step, and its predicted clean samples if x0 is on."""
     seen, dtype = [], options["dtype"]
 
     def watch(record):
@@ -55,7 +53,7 @@ def test_variances(device, backend, sampler, case, variance):
     if variance != "fixed_large":
         both = with_variance(variance)
         options = expected = {"model": both}
-        if case == "guidance":  # the unconditional output has a variance, too, which counts for nothing
+        if case == "guidance":  # the unconditional output has a variance, too, which is not used
             options = {**options, "guidance": Guidance(2.5, lambda x, t: both(x * 0.5, t))}
             expected = {**expected, "unconditional": lambda x, t: both(x * 0.5, t)}
     options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend], **options)
@@ -67,19 +65,19 @@ def test_variances(device, backend, sampler, case, variance):
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @backends
 def test_predictions(device, backend, sampler, case, prediction):
-    """x_prev: that of the schedule's own step, though the loop's are longer."""
+    """x_prev is the result of a single step of the schedule, although the loop's steps are longer."""
     gd = make_diffusion(backend=backend, prediction=prediction)
     options = ours(gd, case, sampler, device=device, dtype=BACKENDS[backend])
-    factor = 10 if prediction == "x_prev" else 1  # x0 is up to 100 times what an x_prev is away from x_t
+    factor = 10 if prediction == "x_prev" else 1  # x0 is computed from x_prev - x_t, times up to 100
     check(gd, options, truth(gd, case, sampler), device, x0=case != "plain", factor=factor)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("guidance rescale", "everything")])
 def test_split_batches(device, case, sampler):
-    """The first two samples and the last two by themselves, with their ids, have the bits that they have together.
+    """The first two samples and the last two, with their ids, have the same bits alone and in one batch.
 
-    A standard deviation is torch's sum, whose order depends on the batch: without rescale.
+    Cases with rescale are left out: torch adds up a standard deviation in an order that depends on the batch.
     """
     gd = make_diffusion()
     whole, first, second = (
@@ -110,14 +108,14 @@ def test_records(device, case, dtype):
     for i, x in zip((0, 3, 7), chosen, strict=True):
         assert np.array_equal(x, every[i])
     assert np.array_equal(last.float().cpu().numpy(), every[-1])
-    assert last.untyped_storage().nbytes() == last.nbytes  # no more memory than its own
+    assert last.untyped_storage().nbytes() == last.nbytes  # the result does not keep a larger buffer alive
 
 
 @cases
 @pytest.mark.parametrize("dtype, close", [(torch.float16, 1e-2), (torch.bfloat16, 8e-2)])
 @backends
 def test_low_precision(device, backend, dtype, close, case):
-    """Measured 3.4e-3 and 3e-2, without a clip; factor 3."""
+    """Measured 3.4e-3 and 3e-2, without a clip. The bounds are 3 times as large."""
     gd = make_diffusion(backend=backend)
     found = gd.p_sample_loop(**ours(gd, case, device=device, dtype=dtype), record="last")
     assert found.dtype == dtype
@@ -173,7 +171,7 @@ def test_autocast_lowers_the_models_arithmetic_alone(device):
 
 
 def test_compile(device):
-    """The compiled model's samples are the model's: as a function of the same products and sums."""
+    """The compiled model has the same products and sums, so that the samples are those of the model."""
     gd = make_diffusion()
 
     def backend(module, _):

@@ -1,4 +1,4 @@
-"""train_losses with the variational bound, alone and beside the error, against the papers' formulas in float64."""
+"""train_losses with the variational bound, alone or added to the error, against the papers' formulas in float64."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LEARNED = ("learned", "learned_range")
 
 
 def images(device, seed=0):
-    """Of 8 bits, with many in the outermost bins."""
+    """8-bit images with many pixels in the outermost bins."""
     levels = torch.randint(-60, 316, SHAPE, generator=torch.Generator().manual_seed(seed)).clamp(0, 255)
     return (levels.float() / 127.5 - 1).to(device)
 
 
 def outputs(variance, device):
-    """A model's output, with its second half where the variance is learned."""
+    """A model's output, which has a second half if the variance is learned."""
     m, v = normals(2, device)
     if variance not in LEARNED:
         return m
@@ -40,7 +40,7 @@ def outputs(variance, device):
 
 
 def log_variance_of(gd, v, t):
-    """Of p(x_{t-1} | x_t), as guided-diffusion has it."""
+    """The logarithm of the variance of p(x_{t-1} | x_t), as in guided-diffusion."""
     small = torch.cat([gd.posterior_variance[1:2], gd.posterior_variance[1:]]).log()[t][:, None, None, None]
     large = gd.betas.log()[t][:, None, None, None]
     if gd.variance == "learned":
@@ -51,7 +51,7 @@ def log_variance_of(gd, v, t):
 
 
 def bound_of(gd, m, x, z, t):
-    """The term of each element, in bits: eq. (5) and (13) of Ho et al. 2020, by the means themselves."""
+    """The term of each element in bits, from the means: eq. (5) and (13) of Ho et al. 2020."""
     exact = GaussianDiffusion(1000, prediction=gd.prediction, backend="reference")
     m, v = m.chunk(2, 1) if gd.variance in LEARNED else (m, None)
     x_t = exact.q_sample(x, t, z)
@@ -79,13 +79,13 @@ def error_of(gd, m, x, z, t, loss):
 
 
 def check(got, leaf, truth, wide):
-    """Both differentiated; `truth`: (batch,)."""
+    """Compares values and gradients. `truth` has shape (batch,)."""
     upstream = torch.linspace(1, 2, len(truth)).double()
     truth.backward(upstream)
     got.backward(upstream.to(got))
     torch.testing.assert_close(float64(got.detach()), truth.detach(), rtol=2e-6, atol=0)
     for ours, theirs in zip(*(g.split(SHAPE[1], 1) for g in (float64(leaf.grad), wide.grad)), strict=True):
-        # near t = 999 the variance has next to no slope, less than float32 keeps of 1 - 1
+        # near t = 999 the derivative of the variance is smaller than the rounding error of 1 - 1 in float32
         scale = theirs.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
         error = (ours - theirs).abs() / scale
         assert error.max() < 3e-6, error.max()
@@ -133,7 +133,7 @@ def test_hybrid(backend, prediction, variance, loss, device):
 @backends
 @variances
 def test_reductions_and_draws(backend, variance, device):
-    """Mean and sum of the samples' losses, and of their slopes; drawn noise is the contract's; one t for all."""
+    """Mean and sum of the samples' losses and gradients, with the noise of the contract, also with one int for t."""
     gd = GaussianDiffusion(1000, variance=variance, backend=backend)
     x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
     rng = Philox(3, 40)
@@ -158,7 +158,7 @@ def test_reductions_and_draws(backend, variance, device):
 @predictions
 @variances
 def test_all_timesteps_are_the_likelihoods_bound(prediction, variance, device):
-    """Term by term, with the same noise: bits_per_dim makes both of the means whose difference it is here."""
+    """Term by term, with the same noise. bits_per_dim computes both means, train_losses their difference."""
     gd = GaussianDiffusion(20, "cosine", prediction=prediction, variance=variance)
     x, m = images(device), outputs(variance, device)
     rng = Philox(9, 100)
@@ -190,7 +190,7 @@ def test_a_samples_loss_is_the_same_in_every_batch(prediction, variance, device)
 
 @variances
 def test_layouts(variance, device):
-    """Halves that lie apart in memory, samples that do."""
+    """The two halves or the samples may lie apart in memory."""
     gd = GaussianDiffusion(variance=variance)
     x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
 
@@ -209,7 +209,7 @@ def test_layouts(variance, device):
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
 @pytest.mark.parametrize("loss", ["mse", "vlb"])
 def test_lower_precision(dtype, variance, loss, device):
-    """Outputs of 16 bits count as they are; their slopes have 16 bits and the batch's share is taken in float32."""
+    """Outputs of 16 bits are used as they are. Their gradient has 16 bits, and is divided by the batch in float32."""
     gd = GaussianDiffusion(variance=variance)
     x, t = images(device), TIMESTEPS.to(device)
     leaf = outputs(variance, device).to(dtype).requires_grad_()
@@ -230,20 +230,20 @@ def test_lower_precision(dtype, variance, loss, device):
 @backends
 @pytest.mark.parametrize("far", [1e2, 1e6, 1e12])
 def test_far_outputs(backend, far, device):
-    """A model at its worst has losses and slopes, at the decoder too, where float32 would say ln 0."""
+    """Losses and gradients of a very bad model are finite, also at the decoder, where float32 would compute ln 0."""
     gd = GaussianDiffusion(variance="learned", backend=backend)
     x, t = images(device), torch.tensor([0, 0, 1, 0, 0, 1], device=device)
     m = outputs("learned", device).requires_grad_()
     loss = gd.train_losses(lambda *_: torch.cat([m[:, :3] * far, m[:, 3:]], 1), x, t, rng=Philox(0), loss="vlb")
     (slope,) = torch.autograd.grad(loss, m)
     assert loss.isfinite() and slope.isfinite().all()
-    inner = x.abs() < 0.999  # a mean far beyond an outermost bin is right
+    inner = x.abs() < 0.999  # a mean far beyond an outermost bin predicts that bin
     assert (slope[:, :3][inner] != 0).all()
 
 
 @pytest.mark.parametrize("log_variance", [-80.0, -30.0, -4.0, 4.0, 30.0])
 def test_any_log_variance_at_the_decoder(log_variance, device):
-    """From bins of many deviations to deviations of many bins."""
+    """From bins of many standard deviations to standard deviations of many bins."""
     gd = GaussianDiffusion(variance="learned")
     x, (z, m) = images(device), normals(2, device)
     v = torch.full_like(m, log_variance)
@@ -279,7 +279,7 @@ def test_compiles_whole(device):
 
 
 def test_compiles_once_for_every_weight_of_the_bound(device):
-    """As a schedule would change it, and for every batch size."""
+    """A weight that changes during training, and other batch sizes, use the same graph."""
     torch.compiler.reset()
     gd, compiled = GaussianDiffusion(variance="learned_range"), []
 

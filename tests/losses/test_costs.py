@@ -1,7 +1,7 @@
-"""What a training step costs beside its model: what it does to whole batches, the memory that it holds at its peak, and
-whether it waits for the device.
+"""What a training step costs besides its model: operators on whole batches, peak memory, and waits for the device.
 
-The model is a stand-in: its output is there before, and it keeps x_t for its backward pass, as a first layer does.
+The model is a stand-in. Its output exists before the step, and it keeps x_t for its backward pass, as a first layer
+does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddpm_ext import GaussianDiffusion, Philox
 SHAPE = (4, 3, 64, 64)
 NUMEL = math.prod(SHAPE)
 BATCH = 4 * NUMEL  # bytes of a tensor of SHAPE
-# beside those: float64 sums of 512 elements each, a float32 loss a sample, and a few numbers of the whole batch
+# besides: float64 sums of 512 elements each, a float32 loss a sample, and a few numbers for the whole batch
 SMALL = 8 * NUMEL // 512 + 4 * SHAPE[0] + 64
 X = torch.linspace(-1, 1, NUMEL).reshape(SHAPE)
 T = torch.tensor([0, 17, 500, 999])
@@ -31,14 +31,14 @@ OURS = ["ddpm_ext.forward_process", "ddpm_ext.diffusion_loss"]
 PREDICTIONS, LOSSES = ("eps", "x0", "v", "x_prev"), ("mse", "l1", "huber")
 WEIGHTS = torch.linspace(0.5, 2, 1000)
 NOISES = {"rng": {"rng": Philox(1)}, "noise given": {"noise": X}, "no noise": {}}
-# Options of a step: each prediction with each loss, and each kind of weights with each kind of noise.
+# The options of a step: each prediction with each loss, and each kind of weights with each kind of noise.
 OPTIONS = {f"{p}, {loss}": {"prediction": p, "loss": loss, "rng": Philox(1)} for p in PREDICTIONS for loss in LOSSES}
 OPTIONS |= {
     f"weights {name}, {noise}": {"prediction": "v", "weighting": weighting, **how}
     for name, weighting in (("simple", "simple"), ("given", WEIGHTS))
     for noise, how in NOISES.items()
 }
-# With the variational bound: the variance, whether the model tells it, and the loss.
+# With the variational bound: the variance, the number of halves of the model's output, and the loss.
 BOUNDS = [("learned_range", 2, "mse"), ("learned", 2, "rescaled_vlb"), ("fixed_small", 1, "vlb")]
 bounds = pytest.mark.parametrize(("variance", "halves", "loss"), BOUNDS)
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -47,7 +47,7 @@ losses = pytest.mark.parametrize("loss", LOSSES)
 
 
 class Given(torch.autograd.Function):
-    """A model's output, of an x_t that is kept until the backward pass."""
+    """Returns a given output as that of a model which keeps x_t until the backward pass."""
 
     @staticmethod
     def forward(ctx, x_t, output):
@@ -61,7 +61,7 @@ class Given(torch.autograd.Function):
 
 
 def make_output(halves=1):
-    """With a second half for a variance, if there are two."""
+    """The model's output. With two halves, the second is for the variance."""
     return torch.linspace(1, -1, halves * NUMEL).reshape(len(X), -1, *SHAPE[2:]).requires_grad_()
 
 
@@ -69,13 +69,13 @@ diffusion = functools.cache(GaussianDiffusion)
 
 
 def fused(prediction="eps", variance="fixed_small", backend="fused", **options):
-    """A step: the loss, whose gradient arrives at the output."""
+    """A training step as a function from the model's output to the loss."""
     gd = diffusion(prediction=prediction, variance=variance, backend=backend)
     return lambda output: gd.train_losses(lambda x_t, t: Given.apply(x_t, output), X, T, **options)
 
 
 def eager(prediction="eps", loss="mse", weighted=False):
-    """The same as it is commonly written."""
+    """The same step as it is commonly written."""
     gd = diffusion(prediction=prediction)
     names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
     tables = [getattr(gd, name).float() for name in names]
@@ -100,7 +100,7 @@ def eager(prediction="eps", loss="mse", weighted=False):
 
 
 def train(step, output):
-    """Forward and back, the gradient left where it is."""
+    """A forward and a backward pass. Returns the gradient, which stays allocated."""
     step(output).backward()
     return output.grad
 
@@ -109,10 +109,10 @@ def train(step, output):
 
 
 def held(function, *made):
-    """Bytes that a second call holds at its peak, and that its result holds afterwards, beside what was there before;
-    `made` make its arguments, before each.
+    """The bytes that a second call of `function` allocates at its peak, and those that its result holds afterwards.
 
-    By the allocator's own account: every block as it is taken and given back, whoever does it.
+    `made` make the arguments of each call, before it begins. The profiler records every block that the allocator
+    allocates or frees.
     """
     function(*(make() for make in made))
     given = [make() for make in made]
@@ -128,7 +128,7 @@ def held(function, *made):
 
 
 def test_what_is_held():
-    """A kilobyte and two; one given back before half a one is taken; and one that came and went."""
+    """The peak counts blocks that are alive together, not blocks that were freed before."""
 
     def function(given):
         first, second = torch.empty(256), torch.empty(512)
@@ -143,7 +143,7 @@ def test_what_is_held():
 
 @options
 def test_peak_is_two_batches(options):
-    """x_t and the gradient: no noise, no target, no difference, in the forward pass or the backward pass."""
+    """x_t and the gradient. Neither pass stores noise, a target or a difference."""
     peak, kept = held(lambda output: train(fused(**options), output), make_output)
     assert 2 * BATCH <= peak <= 2 * BATCH + SMALL, peak / BATCH
     assert kept == BATCH, kept / BATCH
@@ -160,7 +160,7 @@ def test_peak_is_half_of_eagers(prediction, loss, weighted):
 
 @bounds
 def test_peak_with_the_bound(variance, halves, loss):
-    """As without: x_t and the gradient, of both halves. The same in plain torch holds twice as much, at least."""
+    """x_t and the gradient of both halves. Plain torch needs at least twice as much."""
     peaks = {}
     for backend in ("fused", "reference"):
         step = fused(variance=variance, loss=loss, backend=backend, rng=Philox(1))
@@ -172,18 +172,30 @@ def test_peak_with_the_bound(variance, halves, loss):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_peak_of_a_lower_precision(dtype):
-    """As under autocast: the slope has 32 bits, beside it stand x_t and in the end the gradient of 16."""
+    """As under autocast: a derivative of 32 bits, x_t, and in the end the gradient of 16 bits."""
     step = fused(rng=Philox(1))
-    peak, kept = held(lambda output: train(step, output), lambda: make_output().detach().to(dtype).requires_grad_())
+
+    def make_narrow_output():
+        return make_output().detach().to(dtype).requires_grad_()
+
+    peak, kept = held(lambda output: train(step, output), make_narrow_output)
     assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
     assert kept == BATCH / 2, kept / BATCH
+    output = make_narrow_output()
+    with Large() as large:
+        train(step, output)
+    assert large.names == [*OURS, "aten._to_copy"]
 
 
 def test_peak_without_gradients_is_x_t():
     with torch.no_grad():
         peak, kept = held(fused(rng=Philox(1)), make_output)
+        output = make_output()
+        with Large() as large:
+            fused(rng=Philox(1))(output)
     assert BATCH <= peak <= BATCH + SMALL
     assert kept == 4
+    assert large.names == OURS
 
 
 def test_peak_without_gradients_of_an_output_that_has_them():
@@ -198,7 +210,7 @@ def test_peak_without_gradients_of_an_output_that_has_them():
 
 
 class Large(TorchDispatchMode):
-    """Operators, but for views, that take or give tensors of a batch's size, in their order."""
+    """Records the operators, except views, that read or return tensors of a batch's size, in their order."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +233,7 @@ def large_operators(step, halves=1):
 
 @options
 def test_two_launches(options):
-    """Over a whole batch, forward and back."""
+    """Two operators on a whole batch, for the forward and the backward pass together."""
     assert large_operators(fused(**options)) == OURS
 
 
@@ -240,7 +252,7 @@ def test_two_launches_of_an_int(prediction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_scaled_loss_scales_its_slope(reduction):
-    """One launch more, in place: as by a GradScaler, or by a gradient for each sample."""
+    """A GradScaler's factor or a gradient for each sample costs one more launch, in place."""
     step = fused(rng=Philox(1), reduction=reduction)
     assert large_operators(lambda output: (step(output) * 1024).sum()) == [*OURS, "aten.mul_"]
     peak, kept = held(lambda output: train(lambda y: (step(y) * 1024).sum(), output), make_output)
@@ -249,7 +261,7 @@ def test_a_scaled_loss_scales_its_slope(reduction):
 
 
 def test_eager_takes_more():
-    """What is counted here is seen."""
+    """The counter sees the operators of a step that is written in plain torch."""
     names = large_operators(eager("v"))
     assert len(names) >= 8 and {"aten.randn_like", "aten.mul", "aten.mse_loss"} <= set(names)
 
@@ -258,7 +270,7 @@ def test_eager_takes_more():
 
 
 class Readback(TorchDispatchMode):
-    """Refuses what brings a device's values to the host; a read of a single one a fake tensor refuses itself."""
+    """Refuses to copy a device's values to the host. A fake tensor itself refuses to read a single value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -273,7 +285,7 @@ class Readback(TorchDispatchMode):
 
 @pytest.fixture
 def on_fake_gpu():
-    """Runs a function on tensors that know their device, dtype and shape, and have no values to read."""
+    """Runs a function on tensors that have a device, a dtype and a shape, but no values."""
 
     def run(function, dtype=torch.float32):
         with FakeTensorMode(allow_non_fake_inputs=True), Readback():
@@ -297,8 +309,10 @@ GPU_NOISES = {
 @pytest.mark.parametrize("weighting", ["simple", WEIGHTS], ids=["simple", "given"])
 @pytest.mark.parametrize("noise", GPU_NOISES)
 def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
-    """Neither in the forward pass nor in the backward pass, whose node is called by itself: a fake GPU has no stream.
-    Given weights are read once, where they are."""
+    """Neither the forward nor the backward pass reads values back. Given weights are read once, on their own device.
+
+    The node of the backward pass is called directly, since a fake GPU has no stream.
+    """
     for prediction in PREDICTIONS:
         for reduction in ("mean", "sum", "none"):
             gd = diffusion(prediction=prediction)

@@ -1,4 +1,4 @@
-"""ddpm_ext.likelihood on data whose best denoiser is known (gaussian.py), by formulas in float64."""
+"""ddpm_ext.losses.likelihood for data whose best denoiser is known (gaussian.py), against formulas in float64."""
 
 import math
 
@@ -12,7 +12,7 @@ from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.noise import STREAM_FORWARD
 
 TIMESTEPS = 40
-BETAS = torch.linspace(2e-4, 0.3, TIMESTEPS, dtype=torch.float64)  # so that next to nothing of x_0 is left in x_T
+BETAS = torch.linspace(2e-4, 0.3, TIMESTEPS, dtype=torch.float64)  # so that x_T has hardly any signal of x_0
 SHAPE = (5, 3, 4, 6)
 RNG = Philox(11, 1000)
 
@@ -22,7 +22,7 @@ def diffusion(prediction="eps", variance="fixed_small", backend="fused"):
 
 
 def images(shape=SHAPE, device="cpu", dtype=torch.float32, sigma=SIGMA):
-    """8-bit levels of N(MU, sigma^2)."""
+    """Samples of N(MU, sigma^2), rounded to 8-bit levels."""
     values = MU + sigma * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return ((values * 127.5 + 127.5).round().clamp(0, 255) / 127.5 - 1).to(device, dtype)
 
@@ -32,7 +32,7 @@ def mean(values):
 
 
 def drawn(x_start, t):
-    """The noise of the contract and the error of the best prediction of x_0, in float64 on the CPU."""
+    """The contract's noise, and the error of the best prediction of x_0, in float64 on the CPU."""
     z = randn(tuple(x_start.shape), RNG, stream=STREAM_FORWARD, draw=t).double()
     kept = diffusion().alphas_cumprod[t]
     x_t = kept.sqrt() * x_start.double().cpu() + (1 - kept).sqrt() * z
@@ -40,7 +40,7 @@ def drawn(x_start, t):
 
 
 def expected_term(x_start, t, variance):
-    """Of the bound, by the difference of the means alone where the variances are the same."""
+    """A term of the bound. If the variances are the same, it depends on the difference of the means only."""
     gd = diffusion(variance=variance)
     _, error = drawn(x_start, t)
     x = x_start.double().cpu()
@@ -74,11 +74,11 @@ def test_terms(device, backend, variance, prediction):
     torch.testing.assert_close(found.total, found.prior + found.vlb.sum(1))
 
 
-NARROW = 0.12  # so that all levels are inner ones
+NARROW = 0.12  # so that no pixel is in an outermost bin
 
 
 def best_with_variance(gd):
-    """With the logarithm of the variance of x_{t-1} given x_t alone, for variance="learned"."""
+    """The best prediction, and the logarithm of the variance of x_{t-1} given x_t, for variance="learned"."""
 
     def model(x, t):
         kept, given_x0, coefficient = (
@@ -93,7 +93,7 @@ def best_with_variance(gd):
 
 
 def test_bound_is_tight_where_the_model_is_exact():
-    """What is left is the levels' own negative log-likelihood, on average their entropy."""
+    """The bound is then the negative log-likelihood of the levels, which on average is their entropy."""
     gd = diffusion(variance="learned")
     x_start = images((16, 4000), sigma=NARROW)
     assert x_start.abs().max() < 1
@@ -117,7 +117,7 @@ def test_prior():
 
 
 def noisy(prediction="eps", learned=False, scale=0.3):
-    """No good model: its predictions leave [-1, 1]."""
+    """A bad model, whose predictions leave [-1, 1]."""
 
     def model(x, t):
         m = torch.sin(5 * x) * (1 + scale * torch.cos(t.to(x.dtype)).reshape(-1, *[1] * (x.dim() - 1)))
@@ -156,7 +156,7 @@ def test_fused_is_the_reference_in_float64(device, prediction, variance, clip):
 @backends
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned", "learned_range"])
 def test_one_timestep_for_all(device, backend, variance):
-    """As an int and as a tensor, which works out both kinds of terms."""
+    """t as an int and as a tensor. With a tensor both kinds of terms are computed."""
     gd, x_start = diffusion(variance=variance, backend=backend), images(device=device)
     model = noisy(learned=variance.startswith("learned"))
     for t in (0, 1, 39):
@@ -188,7 +188,7 @@ def test_batches_do_not_matter(device):
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
 def test_gradients(variance):
-    """Of the bound in the model's output, as those of the reference in float64; also of samples at t = 0."""
+    """The bound's gradients in the model's output are those of the float64 reference, also at t = 0."""
     x_start, t = images(), torch.tensor([0, 1, 5, 20, 39])
     x_start[0, 0, 0, 0], x_start[0, 0, 0, 1] = -1, 1
     z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))

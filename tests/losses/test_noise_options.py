@@ -1,4 +1,4 @@
-"""Offset noise and input perturbation: what the model sees, what it is trained towards, and who draws it."""
+"""Offset noise and input perturbation: the model's input, its target, and the streams of the noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RNG = Philox(11, 2**40)
 
 
 def drawn(shape, t, stream, rng=RNG):
-    """(batch, ...) by the contract, float64: draw t of each sample."""
+    """The contract's noise (batch, ...) in float64, with draw t for each sample."""
     one = [
         ddpm_ext.randn((1, *shape[1:]), Philox(rng.seed_value, rng.first_id + i), draw=int(draw), stream=stream)
         for i, draw in enumerate(t)
@@ -27,7 +27,7 @@ def drawn(shape, t, stream, rng=RNG):
 
 
 class Seen:
-    """A model that keeps what it is given."""
+    """A model that records its inputs."""
 
     def __init__(self, output):
         self.output = output
@@ -45,7 +45,7 @@ def expected_x_t(gd, x, z, t):
 @backends
 @pytest.mark.parametrize("shape", [SHAPE, (6, 4), (6, 4, 9)], ids=str)
 def test_offset_noise(backend, shape, device):
-    """One normal more for all elements of a channel, in x_t and in the target (stream 4)."""
+    """One more normal (stream 4) for all elements of a channel, in x_t and in the target."""
     x, m = normals(2, device, shape)
     for prediction in ("eps", "v"):
         gd = GaussianDiffusion(1000, prediction=prediction, backend=backend)
@@ -63,7 +63,7 @@ def test_offset_noise(backend, shape, device):
 
 @backends
 def test_input_perturbation(backend, device):
-    """More noise in x_t (stream 5), not in the target: Ning et al. 2023, algorithm 1."""
+    """More noise (stream 5) in x_t but not in the target: Ning et al. 2023, algorithm 1."""
     x, m = normals(2, device)
     gd, t, model = GaussianDiffusion(1000, backend=backend), timesteps(device), Seen(m)
     each = t.cpu()
@@ -86,7 +86,7 @@ def test_input_perturbation(backend, device):
 
 @backends
 def test_both_and_the_bound(backend, device):
-    """Together, beside a learned variance; nothing of it depends on the batch."""
+    """Both options together, with a learned variance. A sample's bits do not depend on the batch."""
     gd, (x,), t = GaussianDiffusion(variance="learned_range", backend=backend), normals(1, device), timesteps(device)
     x = x.clamp(-1, 1)
     options = {"offset_noise": 0.1, "input_perturbation": 0.2, "reduction": "none"}
@@ -104,7 +104,7 @@ def test_both_and_the_bound(backend, device):
 
 
 def test_gradients_reach_x_start(device):
-    """Through x_t, which is then not written in place."""
+    """The gradients go through x_t, which must not be written in place then."""
     gd, (x,), t = GaussianDiffusion(), normals(1, device), timesteps(device)
     found = []
     for backend in ("fused", "reference"):
@@ -117,7 +117,7 @@ def test_gradients_reach_x_start(device):
 
 @backends
 def test_own_streams_and_draws(backend, device):
-    """An rng's own stream is that of the noise alone; its draw is all three's."""
+    """A stream of the rng replaces that of the noise only, a draw of the rng replaces all three."""
     (x,), t = normals(1, device), timesteps(device)
     gd, model, rng = GaussianDiffusion(backend=backend), Seen(x), Philox(11, 2**40, stream=40, draw=9)
     gd.train_losses(model, x, t, rng=rng, offset_noise=0.3, input_perturbation=0.2)

@@ -1,4 +1,4 @@
-"""losses.timestep_samplers: by the noise contract's numbers, by their distributions, and over ranks."""
+"""ddpm_ext.losses.timestep_samplers: their numbers follow from the noise contract; distributions; several ranks."""
 
 import inspect
 import math
@@ -29,7 +29,7 @@ TIMESTEPS = len(DENSITY)
 
 
 def learned():
-    """A LossSecondMoment that has seen enough, of losses that grow with the timestep."""
+    """A LossSecondMoment with a full history of losses, which grow with the timestep."""
     sampler = LossSecondMoment(TIMESTEPS, history=3)
     t = torch.arange(TIMESTEPS).repeat(4)
     sampler.update(t, 0.3 + t * (1 + torch.arange(len(t)) % 5))
@@ -46,13 +46,13 @@ each = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 
 
 def draws(sampler, batches, batch_size, seed=3):
-    """(batches, batch_size): timesteps and weights."""
+    """Timesteps and weights, each of shape (batches, batch_size)."""
     drawn = [sampler.sample(batch_size, seed=seed, iteration=i) for i in range(batches)]
     return (torch.stack(values) for values in zip(*drawn, strict=True))
 
 
 def uniform(seed, iteration, place):
-    """The contract's number, word for word."""
+    """The uniform number that the noise contract defines, computed from its words."""
     counter = torch.tensor([0, iteration, place % 2**32, place // 2**32 + 3 * 2**24])
     word = reference.philox4x32(counter, torch.tensor([seed % 2**32, seed // 2**32]))[0]
     return (int(word) + 0.5) / 2**32
@@ -88,7 +88,7 @@ def test_low_discrepancy_is_spread_evenly(timesteps, total, iteration):
     assert (weights == 1).all() and t.min() >= 0 and t.max() < timesteps
     u = uniform(5, iteration, 0)
     assert t.tolist() == [math.floor((u + i / total) % 1 * timesteps) for i in range(total)]
-    # each stretch of timesteps has as many as it is long, but for one more or less
+    # each interval of timesteps gets as many as it is long, or one more or less
     seen = torch.bincount(t, minlength=timesteps).cumsum(0)
     expected = torch.arange(1, timesteps + 1) * total / timesteps
     assert ((seen - expected).abs() < 1 + 1e-9).all()
@@ -98,14 +98,14 @@ def test_low_discrepancy_is_spread_evenly(timesteps, total, iteration):
 
 @each
 def test_distribution(make):
-    """Over all of 50,000; of one place alone, too, though a batch may be spread evenly."""
+    """Over 50,000 draws, and also at a single place of the batch, since a batch may be spread evenly."""
     sampler = make()
     t, weights = draws(sampler, 1000, 50)
     expected = sampler.probabilities().numpy()
     assert expected.sum() == pytest.approx(1)
     for moments in (t.flatten(), t[:, 0], t[:, 33]):
         counts = np.bincount(moments.numpy(), minlength=TIMESTEPS)
-        if isinstance(sampler, LowDiscrepancy) and len(moments) > 1000:  # far too even for chance
+        if isinstance(sampler, LowDiscrepancy) and len(moments) > 1000:  # far too even to be random
             assert np.abs(counts / len(moments) - expected).max() < 0.002
         else:
             assert stats.chisquare(counts, expected * len(moments)).pvalue > 1e-3
@@ -114,7 +114,7 @@ def test_distribution(make):
 
 @each
 def test_weights_keep_the_mean(make):
-    """Of losses of all sizes."""
+    """For losses of all sizes."""
     losses = torch.tensor([3.0, 1.0, -4.0, 1.0, 5.0, 9.0, 2.0], dtype=torch.float64)
     sampler = make()
     assert (sampler.probabilities() * losses / (TIMESTEPS * sampler.probabilities())).sum() == pytest.approx(
@@ -146,7 +146,7 @@ def test_ranks_do_not_matter(make, parts):
 
 
 @each
-def test_others_get_others(make):
+def test_other_seeds_iterations_and_places_get_other_timesteps(make):
     first = make().sample(64, seed=9, iteration=4)[0]
     assert torch.equal(first, make().sample(64, seed=9, iteration=4)[0])
     for seed, iteration, place in ((10, 4, 0), (9 + 2**32, 4, 0), (9, 5, 0), (9, 4, 64)):
@@ -187,7 +187,7 @@ def test_stream_is_of_its_own():
 
 
 def moments(rows, history, uniform_probability=0.001):
-    """By the paper, of a list of (timestep, loss): each timestep's last ones."""
+    """The second moments of the paper, from a list of (timestep, loss): the last losses of each timestep count."""
     last = [[loss for t, loss in rows if t == moment][-history:] for moment in range(TIMESTEPS)]
     if min(map(len, last)) < history:
         return np.full(TIMESTEPS, 1 / TIMESTEPS)
@@ -258,7 +258,7 @@ def test_state():
             stateless.load_state_dict({"counts": torch.zeros(3)})
 
 
-ROWS = [[(0, 1.0), (3, 2.5), (3, 0.1)], [(3, 4.0), (1, 0.2)], [(5, 1.5)], []]  # of two ranks in two iterations
+ROWS = [[(0, 1.0), (3, 2.5), (3, 0.1)], [(3, 4.0), (1, 0.2)], [(5, 1.5)], []]  # from two ranks in two iterations
 
 
 def learn(sampler, rows, **options):
@@ -285,6 +285,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_ranks_learn_the_same(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -1,5 +1,7 @@
-"""GaussianDiffusion.train_losses against the papers' formulas in float64, and as people train with it: autocast,
-accumulated gradients, checkpointed models, compiled steps."""
+"""GaussianDiffusion.train_losses against the papers' formulas in float64, and in common ways to train.
+
+These are autocast, accumulated gradients, checkpointed models and compiled steps.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ predictions = pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"]
 
 
 def target_of(gd, x, z, t):
-    """In float64, from the definitions."""
+    """The model's target in float64, from its definition."""
     a, s = (gd.alphas_cumprod[t] ** 0.5)[:, None, None, None], ((1 - gd.alphas_cumprod[t]) ** 0.5)[:, None, None, None]
     if gd.prediction == "x_prev":
         return gd.q_posterior_mean_variance(x, a * x + s * z, t)[0]
@@ -41,7 +43,7 @@ def target_of(gd, x, z, t):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", REDUCE)
 def test_values_and_gradients(backend, prediction, loss, reduction, device):
-    """Each kind of noise, weighting and t; the gradient is that of the model's output."""
+    """For each kind of noise, weighting and t. The gradient is that in the model's output."""
     gd = GaussianDiffusion(1000, prediction=prediction, backend=backend)
     exact = GaussianDiffusion(1000, prediction=prediction, backend="reference")
     x, m, given = normals(3, device)
@@ -74,7 +76,7 @@ def test_values_and_gradients(backend, prediction, loss, reduction, device):
 
 @backends
 def test_defaults_are_the_papers(backend, device):
-    """L_simple: the mean squared error, of one noise."""
+    """The defaults are L_simple, the mean squared error."""
     gd = GaussianDiffusion(backend=backend)
     x, m = normals(2, device)
     t = timesteps(device)
@@ -121,7 +123,7 @@ def parameter_gradients(net):
 
 @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
 def test_checkpointed_model(kind, device):
-    """Run again in the backward pass, the model sees the same x_t: bits of the gradients don't change."""
+    """The backward pass calls the model again with the same x_t, so that the gradients have the same bits."""
     gd, net, (x,) = GaussianDiffusion(), make_net(device), normals(1, device)
     t, inputs, found = timesteps(device), [], []
 
@@ -141,7 +143,7 @@ def test_checkpointed_model(kind, device):
 
 
 def test_accumulated_gradients(device):
-    """Of a batch in pieces: that of the whole, with the same noise."""
+    """The gradients of a batch in pieces add up to that of the whole batch, with the same noise."""
     gd, net, (x,) = GaussianDiffusion(prediction="v"), make_net(device), normals(1, device)
     t = timesteps(device)
 
@@ -161,8 +163,10 @@ def test_accumulated_gradients(device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
 def test_autocast(prediction, dtype, scale, device):
-    """The model's output has 16 bits beside float32 samples; its loss is made in float32, its gradient has 16 bits, and
-    a scaled loss's is the scaled gradient."""
+    """The samples are float32, and the model's output has 16 bits.
+
+    The loss is computed in float32, the output's gradient has 16 bits, and a scaled loss scales it.
+    """
     gd, net, (x,) = GaussianDiffusion(prediction=prediction), make_net(device), normals(1, device)
     t, seen = timesteps(device), {}
 
@@ -190,7 +194,7 @@ def test_autocast(prediction, dtype, scale, device):
 
 
 def test_gradients_reach_what_made_x_t(device):
-    """A learned x_start, as of an encoder: where the target is the noise, through x_t; elsewhere by the reference."""
+    """x_start requires a gradient, as that of an encoder. The fused loss has it for eps only, the reference always."""
     x, z = normals(2, device)
     t = timesteps(device)
     found = []
@@ -213,7 +217,7 @@ def test_gradients_reach_what_made_x_t(device):
 @backends
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_gradient_is_the_callers(backend, scale, device):
-    """Written to, it is not what the graph keeps for the next time."""
+    """The caller may write to a gradient without changing the gradient of the next backward pass."""
     gd, (x, m), t = GaussianDiffusion(backend=backend), normals(2, device), timesteps(device)
     leaf = m.clone().requires_grad_()
     loss = gd.train_losses(lambda *_: leaf, x, t, rng=Philox(0)) * scale
@@ -227,7 +231,7 @@ def test_a_gradient_is_the_callers(backend, scale, device):
 
 
 def test_slopes_of_float16_that_are_small_after_all(device):
-    """A bound's slopes reach past float16 before the batch's share of them is taken."""
+    """The derivatives of a bound exceed float16 before they are divided by the size of the batch."""
     shape = (64, 3, 32, 32)
     x = torch.zeros(shape, device=device)
     leaf = torch.full(shape, 80.0, dtype=torch.float16, device=device).requires_grad_()
@@ -240,7 +244,7 @@ def test_slopes_of_float16_that_are_small_after_all(device):
 
 
 def test_without_data(device):
-    """Shapes alone, there and back."""
+    """Fake tensors have shapes only: a forward and a backward pass."""
     gd = GaussianDiffusion()
     with FakeTensorMode(allow_non_fake_inputs=True):
         x, leaf = torch.empty(SHAPE, device=device), torch.empty(SHAPE, device=device, requires_grad=True)
@@ -250,7 +254,7 @@ def test_without_data(device):
 
 @pytest.mark.parametrize("options", [{"loss": "vlb"}, {"input_perturbation": 0.1}], ids=str)
 def test_nothing_is_kept_without_data(options, device):
-    """Tables that were first made among shapes alone, or in a function transform, are made again."""
+    """Tables that were first made with fake tensors or in a function transform are made again."""
     (x, m), t = normals(2, device), timesteps(device)
     expected = GaussianDiffusion().train_losses(lambda *_: m, x, t, rng=Philox(0), **options)
     gd = GaussianDiffusion()
@@ -282,7 +286,7 @@ def test_bad_options_before_the_model_is_called(backend, device):
     bad(ValueError, ["weighting holds numbers that are not finite"], weighting=torch.full((50,), float("inf")))
     before = torch.get_rng_state()
     bad(ValueError, ["weighting is 'max'"], weighting="max")
-    assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn for nothing
+    assert torch.equal(torch.get_rng_state(), before)  # no seed was drawn before the refusal
 
 
 # -------------------------------------------------------------------------------------------------- compiled
@@ -296,7 +300,7 @@ def fresh_compiler():
 
 
 def compiled_as_eager(gd, backend, device, **options):
-    """Of an object that nothing was asked of before; bits of the loss and of the gradients."""
+    """A new object gives the same bits of the loss and of the gradients when it is compiled first."""
     net, (x,) = make_net(device), normals(1, device)
     t = timesteps(device)
 
@@ -312,12 +316,13 @@ def compiled_as_eager(gd, backend, device, **options):
             loss.sum().backward()
             found.append([loss.detach(), *parameter_gradients(net)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-        if weighting is own:  # the graph holds no old weights
+        if weighting is own:  # the graph does not contain the old weights
             before = found[0][0]
             own.mul_(2)
             assert torch.equal(compiled(x, t, own), 2 * before)
 
 
+@pytest.mark.slow
 @predictions
 @pytest.mark.parametrize("loss", LOSSES)
 def test_compiled(fresh_compiler, prediction, loss, device):
@@ -325,6 +330,7 @@ def test_compiled(fresh_compiler, prediction, loss, device):
     compiled_as_eager(gd, "aot_eager", device, loss=loss, reduction="none" if loss == "l1" else "mean")
 
 
+@pytest.mark.subprocess
 def test_compiled_by_inductor(fresh_compiler, device):
     if device.type == "cuda":
         pytest.importorskip("triton")
@@ -343,5 +349,5 @@ def test_compiled_by_inductor(fresh_compiler, device):
         values.backward(torch.linspace(1, 2, 6, device=device))
         found.append((values.detach(), m.grad))
     assert torch.equal(found[0][0], found[1][0])
-    # six gradients are added up, in an order of the compiler's
+    # the compiler chooses the order in which six gradients are added
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)

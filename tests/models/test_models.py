@@ -279,6 +279,7 @@ def test_digits_model_draws_digits(device):
     assert nearest.values.median() > 0.7 * held_out.values.median()
 
 
+@pytest.mark.subprocess
 def test_core_imports_no_extra():
     code = (
         "import sys, ddpm_ext\n"

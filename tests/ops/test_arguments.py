@@ -1,4 +1,4 @@
-"""Bad arguments of the operators: a ValueError or a TypeError that names the argument, before anything is written."""
+"""A bad argument of an operator raises a ValueError or TypeError that names it, before anything is written."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALL = ["reverse_step", "forward_process", "predict_start", "posterior_mean"]
 TWO = ["reverse_step", "predict_start", "posterior_mean"]
 NOISY = ["reverse_step", "forward_process"]
 
-# of both backends: operators, arguments, error, message
+# refused by both backends: operators, arguments, error, message
 COMMON = [
     (ALL, {"x": X.long(), "y": X.long()}, TypeError, "{x} has dtype"),
     (ALL, {"x": X.to(torch.complex64), "y": X.to(torch.complex64)}, TypeError, "{x} has dtype"),
@@ -75,14 +75,14 @@ COMMON = [
     (NOISY, {"out": X[:1].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X.half()}, TypeError, "out has dtype"),
 ]
-# of both: values in tensors, which are looked at on the CPU alone
+# refused by both backends, on the CPU only: values in tensors, which are not read back from a GPU
 VALUES = [
     (ALL, {"t": torch.tensor([0, 1, 5, 2])}, ValueError, "t.* is .*5.* expected 0 <= t <"),
     (ALL, {"t": torch.tensor([0, -1, 3, 2])}, ValueError, "t.* is .*-1.* expected 0 <= t <"),
     (NOISY, {"rng": Philox(0, IDS - 1)}, ValueError, "sample_ids"),
     (NOISY, {"rng": Philox(0, IDS + (2**56 - 3))}, ValueError, "sample_ids"),
 ]
-# of the kernels alone
+# refused by the kernels only
 FUSED = [
     (ALL, {"x": X.double(), "y": X.double()}, TypeError, "{x} has dtype Double.*backend"),
     (TWO, {"y": X.double()}, TypeError, "{y} has dtype"),
@@ -123,7 +123,7 @@ def test_values_are_refused_on_the_cpu(backend, name, arguments, error, message)
 
 @pytest.mark.cuda
 def test_values_are_not_read_back_from_a_gpu(device):
-    """The kernels take the nearest row, and the lower 56 bits of an id."""
+    """There the kernels use the nearest row, and the lower 56 bits of an id."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     tables = {columns: torch.rand(5, columns, generator=torch.Generator().manual_seed(1)) for columns in (2, 8)}
     for names, arguments, *_ in VALUES:
@@ -189,7 +189,7 @@ def test_check_reverse_step_sees_values_on_the_cpu():
 
 
 def test_a_table_that_kernels_could_not_read(device):
-    """They read a row at once: of 32 bytes by halves, of 8 as one."""
+    """The kernels read a row of 32 bytes in two pieces and a row of 8 in one, so that it must be aligned."""
     x, floats = torch.ones(2, 5, device=device), torch.ones(34, device=device)
     calls = {
         8: lambda table: ops.reverse_step(x, x, table, 0, add_noise=False),
@@ -202,4 +202,5 @@ def test_a_table_that_kernels_could_not_read(device):
         ):
             call(table)
         assert call(table.clone()).isfinite().all()
-        assert call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()  # a row further on, it may begin
+        # One row further on it is aligned again.
+        assert call(floats[: 4 * columns].view(4, columns)[1:]).isfinite().all()

@@ -1,5 +1,7 @@
-"""torch.compile(fullgraph=True): the eager bits. One inductor compilation covers several functions, since each is slow;
-aot_eager, which is quick, takes them one by one."""
+"""torch.compile(fullgraph=True) gives the bits of eager mode.
+
+aot_eager, which is fast, compiles each function by itself. inductor is slow, so that one compilation covers several.
+"""
 
 import functools
 
@@ -39,14 +41,14 @@ def philox(device):
 
 @pytest.fixture
 def inductor(device):
-    """torch.compile by its default backend."""
+    """torch.compile with its default backend."""
     if device.type == "cuda":
         pytest.importorskip("triton")
     return functools.partial(torch.compile, fullgraph=True)
 
 
 def extended(x, t, **options):
-    """A step with results of its own and one in the place of what it reads."""
+    """One step into new tensors, and one in place."""
     memory = 0.5 * x
     prev = ops.extended_step(
         x, model(x, t), EXTENDED.to(x.device), t, uncond_output=x + 1, history=memory, x0_out=memory, **options
@@ -83,7 +85,7 @@ def test_aot_eager(name, noise, device):
     torch.manual_seed(3)
     for e in expected:
         assert torch.equal(compiled(x, t), e)
-    assert torch.equal(*expected) == (noise != "default generator")  # no seed burnt into the graph
+    assert torch.equal(*expected) == (noise != "default generator")  # the seed is not a constant of the graph
 
 
 @functions
@@ -120,7 +122,7 @@ def test_extended_step_with_all_options(device, drawn):
     step(x, t, given, expected)
     torch.compile(step, backend="aot_eager", fullgraph=True)(x, t, given, got)
     assert all(torch.equal(got[name], expected[name]) for name in RESULTS)
-    # as a loop does: the sample on the sample, x0 on the x0 before
+    # in place, as in a loop: the next sample over the sample, x0 over the previous x0
     memory = {"out": x.clone(), "x0_out": given["history"].clone()}
     given["history"] = memory["x0_out"]
     torch.compile(step, backend="aot_eager", fullgraph=True)(memory["out"], t, given, memory)
@@ -128,7 +130,7 @@ def test_extended_step_with_all_options(device, drawn):
 
 
 def test_reference_backend_agrees(device):
-    """The fused operators in a graph, against plain torch outside of it."""
+    """The compiled fused operators agree with the reference in eager mode."""
     x, t = inputs(device)
     truth = GaussianDiffusion(1000, backend="reference")
     compiled = torch.compile(lambda x, t: GD.q_sample(x, t, x), backend="aot_eager", fullgraph=True)
@@ -167,6 +169,7 @@ def everything(x, t, rng):
     )
 
 
+@pytest.mark.subprocess
 def test_inductor_with_a_dynamic_batch(inductor, device):
     compiled = inductor(lambda x, t, ids: everything(x, t, Philox(9, ids)), dynamic=True)
     for batch in (4, 6, 3):
@@ -176,6 +179,7 @@ def test_inductor_with_a_dynamic_batch(inductor, device):
             assert torch.equal(ours, eager)
 
 
+@pytest.mark.subprocess
 def test_inductor_with_the_default_generator(inductor, device):
     compiled = inductor(lambda x, t: everything(x, t, None))
     x, t = inputs(device)
@@ -189,7 +193,7 @@ def test_inductor_with_the_default_generator(inductor, device):
 
 
 def test_many_ints_are_one_graph(device):
-    """t, seed, id and draw as ints: fullgraph=True refuses to compile again for each."""
+    """Other ints for t, seed, id and draw use the same graph."""
     gd = GaussianDiffusion(50)
     x = torch.randn(3, 4, device=device)
     step = torch.compile(lambda x, t: gd.p_sample(lambda x, t: x, x, t, noise=x), backend="aot_eager", fullgraph=True)

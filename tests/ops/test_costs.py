@@ -1,4 +1,4 @@
-"""What a step dispatches and allocates on the CPU, counted by torch's profiler."""
+"""How many operators a step dispatches and how many bytes it allocates on the CPU, counted by torch's profiler."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from ddpm_ext import GaussianDiffusion, Philox, ops
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4
-# at::empty_like as the profiler shows it
+# what the profiler shows of at::empty_like
 ALLOCATION = {"aten::empty_like", "aten::empty", "aten::empty_strided"}
 VIEWS = {"aten::select", "aten::expand", "aten::as_strided"}
 
@@ -21,10 +21,11 @@ GD = GaussianDiffusion(1000)
 X = torch.linspace(-1, 1, BYTES // 4).reshape(SHAPE)
 M = X.flip(0).contiguous()
 T = torch.arange(8) * 100
+TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 
 
 def measure(function):
-    """Operators by name, and the bytes that were allocated, of a second call."""
+    """Counts the operators of a second call by name, and the bytes that it allocates."""
     function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = function()
@@ -77,8 +78,34 @@ def test_int_t_makes_only_views(name):
     assert names[operator] == 1
     assert set(names) <= {operator} | VIEWS, names
     assert allocated == 0
-    if name == "q_sample":  # there is no model that wants to be told
+    if name == "q_sample":  # no model needs a tensor of timesteps
         assert names == {operator: 1}
+
+
+ROWS, AFFINE = TABLE[:, :8].contiguous(), torch.linspace(-1, 1, 16).reshape(8, 2)
+OPERATORS = {
+    "reverse_step": lambda t, **o: ops.reverse_step(X, M, ROWS, t, **o),
+    "forward_process": lambda t, **o: ops.forward_process(X, AFFINE, t, **o),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
+@pytest.mark.parametrize("noise", [{"add_noise": False}, {"rng": Philox(1, torch.arange(8) + 4)}], ids=["none", "ids"])
+def test_an_operators_call_is_one_operator(name, t, noise):
+    """Without noise, and with the noise of given sample ids; also where a dispatch mode is active."""
+    call, buffer = OPERATORS[name], torch.empty_like(X)
+    names, allocated = measure(lambda: call(t, **noise))
+    assert names[f"ddpm_ext::{name}"] == 1
+    assert set(names) <= {f"ddpm_ext::{name}"} | ALLOCATION, names
+    assert allocated == BYTES
+    names, allocated = measure(lambda: call(t, out=buffer, **noise))
+    assert names == {f"ddpm_ext::{name}": 1}
+    assert allocated == 0
+    for more, operator in (({}, f"ddpm_ext.{name}.default"), ({"out": buffer}, f"ddpm_ext.{name}.out")):
+        with Count() as count:
+            call(t, **noise, **more)
+        assert count.names == {operator: 1}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +123,6 @@ def test_other_operators(operator, call):
     assert allocated == BYTES
 
 
-TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 DOUBLED = {
     "batch": dict(zip(("uncond_output", "model_output"), torch.cat([M, X]).chunk(2), strict=True)),
     "channels": dict(zip(("model_output", "model_variance"), torch.cat([M, X], 1).chunk(2, 1), strict=True)),
@@ -112,7 +138,7 @@ def extended_step(t, **changes):
 @pytest.mark.parametrize("doubled", DOUBLED)
 @pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
 def test_an_extended_step_is_one_operator(noise, doubled, t):
-    """With every option, and halves of a model's output taken as they lie."""
+    """With every option, and with halves of a model's output that are not copied."""
     how = {**NOISE[noise](), **DOUBLED[doubled]}
     names, allocated = measure(lambda: extended_step(t, **how))
     assert names["ddpm_ext::extended_step"] == 1
@@ -136,7 +162,7 @@ class Count(TorchDispatchMode):
 
 @steps
 def test_a_dispatch_mode_sees_one_operator(name):
-    """The direct entry steps aside where a mode listens."""
+    """The direct call of the kernel is not used if a dispatch mode is active."""
     operator, step = STEPS[name]
     step(T, rng=Philox(1))
     with Count() as count:
@@ -165,65 +191,21 @@ def test_a_loop_launches_once_a_step(sampler):
     assert (few["ddpm_ext::reverse_step"], many["ddpm_ext::reverse_step"]) == (5, 25)
     assert few["ddpm_ext::randn"] == many["ddpm_ext::randn"] == 1
     more = many - few
-    # a step: one launch, and the view of its timesteps that the model gets
+    # each step makes one launch, and the view of the timesteps that the model gets
     assert more == {"ddpm_ext::reverse_step": 20, "aten::select": 20, "aten::as_strided": 20}
-    # 25 rows are longer than 5 (the float64 columns they are made of, too), but no sample is allocated for a step
+    # 25 rows and their float64 columns need more memory than 5, but a step allocates no sample
     assert many_bytes - few_bytes < BYTES
 
 
-def train(prediction="eps", dtype=torch.float32, **options):
-    """A step of training: the model's own allocation is one tensor of the output's size."""
-    gd = GaussianDiffusion(1000, prediction=prediction)
+def train(**options):
+    """A training step. The model allocates one tensor of its output's size."""
 
     def step():
-        leaf = torch.empty(SHAPE, dtype=dtype, requires_grad=True)
-        gd.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
+        leaf = torch.empty(SHAPE, requires_grad=True)
+        GD.train_losses(lambda x_t, t: leaf, X, T, **options).backward()
         return leaf.grad
 
     return step
-
-
-# What a step may hold beside tensors of the batch's size: a loss a sample, chunks of its sum, rows, views' bookkeeping.
-SMALL = 4096
-
-
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
-@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@noises
-def test_train_losses_is_two_launches(prediction, loss, noise):
-    """x_t, and the loss with its slope. No noise and no target is kept, or made at all, and no gradient is copied."""
-    names, allocated = measure(train(prediction, loss=loss, weighting="simple", **NOISE[noise]()))
-    ours = {name: count for name, count in names.items() if name.startswith("ddpm_ext::")}
-    assert ours == {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1}
-    made = {
-        "aten::randn",
-        "aten::normal_",
-        "aten::gather",
-        "aten::index",
-        "aten::mul",
-        "aten::copy_",
-        "aten::mean",
-        "aten::mse_loss",
-    }
-    assert not made & set(names), names
-    # x_t, the model's output, the slope
-    assert 3 * BYTES <= allocated <= 3 * BYTES + SMALL
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_train_losses_of_a_model_in_16_bits(dtype):
-    """Its slope has 16 bits, too; a backward pass makes the gradient of it by way of float32."""
-    names, allocated = measure(train(dtype=dtype, rng=Philox(1)))
-    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
-    x_t, output, slope, product, gradient = BYTES, BYTES // 2, BYTES // 2, BYTES, BYTES // 2
-    assert allocated <= x_t + output + slope + product + gradient + SMALL
-
-
-def test_train_losses_without_gradients_makes_no_slope():
-    with torch.no_grad():
-        names, allocated = measure(lambda: GD.train_losses(model, X, T, rng=Philox(1)))
-    assert names["ddpm_ext::forward_process"] == names["ddpm_ext::diffusion_loss"] == 1
-    assert BYTES <= allocated <= BYTES + SMALL
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", torch.linspace(0.5, 2, 1000)], ids=["min_snr", "given"])

@@ -1,4 +1,4 @@
-"""The extended step and its twin in `reference` against float64, and what each option leaves as it was."""
+"""The extended step and its twin in `reference` against float64, and what each option must not change."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ddpm_ext import Philox, ops, randn, reference
 F32 = torch.float32
 BACKENDS = pytest.mark.parametrize("backend", [ops, reference], ids=["fused", "reference"])
 PAIRS = pytest.mark.parametrize(("dtype", "model_dtype"), DTYPES)
-# As in test_ops.py: roundings of the sum of the terms' sizes. Measured worst of 9,000 examples: fused 2.44,
-# reference 2.99; the margin is 1.7.
+# The error is counted in roundings of the sum of the terms' absolute values, as in test_ops.py. Measured worst of
+# 9,000 examples: fused 2.44, reference 2.99; the margin is 1.7.
 ROUNDINGS = 5
 INF, NAN = math.inf, math.nan
 
@@ -27,7 +27,7 @@ INF, NAN = math.inf, math.nan
 
 
 class Number:
-    """A float64 number, and the sizes of all that it is the sum of: what rounding errors are in proportion to."""
+    """A float64 number, and the sum of its terms' absolute values, to which rounding errors are in proportion."""
 
     def __init__(self, value: np.ndarray | float, size: np.ndarray | float | None = None) -> None:
         self.value, self.size = value, np.abs(value) if size is None else size
@@ -43,11 +43,12 @@ class Number:
 
     def clip(self, low: float, high: float) -> Number:
         value = np.clip(self.value, low, high)
-        return Number(value, np.maximum(self.size, np.abs(value)))  # a term's size is forgotten but not its error
+        # The result is no larger than the bound, but has the error of its terms.
+        return Number(value, np.maximum(self.size, np.abs(value)))
 
 
 def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np.ndarray]:
-    """prev and x0 by ops.extended_step's docstring, and what each normal is multiplied by; `row` by columns."""
+    """prev and x0 by the equation of ops.extended_step, and the factor of each normal. `row` has numbers by column."""
     row = {name: Number(row[name]) for name in COLUMNS}
     x, zero, one = Number(x), Number(np.zeros_like(x)), Number(np.ones_like(x))
     given = {name: Number(value) for name, value in given.items()}
@@ -63,7 +64,7 @@ def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np
         v = given["model_variance"]
         if log_variance:
             log = row["l0"] + row["l1"] * v
-            # an error of the exponent is one of the power, relative
+            # an absolute error of the exponent is a relative error of the power
             deviation = Number(np.exp(log.value), np.exp(log.value) * (1 + log.size))
         else:
             deviation = Number(np.sqrt(np.clip(v.value, 2.0**-100, 2.0**100)))
@@ -87,7 +88,7 @@ def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np
 
 
 def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float = 0.0) -> float:
-    """How many of a float32's half units the error is beyond the result's own rounding, at the worst."""
+    """The largest error, less the rounding of the result itself, in half units of float32."""
     relative, least = HALF_ULP[got.dtype]
     error = np.abs(host(got) - truth.value) - noise_error
     error = error - relative * (np.abs(truth.value) + np.abs(error)) - least
@@ -155,7 +156,7 @@ noises = pytest.mark.parametrize("noise", NOISES)
 
 @pytest.fixture
 def special(normal):
-    """Normal numbers among which are infinities, NaN and zeros of both signs."""
+    """Random numbers with some infinities, NaN and zeros of both signs among them."""
 
     def make(seed, dtype=F32):
         x = normal(*SHAPE, seed=seed, dtype=dtype)
@@ -167,7 +168,7 @@ def special(normal):
 
 @pytest.fixture
 def step(device, normal):
-    """A step of SHAPE in float32 by table's row t or by all of its rows, of arguments that `changes` replace."""
+    """A float32 step of SHAPE by row t of the table, or by one row a sample. `changes` replace arguments."""
 
     def call(table, t=None, backend=ops, dtype=F32, model_dtype=None, **changes):
         model_dtype = model_dtype or dtype
@@ -186,7 +187,7 @@ def step(device, normal):
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 def test_without_extras_the_plain_steps_bits(step, special, device, noise, dtype, model_dtype, clip, memory):
-    """Whatever the columns say that only extras ask for."""
+    """The columns that only other options use may hold any number."""
     table, t = make_table(8), torch.arange(8, device=device)
     plain = table[:, :8].contiguous().to(device)
     how = {"clip": clip, **NOISES[noise]}
@@ -203,7 +204,7 @@ def test_without_extras_the_plain_steps_bits(step, special, device, noise, dtype
 @pytest.mark.parametrize("own", [{}, {"draw": 7, "stream": 200}])
 @PAIRS
 def test_noise_is_the_contracts(step, normal, device, dtype, model_dtype, own):
-    """Alone, and in the place of what is known."""
+    """In an ordinary step, and for the noise of the known pixels."""
     zeros, ids = torch.zeros(SHAPE, dtype=dtype, device=device), torch.arange(8, device=device) * 2**40
     rng = Philox(2**63 + 5, ids, **own)
     z = randn(SHAPE, rng, draw=own.get("draw", 0), stream=own.get("stream", 0), device=device, dtype=dtype)
@@ -219,7 +220,7 @@ def test_noise_is_the_contracts(step, normal, device, dtype, model_dtype, own):
 
 @BACKENDS
 @PAIRS
-def test_guidance_of_1_does_not_look(step, device, backend, dtype, model_dtype):
+def test_guidance_of_1_does_not_read_the_unconditional_output(step, device, backend, dtype, model_dtype):
     nans = torch.full(SHAPE, NAN, dtype=model_dtype, device=device)
     table, kinds = make_table(8, w=1.0), {"backend": backend, "dtype": dtype, "model_dtype": model_dtype}
     assert same_bits(step(table, uncond_output=nans, **kinds), step(table, **kinds))
@@ -229,7 +230,7 @@ def test_guidance_of_1_does_not_look(step, device, backend, dtype, model_dtype):
 
 @BACKENDS
 @PAIRS
-def test_a_c3_of_0_does_not_look(step, device, backend, dtype, model_dtype):
+def test_a_c3_of_0_does_not_read_the_history(step, device, backend, dtype, model_dtype):
     nans = torch.full(SHAPE, NAN, dtype=dtype, device=device)
     table, kinds = make_table(8, c3=0.0), {"backend": backend, "dtype": dtype, "model_dtype": model_dtype}
     assert same_bits(step(table, history=nans, **kinds), step(table, **kinds))
@@ -253,7 +254,7 @@ def test_masks_of_0_and_1(step, normal, device, noise, dtype):
     mask = (normal(*shape, seed=4) > 0).to(dtype)
     free = step(table, **kinds)
     pairs, t = table[:, 12:14].contiguous().to(device), torch.arange(8, device=device)
-    if noise == "drawn":  # as float32, and not where the forward process has its own
+    if noise == "drawn":  # in float32, but not where the forward process has other bits
         draws = table.view(torch.int32)[:, 6].long() % 2**32
         given = [randn(shape, how["rng"], draw=int(draw), device=device)[i] for i, draw in enumerate(draws)]
         noised = ops.forward_process(known.float(), pairs, t, noise=torch.stack(given)).to(dtype)
@@ -273,14 +274,14 @@ def test_scales_of_1_change_no_bit(step, device):
 
 
 def deviations(step_of_row, v, device, **how):
-    """What a row whose noise is 1 adds of the variances v: (count,) -> (count,)."""
+    """The standard deviations that a step uses for the variances v: (count,) -> (count,)."""
     v = v.view(1, -1).to(device)
     zeros, ones = torch.zeros_like(v), torch.ones_like(v)
     return ops.extended_step(zeros, None, step_of_row.to(device), 0, model_variance=v, noise=ones, **how)[0]
 
 
 def test_exponential(device):
-    """e to the power of whatever float32 number is in its range, within 1.3 x 2^-24, relative; beyond, the ends."""
+    """The relative error is below 1.3 x 2^-24 for every float32 number in the range. Others count as its ends."""
     largest = torch.tensor(88.0).view(torch.int32).item()
     up = torch.arange(0, largest + 1, 511, dtype=torch.int32).view(F32)
     near = torch.arange(-126, 127).double()[:, None] * math.log(2) / 2 + torch.linspace(-1e-5, 1e-5, 401).double()
@@ -298,7 +299,7 @@ def test_exponential(device):
 
 
 def test_square_root(device):
-    """Correctly rounded: every mantissa, every exponent; beyond [2^-100, 2^100], the ends."""
+    """Correctly rounded for every mantissa and every exponent. Numbers beyond [2^-100, 2^100] count as its ends."""
     mantissas = torch.arange(2**23, dtype=torch.int32).view(-1)
     v = torch.cat(
         [(mantissas[::step] + (exponent << 23)).view(F32) for exponent, step in [(127, 1), (128, 1)]]
@@ -316,7 +317,7 @@ def test_square_root(device):
 @BACKENDS
 @pytest.mark.parametrize("log_variance", [True, False])
 def test_a_gradient_is_scaled_by_the_variance(step, normal, device, backend, log_variance):
-    """Not by its root, and not by s."""
+    """Neither by its square root, nor by s."""
     v, gradient = normal(*SHAPE, seed=5).sigmoid(), normal(*SHAPE, seed=6)
     row = make_row(g1=2.0, l0=0.25, l1=0.5, s=3.0)
     got = step(

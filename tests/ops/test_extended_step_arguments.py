@@ -1,4 +1,4 @@
-"""The extended step: where results go, in place and out of it, and what it refuses before anything is written."""
+"""The extended step: where it writes its results, in place or not, and what it refuses before it writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ones(*shape: int, **kinds: Any) -> torch.Tensor:
 
 
 def arguments(device: torch.device, dtype: torch.dtype = F32, **changes: Any) -> dict[str, Any]:
-    """Good ones for every option at once, results as well, but for `changes`; those that are ... are left out."""
+    """Good arguments for all options and results at once. `changes` replace some; those that are ... are left out."""
     x, m, z = (torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
     given = {"x_t": x, "model_output": m, "table": TABLE, "t": torch.tensor([4, 1, 0, 2]), "noise": z}
     given |= options(SHAPE, dtype, dtype) | {name: torch.zeros_like(x) for name in RESULTS} | changes
@@ -46,7 +46,7 @@ def test_results_are_filled(device, backend, dtype):
     got = backend.extended_step(**given, **results)
     assert got is results["out"]
     assert torch.equal(got, expected) and torch.equal(results["out_copy"], expected)
-    # x0 is what a row makes of it that gives nothing else
+    # a row whose result is x0 itself gives the same x0
     alone = torch.zeros_like(TABLE)
     alone[:, [0, 1, 10, 14]], alone[:, 2] = TABLE[:, [0, 1, 10, 14]], 1
     plain = {name: value for name, value in given.items() if name not in ("mask", "known", "noise", "model_variance")}
@@ -72,7 +72,7 @@ def test_each_result_in_the_place_of_each_argument(device, dtype, memory, result
 
 @BACKENDS
 def test_all_in_place(device, backend):
-    """As a loop does: the sample on the sample, x0 on the x0 before."""
+    """In place, as in a loop: the next sample over the sample, x0 over the previous x0."""
     expected, given = arguments(device), arguments(device)
     backend.extended_step(**expected)
     given |= {"out": given["x_t"], "x0_out": given["history"], "out_copy": given["noise"]}
@@ -81,7 +81,7 @@ def test_all_in_place(device, backend):
 
 
 def test_halves_of_one_output(device):
-    """Of a doubled batch, of doubled channels and of both: as copies of them."""
+    """Halves of a doubled batch, of doubled channels and of both give the bits of copies."""
     batches, channels = torch.randn(8, *SHAPE[1:], device=device), torch.randn(4, 8, *SHAPE[2:], device=device)
     both = torch.randn(8, 8, *SHAPE[2:], device=device)
     for halves in (
@@ -122,7 +122,7 @@ def test_inference_mode(device):
 
 
 def refuse(backend, device, error, words, **changes):
-    """All of `words` (patterns) occur in the message, in one sentence, and nothing was written."""
+    """The message is one sentence that matches each pattern of `words`, and nothing was written."""
     given = arguments(device, **changes)
     dense = [v for v in given.values() if isinstance(v, torch.Tensor) and v.layout == torch.strided]
     tensors = [v for v in dense if v.device != META]
@@ -256,7 +256,7 @@ def test_results_that_overlap(device, result):
 
 @WRITTEN
 def test_results_in_what_all_elements_share(device, result):
-    """A table, scales: read again when some of the result is written."""
+    """A table or scales are still read when some of the result is written already."""
     memory = torch.randn(500, device=device)
     view = memory[:336].view(SHAPE)
     words = [rf"\b{result}\b", "shares memory"]

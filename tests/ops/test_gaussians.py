@@ -1,4 +1,4 @@
-"""ddpm_ext.gaussians against mpmath's numbers of 60 digits."""
+"""ddpm_ext.ops.gaussians against mpmath with 60 digits."""
 
 import math
 
@@ -17,7 +17,7 @@ DIGITS = 60
 
 levels = st.integers(0, 255)
 log_scales = st.one_of(st.floats(-20, 5), st.floats(-8, -2))
-# how far the mean is from the level: in standard deviations, in half bins, or anywhere
+# the distance of the mean from the level: in standard deviations, in half bins, or any
 offsets = st.one_of(
     st.tuples(st.just("sigmas"), st.floats(-55, 55)),
     st.tuples(st.just("half bins"), st.floats(-3, 3)),
@@ -44,7 +44,7 @@ def density(z):
 
 
 def exact(x, mean, log_scale):
-    """log P, its slope in the mean and in log_scale."""
+    """log P, and its derivatives by the mean and by log_scale."""
     with mpmath.workdps(DIGITS):
         scale, distance, half = mpmath.exp(log_scale), mpf(x) - mpf(mean), mpf(1) / 255
         low, high = (distance - half) / scale, (distance + half) / scale
@@ -81,10 +81,10 @@ def likelihood(x, mean, log_scale):
 @example(255, ("units", 2.0), -20.0)
 @example(100, ("units", -1.5), -20.0)
 @example(100, ("half bins", 1.0), -20.0)
-@example(255, ("units", -2.0), -43.0)  # as narrow as float32 has numbers for
+@example(255, ("units", -2.0), -43.0)  # as narrow as float32 can represent
 @example(100, ("units", 1.2), -43.0)
 @example(100, ("half bins", 0.9), -43.0)
-@example(100, ("units", 1 + 1 / 255), 0.0)  # where a formula of other ranges has an infinite slope
+@example(100, ("units", 1 + 1 / 255), 0.0)  # where a formula that is not used here has an infinite derivative
 @example(7, ("sigmas", 0.0), 5.0)
 @example(7, ("units", 3.0), 5.0)
 def test_likelihood(dtype, level, offset, log_scale):
@@ -92,10 +92,10 @@ def test_likelihood(dtype, level, offset, log_scale):
     expected = exact(*(value.item() for value in given))
     found = likelihood(*given)
     epsilon, scale = torch.finfo(dtype).eps, math.exp(given[2])
-    slope = abs(expected[1]) * scale  # in standard deviations
-    end = 2.0**-60 / scale  # how much float64 misses the ends of a bin by
+    slope = abs(expected[1]) * scale  # counted in standard deviations
+    end = 2.0**-60 / scale  # the rounding of a bin's ends in float64
     assert found[0].dtype == dtype and found[0] <= 0
-    # measured in float32, over ten thousand: 2.7 and 0.25; 6 and 0.5; 3 and 1.2
+    # measured in float32 over ten thousand examples: 2.7 and 0.25; 6 and 0.5; 3 and 1.2
     for value, truth, unit, relative, absolute, by_end in (
         (found[0], expected[0], 1, 6, 0.6, slope + 1),
         (found[1], expected[1], scale, 12, 1.5, 1),
@@ -158,7 +158,7 @@ def test_divergence(dtype, mean, distance, log_variance, d):
     slopes = torch.autograd.grad(found, given)
     truth = exact_kl(*(value.item() for value in given))
     assert found.dtype == dtype and found >= 0
-    # measured 3.2 where the exponential of the difference d is not that of a rounded one; below 1e-38 float32 ends
+    # measured 3.2 if the difference d in the exponent is not rounded; float32 ends at 1e-38
     ulps = 8 + max(0, given[1].item() - given[3].item())
     assert abs(mpf(found.item()) - truth) <= ulps * torch.finfo(dtype).eps * truth + 1e-38
     first, second = np.exp([given[1].item() - given[3].item(), -given[3].item()])

@@ -1,4 +1,4 @@
-"""torch's own checks of every operator, and gradients against autograd through the reference in float64."""
+"""torch's own checks of every operator, and its gradients against autograd through the reference in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def affine(device):
 
 @pytest.fixture(scope="session")
 def rows(device):
-    """A t for each sample."""
+    """A row for each sample."""
     return torch.tensor([2, 0, 1], device=device)
 
 
@@ -35,7 +35,7 @@ def t(request, rows):
 
 @pytest.fixture
 def samples(make_step_table, normal, affine, rows, device):
-    """Arguments of each operator: name, overload, positional ones, keywords."""
+    """Arguments of each operator: its name, overload, positional arguments and keywords."""
     table = make_step_table(3)
     x, m, z = (normal(*SHAPE, seed=i, grad=True) for i in range(3))
     half = normal(*SHAPE, dtype=torch.float16, grad=True)
@@ -95,7 +95,7 @@ def test_opcheck(samples, i):
 
 
 def test_opcheck_draw_seed():
-    # compiled and eager runs draw different seeds, and that is right
+    # a compiled run and an eager run draw different seeds, as they should
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.draw_seed.default, (), test_utils=tests)
     torch.manual_seed(0)
@@ -117,33 +117,33 @@ def test_every_operator_is_checked(samples):
 
 
 def gradients(function, tensors, weight):
-    """d(weight · function)/d(each tensor), in the tensors' own dtypes."""
+    """The gradients of sum(weight · function) in each tensor, in its own dtype."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     result = function(*leaves)
     return torch.autograd.grad((result * weight.to(result.dtype)).sum(), leaves)
 
 
 def assert_gradients(fused, twin, tensors):
-    """twin in float64 is the truth; a gradient is rounded to its tensor's dtype, and so is what comes in."""
+    """The gradients are those of `twin` in float64, but for the rounding to the dtypes of the tensors."""
     weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(tensors[0])
     got = gradients(fused, tensors, weight)
     truth = gradients(twin, [tensor.double() for tensor in tensors], weight)
     for gradient, expected, tensor in zip(got, truth, tensors, strict=True):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
-        # measured worst: float32 0.3 of this, the others 0.31
+        # measured worst: 0.3 of this bound in float32, 0.31 in the others
         tolerance = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[tensor.dtype]
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def as_float64(table):
-    """A step table in the reference's float64 form."""
+    """A step table in float64, as the reference reads it."""
     wide = table.double()
     wide.view(torch.int64)[:, 6] = table.view(torch.int32)[:, 6].long()
     return wide
 
 
 def away_from_the_clip(x, m, table, t, clip):
-    """m, changed where the prediction is so near the clip's edge that rounding decides on which side it falls."""
+    """m, changed where the predicted x0 is so near the clip's edge that rounding decides on which side it lies."""
     a, b = table.double()[t].expand(len(x), -1)[:, :2].reshape(len(x), 2, *[1] * (x.dim() - 1)).unbind(1)
     start = a * x.double() + b * m.double()
     near = sum((start - edge).abs() < 1e-3 for edge in clip).bool()
@@ -189,7 +189,7 @@ def test_reverse_step_in_16_bits(make_step_table, normal, rows, dtype):
 @pytest.mark.parametrize("backend", [ops, reference])
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), None])
 def test_clip_holds_gradients_back_as_torchs(backend, clip, device):
-    """At its edges, where versions of torch differ, and for NaN, too."""
+    """Also at the edges, where versions of torch differ, and for NaN."""
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
     special = [] if clip is None else [float("inf"), float("nan")]
     values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *special]], device=device)
@@ -234,13 +234,13 @@ def test_affine(normal, affine, name, t, x_dtype, y_dtype):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 @pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
 def test_diffusion_loss(normal, t, loss, reduction):
-    """test_losses.py asks more of it."""
+    """test_loss.py tests it more closely."""
     table, (m, x) = normal(3, 4, seed=5), normal(2, *SHAPE).unbind()
     for options in ({"rng": Philox(0)}, {"noise": normal(*SHAPE, seed=1)}):
         options |= {"loss": loss, "reduction": reduction}
 
         def spread(backend, table, m, options=options):
-            """As assert_gradients weighs it: of a sample's shape."""
+            """As assert_gradients weights it, in a sample's shape."""
             got = backend.diffusion_loss(m, x.to(table.dtype), table, t, **options)
             return got.reshape(-1, 1, 1, 1).expand(SHAPE)
 
@@ -261,7 +261,7 @@ def test_memory_layouts(make_step_table, normal, affine, rows, memory):
         "sliced": lambda: torch.stack([x, x], -1)[..., 0],
         "expanded": lambda: x[:, :, :, :1].expand(SHAPE),
     }[memory]()
-    weight = normal(*SHAPE[::-1], seed=3).permute(3, 2, 1, 0)  # what comes in is not contiguous either
+    weight = normal(*SHAPE[::-1], seed=3).permute(3, 2, 1, 0)  # the incoming gradient is not contiguous either
     for function in (
         lambda x, m: ops.reverse_step(x, m, table, rows, add_noise=False),
         lambda x, m: ops.predict_start(x, m, affine, rows),
@@ -295,7 +295,7 @@ def test_gradcheck_of_the_reference(make_step_table, normal, affine, rows, name)
 
 @NAMES
 def test_second_derivatives(make_step_table, normal, affine, rows, name):
-    """Of a function that bends: the operator's cube."""
+    """The operators are affine, so that their cube is differentiated."""
     table = make_step_table(3, seed=2)
     x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
     y = away_from_the_clip(x, y, table, rows, (-1.0, 1.0))
@@ -315,7 +315,7 @@ def test_second_derivatives(make_step_table, normal, affine, rows, name):
 # ------------------------------------------------------------------------------------------------- no graph
 
 
-def test_out_records_no_gradients_and_says_so(make_step_table, normal, affine, rows, device):
+def test_out_is_refused_where_gradients_are_needed(make_step_table, normal, affine, rows, device):
     table, out = make_step_table(3), torch.empty(SHAPE, device=device)
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
     for backend_call in (

@@ -1,4 +1,4 @@
-"""DDPM_EXT_CPU: every instruction set gives the same bits, and a wrong name one clear error."""
+"""DDPM_EXT_CPU: every instruction set gives the same bits, and a wrong name raises one clear error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# What a CPU must have, by the names in /proc/cpuinfo.
+# The features that a CPU must have, by their names in /proc/cpuinfo.
 NEEDS = {
     "portable": set(),
     "avx2": {"avx2", "fma", "f16c"},
@@ -146,7 +146,7 @@ def available() -> list[str]:
 
 @pytest.fixture(scope="module")
 def results(root, tmp_path_factory):
-    """What each instruction set computes, by its name."""
+    """The results of each instruction set, by its name."""
     found = {}
     for name in available():
         path = tmp_path_factory.mktemp("bits") / f"{name}.pt"
@@ -164,7 +164,7 @@ def test_same_bits_as_portable(results, name):
     assert results[name].keys() == results["portable"].keys()
     for key, expected in results["portable"].items():
         got = results[name][key]
-        number = ~expected.isnan()  # which of the NaNs it is, is nobody's promise
+        number = ~expected.isnan()  # the bits of a NaN are not specified
         integer = torch.int32 if got.dtype == torch.float32 else torch.int16
         assert torch.equal(got.isnan(), expected.isnan()), key
         assert torch.equal(got.view(integer)[number], expected.view(integer)[number]), key

@@ -1,4 +1,4 @@
-"""Large results ask the system for large pages: each would else be given to them in pieces of 4 KiB."""
+"""Memory of large results is marked for large pages, since the system would provide it in pages of 4 KiB otherwise."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not (SMAPS.exists() and KNOWN.exists()), reason=
 
 
 def advised(x):
-    """Whether the middle of a tensor's memory is marked for large pages."""
+    """Whether the middle of a tensor's memory is marked for large pages (madvise)."""
     middle = x.data_ptr() + x.nbytes // 2
     inside = False
     for line in SMAPS.read_text().splitlines():

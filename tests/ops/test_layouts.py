@@ -1,4 +1,4 @@
-"""The same bits however a batch lies in memory, is split or spread over threads, whatever its dtype and device."""
+"""The bits do not depend on the memory layout, on how a batch is split, on the number of threads or on the device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ddpm_ext import Philox, ops
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
-FIRST = 2**32 - 2  # ids cross a word
+FIRST = 2**32 - 2  # the ids cross 2^32
 
 
 @pytest.fixture(scope="session")
 def run(make_step_table):
-    """The operators that draw, and one that doesn't, where x is: a dict of results."""
+    """The results of the operators that draw noise, and of one that does not, on x's device."""
     table = make_step_table(4, seed=1)
 
     def call(x, m, t, rng):
@@ -32,7 +32,7 @@ def run(make_step_table):
 
 @pytest.fixture(scope="session")
 def run_on_the_cpu(run):
-    """The same, of contiguous copies on the CPU."""
+    """The same results of contiguous copies on the CPU."""
 
     def call(x, m, t, rng):
         return run(x.cpu().contiguous(), m.cpu().contiguous(), t.cpu(), rng)
@@ -46,7 +46,7 @@ def assert_same(got, expected):
 
 
 def layouts(x: torch.Tensor):
-    """x's values in other memory."""
+    """x's values in other memory layouts."""
     yield "transposed", x.transpose(1, -1).contiguous().transpose(1, -1)
     yield "batch last", x.movedim(0, -1).contiguous().movedim(-1, 0)
     yield "reversed", x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
@@ -95,7 +95,7 @@ def test_results_keep_the_layout(run, normal, device, memory_format):
 
 
 def test_more_dimensions_than_merge(run, run_on_the_cpu, normal, device):
-    """Eight in a sample whose strides don't merge are taken, nine refused."""
+    """Eight dimensions whose strides cannot be merged are allowed, nine are refused."""
     x = normal(*[2] * 9)
     t = torch.zeros(2, dtype=torch.int64, device=device)
     reverse = list(reversed(range(9)))
@@ -112,7 +112,7 @@ def test_batch_split(run, normal, device, inner, dtype):
     x, m = normal(batch, *inner, dtype=dtype), normal(batch, *inner, seed=1, dtype=dtype)
     t = torch.tensor([3, 1, 2, 1, 0], device=device)
     whole = run(x, m, t, Philox(7, FIRST))
-    for cuts in range(2 ** (batch - 1)):  # every way to cut
+    for cuts in range(2 ** (batch - 1)):  # every way to split the batch
         ends = [i + 1 for i in range(batch - 1) if cuts >> i & 1] + [batch]
         parts = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
         results = [run(x[p], m[p], t[p], Philox(7, FIRST + p.start)) for p in parts]
@@ -141,7 +141,7 @@ def test_int_t_is_a_tensor_of_equal_ones(run, normal, device):
 @DTYPES
 @pytest.mark.parametrize("shape", [(3, 50_001), (1, 200_000), (70, 3, 33, 7), (30_000, 3)])
 def test_sizes_and_threads(run, run_on_the_cpu, threads, normal, device, shape, dtype):
-    """One thread's bits: those of several, and of a GPU's grid, which is as large as the samples."""
+    """Several threads give the bits of one. So does a GPU's grid, whose size follows from the samples."""
     x, m = normal(*shape, dtype=dtype), normal(*shape, seed=1, dtype=dtype)
     t = torch.arange(shape[0], device=device) % 4
     threads(1)
@@ -159,7 +159,7 @@ def test_noise_is_drawn_in_float32_then_rounded(device, dtype):
     assert torch.equal(ddpm_ext.randn(shape, Philox(1), device=device, dtype=dtype), z.to(dtype))
     zeros, unit = torch.zeros(shape, dtype=dtype, device=device), torch.tensor([[0.0, 1.0]], device=device)
     assert torch.equal(ops.forward_process(zeros, unit, 0, rng=Philox(1, stream=0, draw=0)), z.to(dtype))
-    # used before it is rounded: k1 z, not k1 round(z)
+    # the noise is multiplied before it is rounded: k1 z, not k1 round(z)
     third = torch.tensor([[0.0, 1 / 3]], device=device)
     expected = ops.forward_process(zeros.float(), third, 0, rng=Philox(1))
     assert torch.equal(ops.forward_process(zeros, third, 0, rng=Philox(1)), expected.to(dtype))

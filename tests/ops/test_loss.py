@@ -1,5 +1,6 @@
-"""The training loss as an operator, and its twin in `reference`: values and slopes against float64 formulas, the same
-bits however it is asked for, and what it refuses."""
+"""The training loss as an operator, and its twin in `reference`.
+
+Values and derivatives are compared with float64 formulas. The bits do not depend on layouts, threads or batches."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]  # of the samples, of the model's output
+# The dtypes of the samples and of the model's output.
+DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
-NOISE_ERROR = 2e-6  # of drawn noise, the contract's
+NOISE_ERROR = 2e-6  # the noise contract's bound for a drawn normal
 CPU = torch.device("cpu")
-FIRST = 2**32 - 2  # ids cross a word
+FIRST = 2**32 - 2  # the ids cross 2^32
 
 backends = pytest.mark.parametrize("backend", [ops, reference], ids=["fused", "reference"])
 losses = pytest.mark.parametrize("loss", LOSSES)
@@ -29,7 +31,7 @@ dtypes = pytest.mark.parametrize(("x_dtype", "m_dtype"), DTYPES)
 
 @pytest.fixture(scope="session")
 def table(device):
-    """Rows of k0, k1, weight; one has no weight, one's is below 0, one's is tiny."""
+    """Rows of k0, k1 and a weight. One weight is 0, one is negative, one is tiny."""
     table = torch.randn(7, 4, generator=torch.Generator().manual_seed(3))
     table[:, 2] = torch.tensor([1.0, 0.0, -0.5, 1e-4, 30.0, 0.1, 2.0])
     return table.to(device)
@@ -44,7 +46,7 @@ def per_sample(values, like: np.ndarray) -> np.ndarray:
 
 
 def formulas(d: np.ndarray, loss: str, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Value and slope of each element."""
+    """The loss of each element and its derivative."""
     if loss == "mse":
         return d**2, 2 * d
     if loss == "l1":
@@ -54,7 +56,7 @@ def formulas(d: np.ndarray, loss: str, delta: float) -> tuple[np.ndarray, np.nda
 
 
 def layout(x: torch.Tensor, choose, name: str) -> torch.Tensor:
-    """x's values in other memory, or an expanded tensor."""
+    """x's values in another memory layout, or an expanded tensor."""
     kind = choose.one_of(["contiguous", "permuted", "sliced", "offset", "expanded"], f"memory of {name}")
     if kind == "permuted":
         order = choose.order(x.dim(), f"order of {name}")
@@ -69,6 +71,7 @@ def layout(x: torch.Tensor, choose, name: str) -> torch.Tensor:
     return x
 
 
+@pytest.mark.slow
 @for_many(300)
 def test_values_and_slopes(table, device, choose):
     x_dtype, m_dtype = choose.one_of(DTYPES, "dtypes")
@@ -100,7 +103,7 @@ def test_values_and_slopes(table, device, choose):
         z = host(reference.randn(shape, moved(rng, CPU), draw=torch.from_numpy(rows), stream=2, dtype=torch.float64))
         noise = {"rng": rng}
     else:
-        # without x_start a given noise tells the samples' dtype
+        # without x_start the noise determines the dtype of the samples
         noise = {"noise": tensor(x_dtype, "noise")}
         z = host(noise["noise"])
 
@@ -109,7 +112,7 @@ def test_values_and_slopes(table, device, choose):
     x = np.zeros_like(m) if x_start is None else host(x_start)
     d = m - (k0 * x + k1 * z)
     values, slopes = formulas(d, loss, delta)
-    # The terms are rounded, and so are d and what is made of it.
+    # The terms are rounded, and so are their difference d and the results that are computed from it.
     off = 2 * 2.0**-24 * (np.abs(m) + np.abs(k0 * x) + np.abs(k1 * z)) + (np.abs(k1) * NOISE_ERROR if drawn else 0)
     value_off = (np.abs(slopes) + off) * off + 4 * 2.0**-24 * values
     slope_off = {"mse": 2 * off, "l1": 2.0 * (np.abs(d) <= off), "huber": off}[loss] + 3 * 2.0**-24 * np.abs(slopes)
@@ -140,7 +143,7 @@ def test_values_and_slopes(table, device, choose):
         factor = share * weight * per_sample(back, m)
         relative, least = HALF_ULP[m_dtype]
         bound = np.abs(factor) * slope_off + 3 * 2.0**-24 * np.abs(factor * slopes)
-        # a slope of 16 bits is rounded before it is multiplied and afterwards
+        # a derivative of 16 bits is rounded before it is multiplied and again afterwards
         twice = 2 if m_dtype != F32 else 1
         bound += twice * 1.001 * relative * (np.abs(factor * slopes) + bound) + least
         if m_dtype == F16:
@@ -154,7 +157,7 @@ def test_values_and_slopes(table, device, choose):
 @losses
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_million_elements(loss, drawn, normal, device, threads):
-    """The sum is far more exact than its elements are, and the same in every run and on any number of threads."""
+    """The sum is far more exact than its terms, and has the same bits in every run with any number of threads."""
     shape = (1, 1_000_003)
     m, x, z = (normal(*shape, seed=seed) for seed in range(3))
     table = torch.tensor([[0.6, -0.8, 1.5, 0.0]], device=device)
@@ -175,7 +178,7 @@ def test_a_million_elements(loss, drawn, normal, device, threads):
 
 
 def test_many_samples_on_any_number_of_threads(table, normal, device, threads):
-    """More than torch's mean takes in one piece."""
+    """More samples than torch's mean adds up in one piece."""
     m, t = normal(100_000, 2), torch.arange(100_000, device=device) % 7
     found = []
     for count in (1, 2, 3):
@@ -215,7 +218,7 @@ def assert_same(got, expected):
 @dtypes
 @pytest.mark.parametrize("inner", [(1, 1, 1), (3, 5, 7), (2, 16, 16), (3, 17, 33)], ids=str)
 def test_same_bits(loss, x_dtype, m_dtype, inner, table, normal, device, threads):
-    """Contiguous or strided, whole or split, at any place of the batch, on one thread or two, given or drawn."""
+    """For any layout, split and place in the batch, for one thread and two, for noise that is given or drawn."""
     shape = (5, *inner)
     m, x, z = (
         normal(*shape, dtype=m_dtype),
@@ -247,7 +250,7 @@ def test_same_bits(loss, x_dtype, m_dtype, inner, table, normal, device, threads
 
 @losses
 def test_drawn_noise_is_the_forward_process(loss, table, normal, device):
-    """The same z that forward_process adds by the same rng; given in its place, it gives the same bits."""
+    """The loss draws the z that forward_process adds. The same z as `noise` gives the same bits."""
     m, x = normal(4, 3, 50), normal(4, 3, 50, seed=1)
     t = torch.tensor([4, 0, 2, 4], device=device)
     whole = torch.tensor([[0.0, 1.0]] * 7, device=device)
@@ -284,7 +287,7 @@ INF, NAN, LEAST = math.inf, math.nan, 2.0**-149
 
 @losses
 def test_special_numbers_as_torchs(loss, device):
-    """In each lane of the kernels' vectors, beside others that stay what they are."""
+    """In each lane of the kernels' vectors. The other elements keep their bits."""
     special = [0.0, -0.0, INF, -INF, LEAST, -LEAST, 1e-40, -1e-40, 3e38, -3e38, 1.0, -1.0, 0.5, 1e-20, -1e-20, NAN]
     d = torch.tensor(special * 40, device=device)[:, None]
     table = torch.tensor([[0.0, 1.0, 1.0, 0.0]], device=device)
@@ -293,7 +296,7 @@ def test_special_numbers_as_torchs(loss, device):
     expected.sum().backward()
     got, slope = losses_and_slopes(d, None, table, 0, loss=loss, noise=torch.zeros_like(d))
     torch.testing.assert_close(got, expected.flatten().detach(), rtol=2.0**-22, atol=LEAST, equal_nan=True)
-    # torch's own slope of |NaN| is 0, which would hide it
+    # torch's own derivative of |NaN| is 0, which would hide it
     slopes = torch.where(d.isnan(), NAN, truth.grad)
     assert torch.equal(slope.isnan(), d.isnan()) and torch.equal(slope.nan_to_num(7), slopes.nan_to_num(7))
     if loss == "l1":
@@ -318,7 +321,7 @@ def test_one_bad_number_is_one_bad_sample(loss, bad, table, normal):
 
 
 def test_nothing_behind_the_end_is_read(normal, device):
-    """A sample's neighbours in memory don't leak into its sum."""
+    """What lies beside a sample in memory does not change its sum."""
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0]], device=device)
     for count in (1, 5, 63, 500, 513):
         around = torch.full((3, count + 40), NAN, device=device)
@@ -332,7 +335,7 @@ def test_nothing_behind_the_end_is_read(normal, device):
 @pytest.mark.parametrize("upstream", [1.0, 65536.0])
 @pytest.mark.parametrize("weight", [1e-6, 1.0, 1e4])
 def test_float16_slopes_neither_vanish_nor_overflow(loss, upstream, weight, device):
-    """A gradient that float16 holds comes out, whatever numbers are on the way there: as of a loss in float32."""
+    """A gradient that float16 can hold is right, even if the numbers it is computed from are too large or too small."""
     table = torch.tensor([[1.0, 0.0, weight, 0.0]], device=device)
     m = torch.tensor([30000.0, 50.0, 4.0, 0.02, -0.003, 2.0**-12], device=device).repeat(50, 40).half()
     x = torch.zeros(m.shape, device=device)
@@ -368,7 +371,7 @@ def test_backward_twice_and_accumulated(table, normal):
 
 @dtypes
 def test_many_gradients_at_once(x_dtype, m_dtype, table, normal):
-    """As torch.autograd.grad batches them, with a batch that only it sees."""
+    """torch.autograd.grad with is_grads_batched, whose batch dimension the operator does not see."""
     x, leaf = normal(3, 40, seed=1, dtype=x_dtype), normal(3, 40, dtype=m_dtype).requires_grad_()
     for reduction, upstream in (("none", torch.diag(torch.tensor([1.0, -2.0, 3.0]))), ("mean", torch.tensor([1.0, 7]))):
         upstream = upstream.to(leaf.device)
@@ -384,7 +387,7 @@ def test_many_gradients_at_once(x_dtype, m_dtype, table, normal):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("samples", ["x_start", "without x_start"])
 def test_twice_differentiable_reference(loss, reduction, samples, table, device, normal):
-    """In the model's output, and, which the operator refuses, in x_start and noise."""
+    """In the model's output, and in x_start and noise, which the fused operator refuses."""
     m, x, z = (normal(3, 2, 3, seed=seed, dtype=torch.float64, grad=True) for seed in range(3))
     t = torch.tensor([4, 0, 2], device=device)
     wide = table.double()
@@ -411,7 +414,7 @@ def test_a_second_derivative_is_refused(x_dtype, m_dtype, table, normal):
 
 
 def test_the_bare_operator_refuses_what_it_has_no_slope_for(table, normal):
-    """torch.ops.ddpm_ext.diffusion_loss, which is told whether the slope is wanted."""
+    """torch.ops.ddpm_ext.diffusion_loss has an argument that says whether the derivative is computed."""
     op, leaf = torch.ops.ddpm_ext.diffusion_loss, normal(3, 40, grad=True)
     arguments = (leaf, None, table, None, 0, 0, 1.0, normal(3, 40, seed=1))
     loss, slope = op(*arguments, want_slope=True)
@@ -437,7 +440,7 @@ def fresh_compiler():
 @losses
 @pytest.mark.parametrize(("x_dtype", "m_dtype"), [(F32, F32), (F32, F16), (BF16, BF16)])
 def test_compiled(fresh_compiler, loss, x_dtype, m_dtype, table, normal, device):
-    """Eager bits, forward and backward, in one graph; a second derivative is refused there, too."""
+    """One graph gives the bits of eager mode, forward and backward. A second derivative is refused there, too."""
     x, t = normal(4, 3, 50, seed=1, dtype=x_dtype), torch.tensor([4, 0, 2, 4], device=device)
     m = normal(4, 3, 50, dtype=m_dtype)
 
@@ -459,6 +462,6 @@ def test_compiled(fresh_compiler, loss, x_dtype, m_dtype, table, normal, device)
     with torch.no_grad():
         assert_same(compiled(m, x, t), everything(m, x, t))
     leaf = m.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"requires create_graph=False|double backward"):  # torch's own words
+    with pytest.raises(RuntimeError, match=r"requires create_graph=False|double backward"):  # this message is torch's
         (first,) = torch.autograd.grad(compiled(leaf, x, t)[0], leaf, create_graph=True)
         first.sum().backward()

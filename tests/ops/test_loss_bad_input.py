@@ -1,4 +1,4 @@
-"""What ops.diffusion_loss and its twin refuse, in a sentence that names the argument, and what an empty batch is."""
+"""ops.diffusion_loss and its twin refuse bad arguments with a sentence that names them. Empty batches have a loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(device):
 @backends
 @pytest.mark.parametrize("shape", [(0, 3, 4), (0,), (2, 0), (2, 3, 0)], ids=str)
 def test_nothing_at_all(backend, shape, table, device):
-    """As torch: the mean of nothing is NaN, the sum 0; a sample without elements has no mean."""
+    """As in torch: the mean of an empty batch is NaN, its sum 0. The mean of a sample without elements is NaN, too."""
     m = torch.zeros(shape, device=device, requires_grad=True)
     for noise in ({"noise": torch.zeros(shape, device=device)}, {"rng": Philox(0)}):
         mean, each, total = (

@@ -1,4 +1,4 @@
-"""The operators and their twins in `reference` against float64, over shapes, strides, dtypes, kinds of noise."""
+"""The operators and their twins in `reference` against float64, for many shapes, strides, dtypes and kinds of noise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_reverse_step(make_step_table, device, choose):
     start, start_size = a * x + b * m, np.abs(a * x) + np.abs(b * m)
     if clip is not None:
         start = np.clip(start, *clip)
-    # the clip forgets a term's size but not its error
+    # a clipped x0 is no larger than the bound, but has the error of its terms
     terms = [c0 * start, c1 * x, c2 * m, c0 * start_size, -c0 * start_size]
     if z is not None:
         terms.append(s * z)
@@ -78,7 +78,7 @@ def test_affine(name, device, choose):
 
 @pytest.mark.parametrize(("x_dtype", "y_dtype"), DTYPES)
 def test_thousand_rows(device, x_dtype, y_dtype):
-    """Every row of a real table, each for its own sample."""
+    """Every row of a real table, one for each sample."""
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     timestep = torch.arange(999, -1, -1)
     table = ddpm(make_grid((1 - betas).cumprod(0), timestep, betas=betas)).packed(device)
@@ -112,7 +112,7 @@ def test_row_without_noise_and_drawn_noise(backend, make_step_table, normal):
 
 @pytest.mark.parametrize("backend", [ops, reference])
 def test_draws_of_32_bits(backend, device):
-    """The row's draw counts as unsigned."""
+    """The draw in a row is an unsigned number."""
     for draw in (2**31 - 1, 2**31, 2**32 - 1):
         table = StepTable([3], a=[0.0], b=[0.0], c0=[0.0], c1=[0.0], s=[1.0], draw=[draw]).packed(device)
         zeros = torch.zeros(2, 9, device=device)

@@ -1,4 +1,4 @@
-"""NaN, Inf and signed zeros behave as in torch.clamp and arithmetic; empty tensors; where alphas_cumprod is 0."""
+"""NaN, infinities and signed zeros behave as in torch's arithmetic and clamp. Empty tensors, and alphas_cumprod = 0."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ VALUES = [0.0, -0.0, 1.0, -2.5, 1e-7, 1000.0, INF, -INF, NAN]
 
 
 def step_table(device: torch.device, *rows: tuple[float, ...]) -> torch.Tensor:
-    """Rows of a, b, c0, c1, c2, s; draw 0."""
+    """A step table with rows of a, b, c0, c1, c2 and s, all with draw 0."""
     return torch.tensor([[*row, 0.0, 0.0] for row in rows], device=device)
 
 
 def combinations(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """All of VALUES beside one another: (count, 1, ...)."""
+    """All combinations of VALUES, each tensor of shape (count, 1, ...)."""
     listed = torch.tensor(list(itertools.product(VALUES, repeat=count)), dtype=dtype, device=device)
     return listed.T.contiguous().unsqueeze(1)
 
 
 def step(x, m, z, row, clip):
-    """The formula in float64; c2 m counts only where c2 isn't 0, since the clip has tamed an infinite m."""
+    """The equation in float64. c2 m is left out if c2 is 0, since m may be infinite and x0 finite by the clip."""
     a, b, c0, c1, c2, s = row
     with np.errstate(invalid="ignore"):
         start = a * x + b * m
         if clip is not None:
-            start = np.clip(start, *clip)  # NaN stays
+            start = np.clip(start, *clip)  # NaN stays NaN
         prev = c0 * start + c1 * x + (c2 * m if c2 != 0 else 0.0)
         return prev if z is None else prev + s * z
 
@@ -58,7 +58,7 @@ def test_special_values_in_every_place(backend, dtype, clip, row, device):
         got = backend.reverse_step(x, m, step_table(device, row), 0, clip=clip, noise=noise, add_noise=False)
         with np.errstate(over="ignore"):
             truth = step(*(v if v is None else v.double().cpu().numpy() for v in (x, m, noise)), row, clip)
-        # NaN and Inf in the same places; the margin is for cancelled terms of 1000
+        # NaN and infinities are in the same places; the margin is for terms of 1000 that cancel
         tolerance = {torch.float32: 2e-4, torch.float16: 1, torch.bfloat16: 8}[dtype]
         np.testing.assert_allclose(got.double().cpu().numpy(), truth, rtol=0, atol=tolerance)
 
@@ -108,7 +108,7 @@ def test_16_bit_results_overflow_to_infinity(backend, device):
     table = torch.tensor([[1.0, 0.0], [2.0, 0.0]], device=device)
     half = x.half()
     assert backend.forward_process(half, table, 1, add_noise=False).tolist() == [[INF, -INF, INF, INF]]
-    # 65519 rounds to the largest number, 65520 to infinity: as torch's own rounding
+    # 65519 rounds to the largest number and 65520 to infinity, as in torch
     from_float32 = backend.forward_process(half[:, :3], table, 0, add_noise=False)
     assert from_float32.tolist() == [[60000.0, -60000.0, 65504.0]]
 
@@ -132,7 +132,7 @@ def test_empty(backend, dtype, shape, device):
 
 @BACKENDS
 def test_without_signal_x0_is_the_sign_of_x_minus_m(backend, normal, device):
-    """Where alphas_cumprod is 0 and the model predicts eps, also where both are equal."""
+    """If alphas_cumprod is 0 and the model predicts eps, also for x = m."""
     a, b = (float(v) for v in PREDICTIONS["eps"].x0(Levels(*torch.zeros(3, 1, dtype=torch.float64))))
     x, i = normal(1, 999), torch.arange(999, device=device)
     m = torch.stack([x, x.nextafter(x + 1), x.nextafter(x - 1)])[i % 3, 0, i][None]

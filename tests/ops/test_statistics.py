@@ -1,4 +1,4 @@
-"""The statistics of the noise, which has the same bits on every device: see test_noise.py."""
+"""The statistics of the noise. Its bits are the same on every device (test_noise.py), so that the CPU is enough."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def normals() -> np.ndarray:
 
 def test_moments(normals):
     z, n = normals.ravel(), normals.size
-    # standard errors of a normal sample's moments; 4 of them: one seed in 4,000 fails all four
+    # 4 standard errors of each moment of a normal sample: one seed in 4,000 would fail
     assert abs(z.mean()) < 4 * n**-0.5
     assert abs(z.var() - 1) < 4 * (2 / n) ** 0.5
     assert abs(scipy_stats.skew(z)) < 4 * (6 / n) ** 0.5
@@ -27,7 +27,7 @@ def test_moments(normals):
 
 def test_distribution(normals):
     assert scipy_stats.kstest(normals.ravel(), "norm").pvalue > 1e-3
-    for lane in range(4):  # an element's place in its block
+    for lane in range(4):  # the place of an element in its block
         assert scipy_stats.kstest(normals[:, lane::4].ravel(), "norm").pvalue > 1e-3
 
 
@@ -42,17 +42,17 @@ LENGTH = 1_000_000
 
 
 def line(shift: int = 0, *, step: int = 1, sample: int = 0, seed: int = 5, **source: int) -> np.ndarray:
-    """Elements of one sample from `shift` on."""
+    """The elements of one sample, from element `shift` on."""
     rng = Philox(seed, sample, **source)
     return ddpm_ext.randn((1, LENGTH + 8), rng).double().numpy()[0, shift : shift + LENGTH : step]
 
 
 def small(first: int) -> np.ndarray:
-    """Samples of eight elements each."""
+    """Many samples of eight elements each."""
     return ddpm_ext.randn((LENGTH // 8, 8), Philox(5, first)).double().numpy().ravel()
 
 
-# Pairs of arrays whose elements at the same place must have nothing to do with each other.
+# Pairs of arrays whose elements at the same place must be independent.
 PAIRS = {
     **{f"elements {lag} apart": lambda lag=lag: (line(), line(lag)) for lag in (1, 2, 3, 4, 5, 8)},
     **{
@@ -74,6 +74,6 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_no_correlation(name):
     a, b = PAIRS[name]()
-    # of the values and of their squares, which Box-Muller's radius has in common where it goes wrong
+    # also of their squares: a fault in Box-Muller's radius would make those correlate
     for x, y in ((a, b), (a**2, b**2)):
         assert abs(np.corrcoef(x, y)[0, 1]) < 4.5 * len(a) ** -0.5

@@ -1,5 +1,6 @@
-"""Bad input, in tables: each is a ValueError or TypeError that names the argument, what came and what is expected,
-before the model is called and with no argument changed."""
+"""Bad input raises a ValueError or TypeError that names the argument, what came and what is expected.
+
+It is raised before the model is called, and no argument is changed."""
 
 import re
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from support.refusals import CPU, GOOD_T, META, SHAPE, Model, backends, call, on
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
 
-# The samples and t have other names in each method.
+# The names of the samples and of t differ between the methods.
 SAMPLES = {
     "q_sample": "x_start",
     "q_mean_variance": "x_start",
@@ -36,7 +37,7 @@ def test_good_arguments_pass(device):
 
 # ------------------------------------------------------------------------------------------------------------ t
 
-# A tensor's values are looked at on the CPU alone.
+# A tensor's values are checked on the CPU only.
 BAD_T_VALUES = {
     "tensor too large": (lambda: steps(0, 50, 3), ValueError, ["50"]),
     "tensor negative": (lambda: steps(0, 3, -1), ValueError, ["-1"]),

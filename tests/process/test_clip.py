@@ -1,4 +1,4 @@
-"""Dynamic thresholding, and the ranges that predictions are clipped to."""
+"""Dynamic thresholding, and the ranges that x0 is clipped to."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_a_view_has_the_same_bound(device):
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):
-    """Bit for bit, though x0 is seen before the step."""
+    """Bit for bit, although x0 is computed before the step."""
     gd = make_diffusion(backend=backend)
     options = ours(gd, "plain", sampler, model=lambda x, t: 3 * model(x, t), device=device)
     plain = gd.p_sample_loop(**options)
@@ -48,13 +48,13 @@ def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):
 
 
 def test_saturated_pixels_move_inwards(device):
-    """No prediction leaves [-1, 1], and the greatest is there exactly where the quantile is 1."""
+    """No x0 leaves [-1, 1], and the largest is 1 exactly if the quantile is 1."""
     gd = make_diffusion(prediction="x0")
     options = ours(gd, "plain", model=lambda x, t: 5 * x, device=device)
     for x0 in gd.p_sample_loop(**options, clip_denoised=DynamicThreshold(1.0), record="x0"):
         greatest = np.abs(x0).reshape(4, -1)
         np.testing.assert_allclose(greatest.max(1), 1.0, rtol=0, atol=1e-6)
-        assert ((greatest > 0.999).sum(1) == 1).all()  # all others are smaller than the clip would leave them
+        assert ((greatest > 0.999).sum(1) == 1).all()  # all others are smaller than they would be after the clip
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 7)])
@@ -66,7 +66,7 @@ def test_samples_of_few_elements(device, shape):
 
 
 def test_in_low_precision(device):
-    """The bound is found in float32, of the prediction as it is stored."""
+    """The bound is computed in float32, from x0 as it is stored."""
     gd = make_diffusion()
     full = truth(gd, "threshold")[-1][0]
     for dtype, factor in ((torch.float16, 2**13), (torch.bfloat16, 2**16)):

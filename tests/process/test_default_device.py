@@ -1,5 +1,6 @@
-"""torch.set_default_device says where tensors of no device are made: the tables are the CPU's all the same, and samples
-are where they were."""
+"""torch.set_default_device sets where tensors are made that no device is given for.
+
+The tables stay on the CPU nevertheless, and samples on their device."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from ddpm_ext import GaussianDiffusion, Guidance, Philox
 from ddpm_ext.tables.samplers import SAMPLERS
 
 SPACINGS = ["linspace", "leading", "trailing", "quadratic", "ddim5", "3,2", "karras", "log_snr"]
-META = torch.device("meta")  # any use of the default shows: nothing can be computed there
+META = torch.device("meta")  # nothing can be computed on meta, so that any use of the default raises
 
 
 def model(x, t):

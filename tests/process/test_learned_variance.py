@@ -17,7 +17,7 @@ variances = pytest.mark.parametrize("variance", [name for name, variance in VARI
 
 
 def make(device, backend, variance, prediction="eps"):
-    """A diffusion, the tutorial's truth of its mean, x, the two halves of a model's output, z, t."""
+    """A diffusion, the tutorial's formulas for its mean, x, the two halves of a model's output, z and t."""
     gd, _ = pair(prediction, variance, backend)
     x, m, v, z = normals(4, device)
     v = {"learned": v - 3, "learned_range": v.clamp(-1, 1), "learned_variance": v.abs() * 0.1 + 1e-3}[variance]
@@ -25,7 +25,7 @@ def make(device, backend, variance, prediction="eps"):
 
 
 def log_variance_of(gd, variance, v, t):
-    """Its logarithm, as guided-diffusion has it, and of a variance that is told itself."""
+    """The logarithm of the variance: guided-diffusion's, or of a variance that the model predicts directly."""
     v, t = float64(v), t.cpu()
     if variance == "learned":
         return v
@@ -56,12 +56,13 @@ def test_a_step(device, backend, variance, prediction, clip):
     true_log = log_variance_of(gd, variance, v, t)
     assert var.shape == log_var.shape == x.shape and var.dtype == log_var.dtype == torch.float32
     assert ((float64(log_var) - true_log).abs() <= 8 * HALF_ULPS * true_log.abs().clamp(min=1)).all()
-    assert ((float64(var) - true_log.exp()).abs() <= 10 * HALF_ULPS * 20 * true_log.exp()).all()  # its ln is above -20
+    # The logarithm is above -20.
+    assert ((float64(var) - true_log.exp()).abs() <= 10 * HALF_ULPS * 20 * true_log.exp()).all()
 
     result = gd.p_sample(both, x, t, clip, noise=z)
     moving = (t.cpu() != 0).reshape(-1, 1, 1, 1)
     spread = moving * (true_log / 2).exp()
-    # the exponent is rounded once and again, a relative error of the power
+    # the exponent is rounded twice, which is a relative error of the power
     size = magnitude + 2 * spread * float64(z).abs() * (1 + true_log.abs())
     check(result, true_mean + spread * float64(z), size, device)
     assert torch.equal(result[0], mean[0])  # no noise at t = 0
@@ -120,7 +121,7 @@ def test_the_ends_of_a_learned_range_are_the_fixed_variances(device, backend, v,
 @backends
 @variances
 def test_other_samplers_leave_the_variance(device, backend, variance):
-    """Of ddim's step the first half of the channels, whatever the second says."""
+    """ddim uses the first half of the channels only."""
     learned, plain = make_diffusion(backend=backend, variance=variance), make_diffusion(backend=backend)
     for sampler in ("ddim", "dpmpp_2m", "euler_ancestral"):
         both = [
@@ -149,7 +150,7 @@ def test_a_table_of_ones_own_takes_the_variance_as_its_name_does(device, varianc
 
 @pytest.mark.parametrize("own", ["fixed_small", "fixed_large", "learned_variance"])
 @pytest.mark.parametrize("rows", ["learned", "learned_range"])
-def test_rows_for_a_variance_that_the_model_does_not_tell_are_refused(own, rows):
+def test_rows_for_a_variance_that_the_model_does_not_predict_are_refused(own, rows):
     gd = make_diffusion(variance=own)
     table = ddpm(make_grid(gd.alphas_cumprod, list(TIMESTEPS), betas=gd.betas), variance=rows)
     message = rf"sampler has rows for the logarithm of .* \(l1\), but the variance is '{own}', expected 'learned' or"
@@ -175,4 +176,4 @@ def test_an_output_without_twice_the_channels_is_refused(device, backend, varian
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(ValueError, match=r"x_t has shape \(4,\), expected \(batch, channels, ...\)"):
-        gd.p_sample(lambda x, t: torch.cat([x, x]), x[:, 0, 0, 0], 5)  # no channels at all
+        gd.p_sample(lambda x, t: torch.cat([x, x]), x[:, 0, 0, 0], 5)  # there are no channels at all

@@ -1,4 +1,4 @@
-"""GaussianDiffusion as an object: copied, pickled, first used inside a mode that ends, beside other libraries."""
+"""GaussianDiffusion as an object: it is copied, pickled, and first used inside a mode of torch that ends."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 def test_copies_do_the_same(backend, copied, device):
     gd = GaussianDiffusion(50, "cosine", prediction="v", variance="fixed_large", backend=backend)
     x, t = torch.randn(3, 4, device=device), torch.tensor([0, 7, 49], device=device)
-    gd.q_sample(x, t)  # there are tables on the device now
+    gd.q_sample(x, t)  # now it has tables on the device
     other = copied(gd)
     assert repr(other) == repr(gd)
     assert torch.equal(

@@ -1,4 +1,4 @@
-"""The gradients of the tutorial's methods, and its training and sampling code with the import swapped."""
+"""The gradients of the tutorial's methods, and the tutorial's training and sampling code with ddpm_ext's class."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_gradient_of_q_mean_variance(backend, device):
 @clips
 @pytest.mark.parametrize("t", ["tensor", 20])
 def test_gradients_of_p_mean_variance(backend, prediction, clip, t, device):
-    """In x_t, directly and through the model, and in the model's parameters."""
+    """The gradients in x_t, directly and through the model, and in the model's parameters."""
     gd, truth = pair(prediction, backend=backend)
     (x,) = normals(1, device)
     w = torch.tensor(0.9, device=device)
@@ -128,6 +128,7 @@ class TinyModel(nn.Module):
         return self.convolution(x) + self.embedding(t)[:, :, None, None]
 
 
+@pytest.mark.slow
 @backends
 def test_training_loop(backend, device):
     timesteps, batch_size = 500, 8
@@ -148,17 +149,16 @@ def test_training_loop(backend, device):
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
-@backends
-@predictions
-def test_parameter_gradients_of_train_losses(backend, prediction, device):
-    gd = GaussianDiffusion(500, prediction=prediction, backend=backend)
-    truth = Tutorial(gd.betas, prediction)
+def test_parameter_gradients_of_train_losses(device):
+    """The gradient of the model's output is tested in losses/test_train_losses.py, for every prediction and backend."""
+    gd = GaussianDiffusion(500, prediction="v")
+    truth = Tutorial(gd.betas, "v")
     torch.manual_seed(0)
     model, true_model = TinyModel().to(device), TinyModel().double()
     true_model.load_state_dict(model.state_dict())
     x, z = normals(2, device, (4, 3, 8, 8))
     t = torch.tensor([0, 3, 250, 499], device=device)
-    with torch.backends.cudnn.flags(enabled=False):  # whose convolutions may round to TF32
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's convolutions may round to TF32
         gd.train_losses(model, x, t, z).backward()
     truth.train_losses(true_model, x, t, noise=z).backward()
     for a, b in zip(model.parameters(), true_model.parameters(), strict=True):
@@ -166,6 +166,7 @@ def test_parameter_gradients_of_train_losses(backend, prediction, device):
         torch.testing.assert_close(float64(a.grad), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
 
 
+@pytest.mark.slow
 @backends
 def test_sampling_cell(backend, device):
     timesteps = 500
@@ -185,7 +186,7 @@ def test_sampling_cell(backend, device):
     assert np.isfinite(generated_images[-1]).all()
     assert np.abs(generated_images[-1]).max() <= 1  # the last step is x_0 alone, clipped
     assert generated_images[-1].reshape(8, 8, 3, 8, 8).shape == (8, 8, 3, 8, 8)
-    # the afterword's cell: x_0 as predicted on the way
+    # the tutorial's last cell: the x_0 that is predicted during sampling
     t = torch.full((64,), timesteps - 1, device=device).long()
     ori = torch.from_numpy(generated_images[0]).to(device)
     with torch.no_grad():

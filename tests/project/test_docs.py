@@ -1,4 +1,4 @@
-"""The documentation's code runs, and its tables are true."""
+"""The code in the documentation runs, and its tables are right."""
 
 import re
 
@@ -16,7 +16,7 @@ from ddpm_ext.tables.weightings import WEIGHTINGS
 
 
 def run(page, folder, monkeypatch):
-    """How many blocks of code it has."""
+    """Runs the blocks of code on a page, and returns their number."""
     monkeypatch.chdir(folder)
     pytest.importorskip("matplotlib").use("Agg")
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
@@ -41,7 +41,7 @@ def test_training_code(root, tmp_path, monkeypatch):
     assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 6
 
 
-def test_every_loss_and_weighting_is_told(root):
+def test_every_loss_and_weighting_is_documented(root):
     told = set(re.findall(r'`"(\w+)"`', (root / "docs" / "training.md").read_text()))
     assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told
 
@@ -55,7 +55,7 @@ def test_spacings_table(root):
         assert spaced_timesteps(1000, steps, spacing).tolist() == [int(t) for t in timesteps.split()]
 
 
-def test_every_sampler_and_variance_is_told(root):
+def test_every_sampler_and_variance_is_documented(root):
     names = [
         set(re.findall(r'`"(\w+)"`', (root / "docs" / page).read_text())) for page in ("sampling.md", "options.md")
     ]

@@ -1,4 +1,4 @@
-"""Each example runs as a person would run it, and says what it is to say."""
+"""Each example runs as a user would run it, and prints what it claims."""
 
 import os
 import re
@@ -10,11 +10,11 @@ import pytest
 NEEDS = {
     "tutorial_loop": (),
     "diffusers_pipeline": ("diffusers", "safetensors"),
-    "guided_diffusion_script": (),  # says so where guided_diffusion is missing
+    "guided_diffusion_script": (),  # prints a sentence if guided_diffusion is missing
     "training_loop": ("sklearn",),
     "trajectory_picture": ("diffusers", "matplotlib", "safetensors"),
 }
-# Of those that accelerate: how they tell how far the images are from what they were.
+# How the examples of accelerate() print the largest difference between the images.
 APART = r"by (\d[.]\de[-+]\d+) at most|at most (\d[.]\de[-+]\d+) apart"
 
 

@@ -37,7 +37,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def fake_toolkit(home: Path, version: str = "13.0", codes: str = "sm_75 sm_80 sm_90 sm_120") -> Path:
-    """A folder whose nvcc answers the three questions that setup.py asks."""
+    """A folder with an nvcc that answers the three calls of setup.py."""
     script(
         home / "bin" / "nvcc",
         f"""case "$1" in
@@ -99,7 +99,7 @@ def test_an_nvcc_of_this_machine_is_found():
     assert set(toolkit.archs) & set(setup.ARCHS)
 
 
-# CUDA or not
+# With or without CUDA
 
 
 def test_cuda_is_taken_where_torch_and_nvcc_agree(tmp_path):
@@ -148,7 +148,7 @@ def test_default_architectures_are_those_that_both_know():
         setup.default_archs(["5.0"], lambda arch: True)
 
 
-def test_torch_is_asked_without_a_trace(monkeypatch):
+def test_asking_torch_for_architectures_leaves_no_trace(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     assert setup.torch_knows("8.0")
     assert not setup.torch_knows("1.2")
@@ -158,7 +158,7 @@ def test_torch_is_asked_without_a_trace(monkeypatch):
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
-# Flags and torch
+# The compiler's flags, and torch
 
 
 def test_no_flag_lets_a_compiler_reorder_arithmetic():
@@ -211,7 +211,7 @@ def built_for(package: Path, torch: str, torch_cuda: str | None, cuda: str | Non
 
 
 def import_error(root: Path) -> str:
-    """What `import ddpm_ext` ends with there; nothing if it succeeds."""
+    """The message of the ImportError that `import ddpm_ext` raises there, or an empty string."""
     code = "import ddpm_ext; assert ddpm_ext.C.answer == 42"
     env = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What a release consists of: one version, an sdist with all that git has, a wheel with the package alone, metadata."""
+"""A release: one version, an sdist with all files of git, a wheel with the package only, and the metadata."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import ddpm_ext
+from ddpm_ext import version as version_module
 
-# Made by building, or private; none of it may leave the folder. The first six lie where whole folders are taken.
+# Files that a build makes, or private ones. No release may have them. The first six lie in folders that are included.
 STRAY = (
     "csrc/core/step.o",
     "ddpm_ext/_C.abi3.json",
@@ -31,12 +32,12 @@ STRAY = (
     "notes.txt",
     "site/index.html",
 )
-# What an sdist has beside its sources.
+# What an sdist has besides its sources.
 ADDED = re.compile(r"PKG-INFO|setup\.cfg|ddpm_ext\.egg-info/.+")
 
 
 def git_files(root: Path, *options: str) -> set[str]:
-    """The files that git has, or with `--others` would take, and that are there."""
+    """The files that exist and that git tracks, or with `--others` would add."""
     command = ["git", "-c", "core.quotePath=false", "ls-files", "--exclude-standard", *options]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
     return {name for name in listed if (root / name).is_file()}
@@ -55,7 +56,7 @@ def version(root) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(root, tmp_path_factory) -> Path:
-    """Built from a copy of the sources, among which lies what must stay behind."""
+    """An sdist, built from a copy of the sources with stray files among them."""
     pytest.importorskip("build")
     tree = tmp_path_factory.mktemp("tree") / "ddpm_ext"
     if (root / ".git").exists():
@@ -81,7 +82,7 @@ def contents(sdist) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    """Built from the sdist, without compiling: what it has beside the extension."""
+    """A wheel, built from the sdist without compiling: all but the extension."""
     tree, out = tmp_path_factory.mktemp("unpacked"), tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as opened:
         opened.extractall(tree, filter="data")
@@ -103,12 +104,12 @@ def metadata(wheel):
 
 
 def test_version_is_pyprojects(version):
-    """After a change of pyproject.toml, `make build` installs anew."""
+    """If this fails after a change of pyproject.toml, `make build` installs the package again."""
     assert ddpm_ext.__version__ in (version, f"{version}+source")
     assert ddpm_ext.build_info()["version"] == ddpm_ext.__version__
 
 
-def test_version_is_said_once(root, version):
+def test_version_is_stated_once(root, version):
     files = [root / name for name in ("setup.py", "Makefile", "mkdocs.yml", "README.md")]
     files += (root / "ddpm_ext").rglob("*.py")
     again = re.compile(rf"(?<![\d.]){re.escape(version)}(?![\d.])")
@@ -120,13 +121,13 @@ def test_version_where_nothing_is_installed(version, monkeypatch, tmp_path):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert ddpm_ext._version() == f"{version}+source"
+    assert version_module._version() == f"{version}+source"
     package = tmp_path / "ddpm_ext"
     package.mkdir()
-    monkeypatch.setattr(ddpm_ext, "__file__", str(package / "__init__.py"))
-    assert ddpm_ext._version() == "0+unknown"
+    monkeypatch.setattr(version_module, "__file__", str(package / "version.py"))
+    assert version_module._version() == "0+unknown"
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "another"\nversion = "7.0"\n')
-    assert ddpm_ext._version() == "0+unknown"
+    assert version_module._version() == "0+unknown"
 
 
 def test_changelogs_newest_entry_is_this_version(root, version):
@@ -136,11 +137,11 @@ def test_changelogs_newest_entry_is_this_version(root, version):
     assert all(date != "unreleased" for _, date in entries[1:])
 
 
-# What is in it
+# The contents
 
 
 def test_sdist_has_what_git_has(root, contents):
-    """So what its own tests read is there, too."""
+    """The sdist then contains everything that its tests read."""
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
     sources = {name for name in contents if not ADDED.fullmatch(name)}
@@ -151,8 +152,8 @@ def test_sdist_has_what_git_has(root, contents):
 
 def test_nothing_stray_is_in_the_sdist(contents):
     assert contents.isdisjoint(STRAY)
-    assert {"setup.py", "csrc/ops/library.cpp", "csrc/core/extras.def", "tests/test_packaging.py"} <= contents
-    assert {"benchmarks/results/cpu.md", "Makefile"} <= contents
+    sources = {"setup.py", "csrc/ops/library.cpp", "csrc/core/extras.def", "tests/project/test_packaging.py"}
+    assert sources | {"benchmarks/results/cpu.md", "Makefile"} <= contents
 
 
 def test_wheel_has_the_package_alone(wheel, contents):
@@ -162,7 +163,7 @@ def test_wheel_has_the_package_alone(wheel, contents):
     assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
 
 
-# What it says of itself
+# The metadata
 
 
 def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):
@@ -201,4 +202,4 @@ def test_citation(root, metadata):
     assert citation["title"] == "ddpm_ext"
     assert [author["name"] for author in citation["authors"]] == [metadata["Author"]]
     assert citation["license"] == "Apache-2.0"
-    assert "version" not in citation  # pyproject.toml has it
+    assert "version" not in citation  # it comes from pyproject.toml

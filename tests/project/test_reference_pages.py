@@ -1,4 +1,4 @@
-"""The documentation as a site: it builds without a warning, has every public name, and none of its links is dead."""
+"""The documentation's site builds without a warning, has every public name, and no dead link."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CITED = re.compile(r"\b([A-Z][\w-]+)(?: et al\.| (?:&|and) [A-Z]\w+) (\d{4})")
 
 
 class Page(HTMLParser):
-    """A page's anchors, links, names in code and text."""
+    """The anchors, the links, the names in code, and the text of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone: what survives any markup."""
+    """Letters and digits only, which no markup changes."""
     return "".join(re.findall(r"[^\W_]", text))
 
 
@@ -65,12 +65,12 @@ def site(root, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(site) -> dict[str, Page]:
-    """By their paths in the site."""
+    """The pages by their paths in the site."""
     return {path.relative_to(site).as_posix(): Page(path) for path in site.rglob("*.html")}
 
 
 def modules(page: Path) -> list[types.ModuleType]:
-    """The modules that a page of the reference names as a whole, or in part by their `members`."""
+    """The modules that a page of the reference includes, whole or in part by `members`."""
     found = []
     for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE):
         try:
@@ -85,7 +85,7 @@ def modules(page: Path) -> list[types.ModuleType]:
 
 
 def test_every_public_name_has_its_place(pages):
-    """By the package's name or that of the module it is from."""
+    """Under the name of the package or of the module that defines it."""
     ids = set().union(*(page.ids for page in pages.values()))
     for name in ddpm_ext.__all__:
         home = getattr(getattr(ddpm_ext, name), "__module__", "ddpm_ext")
@@ -93,7 +93,7 @@ def test_every_public_name_has_its_place(pages):
 
 
 def test_every_name_of_a_modules_page_is_on_it(root, pages):
-    """Those without a docstring, constants, in the page's own words."""
+    """Constants have no docstring, and must be described in the page's text."""
     seen = 0
     for path in sorted((root / "docs" / "api").glob("*.md")):
         page = pages[f"api/{path.stem}.html"]
@@ -120,8 +120,8 @@ def test_docstrings_are_on_the_pages(root, pages):
                     assert plain(first) in words, f"{module.__name__}.{name}"
 
 
-def test_the_schedules_attributes_are_told(pages):
-    """The one entry of a docstring that names many at once, of which a site keeps but the last."""
+def test_the_schedules_attributes_are_documented(pages):
+    """This entry of a docstring names several attributes, of which the site would otherwise keep the last only."""
     told = pages["api/diffusion.html"].code
     tables = {name for name, value in vars(ddpm_ext.GaussianDiffusion(100)).items() if isinstance(value, torch.Tensor)}
     assert {"betas", "posterior_variance"} <= tables
@@ -132,7 +132,7 @@ def test_the_schedules_attributes_are_told(pages):
 
 
 def test_no_link_is_dead(root, site, pages):
-    """Links out of the site go to files beside docs/, where site/ lies in a checkout."""
+    """Links out of the site lead to files beside docs/, since site/ lies there in a checkout."""
     out = 0
     for name, page in pages.items():
         for link in page.links:
@@ -175,7 +175,7 @@ def test_code_of_the_first_page_runs(root, tmp_path, monkeypatch):
 
 
 def rows(root: Path) -> dict[str, list[str]]:
-    """The table's papers, and the files that each is said to be in."""
+    """The papers in the table, with the files that the table names for each."""
     table = re.findall(
         r"^\| (\w.*? \d{4}.*?) \|.*\| (\[.*) \|$", (root / "docs" / "papers.md").read_text(), re.MULTILINE
     )
@@ -197,7 +197,7 @@ def test_every_paper_that_is_cited_is_in_the_table(root):
     assert unknown == []
 
 
-def test_where_papers_are_said_to_be_they_are(root):
+def test_the_files_that_the_table_names_cite_the_paper(root):
     for paper, files in rows(root).items():
         assert files, paper
         for name in files:

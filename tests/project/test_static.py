@@ -1,4 +1,4 @@
-"""benchmarks/static on machine code written for it: what it reads, the way it finds, the times it computes."""
+"""benchmarks/static on hand-written machine code: how it is read, the path that is found, the times that follow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "_ZN8ddpm_ext4cuda11elementwiseINS0_12_GLOBAL__N_15RandnELNS_5NoiseE2ELb0
 
 
 def listing(*lines: str, name: str = NAME) -> str:
-    """As nvdisasm prints it: labels as they are, instructions with an address each."""
+    """A listing in nvdisasm's format: labels as they are, and an address for each instruction."""
     text, address = [f'\t.section\t.text.{name},"ax",@progbits', f".text.{name}:", f"{name}:"], 0
     for line in lines:
         if line.endswith(":"):
@@ -36,7 +36,7 @@ def opcodes(instructions) -> list[str]:
     return [i.opcode for i in instructions]
 
 
-# A thread draws two normals, or none, adds them to a vector, and may find a ragged end in its place.
+# A thread draws two normals or none and adds them to a vector. The last elements have a path of their own.
 STRAIGHT = [
     "S2R R0, SR_TID.X",
     "@P0| EXIT",
@@ -119,9 +119,9 @@ def test_successors():
     k = kernel(*STRAIGHT)
     where = {i.opcode: number for number, i in reversed(list(enumerate(k.instructions)))}
     assert k.successors(0) == [1]
-    assert k.successors(1) == [2]  # EXIT under a predicate goes on
+    assert k.successors(1) == [2]  # the path goes on after an EXIT with a predicate
     assert k.successors(2) == [8, 3] and k.successors(4) == [7, 5]
-    assert k.successors(where["CALL.REL.NOINC"]) == [7]  # it returns
+    assert k.successors(where["CALL.REL.NOINC"]) == [7]  # the call returns
     assert k.successors(10) == [11] and k.successors(11) == []
     loop = kernel("BRA.U !UP0, `(.L_x_0)", ".L_x_0:", "@P0| CALL.REL.NOINC `(.L_x_1)", "NOP", ".L_x_1:", "EXIT")
     assert loop.successors(0) == [1, 1] and loop.successors(1) == [3, 2]
@@ -140,7 +140,7 @@ def test_control_that_it_cannot_follow_is_an_error():
 
 
 def test_way_through_straight_code():
-    """The noise is drawn, the call and the ragged end are left out."""
+    """The path draws the noise, and leaves out the call and the last elements."""
     way = path.hot_path(kernel(*STRAIGHT))
     assert not way.loops and way.once == []
     assert opcodes(way.turn) == [
@@ -155,7 +155,7 @@ def test_way_through_straight_code():
         "STG.E.128",
         "EXIT",
     ]
-    assert way.issued(5) == Counter(way.turn)  # there is no turn to repeat
+    assert way.issued(5) == Counter(way.turn)  # there is no loop to repeat
 
 
 def test_way_through_a_loop():
@@ -168,7 +168,7 @@ def test_way_through_a_loop():
 
 
 def test_loop_that_is_left_from_its_middle():
-    """As ptxas closes loops for sm_80: what leads back to the head is of the turn, though the way out leaves it out."""
+    """ptxas closes loops for sm_80 like this. The part that leads back to the head belongs to an iteration."""
     way = path.hot_path(
         kernel(
             *("MOV R0, RZ", ".L_x_0:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"),
@@ -194,7 +194,7 @@ def test_way_takes_one_copy_of_an_unrolled_loop():
 
 
 def test_loop_that_leaves_by_its_head():
-    """The way back to the head, and out from there, belongs to the thread."""
+    """The last way back to the head and out from there is counted once a thread."""
     way = path.hot_path(
         kernel(
             "MOV R0, RZ", ".L_x_0:", "@P0| EXIT", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8", "BRA `(.L_x_0)"
@@ -205,7 +205,7 @@ def test_loop_that_leaves_by_its_head():
 
 
 def test_way_with_all_options():
-    """Loads and stores that branches lead past, and the dearer of two ways that exclude one another."""
+    """The path takes the loads and stores that branches may skip, and the more expensive of two alternatives."""
     store, option = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
     k = kernel(
         *("@P0| BRA `(.L_x_0)", option, ".L_x_0:", "@P1| BRA `(.L_x_1)", "FFMA R4, R2, R3, R4"),
@@ -217,7 +217,8 @@ def test_way_with_all_options():
     assert opcodes(path.hot_path(k).turn) == ["BRA", "BRA", "MUFU.RSQ", "STG.E.128", "BRA", "EXIT"]
 
 
-# A block's threads store four slopes, and their losses, which the first warp adds up; its first thread counts blocks.
+# The threads of a block store four derivatives and their losses. The first warp adds up the losses, and its first
+# thread counts blocks.
 BLOCK = [
     "S2R R0, SR_TID.X",
     ".L_x_0:",
@@ -249,7 +250,7 @@ BLOCK = [
 
 
 def test_way_of_a_block_that_adds_up():
-    """The first of four warps takes the sum on top of what all do; nobody the last block's."""
+    """The first of four warps adds up besides the work of all. The last block's extra work is left out."""
     way = path.team_path(kernel(*BLOCK), warps=4)
     every = ["BRA", "BRA", "LDG.E.64", "FFMA", "BRA", "STG.E.64", "STS.128", "BAR.SYNC.DEFER_BLOCKING", "BRA"]
     sums = ["LDS", "SHFL.DOWN", "DADD", "STG.E.64"]
@@ -339,7 +340,7 @@ def test_cards_reach_their_published_tflops(card):
 
 
 def test_roofline_by_hand():
-    """4 elements of 8 bytes on 10 SMs of 1 GHz with 100 GB/s, so 80 ps; a clock of all SMs for one thread is 100 ps."""
+    """4 elements of 8 bytes on 10 SMs of 1 GHz at 100 GB/s need 80 ps each. A clock of 10 SMs is 100 ps a thread."""
     k = kernel(
         *["FFMA R0, R1, R2, R3"] * 6,
         *["IMAD.WIDE.U32 R0, R1, R2, RZ"] * 2,
@@ -351,7 +352,7 @@ def test_roofline_by_hand():
     card = Card("card", "90", 10, 1.0, 100, 0, "")
     line = roofline(card, Counter(k.instructions), 4, 8)
     assert line.memory == pytest.approx(80)
-    # turns / 4 elements / rate x 100 ps
+    # issues / 4 elements / rate x 100 ps
     expected = {"issue": 15 / 128, "fma": 10 / 128, "heavy": 4 / 64, "alu": 4 / 64, "xu": 1 / 16, "lsu": 4 / 32}
     expected["double"] = 0
     assert line.pipes == pytest.approx({pipe: clocks / 4 * 100 for pipe, clocks in expected.items()})
@@ -384,7 +385,7 @@ def test_variants_with_options():
     inner = "(ddpm_ext::cuda::Access)0, float, __half"
     v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::extended<{inner}>(ddpm_ext::ExtendedArgs)")
     assert (v.title, v.access, v.dtypes) == ("ExtendedStep, all options", "vector", "float32 / float16")
-    # x, noise, x_start, history, gradient, known, mask; three of the model; three results
+    # x, noise, x_start, history, gradient, known, mask; three outputs of the model; three results
     assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
     assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
 
@@ -393,14 +394,14 @@ def test_variants_that_add_up():
     inner = "ddpm_ext::LossRow, (ddpm_ext::Noise)1, (ddpm_ext::cuda::Access)0, float, __half"
     v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<{inner}>(ddpm_ext::LossArgs)")
     assert (v.title, v.access, v.dtypes) == ("Loss, noise given", "vector", "float32 / float16 / float32")
-    # x_start, the model's output, noise; the slope, float32
+    # x_start, the model's output, noise; the derivative in float32
     assert (v.bytes_read, v.bytes_written, v.adds_up) == (4 + 2 + 4, 4, True)
     bound = kernels.variant(
         "void ddpm_ext::cuda::(anonymous namespace)::loss_of_samples<ddpm_ext::VariationalRow, (ddpm_ext::Noise)2, "
         "(ddpm_ext::cuda::Access)1, float, float>(ddpm_ext::LossArgs)"
     )
     assert (bound.title, bound.access) == ("Loss with bound, noise drawn", "strided")
-    # the model's output has two halves, and its slope
+    # the model's output has two halves, and so does its derivative
     assert (bound.bytes_read, bound.bytes_written, bound.adds_up) == (3 * 4, 2 * 4, True)
     assert kernels.warps_that_add_up() == 4
 
@@ -430,6 +431,7 @@ def test_a_missing_disassembler_says_how_to_get_it(monkeypatch, tmp_path):
     assert compiler.disassembler("nvdisasm", tmp_path) == tmp_path / "bin" / "nvdisasm"
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(kernels.demangler() is None, reason="no c++filt to read the kernels' names")
 def test_report():
     """A loop of 4 instructions for 8 float32, on an H100: memory needs 4 B / 3350 GB/s."""

@@ -1,7 +1,7 @@
 """Property tests: tests of many inputs, each made by the choices of a `Choose`.
 
-hypothesis chooses where it is installed, and reduces what fails to something small; elsewhere chance does, from fixed
-seeds, so that these tests run where nothing but pytest is.
+If hypothesis is installed, it makes the choices and reduces an input that fails to a small one. Otherwise they are
+random, from fixed seeds, so that these tests need nothing but pytest.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class Choose:
-    """Chance."""
+    """Random choices."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
 
     def integer(self, low: int, high: int, name: str = "") -> int:
-        """In [low, high]; its ends more often than the others."""
+        """An integer in [low, high], the two ends more often than the others."""
         return self.random.choice([low, high, *(self.random.randint(low, high) for _ in range(6))])
 
     def one_of(self, options: Sequence[T], name: str = "") -> T:
@@ -43,7 +43,7 @@ class Choose:
 
 
 class Hypothesis(Choose):
-    """hypothesis, which tells `name` with what fails."""
+    """The choices of hypothesis, which prints them with their `name` when a test fails."""
 
     def __init__(self, data: Any) -> None:
         self.draw = data.draw
@@ -59,7 +59,7 @@ class Hypothesis(Choose):
 
 
 def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Runs the test `examples` times, each time with another `choose`; the same ones in every run."""
+    """Runs the test `examples` times, each time with another `choose`. Every run has the same ones."""
 
     def with_hypothesis(test: Callable[..., None]) -> Callable[..., None]:
         given = hypothesis.given(choose=st.builds(Hypothesis, st.data()))(test)
@@ -69,7 +69,7 @@ def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
             for seed in range(examples):
-                print(f"seed {seed}")  # pytest shows it of a test that fails
+                print(f"seed {seed}")  # pytest shows it if the test fails
                 test(choose=Choose(seed), **fixtures)
 
         signature = inspect.signature(test)

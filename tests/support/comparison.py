@@ -1,4 +1,4 @@
-"""GaussianDiffusion beside the tutorial's formulas, and how far apart rounding may bring them."""
+"""GaussianDiffusion and the tutorial's formulas, and a bound for the rounding errors between them."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ BACKENDS = ("fused", "reference")
 PREDICTIONS = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large")
 SHAPE = (6, 3, 5, 7)
-# An operator rounds its coefficients, its products and its sums to float32: a few ulps of the terms' magnitude.
+# An operator rounds its coefficients, its products and its sums to float32: a few ulps of the terms' magnitudes.
 # Measured over all tests here: 2.6 half-ulps, factor 2.
 HALF_ULPS = 5 * 2.0**-24
 
@@ -21,12 +21,12 @@ clips = pytest.mark.parametrize("clip", [True, False])
 
 
 def float64(v):
-    """As Tutorial computes: on the CPU."""
+    """v in float64 on the CPU, as Tutorial computes."""
     return v.double().cpu()
 
 
 def timesteps(device):
-    """One for each of SHAPE's samples."""
+    """A timestep for each sample of SHAPE."""
     return torch.tensor([0, 1, 17, 500, 998, 999], device=device)
 
 
@@ -40,19 +40,19 @@ def pair(prediction="eps", variance="fixed_small", backend="fused", schedule="li
 
 
 def check(actual, expected, magnitude, device, dtype=torch.float32):
-    """Within rounding of terms whose absolute values add up to `magnitude`."""
+    """`actual` is `expected` but for the rounding of terms whose absolute values add up to `magnitude`."""
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     assert actual.device == device
     allowed = HALF_ULPS * magnitude
-    if dtype != torch.float32:  # the result is rounded once more
+    if dtype != torch.float32:  # the result is rounded once more, to its own dtype
         allowed = allowed + torch.finfo(dtype).eps / 2 * expected.abs() + torch.finfo(dtype).smallest_normal
     error = (float64(actual) - expected).abs()
     assert (error <= allowed).all(), (error / allowed).max()
 
 
 def check_variances(actual, expected, device, batch=6, dims=4):
-    """variance and log-variance: (batch, 1, ...), float32 numbers of the float64 ones."""
+    """The variance and its logarithm have shape (batch, 1, ...) and are the float64 ones, rounded to float32."""
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == (batch, *[1] * (dims - 1))
         assert a.dtype == torch.float32
@@ -61,7 +61,7 @@ def check_variances(actual, expected, device, batch=6, dims=4):
 
 
 def start_magnitude(truth, x, m, t):
-    """Of the terms of the predicted x_0."""
+    """The sum of the absolute values of the terms of the predicted x_0."""
     if truth.prediction == "x0":
         return float64(m).abs()
     if truth.prediction == "v":

@@ -1,4 +1,4 @@
-"""Inputs that are written down on the CPU, moved to the device of a test."""
+"""Moves inputs that a test states on the CPU to the test's device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ddpm_ext import Inpaint, Interpolation, Philox
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, a Philox with sample ids, images, or a dict, list or tuple of such on `device`; whatever else as it is.
+    """A copy on `device` of a tensor, of a Philox with sample ids, of images, or of a dict, list or tuple of such.
 
-    Tensors on meta stay there: they are a device that is wrong on purpose.
+    Anything else is returned as it is. So are tensors on meta, which tests use as a wrong device.
     """
     if isinstance(value, torch.Tensor):
         return value if value.is_meta else value.to(device)

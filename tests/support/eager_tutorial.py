@@ -1,9 +1,9 @@
-"""The tutorial's GaussianDiffusion in plain torch, one operation after another: its names and formulas, our code.
+"""The tutorial's GaussianDiffusion in plain torch: its names and formulas, written here anew.
 
     q(x_t | x_0)            = N(sqrt(abar_t) x_0, 1 - abar_t)                                    Ho et al. 2020, eq. (4)
     q(x_{t-1} | x_t, x_0)   = N(coef1_t x_0 + coef2_t x_t, posterior_variance_t)                 eq. (6), (7)
 
-Its tables are float64 on the CPU; `dtype` makes them float32.
+Its tables lie on the CPU and have the dtype `dtype`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ except ImportError:
 
 
 def linear_beta_schedule(timesteps: int) -> Tensor:
-    """From 1e-4 to 0.02 over 1000 timesteps, and as much noise in the end over fewer."""
+    """From 1e-4 to 0.02 over 1000 timesteps. Fewer timesteps have larger betas in proportion."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
 
@@ -59,7 +59,7 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - before) * self.alphas.sqrt() / (1 - kept)
 
     def _extract(self, a: Tensor, t: Tensor, x_shape: torch.Size) -> Tensor:
-        """a[t] in float32, of as many dimensions as x."""
+        """a[t] in float32, with as many dimensions as x."""
         picked = a.to(t.device).gather(0, t).float()
         return picked.view(len(t), *[1] * (len(x_shape) - 1))
 

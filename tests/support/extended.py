@@ -1,4 +1,4 @@
-"""What the tests of the extended step share: a table of random rows, and a tensor for every option."""
+"""A table of random rows and a tensor for every option, for the tests of the extended step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ RESULTS = ("out", *names(Kind.RESULT))
 
 
 def make_table(rows: int, seed: int = 0, **columns: float) -> Tensor:
-    """(rows, 16) of random numbers, `columns` as given. Every third row has no c2, every fourth no noise, every fifth
-    no history, every second no guidance; draws reach 2^32."""
+    """A table (rows, 16) of random numbers, with `columns` as given.
+
+    Every third row has no c2, every fourth no noise, every fifth no history, every second no guidance.
+    Draws reach 2^32.
+    """
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(rows, 16, generator=generator)
     table[::3, 4] = table[::4, 5] = table[::5, 7] = 0
-    table[:, 8:10] *= 0.3  # e to their power stays small
+    table[:, 8:10] *= 0.3  # these are exponents: e to their power stays small
     table[::2, 14] = 1
     table.view(torch.int32)[:, 6] = torch.randint(-(2**31), 2**31, (rows,), generator=generator)
     for name, value in columns.items():
@@ -27,7 +30,7 @@ def make_table(rows: int, seed: int = 0, **columns: float) -> Tensor:
 
 
 def make_row(**columns: float) -> Tensor:
-    """(1, 16): zeros but for `columns`, and no guidance."""
+    """A table (1, 16): no guidance, and zeros in all other columns that are not given."""
     row = torch.zeros(1, 16)
     for name, value in {"w": 1.0, **columns}.items():
         row[0, COLUMNS.index(name)] = value
@@ -35,7 +38,7 @@ def make_row(**columns: float) -> Tensor:
 
 
 def options(shape: tuple[int, ...], dtype: torch.dtype, model_dtype: torch.dtype, seed: int = 9) -> dict[str, Tensor]:
-    """All tensors that are read besides x, the model's output and noise."""
+    """All tensors that a step can read besides x, the model's output and the noise."""
 
     def normal(number: int, *sizes: int) -> Tensor:
         return torch.randn(sizes, generator=torch.Generator().manual_seed(100 * seed + number))

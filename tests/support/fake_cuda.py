@@ -1,8 +1,8 @@
-"""torch.cuda's graphs, streams and events on the CPU, as far as ddpm_ext uses them, with a log of what was asked.
+"""torch.cuda's graphs, streams and events on the CPU, as far as ddpm_ext uses them, with a log of the calls.
 
-A capture runs the calls but takes back what they wrote, and refuses what a GPU would: to read a value back, or to make
-another capture. A replay makes the recorded calls again, with the numbers of the recording, into the memory of the
-recording: what is not read from memory is what it was.
+A capture runs the calls and then undoes what they wrote. Like a GPU, it refuses to read a value back and to begin
+another capture. A replay repeats the recorded calls on the same memory with the same numbers: only what is read from
+memory can differ.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Recorder(TorchDispatchMode):
             self.before.setdefault(self.key(tensor), (tensor, tensor.clone()))
         found = function(*args, **kwargs)
         if viewed and not written:
-            return found  # a view lies where it lies
+            return found  # a view shares its base's memory
         results = None if written else (found if isinstance(found, tuple | list) else (found,))
         self.graph.calls.append((function, args, kwargs, results))
         return found
@@ -124,7 +124,7 @@ def graph(cuda_graph, pool=None, stream=None, **_):
 
 
 def install(monkeypatch):
-    """Everything in torch.cuda that ddpm_ext's graphs and copies use; the log, emptied."""
+    """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the log, emptied."""
     LOG.clear()
     CUDAGraph.instances.clear()
     Current.stream = DEFAULT

@@ -1,8 +1,8 @@
 """A denoiser whose exact answer is known.
 
-Data are N(MU, SIGMA^2), independent in each element; so x_t ~ N(sqrt(kept) MU, kept SIGMA^2 + 1 - kept) and the best
-prediction of eps, x0 or v is affine in x_t. So is then a row of a StepTable, and the mean and the variance of each x
-that a loop reaches are known in float64.
+Each element of the data is N(MU, SIGMA^2), independent of the others. With a = alphas_cumprod, x_t is then
+N(sqrt(a) MU, a SIGMA^2 + 1 - a), and the best prediction of eps, x0 or v is affine in x_t. A step by a row of a
+StepTable is affine too, so the mean and the variance of each x that a loop reaches are known in float64.
 """
 
 import numpy as np
@@ -40,7 +40,7 @@ def exact_model(gd):
 
 
 def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None):
-    """x0 and the next sample by a StepRow: floats or float64 arrays."""
+    """x0 and the next sample by a StepRow, for floats or float64 arrays."""
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
@@ -51,11 +51,11 @@ def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=No
 
 
 def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
-    """Mean and variance of x after each row of the table, of a loop from N(mean, variance).
+    """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
 
-    `levels` says alphas_cumprod by timestep; a row that leaves out the model's output is not given any.
+    `levels` has alphas_cumprod by timestep. A row that does not use the model's output gets none.
     """
-    state, covariance = np.array([mean, 0.0]), np.diag([variance, 0.0])  # of x and the x0 before
+    state, covariance = np.array([mean, 0.0]), np.diag([variance, 0.0])  # the covariance of x and the previous x0
     for row in table:
 
         def step(x, h, row=row):
@@ -71,6 +71,6 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
 
 
 def flow(x, start, end):
-    """Where the probability flow takes x from alphas_cumprod `start` to `end`: it keeps its quantile."""
+    """Where the probability flow takes x from alphas_cumprod `start` to `end`. x stays at the same quantile."""
     (mean, variance), (other, narrower) = marginal(start), marginal(end)
     return other + (x - mean) * (narrower / variance) ** 0.5

@@ -1,4 +1,4 @@
-"""Operators' arguments chosen at random, and how near a result must come to the float64 truth."""
+"""Random arguments for the operators, and a bound for the error of their results against float64."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from support.devices import moved
 from ddpm_ext import Philox, reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-# of the samples, and of the model's output (or the second tensor of predict_start and posterior_mean)
+# of the samples, and of the model's output (for predict_start and posterior_mean, the second tensor)
 DTYPES = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
-# The result's own rounding: half a unit in the last place, relative, and half the smallest subnormal number.
+# Rounding the result costs half a unit in its last place, and at least half the smallest subnormal number.
 HALF_ULP = {F32: (2.0**-24, 2.0**-150), F16: (2.0**-11, 2.0**-25), BF16: (2.0**-8, 2.0**-134)}
-# Float32 arithmetic before that, in roundings of the sum of the terms' sizes. Measured worst of 9,000
-# examples: fused 1.13, reference 1.18; the margin is 1.7.
+# The arithmetic before that is in float32. Its error is counted in roundings of the sum of the terms' absolute values.
+# Measured worst of 9,000 examples: fused 1.13, reference 1.18; the margin is 1.7.
 ROUNDINGS = 2
-NOISE_ERROR = 2e-6  # of drawn noise, the contract's: see test_noise.py
+NOISE_ERROR = 2e-6  # the noise contract's bound for a drawn normal: see ops/test_noise.py
 CPU = torch.device("cpu")
 CLIPS = [None, (-1.0, 1.0), (-0.25, 1.5), (0.5, 0.5)]
 
@@ -28,7 +28,7 @@ def host(x: torch.Tensor) -> np.ndarray:
 
 
 def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndarray | float = 0.0) -> None:
-    """That `got` is the sum of float64 `terms`; each drawn normal among them was multiplied by noise_scale."""
+    """`got` is the sum of the float64 `terms`. noise_scale is the factor of a drawn normal among them."""
     truth, size = sum(terms), sum(map(np.abs, terms))
     relative, least = HALF_ULP[got.dtype]
     before = ROUNDINGS * 2.0**-24 * size + noise_scale * NOISE_ERROR
@@ -37,24 +37,24 @@ def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndar
 
 
 def each(t: int | torch.Tensor, batch: int) -> np.ndarray:
-    """Every sample's t."""
+    """The timestep of each sample."""
     return np.broadcast_to(t.cpu().numpy() if isinstance(t, torch.Tensor) else t, batch).copy()
 
 
 def columns(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> list[np.ndarray]:
-    """Of each sample's row, in float64, (batch, 1, ...)."""
+    """The columns of each sample's row, in float64, each of shape (batch, 1, ...)."""
     rows = host(table)[each(t, len(x))]
     return [column.reshape(-1, *[1] * (x.ndim - 1)) for column in rows.T]
 
 
 class Inputs:
-    """An operator's arguments, chosen."""
+    """An operator's arguments, made by choices."""
 
     def __init__(self, choose: Choose, rows: int, device: torch.device) -> None:
         self.choose, self.rows, self.device = choose, rows, device
         self.x_dtype, self.y_dtype = choose.one_of(DTYPES, "dtypes")
         inner = choose.several(lambda: choose.integer(0, 5), 0, 3, "inner")
-        # the ends of the kernels' vectors, runs and buffers
+        # sizes at the ends of the kernels' vectors, runs and buffers
         last = choose.several(lambda: choose.one_of([0, 1, 3, 4, 5, 63, 64, 65, 513]), 0, 1, "last")
         self.batch = choose.integer(0, 4, "batch")
         self.shape = (self.batch, *inner, *last)
@@ -99,8 +99,10 @@ class Inputs:
         return Philox(choose.integer(0, 2**64 - 1, "seed"), ids, draw=draw, stream=stream)
 
     def noise(self, draws: np.ndarray, stream: int) -> tuple[np.ndarray | None, dict, bool]:
-        """The normals in float64, how to ask for them, and whether they are drawn: by the operator's own draws and
-        stream unless the rng has its own."""
+        """The normals in float64, the options that ask for them, and whether the operator draws them itself.
+
+        They have the operator's draws and stream, unless the rng has its own.
+        """
         kind = self.choose.one_of(["none", "given", "drawn"], "noise")
         if kind == "none":
             return None, {"add_noise": False}, False

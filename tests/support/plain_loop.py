@@ -1,6 +1,6 @@
-"""A sampling loop with every option, in float64 and plain torch from the papers' formulas: a truth for tests.
+"""A sampling loop with every option, in float64 and plain torch, written from the papers' formulas.
 
-On the CPU. Of ddpm_ext it takes the noise, by its reference.
+The tests take its results for the truth. It runs on the CPU, and uses nothing of ddpm_ext but the reference's noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TIMESTEPS = (99, 80, 61, 40, 22, 9, 3, 0)
 
 
 class Row(NamedTuple):
-    """timestep; draw: of its noise; now, after: alphas_cumprod where it starts and where it arrives."""
+    """A step: its timestep, the draw of its noise, and alphas_cumprod before (`now`) and after it."""
 
     timestep: int
     draw: int
@@ -47,7 +47,7 @@ def threshold(x0, quantile, maximum):
 
 
 class Posterior:
-    """q(x_s | x_t, x_0), Ho et al. 2020, eq. 7, where x_s has `after` and x_t `now` of the signal's power."""
+    """q(x_s | x_t, x_0), Ho et al. 2020, eq. (7), where alphas_cumprod is `after` at s and `now` at t."""
 
     def __init__(self, now, after):
         alpha = now / after
@@ -58,20 +58,20 @@ class Posterior:
 
 
 def predicted(prediction, levels, row, x, m):
-    """x0 and eps by the model's output."""
+    """x0 and eps that follow from the model's output."""
     root, coroot = row.now**0.5, (1 - row.now) ** 0.5
     if prediction == "eps":
         return (x - coroot * m) / root, m
     if prediction == "v":
         return root * x - coroot * m, coroot * x + root * m
-    if prediction == "x_prev":  # of the schedule's own step
+    if prediction == "x_prev":  # the mean of a single step of the schedule
         own = Posterior(row.now, float(levels[row.timestep - 1]) if row.timestep else 1.0)
         m = (m - own.of_x * x) / own.of_x0
     return m, (x - root * m) / coroot
 
 
 def learned_variance(name, posterior, smallest, v):
-    """None for a fixed one; `smallest`: of a learned range."""
+    """The variance that the model predicts, None if it is fixed. `smallest` is the lower end of a learned range."""
     if name == "learned_variance":
         return v
     if name == "learned":
@@ -106,12 +106,12 @@ def plain_loop(
     mask=None,
     self_condition=False,
 ):
-    """x and x0 after each row, of ddpm, ddim (which keeps the model's eps) or "rederived" (ddim that does not)."""
+    """x and x0 after each row. "ddim" uses the model's own eps, "rederived" is ddim with the eps of the clipped x0."""
     batch, x0 = len(x), torch.zeros_like(x)
     for i, row in enumerate(rows):
         z = noise(x.shape, ids, row.draw)
         t = torch.full((batch,), row.timestep)
-        if row.now > row.after:  # back up: the forward process
+        if row.now > row.after:  # a jump back: the forward process
             alpha = row.after / row.now
             after = alpha**0.5 * x + (1 - alpha) ** 0.5 * z
         else:
@@ -135,7 +135,7 @@ def plain_loop(
             gradient = torch.zeros_like(x) if cond_fn is None else cond_fn(x, t)
             last = i == len(rows) - 1
             if sampler == "ddpm":
-                # guided-diffusion's at the last step, where the posterior has none: that of the step before
+                # the posterior has no variance at the last step: guided-diffusion takes that of the step before
                 above = Posterior(rows[i - 1].now, rows[i - 1].after).variance if last else posterior.variance
                 spread = learned_variance(variance, posterior, above, v)
                 if spread is None:

@@ -1,4 +1,4 @@
-"""Good arguments for each method, and a check that a bad one is refused as it should be: see test_bad_input.py."""
+"""Good arguments for each method, and a check of the error that a bad one raises: see process/test_bad_input.py."""
 
 import re
 
@@ -26,7 +26,7 @@ GOOD_T = [0, 20, 49]
 
 
 class Model:
-    """Gives `output` and counts its calls."""
+    """Returns `output` and counts its calls."""
 
     def __init__(self, output=None):
         self.output, self.calls = output, 0
@@ -37,7 +37,7 @@ class Model:
 
 
 def call(method, backend, device, /, **changes):
-    """`method` with good arguments but for `changes`."""
+    """Calls `method` with good arguments, of which `changes` replace some."""
     gd = GaussianDiffusion(TIMESTEPS, backend=backend)
     model = Model()
     arguments = {
@@ -55,7 +55,7 @@ def call(method, backend, device, /, **changes):
 
 
 def refuse(method, backend, device, error, words, /, **changes):
-    """All of `words` (patterns) occur in the message; DEVICE stands for the device."""
+    """The call raises `error`, and its message matches each pattern of `words`. DEVICE stands for the device."""
     gd, model, arguments = call(method, backend, device, **changes)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
     copies = {k: v.clone() for k, v in tensors.items()}

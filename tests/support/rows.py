@@ -1,4 +1,4 @@
-"""Rows of numbers to make a StepTable of, and the bits of a table's."""
+"""Rows of numbers to make a StepTable from, and the bits of a table's numbers."""
 
 import math
 import struct
@@ -10,13 +10,13 @@ SMALL = {"timestep": [2, 1, 0], "a": [1, 2, 3], "b": [0.5] * 3, "c0": [1, 0, 1],
 
 
 def any_float(choose):
-    """Any finite float64: by its bits."""
+    """Any finite float64, chosen by its bits."""
     (value,) = struct.unpack("<d", struct.pack("<q", choose.integer(-(2**63), 2**63 - 1)))
     return value if math.isfinite(value) else choose.one_of([0.0, -0.0, 0.1, 5e-324, -1.7976931348623157e308])
 
 
 def any_rows(choose, most=14):
-    """Rows of Python numbers, their timesteps all integers or all floats."""
+    """Rows of Python numbers. Their timesteps are all integers or all floats."""
     step = choose.one_of([lambda: choose.integer(-(2**63), 2**63 - 1), lambda: any_float(choose)])
     rows = []
     for _ in range(choose.integer(1, most)):
@@ -31,7 +31,7 @@ def of(rows):
 
 
 def bits(rows):
-    """What tells 0.0 from -0.0, and 1 from 1.0."""
+    """A form in which 0.0 differs from -0.0, and 1 from 1.0."""
     return [[struct.pack("<d", value) if isinstance(value, float) else value for value in row] for row in rows]
 
 

@@ -1,6 +1,7 @@
-"""What the tutorial's GaussianDiffusion computes, in float64, with x0- and v-predictions and the large variance beside.
+"""The tutorial's GaussianDiffusion in float64, with x0- and v-predictions and the large variance added.
 
-On the CPU, wherever its arguments are. The truth in the tests: nothing here is imported from ddpm_ext.
+It computes on the CPU, wherever its arguments lie. The tests take its results for the truth, so that it imports nothing
+from ddpm_ext.
 """
 
 import torch
@@ -29,8 +30,7 @@ def linear_betas(timesteps: int) -> Tensor:
 
 
 class Tutorial:
-    """Samples, noise and model outputs may have any float dtype and lie anywhere; all is computed and returned in
-    float64 on the CPU."""
+    """Samples, noise and model outputs may have any float dtype and any device. Results are float64 on the CPU."""
 
     def __init__(self, betas: Tensor, prediction: str = "eps", variance: str = "fixed_small"):
         self.prediction, self.variance = prediction, variance
@@ -78,7 +78,7 @@ class Tutorial:
         )
 
     def predict_start(self, x_t, t, model_output):
-        """From whatever the model predicts."""
+        """x_0 from what the model predicts."""
         if self.prediction == "x0":
             return model_output.double().cpu()
         if self.prediction == "v":
@@ -89,7 +89,7 @@ class Tutorial:
         return self.predict_start_from_noise(x_t, t, model_output)
 
     def target(self, x_start, t, noise):
-        """What the model is trained towards."""
+        """The target of the model's training."""
         if self.prediction == "x0":
             return x_start.double().cpu()
         if self.prediction == "v":
@@ -104,7 +104,7 @@ class Tutorial:
         if clip_denoised:
             x_recon = torch.clamp(x_recon, min=-1.0, max=1.0)
         mean, variance, log_variance = self.q_posterior_mean_variance(x_recon, x_t, t)
-        if self.variance == "fixed_large":  # beta; at t = 0, where no noise is added, the small one of t = 1
+        if self.variance == "fixed_large":  # beta, but at t = 0, where no noise is added, the small variance of t = 1
             large = torch.cat([self.posterior_variance[1:2], self.betas[1:]])
             variance = self.at(large, t, x_t)
             log_variance = variance.log()

@@ -1,4 +1,4 @@
-"""samplers of second order: against the exact solution for normal data, and the papers' formulas in float64."""
+"""Samplers of second order, against the exact solution for normal data and the papers' formulas in float64."""
 
 import math
 from itertools import pairwise
@@ -18,19 +18,19 @@ STEPS = (20, 40, 80, 160)
 
 
 def even_grid(steps):
-    """Steps alike in log sigma, the last one to the schedule's least sigma: none whose length doesn't go to 0."""
+    """Equal steps in log sigma, the last to the schedule's smallest sigma: the length of each of them goes to 0."""
     grid = log_snr_grid(LEVELS, steps + 1)
     return Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1])
 
 
 def end(grid, table, mean, variance, prediction="eps"):
-    """Mean and variance where a loop ends that begins with N(mean, variance)."""
+    """Mean and variance at the end of a loop that begins with N(mean, variance)."""
     levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
     return [*moments(table, levels, mean, variance, prediction)][-1]
 
 
 def orders(errors):
-    """Of convergence, between each number of steps and twice it."""
+    """The order of convergence, between each number of steps and twice that number."""
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 
@@ -44,7 +44,7 @@ def random(*shape, seed):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2), ("heun", 2)])
 def test_order_on_the_probability_flow(name, order, prediction):
-    """A sample starts at a point, and has to end where the flow takes that point."""
+    """A sample must end where the probability flow takes its starting point."""
     errors = []
     for steps in STEPS:
         grid = even_grid(steps)
@@ -59,7 +59,7 @@ def test_order_on_the_probability_flow(name, order, prediction):
     # measured: 0.97 to 0.993, and 1.90 to 1.99 (dpmpp_2m), 2.05 to 2.01 (heun)
     assert orders(errors) == pytest.approx([order] * 3, abs=0.12)
     assert orders(errors)[-1] == pytest.approx(order, abs=0.02)
-    assert errors[-1] < (0.008 if order == 1 else 1.5e-4)  # of samples whose spread is 0.25
+    assert errors[-1] < (0.008 if order == 1 else 1.5e-4)  # for samples whose standard deviation is 0.25
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_order_on_the_probability_flow(name, order, prediction):
     [("ddpm", None, 1), ("euler_ancestral", 1.0, 1), ("dpmpp_2m_sde", 0.5, 2), ("dpmpp_2m_sde", 1.0, 2)],
 )
 def test_order_of_the_distribution(name, eta, order):
-    """From x_T's own distribution to that at the end."""
+    """From the distribution of x_T to that at the end."""
     errors = []
     for steps in STEPS:
         grid = even_grid(steps)
         table = SAMPLERS[name](grid, **({} if eta is None else {"eta": eta}))
-        if name == "ddpm":  # whose last row adds no noise, wherever it arrives
+        if name == "ddpm":  # its last row adds no noise, at any level
             grid = Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1])
             table = table[:-1]
         mean, variance = end(grid, table, *marginal(grid.now[0].item()))
@@ -88,7 +88,7 @@ def test_order_of_the_distribution(name, eta, order):
 @pytest.mark.parametrize("make", [log_snr_grid, karras_grid])
 @pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "heun"])
 def test_clean_data(name, make):
-    """As people use them: nothing is left of the order but the last step's error, from the least sigma down to 0."""
+    """Down to clean data, only the error of the last step remains, from the smallest sigma to 0."""
     grid = make(LEVELS, 40)
     first = "ddpm" if name == "dpmpp_2m_sde" else "euler"
     errors = []
@@ -104,7 +104,7 @@ def test_clean_data(name, make):
 
 
 def dpm_step(x, x0, before, z, levels, eta):
-    """The papers' step from x at levels[1] to levels[2], with `before` the x0 predicted at levels[0].
+    """The papers' step from x at levels[1] to levels[2]. `before` is the x0 predicted at levels[0].
 
     Lu et al. 2022b: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2, lambda = ln(alpha / sigma), D = D_0 + D_1 / (2 r).
     """
@@ -120,7 +120,7 @@ def dpm_step(x, x0, before, z, levels, eta):
 @pytest.mark.parametrize("final", [1.0, LEVELS[0].item()], ids=["clean", "noisy"])
 @pytest.mark.parametrize("steps", [2, 14, 15, 30])
 def test_dpmpp_2m_is_the_formula(steps, final, eta):
-    """With the first step of first order; and the last, where it arrives at clean data or there are less than 15."""
+    """The first step is of first order, and so is the last if it ends at clean data or there are fewer than 15."""
     grid = make_grid(LEVELS, spaced_timesteps(1001, steps + 1)[:-1] - 1, final=final)
     table = dpmpp_2m(grid) if eta == 0 else dpmpp_2m_sde(grid, eta=eta)
     assert len(table) == steps
@@ -139,7 +139,7 @@ def test_dpmpp_2m_is_the_formula(steps, final, eta):
 
 
 def test_dpmpp_2m_from_pure_noise():
-    """lambda is minus infinity there: nothing can be learned from that step's x0 about the next one's."""
+    """lambda is minus infinity there, so that the next step cannot extrapolate from the x0 of that step."""
     levels = torch.cat([LEVELS[:-1], torch.zeros(1, dtype=torch.float64)])
     grid = make_grid(levels, [999, 600, 300, 0])
     for table, s in ((dpmpp_2m(grid), 0), (dpmpp_2m_sde(grid), (1 - grid.after[0].item()) ** 0.5)):
@@ -159,7 +159,7 @@ def test_dpmpp_2m_from_pure_noise():
     "grid", [make_grid(LEVELS, [999, 700, 400, 20]), karras_grid(LEVELS, 7), make_grid(LEVELS, [500])]
 )
 def test_heun_is_karras_algorithm(grid, clip):
-    """On y = x / sqrt(alphas_cumprod): the mean of the slopes at both ends, with the first y kept aside."""
+    """On y = x / sqrt(alphas_cumprod): the mean of the derivatives at both ends, applied to the first y."""
     table, n = heun(grid), len(grid)
     assert len(table) == 2 * n - 1
     assert (table.s == 0).all()
@@ -190,7 +190,7 @@ def test_heun_is_karras_algorithm(grid, clip):
 
 
 def test_heun_from_pure_noise():
-    """Sigma is infinite there: Euler's step, and no correction, which would be infinite as well."""
+    """Sigma is infinite there. The step is Euler's, without a correction, which would be infinite as well."""
     levels = torch.cat([LEVELS[:-1], torch.zeros(1, dtype=torch.float64)])
     grid = make_grid(levels, [999, 600, 300, 0])
     table = heun(grid)

@@ -1,4 +1,4 @@
-"""tables: what the kernels read, on each device."""
+"""Step tables as the kernels read them, on each device."""
 
 import pickle
 
@@ -40,7 +40,8 @@ def test_device_tables(device):
         assert torch.equal(got, affine.to(device, dtype))
         assert got.is_contiguous()
         assert not got.is_inference()
-        integer = torch.int32 if dtype == torch.float32 else torch.int64  # the timesteps' bits may be those of a NaN
+        # As floats, the bits of the timesteps may be those of a NaN.
+        integer = torch.int32 if dtype == torch.float32 else torch.int64
         packed = steps.packed(device, dtype)
         assert torch.equal(tables.get("steps", device, dtype).view(integer), packed.view(integer))
     assert torch.equal(tables.get("timesteps", device, torch.int64), timestep.to(device))

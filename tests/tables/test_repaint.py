@@ -1,4 +1,4 @@
-"""repaint: the order of RePaint's steps, and distributions that no jump may change."""
+"""RePaint: the order of its steps, and the distributions, which no jump may change."""
 
 from collections import Counter
 
@@ -21,9 +21,9 @@ def make_table(rows, **options):
 
 
 def visited(rows, length, passes):
-    """The times of RePaint, one level at a time: how many rows are yet to come after the next one, -1 at the end.
+    """The times of RePaint, one level after the other: how many rows follow the next one, and -1 at the end.
 
-    Lugmayr et al. 2022: from each time that is a multiple of `length` (and has as many above it), up and down again.
+    Lugmayr et al. 2022: from each time that is a multiple of `length`, with as many above it, up and down again.
     """
     highest = max(range(0, rows - length, length), default=0)
     times = [*range(rows - 1, highest - 1, -1)]
@@ -57,7 +57,7 @@ def test_order_is_repaints(choose):
 
 
 def test_the_papers_setting():
-    """250 steps, 10 back, 10 times: each step is taken 10 times but for the last, and the first 9 or so."""
+    """250 steps, jumps of 10, 10 times. Each step is taken 10 times, except the last one and about the first 9."""
     table = make_table(250)
     repainted = repaint(table)
     taken = Counter(row.timestep for row in repainted if not is_jump(row))
@@ -78,7 +78,7 @@ def test_jump_is_the_forward_process(choose):
 
 
 def test_jump_in_the_kernel(device):
-    """A step of q(x_t | x_s), whatever the model says."""
+    """A jump draws from q(x_t | x_s) and does not depend on the model's output."""
     table = repaint(make_table(20), jump_length=4, jump_n_sample=2)
     i = next(i for i, row in enumerate(table) if is_jump(row))
     row = table[i]
@@ -91,7 +91,7 @@ def test_jump_in_the_kernel(device):
 
 
 def exact_table(rows):
-    """ddpm's with the variance that normal data of spread SIGMA have, so that each row's distribution is exact."""
+    """ddpm's table with the variance for normal data of standard deviation SIGMA. Each row's distribution is exact."""
     table = make_table(rows)
     columns = {name: getattr(table, name) for name in ("timestep", "a", "b", "c0", "c1", "now", "after")}
     of_x0 = SIGMA**2 * (1 - table.now) / marginal(table.now)[1]  # the variance of x0, given x_t
@@ -102,9 +102,9 @@ def exact_table(rows):
 @pytest.mark.parametrize("length, passes", [(1, 2), (3, 4), (10, 10)])
 @pytest.mark.parametrize("spread", [0.0, SIGMA])
 def test_distribution_stays(spread, length, passes):
-    """At each level that a loop comes to, it is that level's own, however often it has been there.
+    """At each level, the samples have the distribution of that level, however often the loop was there before.
 
-    Of data without any spread, ddpm's own rows are exact.
+    For data without variance ddpm's own rows are exact.
     """
     table = exact_table(40) if spread else make_table(40)
     levels = dict(zip(table.timestep.tolist(), table.now.tolist(), strict=True))
@@ -119,7 +119,7 @@ def test_distribution_stays(spread, length, passes):
 
 
 def test_other_tables():
-    """Any that goes down; its columns stay where they are, and jump_n_sample 1 changes none."""
+    """Jumps can be added to any descending table, which keeps its columns. jump_n_sample = 1 changes nothing."""
     table = ddim(make_grid(LEVELS, spaced_timesteps(1000, 12)), eta=0.5)
     assert repaint(table, jump_n_sample=1) == table
     before = [*table]

@@ -1,4 +1,4 @@
-"""samplers: rows against Bayes' rule and the samplers' formulas, in float64."""
+"""The samplers' rows against Bayes' rule and the papers' formulas, in float64."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def bayes(alpha, kept_before):
 
 
 def apply(table, x, m, z, clip=True, h=0.0):
-    """One step by each row."""
+    """Takes one step by each row."""
     x0 = table.a * x + table.b * m
     x0 = x0.clamp(-1, 1) if clip else x0
     return table.c0 * x0 + table.c1 * x + table.c2 * m + table.c3 * h + table.s * z
@@ -109,7 +109,7 @@ def test_ddim_is_the_formula(prediction, eta, clip):
 
 
 def test_ddim_keeps_the_models_eps_after_the_clip():
-    """guided-diffusion derives it anew from the clipped x0; the tutorial's row must not."""
+    """guided-diffusion computes eps anew from the clipped x0, ddim must not."""
     _, kept = schedule("linear")
     table = ddim(make_grid(kept, [900, 500, 0]))
     x, m = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_ddim_with_eta_1_is_ddpm(name, prediction):
     ancestral = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction)
     implicit = ddim(make_grid(kept, descending), prediction=prediction, eta=1.0)
     x, m = torch.randn(2, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    # Both sums cancel where alphas_cumprod is near 0 (a reaches 1e4 with cosine), so relative to the terms.
+    # Both sums cancel where alphas_cumprod is near 0 (a reaches 1e4 with cosine): the error is relative to the terms.
     scale = ancestral.c0 * ((ancestral.a * x).abs() + (ancestral.b * m).abs()) + 1
     assert (
         (apply(implicit, x, m, 0, clip=False) - apply(ancestral, x, m, 0, clip=False)).abs() / scale
@@ -146,14 +146,15 @@ def test_alphas_cumprod_zero(sampler):
         assert table.now[0] == table.g0[0] == 0
         first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
         assert (table.a[0], table.b[0]) == first
-        assert table.packed_extended("cpu").isfinite().all()  # the columns in float64 are, or there were no table
+        # The float64 columns are finite, or there would be no table.
+        assert table.packed_extended("cpu").isfinite().all()
     table = ddpm(make_grid(kept, descending, betas=betas))
     x, m = torch.tensor([0.5, -0.25, 1e-3]).double(), torch.tensor([0.25, 0.5, 2e-3]).double()
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
 
 
 def sigmas(grid):
-    """Of noise beside a signal of scale 1, where each step starts and arrives."""
+    """Sigma where each step starts and where it ends: the noise's standard deviation for a signal of scale 1."""
     return (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
 
 
@@ -193,14 +194,14 @@ def test_euler_ancestral_is_k_diffusions(grid, eta):
     x0 = (table.a * x + table.b * m).clamp(-1, 1)
     outer = x / grid.now.sqrt()
     expected = (outer + (down - sigma) * (outer - x0) / sigma + up * z) * grid.after.sqrt()
-    # a difference of numbers near 1 under a root, where one step down takes nearly all the noise
+    # the root of a difference of numbers near 1, if one step removes nearly all the noise
     close(apply(table, x, m, z), expected, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("keep_eps", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_inversion_inverts(prediction, keep_eps):
-    """Up with one prediction and down again with what it says at the other end: x, to float64."""
+    """A step up and, with the prediction at its end, a step down give x again, up to float64 rounding."""
     _, kept = schedule("linear")
     up = ddim_inverse(make_grid(kept, [200], final=kept[300].item()), prediction=prediction, keep_eps=keep_eps)
     down = ddim(make_grid(kept, [300], final=kept[200].item()), keep_eps=keep_eps)
@@ -220,7 +221,7 @@ def test_inversion_wants_an_ascent():
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
 def test_predictions_agree(name, grid):
-    """A model that knows x0 and the noise may tell either, or v, or the posterior's mean."""
+    """A model that knows x0 and the noise gives the same step by any prediction: eps, x0, v, the posterior's mean."""
     tables = {p: SAMPLERS[name](grid, prediction=p) for p in (*PREDICTIONS, "x_prev")}
     at = torch.tensor([grid.timestep.tolist().index(t) for t in tables["eps"].timestep.tolist()])
     x0, eps = torch.rand(2, len(at), dtype=torch.float64, generator=torch.Generator().manual_seed(6)) - 0.5
@@ -241,8 +242,8 @@ def test_predictions_agree(name, grid):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
-def test_rows_say_where_they_start_and_arrive(name, grid):
-    """A row starts from its timestep's level; it arrives at the next one's, and the last at the grid's end."""
+def test_rows_have_the_levels_where_they_start_and_end(name, grid):
+    """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
     table = SAMPLERS[name](grid)
     levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
     now = [levels[t] for t in table.timestep.tolist()]
@@ -253,7 +254,7 @@ def test_rows_say_where_they_start_and_arrive(name, grid):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_names_that_are_none(name):
+def test_unknown_names(name):
     _, kept = schedule("linear")
     grid = make_grid(kept, [999, 0])
     with pytest.raises(ValueError, match="prediction is 'noise', expected 'eps' or 'x0' or 'v' or 'x_prev'"):
@@ -271,7 +272,7 @@ def test_bad_eta(eta, error):
             sampler(make_grid(kept, [999, 0]), eta=eta)
 
 
-def test_up_is_not_by_the_mean_of_a_step_down():
+def test_inversion_refuses_the_posterior_mean():
     levels = torch.linspace(0.99, 0.02, 100, dtype=torch.float64)
     grid = make_grid(levels, torch.arange(99), final=0.01)
     with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):

@@ -1,4 +1,4 @@
-"""schedules: betas against formulas of their papers, evaluated by numpy."""
+"""The schedules' betas against the formulas of their papers, computed with numpy."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_scaled_linear(timesteps):
 
 
 def capped(kept):
-    """Betas of alphas_cumprod at 0, 1/T, ... 1."""
+    """The betas that follow from alphas_cumprod at 0, 1/T, ... 1."""
     return np.minimum(1 - kept[1:] / kept[:-1], 0.999)
 
 
@@ -145,13 +145,13 @@ def test_zero_terminal_snr(name):
     before, after = ((1 - b).cumprod(0).sqrt() for b in (betas, rescaled))
     assert after[-1] == 0
     torch.testing.assert_close(after[0], before[0], rtol=1e-15, atol=0)
-    # affine in what was
+    # affine in the former values
     fallen = (before[0] - before) / (before[0] - before[-1])
     torch.testing.assert_close((before[0] - after) / before[0], fallen, rtol=1e-9, atol=1e-12)
-    assert torch.equal(make_betas(rescaled, 1000), rescaled)  # a schedule that GaussianDiffusion takes
+    assert torch.equal(make_betas(rescaled, 1000), rescaled)  # GaussianDiffusion accepts it as a schedule
     utils = pytest.importorskip("diffusers.schedulers.scheduling_ddim")
     peer = utils.rescale_zero_terminal_snr(betas.float())
-    torch.testing.assert_close(rescaled.float(), peer, rtol=2e-3, atol=1e-6)  # theirs is in float32
+    torch.testing.assert_close(rescaled.float(), peer, rtol=2e-3, atol=1e-6)  # diffusers computes in float32
 
 
 @pytest.mark.parametrize(

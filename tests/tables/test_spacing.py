@@ -1,4 +1,4 @@
-"""spacing: which timesteps, and how much signal at each."""
+"""Spacings: which timesteps a loop takes, and alphas_cumprod at each."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_spaced_timesteps(choose):
         assert spaced[-1] == 0
         gaps = -spaced.diff()
         assert gaps.min() >= 1  # descending and distinct
-        assert (gaps - (timesteps - 1) / (steps - 1)).abs().max() <= 1  # even, up to rounding both ends
+        assert (gaps - (timesteps - 1) / (steps - 1)).abs().max() <= 1  # even spacing, up to the rounding of both ends
 
 
 @for_many()
@@ -46,7 +46,8 @@ def test_spacings_are_diffusers(spacing, steps):
     diffusers = pytest.importorskip("diffusers")
     scheduler = diffusers.DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
     scheduler.set_timesteps(steps)
-    if spacing == "linspace" and steps == 1:  # diffusers' one step starts from 0: there is no noise to be taken away
+    # With one step diffusers starts from timestep 0, where there is no noise to remove.
+    if spacing == "linspace" and steps == 1:
         assert spaced_timesteps(1000, 1).tolist() == [999]
     else:
         assert spaced_timesteps(1000, steps, spacing).tolist() == scheduler.timesteps.tolist()
@@ -54,7 +55,7 @@ def test_spacings_are_diffusers(spacing, steps):
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 250, 1000])
 def test_quadratic(steps):
-    """tau_i = floor(c i^2), up to 0.8 of all, as in the appendix of Song et al. 2021; or the next that is free."""
+    """tau_i = floor(c i^2) up to 0.8 T (Song et al. 2021, appendix), or the next timestep that is not taken yet."""
     spaced = spaced_timesteps(1000, steps, "quadratic").flip(0).double()
     i = torch.arange(steps, dtype=torch.float64)
     exact = 800 * (i / max(1, steps - 1)) ** 2
@@ -68,7 +69,7 @@ def test_quadratic(steps):
 
 @for_many(100)
 def test_sections(choose):
-    """Each section gives its count, evenly, with both its ends."""
+    """Each section has its count of timesteps, evenly spaced, with both of its ends."""
     timesteps = choose.integer(10, 2000)
     number = choose.integer(1, 5)
     counts = [choose.integer(1, timesteps // number) for _ in range(number)]
@@ -122,7 +123,7 @@ def test_grid_of_neighbours_has_the_schedules_betas():
     torch.testing.assert_close(grid.betas[[1, 2]], 1 - kept[[998, 500]] / kept[[500, 1]], rtol=1e-15, atol=0)
     assert torch.equal(grid.alphas_cumprod, torch.cat([kept[[999, 998, 500, 1, 0]], kept.new_ones(1)]))
     last = make_grid(kept, [1, 0], betas=betas, final=kept[0].item())
-    assert last.betas[-1] == 0  # the last step goes nowhere
+    assert last.betas[-1] == 0  # the last step does not change the level
 
 
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
@@ -132,7 +133,7 @@ def test_karras_sigmas(rho):
     known = (1 / KEPT - 1).sqrt()
     grid = karras_grid(KEPT, 15, rho=rho)
     sigma = (1 / grid.now - 1).sqrt()
-    if rho == 7:  # the only one that diffusers has, in float32
+    if rho == 7:  # the only rho that diffusers has, in float32
         scheduler.set_timesteps(15)
         torch.testing.assert_close(sigma.float(), scheduler.sigmas[:-1], rtol=1e-4, atol=0)
         torch.testing.assert_close(grid.timestep.float(), scheduler.timesteps, rtol=1e-4, atol=1e-2)
@@ -149,7 +150,7 @@ def test_log_snr_is_even_in_log_sigma():
     log_sigma = (1 / grid.now - 1).sqrt().log()
     torch.testing.assert_close(log_sigma.diff(), log_sigma.diff()[:1].expand(19), rtol=1e-9, atol=0)
     whole = grid.timestep.round().long()
-    assert ((1 / KEPT - 1).sqrt().log()[whole] - log_sigma).abs().max() < 0.1  # half a timestep at low noise
+    assert ((1 / KEPT - 1).sqrt().log()[whole] - log_sigma).abs().max() < 0.1  # half a timestep, at low noise
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""step_table: rows that are checked, read, sliced and packed, against Python's own numbers."""
+"""Step tables are checked, read, sliced and packed: their rows against Python's own numbers."""
 
 import copy
 import dataclasses
@@ -68,7 +68,7 @@ def test_kinds_of_draws(draw):
 
 
 def test_written_by_hand(device):
-    """What isn't given is zeros; the kernel takes such a table."""
+    """Columns that are not given are zeros, and the kernel accepts the table."""
     table = StepTable(timestep=[9, 4], a=[2, 1], b=[-1, 0], c0=[0.5, 1], c1=[0.25, 0])
     assert table.c2.tolist() == table.s.tolist() == [0.0, 0.0]
     assert list(table[:1]) == [(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9, *[0.0] * len(ADDED))]
@@ -93,7 +93,7 @@ def test_the_callers_tensors_stay_apart():
 
 
 def test_under_modes():
-    """No mode under which a table is made or cut leaves its mark on the columns."""
+    """The columns are ordinary tensors, whatever mode of torch is active when a table is made or sliced."""
     with torch.inference_mode(), torch.device("meta"):
         table = changed(s=torch.ones(3, device="cpu"))
         part = table[::-1]
@@ -158,7 +158,7 @@ def test_refused(columns, error, message):
 
 @for_many(100)
 def test_draws_of_timesteps_that_come_again(choose):
-    floats = choose.one_of([False, True])  # whole numbers as floats are whole numbers
+    floats = choose.one_of([False, True])  # floats may be whole numbers, too
     timesteps = choose.several(lambda: choose.integer(0, choose.one_of([3, 1000])), 1, 20)
     column = [0.0] * len(timesteps)
     draws = StepTable([float(t) for t in timesteps] if floats else timesteps, *[column] * 4).draw.tolist()
@@ -221,7 +221,7 @@ def test_packed_extended(device, choose):
 
 @pytest.mark.parametrize("name", ADDED)
 def test_which_columns_extend_a_table(name):
-    """History and a learned variance need a kernel of their own; a gradient and the levels only where they are used."""
+    """History and a learned variance always need the extended step, a gradient and the levels only if they are used."""
     assert changed(**{name: [0, 1, 0]}).extended == (name in ("c3", "l0", "l1"))
     assert not changed(**{name: [0.0, -0.0, 0.0]}).extended
 

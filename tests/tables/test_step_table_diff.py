@@ -1,4 +1,4 @@
-"""table_diff: how two tables differ, against Python's own numbers."""
+"""The differences of two step tables, against Python's own numbers."""
 
 import math
 from fractions import Fraction
@@ -42,7 +42,7 @@ def test_diff(choose):
 
 
 def test_diff_of_integers():
-    """The exact distance, where float64 has none; a draw counts as well."""
+    """The exact distance of integers that float64 cannot represent. A draw counts as well."""
     table = changed(timestep=[2**62, 1, 0], draw=[1, 2, 3])
     found = table.diff(changed(timestep=[2**62 + 1, 1, 0], draw=[1, 2, 4])).columns
     assert set(found) == {"timestep", "draw"}

@@ -1,4 +1,4 @@
-"""step_table in files: every bit is kept, and what is no table is refused."""
+"""Step tables in files: every bit is kept, and a file that is no table is refused."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_columns_may_stand_in_another_order(tmp_path):
 
 @for_many(20)
 def test_files_from_before_there_were_more_columns(choose, tmp_path_factory):
-    """What is missing of them is zeros."""
+    """Columns that an older file lacks are zeros."""
     rows = any_rows(choose)
     path = tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)

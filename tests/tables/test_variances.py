@@ -1,4 +1,4 @@
-"""ddpm's variances and a classifier's gradient in its rows: against guided-diffusion's formulas in float64."""
+"""ddpm's variances and a classifier's gradient in its rows, against guided-diffusion's formulas in float64."""
 
 import math
 
@@ -32,7 +32,7 @@ def random(*shape, seed):
 class Posterior:
     """p(x_{t-1} | x_t) of a timestep of a schedule: Ho et al. 2020, Nichol & Dhariwal 2021, Dhariwal & Nichol 2021.
 
-    `betas` are those of the steps that are taken, from the lowest on.
+    `betas` belong to the steps that are taken, in ascending order.
     """
 
     def __init__(self, betas, t):
@@ -46,7 +46,7 @@ class Posterior:
         self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - kept[t])
 
     def variance(self, name, v):
-        """The one that weighs a gradient: guided-diffusion's."""
+        """The variance that multiplies a gradient in guided-diffusion."""
         if name == "fixed_small":
             return self.small
         if name == "fixed_large":
@@ -60,7 +60,7 @@ class Posterior:
         return np.exp(share * math.log(self.beta) + (1 - share) * math.log(max(smallest, 1e-20)))
 
     def step(self, name, x0, x, v, z, g):
-        """A step whose mean a classifier's gradient moves: Dhariwal & Nichol 2021, algorithm 1."""
+        """A step whose mean is shifted by a classifier's gradient: Dhariwal & Nichol 2021, algorithm 1."""
         variance = self.variance(name, v)
         noise = 0.0 if self.before == 1 else np.sqrt(variance) * z
         return self.of_x0 * x0 + self.of_x * x + variance * g + noise
@@ -72,7 +72,7 @@ class Posterior:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name, count", [("linear", 1000), ("cosine", 60), ("linear", 1)])
 def test_step_is_guided_diffusions(name, count, variance):
-    """With and without a gradient; over all of the timesteps, and over a few of them."""
+    """With and without a gradient, over all timesteps and over a few of them."""
     betas, levels = schedule(name, 1000)
     timesteps = spaced_timesteps(1000, count, "trailing")
     table = ddpm(make_grid(levels, timesteps, betas=betas), variance=variance)
@@ -93,7 +93,7 @@ def test_step_is_guided_diffusions(name, count, variance):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_learned_range_reaches_from_small_to_large(name):
-    """-1 is fixed_small's standard deviation and 1 is fixed_large's; in between, the logarithm is even."""
+    """-1 gives fixed_small's standard deviation and 1 gives fixed_large's. The logarithm is linear in between."""
     grid = full_grid(name)
     small, large, table = (ddpm(grid, variance=v) for v in ("fixed_small", "fixed_large", "learned_range"))
     for column in ("timestep", "a", "b", "c0", "c1", "c2", "draw", "c3", "g0"):
@@ -103,18 +103,18 @@ def test_learned_range_reaches_from_small_to_large(name):
         torch.testing.assert_close(learned, fixed.s, rtol=1e-13, atol=0)
     middle = table.s * torch.exp(table.l0)
     torch.testing.assert_close(middle, (small.s * large.s).sqrt(), rtol=1e-13, atol=0)
-    # the last row adds no noise, but weighs a gradient, and its likelihood is asked for: from the step before's
+    # The last row adds no noise, but it has a gradient and a likelihood. They use the variance of the step before.
     assert (table.s == 1).tolist() == [True] * 999 + [False]
     ends = [math.exp(2 * (table.l0[-1] + table.l1[-1] * v)) for v in (-1, 1)]
     assert ends == pytest.approx([small.s[-2].item() ** 2, grid.betas[-1].item()], rel=1e-12)
 
 
-def test_learned_variances_say_so_in_their_rows():
+def test_rows_of_learned_variances_have_their_columns():
     grid = full_grid(timesteps=50)
     fixed = ddpm(grid)
     for variance in LEARNED:
         table = ddpm(grid, variance=variance)
-        assert table.extended == (variance != "learned_variance")  # whose rows know nothing of it
+        assert table.extended == (variance != "learned_variance")  # the rows of other samplers do not have it
         assert table.s.tolist() == [1.0] * 49 + [0.0]
         assert table.g1.tolist() == [1.0] * 50
         assert fixed.diff(table).columns.keys() <= {"s", "l0", "l1", "g1"}
@@ -146,7 +146,7 @@ def score_tables(grid, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("grid", [*grids(), "up"], ids=["linspace", "trailing", "karras", "up"])
 def test_gradient_is_another_eps(grid, prediction):
-    """eps - sqrt(1 - a_t) g in place of eps, told in the model's own words: Dhariwal & Nichol 2021, algorithm 2."""
+    """eps - sqrt(1 - a_t) g replaces eps, also for other predictions: Dhariwal & Nichol 2021, algorithm 2."""
     if grid == "up":
         _, levels = schedule("scaled_linear")
         up = make_grid(levels, [0, 200, 400, 700], final=levels[999].item())
@@ -171,7 +171,7 @@ def test_gradient_is_another_eps(grid, prediction):
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("keep_eps", [False, True])
 def test_gradient_comes_after_the_clip(keep_eps, eta):
-    """As in guided-diffusion, whose eps is the clipped x0's; where the model's own is kept, it moves as far."""
+    """As in guided-diffusion, whose eps follows from the clipped x0. The model's own eps is shifted by as much."""
     grid = make_grid(schedule()[1], [999, 600, 250, 3])
     x, m, z, g = random(4, 4, 50, seed=2)
     for i, row in enumerate(ddim(grid, eta=eta, keep_eps=keep_eps)):
@@ -187,7 +187,7 @@ def test_gradient_comes_after_the_clip(keep_eps, eta):
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-def test_gradient_of_pure_noise_tells_nothing_of_x0():
+def test_gradient_of_pure_noise_does_not_change_x0():
     levels = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
     for name in SAMPLERS:
         assert SAMPLERS[name](make_grid(levels, [2, 1, 0])).g0[0] == 0

@@ -1,4 +1,4 @@
-"""Loss weightings against the papers' formulas, written in the papers' own quantities; the rows made of them."""
+"""Loss weightings against the papers' formulas in the papers' own quantities, and the rows made from them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ TERMINAL = torch.cat([torch.linspace(1e-4, 0.02, 99, dtype=torch.float64), torch
 
 
 def paper(name: str, prediction: str, alphas_cumprod: float) -> float:
-    """Of one timestep: the weight of the squared error of what the model predicts."""
+    """The weight of the squared error of the model's prediction at one timestep."""
     a, s = math.sqrt(alphas_cumprod), math.sqrt(1 - alphas_cumprod)  # alpha_t and sigma_t
     snr = (a / s) ** 2
     if name == "simple":
         return 1.0
-    if name == "snr":  # L_simple is that of eps; x_0 = (x - s eps) / a and x_0 = a x - s v
+    if name == "snr":  # L_simple is the error of eps; x_0 = (x - s eps) / a and x_0 = a x - s v
         return {"eps": 1.0, "x0": snr, "v": a**2}[prediction]
-    if name == "min_snr":  # Hang et al. 2023: section 3.4 and its appendix for the other predictions
+    if name == "min_snr":  # Hang et al. 2023, section 3.4; the other predictions are in its appendix
         return {"eps": min(snr, 5) / snr, "x0": min(snr, 5), "v": min(snr, 5) / (snr + 1)}[prediction]
     if name == "truncated_snr":  # Salimans & Ho 2022, eq. (10): max(|x - x_hat|^2, |eps - eps_hat|^2)
         return {"eps": max(1.0, (s / a) ** 2), "x0": max(1.0, snr), "v": max(s**2, a**2)}[prediction]
-    if name == "p2":  # Choi et al. 2022, eq. (8): of eps, 1 / (k + SNR)^gamma
+    if name == "p2":  # Choi et al. 2022, eq. (8): 1 / (k + SNR)^gamma for the error of eps
         of_eps = 1 / (1 + snr)
         return {"eps": of_eps, "x0": of_eps * snr, "v": of_eps * a**2}[prediction]
-    assert name == "edm"  # Karras et al. 2022, table 1, sigma being that of x / a; D is the denoiser, of x_0
+    assert name == "edm"  # Karras et al. 2022, table 1. sigma is that of x / a; the denoiser D predicts x_0
     sigma, data = s / a, 0.5
     of_x0 = (sigma**2 + data**2) / (sigma * data) ** 2
     return {"eps": of_x0 * sigma**2, "x0": of_x0, "v": of_x0 * s**2}[prediction]
@@ -55,7 +55,7 @@ def test_papers_formulas(name, prediction, schedule):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_one_loss_whatever_is_predicted(name):
-    """A model's error in eps, said as one in x_0 or v, counts the same."""
+    """A model's error has the same weight, whether it is expressed in eps, x_0 or v."""
     gd = GaussianDiffusion(100)
     a, s = gd.sqrt_alphas_cumprod, gd.sqrt_one_minus_alphas_cumprod
     x_t, eps, off = torch.tensor([0.3, -1.2, 0.01], dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_the_papers_parameters():
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_an_end_without_signal(prediction):
-    """Zero terminal SNR: finite weights; for eps the named ones are refused, which would be infinite there."""
+    """With zero terminal SNR weights are finite. For eps the named weightings are refused: they would be infinite."""
     gd = GaussianDiffusion(100, TERMINAL, prediction=prediction)
     assert gd.alphas_cumprod[-1] == 0
     ends = {"simple": 1, "snr": 0, "min_snr": 0, "truncated_snr": 1, "p2": 0, "edm": 4}
@@ -100,7 +100,7 @@ def rows(of, weighting, dtype=torch.float64):
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
 def test_rows(prediction):
-    """The target's coefficients, the weight, a zero; in float32 those of float64, rounded."""
+    """A row has the target's coefficients, the weight and a zero. In float32 it is the float64 row, rounded."""
     gd = GaussianDiffusion(100, "cosine", prediction=prediction)
     own = torch.linspace(-1, 3, 100)
     for weighting in ("simple", own) if prediction == "x_prev" else (*NAMES, own):
@@ -147,7 +147,7 @@ def test_weights_that_are_written_to_count_anew():
         assert (rows(gd, own)[:, 2] == value).all()
     own.neg_()
     assert (rows(gd, own)[:, 2] == -3).all()
-    with torch.inference_mode():  # such tensors don't tell that they were written to
+    with torch.inference_mode():  # tensors of inference mode do not count how often they were written to
         silent = torch.ones(50)
         assert (rows(gd, silent)[:, 2] == 1).all()
         silent.mul_(5)
@@ -158,7 +158,7 @@ def test_weights_that_are_written_to_count_anew():
     "remake", [copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))], ids=["copied", "pickled"]
 )
 def test_other_weights_at_an_old_address(remake):
-    """A copy of the object knows no weights by where they lay for the first one."""
+    """A copy of the object does not recognise weights by the address that they had for the original."""
     first = LossRows(GaussianDiffusion(50).process)
     for i in range(CACHED):
         rows(first, torch.full((50,), float(i)))
@@ -173,7 +173,7 @@ def test_other_weights_at_an_old_address(remake):
     "remake", [copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))], ids=["copied", "pickled"]
 )
 def test_given_weights_are_not_copied(remake):
-    """They may be on a device that is not there, or of a graph, which can't be copied at all."""
+    """They may lie on a device that is missing here, or belong to a graph, and cannot be copied then."""
     gd = GaussianDiffusion(50)
     size = len(pickle.dumps(gd))
     with torch.enable_grad():
@@ -206,7 +206,7 @@ def test_refusals():
     gd, own = GaussianDiffusion(100), torch.ones(100, requires_grad=True)
     with torch.no_grad():
         rows(gd, own)
-    with pytest.raises(ValueError, match="weighting requires a gradient"):  # though it has been met before
+    with pytest.raises(ValueError, match="weighting requires a gradient"):  # although the same object was used before
         rows(gd, own)
     gd = GaussianDiffusion(100, TERMINAL)
     assert (rows(gd, "simple")[:, 2] == 1).all() and (rows(gd, torch.full((100,), 2.0))[:, 2] == 2).all()

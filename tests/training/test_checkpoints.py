@@ -89,6 +89,7 @@ def test_all_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"resume: .*step-00000001\.safetensors is cut short or damaged \(its format"):
         checkpoints.latest(tmp_path, lines.append)
     assert len(lines) == 1
+    assert paths[1].read_bytes() == b""
 
 
 @pytest.mark.parametrize("what", ["write_bytes", "fsync", "replace"])

@@ -102,6 +102,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path, accumulate):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -180,6 +181,7 @@ def test_dropout_is_drawn_anew_for_each_step_and_part(tmp_path):
     assert not any(torch.equal(masks[i], masks[j]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.subprocess
 def test_random_transforms_depend_on_the_place_alone():
     """They don't depend on batches, workers, or what was read before; the caller's generators don't change."""
     options = TrainOptions(data="squares", batch_size=6, seed=3)

@@ -111,6 +111,7 @@ def test_diffusion_of_another_kind(tmp_path):
         Trainer(Tiny(), GaussianDiffusion(20, prediction="x_prev"), Squares(), tmp_path / "run")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("workers", [0, 1])
 def test_item_of_another_size(tmp_path, workers):
     data = Items(IMAGE, (IMAGE, 1), torch.zeros(1, 8, 9))
@@ -152,6 +153,7 @@ def test_skipped_image_is_replaced_by_the_next_readable_one(tmp_path):
         make(tmp_path / "run", data=Fading(IMAGE), skip_corrupt=True).fit()
 
 
+@pytest.mark.subprocess
 def test_folder_with_a_corrupt_image(tmp_path):
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "images").mkdir()

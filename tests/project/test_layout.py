@@ -1,0 +1,271 @@
+"""The layout of ddpm_ext, read from its source: which packages import which, and who reads whose private names.
+
+Every import counts: those at the top of a module, those inside functions, and those for type checking alone. A failed
+test prints its violations one a line.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = "ddpm_ext"
+SOURCE = Path(__file__).resolve().parents[2] / PACKAGE
+
+# From the bottom to the top. A package may import those below it; packages on the same floor don't import each other.
+# The modules that lie directly in ddpm_ext have a place here as packages have; `ddpm_ext` itself is its __init__.py.
+FLOORS = (
+    {"base"},
+    {"ops"},
+    {"tables", "reference", "version"},
+    {"process"},
+    {"losses", "loop"},
+    {"diffusion"},
+    {"plots", "models", "integrations"},
+    {PACKAGE},
+    {"training", "bulk"},
+    {"cli", "demo"},
+)
+TOP = {"__main__"}  # runs the command line
+# These are forbidden although they lead downward: the tables are numbers and need no operators.
+FORBIDDEN = {("tables", "ops")}
+
+# Private names of other libraries that are used on purpose, because nothing public gives the same.
+FOREIGN = {
+    "argparse._SubParsersAction",  # the type of what add_subparsers returns
+    "sys._getframe",
+    "torch._C",
+    "torch._foreach_lerp_",
+    # Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
+    "peer._scale_timesteps",
+    "peer._vb_terms_bpd",
+    "peer._wrap_model",
+}
+NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}
+
+
+class Module(NamedTuple):
+    name: str
+    tree: ast.Module
+    is_package: bool
+
+    @property
+    def package(self) -> str:
+        return package_of(self.name)
+
+
+class Arrow(NamedTuple):
+    """An import of one module of ddpm_ext in another."""
+
+    source: str
+    target: str
+    line: int
+
+
+def package_of(module: str) -> str:
+    """ "ops" of ddpm_ext.ops.noise, "diffusion" of ddpm_ext.diffusion, "ddpm_ext" of ddpm_ext."""
+    return module.split(".")[1] if "." in module else module
+
+
+@functools.cache
+def modules() -> dict[str, Module]:
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        found[name] = Module(name, ast.parse(path.read_text(encoding="utf-8"), str(path)), is_package)
+    return found
+
+
+def targets(module: str, node: ast.AST) -> Iterator[str]:
+    """The modules of ddpm_ext that a node of the tree imports."""
+    known = modules()
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in known)
+    elif isinstance(node, ast.ImportFrom):
+        assert not node.level, f"{module}:{node.lineno}: a relative import"
+        for alias in node.names:
+            submodule = f"{node.module}.{alias.name}"
+            imported = submodule if submodule in known else node.module
+            if imported in known:
+                yield imported
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module" and node.args:
+        argument = node.args[0]
+        if isinstance(argument, ast.Constant) and argument.value in known:
+            yield argument.value
+        elif isinstance(argument, ast.JoinedStr) and isinstance(argument.values[0], ast.Constant):
+            # The name is put together at run time, so all modules whose names begin like this count.
+            beginning = str(argument.values[0].value)
+            if beginning.startswith(f"{PACKAGE}."):
+                yield from (n for n in known if n.startswith(beginning) and n != module and not n.endswith("__main__"))
+
+
+@functools.cache
+def arrows() -> tuple[Arrow, ...]:
+    return tuple(
+        Arrow(module.name, target, node.lineno)
+        for module in modules().values()
+        for node in ast.walk(module.tree)
+        for target in targets(module.name, node)
+    )
+
+
+def report(violations: list[str]) -> None:
+    if violations:
+        pytest.fail(f"{len(violations)} violations\n" + "\n".join(violations), pytrace=False)
+
+
+def floor(package: str) -> int:
+    return next((number for number, names in enumerate((*FLOORS, TOP)) if package in names), -1)
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes along a cycle, its first node again at the end; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(graph.get(node, ())):
+            if found := visit(following, [*trail, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, []))), [])
+
+
+def test_every_package_has_a_floor():
+    packages = {module.package for module in modules().values()}
+    assert packages == set().union(*FLOORS, TOP)
+    assert len(FLOORS) <= 10
+
+
+def test_packages_import_only_packages_below():
+    found = []
+    for arrow in arrows():
+        source, target = package_of(arrow.source), package_of(arrow.target)
+        upward = source != target and floor(source) <= floor(target)
+        if upward or (source, target) in FORBIDDEN:
+            found.append(f"{arrow.source}:{arrow.line} imports {arrow.target}")
+    report(found)
+
+
+def test_modules_have_no_cycle():
+    """Each cycle that is found is cut at its last arrow, so that the next one can be found and reported too."""
+    graph: dict[str, set[str]] = {name: set() for name in modules()}
+    for arrow in arrows():
+        graph[arrow.source].add(arrow.target)
+    found = []
+    while trail := cycle(graph):
+        found.append(" -> ".join(trail))
+        graph[trail[-2]].discard(trail[-1])
+    report(found)
+
+
+def test_cycles_are_found():
+    assert cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}, "d": set()}) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({"a": {"a"}}) == ["a", "a"]
+
+
+def test_packages_say_what_belongs_in_them():
+    report(
+        [
+            f"{module.name} has no docstring whose first line is a sentence"
+            for module in modules().values()
+            if module.is_package and not (ast.get_docstring(module.tree) or "").partition("\n")[0].endswith(".")
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- private names
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_" and name not in NAMEDTUPLE
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The names that a module gives to anything: functions, classes, variables, arguments, attributes and fields."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return found
+
+
+def is_foreign(text: str) -> bool:
+    if text.endswith("._version"):  # how often a tensor was written to
+        return True
+    return any(text == name or text.startswith(f"{name}.") for name in FOREIGN)
+
+
+def private_reads(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and text of each private name that is read from another object, or imported from another module."""
+    own = defined(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            holder, text = ast.unparse(node.value), ast.unparse(node)
+            if holder not in ("self", "cls", "super()") and not is_foreign(text):
+                yield node.lineno, text
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
+            holder, name = ast.unparse(node.args[0]), node.args[1]
+            is_read = isinstance(name, ast.Constant) and is_private(name.value) and name.value not in own
+            if is_read and holder not in ("self", "cls"):
+                yield node.lineno, ast.unparse(node)
+
+
+def test_nobody_reads_the_private_names_of_another_module():
+    report(
+        [
+            f"{module.name}:{line} reads {text}"
+            for module in modules().values()
+            for line, text in sorted(private_reads(module.tree))
+        ]
+    )
+
+
+def test_private_reads_are_found():
+    source = """
+from ddpm_ext.ops import _hidden
+class A:
+    _field = 1
+    def method(self, other):
+        self._own = other._own + other._field + other._foreign
+        return torch._C._switch(), sys._getframe(1), row._replace(a=1), other.__dict__, getattr(other, "_kept", None)
+"""
+    expected = [(2, "_hidden"), (6, "other._foreign"), (7, "getattr(other, '_kept', None)")]
+    assert sorted(private_reads(ast.parse(source))) == expected
+
+
+# ----------------------------------------------------------------------------------------------------- dependencies
+
+
+@pytest.mark.subprocess
+def test_import_needs_only_torch_and_numpy():
+    """What torch and numpy import themselves does not count."""
+    code = """
+import sys
+import numpy, torch
+before = set(sys.modules)
+import ddpm_ext
+tops = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(*sorted(tops - sys.stdlib_module_names - {"ddpm_ext", "numpy", "torch"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
