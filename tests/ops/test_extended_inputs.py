@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ddpm_ext import ops, reference
-from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS, Kind, names
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
 
 PLAIN = ["x_t", "model_output", "table", "t", "clip", "noise", "rng", "add_noise", "out"]
 
@@ -36,5 +37,5 @@ def test_schema():
 
 
 def test_every_kind_is_listed():
-    assert sorted(names(*Kind)) == sorted(EXTENDED_INPUTS)
-    assert all(names(kind) for kind in Kind)
+    assert sorted(names(EXTENDED_INPUTS, *Kind)) == sorted(EXTENDED_INPUTS)
+    assert all(names(EXTENDED_INPUTS, kind) for kind in Kind)
