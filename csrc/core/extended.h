@@ -59,8 +59,9 @@ DDPM_HD void take_step(const ExtendedRow& row, const StepSample<ExtendedStep>& s
   using Result = ExtendedStep::Result;
   using Factor = ExtendedStep::Factor;
   const StepRow& step = row.step;
+  const bool noisy = drawn || io.has(Role::noise);
   const Variance variance = sample.settings.variance;
-  const bool noisy = drawn || io.has(Role::noise), learned = variance != Variance::of_row;
+  const bool learned = variance != Variance::of_row;
   F x[N], m[N], x0[N], prev[N];
 
 #define DDPM_EACH DDPM_UNROLL for (int i = 0; i < N; ++i)
