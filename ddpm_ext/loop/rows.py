@@ -14,13 +14,12 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
-from ddpm_ext.tables.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import Grid, make_grid, spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]
 
 CACHED = 8  # loops whose rows a GaussianDiffusion holds
-SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 
 
@@ -251,9 +250,4 @@ def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
-    if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
-        if steps is None:
-            raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
-        return SIGMA_GRIDS[spacing](process.alphas_cumprod, steps)
-    chosen = spaced_timesteps(process.timesteps, steps, spacing)
-    return make_grid(process.alphas_cumprod, chosen, betas=process.betas)
+    return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing)

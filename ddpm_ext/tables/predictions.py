@@ -69,7 +69,7 @@ class Prediction:
     peers: Mapping[str, str] = field(default_factory=dict)
 
     def mean_slope(self, levels: Levels) -> Tensor:
-        """How much m counts in the mean of p(x_{t-1} | x_t)."""
+        """The weight of m in the mean of p(x_{t-1} | x_t), (rows,)."""
         return levels.of_x0 * self.x0(levels)[1] if self.any_step else torch.ones_like(levels.of_x0)
 
 
