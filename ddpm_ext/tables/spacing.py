@@ -125,7 +125,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
 
     Args:
         timesteps: how many the schedule has.
-        steps: how many to take; None: all, or as many as `spacing` says by itself.
+        steps: how many to take; None: all, or as many as `spacing` says.
         spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly up from 0; "trailing", evenly
             down from timesteps - 1 (Lin et al. 2023, table 2, has the three); "quadratic", down from 0.8 timesteps and
             closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "ddim25" and the like, or counts
@@ -136,14 +136,14 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
 
     Raises:
         TypeError: `steps` is not an int, or `spacing` not a string.
-        ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says it by itself; an unknown
+        ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says how many; an unknown
             `spacing`.
     """
     if not isinstance(spacing, str):
         raise TypeError(f"spacing is {spacing!r}, expected a string")
     if re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing):
         if steps is not None:
-            raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says it itself: expected None")
+            raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
     if spacing not in SPACINGS:
@@ -268,7 +268,7 @@ def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
     levels = _levels(alphas_cumprod)
     checks.integer("steps", steps, 2**31, "2^31", start=1)
     if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
-        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a sigma for each")
+        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")
     if levels[-1] == 0 or levels[0] == 1:
         raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
     greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()

@@ -47,8 +47,8 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
     """The names of the weightings that a prediction can have.
 
-    A prediction that does not determine x_0 at an alphas_cumprod of 0, as eps, has only "simple" where the schedule ends
-    there.
+    Where the schedule ends at an alphas_cumprod of 0, a prediction that does not determine x_0 there, such as eps, has
+    only "simple".
     """
     entry = PREDICTIONS[prediction]
     known = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))
@@ -69,7 +69,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     Args:
         alphas_cumprod: (timesteps,).
         prediction: a name of PREDICTIONS.
-        weighting: "simple", which is 1 everywhere; a name of WEIGHTINGS; or the weights themselves, (timesteps,), finite.
+        weighting: "simple", which is 1 everywhere; a name of WEIGHTINGS; or the weights, (timesteps,) and finite.
 
     Raises:
         TypeError: `weighting` is neither a name nor a tensor.
@@ -90,7 +90,7 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     if weighting not in names(alphas_cumprod, prediction):
         if PREDICTIONS[prediction].error is not None:
             raise ValueError(
-                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps says nothing of x_0, expected "
+                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps does not determine x_0, expected "
                 "'simple' or a tensor"
             )
         raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
