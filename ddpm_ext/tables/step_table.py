@@ -49,7 +49,7 @@ from ddpm_ext.tables.step_table_columns import (
     numbers,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
-from ddpm_ext.tables.step_table_packed import level_roots, pack
+from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, PLAIN_ROW, level_roots, pack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,8 @@ class StepTable:
             finite; a draw, now or after out of range.
     """
 
-    # The declaration of the columns: the lists of names below, StepRow, files, repr and the kernels' form follow it.
+    # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
+    # that step_table_packed lists.
     timestep: Column = NEEDED
     a: Column = NEEDED
     b: Column = NEEDED
@@ -135,10 +136,10 @@ class StepTable:
         return table
 
     def _columns(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in COLUMNS}
+        return dict(self._values(COLUMNS))
 
-    def _values(self, names: tuple[str, ...]) -> list[Tensor]:
-        return [getattr(self, name) for name in names]
+    def _values(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(self, name)) for name in names]
 
     # -------------------------------------------------------------------------------------------- as a sequence
 
@@ -214,7 +215,7 @@ class StepTable:
         Raises:
             TypeError: another dtype. ValueError: not a device.
         """
-        return pack(self._values(FACTORS), self.draw, [], device, dtype)
+        return pack(self._values(PLAIN_ROW), device, dtype)
 
     def packed_extended(
         self,
@@ -233,13 +234,14 @@ class StepTable:
             ValueError: not a device, or a guidance of another length, or not finite.
         """
         scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
-        added = [*self._values(ADDED_FACTORS), *level_roots(self.after), torch.from_numpy(scale)]
-        return pack(self._values(FACTORS), self.draw, added, device, dtype)
+        k0, k1 = level_roots(self.after)
+        others = [("k0", k0), ("k1", k1), ("w", torch.from_numpy(scale))]
+        return pack([*self._values(EXTENDED_ROW), *others], device, dtype)
 
     @property
     def extended(self) -> bool:
         """Whether any c3, l0 or l1 is not 0, so that only the extended kernel takes the rows."""
-        return any(bool((values != 0).any()) for values in self._values(EXTENDED_ONLY))
+        return any(bool((values != 0).any()) for _, values in self._values(EXTENDED_ONLY))
 
     # --------------------------------------------------------------------------------------------------- in files
 
@@ -293,8 +295,7 @@ COLUMNS = tuple(field.name for field in fields(StepTable))
 PLAIN = tuple(field.name for field in fields(StepTable) if not field.kw_only)  # in every file and every repr
 ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
 LEVELS = tuple(name for name in COLUMNS if vars(StepTable)[name] is LEVEL)
-FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))  # in the plain kernel's rows
-ADDED_FACTORS = tuple(name for name in ADDED if name not in LEVELS)  # in the extended kernel's rows, too
+FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 EXTENDED_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is EXTENDED)
 
 
