@@ -238,7 +238,7 @@ def test_predictions_agree(name, grid):
     x = root * x0 + coroot * eps
     weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
     of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
-    told = {
+    outputs = {
         "eps": eps,
         "x0": x0,
         "v": root * eps - coroot * x0,
