@@ -10,8 +10,9 @@ from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
-from ddpm_ext.tables.samplers import SAMPLERS, VARIANCES
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_timesteps
+from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
 
