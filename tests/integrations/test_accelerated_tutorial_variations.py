@@ -161,7 +161,7 @@ def test_other_steps_are_refused(kind):
 
 def test_the_same_steps_by_other_code_are_taken():
     fast = accelerate(with_method(own_step(), "p_sample")(50))
-    assert fast._plan().own == {"q_sample": None, "train_losses": None}
+    assert fast._fused_methods().differs == {"q_sample": None, "train_losses": None}
 
 
 @own_code

@@ -350,7 +350,7 @@ def test_copies(name, how, noise):
     x = loop(ours, x, timesteps=ours.timesteps[:4], **given)
     other = {"pickle": lambda y: pickle.loads(pickle.dumps(y)), "deepcopy": copy.deepcopy, "copy": copy.copy}[how](ours)
     assert type(other) is type(ours)
-    assert "_plans" in vars(ours) and "_plans" not in vars(other)
+    assert "_fused_cache" in vars(ours) and "_fused_cache" not in vars(other)
     assert other.accelerated.noise == noise
     if how == "copy" and name == "DPMSolverMultistep":
         other.model_outputs = list(ours.model_outputs)  # a copy shares it, as one of diffusers' own does

@@ -197,8 +197,8 @@ def test_functions_in_between(prediction, launches):
 @pytest.mark.parametrize("spacing", ["ddim25", None])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     """From the second loop on, whose tables are there: on tensors of a GPU that have no values to read."""
-    monkeypatch.setattr(steps_module, "misfit", lambda *_: None)
-    monkeypatch.setattr(steps_module, "_plain", lambda x: isinstance(x, torch.Tensor))
+    monkeypatch.setattr(steps_module, "check_tensors", lambda *_: None)
+    monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
 
     def walk(diffusion):

@@ -1,0 +1,84 @@
+"""How a call falls back: where it has no fused form, the peer's own code runs.
+
+A peer is another library, or its class. Options, dtypes or shapes that the operators don't take have no fused form.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+__all__ = ["Fallback", "attempt", "call_fused", "result_of", "with_fallback"]
+
+Function = Callable[..., Any]
+Result = TypeVar("Result")
+
+
+class Fallback(Exception):
+    """Raised where a call has no fused form, so that the peer's own code runs in its place.
+
+    Args:
+        reason: why, for the warning and `.accelerated.fallbacks`. None gives no warning: the peer will reject the
+            argument itself.
+        instead: what to run in place of the peer's method with the call's arguments, where the model or another
+            function of the caller was called already and must not be called again.
+    """
+
+    def __init__(self, reason: str | None = None, instead: Callable[[], Any] | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.instead = instead
+
+
+def call_fused(obj: Any, method: str, fused: Callable[[], Any], own: Callable[[], Any]) -> Any:
+    """fused(); where that raises a Fallback, own() or what the Fallback has `instead`, after the warning.
+
+    obj: the accelerated object; method: the peer's name of what is called.
+    """
+    try:
+        return fused()
+    except Fallback as fallback:
+        reason, instead = fallback.reason, fallback.instead
+    # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
+    if reason is not None:
+        obj.accelerated.record_fallback(obj.library, method, reason)
+    return own() if instead is None else instead()
+
+
+def with_fallback(method: str | None = None) -> Callable[[Function], Function]:
+    """Decorates a method of an Accelerated class that may raise a Fallback: then the peer's own method runs.
+
+    method: the peer's name of it; without one, the decorated method's name.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__name__ if method is None else method
+
+        @functools.wraps(function)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return call_fused(
+                self,
+                name,
+                lambda: function(self, *args, **kwargs),
+                lambda: self.peer_method(name)(*args, **kwargs),
+            )
+
+        return call
+
+    return decorate
+
+
+def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
+    """make(*args), or the Fallback that it raises: what a cache can keep. `result_of` turns it back."""
+    try:
+        return make(*args)
+    except Fallback as fallback:
+        return Fallback(fallback.reason)  # a new one, without the traceback, which keeps frames alive
+
+
+def result_of(attempted: Result | Fallback) -> Result:
+    """What `attempt` made. Raises the Fallback where there is one."""
+    if isinstance(attempted, Fallback):
+        raise Fallback(attempted.reason)
+    return attempted
