@@ -76,6 +76,7 @@ class Denoising(Accelerated):
     """Mixin placed before GaussianDiffusion in the bases."""
 
     library = "denoising-diffusion-pytorch"
+    compiles = False
     replaces = ("p_sample", "p_sample_loop", "ddim_sample", "interpolate", "q_sample", "p_losses")
     relies_on = (
         "model_predictions",
@@ -122,8 +123,6 @@ class Denoising(Accelerated):
         return tables
 
     def _tables_of_buffers(self) -> DenoisingTables:
-        if torch.compiler.is_compiling():
-            raise Fallback("it is being compiled")
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
         buffers = tuple([self._buffers[name] for name in BUFFERS])

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 __all__ = ["Fallback", "attempt", "call_fused", "result_of", "with_fallback"]
 
 Function = Callable[..., Any]
@@ -57,6 +59,10 @@ def with_fallback(method: str | None = None) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # The compiler can't resume in a handler of exceptions, so this is found before one is raised.
+            if not self.compiles and torch.compiler.is_compiling():
+                self.accelerated.record_fallback(self.library, name, "it is being compiled")
+                return self.peer_method(name)(*args, **kwargs)
             return call_fused(
                 self,
                 name,

@@ -135,12 +135,14 @@ class Accelerated:
 
     Attributes:
         library: the peer's name, for warnings.
+        compiles: whether torch.compile may trace the fused methods; if not, it gets the peer's.
         replaces: the peer's methods that the mixin replaces.
         relies_on: the peer's methods whose work the fused ones do, too. A subclass of the peer's class that overrides
             any of the two is refused.
     """
 
     library: ClassVar[str]
+    compiles: ClassVar[bool] = True
     replaces: ClassVar[tuple[str, ...]]
     relies_on: ClassVar[tuple[str, ...]] = ()
     _peer: ClassVar[type]  # the class that this one is made of

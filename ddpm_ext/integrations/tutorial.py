@@ -149,6 +149,7 @@ class Tutorial(Accelerated):
     """Mixin placed in the bases before a class that resembles the tutorial's."""
 
     library = "the tutorial's class"
+    compiles = False
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
 
     # ----------------------------------------------------------------------------------------------------- what fits
@@ -165,8 +166,6 @@ class Tutorial(Accelerated):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        if torch.compiler.is_compiling():
-            raise Fallback("it is being compiled")
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
         own = tuple([getattr(self, name, None) for name in (*TABLES, *OTHERS)])
@@ -243,7 +242,7 @@ class Tutorial(Accelerated):
         """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise."""
         rng = self.accelerated.start()
         own = self.peer_method("p_sample_loop")
-        if rng is None or isinstance(attempt(self._fused_methods), Fallback):
+        if rng is None or torch.compiler.is_compiling() or isinstance(attempt(self._fused_methods), Fallback):
             return own(model, shape, *args, **kwargs)  # each step says why it falls back
         start = self.__dict__["_start_noise"] = _StartNoise(rng)
         with start.active:
