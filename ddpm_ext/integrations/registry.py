@@ -71,7 +71,7 @@ def _integration(name: str) -> Any:
 
 def support_table() -> list[Support]:
     """What is fused and what is not, method by method."""
-    modules = dict.fromkeys([entry.mixin_module for entry in (*KNOWN, *RECOGNISED)])
+    modules = dict.fromkeys([*(known.mixin_module for known in KNOWN), *(entry.mixin_module for entry in RECOGNISED)])
     return [row for module in modules for row in _integration(module).SUPPORT]
 
 
