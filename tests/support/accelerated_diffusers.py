@@ -19,20 +19,15 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations import KNOWN, accelerate
 
 FACTOR, ULPS = 4, 4
 MANY = 100
-SIGMA = ("DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
+NAMES = ("DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
+SIGMA = NAMES[3:]  # those that have sigmas and count their steps
 MODULES = {
-    "DDPM": "ddpm",
-    "DDIM": "ddim",
-    "DDIMInverse": "ddim_inverse",
-    "DPMSolverMultistep": "dpmsolver_multistep",
-    "EulerDiscrete": "euler_discrete",
-    "EulerAncestralDiscrete": "euler_ancestral_discrete",
+    known.name.removesuffix("Scheduler"): known.module for known in KNOWN if known.module.startswith("diffusers.")
 }
-NAMES = tuple(MODULES)
 BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # Stable Diffusion's
 
 
@@ -43,7 +38,7 @@ def make(name: str, **config: Any) -> Any:
 
 
 def module(name: str) -> Any:
-    return importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    return importlib.import_module(MODULES[name])
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -123,6 +118,24 @@ def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def draws(name: str) -> Iterator[list[torch.dtype]]:
+    """The dtypes of the noise that its module's code draws."""
+    where = module(name)
+    dtypes: list[torch.dtype] = []
+    draw = getattr(where, "randn_tensor", None)
+
+    def recorded(*args, **kwargs):
+        noise = draw(*args, **kwargs)
+        dtypes.append(noise.dtype)
+        return noise
+
+    with contextlib.ExitStack() as stack:
+        if draw is not None:
+            stack.enter_context(mock.patch.object(where, "randn_tensor", recorded))
+        yield dtypes
+
+
 # --------------------------------------------------------------------------------------------------------- compared
 
 
@@ -199,7 +212,6 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
     launched; where not, it must have given diffusers' very numbers."""
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)
-    drawn = torch.float32 if name == "DPMSolverMultistep" else m.dtype
 
     def step(scheduler, m, x, noise):
         given = dict(options)
@@ -211,7 +223,9 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
         state = given["generator"].get_state() if "generator" in given else None
         return result, state
 
-    expected, state = step(theirs, m, x, noise)
+    with draws(name) as dtypes:
+        expected, state = step(theirs, m, x, noise)
+    drawn = dtypes[0] if dtypes else m.dtype
     with launches() as called, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*runs the own code")
         found, after = step(accelerated, m, x, noise)
