@@ -25,16 +25,14 @@ class BoundedCache(Generic[Value]):
         self.size = size
         self._values: dict[Hashable, Value] = {}
         self._lock = threading.Lock()
+        self.get: Callable[[Hashable], Value | None] = self._values.get
+        """The key's value, or None where it has none."""
 
     def __len__(self) -> int:
         return len(self._values)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.size,)
-
-    def get(self, key: Hashable) -> Value | None:
-        """The key's value, or None where it has none."""
-        return self._values.get(key)
 
     def get_or_make(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The key's value; where it has none, make(), which is stored and must not be None.

@@ -76,7 +76,6 @@ class Denoising(Accelerated):
     """Mixin placed before GaussianDiffusion in the bases."""
 
     library = "denoising-diffusion-pytorch"
-    compiles = False
     replaces = ("p_sample", "p_sample_loop", "ddim_sample", "interpolate", "q_sample", "p_losses")
     relies_on = (
         "model_predictions",
@@ -145,7 +144,7 @@ class Denoising(Accelerated):
     # --------------------------------------------------------------------------------------------------------- steps
 
     @torch.inference_mode()
-    @with_fallback()
+    @with_fallback(compiles=False)
     def p_sample(self, x: Tensor, t: int, x_self_cond: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         check_tensors(x)
         tables, step = self._fused_tables(x.dtype, x.device), _index(t)
@@ -203,7 +202,7 @@ class Denoising(Accelerated):
         return img
 
     @torch.inference_mode()
-    @with_fallback()
+    @with_fallback(compiles=False)
     def p_sample_loop(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
         if not 0 < self.num_timesteps <= len(tables.steps):
@@ -214,7 +213,7 @@ class Denoising(Accelerated):
         return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
 
     @torch.inference_mode()
-    @with_fallback()
+    @with_fallback(compiles=False)
     def ddim_sample(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
         steps = tables.ddim(self.num_timesteps, self.sampling_timesteps, self.ddim_sampling_eta)
@@ -251,7 +250,7 @@ class Denoising(Accelerated):
         return x_start * of_start + of_noise * pred_noise + deviation * torch.randn_like(img), x_start
 
     @torch.inference_mode()
-    @with_fallback()
+    @with_fallback(compiles=False)
     def interpolate(self, x1: Tensor, x2: Tensor, t: int | None = None, lam: float = 0.5) -> Tensor:
         start = self.num_timesteps - 1 if t is None else _index(t)
         _check_pair(x1, x2)
@@ -284,7 +283,7 @@ class Denoising(Accelerated):
         rng = self.accelerated.next_forward()
         return (torch.randn_like(x), None) if rng is None else (None, rng)
 
-    @with_fallback()
+    @with_fallback(compiles=False)
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         _check_pair(x_start, noise)
         _check_timesteps(t, x_start)
@@ -294,7 +293,7 @@ class Denoising(Accelerated):
             noise, rng = self._training_noise(x_start)
         return self._noised(tables, x_start, t, noise, rng)
 
-    @with_fallback()
+    @with_fallback(compiles=False)
     def p_losses(
         self,
         x_start: Tensor,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Fallback", "attempt", "call_fused", "result_of", "with_fallback"]
+__all__ = ["Fallback", "attempt", "result_of", "with_fallback"]
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
@@ -33,46 +33,47 @@ class Fallback(Exception):
         self.instead = instead
 
 
-def call_fused(obj: Any, method: str, fused: Callable[[], Any], own: Callable[[], Any]) -> Any:
-    """fused(); where that raises a Fallback, own() or what the Fallback has `instead`, after the warning.
-
-    obj: the accelerated object; method: the peer's name of what is called.
-    """
-    try:
-        return fused()
-    except Fallback as fallback:
-        reason, instead = fallback.reason, fallback.instead
-    # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
-    if reason is not None:
-        obj.accelerated.record_fallback(obj.library, method, reason)
-    return own() if instead is None else instead()
-
-
-def with_fallback(method: str | None = None) -> Callable[[Function], Function]:
+def with_fallback(
+    method: str | None = None, own: Function | None = None, *, compiles: bool = True
+) -> Callable[[Function], Function]:
     """Decorates a method of an Accelerated class that may raise a Fallback: then the peer's own method runs.
 
-    method: the peer's name of it; without one, the decorated method's name.
+    Args:
+        method: the peer's name of the method; without one, that of the decorated function.
+        own: what runs then, as own(method, obj, ...) with the call's arguments; without one, the peer's method itself.
+        compiles: whether torch.compile may trace the method; if not, it gets the peer's.
     """
 
     def decorate(function: Function) -> Function:
         name = function.__name__ if method is None else method
+        run_own = _run_own if own is None else own
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # The compiler can't resume in a handler of exceptions, so this is found before one is raised.
-            if not self.compiles and torch.compiler.is_compiling():
-                self.accelerated.record_fallback(self.library, name, "it is being compiled")
-                return self.peer_method(name)(*args, **kwargs)
-            return call_fused(
-                self,
-                name,
-                lambda: function(self, *args, **kwargs),
-                lambda: self.peer_method(name)(*args, **kwargs),
-            )
+            try:
+                return function(self, *args, **kwargs)
+            except Fallback as fallback:
+                reason, instead = fallback.reason, fallback.instead
+            # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
+            if reason is not None:
+                self.accelerated.record_fallback(self.library, name, reason)
+            return run_own(name, self, *args, **kwargs) if instead is None else instead()
 
-        return call
+        @functools.wraps(function)
+        def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # The compiler can't resume after a handler of exceptions, so this is found before one is raised.
+            if torch.compiler.is_compiling():
+                self.accelerated.record_fallback(self.library, name, "it is being compiled")
+                return run_own(name, self, *args, **kwargs)
+            return call(self, *args, **kwargs)
+
+        return call if compiles else call_unless_compiling
 
     return decorate
+
+
+def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
+    return obj.peer_method(method)(*args, **kwargs)
 
 
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:

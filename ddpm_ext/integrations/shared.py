@@ -135,14 +135,12 @@ class Accelerated:
 
     Attributes:
         library: the peer's name, for warnings.
-        compiles: whether torch.compile may trace the fused methods; if not, it gets the peer's.
         replaces: the peer's methods that the mixin replaces.
         relies_on: the peer's methods whose work the fused ones do, too. A subclass of the peer's class that overrides
             any of the two is refused.
     """
 
     library: ClassVar[str]
-    compiles: ClassVar[bool] = True
     replaces: ClassVar[tuple[str, ...]]
     relies_on: ClassVar[tuple[str, ...]] = ()
     _peer: ClassVar[type]  # the class that this one is made of
@@ -211,8 +209,10 @@ def is_like(y: Any, x: Tensor) -> bool:
 
 def check_tensors(x: Tensor, *others: Tensor | None) -> None:
     """Raises Fallback where the fused operators can't take x and the others, which are to have its shape."""
-    if not torch.compiler.is_compiling() and not all(checks.is_plain(y) for y in (x, *others) if type(y) is Tensor):
-        raise Fallback(TRANSFORMED)
+    if not torch.compiler.is_compiling():
+        for y in (x, *others):
+            if type(y) is Tensor and not checks.is_plain(y):
+                raise Fallback(TRANSFORMED)
     if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
         raise Fallback("its samples are no plain tensors on a CPU or a CUDA device")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -249,7 +249,11 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient is recorded and any of the tensors requires one."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def version(x: Tensor) -> tuple[int, int]:

@@ -149,7 +149,6 @@ class Tutorial(Accelerated):
     """Mixin placed in the bases before a class that resembles the tutorial's."""
 
     library = "the tutorial's class"
-    compiles = False
     replaces = ("q_sample", "p_sample", "p_sample_loop", "train_losses")
 
     # ----------------------------------------------------------------------------------------------------- what fits
@@ -222,7 +221,7 @@ class Tutorial(Accelerated):
                 self.accelerated.record_fallback(self.library, "p_sample_loop", "it begins with noise of its own")
         return self._p_sample(model, x_t, t, clip_denoised, *args, **kwargs)
 
-    @with_fallback("p_sample")
+    @with_fallback("p_sample", compiles=False)
     def _p_sample(
         self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, clip_denoised: bool, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -258,7 +257,7 @@ class Tutorial(Accelerated):
         rng = self.accelerated.next_forward()
         return (torch.randn_like(x), None) if rng is None else (None, rng)
 
-    @with_fallback()
+    @with_fallback(compiles=False)
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         fused = self._fused("q_sample", x_start, t, bool(args or kwargs), noise)
         rng = None
@@ -266,7 +265,7 @@ class Tutorial(Accelerated):
             noise, rng = self._training_noise(x_start)
         return ops.forward_process(x_start, fused.rows("q_sample", x_start), t, noise=noise, rng=rng)
 
-    @with_fallback()
+    @with_fallback(compiles=False)
     def train_losses(
         self, model: Callable[..., Tensor], x_start: Tensor, t: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:

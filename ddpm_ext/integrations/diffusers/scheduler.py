@@ -119,10 +119,10 @@ class Scheduler(Accelerated):
         found = by_identity.get(key)
         if found is None:
             contents = (make, *[_contents(x) if isinstance(x, Tensor) else x for x in settings])
-            rows = by_contents.get_or_make(contents, lambda: _make_outside_autograd(make, settings))
+            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make, settings)))
             # The tensors are kept, too, so that no other tensor gets their identity.
             found = by_identity.get_or_make(key, lambda: (rows, settings))
-        return result_of(found[0])
+        return found[0]
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
         """The timestep on the host, and its row. Raises Fallback where it has none."""

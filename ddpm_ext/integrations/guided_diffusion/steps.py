@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops, randn
-from ddpm_ext.integrations.fallback import Fallback, call_fused
+from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables
 from ddpm_ext.integrations.shared import (
@@ -23,7 +24,7 @@ from ddpm_ext.integrations.shared import (
     wants_gradient,
 )
 
-__all__ = ["SAMPLERS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop", "take_step"]
+__all__ = ["SAMPLERS", "STEPS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop"]
 
 LOWER = (torch.float16, torch.bfloat16)
 SAMPLERS = {"p_sample": "ddpm", "ddim_sample": "ddim", "ddim_reverse_sample": "inverse"}
@@ -32,13 +33,13 @@ GRADIENT = "a gradient is asked for through a step"
 
 
 class StepOptions(NamedTuple):
-    """The arguments of the peer's p_sample and ddim_sample, but for the samples and timesteps."""
+    """The arguments of guided-diffusion's p_sample and ddim_sample in their order, but for samples and timesteps."""
 
     model: Function
     clip_denoised: bool
     denoised_fn: Function | None
+    cond_fn: Function | None
     model_kwargs: dict[str, Any] | None
-    cond_fn: Function | None = None
     eta: Any = NO_ETA
 
     def for_peer(self, **changes: Any) -> dict[str, Any]:
@@ -111,9 +112,9 @@ def split_output(
     return output[:, :channels], output[:, channels:]
 
 
-def take_step(
-    peer: Peer,
+def _take_step(
     method: str,
+    peer: Peer,
     options: StepOptions,
     x: Tensor,
     t: Tensor,
@@ -121,32 +122,12 @@ def take_step(
     model_t: Tensor | None = None,
     with_x0: bool = True,
 ) -> dict[str, Tensor]:
-    """One step by `method`, fused or by the peer's own code.
+    """One step by `method`. Raises Fallback.
 
     Args:
         row, model_t: in a loop, the timestep as an int, and what a model gets for it, (batch,).
         with_x0: whether the predicted clean samples are returned, too.
     """
-    own = peer.peer_method(method)
-    return call_fused(
-        peer,
-        method,
-        lambda: _take_fused_step(peer, method, own, options, x, t, row, model_t, with_x0),
-        lambda: own(options.model, x, t, **options.for_peer()),
-    )
-
-
-def _take_fused_step(
-    peer: Peer,
-    method: str,
-    own: Function,
-    options: StepOptions,
-    x: Tensor,
-    t: Tensor,
-    row: int | None,
-    model_t: Tensor | None,
-    with_x0: bool,
-) -> dict[str, Tensor]:
     fused, sampler = peer.fused_tables(), SAMPLERS[method]
     rows = fused.rows(sampler, options.eta, bool(options.clip_denoised) or options.denoised_fn is not None)
     _check_step(fused, options, x, t, row)
@@ -161,7 +142,7 @@ def _take_fused_step(
     called: dict[str, Any] = {}  # in place of functions that were called already
 
     def own_step() -> Any:
-        return own(returning(output), x, t, **options.for_peer(**called))
+        return peer.peer_method(method)(returning(output), x, t, **options.for_peer(**called))
 
     if isinstance(output, Tensor) and wants_gradient(output):
         raise Fallback(GRADIENT, own_step)
@@ -208,6 +189,16 @@ def _take_fused_step(
     steps = tables.get("extended", device, torch.float32)
     sample = ops.extended_step(x, needed, steps, at, clip=clip, **source, **extras)
     return {"sample": sample, "pred_xstart": extras["x0_out"]} if with_x0 else {"sample": sample}
+
+
+def _take_own_step(method: str, peer: Peer, options: StepOptions, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
+    return peer.peer_method(method)(options.model, x, t, **options.for_peer())
+
+
+# By the peer's method: (peer, options, x, t, ...) takes a step, fused or by the peer's own code.
+STEPS: dict[str, Function] = {
+    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method)) for method in SAMPLERS
+}
 
 
 def _check_step(fused: FusedTables, options: StepOptions, x: Tensor, t: Tensor, row: int | None) -> None:
@@ -258,7 +249,7 @@ def take_loop(
         rows = tqdm(rows)
     # All steps' timesteps are made at once: the model gets a row of these, so no step makes a tensor or waits for one.
     timesteps = torch.arange(peer.num_timesteps, device=device)[:, None].repeat(1, shape[0])
-    model_timesteps = timesteps
+    model_timesteps, take_step = timesteps, STEPS[method]
     with contextlib.suppress(Fallback):  # each step says why it falls back
         fused = peer.fused_tables()
         if not fused.model_gets_t:
@@ -267,6 +258,6 @@ def take_loop(
         with torch.no_grad():
             t = timesteps[row]
             model_t = t if model_timesteps is timesteps else model_timesteps[row]
-            out = take_step(peer, method, options, x, t, row, model_t, with_x0)
+            out = take_step(peer, options, x, t, row, model_t, with_x0)
             yield out
             x = out["sample"]

@@ -241,7 +241,8 @@ def tables_of(peer: Any, spaced: bool) -> FusedTables:
         if not _can_make_tables():
             raise Fallback(IN_TRANSFORM)
         found = _make_entry(peer, spaced, state, key)
-    return result_of(found[1])
+    tables = found[1]
+    return tables if type(tables) is FusedTables else result_of(tables)
 
 
 @torch.compiler.disable
