@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ddpm_ext.integrations.registry import KNOWN, accelerated_class, support_table
-from ddpm_ext.integrations.shared import Acceleration, Support, new
+from ddpm_ext.integrations.shared import Acceleration, Support, accelerated_copy
 
 __all__ = ["KNOWN", "Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
@@ -51,14 +51,4 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
-    made = accelerated_class(type(obj))
-    for name in (*made.replaces, *made.relies_on):  # type: ignore[attr-defined]
-        if name in vars(obj):
-            raise TypeError(f"obj has a {name} of its own, expected its class's")
-    accelerated = new(made)
-    for name, value in vars(obj).items():  # containers are written to, so they are copied; tensors are replaced
-        accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
-    accelerated.__dict__["_acceleration"] = settings
-    accelerated.__dict__.pop("_fused_cache", None)
-    accelerated.check_accelerated()
-    return accelerated
+    return accelerated_copy(obj, accelerated_class(type(obj)), settings)

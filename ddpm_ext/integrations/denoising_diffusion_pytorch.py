@@ -18,13 +18,11 @@ from ddpm_ext import ops
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, LOW, DdimSteps, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import (
+from ddpm_ext.integrations.shared import Accelerated, Support, new
+from ddpm_ext.integrations.tensors import (
     TRANSFORMED,
-    Accelerated,
-    Support,
     check_tensors,
     dtype_name,
-    new,
     noise_arguments,
     version,
     wants_gradient,
@@ -99,7 +97,7 @@ class Denoising(Accelerated):
     noise_assignment: Callable[[Tensor, Tensor], Tensor]
     _buffers: dict[str, Tensor]
 
-    def check_accelerated(self) -> None:
+    def _check(self) -> None:
         """Raises TypeError for an older version, some of whose methods do other things."""
         found = _library().__version__
         if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:

@@ -1,6 +1,6 @@
 """How a call falls back: where it has no fused form, the peer's own code runs.
 
-A peer is another library, or its class. Options, dtypes or shapes that the operators don't take have no fused form.
+Options, dtypes or shapes that the operators don't take have no fused form.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from ddpm_ext.integrations.shared import peer_method
 
 __all__ = ["Fallback", "attempt", "result_of", "with_fallback"]
 
@@ -73,7 +75,7 @@ def with_fallback(
 
 
 def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
-    return obj.peer_method(method)(*args, **kwargs)
+    return peer_method(obj, method)(*args, **kwargs)
 
 
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:

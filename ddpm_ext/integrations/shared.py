@@ -1,7 +1,11 @@
-"""What all accelerated classes share: how one is made of a peer's class, its settings, and which tensors fit."""
+"""What all accelerated classes share: the settings, and how an accelerated class and object are made of a peer's.
+
+A peer is another library, or its class.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -13,28 +17,20 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_START, Philox, random_seed, rng_of_many
 
 __all__ = [
     "NOISES",
-    "TRANSFORMED",
     "Accelerated",
     "Acceleration",
     "Support",
-    "check_tensors",
-    "dtype_name",
-    "is_like",
-    "is_plain_tensor",
+    "accelerated_copy",
     "make_class",
     "new",
-    "noise_arguments",
-    "version",
-    "wants_gradient",
+    "peer_method",
 ]
 
 NOISES = ("torch", "philox")
-TRANSFORMED = "a transform of torch.func is at work"
 
 
 class Support(NamedTuple):
@@ -154,12 +150,8 @@ class Accelerated:
             found = self.__dict__["_acceleration"] = Acceleration()
         return found
 
-    def check_accelerated(self) -> None:
+    def _check(self) -> None:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
-
-    def peer_method(self, name: str) -> Callable[..., Any]:
-        """The peer's own method of that name, bound to this object."""
-        return getattr(super(), name)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles name the peer's class, which can be imported, and leave out what is only cached."""
@@ -167,9 +159,31 @@ class Accelerated:
         return type(self)._restore, (self._peer,), state
 
 
+def peer_method(obj: Any, name: str) -> Callable[..., Any]:
+    """The peer's own method of that name, bound to an accelerated object."""
+    return getattr(super(Accelerated, obj), name)
+
+
 def new(made: Any) -> Any:
     """An object without its state."""
     return made.__new__(made)
+
+
+def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) -> Any:
+    """An object of the accelerated class `made` with the state of the peer's `obj`, which stays as it is.
+
+    Raises TypeError where obj has attributes in place of its class's methods, or is not what the class promises.
+    """
+    for name in (*made.replaces, *made.relies_on):
+        if name in vars(obj):
+            raise TypeError(f"obj has a {name} of its own, expected its class's")
+    accelerated = new(made)
+    for name, value in vars(obj).items():  # containers are written to, so they are copied; tensors are replaced
+        accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+    accelerated.__dict__["_acceleration"] = settings
+    accelerated.__dict__.pop("_fused_cache", None)
+    accelerated._check()
+    return accelerated
 
 
 @functools.cache
@@ -192,70 +206,3 @@ def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Calla
     own = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
     own |= {"_peer": peer, "_restore": staticmethod(restore)}
     return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(own))
-
-
-# ------------------------------------------------------------------------------------------------------------ tensors
-
-
-def is_plain_tensor(x: Any) -> bool:
-    """Whether x is a tensor, of no subclass and outside of function transforms; a compiler sees those itself."""
-    return type(x) is Tensor and (torch.compiler.is_compiling() or checks.is_plain(x))
-
-
-def is_like(y: Any, x: Tensor) -> bool:
-    """Whether y is a plain tensor of x's shape, on x's device."""
-    return is_plain_tensor(y) and y.shape == x.shape and y.device == x.device
-
-
-def check_tensors(x: Tensor, *others: Tensor | None) -> None:
-    """Raises Fallback where the fused operators can't take x and the others, which are to have its shape."""
-    if not torch.compiler.is_compiling():
-        for y in (x, *others):
-            if type(y) is Tensor and not checks.is_plain(y):
-                raise Fallback(TRANSFORMED)
-    if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
-        raise Fallback("its samples are no plain tensors on a CPU or a CUDA device")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise Fallback(f"its samples are {dtype_name(x.dtype)}")
-    if x.dim() == 0:
-        raise Fallback("its samples have no batch dimension")
-    for y in others:
-        if y is None:
-            continue
-        if type(y) is not Tensor or y.device != x.device:
-            raise Fallback("its tensors are not all plain ones on one device")
-        if y.shape != x.shape:
-            raise Fallback("its tensors have different shapes")
-
-
-def dtype_name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_DRAWS = torch.randn, torch.randn_like
-
-
-def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """The operators' arguments for noise that was just drawn for a step of samples x.
-
-    The next sample overwrites the noise, so that a step needs no more memory than one without noise; but not where
-    somebody has replaced torch's functions and may keep what they drew.
-    """
-    unpatched = (torch.randn, torch.randn_like) == _DRAWS and torch._C._len_torch_function_stack() == 0
-    if unpatched and x.is_contiguous() and noise.is_contiguous():
-        return {"noise": noise, "out": noise}
-    return {"noise": noise}
-
-
-def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is recorded and any of the tensors requires one."""
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
-
-
-def version(x: Tensor) -> tuple[int, int]:
-    """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
-    return id(x), 0 if x.is_inference() else x._version

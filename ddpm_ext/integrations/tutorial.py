@@ -20,14 +20,11 @@ from ddpm_ext import ops
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import (
+from ddpm_ext.integrations.shared import Accelerated, Support, new, peer_method
+from ddpm_ext.integrations.tensors import (
     TRANSFORMED,
-    Accelerated,
-    Support,
     check_tensors,
     dtype_name,
-    is_like,
-    new,
     noise_arguments,
     version,
     wants_gradient,
@@ -108,7 +105,7 @@ def check_output(
     dtypes = (
         (torch.float32, torch.float16, torch.bfloat16) if allow_16_bits and x.dtype == torch.float32 else (x.dtype,)
     )
-    if is_like(output, x) and output.dtype in dtypes:
+    if not isinstance(attempt(check_tensors, x, output), Fallback) and output.dtype in dtypes:
         return
     if type(output) is not Tensor:
         raise Fallback(f"the model's output is a {type(output).__name__}", instead)
@@ -153,7 +150,7 @@ class Tutorial(Accelerated):
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
-    def check_accelerated(self) -> None:
+    def _check(self) -> None:
         """Raises TypeError where the tables or methods are not the tutorial's."""
         try:
             self._fused_methods()
@@ -226,7 +223,7 @@ class Tutorial(Accelerated):
         self, model: Callable[..., Tensor], x_t: Tensor, t: Tensor, clip_denoised: bool, *args: Any, **kwargs: Any
     ) -> Tensor:
         fused = self._fused("p_sample", x_t, t, bool(args or kwargs))
-        own = self.peer_method("p_sample")
+        own = peer_method(self, "p_sample")
         with fused.grad_mode():
             output = model(x_t, t)
             check_output(x_t, output, lambda: own(_Given(output), x_t, t, clip_denoised))
@@ -240,7 +237,7 @@ class Tutorial(Accelerated):
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise."""
         rng = self.accelerated.start()
-        own = self.peer_method("p_sample_loop")
+        own = peer_method(self, "p_sample_loop")
         if rng is None or torch.compiler.is_compiling() or isinstance(attempt(self._fused_methods), Fallback):
             return own(model, shape, *args, **kwargs)  # each step says why it falls back
         start = self.__dict__["_start_noise"] = _StartNoise(rng)

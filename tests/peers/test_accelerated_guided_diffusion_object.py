@@ -349,6 +349,26 @@ def test_an_object_with_a_method_of_its_own_is_refused(name):
 
 
 @libraries
+@pytest.mark.parametrize("name", ["p_sample", "ddim_sample", "ddim_reverse_sample", "p_sample_loop", "ddim_sample_loop"])
+def test_wrong_arguments_raise_the_librarys_error(library, name):
+    """A missing, a repeated and an unknown one, and one too many."""
+    plain = make(library=library)
+    for args, options in (
+        ((half,), {}),
+        ((half, X, T), {"model": half}),
+        ((half, X, T), {"seed": 1}),
+        ((half,), {"seed": 1}),
+        ((half, X, T, *range(9)), {}),
+    ):
+        said = []
+        for each in (plain, accelerate(plain)):
+            with pytest.raises(TypeError) as error:
+                getattr(each, name)(*args, **options)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+@libraries
 def test_a_fork_with_other_arguments_is_refused(library):
     """Of the same names, as many are."""
 

@@ -22,7 +22,8 @@ from ddpm_ext.integrations.diffusers.scheduler import (
     result_dtype,
 )
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
-from ddpm_ext.integrations.shared import Support, dtype_name
+from ddpm_ext.integrations.shared import Support
+from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.tables.samplers import ddim
 
 __all__ = ["DDIM", "SUPPORT", "DDIMInverse"]

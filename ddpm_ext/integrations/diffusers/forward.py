@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm_ext import ops
 from ddpm_ext.integrations.diffusers.scheduler import FusedRows, Scheduler, are_tensors
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
-from ddpm_ext.integrations.shared import check_tensors
+from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
 
 __all__ = ["Forward", "weighted_sum"]

@@ -15,14 +15,8 @@ from ddpm_ext import ops
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
-from ddpm_ext.integrations.shared import (
-    Accelerated,
-    check_tensors,
-    dtype_name,
-    noise_arguments,
-    version,
-    wants_gradient,
-)
+from ddpm_ext.integrations.shared import Accelerated
+from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables

@@ -15,8 +15,8 @@ from ddpm_ext.integrations.fallback import with_fallback
 from ddpm_ext.integrations.guided_diffusion.losses import training_losses
 from ddpm_ext.integrations.guided_diffusion.peer import Function
 from ddpm_ext.integrations.guided_diffusion.steps import SAMPLERS, STEPS, StepOptions, check_inputs, take_loop
-from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of
-from ddpm_ext.integrations.shared import Accelerated
+from ddpm_ext.integrations.guided_diffusion.tables import tables_of
+from ddpm_ext.integrations.shared import Accelerated, peer_method
 
 __all__ = ["Guided", "Improved", "ImprovedSpaced", "Spaced"]
 
@@ -68,10 +68,10 @@ class Guided(Accelerated):
         "_scale_timesteps",
         "_vb_terms_bpd",
     )
-    _spaced = False
 
     num_timesteps: int
     loss_type: Any
+    _vb_terms_bpd: Function
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises TypeError for a fork, which goes by the same names, whose methods take other arguments."""
@@ -92,15 +92,9 @@ class Guided(Accelerated):
             if own is not None and name not in vars(Guided):  # a step or a loop
                 setattr(cls, name, _bound(own, parameters))
 
-    def fused_tables(self) -> FusedTables:
-        return tables_of(self, self._spaced)
-
-    def maps_timesteps(self, model: Function) -> bool:
-        return False
-
     @with_fallback()
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        tables = self.fused_tables()
+        tables = tables_of(self)
         check_inputs(tables, x_start, t, noise)
         rng = None if noise is not None else self.accelerated.next_forward()
         if noise is None and rng is None:
@@ -152,7 +146,7 @@ def _bound(own: Function, parameters: Parameters) -> Function:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         values = bind(args, kwargs)
         if values is None:
-            return self.peer_method(method)(*args, **kwargs)  # which raises a TypeError
+            return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
         return fused(self, *values)
 
     return call
@@ -197,11 +191,6 @@ class _Respaced(Guided):
     """A diffusion over some of the timesteps, whose models get those of the original one."""
 
     relies_on: ClassVar[tuple[str, ...]] = (*Guided.relies_on, "_wrap_model")
-    _spaced = True
-    _wrap_model: Any
-
-    def maps_timesteps(self, model: Function) -> bool:
-        return self._wrap_model(model) is model
 
 
 class Spaced(_Respaced):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer
+from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer, maps_timesteps
 from ddpm_ext.integrations.guided_diffusion.steps import check_inputs, returning, split_output
-from ddpm_ext.integrations.guided_diffusion.tables import LOSSES, FusedTables
-from ddpm_ext.integrations.shared import wants_gradient
+from ddpm_ext.integrations.guided_diffusion.tables import LOSSES, FusedTables, tables_of
+from ddpm_ext.integrations.shared import peer_method
+from ddpm_ext.integrations.tensors import wants_gradient
 
 __all__ = ["training_losses"]
 
@@ -26,7 +27,7 @@ def training_losses(
     noise: Tensor | None,
 ) -> dict[str, Tensor]:
     """The peer's training_losses. Raises Fallback where they have no fused form."""
-    tables, loss = peer.fused_tables(), getattr(peer.loss_type, "name", "")
+    tables, loss = tables_of(peer), getattr(peer.loss_type, "name", "")
     check_inputs(tables, x_start, t, noise)
     if loss not in LOSSES or x_start.dim() < 2:
         raise Fallback
@@ -42,11 +43,11 @@ def training_losses(
         rng = peer.accelerated.next_forward()
         source = {"noise": torch.randn_like(x_start)} if rng is None else {"rng": rng}
     x_t = ops.forward_process(x_start, tables.q_sample(x_start.device), t, **source)
-    as_they_are = tables.model_gets_t or peer.maps_timesteps(model)
+    as_they_are = tables.model_gets_t or maps_timesteps(peer, model)
     output = model(x_t, t if as_they_are else tables.model_timesteps(t.device)[t], **(model_kwargs or {}))
 
     def own_losses() -> Any:
-        own = peer.peer_method("training_losses")
+        own = peer_method(peer, "training_losses")
         return own(returning(output), x_start, t, model_kwargs, _noise(tables, x_start, t, source))
 
     parts = split_output(tables, x_start, output, own_losses)
@@ -66,8 +67,8 @@ def training_losses(
         if len(at_zero) > 0:
             own_output = _with_prediction_detached(output, x_start.shape[1]) if with_error else output
             inputs = (x_start[at_zero], x_t[at_zero], t[at_zero])
-            own_bound = peer.peer_method("_vb_terms_bpd")
-            own_terms = own_bound(returning(own_output[at_zero]), *inputs, clip_denoised=False)["output"]
+            own_model = returning(own_output[at_zero])
+            own_terms = peer._vb_terms_bpd(own_model, *inputs, clip_denoised=False)["output"]
             terms["vb"] = terms["vb"].index_add(0, at_zero, (own_terms * bound.factor).to(terms["vb"].dtype))
     if not with_error:
         return {"loss": terms["vb"]}

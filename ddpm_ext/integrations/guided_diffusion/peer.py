@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ddpm_ext.integrations.guided_diffusion.tables import FusedTables
+from ddpm_ext.integrations.guided_diffusion.tables import is_spaced
 from ddpm_ext.integrations.shared import Acceleration
 
-__all__ = ["Function", "Peer"]
+__all__ = ["Function", "Peer", "maps_timesteps"]
 
 Function = Callable[..., Any]
 
@@ -22,11 +22,9 @@ class Peer(Protocol):
     @property
     def accelerated(self) -> Acceleration: ...
 
-    def peer_method(self, name: str) -> Function:
-        """The library's own method of that name."""
+    _vb_terms_bpd: Function
 
-    def fused_tables(self) -> FusedTables:
-        """The tables of the object as it is. Raises Fallback where the library's own code has to run."""
 
-    def maps_timesteps(self, model: Function) -> bool:
-        """Whether a model maps timesteps itself, so that it gets them as they are."""
+def maps_timesteps(peer: Any, model: Function) -> bool:
+    """Whether a model maps timesteps itself, so that it gets them as they are."""
+    return is_spaced(peer) and peer._wrap_model(model) is model

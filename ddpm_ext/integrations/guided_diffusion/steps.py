@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops, randn
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
-from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer
-from ddpm_ext.integrations.guided_diffusion.tables import FusedTables
-from ddpm_ext.integrations.shared import (
+from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer, maps_timesteps
+from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of
+from ddpm_ext.integrations.shared import peer_method
+from ddpm_ext.integrations.tensors import (
     check_tensors,
     dtype_name,
     is_like,
@@ -128,7 +129,7 @@ def _take_step(
         row, model_t: in a loop, the timestep as an int, and what a model gets for it, (batch,).
         with_x0: whether the predicted clean samples are returned, too.
     """
-    fused, sampler = peer.fused_tables(), SAMPLERS[method]
+    fused, sampler = tables_of(peer), SAMPLERS[method]
     rows = fused.rows(sampler, options.eta, bool(options.clip_denoised) or options.denoised_fn is not None)
     _check_step(fused, options, x, t, row)
     tables, device = rows.tables, x.device
@@ -138,11 +139,11 @@ def _take_step(
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
     model_kwargs = options.model_kwargs or {}
 
-    output = options.model(x, t if peer.maps_timesteps(options.model) else model_t, **model_kwargs)
+    output = options.model(x, t if maps_timesteps(peer, options.model) else model_t, **model_kwargs)
     called: dict[str, Any] = {}  # in place of functions that were called already
 
     def own_step() -> Any:
-        return peer.peer_method(method)(returning(output), x, t, **options.for_peer(**called))
+        return peer_method(peer, method)(returning(output), x, t, **options.for_peer(**called))
 
     if isinstance(output, Tensor) and wants_gradient(output):
         raise Fallback(GRADIENT, own_step)
@@ -168,7 +169,7 @@ def _take_step(
     if draws and rng is None and method == "p_sample":  # before cond_fn, which may draw, too
         noise = torch.randn_like(x)
     if options.cond_fn is not None:
-        gradient = options.cond_fn(x, t if peer.maps_timesteps(options.cond_fn) else model_t, **model_kwargs)
+        gradient = options.cond_fn(x, t if maps_timesteps(peer, options.cond_fn) else model_t, **model_kwargs)
         wide = method != "p_sample" and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
         if wide or not is_like(gradient, x) or wants_gradient(gradient):
             called["cond_fn"] = returning(gradient)
@@ -192,7 +193,7 @@ def _take_step(
 
 
 def _take_own_step(method: str, peer: Peer, options: StepOptions, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
-    return peer.peer_method(method)(options.model, x, t, **options.for_peer())
+    return peer_method(peer, method)(options.model, x, t, **options.for_peer())
 
 
 # By the peer's method: (peer, options, x, t, ...) takes a step, fused or by the peer's own code.
@@ -251,7 +252,7 @@ def take_loop(
     timesteps = torch.arange(peer.num_timesteps, device=device)[:, None].repeat(1, shape[0])
     model_timesteps, take_step = timesteps, STEPS[method]
     with contextlib.suppress(Fallback):  # each step says why it falls back
-        fused = peer.fused_tables()
+        fused = tables_of(peer)
         if not fused.model_gets_t:
             model_timesteps = fused.model_timesteps(timesteps.device)[:, None].repeat(1, shape[0])
     for row in rows:

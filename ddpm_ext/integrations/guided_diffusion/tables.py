@@ -24,7 +24,7 @@ from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.variances import peer_variances
 
-__all__ = ["LOSSES", "FusedTables", "Rows", "tables_of"]
+__all__ = ["LOSSES", "FusedTables", "Rows", "is_spaced", "tables_of"]
 
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
@@ -52,7 +52,7 @@ OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "r
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")
 CACHED = 8  # samplers' rows
 LEAST = 1e-30  # of alphas_cumprod: below it, float32 is at the end of its range
-IN_TRANSFORM = "its tables are first needed within a function transform"
+IN_TRANSFORM = "its tables are first asked for within a function transform"
 Array = npt.NDArray[np.float64]
 
 
@@ -227,32 +227,38 @@ _STATE, _SPACED_STATE = attrgetter(*ARRAYS, *OPTIONS), attrgetter(*ARRAYS, *OPTI
 Entry = tuple[tuple[Any, ...], FusedTables | Fallback]
 
 
-def tables_of(peer: Any, spaced: bool) -> FusedTables:
+def is_spaced(peer: Any) -> bool:
+    """Whether it is a SpacedDiffusion, over some of the timesteps of another diffusion, which its models get."""
+    return hasattr(type(peer), "_wrap_model")
+
+
+def tables_of(peer: Any) -> FusedTables:
     """The tables of an object's state; the latest ones are kept. Raises Fallback.
 
     The state is known by the identity of the object's arrays and options, so an array that is written to in place goes
     unnoticed.
     """
-    state = (_SPACED_STATE if spaced else _STATE)(peer)
+    state = (_SPACED_STATE if is_spaced(peer) else _STATE)(peer)
     key = tuple(map(id, state))
     cache: BoundedCache[Entry] | None = peer.__dict__.get("_fused_cache")
     found = None if cache is None else cache.get(key)
     if found is None:
         if not _can_make_tables():
             raise Fallback(IN_TRANSFORM)
-        found = _make_entry(peer, spaced, state, key)
+        found = _make_entry(peer, state, key)
     tables = found[1]
     return tables if type(tables) is FusedTables else result_of(tables)
 
 
 @torch.compiler.disable
-def _make_entry(peer: Any, spaced: bool, state: tuple[Any, ...], key: tuple[int, ...]) -> Entry:
+def _make_entry(peer: Any, state: tuple[Any, ...], key: tuple[int, ...]) -> Entry:
     """Stores the state, too, so that no other objects get its identities."""
     cache: BoundedCache[Entry] = peer.__dict__.setdefault("_fused_cache", BoundedCache(1))
-    return cache.get_or_make(key, lambda: (state, attempt(_make_tables, peer, spaced)))
+    return cache.get_or_make(key, lambda: (state, attempt(_make_tables, peer)))
 
 
-def _make_tables(peer: Any, spaced: bool) -> FusedTables:
+def _make_tables(peer: Any) -> FusedTables:
+    spaced = is_spaced(peer)
     with torch.inference_mode(False), torch.device("cpu"):
         timesteps = torch.arange(int(peer.num_timesteps))
         # The peer's own code maps a timestep to what a model gets.
