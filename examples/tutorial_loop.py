@@ -1,6 +1,6 @@
-"""The tutorial's sampling loop before and after one line: the same images, each step in one launch.
+"""The tutorial's sampling loop before and after one line: the same images, with one launch a step.
 
-Your notebook's GaussianDiffusion takes the place of the class that is imported here: accelerate knows it by its
+Use your notebook's GaussianDiffusion in place of the class that is imported here: accelerate recognises it by its
 methods, and tries them before it replaces any.
 """
 
@@ -21,7 +21,7 @@ TIMESTEPS, BATCH, SIZE = 200, 16, 32
 
 
 class Model(nn.Module):
-    """Stands for the U-Net, so that the loop's own time shows."""
+    """Takes the place of the U-Net, so that the loop's own time shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def sample(diffusion: GaussianDiffusion, what: str) -> np.ndarray:
     return images[-1]
 
 
-torch.set_num_threads(1)  # small images gain little by more
+torch.set_num_threads(1)  # small images gain little from more threads
 torch.manual_seed(1)
 model = Model().eval()
 gaussian_diffusion = GaussianDiffusion(timesteps=TIMESTEPS)
@@ -51,7 +51,7 @@ gaussian_diffusion = accelerate(gaussian_diffusion)  # the one line
 after = sample(gaussian_diffusion, "accelerated")
 print(f"from the same torch.manual_seed, images differ by {np.abs(after - before).max():.1e} at most")
 
-# Noise that belongs to an image, not to the batch that it is drawn in: image 5 of seed 0, whatever is drawn beside it.
+# The noise belongs to an image, not to its batch: image 5 of seed 0 is the same, whatever else the batch holds.
 gaussian_diffusion = accelerate(gaussian_diffusion, noise="philox", seed=0)
 whole = sample(gaussian_diffusion, "with noise of its own")
 alone = accelerate(gaussian_diffusion, noise="philox", seed=0, sample_ids=5).sample(model, SIZE, batch_size=1)[-1]
