@@ -1,6 +1,6 @@
 """A model of scikit-learn's digits in a few seconds on a CPU: train_losses in a loop of your own, then samples.
 
-train_losses takes two launches beside the model: one makes x_t, one the loss and its slope. The noise is not stored: the
+train_losses takes two launches beside the model: one for x_t, one for the loss and its slope. No noise is stored: the
 second launch draws it again. For a long training run, use `ddpm-ext train`.
 """
 

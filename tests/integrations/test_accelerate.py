@@ -1,4 +1,5 @@
-"""accelerate() itself: arguments, what it takes and refuses, the table of what is fused; no library is needed here."""
+"""accelerate() itself: its arguments, what it takes and refuses, and the table of what is fused. No library is
+needed here."""
 
 import copy
 import pickle
@@ -102,7 +103,7 @@ def test_noise_torch_draws_no_seed():
 
 @pytest.mark.parametrize("ids", [5, torch.tensor([9, 2**50, 4])])
 def test_the_noise_of_starts_and_training(ids):
-    """Streams 1 and 2; of training, another draw each time."""
+    """A loop starts from stream 1, training uses stream 2, with another draw each time."""
     settings = Acceleration.of("philox", 2**64 - 1, ids)
     plain = Philox(2**64 - 1, ids)
     assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
@@ -169,7 +170,7 @@ def peer_of(cls, *args):
 
 
 def test_a_made_class():
-    """The peer's, by isinstance, by name and for who reads it; one for each."""
+    """It is a subclass of the peer's class with its name and docstring, and is made once."""
     cls = make_class(Mixin, Peer, Peer, restore)
     assert make_class(Mixin, Peer, Peer, restore) is cls
     assert cls.__bases__ == (Mixin, Peer) and cls is not Peer
@@ -190,7 +191,7 @@ def test_a_fallback():
         assert found.step(-1) == -2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert found.step(-2) == -4  # told once
+        assert found.step(-2) == -4  # warned of once
         assert found.step(0) == 0  # no reason, no warning
     assert found.accelerated.fallbacks == {"step": "x is negative"}
     with pytest.warns(UserWarning, match="^step runs the own code of a library: x is large$") as caught:
@@ -292,7 +293,7 @@ def test_wants_gradient():
 
 
 def test_version():
-    """Of another tensor, and of one that was written to, another one."""
+    """It differs for another tensor, and after a write to the tensor."""
     x = torch.zeros(2)
     before = version(x)
     assert version(x) == before != version(torch.zeros(2))
@@ -328,7 +329,7 @@ def test_the_table_is_printed_without_the_libraries():
 
 
 def test_its_methods_are_the_ones_that_are_replaced():
-    """Of diffusers' classes: what has a fused form is among them."""
+    """For diffusers' classes, the methods with a fused form are those that are replaced."""
     pytest.importorskip("diffusers")
     import diffusers
 
@@ -345,7 +346,7 @@ def test_its_methods_are_the_ones_that_are_replaced():
 
 
 def test_an_rng_is_checked_where_it_is_set():
-    """Each step would draw the same noise by one that has a draw of its own."""
+    """With an rng that has a draw of its own, each step would draw the same noise."""
     settings = accelerate(EagerTutorial(50), noise="philox", seed=1).accelerated
     for wrong, error in ((Philox(1, draw=5), ValueError), (None, ValueError), (3, TypeError)):
         with pytest.raises(error, match="rng is"):

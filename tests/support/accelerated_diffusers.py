@@ -1,7 +1,7 @@
-"""A step of an accelerated scheduler beside diffusers' own, each in float32 against that one in float64.
+"""A step of an accelerated scheduler beside diffusers' own: both in float32 against diffusers' in float64.
 
-Ours may be at most FACTOR times as far from it as diffusers is in the same step, or in many of its kind, or a few ulps;
-with 16-bit samples no farther than diffusers, or an ulp.
+Ours may be at most FACTOR times as far from float64 as diffusers is in the same step, or in many of its kind, or
+a few ulps; with 16-bit samples no farther than diffusers, or an ulp.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # S
 
 
 def make(name: str, **config: Any) -> Any:
-    """diffusers' scheduler."""
+    """One of diffusers' schedulers."""
     schedule = BY_SCHEDULE.get(config.get("beta_schedule", ""), {})
     return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
 
@@ -53,8 +53,8 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class Alphas(Tensor):
-    """float64 alphas_cumprod, whose ratio, and 1 minus that, are rounded to float32: diffusers' beta is part of what is
-    asked of a step, and not an error."""
+    """float64 alphas_cumprod whose ratio, and 1 minus that, are rounded to float32: the rounding of diffusers' beta
+    is part of the step's definition here, not an error."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -81,7 +81,7 @@ class Ratio(Alphas):
 
 
 class Doubled:
-    """torch, where float32 is float64."""
+    """torch with float64 in place of float32."""
 
     float32 = torch.float64
 
@@ -90,7 +90,7 @@ class Doubled:
 
 
 def exact(scheduler: Any) -> Any:
-    """The same scheduler with float64 of its float32 numbers."""
+    """The same scheduler with its float32 numbers in float64."""
     found = copy.deepcopy(scheduler)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
         if name in vars(found):
@@ -104,7 +104,7 @@ def exact(scheduler: Any) -> Any:
 
 @contextlib.contextmanager
 def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
-    """Its module's code with float64 for float32, and the noise that it draws in `drawn`."""
+    """Runs the code of the scheduler's module with float64 for float32, and draws its noise in the dtype `drawn`."""
     where = module(name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(where, "torch", Doubled()))
@@ -120,7 +120,7 @@ def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def draws(name: str) -> Iterator[list[torch.dtype]]:
-    """The dtypes of the noise that its module's code draws."""
+    """The dtypes of the noise that the code of the scheduler's module draws."""
     where = module(name)
     dtypes: list[torch.dtype] = []
     draw = getattr(where, "randn_tensor", None)
@@ -141,7 +141,7 @@ def draws(name: str) -> Iterator[list[torch.dtype]]:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The fused operators that are called, by name."""
+    """The names of the fused operators that are called."""
     called: list[str] = []
     with contextlib.ExitStack() as stack:
         for name in ("extended_step", "forward_process"):
@@ -156,7 +156,7 @@ def launches() -> Iterator[list[str]]:
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """The largest; infinite where one is no number and the other is."""
+    """The largest difference; infinite where only one of the two is a number."""
     found = found.double()
     apart = (found - truth).abs()
     apart[(found == truth) | (found.isnan() & truth.isnan())] = 0
@@ -174,8 +174,8 @@ def check(
     truth: tuple[Tensor, ...],
     usual: Callable[[], tuple[list[float], list[float]]],
 ) -> None:
-    """usual: diffusers' errors in many such steps, asked where it may have been lucky in this one; and how large the
-    results would be without a clip, which leaves the rounding of what it cuts."""
+    """usual: gives diffusers' errors in many such steps, needed where diffusers may have been lucky in this one, and
+    how large the results would be without a clip, whose rounding a clip doesn't remove."""
     assert len(ours) == len(theirs) == len(truth)
     for i, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert mine.dtype == other.dtype
@@ -193,7 +193,7 @@ def check(
 
 
 def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """MANY times as many samples of the same numbers; the first `channels` and the others by themselves."""
+    """MANY times as many samples of the same numbers; those in the first `channels` stay there."""
     parts = []
     for part in (x[:, :channels], x[:, channels:]):
         orders = [torch.randperm(part.numel(), generator=generator) for _ in range(MANY)]
@@ -208,8 +208,8 @@ def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 
 
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
-    """A step of each from the state of `plain`, which stays as it is. Returns the accelerated scheduler and whether it
-    launched; where not, it must have given diffusers' very numbers."""
+    """A step by each from the state of `plain`, which isn't changed. Returns the accelerated scheduler and whether
+    it launched a fused operator; where it didn't, its results must be equal to diffusers' own bit for bit."""
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)
 
@@ -238,7 +238,7 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
             return (*result, *vars(scheduler).get("model_outputs", [])[-1:])
 
         def pair(plain, m, x, noise):
-            """diffusers, and the same in float64."""
+            """The outcomes of diffusers and of the same in float64."""
             other, truth = copy.deepcopy(plain), exact(plain)
             result, _ = step(other, m, x, noise)
             with in_float64(name, drawn):
@@ -265,14 +265,14 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
 
 
 def model(x: Tensor, t: Any, channels: int | None = None) -> Tensor:
-    """Something nonlinear in both; `channels` more than x has are for a variance."""
+    """A model that is nonlinear in x and t; where it has more channels than x, these are for a variance."""
     m = torch.tanh(0.8 * x.float() + 0.1 * torch.sin(torch.as_tensor(t).float()) - 0.05)
     more = (channels or x.shape[1]) - x.shape[1]
     return torch.cat([m, 0.5 * m[:, :more].abs() + 0.1], 1).to(x.dtype) if more else m.to(x.dtype)
 
 
 def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any = None, **options: Any) -> Tensor:
-    """As pipelines do it."""
+    """A loop as pipelines have it."""
     for t in scheduler.timesteps if timesteps is None else timesteps:
         m = model(scheduler.scale_model_input(x, t), t, channels)
         x = scheduler.step(m, t, x, **options, return_dict=False)[0]
@@ -280,7 +280,7 @@ def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any 
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is not on the CPU, and keeps how often it was read from there."""
+    """A tensor that claims not to be on the CPU, and counts how often it is read from the host."""
 
     reads = 0
 
