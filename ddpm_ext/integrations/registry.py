@@ -54,14 +54,14 @@ KNOWN = (
 
 
 class Recognised(NamedTuple):
-    """A mixin for classes that no name tells: its module, itself, and the module's test of a class."""
+    """A mixin for classes of any name: its module, its name, and the module's function that tests a class."""
 
     mixin_module: str
     mixin: str
     test: str
 
 
-# Are asked in turn about a class that is not in KNOWN.
+# A class that is not in KNOWN is tested by each of these in turn.
 RECOGNISED = (Recognised("tutorial", "Tutorial", "resembles"),)
 
 

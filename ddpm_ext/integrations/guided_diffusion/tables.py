@@ -233,7 +233,7 @@ def is_spaced(peer: Any) -> bool:
 
 
 def tables_of(peer: Any) -> FusedTables:
-    """The tables of an object's state; the latest ones are kept. Raises Fallback.
+    """The tables of an object's state, of which the latest are cached. Raises Fallback.
 
     The state is known by the identity of the object's arrays and options, so an array that is written to in place goes
     unnoticed.
