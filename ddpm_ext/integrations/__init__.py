@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ddpm_ext.integrations.registry import KNOWN, accelerated_class, support_table
+from ddpm_ext.integrations.registry import accelerated_class, support_table
 from ddpm_ext.integrations.shared import Acceleration, Support, accelerated_copy
 
-__all__ = ["KNOWN", "Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
+__all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
 T = TypeVar("T")
 

@@ -15,8 +15,9 @@ from torch import nn
 
 import ddpm_ext
 from ddpm_ext import Philox, randn
-from ddpm_ext.integrations import KNOWN, Acceleration, Support, accelerate, accelerated_class, support_table
+from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
+from ddpm_ext.integrations.registry import KNOWN
 from ddpm_ext.integrations.shared import Accelerated, make_class, new
 from ddpm_ext.integrations.tensors import check_tensors, version, wants_gradient
 

@@ -1,7 +1,7 @@
 """denoising-diffusion-pytorch's p_losses, with the same noise, timesteps and model: each sample's loss and the
 gradients.
 
-Its tables are float64 numbers rounded to float32; ours are made of the same rounded betas.
+Its tables are made of float64 betas and rounded to float32; ours are made of the same betas.
 """
 
 import pytest
@@ -58,7 +58,7 @@ def truth(monkeypatch):
 @pytest.mark.parametrize("min_snr", [False, True])
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
-    """Without min_snr, their weights are the same at all timesteps for eps, and equally for x0 and v."""
+    """Without min_snr, an error of eps counts the same at all timesteps, whatever the model predicts."""
     x, t = make_inputs(device)
     z = drawn(t)
     gd = GaussianDiffusion(1000, getattr(peer, f"{schedule}_beta_schedule")(1000), prediction=prediction)

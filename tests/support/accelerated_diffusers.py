@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations import KNOWN, accelerate
+from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations.registry import KNOWN
 
 FACTOR, ULPS = 4, 4
 MANY = 100
