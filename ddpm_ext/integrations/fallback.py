@@ -52,6 +52,10 @@ def with_fallback(
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # The compiler can't resume after a handler of exceptions, so this is found before one is raised.
+            if not compiles and torch.compiler.is_compiling():
+                self.accelerated.record_fallback(self.library, name, "it is being compiled")
+                return run_own(name, self, *args, **kwargs)
             try:
                 return function(self, *args, **kwargs)
             except Fallback as fallback:
@@ -61,15 +65,7 @@ def with_fallback(
                 self.accelerated.record_fallback(self.library, name, reason)
             return run_own(name, self, *args, **kwargs) if instead is None else instead()
 
-        @functools.wraps(function)
-        def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # The compiler can't resume after a handler of exceptions, so this is found before one is raised.
-            if torch.compiler.is_compiling():
-                self.accelerated.record_fallback(self.library, name, "it is being compiled")
-                return run_own(name, self, *args, **kwargs)
-            return call(self, *args, **kwargs)
-
-        return call if compiles else call_unless_compiling
+        return call
 
     return decorate
 

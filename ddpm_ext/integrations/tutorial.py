@@ -105,7 +105,12 @@ def check_output(
     dtypes = (
         (torch.float32, torch.float16, torch.bfloat16) if allow_16_bits and x.dtype == torch.float32 else (x.dtype,)
     )
-    if not isinstance(attempt(check_tensors, x, output), Fallback) and output.dtype in dtypes:
+    try:
+        check_tensors(x, output)
+        fits = output.dtype in dtypes
+    except Fallback:
+        fits = False
+    if fits:
         return
     if type(output) is not Tensor:
         raise Fallback(f"the model's output is a {type(output).__name__}", instead)

@@ -43,7 +43,7 @@ def training_losses(
         rng = peer.accelerated.next_forward()
         source = {"noise": torch.randn_like(x_start)} if rng is None else {"rng": rng}
     x_t = ops.forward_process(x_start, tables.q_sample(x_start.device), t, **source)
-    as_they_are = tables.model_gets_t or maps_timesteps(peer, model)
+    as_they_are = tables.model_gets_t or maps_timesteps(peer, tables, model)
     output = model(x_t, t if as_they_are else tables.model_timesteps(t.device)[t], **(model_kwargs or {}))
 
     def own_losses() -> Any:

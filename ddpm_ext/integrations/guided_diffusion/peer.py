@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ddpm_ext.integrations.guided_diffusion.tables import is_spaced
+from ddpm_ext.integrations.guided_diffusion.tables import FusedTables
 from ddpm_ext.integrations.shared import Acceleration
 
 __all__ = ["Function", "Peer", "maps_timesteps"]
@@ -25,6 +25,6 @@ class Peer(Protocol):
     _vb_terms_bpd: Function
 
 
-def maps_timesteps(peer: Any, model: Function) -> bool:
+def maps_timesteps(peer: Any, tables: FusedTables, model: Function) -> bool:
     """Whether a model maps timesteps itself, so that it gets them as they are."""
-    return is_spaced(peer) and peer._wrap_model(model) is model
+    return tables.spaced and peer._wrap_model(model) is model

@@ -139,7 +139,7 @@ def _take_step(
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
     model_kwargs = options.model_kwargs or {}
 
-    output = options.model(x, t if maps_timesteps(peer, options.model) else model_t, **model_kwargs)
+    output = options.model(x, t if maps_timesteps(peer, fused, options.model) else model_t, **model_kwargs)
     called: dict[str, Any] = {}  # in place of functions that were called already
 
     def own_step() -> Any:
@@ -169,7 +169,7 @@ def _take_step(
     if draws and rng is None and method == "p_sample":  # before cond_fn, which may draw, too
         noise = torch.randn_like(x)
     if options.cond_fn is not None:
-        gradient = options.cond_fn(x, t if maps_timesteps(peer, options.cond_fn) else model_t, **model_kwargs)
+        gradient = options.cond_fn(x, t if maps_timesteps(peer, fused, options.cond_fn) else model_t, **model_kwargs)
         wide = method != "p_sample" and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
         if wide or not is_like(gradient, x) or wants_gradient(gradient):
             called["cond_fn"] = returning(gradient)

@@ -88,6 +88,7 @@ class FusedTables:
         timesteps: how many.
         prediction: the name of what the model predicts.
         learned: whether its output has twice the channels, for a variance.
+        spaced: whether the peer is a SpacedDiffusion.
         model_gets_t: whether a model gets the timesteps as they are.
 
     Raises Fallback where the peer's own code has to run.
@@ -100,6 +101,7 @@ class FusedTables:
             raise Fallback
         _check_arrays(peer)
         self.timesteps, self.prediction = int(peer.num_timesteps), prediction
+        self.spaced = is_spaced(peer)
         betas = torch.from_numpy(np.array(peer.betas, np.float64))
         self._process = process = Process(self.timesteps, betas, prediction=prediction, variance=variance)
         if not _follow_from_betas(peer, process):
