@@ -52,10 +52,6 @@ def with_fallback(
 
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            # The compiler can't resume after a handler of exceptions, so this is found before one is raised.
-            if not compiles and torch.compiler.is_compiling():
-                self.accelerated.record_fallback(self.library, name, "it is being compiled")
-                return run_own(name, self, *args, **kwargs)
             try:
                 return function(self, *args, **kwargs)
             except Fallback as fallback:
@@ -65,7 +61,15 @@ def with_fallback(
                 self.accelerated.record_fallback(self.library, name, reason)
             return run_own(name, self, *args, **kwargs) if instead is None else instead()
 
-        return call
+        @functools.wraps(function)
+        def call_unless_compiling(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # A function of its own: the compiler can't resume one that has a handler of exceptions after the warning.
+            if torch.compiler.is_compiling():
+                self.accelerated.record_fallback(self.library, name, "it is being compiled")
+                return run_own(name, self, *args, **kwargs)
+            return call(self, *args, **kwargs)
+
+        return call if compiles else call_unless_compiling
 
     return decorate
 
