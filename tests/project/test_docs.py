@@ -64,6 +64,16 @@ def test_every_sampler_and_variance_is_documented(root):
     assert {name for name in VARIANCES if name.startswith("learned")} <= names[1]
 
 
+def test_paths_that_the_pages_name_exist(root):
+    """Those that are no links, which tests/project/test_reference_pages.py follows. NAME stands for a new file."""
+    pages = [root / "README.md", root / "CONTRIBUTING.md", root / "mkdocs.yml", *(root / "docs").glob("*.md")]
+    pages.append(root / "ddpm_ext" / "integrations" / "ADDING.md")
+    named = re.compile(r"(?<![\w/.])((?:benchmarks|csrc|ddpm_ext|docs|examples|tests)/[\w./-]*\w)")
+    found = {(path, page.name) for page in pages for path in named.findall(page.read_text()) if "NAME" not in path}
+    assert len(found) > 60
+    assert sorted((path, page) for path, page in found if not (root / path).exists()) == []
+
+
 def of_diffusers(folder):
     diffusers = pytest.importorskip("diffusers")
     digits = load_model("digits")
