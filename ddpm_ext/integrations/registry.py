@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-from ddpm_ext.integrations.shared import Support, make_class, new
+from ddpm_ext.integrations.shared import Support, make_class, new, peer_class
 
 __all__ = ["KNOWN", "KnownClass", "accelerated_class", "support_table"]
 
@@ -81,7 +81,7 @@ def accelerated_class(peer: type) -> type:
     Raises:
         TypeError: the class is not a known one, or it is a subclass that overrides what is replaced.
     """
-    peer = getattr(peer, "_peer", peer)
+    peer = peer_class(peer)
     for ancestor in peer.__mro__:
         for known in KNOWN:
             if (ancestor.__module__, ancestor.__name__) == (known.module, known.name):

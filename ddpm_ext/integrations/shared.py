@@ -27,6 +27,7 @@ __all__ = [
     "accelerated_copy",
     "make_class",
     "new",
+    "peer_class",
     "peer_method",
 ]
 
@@ -157,6 +158,11 @@ class Accelerated:
         """Pickles name the peer's class, which can be imported, and leave out what is only cached."""
         state = {name: value for name, value in self.__dict__.items() if name != "_fused_cache"}
         return type(self)._restore, (self._peer,), state
+
+
+def peer_class(cls: type) -> type:
+    """The peer's class that an accelerated class is made of; any other class itself."""
+    return getattr(cls, "_peer", cls)
 
 
 def peer_method(obj: Any, name: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
@@ -65,8 +66,8 @@ class LoopRowsCache:
     in a CUDA graph."""
 
     def __init__(self) -> None:
-        # Beside its rows, each StepTable that was given as a sampler, so that no other object gets its id.
-        self._entries: dict[object, tuple[LoopRows, object]] = {}
+        # Each entry holds its sampler, so that no other StepTable gets its id.
+        self._entries: BoundedCache[tuple[LoopRows, object]] = BoundedCache(CACHED)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -74,13 +75,7 @@ class LoopRowsCache:
     def get(self, process: Process, options: LoopOptions) -> LoopRows:
         """make_loop_rows(process, options), made once."""
         _check_beside_table(options)
-        key = _key(options)
-        found = self._entries.get(key)
-        if found is None or (isinstance(options.sampler, StepTable) and found[1] is not options.sampler):
-            if key not in self._entries and len(self._entries) == CACHED:
-                self._entries.pop(next(iter(self._entries)))
-            found = self._entries[key] = make_loop_rows(process, options), options.sampler
-        return found[0]
+        return self._entries.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _key(options: LoopOptions) -> object:

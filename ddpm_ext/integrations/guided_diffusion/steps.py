@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ddpm_ext import ops, randn
+from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer, maps_timesteps
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of
@@ -24,6 +24,7 @@ from ddpm_ext.integrations.tensors import (
     noise_arguments,
     wants_gradient,
 )
+from ddpm_ext.ops.noise import randn
 
 __all__ = ["SAMPLERS", "STEPS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop"]
 

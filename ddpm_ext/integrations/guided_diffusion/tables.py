@@ -231,7 +231,7 @@ Entry = tuple[tuple[Any, ...], FusedTables | Fallback]
 
 def is_spaced(peer: Any) -> bool:
     """Whether it is a SpacedDiffusion, over some of the timesteps of another diffusion, which its models get."""
-    return hasattr(type(peer), "_wrap_model")
+    return hasattr(peer, "timestep_map")
 
 
 def tables_of(peer: Any) -> FusedTables:
