@@ -51,11 +51,13 @@ class GaussianDiffusion:
     returns a tensor of x_t's shape, or an object that holds it as `.sample`; it must not write to its arguments, which
     are views and buffers that later steps use again.
 
+    The schedule's attributes betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod,
+    sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
+    posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2 are float64
+    (timesteps,), on the CPU.
+
     Attributes:
         timesteps, prediction, variance, backend: as given.
-        betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod,
-        log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance,
-        posterior_log_variance_clipped, posterior_mean_coef1, posterior_mean_coef2: float64 (timesteps,), on the CPU.
         process: the schedule with its tables and operators, a ddpm_ext.process.process.Process.
 
     Raises:

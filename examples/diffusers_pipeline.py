@@ -1,4 +1,4 @@
-"""diffusers' own pipeline with the digits model, before and after accelerate: the same digits; what a step costs."""
+"""diffusers' pipeline with the digits model, before and after accelerate: the same digits, and the time of a step."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ def digits(pipeline):
 
 
 def microseconds(scheduler, shape=(64, 3, 32, 32), repeats=200):
-    """Of a step without the model: the median."""
+    """The median time of a step without the model."""
     scheduler.set_timesteps(STEPS)
     x, m = torch.randn(2, *shape)
     taken = []

@@ -2,7 +2,7 @@
 
     PYTHONPATH=path/to/guided-diffusion python examples/guided_diffusion_script.py
 
-The model is a small network with random weights: what is compared is the sampler, not the images.
+The model is a small network with random weights: the samplers are compared, not the images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHAPE, STEPS = (8, 3, 32, 32), 50
 
 
 class Net(nn.Module):
-    """Twice the channels: the noise, and where the variance lies in its range."""
+    """Returns twice the channels: the noise, and where the variance lies in its range."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ def samples(diffusion: Any, model: Any, device: torch.device) -> Tensor:
 
 
 def milliseconds(diffusion: Any, model: Any, device: torch.device, repeats: int = 7) -> float:
-    """Of a step: the median loop's."""
+    """The time of a step in the median loop."""
     taken = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
         samples(diffusion, model, device).cpu()  # waits for a GPU
         taken.append((time.perf_counter() - begin) / STEPS * 1e3)
-    return statistics.median(taken[1:])  # the first makes what is kept
+    return statistics.median(taken[1:])  # the first loop also makes the tables
 
 
 def main() -> None:

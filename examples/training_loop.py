@@ -1,7 +1,7 @@
 """A model of scikit-learn's digits in a few seconds on a CPU: train_losses in a loop of your own, then samples.
 
-train_losses is two launches beside the model: one makes x_t, one the loss and its slope; the noise is drawn again in
-place of being kept. For training to leave running there is `ddpm-ext train`.
+train_losses takes two launches beside the model: one for x_t, one for the loss and its slope. No noise is stored: the
+second launch draws it again. For a long training run, use `ddpm-ext train`.
 """
 
 import math
@@ -16,7 +16,7 @@ TIMESTEPS, BATCH, STEPS, WIDTH = 200, 128, 1000, 256
 
 
 class Denoiser(nn.Module):
-    """Three layers, told the timestep by waves of four lengths."""
+    """Three layers, which get the timestep as waves of four lengths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,16 +27,16 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         angle = t[:, None] * self.frequency
-        told = torch.cat([x.flatten(1), angle.sin(), angle.cos()], 1)
-        return self.layers(told).view_as(x)
+        inputs = torch.cat([x.flatten(1), angle.sin(), angle.cos()], 1)
+        return self.layers(inputs).view_as(x)
 
 
 def distance(images: Tensor) -> float:
-    """Of an image from the nearest digit, on average."""
+    """The average distance of an image from the nearest digit."""
     return torch.cdist(images.flatten(1), digits.flatten(1)).min(1).values.mean().item()
 
 
-torch.set_num_threads(1)  # a model this small is fastest by itself
+torch.set_num_threads(1)  # a model this small is fastest on one thread
 torch.manual_seed(0)
 digits = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
 model = Denoiser()

@@ -1,6 +1,6 @@
-"""How digits come about: the samples of a few steps in one picture, trajectory.png.
+"""How digits emerge: the samples of a few steps in one picture, trajectory.png.
 
-As in a notebook: the loop is a generator, and what is drawn is what was kept of it.
+The loop is a generator, as one would use it in a notebook; a few of its steps are copied and drawn.
 """
 
 import matplotlib
@@ -21,7 +21,7 @@ loop = diffusion.sample_progressive(
 )
 for record in loop:
     if record.step % EVERY == 0:
-        frames.append((record.timestep, record.x_t.clone()))  # the loop writes to its buffers again
+        frames.append((record.timestep, record.x_t.clone()))  # the loop reuses its buffers
 
 figure, axes = plt.subplots(DIGITS, len(frames), figsize=(len(frames), DIGITS), squeeze=False)
 for column, (timestep, x_t) in zip(axes.T, frames, strict=True):

@@ -1,4 +1,4 @@
-"""The tutorial's sampling loop before and after one line: the same images, each step in one launch.
+"""The tutorial's sampling loop before and after one line: the same images, with one launch a step.
 
 Your notebook's GaussianDiffusion takes the place of the class below. `accelerate` recognises it by the names and the
 parameters of its methods, and compares each method with the fused one before it replaces any.
@@ -95,7 +95,7 @@ def sample(diffusion: GaussianDiffusion, what: str) -> np.ndarray:
     return images[-1]
 
 
-torch.set_num_threads(1)  # small images gain little by more
+torch.set_num_threads(1)  # small images gain little from more threads
 torch.manual_seed(1)
 model = Model().eval()
 gaussian_diffusion = GaussianDiffusion(timesteps=TIMESTEPS)

@@ -1,4 +1,4 @@
-"""make bench-peers: a table of what other libraries' steps cost, plain and accelerated. TABLE=FILE writes it."""
+"""make bench-peers: a table of the times of other libraries' steps, plain and accelerated. TABLE=FILE writes it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
 
 SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32))
-ROUNDS, LEAST = 15, 0.02  # rounds of each way in turn; seconds of one, at least
+ROUNDS, LEAST = 15, 0.02  # how often each way is timed, and for how many seconds at least
 
 
 class Count(TorchDispatchMode):
-    """Operators that write more than one number, each a launch on a GPU; and values that the host reads."""
+    """Counts operators that write more than one number, each a launch on a GPU; and values that the host reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def counted(run: Callable[[], Any], steps: int) -> tuple[float, float]:
 
 
 def medians(runs: list[Callable[[], Any]]) -> list[float]:
-    """Seconds of each, taken in turn, so that all meet the same weather."""
+    """The seconds that each takes. They run in turn, so that other load on the machine slows all of them."""
     repeats = []
     for run in runs:
         run()

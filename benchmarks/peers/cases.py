@@ -1,6 +1,6 @@
-"""What is measured: of each library, a step and a loop, by an object of its own or by the accelerated one.
+"""What is measured: a step and a loop of each library, by the library's own object or by the accelerated one.
 
-The models cost nothing, so that all of the time is the library's, or ours.
+The models cost nothing, so all of the time is spent in the library, or in ddpm_ext.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 @dataclass(frozen=True)
 class Case:
-    """library, what: as the table names them; prepare(obj, shape): what is run, of `steps` steps."""
+    """A row of the table.
+
+    library, what: its first two cells. obj: the library's object. prepare(obj, shape): a function that runs `steps`
+    steps.
+    """
 
     library: str
     what: str
@@ -31,7 +35,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Of the libraries that can be imported."""
+    """The rows of the libraries that can be imported."""
     for library, made in (
         ("diffusers", _diffusers),
         ("guided_diffusion", _guided),
@@ -64,16 +68,16 @@ def _diffusers(library: str) -> Iterator[Case]:
         ("EulerAncestralDiscreteScheduler", {}, {}),
     ):
         scheduler = getattr(diffusers, name)(1000, **LINEAR, **options)
-        told = ", ".join(
+        label = ", ".join(
             [
                 name.removesuffix("Scheduler"),
                 *("thresholding" if v is True else v for v in options.values()),
                 *(f"eta {v}" for v in more.values()),
             ]
         )
-        if not name.startswith(("Euler", "DPM")):  # these count their steps
-            yield Case(library, f"{told}: step", scheduler, _one_step(more))
-        yield Case(library, f"{told}: loop", scheduler, _scheduler_loop(more), STEPS)
+        if not name.startswith(("Euler", "DPM")):  # which count their steps
+            yield Case(library, f"{label}: step", scheduler, _one_step(more))
+        yield Case(library, f"{label}: loop", scheduler, _scheduler_loop(more), STEPS)
     yield Case(library, "DDPM: add_noise", diffusers.DDPMScheduler(1000, **LINEAR), _add_noise)
 
 
@@ -136,8 +140,8 @@ def _guided(library: str) -> Iterator[Case]:
 
 
 def _model(shape: tuple[int, ...], channels: int) -> Callable[..., Tensor]:
-    told = torch.randn(shape[0], channels * shape[1], *shape[2:]).clamp(-1, 1)
-    return lambda *_, **__: told
+    output = torch.randn(shape[0], channels * shape[1], *shape[2:]).clamp(-1, 1)
+    return lambda *_, **__: output
 
 
 def _p_sample(channels: int) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
@@ -158,12 +162,15 @@ def _guided_loop(loop: str, channels: int) -> Callable[[Any, tuple[int, ...]], C
 
 def _guided_training(channels: int) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
     def prepare(diffusion: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
-        told = _model(shape, channels)().requires_grad_()
-        x, t = torch.rand(shape) * 2 - 1, torch.arange(shape[0]) % (STEPS - 1) + 1  # t = 0 has a term of its own
+        output = _model(shape, channels)().requires_grad_()
+        x, t = (
+            torch.rand(shape) * 2 - 1,
+            torch.arange(shape[0]) % (STEPS - 1) + 1,
+        )  # the library's own code computes t = 0
 
         def train() -> None:
-            told.grad = None
-            diffusion.training_losses(lambda *_: told, x, t)["loss"].mean().backward()
+            output.grad = None
+            diffusion.training_losses(lambda *_: output, x, t)["loss"].mean().backward()
 
         return train
 
@@ -174,24 +181,24 @@ def _guided_training(channels: int) -> Callable[[Any, tuple[int, ...]], Callable
 
 
 class Net(torch.nn.Module):
-    """What the library's object asks of its model."""
+    """A model with the attributes that the library's object reads."""
 
     channels = out_dim = 3
     self_condition = random_or_learned_sinusoidal_cond = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: Tensor | None = None
+        self.output: Tensor | None = None
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
-        if self.told is None or self.told.shape != x.shape:
-            self.told = torch.randn_like(x).clamp(-1, 1).clone().requires_grad_(self.training)
-        return self.told
+        if self.output is None or self.output.shape != x.shape:
+            self.output = torch.randn_like(x).clamp(-1, 1).clone().requires_grad_(self.training)
+        return self.output
 
 
 def _denoising(library: str) -> Iterator[Case]:
     peer = importlib.import_module(library)
-    # without the progress bar, which costs as much as a small step
+    # The progress bar is left out: it costs as much as a small step.
     importlib.import_module(f"{library}.{library}").tqdm = lambda steps, **_: steps
     options = {"image_size": 32, "beta_schedule": "cosine", "objective": "pred_noise"}
     whole = peer.GaussianDiffusion(Net(), timesteps=STEPS, **options).eval()

@@ -11,10 +11,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from ddpm_ext.loop.rows import SIGMA_GRIDS
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
-from ddpm_ext.tables.spacing import SPACINGS
+from ddpm_ext.tables.spacing import SIGMA_GRIDS, SPACINGS
 from ddpm_ext.training.options import DTYPES
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""python -m ddpm_ext.integrations: what is fused of which class."""
+"""python -m ddpm_ext.integrations: prints what is fused, class by class."""
 
 from __future__ import annotations
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import StepDeviceTables
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, check_eta, repaint
-from ddpm_ext.tables.spacing import Grid, karras_grid, log_snr_grid, make_grid, spaced_timesteps
-from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
+from ddpm_ext.tables.spacing import Grid, make_grid, spaced_grid
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]
 
 CACHED = 8  # loops whose rows a GaussianDiffusion holds
-SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 
 
@@ -66,8 +66,8 @@ class LoopRowsCache:
     in a CUDA graph."""
 
     def __init__(self) -> None:
-        # Beside its rows, each StepTable that was given as a sampler, so that no other object gets its id.
-        self._entries: dict[object, tuple[LoopRows, object]] = {}
+        # Each entry holds its sampler, so that no other StepTable gets its id.
+        self._entries: BoundedCache[tuple[LoopRows, object]] = BoundedCache(CACHED)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,13 +75,7 @@ class LoopRowsCache:
     def get(self, process: Process, options: LoopOptions) -> LoopRows:
         """make_loop_rows(process, options), made once."""
         _check_beside_table(options)
-        key = _key(options)
-        found = self._entries.get(key)
-        if found is None or (isinstance(options.sampler, StepTable) and found[1] is not options.sampler):
-            if key not in self._entries and len(self._entries) == CACHED:
-                self._entries.pop(next(iter(self._entries)))
-            found = self._entries[key] = make_loop_rows(process, options), options.sampler
-        return found[0]
+        return self._entries.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _key(options: LoopOptions) -> object:
@@ -155,7 +149,7 @@ def _last_rows(table: StepTable, strength: float) -> tuple[StepTable, int]:
 
 def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
     """The rows that the loop takes of a sampler by its name, and how many of its steps come before."""
-    sampler, eta = options.sampler, options.eta
+    sampler = options.sampler
     if sampler not in tuple(SAMPLERS):
         raise ValueError(f"sampler is {sampler!r}, expected {' or '.join(map(repr, SAMPLERS))}, or a StepTable")
     assert isinstance(sampler, str)
@@ -163,25 +157,22 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     arguments: dict[str, object] = {"prediction": process.prediction if any_step else "x0"}
     if sampler == "ddpm":
         arguments["variance"] = process.variance
-    if eta is not None:
-        eta = check_eta(eta)
-        if sampler in WITH_ETA:
-            arguments["eta"] = eta
-        elif eta != 0:
-            raise ValueError(f"eta is {eta}, but sampler {sampler!r} has none, expected None")
+    make = SAMPLERS[sampler]
+    arguments |= eta_argument(make, options.eta)
     grid = _grid(process, options.steps, options.spacing, options.timesteps)
-    table, skipped = SAMPLERS[sampler](grid, **arguments), _skipped(len(grid), options.strength)
+    table, skipped = make(grid, **arguments), _skipped(len(grid), options.strength)
     if skipped and len(table) == len(grid) and table.c3[skipped] == 0:
         table = table[skipped:]
     elif skipped:
         # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
-        table = SAMPLERS[sampler](grid[skipped:], **arguments)
+        table = make(grid[skipped:], **arguments)
     return (table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
-    """Rows for a model's x0 as rows for a prediction of the schedule's own steps: x0 = a x + b m by these steps, also
-    where the loop leaves some of them out.
+    """Rows for a model that predicts x0 as rows for a prediction of the schedule's own steps.
+
+    a and b are those of the schedule's steps, also where the loop leaves some of them out.
     """
     t = table.timestep
     if t.is_floating_point():
@@ -189,8 +180,7 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
             f"prediction is {process.prediction!r}, expected a spacing whose timesteps are the schedule's own"
         )
     a, b = (column[t] for column in process.prediction_entry.x0(process.levels))
-    columns = {name: getattr(table, name) for name in COLUMNS}
-    return StepTable(**columns | {"a": a, "b": b, "c1": table.c1 + a * table.c2, "c2": b * table.c2})
+    return replace(table, a=a, b=b, c1=table.c1 + a * table.c2, c2=b * table.c2)
 
 
 def _loop_rows(
@@ -255,9 +245,4 @@ def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
-    if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
-        if steps is None:
-            raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
-        return SIGMA_GRIDS[spacing](process.alphas_cumprod, steps)
-    chosen = spaced_timesteps(process.timesteps, steps, spacing)
-    return make_grid(process.alphas_cumprod, chosen, betas=process.betas)
+    return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing)

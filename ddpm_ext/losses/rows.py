@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
@@ -14,7 +15,7 @@ from ddpm_ext.tables.weightings import check_given, names, weights
 
 __all__ = ["ERROR_ALONE", "LossRows", "Terms"]
 
-CACHED = 8  # given weights, and factors of the bound
+CACHED = 8  # given weightings, with their factors of the bound
 
 
 class Terms(NamedTuple):
@@ -76,22 +77,6 @@ def _with_bound(rows: Tensor, bound: Tensor, terms: Terms) -> Tensor:
     return torch.cat([rows[:, :2], weight, torch.ones_like(weight) * (terms.bound or 0.0), bound], 1)
 
 
-class _Weights(NamedTuple):
-    """A weighting, and the version that given weights had when they were read."""
-
-    weighting: str | Tensor
-    version: int = 0
-
-    @staticmethod
-    def of(weighting: str | Tensor) -> _Weights:
-        return _Weights(weighting, 0 if isinstance(weighting, str) else weighting._version)
-
-    def still(self, weighting: str | Tensor) -> bool:
-        if isinstance(weighting, str) or isinstance(self.weighting, str):
-            return type(weighting) is type(self.weighting) and weighting == self.weighting
-        return weighting is self.weighting and not weighting.is_inference() and weighting._version == self.version
-
-
 class LossRows:
     """The rows of one process's losses: of every weighting that has a name, and of the last few given weights for as
     long as nobody writes to these. They stay on the devices where they were used.
@@ -107,12 +92,9 @@ class LossRows:
         self.needs_x_start = bool((target[:, 0] != 0).any())
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(**named, bound=_bound(process), noise=process.sqrt_one_minus_alphas_cumprod)
-        self._given: list[tuple[_Weights, Terms, DeviceTables]] = []
-        self._perturbed: dict[float, DeviceTables] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without given weights, which may be on a device that another process does not have, or part of a graph."""
-        return {**self.__dict__, "_given": []}
+        # Each entry holds its weighting, so that no other tensor gets its id.
+        self._given: BoundedCache[tuple[DeviceTables, str | Tensor]] = BoundedCache(CACHED)
+        self._perturbed: BoundedCache[DeviceTables] = BoundedCache(1)
 
     def get(
         self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, terms: Terms = ERROR_ALONE
@@ -127,15 +109,21 @@ class LossRows:
         if (named and terms.bound is None) or torch.compiler.is_compiling():
             # A compiled graph can't see whether somebody has written to the weights.
             return self._make(weighting, device, dtype, terms)
-        for weights_then, terms_then, tables in self._given:
-            if terms_then == terms and weights_then.still(weighting):
-                return tables.get("loss", device, dtype)
-        rows = self._make(weighting, torch.device("cpu"), torch.float64, terms)
-        tables = DeviceTables(loss=rows)
-        # Inference tensors count no versions; what a function transform or a fake mode made is of no use after it.
-        if is_plain(rows) and (isinstance(weighting, str) or not weighting.is_inference()):
-            self._given = [*self._given[-CACHED + 1 :], (_Weights.of(weighting), terms, tables)]
+        # Inference tensors count no versions, so that a later write to them would go unseen.
+        if not isinstance(weighting, str) and (not isinstance(weighting, Tensor) or weighting.is_inference()):
+            return self._tables(weighting, terms).get("loss", device, dtype)
+        key = (weighting if isinstance(weighting, str) else (id(weighting), weighting._version), terms)
+        found = self._given.get(key)
+        if found is not None:
+            return found[0].get("loss", device, dtype)
+        tables = self._tables(weighting, terms)
+        # What a function transform or a fake mode made is of no use after it.
+        if is_plain(tables.get("loss", torch.device("cpu"), torch.float64)):
+            tables = self._given.get_or_make(key, lambda: (tables, weighting))[0]
         return tables.get("loss", device, dtype)
+
+    def _tables(self, weighting: str | Tensor, terms: Terms) -> DeviceTables:
+        return DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, terms))
 
     def _make(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, terms: Terms) -> Tensor:
         if isinstance(weighting, str) and weighting in self._names:
@@ -154,7 +142,7 @@ class LossRows:
         if tables is None:
             noise = self._named.get("noise", torch.device("cpu"), torch.float64)
             rows = torch.stack([torch.ones_like(noise), noise * scale], 1)
-            tables = DeviceTables(noise=rows)
-            if is_plain(rows):
-                self._perturbed = {scale: tables}
+            if not is_plain(rows):
+                return DeviceTables(noise=rows).get("noise", device, dtype)
+            tables = self._perturbed.get_or_make(scale, lambda: DeviceTables(noise=rows))
         return tables.get("noise", device, dtype)

@@ -81,16 +81,17 @@ def extended_step(
     out_copy: Tensor | None = None,
     x0_out: Tensor | None = None,
 ) -> Tensor:
-    """reverse_step with what a row of numbers can't express, still in one launch. With u the model's unconditional
-    output:
+    """reverse_step with what a row of numbers can't express, still in one launch.
 
-        m    = output_scale (u + w (m - u))
-        x0   = clip(x_start_scale (a x + b m)) + g0 gradient
-        prev = c0 x0 + c1 x + c2 m + c3 history + V g1 gradient + S z
-        prev = mask (k0 known + k1 z) + (1 - mask) prev
+    The row's equation is in ddpm_ext.tables.step_table; its v, h and g are model_variance, history and gradient. Around
+    it, with u the unconditional output, w the row's scale of guidance, p the row's a x + b m or the given x_start, and
+    k0 and k1 the roots of the row's after and 1 - after:
 
-    S = s, V = 1; with a model's variance v, S = s exp(l0 + l1 v), V = exp(l0 + l1 v)^2, or S = s sqrt(v), V = v. An
-    input that isn't given is not read, and its term is left out; where w is 1, u is not read.
+        m    = output_scale (u + w (m - u))                 before the row
+        x0   = clip(x_start_scale p) + g0 g                 in place of the row's x0
+        prev = mask (k0 known + k1 z) + (1 - mask) prev     after the row
+
+    An input that isn't given is not read, and its term is left out; where w is 1, u is not read.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
@@ -100,7 +101,7 @@ def extended_step(
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
         uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
         output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
-        model_variance: as model_output: v.
+        model_variance: as model_output: what the model returns for its variance.
         log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
             variance itself, clamped to [2^-100, 2^100].
         x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.

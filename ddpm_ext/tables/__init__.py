@@ -1,1 +1,24 @@
-"""A diffusion as numbers: schedules, spacings and the rows of step tables. No model and no samples."""
+"""A diffusion as numbers: schedules, spacings and the rows of step tables. No model and no samples.
+
+Here are the choices by name, for command lines and messages; what they mean is in the modules.
+"""
+
+from ddpm_ext.tables.predictions import PREDICTIONS, SPACED_PREDICTIONS
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.schedules import SCHEDULES
+from ddpm_ext.tables.spacing import SIGMA_GRIDS, SPACINGS
+from ddpm_ext.tables.variances import TRAINABLE_VARIANCES, VARIANCES
+from ddpm_ext.tables.weightings import WEIGHTINGS
+
+__all__ = [
+    "PREDICTIONS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "SIGMA_GRIDS",
+    "SPACED_PREDICTIONS",
+    "SPACINGS",
+    "TRAINABLE_VARIANCES",
+    "VARIANCES",
+    "WEIGHTINGS",
+    "WITH_ETA",
+]

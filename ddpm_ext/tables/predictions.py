@@ -1,4 +1,4 @@
-"""What a model can predict: one entry of PREDICTIONS each, with all that it means.
+"""What a model can predict: an entry of PREDICTIONS has everything that a prediction means.
 
 Notation: x is the sample x_t, m the model's output, a_t is alphas_cumprod at t.
 """
@@ -20,7 +20,7 @@ HUGE = 2.0**100
 
 
 class Levels(NamedTuple):
-    """Where steps start.
+    """The levels of signal and noise where steps start.
 
     alphas_cumprod: (rows,). of_x0, of_x: (rows,), the weights of x_0 and x_t in the mean of q(x_s | x_t, x_0), eq. (7)
     of Ho et al. 2020.
@@ -69,7 +69,7 @@ class Prediction:
     peers: Mapping[str, str] = field(default_factory=dict)
 
     def mean_slope(self, levels: Levels) -> Tensor:
-        """How much m counts in the mean of p(x_{t-1} | x_t)."""
+        """The weight of m in the mean of p(x_{t-1} | x_t), (rows,)."""
         return levels.of_x0 * self.x0(levels)[1] if self.any_step else torch.ones_like(levels.of_x0)
 
 
@@ -137,7 +137,7 @@ PREDICTIONS: dict[str, Prediction] = {
     ),
 }
 
-# Those that fit every sampler and every spacing.
+# The predictions that fit every sampler and every spacing.
 SPACED_PREDICTIONS = tuple(name for name, prediction in PREDICTIONS.items() if prediction.any_step)
 
 

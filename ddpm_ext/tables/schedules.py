@@ -13,7 +13,7 @@ __all__ = ["SCHEDULES", "cosine_betas", "make_betas", "rescale_zero_terminal_snr
 
 
 def linear(timesteps: int) -> Tensor:
-    """From 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled so that fewer steps destroy as much."""
+    """From 1e-4 to 0.02 (Ho et al. 2020, section 4), scaled so that fewer steps end with as much noise."""
     scale = 1000 / timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
 
@@ -48,7 +48,7 @@ SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine,
 
 
 def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
-    """The betas of a named schedule, or given ones, checked.
+    """The betas of a named schedule, or given betas, checked.
 
     Args:
         beta_schedule: "linear", "scaled_linear", "cosine", "sigmoid", or betas of shape (timesteps,).
@@ -58,7 +58,7 @@ def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
         float64 (timesteps,) on the CPU, in (0, 1); the last may be 1.
 
     Raises:
-        TypeError: `beta_schedule` is neither a name nor a tensor, or `timesteps` is no int.
+        TypeError: `beta_schedule` is neither a name nor a tensor, or `timesteps` is not an int.
         ValueError: an unknown name, or betas of another length, not finite or out of range.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
@@ -96,13 +96,14 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and begins as before.
 
     Args:
-        betas: floating, (timesteps,) with two at least, in (0, 1); the last may be 1.
+        betas: floating, (timesteps,) with at least two, in (0, 1); the last may be 1.
 
     Returns:
-        float64 (timesteps,) on the CPU, the last exactly 1. A model must predict v or x0 there: eps says nothing.
+        float64 (timesteps,) on the CPU, the last exactly 1. A model should predict v or x0 then, since at the last
+        timestep eps does not determine x0.
 
     Raises:
-        TypeError, ValueError: as make_betas; a single beta.
+        TypeError, ValueError: as make_betas, or a single beta.
     """
     checks.tensor("betas", betas)
     if betas.dim() != 1 or len(betas) < 2:

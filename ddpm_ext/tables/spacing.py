@@ -1,7 +1,7 @@
 """Which timesteps a sampler visits, and how much of the signal is left at each.
 
-A timestep t of a schedule has alphas_cumprod[t] of the signal's power left; sigma = sqrt(1 / alphas_cumprod - 1) is the
-noise beside a signal of scale 1, as in Karras et al. 2022.
+At a timestep t of a schedule, alphas_cumprod[t] of the signal's power is left. sigma = sqrt(1 / alphas_cumprod - 1) is
+the standard deviation of the noise for a signal of scale 1, as in Karras et al. 2022.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 
 __all__ = [
+    "SIGMA_GRIDS",
     "SPACINGS",
     "Grid",
     "Jumps",
@@ -23,6 +24,7 @@ __all__ = [
     "log_snr_grid",
     "make_grid",
     "section_timesteps",
+    "spaced_grid",
     "spaced_timesteps",
 ]
 
@@ -33,9 +35,9 @@ class Grid:
 
     Attributes:
         timestep: int64 (rows,), or float64 where they lie between the schedule's own.
-        alphas_cumprod: float64 (rows + 1,), at each timestep, then where the last step arrives.
-        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbours the schedule's own
-            beta, which that difference would take digits from.
+        alphas_cumprod: float64 (rows + 1,), at each timestep, and last where the last step arrives.
+        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbouring timesteps the
+            schedule's own beta, of which that difference would lose digits.
     """
 
     timestep: Tensor
@@ -46,7 +48,7 @@ class Grid:
         return len(self.timestep)
 
     def __getitem__(self, steps: slice) -> Grid:
-        """The grid of a slice's steps, which follow one on another."""
+        """The grid of the steps from the slice's start to its stop."""
         start, stop, _ = steps.indices(len(self))
         return Grid(self.timestep[start:stop], self.alphas_cumprod[start : stop + 1], self.betas[start:stop])
 
@@ -68,12 +70,13 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Jumps:
-    """Steps that don't follow one on another, and none of which is the last: what a sampler of first order takes in
-    place of a Grid, whose attributes these are.
+    """Steps that need not follow one on another, none of which is the last step of a process.
+
+    A sampler of first order takes them instead of a Grid; the attributes have the same meaning.
 
     Attributes:
         timestep: int64 (rows,).
-        now, after: float64 (rows,), alphas_cumprod where each starts and where it arrives.
+        now, after: float64 (rows,), alphas_cumprod where each step starts and where it arrives.
         alphas: float64 (rows,), now / after.
     """
 
@@ -111,7 +114,7 @@ def _trailing(timesteps: int, steps: int) -> Tensor:
 def _quadratic(timesteps: int, steps: int) -> Tensor:
     i = torch.arange(steps, device="cpu")
     ideal = (torch.linspace(0, (0.8 * timesteps) ** 0.5, steps, dtype=torch.float64, device="cpu") ** 2).long()
-    return ((ideal - i).cummax(0).values + i).flip(0)  # none twice
+    return ((ideal - i).cummax(0).values + i).flip(0)  # no timestep comes twice
 
 
 SPACINGS = {"linspace": _linspace, "leading": _leading, "trailing": _trailing, "quadratic": _quadratic}
@@ -122,25 +125,25 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
 
     Args:
         timesteps: how many the schedule has.
-        steps: how many to take; None: all, or as many as `spacing` itself says.
-        spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly from 0 on; "trailing", evenly
-            down from timesteps - 1 (Lin et al. 2023, table 2, has the three); "quadratic", closer together towards 0,
-            from 0.8 timesteps on (Song et al. 2021, appendix D.2), but none twice; "ddim25" and the like, or counts of
-            sections as "10,15,20": see section_timesteps.
+        steps: how many to take; None: all, or as many as `spacing` says.
+        spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly up from 0; "trailing", evenly
+            down from timesteps - 1 (Lin et al. 2023, table 2, has the three); "quadratic", down from 0.8 timesteps and
+            closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "ddim25" and the like, or counts
+            of sections as "10,15,20": see section_timesteps.
 
     Returns:
         int64 (steps,) on the CPU.
 
     Raises:
-        TypeError: `steps` is no int, `spacing` no string.
-        ValueError: `steps` is not in [1, timesteps], or given beside a spacing that says it itself; an unknown
+        TypeError: `steps` is not an int, or `spacing` not a string.
+        ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says how many; an unknown
             `spacing`.
     """
     if not isinstance(spacing, str):
         raise TypeError(f"spacing is {spacing!r}, expected a string")
     if re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing):
         if steps is not None:
-            raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says it itself: expected None")
+            raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
     if spacing not in SPACINGS:
@@ -154,18 +157,18 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
 
 
 def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
-    """Timesteps as guided-diffusion counts them out (Nichol & Dhariwal 2021), descending.
+    """Timesteps as guided-diffusion chooses them (Nichol & Dhariwal 2021), descending.
 
     Args:
         timesteps: how many the schedule has.
-        sections: "ddimN": every k-th from 0 on, for the k that gives N of them; or how many to take, evenly with both
-            ends, of each of as many sections of equal length.
+        sections: "ddimN" for every k-th timestep from 0 on, with the k that gives N of them; or a list of counts, one
+            for each section. The sections divide the timesteps evenly, and each gives its count, evenly with both ends.
 
     Returns:
         int64 on the CPU.
 
     Raises:
-        ValueError: no k gives N, or a section has fewer timesteps than its count, or a count is below 1.
+        ValueError: no k gives N, a section has fewer timesteps than its count, or a count is below 1.
     """
     if isinstance(sections, str):
         steps = int(sections.removeprefix("ddim"))
@@ -194,7 +197,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
 
 
 def _levels(alphas_cumprod: Tensor) -> Tensor:
-    """Checked: float64 (timesteps,), falling, in [0, 1]."""
+    """alphas_cumprod, checked, as float64 (timesteps,) on the CPU, in [0, 1]."""
     checks.tensor("alphas_cumprod", alphas_cumprod)
     if not alphas_cumprod.is_floating_point():
         raise TypeError(f"alphas_cumprod has dtype {alphas_cumprod.dtype}, expected a floating one")
@@ -213,14 +216,14 @@ def make_grid(
 
     Args:
         alphas_cumprod: (timesteps,), in [0, 1].
-        timestep: int64 (rows,), in the loop's order: descending, but for a loop that goes back up.
+        timestep: int64 (rows,), in the loop's order: descending, unless the loop goes up.
         betas: the schedule's, (timesteps,); None: from alphas_cumprod.
-        final: alphas_cumprod where the last step arrives: 1, clean data; alphas_cumprod[0] in diffusers where
+        final: alphas_cumprod where the last step arrives: 1 for clean data; diffusers ends at alphas_cumprod[0] where
             set_alpha_to_one is off.
 
     Raises:
-        TypeError: another type or dtype.
-        ValueError: a timestep out of range, two neighbours alike, numbers out of [0, 1], another length.
+        TypeError: an argument of another type or dtype.
+        ValueError: a timestep out of range or twice in a row, numbers out of [0, 1], or betas of another length.
     """
     levels = _levels(alphas_cumprod)
     chosen = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")
@@ -249,7 +252,7 @@ def make_grid(
 
 
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
-    """Of descending sigmas: timesteps by interpolation in log sigma."""
+    """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
     levels = _levels(alphas_cumprod)
     known = (1 / levels - 1).sqrt().log()
     wanted = sigma.log()
@@ -261,10 +264,11 @@ def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
 
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
+    """The schedule's greatest and least sigma, once `steps` and the schedule have been checked."""
     levels = _levels(alphas_cumprod)
     checks.integer("steps", steps, 2**31, "2^31", start=1)
     if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
-        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a sigma for each")
+        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")
     if levels[-1] == 0 or levels[0] == 1:
         raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
     greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()
@@ -277,7 +281,7 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
     Args:
         alphas_cumprod: (timesteps,), falling, in (0, 1).
         steps: how many, at least 1.
-        rho: greater: more steps at low noise.
+        rho: above 0. The greater it is, the more steps are at low noise.
         final: alphas_cumprod where the last step arrives.
 
     Returns:
@@ -294,12 +298,34 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
 
 
 def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
-    """Evenly spaced in log sigma, half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
+    """Sigmas evenly spaced in log sigma, minus half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
 
-    Args, returns, raises: as karras_grid.
+    Args, returns, raises: as for karras_grid.
     """
     greatest, least = _sigma_range(alphas_cumprod, steps)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     first, last = (torch.tensor(sigma, device="cpu").double().log() for sigma in (greatest, least))
     sigma = torch.exp(first * (1 - ramp) + last * ramp)
     return _sigma_grid(alphas_cumprod, sigma, final)
+
+
+# By the names that `spacing=` takes, beside those of spaced_timesteps.
+SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
+
+
+def spaced_grid(alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str) -> Grid:
+    """The grid of a spacing by its name.
+
+    Args:
+        alphas_cumprod, betas: the schedule's, (timesteps,).
+        steps: how many; None: as for spaced_timesteps.
+        spacing: a name of SIGMA_GRIDS, or as for spaced_timesteps.
+
+    Raises:
+        TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.
+    """
+    if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
+        if steps is None:
+            raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
+        return SIGMA_GRIDS[spacing](alphas_cumprod, steps)
+    return make_grid(alphas_cumprod, spaced_timesteps(len(alphas_cumprod), steps, spacing), betas=betas)

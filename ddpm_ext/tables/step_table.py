@@ -1,99 +1,86 @@
-"""A reverse process as rows of numbers to hold: to look at, compare, keep in a file, draw, and give to a kernel.
+"""The reverse process as a table: one row of numbers a step, to print, compare, save, draw, and give to a kernel.
 
-A row is a step, with x the sample, m the model's output and z a standard normal:
+A row takes x, the sample at its timestep, to the next sample. With m the model's output and z a standard normal:
 
     x0   = clip(a x + b m)                      predicted clean sample
     prev = c0 x0 + c1 x + c2 m + s z            next sample
 
-Some steps need more, with h the x0 of the loop's previous step, v a variance that the model tells beside m, and g a
-classifier's gradient:
+That is what the plain kernel computes. The extended kernel's rows also read h, the x0 of the loop's previous step; g, a
+classifier's gradient; and v, which the model returns beside m for its variance. A term whose tensor is not given falls
+away:
 
     x0   = clip(a x + b m) + g0 g
     prev = c0 x0 + c1 x + c2 m + c3 h + V g1 g + S z
 
-    S = s              V = 1                    a fixed variance
-    S = s e            V = e^2                  a learned one, e = exp(l0 + l1 v) its root
-    S = s sqrt(v)      V = v                    a learned one that v is itself
+    S = s              V = 1                    the variance is fixed
+    S = s e            V = e^2                  it is learned, and its root is e = exp(l0 + l1 v)
+    S = s sqrt(v)      V = v                    it is learned, and v is the variance itself
+
+This is the only place that has the whole equation. What a step does that no row can say (guidance, dynamic
+thresholding, inpainting) is in the docstring of ops.extended_step.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from operator import index
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.base.files import write_text
 from ddpm_ext.base.optional import require
-from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, compare, short
+from ddpm_ext.tables import step_table_files
+from ddpm_ext.tables.step_table_columns import (
+    EXTENDED,
+    LEVEL,
+    NEEDED,
+    OPTIONAL,
+    Column,
+    Values,
+    check_draws,
+    check_levels,
+    default_draws,
+    numbers,
+)
+from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
+from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, PLAIN_ROW, level_roots, pack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ColumnDiff", "StepRow", "StepTable", "TableDiff"]
 
-FORMAT, VERSION = "ddpm_ext.StepTable", 1
 SHOWN = 5  # rows at either end of a long table's repr
-Values = Tensor | npt.ArrayLike
 
 
-class StepRow(NamedTuple):
-    """A row of a StepTable: one step, as Python numbers."""
-
-    timestep: int | float
-    a: float
-    b: float
-    c0: float
-    c1: float
-    c2: float
-    s: float
-    draw: int
-    c3: float = 0.0
-    l0: float = 0.0
-    l1: float = 0.0
-    g0: float = 0.0
-    g1: float = 0.0
-    now: float = 0.0
-    after: float = 0.0
-
-
-COLUMNS = StepRow._fields
-PLAIN, ADDED = COLUMNS[:8], COLUMNS[8:]
-FACTORS = PLAIN[1:-1]
-EXTENDED = ("c3", "l0", "l1")  # where they are not 0, the plain kernel can't take the row
-
-
-@dataclass(frozen=True, eq=False, repr=False, init=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StepTable:
     """The rows of a reverse process, in the order in which a loop takes them: see the module's equations.
 
         StepTable(timestep=[2, 1, 0], a=[...], b=[...], c0=[...], c1=[...], s=[...])
 
     Args, each (rows,), a tensor of any device, an array or a list; copied:
-        timestep: integers, or floats for a sampler that visits timesteps between them: what the model is told.
+        timestep: integers, or floats for a sampler that visits timesteps between them: what the model is called with.
         a, b, c0, c1: real numbers, finite.
-        c2, s: as well; None: zeros.
+        c2, s: real numbers, finite; None: zeros.
         draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
             timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
         c3, l0, l1, g0, g1: real numbers, finite; None: zeros.
-        now, after: alphas_cumprod where the row starts and where it arrives, in [0, 1]; None: zeros, not known.
+        now, after: alphas_cumprod where the row starts and where it arrives, in [0, 1]; None: zeros, which stand for
+            unknown levels.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were given.
         draw: int64 (rows,).
 
-    The others are float64 (rows,). All are on the CPU; `to` makes a table that lies elsewhere. They are not to be
-    written to.
+    The others are float64 (rows,). All are on the CPU; `to` makes a table on another device. They must not be written
+    to: `dataclasses.replace(table, s=...)` makes a table with other columns.
 
     `len(table)`, iteration and `table[i]` (a StepRow) are as a list's; `table[i:j:k]` is a StepTable, whose rows keep
     their draws. Tables are equal where all columns are, exactly, and the timesteps are both integers or both floats.
@@ -104,65 +91,55 @@ class StepTable:
             finite; a draw, now or after out of range.
     """
 
-    timestep: Tensor
-    a: Tensor
-    b: Tensor
-    c0: Tensor
-    c1: Tensor
-    c2: Tensor
-    s: Tensor
-    draw: Tensor
-    c3: Tensor
-    l0: Tensor
-    l1: Tensor
-    g0: Tensor
-    g1: Tensor
-    now: Tensor
-    after: Tensor
+    # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
+    # that step_table_packed lists.
+    timestep: Column = NEEDED
+    a: Column = NEEDED
+    b: Column = NEEDED
+    c0: Column = NEEDED
+    c1: Column = NEEDED
+    c2: Column = OPTIONAL
+    s: Column = OPTIONAL
+    draw: Column = OPTIONAL
+    _: KW_ONLY
+    c3: Column = EXTENDED
+    l0: Column = EXTENDED
+    l1: Column = EXTENDED
+    g0: Column = OPTIONAL
+    g1: Column = OPTIONAL
+    now: Column = LEVEL
+    after: Column = LEVEL
 
-    def __init__(
-        self,
-        timestep: Values,
-        a: Values,
-        b: Values,
-        c0: Values,
-        c1: Values,
-        c2: Values | None = None,
-        s: Values | None = None,
-        draw: Values | None = None,
-        *,
-        c3: Values | None = None,
-        l0: Values | None = None,
-        l1: Values | None = None,
-        g0: Values | None = None,
-        g1: Values | None = None,
-        now: Values | None = None,
-        after: Values | None = None,
-    ) -> None:
-        steps = _column("timestep", timestep)
+    def __post_init__(self) -> None:
+        steps = numbers("timestep", self.timestep)
         columns = {"timestep": steps}
-        for name, needed in zip(("a", "b", "c0", "c1"), (a, b, c0, c1), strict=True):
-            columns[name] = _column(name, needed, len(steps)).astype(np.float64)
-        others = (c2, s, c3, l0, l1, g0, g1, now, after)
-        for name, values in zip(("c2", "s", *ADDED), others, strict=True):
-            values = np.zeros(len(steps)) if values is None else values
-            columns[name] = _column(name, values, len(steps)).astype(np.float64)
-        columns["draw"] = _default_draws(steps) if draw is None else _column("draw", draw, len(steps))
-        _check_draws(columns["draw"])
-        for name in ("now", "after"):
-            _check_levels(name, columns[name])
-        # Not inference tensors, which could not be saved for a backward pass later on.
+        for name in (*FACTORS, *ADDED):
+            values = getattr(self, name)
+            if values is None and vars(StepTable)[name] is not NEEDED:
+                values = np.zeros(len(steps))
+            columns[name] = numbers(name, values, len(steps)).astype(np.float64)
+        columns["draw"] = default_draws(steps) if self.draw is None else numbers("draw", self.draw, len(steps))
+        check_draws(columns["draw"])
+        for name in LEVELS:
+            check_levels(name, columns[name])
+        # Inference tensors could not be saved for a backward pass later on.
         with torch.inference_mode(False):
             for name, array in columns.items():
                 object.__setattr__(self, name, torch.from_numpy(array))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> StepTable:
-        """With each column changed; what was checked once is not checked again."""
+        """The table with `change` applied to each column, without a second check."""
         table = object.__new__(StepTable)
         with torch.inference_mode(False):
-            for name in COLUMNS:
-                object.__setattr__(table, name, change(getattr(self, name)))
+            for name, values in self._columns().items():
+                object.__setattr__(table, name, change(values))
         return table
+
+    def _columns(self) -> dict[str, Tensor]:
+        return dict(self._values(COLUMNS))
+
+    def _values(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(self, name)) for name in names]
 
     # -------------------------------------------------------------------------------------------- as a sequence
 
@@ -209,7 +186,7 @@ class StepTable:
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
             shown[SHOWN:-SHOWN] = [-1]
-        names = [*PLAIN, *(name for name in EXTENDED if (getattr(self, name) != 0).any())]
+        names = [*PLAIN, *(name for name in EXTENDED_ONLY if (getattr(self, name) != 0).any())]
         lines = [["row", *names]]
         for i in shown:
             row = self[i]._asdict()
@@ -220,10 +197,10 @@ class StepTable:
     # ------------------------------------------------------------------------------------------------ on devices
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The table with its columns on `device`; they are the same tensors where they are there already.
+        """The table with its columns on `device`; columns that are there already are not copied.
 
-        For arithmetic on the columns there. Kernels take `packed`. What reads single numbers (rows, repr, save, ...)
-        works as on the CPU, and waits for the device.
+        This is for arithmetic on the columns there; the kernels take `packed`. Rows, repr, save and whatever else reads
+        single numbers work as on the CPU, and wait for the device.
 
         Raises:
             ValueError: not a device.
@@ -232,13 +209,13 @@ class StepTable:
         return self._each(lambda column: column.to(there))
 
     def packed(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The kernels' form, (rows, 8) on `device`: a, b, c0, c1, c2, s, the draw's bits as an integer of the same
-        width as `dtype` (float32, or float64 for the reference), and a zero.
+        """The plain kernel's form, `dtype` (rows, 8) on `device`: a, b, c0, c1, c2, s, the draw's bits as an integer of
+        the width of `dtype` (float32, or float64 for the reference), and a zero.
 
         Raises:
             TypeError: another dtype. ValueError: not a device.
         """
-        return self._packed(device, dtype, [])
+        return pack(self._values(PLAIN_ROW), device, dtype)
 
     def packed_extended(
         self,
@@ -246,8 +223,8 @@ class StepTable:
         dtype: torch.dtype = torch.float32,
         guidance: Values | None = None,
     ) -> Tensor:
-        """The extended kernels' form, (rows, 16) on `device`: seven columns as packed's, then c3, l0, l1, g0, g1,
-        sqrt(after), sqrt(1 - after), the scale of classifier-free guidance, and a zero.
+        """The extended kernel's form, `dtype` (rows, 16) on `device`: seven columns as packed's, then c3, l0, l1, g0,
+        g1, sqrt(after), sqrt(1 - after), the scale of classifier-free guidance, and a zero.
 
         Args:
             guidance: (rows,), finite; None: ones.
@@ -256,29 +233,15 @@ class StepTable:
             TypeError: another dtype, or a guidance of other things than numbers.
             ValueError: not a device, or a guidance of another length, or not finite.
         """
-        scale = torch.from_numpy(_column("guidance", np.ones(len(self)) if guidance is None else guidance, len(self)))
-        after = self.after.cpu().numpy()  # whose root is rounded alike everywhere, unlike torch's
-        known = [torch.from_numpy(np.sqrt(power)) for power in (after, 1 - after)]
-        return self._packed(device, dtype, [self.c3, self.l0, self.l1, self.g0, self.g1, *known, scale])
-
-    def _packed(self, device: torch.device | str, dtype: torch.dtype, added: list[Tensor]) -> Tensor:
-        """In blocks of 8 numbers a row; `added` from the eighth on."""
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
-        there = checks.device(device)
-        table = torch.zeros(len(self), 16 if added else 8, dtype=dtype, device="cpu")
-        for column, name in enumerate(FACTORS):
-            table[:, column] = getattr(self, name)
-        # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
-        table.view(torch.int32 if dtype == torch.float32 else torch.int64)[:, 6] = self.draw
-        for column, values in enumerate(added, start=7):
-            table[:, column] = values
-        return table.to(there)
+        scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
+        k0, k1 = level_roots(self.after)
+        others = [("k0", k0), ("k1", k1), ("w", torch.from_numpy(scale))]
+        return pack([*self._values(EXTENDED_ROW), *others], device, dtype)
 
     @property
     def extended(self) -> bool:
-        """Whether any c3, l0 or l1 is not 0, so that the rows are the extended kernels' alone."""
-        return any(bool((getattr(self, name) != 0).any()) for name in EXTENDED)
+        """Whether any c3, l0 or l1 is not 0, so that only the extended kernel takes the rows."""
+        return any(bool((values != 0).any()) for _, values in self._values(EXTENDED_ONLY))
 
     # --------------------------------------------------------------------------------------------------- in files
 
@@ -288,9 +251,7 @@ class StepTable:
         Raises:
             ValueError: `path` is a folder or a device. OSError: it can't be written.
         """
-        rows = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in self)
-        head = f'  "format": "{FORMAT}",\n  "version": {VERSION},\n  "columns": {json.dumps(COLUMNS)}'
-        write_text(path, f'{{\n{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
+        step_table_files.write(path, COLUMNS, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
@@ -300,17 +261,13 @@ class StepTable:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
             that a StepTable refuses. OSError: it can't be read.
         """
-        content = Path(path).read_bytes()
+        columns = step_table_files.read(path, PLAIN, ADDED)
         try:
-            found = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        try:
-            return cls(**_parse(found))
+            return cls(**columns)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
-    # ------------------------------------------------------------------------------------------- looked at, compared
+    # ------------------------------------------------------------------------------------- drawn and compared
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """The columns over the steps, as a matplotlib figure, which is also written to `path` where one is given.
@@ -318,11 +275,11 @@ class StepTable:
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
         """
-        # Pictures are an extra that stands above the tables, so the module is looked up here and not imported.
+        # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
         return require("ddpm_ext.plots", "drawing a step table").step_table_figure(self, path)
 
     def diff(self, other: StepTable) -> TableDiff:
-        """Where the tables differ and by how much; false where they are equal. `print` it, or ask its columns.
+        """Where the tables differ and by how much; false where they are equal. `print` it, or read its `columns`.
 
         Where one has more rows, the rows that both have are compared.
 
@@ -331,97 +288,18 @@ class StepTable:
         """
         if not isinstance(other, StepTable):
             raise TypeError(f"other is a {type(other).__name__}, expected a StepTable")
-        rows = (len(self), len(other))
-        columns = {}
-        for name in COLUMNS:
-            here, there = (getattr(table, name)[: min(rows)].cpu() for table in (self, other))
-            at = (here != there).nonzero()[:, 0]
-            if len(at):
-                columns[name] = compare(at.tolist(), here[at].tolist(), there[at].tolist())
-        return TableDiff(rows, (self.timestep.dtype, other.timestep.dtype), columns)
+        return difference(self._columns(), other._columns())
 
 
-def _column(name: str, values: Values, rows: int | None = None) -> npt.NDArray[Any]:
-    """A copy, (rows,), int64 or float64 as the values are; draw: int64. `rows` None: any number but 0."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.double() if values.is_floating_point() else values).numpy()
-    elif isinstance(values, list | tuple) and any(isinstance(value, bool) for value in values):
-        raise TypeError(f"{name} holds a bool, expected numbers")  # numpy makes 1.0 of one that is among floats
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} is not 1-dimensional: {error}") from None
-    if array.dtype.kind not in ("iu" if name == "draw" else "iuf") and array.size:
-        others = [type(value).__name__ for value in array.flat if not isinstance(value, int | float)]
-        if array.dtype == object and not others:
-            raise ValueError(f"{name} holds {max(array.flat, key=abs)}, expected numbers below 2^63")
-        held = others[0] if array.dtype == object else array.dtype
-        raise TypeError(f"{name} holds {held}, expected {'integers' if name == 'draw' else 'real numbers'}")
-    if rows is None:
-        if array.ndim != 1 or not array.size:
-            raise ValueError(f"{name} has shape {array.shape}, expected (rows,) with at least 1 row")
-    elif array.shape != (rows,):
-        raise ValueError(f"{name} has shape {array.shape}, expected ({rows},), one a row as timestep")
-    if array.dtype.kind == "u" and (array > 2**63 - 1).any():
-        raise ValueError(f"{name} holds {array.max()}, expected numbers below 2^63")
-    array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-    if not np.isfinite(array).all():
-        i = int(np.argmin(np.isfinite(array)))
-        raise ValueError(f"{name}[{i}] is {array[i]}, expected finite numbers")
-    return array
+COLUMNS = tuple(field.name for field in fields(StepTable))
+PLAIN = tuple(field.name for field in fields(StepTable) if not field.kw_only)  # in every file and every repr
+ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
+LEVELS = tuple(name for name in COLUMNS if vars(StepTable)[name] is LEVEL)
+FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
+EXTENDED_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is EXTENDED)
 
 
-def _default_draws(timestep: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Of each row another one, and a timestep's own wherever it is visited once: see StepTable."""
-    if (timestep < 0).any() or (timestep % 1 != 0).any():
-        return np.arange(len(timestep), dtype=np.int64)
-    around = int(timestep.max()) + 1
-    visits: Counter[int] = Counter()
-    draws = []
-    for t in map(int, timestep):
-        draws.append(t + visits[t] * around)
-        visits[t] += 1
-    if max(draws) >= 2**32:
-        i = next(i for i, draw in enumerate(draws) if draw >= 2**32)
-        raise ValueError(
-            f"timestep[{i}] is {timestep[i]}, which would draw noise {draws[i]}, expected 0 <= draw < 2^32: give draw"
-        )
-    return np.array(draws, dtype=np.int64)
+class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]
+    """A row of a StepTable: one step, as Python floats with the columns' names; draw is an int, timestep may be one."""
 
-
-def _check_draws(draw: npt.NDArray[Any]) -> None:
-    bad = (draw < 0) | (draw >= 2**32)
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"draw[{i}] is {draw[i]}, expected 0 <= draw < 2^32")
-
-
-def _check_levels(name: str, levels: npt.NDArray[Any]) -> None:
-    bad = (levels < 0) | (levels > 1)
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"{name}[{i}] is {levels[i]}, expected 0 <= {name} <= 1")
-
-
-def _parse(found: Any) -> dict[str, list[Any]]:
-    """The columns of a file's JSON, by name."""
-    name = found.get("format") if isinstance(found, dict) else None
-    if name != FORMAT:
-        raise ValueError(f"format is {name!r}, expected {FORMAT!r}")
-    version = found.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"version is {version!r}, expected an int from 1 to {VERSION}")
-    if version > VERSION:
-        raise ValueError(f"version is {version}, newer than this ddpm_ext, which reads up to {VERSION}")
-    names, rows = found.get("columns"), found.get("rows")
-    texts = list(map(str, names)) if isinstance(names, list) else []
-    if len(set(texts)) != len(texts) or not set(PLAIN) <= set(texts) <= set(COLUMNS):
-        needed, others = ", ".join(PLAIN), ", ".join(ADDED)
-        raise ValueError(f"columns are {names!r}, expected {needed}, each once, and any of {others}")
-    if not isinstance(rows, list) or not rows:
-        raise ValueError("rows are missing, expected a list of at least 1 row")
-    for i, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != len(names):
-            raise ValueError(f"rows[{i}] is {row!r}, expected a list of {len(names)} numbers")
-    return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    __slots__ = ()

@@ -1,20 +1,22 @@
-"""How two tables' columns differ, and numbers as text in columns."""
+"""How two step tables differ, and numbers as aligned text."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["ColumnDiff", "TableDiff", "aligned", "compare", "short"]
+__all__ = ["ColumnDiff", "TableDiff", "aligned", "difference", "short"]
 
 
 class ColumnDiff(NamedTuple):
     """How two tables' columns differ.
 
-    rows: how many rows do; first: the first of them; here, there: its two values; absolute: the largest |here - there|
+    rows: in how many rows; first: the first of these; here, there: its two values; absolute: the largest |here - there|
     of all rows; relative: the largest |here - there| / max(|here|, |there|), from 0 to 2.
     """
 
@@ -28,9 +30,9 @@ class ColumnDiff(NamedTuple):
 
 @dataclass(frozen=True)
 class TableDiff:
-    """How two tables differ: their numbers of rows, their timesteps' dtypes, and by name the columns that do.
+    """How two tables differ. False where they don't; as a string, a report.
 
-    False where they don't differ. As a string, a report.
+    rows: how many each has. dtypes: those of their timesteps. columns: by name, those that differ.
     """
 
     rows: tuple[int, int]
@@ -55,8 +57,21 @@ class TableDiff:
         return "\n".join(report)
 
 
-def compare(at: list[int], here: list[float], there: list[float]) -> ColumnDiff:
-    """Of the rows `at` that differ, whose values are `here` and `there`."""
+def difference(here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> TableDiff:
+    """How two tables differ, given as columns of the same names, (rows,) each; see StepTable.diff."""
+    steps = here["timestep"], there["timestep"]
+    rows = (len(steps[0]), len(steps[1]))
+    columns = {}
+    for name in here:
+        ours, theirs = (table[name][: min(rows)].cpu() for table in (here, there))
+        at = (ours != theirs).nonzero()[:, 0]
+        if len(at):
+            columns[name] = _compare(at.tolist(), ours[at].tolist(), theirs[at].tolist())
+    return TableDiff(rows, (steps[0].dtype, steps[1].dtype), columns)
+
+
+def _compare(at: list[int], here: list[float], there: list[float]) -> ColumnDiff:
+    """`here` and `there` are the values of the rows `at`, which differ."""
     absolute, relative = 0.0, 0.0
     for x, y in zip(here, there, strict=True):
         distance, largest = abs(x - y), max(abs(x), abs(y))
@@ -66,11 +81,11 @@ def compare(at: list[int], here: list[float], there: list[float]) -> ColumnDiff:
 
 
 def short(value: int | float) -> str:
-    """Six digits of a float, all of an int."""
+    """A float with six digits, an int with all of them."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """Lines of cells as text in columns, to the right."""
+    """Lines of cells as text, in columns that are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -1,4 +1,4 @@
-"""The variance of a reverse step: one entry of VARIANCES each, with all that it means."""
+"""Variances of a reverse step: an entry of VARIANCES has everything that one of them means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "peer_variances",
 ]
 
-LEAST = 1e-20  # of a variance, before its logarithm is taken
+LEAST = 1e-20  # a variance is clamped to this before its logarithm is taken
 
 
 class Posterior(NamedTuple):
@@ -79,7 +79,7 @@ class Variance:
 
     Args:
         meaning: for help texts.
-        columns: the columns of a step table that say it.
+        columns: its columns of a step table.
         schedule: the variance of the schedule's own steps where the model doesn't return it, by betas and the variance
             of q(x_{t-1} | x_t, x_0), each (timesteps,).
         learned: whether the model returns it beside its prediction, in twice the channels.
@@ -113,7 +113,7 @@ def _fixed_small(of: Posterior) -> NoiseColumns:
 
 def _fixed_large(of: Posterior) -> NoiseColumns:
     weight = of.large
-    if of.ends:  # as guided-diffusion: the last step's is the posterior's of the step before
+    if of.ends:  # In guided-diffusion the last step's weight is the posterior variance of the step before.
         weight = torch.cat([of.large[:-1], of.small[-2:-1] if len(of.large) > 1 else of.large])
     return _fixed(of.large, weight)
 
@@ -129,7 +129,7 @@ def _learned(of: Posterior) -> NoiseColumns:
 def _learned_range(of: Posterior) -> NoiseColumns:
     """Eq. (15) of Nichol & Dhariwal 2021, with v from -1 to 1 as guided-diffusion scales it."""
     small, large = of.small.clamp(min=LEAST), of.large
-    if of.ends and of.small[-1] == 0:  # else what is learned there would end at LEAST
+    if of.ends and of.small[-1] == 0:  # Otherwise the range would begin at LEAST there.
         small = of.small_before_end(small)
     return _learned_columns((large.log() + small.log()) / 4, (large.log() - small.log()) / 4)
 

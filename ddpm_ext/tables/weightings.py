@@ -1,8 +1,8 @@
 """How much each timestep counts in a training loss.
 
-Each is told as the weight of the squared error of x_0, from the signal-to-noise ratio alphas_cumprod /
-(1 - alphas_cumprod), and becomes that of the model's own prediction: the squared error of eps is that of x_0 times the
-ratio, and so on.
+Each weighting is given as the weight of the squared error of x_0, by the signal-to-noise ratio alphas_cumprod /
+(1 - alphas_cumprod). `weights` converts it into the weight of the squared error of the model's own prediction: that of
+eps, for example, is that of x_0 times the ratio.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ __all__ = ["WEIGHTINGS", "check_given", "edm", "min_snr", "names", "p2", "snr", 
 
 
 def snr(ratio: Tensor) -> Tensor:
-    """The ratio itself: eps weighs the same everywhere (Ho et al. 2020, L_simple)."""
+    """The ratio itself, so that eps has the same weight everywhere: L_simple of Ho et al. 2020."""
     return ratio
 
 
 def min_snr(ratio: Tensor, gamma: float = 5.0) -> Tensor:
-    """At most gamma: Hang et al. 2023, section 3.4."""
+    """The ratio, but at most gamma: Hang et al. 2023, section 3.4."""
     return ratio.clamp(max=gamma)
 
 
 def truncated_snr(ratio: Tensor) -> Tensor:
-    """At least 1: Salimans & Ho 2022, section 4."""
+    """The ratio, but at least 1: Salimans & Ho 2022, section 4."""
     return ratio.clamp(min=1)
 
 
 def p2(ratio: Tensor, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Less where little noise is left: Choi et al. 2022, eq. (8)."""
+    """The ratio, reduced where little noise is left: Choi et al. 2022, eq. (8)."""
     return ratio / (k + ratio) ** gamma
 
 
 def edm(ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """Karras et al. 2022, table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, sigma^2 being 1 / ratio."""
+    """Karras et al. 2022, table 1: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, with sigma^2 = 1 / ratio."""
     return 1 / sigma_data**2 + ratio
 
 
@@ -45,14 +45,18 @@ WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncat
 
 
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:
-    """Of the weightings that a prediction can have: eps at an alphas_cumprod of 0 says nothing of x_0."""
+    """The names of the weightings that a prediction can have.
+
+    Where the schedule ends at an alphas_cumprod of 0, a prediction that does not determine x_0 there, such as eps, has
+    only "simple".
+    """
     entry = PREDICTIONS[prediction]
     known = entry.error is not None and (entry.without_signal or bool(alphas_cumprod[-1] > 0))
     return ("simple", *WEIGHTINGS) if known else ("simple",)
 
 
 def check_given(alphas_cumprod: Tensor, weighting: Tensor) -> None:
-    """What is seen of weights without reading them. Raises ValueError."""
+    """Checks given weights without reading their values. Raises ValueError."""
     if weighting.shape != alphas_cumprod.shape:
         raise ValueError(f"weighting has shape {tuple(weighting.shape)}, expected {tuple(alphas_cumprod.shape)}")
     if weighting.requires_grad and torch.is_grad_enabled():
@@ -60,20 +64,21 @@ def check_given(alphas_cumprod: Tensor, weighting: Tensor) -> None:
 
 
 def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) -> Tensor:
-    """Of each timestep, float64 (timesteps,).
+    """The weight of the squared error of a prediction at each timestep, float64 (timesteps,).
 
     Args:
         alphas_cumprod: (timesteps,).
-        prediction: "eps", "x0" or "v", whose squared error is weighted.
-        weighting: "simple", 1 everywhere; a name of WEIGHTINGS; or the weights themselves, (timesteps,), finite.
+        prediction: a name of PREDICTIONS.
+        weighting: "simple", which is 1 everywhere; a name of WEIGHTINGS; or the weights, (timesteps,) and finite.
 
     Raises:
-        TypeError, ValueError: an unknown name, weights of another shape, not finite or that require a gradient, or a
-            prediction that has none of this name.
+        TypeError: `weighting` is neither a name nor a tensor.
+        ValueError: an unknown name, a name that the prediction cannot have, or weights of another shape, not finite or
+            that require a gradient.
     """
     if isinstance(weighting, Tensor):
         check_given(alphas_cumprod, weighting)
-        if torch.compiler.is_compiling():  # on its device: what a graph computes waits for no host
+        if torch.compiler.is_compiling():  # The weights stay on their device, since a graph must not wait for the host.
             return weighting.detach().double()
         own = weighting.detach().to("cpu", torch.float64)
         if not own.isfinite().all():
@@ -85,13 +90,13 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     if weighting not in names(alphas_cumprod, prediction):
         if PREDICTIONS[prediction].error is not None:
             raise ValueError(
-                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps says nothing of x_0, expected "
+                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps does not determine x_0, expected "
                 "'simple' or a tensor"
             )
         raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
     if weighting == "simple":
         return torch.ones_like(alphas_cumprod)
     error = PREDICTIONS[prediction].error
-    assert error is not None  # else it would have no names
+    assert error is not None  # A prediction without has no names.
     ratio = alphas_cumprod / (1 - alphas_cumprod)
     return WEIGHTINGS[weighting](ratio) / error(ratio)

@@ -401,7 +401,7 @@ def test_under_sanitizers(sanitized):
     files = [
         Path(__file__),
         Path(__file__).with_name("test_cuda_host_extended.py"),
-        library.FOLDER / "test_stand_in.py",
+        Path(__file__).with_name("test_stand_in.py"),
     ]
     # -s: a sanitizer's report ends the process, and what pytest has captured is lost
     done = sanitized("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-k", less, *files)

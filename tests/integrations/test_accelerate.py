@@ -1,4 +1,5 @@
-"""accelerate() itself: arguments, what it takes and refuses, the table of what is fused; no library is needed here."""
+"""accelerate() itself: its arguments, what it takes and refuses, and the table of what is fused. No library is
+needed here."""
 
 import copy
 import pickle
@@ -14,8 +15,11 @@ from torch import nn
 
 import ddpm_ext
 from ddpm_ext import Philox, randn
-from ddpm_ext.integrations import KNOWN, Acceleration, Support, accelerate, accelerated_class, support_table
-from ddpm_ext.integrations.shared import Accelerated, make_class, misfit, new, version, wants_gradient
+from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
+from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
+from ddpm_ext.integrations.registry import KNOWN
+from ddpm_ext.integrations.shared import Accelerated, make_class, new
+from ddpm_ext.integrations.tensors import check_tensors, version, wants_gradient
 
 X = torch.zeros(3, 2)
 
@@ -35,7 +39,7 @@ def test_names():
         ({"noise": None}, (TypeError, ValueError), "noise is None"),
         ({"seed": 3}, ValueError, "seed is 3 beside noise 'torch', whose draws are the peer's: expected None"),
         ({"seed": 0}, ValueError, "seed is 0 beside noise 'torch'"),
-        ({"sample_ids": 3}, ValueError, "sample_ids is 3 beside noise 'torch', which knows none: expected 0"),
+        ({"sample_ids": 3}, ValueError, "sample_ids is 3 beside noise 'torch', which has no sample ids: expected 0"),
         ({"sample_ids": torch.arange(2)}, ValueError, "beside noise 'torch'"),
         ({"noise": "philox", "seed": -1}, ValueError, "seed is -1"),
         ({"noise": "philox", "seed": 2**64}, ValueError, "seed is 18446744073709551616"),
@@ -48,7 +52,7 @@ def test_names():
         ({"noise": "philox", "seed": 0, "sample_ids": torch.zeros(2, 1).long()}, TypeError, r"shape \(2, 1\)"),
     ],
 )
-def test_bad_arguments_are_told_before_a_bad_object(options, kind, message):
+def test_bad_arguments_are_reported_before_a_bad_object(options, kind, message):
     with pytest.raises(kind, match=message):
         accelerate(object(), **options)
 
@@ -65,9 +69,9 @@ def test_other_objects_are_refused(obj):
 
 
 def test_a_class_of_a_known_name_elsewhere_is_refused():
-    """By its module, too."""
+    """A class is known by its module, too."""
     impostor = type("DDPMScheduler", (), {"step": lambda self: None})
-    with pytest.raises(TypeError, match=r"obj is a test_accelerate\.DDPMScheduler"):
+    with pytest.raises(TypeError, match=rf"obj is a {re.escape(__name__)}\.DDPMScheduler"):
         accelerate(impostor())
 
 
@@ -100,7 +104,7 @@ def test_noise_torch_draws_no_seed():
 
 @pytest.mark.parametrize("ids", [5, torch.tensor([9, 2**50, 4])])
 def test_the_noise_of_starts_and_training(ids):
-    """Streams 1 and 2; of training, another draw each time."""
+    """A loop starts from stream 1, training uses stream 2, with another draw each time."""
     settings = Acceleration.of("philox", 2**64 - 1, ids)
     plain = Philox(2**64 - 1, ids)
     assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
@@ -145,24 +149,31 @@ class Mixin(Accelerated):
     replaces = ("step",)
     relies_on = ("helper",)
 
+    @with_fallback()
     def step(self, x):
         if x < 0:
-            return self._aside("step", "x is negative") or super().step(x)
+            raise Fallback("x is negative")
         if x == 0:
-            return self._aside("step", None) or super().step(x)
+            raise Fallback
+        if x > 100:
+            raise Fallback("x is large", lambda: 7)
         return 10 * x
 
 
+def restore(peer):
+    return new(make_class(Mixin, peer, Peer, restore))
+
+
 def peer_of(cls, *args):
-    found = new(make_class(Mixin, cls, Peer))
+    found = restore(cls)
     found.__dict__.update(vars(cls(*args)))
     return found
 
 
 def test_a_made_class():
-    """The peer's, by isinstance, by name and for who reads it; one for each."""
-    cls = make_class(Mixin, Peer, Peer)
-    assert make_class(Mixin, Peer, Peer) is cls
+    """It is a subclass of the peer's class with its name and docstring, and is made once."""
+    cls = make_class(Mixin, Peer, Peer, restore)
+    assert make_class(Mixin, Peer, Peer, restore) is cls
     assert cls.__bases__ == (Mixin, Peer) and cls is not Peer
     assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
         Peer.__name__,
@@ -174,16 +185,44 @@ def test_a_made_class():
     assert super(Mixin, peer_of(Peer)).step(2) == 4.0
 
 
-def test_what_steps_aside():
+def test_a_fallback():
+    """Runs the peer's own method, or what is to run in its place, and warns once for each reason."""
     found = peer_of(Peer)
     with pytest.warns(UserWarning, match="^step runs the own code of a library: x is negative$"):
         assert found.step(-1) == -2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert found.step(-2) == -4  # told once
-        assert found.step(0) == 0  # nothing to tell
+        assert found.step(-2) == -4  # warned of once
+        assert found.step(0) == 0  # no reason, no warning
     assert found.accelerated.fallbacks == {"step": "x is negative"}
+    with pytest.warns(UserWarning, match="^step runs the own code of a library: x is large$") as caught:
+        assert found.step(x=101) == 7
+    assert [warning.filename for warning in caught] == [__file__]
+    assert found.accelerated.fallbacks == {"step": "x is large"}
     assert peer_of(Peer).accelerated.fallbacks == {}
+
+
+def test_an_error_of_the_peers_does_not_come_of_the_fallback():
+    """Its traceback shows the peer's code alone."""
+    found = peer_of(type("Refusing", (Peer,), {"scale": None}))
+    with pytest.raises(TypeError, match="unsupported operand") as error:
+        found.step(0)
+    assert error.value.__context__ is None and error.value.__cause__ is None
+
+
+def test_what_was_attempted_can_be_kept():
+    """A result, or the fallback without the frames that it came through."""
+
+    def refuse(x):
+        raise Fallback(f"x is {x}")
+
+    assert result_of(attempt(abs, -3)) == 3
+    kept = attempt(refuse, 5)
+    assert isinstance(kept, Fallback) and kept.__traceback__ is None
+    for _ in range(2):
+        with pytest.raises(Fallback) as found:
+            result_of(kept)
+        assert found.value.reason == "x is 5" and kept.__traceback__ is None
 
 
 @pytest.mark.parametrize("name", ["step", "helper"])
@@ -192,7 +231,7 @@ def test_a_subclass_that_changes_it_is_refused(name):
     further = type("Further", (changed,), {})
     for cls in (changed, further):
         with pytest.raises(TypeError, match=f"{cls.__name__}, which has a {name} of its own, expected Peer's"):
-            make_class(Mixin, cls, Peer)
+            make_class(Mixin, cls, Peer, restore)
 
 
 def test_a_subclass_that_changes_something_else_is_taken():
@@ -202,16 +241,13 @@ def test_a_subclass_that_changes_something_else_is_taken():
     assert (found.step(2), found.other(), super(Mixin, found).step(2)) == (20, 3, 10.0)
 
 
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda x: x.__reduce_ex__(4)])
-def test_what_is_kept_is_made_anew(how):
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_are_accelerated_without_the_cache(how):
+    """Unpickling finds the class by the function that make_class was given."""
     found = peer_of(Peer, [1])
-    found._plans = {"a": 1}
-    if how not in (copy.copy, copy.deepcopy):
-        assert "_plans" not in how(found)[2]
-        return
-    # made for this test, Peer is in none of the libraries whose classes are looked up
-    with pytest.raises(TypeError, match=r"^obj is a "):
-        how(found)
+    found._fused_cache = {"a": 1}
+    copied = how(found)
+    assert type(copied) is type(found) and vars(copied) == {"items": [1]}
 
 
 # ----------------------------------------------------------------------------------------------------- small things
@@ -222,7 +258,7 @@ class Odd(torch.Tensor):
 
 
 @pytest.mark.parametrize(
-    "x, others, why",
+    "x, others, reason",
     [
         (X, (), None),
         (X.half(), (X, None, X.bfloat16()), None),
@@ -239,8 +275,14 @@ class Odd(torch.Tensor):
         (X, (None, X.reshape(2, 3)), "its tensors have different shapes"),
     ],
 )
-def test_misfit(x, others, why):
-    assert misfit(x, *others) == why
+def test_tensors_that_fit(x, others, reason):
+    """Those that the operators take; for all others there is a reason."""
+    if reason is None:
+        check_tensors(x, *others)
+        return
+    with pytest.raises(Fallback) as found:
+        check_tensors(x, *others)
+    assert found.value.reason == reason
 
 
 def test_wants_gradient():
@@ -252,7 +294,7 @@ def test_wants_gradient():
 
 
 def test_version():
-    """Of another tensor, and of one that was written to, another one."""
+    """It differs for another tensor, and after a write to the tensor."""
     x = torch.zeros(2)
     before = version(x)
     assert version(x) == before != version(torch.zeros(2))
@@ -289,12 +331,12 @@ def test_the_table_is_printed_without_the_libraries():
 
 
 def test_its_methods_are_the_ones_that_are_replaced():
-    """Of diffusers' classes: what has a fused form is among them."""
+    """For diffusers' classes, the methods with a fused form are those that are replaced."""
     pytest.importorskip("diffusers")
     import diffusers
 
     rows = [row for row in support_table() if row.cls.endswith("Scheduler")]
-    assert len({row.cls for row in rows}) == 6
+    assert {row.cls for row in rows} == {known.name for known in KNOWN if known.module.startswith("diffusers.")}
     for row in rows:
         cls = accelerated_class(getattr(diffusers, row.cls))
         for method in row.method.split(", "):
@@ -306,7 +348,7 @@ def test_its_methods_are_the_ones_that_are_replaced():
 
 
 def test_an_rng_is_checked_where_it_is_set():
-    """Each step would draw the same noise by one that has a draw of its own."""
+    """With an rng that has a draw of its own, each step would draw the same noise."""
     settings = accelerate(EagerTutorial(50), noise="philox", seed=1).accelerated
     for wrong, error in ((Philox(1, draw=5), ValueError), (None, ValueError), (3, TypeError)):
         with pytest.raises(error, match="rng is"):

@@ -72,7 +72,7 @@ def test_steps(choose, device):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("loop", ["sample", "p_sample_loop"])
 def test_loops_of_one_seed(schedule, loop, device, quiet):
-    """A list of numpy arrays, one a step, and the tutorial's bar."""
+    """They return a list of numpy arrays, one for each step, and show the tutorial's progress bar."""
     plain, model = GaussianDiffusion(100, schedule), Net().to(device)
 
     def run(gd):
@@ -86,7 +86,7 @@ def test_loops_of_one_seed(schedule, loop, device, quiet):
 
 
 def test_gradients_of_train_losses(device):
-    """In the model's parameters, under autocast, too."""
+    """By the model's parameters, also under autocast."""
     plain, model = GaussianDiffusion(100), Net().to(device)
     x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 50, 99], device=device)
 
@@ -125,7 +125,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_a_step_keeps_gradients_where_the_class_does():
-    """p_sample is under no_grad in the tutorial, and not in all variations of it."""
+    """The tutorial's p_sample runs under no_grad, but that of some variations doesn't."""
 
     class Keeps(GaussianDiffusion):
         p_sample = GaussianDiffusion.p_sample.__wrapped__
@@ -149,7 +149,7 @@ def test_a_step_keeps_gradients_where_the_class_does():
 @own_code
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_samples_of_other_dtypes(dtype):
-    """float16 becomes float32 in its arithmetic."""
+    """In the class's arithmetic, float16 becomes float32."""
     plain, x = GaussianDiffusion(50), torch.rand(SHAPE).to(dtype)
     model, t = Given(torch.rand(SHAPE).to(dtype)), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
@@ -167,7 +167,7 @@ def test_samples_of_other_dtypes(dtype):
 @pytest.mark.parametrize("output", [torch.rand(SHAPE).double(), torch.rand(4, 1, 5, 5)], ids=["float64", "shape"])
 @pytest.mark.parametrize("method", ["p_sample", "train_losses"])
 def test_a_models_output_that_does_not_fit(method, output):
-    """It is asked once, and noise is drawn once."""
+    """The model is called once, and noise is drawn once."""
     plain, x, t = GaussianDiffusion(50), torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     model = Given(output)
     with warnings.catch_warnings():
@@ -215,7 +215,7 @@ def test_a_gradient_by_images_flows_through_q_sample():
 
 
 def test_philox_images_belong_to_their_ids(device):
-    """In any batch, in any order; torch's generator is not touched; two runs are equal."""
+    """They are the same in any batch, in any order and in each run; torch's generator is not touched."""
     plain, model, before = GaussianDiffusion(30), Net().to(device), torch.get_rng_state()
 
     def draw(ids):
@@ -249,7 +249,7 @@ def test_philox_images_and_losses_are_ours(tables, device):
 
 @pytest.mark.parametrize("start", ["shape", "sizes", "keyword", "moved"])
 def test_philox_answers_a_loops_first_randn_alone(start):
-    """However it is asked, and nothing that a model draws."""
+    """It does so for each way to call torch.randn; a model's draws are its own."""
     starts = {
         "shape": lambda shape: torch.randn(shape, device="cpu"),
         "sizes": lambda shape: torch.randn(*shape),
@@ -339,7 +339,8 @@ def test_launches(noise):
 
 
 def test_the_object():
-    """It is one of its class; the original is untouched, copies are accelerated, and making it draws nothing."""
+    """It is an instance of its class, its copies are accelerated, making it draws nothing, and the original is
+    untouched."""
     plain = GaussianDiffusion(50)
     before, state = dict(vars(plain)), torch.get_rng_state()
     fast = accelerate(plain, noise="philox", seed=9)
@@ -360,7 +361,7 @@ def test_the_object():
     assert set(dir(plain)) <= set(dir(fast))
 
 
-def test_a_reason_is_told_once():
+def test_a_reason_is_warned_of_once():
     fast, x = accelerate(GaussianDiffusion(50)), torch.rand(SHAPE).double()
     with pytest.warns(UserWarning) as told:
         for _ in range(3):

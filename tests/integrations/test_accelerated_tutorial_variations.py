@@ -1,4 +1,4 @@
-"""Variations of the tutorial's class: which are taken, which are refused, and which of their methods stay their own."""
+"""Variations of the tutorial's class: which are taken, which are refused, and which of their methods fall back."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_a_variation_with_further_arguments():
 
 
 def test_a_module_with_buffers():
-    """Its keys stay, and rows follow what is loaded."""
+    """Its keys stay the same, and the rows follow a loaded state."""
     plain, model, x, t = Gathers(), Net(), torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
     assert fast.state_dict().keys() == plain.state_dict().keys()
@@ -105,7 +105,7 @@ def test_a_module_with_buffers():
 
 
 def own_step(mean=None, deviation=None, early=False):
-    """A p_sample of another kind."""
+    """A p_sample that does something else."""
 
     def p_sample(self, model, x_t, t, clip_denoised=True):
         noise = torch.randn_like(x_t) if early else None
@@ -151,7 +151,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_other_steps_are_refused(kind):
-    """At accelerate, in a sentence; torch's generator is where it was."""
+    """accelerate raises an error that says why; torch's generator stays where it was."""
     method, name, why = REFUSED[kind]
     plain, before = with_method(method, name)(50), torch.get_rng_state()
     with pytest.raises(TypeError, match=why or "a class with the tutorial's p_sample"):
@@ -161,12 +161,12 @@ def test_other_steps_are_refused(kind):
 
 def test_the_same_steps_by_other_code_are_taken():
     fast = accelerate(with_method(own_step(), "p_sample")(50))
-    assert fast._plan().own == {"q_sample": None, "train_losses": None}
+    assert fast._fused_methods().differs == {"q_sample": None, "train_losses": None}
 
 
 @own_code
 def test_steps_are_tried_again_where_any_table_changes():
-    """Also one that the tutorial's steps don't read."""
+    """Also where the tutorial's steps don't read that table."""
 
     def p_sample(self, model, x_t, t, clip_denoised=True):
         mean = self.p_mean_variance(model, x_t, t, clip_denoised)[0]
@@ -196,7 +196,7 @@ def noisier(self, x_start, t, noise=None):
 @own_code
 @pytest.mark.parametrize("method, name", [(l1, "train_losses"), (noisier, "q_sample")])
 def test_another_loss_or_forward_process_stays_the_classs_own(method, name):
-    """The steps are fused all the same."""
+    """The steps are fused nevertheless."""
     plain, model = with_method(method, name)(50), Net()
     x, t = torch.rand(SHAPE), torch.tensor([0, 5, 20, 49])
     fast = accelerate(plain)
@@ -233,7 +233,7 @@ def test_other_tables_are_refused(kind):
 
 @own_code
 def test_rows_are_the_objects_own_tables():
-    """Whatever they hold, as the class's code takes them; changed later, they are seen, and tried again."""
+    """Whatever numbers the tables hold, as the class's code reads them; after a change, the methods are tried again."""
     plain, model = GaussianDiffusion(50), Net()
     plain.posterior_log_variance_clipped = plain.betas.log()  # the larger variance
     plain.posterior_mean_coef1 = plain.posterior_mean_coef1 * 1.5

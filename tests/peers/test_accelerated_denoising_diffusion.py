@@ -1,7 +1,7 @@
 """denoising-diffusion-pytorch's GaussianDiffusion, accelerated: its steps, loops and losses against its own code.
 
-One step at a time, ours and theirs in float32 against theirs in float64; then whole loops; then, one test each, what is
-easy to get wrong.
+First single steps, ours and theirs in float32 against theirs in float64; then whole loops; then a test for each
+thing that is easy to get wrong.
 """
 
 import random
@@ -46,7 +46,7 @@ def quiet(monkeypatch):
 
 
 def tensors(choose, count, shape=SHAPE):
-    """Normals of some size each, so that clips have something to do or nothing."""
+    """Normals of several sizes, so that a clip changes some samples and not others."""
     generator = torch.Generator().manual_seed(choose.integer(0, 2**31, "seed"))
     return [torch.randn(shape, generator=generator) * choose.one_of((0.5, 1.0, 3.0)) for _ in range(count)]
 
@@ -80,7 +80,7 @@ def test_p_sample(choose, device):
 
 @for_many(150)
 def test_ddim_step(choose, device):
-    """The first of a loop from num_timesteps - 1, whatever that is; the last, where there is one alone."""
+    """The first step of a loop, from num_timesteps - 1, and the last one, of a loop with one step."""
     timesteps, options = configuration(choose)
     x, m = (y.to(device) for y in tensors(choose, 2))
     eta = choose.one_of((0.0, 0.3, 1.0), "eta")
@@ -122,7 +122,7 @@ def test_q_sample(choose, device):
 
 @for_many(50)
 def test_p_losses(choose, device):
-    """Each sample's loss, and the gradients of their mean by the model's parameters."""
+    """Each sample's loss, and the gradients of the mean loss by the model's parameters."""
     timesteps, options = configuration(choose)
     x, z = (y.to(device) for y in tensors(choose, 2))
     t = torch.tensor([choose.integer(0, timesteps - 1, "t") for _ in range(len(x))], device=device)
@@ -169,7 +169,7 @@ loops = pytest.mark.parametrize("loop", LOOPS)
 @loops
 @pytest.mark.parametrize("self_condition", [False, True])
 def test_loops_of_one_seed(objective, loop, self_condition, device, quiet):
-    """The same images, generators' states after them, and bars."""
+    """They give the same images, leave the generators in the same state and show the same progress bars."""
     plain = make(objective, Net(self_condition), device=device, ddim_sampling_eta=0.5)
     plain.sampling_timesteps = 7
     theirs, their_state = seeded(3, lambda: LOOPS[loop](plain), device)
@@ -186,7 +186,7 @@ def test_loops_of_one_seed(objective, loop, self_condition, device, quiet):
     assert fast.accelerated.fallbacks == {}
 
 
-def test_sample_takes_fewer_steps_where_it_is_told_to(quiet):
+def test_sample_takes_as_many_steps_as_sampling_timesteps(quiet):
     fast = accelerate(make(sampling_timesteps=5))
     fast.sample(2)
     assert [count for count, _ in quiet] == [5]
@@ -246,7 +246,7 @@ def test_forward_normalizes_and_takes_times(device):
 
 @objectives
 def test_self_condition_is_the_clipped_x_start_of_the_step_before(objective):
-    """None at first; in training, half the time, one that isn't clipped, of a first call without a gradient."""
+    """At first it is None. In training, half of the calls get an unclipped one, of a first call without a gradient."""
     plain = make(objective, Net(self_condition=True))
     told = {}
     for name, gd in (("ours", accelerate(plain)), ("theirs", plain)):
@@ -303,7 +303,7 @@ def test_offset_noise_moves_the_noise_and_writes_to_given_one(strength, where, d
 @needs("__init__", "immiscible")
 @objectives
 def test_immiscible_noise_is_assigned_in_q_sample_alone(objective, device):
-    """The target stays that of the noise before it."""
+    """The target remains the noise as it was before the assignment."""
     plain = make(objective, device=device, immiscible=True)
     x, t = torch.rand(SHAPE, device=device) * 2 - 1, torch.tensor([0, 5, 20, 49], device=device)
     fast = accelerate(plain)
@@ -339,7 +339,7 @@ def test_p_sample_takes_an_int_and_draws_nothing_at_0(device):
 
 @objectives
 def test_ddim_rederives_the_noise_from_the_clipped_x_start(objective):
-    """Where the clip bites, the next sample is not that of the model's own noise."""
+    """Where the clip changes x_start, the next sample is not the one of the model's own noise."""
     m = torch.full(SHAPE, 7.0)
     plain = make(objective, Given(m), auto_normalize=False, beta_schedule="linear")
     plain.sampling_timesteps = 2
@@ -355,7 +355,7 @@ def test_ddim_rederives_the_noise_from_the_clipped_x_start(objective):
 @objectives
 @pytest.mark.parametrize("min_snr", [False, True])
 def test_loss_weights_follow_the_objective(objective, schedule, min_snr):
-    """Ours of the same name, made in float64."""
+    """They are ddpm_ext's weights of the same name, made in float64."""
     betas = getattr(peer, f"{schedule}_beta_schedule")(100)
     plain = make(objective, timesteps=100, beta_schedule=schedule, min_snr_loss_weight=min_snr)
     gd = GaussianDiffusion(100, betas, prediction=PREDICTIONS[objective])
@@ -369,7 +369,7 @@ def test_loss_weights_follow_the_objective(objective, schedule, min_snr):
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
 def test_return_all_timesteps_keeps_each_step_with_its_own_memory(loop):
-    """The start is the first, the images without it are the last."""
+    """The first image is the start; the last one is what the loop returns without return_all_timesteps."""
     fast = accelerate(make(ddim_sampling_eta=1.0))
     fast.sampling_timesteps = 10
     steps, _ = seeded(1, lambda: getattr(fast, loop)(SHAPE, return_all_timesteps=True))
@@ -382,7 +382,7 @@ def test_return_all_timesteps_keeps_each_step_with_its_own_memory(loop):
 
 
 def test_the_models_output_is_not_clamped_in_place():
-    """p_mean_variance writes to what a model that predicts x_start gives; nothing follows from that but x_start."""
+    """p_mean_variance writes to the output of a model that predicts x_start. Only x_start follows from that."""
     output = torch.randn(SHAPE) * 3
     plain = make("pred_x0", Given(output.clone()))
     x = torch.randn(SHAPE)
@@ -398,7 +398,7 @@ def test_the_models_output_is_not_clamped_in_place():
 @objectives
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_in_training_and_sampling(objective, dtype, device):
-    """The model's output has 16 bits then, the loss and x 32."""
+    """The model's output has 16 bits then; the loss and x have 32."""
     plain = make(objective, Net(self_condition=True), device=device)
     fast = accelerate(plain)
     x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
@@ -425,7 +425,7 @@ def test_autocast_in_training_and_sampling(objective, dtype, device):
 
 
 def test_a_models_output_that_requires_grad():
-    """A step keeps no graph; a loss keeps the model's."""
+    """A step keeps no graph; a loss keeps the model's graph."""
     leaf = torch.randn(SHAPE).requires_grad_()
     plain = make("pred_x0", Given(leaf), sampling_timesteps=5)
     fast = accelerate(plain)

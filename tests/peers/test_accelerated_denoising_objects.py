@@ -1,6 +1,5 @@
-"""denoising-diffusion-pytorch's GaussianDiffusion, accelerated: noise="philox", what steps launch, what an object is,
-and where the peer's own code runs.
-"""
+"""denoising-diffusion-pytorch's GaussianDiffusion, accelerated: noise="philox", what the steps launch, the object
+itself, and where the peer's own code runs."""
 
 import copy
 import pickle
@@ -47,7 +46,7 @@ def philox(plain, ids=0, **options):
 
 
 def by_ids(plain, loop, ids):
-    """Images of these samples; `loop(gd, shape)`."""
+    """The images of these samples, by loop(gd, shape)."""
     ids = torch.tensor(ids, device=plain.device)
     return loop(philox(plain, ids), (len(ids), *SHAPE[1:]))
 
@@ -66,7 +65,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("loop", BATCHES)
 def test_philox_images_belong_to_their_ids(loop, device):
-    """Whatever batch they come in, and in whatever order; generators are not touched, and runs are equal."""
+    """They are the same in any batch, in any order and in each run; no generator is touched."""
     plain = make(model=Net(self_condition=True), device=device, ddim_sampling_eta=1.0, timesteps=30)
     plain.sampling_timesteps = 10
     before = states(device)
@@ -82,7 +81,7 @@ def test_philox_images_belong_to_their_ids(loop, device):
 @objectives
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_philox_images_are_ours(objective, sampler, device):
-    """Those of GaussianDiffusion's loop with the same seed and schedule."""
+    """They are those of GaussianDiffusion's loop with the same seed and schedule."""
     plain = make(objective, device=device, auto_normalize=False, ddim_sampling_eta=0.7)
     gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction=PREDICTIONS[objective])
     table = sampler
@@ -99,7 +98,7 @@ def test_philox_images_are_ours(objective, sampler, device):
 
 
 def test_philox_step_is_ours(device):
-    """Its draw is the timestep."""
+    """The number of its draw is the timestep."""
     x = torch.rand(SHAPE, device=device)
     plain = make("pred_noise", device=device)
     gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50))
@@ -110,7 +109,7 @@ def test_philox_step_is_ours(device):
 @objectives
 @pytest.mark.parametrize("strength", [0.0, 0.3])
 def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
-    """And that of GaussianDiffusion's train_losses; no noise is drawn by torch."""
+    """It is that of GaussianDiffusion's train_losses; torch draws no noise."""
     plain = make(objective, device=device, offset_noise_strength=strength)
     gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50), prediction=PREDICTIONS[objective])
     x, t = torch.rand(SHAPE, device=device), torch.tensor([0, 5, 20, 49], device=device)
@@ -173,7 +172,7 @@ def launches(call):
 @pytest.mark.parametrize("self_condition", [False, True])
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
-    """Beside it the peer's noise, and a view of the timesteps."""
+    """Besides, there are the peer's noise and a view of the timesteps."""
     fast = accelerate(make(model=Given(torch.zeros(SHAPE), self_condition), ddim_sampling_eta=1.0), noise=noise)
     counts = []
     for steps in (10, 30):
@@ -187,7 +186,7 @@ def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
 
 
 def test_a_step_alone_is_one_launch():
-    """Beside it, the peer's timesteps for the model."""
+    """Besides, there are the peer's timesteps for the model."""
     fast = philox(make(model=Given(torch.zeros(SHAPE))))
     x = torch.zeros(SHAPE)
     fast.p_sample(x, 20)
@@ -226,7 +225,7 @@ def test_state_and_modes_are_the_peers(device):
     assert list(fast.state_dict()) == keys
     assert [name for name, _ in fast.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert fast.train().training and not fast.eval().training
-    assert plain.training  # a flag of the object, not of what it shares
+    assert plain.training  # a flag of the object itself
     fast.load_state_dict(plain.state_dict())
     assert repr(fast) == repr(plain)
 
@@ -253,13 +252,13 @@ def test_copies_are_accelerated_too(copier):
     fast = philox(make(timesteps=10))
     first = fast.sample(4)
     copied = copier(fast)
-    assert type(copied) is type(fast) and "_plans" not in vars(copied)
+    assert type(copied) is type(fast) and "_fused_cache" not in vars(copied)
     assert torch.equal(copied.sample(4), first)
     assert copied.state_dict().keys() == fast.state_dict().keys()
 
 
 def test_rows_follow_the_buffers_and_the_objective():
-    """Where a buffer is replaced, written to, or loaded; and what they were is found again."""
+    """Also where a buffer is replaced, written to or loaded; the rows from before are found again."""
     plain, other = make(timesteps=20), make(timesteps=20, beta_schedule="cosine")
     fast = accelerate(plain)
     x = torch.randn(SHAPE)
@@ -286,9 +285,9 @@ def test_rows_follow_the_buffers_and_the_objective():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
-    """Near t = 0 their float32 has digits that 1 - alphas_cumprod in float32 has lost."""
+    """Near t = 0, they have digits that 1 - alphas_cumprod has lost in float32."""
     plain = make("pred_noise", timesteps=1000, beta_schedule=schedule)
-    rows = accelerate(plain)._rows().steps.get("steps", torch.device("cpu"), torch.float32)
+    rows = accelerate(plain)._tables_of_buffers().steps.get("steps", torch.device("cpu"), torch.float32)
     names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
     for column, name in enumerate(names):
         assert torch.equal(rows[:, column].abs(), getattr(plain, name))
@@ -299,7 +298,7 @@ def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @objectives
 def test_half(objective, dtype, device):
-    """Model, buffers and samples of 16 bits: rows are those of the rounded buffers, arithmetic is float32."""
+    """With a model, buffers and samples of 16 bits, the rows are those of the rounded buffers, computed in float32."""
     plain = make(objective, Given(torch.randn(SHAPE)), device=device).to(dtype)
     plain.model.output = torch.randn(SHAPE, device=device, dtype=dtype)
     fast = accelerate(plain)
@@ -336,7 +335,7 @@ class Guides(peer.GaussianDiffusion):
 
 
 def test_subclasses():
-    """One that changes nothing that is fused is taken, with what it changes; another is refused."""
+    """A subclass that overrides nothing that is fused is taken with what it adds; another one is refused."""
     plain = Subclass(Net(), image_size=SHAPE[2], timesteps=10)
     fast = accelerate(plain)
     assert isinstance(fast, Subclass)
@@ -396,7 +395,7 @@ def test_samples_in_float64_are_the_peers(method):
 @objectives
 @pytest.mark.parametrize("output", [X.double() * 2, X[:, :1] * 2], ids=["float64", "shape"])
 def test_a_models_output_that_does_not_fit(method, output, objective):
-    """It is asked once, noise is drawn once, a coin is thrown once."""
+    """The model is called once, noise is drawn once, and so is the number that decides on self-conditioning."""
     plain = make(objective, Given(output.clone(), self_condition=True), ddim_sampling_eta=0.5, timesteps=50)
     plain.sampling_timesteps = 5
     if method == "p_sample_loop" and objective == "pred_x0":
@@ -465,7 +464,7 @@ def test_a_compiled_loss_is_the_peers():
     torch.testing.assert_close(ours, plain.p_losses(X, T, X))
 
 
-def test_a_reason_is_told_once():
+def test_a_reason_is_warned_of_once():
     fast = accelerate(make(model=Given(X)))
     with pytest.warns(UserWarning) as told:
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Single steps of accelerated diffusers schedulers, of any config, against diffusers in float64."""
+"""Single steps of accelerated diffusers schedulers, of any configuration, against diffusers in float64."""
 
 import numpy as np
 import pytest
@@ -36,12 +36,12 @@ def at(part, length):
 
 
 def has_no_x0(scheduler, t, clips):
-    """Whether x0 is infinite: predicted from noise alone."""
+    """Whether x0 is infinite, because it is predicted from noise alone."""
     return scheduler.config.prediction_type == "epsilon" and not clips and scheduler.alphas_cumprod[t] == 0
 
 
 def is_none(scheduler, t, x, m):
-    """Whether diffusers' x0, from noise alone, is NaN: 0 / 0, or by a quantile of infinite ones. Ours is a number."""
+    """Whether diffusers' x0 is NaN, from noise alone: 0 / 0, or a quantile of infinite values. Ours is a number."""
     return has_no_x0(scheduler, t, False) and (scheduler.config.thresholding or bool((x == m[:, : x.shape[1]]).any()))
 
 
@@ -50,7 +50,7 @@ def clips_of(scheduler):
 
 
 def refused(scheduler, tensors):
-    """diffusers' quantile wants more than channels."""
+    """Whether diffusers raises an error: its quantile needs more dimensions than channels."""
     return scheduler.config.get("thresholding", False) and len(tensors.shape) == 2
 
 

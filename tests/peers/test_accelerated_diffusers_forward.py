@@ -60,7 +60,7 @@ def test_forward(name, method, tensors, schedule, zero_snr, seed):
 
 @methods
 def test_gradients(name, method):
-    """Of both tensors."""
+    """By both tensors."""
     plain, ours = pair(name)
     t, found = timesteps(plain), []
     for scheduler in (plain, ours):
@@ -106,7 +106,7 @@ def test_dtypes_of_timesteps(name, method, dtype):
 @pytest.mark.filterwarnings("ignore:.*runs the own code")
 @pytest.mark.parametrize("t", [T.float(), T.bool(), T.to(torch.uint8), T.to(torch.int16), T + 1, T[:3], 5, [1, 2]])
 def test_bad_timesteps_are_refused_as_there(name, method, t):
-    """By dtype, a mask, out of range, of another length, no tensor."""
+    """Of another dtype or length, a mask, out of range, or no tensor."""
     plain, ours = pair(name)
     if isinstance(t, torch.Tensor) and t.dtype == torch.uint8:
         t = t[:3]  # a mask of another length
@@ -157,7 +157,7 @@ def test_one_timestep_for_all_of_euler(name):
 
 @of_alphas
 def test_timesteps_counted_from_the_end(name, method):
-    """As indices are in Python: without a warning."""
+    """As Python counts negative indices, without a warning."""
     plain, ours = pair(name)
     equal((getattr(ours, method)(X, Z, T - 1000),), (getattr(plain, method)(X, Z, T - 1000),))
     assert not ours.accelerated.fallbacks
@@ -173,7 +173,7 @@ def test_euler_off_its_timesteps_is_refused(name):
 @pytest.mark.parametrize("name", EULER)
 @pytest.mark.parametrize("index", [0, 9, 10])
 def test_euler_at_its_step(name, index):
-    """With a begin_index, all samples are where the loop is; past its end, refused."""
+    """With a begin_index, all samples are at the loop's step; past the last one, there is an error."""
     plain, ours = pair(name)
     for scheduler in (plain, ours):
         scheduler.set_begin_index(index)
@@ -206,7 +206,7 @@ def test_dpm_solvers_add_noise_is_diffusers():
 
 
 def test_no_alphas_but_on_the_cpu_are_needed():
-    """diffusers moves alphas_cumprod to where the samples are; ours stays."""
+    """diffusers moves alphas_cumprod to the device of the samples; ours stays on the CPU."""
     ours = accelerate(make("DDPM"))
     alphas = ours.alphas_cumprod
     ours.add_noise(X, Z, T)

@@ -1,4 +1,4 @@
-"""What is given to an accelerated diffusers scheduler's step: dtypes, timesteps, gradients, and what is refused."""
+"""The inputs of an accelerated diffusers scheduler's step: dtypes, timesteps, gradients, and what is refused."""
 
 import copy
 import warnings
@@ -26,7 +26,7 @@ euler = pytest.mark.parametrize("name", EULER)
 
 
 def at_third(name, **config):
-    """And the timestep there."""
+    """The scheduler at its third step, and the timestep there."""
     scheduler = make(name, **config)
     scheduler.set_timesteps(10)
     if name in SIGMA:
@@ -46,7 +46,7 @@ def given(name):
 @pytest.mark.parametrize("of_sample", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("of_model", [torch.float32, torch.float16, torch.bfloat16])
 def test_16_bits_in_and_out(name, prediction, of_sample, of_model):
-    """Results have diffusers' dtypes: a predicted clean sample may be the model's output, and of its dtype."""
+    """Results have diffusers' dtypes. A predicted clean sample may be the model's output, in the output's dtype."""
     if name == "EulerAncestralDiscrete" and prediction == "sample":
         pytest.skip("it has none")
     plain, t = at_third(name, prediction_type=prediction)
@@ -78,7 +78,7 @@ def test_a_models_output_of_another_dtype_runs_the_own_code(name, dtype):
 @pytest.mark.parametrize("of_noise", [torch.float64, torch.float32, torch.float16, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_variance_noise_of_another_dtype(of_noise, dtype):
-    """The result has as many digits as it, and the predicted clean sample has not."""
+    """The result has the wider dtype, but the predicted clean sample doesn't."""
     plain, t = at_third("DDIM")
     z = (3 * Z).to(of_noise)
     scheduler, fused = compare("DDIM", plain, M.to(dtype), t, X.to(dtype), noise=z, eta=0.5)
@@ -132,7 +132,7 @@ def test_kinds_of_timesteps(name, kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_a_timestep_with_a_dimension(name, dtype, prediction):
-    """What is looked up by it has one, too, and makes float32 of 16 bits."""
+    """diffusers looks up tensors with a dimension by it, which promote 16 bits to float32."""
     plain, t = at_third(name, prediction_type=prediction)
     scheduler, fused = compare(name, plain, M.to(dtype), t.reshape(1), X.to(dtype))
     assert fused == (dtype == torch.float32)
@@ -168,7 +168,7 @@ def test_integers_are_refused(name):
 
 @euler
 def test_without_scale_model_input_it_runs_the_own_code(name):
-    """Which logs that."""
+    """diffusers logs a warning of it."""
     plain, t = at_third(name)
     plain.is_scale_input_called = False
     scheduler, fused = compare(name, plain, M, t, X)
@@ -270,7 +270,7 @@ def test_gradients_through_a_step_run_the_own_code(name, of):
 @names
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_they_are_fused(name, mode):
-    """And so are tensors that require some; what is kept from there serves outside."""
+    """Also where tensors require a gradient. What is cached then can be used with gradients later."""
     plain, t = at_third(name)
     scheduler = accelerate(plain)
     m = M.clone().requires_grad_()
@@ -291,7 +291,7 @@ def test_without_gradients_they_are_fused(name, mode):
 # -------------------------------------------------------------------------------------------------------- warnings
 
 
-def test_a_reason_is_told_once_and_kept():
+def test_a_reason_is_warned_of_once_and_recorded():
     scheduler = accelerate(at_third("DDIM")[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -308,7 +308,7 @@ def test_a_reason_is_told_once_and_kept():
     assert scheduler.accelerated.fallbacks == {"step": "eta is 2.0", "add_noise": "its tensors have different shapes"}
 
 
-def test_of_philox_the_noise_is_told_too():
+def test_with_philox_the_warning_mentions_the_noise():
     scheduler = accelerate(at_third("DDIM")[0], noise="philox", seed=0)
     with pytest.warns(UserWarning, match="step runs the own code and noise of diffusers: eta is 2.0"):
         scheduler.step(M, 300, X, eta=2.0)

@@ -67,7 +67,7 @@ def channels_of(config):
 
 
 def generators(name, several):
-    """step's argument, and the states that it will have."""
+    """The generator argument of step, and the generators whose states are compared."""
     if name == "DDIMInverse":
         return {}, []
     made = [seeded(i) for i in range(SHAPE[0] if several else 1)]
@@ -94,7 +94,7 @@ def test_loop(name, steps, config, several):
         found = loop(ours, x, channels_of(config), **given)
     close(found, expected)
     assert all(torch.equal(generator.get_state(), state) for generator, state in zip(made, states, strict=True))
-    # the predicted clean sample is a launch of its own where its quantile is asked for
+    # where a quantile of the predicted clean sample is needed, that sample takes a launch of its own
     assert len(called) == len(ours.timesteps) * (2 if config.get("thresholding") else 1)
     assert not ours.accelerated.fallbacks
 
@@ -125,7 +125,7 @@ def test_loop_in_16_bits(name, dtype):
 
 @pytest.mark.parametrize("name, config", IMAGES)
 def test_image_to_image(name, config):
-    """From the middle, by set_begin_index; noise is added before the first step, and to a known half after each."""
+    """From the middle on, by set_begin_index; noise is added before the first step, and to a known half after each."""
     clean, z = normal(1, *SHAPE), normal(2, *SHAPE)
     results = []
     for scheduler in (prepared(name, 20, config), accelerate(prepared(name, 20, config))):
@@ -163,7 +163,7 @@ def test_from_the_middle_without_a_begin_index(name, config):
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete"])
 def test_loops_one_after_another(name):
-    """set_timesteps starts anew, with as many steps or others."""
+    """set_timesteps begins a new loop, with as many steps or another number."""
     plain, ours, x = make(name), accelerate(make(name)), normal(1, *SHAPE)
     for steps in (10, 10, 4, 25):
         for scheduler in (plain, ours):
@@ -177,7 +177,7 @@ def test_loops_one_after_another(name):
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "EulerAncestralDiscrete"])
 def test_timesteps_elsewhere_are_read_once(name):
-    """Not in each step: on a GPU that would wait for all that was launched before."""
+    """Not in each step: on a GPU, each read would wait for all earlier launches."""
     plain, ours = prepared(name, 10, {}), accelerate(prepared(name, 10, {}))
     x = normal(1, *SHAPE)
     expected = loop(plain, x, **generators(name, False)[0])
@@ -207,7 +207,7 @@ def test_a_timestep_elsewhere_that_is_no_view_is_read():
 
 @pytest.mark.parametrize("cut", [slice(4, None), slice(None, 5), slice(None, None, 2), slice(1, None, 3)])
 def test_a_timestep_is_found_by_where_it_lies_in_any_view(cut):
-    """Of timesteps that were cut, those before, after and in between are no part."""
+    """Of a slice of timesteps, those before, after and in between are no elements."""
     ours = accelerate(prepared("DDIM", 10, {}))
     whole = ours.timesteps.as_subclass(Elsewhere)
     ours.timesteps = whole[cut]

@@ -1,8 +1,8 @@
-"""diffusers' own scheduler tests, unedited, with accelerated classes: from a checkout of diffusers, whose path the
-environment variable DDPM_EXT_DIFFUSERS tells.
+"""diffusers' own scheduler tests, unedited, with accelerated classes. The environment variable DDPM_EXT_DIFFUSERS
+names a checkout of diffusers.
 
-Each runs with diffusers' class first, and is skipped where it fails with that one (what it needs isn't installed; the
-checkout is of another version).
+Each test runs with diffusers' class first. Where it fails with that one, it is skipped: something that it needs
+isn't installed, or the checkout is of another version.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def load(name):
-    """Of the checkout's tests, as a package of its own name: their imports are relative."""
+    """A module of the checkout's tests. Their imports are relative, so they get a package of their own name."""
     tests = Path(CHECKOUT) / "tests"
     for package, folder in ((PACKAGE, tests), (f"{PACKAGE}.schedulers", tests / "schedulers")):
         if package not in sys.modules:
@@ -73,7 +73,7 @@ CASES = list(cases())
 
 
 def run(case, method, scheduler, cls):
-    """One test, with `cls` wherever the tests name the scheduler."""
+    """Runs one test, with `cls` wherever the tests name the scheduler."""
     with contextlib.ExitStack() as stack:
         for name in MODULES.values():
             if cls is not getattr(diffusers, scheduler) and hasattr(COMMON, name):

@@ -1,4 +1,4 @@
-"""Accelerated diffusers schedulers with noise="philox": whose noise it is, and that nothing else is."""
+"""Accelerated diffusers schedulers with noise="philox": which noise they add, and that no other noise is drawn."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_another_seed_or_id_is_another_image(name, config, options):
 @each
 @pytest.mark.parametrize("ids", [0, 2**40, torch.tensor([7, 3, 3, 2**55, 0])], ids=["0", "2^40", "tensor"])
 def test_images_do_not_depend_on_the_batch(name, config, options, ids):
-    """Nor on their order in it."""
+    """Nor on the samples' order in it."""
     whole = run(ours(name, config, sample_ids=ids), config, options)
     for rows in ([0, 1], [2], [3, 4], [4, 2, 0]):
         part = ids[rows] if isinstance(ids, torch.Tensor) else torch.tensor(rows) + ids
@@ -83,7 +83,7 @@ def test_images_do_not_depend_on_the_batch(name, config, options, ids):
 
 @noisy
 def test_the_noise_is_the_contracts(name, config, options):
-    """Of stream 0 and the timestep as its draw; in float32 whatever the samples are."""
+    """It is stream 0, with the timestep as its draw, in float32 for samples of any dtype."""
     for dtype in (torch.float32, torch.float16):
         scheduler, still = ours(name, config), ours(name, config)
         still.accelerated.rng = Philox(SEED + 1)
@@ -130,7 +130,7 @@ def test_variance_noise_comes_first():
 
 
 def test_memory_layout_and_dtype_of_a_step():
-    """The noise is the element's; 16-bit samples have it rounded."""
+    """An element's noise is the same in any layout; 16-bit samples get it rounded."""
     scheduler, x, m = ours("DDPM", {}), *(normal(i, *SHAPE) for i in range(2))
     found = scheduler.step(m, 500, x).prev_sample
     last = {"memory_format": torch.channels_last}
@@ -179,14 +179,14 @@ def test_ddim_of_the_same_seed(eta):
 
 
 def test_dpm_solver_of_the_same_seed():
-    """diffusers counts its trailing timesteps from the schedule's end, and so they are the same."""
+    """diffusers counts its trailing timesteps from the schedule's end, so they are the same."""
     config = {"algorithm_type": "sde-dpmsolver++"}
     pair = ours_and_loop("DPMSolverMultistep", config, {}, "dpmpp_2m_sde", clip_denoised=False)
     same(*pair)
 
 
 def test_euler_ancestral_of_the_same_seed():
-    """In sigma space; what arrives is data in both."""
+    """The samples of the one are scaled by sigma; both end at clean data."""
     config = {"beta_schedule": "scaled_linear"}
     pair = ours_and_loop("EulerAncestralDiscrete", config, {}, "euler_ancestral", clip_denoised=False)
     same(*pair)

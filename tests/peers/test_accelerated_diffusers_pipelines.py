@@ -1,4 +1,4 @@
-"""diffusers' pipelines before and after accelerate(pipeline): the same images."""
+"""diffusers' pipelines before and after accelerate(pipeline) give the same images."""
 
 import json
 
@@ -33,7 +33,7 @@ schedulers = pytest.mark.parametrize("name, config", SCHEDULERS, ids=[f"{n}{i}" 
 
 @pytest.fixture(autouse=True)
 def one_thread(threads):
-    """Several would wait for one another, with so small models."""
+    """With models this small, threads would mostly wait for one another."""
     threads(1)
 
 
@@ -42,7 +42,7 @@ def arrays(images):
 
 
 def close(found, expected, within=1e-4):
-    """within: of the largest; latents are larger than images."""
+    """Checks that two are at most `within` apart, relative to the largest value: latents are larger than images."""
     found, expected = arrays(found), arrays(expected)
     assert found.shape == expected.shape
     assert expected.std() > 1e-3
@@ -109,7 +109,7 @@ def test_the_scheduler_alone():
 
 
 def test_the_digits_model():
-    """What comes along with ddpm_ext, in diffusers' pipeline: digits, the same ones."""
+    """The model that comes with ddpm_ext gives the same digits in diffusers' pipeline."""
     scheduler = type(make("DDPM")).from_pretrained(DIGITS)
     plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
     images = [
@@ -120,7 +120,7 @@ def test_the_digits_model():
 
 
 def test_philox_in_batches():
-    """The same images in a batch and alone, as far as the model's are."""
+    """The images are the same in a batch and alone, as far as the model's outputs are."""
     plain = of_pixels(make("DDIM"), ddim=True)
     found = []
     for ids in ([0, 1, 2], [2]):
@@ -152,7 +152,7 @@ def sdxl(folder):
 
 
 def with_scheduler(pipeline, name, config):
-    """A pipeline of its parts with another scheduler, and the same accelerated."""
+    """A pipeline of the same parts with another scheduler, and the same accelerated."""
     parts = {**pipeline.components, "scheduler": make(name, **{**LATENT, **config})}
     extra = {"requires_safety_checker": False} if "safety_checker" in parts else {}
     plain = quiet(type(pipeline)(**parts, **extra))
@@ -235,7 +235,7 @@ def test_image_to_image(sd, name, config):
 
 @pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete"])
 def test_inpaint(sd, name):
-    """What is known has noise added in each step."""
+    """In each step, noise is added to the known part."""
     from diffusers import StableDiffusionInpaintPipeline
 
     images = []
@@ -307,7 +307,7 @@ def test_another_scheduler_is_refused():
 
 
 def test_in_inference_mode_and_half(sd):
-    """bfloat16 throughout, as on a GPU."""
+    """With bfloat16 everywhere, as on a GPU."""
     plain, ours = with_scheduler(sd, "DDIM", {})
     images = []
     for pipeline in (plain, ours):

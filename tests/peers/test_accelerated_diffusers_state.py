@@ -1,4 +1,4 @@
-"""What an accelerated diffusers scheduler is and keeps: settings that change, files, copies, subclasses."""
+"""The state of an accelerated diffusers scheduler: settings that change, files, copies, subclasses."""
 
 import copy
 import inspect
@@ -42,7 +42,7 @@ def close(found, expected):
 
 
 def same_as_plain(name, ours, change):
-    """After `change` of both, which are at their third step."""
+    """Checks that both give the same after `change`, which is made to each at its third step."""
     plain = prepared(name)
     out = []
     for scheduler in (plain, ours):
@@ -53,7 +53,7 @@ def same_as_plain(name, ours, change):
         scheduler.scale_model_input(X, t)
         if scheduler is ours:
             before = copy.deepcopy(ours).step(M, t, X, **copy.deepcopy(given))[0]
-            ours.step(M, t, X, **copy.deepcopy(given))  # its rows are made, and kept
+            ours.step(M, t, X, **copy.deepcopy(given))  # its rows are made, and cached
             if name in SIGMA:
                 ours._step_index = 2
         change(scheduler)
@@ -157,7 +157,7 @@ def test_dpm_solver_with_timesteps_of_another_number_than_its_sigmas():
 
 
 def test_euler_with_timesteps_of_another_number_than_its_sigmas():
-    """It asks them where to start, and no more."""
+    """diffusers reads only where to begin from the timesteps."""
     plain, ours = prepared("EulerDiscrete"), accelerate(prepared("EulerDiscrete"))
     for scheduler in (plain, ours):
         scheduler.timesteps = scheduler.timesteps[4:]
@@ -232,7 +232,7 @@ def test_it_is_one_of_diffusers(name):
 
 @names
 def test_signatures(name):
-    """By which pipelines find out what a scheduler takes."""
+    """Pipelines read them to find out which arguments a scheduler takes."""
     cls = type(make(name))
     ours = accelerated_class(cls)
     for method in ours.replaces:
@@ -245,7 +245,7 @@ def test_signatures(name):
 
 @names
 def test_results(name):
-    """Their type, and a tuple's length."""
+    """The result's type, or the tuple's length."""
     plain = prepared(name)
     outcomes = []
     for scheduler in (plain, accelerate(plain)):
@@ -281,7 +281,7 @@ def test_the_given_one_stays_as_it_is(name):
 
 @of_sigmas
 def test_in_the_middle_of_a_loop(name):
-    """It goes on from where the given one is."""
+    """The accelerated scheduler goes on from where the given one is."""
     plain = prepared(name)
     x, generator = X * plain.init_noise_sigma, seeded(1)
     x = loop(plain, x, timesteps=plain.timesteps[:4], generator=generator)
@@ -313,7 +313,7 @@ def test_accelerated_again():
 
 @names
 def test_files(name, tmp_path):
-    """They name diffusers' class, and are read by it."""
+    """The files name diffusers' class, which can read them."""
     plain = prepared(name)
     ours = accelerate(plain)
     ours.save_pretrained(tmp_path / "ours")
@@ -343,14 +343,14 @@ def test_to_another_scheduler(name):
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy"])
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_copies(name, how, noise):
-    """In the middle of a loop; kept rows are made anew."""
+    """In the middle of a loop; the cached rows are made anew."""
     ours = accelerate(prepared(name), noise=noise, seed=None if noise == "torch" else 7)
     x, generator = X * ours.init_noise_sigma, seeded(1)
     given = {} if name == "DDIMInverse" else {"generator": generator}
     x = loop(ours, x, timesteps=ours.timesteps[:4], **given)
     other = {"pickle": lambda y: pickle.loads(pickle.dumps(y)), "deepcopy": copy.deepcopy, "copy": copy.copy}[how](ours)
     assert type(other) is type(ours)
-    assert "_plans" in vars(ours) and "_plans" not in vars(other)
+    assert "_fused_cache" in vars(ours) and "_fused_cache" not in vars(other)
     assert other.accelerated.noise == noise
     if how == "copy" and name == "DPMSolverMultistep":
         other.model_outputs = list(ours.model_outputs)  # a copy shares it, as one of diffusers' own does
@@ -379,7 +379,7 @@ def test_a_subclass_that_changes_what_is_replaced_is_refused(name, method):
 
 @names
 def test_an_older_diffusers_is_refused(name, monkeypatch):
-    """Whose steps were others."""
+    """Its steps were different."""
     cls = type("Another", (type(make(name)),), {})  # of which no class was made yet
     monkeypatch.setattr(diffusers, "__version__", "0.31.0")
     with pytest.raises(TypeError, match=r"^diffusers is 0\.31\.0, expected 0\.32 or newer$"):

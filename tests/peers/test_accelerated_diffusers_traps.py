@@ -1,4 +1,4 @@
-"""What is particular about diffusers' schedulers, each by name: variances, noise, thresholds, ends of a schedule."""
+"""The peculiarities of diffusers' schedulers, one by one: variances, noise, thresholds, ends of a schedule."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def ours(name, steps=10, **config):
 
 
 def deviation(scheduler, t, v=None):
-    """What the noise is multiplied by, in a step from zeros that predicts zeros."""
+    """The factor of the noise in a step from zeros with an output of zeros."""
     m = NOTHING if v is None else torch.cat([NOTHING, torch.full(SHAPE, v)], 1)
     with launches() as called:
         found = scheduler.step(m, t, NOTHING, generator=seeded(1)).prev_sample
@@ -40,7 +40,7 @@ def deviation(scheduler, t, v=None):
 
 
 def variances(scheduler, t):
-    """fixed_small's and fixed_large's."""
+    """Those of fixed_small and fixed_large."""
     return [scheduler._get_variance(t, variance_type=name).item() for name in ("fixed_small", "fixed_large")]
 
 
@@ -67,7 +67,7 @@ def test_fixed_large_is_beta():
 
 
 def test_fixed_large_log_is_no_number_and_runs_the_own_code():
-    """It takes the root of a logarithm."""
+    """diffusers takes the square root of a logarithm."""
     scheduler = ours("DDPM", variance_type="fixed_large_log")
     with pytest.warns(UserWarning, match="step runs the own code of diffusers: variance_type is 'fixed_large_log'"):
         found = scheduler.step(M, 400, X).prev_sample
@@ -76,7 +76,7 @@ def test_fixed_large_log_is_no_number_and_runs_the_own_code():
 
 
 def test_learned_is_a_variance():
-    """And no logarithm, as elsewhere."""
+    """It isn't a logarithm, as in other libraries."""
     scheduler = ours("DDPM", variance_type="learned")
     assert deviation(scheduler, 400, 0.09) == pytest.approx(0.3, rel=1e-6)
     assert deviation(scheduler, 400, 1e-9) == pytest.approx(1e-9**0.5, rel=1e-6)
@@ -91,7 +91,7 @@ def test_learned_range_is_between_logarithms():
 
 
 def test_a_variance_that_is_set_beside_the_config_runs_the_own_code():
-    """What is added goes by the attribute, what it is by the config."""
+    """diffusers reads the attribute in one place and the config in another."""
     scheduler = ours("DDPM")
     scheduler.variance_type = "fixed_small_log"
     other = make("DDPM")
@@ -165,7 +165,7 @@ def test_euler_ancestral_draws_noise_in_its_last_step_too():
 
 @pytest.mark.parametrize("timesteps", [[999, 500, 3], [77], [999, 998, 1, 0], [500, -5]])
 def test_ddpm_goes_to_the_next_custom_timestep(timesteps):
-    """From the last one to clean data, and from one before a negative one, too."""
+    """Also from the last timestep to clean data, and from the one before a negative one."""
     plain = make("DDPM", prediction_type="v_prediction")
     plain.set_timesteps(timesteps=timesteps)
     for t in timesteps:
@@ -176,7 +176,7 @@ def test_ddpm_goes_to_the_next_custom_timestep(timesteps):
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
 def test_ddpm_far_from_its_next_timestep(schedule):
-    """Where 1 - beta has no digits left, alpha is its own ratio."""
+    """There 1 - beta has no digits left, so alpha is read from the ratio itself."""
     plain = make("DDPM", beta_schedule=schedule, prediction_type="v_prediction")
     plain.set_timesteps(timesteps=[999, 10])
     _, fused = compare("DDPM", plain, M, 999, 100 * X)
@@ -257,7 +257,7 @@ def test_ddim_eta_out_of_range_runs_the_own_code(eta):
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DPMSolverMultistep"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_threshold_is_a_samples_own(name, dtype):
-    """A quantile in float32, at least 1 and at most sample_max_value; one sample's is not another's."""
+    """It is a quantile in float32, at least 1 and at most sample_max_value, of each sample by itself."""
     size = torch.tensor([0.1, 1.0, 4.0, 40.0]).reshape(4, 1, 1, 1)
     x, m = ((size * normal(i, 4, 3, 8, 8)).to(dtype) for i in range(2))
     config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 20.0}
@@ -330,7 +330,7 @@ def test_epsilon_from_noise_alone(name):
 
 
 def test_a_step_to_more_noise_is_no_number_and_runs_the_own_code():
-    """Its variance is negative; with eta 0 it is multiplied by 0, which leaves NaN."""
+    """Its variance is negative. With eta 0, the root of it is multiplied by 0, which is NaN."""
     for name, timesteps in (("DDPM", [100, 500, 900]), ("DDIM", None)):
         plain = make(name)
         plain.set_timesteps(10)
@@ -345,7 +345,7 @@ def test_a_step_to_more_noise_is_no_number_and_runs_the_own_code():
 
 @pytest.mark.parametrize("name", ["DDIM", "DDIMInverse"])
 def test_no_step_has_a_fused_form(name):
-    """All arrive at, or come from, clean data, of which the model's output is to tell the noise."""
+    """Each step begins or ends at clean data, where the noise would have to follow from the model's output."""
     config = {"prediction_type": "sample"}
     plain = make(name, **config)
     plain.set_timesteps(1)
@@ -365,7 +365,7 @@ def test_zero_terminal_snr_in_sigmas(name):
 
 
 def test_the_next_sample_lies_where_its_noise_was_drawn(monkeypatch):
-    """But in nobody's memory: whoever draws for torch may keep what he drew."""
+    """Unless somebody has replaced the function that draws, and may keep its results."""
     scheduler, drawn, draw = ours("DDPM"), [], torch_utils.randn_tensor
     monkeypatch.setattr(sched, "imported", lambda *_: lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     t = scheduler.timesteps[3]

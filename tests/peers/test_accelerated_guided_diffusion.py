@@ -1,6 +1,6 @@
-"""guided-diffusion's and improved-diffusion's objects, accelerated: their own results, each step in one launch.
+"""guided-diffusion's and improved-diffusion's objects, accelerated: the same results, with one launch a step.
 
-Where checkouts of them are on PYTHONPATH.
+These tests run where checkouts of the two are on PYTHONPATH.
 """
 
 import pytest
@@ -102,7 +102,7 @@ def test_a_step(device, choose):
 @variances
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_models_output_of_16_bits(device, step, prediction, variance, dtype):
-    """As under autocast. A clean sample would be handed out with 16 bits, too: START_X runs their own code."""
+    """As under autocast. START_X falls back, since a clean sample would be returned with 16 bits."""
     x, z = (numbers(i, 5, 3, 16, 16).to(device) for i in range(2))
     t = torch.tensor([0, 1, 17, 500, 998], device=device)
     diffusion = make(prediction, variance)
@@ -130,8 +130,8 @@ def test_a_models_output_of_16_bits(device, step, prediction, variance, dtype):
 
 
 def both(diffusion, call):
-    """What a call gives of the object and of the accelerated one, from the same seed, after which torch's generator is
-    in the same state, too."""
+    """The results of a call by the object and by the accelerated one, from the same seed. Checks that torch's
+    generator is in the same state afterwards."""
     results, states = [], []
     for each in (diffusion, accelerate(diffusion)):
         torch.manual_seed(3)
@@ -167,7 +167,7 @@ def test_a_loop_from_the_same_seed(device, library, loop, prediction, variance, 
 @loops
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_a_progressive_loop(device, library, loop, noise):
-    """Its tensors stay as they were given out, and it goes on from what is put in their place."""
+    """A yielded tensor is not written to later, and the loop goes on from what its user puts into the result."""
     diffusion = make(variance="LEARNED_RANGE", spacing="ddim25", library=library)
     start = numbers(0, *SHAPE).to(device) if noise == "given" else None
 
@@ -189,7 +189,7 @@ def test_a_progressive_loop(device, library, loop, noise):
         assert torch.equal(start, numbers(0, *SHAPE).to(device))
 
 
-def test_a_module_tells_its_device(device):
+def test_a_modules_device_is_the_loops(device):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -252,7 +252,7 @@ def test_ddim_rederives_eps_from_the_clipped_sample():
 @guided_alone
 @pytest.mark.parametrize(("variance", "expected"), [("FIXED_LARGE", 1), ("FIXED_SMALL", 0)])
 def test_the_gradients_weight_at_0(variance, expected):
-    """FIXED_LARGE has the posterior's variance at 1 there, not its beta; FIXED_SMALL none."""
+    """With FIXED_LARGE it is the posterior's variance at t = 1, not beta; with FIXED_SMALL it is 0."""
     d, t, big = make(variance=variance), torch.zeros(5, dtype=torch.int64), torch.full(SHAPE, 1e4)
     with_it, _ = one_step(d, "p_sample", M, X, t, cond_fn=lambda *_: big, model_kwargs={})
     without, _ = one_step(d, "p_sample", M, X, t)
@@ -276,9 +276,9 @@ def test_learned_variances_are_the_second_half_of_the_channels(variance):
 
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("spacing", [None, "10,15,20"])
-def test_what_a_model_is_told(device, spacing, rescale):
-    """A respaced diffusion's timesteps mapped once, and scaled by the original's number of steps; in steps, loops and
-    training, of the model and of cond_fn."""
+def test_the_timesteps_that_a_model_gets(device, spacing, rescale):
+    """A respaced diffusion's timesteps are mapped once, and scaled by the original's number of steps; in steps,
+    loops and training, for the model and for cond_fn."""
     d = make("EPSILON", "LEARNED", spacing=spacing, timesteps=300, rescale=rescale)
     accelerated, seen = accelerate(d), []
     tell = torch.tensor(list(range(300)) if spacing is None else sorted(d.use_timesteps), device=device)
@@ -313,7 +313,7 @@ def test_what_a_model_is_told(device, spacing, rescale):
 
 @libraries
 def test_a_model_that_is_wrapped_already_maps_by_itself(library):
-    """By its own map, which may be another one."""
+    """It maps by its own map, which may be another one."""
     d, other = make(spacing="ddim25", library=library), make(spacing=[25], library=library)
     for wrapper in (d, other):
         seen = []
@@ -363,7 +363,7 @@ def test_denoised_fn_comes_before_the_clip(step, prediction):
 @variances
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_model_of_the_previous_sample_is_the_mean_itself(variance, clip):
-    """Whatever the clip does, which ddim goes by."""
+    """Whatever the clip does; ddim_sample follows the clip."""
     d = make("PREVIOUS_X", variance)
     output = torch.cat([M, M.clamp(-1, 1)], 1) if learned(variance) else M
     sample, x0 = one_step(d, "p_sample", output, X, T, clip_denoised=clip)
@@ -375,7 +375,7 @@ def test_a_model_of_the_previous_sample_is_the_mean_itself(variance, clip):
 
 @steps
 def test_draws(step):
-    """One of the samples' size, at t = 0 and with eta = 0, too; none for ddim_reverse_sample."""
+    """One tensor of the samples' size, also at t = 0 and with eta = 0; ddim_reverse_sample draws none."""
     accelerated = accelerate(make())
     torch.manual_seed(0)
     getattr(accelerated, step)(lambda x, t: x, X, torch.zeros(5, dtype=torch.int64))
@@ -424,7 +424,7 @@ def test_cond_fn_without_model_kwargs_is_their_type_error(step):
 
 
 def test_ddim_reverse_sample_goes_on_with_the_models_eps_where_nothing_changed():
-    """In float32, little of it is left in an x_0 that is nearly x; a long step makes that much again."""
+    """Little of it is left in an x_0 that is nearly x, in float32, and a long step magnifies that."""
     d, t = make(spacing=[7]), torch.zeros(5, dtype=torch.int64)
     sample, x0 = one_step(d, "ddim_reverse_sample", M, X, t, clip_denoised=False)
     now, after = (float(values[0]) for values in (d.alphas_cumprod, d.alphas_cumprod_next))

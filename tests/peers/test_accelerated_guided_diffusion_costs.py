@@ -1,4 +1,4 @@
-"""guided-diffusion's and improved-diffusion's objects, accelerated: noise by address, and what a step costs."""
+"""guided-diffusion's and improved-diffusion's objects, accelerated: noise="philox", and the cost of a step."""
 
 from collections import Counter
 
@@ -92,7 +92,7 @@ def test_images_depend_on_seed_and_ids_alone(device, loop):
 
 
 def test_a_step_draws_by_the_originals_timestep(device):
-    """A respaced one's rows know them."""
+    """A respaced diffusion's rows have the numbers of the original's draws."""
     diffusion = make(spacing="ddim25")
     accelerated = accelerate(diffusion, noise="philox", seed=3)
     x, t = X.to(device), torch.tensor([0, 1, 7, 13, 24], device=device)
@@ -117,7 +117,7 @@ def test_q_sample_draws_anew_each_time(device):
 
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_q_sample(device, noise):
-    """With gradients, too."""
+    """Also with gradients."""
     diffusion, t = make(spacing="ddim25"), torch.tensor([0, 1, 7, 13, 24], device=device)
     results = []
     for each in (diffusion, accelerate(diffusion)):
@@ -137,7 +137,7 @@ PLAIN, EXTENDED = "ddpm_ext.reverse_step", "ddpm_ext.extended_step"
 
 
 def cost(diffusion, call):
-    """Operators but for views, of a second call."""
+    """The operators of a second call, except for views."""
     call(diffusion)
     with Count() as count:
         call(diffusion)
@@ -163,7 +163,7 @@ def test_a_step_is_one_launch(device, step, variance, noise):
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 @pytest.mark.parametrize("spacing", ["ddim25", None])
 def test_a_loops_step_is_one_launch_and_makes_no_timesteps(device, loop, variance, noise, spacing):
-    """Nor a predicted clean sample, where it is not given out."""
+    """It makes no predicted clean sample either, where none is returned."""
     steps = 25 if spacing else 40
     accelerated = accelerate(
         make(variance=variance, spacing=spacing, timesteps=1000 if spacing else steps), noise=noise
@@ -183,7 +183,8 @@ def test_a_loops_step_is_one_launch_and_makes_no_timesteps(device, loop, varianc
 @guided_alone
 @pytest.mark.parametrize(("prediction", "launches"), [("EPSILON", 1), ("PREVIOUS_X", 1), ("START_X", 0)])
 def test_functions_in_between(prediction, launches):
-    """A denoised_fn sees x_0 before the step: a launch more, but where the model tells it. A cond_fn is in it."""
+    """A denoised_fn needs x_0 before the step, by one launch more unless the model predicts it. A cond_fn needs
+    none."""
     given = {"denoised_fn": lambda x0: X, "cond_fn": lambda *_: X, "model_kwargs": {}}
     for step in STEPS[:2]:
         accelerated = accelerate(make(prediction), noise="philox")
@@ -196,9 +197,9 @@ def test_functions_in_between(prediction, launches):
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 @pytest.mark.parametrize("spacing", ["ddim25", None])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
-    """From the second loop on, whose tables are there: on tensors of a GPU that have no values to read."""
-    monkeypatch.setattr(steps_module, "misfit", lambda *_: None)
-    monkeypatch.setattr(steps_module, "_plain", lambda x: isinstance(x, torch.Tensor))
+    """From the second loop on, when the tables are there. The tensors are of a fake GPU and have no values to read."""
+    monkeypatch.setattr(steps_module, "check_tensors", lambda *_: None)
+    monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
 
     def walk(diffusion):

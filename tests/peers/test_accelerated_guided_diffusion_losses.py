@@ -1,6 +1,6 @@
 """training_losses of an accelerated object: the values and gradients of guided-diffusion's own, term by term.
 
-Where a checkout of it, or of improved-diffusion, is on PYTHONPATH. Samples at t = 0 are among them.
+These tests run where a checkout of it, or of improved-diffusion, is on PYTHONPATH. Some samples are at t = 0.
 """
 
 import functools
@@ -32,7 +32,7 @@ SPACED_T = (0, 1, 7, 13, 23, 24)
 
 
 def keys(variance, loss):
-    """In their order."""
+    """The keys in their order."""
     if loss.endswith("KL"):
         return ["loss"]
     return ["vb", "mse", "loss"] if learned(variance) else ["mse", "loss"]
@@ -62,7 +62,7 @@ def check(diffusion, name, inputs, prediction, variance, library=LIBRARIES[0]):
 @losses
 @pytest.mark.parametrize("t", [(1, 2, 17, 500, 998, 999), (0, 3, 0, 40, 999, 0)], ids=["none", "some"])
 def test_losses_and_gradients(device, prediction, variance, loss, t):
-    """Of each term by itself; none or some of the samples at t = 0."""
+    """Of each term by itself, with none or some of the samples at t = 0."""
     diffusion = make(prediction, variance, loss)
     for name in keys(variance, loss):
         check(diffusion, name, make_inputs(device, t), prediction, variance)
@@ -72,7 +72,7 @@ def test_losses_and_gradients(device, prediction, variance, loss, t):
 @pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED_RANGE"])
 @losses
 def test_of_a_respaced_diffusion(device, library, variance, loss):
-    """RESCALED losses count the timesteps that are left."""
+    """RESCALED losses count the remaining timesteps."""
     diffusion = make("EPSILON", variance, loss, spacing="ddim25", rescale=True, library=library)
     for name in keys(variance, loss):
         check(diffusion, name, make_inputs(device, SPACED_T), "EPSILON", variance, library)
@@ -82,7 +82,7 @@ def test_of_a_respaced_diffusion(device, library, variance, loss):
 @variances
 @losses
 def test_keys_dtypes_and_draws(device, library, variance, loss):
-    """And the generator's state afterwards; without MSE's bound, the loss is the error itself."""
+    """Also the generator's state afterwards. MSE without the bound: the loss is the error itself."""
     x, t = make_inputs(device)
     found = []
     diffusion = make("EPSILON", variance, loss, library=library)
@@ -109,7 +109,7 @@ def test_the_bound_does_not_move_the_mean(prediction, variance):
 
 
 def test_a_step_of_training_is_theirs(device):
-    """As train_util has it: weighted, its mean, an optimizer's step; over some batches."""
+    """As in train_util: the mean of the weighted losses and a step of the optimizer, over several batches."""
     diffusion = make("EPSILON", "LEARNED_RANGE", "RESCALED_MSE")
     weights = torch.linspace(0.5, 2, 6, device=device)
     found = []
@@ -132,7 +132,7 @@ def test_a_step_of_training_is_theirs(device):
 @variances
 @losses
 def test_noise_by_address(device, variance, loss):
-    """As of a noise that is given: that of stream 2, drawn anew for each batch, sample by sample."""
+    """It is the noise of stream 2, with another draw for each batch, sample by sample."""
     x, t = make_inputs(device)
     diffusion = make("EPSILON", variance, loss)
     accelerated = accelerate(diffusion, noise="philox", seed=4, sample_ids=2)
@@ -157,7 +157,7 @@ def test_noise_by_address(device, variance, loss):
 @losses
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_launches(variance, loss, noise):
-    """x_t, and one each for the error and the bound."""
+    """One for x_t, one for the error and one for the bound."""
     x, t = make_inputs(torch.device("cpu"), (1, 2, 17, 500, 998, 999))
     accelerated = accelerate(make("START_X", variance, loss), noise=noise)
     output = torch.zeros(6, 6 if learned(variance) else 3, 8, 8)
@@ -170,8 +170,8 @@ def test_launches(variance, loss, noise):
     assert not {"aten.mean", "aten.exp", "aten.pow", "aten.cat", "aten.index"} & set(count.names)
 
 
-def test_only_samples_at_0_are_told_by_their_code():
-    """No more of the batch than they."""
+def test_their_code_computes_only_the_samples_at_0():
+    """Their code gets no other samples of the batch."""
     x, t = make_inputs(torch.device("cpu"), (1, 0, 17, 0, 998, 999))
     accelerated = accelerate(make("EPSILON", "LEARNED_RANGE"))
     sizes = []
@@ -257,7 +257,7 @@ def test_tables_by_hand_are_their_own_codes(loss):
 
 
 def test_an_output_that_does_not_fit_keeps_its_noise():
-    """Noise by address that is drawn already is what their code gets, too."""
+    """Noise by address that was used for x_t is also given to their code."""
     x, t = make_inputs(torch.device("cpu"))
     accelerated = accelerate(make(), noise="philox", seed=4)
     with pytest.warns(UserWarning, match="the model's output is float64"):
@@ -286,11 +286,11 @@ def test_a_function_transforms_gradient_is_their_own_codes(first):
     assert [w for w in caught if why in str(w.message)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     losses(1)
-    assert isinstance(each._plans, dict) and len(each._plans) == 1
+    assert len(each._fused_cache) == 1
 
 
 def test_a_second_derivative_is_refused():
-    """Not taken for a constant."""
+    """The gradient is not taken for a constant."""
     x, t = make_inputs(torch.device("cpu"))
     weight = torch.tensor(0.5, requires_grad=True)
     loss = accelerate(make()).training_losses(lambda x, t: x * weight, x, t)["loss"].sum()

@@ -41,7 +41,7 @@ def half(x, t, **_):
 
 
 class Calls:
-    """A model that counts."""
+    """A model that counts its calls."""
 
     def __init__(self, function):
         self.function, self.n = function, 0
@@ -68,7 +68,7 @@ def changed(**attributes):
 
 
 WEIGHT = torch.nn.Parameter(torch.tensor(0.5))
-# What is asked for: the object, the samples, the options of a step, and the reason.
+# The object, the samples, the options of a step, and the reason of the fallback.
 ASIDE = {
     "float64": (make, X.double(), {}, "its samples are float64"),
     "float16": (make, X.half(), {}, "its samples are float16"),
@@ -93,7 +93,8 @@ ASIDE = {
 
 
 def run_both(diffusion, step, x, model=half, t=T, **options):
-    """What both give from the same seed, after which the generator is in the same state, and the model's calls."""
+    """The results of both from the same seed, and the number of the model's calls. Checks that the generator is in
+    the same state afterwards."""
     found, warned = [], []
     accelerated = accelerate(diffusion)
     for each in (diffusion, accelerated):
@@ -112,7 +113,7 @@ def run_both(diffusion, step, x, model=half, t=T, **options):
 @steps
 @pytest.mark.parametrize("name", ASIDE)
 def test_their_own_code(step, name):
-    """Bit for bit, its draws and all, with a warning; the model is asked once."""
+    """The results are equal bit for bit, draws included, with a warning; the model is called once."""
     build, x, options, why = ASIDE[name]
     theirs, ours, warned, accelerated = run_both(build(), step, x, **options)
     assert len(warned) == 1 and why in warned[0] and warned[0].startswith(f"{step} ")
@@ -126,7 +127,7 @@ def test_their_own_code(step, name):
 
 @steps
 def test_function_transforms_are_their_own_codes(step):
-    """torch.func.vmap over chains, each a batch of its own."""
+    """torch.func.vmap over several chains, each with a batch of its own."""
     x = torch.stack([X, X + 1])
     found = []
     for each in (make(), accelerate(make())):
@@ -189,7 +190,7 @@ def test_etas_of_their_own_code(eta, why):
 
 @steps
 def test_where_they_raise(step):
-    """They do so, without a warning."""
+    """The accelerated object raises the same error, without a warning."""
     for x, t, model in (
         (X, T[:4], half),
         (X, T + 1, half),
@@ -216,7 +217,7 @@ def test_negative_timesteps_count_from_the_end_as_theirs(step):
 
 @steps
 def test_torch_compile_gives_the_same(step):
-    """Around the launch; tables are made outside of what it traces."""
+    """The compiler traces the code around the launch; tables are made outside of its graph."""
     accelerated, t = accelerate(make(spacing="ddim25"), noise="philox"), torch.tensor([0, 1, 7, 13, 24])
 
     def call(x):
@@ -228,7 +229,7 @@ def test_torch_compile_gives_the_same(step):
 
 
 def test_a_loop_of_what_does_not_fit():
-    """A float16 start: the first step runs their own code, of which float32 comes; the others are fused."""
+    """With a float16 start, the first step runs their own code and gives float32; the other steps are fused."""
     diffusion = make(spacing="ddim25")
     accelerated = accelerate(diffusion)
     found = []
@@ -243,7 +244,7 @@ def test_a_loop_of_what_does_not_fit():
 
 
 def test_a_loop_in_float64_by_default(device):
-    """With a drawn start of that dtype, whatever the noise."""
+    """The start is drawn in that dtype, whatever the noise."""
     torch.set_default_dtype(torch.float64)
     try:
         for noise in ("torch", "philox"):
@@ -302,7 +303,7 @@ def test_an_attribute_that_is_set_anew_counts(name, value):
 @libraries
 @pytest.mark.parametrize("spacing", [None, "ddim25"])
 def test_the_object(library, spacing):
-    """Of its own class, pickled and copied with its settings, and the given one as it was."""
+    """It is of its own class, keeps its settings in pickles and copies, and leaves the given object as it was."""
     diffusion = make(spacing=spacing, library=library)
     before = dict(vars(diffusion))
     accelerated = accelerate(diffusion, noise="philox", seed=5, sample_ids=3)
@@ -349,8 +350,30 @@ def test_an_object_with_a_method_of_its_own_is_refused(name):
 
 
 @libraries
+@pytest.mark.parametrize(
+    "name", ["p_sample", "ddim_sample", "ddim_reverse_sample", "p_sample_loop", "ddim_sample_loop"]
+)
+def test_wrong_arguments_raise_the_librarys_error(library, name):
+    """A missing, a repeated and an unknown one, and one too many."""
+    plain = make(library=library)
+    for args, options in (
+        ((half,), {}),
+        ((half, X, T), {"model": half}),
+        ((half, X, T), {"seed": 1}),
+        ((half,), {"seed": 1}),
+        ((half, X, T, *range(9)), {}),
+    ):
+        said = []
+        for each in (plain, accelerate(plain)):
+            with pytest.raises(TypeError) as error:
+                getattr(each, name)(*args, **options)
+            said.append(str(error.value))
+        assert said[0] == said[1]
+
+
+@libraries
 def test_a_fork_with_other_arguments_is_refused(library):
-    """Of the same names, as many are."""
+    """Many forks have the same names."""
 
     def p_sample(
         self, model, x, t, clip_denoised=True, denoised_fn=None, model_kwargs=None, cond_fn_with_grad=False

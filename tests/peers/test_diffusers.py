@@ -20,15 +20,15 @@ def normals(device, seed, count, shape=SHAPE):
 
 
 def step(monkeypatch, scheduler, m, t, x, z, **options):
-    """scheduler.step with z as its noise."""
+    """scheduler.step with z for its noise."""
     module = importlib.import_module(type(scheduler).__module__)
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: z)
     return scheduler.step(m, t, x, **options).prev_sample
 
 
 def check(ours, theirs, table, i, kept, below, x, m, z):
-    """alphas_cumprod in float32 leaves 1 - alphas_cumprod[t] / alphas_cumprod[below] and 1 - alphas_cumprod[below] with
-    an error of 2^-24, which is up to 6e-4 of them."""
+    """In float32, alphas_cumprod leaves an error of 2^-24 in 1 - alphas_cumprod[t] / alphas_cumprod[below] and in 1
+    - alphas_cumprod[below], which is up to 6e-4 of these."""
     a, b, c0, c1, c2, s = (getattr(table, name)[i].abs() for name in ("a", "b", "c0", "c1", "c2", "s"))
     ours, theirs = ours.cpu(), theirs.cpu()
     x, m, z = x.abs().cpu(), m.abs().cpu(), z.abs().cpu()
@@ -78,7 +78,8 @@ def test_ddpm_step(monkeypatch, prediction, theirs, variance, clip, device):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps, device):
-    """At diffusers' own timesteps: its "leading" spacing is the one whose steps it takes as it lists them."""
+    """At diffusers' own timesteps. Its "leading" spacing is the one whose listed timesteps are also those it steps
+    to."""
     scheduler = diffusers.DDIMScheduler(**OPTIONS, prediction_type=theirs, clip_sample=clip, set_alpha_to_one=True)
     scheduler.set_timesteps(steps)
     gd = GaussianDiffusion(1000, scheduler.betas, prediction=prediction)
@@ -95,7 +96,7 @@ def test_ddim_step(monkeypatch, prediction, theirs, clip, eta, steps, device):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_loop(monkeypatch, eta, device):
-    """All timesteps, so that both libraries take the same ones; each with its own samples."""
+    """Over all timesteps, so that both libraries take the same ones, each with its own samples."""
     scheduler = diffusers.DDIMScheduler(**OPTIONS, clip_sample=True, set_alpha_to_one=True)
     scheduler.set_timesteps(1000)
     gd = GaussianDiffusion(1000, scheduler.betas)

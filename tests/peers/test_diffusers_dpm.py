@@ -1,6 +1,6 @@
 """diffusers' DPM-Solver++ and Heun schedulers, given the same noise.
 
-Step by step, rows are evaluated in float64, so that what is left is the peer's own float32.
+In single steps the rows are evaluated in float64, so that only the peer's own float32 errors remain.
 """
 
 import pytest
@@ -46,7 +46,7 @@ def normals(count, seed):
 
 
 def size(row, x, m, h, z):
-    """Of the terms that a step sums up."""
+    """The size of the terms that a step adds up."""
     x0 = abs(row.a * x) + abs(row.b * m)
     terms = (row.c0 * x0, row.c1 * x, row.c2 * m, row.c3 * h, row.s * z)
     return sum(abs(term) for term in terms)
@@ -61,7 +61,7 @@ def worst(found, expected, scale):
 @pytest.mark.parametrize("steps", [10, 25])
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 def test_dpm_solver(algorithm, steps, spacing, final, prediction, theirs):
-    """Each step from a sample of its own, and the x0 of the step before."""
+    """Each step has a sample of its own, and the x0 of a step before."""
     options = {"algorithm_type": algorithm, "prediction_type": theirs, "final_sigmas_type": final}
     scheduler, grid = make("DPMSolverMultistepScheduler", steps, spacing, final, **options)
     sampler = dpmpp_2m if algorithm == "dpmsolver++" else dpmpp_2m_sde
@@ -81,7 +81,8 @@ def test_dpm_solver(algorithm, steps, spacing, final, prediction, theirs):
 @predictions
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_heun(spacing, prediction, theirs):
-    """Their sample is ours divided by sqrt(alphas_cumprod); a step's second call goes on from its first."""
+    """Their sample is ours divided by sqrt(alphas_cumprod). A step's second model call begins from the result of its
+    first."""
     scheduler, grid = make("HeunDiscreteScheduler", 28, spacing, prediction_type=theirs)
     table = heun(grid, prediction=prediction)
     assert len(table) == len(scheduler.timesteps) == 55

@@ -1,4 +1,4 @@
-"""diffusers' Euler schedulers, which hold the sample divided by sqrt(alphas_cumprod), given the same noise."""
+"""diffusers' Euler schedulers, given the same noise. Their samples are ours divided by sqrt(alphas_cumprod)."""
 
 import importlib
 
@@ -28,7 +28,7 @@ def make(name, **options):
 
 
 def compare(monkeypatch, scheduler, grid, table, device):
-    """Each step from a sample of its own."""
+    """Compares steps, each from a sample of its own."""
     module = importlib.import_module(type(scheduler).__module__)
     packed = table.packed(device)
     for i, t in enumerate(scheduler.timesteps):

@@ -50,7 +50,7 @@ def test_threshold(device, quantile, maximum):
 
 
 def test_a_loop_with_both(device):
-    """A doubled batch, as its pipelines have it; DDIM over a few timesteps, without noise."""
+    """With a doubled batch, as pipelines have it, by DDIM over a few timesteps, without noise."""
     scheduler = diffusers.DDIMScheduler(
         **OPTIONS, thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0, set_alpha_to_one=True
     )

@@ -1,4 +1,4 @@
-"""guided-diffusion's steps, given the same noise, in float64: its tables are that, and here its arithmetic, too."""
+"""guided-diffusion's steps in float64, given the same noise. Its tables are float64, and so is its arithmetic here."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def options(betas, prediction="eps", variance="fixed_small"):
 
 @pytest.fixture
 def inputs(device, monkeypatch):
-    """x, m, v, z, gradient of SHAPE, t; z is what guided-diffusion draws, which computes in float64."""
+    """x, m, v, z, gradient of SHAPE, and t. guided-diffusion, computing in float64, draws z."""
     values = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
     x, m, v, z, g = values.unbind(0)
     monkeypatch.setattr(peer.th, "randn_like", lambda _: z.double())
@@ -52,7 +52,7 @@ def output(variance, m, v):
 
 
 def close(found, expected, size):
-    """Within a few float32 ulps of the terms' sizes."""
+    """Checks that the difference is a few float32 ulps of the terms' sizes."""
     assert found.dtype == torch.float32 and expected.dtype in (torch.float64, torch.float32)
     error = (found.double() - expected.double()).abs() / size
     assert (error <= 4 * 2.0**-23).all(), error.max() * 2**23  # measured 1.3, factor 3
@@ -67,7 +67,7 @@ def at(values, t):
 
 
 def sizes(gd, x, m, t):
-    """Of the terms of x0, and of the posterior's mean."""
+    """The sizes of the terms of x0 and of the posterior's mean."""
     x0 = m.abs()
     if gd.prediction == "eps":
         x0 = at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + at(gd.sqrt_recipm1_alphas_cumprod, t) * m.abs()
@@ -132,7 +132,7 @@ def test_condition_mean(inputs, prediction, variance, clip):
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_sample(inputs, device, prediction, clip, guided, eta):
-    """condition_score, where there is a gradient."""
+    """With condition_score where there is a gradient."""
     x, m, _, z, g, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction)
     theirs = peer.GaussianDiffusion(**options(gd.betas, prediction))
@@ -211,7 +211,7 @@ def test_loop_over_some_of_the_timesteps(device, monkeypatch, sampler, spacing, 
 
 
 def test_rows_say_what_their_tables_say():
-    """A respaced diffusion's betas and levels."""
+    """The betas and levels of a respaced diffusion."""
     gd = GaussianDiffusion(1000, "cosine")
     timesteps = section_timesteps(1000, "ddim25")
     theirs = respace.SpacedDiffusion(set(timesteps.tolist()), **options(gd.betas))

@@ -1,4 +1,4 @@
-"""guided-diffusion's bound, given the same noise, in float64: its tables are that, and here its arithmetic, too."""
+"""guided-diffusion's bound in float64, given the same noise. Its tables are float64, and so is its arithmetic here."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def in_float64(monkeypatch):
 
 @pytest.fixture
 def exact_cdf(monkeypatch):
-    """In place of its approximation, which is wrong by up to 3e-4."""
+    """The exact normal distribution function in place of its approximation, which is wrong by up to 3e-4."""
     monkeypatch.setattr(losses, "approx_standard_normal_cdf", torch.special.ndtr)
 
 
@@ -64,7 +64,7 @@ def images(device):
 
 
 def model_of(gd, x_start):
-    """Near enough to x_start for its log-likelihood to be above guided-diffusion's ln 1e-12."""
+    """A model near enough to x_start that its log-likelihood is above guided-diffusion's limit, ln 1e-12."""
 
     def model(x, t):
         kept = gd.alphas_cumprod.to(x.device)[t].reshape(-1, 1, 1, 1)
@@ -96,7 +96,7 @@ def test_vlb_terms(device, exact_cdf, prediction, variance, clip):
 
 
 def test_their_cdf_is_near(device):
-    """Where the log-likelihood is not far below, the approximation shifts it by some hundredths of a bit."""
+    """Where the log-likelihood is not far below, the approximation changes it by some hundredths of a bit."""
     gd, theirs = pair("eps", "fixed_large")
     x_start = images(device)
     x_t = gd.q_sample(x_start, 0, rng=RNG)
@@ -115,7 +115,7 @@ def test_prior(device):
 @variances
 @clipped
 def test_whole_bound(device, exact_cdf, monkeypatch, prediction, clip, variance):
-    """Their columns go from the last timestep to the first."""
+    """Their columns run from the last timestep to the first."""
     gd, theirs = pair(prediction, variance)
     x_start = images(device)
     drawn = iter(range(TIMESTEPS - 1, -1, -1))

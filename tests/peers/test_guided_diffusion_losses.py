@@ -1,6 +1,7 @@
-"""guided-diffusion's training_losses: of the same noise, timesteps and model, each sample's loss and the gradients.
+"""guided-diffusion's training_losses, with the same noise, timesteps and model: each sample's loss and the
+gradients.
 
-Where a checkout of it is on PYTHONPATH.
+These tests run where a checkout of it is on PYTHONPATH.
 """
 
 import functools
@@ -42,7 +43,7 @@ def make(betas, prediction, variance, loss="MSE"):
 
 @pytest.fixture
 def truth(monkeypatch):
-    """A step of theirs in float64: in place of float32 numbers of its tables, the tables' own."""
+    """One of their steps in float64, which reads its float64 tables without rounding."""
 
     def extract(values, t, shape):
         return torch.from_numpy(values).to(t.device)[t].reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -63,7 +64,7 @@ def truth(monkeypatch):
 @pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_mse(truth, device, schedule, prediction, variance, noise):
-    """LossType.MSE, with their schedule's betas."""
+    """LossType.MSE, with the betas of their schedule."""
     x, t = make_inputs(device)
     z = drawn(t)
     betas = torch.from_numpy(peer.get_named_beta_schedule(schedule, 1000))
@@ -84,7 +85,7 @@ def test_mse(truth, device, schedule, prediction, variance, noise):
 
 @pytest.fixture
 def exact_bins(monkeypatch):
-    """The normal distribution's own function in place of their approximation of it, which is off by up to 2e-4."""
+    """The exact normal distribution function in place of their approximation, which is wrong by up to 2e-4."""
     monkeypatch.setattr(peer_losses, "approx_standard_normal_cdf", torch.special.ndtr)
 
 
@@ -112,12 +113,12 @@ def check_bound(truth, inputs, prediction, variance, loss):
     [(v, loss) for v in LEARNED for loss in LOSSES] + [(v, loss) for v in FIXED for loss in ("KL", "RESCALED_KL")],
 )
 def test_bound(truth, exact_bins, device, prediction, variance, loss):
-    """The divergence of all timesteps but the last."""
+    """The divergence at all timesteps but the last."""
     check_bound(truth, make_inputs(device, [1, 2, 17, 500, 998, 999]), prediction, variance, loss)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("variance", "loss"), [(v, "RESCALED_MSE") for v in LEARNED] + [(v, "KL") for v in VARIANCES])
 def test_decoder(truth, exact_bins, device, prediction, variance, loss):
-    """At t = 0: the bins of 8 bits."""
+    """The likelihood of the bins of 8 bits, at t = 0."""
     check_bound(truth, make_inputs(device, [0] * 6), prediction, variance, loss)

@@ -1,6 +1,7 @@
-"""denoising-diffusion-pytorch's p_losses: of the same noise, timesteps and model, each sample's loss and the gradients.
+"""denoising-diffusion-pytorch's p_losses, with the same noise, timesteps and model: each sample's loss and the
+gradients.
 
-Its tables are float32 numbers of float64 betas, which ours are made of, too.
+Its tables are made of float64 betas and rounded to float32; ours are made of the same betas.
 """
 
 import pytest
@@ -15,7 +16,7 @@ OBJECTIVES = {"eps": "pred_noise", "x0": "pred_x0", "v": "pred_v"}
 
 
 class WideTorch:
-    """torch, in which their buffers become float64."""
+    """torch, but their buffers become float64."""
 
     float32 = torch.float64
 
@@ -42,7 +43,7 @@ def p_losses(schedule, prediction, min_snr, **options):
 
 @pytest.fixture
 def truth(monkeypatch):
-    """A step of theirs in float64, tables and all."""
+    """One of their steps in float64, tables included."""
 
     def take(losses, *inputs):
         with monkeypatch.context() as patch:
@@ -57,7 +58,7 @@ def truth(monkeypatch):
 @pytest.mark.parametrize("min_snr", [False, True])
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
-    """Without min_snr they weigh eps the same everywhere, and x0 and v as much."""
+    """Without min_snr, an error of eps counts the same at all timesteps, whatever the model predicts."""
     x, t = make_inputs(device)
     z = drawn(t)
     gd = GaussianDiffusion(1000, getattr(peer, f"{schedule}_beta_schedule")(1000), prediction=prediction)
@@ -71,7 +72,7 @@ def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
 
 
 class OffsetTorch(WideTorch):
-    """torch, whose next normals are given: those by which they move the noise."""
+    """torch, but the normals that move their noise are given."""
 
     def __init__(self, offset, wide):
         self.offset, self.float32 = offset, torch.float64 if wide else torch.float32
@@ -83,7 +84,7 @@ class OffsetTorch(WideTorch):
 
 @pytest.mark.parametrize("prediction", OBJECTIVES)
 def test_offset_noise(monkeypatch, device, prediction):
-    """Their noise has a normal a channel more, which is ours of stream 4."""
+    """Each channel of their noise adds one more normal, which in ours comes from stream 4."""
     x, t = make_inputs(device)
     z, offset = drawn(t), drawn(t, SHAPE[:2], stream=4)
     gd = GaussianDiffusion(1000, peer.linear_beta_schedule(1000), prediction=prediction)
@@ -102,7 +103,7 @@ def test_offset_noise(monkeypatch, device, prediction):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_betas(schedule):
-    """Of the same name; theirs of sigmoid start from float32 numbers."""
+    """Of the schedules with the same names; their sigmoid begins from float32 numbers."""
     theirs = getattr(peer, f"{schedule}_beta_schedule")(1000)
     ours = GaussianDiffusion(1000, schedule).betas
     torch.testing.assert_close(ours, theirs, rtol=4e-5 if schedule == "sigmoid" else 1e-9, atol=0)

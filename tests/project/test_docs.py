@@ -10,8 +10,9 @@ from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
-from ddpm_ext.tables.samplers import SAMPLERS, VARIANCES
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_timesteps
+from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
 
@@ -61,6 +62,16 @@ def test_every_sampler_and_variance_is_documented(root):
     ]
     assert set(SAMPLERS) <= names[0]
     assert {name for name in VARIANCES if name.startswith("learned")} <= names[1]
+
+
+def test_paths_that_the_pages_name_exist(root):
+    """Those that are no links, which tests/project/test_reference_pages.py follows. NAME stands for a new file."""
+    pages = [root / "README.md", root / "CONTRIBUTING.md", root / "mkdocs.yml", *(root / "docs").glob("*.md")]
+    pages.append(root / "ddpm_ext" / "integrations" / "ADDING.md")
+    named = re.compile(r"(?<![\w/.])((?:benchmarks|csrc|ddpm_ext|docs|examples|tests)/[\w./-]*\w)")
+    found = {(path, page.name) for page in pages for path in named.findall(page.read_text()) if "NAME" not in path}
+    assert len(found) > 60
+    assert sorted((path, page) for path, page in found if not (root / path).exists()) == []
 
 
 def of_diffusers(folder):

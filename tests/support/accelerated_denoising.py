@@ -26,7 +26,7 @@ objectives = pytest.mark.parametrize("objective", OBJECTIVES)
 
 
 def has(method, option):
-    """Whether this version knows an option."""
+    """Whether this version has an option."""
     return option in inspect.signature(getattr(peer.GaussianDiffusion, method)).parameters
 
 
@@ -35,7 +35,7 @@ def needs(method, option):
 
 
 class Net(nn.Module):
-    """Small, and nonlinear in all that it is told; it counts its calls, and keeps what it was told last."""
+    """A small model, nonlinear in all its inputs. It counts its calls and keeps its last inputs."""
 
     def __init__(self, self_condition=False):
         super().__init__()
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 class Given(nn.Module):
-    """Gives the same tensor to all questions, not a copy of it."""
+    """A model that always returns the same tensor, not a copy of it."""
 
     def __init__(self, output, self_condition=False):
         super().__init__()
@@ -81,7 +81,7 @@ def make(objective="pred_v", model=None, *, device="cpu", timesteps=50, **option
 
 
 def in64(gd):
-    """Theirs with float64 arithmetic, on the CPU, from the numbers that the buffers have."""
+    """The library's object on the CPU in float64, made of the numbers in the buffers."""
     made = copy.deepcopy(gd).cpu().double()
     for module in made.modules():
         if isinstance(module, Given):
@@ -90,7 +90,7 @@ def in64(gd):
 
 
 class ScriptedTorch:
-    """torch, whose next normals are given."""
+    """torch, but the normals that it draws are given."""
 
     def __init__(self, **answers):
         self.answers = answers
@@ -111,7 +111,7 @@ class ScriptedTorch:
 
 @contextlib.contextmanager
 def normals(**answers):
-    """Those that theirs draws, by function."""
+    """The normals that the library's code draws, by function."""
     before, peer.torch = peer.torch, ScriptedTorch(**answers)
     try:
         yield
@@ -120,7 +120,7 @@ def normals(**answers):
 
 
 def check(ours, theirs, truth, name=""):
-    """Ours in float32 may be FACTOR times as far from the truth as theirs, or a few ulps of the largest."""
+    """Ours, in float32, may be FACTOR times as far from the truth as theirs, or a few ulps of the largest value."""
     assert ours.shape == theirs.shape == truth.shape and ours.dtype == theirs.dtype
     exact = truth.double().cpu()
     error, their_error = ((found.double().cpu() - exact).abs().max() for found in (ours, theirs))
@@ -129,7 +129,7 @@ def check(ours, theirs, truth, name=""):
 
 
 def states(device):
-    """Of torch's generators that a loop on a device may touch, and of Python's."""
+    """The states of Python's generator and of those of torch that a loop on a device may touch."""
     found = [torch.get_rng_state()]
     if torch.device(device).type == "cuda":
         found.append(torch.cuda.get_rng_state(device))
@@ -137,7 +137,7 @@ def states(device):
 
 
 def seeded(seed, call, device="cpu"):
-    """What a call returns from the same seeds, and the generators' states after it."""
+    """The result of a call with fixed seeds, and the generators' states afterwards."""
     random.seed(seed)
     torch.manual_seed(seed)
     found = call()
@@ -149,7 +149,7 @@ def same_states(one, other):
 
 
 def record_bars(monkeypatch):
-    """No progress bars; how long they are to be, and the other arguments."""
+    """Replaces progress bars by a record of their lengths and other arguments."""
     bars = []
 
     def tqdm(steps, **options):

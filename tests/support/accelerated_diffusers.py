@@ -1,7 +1,7 @@
-"""A step of an accelerated scheduler beside diffusers' own, each in float32 against that one in float64.
+"""A step of an accelerated scheduler beside diffusers' own: both in float32 against diffusers' in float64.
 
-Ours may be at most FACTOR times as far from it as diffusers is in the same step, or in many of its kind, or a few ulps;
-with 16-bit samples no farther than diffusers, or an ulp.
+Ours may be at most FACTOR times as far from float64 as diffusers is in the same step, or in many of its kind, or
+a few ulps; with 16-bit samples no farther than diffusers, or an ulp.
 """
 
 from __future__ import annotations
@@ -20,30 +20,26 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations import accelerate
+from ddpm_ext.integrations.registry import KNOWN
 
 FACTOR, ULPS = 4, 4
 MANY = 100
-SIGMA = ("DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
+NAMES = ("DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
+SIGMA = NAMES[3:]  # those that have sigmas and count their steps
 MODULES = {
-    "DDPM": "ddpm",
-    "DDIM": "ddim",
-    "DDIMInverse": "ddim_inverse",
-    "DPMSolverMultistep": "dpmsolver_multistep",
-    "EulerDiscrete": "euler_discrete",
-    "EulerAncestralDiscrete": "euler_ancestral_discrete",
+    known.name.removesuffix("Scheduler"): known.module for known in KNOWN if known.module.startswith("diffusers.")
 }
-NAMES = tuple(MODULES)
 BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # Stable Diffusion's
 
 
 def make(name: str, **config: Any) -> Any:
-    """diffusers' scheduler."""
+    """One of diffusers' schedulers."""
     schedule = BY_SCHEDULE.get(config.get("beta_schedule", ""), {})
     return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
 
 
 def module(name: str) -> Any:
-    return importlib.import_module(f"diffusers.schedulers.scheduling_{MODULES[name]}")
+    return importlib.import_module(MODULES[name])
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -58,8 +54,8 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor
 
 
 class Alphas(Tensor):
-    """float64 alphas_cumprod, whose ratio, and 1 minus that, are rounded to float32: diffusers' beta is part of what is
-    asked of a step, and not an error."""
+    """float64 alphas_cumprod whose ratio, and 1 minus that, are rounded to float32: the rounding of diffusers' beta
+    is part of the step's definition here, not an error."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -86,7 +82,7 @@ class Ratio(Alphas):
 
 
 class Doubled:
-    """torch, where float32 is float64."""
+    """torch with float64 in place of float32."""
 
     float32 = torch.float64
 
@@ -95,7 +91,7 @@ class Doubled:
 
 
 def exact(scheduler: Any) -> Any:
-    """The same scheduler with float64 of its float32 numbers."""
+    """The same scheduler with its float32 numbers in float64."""
     found = copy.deepcopy(scheduler)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "initial_alpha_cumprod", "one"):
         if name in vars(found):
@@ -109,7 +105,7 @@ def exact(scheduler: Any) -> Any:
 
 @contextlib.contextmanager
 def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
-    """Its module's code with float64 for float32, and the noise that it draws in `drawn`."""
+    """Runs the code of the scheduler's module with float64 for float32, and draws its noise in the dtype `drawn`."""
     where = module(name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(where, "torch", Doubled()))
@@ -123,12 +119,30 @@ def in_float64(name: str, drawn: torch.dtype) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def draws(name: str) -> Iterator[list[torch.dtype]]:
+    """The dtypes of the noise that the code of the scheduler's module draws."""
+    where = module(name)
+    dtypes: list[torch.dtype] = []
+    draw = getattr(where, "randn_tensor", None)
+
+    def recorded(*args, **kwargs):
+        noise = draw(*args, **kwargs)
+        dtypes.append(noise.dtype)
+        return noise
+
+    with contextlib.ExitStack() as stack:
+        if draw is not None:
+            stack.enter_context(mock.patch.object(where, "randn_tensor", recorded))
+        yield dtypes
+
+
 # --------------------------------------------------------------------------------------------------------- compared
 
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The fused operators that are called, by name."""
+    """The names of the fused operators that are called."""
     called: list[str] = []
     with contextlib.ExitStack() as stack:
         for name in ("extended_step", "forward_process"):
@@ -143,7 +157,7 @@ def launches() -> Iterator[list[str]]:
 
 
 def error(found: Tensor, truth: Tensor) -> float:
-    """The largest; infinite where one is no number and the other is."""
+    """The largest difference; infinite where only one of the two is a number."""
     found = found.double()
     apart = (found - truth).abs()
     apart[(found == truth) | (found.isnan() & truth.isnan())] = 0
@@ -161,8 +175,8 @@ def check(
     truth: tuple[Tensor, ...],
     usual: Callable[[], tuple[list[float], list[float]]],
 ) -> None:
-    """usual: diffusers' errors in many such steps, asked where it may have been lucky in this one; and how large the
-    results would be without a clip, which leaves the rounding of what it cuts."""
+    """usual: gives diffusers' errors in many such steps, needed where diffusers may have been lucky in this one, and
+    how large the results would be without a clip, whose rounding a clip doesn't remove."""
     assert len(ours) == len(theirs) == len(truth)
     for i, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert mine.dtype == other.dtype
@@ -180,7 +194,7 @@ def check(
 
 
 def shuffled(x: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """MANY times as many samples of the same numbers; the first `channels` and the others by themselves."""
+    """MANY times as many samples of the same numbers; those in the first `channels` stay there."""
     parts = []
     for part in (x[:, :channels], x[:, channels:]):
         orders = [torch.randperm(part.numel(), generator=generator) for _ in range(MANY)]
@@ -195,11 +209,10 @@ def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
 
 
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):
-    """A step of each from the state of `plain`, which stays as it is. Returns the accelerated scheduler and whether it
-    launched; where not, it must have given diffusers' very numbers."""
+    """A step by each from the state of `plain`, which isn't changed. Returns the accelerated scheduler and whether
+    it launched a fused operator; where it didn't, its results must be equal to diffusers' own bit for bit."""
     accelerated = accelerate(copy.deepcopy(plain))
     theirs = copy.deepcopy(plain)
-    drawn = torch.float32 if name == "DPMSolverMultistep" else m.dtype
 
     def step(scheduler, m, x, noise):
         given = dict(options)
@@ -211,7 +224,9 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
         state = given["generator"].get_state() if "generator" in given else None
         return result, state
 
-    expected, state = step(theirs, m, x, noise)
+    with draws(name) as dtypes:
+        expected, state = step(theirs, m, x, noise)
+    drawn = dtypes[0] if dtypes else m.dtype
     with launches() as called, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*runs the own code")
         found, after = step(accelerated, m, x, noise)
@@ -224,7 +239,7 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
             return (*result, *vars(scheduler).get("model_outputs", [])[-1:])
 
         def pair(plain, m, x, noise):
-            """diffusers, and the same in float64."""
+            """The outcomes of diffusers and of the same in float64."""
             other, truth = copy.deepcopy(plain), exact(plain)
             result, _ = step(other, m, x, noise)
             with in_float64(name, drawn):
@@ -251,14 +266,14 @@ def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, 
 
 
 def model(x: Tensor, t: Any, channels: int | None = None) -> Tensor:
-    """Something nonlinear in both; `channels` more than x has are for a variance."""
+    """A model that is nonlinear in x and t; where it has more channels than x, these are for a variance."""
     m = torch.tanh(0.8 * x.float() + 0.1 * torch.sin(torch.as_tensor(t).float()) - 0.05)
     more = (channels or x.shape[1]) - x.shape[1]
     return torch.cat([m, 0.5 * m[:, :more].abs() + 0.1], 1).to(x.dtype) if more else m.to(x.dtype)
 
 
 def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any = None, **options: Any) -> Tensor:
-    """As pipelines do it."""
+    """A loop as pipelines have it."""
     for t in scheduler.timesteps if timesteps is None else timesteps:
         m = model(scheduler.scale_model_input(x, t), t, channels)
         x = scheduler.step(m, t, x, **options, return_dict=False)[0]
@@ -266,7 +281,7 @@ def loop(scheduler: Any, x: Tensor, channels: int | None = None, timesteps: Any 
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is not on the CPU, and keeps how often it was read from there."""
+    """A tensor that claims not to be on the CPU, and counts how often it is read from the host."""
 
     reads = 0
 

@@ -1,4 +1,4 @@
-"""Strategies of hypothesis for the accelerated diffusers schedulers: configs, timesteps, samples."""
+"""hypothesis strategies for the accelerated diffusers schedulers: configurations, timesteps, samples."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ euler_ancestral_configs = some(**{**common, "prediction_type": st.sampled_from([
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers otherwise in memory; "one for all": the first sample's in all."""
+    """The same numbers in another memory layout; with "one for all", all samples are the first one."""
     if layout == "channels_last" and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "every second":
@@ -110,7 +110,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 class Given(NamedTuple):
-    """A step's tensors. dtypes: sample's, model output's."""
+    """A step's tensors. dtypes: the sample's and the model output's."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, torch.dtype]
@@ -129,7 +129,7 @@ class Given(NamedTuple):
 
 
 def given_tensors(*, same: bool = False) -> st.SearchStrategy[Given]:
-    """Mostly of one dtype; `same`: always."""
+    """Mostly of one dtype; with `same`, always."""
     alike = st.sampled_from(FLOATS).map(lambda dtype: (dtype, dtype))
     dtypes = alike if same else st.one_of(alike, alike, st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)))
     layouts = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
@@ -141,7 +141,7 @@ def mixes_halves(given: Given) -> bool:
 
 
 def in_schedule(name: str, config: dict[str, Any], steps: int) -> Any:
-    """A scheduler with its timesteps set; None where that would be refused or lead past the schedule's end."""
+    """A scheduler with its timesteps set, or None where diffusers would refuse or go past the schedule's end."""
     scheduler = make(name, **config)
     train = scheduler.config.num_train_timesteps
     if steps > train or (name == "DPMSolverMultistep" and steps >= train):

@@ -1,4 +1,4 @@
-"""diffusers' pipelines with small models of random weights, made from configs: nothing is fetched."""
+"""diffusers' pipelines with small models of random weights, made from configurations: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def of_pixels(scheduler: Any, ddim: bool = False) -> Any:
 
 
 def tokenizer(folder: Path) -> Any:
-    """Of single letters, as it is read from files."""
+    """A tokenizer of single letters, read from files."""
     from transformers import CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]

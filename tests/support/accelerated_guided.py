@@ -45,7 +45,7 @@ def make(
     timesteps=TIMESTEPS,
     rescale=False,
 ):
-    """A GaussianDiffusion, or with a spacing a SpacedDiffusion."""
+    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given."""
     peer, respace = module(library), module(library, "respace")
     options = {
         "betas": peer.get_named_beta_schedule(schedule, timesteps),
@@ -64,7 +64,7 @@ def learned(variance):
 
 
 def model_of(variance, seen=None):
-    """A model that costs little, whose output is x's size; `seen` gets the timesteps that it is told."""
+    """A cheap model whose output has x's size; it appends the timesteps that it gets to `seen`."""
 
     def model(x, t, shift=0.0):
         if seen is not None:
@@ -83,7 +83,7 @@ def cond_fn(x, t, shift=0.0):
 
 
 class Noise(TorchFunctionMode):
-    """torch.randn_like gives z, in the dtype that is asked for."""
+    """torch.randn_like returns z, in the dtype of its argument."""
 
     def __init__(self, z):
         super().__init__()
@@ -97,7 +97,7 @@ class Noise(TorchFunctionMode):
 
 
 class Count(TorchDispatchMode):
-    """Operators by name."""
+    """Counts operators by name."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class Count(TorchDispatchMode):
 
 
 class Readback(TorchDispatchMode):
-    """Refuses what brings a device's values to the host, or the host's to a device, which a step would wait for."""
+    """Raises where values go between a device and the host, since a step would have to wait for them."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -125,7 +125,7 @@ class Readback(TorchDispatchMode):
 
 @contextlib.contextmanager
 def in_float64(library=LIBRARIES[0]):
-    """The peer's tables as they are, in place of their float32 numbers."""
+    """The peer reads its float64 tables without rounding them to float32."""
 
     def extract(values, t, shape):
         return torch.from_numpy(values).to(t.device)[t].reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
@@ -135,8 +135,8 @@ def in_float64(library=LIBRARIES[0]):
 
 
 def check(ours, theirs, truth, unclipped=None, what=""):
-    """Sample by sample: at most four times as far from the truth as they are, or as far as they are in their worst
-    sample, or four ulps of its size, or one of what it was before the clip, which may leave them a lucky few."""
+    """Each sample may be at most four times as far from the truth as theirs, or as far as their worst sample, or
+    four ulps of its size, or one ulp of its size before the clip: a clip can leave theirs exact by luck."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and truth.dtype == torch.float64, what
     assert truth.isfinite().all(), what
     unclipped = truth if unclipped is None else unclipped

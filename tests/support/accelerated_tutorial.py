@@ -15,7 +15,7 @@ own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
 
 
 def record_bars(monkeypatch):
-    """No progress bars; their arguments."""
+    """Replaces progress bars by a record of their arguments."""
     bars = []
 
     def tqdm(steps, **options):
@@ -50,7 +50,7 @@ class Given(nn.Module):
 
 
 class Exact(GaussianDiffusion):
-    """In float64, whatever the tables are."""
+    """The class in float64, whatever dtype the tables have."""
 
     def _extract(self, a, t, x_shape):
         return a.double()[t].reshape(-1, *[1] * (len(x_shape) - 1))
@@ -62,7 +62,7 @@ def seeded(seed, call):
 
 
 def both(call, plain, fused=True):
-    """Ours, theirs, and whether the generator is where it would be. fused: that nothing falls back."""
+    """Ours, theirs, and whether the generator is in the same state. fused: checks that nothing falls back."""
     fast = accelerate(plain)
     (ours, state), (theirs, their_state) = (seeded(3, lambda gd=gd: call(gd)) for gd in (fast, plain))
     assert (fast.accelerated.fallbacks == {}) == fused
@@ -76,5 +76,5 @@ def check(ours, theirs, truth):
 
 
 def with_method(function, name=None):
-    """The class with another method."""
+    """The class with another method in place of its own."""
     return type("Other", (GaussianDiffusion,), {name or function.__name__: function})

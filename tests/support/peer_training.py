@@ -1,7 +1,7 @@
-"""A training step of ours beside a peer's, each in float32 against the peer in float64.
+"""A training step of ours beside a peer's: both in float32 against the peer in float64.
 
-Ours may be at most FACTOR times as far from that as the peer itself in the same sample, or in the middle one of all
-where it is lucky, and a few ulps.
+Ours may be at most FACTOR times as far from float64 as the peer in the same sample, or, where the peer is lucky,
+in the median sample, and a few ulps.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Losses = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """A small model that is nonlinear in x_t and in t, with `outputs` times the channels; with `skip` the first of them
-    are near x_t. It keeps its output, whose gradient is looked at, too."""
+    """A small model that is nonlinear in x_t and in t, with `outputs` times the channels; with `skip`, the first of
+    them are near x_t. It keeps its output, so that its gradient can be compared."""
 
     self_condition = False
 
@@ -51,13 +51,13 @@ class Net(nn.Module):
 
 
 def make_inputs(device: torch.device, t: Sequence[int] = T) -> tuple[Tensor, Tensor]:
-    """x_start of 8 bits, some of it in the outermost bins, and t."""
+    """x_start of 8 bits, with some values in the outermost bins, and t."""
     levels = torch.randint(-40, 296, SHAPE, generator=torch.Generator().manual_seed(0)).clamp(0, 255)
     return (levels / 127.5 - 1).to(device), torch.tensor(t, device=device)
 
 
 def drawn(t: Tensor, shape: tuple[int, ...] = SHAPE, stream: int = 2) -> Tensor:
-    """The noise that train_losses draws by RNG: draw t."""
+    """The noise that train_losses draws by RNG, with t as its draw."""
     rngs = [Philox(SEED, FIRST_ID + i, draw=draw, stream=stream) for i, draw in enumerate(t.tolist())]
     return torch.cat([randn((1, *shape[1:]), rng) for rng in rngs]).to(t.device)
 
@@ -65,7 +65,7 @@ def drawn(t: Tensor, shape: tuple[int, ...] = SHAPE, stream: int = 2) -> Tensor:
 def step(
     losses: Losses, x: Tensor, t: Tensor, z: Tensor, dtype: torch.dtype, net: Callable[[], Net] = Net
 ) -> dict[str, Tensor]:
-    """Each sample's loss, and the gradients of a weighted sum of them, in float64 on the CPU."""
+    """Each sample's loss, and the gradients of a weighted sum of the losses, in float64 on the CPU."""
     model = net().to(x.device, dtype)
     found = losses(model, x.to(dtype), t, z.to(dtype))
     found.backward(torch.linspace(0.5, 2, len(x), device=x.device, dtype=found.dtype))
@@ -76,12 +76,13 @@ def step(
 
 
 def error(found: Tensor, truth: Tensor) -> Tensor:
-    """Of each sample's loss or gradient, or of a parameter's: the norm of the difference over that of the truth."""
+    """For each sample's loss or gradient, or each parameter's: the norm of the difference relative to that of the
+    truth."""
     return (found - truth).norm() / truth.norm()
 
 
 def check(ours: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """Whole, and, where there is one a sample, each by itself."""
+    """Compares whole tensors and, where there is one for each sample, sample by sample."""
     assert ours.keys() == theirs.keys() == truth.keys()
     for name, exact in truth.items():
         samples = name in ("losses", "output")

@@ -108,7 +108,7 @@ def dpm_step(x, x0, before, z, levels, eta):
 
     Lu et al. 2022b: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2, lambda = ln(alpha / sigma), D = D_0 + D_1 / (2 r).
     """
-    alpha, sigma = [kept**0.5 for kept in levels], [(1 - kept) ** 0.5 for kept in levels]
+    alpha, sigma = [level**0.5 for level in levels], [(1 - level) ** 0.5 for level in levels]
     lam = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
     h = lam[2] - lam[1]
     d = x0 if before is None else x0 + (x0 - before) / (2 * (lam[1] - lam[0]) / h)

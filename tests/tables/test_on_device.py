@@ -47,7 +47,7 @@ def test_device_tables(device):
     assert torch.equal(tables.get("timesteps", device, torch.int64), timestep.to(device))
 
 
-def test_device_tables_keep_their_copies_but_do_not_pickle_them(device):
+def test_device_tables_are_copied_once_and_pickled_without_copies(device):
     tables = StepDeviceTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
     for other in (device, torch.device("meta")):
         assert tables.get("steps", other, torch.float32) is tables.get("steps", other, torch.float32)

@@ -5,7 +5,16 @@ import torch
 from support.choices import for_many
 from support.tutorial import Tutorial
 
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, ddim, ddim_inverse, ddpm, euler, euler_ancestral
+from ddpm_ext.tables.samplers import (
+    SAMPLERS,
+    WITH_ETA,
+    ddim,
+    ddim_inverse,
+    ddpm,
+    eta_argument,
+    euler,
+    euler_ancestral,
+)
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
 from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
 
@@ -21,15 +30,15 @@ def schedule(name, timesteps=1000):
     return betas, (1 - betas).cumprod(0)
 
 
-def bayes(alpha, kept_before):
+def bayes(alpha, level_before):
     """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), and its variance, by completing the square.
 
-    x_prev | x0 ~ N(sqrt(kept_before) x0, 1 - kept_before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
+    x_prev | x0 ~ N(sqrt(level_before) x0, 1 - level_before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
     """
-    if kept_before == 1:
+    if level_before == 1:
         return 1.0, 0.0, 0.0
-    precision = 1 / (1 - kept_before) + alpha / (1 - alpha)
-    return kept_before**0.5 / (1 - kept_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
+    precision = 1 / (1 - level_before) + alpha / (1 - alpha)
+    return level_before**0.5 / (1 - level_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
 
 
 def apply(table, x, m, z, clip=True, h=0.0):
@@ -42,11 +51,11 @@ def apply(table, x, m, z, clip=True, h=0.0):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddpm_is_the_tutorials_posterior(name, prediction):
-    betas, kept = schedule(name)
+    betas, levels = schedule(name)
     truth = Tutorial(betas, prediction)
     descending = torch.arange(999, -1, -1)
     for variance in ("fixed_small", "fixed_large"):
-        table = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction, variance=variance)
+        table = ddpm(make_grid(levels, descending, betas=betas), prediction=prediction, variance=variance)
         assert torch.equal(table.timestep, descending)
         close(table.c0, truth.posterior_mean_coef1[descending])
         close(table.c1, truth.posterior_mean_coef2[descending])
@@ -61,12 +70,12 @@ def test_ddpm_is_the_tutorials_posterior(name, prediction):
 @for_many(30)
 def test_ddpm_over_a_subset_merges_steps(choose):
     name, variance = choose.one_of(sorted(SCHEDULES)), choose.one_of(["fixed_small", "fixed_large"])
-    betas, kept = schedule(name, 50)
+    betas, levels = schedule(name, 50)
     descending = sorted(set(choose.several(lambda: choose.integer(0, 49), 1, 50)), reverse=True)
-    table = ddpm(make_grid(kept, descending, betas=betas), variance=variance)
+    table = ddpm(make_grid(levels, descending, betas=betas), variance=variance)
     for i, (t, below) in enumerate(zip(descending, [*descending[1:], -1], strict=True)):
         alpha = (1 - betas[below + 1 : t + 1]).prod().item()
-        c0, c1, small = bayes(alpha, kept[below].item() if below >= 0 else 1.0)
+        c0, c1, small = bayes(alpha, levels[below].item() if below >= 0 else 1.0)
         assert table.c0[i].item() == pytest.approx(c0, rel=1e-9)
         assert table.c1[i].item() == pytest.approx(c1, rel=1e-9)
         assert table.s[i].item() ** 2 == pytest.approx(
@@ -94,11 +103,11 @@ def ddim_step(x, m, z, now, before, prediction, eta, clip):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim_is_the_formula(prediction, eta, clip):
     for name, steps in (("linear", 1000), ("cosine", 37), ("scaled_linear", 1)):
-        _, kept = schedule(name)
+        _, levels = schedule(name)
         timestep = spaced_timesteps(1000, steps)
-        table = ddim(make_grid(kept, timestep), prediction=prediction, eta=eta)
+        table = ddim(make_grid(levels, timestep), prediction=prediction, eta=eta)
         x, m, z = torch.randn(3, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        now = kept[timestep].tolist()
+        now = levels[timestep].tolist()
         expected = [
             ddim_step(*values, prediction, eta, clip)
             for values in zip(x.tolist(), m.tolist(), z.tolist(), now, [*now[1:], 1.0], strict=True)
@@ -108,25 +117,25 @@ def test_ddim_is_the_formula(prediction, eta, clip):
             assert (table.s == 0).all()
 
 
-def test_ddim_keeps_the_models_eps_after_the_clip():
+def test_ddim_uses_the_models_eps_after_the_clip():
     """guided-diffusion computes eps anew from the clipped x0, ddim must not."""
-    _, kept = schedule("linear")
-    table = ddim(make_grid(kept, [900, 500, 0]))
+    _, levels = schedule("linear")
+    table = ddim(make_grid(levels, [900, 500, 0]))
     x, m = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
-    now, before = kept[900], kept[500]
-    anew = (x - now.sqrt()) / (1 - now).sqrt()  # x0 is clipped to 1
+    now, before = levels[900], levels[500]
+    derived = (x - now.sqrt()) / (1 - now).sqrt()  # x0 is clipped to 1
     stepped = apply(table, x, m, 0)[0]
     close(stepped, before.sqrt() + (1 - before).sqrt() * m)
-    assert (stepped - (before.sqrt() + (1 - before).sqrt() * anew)).abs() > 1
+    assert (stepped - (before.sqrt() + (1 - before).sqrt() * derived)).abs() > 1
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_ddim_with_eta_1_is_ddpm(name, prediction):
-    betas, kept = schedule(name)
+    betas, levels = schedule(name)
     descending = torch.arange(999, -1, -1)
-    ancestral = ddpm(make_grid(kept, descending, betas=betas), prediction=prediction)
-    implicit = ddim(make_grid(kept, descending), prediction=prediction, eta=1.0)
+    ancestral = ddpm(make_grid(levels, descending, betas=betas), prediction=prediction)
+    implicit = ddim(make_grid(levels, descending), prediction=prediction, eta=1.0)
     x, m = torch.randn(2, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     # Both sums cancel where alphas_cumprod is near 0 (a reaches 1e4 with cosine): the error is relative to the terms.
     scale = ancestral.c0 * ((ancestral.a * x).abs() + (ancestral.b * m).abs()) + 1
@@ -139,16 +148,16 @@ def test_ddim_with_eta_1_is_ddpm(name, prediction):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_alphas_cumprod_zero(sampler):
     betas = make_betas(torch.tensor([0.1, 0.2, 1.0]), 3)
-    kept = (1 - betas).cumprod(0)
+    levels = (1 - betas).cumprod(0)
     descending = torch.tensor([2, 1, 0])
     for prediction in PREDICTIONS:
-        table = SAMPLERS[sampler](make_grid(kept, descending, betas=betas), prediction=prediction)
+        table = SAMPLERS[sampler](make_grid(levels, descending, betas=betas), prediction=prediction)
         assert table.now[0] == table.g0[0] == 0
         first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
         assert (table.a[0], table.b[0]) == first
         # The float64 columns are finite, or there would be no table.
         assert table.packed_extended("cpu").isfinite().all()
-    table = ddpm(make_grid(kept, descending, betas=betas))
+    table = ddpm(make_grid(levels, descending, betas=betas))
     x, m = torch.tensor([0.5, -0.25, 1e-3]).double(), torch.tensor([0.25, 0.5, 2e-3]).double()
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
 
@@ -159,11 +168,11 @@ def sigmas(grid):
 
 
 def grids():
-    _, kept = schedule("scaled_linear")
+    _, levels = schedule("scaled_linear")
     return [
-        make_grid(kept, spaced_timesteps(1000, 25)),
-        make_grid(kept, spaced_timesteps(1000, 10, "trailing"), final=kept[0].item()),
-        karras_grid(kept, 12),
+        make_grid(levels, spaced_timesteps(1000, 25)),
+        make_grid(levels, spaced_timesteps(1000, 10, "trailing"), final=levels[0].item()),
+        karras_grid(levels, 12),
     ]
 
 
@@ -202,20 +211,20 @@ def test_euler_ancestral_is_k_diffusions(grid, eta):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_inversion_inverts(prediction, keep_eps):
     """A step up and, with the prediction at its end, a step down give x again, up to float64 rounding."""
-    _, kept = schedule("linear")
-    up = ddim_inverse(make_grid(kept, [200], final=kept[300].item()), prediction=prediction, keep_eps=keep_eps)
-    down = ddim(make_grid(kept, [300], final=kept[200].item()), keep_eps=keep_eps)
+    _, levels = schedule("linear")
+    up = ddim_inverse(make_grid(levels, [200], final=levels[300].item()), prediction=prediction, keep_eps=keep_eps)
+    down = ddim(make_grid(levels, [300], final=levels[200].item()), keep_eps=keep_eps)
     assert torch.equal(up.s, torch.zeros(1, dtype=torch.float64))
     x, m = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    eps = (x - kept[200].sqrt() * (up.a * x + up.b * m)) / (1 - kept[200]).sqrt()
+    eps = (x - levels[200].sqrt() * (up.a * x + up.b * m)) / (1 - levels[200]).sqrt()
     noisier = apply(up, x, m, 0, clip=False)
     close(apply(down, noisier, eps, 0, clip=False), x, rtol=1e-12, atol=1e-12)
 
 
-def test_inversion_wants_an_ascent():
-    _, kept = schedule("linear")
+def test_inversion_needs_an_ascending_grid():
+    _, levels = schedule("linear")
     with pytest.raises(ValueError, match="grid does not ascend"):
-        ddim_inverse(make_grid(kept, [300, 200]))
+        ddim_inverse(make_grid(levels, [300, 200]))
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -229,13 +238,13 @@ def test_predictions_agree(name, grid):
     x = root * x0 + coroot * eps
     weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
     of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
-    told = {
+    outputs = {
         "eps": eps,
         "x0": x0,
         "v": root * eps - coroot * x0,
         "x_prev": of_x0 * x0 + of_x * x,
     }
-    results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in told.items()]
+    results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in outputs.items()]
     for other in results[1:]:
         close(other, results[0], rtol=1e-9, atol=1e-9)
 
@@ -255,8 +264,8 @@ def test_rows_have_the_levels_where_they_start_and_end(name, grid):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_unknown_names(name):
-    _, kept = schedule("linear")
-    grid = make_grid(kept, [999, 0])
+    _, levels = schedule("linear")
+    grid = make_grid(levels, [999, 0])
     with pytest.raises(ValueError, match="prediction is 'noise', expected 'eps' or 'x0' or 'v' or 'x_prev'"):
         SAMPLERS[name](grid, prediction="noise")
 
@@ -266,10 +275,27 @@ BAD_ETAS = [(-1, ValueError), (float("nan"), ValueError), (True, TypeError), ("1
 
 @pytest.mark.parametrize("eta, error", BAD_ETAS)
 def test_bad_eta(eta, error):
-    _, kept = schedule("linear")
+    _, levels = schedule("linear")
     for sampler in (SAMPLERS[name] for name in WITH_ETA):
         with pytest.raises(error, match="eta is"):
-            sampler(make_grid(kept, [999, 0]), eta=eta)
+            sampler(make_grid(levels, [999, 0]), eta=eta)
+    for sampler in SAMPLERS.values():
+        with pytest.raises(error, match="eta is"):
+            eta_argument(sampler, eta)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_eta_as_an_option(name):
+    sampler = SAMPLERS[name]
+    assert sampler.__name__ == name  # which error messages show
+    assert (name in WITH_ETA) == (name in ("ddim", "euler_ancestral", "dpmpp_2m_sde"))
+    assert eta_argument(sampler, None) == {}
+    assert eta_argument(sampler, 0) == ({"eta": 0.0} if name in WITH_ETA else {})
+    if name in WITH_ETA:
+        assert eta_argument(sampler, 0.5) == {"eta": 0.5}
+    else:
+        with pytest.raises(ValueError, match=f"eta is 0.5, but sampler '{name}' has none, expected None"):
+            eta_argument(sampler, 0.5)
 
 
 def test_inversion_refuses_the_posterior_mean():

@@ -29,19 +29,19 @@ def test_scaled_linear(timesteps):
     check_betas(make_betas("scaled_linear", timesteps), expected, 2e-15)  # measured 6.2e-16, factor 3
 
 
-def capped(kept):
+def capped(levels):
     """The betas that follow from alphas_cumprod at 0, 1/T, ... 1."""
-    return np.minimum(1 - kept[1:] / kept[:-1], 0.999)
+    return np.minimum(1 - levels[1:] / levels[:-1], 0.999)
 
 
 @pytest.mark.parametrize("timesteps", LENGTHS)
 def test_cosine(timesteps):
     t = np.arange(timesteps + 1) / timesteps
-    kept = (1 + np.cos((t + 0.008) / 1.008 * np.pi)) / 2  # cos^2 of the half angle
+    levels = (1 + np.cos((t + 0.008) / 1.008 * np.pi)) / 2  # cos^2 of the half angle
     betas = make_betas("cosine", timesteps)
-    check_betas(betas, capped(kept), 2e-11)  # measured 5.4e-12 ((1 + cos) / 2 near 0 loses digits), factor 4
+    check_betas(betas, capped(levels), 2e-11)  # measured 5.4e-12, since (1 + cos) / 2 loses digits near 0; factor 4
     assert betas[-1] == 0.999
-    check_betas((1 - betas).cumprod(0)[:-1], (kept / kept[0])[1:-1], 5e-12)  # measured 1.1e-12, factor 4
+    check_betas((1 - betas).cumprod(0)[:-1], (levels / levels[0])[1:-1], 5e-12)  # measured 1.1e-12, factor 4
 
 
 @pytest.mark.parametrize("timesteps", LENGTHS)
@@ -50,11 +50,11 @@ def test_sigmoid(timesteps):
         return 1 / (1 + np.exp(-v))
 
     t = np.arange(timesteps + 1) / timesteps
-    kept = (sigmoid(3.0) - sigmoid(-3 + 6 * t)) / (sigmoid(3.0) - sigmoid(-3.0))
+    levels = (sigmoid(3.0) - sigmoid(-3 + 6 * t)) / (sigmoid(3.0) - sigmoid(-3.0))
     betas = make_betas("sigmoid", timesteps)
-    check_betas(betas, capped(kept), 2e-12)  # measured 3.1e-13, factor 6
+    check_betas(betas, capped(levels), 2e-12)  # measured 3.1e-13, factor 6
     assert betas[-1] == 0.999
-    check_betas((1 - betas).cumprod(0)[:-1], kept[1:-1], 1e-14)  # measured 2.5e-15, factor 4
+    check_betas((1 - betas).cumprod(0)[:-1], levels[1:-1], 1e-14)  # measured 2.5e-15, factor 4
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -17,7 +17,7 @@ import ddpm_ext
 from ddpm_ext import Philox, StepTable, ops
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
 
-# ------------------------------------------------------------------------------------------------- what is taken
+# ------------------------------------------------------------------------------------------------------ columns
 
 
 @for_many(60)
@@ -79,7 +79,7 @@ def test_written_by_hand(device):
     assert prev.tolist() == [[0.5 * 0.25 + 0.25 * 0.5, 0.5 * -1.0 + 0.25 * -0.25]]
 
 
-def test_the_callers_tensors_stay_apart():
+def test_columns_are_copies():
     for values in (torch.ones(3, dtype=torch.float64), np.ones(3)):
         steps = torch.tensor([2, 1, 0])
         table = changed(timestep=steps, a=values, s=values)
@@ -305,6 +305,19 @@ def test_frozen_and_not_hashable():
         hash(table)
 
 
+def test_replace():
+    """dataclasses.replace changes some columns, which are checked, and leaves the others."""
+    table = changed(s=[1, 2, 3], c3=[0, 1, 0], draw=[7, 8, 9])
+    other = dataclasses.replace(table, s=[3, 2, 1], g0=torch.ones(3))
+    assert set(table.diff(other).columns) == {"s", "g0"}
+    assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3]
+    assert other.a.data_ptr() != table.a.data_ptr()
+    with pytest.raises(ValueError, match=r"now\[0\] is 2"):
+        dataclasses.replace(table, now=[2, 0, 0])
+    with pytest.raises(TypeError, match="c9"):
+        dataclasses.replace(table, c9=[0, 0, 0])
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))])
 def test_copies_are_equal(copied):
     table = changed(timestep=[2.5, 1, -0.0], draw=[3, 2**32 - 1, 0])
@@ -315,7 +328,7 @@ def test_copies_are_equal(copied):
         other.a = other.b
 
 
-# ---------------------------------------------------------------------------------------------------- looked at
+# --------------------------------------------------------------------------------------------------------- repr
 
 
 @pytest.mark.parametrize("count", [1, 2, 11, 12, 1000])

@@ -50,7 +50,7 @@ def test_diff_of_integers():
     assert found["draw"] == (1, 2, 3, 4, 1, 0.25)
 
 
-def test_diff_past_what_a_double_can_say():
+def test_diff_beyond_float64():
     far = 1.5 * 2.0**1023
     found = changed(a=[far, 0, 0]).diff(changed(a=[-far, 0, 0])).columns
     assert found == {"a": (1, 0, far, -far, math.inf, 2.0)}

@@ -1,4 +1,4 @@
-"""Step tables in files: every bit is kept, and a file that is no table is refused."""
+"""Step tables in files: every bit is preserved, and a file that is no table is refused."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ddpm_ext.tables.step_table import ADDED, COLUMNS
 
 
 @for_many(60)
-def test_files_keep_every_bit(choose, tmp_path_factory):
+def test_files_preserve_every_bit(choose, tmp_path_factory):
     rows = any_rows(choose)
     path = tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
@@ -26,7 +26,7 @@ def test_files_keep_every_bit(choose, tmp_path_factory):
     assert [found.name for found in path.parent.iterdir()] == ["a.json"]
 
 
-def test_failed_save_keeps_the_old_file(tmp_path):
+def test_failed_save_leaves_the_old_file(tmp_path):
     path, table = tmp_path / "a.json", changed()
     table.save(path)
     broken = changed()
@@ -40,7 +40,7 @@ def test_failed_save_keeps_the_old_file(tmp_path):
         StepTable.load(tmp_path / "b.json")
 
 
-def test_columns_may_stand_in_another_order(tmp_path):
+def test_columns_in_another_order(tmp_path):
     changed(s=[0.5, 0.25, 0]).save(tmp_path / "a.json")
     content = json.loads((tmp_path / "a.json").read_text())
     for row in (content["columns"], *content["rows"]):
@@ -50,7 +50,7 @@ def test_columns_may_stand_in_another_order(tmp_path):
 
 
 @for_many(20)
-def test_files_from_before_there_were_more_columns(choose, tmp_path_factory):
+def test_files_with_fewer_columns(choose, tmp_path_factory):
     """Columns that an older file lacks are zeros."""
     rows = any_rows(choose)
     path = tmp_path_factory.mktemp("tables") / "a.json"

@@ -7,9 +7,10 @@ import pytest
 import torch
 from support.gaussian import take
 
-from ddpm_ext.tables.samplers import SAMPLERS, VARIANCES, ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
 from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
+from ddpm_ext.tables.variances import VARIANCES
 
 LEARNED = ("learned", "learned_range", "learned_variance")
 PREDICTIONS = ("eps", "x0", "v")
@@ -36,14 +37,14 @@ class Posterior:
     """
 
     def __init__(self, betas, t):
-        kept = np.cumprod(1 - betas)
-        before = np.append(1.0, kept[:-1])
-        small = betas * (1 - before) / (1 - kept)
-        self.now, self.before = kept[t], before[t]
+        levels = np.cumprod(1 - betas)
+        before = np.append(1.0, levels[:-1])
+        small = betas * (1 - before) / (1 - levels)
+        self.now, self.before = levels[t], before[t]
         self.beta, self.small = betas[t], small[t]
         self.small_above = small[max(t, 1)] if len(betas) > 1 else betas[0]
-        self.of_x0 = betas[t] * before[t] ** 0.5 / (1 - kept[t])
-        self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - kept[t])
+        self.of_x0 = betas[t] * before[t] ** 0.5 / (1 - levels[t])
+        self.of_x = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - levels[t])
 
     def variance(self, name, v):
         """The variance that multiplies a gradient in guided-diffusion."""
@@ -83,9 +84,9 @@ def test_step_is_guided_diffusions(name, count, variance):
     for i, row in enumerate(table):
         truth = Posterior(merged, count - 1 - i)
         x0 = np.clip((x[i] - (1 - truth.now) ** 0.5 * m[i]) / truth.now**0.5, -1, 1)
-        told = {"v": v[i] if variance in LEARNED else None, "v_is_variance": variance == "learned_variance"}
+        given = {"v": v[i] if variance in LEARNED else None, "v_is_variance": variance == "learned_variance"}
         for gradient in (np.zeros(3), g[i]):
-            found_x0, found = take(row, x[i], m[i], z=z[i], g=gradient, clip=(-1, 1), **told)
+            found_x0, found = take(row, x[i], m[i], z=z[i], g=gradient, clip=(-1, 1), **given)
             assert found_x0 == pytest.approx(x0, rel=1e-9, abs=1e-9)
             expected = truth.step(variance, x0, x[i], v[i], z[i], gradient)
             assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)

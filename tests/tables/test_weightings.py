@@ -140,7 +140,7 @@ def test_rows_are_made_once(device):
     assert len(loss_rows._given) == CACHED
 
 
-def test_weights_that_are_written_to_count_anew():
+def test_weights_that_are_written_to_are_read_again():
     gd, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
     for value in (2.0, 3.0):
         own.fill_(value)

@@ -11,17 +11,19 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
     PREDICTIONS,
-    Plan,
+    FusedRows,
     Scheduler,
     Threshold,
+    are_tensors,
     clip_of,
     imported,
     jumps,
-    plan_of,
+    make_rows,
     result_dtype,
-    tensors,
 )
-from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.fallback import Fallback, with_fallback
+from ddpm_ext.integrations.shared import Support
+from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.tables.samplers import ddim
 
 __all__ = ["DDIM", "SUPPORT", "DDIMInverse"]
@@ -32,8 +34,8 @@ SUPPORT = (
         "step",
         "every prediction_type; eta up to 1; use_clipped_model_output; variance_noise; clip_sample, thresholding; "
         "set_alpha_to_one; any timestep",
-        "eta above 1, and steps to more noise (NaN there); epsilon without a clip at alphas_cumprod 0; "
-        "sample_max_value below 1; variance_noise with more digits than the samples; float64; gradients",
+        "eta above 1; steps to more noise, where diffusers returns NaN; epsilon without a clip where alphas_cumprod "
+        "is 0; sample_max_value below 1; variance_noise of a wider dtype than the samples; float64; gradients",
     ),
     Support(
         "DDIMScheduler",
@@ -45,12 +47,12 @@ SUPPORT = (
         "DDIMInverseScheduler",
         "step",
         "every prediction_type; clip_sample; set_alpha_to_one",
-        "sample and clean data as its start; float64; gradients",
+        "sample where the loop starts from clean data; float64; gradients",
     ),
 )
 
 
-def _plan(
+def _make(
     alphas_cumprod: Tensor,
     end: Tensor | float,
     stride: int,
@@ -59,42 +61,44 @@ def _plan(
     keep_eps: bool,
     clip: Clip | None,
     threshold: Threshold | None,
-) -> Plan:
-    """Steps from each timestep to the one `stride` below, or above where it is negative: then a step's number is the
-    timestep that it arrives at. end: alphas_cumprod below 0."""
+) -> FusedRows:
+    """Steps from each timestep t to t - stride. With a negative stride, that of t comes from t + stride instead.
+
+    end: alphas_cumprod before timestep 0.
+    """
     if prediction_type not in PREDICTIONS:
-        return Plan()
+        raise Fallback
     if not 0 <= eta <= 1:
-        return Plan(why=f"eta is {eta}")
-    kept, end = alphas_cumprod.detach().cpu(), torch.as_tensor(end).detach().cpu()
-    t = torch.arange(len(kept))
+        raise Fallback(f"eta is {eta}")
+    levels, end = alphas_cumprod.detach().cpu(), torch.as_tensor(end).detach().cpu()
+    t = torch.arange(len(levels))
     other = t - abs(stride)
-    below = torch.where(other >= 0, kept[other.clamp(min=0)], end.to(kept.dtype))
-    now, after = (kept, below) if stride > 0 else (below, kept)
-    usable = (now < 1) & ((after > 0) | (eta == 0))  # else a sample and its x0 don't tell eps
+    below = torch.where(other >= 0, levels[other.clamp(min=0)], end.to(levels.dtype))
+    now, after = (levels, below) if stride > 0 else (below, levels)
+    fused = (now < 1) & ((after > 0) | (eta == 0))  # else eps does not follow from a sample and its x0
     if prediction_type != "sample" and keep_eps and not eta:
-        usable |= after < 1
-    usable &= ~(now.signbit() | after.signbit())  # betas above 1 make such, and NaN there
+        fused |= after < 1
+    fused &= ~(now.signbit() | after.signbit())  # betas above 1 make negative levels, where diffusers returns NaN
     if stride > 0:
-        usable &= now <= after  # else a variance is negative, and its root NaN with any eta
+        fused &= now <= after  # else the variance is negative and its root NaN, whatever eta is
     if prediction_type == "epsilon" and clip is None:
-        usable &= now > 0
+        fused &= now > 0
     steps = None
-    if usable.any():
-        grid = jumps(t[usable], now[usable], after[usable])
+    if fused.any():
+        grid = jumps(t[fused], now[fused], after[fused])
         steps = ddim(grid, prediction=PREDICTIONS[prediction_type], eta=eta, keep_eps=keep_eps)
-    return plan_of(steps, clip, threshold, timesteps=len(kept), unfused=t[~usable])
+    return make_rows(steps, clip, threshold, timesteps=len(levels), unfused=t[~fused])
 
 
 class DDIM(Forward):
-    """Before DDIMScheduler."""
+    """Mixin placed before DDIMScheduler in the bases; replaces step, add_noise and get_velocity."""
 
     replaces = ("step", "add_noise", "get_velocity")
     relies_on = ("_get_variance", "_threshold_sample")
-    alphas_cumprod: Tensor
     final_alpha_cumprod: Tensor
     num_inference_steps: int | None
 
+    @with_fallback()
     def step(
         self,
         model_output: Tensor,
@@ -106,35 +110,14 @@ class DDIM(Forward):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        done = self._step(model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise)
-        if done is None:
-            return super().step(  # type: ignore[misc]
-                model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
-            )
-        if not return_dict:
-            return done
-        return imported("schedulers.scheduling_ddim", "DDIMSchedulerOutput")(*done)
-
-    def _step(
-        self,
-        model_output: Any,
-        timestep: Any,
-        sample: Any,
-        eta: Any,
-        use_clipped_model_output: Any,
-        generator: Any,
-        variance_noise: Any,
-    ) -> tuple[Tensor, Tensor] | None:
         config = self.config
         noisy = eta > 0
-        if (
-            self.num_inference_steps is None
-            or not tensors(sample, model_output)
-            or (noisy and variance_noise is not None and generator is not None)
-        ):
-            return None
-        plan = self._plan(
-            _plan,
+        if self.num_inference_steps is None or not are_tensors(sample, model_output):
+            raise Fallback
+        if noisy and variance_noise is not None and generator is not None:
+            raise Fallback
+        rows = self._rows(
+            _make,
             self.alphas_cumprod,
             self.final_alpha_cumprod,
             config.num_train_timesteps // self.num_inference_steps,
@@ -143,47 +126,37 @@ class DDIM(Forward):
             not use_clipped_model_output,
             *clip_of(config),
         )
-        _, row = self._row(plan, timestep)
+        _, row = self._row(rows, timestep)
         variance_noise = variance_noise if noisy else None
-        if row < 0:
-            return self._aside("step", plan.why_not(row))
-        why = self._misfit(sample, model_output, variance_noise, timestep=timestep)
-        if why is not None:
-            return self._aside("step", why)
+        self._check_step(sample, model_output, variance_noise, timestep=timestep)
         sample = sample.to(result_dtype(model_output, sample))
         if variance_noise is not None:
             real = variance_noise.is_floating_point()
             if not real or torch.promote_types(variance_noise.dtype, sample.dtype) != sample.dtype:
-                return self._aside("step", f"variance_noise is {str(variance_noise.dtype).removeprefix('torch.')}")
+                raise Fallback(f"variance_noise is {dtype_name(variance_noise.dtype)}")
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
             noise = self._noise(noisy, model_output, generator, sample)
-        return self._take(plan, row, sample, model_output, noise)
+        done = self._take(rows, row, sample, model_output, noise)
+        return imported("schedulers.scheduling_ddim", "DDIMSchedulerOutput")(*done) if return_dict else done
 
 
 class DDIMInverse(Scheduler):
-    """Before DDIMInverseScheduler."""
+    """Mixin placed before DDIMInverseScheduler in the bases; replaces step."""
 
     replaces = ("step",)
     alphas_cumprod: Tensor
     initial_alpha_cumprod: Tensor
     num_inference_steps: int | None
 
+    @with_fallback()
     def step(self, model_output: Tensor, timestep: int, sample: Tensor, return_dict: bool = True) -> Any:
-        done = self._step(model_output, timestep, sample)
-        if done is None:
-            return super().step(model_output, timestep, sample, return_dict)  # type: ignore[misc]
-        if not return_dict:
-            return done
-        return imported("schedulers.scheduling_ddim_inverse", "DDIMSchedulerOutput")(*done)
-
-    def _step(self, model_output: Any, timestep: Any, sample: Any) -> tuple[Tensor, Tensor] | None:
         config = self.config
-        if self.num_inference_steps is None or not tensors(sample, model_output):
-            return None
+        if self.num_inference_steps is None or not are_tensors(sample, model_output):
+            raise Fallback
         bound = config.clip_sample_range
-        plan = self._plan(
-            _plan,
+        rows = self._rows(
+            _make,
             self.alphas_cumprod,
             self.initial_alpha_cumprod,
             -(config.num_train_timesteps // self.num_inference_steps),
@@ -193,11 +166,8 @@ class DDIMInverse(Scheduler):
             (-bound, bound) if config.clip_sample else None,
             None,
         )
-        _, row = self._row(plan, timestep)
-        if row < 0:
-            return self._aside("step", plan.why_not(row))
-        why = self._misfit(sample, model_output, timestep=timestep)
-        if why is not None:
-            return self._aside("step", why)
+        _, row = self._row(rows, timestep)
+        self._check_step(sample, model_output, timestep=timestep)
         sample = sample.to(result_dtype(model_output, sample))
-        return self._take(plan, row, sample, model_output, {"add_noise": False})
+        done = self._take(rows, row, sample, model_output, {"add_noise": False})
+        return imported("schedulers.scheduling_ddim_inverse", "DDIMSchedulerOutput")(*done) if return_dict else done

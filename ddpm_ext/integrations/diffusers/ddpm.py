@@ -11,28 +11,23 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
     PREDICTIONS,
-    Plan,
+    FusedRows,
     Threshold,
+    are_tensors,
     clip_of,
     imported,
     jumps,
-    plan_of,
+    make_rows,
     result_dtype,
-    tensors,
 )
-from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.fallback import Fallback, with_fallback
+from ddpm_ext.integrations.shared import Support
 from ddpm_ext.tables.samplers import ddpm
+from ddpm_ext.tables.variances import peer_variances
 
 __all__ = ["DDPM", "SUPPORT"]
 
-# "learned" is a variance here; fixed_small_log hands out the standard deviation of fixed_small.
-VARIANCES = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "learned": "learned_variance",
-    "learned_range": "learned_range",
-}
+VARIANCES = peer_variances("diffusers")
 
 SUPPORT = (
     Support(
@@ -40,8 +35,8 @@ SUPPORT = (
         "step",
         "every prediction_type; variance_type fixed_small, fixed_small_log, fixed_large, learned, learned_range; "
         "clip_sample, thresholding; any timesteps",
-        "variance_type fixed_large_log, and steps to more noise (NaN there); epsilon without a clip at alphas_cumprod "
-        "0; sample_max_value below 1; float64; gradients",
+        "variance_type fixed_large_log; steps to more noise, where diffusers returns NaN; epsilon without a clip where "
+        "alphas_cumprod is 0; sample_max_value below 1; float64; gradients",
     ),
     Support(
         "DDPMScheduler",
@@ -52,48 +47,49 @@ SUPPORT = (
 )
 
 
-def _plan(
+def _make(
     alphas_cumprod: Tensor,
     timesteps: Tensor | None,
     prediction_type: str,
     variance_type: str,
     clip: Clip | None,
     threshold: Threshold | None,
-) -> Plan:
-    """timesteps: those of which a step goes on to the next; None: all."""
-    if variance_type == "fixed_large_log":
-        return Plan(why="variance_type is 'fixed_large_log'")
-    if prediction_type not in PREDICTIONS or variance_type not in VARIANCES:
-        return Plan()
-    kept = alphas_cumprod.detach().cpu()
-    t = torch.arange(len(kept) - 1, -1, -1) if timesteps is None else timesteps.detach().cpu()
+) -> FusedRows:
+    """timesteps: those of the loop, each of whose steps leads to the next one; None: all of the schedule."""
+    if variance_type == "fixed_large_log":  # diffusers takes the square root of a logarithm
+        raise Fallback("variance_type is 'fixed_large_log'")
+    # "learned_log" is what ddpm_ext writes for its "learned", and no type of diffusers, which rejects it.
+    if prediction_type not in PREDICTIONS or variance_type not in VARIANCES or variance_type == "learned_log":
+        raise Fallback
+    levels = alphas_cumprod.detach().cpu()
+    t = torch.arange(len(levels) - 1, -1, -1) if timesteps is None else timesteps.detach().cpu()
     if len(t.unique()) < len(t):
-        return Plan(why="its timesteps repeat")
+        raise Fallback("its timesteps repeat")
     to = torch.cat([t[1:], t.new_tensor([-1])])
-    usable = (t >= 0) & (t < len(kept)) & (to < len(kept))
-    t, to = t[usable], to[usable]
-    now, after = kept[t], torch.where(to >= 0, kept[to.clamp(min=0)], 1)
-    usable = (now < 1) & (after > 0) & (now <= after)
-    usable &= ~now.signbit()  # betas above 1 make such, and NaN there
+    in_range = (t >= 0) & (t < len(levels)) & (to < len(levels))
+    t, to = t[in_range], to[in_range]
+    now, after = levels[t], torch.where(to >= 0, levels[to.clamp(min=0)], 1)
+    fused = (now < 1) & (after > 0) & (now <= after)
+    fused &= ~now.signbit()  # betas above 1 make negative levels, where diffusers returns NaN
     if prediction_type == "epsilon" and clip is None:
-        usable &= now > 0
+        fused &= now > 0
     steps = None
-    if usable.any():
-        grid = jumps(t[usable], now[usable], after[usable])
+    if fused.any():
+        grid = jumps(t[fused], now[fused], after[fused])
         steps = ddpm(grid, prediction=PREDICTIONS[prediction_type], variance=VARIANCES[variance_type])
-    return plan_of(steps, clip, threshold, timesteps=len(kept), unfused=t[~usable])
+    return make_rows(steps, clip, threshold, timesteps=len(levels), unfused=t[~fused])
 
 
 class DDPM(Forward):
-    """Before DDPMScheduler."""
+    """Mixin placed before DDPMScheduler in the bases; replaces step, add_noise and get_velocity."""
 
     replaces = ("step", "add_noise", "get_velocity")
     relies_on = ("_get_variance", "_threshold_sample", "previous_timestep")
-    alphas_cumprod: Tensor
     variance_type: str
     custom_timesteps: bool
     num_inference_steps: int | None
 
+    @with_fallback()
     def step(
         self,
         model_output: Tensor,
@@ -102,43 +98,32 @@ class DDPM(Forward):
         generator: Any = None,
         return_dict: bool = True,
     ) -> Any:
-        done = self._step(model_output, timestep, sample, generator)
-        if done is None:
-            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
-        if not return_dict:
-            return done
-        return imported("schedulers.scheduling_ddpm", "DDPMSchedulerOutput")(*done)
-
-    def _step(self, model_output: Any, timestep: Any, sample: Any, generator: Any) -> tuple[Tensor, Tensor] | None:
         config = self.config
         if self.variance_type != config.variance_type:
-            return self._aside("step", "variance_type is not its config's")
-        plan = self._plan(
-            _plan,
+            raise Fallback("variance_type is not its config's")
+        if not are_tensors(sample, model_output) or min(sample.dim(), model_output.dim()) < 2:
+            raise Fallback
+        rows = self._rows(
+            _make,
             self.alphas_cumprod,
             self.timesteps if self.custom_timesteps or self.num_inference_steps else None,
             config.prediction_type,
             self.variance_type,
             *clip_of(config),
         )
-        if not tensors(sample, model_output) or min(sample.dim(), model_output.dim()) < 2:
-            return None
-        t, row = self._row(plan, timestep)
-        if row < 0:
-            return self._aside("step", plan.why_not(row))
+        t, row = self._row(rows, timestep)
         extras: dict[str, Any] = {}
         if self.variance_type in ("learned", "learned_range"):
             channels = sample.shape[1]
             if model_output.shape[1] != 2 * channels:
-                return None
+                raise Fallback
             extras = {
                 "model_variance": model_output[:, channels:],
                 "log_variance": self.variance_type == "learned_range",
             }
             model_output = model_output[:, :channels]
-        why = self._misfit(sample, model_output, timestep=timestep)
-        if why is not None:
-            return self._aside("step", why)
+        self._check_step(sample, model_output, timestep=timestep)
         sample = sample.to(result_dtype(model_output, sample))
         noise = self._noise(t > 0, model_output, generator, sample)
-        return self._take(plan, row, sample, model_output, noise, **extras)
+        done = self._take(rows, row, sample, model_output, noise, **extras)
+        return imported("schedulers.scheduling_ddpm", "DDPMSchedulerOutput")(*done) if return_dict else done

@@ -2,68 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.diffusers.scheduler import Plan, Scheduler
-from ddpm_ext.integrations.shared import misfit
+from ddpm_ext.integrations.diffusers.scheduler import FusedRows, Scheduler, are_tensors
+from ddpm_ext.integrations.fallback import Fallback, with_fallback
+from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
 
-__all__ = ["Forward", "affine"]
+__all__ = ["Forward", "weighted_sum"]
 
 
-def _tables(alphas_cumprod: Tensor) -> Plan:
-    kept = alphas_cumprod.detach().to("cpu", torch.float64)
-    signal, noise = kept.sqrt(), (1 - kept).sqrt()
-    return Plan(
-        tables=DeviceTables(add_noise=torch.stack([signal, noise], 1), velocity=torch.stack([signal, -noise], 1))
-    )
+def _tables(alphas_cumprod: Tensor) -> FusedRows:
+    levels = alphas_cumprod.detach().to("cpu", torch.float64)
+    signal, noise = levels.sqrt(), (1 - levels).sqrt()
+    return FusedRows(DeviceTables(add_noise=torch.stack([signal, noise], 1), velocity=torch.stack([signal, -noise], 1)))
 
 
-def affine(scheduler: Scheduler, method: str, x: Any, y: Any, table: Any, rows: Any) -> Tensor | None:
-    """k0 x + k1 y by a row a sample, in one launch and differentiable; None where diffusers' own code is to run.
+def weighted_sum(x: Any, y: Any, rows: Any, tables: Callable[[], DeviceTables], name: str) -> Tensor:
+    """k0 x + k1 y in one launch, differentiable, with a row of weights for each sample.
 
-    rows: integers (batch,), or one for all, anywhere; table: gives one for a device.
+    Raises Fallback where x and y are not alike, or rows are none of the table's.
+
+    Args:
+        x, y: (batch, ...).
+        rows: integers, (batch,) or one for all samples, on any device.
+        tables, name: what gives the tables, and which of them, (rows, 2).
     """
-    if not all(isinstance(z, Tensor) for z in (x, y, rows)):
-        return None
-    why = misfit(x, y)
-    if why is None and x.dtype != y.dtype:
-        why = "its tensors are of different dtypes"
-    if why is None and rows.shape != x.shape[:1] and rows.numel() != 1:
-        why = "its timesteps are not one a sample"
-    if why is not None:
-        scheduler._aside(method, why)
-        return None
+    if not are_tensors(x, y, rows):
+        raise Fallback
+    check_tensors(x, y)
+    if x.dtype != y.dtype:
+        raise Fallback("its tensors are of different dtypes")
+    if rows.shape != x.shape[:1] and rows.numel() != 1:
+        raise Fallback("its timesteps are not one a sample")
     if rows.dtype not in (torch.int64, torch.int32):
-        return None  # a mask, or refused
+        raise Fallback  # diffusers takes a mask, and rejects the rest
     rows = rows.to(x.device, torch.int64)
     if rows.shape != x.shape[:1]:
-        rows = rows.reshape(1).repeat(len(x))  # one for all, as for inpainting
+        rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
     if rows.is_inference() and not torch.is_inference_mode_enabled():
         rows = rows.clone()  # a backward pass keeps them
     try:
-        return ops.forward_process(x, table(x.device), rows, noise=y)
-    except ValueError:  # timesteps out of range, all else being checked: counted from the end there, or refused
-        return None
+        return ops.forward_process(x, tables().get(name, x.device, torch.float32), rows, noise=y)
+    except ValueError:
+        # All else was checked, so a row is out of range: diffusers counts it from the end, or rejects it.
+        raise Fallback from None
 
 
 class Forward(Scheduler):
-    """add_noise and get_velocity, whose noise is given: one launch, with gradients."""
+    """add_noise and get_velocity, whose noise is given: one launch each, with gradients."""
 
-    def _affine(self, method: str, x: Any, y: Any, timesteps: Any) -> Tensor | None:
-        plan = self._plan(_tables, self.alphas_cumprod)  # type: ignore[attr-defined]
-        assert plan.tables is not None
-        tables, name = plan.tables, "velocity" if method == "get_velocity" else method
-        return affine(self, method, x, y, lambda device: tables.get(name, device, torch.float32), timesteps)
+    alphas_cumprod: Tensor
 
+    def _forward_tables(self) -> DeviceTables:
+        return self._rows(_tables, self.alphas_cumprod).tables
+
+    @with_fallback()
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        noisy = self._affine("add_noise", original_samples, noise, timesteps)
-        return super().add_noise(original_samples, noise, timesteps) if noisy is None else noisy  # type: ignore[misc]
+        return weighted_sum(original_samples, noise, timesteps, self._forward_tables, "add_noise")
 
+    @with_fallback()
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        velocity = self._affine("get_velocity", noise, sample, timesteps)
-        return super().get_velocity(sample, noise, timesteps) if velocity is None else velocity  # type: ignore[misc]
+        return weighted_sum(noise, sample, timesteps, self._forward_tables, "velocity")

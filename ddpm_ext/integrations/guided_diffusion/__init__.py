@@ -1,14 +1,14 @@
 """guided-diffusion (Dhariwal & Nichol 2021) and improved-diffusion (Nichol & Dhariwal 2021), each step in one launch.
 
-What the two compute is the same; guided-diffusion's steps know a cond_fn besides.
+The two compute the same; guided-diffusion's steps also take a cond_fn.
 """
 
 from ddpm_ext.integrations.guided_diffusion.classes import Guided, Improved, ImprovedSpaced, Spaced
-from ddpm_ext.integrations.registry import Support
+from ddpm_ext.integrations.shared import Support
 
 __all__ = ["SUPPORT", "Guided", "Improved", "ImprovedSpaced", "Spaced"]
 
-# each GaussianDiffusion and SpacedDiffusion
+# The GaussianDiffusion and the SpacedDiffusion of each.
 _LIBRARIES = "guided_diffusion, improved_diffusion"
 
 SUPPORT = tuple(
@@ -17,8 +17,8 @@ SUPPORT = tuple(
         ("q_sample", "float32, with gradients", "other dtypes; torch.func"),
         (
             "p_sample",
-            "float32; every mean and variance type; clip, cond_fn; respaced and rescaled timesteps; denoised_fn by one "
-            "launch more, but for START_X; a model's output of 16 bits, but for START_X",
+            "float32; every mean and variance type; clip, cond_fn; respaced and rescaled timesteps; denoised_fn, with "
+            "a second launch except for START_X; a model's output of 16 bits, except for START_X",
             "other dtypes; torch.func; gradients through a step; alphas_cumprod that reach 0; tables other than the "
             "betas'; a denoised_fn or cond_fn whose result has another shape, or the former's another dtype",
         ),

@@ -1,45 +1,62 @@
-"""The mixins: guided-diffusion's methods, and improved-diffusion's, which know no cond_fn."""
+"""The mixins for guided-diffusion's classes and for improved-diffusion's, whose methods have no cond_fn."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
+from ddpm_ext.integrations.fallback import with_fallback
 from ddpm_ext.integrations.guided_diffusion.losses import training_losses
-from ddpm_ext.integrations.guided_diffusion.plan import Plan, plan_of
-from ddpm_ext.integrations.guided_diffusion.steps import Asked, Function, take, walk, why_not
-from ddpm_ext.integrations.shared import Accelerated
+from ddpm_ext.integrations.guided_diffusion.peer import Function
+from ddpm_ext.integrations.guided_diffusion.steps import SAMPLERS, STEPS, StepOptions, check_inputs, take_loop
+from ddpm_ext.integrations.guided_diffusion.tables import tables_of
+from ddpm_ext.integrations.shared import Accelerated, peer_method
 
 __all__ = ["Guided", "Improved", "ImprovedSpaced", "Spaced"]
 
-Kwargs = dict[str, Any] | None
 Step = dict[str, Tensor]
+Parameters = dict[str, Any]  # names in their order, with their defaults
+
+REQUIRED: Any = inspect.Parameter.empty
+OPTIONS: Parameters = {"clip_denoised": True, "denoised_fn": None, "cond_fn": None, "model_kwargs": None}
+STEP: Parameters = {"model": REQUIRED, "x": REQUIRED, "t": REQUIRED} | OPTIONS
+LOOP: Parameters = {"model": REQUIRED, "shape": REQUIRED, "noise": None} | OPTIONS | {"device": None, "progress": False}
+ETA: Parameters = {"eta": 0.0}
 
 
-def _parameters(function: Any) -> list[tuple[str, Any]]:
-    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+def _without_cond_fn(parameters: Parameters) -> Parameters:
+    return {name: default for name, default in parameters.items() if name != "cond_fn"}
+
+
+# The parameters of guided-diffusion's methods, but for self. Forks of its code may have others.
+PARAMETERS: dict[str, Parameters] = {
+    "q_sample": {"x_start": REQUIRED, "t": REQUIRED, "noise": None},
+    "p_sample": STEP,
+    "p_sample_loop": LOOP,
+    "p_sample_loop_progressive": LOOP,
+    "ddim_sample": STEP | ETA,
+    "ddim_sample_loop": LOOP | ETA,
+    "ddim_sample_loop_progressive": LOOP | ETA,
+    "ddim_reverse_sample": _without_cond_fn(STEP) | ETA,
+    "training_losses": {"model": REQUIRED, "x_start": REQUIRED, "t": REQUIRED, "model_kwargs": None, "noise": None},
+}
 
 
 class Guided(Accelerated):
-    """Of guided_diffusion.gaussian_diffusion.GaussianDiffusion. Arguments and results: as its methods'."""
+    """Mixin placed before guided_diffusion.gaussian_diffusion.GaussianDiffusion in the bases.
+
+    The steps and loops are made for each accelerated class, with the signatures of the peer's own methods.
+    """
 
     library = "guided-diffusion"
-    replaces = (
-        "q_sample",
-        "p_sample",
-        "p_sample_loop",
-        "p_sample_loop_progressive",
-        "ddim_sample",
-        "ddim_sample_loop",
-        "ddim_sample_loop_progressive",
-        "ddim_reverse_sample",
-        "training_losses",
-    )
+    _peer_parameters: ClassVar[dict[str, Parameters]] = PARAMETERS
+    replaces = tuple(PARAMETERS)
     relies_on: ClassVar[tuple[str, ...]] = (
         "p_mean_variance",
         "q_posterior_mean_variance",
@@ -51,265 +68,134 @@ class Guided(Accelerated):
         "_scale_timesteps",
         "_vb_terms_bpd",
     )
-    _spaced = False
 
     num_timesteps: int
     loss_type: Any
-    _vb_terms_bpd: Any
+    _vb_terms_bpd: Function
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Forks of this code go by the same names: TypeError for one whose methods take other arguments."""
+        """Raises TypeError for a fork, which goes by the same names, whose methods take other arguments."""
         super().__init_subclass__(**kwargs)
         peer = cls.__dict__.get("_peer")
         if peer is None:
             return
-        for name in cls.replaces:
-            # where it is first defined: what a subclass passes on is (*args, **kwargs)
-            theirs = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
-            expected, found = _parameters(getattr(cls, name)), [] if theirs is None else _parameters(theirs)
-            if found != expected:
+        for name, parameters in cls._peer_parameters.items():
+            # Where it is first defined: a subclass passes on (*args, **kwargs).
+            own = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
+            found = {} if own is None else _parameters(own)
+            expected = {"self": REQUIRED} | parameters
+            if list(found.items()) != list(expected.items()):
                 raise TypeError(
-                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes "
-                    f"({', '.join(n for n, _ in found)}), expected {cls.library}'s, "
-                    f"({', '.join(n for n, _ in expected)}), with its defaults"
+                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes ({', '.join(found)}), "
+                    f"expected {cls.library}'s, ({', '.join(expected)}), with its defaults"
                 )
+            if own is not None and name not in vars(Guided):  # a step or a loop
+                setattr(cls, name, _bound(own, parameters))
 
-    def _own(self, method: str) -> Function:
-        """The peer's own."""
-        return getattr(super(), method)
-
-    @property
-    def _plan(self) -> Plan:
-        return plan_of(self, self._spaced)
-
-    def _maps(self, model: Function) -> bool:
-        """Whether a model maps timesteps by itself, so that it is told them as they are."""
-        return False
-
+    @with_fallback()
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        why = why_not(self._plan, x_start, t, noise)
-        if why is not None:
-            self._aside("q_sample", why or None)
-            return self._own("q_sample")(x_start, t, noise)
+        tables = tables_of(self)
+        check_inputs(tables, x_start, t, noise)
         rng = None if noise is not None else self.accelerated.next_forward()
         if noise is None and rng is None:
             noise = torch.randn_like(x_start)
-        return ops.forward_process(x_start, self._plan.q_sample(x_start.device), t, noise=noise, rng=rng)
+        return ops.forward_process(x_start, tables.q_sample(x_start.device), t, noise=noise, rng=rng)
 
+    @with_fallback()
     def training_losses(
-        self, model: Function, x_start: Tensor, t: Tensor, model_kwargs: Kwargs = None, noise: Tensor | None = None
+        self,
+        model: Function,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
     ) -> Step:
         return training_losses(self, model, x_start, t, model_kwargs, noise)
 
-    def p_sample(
-        self,
-        model: Function,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-    ) -> Step:
-        return take(self, "p_sample", Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs), x, t)
 
-    def ddim_sample(
-        self,
-        model: Function,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        eta: float = 0.0,
-    ) -> Step:
-        return take(self, "ddim_sample", Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta), x, t)
-
-    def ddim_reverse_sample(
-        self,
-        model: Function,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        eta: float = 0.0,
-    ) -> Step:
-        return take(
-            self, "ddim_reverse_sample", Asked(model, clip_denoised, denoised_fn, None, model_kwargs, eta), x, t
-        )
-
-    def p_sample_loop(
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-    ) -> Tensor:
-        asked = Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return _last(walk(self, "p_sample", asked, shape, noise, device, progress, hand_out=False))
-
-    def p_sample_loop_progressive(
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-    ) -> Iterator[Step]:
-        asked = Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs)
-        return walk(self, "p_sample", asked, shape, noise, device, progress)
-
-    def ddim_sample_loop(
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Tensor:
-        asked = Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        return _last(walk(self, "ddim_sample", asked, shape, noise, device, progress, hand_out=False))
-
-    def ddim_sample_loop_progressive(
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Iterator[Step]:
-        asked = Asked(model, clip_denoised, denoised_fn, cond_fn, model_kwargs, eta)
-        return walk(self, "ddim_sample", asked, shape, noise, device, progress)
+def _parameters(function: Any) -> Parameters:
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
 
 
-def _last(steps: Iterator[Step]) -> Tensor:
-    for step in steps:
-        last = step["sample"]
-    return last
+def _bound(own: Function, parameters: Parameters) -> Function:
+    """The method that replaces the peer's `own`, a step or a loop, with the same signature."""
+    method = own.__name__
+    sampler = next(name for name in SAMPLERS if method.startswith(name))
+    bind, take_step = _binder(parameters), STEPS[sampler]
+    names, with_cond_fn = tuple(parameters), "cond_fn" in parameters
+
+    def step(self: Any, model: Any, x: Any, t: Any, clip_denoised: Any, denoised_fn: Any, *rest: Any) -> Step:
+        rest = rest if with_cond_fn else (None, *rest)
+        return take_step(self, StepOptions(model, clip_denoised, denoised_fn, *rest), x, t)
+
+    def progressive_loop(self: Any, *values: Any, with_x0: bool = True) -> Iterator[Step]:
+        options = {"cond_fn": None} | dict(zip(names, values, strict=True))
+        shape, noise, device, progress = (options.pop(name) for name in ("shape", "noise", "device", "progress"))
+        return take_loop(self, sampler, StepOptions(**options), shape, noise, device, progress, with_x0)
+
+    def loop(self: Any, *values: Any) -> Tensor:
+        for found in progressive_loop(self, *values, with_x0=False):
+            sample = found["sample"]
+        return sample
+
+    fused: Function = step
+    if "shape" in parameters:
+        fused = progressive_loop if method.endswith("_progressive") else loop
+
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values = bind(args, kwargs)
+        if values is None:
+            return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
+        return fused(self, *values)
+
+    return call
+
+
+def _binder(parameters: Parameters) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | None]:
+    """A function of a call's arguments that gives the parameters' values in order, or None where they don't fit.
+
+    It does what inspect.Signature.bind does, at a tenth of the cost.
+    """
+    items = list(parameters.items())
+    defaults = tuple(parameters.values())
+    after = [dict(items[count:]) for count in range(len(items) + 1)]  # the parameters after `count` positional ones
+    required = defaults.count(REQUIRED)
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        count = len(args)
+        if count > len(items):
+            return None
+        if not kwargs:
+            return (*args, *defaults[count:]) if count >= required else None
+        values = {**after[count], **kwargs}
+        if len(values) > len(after[count]):  # unknown or repeated ones
+            return None
+        if count < required and any(value is REQUIRED for value in values.values()):
+            return None
+        return (*args, *values.values())
+
+    return bind
 
 
 class Improved(Guided):
-    """Of improved_diffusion.gaussian_diffusion.GaussianDiffusion, whose steps know no cond_fn."""
+    """Mixin placed before improved_diffusion.gaussian_diffusion.GaussianDiffusion in the bases."""
 
     library = "improved-diffusion"
-
-    def p_sample(  # type: ignore[override]
-        self,
-        model: Function,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-    ) -> Step:
-        return super().p_sample(model, x, t, clip_denoised, denoised_fn, None, model_kwargs)
-
-    def ddim_sample(  # type: ignore[override]
-        self,
-        model: Function,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        eta: float = 0.0,
-    ) -> Step:
-        return super().ddim_sample(model, x, t, clip_denoised, denoised_fn, None, model_kwargs, eta)
-
-    def p_sample_loop(  # type: ignore[override]
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-    ) -> Tensor:
-        more = (model_kwargs, device, progress)
-        return super().p_sample_loop(model, shape, noise, clip_denoised, denoised_fn, None, *more)
-
-    def p_sample_loop_progressive(  # type: ignore[override]
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-    ) -> Iterator[Step]:
-        more = (model_kwargs, device, progress)
-        return super().p_sample_loop_progressive(model, shape, noise, clip_denoised, denoised_fn, None, *more)
-
-    def ddim_sample_loop(  # type: ignore[override]
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Tensor:
-        more = (model_kwargs, device, progress, eta)
-        return super().ddim_sample_loop(model, shape, noise, clip_denoised, denoised_fn, None, *more)
-
-    def ddim_sample_loop_progressive(  # type: ignore[override]
-        self,
-        model: Function,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Kwargs = None,
-        device: Any = None,
-        progress: bool = False,
-        eta: float = 0.0,
-    ) -> Iterator[Step]:
-        more = (model_kwargs, device, progress, eta)
-        return super().ddim_sample_loop_progressive(model, shape, noise, clip_denoised, denoised_fn, None, *more)
+    _peer_parameters: ClassVar[dict[str, Parameters]] = {
+        name: _without_cond_fn(parameters) for name, parameters in PARAMETERS.items()
+    }
 
 
 class _Respaced(Guided):
-    """A diffusion over some of the timesteps, whose models are told those of the original."""
+    """A diffusion over some of the timesteps, whose models get those of the original one."""
 
     relies_on: ClassVar[tuple[str, ...]] = (*Guided.relies_on, "_wrap_model")
-    _spaced = True
-    _wrap_model: Any
-
-    def _maps(self, model: Function) -> bool:
-        return self._wrap_model(model) is model
 
 
 class Spaced(_Respaced):
-    """Of guided_diffusion.respace.SpacedDiffusion."""
+    """Mixin placed before guided_diffusion.respace.SpacedDiffusion in the bases."""
 
 
 class ImprovedSpaced(_Respaced, Improved):
-    """Of improved_diffusion.respace.SpacedDiffusion."""
+    """Mixin placed before improved_diffusion.respace.SpacedDiffusion in the bases."""

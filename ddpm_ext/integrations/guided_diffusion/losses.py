@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.guided_diffusion.plan import LOSSES, Plan
-from ddpm_ext.integrations.guided_diffusion.steps import Function, given, halves, why_not
-from ddpm_ext.integrations.shared import wants_gradient
-
-if TYPE_CHECKING:
-    from ddpm_ext.integrations.guided_diffusion.classes import Guided
+from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer, maps_timesteps
+from ddpm_ext.integrations.guided_diffusion.steps import check_inputs, returning, split_output
+from ddpm_ext.integrations.guided_diffusion.tables import LOSSES, FusedTables, tables_of
+from ddpm_ext.integrations.shared import peer_method
+from ddpm_ext.integrations.tensors import wants_gradient
 
 __all__ = ["training_losses"]
 
 
 def training_losses(
-    peer: Guided,
+    peer: Peer,
     model: Function,
     x_start: Tensor,
     t: Tensor,
     model_kwargs: dict[str, Any] | None,
     noise: Tensor | None,
 ) -> dict[str, Tensor]:
-    own: Function = peer._own("training_losses")
-    plan, loss = peer._plan, getattr(peer.loss_type, "name", "")
-    why = why_not(plan, x_start, t, noise)
-    if why is None and (loss not in LOSSES or x_start.dim() < 2):
-        why = ""
-    if why is None and wants_gradient(x_start, noise):
-        why = "a gradient is asked for by x_start or noise"
-    if why is not None:
-        peer._aside("training_losses", why or None)
-        return own(model, x_start, t, model_kwargs, noise)
+    """The peer's training_losses. Raises Fallback where they have no fused form."""
+    tables, loss = tables_of(peer), getattr(peer.loss_type, "name", "")
+    check_inputs(tables, x_start, t, noise)
+    if loss not in LOSSES or x_start.dim() < 2:
+        raise Fallback
+    if wants_gradient(x_start, noise):
+        raise Fallback("a gradient is asked for by x_start or noise")
 
     with_error = LOSSES[loss][0]
-    with_bound = plan.learned or not with_error
-    # samples whose term is the peer's; to find them waits for a GPU, as the peer does for each of its tables
-    bins = (t == 0).nonzero()[:, 0] if with_bound else t
+    with_bound = tables.learned or not with_error
+    # The samples whose term the peer computes. Finding them waits for a GPU, as the peer does for each of its tables.
+    at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
     source: dict[str, Any] = {"noise": noise}
     if noise is None:
         rng = peer.accelerated.next_forward()
         source = {"noise": torch.randn_like(x_start)} if rng is None else {"rng": rng}
-    x_t = ops.forward_process(x_start, plan.q_sample(x_start.device), t, **source)
-    told = t if plan.tells_t or peer._maps(model) else plan.told(t.device)[t]
-    output = model(x_t, told, **(model_kwargs or {}))
+    x_t = ops.forward_process(x_start, tables.q_sample(x_start.device), t, **source)
+    as_they_are = tables.model_gets_t or maps_timesteps(peer, tables, model)
+    output = model(x_t, t if as_they_are else tables.model_timesteps(t.device)[t], **(model_kwargs or {}))
 
-    parts = halves(plan, x_start, output)
-    if isinstance(parts, str):
-        peer._aside("training_losses", parts or None)
-        return own(given(output), x_start, t, model_kwargs, _noise(plan, x_start, t, source))
+    def own_losses() -> Any:
+        own = peer_method(peer, "training_losses")
+        return own(returning(output), x_start, t, model_kwargs, _noise(tables, x_start, t, source))
+
+    parts = split_output(tables, x_start, output, own_losses)
     terms: dict[str, Tensor] = {}
     if with_bound:
-        bound = plan.bound(loss)
+        bound = tables.bound(loss)
         terms["vb"] = ops.diffusion_loss(
             output,
             x_start,
@@ -66,27 +64,27 @@ def training_losses(
             detach_mean=with_error,
             **source,
         )
-        if len(bins) > 0:
-            their_output = _detached(output, x_start.shape[1]) if with_error else output
-            at_bins = (x_start[bins], x_t[bins], t[bins])
-            own_terms = peer._vb_terms_bpd(given(their_output[bins]), *at_bins, clip_denoised=False)["output"]
-            terms["vb"] = terms["vb"].index_add(0, bins, (own_terms * bound.factor).to(terms["vb"].dtype))
+        if len(at_zero) > 0:
+            own_output = _with_prediction_detached(output, x_start.shape[1]) if with_error else output
+            inputs = (x_start[at_zero], x_t[at_zero], t[at_zero])
+            own_model = returning(own_output[at_zero])
+            own_terms = peer._vb_terms_bpd(own_model, *inputs, clip_denoised=False)["output"]
+            terms["vb"] = terms["vb"].index_add(0, at_zero, (own_terms * bound.factor).to(terms["vb"].dtype))
     if not with_error:
         return {"loss": terms["vb"]}
-    target = None if plan.prediction == "eps" else x_start
-    terms["mse"] = ops.diffusion_loss(parts[0], target, plan.error(x_start.device), t, reduction="none", **source)
+    target = None if tables.prediction == "eps" else x_start
+    terms["mse"] = ops.diffusion_loss(parts[0], target, tables.error(x_start.device), t, reduction="none", **source)
     terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
     return terms
 
 
-def _noise(plan: Plan, x_start: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
-    """The noise itself, where it was not made yet."""
+def _noise(tables: FusedTables, x_start: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
+    """The noise itself, which the launches may have made without storing it."""
     if source.get("noise") is None:
-        table = plan.forward.tables.get("noise", x_start.device, torch.float32)
-        return ops.forward_process(torch.zeros_like(x_start), table, t, **source)
+        return ops.forward_process(torch.zeros_like(x_start), tables.noise(x_start.device), t, **source)
     return source["noise"]
 
 
-def _detached(output: Tensor, channels: int) -> Tensor:
-    """With a prediction that the bound is not to move."""
+def _with_prediction_detached(output: Tensor, channels: int) -> Tensor:
+    """The output with a prediction that gets no gradient from the bound."""
     return torch.cat([output[:, :channels].detach(), output[:, channels:]], 1)

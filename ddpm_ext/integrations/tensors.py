@@ -1,0 +1,88 @@
+"""Which tensors the fused operators take, and small questions about tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.integrations.fallback import Fallback
+
+__all__ = [
+    "TRANSFORMED",
+    "check_tensors",
+    "dtype_name",
+    "is_like",
+    "is_plain_tensor",
+    "noise_arguments",
+    "version",
+    "wants_gradient",
+]
+
+TRANSFORMED = "a transform of torch.func is at work"
+
+
+def is_plain_tensor(x: Any) -> bool:
+    """Whether x is a tensor, of no subclass and outside of function transforms; a compiler sees those itself."""
+    return type(x) is Tensor and (torch.compiler.is_compiling() or checks.is_plain(x))
+
+
+def is_like(y: Any, x: Tensor) -> bool:
+    """Whether y is a plain tensor of x's shape, on x's device."""
+    return is_plain_tensor(y) and y.shape == x.shape and y.device == x.device
+
+
+def check_tensors(x: Tensor, *others: Tensor | None) -> None:
+    """Raises Fallback where the fused operators can't take x and the others, which are to have its shape."""
+    if not torch.compiler.is_compiling():
+        for y in (x, *others):
+            if type(y) is Tensor and not checks.is_plain(y):
+                raise Fallback(TRANSFORMED)
+    if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
+        raise Fallback("its samples are no plain tensors on a CPU or a CUDA device")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise Fallback(f"its samples are {dtype_name(x.dtype)}")
+    if x.dim() == 0:
+        raise Fallback("its samples have no batch dimension")
+    for y in others:
+        if y is None:
+            continue
+        if type(y) is not Tensor or y.device != x.device:
+            raise Fallback("its tensors are not all plain ones on one device")
+        if y.shape != x.shape:
+            raise Fallback("its tensors have different shapes")
+
+
+def dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_DRAWS = torch.randn, torch.randn_like
+
+
+def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """The operators' arguments for noise that was just drawn for a step of samples x.
+
+    The next sample overwrites the noise, so that a step needs no more memory than one without noise; but not where
+    somebody has replaced torch's functions and may keep what they drew.
+    """
+    unpatched = (torch.randn, torch.randn_like) == _DRAWS and torch._C._len_torch_function_stack() == 0
+    if unpatched and x.is_contiguous() and noise.is_contiguous():
+        return {"noise": noise, "out": noise}
+    return {"noise": noise}
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is recorded and any of the tensors requires one."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+def version(x: Tensor) -> tuple[int, int]:
+    """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
+    return id(x), 0 if x.is_inference() else x._version

@@ -1,0 +1,44 @@
+"""Samplers: functions that fill the rows of a StepTable, which a loop or a kernel takes as they are.
+
+All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable; `ddpm_ext.tables.spacing` makes grids, and
+`ddpm_ext.tables.step_table` has the equation of a row. The docstrings write a_t for alphas_cumprod where a step starts,
+and a_s for alphas_cumprod where it arrives.
+
+The rows also say how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). In ddpm's rows it
+moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),
+and x0 changes with it, after the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
+from ddpm_ext.tables.samplers.ddpm import ddpm
+from ddpm_ext.tables.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
+from ddpm_ext.tables.samplers.heun import heun
+from ddpm_ext.tables.samplers.repaint import repaint
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = [
+    "SAMPLERS",
+    "WITH_ETA",
+    "check_eta",
+    "ddim",
+    "ddim_inverse",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "eta_argument",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "repaint",
+]
+
+# By the names that `sampler=` takes.
+SAMPLERS: dict[str, Callable[..., StepTable]] = {
+    sampler.__name__: sampler for sampler in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
+}
+WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

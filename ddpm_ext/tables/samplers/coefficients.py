@@ -1,0 +1,65 @@
+"""What the samplers' rows are made of: float64 (rows,), for the steps of a grid.
+
+a_t stands for alphas_cumprod where a step starts (grid.now) and a_s for alphas_cumprod where it arrives (grid.after).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
+from ddpm_ext.tables.samplers.eta import check_eta
+from ddpm_ext.tables.spacing import Grid, Jumps
+
+__all__ = ["eps", "posterior", "prediction_entry", "score", "sigma", "x0"]
+
+
+def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
+    """q(x_s | x_t, x_0): the weights of x_0 and x_t in its mean, and its variance (Ho et al. 2020, eq. 7)."""
+    now, after, betas = grid.now, grid.after, grid.betas
+    return (
+        betas * after.sqrt() / (1 - now),
+        (1 - after) * grid.alphas.sqrt() / (1 - now),
+        betas * (1 - after) / (1 - now),
+    )
+
+
+def _levels(grid: Grid | Jumps) -> Levels:
+    of_x0, of_x, _ = posterior(grid)
+    return Levels(grid.now, of_x0, of_x)
+
+
+def prediction_entry(name: str) -> Prediction:
+    """The entry of PREDICTIONS. Raises ValueError where there is none."""
+    return PREDICTIONS[checks.one_of("prediction", name, PREDICTIONS)]
+
+
+def x0(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
+    """a, b of x0 = a x + b m, the clean sample that the model's output m implies before the clip."""
+    return prediction_entry(prediction).x0(_levels(grid))
+
+
+def eps(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:
+    """p, q of eps = p x + q m, the noise that the model's output m implies without a clip of x0."""
+    return prediction_entry(prediction).eps(_levels(grid))
+
+
+def score(grid: Grid | Jumps) -> Tensor:
+    """g0 for a sampler that replaces eps by eps - sqrt(1 - a_t) g, with g a classifier's gradient.
+
+    (1 - a_t) / sqrt(a_t); 0 where next to no signal is left, so that every row is finite.
+    """
+    root = grid.now.sqrt()
+    return torch.where(root < 1 / HUGE, 0.0, (1 - grid.now) / root)
+
+
+def sigma(grid: Grid | Jumps, eta: float) -> Tensor:
+    """eta times the posterior's standard deviation: Song et al. 2021, eq. (16).
+
+    Raises:
+        TypeError, ValueError: `eta` is not a finite number >= 0.
+    """
+    eta = check_eta(eta)
+    return eta * posterior(grid)[2].clamp(min=0).sqrt() if eta else torch.zeros_like(grid.now)

@@ -1,0 +1,88 @@
+"""DDIM and the samplers whose rows are DDIM's with other noise: its inversion, Euler and ancestral Euler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.spacing import Grid, Jumps
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral"]
+
+
+def _implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
+    """prev = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma z: Song et al. 2021, eq. (12)."""
+    now, after = grid.now, grid.after
+    direction = (1 - after - sigma**2).clamp(min=0).sqrt()
+    a, b = coefficients.x0(grid, prediction)
+    if keep_eps:
+        p, q = coefficients.eps(grid, prediction)
+        c0, c1, c2, g1 = after.sqrt(), direction * p, direction * q, -direction * (1 - now).sqrt()
+    else:
+        c1 = direction / (1 - now).sqrt()
+        c0, c2, g1 = after.sqrt() - c1 * now.sqrt(), torch.zeros_like(a), torch.zeros_like(a)
+    guided = {"g0": coefficients.score(grid), "g1": g1}
+    return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, now=now, after=after, **guided)
+
+
+def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_eps: bool = True) -> StepTable:
+    """DDIM: Song et al. 2021, eq. (12), with sigma from eq. (16).
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0.
+        keep_eps: which noise a step goes on with once x0 has been clipped: the model's own (True: the tutorial,
+            diffusers), or the noise that leads from the clipped x0 to x_t (False: guided-diffusion, lucidrains,
+            diffusers with use_clipped_model_output).
+
+    Raises:
+        TypeError: `eta` is not a number.
+        ValueError: `eta` is negative or not finite, or an unknown `prediction`.
+    """
+    return _implicit(grid, prediction, coefficients.sigma(grid, eta), keep_eps)
+
+
+def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) -> StepTable:
+    """DDIM's map from noise to data in reverse: from data to the noise that leads there.
+
+    Song et al. 2021, eq. (14) with the time reversed, as in Dhariwal & Nichol 2021, appendix F. Each row is an Euler
+    step upwards, so the inversion is exact in the limit of short steps.
+
+    Args:
+        grid: ascending: make_grid(alphas_cumprod, timesteps from low to high, final=alphas_cumprod of the last).
+        prediction, keep_eps: as for ddim; "x_prev" is refused.
+
+    Raises:
+        ValueError: an unknown `prediction`, "x_prev", or a grid that does not ascend.
+    """
+    if not coefficients.prediction_entry(prediction).any_step:
+        raise ValueError(f"prediction is {prediction!r}, the mean of a step down, expected another for steps up")
+    if not (grid.after < grid.now).all():
+        raise ValueError("grid does not ascend in noise, expected alphas_cumprod to fall from step to step")
+    return _implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)
+
+
+def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
+    """Euler's method for the probability flow in sigma: Karras et al. 2022, algorithm 1 without its second half.
+
+    For the samples of unit variance that a loop takes, this is DDIM's row with eta 0 and the noise derived from the
+    clipped x0. The samples of k-diffusion and diffusers are the same divided by sqrt(alphas_cumprod).
+
+    Args, raises: as for ddim.
+    """
+    return ddim(grid, prediction=prediction, eta=0.0, keep_eps=False)
+
+
+def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+    """k-diffusion's ancestral Euler: a step down to less noise than the next timestep's, then fresh noise up to it.
+
+    This is DDIM's row with its eta and the noise derived from the clipped x0, where no step adds more noise than the
+    next timestep has.
+
+    Args, raises: as for ddim.
+    """
+    sigma = torch.minimum(coefficients.sigma(grid, eta), (1 - grid.after).sqrt())
+    return _implicit(grid, prediction, sigma, keep_eps=False)

@@ -1,0 +1,57 @@
+"""Ancestral sampling."""
+
+from __future__ import annotations
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.spacing import Grid, Jumps
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.variances import VARIANCES, Posterior
+
+__all__ = ["ddpm"]
+
+
+def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
+    """Ancestral sampling, a draw from the posterior q(x_s | x_t, x_0): Ho et al. 2020, eq. (6), (7) and algorithm 2.
+
+    Over a subset of the timesteps, betas are those of Nichol & Dhariwal 2021, section 4: beta = 1 - a_t / a_s.
+
+    Args:
+        grid: descending. The last row of a Grid adds no noise; of Jumps every row does.
+        prediction: what the model predicts: "eps", "x0", "v" (Salimans & Ho 2022) or "x_prev" (the posterior's mean).
+        variance: the variance of the noise:
+            "fixed_small": the posterior's, at least 1e-20;
+            "fixed_large": beta;
+            "learned": the model returns its logarithm beside m;
+            "learned_range": the model returns where its logarithm lies between those of "fixed_small" (-1) and
+            "fixed_large" (1): Nichol & Dhariwal 2021, eq. 15, as guided-diffusion scales it;
+            "learned_variance": the model returns the variance itself, as diffusers' "learned".
+
+    A classifier's gradient moves the mean by the variance times the gradient, in the last step too. As in
+    guided-diffusion, this variance is not clipped for "fixed_small", so that it is 0 in a step that arrives at clean
+    data. In the last step it is the posterior's of the step before, if there is one, for "fixed_large"; and so is the
+    smallest variance of "learned_range" in a last step that arrives at clean data.
+
+    Raises:
+        ValueError: an unknown `prediction` or `variance`.
+    """
+    entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
+    has_end = isinstance(grid, Grid)
+    of_x0, of_x, posterior_variance = coefficients.posterior(grid)
+    a, b = coefficients.x0(grid, prediction)
+    s, l0, l1, weight = entry.columns(Posterior(posterior_variance, grid.betas, has_end))
+    if has_end:
+        s[-1] = 0
+    return StepTable(
+        timestep=grid.timestep,
+        a=a,
+        b=b,
+        c0=of_x0,
+        c1=of_x,
+        s=s,
+        l0=l0,
+        l1=l1,
+        g1=weight,
+        now=grid.now,
+        after=grid.after,
+    )

@@ -1,0 +1,50 @@
+"""eta, the factor of a sampler's noise: what it may be, and which samplers take it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+__all__ = ["check_eta", "eta_argument", "takes_eta"]
+
+
+def check_eta(eta: object) -> float:
+    """`eta` as a float.
+
+    Raises:
+        TypeError: `eta` is not a number. ValueError: it is negative or not finite.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, int | float):
+        raise TypeError(f"eta is {eta!r}, expected a float")
+    if not (math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta is {eta}, expected a finite eta >= 0")
+    return float(eta)
+
+
+def takes_eta(sampler: Callable[..., object]) -> bool:
+    """Whether `sampler`, a function of SAMPLERS, has a parameter eta."""
+    return "eta" in inspect.signature(sampler).parameters
+
+
+def eta_argument(sampler: Callable[..., object], eta: float | None) -> dict[str, float]:
+    """The keyword arguments that an option `eta` becomes for `sampler`, a function of SAMPLERS.
+
+    Args:
+        eta: finite, >= 0; None for the sampler's default. A sampler without eta also takes 0.
+
+    Returns:
+        {"eta": eta}, or {} where the sampler has no eta or `eta` is None.
+
+    Raises:
+        TypeError: `eta` is not a number.
+        ValueError: it is negative, not finite, or above 0 for a sampler that has none.
+    """
+    if eta is None:
+        return {}
+    eta = check_eta(eta)
+    if takes_eta(sampler):
+        return {"eta": eta}
+    if eta != 0:
+        raise ValueError(f"eta is {eta}, but sampler {sampler.__name__!r} has none, expected None")
+    return {}

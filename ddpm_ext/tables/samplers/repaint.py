@@ -1,0 +1,66 @@
+"""RePaint: a table with jumps back to more noise."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
+
+__all__ = ["repaint"]
+
+
+def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10) -> StepTable:
+    """The table with jumps back to more noise in between, so that what is painted into a known image comes to fit it.
+
+    RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. Every `jump_length` rows,
+    counted from the last one, the loop goes back over that many rows and takes them again, until it has taken them
+    `jump_n_sample` times. A jump is one row, a step of the forward process: c1^2 = after / now, s^2 = 1 - c1^2. The
+    model has no part in it (a = b = c0 = c2 = 0); its timestep is the one that it starts from. Every row draws noise of
+    its own.
+
+    Args:
+        table: descending, without history, with the columns now and after.
+        jump_length: how many rows a jump goes back, at least 1.
+        jump_n_sample: how many times each stretch is taken, at least 1; 1 means no jumps.
+
+    Raises:
+        TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.
+        ValueError: one of them is below 1; a table that does not descend from row to row, or has history (c3).
+    """
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
+    length = checks.integer("jump_length", jump_length, 2**31, "2^31", start=1)
+    passes = checks.integer("jump_n_sample", jump_n_sample, 2**31, "2^31", start=1)
+    table = table.to("cpu")
+    if (table.c3 != 0).any():
+        raise ValueError("table has history (c3), which a jump would make another step's, expected one without")
+    if not (table.now < table.after).all() or not torch.equal(table.now[1:], table.after[:-1]):
+        raise ValueError("table does not descend, expected now < after in each row, and each to start where one ended")
+
+    row, back = torch.tensor(_order(len(table), length, passes), device="cpu").T
+    jump = back > 0
+    now, after = table.now[row], torch.where(jump, table.now[row - back], table.after[row])
+    power = after / now
+    forward = {"c1": power.sqrt(), "s": (1 - power).sqrt(), "now": now, "after": after}
+    columns = {
+        name: torch.where(jump, forward.get(name, torch.zeros_like(now)), getattr(table, name)[row])
+        for name in COLUMNS
+        if name not in ("timestep", "draw")
+    }
+    return StepTable(timestep=table.timestep[row], **columns)
+
+
+def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:
+    """The rows in the loop's order: (row, 0) for a step, (row, how far back) for a jump that starts from a row."""
+    jumps_left = dict.fromkeys(range(0, rows - length, length), passes - 1)  # by the number of rows after it
+    order: list[tuple[int, int]] = []
+    i = 0
+    while i < rows:
+        if jumps_left.get(rows - 1 - i, 0) > 0:
+            jumps_left[rows - 1 - i] -= 1
+            order.append((i, length))
+            i -= length
+        order.append((i, 0))
+        i += 1
+    return order

@@ -1,0 +1,129 @@
+"""How a column of a StepTable is declared, and what its numbers are checked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+__all__ = [
+    "EXTENDED",
+    "LEVEL",
+    "NEEDED",
+    "OPTIONAL",
+    "Column",
+    "Values",
+    "check_draws",
+    "check_levels",
+    "default_draws",
+    "numbers",
+]
+
+Values = Tensor | npt.ArrayLike
+Array = npt.NDArray[Any]
+
+
+class Column:
+    """What a column of a StepTable is. The dataclass's fields have this type and one of the four values below.
+
+    To type checkers it is a descriptor: Values where a column is given, a Tensor where it is read. At run time a column
+    is an attribute like any other, and __get__ only gives the dataclass the field's default.
+    """
+
+    def __init__(self, *, needed: bool = False) -> None:
+        self._needed = needed
+
+    def __get__(self, table: object, owner: type | None = None) -> Tensor:
+        if self._needed or table is not None:
+            raise AttributeError("a column has values in a StepTable alone")
+        return cast(Tensor, None)
+
+    if TYPE_CHECKING:
+
+        def __set__(self, table: object, values: Values | None) -> None: ...
+
+
+NEEDED = Column(needed=True)
+OPTIONAL = Column()  # None: zeros, but for draw
+EXTENDED = Column()  # optional; only the extended kernel takes a row in which it is not 0
+LEVEL = Column()  # optional; an alphas_cumprod, in [0, 1]
+
+
+def numbers(name: str, values: Values, rows: int | None = None) -> Array:
+    """A copy of a column's values, (rows,): int64 or float64 as they are, int64 for draw.
+
+    Args:
+        rows: None for any number from 1 up.
+
+    Raises:
+        TypeError: something else than numbers, or than integers for draw.
+        ValueError: another shape, an integer from 2^63 up, or a number that is not finite.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    elif isinstance(values, list | tuple) and any(isinstance(value, bool) for value in values):
+        raise TypeError(f"{name} holds a bool, expected numbers")  # numpy makes 1.0 of a bool among floats
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is not 1-dimensional: {error}") from None
+    if array.dtype.kind not in ("iu" if name == "draw" else "iuf") and array.size:
+        others = [type(value).__name__ for value in array.flat if not isinstance(value, int | float)]
+        if array.dtype == object and not others:
+            raise ValueError(f"{name} holds {max(array.flat, key=abs)}, expected numbers below 2^63")
+        held = others[0] if array.dtype == object else array.dtype
+        raise TypeError(f"{name} holds {held}, expected {'integers' if name == 'draw' else 'real numbers'}")
+    if rows is None:
+        if array.ndim != 1 or not array.size:
+            raise ValueError(f"{name} has shape {array.shape}, expected (rows,) with at least 1 row")
+    elif array.shape != (rows,):
+        raise ValueError(f"{name} has shape {array.shape}, expected ({rows},), one a row as timestep")
+    if array.dtype.kind == "u" and (array > 2**63 - 1).any():
+        raise ValueError(f"{name} holds {array.max()}, expected numbers below 2^63")
+    array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
+    if not np.isfinite(array).all():
+        i = int(np.argmin(np.isfinite(array)))
+        raise ValueError(f"{name}[{i}] is {array[i]}, expected finite numbers")
+    return array
+
+
+def default_draws(timestep: Array) -> Array:
+    """The draws of a table for which none are given, as StepTable's docstring has them.
+
+    Raises:
+        ValueError: a timestep so large that its draw would not be below 2^32.
+    """
+    if (timestep < 0).any() or (timestep % 1 != 0).any():
+        return np.arange(len(timestep), dtype=np.int64)
+    around = int(timestep.max()) + 1
+    visits: Counter[int] = Counter()
+    draws = []
+    for t in map(int, timestep):
+        draws.append(t + visits[t] * around)
+        visits[t] += 1
+    if max(draws) >= 2**32:
+        i = next(i for i, draw in enumerate(draws) if draw >= 2**32)
+        raise ValueError(
+            f"timestep[{i}] is {timestep[i]}, which would draw noise {draws[i]}, expected 0 <= draw < 2^32: give draw"
+        )
+    return np.array(draws, dtype=np.int64)
+
+
+def check_draws(draw: Array) -> None:
+    """Raises ValueError unless 0 <= draw < 2^32."""
+    bad = (draw < 0) | (draw >= 2**32)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"draw[{i}] is {draw[i]}, expected 0 <= draw < 2^32")
+
+
+def check_levels(name: str, levels: Array) -> None:
+    """Raises ValueError unless all are in [0, 1]."""
+    bad = (levels < 0) | (levels > 1)
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"{name}[{i}] is {levels[i]}, expected 0 <= {name} <= 1")

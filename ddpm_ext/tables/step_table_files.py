@@ -1,0 +1,67 @@
+"""Step tables as JSON files: a format's name and version, the columns' names, and one line a row."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddpm_ext.base.files import write_text
+
+__all__ = ["read", "write"]
+
+FORMAT, VERSION = "ddpm_ext.StepTable", 1
+
+
+def write(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+    """Writes the file atomically, with as many digits as it takes to read every number back exactly.
+
+    Raises:
+        ValueError: `path` is a folder or a device, or a number is not finite. OSError: it can't be written.
+    """
+    lines = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in rows)
+    head = f'  "format": "{FORMAT}",\n  "version": {VERSION},\n  "columns": {json.dumps(columns)}'
+    write_text(path, f'{{\n{head},\n  "rows": [\n{lines}\n  ]\n}}\n')
+
+
+def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
+    """The columns of a file by name: all of `needed`, any of `others`, and their values, which are not checked.
+
+    Raises:
+        ValueError: not JSON, another format, a newer version, columns missing or unknown, or no rows of numbers.
+        OSError: it can't be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        return _parse(found, needed, others)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
+    name = found.get("format") if isinstance(found, dict) else None
+    if name != FORMAT:
+        raise ValueError(f"format is {name!r}, expected {FORMAT!r}")
+    version = found.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(f"version is {version!r}, expected an int from 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(f"version is {version}, newer than this ddpm_ext, which reads up to {VERSION}")
+    names, rows = found.get("columns"), found.get("rows")
+    texts = list(map(str, names)) if isinstance(names, list) else []
+    if len(set(texts)) != len(texts) or not set(needed) <= set(texts) <= {*needed, *others}:
+        raise ValueError(
+            f"columns are {names!r}, expected {', '.join(needed)}, each once, and any of {', '.join(others)}"
+        )
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("rows are missing, expected a list of at least 1 row")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise ValueError(f"rows[{i}] is {row!r}, expected a list of {len(names)} numbers")
+    return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

@@ -1,0 +1,49 @@
+"""Step tables as the kernels read them: one tensor, whose rows have 8 or 16 numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+
+__all__ = ["EXTENDED_ROW", "PLAIN_ROW", "level_roots", "pack"]
+
+# The columns that the plain and the extended kernel read, in the order of their rows.
+PLAIN_ROW = ("a", "b", "c0", "c1", "c2", "s", "draw")
+EXTENDED_ROW = (*PLAIN_ROW, "c3", "l0", "l1", "g0", "g1")
+WIDTHS = (8, 16)
+
+
+def pack(columns: Sequence[tuple[str, Tensor]], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """The rows of a kernel's table: the columns in this order, and zeros to the end of the row.
+
+    Args:
+        columns: by name, (rows,) each; draw: int64, in [0, 2^32).
+        dtype: float32, or float64 for the reference. The draw's bits are an integer of the same width.
+
+    Returns:
+        `dtype` (rows, 8) on `device`, or (rows, 16) where 8 are too few.
+
+    Raises:
+        TypeError: another dtype. ValueError: not a device.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
+    there = checks.device(device)
+    width = next(width for width in WIDTHS if width >= len(columns))
+    table = torch.zeros(len(columns[0][1]), width, dtype=dtype, device="cpu")
+    integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
+    for i, (name, values) in enumerate(columns):
+        # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
+        (integers if name == "draw" else table)[:, i] = values
+    return table.to(there)
+
+
+def level_roots(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), on the CPU."""
+    power = alphas_cumprod.cpu().numpy()  # numpy's root is rounded alike on every machine, unlike torch's
+    return torch.from_numpy(np.sqrt(power)), torch.from_numpy(np.sqrt(1 - power))
