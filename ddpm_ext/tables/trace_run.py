@@ -49,13 +49,16 @@ class Step(NamedTuple):
     Attributes:
         result: what it returned.
         draws: the normal numbers that it drew, in order, and the dtype of each in which it asked for them.
-        state: the attributes of the scheduler that it changed, where they are numbers, strings or None.
+        state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
+            strings or None.
+        tensors: the names of the attributes that hold a tensor of the samples' shape after it.
         stores: whether it stores anything else, such as a tensor.
     """
 
     result: Result
     draws: list[tuple[Tensor, torch.dtype]]
     state: dict[str, Any]
+    tensors: list[str]
     stores: bool
 
 
@@ -142,12 +145,15 @@ def observe(
         state = {name: value for name, value in changes.items() if _is_simple(value)}
         lists = (value for value in vars(own).values() if isinstance(value, list))
         stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
-        made.append(Step(result, observed.draws, state, stores))
+        tensors = [name for name, value in vars(own).items() if isinstance(value, Tensor) and value.shape == x.shape]
+        made.append(Step(result, observed.draws, state, tensors, stores))
     return made
 
 
 def _is_simple(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    return (
+        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    )
 
 
 def _parts(returned: Any) -> Result:

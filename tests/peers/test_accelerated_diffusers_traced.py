@@ -76,9 +76,8 @@ def loop(scheduler, steps, dtype=torch.float32, *, return_dict=True, start=0, ro
         options["generator"] = generator
     x, results = normal(), []
     for t in scheduler.timesteps[start:]:
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)
-        m = normal()
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
         found = scheduler.step(m, t, x, return_dict=return_dict, **options)
         results.append(tuple(vars(found).values()) if return_dict else found)
         x = results[-1][0]

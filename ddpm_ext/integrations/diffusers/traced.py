@@ -24,7 +24,7 @@ from ddpm_ext import ops
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors, imported, result_dtype, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import Support, new, peer_method
+from ddpm_ext.integrations.shared import Support, new, peer_class, peer_method
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
@@ -162,13 +162,13 @@ class Traced(Scheduler):
     def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
         """Diffusers' own code takes over. Raises RuntimeError where it does not have what the last steps kept."""
         if loop is not None and loop.plan is not None and loop.at > 0:
-            if not loop.plan.stateless:
+            if not loop.plan.stateless and loop.at < len(loop.plan.timesteps):
                 raise RuntimeError(
                     f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
                     "the steps before it left the scheduler without the tensors that its own code reads: call every "
                     "step of a loop with the same options and kinds of tensors"
                 ) from None
-            self.__dict__.pop("_traced_loop")
+            self.__dict__.pop("_traced_loop", None)
         else:
             self.__dict__["_traced_loop"] = Loop(None)
 
@@ -191,7 +191,7 @@ class Traced(Scheduler):
         prev, kept = _take(plan, i, x, m, x0, noise, loop.ring)
 
         ring = loop.ring if kept is None else (kept, *loop.ring[:2])
-        vars(self).update(plan.trace.steps[i].state)
+        self._follow(plan, i, x)
         self.__dict__["_traced_loop"] = Loop(plan, i + 1, ring)
         prev = prev.to(kinds.prev)
         if x0 is not None and kinds.second is not None:
@@ -201,6 +201,16 @@ class Traced(Scheduler):
         result = plan.trace.steps[i].result
         second = {} if result.name is None else {result.name: x0}
         return result.cls(prev_sample=prev, **second)
+
+    def _follow(self, plan: Plan, i: int, x: Tensor) -> None:
+        """The scheduler's attributes after row i: its numbers, and the sample in place of each tensor that it would
+        store, since its other methods look whether there is one. After the last row there are those from before the
+        first."""
+        state = vars(self)
+        state.update(plan.trace.steps[i].state)
+        last = i + 1 == len(plan.timesteps)
+        for name in plan.trace.steps[i].tensors:
+            state[name] = vars(plan.scheduler).get(name) if last else x
 
     def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of step that are not their defaults, by name. Raises Fallback where they are not a step's."""
@@ -226,17 +236,18 @@ class Traced(Scheduler):
             fits = loop.at < len(plan.timesteps) and options == plan.options
             if fits and self._is_at(timestep, plan, loop.at):
                 return loop
-            if not plan.stateless:
+            if not plan.stateless and loop.at < len(plan.timesteps):
                 raise Fallback("a step is out of turn, or its options are not those of the step before")
         # Where options change from step to step, a plan for more than one of them would be of no use.
-        first, alone = self._position(timestep), loop is not None
+        first = self._position(timestep)
+        alone = loop is not None and loop.plan is not None and loop.at < len(loop.plan.timesteps)
         state = {name: value for name, value in vars(self).items() if name not in OWN_STATE}
         given = isinstance(timestep, Tensor), first if first is not None else float(timestep), alone
-        key = type(self)._peer, _contents(state), given, tuple(sorted(options.items()))
+        key = peer_class(type(self)), _contents(state), given, tuple(sorted(options.items()))
 
         def make() -> Plan | Fallback:
             with torch.inference_mode(False), torch.no_grad():
-                scheduler = _on_cpu(new(type(self)._peer), state)
+                scheduler = _on_cpu(new(peer_class(type(self))), state)
                 return attempt(_make_plan, scheduler, first, timestep, options, alone)
 
         return Loop(result_of(_plans.get_or_make(key, make)))
