@@ -19,6 +19,7 @@ from ddpm_ext.tables.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
 from ddpm_ext.tables.samplers.heun import heun
 from ddpm_ext.tables.samplers.repaint import repaint
+from ddpm_ext.tables.samplers.unipc import unipc
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = [
@@ -35,10 +36,11 @@ __all__ = [
     "euler_ancestral",
     "heun",
     "repaint",
+    "unipc",
 ]
 
 # By the names that `sampler=` takes.
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
-    sampler.__name__: sampler for sampler in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
+    sampler.__name__: sampler for sampler in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde, unipc)
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

@@ -6,19 +6,17 @@ import torch
 
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.eta import check_eta
+from ddpm_ext.tables.samplers.multistep import FEW
 from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["dpmpp_2m", "dpmpp_2m_sde"]
 
-FEW = 15  # with fewer steps, the last one is of first order
-
 
 def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(2M) for the probability flow (eta 0), for the SDE (eta 1), or in between."""
     now, after = grid.now, grid.after
-    half_log_snr = (grid.alphas_cumprod.log() - torch.log1p(-grid.alphas_cumprod)) / 2
-    h = half_log_snr.diff()
+    h = coefficients.half_log_snr(grid).diff()
     extra = eta * h if eta else torch.zeros_like(h)  # 0 even where h is infinite
     towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
     # x0 is extrapolated to the middle of the step by this multiple of its change over the step before.
