@@ -38,7 +38,8 @@ def test_every_step(device, backend, prediction, sampler):
         x0, after = take(row, x, m, z=z, clip=CLIP, history=history)
         clipped |= bool((x0 == CLIP[0]).any() or (x0 == CLIP[1]).any())
         history, x = push(row, history, x0, x, m), after
-        np.testing.assert_allclose(ours, x, rtol=1e-5, atol=1e-5)
+        # In the first row x0 is 158 times a difference in float32; measured 1.9e-5, factor 3.
+        np.testing.assert_allclose(ours, x, rtol=0, atol=6e-5)
     assert clipped
 
 

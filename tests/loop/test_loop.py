@@ -143,8 +143,8 @@ def test_progressive(run, device):
         assert np.array_equal(record.x_t.cpu().numpy(), expected)
         assert torch.is_grad_enabled()
     assert next(walk, None) is None
-    with pytest.raises(ValueError, match="sampler is 'plms'"):
-        gd.sample_progressive(model, (3, 5), sampler="plms")
+    with pytest.raises(ValueError, match="sampler is 'dpm'"):
+        gd.sample_progressive(model, (3, 5), sampler="dpm")
 
 
 @backends
@@ -177,8 +177,8 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
 @pytest.mark.parametrize("sampler", OF_HIGHER_ORDER)
 @pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.5, 5), (0.4, 4), (0.1, 1)])
 def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler, strength, taken):
-    """As if the sampler's timesteps were the last ones alone. Strength counts steps: heun's are two rows each, and so is
-    the first of plms."""
+    """As if the sampler's timesteps were the last ones alone. Strength counts steps: each of heun's has two rows, and
+    so has the first of plms."""
     gd = diffusion(backend=backend)
     timesteps = list(range(TIMESTEPS - 1, -1, -TIMESTEPS // 10))
     start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
