@@ -14,6 +14,7 @@ from ddpm_ext.tables.samplers import (
     eta_argument,
     euler,
     euler_ancestral,
+    lcm,
 )
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
 from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
@@ -303,3 +304,20 @@ def test_inversion_refuses_the_posterior_mean():
     grid = make_grid(levels, torch.arange(99), final=0.01)
     with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):
         ddim_inverse(grid, prediction="x_prev")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("scaling", [10.0, 0.01])
+def test_lcm_is_the_formula(prediction, scaling):
+    """f(x, t) = c_skip x + c_out x0, noised to the next timestep; at timestep 0 it is x itself."""
+    _, levels = schedule("scaled_linear")
+    timestep = [999, 500, 3, 0]
+    table = lcm(make_grid(levels, timestep), prediction=prediction, timestep_scaling=scaling)
+    x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
+    x0 = {"eps": (x - coroot * m) / root, "x0": m, "v": root * x - coroot * m}[prediction].clamp(-1, 1)
+    scaled = scaling * torch.tensor(timestep).double()
+    f = 0.25 / (scaled**2 + 0.25) * x + scaled / (scaled**2 + 0.25).sqrt() * x0
+    after = torch.tensor([*levels[timestep[1:]].tolist(), 1.0], dtype=torch.float64)
+    close(apply(table, x, m, z), after.sqrt() * f + (1 - after).sqrt() * z, rtol=1e-11, atol=1e-11)
+    assert apply(table, x, m, z)[-1] == x[-1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpm_ext.tables.samplers.consistency import lcm
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
 from ddpm_ext.tables.samplers.deis import deis
@@ -43,6 +44,7 @@ __all__ = [
     "euler_ancestral",
     "heun",
     "ipndm",
+    "lcm",
     "lms",
     "plms",
     "repaint",
@@ -68,6 +70,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         plms,
         ipndm,
         lms,
+        lcm,
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))
