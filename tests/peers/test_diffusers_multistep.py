@@ -11,7 +11,7 @@ import torch
 from support.gaussian import push, take
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm
+from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm, tcd
 from ddpm_ext.tables.spacing import Grid, make_grid
 
 diffusers = pytest.importorskip("diffusers")
@@ -142,3 +142,20 @@ def test_lcm(monkeypatch, steps, clip, prediction):
         _, found = take(row, *(value.numpy() for value in (x, m)), z=z.numpy(), clip=clip and (-clip, clip))
         off = abs(found - expected).max() / max(1, abs(expected).max())
         assert off < 1e-7  # their c_out is float32; measured 3.4e-8, factor 3
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_tcd(monkeypatch, steps, eta, prediction):
+    """Each step from a sample of its own, with the noise fed in. Theirs ends at timestep 0."""
+    scheduler = diffusers.TCDScheduler(**OPTIONS, prediction_type=PREDICTIONS[prediction])
+    scheduler.set_timesteps(steps)
+    scheduler.alphas_cumprod = LEVELS
+    table = tcd(make_grid(LEVELS, scheduler.timesteps, final=LEVELS[0].item()), prediction=prediction, eta=eta)
+    draws = torch.randn(steps, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for row, t, (x, m, z) in zip(table, scheduler.timesteps, draws, strict=True):
+        monkeypatch.setattr(diffusers.schedulers.scheduling_tcd, "randn_tensor", lambda *_, z=z, **__: z)
+        expected = scheduler.step(m, t, x, eta=eta).prev_sample.numpy()
+        _, found = take(row, *(value.numpy() for value in (x, m)), z=z.numpy())
+        assert abs(found - expected).max() < RELATIVE * max(1, abs(expected).max())

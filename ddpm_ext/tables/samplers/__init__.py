@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddpm_ext.tables.samplers.consistency import lcm
+from ddpm_ext.tables.samplers.consistency import lcm, tcd
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
 from ddpm_ext.tables.samplers.deis import deis
@@ -48,6 +48,7 @@ __all__ = [
     "lms",
     "plms",
     "repaint",
+    "tcd",
     "unipc",
 ]
 
@@ -71,6 +72,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         ipndm,
         lms,
         lcm,
+        tcd,
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))
