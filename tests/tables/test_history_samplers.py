@@ -140,3 +140,28 @@ def test_clean_data(name, steps):
         (mean, _), exact = [*moments(table, levels, 1.0, 0.0)][-1], flow(1.0, grid.now[0].item(), 1.0)
         found[sampler] = abs(mean - exact)
     assert found[name] < found["euler"]
+
+
+@pytest.mark.parametrize("name", ["unipc", "deis", "lms"])
+@pytest.mark.parametrize("order, error", [(0, ValueError), (5, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_a_bad_order(name, order, error):
+    with pytest.raises(error, match="order is"):
+        SAMPLERS[name](make_grid(LEVELS, [900, 600, 300]), order=order)
+
+
+def test_a_bad_solver():
+    with pytest.raises(ValueError, match="solver is 'bh3', expected 'bh2' or 'bh1'"):
+        SAMPLERS["unipc"](make_grid(LEVELS, [900, 600, 300]), solver="bh3")
+
+
+@pytest.mark.parametrize("name", HISTORY)
+def test_a_thousand_steps(name):
+    """Differences of neighbouring levels lose digits, of which enough remain."""
+    grid = make_grid(LEVELS, spaced_timesteps(1000))
+    arguments = {"order": 3} if name in ("unipc", "deis") else {"eta": 0.0} if name in WITH_ETA else {}
+    table, x, history = SAMPLERS[name](grid, **arguments), 0.5, []
+    for row in table:
+        m = best_prediction(row.now, x, "eps")
+        x0, after = take(row, x, m, history=history)
+        history, x = push(row, history, x0, x, m), after
+    assert x == pytest.approx(flow(0.5, grid.now[0].item(), 1.0), abs=2e-3)
