@@ -50,8 +50,8 @@ def _step(
     if not torch.compiler.is_compiling():
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out
-    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
-    tensors |= {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    given = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out, **given}
     refuse_grad(op, "it", **tensors)
     getattr(torch.ops.ddpm_ext, op)(x_t, model_output, table, *arguments, out=out, **inputs)
     return out
