@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/extended.h"
+#include "core/linear.h"
 #include "core/loss.h"
 
 namespace ddpm_ext {
@@ -60,13 +61,16 @@ struct PerSample {
   int64_t stride = 0;
 };
 
-// A call of the extended step. Rows are ExtendedRow; core/extras.def lists the tensors and factors.
-struct ExtendedCall : Call {
-  TensorArg inputs[kRoles], results[kResults];
-#define DDPM_FIELD(name) PerSample name;
-  DDPM_EXTRAS_PER_SAMPLE(DDPM_FIELD)
-#undef DDPM_FIELD
-  Variance variance_kind = Variance::of_row;
+// A call of a step with optional arguments (core/options.h). Rows are Step::Row.
+template <class Step>
+struct StepCall : Call {
+  using Role = typename Step::Role;
+  using Result = typename Step::Result;
+  using Factor = typename Step::Factor;
+
+  TensorArg inputs[kRoles<Step>], results[kResults<Step>];
+  PerSample factors[kFactors<Step>];
+  typename Step::Settings settings;
 
   DDPM_HD const TensorArg& operator[](Role role) const { return inputs[static_cast<int>(role)]; }
   DDPM_HD const TensorArg& operator[](Result result) const { return results[static_cast<int>(result)]; }

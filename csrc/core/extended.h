@@ -11,6 +11,7 @@
 #include "core/exponential.h"
 #include "core/extras.def"
 #include "core/forward.h"
+#include "core/options.h"
 #include "core/step.h"
 
 namespace ddpm_ext {
@@ -22,36 +23,24 @@ struct alignas(16) ExtendedRow {
   uint32_t unused;
 };
 
-// The tensors that a step reads. Those with the dtype of x_t come first, then those with the dtype of the model's
-// output.
-enum class Role : int { x_t, noise, DDPM_EXTRAS_LIKE_X(DDPM_NAME) model_output, DDPM_EXTRAS_OF_MODEL(DDPM_NAME) count };
-constexpr int kRoles = static_cast<int>(Role::count);
-DDPM_HD constexpr bool of_model(Role role) { return role >= Role::model_output; }
-
-// The tensors that a step writes. `out` is the next sample.
-enum class Result : int { out, DDPM_EXTRAS_RESULTS(DDPM_NAME) count };
-constexpr int kResults = static_cast<int>(Result::count);
-
 // Where the standard deviation comes from: from the row alone, or from model_variance as a logarithm or as it is.
 enum class Variance : int { of_row, log, direct };
 
-// The values, besides the row, that all elements of a sample share.
-struct ExtendedSample {
-  float clip_min, clip_max;
-#define DDPM_FIELD(name) float name;
-  DDPM_EXTRAS_PER_SAMPLE(DDPM_FIELD)
-#undef DDPM_FIELD
-  Variance variance;
+struct ExtendedStep {
+  using Row = ExtendedRow;
+  struct Settings {
+    Variance variance = Variance::of_row;
+  };
+  DDPM_STEP_TYPES(DDPM_EXTRAS)
+
+  static DDPM_HD uint32_t draw(const Row& row) { return row.step.draw; }
+
+  // Whether a step of this row needs noise that the kernel draws.
+  template <class Call>
+  static DDPM_HD bool draws(const Row& row, const Call& call) {
+    return row.step.s != 0.0f || (call[Role::mask].data != nullptr && row.k1 != 0.0f);
+  }
 };
-
-// Whether a step of this row needs noise that the kernel draws.
-DDPM_HD bool draws(const ExtendedRow& row, bool masked) { return row.step.s != 0.0f || (masked && row.k1 != 0.0f); }
-
-// Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
-template <class F>
-DDPM_HD F guide(float w, F m, F u) {
-  return fma(F(w), fma(F(-1.0f), u, m), u);
-}
 
 // The standard deviation divided by the row's s. The clamp keeps zero away from sqrt, which does not take it.
 template <class F>
@@ -65,9 +54,14 @@ DDPM_HD F learned_deviation(const ExtendedRow& row, Variance kind, F v) {
 // element i, and store<result>(i, value) writes it. Tensors that the call does not have are neither read nor written.
 // z holds the elements' noise if `drawn`.
 template <int N, class F, class Io>
-DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample, Io& io, bool drawn, F (&z)[N]) {
+DDPM_HD void take_step(const ExtendedRow& row, const StepSample<ExtendedStep>& sample, Io& io, bool drawn, F (&z)[N]) {
+  using Role = ExtendedStep::Role;
+  using Result = ExtendedStep::Result;
+  using Factor = ExtendedStep::Factor;
   const StepRow& step = row.step;
-  const bool noisy = drawn || io.has(Role::noise), learned = sample.variance != Variance::of_row;
+  const bool noisy = drawn || io.has(Role::noise);
+  const Variance variance = sample.settings.variance;
+  const bool learned = variance != Variance::of_row;
   F x[N], m[N], x0[N], prev[N];
 
 #define DDPM_EACH DDPM_UNROLL for (int i = 0; i < N; ++i)
@@ -79,14 +73,14 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
   if (io.has(Role::uncond_output) && row.w != 1.0f) {
     DDPM_EACH m[i] = guide(row.w, m[i], io.template load<Role::uncond_output>(i));
   }
-  DDPM_EACH m[i] = m[i] * F(sample.output_scale);
+  DDPM_EACH m[i] = m[i] * F(sample[Factor::output_scale]);
 
   if (io.has(Role::x_start)) {
     DDPM_EACH x0[i] = io.template load<Role::x_start>(i);
   } else {
     DDPM_EACH x0[i] = fma(F(step.a), x[i], F(step.b) * m[i]);
   }
-  DDPM_EACH x0[i] = clamp(x0[i] * F(sample.x_start_scale), F(sample.clip_min), F(sample.clip_max));
+  DDPM_EACH x0[i] = clamp(x0[i] * F(sample[Factor::x_start_scale]), F(sample.clip_min), F(sample.clip_max));
 
   DDPM_EACH prev[i] = F(step.c1) * x[i];
   if (step.c2 != 0.0f) {
@@ -99,7 +93,7 @@ DDPM_HD void extended_step(const ExtendedRow& row, const ExtendedSample& sample,
   F deviation[N];
   DDPM_EACH deviation[i] = F(1.0f);
   if (learned) {
-    DDPM_EACH deviation[i] = learned_deviation(row, sample.variance, io.template load<Role::model_variance>(i));
+    DDPM_EACH deviation[i] = learned_deviation(row, variance, io.template load<Role::model_variance>(i));
   }
   if (io.has(Role::gradient)) {
     DDPM_EACH {

@@ -28,6 +28,12 @@ DDPM_HD F step_mean(const StepRow& row, F x, F m, float clip_min, float clip_max
   return fma(F(row.c0), predict_x_start(row, x, m, clip_min, clip_max), rest);
 }
 
+// Classifier-free guidance with the scale w (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+template <class F>
+DDPM_HD F guide(float w, F m, F u) {
+  return fma(F(w), fma(F(-1.0f), u, m), u);
+}
+
 template <class F>
 DDPM_HD F add_noise(const StepRow& row, F mean, F z) {
   return fma(F(row.s), z, mean);

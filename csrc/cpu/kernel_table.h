@@ -3,7 +3,6 @@
 #pragma once
 
 #include "call.h"
-#include "core/extended.h"
 #include "core/forward.h"
 #include "core/normal.h"
 #include "core/philox.h"
@@ -32,17 +31,20 @@ struct Run {
 
 using RunKernel = void (*)(const Run&);
 
-struct ExtendedRun {
-  void *inputs[kRoles], *results[kResults];  // null: the call does not have it
+// A run of a step with optional arguments (core/options.h).
+template <class Step>
+struct StepRun {
+  void *inputs[kRoles<Step>], *results[kResults<Step>];  // null: the call does not have it
   int64_t count;
-  const void* row;  // ExtendedRow
-  ExtendedSample sample;
+  const void* row;  // Step::Row
+  StepSample<Step> sample;
   const PhiloxKeys* keys;
   PhiloxSample counter;
   uint32_t block;
 };
 
-using ExtendedRunKernel = void (*)(const ExtendedRun&);
+template <class Step>
+using StepRunKernel = void (*)(const StepRun<Step>&);
 
 // A run of the loss begins at the first element of a chunk.
 struct LossRun {
@@ -68,7 +70,8 @@ struct Kernels {
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // by the dtype of out
   // By whether noise is drawn, then by the dtypes as for reverse_step.
-  ExtendedRunKernel extended_step[2][3][3];
+  StepRunKernel<ExtendedStep> extended_step[2][3][3];
+  StepRunKernel<LinearStep> linear_step[2][3][3];
   // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
 };

@@ -22,24 +22,29 @@ void reverse_step(const ElementwiseCall& call) {
   for_each_sample<StepRow, Run>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, clip);
 }
 
-void extended_step(const ExtendedCall& call) {
-  const auto& table = kernels().extended_step;
+namespace {
+
+template <class Step>
+void step_with_options(const StepCall<Step>& call, const StepRunKernel<Step> (&table)[2][3][3]) {
+  using Role = typename Step::Role;
+  using Row = typename Step::Row;
   const int x = index(call[Role::x_t].dtype), m = index(call[Role::model_output].dtype);
-  const bool masked = call[Role::mask].data != nullptr;
-  auto choose = [&](const ExtendedRow* row) {
-    return table[call.noise_kind == Noise::drawn && draws(*row, masked)][x][m];
+  auto choose = [&](const Row* row) { return table[call.noise_kind == Noise::drawn && Step::draws(*row, call)][x][m]; };
+  auto fill = [&](StepRun<Step>& run, int64_t b) {
+    run.sample.clip_min = call.clip_min, run.sample.clip_max = call.clip_max;
+    for (int i = 0; i < kFactors<Step>; ++i) {
+      const PerSample& values = call.factors[i];
+      run.sample.factors[i] = values.data == nullptr ? 1.0f : values.data[b * values.stride];
+    }
+    run.sample.settings = call.settings;
   };
-  auto fill = [&](ExtendedRun& run, int64_t b) {
-    const auto of = [b](const PerSample& values) {
-      return values.data == nullptr ? 1.0f : values.data[b * values.stride];
-    };
-#define DDPM_OF_SAMPLE(name) of(call.name),
-    run.sample = {call.clip_min, call.clip_max, DDPM_EXTRAS_PER_SAMPLE(DDPM_OF_SAMPLE) call.variance_kind};
-#undef DDPM_OF_SAMPLE
-  };
-  for_each_sample<ExtendedRow, ExtendedRun>(
-      call, choose, [](const ExtendedRow* row, int64_t) { return row->step.draw; }, fill);
+  for_each_sample<Row, StepRun<Step>>(call, choose, [](const Row* row, int64_t) { return Step::draw(*row); }, fill);
 }
+
+}  // namespace
+
+void extended_step(const StepCall<ExtendedStep>& call) { step_with_options(call, kernels().extended_step); }
+void linear_step(const StepCall<LinearStep>& call) { step_with_options(call, kernels().linear_step); }
 
 void affine(const ElementwiseCall& call) {
   const int x = index(call.x.dtype), z = call.noise_kind == Noise::given ? index(call.noise.dtype) : x;

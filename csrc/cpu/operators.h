@@ -6,7 +6,8 @@
 namespace ddpm_ext::cpu {
 
 void reverse_step(const ElementwiseCall& call);
-void extended_step(const ExtendedCall& call);
+void extended_step(const StepCall<ExtendedStep>& call);
+void linear_step(const StepCall<LinearStep>& call);
 void affine(const ElementwiseCall& call);
 void loss(const LossCall& call);
 void randn(const ElementwiseCall& call);

@@ -31,10 +31,11 @@ inline std::array<Part, 4> parts_of(const ElementwiseCall& call, Run& run) {
            {&call.out, &run.out, true}}};
 }
 
-inline std::array<Part, kRoles + kResults> parts_of(const ExtendedCall& call, ExtendedRun& run) {
-  std::array<Part, kRoles + kResults> parts;
-  for (int i = 0; i < kRoles; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
-  for (int i = 0; i < kResults; ++i) parts[kRoles + i] = {&call.results[i], &run.results[i], true};
+template <class Step>
+std::array<Part, kRoles<Step> + kResults<Step>> parts_of(const StepCall<Step>& call, StepRun<Step>& run) {
+  std::array<Part, kRoles<Step> + kResults<Step>> parts;
+  for (int i = 0; i < kRoles<Step>; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
+  for (int i = 0; i < kResults<Step>; ++i) parts[kRoles<Step> + i] = {&call.results[i], &run.results[i], true};
   return parts;
 }
 
@@ -49,7 +50,8 @@ inline std::array<Part, 6> parts_of(const LossCall& call, LossRun& run) {
 
 // Sets the fields of a run, besides its tensors, that depend on its place: it has n elements from element j on.
 inline void begin_run(const Run&, int64_t, int64_t) {}
-inline void begin_run(const ExtendedRun&, int64_t, int64_t) {}
+template <class Step>
+void begin_run(const StepRun<Step>&, int64_t, int64_t) {}
 inline void begin_run(LossRun& run, int64_t j, int64_t n) {
   run.valid = n;
   run.chunks = run.sample_chunks + j / kLossChunk;

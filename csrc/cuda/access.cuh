@@ -35,11 +35,10 @@ inline Access choose_access(const ElementwiseCall& call) {
   return choose_access(call, {&call.x, &call.model_output, &call.noise, &call.out});
 }
 
-inline Access choose_access(const ExtendedCall& call) {
+template <class Step>
+Access choose_access(const StepCall<Step>& call) {
   bool vector = in_vectors(call);
-#define DDPM_STRIDE_FITS(name) vector = vector && call.name.stride < int64_t{1} << 32;
-  DDPM_EXTRAS_PER_SAMPLE(DDPM_STRIDE_FITS)
-#undef DDPM_STRIDE_FITS
+  for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
   for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
   for (const TensorArg& tensor : call.results) vector = vector && in_vectors(tensor, call.batch);
   return vector ? Access::vector : Access::strided;

@@ -60,26 +60,24 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
 }
 
-void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
-                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                   DDPM_RNG_PARAMETERS, const Tensor& out DDPM_EXTRAS_PARAMETERS) {
 #define DDPM_NAMED(name, ...) {#name, name},
-  const std::initializer_list<Named> tensors = {
-      {"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"table", table},
-      {"t", t},     {"sample_ids", sample_ids},     {"out", out},     DDPM_EXTRAS_TENSORS(DDPM_NAMED)};
-#undef DDPM_NAMED
-  refuse_grad("extended_step", tensors, "it");
-  if (needs_dispatcher("extended_step", tensors)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ddpm_ext::extended_step", "")
-                               .typed<decltype(library::extended_step)>();
-    return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS,
-                   out DDPM_EXTRAS_ARGUMENTS);
+#define DDPM_STEP_WITH_OPTIONS(name, Step, LIST)                                                                   \
+  void name(DDPM_STEP_PARAMETERS(LIST)) {                                                                          \
+    const std::initializer_list<Named> tensors = {                                                                 \
+        {"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"table", table},                          \
+        {"t", t},     {"sample_ids", sample_ids},     {"out", out},     DDPM_TENSORS(LIST, DDPM_NAMED)};           \
+    refuse_grad(#name, tensors, "it");                                                                             \
+    if (needs_dispatcher(#name, tensors)) {                                                                        \
+      static const auto op =                                                                                       \
+          c10::Dispatcher::singleton().findSchemaOrThrow("ddpm_ext::" #name, "").typed<decltype(library::name)>(); \
+      return op.call(DDPM_STEP_ARGUMENTS(LIST));                                                                   \
+    }                                                                                                              \
+    RECORD_FUNCTION("ddpm_ext::" #name, std::vector<c10::IValue>());                                               \
+    ddpm_ext::name(DDPM_STEP_CALL(Step, LIST));                                                                    \
   }
-  RECORD_FUNCTION("ddpm_ext::extended_step", std::vector<c10::IValue>());
-  ddpm_ext::extended_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT,
-                          DDPM_EXTRAS_STRUCT, out);
-}
+
+DDPM_STEP_WITH_OPTIONS(extended_step, ExtendedStep, DDPM_EXTRAS)
+DDPM_STEP_WITH_OPTIONS(linear_step, LinearStep, DDPM_LINEAR)
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
@@ -200,6 +198,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reverse_step", &reverse_step, Unlocked());
   m.def("extended_step", &extended_step, Unlocked());
+  m.def("linear_step", &linear_step, Unlocked());
   m.def("check_reverse_step", &check_reverse_step);
   m.def("forward_process", &forward_process, Unlocked());
   m.def("diffusion_loss", &diffusion_loss, Unlocked());

@@ -83,9 +83,9 @@ void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
   call.clip_max = static_cast<float>(clip_max) == 0 ? 0.0f : static_cast<float>(clip_max);
 }
 
-void set_per_sample(const char* op, const char* name, PerSample& factor, const OptionalTensor& given, const Call& call,
+void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
                     at::Device device) {
-  if (!given.has_value()) return;
+  if (given == nullptr) return;
   CHECK_TYPE(given->scalar_type() == at::kFloat, name, " has dtype ", given->scalar_type(), ", expected float32");
   CHECK_VALUE(given->dim() == 1 && given->size(0) == call.batch, name, " has shape ", given->sizes(), ", expected [",
               call.batch, "], one a sample");
@@ -101,7 +101,7 @@ void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, Tensor
   set_noise(op, call, noise, arguments.x_t, "x_t", arguments.noise, arguments.draw_noise, arguments.rng);
 }
 
-void bind(const char* op, Call& call, std::initializer_list<Bound> inputs, const Tensor& out, TensorArg& out_arg) {
+void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg) {
   c10::SmallVector<Bound, 16> tensors;
   for (const Bound& bound : inputs) {
     if (bound.tensor == nullptr) continue;

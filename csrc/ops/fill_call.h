@@ -2,15 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include <initializer_list>
+#include <c10/util/ArrayRef.h>
 
 #include "call.h"
 #include "ops/operators.h"
 
 namespace ddpm_ext {
-
-inline const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
 
 // These check against call.batch, which must have been set.
 void set_table(const char* op, Call& call, const Tensor& table, int64_t columns, const OptionalTensor& t,
@@ -19,11 +16,11 @@ void set_rng(const char* op, Call& call, const Rng& rng, at::Device device);
 void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, const char* x_name,
                const OptionalTensor& noise, bool draw_noise, const Rng& rng);
 void set_clip(const char* op, Call& call, double clip_min, double clip_max);
-// `given` is float32 (batch,).
-void set_per_sample(const char* op, const char* name, PerSample& factor, const OptionalTensor& given, const Call& call,
+// `given` is float32 (batch,), or null.
+void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
                     at::Device device);
 
-// The arguments that the reverse step and the extended step have in common, without the model's output and the clip.
+// The arguments that all steps have in common, without the model's output and the clip.
 struct StepArguments {
   const Tensor& x_t;
   const Tensor& table;
@@ -44,6 +41,6 @@ struct Bound {
 };
 
 // Sets shapes, strides and addresses. Neighbouring dimensions of a sample are merged if they can be in every tensor.
-void bind(const char* op, Call& call, std::initializer_list<Bound> inputs, const Tensor& out, TensorArg& out_arg);
+void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg);
 
 }  // namespace ddpm_ext

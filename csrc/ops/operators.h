@@ -7,12 +7,15 @@
 #include <optional>
 #include <tuple>
 
-#include "core/extras.def"
+#include "core/extended.h"
+#include "core/linear.h"
 
 namespace ddpm_ext {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+inline const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &*t : nullptr; }
 
 // The source of drawn noise (core/philox.h). `seed`, a 0-dimensional int64 tensor on the CPU or on the samples' device,
 // is used in place of seed_value, which holds the bits of an unsigned 64-bit number. `sample_ids`, int64 (batch,), is
@@ -35,20 +38,28 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
 
-// The optional arguments of the extended step, which core/extras.def declares.
-struct Extras {
-#define DDPM_TENSOR(name, ...) OptionalTensor name;
-#define DDPM_FLAG(name, ...) bool name;
-  DDPM_EXTRAS(DDPM_TENSOR, DDPM_TENSOR, DDPM_TENSOR, DDPM_FLAG, DDPM_TENSOR)
-#undef DDPM_TENSOR
-#undef DDPM_FLAG
+// The tensors and flags of a step with optional arguments (core/options.h). Null: the caller did not give the tensor.
+template <class Step>
+struct Given {
+  const Tensor *inputs[kRoles<Step>] = {}, *factors[kFactors<Step>] = {}, *results[kResults<Step>] = {};
+  typename Step::Flags flags;
+
+  const Tensor* operator[](typename Step::Role role) const { return inputs[static_cast<int>(role)]; }
+  const Tensor* operator[](typename Step::Factor factor) const { return factors[static_cast<int>(factor)]; }
+  const Tensor* operator[](typename Step::Result result) const { return results[static_cast<int>(result)]; }
+  const Tensor*& operator[](typename Step::Role role) { return inputs[static_cast<int>(role)]; }
+  const Tensor*& operator[](typename Step::Factor factor) { return factors[static_cast<int>(factor)]; }
+  const Tensor*& operator[](typename Step::Result result) { return results[static_cast<int>(result)]; }
 };
 
 // Writes the next sample to `out`, by the rows of an extended table, float32 (rows, 16). A missing model_output counts
-// as 0.
-void extended_step(const Tensor& x_t, const OptionalTensor& model_output, const Tensor& table, const OptionalTensor& t,
-                   int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                   const Rng& rng, const Extras& extras, const Tensor& out);
+// as 0. `noise` is the tensor of `given`.
+void extended_step(const Given<ExtendedStep>& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                   double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
+
+// The same by the rows of a linear table, float32 (rows, 16).
+void linear_step(const Given<LinearStep>& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                 double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
 
 // Computes k0 x_start + k1 noise by the rows of `table`, float32 (rows, 2). Without noise and with draw_noise false
 // this is k0 x_start.

@@ -28,12 +28,15 @@ class RowKind(NamedTuple):
     """What a step needs of the model.
 
     calls_model: False for a jump back. guided: whether it also needs the unconditional output. needs_output: whether
-    the step still reads the output once x0 is known.
+    the step still reads the output once x0 is known. history: whether it reads each of the three tensors that earlier
+    rows kept. keeps: whether it keeps one.
     """
 
     calls_model: bool
     guided: bool
     needs_output: bool
+    history: tuple[bool, bool, bool] = (False, False, False)
+    keeps: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +164,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     arguments |= eta_argument(make, options.eta)
     grid = _grid(process, options.steps, options.spacing, options.timesteps)
     table, skipped = make(grid, **arguments), _skipped(len(grid), options.strength)
-    if skipped and len(table) == len(grid) and table.c3[skipped] == 0:
+    if skipped and len(table) == len(grid) and table.c3[skipped] == 0 and not table.linear:
         table = table[skipped:]
     elif skipped:
         # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
@@ -196,10 +199,12 @@ def _loop_rows(
         table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
     if table.c3[0] != 0:
         raise ValueError(f"sampler's first row has c3 {table.c3[0]}, but there is no step before it, expected 0")
+    if table.linear:
+        _check_history(table)
     scales = torch.ones_like(table.a) if guidance is None else guidance.scales(table.timestep)
-    calls_model = (table.b != 0) | (table.c2 != 0)
-    columns = (calls_model, calls_model & (scales != 1), table.c2 != 0)
-    kinds = [RowKind(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+    if guidance is None:  # without it, the unconditional output is the output
+        table = replace(table, c2=table.c2 + table.cu, cu=torch.zeros_like(table.cu))
+    kinds = _kinds(table, scales)
     levels = _levels(process, table)
     others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
     return LoopRows(
@@ -210,6 +215,34 @@ def _loop_rows(
         table.timestep.tolist(),
         _variance(process, table, learned),
     )
+
+
+def _kinds(table: StepTable, scales: Tensor) -> list[RowKind]:
+    needs_output = (table.c2 != 0) | (table.cu != 0) | (table.k2 != 0)
+    calls_model = (table.b != 0) | needs_output
+    guided = calls_model & ((scales != 1) | (table.cu != 0))
+    history = torch.stack([table.h1, table.h2, table.h3], 1) != 0
+    keeps = (table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)
+    columns = (column.tolist() for column in (calls_model, guided, needs_output, history, keeps))
+    return [
+        RowKind(calls, guide, output, tuple(read), keep)
+        for calls, guide, output, read, keep in zip(*columns, strict=True)
+    ]
+
+
+def _check_history(table: StepTable) -> None:
+    """That every row that reads a tensor of history comes after as many that keep one, and that one kernel has all."""
+    if table.extended:
+        raise ValueError("sampler has rows with c3, l0 or l1 beside rows with history (h1 to k2), expected one kind")
+    kept = 0
+    for i, kind in enumerate(_kinds(table, torch.ones_like(table.a))):
+        for slot, needed in enumerate(kind.history, start=1):
+            if needed and kept < slot:
+                raise ValueError(
+                    f"sampler's row {i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept} rows before it keep a "
+                    "tensor, expected 0"
+                )
+        kept += kind.keeps
 
 
 def _variance(process: Process, table: StepTable, learned: bool) -> str | None:

@@ -31,7 +31,7 @@ class Samples(NamedTuple):
 
 class State:
     """A loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads one and writes
-    the other.
+    the other; and three tensors of history, of which the newest replaces the oldest.
     """
 
     def __init__(self, x: Tensor, options: StepOptions, rows: LoopRows) -> None:
@@ -46,7 +46,8 @@ class State:
         stores_x0 = options.returns_x0 or options.self_condition or rows.has_history
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
         self.scratch = torch.empty_like(x) if options.threshold or options.denoised_fn else None
-        self._first_order = list(self._x), None if self._x0 is None else list(self._x0)
+        self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
+        self._first_order = list(self._x), None if self._x0 is None else list(self._x0), list(self._history)
 
     @property
     def x(self) -> Tensor:
@@ -73,21 +74,32 @@ class State:
     def next_x0(self) -> Tensor | None:
         return None if self._x0 is None else self._x0[1]
 
+    def history(self, kind: RowKind) -> dict[str, Tensor]:
+        """What a row reads of what earlier rows kept, and where it writes what it keeps."""
+        names = ("history1", "history2", "history3")
+        tensors = {
+            name: tensor for name, tensor, is_read in zip(names, self._history, kind.history, strict=True) if is_read
+        }
+        return tensors | {"history_out": self._history[2]} if kind.keeps else tensors
+
     @property
-    def addresses(self) -> tuple[int, int]:
+    def addresses(self) -> tuple[int, ...]:
         """Those of the buffers that the next step reads."""
-        return self.x.data_ptr(), 0 if self._x0 is None else self._x0[0].data_ptr()
+        first = [buffers[0].data_ptr() for buffers in (self._x0, self._history) if buffers]
+        return self.x.data_ptr(), *first
 
     def advance(self, kind: RowKind) -> None:
         """After a step: what it wrote is what the next one reads."""
         self._x.reverse()
         if self._x0 is not None and kind.calls_model:
             self._x0.reverse()
+        if kind.keeps:
+            self._history = [self._history[2], *self._history[:2]]
 
     def rewind(self) -> None:
         """Puts the buffers in the order that they had before the first step; their contents stay."""
-        x, x0 = self._first_order
-        self._x, self._x0 = list(x), None if x0 is None else list(x0)
+        x, x0, history = self._first_order
+        self._x, self._x0, self._history = list(x), None if x0 is None else list(x0), list(history)
 
     def restart(self, x: Tensor) -> None:
         """Begins again with new samples, in the same buffers."""
@@ -113,8 +125,8 @@ class LoopStep:
         self.rows, self.rng = rows, rng
         self.state = State(x, options, rows)
         dtype = checks.compute_dtype(x.dtype)
-        self._steps, self._extended, self._x0_rows = (
-            rows.device.get(name, x.device, dtype) for name in ("steps", "extended", "x0")
+        self._steps, self._extended, self._x0_rows, self._linear, self._unchanged = (
+            rows.device.find(name, x.device, dtype) for name in ("steps", "extended", "x0", "linear", "unchanged")
         )
         self._constant: dict[str, Any] = {}
         if options.inpaint is not None:
@@ -134,6 +146,7 @@ class LoopStep:
             or self.state.x0 is not None
             or rows.variance is not None
             or rows.table.extended
+            or rows.table.linear
         )
 
     def take(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
@@ -163,6 +176,8 @@ class LoopStep:
             if self._has_history:
                 inputs["history"] = state.x0
             inputs["x0_out"] = state.next_x0
+        if self._linear is not None:
+            return self._take_linear(kind, row, still_read, inputs)
         self.ops.extended_step(
             x,
             still_read,
@@ -174,6 +189,22 @@ class LoopStep:
             out_copy=state.next_copy,
             **inputs,
         )
+
+    def _take_linear(
+        self, kind: RowKind, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]
+    ) -> None:
+        """A step with history. The known part of the samples, if there is one, takes a second launch."""
+        state, known = self.state, {name: inputs.pop(name) for name in self._constant}
+        inputs |= state.history(kind)
+        if not known:
+            inputs["out_copy"] = state.next_copy
+        out, clip = state.next_x, self.options.clip
+        self.ops.linear_step(state.x, model_output, self._linear, row, clip=clip, rng=self.rng, out=out, **inputs)
+        if known:
+            copy = state.next_copy
+            self.ops.extended_step(
+                out, None, self._unchanged, row, clip=None, rng=self.rng, out=out, out_copy=copy, **known
+            )
 
     def _call(self, model: Model, x: Tensor, t: Tensor, **model_kwargs: Any) -> Tensor:
         last_x0 = (self.state.x0,) if self.options.self_condition else ()

@@ -6,20 +6,9 @@ this list; csrc/core/extras.def is the list of the C++ side.
 
 from __future__ import annotations
 
-from enum import Enum
+from ddpm_ext.ops.input_kinds import Kind
 
-__all__ = ["EXTENDED_INPUTS", "Kind", "names"]
-
-
-class Kind(Enum):
-    """What a tensor must be like."""
-
-    LIKE_X = "x_t's shape and dtype"
-    OF_MODEL = "x_t's shape, the model output's dtype"
-    PER_SAMPLE = "float32 (batch,)"
-    RESULT = "written, x_t's shape and dtype"
-    FLAG = "a bool"
-
+__all__ = ["EXTENDED_INPUTS"]
 
 # In the order of the compiled operator's arguments.
 EXTENDED_INPUTS: dict[str, Kind] = {
@@ -36,8 +25,3 @@ EXTENDED_INPUTS: dict[str, Kind] = {
     "out_copy": Kind.RESULT,
     "x0_out": Kind.RESULT,
 }
-
-
-def names(*kinds: Kind) -> tuple[str, ...]:
-    """The inputs of these kinds, in the operator's order."""
-    return tuple(name for name, kind in EXTENDED_INPUTS.items() if kind in kinds)

@@ -16,12 +16,14 @@ from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss import diffusion_loss
 from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, randn
+from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
 
 __all__ = [
     "check_reverse_step",
     "diffusion_loss",
     "extended_step",
     "forward_process",
+    "linear_step",
     "posterior_mean",
     "predict_start",
     "randn",
@@ -29,13 +31,6 @@ __all__ = [
 ]
 
 NO_CLIP = _registration.NO_CLIP
-
-
-def _refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
-    """Makes a compiled call refuse what the C++ side refuses in an eager one."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
 
 
 def reverse_step(
@@ -81,107 +76,8 @@ def reverse_step(
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
-    _refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
+    refuse_grad("reverse_step", x_t=x_t, model_output=model_output, noise=noise, out=out)
     torch.ops.ddpm_ext.reverse_step.out(x_t, model_output, table, *arguments, out=out)
-    return out
-
-
-def extended_step(
-    x_t: Tensor,
-    model_output: Tensor | None,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    clip: Clip | None = (-1.0, 1.0),
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    add_noise: bool = True,
-    uncond_output: Tensor | None = None,
-    output_scale: Tensor | None = None,
-    model_variance: Tensor | None = None,
-    log_variance: bool = True,
-    x_start: Tensor | None = None,
-    x_start_scale: Tensor | None = None,
-    history: Tensor | None = None,
-    gradient: Tensor | None = None,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    out: Tensor | None = None,
-    out_copy: Tensor | None = None,
-    x0_out: Tensor | None = None,
-) -> Tensor:
-    """reverse_step with what a row of numbers can't express, still in one launch.
-
-    The row's equation is in ddpm_ext.tables.step_table; its v, h and g are model_variance, history and gradient. Around
-    it, with u the unconditional output, w the row's scale of guidance, p the row's a x + b m or the given x_start, and
-    k0 and k1 the roots of the row's after and 1 - after:
-
-        m    = output_scale (u + w (m - u))                 before the row
-        x0   = clip(x_start_scale p) + g0 g                 in place of the row's x0
-        prev = mask (k0 known + k1 z) + (1 - mask) prev     after the row
-
-    An input that isn't given is not read, and its term is left out; where w is 1, u is not read.
-
-    Args:
-        x_t: (batch, ...), float32, float16 or bfloat16.
-        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
-        table: float32 (rows, 16): StepTable.packed_extended.
-        t, noise, rng, add_noise: as reverse_step's.
-        clip: range (low, high) that the predicted clean sample is clipped to, or None.
-        uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
-        output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
-        model_variance: as model_output: what the model returns for its variance.
-        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
-            variance itself, clamped to [2^-100, 2^100].
-        x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
-        x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
-            thresholding (Saharia et al. 2022, section 2.3).
-        history: as x_t: the predicted clean sample of the step before.
-        gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
-        known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
-        out: as x_t: where the result is written.
-        out_copy: as x_t: a second copy of the result is written here.
-        x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
-
-    Each of these three may be one of the arguments, element by element.
-
-    Returns:
-        x_{t-1}, as x_t. Gradients are not recorded.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
-            gradient; a mask without known or known without a mask; uncond_output without model_output.
-    """
-    checks.tensor("x_t", x_t)
-    inputs = {
-        "uncond_output": uncond_output,
-        "output_scale": output_scale,
-        "model_variance": model_variance,
-        "log_variance": log_variance,
-        "x_start": x_start,
-        "x_start_scale": x_start_scale,
-        "history": history,
-        "gradient": gradient,
-        "known": known,
-        "mask": mask,
-        "out_copy": out_copy,
-        "x0_out": x0_out,
-    }
-    for name, value in (("model_output", model_output), ("out", out), *inputs.items()):
-        if value is not None and name != "log_variance":
-            checks.tensor(name, value)
-    row, index = split_t(t)
-    low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
-    if out is None:
-        out = torch.empty_like(x_t)
-    if not torch.compiler.is_compiling():
-        C.extended_step(x_t, model_output, table, *arguments, out, *inputs.values())
-        return out
-    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
-    tensors |= {name: value for name, value in inputs.items() if not isinstance(value, bool)}
-    _refuse_grad("extended_step", "it", **tensors)
-    torch.ops.ddpm_ext.extended_step(x_t, model_output, table, *arguments, out=out, **inputs)
     return out
 
 
@@ -240,7 +136,7 @@ def forward_process(
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
-    _refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)
+    refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)
     torch.ops.ddpm_ext.forward_process.out(x_start, table, *arguments, out=out)
     return out
 

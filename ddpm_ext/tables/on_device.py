@@ -47,6 +47,9 @@ class StepDeviceTables(DeviceTables):
     "steps" are the plain kernel's, "extended" the extended kernel's, and "x0" is for the extended kernel, too: rows
     whose next sample is the predicted clean sample.
 
+    Where the step table has history, "linear" has its rows for the linear kernel, and "unchanged" rows for the extended
+    kernel whose next sample is x itself, but for its known part.
+
     Args:
         steps: the step table.
         guidance: (rows,), scales of classifier-free guidance; None: ones.
@@ -58,11 +61,17 @@ class StepDeviceTables(DeviceTables):
         cpu = torch.device("cpu")
         zeros = torch.zeros_like(steps.a)
         x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
+        unchanged = StepTable(
+            steps.timestep, zeros, zeros, zeros, torch.ones_like(zeros), draw=steps.draw, after=steps.after
+        )
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
                 self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
                 self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
                 self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
+                if steps.linear:
+                    self._tables["linear", cpu, dtype] = steps.packed_linear(cpu, dtype, guidance)
+                    self._tables["unchanged", cpu, dtype] = unchanged.packed_extended(cpu, dtype)
             # What the model is called with: in float32 where timesteps lie between the schedule's own.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64

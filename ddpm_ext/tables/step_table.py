@@ -16,6 +16,15 @@ away:
     S = s e            V = e^2                  it is learned, and its root is e = exp(l0 + l1 v)
     S = s sqrt(v)      V = v                    it is learned, and v is the variance itself
 
+The linear kernel's rows read up to three tensors that earlier rows kept, H1 the latest, and u, the model's
+unconditional output:
+
+    prev = c0 x0 + c1 x + c2 m + cu u + h1 H1 + h2 H2 + h3 H3 + s z
+    kept = k0 x0 + k1 x + k2 m
+
+A row in which k0, k1 or k2 is not 0 keeps `kept`: it is H1 for the rows after it, and what was H1 is H2. What a sampler
+keeps is its own choice: x0, eps, a slope.
+
 This is the only place that has the whole equation. What a step does that no row can say (guidance, dynamic
 thresholding, inpainting) is in the docstring of ops.extended_step.
 """
@@ -38,6 +47,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.tables import step_table_files
 from ddpm_ext.tables.step_table_columns import (
     EXTENDED,
+    HISTORY,
     LEVEL,
     NEEDED,
     OPTIONAL,
@@ -49,7 +59,7 @@ from ddpm_ext.tables.step_table_columns import (
     numbers,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
-from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, PLAIN_ROW, level_roots, pack
+from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, LINEAR_ROW, PLAIN_ROW, level_roots, pack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +81,7 @@ class StepTable:
         c2, s: real numbers, finite; None: zeros.
         draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
             timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
-        c3, l0, l1, g0, g1: real numbers, finite; None: zeros.
+        c3, l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         now, after: alphas_cumprod where the row starts and where it arrives, in [0, 1]; None: zeros, which stand for
             unknown levels.
 
@@ -109,6 +119,13 @@ class StepTable:
     g1: Column = OPTIONAL
     now: Column = LEVEL
     after: Column = LEVEL
+    cu: Column = HISTORY
+    h1: Column = HISTORY
+    h2: Column = HISTORY
+    h3: Column = HISTORY
+    k0: Column = HISTORY
+    k1: Column = HISTORY
+    k2: Column = HISTORY
 
     def __post_init__(self) -> None:
         steps = numbers("timestep", self.timestep)
@@ -181,12 +198,13 @@ class StepTable:
         return not self.diff(other)
 
     def __repr__(self) -> str:
-        """The rows, aligned: c3, l0 and l1 where not all of them are 0; without g0, g1, now and after."""
+        """The rows, aligned: the extended and the linear kernel's own columns where not all of their numbers are 0; g0,
+        g1, now and after are left out."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
             shown[SHOWN:-SHOWN] = [-1]
-        names = [*PLAIN, *(name for name in EXTENDED_ONLY if (getattr(self, name) != 0).any())]
+        names = [*PLAIN, *(name for name in (*EXTENDED_ONLY, *LINEAR_ONLY) if (getattr(self, name) != 0).any())]
         lines = [["row", *names]]
         for i in shown:
             row = self[i]._asdict()
@@ -237,6 +255,25 @@ class StepTable:
         k0, k1 = level_roots(self.after)
         others = [("k0", k0), ("k1", k1), ("w", torch.from_numpy(scale))]
         return pack([*self._values(EXTENDED_ROW), *others], device, dtype)
+
+    def packed_linear(
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        guidance: Values | None = None,
+    ) -> Tensor:
+        """The linear kernel's form, `dtype` (rows, 16) on `device`: seven columns as packed's, then cu, h1, h2, h3, k0,
+        k1, k2, the scale of classifier-free guidance, and a zero.
+
+        Args, raises: as packed_extended's.
+        """
+        scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
+        return pack([*self._values(LINEAR_ROW), ("w", torch.from_numpy(scale))], device, dtype)
+
+    @property
+    def linear(self) -> bool:
+        """Whether any of cu, h1, h2, h3, k0, k1 and k2 is not 0, so that only the linear kernel takes the rows."""
+        return any(bool((values != 0).any()) for _, values in self._values(LINEAR_ONLY))
 
     @property
     def extended(self) -> bool:
@@ -297,6 +334,7 @@ ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
 LEVELS = tuple(name for name in COLUMNS if vars(StepTable)[name] is LEVEL)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 EXTENDED_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is EXTENDED)
+LINEAR_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is HISTORY)
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]

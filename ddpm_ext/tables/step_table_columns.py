@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "EXTENDED",
+    "HISTORY",
     "LEVEL",
     "NEEDED",
     "OPTIONAL",
@@ -27,7 +28,7 @@ Array = npt.NDArray[Any]
 
 
 class Column:
-    """What a column of a StepTable is. The dataclass's fields have this type and one of the four values below.
+    """What a column of a StepTable is. The dataclass's fields have this type and one of the five values below.
 
     To type checkers it is a descriptor: Values where a column is given, a Tensor where it is read. At run time a column
     is an attribute like any other, and __get__ only gives the dataclass the field's default.
@@ -49,6 +50,7 @@ class Column:
 NEEDED = Column(needed=True)
 OPTIONAL = Column()  # None: zeros, but for draw
 EXTENDED = Column()  # optional; only the extended kernel takes a row in which it is not 0
+HISTORY = Column()  # optional; only the linear kernel takes a row in which it is not 0
 LEVEL = Column()  # optional; an alphas_cumprod, in [0, 1]
 
 

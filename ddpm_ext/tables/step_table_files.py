@@ -12,7 +12,7 @@ from ddpm_ext.base.files import write_text
 
 __all__ = ["read", "write"]
 
-FORMAT, VERSION = "ddpm_ext.StepTable", 1
+FORMAT, VERSION = "ddpm_ext.StepTable", 2  # version 1 had no columns of the linear step, cu to k2
 
 
 def write(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:

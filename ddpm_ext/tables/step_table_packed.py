@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["EXTENDED_ROW", "PLAIN_ROW", "level_roots", "pack"]
+__all__ = ["EXTENDED_ROW", "LINEAR_ROW", "PLAIN_ROW", "level_roots", "pack"]
 
-# The columns that the plain and the extended kernel read, in the order of their rows.
+# The columns that the plain, the extended and the linear kernel read, in the order of their rows.
 PLAIN_ROW = ("a", "b", "c0", "c1", "c2", "s", "draw")
 EXTENDED_ROW = (*PLAIN_ROW, "c3", "l0", "l1", "g0", "g1")
+LINEAR_ROW = (*PLAIN_ROW, "cu", "h1", "h2", "h3", "k0", "k1", "k2")
 WIDTHS = (8, 16)
 
 

@@ -144,7 +144,8 @@ class Inputs(NamedTuple):
     t: Tensor
     seed: Tensor
     table: Tensor
-    options: dict[str, Tensor]
+    options: dict[str, Tensor]  # of the extended step
+    linear: dict[str, Tensor]  # of the linear step
 
 
 @pytest.fixture(scope="session")
@@ -154,9 +155,12 @@ def inputs(device) -> Inputs:
     like_x = ("x_start", "history", "gradient", "known", "mask", "uncond_output", "model_variance")
     options = dict.fromkeys(like_x, m) | dict.fromkeys(("output_scale", "x_start_scale"), x.flatten()[:8])
     options |= {"out_copy": torch.empty_like(x), "x0_out": torch.empty_like(x)}
+    linear = {"history_out": torch.empty_like(x), **dict.fromkeys(("history1", "history2", "history3"), m)}
+    shared = ("x_start", "uncond_output", "output_scale", "x_start_scale", "out_copy", "x0_out")
+    linear |= {name: options[name] for name in shared}
     table = torch.linspace(-1, 1, 16).repeat(1000, 1).to(device)
     t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
-    return Inputs(x, m, torch.empty_like(x), t, seed, table, options)
+    return Inputs(x, m, torch.empty_like(x), t, seed, table, options, linear)
 
 
 NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
@@ -169,6 +173,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "p_sample": lambda i, t, **o: GD.p_sample(lambda *_: i.m, i.x, t, **o),
     "q_sample": lambda i, t, **o: GD.q_sample(i.x, t, **o),
     "extended_step, all options": lambda i, t, **o: ops.extended_step(i.x, i.m, i.table, t, **i.options, **o),
+    "linear_step, all options": lambda i, t, **o: ops.linear_step(i.x, i.m, i.table, t, **i.linear, **o),
 }
 
 

@@ -10,7 +10,8 @@ import torch
 from support.choices import Choose, for_many
 from support.devices import moved
 from support.extended import COLUMNS, LIKE_X, PER_SAMPLE, RESULTS, make_row, make_table, options
-from support.operators import CLIPS, DTYPES, HALF_ULP, NOISE_ERROR, Inputs, columns, each, host
+from support.operators import CLIPS, DTYPES, NOISE_ERROR, Inputs, columns, each, host
+from support.rounding import Number, roundings, same_bits
 
 from ddpm_ext import Philox, ops, randn, reference
 
@@ -24,27 +25,6 @@ INF, NAN = math.inf, math.nan
 
 
 # ------------------------------------------------------------------------------------------------- against float64
-
-
-class Number:
-    """A float64 number, and the sum of its terms' absolute values, to which rounding errors are in proportion."""
-
-    def __init__(self, value: np.ndarray | float, size: np.ndarray | float | None = None) -> None:
-        self.value, self.size = value, np.abs(value) if size is None else size
-
-    def __add__(self, other: Number) -> Number:
-        return Number(self.value + other.value, self.size + other.size)
-
-    def __sub__(self, other: Number) -> Number:
-        return Number(self.value - other.value, self.size + other.size)
-
-    def __mul__(self, other: Number) -> Number:
-        return Number(self.value * other.value, self.size * other.size)
-
-    def clip(self, low: float, high: float) -> Number:
-        value = np.clip(self.value, low, high)
-        # The result is no larger than the bound, but has the error of its terms.
-        return Number(value, np.maximum(self.size, np.abs(value)))
 
 
 def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np.ndarray]:
@@ -85,14 +65,6 @@ def formula(x, m, z, row, given, log_variance, clip) -> tuple[Number, Number, np
         if z is not None:
             scale = scale + np.abs(row["k1"].value) * given["mask"].size
     return prev, x0, scale
-
-
-def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float = 0.0) -> float:
-    """The largest error, less the rounding of the result itself, in half units of float32."""
-    relative, least = HALF_ULP[got.dtype]
-    error = np.abs(host(got) - truth.value) - noise_error
-    error = error - relative * (np.abs(truth.value) + np.abs(error)) - least
-    return float((error / (2.0**-24 * truth.size + 1e-300)).max(initial=0.0))
 
 
 @for_many(200)
@@ -141,12 +113,6 @@ def test_any_subset_of_options(device, choose: Choose):
 
 
 # --------------------------------------------------------------------------------------------- the plain step's bits
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    whole = torch.int32 if a.dtype == F32 else torch.int16
-    number = ~b.isnan()
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(whole)[number], b.view(whole)[number])
 
 
 SHAPE = (8, 3, 5, 7)

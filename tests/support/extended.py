@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpm_ext.ops.extended_inputs import Kind, names
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
 
+OPERATOR, INPUTS = "extended_step", EXTENDED_INPUTS
 COLUMNS = ("a", "b", "c0", "c1", "c2", "s", "draw", "c3", "l0", "l1", "g0", "g1", "k0", "k1", "w")
-LIKE_X, OF_MODEL, PER_SAMPLE = names(Kind.LIKE_X), names(Kind.OF_MODEL), names(Kind.PER_SAMPLE)
-RESULTS = ("out", *names(Kind.RESULT))
+LIKE_X, OF_MODEL, PER_SAMPLE = (names(EXTENDED_INPUTS, kind) for kind in (Kind.LIKE_X, Kind.OF_MODEL, Kind.PER_SAMPLE))
+RESULTS = ("out", *names(EXTENDED_INPUTS, Kind.RESULT))
 
 
 def make_table(rows: int, seed: int = 0, **columns: float) -> Tensor:

@@ -19,11 +19,23 @@ def test_files_preserve_every_bit(choose, tmp_path_factory):
     loaded = StepTable.load(str(path))
     assert bits(loaded) == bits(rows)
     content = json.loads(path.read_text())
-    assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 1)
+    assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 2)
     assert content["columns"] == list(COLUMNS)
     assert bits(content["rows"]) == bits(rows)
     assert sum(line.count("[") for line in path.read_text().splitlines()[5:-2]) == len(rows)  # one line a row
     assert [found.name for found in path.parent.iterdir()] == ["a.json"]
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    """They have no columns of the linear step."""
+    path, table = tmp_path / "a.json", changed()
+    table.save(path)
+    content = json.loads(path.read_text())
+    left_out = [content["columns"].index(name) for name in ("cu", "h1", "h2", "h3", "k0", "k1", "k2")]
+    for row in (content["columns"], *content["rows"]):
+        row[:] = [value for i, value in enumerate(row) if i not in left_out]
+    path.write_text(json.dumps({**content, "version": 1}))
+    assert StepTable.load(path) == table
 
 
 def test_failed_save_leaves_the_old_file(tmp_path):
@@ -100,8 +112,8 @@ def cell(row, column, value):
         (lambda content: "\udcff", "is not JSON: .*utf"),
         (lambda content: "[1, 2]", "format is None, expected 'ddpm_ext.StepTable'"),
         (broken(format="onnx"), "format is 'onnx', expected 'ddpm_ext.StepTable'"),
-        (broken(version=2), "version is 2, newer than this ddpm_ext, which reads up to 1"),
-        (broken(version=0), "version is 0, expected an int from 1 to 1"),
+        (broken(version=3), "version is 3, newer than this ddpm_ext, which reads up to 2"),
+        (broken(version=0), "version is 0, expected an int from 1 to 2"),
         (broken(version=True), "version is True, expected an int"),
         (broken(version="1"), "version is '1', expected an int"),
         (without("s"), r"columns are \['timestep', 'a', 'b', 'c0', 'c1', 'c2', 'draw', .* expected timestep, a, b"),
@@ -110,7 +122,7 @@ def cell(row, column, value):
         (broken(columns=None), "columns are None"),
         (broken(rows=None), "rows are missing"),
         (broken(rows=[]), "rows are missing"),
-        (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 15 numbers"),
+        (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 22 numbers"),
         (broken(rows=[{"a": 1}]), r"rows\[0\] is \{'a': 1\}"),
         (cell(1, "a", "x"), "a holds <U"),
         (cell(1, "b", None), "b holds NoneType"),

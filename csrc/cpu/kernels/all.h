@@ -2,9 +2,9 @@
 // from cpu/simd/ and then this file.
 #pragma once
 
-#include "cpu/kernels/extended_step.h"
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/steps.h"
+#include "cpu/kernels/steps_with_options.h"
 
 namespace ddpm_ext::DDPM_ISA {
 
@@ -21,11 +21,12 @@ namespace ddpm_ext::DDPM_ISA {
       {nullptr, kernel<noise, Float16, Float16>, nullptr},   \
       {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>}, \
   }
-#define DDPM_EXTENDED(drawn)                                                                                          \
-  {                                                                                                                   \
-      {extended_run<drawn, float, float>, extended_run<drawn, float, Float16>, extended_run<drawn, float, BFloat16>}, \
-      {nullptr, extended_run<drawn, Float16, Float16>, nullptr},                                                      \
-      {nullptr, nullptr, extended_run<drawn, BFloat16, BFloat16>},                                                    \
+#define DDPM_WITH_OPTIONS(Step, drawn)                                             \
+  {                                                                                \
+      {step_run<Step, drawn, float, float>, step_run<Step, drawn, float, Float16>, \
+       step_run<Step, drawn, float, BFloat16>},                                    \
+      {nullptr, step_run<Step, drawn, Float16, Float16>, nullptr},                 \
+      {nullptr, nullptr, step_run<Step, drawn, BFloat16, BFloat16>},               \
   }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)
@@ -37,7 +38,8 @@ const Kernels kernels = {
     {DDPM_BY_ONE_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
-    {DDPM_EXTENDED(false), DDPM_EXTENDED(true)},
+    {DDPM_WITH_OPTIONS(ExtendedStep, false), DDPM_WITH_OPTIONS(ExtendedStep, true)},
+    {DDPM_WITH_OPTIONS(LinearStep, false), DDPM_WITH_OPTIONS(LinearStep, true)},
     {DDPM_BY_DTYPE(loss_run, Noise::none), DDPM_BY_DTYPE(loss_run, Noise::given),
      DDPM_BY_DTYPE(loss_run, Noise::drawn)},
     {DDPM_BY_DTYPE(variational_run, Noise::none), DDPM_BY_DTYPE(variational_run, Noise::given),

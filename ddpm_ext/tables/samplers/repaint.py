@@ -33,8 +33,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     length = checks.integer("jump_length", jump_length, 2**31, "2^31", start=1)
     passes = checks.integer("jump_n_sample", jump_n_sample, 2**31, "2^31", start=1)
     table = table.to("cpu")
-    if (table.c3 != 0).any():
-        raise ValueError("table has history (c3), which a jump would make another step's, expected one without")
+    if (table.c3 != 0).any() or table.linear:
+        raise ValueError("table has history (c3 or h1 to k2), which a jump would make another step's, expected none")
     if not (table.now < table.after).all() or not torch.equal(table.now[1:], table.after[:-1]):
         raise ValueError("table does not descend, expected now < after in each row, and each to start where one ended")
 

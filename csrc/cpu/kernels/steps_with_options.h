@@ -1,4 +1,4 @@
-// The loop of the extended step over a run.
+// The loop of a step with optional arguments (core/options.h) over a run.
 #pragma once
 
 #include "cpu/kernels/normals.h"
@@ -6,10 +6,12 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-// The tensors of a run, as extended_step in core/extended.h reads and writes them.
-template <class X, class M>
+// The tensors of a run, as take_step in core/ reads and writes them.
+template <class Step, class X, class M>
 struct RunTensors {
-  const ExtendedRun& run;
+  using Role = typename Step::Role;
+  using Result = typename Step::Result;
+  const StepRun<Step>& run;
   int64_t at;  // the offset of the first of four vectors
 
   DDPM_HD bool has(Role role) const { return run.inputs[static_cast<int>(role)] != nullptr; }
@@ -30,13 +32,13 @@ struct RunTensors {
   }
 };
 
-template <bool kDrawn, class X, class M>
-void extended_run(const ExtendedRun& run) {
-  const ExtendedRow row = *static_cast<const ExtendedRow*>(run.row);
-  const ExtendedSample sample = run.sample;
+template <class Step, bool kDrawn, class X, class M>
+void step_run(const StepRun<Step>& run) {
+  const typename Step::Row row = *static_cast<const typename Step::Row*>(run.row);
+  const StepSample<Step> sample = run.sample;
   for_each_four<kDrawn ? Noise::drawn : Noise::none>(run, [&](int64_t i, F32(&z)[4]) {
-    RunTensors<X, M> tensors{run, i};
-    extended_step(row, sample, tensors, kDrawn, z);
+    RunTensors<Step, X, M> tensors{run, i};
+    take_step(row, sample, tensors, kDrawn, z);
   });
 }
 

@@ -1,0 +1,221 @@
+// The kernels of a step with optional arguments: take_step of core/ for every element. Which tensors a call has is
+// known only when it runs, so the kernels are made from the step's roles (core/options.h) and branch on null pointers,
+// which are the same for all threads.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/normals.cuh"
+#include "cuda/sample.cuh"
+
+namespace ddpm_ext::cuda {
+namespace {
+
+// kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
+// issued before the first value is used.
+template <class Step, class X, class M>
+class VectorTensors {
+ public:
+  using Role = typename Step::Role;
+  using Result = typename Step::Result;
+  static constexpr int kItems = sizeof(X) == 2 ? 8 : 4;
+
+  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, uint32_t b, uint32_t j)
+      : call_(call), b_(b), j_(j) {
+    fetch(std::make_integer_sequence<int, kRoles<Step>>());
+  }
+
+  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
+  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
+
+  template <Role kRole>
+  __device__ __forceinline__ F2 load(int i) const {
+    return widen(get<kRole>().pairs[first + i]);
+  }
+  template <Result kResult>
+  __device__ __forceinline__ void store(int i, F2 value) {
+    narrow(value, results_[static_cast<int>(kResult)].pairs[first + i]);
+  }
+
+  // Writes the results.
+  __device__ __forceinline__ void finish() const { put(std::make_integer_sequence<int, kResults<Step>>()); }
+
+  int first = 0;  // the first pair of the four elements that load and store mean
+
+ private:
+  template <Role kRole>
+  __device__ __forceinline__ auto& get() const {
+    if constexpr (of_model(kRole)) {
+      return of_model_[static_cast<int>(kRole) - kLikeX<Step>];
+    } else {
+      return like_x_[static_cast<int>(kRole)];
+    }
+  }
+
+  __device__ __forceinline__ int64_t offset(const TensorArg& tensor) const {
+    return sample_start(tensor.batch_stride, b_) + j_;
+  }
+
+  template <int... kEach>
+  __device__ __forceinline__ void fetch(std::integer_sequence<int, kEach...>) {
+    (fetch_one<static_cast<Role>(kEach)>(), ...);
+  }
+  template <Role kRole>
+  __device__ __forceinline__ void fetch_one() {
+    using T = std::conditional_t<of_model(kRole), M, X>;
+    if (!has(kRole)) return;
+    const TensorArg& tensor = call_[kRole];
+    const_cast<Vector<T, kItems>&>(get<kRole>()).load(static_cast<const T*>(tensor.data) + offset(tensor));
+  }
+  template <int... kEach>
+  __device__ __forceinline__ void put(std::integer_sequence<int, kEach...>) const {
+    (put_one<static_cast<Result>(kEach)>(), ...);
+  }
+  template <Result kResult>
+  __device__ __forceinline__ void put_one() const {
+    if (!has(kResult)) return;
+    const TensorArg& tensor = call_[kResult];
+    results_[static_cast<int>(kResult)].store(static_cast<X*>(tensor.data) + offset(tensor));
+  }
+
+  const StepCall<Step>& call_;
+  const uint32_t b_, j_;
+  Vector<X, kItems> like_x_[kLikeX<Step>];
+  Vector<M, kItems> of_model_[kRoles<Step> - kLikeX<Step>];
+  Vector<X, kItems> results_[kResults<Step>];
+};
+
+// One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
+// of a pair whose second is not used.
+template <class Step, class X, class M, bool kContiguous>
+class ElementTensors {
+ public:
+  using Role = typename Step::Role;
+  using Result = typename Step::Result;
+
+  __device__ __forceinline__ ElementTensors(const StepCall<Step>& call, const Dividers& dividers, int64_t b, int64_t j)
+      : call_(call) {
+    each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
+    if constexpr (!kContiguous) {
+      for_each_index(call, dividers, j, [&](int d, int64_t index) {
+        each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
+      });
+    }
+  }
+
+  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
+  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
+
+  template <Role kRole>
+  __device__ __forceinline__ F2 load(int) const {
+    using T = std::conditional_t<of_model(kRole), M, X>;
+    return {to_float(static_cast<const T*>(call_[kRole].data)[inputs_[static_cast<int>(kRole)]]), 0.0f};
+  }
+  template <Result kResult>
+  __device__ __forceinline__ void store(int, F2 value) const {
+    static_cast<X*>(call_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
+  }
+
+ private:
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) {
+    DDPM_UNROLL
+    for (int i = 0; i < kRoles<Step>; ++i) visit(call_.inputs[i], inputs_[i]);
+    DDPM_UNROLL
+    for (int i = 0; i < kResults<Step>; ++i) visit(call_.results[i], results_[i]);
+  }
+
+  const StepCall<Step>& call_;
+  int64_t inputs_[kRoles<Step>], results_[kResults<Step>];
+};
+
+// The factor of sample b.
+template <class Index>
+__device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
+  return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
+}
+
+template <Access kAccess, class Step, class X, class M>
+__global__ void __launch_bounds__(kThreads)
+    with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers) {
+  constexpr bool kVector = kAccess == Access::vector;
+  using Index = std::conditional_t<kVector, uint32_t, int64_t>;
+  constexpr int kItems = kVector ? VectorTensors<Step, X, M>::kItems : 4;
+  const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  if (b >= static_cast<Index>(call.batch)) return;
+
+  const typename Step::Row row = static_cast<const typename Step::Row*>(call.table)[sample_row(call, b)];
+  StepSample<Step> sample;
+  sample.clip_min = call.clip_min, sample.clip_max = call.clip_max, sample.settings = call.settings;
+  DDPM_UNROLL
+  for (int i = 0; i < kFactors<Step>; ++i) sample.factors[i] = of_sample(call.factors[i], b);
+  const bool drawn = call.noise_kind == Noise::drawn && Step::draws(row, call);
+  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
+  const PhiloxKeys keys = philox_keys(seed);
+  const PhiloxSample counter = sample_noise(call, keys, b, Step::draw(row));
+
+  const Index numel = static_cast<Index>(call.numel);
+  const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
+  Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
+  if constexpr (kVector) {
+    const Index whole = numel / kItems * kItems;
+#pragma unroll 1
+    for (; j < whole; j += step) {
+      VectorTensors<Step, X, M> tensors(call, b, j);
+      DDPM_UNROLL
+      for (int q = 0; q < kItems; q += 4) {
+        F2 z[2] = {F2(0.0f), F2(0.0f)};
+        if (drawn) draw_normals(keys, counter, j + q, z);
+        tensors.first = q / 2;
+        take_step(row, sample, tensors, drawn, z);
+      }
+      tensors.finish();
+    }
+  }
+  // Four elements at a time by strides; or the rest of a sample beyond its whole vectors, which one thread takes.
+  for (; j < numel; j += kVector ? 4 : step) {
+    F2 z[2] = {F2(0.0f), F2(0.0f)};
+    if (drawn) draw_normals(keys, counter, j, z);
+    const Index end = numel - j < 4 ? numel : j + 4;
+#pragma unroll 1
+    for (Index i = j; i < end; ++i) {
+      const F2 half = i & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
+      ElementTensors<Step, X, M, kVector> tensors(call, dividers, b, i);
+      take_step(row, sample, tensors, drawn, one);
+    }
+  }
+}
+
+template <Access kAccess, class X, class M, class Step>
+void launch(const StepCall<Step>& call, cudaStream_t stream) {
+  constexpr int kItems = kAccess == Access::vector ? VectorTensors<Step, X, M>::kItems : 4;
+  const Shape shape = launch_shape(call.batch, call.numel, kItems);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.stream = stream;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, with_options<kAccess, Step, X, M>, call, Dividers(call)));
+}
+
+template <class Step>
+void step_with_options(const StepCall<Step>& call, int device) {
+  using Role = typename Step::Role;
+  on_device(device, [&](cudaStream_t stream) {
+    by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
+      switch (choose_access(call)) {
+        case Access::vector:
+          return launch<Access::vector, decltype(x), decltype(m)>(call, stream);
+        case Access::strided:
+          return launch<Access::strided, decltype(x), decltype(m)>(call, stream);
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,126 @@
+"""What the operators of `reference` have in common: their checks, their rows and their noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.ops.noise import Philox, check_randn, check_rng, fresh_rng
+from ddpm_ext.ops.philox import WORD, normals
+
+__all__ = [
+    "check_noise",
+    "check_samples",
+    "check_scale",
+    "columns",
+    "draws_of_rows",
+    "finish",
+    "randn",
+    "resolve_noise",
+]
+
+
+def ids_of_samples(rng: Philox, batch: int, device: torch.device) -> Tensor:
+    """int64 (batch,) on device."""
+    check_rng(rng)
+    if rng.sample_ids is not None:
+        checks.per_sample("sample_ids", rng.sample_ids, batch, device, 2**56 - 1)
+        return rng.sample_ids
+    if rng.first_id + batch > 2**56:
+        raise ValueError(f"sample_ids start at {rng.first_id} for a batch of {batch}, expected all in 0 <= id < 2^56")
+    return torch.arange(rng.first_id, rng.first_id + batch, device=device)
+
+
+def randn(
+    shape: tuple[int, ...] | torch.Size,
+    rng: Philox | None = None,
+    *,
+    draw: int | Tensor | None = None,
+    stream: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Twin of ddpm_ext.randn, by the noise contract's formula in float64; draw may be an int64 tensor (batch,)."""
+    sizes = check_randn(shape, None if isinstance(draw, Tensor) else draw, stream, dtype)
+    if rng is None:
+        rng = fresh_rng()
+    batch, device = sizes[0], checks.device(device)
+    ids = ids_of_samples(rng, batch, device)
+    own_seed, seed_value, _, _, own_stream, own_draw = rng.arguments(0, 0)
+    seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
+    if draw is None:
+        draw = own_draw
+    if not isinstance(draw, Tensor):
+        draw = torch.full((batch,), draw, device=device)
+    z = normals(torch.Size(sizes), seed, ids, own_stream if stream is None else stream, draw)
+    return z.to(dtype)
+
+
+def check_samples(
+    x_name: str, x: Tensor, table: Tensor, t: int | Tensor, others: dict[str, Tensor | None], lower: str = ""
+) -> None:
+    """Checks what the compiled operators check; `lower` names the tensor that may have a lower precision than x."""
+    checks.samples(x_name, x)
+    row, index = split_t(t)
+    if row is not None:
+        checks.per_sample("t", row, len(x), x.device, len(table) - 1)
+    elif not 0 <= index < len(table):
+        raise ValueError(f"t is {index}, expected 0 <= t < {len(table)}")
+    for name, y in others.items():
+        if y is not None:
+            checks.like(name, y, x_name, x, lower=name == lower)
+
+
+def check_noise(x: Tensor, noise: Tensor | None, rng: Philox | None) -> None:
+    if rng is not None:
+        ids_of_samples(rng, len(x), x.device)
+        if noise is not None:
+            raise ValueError("noise and rng are both given, expected one of them")
+
+
+def check_scale(name: str, scale: Tensor | None, x: Tensor) -> None:
+    """Checks a tensor of one number for each sample, float32 or as x."""
+    if scale is None:
+        return
+    checks.tensor(name, scale)
+    if scale.dtype not in (torch.float32, checks.compute_dtype(x.dtype)):
+        raise TypeError(f"{name} has dtype {scale.dtype}, expected float32")
+    if scale.shape != x.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}, expected ({len(x)},), one a sample")
+    if scale.device != x.device:
+        raise ValueError(f"{name} is on {scale.device}, expected the samples' device, {x.device}")
+
+
+def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
+    """The columns of each sample's row, of shape (batch, 1, ...)."""
+    rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
+    return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
+
+
+def draws_of_rows(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """The draw of each sample's row, int64 (batch,)."""
+    draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long() & WORD
+    row, index = split_t(t)
+    return draws[row] if row is not None else draws[index].expand(len(x))
+
+
+def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
+    if noise is not None:
+        return noise.to(checks.compute_dtype(x.dtype))
+    if rng is None:
+        rng = fresh_rng()
+    return randn(
+        x.shape,
+        rng,
+        draw=draw if rng.draw is None else None,
+        stream=stream if rng.stream is None else None,
+        device=x.device,
+        dtype=checks.compute_dtype(x.dtype),
+    )
+
+
+def finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    result = result.to(x.dtype)
+    return result if out is None else out.copy_(result)

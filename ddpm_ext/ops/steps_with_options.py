@@ -1,0 +1,219 @@
+"""The two steps with optional tensors: one operator each, whose inputs extended_inputs.py and linear_inputs.py list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.base.types import Clip
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
+from ddpm_ext.ops.torch_library import NO_CLIP
+
+__all__ = ["extended_step", "linear_step", "refuse_grad"]
+
+
+def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
+    """Makes a compiled call refuse what the C++ side refuses in an eager one."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
+
+
+def _step(
+    op: str,
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    clip: Clip | None,
+    noise: Tensor | None,
+    rng: Philox | None,
+    add_noise: bool,
+    out: Tensor | None,
+    inputs: Mapping[str, Tensor | bool | None],
+) -> Tensor:
+    """Calls the operator `op`. `inputs` are its optional arguments in its order."""
+    checks.tensor("x_t", x_t)
+    for name, value in (("model_output", model_output), ("out", out), *inputs.items()):
+        if value is not None and name != "log_variance":
+            checks.tensor(name, value)
+    row, index = split_t(t)
+    low, high = NO_CLIP if clip is None else clip
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    if out is None:
+        out = torch.empty_like(x_t)
+    if not torch.compiler.is_compiling():
+        getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
+        return out
+    given = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out, **given}
+    refuse_grad(op, "it", **tensors)
+    getattr(torch.ops.ddpm_ext, op)(x_t, model_output, table, *arguments, out=out, **inputs)
+    return out
+
+
+def extended_step(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    model_variance: Tensor | None = None,
+    log_variance: bool = True,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history: Tensor | None = None,
+    gradient: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor:
+    """reverse_step with what a row of numbers can't express, still in one launch.
+
+    The row's equation is in ddpm_ext.tables.step_table; its v, h and g are model_variance, history and gradient. Around
+    it, with u the unconditional output, w the row's scale of guidance, p the row's a x + b m or the given x_start, and
+    k0 and k1 the roots of the row's after and 1 - after:
+
+        m    = output_scale (u + w (m - u))                 before the row
+        x0   = clip(x_start_scale p) + g0 g                 in place of the row's x0
+        prev = mask (k0 known + k1 z) + (1 - mask) prev     after the row
+
+    An input that isn't given is not read, and its term is left out; where w is 1, u is not read.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
+        table: float32 (rows, 16): StepTable.packed_extended.
+        t, noise, rng, add_noise: as reverse_step's.
+        clip: range (low, high) that the predicted clean sample is clipped to, or None.
+        uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+        output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
+        model_variance: as model_output: what the model returns for its variance.
+        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
+            variance itself, clamped to [2^-100, 2^100].
+        x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
+        x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
+            thresholding (Saharia et al. 2022, section 2.3).
+        history: as x_t: the predicted clean sample of the step before.
+        gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
+        out: as x_t: where the result is written.
+        out_copy: as x_t: a second copy of the result is written here.
+        x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
+
+    Each of these three may be one of the arguments, element by element.
+
+    Returns:
+        x_{t-1}, as x_t. Gradients are not recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
+            gradient; a mask without known or known without a mask; uncond_output without model_output.
+    """
+    inputs = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "model_variance": model_variance,
+        "log_variance": log_variance,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history": history,
+        "gradient": gradient,
+        "known": known,
+        "mask": mask,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+    }
+    return _step("extended_step", x_t, model_output, table, t, clip, noise, rng, add_noise, out, inputs)
+
+
+def linear_step(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history1: Tensor | None = None,
+    history2: Tensor | None = None,
+    history3: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+    history_out: Tensor | None = None,
+) -> Tensor:
+    """One step of a sampler that is linear in the sample, the model's output, the noise and up to three tensors that
+    earlier steps kept, in one launch. With u the model's unconditional output:
+
+        m    = output_scale (u + w (m - u))
+        x0   = clip(x_start_scale (a x + b m))
+        prev = c0 x0 + c1 x + c2 m + cu u + h1 history1 + h2 history2 + h3 history3 + s z
+        kept = k0 x0 + k1 x + k2 m
+
+    Multistep solvers are of this form: DPM-Solver++ (Lu et al. 2022), UniPC (Zhao et al. 2023), DEIS (Zhang & Chen
+    2023), PNDM (Liu et al. 2022), SA-Solver (Xue et al. 2023). What a history holds is the row's choice: k0 keeps the
+    predicted clean sample, k2 the model's output, and so on. An input that isn't given is not read, and its term is
+    left out. Where c2, cu, h1, h2, h3, k0, k1 or k2 is 0, or w is 1, the tensor that it belongs to has no influence,
+    even if it is infinite.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
+        table: float32 (rows, 16): a, b, c0, c1, c2, s, the bits of the draw as an integer, cu, h1, h2, h3, k0, k1, k2,
+            w and a zero.
+        t, noise, rng, add_noise: as reverse_step's.
+        clip: range (low, high) that the predicted clean sample is clipped to, or None.
+        uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+            cu is for samplers that renoise with it (CFG++, Chung et al. 2024).
+        output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
+        x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
+        x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
+            thresholding (Saharia et al. 2022, section 2.3).
+        history1, history2, history3: as x_t: what earlier steps wrote to their history_out.
+        out: as x_t: where the result is written.
+        out_copy: as x_t: a second copy of the result is written here.
+        x0_out: as x_t: x0 is written here.
+        history_out: as x_t: `kept` is written here.
+
+    Each of these four may be one of the arguments, element by element: history_out may be history3.
+
+    Returns:
+        x_{t-1}, as x_t. Gradients are not recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
+            gradient; uncond_output without model_output.
+    """
+    inputs = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history1": history1,
+        "history2": history2,
+        "history3": history3,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+        "history_out": history_out,
+    }
+    return _step("linear_step", x_t, model_output, table, t, clip, noise, rng, add_noise, out, inputs)

@@ -1,0 +1,42 @@
+"""Numbers that carry the size of their rounding errors, and comparisons of results with them or with other results."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from support.operators import HALF_ULP, host
+
+
+class Number:
+    """A float64 number, and the sum of its terms' absolute values, to which rounding errors are in proportion."""
+
+    def __init__(self, value: np.ndarray | float, size: np.ndarray | float | None = None) -> None:
+        self.value, self.size = value, np.abs(value) if size is None else size
+
+    def __add__(self, other: Number) -> Number:
+        return Number(self.value + other.value, self.size + other.size)
+
+    def __sub__(self, other: Number) -> Number:
+        return Number(self.value - other.value, self.size + other.size)
+
+    def __mul__(self, other: Number) -> Number:
+        return Number(self.value * other.value, self.size * other.size)
+
+    def clip(self, low: float, high: float) -> Number:
+        value = np.clip(self.value, low, high)
+        # The result is no larger than the bound, but has the error of its terms.
+        return Number(value, np.maximum(self.size, np.abs(value)))
+
+
+def roundings(got: torch.Tensor, truth: Number, noise_error: np.ndarray | float = 0.0) -> float:
+    """The largest error, less the rounding of the result itself, in half units of float32."""
+    relative, least = HALF_ULP[got.dtype]
+    error = np.abs(host(got) - truth.value) - noise_error
+    error = error - relative * (np.abs(truth.value) + np.abs(error)) - least
+    return float((error / (2.0**-24 * truth.size + 1e-300)).max(initial=0.0))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    whole = torch.int32 if a.dtype == torch.float32 else torch.int16
+    number = ~b.isnan()
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.view(whole)[number], b.view(whole)[number])
