@@ -107,8 +107,8 @@ gaussian_diffusion = accelerate(gaussian_diffusion)  # the one line
 after = sample(gaussian_diffusion, "accelerated")
 print(f"from the same torch.manual_seed, images differ by {np.abs(after - before).max():.1e} at most")
 
-# With noise="philox" the noise belongs to an image: image 5 of seed 0 is the same in every batch. The loop has the images
-# from 0; a second loop of this object would have those after them.
+# With noise="philox" the noise belongs to an image: image 5 of seed 0 is the same in every batch. The first loop has
+# the images from 0; a second loop of this object would have those after them.
 gaussian_diffusion = accelerate(gaussian_diffusion, noise="philox", seed=0)
 whole = sample(gaussian_diffusion, "with noise that belongs to an image")
 alone = accelerate(gaussian_diffusion, noise="philox", seed=0, sample_ids=5).sample(model, SIZE, batch_size=1)[-1]
