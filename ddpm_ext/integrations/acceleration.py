@@ -33,7 +33,7 @@ class Acceleration:
     - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps that follow belong to it.
     - A single step begins a loop if it goes back to an earlier place of a loop than the last step's: to a larger
       timestep. A step at the last step's timestep stays in the loop and takes the ids after those that were used there,
-      as for a batch in parts or the views of a panorama.
+      as for a batch in parts.
     - Timesteps on a GPU are not read back; the steps of diffusers' schedulers alone know them. Single steps of other
       libraries then begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
     - Nor are the timesteps of compiled single steps: with a seed, these need `begin_loop()` or set_timesteps. Without a
