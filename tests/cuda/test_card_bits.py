@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -33,13 +36,11 @@ OPERATORS = (
     *("reverse_step", "extended_step", "linear_step", "forward_process", "predict_start", "posterior_mean", "randn"),
     "diffusion_loss",
 )
-# The inputs of the steps with options that have the sample's dtype, the model output's dtype, or one number a sample.
-PER_SAMPLE = ("output_scale", "x_start_scale")
-OF_MODEL = ("uncond_output", "model_variance")
-OPTIONS = {
-    "extended_step": ("x_start", "history", "gradient", "known", "mask", *OF_MODEL, *PER_SAMPLE),
-    "linear_step": ("x_start", "history1", "history2", "history3", "uncond_output", *PER_SAMPLE),
-}
+# The tensors that the steps with options read: of the sample's dtype, of the model output's, or one number a sample.
+INPUTS = {"extended_step": EXTENDED_INPUTS, "linear_step": LINEAR_INPUTS}
+OPTIONS = {op: names(inputs, Kind.LIKE_X, Kind.OF_MODEL, Kind.PER_SAMPLE) for op, inputs in INPUTS.items()}
+PER_SAMPLE = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.PER_SAMPLE)
+OF_MODEL = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.OF_MODEL)
 # For each step the result that may take the place of an input, and that input.
 KEPT = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}
 OPTION_SETS = {

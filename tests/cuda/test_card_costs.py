@@ -17,6 +17,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
@@ -152,12 +155,12 @@ class Inputs(NamedTuple):
 def inputs(device) -> Inputs:
     x = torch.linspace(-1, 1, BYTES // 4, device=device).reshape(SHAPE)
     m = x.flip(0).contiguous()
-    like_x = ("x_start", "history", "gradient", "known", "mask", "uncond_output", "model_variance")
-    options = dict.fromkeys(like_x, m) | dict.fromkeys(("output_scale", "x_start_scale"), x.flatten()[:8])
-    options |= {"out_copy": torch.empty_like(x), "x0_out": torch.empty_like(x)}
-    linear = {"history_out": torch.empty_like(x), **dict.fromkeys(("history1", "history2", "history3"), m)}
-    shared = ("x_start", "uncond_output", "output_scale", "x_start_scale", "out_copy", "x0_out")
-    linear |= {name: options[name] for name in shared}
+    options, linear = (
+        dict.fromkeys(names(inputs, Kind.LIKE_X, Kind.OF_MODEL), m)
+        | dict.fromkeys(names(inputs, Kind.PER_SAMPLE), x.flatten()[:8])
+        | {name: torch.empty_like(x) for name in names(inputs, Kind.RESULT)}
+        for inputs in (EXTENDED_INPUTS, LINEAR_INPUTS)
+    )
     table = torch.linspace(-1, 1, 16).repeat(1000, 1).to(device)
     t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
     return Inputs(x, m, torch.empty_like(x), t, seed, table, options, linear)
