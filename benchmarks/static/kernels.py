@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-EXTENDED, LOSS, BOUND = "ExtendedStep", "Loss", "Loss with bound"
+EXTENDED, LINEAR, LOSS, BOUND = "ExtendedStep", "LinearStep", "Loss", "Loss with bound"
+STEPS = (EXTENDED, LINEAR)  # the steps with optional arguments
 TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
 
 
 class Variant(NamedTuple):
-    """One instance of a kernel template: `elementwise` in csrc/cuda/elementwise.cuh, `extended` in extended_step.cu, or
-    `loss_of_samples` in loss.cu."""
+    """One instance of a kernel template: `elementwise` in csrc/cuda/elementwise.cuh, `with_options` in
+    steps_with_options.cuh, or `loss_of_samples` in loss.cu."""
 
     op: str
     noise: str  # one of the Noise enum: none, given, drawn
@@ -29,7 +30,7 @@ class Variant(NamedTuple):
     @property
     def has_options(self) -> bool:
         """Whether its tensors are known only when it runs. Here all of them are counted, and its noise is drawn."""
-        return self.op in (EXTENDED, LOSS, BOUND)
+        return self.op in (*STEPS, LOSS, BOUND)
 
     @property
     def adds_up(self) -> bool:
@@ -38,7 +39,7 @@ class Variant(NamedTuple):
 
     @property
     def title(self) -> str:
-        if self.op == EXTENDED:
+        if self.op in STEPS:
             return f"{self.op}, all options"
         noise = "" if self.noise == "none" else f", noise {self.noise}"
         return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
@@ -48,7 +49,7 @@ class Variant(NamedTuple):
         """The dtypes of x, the second tensor and given noise, as far as it reads them; one name if all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
         read = names[: -self.written] or names
-        if self.op == EXTENDED:
+        if self.op in STEPS:
             return " / ".join(dict.fromkeys(names))
         return read[0] if len(set(read)) == 1 else " / ".join(read)
 
@@ -71,19 +72,19 @@ def text_of(pattern: str) -> str:
 
 @cache
 def enum(name: str) -> list[str]:
-    """The enumerators of an enum class in csrc, with those that core/extras.def adds to Role and Result."""
+    """The enumerators of an enum class in csrc."""
     found = re.search(rf"enum class {name}\b[^{{]*\{{([^}}]*)\}}", text_of("**/*.h") + text_of("**/*.cuh"))
     if found is None:
         raise ValueError(f"csrc has no enum class {name}")
-    text = re.sub(r"DDPM_EXTRAS_(\w+)\(DDPM_NAME\)", lambda kind: ", ".join([*extras(kind[1]), ""]), found[1])
-    return [word.strip() for word in text.split(",") if word.strip() not in ("", "count")]
+    return [word.strip() for word in found[1].split(",") if word.strip()]
 
 
 @cache
-def extras(kind: str) -> list[str]:
-    """The optional arguments of the extended step of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULTS."""
-    declared = text_of("core/extras.def").split("#define DDPM_EXTRAS(", 1)[1].split("// clang-format on")[0]
-    return re.findall(rf"^  {kind.removesuffix('S')}\((\w+)", declared, re.MULTILINE)
+def options(step: str, kind: str) -> list[str]:
+    """The optional arguments of a step that are of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULT."""
+    file = {EXTENDED: "core/extras.def", LINEAR: "core/linear.def"}[step]
+    declared = text_of(file).split("// clang-format off")[1].split("// clang-format on")[0]
+    return re.findall(rf"^  {kind}\((\w+)", declared, re.MULTILINE)
 
 
 @cache
@@ -122,20 +123,21 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 def variant(demangled: str) -> Variant:
     """Finds the variant of a kernel from its name as c++filt prints it."""
-    found = re.search(r"\b(elementwise|extended|loss_of_samples)<(.*?)>\(", demangled)
+    found = re.search(r"\b(elementwise|with_options|loss_of_samples)<(.*?)>\(", demangled)
     if found is None:
-        raise ValueError(f"not an instance of elementwise, extended or loss_of_samples: {demangled}")
+        raise ValueError(f"not an instance of elementwise, with_options or loss_of_samples: {demangled}")
     arguments = [argument.strip() for argument in found[2].replace("(anonymous namespace)", "").split(",")]
     values = {}
     for argument in arguments:
         if enumerator := re.fullmatch(r"\((?:\w+::)*(\w+)\)(\d+)", argument):
             values[enumerator[1]] = enum(enumerator[1])[int(enumerator[2])]
-    if found[1] == "extended":
+    if found[1] == "with_options":
+        step = arguments[1].split("::")[-1]
         x, model = [argument for argument in arguments if argument in TYPES]
-        roles, results = enum("Role"), enum("Result")
-        like_x = roles.index("model_output")
-        tensors = (*[x] * like_x, *[model] * (len(roles) - like_x), *[x] * len(results))
-        return Variant(EXTENDED, "drawn", values["Access"], False, tensors, len(results))
+        like_x, of_model, results = (options(step, kind) for kind in ("LIKE_X", "OF_MODEL", "RESULT"))
+        # besides its options: x_t and the noise, the model's output, and the next sample
+        tensors = (*[x] * (2 + len(like_x)), *[model] * (1 + len(of_model)), *[x] * (1 + len(results)))
+        return Variant(step, "drawn", values["Access"], False, tensors, 1 + len(results))
     given = values["Noise"] == "given"
     if found[1] == "loss_of_samples":
         x, model = [argument for argument in arguments if argument in TYPES]

@@ -97,8 +97,8 @@ DDPM_HD void take_step(const LinearRow& row, const StepSample<LinearStep>& sampl
   // Stores come last, so that a result may overwrite the tensors that it is computed from.
   if (io.has(Result::history_out)) {
     F kept[N];
-    DDPM_EACH kept[i] = F(-0.0f);  // the sum of nothing: adding a number to it gives that number, also 0 and -0
-    add_values(row.k1, x, kept);
+    // -0 is the sum of nothing: adding a number to it gives that number, also 0 and -0.
+    DDPM_EACH kept[i] = row.k1 != 0.0f ? F(row.k1) * x[i] : F(-0.0f);
     add_values(row.k2, m, kept);
     add_values(row.k0, x0, kept);
     DDPM_EACH io.template store<Result::history_out>(i, kept[i]);

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.registry import accelerated_class, support_table
-from ddpm_ext.integrations.shared import Acceleration, Support, accelerated_copy
+from ddpm_ext.integrations.shared import Support, accelerated_copy
 
 __all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
@@ -30,12 +31,17 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
             denoising-diffusion-pytorch, or the tutorial's.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
-            timestep) alone and is made in the launch; a step then touches no generator.
-        seed: for "philox", 0 <= seed < 2^64; None draws one from torch's default CPU generator.
-        sample_ids: for "philox", the first sample's id, or an int64 tensor of shape (batch,).
+            timestep) alone and is made in the launch. Two loops never share noise unless they are given the same seed
+            and ids; Acceleration says where a loop begins.
+        seed: for "philox", 0 <= seed < 2^64: each loop takes the sample ids after the last loop's, and a new object
+            begins anew at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
+            torch.manual_seed makes a run repeatable.
+        sample_ids: for "philox", the first sample's id in the first loop; or an int64 tensor of shape (batch,), whose
+            ids every loop has: with a seed, the loops' noise is then the same.
 
     Returns:
-        The accelerated object. Its `accelerated` holds the settings, of which `rng` may be set anew.
+        The accelerated object. Its `accelerated` holds the settings, of which `rng` and `seed` may be set anew. A copy
+        continues where the original stands; from then on, each counts its own loops.
 
     Raises:
         TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers

@@ -149,27 +149,41 @@ class Denoising(Accelerated):
         if not 0 <= step < len(tables.steps):
             raise Fallback
         times = torch.full((len(x),), step, device=x.device)
-        return self._p_sample(tables, x, step, times, x_self_cond, with_x0=True)
+        rng = self.accelerated.rng_of_step(len(x), -step) if step > 0 else None
+        return self._p_sample(tables, x, step, times, x_self_cond, rng, with_x0=True)
 
     @with_fallback("p_sample")
     def _p_sample(
-        self, tables: DenoisingTables, x: Tensor, t: int, times: Tensor, x_self_cond: Tensor | None, with_x0: bool
+        self,
+        tables: DenoisingTables,
+        x: Tensor,
+        t: int,
+        times: Tensor,
+        x_self_cond: Tensor | None,
+        rng: Philox | None,
+        with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
         output = self.model(x, times, x_self_cond)
         self._check_output(x, output, lambda: self._returning(output).p_sample(x, t, x_self_cond))
-        return self._take(tables.steps, t, x, output, t > 0, with_x0)
+        return self._take(tables.steps, t, x, output, t > 0, rng, with_x0)
 
     def _check_output(self, x: Tensor, output: Any, instead: Callable[[], Any]) -> None:
         # With the objective pred_x0, x_start has the output's dtype.
         check_output(x, output, instead, allow_16_bits=self.objective != "pred_x0")
 
     def _take(
-        self, tables: StepDeviceTables, row: int, x: Tensor, output: Tensor, noisy: bool, with_x0: bool
+        self,
+        tables: StepDeviceTables,
+        row: int,
+        x: Tensor,
+        output: Tensor,
+        noisy: bool,
+        rng: Philox | None,
+        with_x0: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The next sample, and x_start where it is asked for."""
         noise: dict[str, Any] = {"add_noise": False}
         if noisy:
-            rng = self.accelerated.rng
             noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
         if not with_x0:
             return ops.reverse_step(x, output, tables.get("steps", x.device, torch.float32), row, **noise), None
@@ -179,14 +193,22 @@ class Denoising(Accelerated):
 
     # --------------------------------------------------------------------------------------------------------- loops
 
-    def _start(self, shape: Any) -> Tensor:
-        rng = self.accelerated.start()
+    def _start(self, shape: Any) -> tuple[Tensor, Philox | None]:
+        """The noise that a loop starts from, and the generator of its steps' noise."""
+        rng = self.accelerated.whole_loop(shape[0])
         if rng is None:
-            return torch.randn(shape, device=self.device)
-        return randn(shape, rng, device=self.device, dtype=torch.get_default_dtype())
+            return torch.randn(shape, device=self.device), None
+        start = randn(shape, rng, stream=STREAM_START, device=self.device, dtype=torch.get_default_dtype())
+        return start, rng
 
     def _descend(
-        self, tables: DenoisingTables, img: Tensor, start: int, bar: str, imgs: list[Tensor] | None = None
+        self,
+        tables: DenoisingTables,
+        img: Tensor,
+        start: int,
+        bar: str,
+        rng: Philox | None,
+        imgs: list[Tensor] | None = None,
     ) -> Tensor:
         """From timestep start - 1 to the end, with a progress bar."""
         x_start = None
@@ -194,7 +216,7 @@ class Denoising(Accelerated):
         times = tables.steps.timesteps(img.device)[:start, None].repeat(1, len(img))
         for t in _library().tqdm(reversed(range(0, start)), desc=bar, total=start):
             self_cond = x_start if self.self_condition else None
-            img, x_start = self._p_sample(tables, img, t, times[t], self_cond, with_x0=self.self_condition)
+            img, x_start = self._p_sample(tables, img, t, times[t], self_cond, rng, with_x0=self.self_condition)
             if imgs is not None:
                 imgs.append(img)
         return img
@@ -205,9 +227,9 @@ class Denoising(Accelerated):
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
         if not 0 < self.num_timesteps <= len(tables.steps):
             raise Fallback
-        img = self._start(shape)
+        img, rng = self._start(shape)
         imgs = [img] if return_all_timesteps else None
-        img = self._descend(tables, img, self.num_timesteps, "sampling loop time step", imgs)
+        img = self._descend(tables, img, self.num_timesteps, "sampling loop time step", rng, imgs)
         return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
 
     @torch.inference_mode()
@@ -215,25 +237,31 @@ class Denoising(Accelerated):
     def ddim_sample(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
         steps = tables.ddim(self.num_timesteps, self.sampling_timesteps, self.ddim_sampling_eta)
-        img = self._start(shape)
+        img, rng = self._start(shape)
         imgs = [img]
         x_start = None
         times = steps.tables.timesteps(img.device)[:, None].repeat(1, len(img))
         for row, _ in enumerate(_library().tqdm(steps.pairs, desc="sampling loop time step")):
             x_self_cond = x_start if self.self_condition else None
-            img, x_start = self._ddim_step(steps, row, img, times[row], x_self_cond)
+            img, x_start = self._ddim_step(steps, row, img, times[row], x_self_cond, rng)
             if return_all_timesteps:
                 imgs.append(img)
         return self.unnormalize(torch.stack(imgs, dim=1) if return_all_timesteps else img)
 
     @with_fallback("ddim_sample")
     def _ddim_step(
-        self, steps: DdimSteps, row: int, img: Tensor, times: Tensor, x_self_cond: Tensor | None
+        self,
+        steps: DdimSteps,
+        row: int,
+        img: Tensor,
+        times: Tensor,
+        x_self_cond: Tensor | None,
+        rng: Philox | None,
     ) -> tuple[Tensor, Tensor | None]:
         output = self.model(img, times, x_self_cond)
         noisy = steps.pairs[row][1] >= 0
         self._check_output(img, output, lambda: self._own_ddim_step(img, output, times, steps.weights[row], noisy))
-        return self._take(steps.tables, row, img, output, noisy, with_x0=self.self_condition)
+        return self._take(steps.tables, row, img, output, noisy, rng, with_x0=self.self_condition)
 
     def _own_ddim_step(
         self, img: Tensor, output: Any, times: Tensor, weights: tuple[float, float, float], noisy: bool
@@ -256,14 +284,14 @@ class Denoising(Accelerated):
         if not 0 <= start < len(tables.steps):
             raise Fallback
         times = torch.full((len(x1),), start, device=x1.device)
-        rng = self.accelerated.rng
+        rng = self.accelerated.whole_loop(len(x1))
         noised = []
         for draw, x in enumerate((x1, x2)):
             noise = torch.randn_like(x) if rng is None else None
             own = None if rng is None else rng.of(STREAM_START, draw)
             noised.append(self._noised(tables, x, times, noise, own))
         img = (1 - lam) * noised[0] + lam * noised[1]
-        return self._descend(tables, img, start, "interpolation sample time step")
+        return self._descend(tables, img, start, "interpolation sample time step", rng)
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -1,4 +1,4 @@
-"""What all accelerated classes share: the settings, and how an accelerated class and object are made of a peer's.
+"""What all accelerated classes share: how an accelerated class and object are made of a peer's.
 
 A peer is another library, or its class.
 """
@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
-
-from ddpm_ext.base import checks
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_START, Philox, random_seed, rng_of_many
+from ddpm_ext.integrations.acceleration import Acceleration
 
 __all__ = [
-    "NOISES",
     "Accelerated",
-    "Acceleration",
     "Support",
     "accelerated_copy",
     "make_class",
@@ -31,8 +23,6 @@ __all__ = [
     "peer_class",
     "peer_method",
 ]
-
-NOISES = ("torch", "philox")
 
 
 class Support(NamedTuple):
@@ -45,84 +35,6 @@ class Support(NamedTuple):
     method: str
     fused: str
     own: str
-
-
-# ----------------------------------------------------------------------------------------------------------- settings
-
-
-class Acceleration:
-    """An accelerated object's settings, `obj.accelerated`.
-
-    Attributes:
-        noise: "torch", the peer's own draws, or "philox", those of the noise contract.
-        rng: the ddpm_ext.Philox of "philox", else None. It may be replaced by another one without a draw or a stream
-            of its own; setting anything else raises TypeError or ValueError.
-        iteration: how often training noise was drawn by rng, which is the number of the next draw.
-        fallbacks: {method: reason}, the latest reason why the peer's own code ran.
-    """
-
-    def __init__(self, noise: str = "torch", rng: Philox | None = None) -> None:
-        self.noise = noise
-        self.rng = rng
-        self.iteration = 0
-        self.fallbacks: dict[str, str] = {}
-        self._warned: set[tuple[str, str]] = set()
-
-    @classmethod
-    def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor) -> Acceleration:
-        """The settings that accelerate's arguments describe, after a check of these."""
-        checks.one_of("noise", noise, NOISES)
-        if noise == "philox":
-            return cls(noise, Philox(random_seed() if seed is None else seed, sample_ids))
-        if seed is not None:
-            raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected None")
-        if isinstance(sample_ids, Tensor) or sample_ids != 0:
-            raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which has no sample ids: expected 0")
-        return cls(noise)
-
-    @property
-    def rng(self) -> Philox | None:
-        return self._rng
-
-    @rng.setter
-    def rng(self, rng: Philox | None) -> None:
-        if (rng is None) != (self.noise == "torch"):
-            raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
-        self._rng = None if rng is None else rng_of_many(rng)
-
-    def __repr__(self) -> str:
-        given = {"noise": self.noise, "rng": self.rng, "fallbacks": self.fallbacks}
-        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in given.items())})"
-
-    def start(self) -> Philox | None:
-        """The generator of the noise that a loop starts from; None where the peer draws it."""
-        return None if self.rng is None else self.rng.of(STREAM_START, 0)
-
-    def next_forward(self) -> Philox | None:
-        """The generator of a training batch's noise, another draw at each call; None where the peer draws it."""
-        if self.rng is None:
-            return None
-        draw, self.iteration = self.iteration, self.iteration + 1
-        return self.rng.of(STREAM_FORWARD, draw)
-
-    def record_fallback(self, library: str, method: str, reason: str) -> None:
-        """Keeps why the peer's own code runs, and warns of it, once for each reason."""
-        self.fallbacks[method] = reason
-        if (method, reason) not in self._warned:
-            self._warned.add((method, reason))
-            noise = " and noise" if self.noise == "philox" else ""
-            text = f"{method} runs the own code{noise} of {library}: {reason}"
-            warnings.warn(text, stacklevel=_level_outside())
-
-
-def _level_outside() -> int:
-    """The stacklevel, seen from the caller, of the first frame that is neither this package's nor torch's."""
-    if torch.compiler.is_compiling():  # the compiler does not trace frames
-        return 1
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 # ------------------------------------------------------------------------------------------------------------ classes
@@ -156,8 +68,13 @@ class Accelerated:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickles name the peer's class, which can be imported, and leave out what is only cached."""
+        """Pickles name the peer's class, which can be imported, and leave out what is only cached.
+
+        A copy has settings of its own, so that its loops and the original's are counted apart.
+        """
         state = {name: value for name, value in self.__dict__.items() if name != "_fused_cache"}
+        if "_acceleration" in state:
+            state["_acceleration"] = copy.copy(state["_acceleration"])
         return type(self)._restore, (self._peer,), state
 
 

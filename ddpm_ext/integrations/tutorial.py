@@ -30,7 +30,7 @@ from ddpm_ext.integrations.tensors import (
     wants_gradient,
 )
 from ddpm_ext.integrations.tutorial_trial import TABLES, FusedMethods, try_methods
-from ddpm_ext.ops.noise import Philox, randn
+from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 __all__ = ["SUPPORT", "Tutorial", "check_output", "resembles"]
 
@@ -143,7 +143,8 @@ class _StartNoise(TorchFunctionMode):
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
             if dtype == torch.float32:
                 self.used = True
-                return randn(shape, self.rng, device=kwargs.get("device") or torch.get_default_device())
+                device = kwargs.get("device") or torch.get_default_device()
+                return randn(shape, self.rng, stream=STREAM_START, device=device)
         return func(*args, **kwargs)
 
 
@@ -232,7 +233,8 @@ class Tutorial(Accelerated):
         with fused.grad_mode():
             output = model(x_t, t)
             check_output(x_t, output, lambda: own(_Given(output), x_t, t, clip_denoised))
-            clip, rng = (-1.0, 1.0) if clip_denoised else None, self.accelerated.rng
+            clip = (-1.0, 1.0) if clip_denoised else None
+            rng = self.accelerated.rng_of_step_at(t, len(fused.tables))
             source: dict[str, Any] = {"rng": rng}
             if rng is None:
                 noise = torch.randn_like(x_t)
@@ -241,17 +243,20 @@ class Tutorial(Accelerated):
 
     def p_sample_loop(self, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
         """The class's own loop, whose steps are fused; with noise="philox" it also starts from the contract's noise."""
-        rng = self.accelerated.start()
-        own = peer_method(self, "p_sample_loop")
-        if rng is None or torch.compiler.is_compiling() or isinstance(attempt(self._fused_methods), Fallback):
+        settings, own = self.accelerated, peer_method(self, "p_sample_loop")
+        plain = settings.noise == "torch" or torch.compiler.is_compiling()
+        if plain or isinstance(attempt(self._fused_methods), Fallback):
             return own(model, shape, *args, **kwargs)  # each step says why it falls back
-        start = self.__dict__["_start_noise"] = _StartNoise(rng)
+        settings.begin_loop()
+        assert settings.rng is not None
+        start = self.__dict__["_start_noise"] = _StartNoise(settings.rng)
         with start.active:
             start.active.enter_context(start)
             try:
                 return own(model, shape, *args, **kwargs)
             finally:
                 self.__dict__.pop("_start_noise", None)
+                settings.end_loop()
 
     # ------------------------------------------------------------------------------------------------------ training
 

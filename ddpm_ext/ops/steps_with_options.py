@@ -50,8 +50,8 @@ def _step(
     if not torch.compiler.is_compiling():
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out
-    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out}
-    tensors |= {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    given = {name: value for name, value in inputs.items() if not isinstance(value, bool)}
+    tensors = {"x_t": x_t, "model_output": model_output, "noise": noise, "out": out, **given}
     refuse_grad(op, "it", **tensors)
     getattr(torch.ops.ddpm_ext, op)(x_t, model_output, table, *arguments, out=out, **inputs)
     return out
@@ -170,8 +170,7 @@ def linear_step(
         prev = c0 x0 + c1 x + c2 m + cu u + h1 history1 + h2 history2 + h3 history3 + s z
         kept = k0 x0 + k1 x + k2 m
 
-    Multistep solvers are of this form: DPM-Solver++ (Lu et al. 2022), UniPC (Zhao et al. 2023), DEIS (Zhang & Chen
-    2023), PNDM (Liu et al. 2022), SA-Solver (Xue et al. 2023). What a history holds is the row's choice: k0 keeps the
+    The multistep solvers of diffusion models are of this form. What a history holds is the row's choice: k0 keeps the
     predicted clean sample, k2 the model's output, and so on. An input that isn't given is not read, and its term is
     left out. Where c2, cu, h1, h2, h3, k0, k1 or k2 is 0, or w is 1, the tensor that it belongs to has no influence,
     even if it is infinite.
@@ -184,7 +183,7 @@ def linear_step(
         t, noise, rng, add_noise: as reverse_step's.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
         uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
-            cu is for samplers that renoise with it (CFG++, Chung et al. 2024).
+            cu is for samplers that add noise again by u and not by m.
         output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
         x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
         x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic

@@ -38,11 +38,13 @@ class Grid:
         alphas_cumprod: float64 (rows + 1,), at each timestep, and last where the last step arrives.
         betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbouring timesteps the
             schedule's own beta, of which that difference would lose digits.
+        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
     """
 
     timestep: Tensor
     alphas_cumprod: Tensor
     betas: Tensor
+    schedule: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -50,7 +52,8 @@ class Grid:
     def __getitem__(self, steps: slice) -> Grid:
         """The grid of the steps from the slice's start to its stop."""
         start, stop, _ = steps.indices(len(self))
-        return Grid(self.timestep[start:stop], self.alphas_cumprod[start : stop + 1], self.betas[start:stop])
+        levels = self.alphas_cumprod[start : stop + 1]
+        return Grid(self.timestep[start:stop], levels, self.betas[start:stop], self.schedule)
 
     @property
     def now(self) -> Tensor:
@@ -248,7 +251,7 @@ def make_grid(
             raise ValueError(f"betas have shape {tuple(betas.shape)}, expected that of alphas_cumprod")
         below = torch.cat([chosen[1:], chosen.new_tensor([-1 if final == 1 else len(levels)])])
         jumps = torch.where(chosen - below == 1, betas[chosen], jumps)
-    return Grid(chosen, path, jumps)
+    return Grid(chosen, path, jumps, levels)
 
 
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
@@ -260,7 +263,7 @@ def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
     low, high = known[above - 1], known[above]
     timestep = (above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)).double()
     path = torch.cat([1 / (1 + sigma**2), levels.new_tensor([final])])
-    return Grid(timestep, path, 1 - path[:-1] / path[1:])
+    return Grid(timestep, path, 1 - path[:-1] / path[1:], levels)
 
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:

@@ -60,7 +60,7 @@ BAD = [
     (("sample", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
     (("sample", "--seed", "-1"), "--seed: got -1, expected a whole number in [0, 18446744073709551615]"),
     (("sample", "--batch-size", "0"), "--batch-size: got 0"),
-    (("sample", "--sampler", "plms"), "invalid choice: 'plms'"),
+    (("sample", "--sampler", "dpm"), "invalid choice: 'dpm'"),
     (("sample", "--sampler", "euler", "--eta", "1"), "belongs to ddim or euler_ancestral"),
     (("sample", "--device", "abacus"), "device: abacus can't be used here"),
     (("sample", "--device", "cuda:77"), "device: cuda:77 can't be used here"),

@@ -186,7 +186,7 @@ BAD = [
     (("schedules", "linear", "--timesteps", "5"), "timesteps is 5, too few"),
     (("schedules", "--out", "a.gif"), "out: got a.gif, expected a name that ends in .png or .svg or .pdf"),
     (("table",), "required: SAMPLER|FILE"),
-    (("table", "plms"), "table: got plms, expected ddpm, ddim"),
+    (("table", "dpm"), "table: got dpm, expected ddpm, ddim"),
     (("table", "nowhere.json"), "table: cannot read nowhere.json: No such file"),
     (("table", "samples.json"), "samples.json is not JSON"),
     (("table", "mine.json", "--steps", "5"), "steps: got 5, but no sampler is to be drawn"),

@@ -83,6 +83,5 @@ def test_t_out_of_range_counts_as_the_nearest(device, make_step_table, normal):
         ops.reverse_step(x, m, table, wild, rng=Philox(1)), ops.reverse_step(x, m, table, tame, rng=Philox(1))
     )
     wide = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).to(device)
-    assert torch.equal(
-        ops.extended_step(x, m, wide, wild, rng=Philox(1)), ops.extended_step(x, m, wide, tame, rng=Philox(1))
-    )
+    for step in (ops.extended_step, ops.linear_step):
+        assert torch.equal(step(x, m, wide, wild, rng=Philox(1)), step(x, m, wide, tame, rng=Philox(1)))

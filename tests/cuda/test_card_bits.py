@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -30,15 +33,23 @@ SEED, FIRST_ID = 2**63 + 5, 2**32 - 2  # the seed's highest bit is set; the ids 
 ROWS, T = 12, 5  # T stands for all samples where t is an int: a row with noise and with the model's eps
 
 OPERATORS = (
-    *("reverse_step", "extended_step", "forward_process", "predict_start", "posterior_mean", "randn"),
+    *("reverse_step", "extended_step", "linear_step", "forward_process", "predict_start", "posterior_mean", "randn"),
     "diffusion_loss",
 )
-# The inputs of the extended step that have the sample's dtype, the model output's dtype, or one number a sample.
-LIKE_X = ("x_start", "history", "gradient", "known", "mask")
-OF_MODEL = ("uncond_output", "model_variance")
-PER_SAMPLE = ("output_scale", "x_start_scale")
-OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
-OPTION_SETS = (*((name,) for name in OPTIONS if name not in ("known", "mask")), ("known", "mask"), OPTIONS)
+# The tensors that the steps with options read: of the sample's dtype, of the model output's, or one number a sample.
+INPUTS = {"extended_step": EXTENDED_INPUTS, "linear_step": LINEAR_INPUTS}
+OPTIONS = {op: names(inputs, Kind.LIKE_X, Kind.OF_MODEL, Kind.PER_SAMPLE) for op, inputs in INPUTS.items()}
+PER_SAMPLE = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.PER_SAMPLE)
+OF_MODEL = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.OF_MODEL)
+# For each step the result that may take the place of an input, and that input.
+KEPT = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}
+OPTION_SETS = {
+    "extended_step": (
+        *((name,) for name in OPTIONS["extended_step"] if name not in ("known", "mask")),
+        *(("known", "mask"), OPTIONS["extended_step"]),
+    ),
+    "linear_step": (*((name,) for name in OPTIONS["linear_step"]), OPTIONS["linear_step"]),
+}
 LOSS_OPTIONS = (
     *(("mse", "x_start"), ("l1", "x_start"), ("huber", "x_start"), ("mse",), ("huber", "x_start", "no gradient")),
     *(("mse", "x_start", "bound"), ("mse", "x_start", "bound", "learned")),
@@ -55,7 +66,7 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     fill: str = "normal"
     in_place: bool = False
-    options: tuple[str, ...] = ()  # of the extended step, or of the loss
+    options: tuple[str, ...] = ()  # of a step that has some, or of the loss
 
     def __str__(self) -> str:
         dtypes = " ".join(str(d).removeprefix("torch.") for d in (self.dtype, self.second))
@@ -95,8 +106,8 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 @functools.cache
 def rows(columns: int) -> Tensor:
     """Random numbers as the rows of an operator's table: 2 columns of the forward process and the predictions, 4 of the
-    loss, 5 of the loss with the variational bound, 8 of the reverse step, 16 of the extended step. Each factor that
-    switches something off is 0 in some rows."""
+    loss, 5 of the loss with the variational bound, 8 of the reverse step, 16 of the extended and the linear step. Each
+    factor that switches something off is 0 in some rows."""
     width = 8 if columns == 5 else columns
     table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(columns))
     if columns in (4, 5):
@@ -157,16 +168,18 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
     how["clip"] = None if case.layout == "padded" else (-1.0, 1.0)
     if case.op == "reverse_step":
         return ops.reverse_step(x, tensor(1, case.second), rows(8).to(device), t, **how)
-    for seed, option in enumerate(OPTIONS, start=10):
+    for seed, option in enumerate(OPTIONS[case.op], start=10):
         if option in case.options and option in PER_SAMPLE:
             how[option] = values((batch,), F32, "normal", seed).to(device)
         elif option in case.options:
             how[option] = tensor(seed, case.second if option in OF_MODEL else case.dtype)
-    results = {result: torch.empty_like(x) for result in ("out_copy", "x0_out")}
-    if case.in_place and "history" in how:
-        results["x0_out"] = how["history"] = how["history"].clone()
-    how["log_variance"] = case.fill == "normal"
-    prev = ops.extended_step(x, tensor(1, case.second), rows(16).to(device), t, **how, **results)
+    result, history = KEPT[case.op]
+    results = {name: torch.empty_like(x) for name in dict.fromkeys(("out_copy", "x0_out", result))}
+    if case.in_place and history in how:
+        results[result] = how[history] = how[history].clone()
+    if case.op == "extended_step":
+        how["log_variance"] = case.fill == "normal"
+    prev = getattr(ops, case.op)(x, tensor(1, case.second), rows(16).to(device), t, **how, **results)
     return torch.stack([prev, *results.values()])
 
 
@@ -197,9 +210,9 @@ def operands(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
             continue
         for noise in NOISES:
             drawn, one_dtype = noise.startswith("drawn"), second == dtype
-            if op == "extended_step":
-                yield Case(op, shape, dtype, second, noise, options=OPTIONS)
-            if op in ("reverse_step", "extended_step") or (op == "forward_process" and one_dtype):
+            if op in OPTIONS:
+                yield Case(op, shape, dtype, second, noise, options=OPTIONS[op])
+            if op in ("reverse_step", *OPTIONS) or (op == "forward_process" and one_dtype):
                 yield Case(op, shape, dtype, second, noise)
             if op == "randn" and one_dtype and drawn:
                 yield Case(op, shape, dtype, second, noise)
@@ -212,9 +225,9 @@ def cases(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
     for case in operands(op, shape):
         for layout in ("contiguous",) if op == "randn" else LAYOUTS:
             yield case._replace(layout=layout)
-        if op in ("reverse_step", "extended_step", "forward_process"):
+        if op in ("reverse_step", *OPTIONS, "forward_process"):
             yield case._replace(in_place=True)
-        sets = {"extended_step": OPTION_SETS, "diffusion_loss": LOSS_OPTIONS[1:]}.get(op, ())
+        sets = {**OPTION_SETS, "diffusion_loss": LOSS_OPTIONS[1:]}.get(op, ())
         if case.noise == "drawn":
             yield from (case._replace(options=options) for options in sets)
 
@@ -330,7 +343,7 @@ def test_one_bit_is_a_difference():
     assert count_different(x[:2], x) == 4
 
 
-@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "diffusion_loss"])
+@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "linear_step", "diffusion_loss"])
 def test_another_result_is_noticed(monkeypatch, op):
     right = call
 

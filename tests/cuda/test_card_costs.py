@@ -17,6 +17,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
@@ -144,19 +147,23 @@ class Inputs(NamedTuple):
     t: Tensor
     seed: Tensor
     table: Tensor
-    options: dict[str, Tensor]
+    options: dict[str, Tensor]  # of the extended step
+    linear: dict[str, Tensor]  # of the linear step
 
 
 @pytest.fixture(scope="session")
 def inputs(device) -> Inputs:
     x = torch.linspace(-1, 1, BYTES // 4, device=device).reshape(SHAPE)
     m = x.flip(0).contiguous()
-    like_x = ("x_start", "history", "gradient", "known", "mask", "uncond_output", "model_variance")
-    options = dict.fromkeys(like_x, m) | dict.fromkeys(("output_scale", "x_start_scale"), x.flatten()[:8])
-    options |= {"out_copy": torch.empty_like(x), "x0_out": torch.empty_like(x)}
+    options, linear = (
+        dict.fromkeys(names(inputs, Kind.LIKE_X, Kind.OF_MODEL), m)
+        | dict.fromkeys(names(inputs, Kind.PER_SAMPLE), x.flatten()[:8])
+        | {name: torch.empty_like(x) for name in names(inputs, Kind.RESULT)}
+        for inputs in (EXTENDED_INPUTS, LINEAR_INPUTS)
+    )
     table = torch.linspace(-1, 1, 16).repeat(1000, 1).to(device)
     t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
-    return Inputs(x, m, torch.empty_like(x), t, seed, table, options)
+    return Inputs(x, m, torch.empty_like(x), t, seed, table, options, linear)
 
 
 NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
@@ -169,6 +176,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "p_sample": lambda i, t, **o: GD.p_sample(lambda *_: i.m, i.x, t, **o),
     "q_sample": lambda i, t, **o: GD.q_sample(i.x, t, **o),
     "extended_step, all options": lambda i, t, **o: ops.extended_step(i.x, i.m, i.table, t, **i.options, **o),
+    "linear_step, all options": lambda i, t, **o: ops.linear_step(i.x, i.m, i.table, t, **i.linear, **o),
 }
 
 

@@ -400,7 +400,7 @@ def test_under_sanitizers(sanitized):
     less = "not (sanitize or rounding or special or trace or large)"
     files = [
         Path(__file__),
-        Path(__file__).with_name("test_cuda_host_extended.py"),
+        Path(__file__).with_name("test_cuda_host_steps.py"),
         Path(__file__).with_name("test_stand_in.py"),
     ]
     # -s: a sanitizer's report ends the process, and what pytest has captured is lost

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
-from benchmarks.static.kernels import CSRC, EXTENDED, TYPES
+from benchmarks.static.kernels import CSRC, EXTENDED, LINEAR, TYPES
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
@@ -129,7 +129,11 @@ def fma_an_element(op: str, noise: str) -> int:
     """Written for every element, the noise aside."""
     if op == EXTENDED:  # all of its options
         exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
-        return fma_calls(code("core/extended.h") + exponential + code("core/forward.h", "affine"))
+        guide = code("core/step.h", "guide")
+        return fma_calls(code("core/extended.h") + exponential + guide + code("core/forward.h", "affine"))
+    if op == LINEAR:
+        step = code("core/linear.h").split("void take_step")[1]
+        return fma_calls(step + code("core/step.h", "guide")) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
     mean = fma_calls(code("core/step.h", "predict_x_start") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),

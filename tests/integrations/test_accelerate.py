@@ -84,31 +84,33 @@ def test_only_the_object_is_given_by_position():
 
 
 def test_without_a_seed_one_is_drawn_from_torchs_generator():
+    """It is drawn where it is first needed."""
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    first = Acceleration.of("philox", None, 0)
+    first, second, again = (Acceleration.of("philox", None, 0) for _ in range(3))
+    assert "rng=None" in repr(first) and torch.equal(torch.get_rng_state(), before)
+    seeds = [settings.rng.seed_value for settings in (first, second)]
     assert not torch.equal(torch.get_rng_state(), before)
-    second = Acceleration.of("philox", None, 0)
     torch.manual_seed(1)
-    again = Acceleration.of("philox", None, 0)
-    seeds = [settings.rng.seed_value for settings in (first, second, again)]
-    assert seeds[0] == seeds[2] != seeds[1]
+    assert again.rng.seed_value == seeds[0] != seeds[1]
+    assert [settings.rng.seed_value for settings in (first, second)] == seeds
 
 
 def test_noise_torch_draws_no_seed():
     before = torch.get_rng_state()
     settings = Acceleration.of("torch", None, 0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert settings.rng is None and settings.start() is None and settings.next_forward() is None
+    settings.begin_loop()
+    assert settings.rng is None and settings.whole_loop(3) is None and settings.next_forward() is None
+    assert settings.rng_of_step(3, 0) is None and settings.rng_of_step_at(torch.arange(3), 9) is None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("ids", [5, torch.tensor([9, 2**50, 4])])
-def test_the_noise_of_starts_and_training(ids):
-    """A loop starts from stream 1, training uses stream 2, with another draw each time."""
+def test_the_noise_of_training(ids):
+    """Training uses stream 2, with another draw each time."""
     settings = Acceleration.of("philox", 2**64 - 1, ids)
     plain = Philox(2**64 - 1, ids)
-    assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
-    assert torch.equal(randn((3, 4), settings.start()), randn((3, 4), plain, stream=1))
     drawn = [settings.next_forward() for _ in range(3)]
     for draw, rng in enumerate(drawn):
         assert torch.equal(randn((3, 4), rng), randn((3, 4), plain, stream=2, draw=draw))

@@ -318,6 +318,8 @@ IGNORED = {
     "aten::as_strided",
     "aten::view",
     "aten::detach",
+    "aten::resolve_conj",  # of a tensor's tolist, which reads timesteps on the CPU
+    "aten::resolve_neg",
 }
 
 
@@ -347,17 +349,16 @@ def test_the_object():
     assert torch.equal(torch.get_rng_state(), state)
     assert type(fast).__name__ == "GaussianDiffusion" and isinstance(fast, GaussianDiffusion)
     model = Net()
-    first = fast.sample(model, 5)[-1]
+    fast.sample(model, 5)
+    copies = (copy.copy(fast), copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)))
+    second = fast.sample(model, 5)[-1]
     assert vars(plain).keys() == before.keys() and all(vars(plain)[name] is value for name, value in before.items())
     assert type(plain) is GaussianDiffusion
-    for copied in (
-        copy.copy(fast),
-        copy.deepcopy(fast),
-        pickle.loads(pickle.dumps(fast)),
-        accelerate(fast, noise="philox", seed=9),
-    ):
+    again = accelerate(fast, noise="philox", seed=9)
+    again.sample(model, 5)
+    for copied in (*copies, again):
         assert type(copied) is type(fast)
-        np.testing.assert_array_equal(copied.sample(model, 5)[-1], first)
+        np.testing.assert_array_equal(copied.sample(model, 5)[-1], second)
     assert set(dir(plain)) <= set(dir(fast))
 
 

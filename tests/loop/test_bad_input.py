@@ -18,7 +18,7 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
 @pytest.mark.parametrize(
     "changes, error, words",
     [
-        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'", "'ddpm'", "'ddim'"]),
+        ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'", "'ddpm'", "'ddim'"]),
         ({"sampler": None}, ValueError, ["sampler is None"]),
         ({"steps": 0}, ValueError, ["steps is 0"]),
         ({"steps": -1}, ValueError, ["steps is -1"]),
@@ -134,7 +134,7 @@ def test_loop(backend, changes, error, words, device):
         ({"image_size": 4.0}, TypeError, ["image_size|shape", "4.0"]),
         ({"batch_size": 0}, ValueError, ["batch_size|shape", "0"]),
         ({"channels": -1}, ValueError, ["channels|shape", "-1"]),
-        ({"sampler": "plms"}, ValueError, ["sampler is 'plms'"]),
+        ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'"]),
     ],
     ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
 )

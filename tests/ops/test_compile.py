@@ -7,15 +7,17 @@ import functools
 
 import pytest
 import torch
+from support import extended as extended_options
+from support import linear
 from support.devices import moved
-from support.extended import RESULTS, make_table, options
+from support.extended import make_table
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox, ops
 
 GD = GaussianDiffusion(1000)
 SHAPE = (4, 3, 5)
-EXTENDED = make_table(1000)
+EXTENDED, LINEAR = make_table(1000), linear.make_table(1000)
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +58,19 @@ def extended(x, t, **options):
     return prev + memory
 
 
+def linear_steps(x, t, **options):
+    """Two steps in place, of which the second uses what the first kept."""
+    memory, x_t, table = 0.5 * x, x.clone(), LINEAR.to(x.device)
+    for _ in range(2):
+        ops.linear_step(
+            x_t, model(x, t), table, t, uncond_output=x + 1, history3=memory, history_out=memory, out=x_t, **options
+        )
+    return x_t + memory
+
+
 FUNCTIONS = {
     "extended": extended,
+    "linear": linear_steps,
     "q_sample": lambda x, t, **o: GD.q_sample(x, t, **o),
     "p_sample": lambda x, t, **o: GD.p_sample(model, x, t, **o),
     "train_losses": lambda x, t, **o: GD.train_losses(model, x, t, **o),
@@ -110,21 +123,26 @@ def test_out(name, device):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_extended_step_with_all_options(device, drawn):
+@pytest.mark.parametrize("kind", [extended_options, linear], ids=lambda kind: kind.OPERATOR)
+def test_a_step_with_all_options(device, kind, drawn):
     x, t = inputs(device)
-    given = moved(options(SHAPE, torch.float32, torch.float32), device)
+    given = moved(kind.options(SHAPE, torch.float32, torch.float32), device)
     how = {"rng": philox(device)} if drawn else {"noise": x.flip(0)}
+    table = {"extended_step": EXTENDED, "linear_step": LINEAR}[kind.OPERATOR].to(device)
 
     def step(x, t, given, results):
-        return ops.extended_step(x, x * 0.5, EXTENDED.to(device), t, **how, **given, **results)
+        return getattr(ops, kind.OPERATOR)(x, x * 0.5, table, t, **how, **given, **results)
 
-    expected, got = ({name: torch.empty_like(x) for name in RESULTS} for _ in range(2))
+    expected, got = ({name: torch.empty_like(x) for name in kind.RESULTS} for _ in range(2))
     step(x, t, given, expected)
     torch.compile(step, backend="aot_eager", fullgraph=True)(x, t, given, got)
-    assert all(torch.equal(got[name], expected[name]) for name in RESULTS)
-    # in place, as in a loop: the next sample over the sample, x0 over the previous x0
-    memory = {"out": x.clone(), "x0_out": given["history"].clone()}
-    given["history"] = memory["x0_out"]
+    assert all(torch.equal(got[name], expected[name]) for name in kind.RESULTS)
+    # in place, as in a loop: the next sample over the sample, and what the step keeps over what it needs no more
+    result, history = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}[
+        kind.OPERATOR
+    ]
+    memory = {"out": x.clone(), result: given[history].clone()}
+    given[history] = memory[result]
     torch.compile(step, backend="aot_eager", fullgraph=True)(memory["out"], t, given, memory)
     assert all(torch.equal(memory[name], expected[name]) for name in memory)
 
@@ -166,6 +184,7 @@ def everything(x, t, rng):
         GD.train_losses(model, x, t, rng=rng),
         ddpm_ext.randn(x.shape, rng, device=x.device),
         extended(x, t, rng=rng),
+        linear_steps(x, t, rng=rng),
     )
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support import linear
 from support.extended import RESULTS, make_table, options
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,6 +151,26 @@ def test_an_extended_step_is_one_operator(noise, doubled, t):
     assert allocated == 0
 
 
+@noises
+@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
+def test_a_linear_step_is_one_operator(noise, t):
+    """With every option."""
+    given = {"model_output": M, **linear.options(SHAPE, torch.float32, torch.float32), **NOISE[noise]()}
+    table = linear.make_table(8)
+
+    def step(**results):
+        return ops.linear_step(X, table=table, t=t, **given, **results)
+
+    names, allocated = measure(step)
+    assert names["ddpm_ext::linear_step"] == 1
+    assert set(names) <= {"ddpm_ext::linear_step"} | ALLOCATION, names
+    assert allocated == BYTES
+    results = {name: torch.empty_like(X) for name in linear.RESULTS}
+    names, allocated = measure(lambda: step(**results))
+    assert names == {"ddpm_ext::linear_step": 1}
+    assert allocated == 0
+
+
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -168,6 +189,14 @@ def test_a_dispatch_mode_sees_one_operator(name):
     with Count() as count:
         step(T, rng=Philox(1))
     assert count.names == {operator.replace("::", ".") + ".default": 1}
+
+
+def test_a_dispatch_mode_sees_one_linear_step():
+    table, results = linear.make_table(8), {name: torch.empty_like(X) for name in linear.RESULTS}
+    with Count() as count:
+        ops.linear_step(X, M, table, 3, rng=Philox(1), **results)
+    assert count.names == {"ddpm_ext.linear_step.default": 1}
+    assert torch.equal(results["out"], ops.linear_step(X, M, table, 3, rng=Philox(1)))
 
 
 def test_a_dispatch_mode_sees_one_extended_step():

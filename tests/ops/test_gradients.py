@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import extended
+from support import extended, linear
 from support.devices import moved
 
 from ddpm_ext import Philox, ops, reference
@@ -51,6 +51,10 @@ def samples(make_step_table, normal, affine, rows, device):
     )
     results = {name: torch.empty(SHAPE, device=device) for name in extended.RESULTS}
     narrow = half.detach()
+    linear_rows = linear.make_table(3).to(device)
+    every_option = moved(linear.options(SHAPE, torch.float32, torch.float16), device)
+    every_option |= {name: torch.empty(SHAPE, device=device) for name in linear.RESULTS}
+    kept = {"x_start": last.detach(), "history2": plain[1], "history_out": plain[2].clone(), "out": out}
     later = {"x_start": last.detach(), "model_variance": plain[1], "log_variance": False, "x0_out": plain[2].clone()}
     return [
         ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
@@ -67,6 +71,14 @@ def samples(make_step_table, normal, affine, rows, device):
         ),
         ("extended_step", "default", (*plain[:2], rows_16, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
         ("extended_step", "default", (plain[0], None, rows_16, rows, 0, -inf, inf, None, False), {"out": out, **later}),
+        ("linear_step", "default", (plain[0], narrow, linear_rows, rows, 0, -1.0, 1.0, None, True), every_option | ids),
+        ("linear_step", "default", (*plain[:2], linear_rows, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        (
+            "linear_step",
+            "default",
+            (plain[0], None, linear_rows, rows, 0, -inf, inf, None, False),
+            {"out": out, **kept},
+        ),
         ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
         ("forward_process", "default", (half, affine, None, 1, half, False), {}),
         ("forward_process", "default", (last, affine, rows, 0, None, False), ids),
@@ -84,7 +96,7 @@ def samples(make_step_table, normal, affine, rows, device):
     ]
 
 
-COUNT = 23
+COUNT = 26
 
 
 @pytest.mark.parametrize("i", range(COUNT))

@@ -21,7 +21,7 @@ PROGRAM = """
 import itertools, math, sys
 import torch
 import ddpm_ext
-from support import extended
+from support import extended, linear
 from ddpm_ext import Philox, ops
 
 def normal(*shape, seed):
@@ -94,6 +94,7 @@ for row in range(4):
 
 # the extended step: its options one by one, all at once, and some of them
 table, t = extended.make_table(8), torch.tensor([3, 0, 1, 2, 7])
+linear_table = linear.make_table(8)
 odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
 for shape, (a, b) in itertools.product([(5, 67), (5, 3, 17, 19)], itertools.product(dtypes, dtypes)):
     if a not in (b, "float32"):
@@ -113,6 +114,15 @@ for shape, (a, b) in itertools.product([(5, 67), (5, 3, 17, 19)], itertools.prod
         how = {**noise, **given, "log_variance": chosen % 5 < 3, "x0_out": x0}
         results[f"extended {key}"] = ops.extended_step(x, m, table, t, **how)
         results[f"x0 {key}"] = x0
+    every = linear.options(shape, dtypes[a], dtypes[b])  # the linear step in the same way
+    names = list(every)
+    for chosen in [0, -1, *(1 << i for i in range(len(names))), *(0x9E3779B1 * i >> 7 for i in range(12))]:
+        given = {name: every[name] for i, name in enumerate(names) if chosen >> i & 1}
+        noise = [{"rng": Philox(5, 2**33)}, {"noise": z}, {"add_noise": False}][chosen % 3]
+        kept = {name: torch.empty_like(x) for name in ("x0_out", "history_out")}
+        key = f"linear {shape} {a} {b} {list(given)} {list(noise)}"
+        results[key] = ops.linear_step(x, m, linear_table, t, **noise, **given, **kept)
+        results |= {f"{name} {key}": result for name, result in kept.items()}
 v = torch.arange(-(2**31), 2**31, 30011).to(torch.int32).view(torch.float32).view(1, -1)
 for log in (True, False):
     row = extended.make_row(s=1.0, l1=1.0)

@@ -152,7 +152,8 @@ def test_an_rng_set_anew():
     for wrong in (Philox(9, draw=3), Philox(9, stream=16)):
         with pytest.raises(ValueError, match="draw or a stream of its own"):
             fast.accelerated.rng = wrong
-    assert torch.equal(fast.sample(4), first)
+    fast.accelerated.rng = Philox(9, 2)
+    assert torch.equal(fast.sample(2), first[2:])
 
 
 # --------------------------------------------------------------------------------------------------------------- costs
@@ -250,10 +251,10 @@ def test_the_original_is_untouched():
 @pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy, lambda gd: pickle.loads(pickle.dumps(gd))])
 def test_copies_are_accelerated_too(copier):
     fast = philox(make(timesteps=10))
-    first = fast.sample(4)
+    fast.sample(4)
     copied = copier(fast)
     assert type(copied) is type(fast) and "_fused_cache" not in vars(copied)
-    assert torch.equal(copied.sample(4), first)
+    assert torch.equal(copied.sample(4), fast.sample(4))
     assert copied.state_dict().keys() == fast.state_dict().keys()
 
 

@@ -131,11 +131,11 @@ def test_variance_noise_comes_first():
 
 def test_memory_layout_and_dtype_of_a_step():
     """An element's noise is the same in any layout; 16-bit samples get it rounded."""
-    scheduler, x, m = ours("DDPM", {}), *(normal(i, *SHAPE) for i in range(2))
-    found = scheduler.step(m, 500, x).prev_sample
+    (first, second, third), (x, m) = [ours("DDPM", {}) for _ in range(3)], (normal(i, *SHAPE) for i in range(2))
+    found = first.step(m, 500, x).prev_sample
     last = {"memory_format": torch.channels_last}
-    assert torch.equal(scheduler.step(m.contiguous(**last), 500, x.contiguous(**last)).prev_sample, found)
-    half = scheduler.step(m.bfloat16(), 500, x.bfloat16()).prev_sample
+    assert torch.equal(second.step(m.contiguous(**last), 500, x.contiguous(**last)).prev_sample, found)
+    half = third.step(m.bfloat16(), 500, x.bfloat16()).prev_sample
     torch.testing.assert_close(half.float(), found, rtol=0, atol=0.05)
 
 
@@ -162,7 +162,7 @@ def ours_and_loop(name, config, options, sampler, **loop_options):
         progress=False,
         **loop_options,
     )
-    x = randn(SHAPE, scheduler.accelerated.start())
+    x = randn(SHAPE, scheduler.accelerated.rng, stream=1)
     if name == "EulerAncestralDiscrete":
         x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     return loop(scheduler, x, **options), found

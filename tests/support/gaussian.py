@@ -39,15 +39,24 @@ def exact_model(gd):
     return model
 
 
-def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None):
-    """x0 and the next sample by a StepRow, for floats or float64 arrays."""
+def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
+    """x0 and the next sample by a StepRow, for floats or float64 arrays. `history`: H1, H2 and H3, as many as there
+    are."""
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
     mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.c3 * h
+    mean = mean + sum(weight * kept for weight, kept in zip((row.h1, row.h2, row.h3), history, strict=False))
     return x0, mean + root**2 * row.g1 * g + row.s * root * z
+
+
+def push(row, history, x0, x, m):
+    """The history after a row: at most three tensors, the latest first."""
+    if not (row.k0 or row.k1 or row.k2):
+        return history
+    return [row.k0 * x0 + row.k1 * x + row.k2 * m, *history[:2]]
 
 
 def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
@@ -55,18 +64,22 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
 
     `levels` has alphas_cumprod by timestep. A row that does not use the model's output gets none.
     """
-    state, covariance = np.array([mean, 0.0]), np.diag([variance, 0.0])  # the covariance of x and the previous x0
+    size = 5  # x, the previous x0, and three tensors of history
+    state, covariance = np.array([mean, *[0.0] * (size - 1)]), np.diag([variance, *[0.0] * (size - 1)])
     for row in table:
 
-        def step(x, h, row=row):
+        def step(before, row=row):
+            x, h, *history = before
             asked = row.b != 0 or row.c2 != 0
             m = best_prediction(levels[row.timestep], x, prediction, sigma) if asked else 0.0
-            return np.array(take(row, x, m, h)[::-1])
+            x0, after = take(row, x, m, h, history=history)
+            return np.array([after, x0, *push(row, history, x0, x, m)])
 
-        constant = step(0.0, 0.0)
-        slopes = np.stack([step(1.0, 0.0) - constant, step(0.0, 1.0) - constant], axis=1)
+        constant = step(np.zeros(size))
+        slopes = np.stack([step(one) - constant for one in np.eye(size)], axis=1)
         state = slopes @ state + constant
-        covariance = slopes @ covariance @ slopes.T + np.diag([row.s**2, 0.0])
+        covariance = slopes @ covariance @ slopes.T
+        covariance[0, 0] += row.s**2
         yield state[0], covariance[0, 0]
 
 

@@ -139,8 +139,8 @@ def test_other_tables():
         (make_table(5)[::-1], {}, ValueError, "table does not descend, expected now < after"),
         (make_table(5)[::2], {}, ValueError, "table does not descend, .* each to start where one ended"),
         (StepTable([1, 0], *[[0, 0]] * 4), {}, ValueError, "table does not descend"),
-        (SAMPLERS["dpmpp_2m"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, r"table has history \(c3\)"),
-        (SAMPLERS["heun"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, r"table has history \(c3\)"),
+        (SAMPLERS["dpmpp_2m"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, "table has history"),
+        (SAMPLERS["heun"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, "table has history"),
     ],
 )
 def test_refused(table, options, error, message):

@@ -14,9 +14,11 @@ from ddpm_ext.tables.samplers import (
     eta_argument,
     euler,
     euler_ancestral,
+    lcm,
+    tcd,
 )
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import Grid, karras_grid, make_grid, spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
 
@@ -288,7 +290,7 @@ def test_bad_eta(eta, error):
 def test_eta_as_an_option(name):
     sampler = SAMPLERS[name]
     assert sampler.__name__ == name  # which error messages show
-    assert (name in WITH_ETA) == (name in ("ddim", "euler_ancestral", "dpmpp_2m_sde"))
+    assert (name in WITH_ETA) == (name in ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "tcd"))
     assert eta_argument(sampler, None) == {}
     assert eta_argument(sampler, 0) == ({"eta": 0.0} if name in WITH_ETA else {})
     if name in WITH_ETA:
@@ -303,3 +305,51 @@ def test_inversion_refuses_the_posterior_mean():
     grid = make_grid(levels, torch.arange(99), final=0.01)
     with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*expected another"):
         ddim_inverse(grid, prediction="x_prev")
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("scaling", [10.0, 0.01])
+def test_lcm_is_the_formula(prediction, scaling):
+    """f(x, t) = c_skip x + c_out x0, noised to the next timestep; at timestep 0 it is x itself."""
+    _, levels = schedule("scaled_linear")
+    timestep = [999, 500, 3, 0]
+    table = lcm(make_grid(levels, timestep), prediction=prediction, timestep_scaling=scaling)
+    x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
+    x0 = {"eps": (x - coroot * m) / root, "x0": m, "v": root * x - coroot * m}[prediction].clamp(-1, 1)
+    scaled = scaling * torch.tensor(timestep).double()
+    f = 0.25 / (scaled**2 + 0.25) * x + scaled / (scaled**2 + 0.25).sqrt() * x0
+    after = torch.tensor([*levels[timestep[1:]].tolist(), 1.0], dtype=torch.float64)
+    close(apply(table, x, m, z), after.sqrt() * f + (1 - after).sqrt() * z, rtol=1e-11, atol=1e-11)
+    assert apply(table, x, m, z)[-1] == x[-1]
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_is_the_formula(prediction, eta):
+    """Down to timestep (1 - eta) s with the model's eps, and up to s with fresh noise; no noise in the last step."""
+    _, levels = schedule("scaled_linear")
+    timestep = [999, 501, 33, 7]
+    table = tcd(make_grid(levels, timestep), prediction=prediction, eta=eta)
+    x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
+    x0 = {"eps": (x - coroot * m) / root, "x0": m, "v": root * x - coroot * m}[prediction]
+    eps = (x - root * x0) / coroot
+    down = {0.0: [501, 33, 7], 0.3: [350, 23, 4], 1.0: [0, 0, 0]}[eta]
+    between = torch.tensor([*levels[down].tolist(), 1.0], dtype=torch.float64)
+    up = torch.tensor([*levels[timestep[1:]].tolist(), 1.0], dtype=torch.float64) / between
+    expected = up.sqrt() * (between.sqrt() * x0.clamp(-1, 1) + (1 - between).sqrt() * eps) + (1 - up).sqrt() * z
+    close(apply(table, x, m, z), expected, rtol=1e-9, atol=1e-9)
+    assert table.s[-1] == 0
+
+
+def test_tcd_refuses():
+    _, levels = schedule("scaled_linear")
+    grid = make_grid(levels, [999, 501, 7])
+    with pytest.raises(ValueError, match=r"eta is 1.5, expected 0 <= eta <= 1"):
+        tcd(grid, eta=1.5)
+    bare = Grid(grid.timestep, grid.alphas_cumprod, grid.betas)
+    with pytest.raises(ValueError, match="grid has no schedule"):
+        tcd(bare)
+    assert tcd(bare, eta=0.0) == ddim(bare)
+    assert tcd(grid[1:]) == tcd(make_grid(levels, [501, 7]))

@@ -126,7 +126,7 @@ class DDIM(Forward):
             not use_clipped_model_output,
             *clip_of(config),
         )
-        _, row = self._row(rows, timestep)
+        t, row = self._row(rows, timestep)
         variance_noise = variance_noise if noisy else None
         self._check_step(sample, model_output, variance_noise, timestep=timestep)
         sample = sample.to(result_dtype(model_output, sample))
@@ -136,7 +136,7 @@ class DDIM(Forward):
                 raise Fallback(f"variance_noise is {dtype_name(variance_noise.dtype)}")
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
-            noise = self._noise(noisy, model_output, generator, sample)
+            noise = self._noise(noisy, model_output, generator, sample, -t)
         done = self._take(rows, row, sample, model_output, noise)
         return imported("schedulers.scheduling_ddim", "DDIMSchedulerOutput")(*done) if return_dict else done
 

@@ -124,6 +124,6 @@ class DDPM(Forward):
             model_output = model_output[:, :channels]
         self._check_step(sample, model_output, timestep=timestep)
         sample = sample.to(result_dtype(model_output, sample))
-        noise = self._noise(t > 0, model_output, generator, sample)
+        noise = self._noise(t > 0, model_output, generator, sample, -t)
         done = self._take(rows, row, sample, model_output, noise, **extras)
         return imported("schedulers.scheduling_ddpm", "DDPMSchedulerOutput")(*done) if return_dict else done

@@ -140,7 +140,7 @@ class DPMSolverMultistep(Scheduler):
         if variance_noise is not None:
             noise: dict[str, Any] = {"noise": variance_noise.to(sample.dtype)}
         else:
-            noise = self._noise(sde, model_output, generator, sample, torch.float32)
+            noise = self._noise(sde, model_output, generator, sample, index, torch.float32)
         row = index if first else steps + index
         prev_sample, x0 = self._take(rows, row, sample, model_output, noise, history=history)
 

@@ -132,7 +132,7 @@ class _Euler(Scheduler):
         if not 0 <= row < len(self.sigmas) - 1:
             raise Fallback
         sample = sample.to(torch.float32)
-        noise = self._noise(self.ancestral, model_output, generator, sample)
+        noise = self._noise(self.ancestral, model_output, generator, sample, row)
         prev_sample, x0 = self._take(rows, row, sample, model_output, noise)
         self._step_index += 1
         if self.config.prediction_type in ("sample", "original_sample"):

@@ -17,7 +17,6 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
-from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
@@ -97,6 +96,8 @@ class Scheduler(Accelerated):
         version = importlib.import_module("diffusers").__version__ if "_peer" in vars(cls) else None
         if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
+        if version is not None:
+            cls.set_timesteps = _beginning_a_loop(cls._peer.set_timesteps)  # type: ignore[attr-defined]
 
     # ----------------------------------------------------------------------------------------------------- settings
 
@@ -155,16 +156,25 @@ class Scheduler(Accelerated):
     # --------------------------------------------------------------------------------------------------------- noise
 
     def _noise(
-        self, noisy: bool, like: Tensor, generator: Any, sample: Tensor, dtype: torch.dtype | None = None
+        self,
+        noisy: bool,
+        like: Tensor,
+        generator: Any,
+        sample: Tensor,
+        place: int,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
         """The operators' arguments for the noise of a step of `sample`.
 
         Unless it is made in the launch, it is drawn as diffusers draws it: of the shape of the model's output, `like`,
         and in `dtype`, or else in like's.
+
+        Args:
+            place: where the step lies in a loop, a number that rises along it.
         """
         if not noisy:
             return {"add_noise": False}
-        rng: Philox | None = self.accelerated.rng
+        rng = self.accelerated.rng_of_step(sample.size(0), place)
         if rng is not None:
             return {"rng": rng}
         draw = imported("utils.torch_utils", "randn_tensor")
@@ -211,6 +221,17 @@ class Scheduler(Accelerated):
         if x0.dtype != model_output.dtype and self.config.get("prediction_type") == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
+
+
+def _beginning_a_loop(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A scheduler's own set_timesteps, which begins a loop of noise, too. Its signature is kept: pipelines read it."""
+
+    @functools.wraps(own)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.accelerated.begin_loop()
+        return own(self, *args, **kwargs)
+
+    return set_timesteps
 
 
 def make_rows(

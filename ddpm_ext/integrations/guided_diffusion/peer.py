@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables
-from ddpm_ext.integrations.shared import Acceleration
 
 __all__ = ["Function", "Peer", "maps_timesteps"]
 

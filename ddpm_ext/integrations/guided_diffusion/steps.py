@@ -24,7 +24,7 @@ from ddpm_ext.integrations.tensors import (
     noise_arguments,
     wants_gradient,
 )
-from ddpm_ext.ops.noise import randn
+from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 
 __all__ = ["SAMPLERS", "STEPS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop"]
 
@@ -122,12 +122,13 @@ def _take_step(
     t: Tensor,
     row: int | None = None,
     model_t: Tensor | None = None,
+    rng: Philox | None = None,
     with_x0: bool = True,
 ) -> dict[str, Tensor]:
     """One step by `method`. Raises Fallback.
 
     Args:
-        row, model_t: in a loop, the timestep as an int, and what a model gets for it, (batch,).
+        row, model_t, rng: in a loop, the timestep as an int, what a model gets for it, (batch,), and the loop's noise.
         with_x0: whether the predicted clean samples are returned, too.
     """
     fused, sampler = tables_of(peer), SAMPLERS[method]
@@ -166,8 +167,8 @@ def _take_step(
         extras["x_start"] = x_start
         needed = prediction if rows.needs_output else None
 
-    draws, rng, noise = sampler != "inverse", peer.accelerated.rng, None
-    if draws and rng is None and method == "p_sample":  # before cond_fn, which may draw, too
+    draws, noise = sampler != "inverse" and peer.accelerated.noise == "torch", None
+    if draws and method == "p_sample":  # before cond_fn, which may draw, too
         noise = torch.randn_like(x)
     if options.cond_fn is not None:
         gradient = options.cond_fn(x, t if maps_timesteps(peer, fused, options.cond_fn) else model_t, **model_kwargs)
@@ -177,12 +178,17 @@ def _take_step(
             reason = "what cond_fn returns is no plain tensor like the samples, without a gradient"
             raise Fallback(reason, lambda: _with_noise(noise, own_step))
         extras["gradient"] = gradient.float()
-    if draws and rng is None and noise is None:
+    if draws and noise is None:
         noise = torch.randn_like(x)
 
     source: dict[str, Any] = {"add_noise": False}
     if rows.noisy:
-        source = {"rng": rng} if noise is None else noise_arguments(noise, x)
+        if noise is not None:
+            source = noise_arguments(noise, x)
+        else:
+            if rng is None:
+                rng = peer.accelerated.rng_of_step_at(t, peer.num_timesteps)
+            source = {"rng": rng}
     if with_x0:
         extras["x0_out"] = torch.empty_like(x)
     if not extras:
@@ -237,13 +243,12 @@ def take_loop(
     if device is None:
         device = next(options.model.parameters()).device  # type: ignore[attr-defined]
     assert isinstance(shape, tuple | list)
-    x = noise
+    x, rng = noise, peer.accelerated.whole_loop(int(shape[0]) if noise is None else len(noise))
     if x is None:
-        start = peer.accelerated.start()
-        if start is None or torch.get_default_dtype() != torch.float32:
+        if rng is None or torch.get_default_dtype() != torch.float32:
             x = torch.randn(*shape, device=device)
         else:
-            x = randn(tuple(map(int, shape)), start, device=device)
+            x = randn(tuple(map(int, shape)), rng, stream=STREAM_START, device=device)
     rows: Any = range(peer.num_timesteps)[::-1]
     if progress:
         from tqdm.auto import tqdm
@@ -260,6 +265,6 @@ def take_loop(
         with torch.no_grad():
             t = timesteps[row]
             model_t = t if model_timesteps is timesteps else model_timesteps[row]
-            out = take_step(peer, options, x, t, row, model_t, with_x0)
+            out = take_step(peer, options, x, t, row, model_t, rng, with_x0)
             yield out
             x = out["sample"]

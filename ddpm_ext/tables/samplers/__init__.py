@@ -6,19 +6,24 @@ and a_s for alphas_cumprod where it arrives.
 
 The rows also say how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). In ddpm's rows it
 moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),
-and x0 changes with it, after the clip.
+and x0 changes with it, after the clip. Rows for the linear kernel, of samplers that keep a history, take no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpm_ext.tables.samplers.consistency import lcm, tcd
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
-from ddpm_ext.tables.samplers.dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from ddpm_ext.tables.samplers.deis import deis
+from ddpm_ext.tables.samplers.dpm_solver import dpm_solver_2m, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
 from ddpm_ext.tables.samplers.heun import heun
+from ddpm_ext.tables.samplers.lms import lms
+from ddpm_ext.tables.samplers.pndm import ipndm, plms
 from ddpm_ext.tables.samplers.repaint import repaint
+from ddpm_ext.tables.samplers.unipc import unipc
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = [
@@ -28,17 +33,46 @@ __all__ = [
     "ddim",
     "ddim_inverse",
     "ddpm",
+    "deis",
+    "dpm_solver_2m",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "dpmpp_3m_sde",
     "eta_argument",
     "euler",
     "euler_ancestral",
     "heun",
+    "ipndm",
+    "lcm",
+    "lms",
+    "plms",
     "repaint",
+    "tcd",
+    "unipc",
 ]
 
 # By the names that `sampler=` takes.
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
-    sampler.__name__: sampler for sampler in (ddpm, ddim, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_2m_sde)
+    sampler.__name__: sampler
+    for sampler in (
+        ddpm,
+        ddim,
+        euler,
+        euler_ancestral,
+        heun,
+        dpm_solver_2m,
+        dpmpp_2m,
+        dpmpp_2m_sde,
+        dpmpp_3m,
+        dpmpp_3m_sde,
+        unipc,
+        deis,
+        plms,
+        ipndm,
+        lms,
+        lcm,
+        tcd,
+    )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

@@ -13,7 +13,7 @@ from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
 from ddpm_ext.tables.spacing import Grid, Jumps
 
-__all__ = ["eps", "posterior", "prediction_entry", "score", "sigma", "x0"]
+__all__ = ["eps", "half_log_snr", "posterior", "prediction_entry", "score", "sigma", "x0"]
 
 
 def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,6 +24,14 @@ def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
         (1 - after) * grid.alphas.sqrt() / (1 - now),
         betas * (1 - after) / (1 - now),
     )
+
+
+def half_log_snr(grid: Grid) -> Tensor:
+    """Half the logarithm of the signal-to-noise ratio at each level, (rows + 1,): lambda of Lu et al. 2022.
+
+    It is infinite at pure noise and at clean data.
+    """
+    return (grid.alphas_cumprod.log() - torch.log1p(-grid.alphas_cumprod)) / 2
 
 
 def _levels(grid: Grid | Jumps) -> Levels:

@@ -9,10 +9,10 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral"]
+__all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
 
-def _implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
+def implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
     """prev = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma z: Song et al. 2021, eq. (12)."""
     now, after = grid.now, grid.after
     direction = (1 - after - sigma**2).clamp(min=0).sqrt()
@@ -42,7 +42,7 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
         TypeError: `eta` is not a number.
         ValueError: `eta` is negative or not finite, or an unknown `prediction`.
     """
-    return _implicit(grid, prediction, coefficients.sigma(grid, eta), keep_eps)
+    return implicit(grid, prediction, coefficients.sigma(grid, eta), keep_eps)
 
 
 def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) -> StepTable:
@@ -62,7 +62,7 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
         raise ValueError(f"prediction is {prediction!r}, the mean of a step down, expected another for steps up")
     if not (grid.after < grid.now).all():
         raise ValueError("grid does not ascend in noise, expected alphas_cumprod to fall from step to step")
-    return _implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)
+    return implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)
 
 
 def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
@@ -85,4 +85,4 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
     Args, raises: as for ddim.
     """
     sigma = torch.minimum(coefficients.sigma(grid, eta), (1 - grid.after).sqrt())
-    return _implicit(grid, prediction, sigma, keep_eps=False)
+    return implicit(grid, prediction, sigma, keep_eps=False)

@@ -91,7 +91,8 @@ std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t
 namespace ddpm_ext::cpu {
 
 void reverse_step(const ElementwiseCall& call) { run(cuda::reverse_step, call); }
-void extended_step(const ExtendedCall& call) { run(cuda::extended_step, call); }
+void extended_step(const StepCall<ExtendedStep>& call) { run(cuda::extended_step, call); }
+void linear_step(const StepCall<LinearStep>& call) { run(cuda::linear_step, call); }
 void affine(const ElementwiseCall& call) { run(cuda::affine, call); }
 void randn(const ElementwiseCall& call) { run(cuda::randn, call); }
 const char* instruction_set() { return "cuda"; }

@@ -95,7 +95,11 @@ bool takes_vectors(const ddpm_ext::ElementwiseCall& call) {
   return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
 }
 
-bool takes_vectors(const ddpm_ext::ExtendedCall& call) {
+bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call) {
+  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
+}
+
+bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call) {
   return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
 }
 

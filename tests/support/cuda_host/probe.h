@@ -12,7 +12,8 @@ namespace probe {
 
 // Whether the kernels would load and store whole vectors.
 bool takes_vectors(const ddpm_ext::ElementwiseCall& call);
-bool takes_vectors(const ddpm_ext::ExtendedCall& call);
+bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call);
+bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call);
 float radius(uint32_t w);  // that of core/normal.h with the kernels' square root
 
 // Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.

@@ -1,4 +1,4 @@
-"""The extended step's CUDA kernels on the stand-in for CUDA's runtime: see test_cuda_host.py."""
+"""The CUDA kernels of the extended and the linear step on the stand-in for CUDA's runtime: see test_cuda_host.py."""
 
 from __future__ import annotations
 
@@ -8,58 +8,68 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import extended, linear
 from support.choices import for_many
 from support.cuda_host import library
 from support.cuda_host.calls import PAIRS, SPECIAL, assert_same_bits
-from support.cuda_host.extended_calls import OPTIONS, READ, RESULTS, ExtendedCall, check, make_extended, run
 from support.cuda_host.guarded import PLACES
-from support.extended import PER_SAMPLE, make_row, make_table
+from support.cuda_host.step_calls import SCALES, StepCall, check, make_call, options_of, read, run
 
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISES = ("none", "given", "drawn")
 pairs = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: "-".join(str(d).removeprefix("torch.") for d in pair))
-# known without mask would be refused
-SETS = [(), *((name,) for name in OPTIONS if name not in ("known", "mask")), ("known", "mask"), OPTIONS]
+steps = pytest.mark.parametrize("step", [extended, linear], ids=lambda step: step.OPERATOR)
+KEPT = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}
 
 
+def sets(step) -> list[tuple[str, ...]]:
+    """Sets of options: none, each, all. Known without mask would be refused."""
+    options = options_of(step)
+    pair = ("known", "mask") if "mask" in options else ()
+    return [(), *((name,) for name in options if name not in pair), pair, options]
+
+
+@steps
 @pairs
-def test_options_one_by_one(host, pair):
+def test_options_one_by_one(step, host, pair):
     """Of each set nothing is read that isn't in it: the memory would not be there."""
-    for options, noise, places in itertools.product(SETS, NOISES, ("front", "odd", "back")):
+    for options, noise, places in itertools.product(sets(step), NOISES, ("front", "odd", "back")):
         for log_variance in (True, False) if "model_variance" in options else (True,):
-            check(host, make_extended((3, 77), pair, options, noise, log_variance=log_variance), places)
-            check(
-                host, make_extended((3, 72), pair, options, noise, log_variance=log_variance, results=("out",)), places
-            )
-    without = make_extended((3, 72), pair, ("x_start", "history"), without=("model_output",))
+            how = {"noise": noise, "log_variance": log_variance}
+            check(host, make_call(step, (3, 77), pair, options, **how), places)
+            check(host, make_call(step, (3, 72), pair, options, **how, results=("out",)), places)
+    memory = KEPT[step.OPERATOR][1]
+    without = make_call(step, (3, 72), pair, ("x_start", memory), without=("model_output",))
     check(host, without)
-    check(host, replace(without, tensors={name: without.tensors[name] for name in ("x_t", "history")}))
+    check(host, replace(without, tensors={name: without.tensors[name] for name in ("x_t", memory)}))
 
 
+@steps
 @pairs
-def test_sizes_and_places(host, pair):
+def test_sizes_and_places(step, host, pair):
     for batch, size in itertools.product((1, 3), (0, 1, 3, 4, 5, 12, 255, 256, 257, 1031)):
-        call = make_extended((batch, size), pair, noise="given" if size % 2 else "drawn")
+        call = make_call(step, (batch, size), pair, noise="given" if size % 2 else "drawn")
         expected = call.on_cpu()
         for places in PLACES:
             check(host, call, places, expected=expected)
 
 
-def test_vectors_where_memory_is_aligned(host):
+@steps
+def test_vectors_where_memory_is_aligned(step, host):
     for pair, size in itertools.product(PAIRS, (1, 256, 257)):
         for batch in (1, 3):
-            call = make_extended((batch, size), pair, noise="given")
+            call = make_call(step, (batch, size), pair, noise="given")
             run(host, call)
             vectors = batch == 1 or size == 256
             assert host.control.took_vectors() == vectors, (pair, batch, size)
-            for name in (*READ, *RESULTS):
+            for name in (*read(step), *step.RESULTS):
                 run(host, call, {name: "odd"})
                 assert not host.control.took_vectors(), (pair, name)
-            for name in PER_SAMPLE:
+            for name in SCALES:
                 run(host, call, {name: "odd"})
                 assert host.control.took_vectors() == vectors, (pair, name)
-            assert len(host.control.take_launches()) == 1 + len((*READ, *RESULTS, *PER_SAMPLE))
+            assert len(host.control.take_launches()) == 1 + len((*read(step), *step.RESULTS, *SCALES))
 
 
 def layouts(x: torch.Tensor):
@@ -71,15 +81,16 @@ def layouts(x: torch.Tensor):
     yield torch.nn.functional.pad(x, (3, 2, 0, 0, 1, 1))[:, 1:-1, :, 3:-2]
 
 
+@steps
 @pairs
-def test_layouts(host, pair):
+def test_layouts(step, host, pair):
     for noise in NOISES:
-        call = make_extended((4, 3, 5, 7), pair, noise=noise)
+        call = make_call(step, (4, 3, 5, 7), pair, noise=noise)
         expected = call.on_cpu()
         for i, x in enumerate(layouts(call.tensors["x_t"])):
             check(host, call.with_tensors(lambda _, y, i=i: list(layouts(y))[i]), "odd", expected=expected)
             check(host, call, "back", expected=expected, like=x)
-            mixed = list(itertools.islice(itertools.cycle(READ), i, i + 4))
+            mixed = list(itertools.islice(itertools.cycle(read(step)), i, i + 4))
             check(
                 host,
                 call.with_tensors(lambda n, y, i=i, m=mixed: list(layouts(y))[i] if n in m else y),
@@ -90,7 +101,7 @@ def test_layouts(host, pair):
 @pairs
 def test_halves_of_one_output(host, pair):
     """Of doubled channels: a batch stride of twice the sample."""
-    call = make_extended((4, 2, 3, 8), pair)
+    call = make_call(extended, (4, 2, 3, 8), pair)
     expected = call.on_cpu()
     both = torch.cat([call.tensors["model_output"], call.tensors["model_variance"]], 1)
     halves = dict(zip(("model_output", "model_variance"), both.chunk(2, 1), strict=True))
@@ -98,32 +109,35 @@ def test_halves_of_one_output(host, pair):
     assert host.control.took_vectors()
 
 
+@steps
 @pytest.mark.parametrize("size", [256, 77])
 @pairs
-def test_in_place(host, pair, size):
-    for result in RESULTS:
-        call = make_extended((3, size), pair, noise="given")
+def test_in_place(step, host, pair, size):
+    for result in step.RESULTS:
+        call = make_call(step, (3, size), pair, noise="given")
         expected = call.on_cpu()
-        for name in READ:
+        for name in read(step):
             if call.tensors[name].dtype == pair[0]:
                 check(host, call, expected=expected, instead={result: name})
-    check(host, call, expected=expected, instead={"out": "x_t", "x0_out": "history", "out_copy": "noise"})
+    result, memory = KEPT[step.OPERATOR]
+    check(host, call, expected=expected, instead={"out": "x_t", result: memory, "out_copy": "noise"})
 
 
+@steps
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]])
-def test_rows_samples_and_scales(host, pair):
+def test_rows_samples_and_scales(step, host, pair):
     """t as an int, strided, beyond the table; ids, draws and streams at their ends; scales apart; seeds in memory."""
     for row in range(8):
-        check(host, make_extended((3, 40), pair, t=None, t_index=row), "back")
-    call = make_extended((5, 40), pair, t=torch.tensor([7, 0, 0, 7, 2]))
+        check(host, make_call(step, (3, 40), pair, t=None, t_index=row), "back")
+    call = make_call(step, (5, 40), pair, t=torch.tensor([7, 0, 0, 7, 2]))
     expected = call.on_cpu()
     apart = torch.stack([call.t, torch.full((5,), -1)], 1).flatten()[::2]
     check(host, replace(call, t=apart), "back", expected=expected)
     wild = torch.tensor([8, -1, -(2**63), 2**63 - 1, 2])
     check(host, replace(call, t=torch.zeros(5).long()), gpu={"t": wild}, expected=expected)
     check(host, replace(call, seed=~call.seed), gpu={"seed": torch.tensor(call.seed)}, expected=expected)
-    scales = {name: torch.stack([call.tensors[name]] * 3, 1)[:, 1] for name in PER_SAMPLE}
-    for more in (scales, {name: scales[name] for name in PER_SAMPLE[:1]}):
+    scales = {name: torch.stack([call.tensors[name]] * 3, 1)[:, 1] for name in SCALES}
+    for more in (scales, {name: scales[name] for name in SCALES[:1]}):
         check(host, replace(call, tensors={**call.tensors, **more}), "odd", expected=expected)
         assert not host.control.took_vectors()
         check(host, replace(call, tensors={**call.tensors, **more}), expected=expected)
@@ -133,26 +147,28 @@ def test_rows_samples_and_scales(host, pair):
     ids = torch.tensor([0, top, 2**32, 2**40 - 1, 7])
     for seed, first, stream, draw in [(0, 0, 0, -1), (-1, top - 4, 255, 2**32 - 1), (9, 1, 3, 7)]:
         for own in ({"first_id": first}, {"ids": ids}, {"ids": ids.repeat_interleave(3)[::3]}):
-            call = make_extended((5, 67), pair, seed=seed, stream=stream, draw=draw, **own)
+            call = make_call(step, (5, 67), pair, seed=seed, stream=stream, draw=draw, **own)
             check(host, call, "back")
         expected = call.on_cpu()
         wild = ids + torch.tensor([0, 1, 2**7 - 1, -(2**7), -1]) * 2**56
         check(host, replace(call, ids=torch.zeros_like(ids)), gpu={"sample_ids": wild}, expected=expected)
 
 
+@steps
 @for_many(250)
-def test_anything(one_host, choose):
+def test_anything(step, one_host, choose):
     """All of the above at once."""
     one_host.control.set_seed(choose.integer(0, 2**32, "order of threads"))
     shape = (choose.integer(0, 9, "batch"), *choose.several(lambda: choose.integer(1, choose.one_of([3, 20])), 0, 4))
-    options = [name for name in OPTIONS if name not in ("known", "mask") and choose.one_of([False, True], name)]
-    options += ["known", "mask"] * choose.one_of([False, True], "mask")
+    options = [n for n in options_of(step) if n not in ("known", "mask") and choose.one_of([False, True], n)]
+    options += ["known", "mask"] * (step is extended and choose.one_of([False, True], "mask"))
     without = () if "uncond_output" in options else choose.one_of([(), ("model_output",)], "without")
-    table = make_table(8, seed=choose.integer(0, 9, "table"))
-    for column in (2, 4, 5, 7, 12, 13):
+    table = step.make_table(8, seed=choose.integer(0, 9, "table"))
+    for column in (2, 4, 5, 7, 8, 9, 10, 11, 12, 13):
         if choose.one_of([False, False, True], "a column of zeros"):
             table[:, column] = 0
-    call = make_extended(
+    call = make_call(
+        step,
         shape,
         choose.one_of(PAIRS, "dtypes"),
         options,
@@ -160,7 +176,7 @@ def test_anything(one_host, choose):
         without=without,
         table=table,
         t=torch.tensor([choose.integer(0, 7) for _ in range(shape[0])], dtype=torch.int64),
-        results=("out", *(name for name in RESULTS[1:] if choose.one_of([False, True], name))),
+        results=("out", *(name for name in step.RESULTS[1:] if choose.one_of([False, True], name))),
         log_variance=choose.one_of([False, True], "log"),
         clip=tuple(sorted(choose.one_of([-math.inf, -1.0, -0.0, 0.0, 0.25, math.inf]) for _ in range(2))),
         draw=choose.integer(-1, 2**32 - 1, "draw"),
@@ -175,31 +191,28 @@ def test_anything(one_host, choose):
     if choose.one_of([True, False], "other memory"):
         call = call.with_tensors(other_memory)
     places = {name: choose.one_of(PLACES, name) for name in (*call.tensors, *call.results, "t")}
-    instead = {"x0_out": "history"} if {"x0_out", "history"} <= {*call.results, *options} else {}
+    result, memory = KEPT[step.OPERATOR]
+    instead = {result: memory} if {result, memory} <= {*call.results, *options} else {}
     if choose.one_of([True, False], "in place"):
         instead["out"] = "x_t"
     check(one_host, call, places, expected=expected, instead=instead)
 
 
-def test_special_values(host):
+@steps
+def test_special_values(step, host):
     """In every place of every row, and clips with zeros."""
     x, m, v = torch.tensor(list(itertools.product(SPECIAL, repeat=3))).T.contiguous().unsqueeze(1)
-    others = {
-        "uncond_output": x.flip(1),
-        "history": m.roll(3),
-        "gradient": v.roll(1),
-        "known": x.roll(2),
-        "mask": m.roll(5),
-    }
-    for row, clip, log_variance in itertools.product(
-        range(8), [(-1.0, 1.0), (-math.inf, math.inf), (-0.0, 0.0)], (True, False)
+    names = [name for name in (*step.LIKE_X, *step.OF_MODEL) if name != "x_start"]
+    others = dict(zip(names, (x.flip(1), m.roll(3), v.roll(1), x.roll(2), m.roll(5), v), strict=False))
+    assert others.keys() == set(names)
+    given_sets = [{}, others, {"x_start": v, "noise": m}]
+    if step is extended:
+        given_sets.append({"model_variance": v})
+    for row, clip, log_variance, given in itertools.product(
+        range(8), [(-1.0, 1.0), (-math.inf, math.inf), (-0.0, 0.0)], (True, False), given_sets
     ):
-        for given in ({}, {"model_variance": v}, {**others, "model_variance": v}, {"x_start": v, "noise": m}):
-            tensors = {"x_t": x, "model_output": m, **given}
-            check(
-                host,
-                ExtendedCall(tensors, t_index=row, clip=clip, log_variance=log_variance, drawn="noise" not in given),
-            )
+        tensors, drawn = {"x_t": x, "model_output": m, **given}, "noise" not in given
+        check(host, StepCall(step, tensors, t_index=row, clip=clip, log_variance=log_variance, drawn=drawn))
 
 
 @pytest.mark.parametrize("choice", range(4), ids=["nearest", "least", "greatest", "any"])
@@ -211,25 +224,28 @@ def test_an_inexact_instruction_leaves_no_trace(host, choice):
     v = (mantissas + (exponents << 23)).view(torch.float32).view(1, -1)
     for log_variance, variances in ((False, v), (True, torch.linspace(-100, 100, 40_001).view(1, -1))):
         tensors = {"x_t": torch.zeros_like(variances), "noise": torch.ones_like(variances), "model_variance": variances}
-        check(host, ExtendedCall(tensors, table=make_row(s=1.0, l1=1.0), log_variance=log_variance))
+        check(host, StepCall(extended, tensors, table=extended.make_row(s=1.0, l1=1.0), log_variance=log_variance))
 
 
-def test_all_of_a_large_tensor(host):
+@steps
+def test_all_of_a_large_tensor(step, host):
     """Whose threads take several turns."""
-    some = ("uncond_output", "history", "output_scale")
+    some = ("uncond_output", KEPT[step.OPERATOR][1], "output_scale")
     for shape, pair, places in (((1, 6_300_011), PAIRS[0], "front"), ((3, 2_100_003), PAIRS[3], "odd")):
-        check(host, make_extended(shape, pair, some, "none", results=("out", "x0_out")), places)
+        check(host, make_call(step, shape, pair, some, "none", results=("out", KEPT[step.OPERATOR][0])), places)
 
 
+@steps
 @pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
-def test_scales_far_apart(one_host, windows):
-    call = make_extended((3, 64))
+def test_scales_far_apart(step, one_host, windows):
+    call = make_call(step, (3, 64))
     expected = call.on_cpu()
-    for name, stride in itertools.product(PER_SAMPLE, (2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1)):
+    for name, stride in itertools.product(SCALES, (2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1)):
         far = windows.rooms["x"].tensor(torch.float32, (3,), (stride,), 0)
         far.copy_(call.tensors[name])
-        results = {result: torch.empty(3, 64) for result in RESULTS}
-        one_host.operators.extended_step(*replace(call, tensors={**call.tensors, name: far}).arguments(results))
+        results = {result: torch.empty(3, 64) for result in step.RESULTS}
+        apart = replace(call, tensors={**call.tensors, name: far})
+        getattr(one_host.operators, step.OPERATOR)(*apart.arguments(results))
         assert one_host.control.took_vectors() == (stride < 2**32)
-        for result in RESULTS:
+        for result in step.RESULTS:
             assert_same_bits(results[result], expected[result], f"{result}, {name} {stride} apart")

@@ -1,0 +1,235 @@
+"""The settings of an accelerated object, and which noise each of its loops draws."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, random_seed, rng_of_many
+
+__all__ = ["NOISES", "Acceleration"]
+
+NOISES = ("torch", "philox")
+BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
+
+
+class Acceleration:
+    """An accelerated object's settings, `obj.accelerated`.
+
+    With noise "philox", two loops never share noise, unless they are given the same seed and ids:
+
+    - Without a seed, each loop draws one from torch's default CPU generator, when it first needs noise.
+    - With a seed, a loop's sample ids are those after the last loop's: 0 to 63, then 64 to 127.
+    - Ids that were given as a tensor are those of every loop. With a seed, all loops then have the same noise.
+
+    Where a loop begins:
+
+    - Each call of a loop's method (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is a loop.
+    - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps that follow belong to it.
+    - A single step begins a loop if it goes back to an earlier place of a loop than the last step's: to a larger
+      timestep. A step at the last step's timestep stays in the loop and takes the ids after those that were used there,
+      as for a batch in parts.
+    - Timesteps on a GPU are not read back; the steps of diffusers' schedulers alone know them. Single steps of other
+      libraries then begin a loop after as many steps as there are timesteps; a shorter loop needs `begin_loop()`.
+    - Nor are the timesteps of compiled single steps: with a seed, these need `begin_loop()` or set_timesteps. Without a
+      seed, each compiled step draws one.
+
+    Attributes:
+        noise: "torch", the peer's own draws, or "philox", those of the noise contract.
+        seed: the seed of all loops, or None where each loop draws one. Setting it begins anew at the first sample ids.
+        rng: the ddpm_ext.Philox of "philox" that the current loop draws by, else None. It may be replaced by another
+            one without a draw or a stream of its own, from which the loops then count on; setting anything else raises
+            TypeError or ValueError.
+        iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
+            the first sample ids, however many loops there were.
+        fallbacks: {method: reason}, the latest reason why the peer's own code ran.
+    """
+
+    _rng: Philox | None
+
+    def __init__(self, noise: str = "torch", seed: int | None = None, sample_ids: int | Tensor = 0) -> None:
+        self.noise = noise
+        self.iteration = 0
+        self.fallbacks: dict[str, str] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._set(seed, sample_ids)
+
+    @classmethod
+    def of(cls, noise: str, seed: int | None, sample_ids: int | Tensor) -> Acceleration:
+        """The settings that accelerate's arguments describe, after a check of these."""
+        checks.one_of("noise", noise, NOISES)
+        if noise == "philox":
+            Philox(0 if seed is None else seed, sample_ids)  # checks them
+            return cls(noise, seed, sample_ids)
+        if seed is not None:
+            raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected None")
+        if isinstance(sample_ids, Tensor) or sample_ids != 0:
+            raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which has no sample ids: expected 0")
+        return cls(noise)
+
+    def __copy__(self) -> Acceleration:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, fallbacks=dict(self.fallbacks), _warned=set(self._warned))
+        return copied
+
+    def __repr__(self) -> str:
+        given = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
+        return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    # ------------------------------------------------------------------------------------------------- seed and ids
+
+    def _set(self, seed: int | Tensor | None, sample_ids: int | Tensor) -> None:
+        self._seed, self._sample_ids = seed, sample_ids
+        self._ids = sample_ids  # the current loop's, as Philox takes them
+        self._count = 0  # how many of them the loop has used
+        self._begin()
+
+    @property
+    def seed(self) -> int | Tensor | None:
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | Tensor | None) -> None:
+        if self.noise == "torch":
+            raise ValueError(f"seed is {seed!r} beside noise 'torch', whose draws are the peer's: expected 'philox'")
+        if seed is not None:
+            Philox(seed)  # checks it
+        self._set(seed, self._sample_ids)
+
+    @property
+    def rng(self) -> Philox | None:
+        if self._rng is None and self.noise == "philox":
+            self._rng = Philox(random_seed() if self._seed is None else self._seed, self._ids)
+        return self._rng
+
+    @rng.setter
+    def rng(self, rng: Philox | None) -> None:
+        if (rng is None) != (self.noise == "torch"):
+            raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
+        if rng is not None:
+            rng = rng_of_many(rng)
+            self._set(*seed_and_ids(rng))
+
+    # -------------------------------------------------------------------------------------------------------- loops
+
+    def _begin(self) -> None:
+        self._place: float = BEFORE  # the last step's, rising along a loop
+        self._used_here = 0  # ids at this place
+        self._unread = 0  # steps whose timesteps were not read
+        self._rng = None
+        if self._seed is not None:  # made at once, so that a compiler finds it
+            self._rng = Philox(self._seed, self._ids)
+
+    def begin_loop(self) -> None:
+        """Begins a loop, which the following single steps belong to."""
+        if self.noise == "torch":
+            return
+        if self._seed is not None and not isinstance(self._ids, Tensor):
+            self._ids += self._count
+        self._count = 0
+        self._begin()
+
+    def end_loop(self) -> None:
+        """The next single step begins another loop."""
+        self._place = OVER
+
+    def whole_loop(self, batch: int) -> Philox | None:
+        """The generator of a whole loop of `batch` samples, which begins here; None where the peer draws the noise."""
+        if self.noise == "torch":
+            return None
+        self.begin_loop()
+        self._count = batch
+        self.end_loop()
+        return self.rng
+
+    def rng_of_step(self, batch: int, first: int, last: int | None = None) -> Philox | None:
+        """The generator of a single step of `batch` samples; None where the peer draws the noise.
+
+        Args:
+            first, last: where the samples' steps lie in a loop, by numbers that rise along it. Mostly all samples are
+                at one place, `first`.
+        """
+        if self.noise == "torch":
+            return None
+        if torch.compiler.is_compiling():
+            return self._rng_of_unread_step(batch)
+        used = 0
+        if first <= self._place:
+            if first == self._place and last is None:
+                used = self._used_here
+            else:
+                self.begin_loop()
+        self._place = first if last is None else last
+        self._used_here = end = used + batch
+        if end > self._count:
+            self._count = end
+        rng = self._rng or self.rng
+        if used and not isinstance(self._ids, Tensor):
+            assert rng is not None
+            return Philox(seed_and_ids(rng)[0], self._ids + used)
+        return rng
+
+    def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
+        """As rng_of_step, at each sample's timestep, (batch,), in a loop that descends from `timesteps` - 1 at most."""
+        if self.noise == "torch":
+            return None
+        if torch.compiler.is_compiling():
+            return self._rng_of_unread_step(len(t))
+        if t.is_cpu and t.numel() > 0:
+            values = t.tolist()
+            if values.count(values[0]) == len(values):
+                return self.rng_of_step(len(values), -values[0])
+            return self.rng_of_step(len(values), -max(values), -min(values))
+        if self._place == OVER or self._unread >= timesteps:
+            self.begin_loop()
+        self._unread += 1
+        return self._rng_of_unread_step(len(t))
+
+    def _rng_of_unread_step(self, batch: int) -> Philox | None:
+        if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
+            return Philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
+        if batch > self._count:
+            self._count = batch
+        return self._rng or self.rng
+
+    def next_forward(self) -> Philox | None:
+        """The generator of a training batch's noise, another draw at each call; None where the peer draws it."""
+        if self.noise == "torch":
+            return None
+        draw, self.iteration = self.iteration, self.iteration + 1
+        seed = self._seed
+        if seed is None:
+            seed = torch.ops.ddpm_ext.draw_seed() if torch.compiler.is_compiling() else random_seed()
+        return Philox(seed, self._sample_ids, stream=STREAM_FORWARD, draw=draw)
+
+    # ---------------------------------------------------------------------------------------------------- fallbacks
+
+    def record_fallback(self, library: str, method: str, reason: str) -> None:
+        """Keeps why the peer's own code runs, and warns of it, once for each reason."""
+        self.fallbacks[method] = reason
+        if (method, reason) not in self._warned:
+            self._warned.add((method, reason))
+            noise = " and noise" if self.noise == "philox" else ""
+            text = f"{method} runs the own code{noise} of {library}: {reason}"
+            warnings.warn(text, stacklevel=_level_outside())
+
+
+def seed_and_ids(rng: Philox) -> tuple[int | Tensor, int | Tensor]:
+    """The seed and the sample ids that a Philox was made of."""
+    seed = rng.seed_value % 2**64 if rng.seed is None else rng.seed
+    return seed, rng.first_id if rng.sample_ids is None else rng.sample_ids
+
+
+def _level_outside() -> int:
+    """The stacklevel, seen from the caller, of the first frame that is neither this package's nor torch's."""
+    if torch.compiler.is_compiling():  # the compiler does not trace frames
+        return 1
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("ddpm_ext.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level

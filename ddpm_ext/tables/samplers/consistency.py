@@ -1,0 +1,74 @@
+"""Samplers for distilled models, which predict the clean sample in one step and add noise to it again."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.ddim import implicit
+from ddpm_ext.tables.samplers.eta import check_eta
+from ddpm_ext.tables.spacing import Grid, Jumps
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["lcm", "tcd"]
+
+SIGMA_DATA = 0.5
+
+
+def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float = 10.0) -> StepTable:
+    """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, as diffusers has it.
+
+    The consistency function f = c_skip x + c_out x0 predicts the clean sample. The next sample is f with fresh noise to
+    the level where the step arrives. c_skip is 1 at timestep 0, and next to 0 from timestep 1 on.
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        timestep_scaling: by what the timestep is multiplied in c_skip and c_out; 10 in diffusers.
+
+    Raises:
+        ValueError: an unknown `prediction`.
+    """
+    a, b = coefficients.x0(grid, prediction)
+    scaled = timestep_scaling * grid.timestep.double()
+    total = scaled**2 + SIGMA_DATA**2
+    skip, out = SIGMA_DATA**2 / total, scaled / total.sqrt()
+    signal = grid.after.sqrt()
+    return StepTable(
+        grid.timestep,
+        a,
+        b,
+        c0=signal * out,
+        c1=signal * skip,
+        s=(1 - grid.after).sqrt(),
+        g0=coefficients.score(grid),
+        now=grid.now,
+        after=grid.after,
+    )
+
+
+def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
+    """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024, as diffusers has it.
+
+    A step goes down to timestep (1 - eta) s, rounded down, where s is the timestep at which it arrives, and from there
+    fresh noise leads up to s. These are DDIM's rows with other noise. The last step adds no noise.
+
+    Args:
+        grid: descending, with a schedule.
+        prediction: as for ddpm.
+        eta: gamma of the paper: 0 for the deterministic sampler, 1 for fresh noise in place of the model's; in [0, 1].
+
+    Raises:
+        TypeError: `eta` is not a number.
+        ValueError: an unknown `prediction`, an `eta` out of range, or a grid without a schedule.
+    """
+    eta = check_eta(eta)
+    if eta > 1:
+        raise ValueError(f"eta is {eta}, expected 0 <= eta <= 1 for tcd")
+    sigma = torch.zeros_like(grid.now)
+    if eta > 0 and len(grid) > 1:
+        if grid.schedule is None:
+            raise ValueError("grid has no schedule, expected one with the levels between its timesteps")
+        between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
+        sigma[:-1] = (1 - grid.after[:-1] / between).sqrt()
+    return implicit(grid, prediction, sigma, keep_eps=True)

@@ -1,0 +1,141 @@
+"""Rows of linear multistep samplers, whose steps read values that the steps before kept.
+
+A sampler gives each row's weights: that of the value at this step, then those of the steps before, the latest first.
+There are as many weights as the step's order, up to 4. Values are the predicted clean samples, or the noise eps = (x -
+sqrt(a_t) x0) / sqrt(1 - a_t) that leads from them to x_t. Both come after the clip of x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.ddim import euler
+from ddpm_ext.tables.spacing import Grid
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["FEW", "SLOTS", "eps_slope", "extrapolated", "first_step", "lagrange_weights", "of_eps", "of_x0", "orders"]
+
+FEW = 15  # with fewer steps, the last one is of first order
+SLOTS = 4  # the value at a step and three before it
+
+Weights = Sequence[Sequence[float]]
+
+
+def first_step(grid: Grid) -> int:
+    """The step from which values count as history: 1 where the grid starts from pure noise, where sigma is infinite."""
+    return int(grid.now[0] == 0)
+
+
+def orders(grid: Grid, most: int, *, lower_order_final: bool, lower_order_clean: bool = True) -> list[int]:
+    """The order of each step: at most `most`, and by one above the number of steps before it that count.
+
+    With `lower_order_clean`, a step that arrives at clean data is of first order. With `lower_order_final`, so is the
+    last of fewer than 15 steps, and the one before it is at most of second order, as in diffusers.
+    """
+    steps, first = len(grid), first_step(grid)
+    found = [min(most, max(1, i - first + 1)) for i in range(steps)]
+    if lower_order_final and steps < FEW:
+        found[-2:] = [min(order, most) for order, most in zip(found[-2:], (2, 1)[-steps:], strict=True)]
+    if lower_order_clean and grid.after[-1] == 1:
+        found[-1] = 1
+    return found
+
+
+def lagrange_weights(
+    nodes: Sequence[float], end: float, density: Callable[[np.ndarray], np.ndarray] = np.ones_like
+) -> list[float]:
+    """The mean of each Lagrange polynomial of the nodes from nodes[0] to `end`. They sum to 1.
+
+    Args:
+        nodes: distinct.
+        density: by which the mean is weighted; a function of the distance from nodes[0].
+    """
+    points, weights = np.polynomial.legendre.leggauss(20)
+    distance = (end - nodes[0]) * (points + 1) / 2
+    weights = weights * density(distance)
+    own = np.array(nodes) - nodes[0]
+    means = []
+    for j, node in enumerate(own):
+        others = np.delete(own, j)
+        values = np.prod((distance[:, None] - others) / (node - others), axis=1)
+        means.append(float((weights * values).sum() / weights.sum()))
+    return means
+
+
+def extrapolated(
+    nodes: Sequence[float], used: Sequence[int], density: Callable[[np.ndarray], np.ndarray] = np.ones_like
+) -> list[list[float]]:
+    """Each row's weights for the integral over the step of the polynomial through as many values as its order.
+
+    Args:
+        nodes: (rows + 1,), where each step starts, and where the last one arrives.
+        used: (rows,), the order of each step.
+        density: as for lagrange_weights.
+    """
+    return [
+        [1.0] if order == 1 else lagrange_weights([nodes[i - k] for k in range(order)], nodes[i + 1], density)
+        for i, order in enumerate(used)
+    ]
+
+
+def _columns(weights: Weights) -> list[Tensor]:
+    padded = np.zeros((len(weights), SLOTS))
+    for i, row in enumerate(weights):
+        padded[i, : len(row)] = row
+    return [torch.from_numpy(column) for column in padded.T.copy()]
+
+
+def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor | None = None) -> StepTable:
+    """Rows of prev = of_x x + w0 x0 + w1 X1 + w2 X2 + w3 X3 + s z, where X1 is the x0 of the step before."""
+    a, b = coefficients.x0(grid, prediction)
+    now, h1, h2, h3 = _columns(weights)
+    return StepTable(
+        timestep=grid.timestep,
+        a=a,
+        b=b,
+        c0=now,
+        c1=of_x,
+        s=s,
+        now=grid.now,
+        after=grid.after,
+        h1=h1,
+        h2=h2,
+        h3=h3,
+        k0=torch.ones_like(a),
+    )
+
+
+def eps_slope(grid: Grid) -> Tensor:
+    """By how much eps moves the next sample: sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 from pure noise."""
+    now, after = grid.now, grid.after
+    slope = (1 - after).sqrt() - (after * (1 - now) / now).sqrt()
+    return torch.where(now > 0, slope, 0.0)
+
+
+def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
+    """Rows of Euler's step in sigma along w0 eps + w1 E1 + w2 E2 + w3 E3, where E1 is the eps of the step before.
+
+    The weights of a row sum to 1.
+    """
+    start, slope = euler(grid, prediction=prediction), eps_slope(grid)
+    k0, k1 = -(grid.now / (1 - grid.now)).sqrt(), (1 - grid.now).rsqrt()
+    now, h1, h2, h3 = _columns(weights)
+    more = slope * (now - 1)
+    return replace(
+        start,
+        c0=start.c0 + more * k0,
+        c1=start.c1 + more * k1,
+        h1=slope * h1,
+        h2=slope * h2,
+        h3=slope * h3,
+        k0=k0,
+        k1=k1,
+        g0=None,
+        g1=None,
+    )

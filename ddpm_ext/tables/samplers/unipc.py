@@ -1,0 +1,116 @@
+"""UniPC: a multistep predictor, and a corrector that costs no call of the model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.samplers import coefficients, multistep
+from ddpm_ext.tables.spacing import Grid
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["unipc"]
+
+SOLVERS = ("bh2", "bh1")
+ORDERS = 4  # above the highest order
+
+
+def unipc(
+    grid: Grid, *, prediction: str = "eps", order: int = 2, solver: str = "bh2", lower_order_final: bool = True
+) -> StepTable:
+    """UniPC in its form for predicted clean samples: Zhao et al. 2023, section 3.
+
+    A row first corrects x by the model's output at x (UniC), then takes the step from there (UniP). The corrected
+    sample differs from x by a sum of predicted clean samples, of this step and those before, so that nothing else is
+    kept. As in diffusers, the model's output at the corrected sample is not computed. The first step is of first order,
+    and so is a last step that arrives at clean data.
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        order: of the predictor, 1 to 3; the corrector's is one more.
+        solver: B(h) of the paper: "bh1" is h, "bh2" is e^h - 1.
+        lower_order_final: whether the order falls to 1 over the last steps.
+
+    Raises:
+        TypeError: `order` is not an int.
+        ValueError: an unknown `prediction` or `solver`, or an `order` out of range.
+    """
+    order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
+    checks.one_of("solver", solver, SOLVERS)
+    levels, first = coefficients.half_log_snr(grid).tolist(), multistep.first_step(grid)
+    signal, noise = grid.alphas_cumprod.sqrt().tolist(), (1 - grid.alphas_cumprod).sqrt().tolist()
+    steps = len(grid)
+    used = multistep.orders(grid, order, lower_order_final=False)
+    if lower_order_final:
+        used = [min(own, steps - i) for i, own in enumerate(used)]
+
+    of_x = ((1 - grid.after) / (1 - grid.now)).sqrt()
+    weights = []
+    for i in range(steps):
+        step = np.zeros(ORDERS)
+        step[: used[i]] = _predictor(levels, i, used[i], solver)
+        step *= signal[i + 1]
+        if i > first:  # by how much UniC's sample differs from the predictor's, which x is
+            before = np.zeros(ORDERS)
+            before[1 : used[i - 1] + 1] = _predictor(levels, i - 1, used[i - 1], solver)
+            corrected = _corrector(levels, i - 1, used[i - 1], solver)
+            step += noise[i + 1] / noise[i] * signal[i] * (corrected - before)
+        weights.append(step.tolist())
+    return multistep.of_x0(grid, prediction, of_x, weights)
+
+
+def _base(h: float, solver: str) -> float:
+    return -h if solver == "bh1" else math.expm1(-h)
+
+
+def _right_side(h: float, order: int, solver: str) -> np.ndarray:
+    """What the weights of differences must match, order by order, over B(h): (order,)."""
+    phi, factorial, found = math.expm1(-h) / -h - 1, 1, []
+    for k in range(2, order + 2):
+        found.append(phi * factorial / _base(h, solver))
+        factorial *= k
+        phi = phi / -h - 1 / factorial
+    return np.array(found)
+
+
+def _ratios(levels: list[float], i: int, order: int) -> np.ndarray:
+    """Where the steps before step i lie, in its lengths: (order - 1,), negative."""
+    return np.array([(levels[i - k] - levels[i]) / (levels[i + 1] - levels[i]) for k in range(1, order)])
+
+
+def _predictor(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
+    """Weights of UniP for step i over its signal level: of x0 at step i, then at the steps before it. (order,)"""
+    h = levels[i + 1] - levels[i]
+    weights = np.zeros(order)
+    weights[0] = -math.expm1(-h)
+    if order > 1:
+        ratios = _ratios(levels, i, order)
+        powers = np.vander(ratios, increasing=True).T
+        # With one ratio, the paper and diffusers take 1/2.
+        rho = np.array([0.5]) if order == 2 else np.linalg.solve(powers, _right_side(h, order, solver)[:-1])
+        _add_differences(weights, 0, -_base(h, solver) * rho / ratios)
+    return weights
+
+
+def _corrector(levels: list[float], i: int, order: int, solver: str) -> np.ndarray:
+    """Weights of UniC for step i over its signal level: of x0 at its end, at step i, then at the steps before it."""
+    h = levels[i + 1] - levels[i]
+    weights = np.zeros(ORDERS)
+    weights[1] = -math.expm1(-h)
+    ratios = np.append(_ratios(levels, i, order), 1.0)
+    powers = np.vander(ratios, increasing=True).T
+    rho = np.array([0.5]) if order == 1 else np.linalg.solve(powers, _right_side(h, order, solver))
+    shares = -_base(h, solver) * rho / ratios
+    _add_differences(weights, 1, shares[:-1])
+    weights[0] += shares[-1]
+    weights[1] -= shares[-1]
+    return weights
+
+
+def _add_differences(weights: np.ndarray, at: int, shares: np.ndarray) -> None:
+    """Adds each share of the difference between the value before, counted from `at`, and the value at `at`."""
+    weights[at + 1 : at + 1 + len(shares)] += shares
+    weights[at] -= shares.sum()

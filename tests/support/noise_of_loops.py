@@ -1,0 +1,46 @@
+"""What the tests of the noise of accelerated objects' loops share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNRELATED = 0.12  # about 5 deviations of the correlation between the fewest numbers that are compared, 2000
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack([x.flatten().double(), y.flatten().double()]))[0, 1].item()
+
+
+def unrelated(images: Sequence[Tensor]) -> None:
+    """Checks that no two of these share noise; each has 2000 numbers or more."""
+    for x, y in combinations(images, 2):
+        assert min(x.numel(), y.numel()) >= 2000
+        assert abs(correlation(x, y)) < UNRELATED
+
+
+def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
+    """Checks three loops of an object that `make(seed=...)` makes, without a seed and with one.
+
+    loop: gives a loop's samples, whose only randomness is the object's noise.
+    """
+    for seed in (None, 7):
+        runs = []
+        for manual in (1, 1, 2):
+            torch.manual_seed(manual)
+            obj = make(seed=seed)
+            runs.append([loop(obj) for _ in range(3)])
+        unrelated(runs[0])
+        assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[1], strict=True))
+        if seed is None:
+            unrelated([*runs[0], *runs[2]])
+            torch.manual_seed(1)  # of the same object
+            assert torch.equal(loop(obj), runs[0][0])
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))
+            obj.accelerated.seed = seed
+            assert torch.equal(loop(obj), runs[0][0])
