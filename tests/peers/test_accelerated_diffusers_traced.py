@@ -337,3 +337,30 @@ def test_a_setting_is_traced_once(monkeypatch):
     assert counts == [2, 2, 2]  # a loop leaves numbers behind that a new object does not have
     loop(ours, 9)
     assert len(calls) == 3
+
+
+def zeros_loop(scheduler, steps=4):
+    """The samples before the last step of a loop whose model returns zeros: noise alone."""
+    scheduler.set_timesteps(steps)
+    x, samples = torch.zeros(2, 1, 4, 4), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(0 * x, t, x).prev_sample
+        samples.append(x)
+    return samples[-2]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_two_loops_share_no_noise(seed):
+    scheduler = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
+    first, second = zeros_loop(scheduler), zeros_loop(scheduler)
+    assert not scheduler.accelerated.fallbacks
+    assert not (first == second).any()
+    again = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
+    assert torch.equal(zeros_loop(again), first) == (seed is not None)
+
+
+def test_a_loop_without_noise_draws_no_seed():
+    scheduler, before = accelerate(diffusers.UniPCMultistepScheduler(), noise="philox"), torch.random.get_rng_state()
+    zeros_loop(scheduler, 6)
+    assert not scheduler.accelerated.fallbacks
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -96,7 +96,7 @@ class Scheduler(Accelerated):
         version = importlib.import_module("diffusers").__version__ if "_peer" in vars(cls) else None
         if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
-        if version is not None:
+        if version is not None and hasattr(cls._peer, "set_timesteps"):
             cls.set_timesteps = _beginning_a_loop(cls._peer.set_timesteps)  # type: ignore[attr-defined]
 
     # ----------------------------------------------------------------------------------------------------- settings

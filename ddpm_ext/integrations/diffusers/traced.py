@@ -144,6 +144,7 @@ class Traced(Scheduler):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         self.__dict__.pop("_traced_loop", None)
+        self.accelerated.begin_loop()
         return peer_method(self, "set_timesteps")(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------ steps
@@ -274,19 +275,23 @@ class Traced(Scheduler):
                 return False
             found = self._index_of(timestep)
             if found is not None:
-                return found == len(self.timesteps) - len(plan.timesteps) + i
+                return found == self._place(plan, i)
             timestep = timestep.item()
         return float(timestep) == float(plan.timesteps[i])
 
+    def _place(self, plan: Plan, i: int) -> int:
+        """Where row i lies among all of the scheduler's timesteps."""
+        return len(self.timesteps) - len(plan.timesteps) + i
+
     def _drawn(self, plan: Plan, kinds: Kinds, i: int, m: Tensor, generator: Any, x: Tensor) -> dict[str, Any]:
         """The operators' arguments for the noise of row i, after all that diffusers draws there has been drawn."""
-        used = plan.trace.noise[i]
-        if self.accelerated.rng is not None:
-            return self._noise(used is not None, m, generator, x)
+        used, place = plan.trace.noise[i], self._place(plan, i)
+        if self.accelerated.noise == "philox":
+            return self._noise(used is not None, m, generator, x, place)
         found: dict[str, Any] = {"add_noise": False}
         for draw, dtype in enumerate(kinds.draws[i]):
             if draw == used:
-                found = self._noise(True, m, generator, x, dtype)
+                found = self._noise(True, m, generator, x, place, dtype)
             else:
                 imported("utils.torch_utils", "randn_tensor")(
                     m.shape, generator=generator, device=m.device, dtype=dtype
