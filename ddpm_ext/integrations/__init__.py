@@ -27,7 +27,7 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
     keeps the reason.
 
     Args:
-        obj: a scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
+        obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
             denoising-diffusion-pytorch, or the tutorial's.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
@@ -44,7 +44,8 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
         continues where the original stands; from then on, each counts its own loops.
 
     Raises:
-        TypeError: obj is of another kind, or of a subclass that overrides what is replaced.
+        TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers
+            is: one that overrides it is traced.
         ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch".
     """
     settings = Acceleration.of(noise, seed, sample_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
-from ddpm_ext.integrations.shared import Support, make_class, new, peer_class
+from ddpm_ext.integrations.shared import Support, make_class, new, overrides, peer_class
 
 __all__ = ["KNOWN", "KnownClass", "accelerated_class", "support_table"]
 
@@ -62,7 +62,10 @@ class Recognised(NamedTuple):
 
 
 # A class that is not in KNOWN is tested by each of these in turn.
-RECOGNISED = (Recognised("tutorial", "Tutorial", "resembles"),)
+RECOGNISED = (
+    Recognised("diffusers.traced", "Traced", "is_scheduler"),
+    Recognised("tutorial", "Tutorial", "resembles"),
+)
 
 
 def _integration(name: str) -> Any:
@@ -86,6 +89,8 @@ def accelerated_class(peer: type) -> type:
         for known in KNOWN:
             if (ancestor.__module__, ancestor.__name__) == (known.module, known.name):
                 mixin = getattr(_integration(known.mixin_module), known.mixin)
+                if known.module.startswith("diffusers.") and overrides(mixin, peer, ancestor):
+                    break  # a scheduler of its own, which is traced
                 return make_class(mixin, peer, ancestor, _restore)
     for entry in RECOGNISED:
         module = _integration(entry.mixin_module)

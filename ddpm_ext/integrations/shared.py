@@ -19,6 +19,7 @@ __all__ = [
     "accelerated_copy",
     "make_class",
     "new",
+    "overrides",
     "peer_class",
     "peer_method",
 ]
@@ -109,6 +110,14 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
     return accelerated
 
 
+def overrides(mixin: type[Accelerated], peer: type, known: type) -> str | None:
+    """The first of the methods that the mixin replaces or relies on which `peer`, a subclass of `known`, overrides."""
+    for name in (*mixin.replaces, *mixin.relies_on):
+        if getattr(peer, name, None) is not getattr(known, name, None):
+            return name
+    return None
+
+
 @functools.cache
 def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Callable[[type], Any]) -> type:
     """The accelerated class of `peer`, which is `known` or a subclass of it.
@@ -120,12 +129,12 @@ def make_class(mixin: type[Accelerated], peer: type, known: type, restore: Calla
 
     Raises TypeError where a subclass overrides what is replaced, or what that relies on.
     """
-    for name in (*mixin.replaces, *mixin.relies_on):
-        if getattr(peer, name, None) is not getattr(known, name, None):
-            raise TypeError(
-                f"obj is a {peer.__module__}.{peer.__qualname__}, which has a {name} of its own, expected "
-                f"{known.__qualname__}'s"
-            )
+    name = overrides(mixin, peer, known)
+    if name is not None:
+        raise TypeError(
+            f"obj is a {peer.__module__}.{peer.__qualname__}, which has a {name} of its own, expected "
+            f"{known.__qualname__}'s"
+        )
     own = {name: getattr(peer, name) for name in ("__module__", "__qualname__", "__doc__")}
     own |= {"_peer": peer, "_restore": staticmethod(restore)}
     return types.new_class(peer.__name__, (mixin, peer), exec_body=lambda namespace: namespace.update(own))

@@ -36,7 +36,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
 from operator import index
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import require
-from ddpm_ext.tables import step_table_files
+from ddpm_ext.tables import step_table_files, trace
 from ddpm_ext.tables.step_table_columns import (
     EXTENDED,
     HISTORY,
@@ -303,6 +303,28 @@ class StepTable:
             return cls(**columns)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    # ---------------------------------------------------------------------------------------- of other libraries
+
+    @classmethod
+    def trace(cls, scheduler: Any, steps: int, **arguments: Any) -> StepTable:
+        """The rows of a scheduler's own loop, found by running it on unit vectors in float64.
+
+        Args:
+            scheduler: any object with diffusers' methods: `set_timesteps(steps, **arguments)`, `timesteps`, and
+                `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. It
+                stays as it is.
+            steps, arguments: set_timesteps's.
+
+        a, b, and with it c0, are those of a `pred_original_sample` or `denoised` that steps return; where they return
+        none, the output enters by c2. k0, k1, k2 keep what a later row reads, times any number. Where the scheduler
+        clips its clean sample, the rows are for the same clip. What it does to the model's input is not in the table.
+
+        Raises:
+            ValueError: a step is not linear, or reads more of the steps before it than three tensors. The message says
+                which step it is, and by how much.
+        """
+        return cls(**trace.trace_columns(scheduler, steps, arguments))
 
     # ------------------------------------------------------------------------------------- drawn and compared
 

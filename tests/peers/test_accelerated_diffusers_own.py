@@ -39,6 +39,30 @@ MODULES = {
     "test_scheduler_euler": "EulerDiscreteScheduler",
     "test_scheduler_euler_ancestral": "EulerAncestralDiscreteScheduler",
 }
+TRACED = {
+    "test_scheduler_consistency_model": "CMStochasticIterativeScheduler",
+    "test_scheduler_ddim_parallel": "DDIMParallelScheduler",
+    "test_scheduler_ddpm_parallel": "DDPMParallelScheduler",
+    "test_scheduler_deis": "DEISMultistepScheduler",
+    "test_scheduler_dpm_multi_inverse": "DPMSolverMultistepInverseScheduler",
+    "test_scheduler_dpm_single": "DPMSolverSinglestepScheduler",
+    "test_scheduler_edm_dpmsolver_multistep": "EDMDPMSolverMultistepScheduler",
+    "test_scheduler_edm_euler": "EDMEulerScheduler",
+    "test_scheduler_flow_map_euler_discrete": "FlowMapEulerDiscreteScheduler",
+    "test_scheduler_heun": "HeunDiscreteScheduler",
+    "test_scheduler_ipndm": "IPNDMScheduler",
+    "test_scheduler_kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
+    "test_scheduler_kdpm2_discrete": "KDPM2DiscreteScheduler",
+    "test_scheduler_lcm": "LCMScheduler",
+    "test_scheduler_lms": "LMSDiscreteScheduler",
+    "test_scheduler_pndm": "PNDMScheduler",
+    "test_scheduler_sasolver": "SASolverScheduler",
+    "test_scheduler_tcd": "TCDScheduler",
+    "test_scheduler_unclip": "UnCLIPScheduler",
+    "test_scheduler_unipc": "UniPCMultistepScheduler",
+}
+# It takes a second loop without set_timesteps, in which diffusers goes on with outputs of the first loop's.
+LEAKS = ("IPNDMSchedulerTest", "test_full_loop_no_noise")
 FUSED = 0.85  # of all steps that the tests of a scheduler take, at least
 FUSED_OF_DPM_SOLVER = 0.45  # whose tests go through all algorithms and orders
 fused, own = Counter(), Counter()
@@ -57,7 +81,7 @@ def load(name):
 
 
 def cases():
-    for name, scheduler in MODULES.items():
+    for name, scheduler in (MODULES | TRACED).items():
         if not (Path(CHECKOUT) / "tests" / "schedulers" / f"{name}.py").exists():
             continue  # of another version
         module = load(name)
@@ -65,7 +89,8 @@ def cases():
             if inspect.isclass(case) and case.__module__ == module.__name__ and hasattr(case, "scheduler_classes"):
                 for method in dir(case):
                     if method.startswith("test"):
-                        yield pytest.param(scheduler, case, method, id=f"{case.__name__}-{method}")
+                        leaks = [pytest.mark.xfail(strict=True)] if (case.__name__, method) == LEAKS else []
+                        yield pytest.param(scheduler, case, method, id=f"{case.__name__}-{method}", marks=leaks)
 
 
 COMMON = load("test_schedulers")
@@ -75,7 +100,7 @@ CASES = list(cases())
 def run(case, method, scheduler, cls):
     """Runs one test, with `cls` wherever the tests name the scheduler."""
     with contextlib.ExitStack() as stack:
-        for name in MODULES.values():
+        for name in (MODULES | TRACED).values():
             if cls is not getattr(diffusers, scheduler) and hasattr(COMMON, name):
                 stack.enter_context(mock.patch.object(COMMON, name, accelerated_class(getattr(diffusers, name))))
         stack.enter_context(mock.patch.object(case, "scheduler_classes", (cls,)))

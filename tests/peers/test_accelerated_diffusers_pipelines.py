@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from support.accelerated_diffusers import launches, make, normal, seeded
 from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion, stable_diffusion_xl
 
@@ -297,13 +297,16 @@ def test_to_another_pipeline(sd):
     assert type(other.scheduler) is accelerated_class(type(make("DDIM")))
 
 
-def test_another_scheduler_is_refused():
-    import diffusers
-
-    pipeline = DDIMPipeline(unet=of_pixels(make("DDIM")).unet, scheduler=make("DDIM"))
-    pipeline.scheduler = diffusers.PNDMScheduler()
-    with pytest.raises(TypeError, match=r"obj is a diffusers.*PNDMScheduler, expected diffusers's DDPMScheduler"):
-        accelerate(pipeline)
+@pytest.mark.parametrize("name", ["PNDM", "UniPCMultistep", "LMSDiscrete", "DEISMultistep", "LCM", "HeunDiscrete"])
+def test_any_other_scheduler(sd, name):
+    """Each is traced."""
+    plain, ours = with_scheduler(sd, name, {"skip_prk_steps": True} if name == "PNDM" else {})
+    found = [
+        pipeline(**PROMPT, num_inference_steps=6, generator=seeded(0), output_type="latent").images
+        for pipeline in (plain, ours)
+    ]
+    assert ours.scheduler.accelerated.fallbacks == {}
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_in_inference_mode_and_half(sd):

@@ -35,6 +35,7 @@ __all__ = [
     "jumps",
     "make_rows",
     "result_dtype",
+    "tensor_contents",
 ]
 
 Threshold = tuple[float, float]  # quantile and maximum
@@ -95,7 +96,7 @@ class Scheduler(Accelerated):
         version = importlib.import_module("diffusers").__version__ if "_peer" in vars(cls) else None
         if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
-        if version is not None:
+        if version is not None and hasattr(cls._peer, "set_timesteps"):
             cls.set_timesteps = _beginning_a_loop(cls._peer.set_timesteps)  # type: ignore[attr-defined]
 
     # ----------------------------------------------------------------------------------------------------- settings
@@ -113,7 +114,7 @@ class Scheduler(Accelerated):
         key = (make, *[version(x) if isinstance(x, Tensor) else x for x in settings])
         found = by_identity.get(key)
         if found is None:
-            contents = (make, *[_contents(x) if isinstance(x, Tensor) else x for x in settings])
+            contents = (make, *[tensor_contents(x) if isinstance(x, Tensor) else x for x in settings])
             rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make, settings)))
             # The tensors are kept, too, so that no other tensor gets their identity.
             found = by_identity.get_or_make(key, lambda: (rows, settings))
@@ -297,7 +298,8 @@ def _make_outside_autograd(make: Callable[..., FusedRows], settings: Sequence[An
         return attempt(make, *settings)
 
 
-def _contents(x: Tensor) -> tuple[object, ...]:
+def tensor_contents(x: Tensor) -> tuple[object, ...]:
+    """A key of the tensor's values, dtype and shape."""
     return x.dtype, x.shape, x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -1,0 +1,192 @@
+"""A scheduler's own loop on numbers of our choice: what tracing observes. It knows no library, only the methods that
+diffusers' schedulers and their like have: set_timesteps, timesteps, scale_model_input, step.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["CLEAN_FIELDS", "Result", "Step", "clip_of", "observe", "without_clip"]
+
+# The names under which a step returns the predicted clean sample.
+CLEAN_FIELDS = ("pred_original_sample", "denoised")
+# Switches of a config that clip the predicted clean sample.
+CLIPS = ("clip_sample", "clip_denoised")
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
+OTHER_DRAWS = {
+    torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli,
+    torch.multinomial, torch.poisson, Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_,
+    Tensor.random_,
+}  # fmt: skip
+
+
+class Result(NamedTuple):
+    """What a step returned.
+
+    Attributes:
+        cls: its class.
+        prev: the next sample.
+        name, second: the other tensor of the result and its name; None where there is none.
+    """
+
+    cls: type
+    prev: Tensor
+    name: str | None
+    second: Tensor | None
+
+
+class Step(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        result: what it returned.
+        draws: the normal numbers that it drew, in order, and the dtype of each in which it asked for them.
+        state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
+            strings or None.
+        tensors: the names of the attributes that hold a tensor of the samples' shape after it.
+        stores: whether it stores anything else, such as a tensor.
+    """
+
+    result: Result
+    draws: list[tuple[Tensor, torch.dtype]]
+    state: dict[str, Any]
+    tensors: list[str]
+    stores: bool
+
+
+class _Observed(TorchFunctionMode):
+    """Hands out the noise, and computes in float64 what a scheduler would cast to less.
+
+    Args:
+        shape: that of the samples.
+        noise: makes the next noise of that shape.
+        wide: whether samples stay float64; without it, only the noise is handed out.
+    """
+
+    def __init__(self, shape: torch.Size, noise: Callable[[], Tensor], wide: bool = True) -> None:
+        super().__init__()
+        self.shape, self.noise, self.wide = shape, noise, wide
+        self.draws: list[tuple[Tensor, torch.dtype]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.randn:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            return self._draw(torch.Size(size), kwargs.get("dtype") or torch.get_default_dtype())
+        if function is torch.randn_like:
+            return self._draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+        if function in OTHER_DRAWS:
+            raise ValueError(f"a step draws other random numbers than torch.randn's, by {function.__name__}")
+        if self.wide and args and isinstance(args[0], Tensor) and self._is_sample(args[0]):
+            if function in CASTS:
+                return args[0]
+            if function is Tensor.to:
+                args = tuple(x for x in args if not (isinstance(x, torch.dtype) and x in NARROW))
+                kwargs = {name: x for name, x in kwargs.items() if not (name == "dtype" and x in NARROW)}
+                if len(args) == 1 and not kwargs:
+                    return args[0]
+        return function(*args, **kwargs)
+
+    def _is_sample(self, x: Tensor) -> bool:
+        return x.dtype == torch.float64 and x.shape == self.shape
+
+    def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if shape != self.shape:
+            raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
+        z = self.noise()
+        self.draws.append((z, dtype))
+        return z if self.wide else z.to(dtype)
+
+
+def observe(
+    scheduler: Any,
+    timesteps: Sequence[Any],
+    samples: Callable[[int, Tensor | None], Tensor],
+    outputs: Callable[[int], Tensor],
+    noise: Callable[[], Tensor],
+    options: Mapping[str, Any],
+    *,
+    wide: bool = True,
+) -> list[Step]:
+    """The steps of a copy of `scheduler`.
+
+    Args:
+        scheduler: in the state in which a loop begins; it stays as it is.
+        timesteps: those of the steps, as the scheduler has them.
+        samples: of a step's number and the result of the step before it, None before the first.
+        outputs: of a step's number: the model's.
+        noise: makes what the next draw gives.
+        options: of every step, beyond the model's output, the timestep and the sample.
+        wide: whether what is cast to a lower precision stays float64.
+
+    Raises:
+        ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
+            next sample and at most one more tensor.
+    """
+    own = copy.deepcopy(scheduler)
+    made: list[Step] = []
+    for i, t in enumerate(timesteps):
+        x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
+        with warnings.catch_warnings(), torch.no_grad(), _Observed(x.shape, noise, wide) as observed:
+            warnings.simplefilter("ignore")
+            if hasattr(own, "scale_model_input"):
+                own.scale_model_input(x.clone(), t)
+            before = dict(vars(own))
+            result = _parts(own.step(m, t, x, **options))
+        changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
+        state = {name: value for name, value in changes.items() if _is_simple(value)}
+        lists = (value for value in vars(own).values() if isinstance(value, list))
+        stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
+        tensors = [name for name, value in vars(own).items() if isinstance(value, Tensor) and value.shape == x.shape]
+        made.append(Step(result, observed.draws, state, tensors, stores))
+    return made
+
+
+def _is_simple(value: object) -> bool:
+    return (
+        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    )
+
+
+def _parts(returned: Any) -> Result:
+    if hasattr(returned, "prev_sample"):
+        fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
+        prev = fields.pop("prev_sample")
+    elif isinstance(returned, tuple) and returned and all(isinstance(value, Tensor) for value in returned):
+        fields, prev = {str(i): value for i, value in enumerate(returned[1:])}, returned[0]
+    else:
+        raise ValueError(f"a step returns a {type(returned).__name__}, expected one with a prev_sample")
+    if len(fields) > 1:
+        raise ValueError(f"a step returns {len(fields) + 1} tensors, expected at most 2")
+    name, second = next(iter(fields.items()), (None, None))
+    return Result(type(returned), prev, name, second)
+
+
+def without_clip(scheduler: Any) -> Any:
+    """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip.
+
+    Raises ValueError where it thresholds: a quantile is not linear.
+    """
+    config = getattr(scheduler, "config", {})
+    if config.get("thresholding"):
+        raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
+    switches = [name for name in CLIPS if config.get(name)]
+    if not switches:
+        return scheduler
+    other = copy.deepcopy(scheduler)
+    other.register_to_config(**dict.fromkeys(switches, False))
+    return other
+
+
+def clip_of(scheduler: Any) -> tuple[float, float]:
+    """The range that a scheduler clips to."""
+    bound = float(scheduler.config.get("clip_sample_range", 1.0))
+    return -bound, bound

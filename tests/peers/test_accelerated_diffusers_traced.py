@@ -1,0 +1,366 @@
+"""Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
+
+import copy
+import functools
+import importlib
+import inspect
+import pickle
+import pkgutil
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers
+import diffusers.schedulers
+
+from ddpm_ext import Philox, accelerate, ops, randn
+from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.diffusers.traced import OWN, TRACED, Traced
+from ddpm_ext.integrations.registry import KNOWN
+
+SHAPE = (2, 3, 4, 5)
+# What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
+CONFIGS = {
+    "AmusedScheduler": {"mask_token_id": 5},
+    "PNDMScheduler": {"skip_prk_steps": True, "steps_offset": 1},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "VQDiffusionScheduler": {"num_vec_classes": 8},
+}
+ARGUMENTS = {"HeliosScheduler": {"stage_index": 0}, "HeliosDMDScheduler": {"stage_index": 0}}
+
+
+@functools.cache
+def classes():
+    """Those that can be imported here, by name."""
+    found = {}
+    package = diffusers.schedulers
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            module = importlib.import_module(info.name)
+        except ImportError:
+            continue  # it needs a library that is not installed
+        for name, cls in vars(module).items():
+            is_own = inspect.isclass(cls) and cls.__module__ == module.__name__
+            if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
+                found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def make(name, **config):
+    return classes()[name](**CONFIGS.get(name, {}) | config)
+
+
+FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
+UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
+ALONE = [name for name in classes() if name in UNLISTED]  # these run their own code
+OTHERS = [name for name in classes() if name not in UNLISTED | FUSED]  # these are traced
+
+
+def loop(scheduler, steps, dtype=torch.float32, *, return_dict=True, start=0, rounded=None, **options):
+    """The results of a loop whose outputs are random, and the generator's state after it.
+
+    rounded: the dtype that all numbers are rounded to; None: `dtype`.
+    """
+
+    def normal():
+        return torch.randn(SHAPE, generator=generator).to(rounded or dtype).to(dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps, **ARGUMENTS.get(type(scheduler).__name__, {}))
+    if start:
+        scheduler.set_begin_index(start)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options["generator"] = generator
+    x, results = normal(), []
+    for t in scheduler.timesteps[start:]:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
+        found = scheduler.step(m, t, x, return_dict=return_dict, **options)
+        results.append(tuple(vars(found).values()) if return_dict else found)
+        x = results[-1][0]
+    return results, generator.get_state()
+
+
+def check(ours, theirs, bound):
+    """Results as near as `bound`, relative to the largest number of each, of the same dtypes; equal generators."""
+    (ours, our_state), (theirs, their_state) = ours, theirs
+    assert torch.equal(our_state, their_state)
+    for found, expected in zip(ours, theirs, strict=True):
+        for x, y in zip(found, expected, strict=True):
+            if not isinstance(y, torch.Tensor):
+                assert x == y
+            else:
+                assert x.dtype == y.dtype
+                assert (x.double() - y.double()).abs().max() <= bound * y.double().abs().max()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    called = []
+
+    def counted(own, *args, **options):
+        called.append(own)
+        return own(*args, **options)
+
+    for name in ("reverse_step", "extended_step", "linear_step"):
+        monkeypatch.setattr(ops, name, functools.partial(counted, getattr(ops, name)))
+    return called
+
+
+def test_every_class_is_accounted_for():
+    """As the printed table says. A class of another diffusers is tried as a traced one below."""
+    for name, cls in classes().items():
+        assert issubclass(accelerated_class(cls), Traced) == (name not in FUSED)
+    if diffusers.__version__ == "0.42.1":
+        assert set(classes()) == FUSED | UNLISTED | {f"{name}Scheduler" for name in TRACED}
+        assert len(FUSED) + len(OTHERS) == 32
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_loop_is_the_same(name, steps, launches):
+    theirs = loop(make(name), steps)
+    ours = accelerate(make(name))
+    check(loop(ours, steps), theirs, 1e-5)
+    assert ours.accelerated.fallbacks == {} and len(launches) == len(theirs[0])
+    check(loop(ours, steps, return_dict=False), loop(make(name), steps, return_dict=False), 1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_loop_of_16_bits(name, dtype, launches):
+    """It has the dtypes and the draws of diffusers' loop. Where there is no noise, whose bits hang on its dtype, it is
+    hardly farther from the loop in float32 on the same numbers."""
+    theirs = loop(make(name), 8, dtype)
+    ours = loop(accelerate(make(name)), 8, dtype)
+    assert len(launches) == len(theirs[0])
+    check(ours, theirs, 100 * torch.finfo(dtype).eps)
+    truth = loop(make(name), 8, torch.float32, rounded=dtype)
+    if torch.equal(truth[1], theirs[1]):
+        for found, expected, exact in zip(ours[0], theirs[0], truth[0], strict=True):
+            for x, y, z in zip(found, expected, exact, strict=True):
+                if z is not None:
+                    ulp = torch.finfo(dtype).eps * z.abs().max()
+                    assert (x - z).abs().max() <= 2 * (y - z).abs().max() + 2 * ulp
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if hasattr(classes()[name], "set_begin_index")])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_loop_from_the_middle(name, launches):
+    ours = accelerate(make(name))
+    check(loop(ours, 12, start=4), loop(make(name), 12, start=4), 1e-5)
+    # Where SA-Solver begins with noise, its corrector reads that noise apart from the sample.
+    assert bool(launches) == (name != "SASolverScheduler") == (not ours.accelerated.fallbacks)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_state_is_as_diffusers_leaves_it(name):
+    plain, ours = make(name), accelerate(make(name))
+    loop(plain, 8), loop(ours, 8)
+    for attribute, value in vars(plain).items():
+        if value is None or isinstance(value, bool | int | float | str):
+            assert getattr(ours, attribute) == value or isinstance(vars(ours)[attribute], torch.Tensor), attribute
+    assert inspect.signature(ours.step) == inspect.signature(plain.step)
+    assert inspect.signature(ours.set_timesteps) == inspect.signature(plain.set_timesteps)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_other_classes_run_their_own_code(name):
+    """Never an error of ours: what diffusers does, with a warning if it takes the step."""
+    plain = make(name)
+    ours = accelerate(plain)
+    assert isinstance(ours, classes()[name])
+    outcomes = []
+    for scheduler in (plain, ours):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                outcomes.append(loop(scheduler, 4))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+    if isinstance(outcomes[0][1], str):
+        assert outcomes[0] == outcomes[1]
+    else:
+        check(outcomes[1], outcomes[0], 0)
+
+
+# -------------------------------------------------------------------------------------------------- what falls back
+
+
+def falls_back(ours, plain, reason, **options):
+    with pytest.warns(UserWarning, match=reason):
+        found = loop(ours, 6, **options)
+    check(found, loop(plain, 6, **options), 0)
+
+
+@pytest.mark.parametrize(
+    "name, config, options, reason",
+    [
+        ("UniPCMultistepScheduler", {"thresholding": True}, {}, "thresholding divides by a quantile"),
+        ("PNDMScheduler", {"skip_prk_steps": False}, {}, "reads more of the steps before it than the 3 tensors"),
+        ("HeunDiscreteScheduler", {"clip_sample": True}, {}, "reads earlier steps, and the clean sample is clipped"),
+        ("DEISMultistepScheduler", {}, {"dtype": torch.float64}, "its samples are float64"),
+    ],
+)
+def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
+    """All steps of the loop, with one warning."""
+    falls_back(accelerate(make(name, **config)), make(name, **config), reason, **options)
+
+
+def test_a_gradient_falls_back():
+    ours = accelerate(make("UniPCMultistepScheduler"))
+    ours.set_timesteps(4)
+    x = torch.randn(SHAPE, requires_grad=True)
+    with pytest.warns(UserWarning, match="a gradient is asked for"):
+        for t in ours.timesteps:
+            found = ours.step(torch.zeros(SHAPE), t, x).prev_sample
+    found.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_after_set_timesteps_a_loop_is_fused_again(launches):
+    ours = accelerate(make("UniPCMultistepScheduler"))
+    with pytest.warns(UserWarning, match="float64"):
+        loop(ours, 4, torch.float64)
+    assert not launches
+    loop(ours, 4)
+    assert len(launches) == 4
+
+
+def test_options_are_part_of_a_loop(launches):
+    """LMS's order is one; where there is history, it must not change on the way."""
+    name = "LMSDiscreteScheduler"
+    check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
+    assert len(launches) == 8
+    ours = accelerate(make(name))
+    ours.set_timesteps(4)
+    ours.step(torch.zeros(SHAPE), ours.timesteps[0], torch.ones(SHAPE))
+    with pytest.raises(RuntimeError, match=r"step 1 of the loop has no fused form .*options are not those"):
+        ours.step(torch.zeros(SHAPE), ours.timesteps[1], torch.ones(SHAPE), order=1)
+
+
+def test_options_that_change_at_every_step(launches):
+    """UnCLIP's pipelines give the timestep after each one."""
+    results = []
+    for scheduler in (make("UnCLIPScheduler"), accelerate(make("UnCLIPScheduler"))):
+        generator = torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(6)
+        x = torch.randn(SHAPE, generator=generator)
+        for i, t in enumerate(scheduler.timesteps):
+            after = None if i == 5 else scheduler.timesteps[i + 1]
+            m = torch.randn(SHAPE, generator=generator)
+            x = scheduler.step(m, t, x, prev_timestep=after, generator=generator).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert len(launches) == 6
+
+
+# ----------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "KDPM2AncestralDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_philox_noise(name):
+    """A step touches no generator, and samples do not depend on how they are split into batches."""
+    shape = (4, 3, 4, 4)
+    start, outputs = randn(shape, Philox(3)), randn((8, *shape), Philox(4))
+
+    def last(ids, part):
+        scheduler = accelerate(make(name), noise="philox", seed=7, sample_ids=ids)
+        scheduler.set_timesteps(8)
+        x, before = start[part], torch.get_rng_state()
+        for i, t in enumerate(scheduler.timesteps):
+            scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else None
+            x = scheduler.step(outputs[i % 8][part], t, x).prev_sample
+        assert torch.equal(before, torch.get_rng_state())
+        return x
+
+    whole = last(0, slice(4))
+    assert torch.equal(whole[:2], last(0, slice(2))) and torch.equal(whole[2:], last(2, slice(2, 4)))
+
+
+# ---------------------------------------------------------------------------------------------------------- objects
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "PNDMScheduler", "LCMScheduler"])
+def test_copies_in_the_middle_of_a_loop(name):
+    ours = accelerate(make(name))
+    ours.set_timesteps(6)
+    x, m = torch.randn(SHAPE), torch.randn(SHAPE)
+    for t in ours.timesteps[:3]:
+        x = ours.step(m, t, x).prev_sample
+    found = []
+    for scheduler in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        y, _ = x, torch.manual_seed(0)
+        for t in scheduler.timesteps[3:]:
+            y = scheduler.step(m, t, y).prev_sample
+        found.append(y)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_subclass_with_a_step_of_its_own(launches):
+    """It is traced, whatever its step is."""
+
+    class Half(diffusers.DDIMScheduler):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            return (sample - model_output / 2,)
+
+    ours = accelerate(Half())
+    assert isinstance(ours, Half)
+    ours.set_timesteps(3)
+    x, m = torch.randn(SHAPE), torch.randn(SHAPE)
+    for t in ours.timesteps:
+        (found,) = ours.step(m, t, x, return_dict=False)
+        torch.testing.assert_close(found, x - m / 2)
+    assert len(launches) == 3
+
+
+def test_a_setting_is_traced_once(monkeypatch):
+    """Loops of the same setting share the rows, whatever object they are of."""
+    from ddpm_ext.integrations.diffusers import traced
+
+    calls = []
+    own = traced.follow
+    monkeypatch.setattr(traced, "follow", lambda *args: calls.append(args) or own(*args))
+    config = {"num_train_timesteps": 991}
+    counts = []
+    for _ in range(3):
+        ours = accelerate(make("UniPCMultistepScheduler", **config))
+        for _ in range(3):
+            loop(ours, 7)
+        counts.append(len(calls))
+    assert counts == [2, 2, 2]  # a loop leaves numbers behind that a new object does not have
+    loop(ours, 9)
+    assert len(calls) == 3
+
+
+def zeros_loop(scheduler, steps=4):
+    """The samples before the last step of a loop whose model returns zeros: noise alone."""
+    scheduler.set_timesteps(steps)
+    x, samples = torch.zeros(2, 1, 4, 4), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(0 * x, t, x).prev_sample
+        samples.append(x)
+    return samples[-2]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_two_loops_share_no_noise(seed):
+    scheduler = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
+    first, second = zeros_loop(scheduler), zeros_loop(scheduler)
+    assert not scheduler.accelerated.fallbacks
+    assert not (first == second).any()
+    again = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
+    assert torch.equal(zeros_loop(again), first) == (seed is not None)
+
+
+def test_a_loop_without_noise_draws_no_seed():
+    scheduler, before = accelerate(diffusers.UniPCMultistepScheduler(), noise="philox"), torch.random.get_rng_state()
+    zeros_loop(scheduler, 6)
+    assert not scheduler.accelerated.fallbacks
+    assert torch.equal(torch.random.get_rng_state(), before)

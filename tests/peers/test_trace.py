@@ -1,0 +1,259 @@
+"""StepTable.trace: the rows of diffusers' schedulers, found by running their own code, against their own loops."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from ddpm_ext.ops import reference
+from ddpm_ext.tables.samplers import ddim, dpmpp_2m, euler
+from ddpm_ext.tables.spacing import Grid, Jumps
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.trace import follow
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+# Class, config, and how many tensors of history its rows read.
+SCHEDULERS = [
+    ("DDIM", {"clip_sample": False}, 0),
+    ("DDIM", {"clip_sample": True}, 0),
+    ("DDIMParallel", {"clip_sample": True, "clip_sample_range": 0.5}, 0),
+    ("DDPM", {"clip_sample": True}, 0),
+    ("DDPM", {"clip_sample": False, "prediction_type": "v_prediction"}, 0),
+    ("DDPM", {"clip_sample": True, "prediction_type": "sample"}, 0),
+    ("DEISMultistep", {"solver_order": 2}, 1),
+    ("DEISMultistep", {"solver_order": 3}, 2),
+    ("DPMSolverMultistep", {"solver_order": 2}, 1),
+    ("DPMSolverMultistep", {"solver_order": 3}, 2),
+    ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, 1),
+    ("DPMSolverMultistep", {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"}, 1),
+    ("DPMSolverSinglestep", {"solver_order": 2}, 1),
+    ("DPMSolverSinglestep", {"solver_order": 3}, 2),
+    ("EDMDPMSolverMultistep", {}, 1),
+    ("EDMEuler", {}, 0),
+    ("EulerDiscrete", {}, 0),
+    ("EulerAncestralDiscrete", {}, 0),
+    ("FlowMatchEulerDiscrete", {"shift": 3.0}, 0),
+    ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}, 0),
+    ("FlowMatchHeunDiscrete", {}, 1),
+    ("HeunDiscrete", {}, 1),
+    ("IPNDM", {}, 3),
+    ("KDPM2Discrete", {}, 1),
+    ("KDPM2AncestralDiscrete", {}, 1),
+    ("LCM", {}, 0),
+    ("LMSDiscrete", {}, 3),
+    ("PNDM", {"skip_prk_steps": True, "steps_offset": 1, **STABLE}, 3),
+    ("SASolver", {}, 2),
+    ("TCD", {}, 0),
+    ("UnCLIP", {}, 0),
+    ("UniPCMultistep", {"solver_order": 2}, 2),
+    ("UniPCMultistep", {"solver_order": 2, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}, 2),
+    ("UniPCMultistep", {"solver_order": 3}, 3),
+    ("UniPCMultistep", FLOW, 2),
+]
+schedulers = pytest.mark.parametrize(
+    "name, config, history", SCHEDULERS, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(SCHEDULERS)]
+)
+
+
+def make(name, config):
+    return getattr(diffusers, f"{name}Scheduler")(**config)
+
+
+def normal(seed, *shape):
+    return torch.empty(shape, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(seed))
+
+
+def read(table):
+    """How many tensors of history the rows read."""
+    return sum(bool((column != 0).any()) for column in (table.h1, table.h2, table.h3))
+
+
+def by_table(table, clip, x, outputs, noises):
+    """A loop of the table in float64, by the reference of the linear step."""
+    packed = table.packed_linear("cpu", torch.float64)
+    ring = [torch.zeros_like(x) for _ in range(3)]
+    for i, row in enumerate(table):
+        kept = torch.empty_like(x)
+        history = {f"history{1 + k}": ring[k] for k in range(3)}
+        x = reference.linear_step(
+            x, outputs[i], packed, i, clip=clip, noise=noises[i], add_noise=False, history_out=kept, **history
+        )
+        if row.k0 or row.k1 or row.k2:
+            ring = [kept, *ring[:2]]
+    return x
+
+
+@pytest.mark.parametrize("steps", [8, 20])
+@schedulers
+def test_rows_are_the_scheduler(monkeypatch, name, config, history, steps):
+    """Over a whole loop, of numbers that a clean sample is clipped for: as near as a scheduler that computes in float32
+    can be to itself in float64."""
+    scheduler = make(name, config)
+    scheduler.set_timesteps(steps)
+    traced = follow(scheduler, list(scheduler.timesteps))
+    assert traced.residual <= 1e-12
+    table = StepTable(**traced.columns)
+    assert read(table) == history
+    assert table == StepTable.trace(make(name, config), steps) or name == "TCD"
+    assert (traced.clip is not None) == (config.get("clip_sample", name == "UnCLIP"))
+
+    drawn = []
+
+    def randn(shape, **_):
+        drawn.append(normal(1000 + len(drawn), *shape))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randn", randn)
+    start = 2 * normal(0, 4, 3, 2, 2)
+    x, noises = start, []
+    outputs = [2 * normal(1 + i, 4, 3, 2, 2) for i in range(len(table))]
+    for i, t in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        before = len(drawn)
+        x = scheduler.step(outputs[i], t, x).prev_sample.double()
+        draw = traced.noise[i]
+        noises.append(torch.zeros_like(start) if draw is None else drawn[before + draw])
+    found = by_table(table, traced.clip, start, outputs, noises)
+    torch.testing.assert_close(found, x, rtol=2e-6, atol=2e-6 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize("prediction, theirs", [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
+def test_ddim_is_ours(prediction, theirs):
+    scheduler = diffusers.DDIMScheduler(prediction_type=theirs, clip_sample=True, set_alpha_to_one=True)
+    found = StepTable.trace(scheduler, 50)
+    levels = scheduler.alphas_cumprod.double()
+    timestep = found.timestep
+    after = torch.cat([levels[timestep[1:]], torch.ones(1)])
+    ours = ddim(Jumps(timestep, levels[timestep], after, levels[timestep] / after), prediction=prediction)
+    # Sample and output are one for a scheduler that predicts the clean sample.
+    for column in ("a", "b", "c0", "c1", "c2", "s", "draw"):
+        torch.testing.assert_close(getattr(found, column), getattr(ours, column), rtol=3e-5, atol=3e-5)
+
+
+def test_dpm_solver_is_ours():
+    """In its own numbers: what it keeps is the clean sample, whatever its factor is."""
+    scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=2, final_sigmas_type="sigma_min")
+    found = StepTable.trace(scheduler, 20)
+    scheduler.set_timesteps(20)
+    levels = 1 / (1 + scheduler.sigmas.double() ** 2)
+    grid = Grid(torch.arange(20), levels, 1 - levels[:-1] / levels[1:])
+    ours = dpmpp_2m(grid, prediction="eps", lower_order_final=False)
+    middle = slice(1, 19)
+    torch.testing.assert_close((found.c1)[middle], (ours.c0 * ours.a + ours.c1)[middle], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((found.c2)[middle], (ours.c0 * ours.b)[middle], rtol=1e-4, atol=1e-5)
+    kept = found.k1 / ours.a
+    torch.testing.assert_close((found.h1[1:] * kept[:-1])[:18], ours.c3[1:19], rtol=1e-4, atol=1e-5)
+
+
+def test_two_libraries_side_by_side():
+    """Two classes with the same rows differ in none, and a printed difference says where others do."""
+    one, other = diffusers.DDIMScheduler(), diffusers.DDIMParallelScheduler()
+    assert not StepTable.trace(one, 10).diff(StepTable.trace(other, 10))
+    difference = StepTable.trace(one, 10).diff(StepTable.trace(diffusers.DDIMScheduler(set_alpha_to_one=False), 10))
+    assert difference and set(difference.columns) == {"c0", "c2"}
+
+
+def test_arguments_are_those_of_set_timesteps():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    table = StepTable.trace(scheduler, 6, mu=1.15)
+    scheduler.set_timesteps(6, mu=1.15)
+    steps = scheduler.sigmas[1:].double() - scheduler.sigmas[:-1].double()
+    torch.testing.assert_close(table.c2, steps, rtol=1e-6, atol=1e-7)
+
+
+def test_the_scheduler_stays_as_it_is():
+    scheduler = diffusers.UniPCMultistepScheduler()
+    before = dict(vars(scheduler))
+    torch.manual_seed(0)
+    StepTable.trace(scheduler, 8)
+    assert vars(scheduler) == before
+    drawn = torch.randn(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(3))
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def bends(own, m, x):
+    return x + m * m.abs().sqrt() if len(own.seen) > 3 else x
+
+
+def remembers(own, m, x):
+    """All outputs, in other proportions at each step."""
+    return sum(m / (i + len(own.seen)) for i, (_, m) in enumerate(own.seen))
+
+
+class Own:
+    """A scheduler of nobody's: `change` makes the next sample."""
+
+    def __init__(self, change):
+        self.change = change
+        self.seen = []
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.arange(steps - 1, -1, -1)
+
+    def step(self, model_output, timestep, sample):
+        self.seen.append((sample, model_output))
+        return (self.change(self, model_output, sample),)
+
+
+def test_a_class_of_any_library():
+    table = StepTable.trace(Own(lambda _, m, x: 0.5 * x - 0.25 * m), 3)
+    assert np.array_equal([row.c1 for row in table], [0.5] * 3) and np.array_equal(table.c2, [-0.25] * 3)
+    assert table.timestep.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda _, m, x: x * x, "step 0, at timestep 7, is not linear: random numbers differ by"),
+        (lambda _, m, x: x + 1, "step 0, at timestep 7, is not linear: it makes 1 of zeros"),
+        (lambda _, m, x: x / 0, "step 0, at timestep 7, is not linear: its result is infinite"),
+        (lambda _, m, x: x.mean() + m, "step 0, at timestep 7, is not linear: it makes"),
+        (
+            lambda own, m, x: sum(x + m * m.abs().sqrt() if len(own.seen) > 3 else x for _ in "x"),
+            "step 3, at timestep 4",
+        ),
+        (
+            remembers,
+            "step 5, at timestep 2, reads more .* than the 3 tensors",
+        ),
+        (lambda _, m, x: x + torch.rand(x.shape), "other random numbers than torch.randn's, by rand"),
+        (lambda _, m, x: x + torch.randn(1), r"noise of shape \(1,\) for samples of shape"),
+        (lambda _, m, x: x + torch.randn_like(x) + torch.randn_like(x), "step 0, at timestep 7, adds 2 draws"),
+    ],
+)
+def test_what_is_no_table(change, message):
+    with pytest.raises(ValueError, match=message):
+        StepTable.trace(Own(change), 8)
+
+
+def test_a_threshold_is_not_linear():
+    with pytest.raises(ValueError, match="thresholding divides by a quantile of the sample, which is not linear"):
+        StepTable.trace(diffusers.DDIMScheduler(thresholding=True, clip_sample=False), 8)
+
+
+def test_columns_of_a_history_of_four():
+    """PNDM's Runge-Kutta steps keep more than rows can."""
+    with pytest.raises(ValueError, match="reads more of the steps before it than the 3 tensors that rows keep"):
+        StepTable.trace(diffusers.PNDMScheduler(), 20)
+
+
+def test_euler_is_ours():
+    scheduler = diffusers.EulerDiscreteScheduler()
+    found = StepTable.trace(scheduler, 10)
+    scheduler.set_timesteps(10)
+    levels = 1 / (1 + scheduler.sigmas.double() ** 2)
+    ours = euler(Jumps(torch.arange(10), levels[:-1], levels[1:], levels[:-1] / levels[1:]), prediction="eps")
+    root = levels.sqrt()
+    torch.testing.assert_close(found.c1 + found.c0 * found.a, (ours.c1 + ours.c0 * ours.a) * root[:-1] / root[1:])
+    assert set(COLUMNS) >= set(found[0]._fields)
