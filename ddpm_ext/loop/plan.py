@@ -58,5 +58,5 @@ def _check_rows(rows: LoopRows, options: StepOptions) -> None:
     if options.cond_fn is not None and not bool((table.g0 != 0).any() | (table.g1 != 0).any()):
         raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
     jumps = any(not kind.calls_model for kind in rows.kinds)
-    if jumps and rows.has_history:
+    if jumps and rows.reads_last_x0:
         raise ValueError("sampler has rows with c3 beside rows that do not call the model, expected one kind")

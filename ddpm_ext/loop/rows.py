@@ -59,7 +59,7 @@ class LoopRows:
         return len(self.kinds)
 
     @property
-    def has_history(self) -> bool:
+    def reads_last_x0(self) -> bool:
         """Whether a step reads the predicted clean samples of the step before."""
         return bool((self.table.c3 != 0).any())
 
@@ -77,7 +77,6 @@ class LoopRowsCache:
 
     def get(self, process: Process, options: LoopOptions) -> LoopRows:
         """make_loop_rows(process, options), made once."""
-        _check_beside_table(options)
         return self._entries.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 

@@ -43,7 +43,7 @@ class State:
             Samples(whole, whole[:batch], whole[batch:]) if options.doubled else Samples(whole, whole, None)
             for whole in wholes
         ]
-        stores_x0 = options.returns_x0 or options.self_condition or rows.has_history
+        stores_x0 = options.returns_x0 or options.self_condition or rows.reads_last_x0
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
         self.scratch = torch.empty_like(x) if options.threshold or options.denoised_fn else None
         self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
@@ -131,7 +131,7 @@ class LoopStep:
         self._constant: dict[str, Any] = {}
         if options.inpaint is not None:
             self._constant["known"], self._constant["mask"] = options.inpaint.tensors(x)
-        self._has_history = rows.has_history
+        self._reads_last_x0 = rows.reads_last_x0
         # For a call with a single batch: the conditional half of each doubled model_kwarg.
         self._single_kwargs = {
             name: value[len(x) :] if options.doubled and _has_rows(value, 2 * len(x)) else value
@@ -173,7 +173,7 @@ class LoopStep:
             if options.cond_fn is not None:
                 inputs["gradient"] = options.cond_fn(x, timesteps, **self._single_kwargs)
                 checks.like("what cond_fn returns", inputs["gradient"], "x_t", x)
-            if self._has_history:
+            if self._reads_last_x0:
                 inputs["history"] = state.x0
             inputs["x0_out"] = state.next_x0
         if self._linear is not None:

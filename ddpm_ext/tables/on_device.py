@@ -61,15 +61,15 @@ class StepDeviceTables(DeviceTables):
         cpu = torch.device("cpu")
         zeros = torch.zeros_like(steps.a)
         x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
-        unchanged = StepTable(
-            steps.timestep, zeros, zeros, zeros, torch.ones_like(zeros), draw=steps.draw, after=steps.after
-        )
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
                 self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
                 self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
                 self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
-                if steps.linear:
+            if steps.linear:
+                ones = torch.ones_like(zeros)
+                unchanged = StepTable(steps.timestep, zeros, zeros, zeros, ones, draw=steps.draw, after=steps.after)
+                for dtype in (torch.float32, torch.float64):
                     self._tables["linear", cpu, dtype] = steps.packed_linear(cpu, dtype, guidance)
                     self._tables["unchanged", cpu, dtype] = unchanged.packed_extended(cpu, dtype)
             # What the model is called with: in float32 where timesteps lie between the schedule's own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.spacing import make_grid
-from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
 
 __all__ = ["LOSSES", "FusedTables", "Rows", "is_spaced", "tables_of"]
@@ -116,13 +117,13 @@ class FusedTables:
         needs_output = prediction == "x_prev"
         if needs_output:  # the model's output is the mean itself, whatever a clip makes of x_0
             zeros = torch.zeros_like(steps.a)
-            steps = _changed(steps, c0=zeros, c1=zeros, c2=zeros + 1)
+            steps = replace(steps, c0=zeros, c1=zeros, c2=zeros + 1)
         self._ddpm = Rows(self._on_device(steps), True, self.learned, needs_output)
         self._cache: BoundedCache[Rows | Fallback] = BoundedCache(CACHED)
         self._bounds: BoundedCache[Bound] = BoundedCache(len(LOSSES))
 
     def _on_device(self, steps: StepTable) -> StepDeviceTables:
-        for_peer = _changed(steps, timestep=self._model_timesteps, draw=self._draws)
+        for_peer = replace(steps, timestep=self._model_timesteps, draw=self._draws)
         return StepDeviceTables(for_peer, predict=torch.stack([self._a, self._b], 1))
 
     def rows(self, sampler: str, eta: object = 0.0, x0_changes: bool = True) -> Rows:
@@ -161,7 +162,7 @@ class FusedTables:
             raise Fallback
         grid = make_grid(self._process.alphas_cumprod, torch.arange(self.timesteps, device="cpu"), final=0.0)
         steps = ddim_inverse(grid, prediction="eps", keep_eps=keep_eps)
-        return Rows(self._on_device(_changed(steps, a=self._a, b=self._b)), False)
+        return Rows(self._on_device(replace(steps, a=self._a, b=self._b)), False)
 
     def model_timesteps(self, device: torch.device) -> Tensor:
         """(timesteps,), what a model gets for each timestep."""
@@ -199,10 +200,6 @@ class FusedTables:
 def _can_make_tables() -> bool:
     """Whether tensors that are made now can be used later on."""
     return torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))
-
-
-def _changed(steps: StepTable, **columns: Tensor) -> StepTable:
-    return StepTable(**{name: getattr(steps, name) for name in COLUMNS} | columns)
 
 
 def _check_arrays(peer: Any) -> None:
