@@ -13,9 +13,10 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
+from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
-from ddpm_ext.tables.spacing import Grid, make_grid, spaced_grid
+from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]

@@ -5,8 +5,8 @@ import torch
 from support.refusals import SHAPE, backends, call, refuse
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox, StepTable
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, dpmpp_2m
-from ddpm_ext.tables.spacing import make_grid
 
 X = torch.zeros(SHAPE)
 LEVELS = GaussianDiffusion(50).alphas_cumprod

@@ -10,8 +10,8 @@ import torch
 
 import ddpm_ext
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Philox
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim
-from ddpm_ext.tables.spacing import make_grid
 
 SHAPE, TIMESTEPS, STEPS = (3, 2, 5, 4), 50, 7
 RNG = Philox(5)

@@ -11,8 +11,8 @@ import torch
 from support.gaussian import push, take
 
 from ddpm_ext import GaussianDiffusion
+from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm, tcd
-from ddpm_ext.tables.spacing import Grid, make_grid
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -5,8 +5,9 @@ import torch
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.spacing import make_grid, section_timesteps
+from ddpm_ext.tables.spacing import section_timesteps
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
 respace = pytest.importorskip("guided_diffusion.respace")

@@ -8,9 +8,10 @@ from support.choices import for_many
 from support.gaussian import SIGMA, marginal, moments
 
 from ddpm_ext import Philox, StepTable, ops, randn
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm, repaint
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 BETAS = make_betas("linear", 1000)
 LEVELS = (1 - BETAS).cumprod(0)

@@ -5,6 +5,7 @@ import torch
 from support.choices import for_many
 from support.tutorial import Tutorial
 
+from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.samplers import (
     SAMPLERS,
     WITH_ETA,
@@ -18,7 +19,7 @@ from ddpm_ext.tables.samplers import (
     tcd,
 )
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables.spacing import Grid, karras_grid, make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
 

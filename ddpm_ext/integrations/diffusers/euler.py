@@ -23,9 +23,9 @@ from ddpm_ext.integrations.diffusers.scheduler import (
 )
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.shared import Support
+from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.samplers import euler, euler_ancestral
-from ddpm_ext.tables.spacing import Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["SUPPORT", "EulerAncestralDiscrete", "EulerDiscrete"]

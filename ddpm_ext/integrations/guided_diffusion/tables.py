@@ -18,10 +18,10 @@ from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.losses.rows import LossRows, Terms
 from ddpm_ext.process.process import Process
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import implicit
 from ddpm_ext.tables.samplers.eta import check_eta
-from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["lcm", "tcd"]

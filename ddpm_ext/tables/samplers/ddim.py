@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
-from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]

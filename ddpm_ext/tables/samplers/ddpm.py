@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
-from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Posterior
 

@@ -6,9 +6,9 @@ import math
 
 import torch
 
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients, multistep
 from ddpm_ext.tables.samplers.eta import check_eta
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["dpm_solver_2m", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sde"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers.ddim import euler
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["heun"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import multistep
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["lms"]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["FEW", "SLOTS", "eps_slope", "extrapolated", "first_step", "lagrange_weights", "of_eps", "of_x0", "orders"]

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import torch
 
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import multistep
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ipndm", "plms"]
