@@ -72,7 +72,8 @@ class Begin:
             self._check("noise", noise)
             return noise
         if start is None:
-            return self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+            drawn = self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+            return drawn if self._rows.pure_noise == 1 else drawn.mul_(self._rows.pure_noise)
         images = (start.first, start.second) if isinstance(start, Interpolation) else (start,)
         noised = []
         for draw, image in enumerate(images):
@@ -80,8 +81,9 @@ class Begin:
             levels = self._rows.device.find("start", image.device, checks.compute_dtype(self._dtype))
             if levels is None:
                 raise ValueError(
-                    "start is given beside a sampler whose table has no level (now) where its steps start, and whose "
-                    "timesteps are not the schedule's own; expected one that has, or a sampler by its name"
+                    "start is given beside a sampler whose table has no level (signal_now, noise_now) where its steps "
+                    "start, and whose timesteps are not the schedule's own; expected one that has, or a sampler by its "
+                    "name"
                 )
             with torch.no_grad():
                 noised.append(self._ops.forward_process(image, levels, 0, rng=rng.of(STREAM_START, draw)))

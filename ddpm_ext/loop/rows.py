@@ -13,9 +13,11 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
+from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
-from ddpm_ext.tables.spacing import Grid, make_grid, spaced_grid
+from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]
@@ -45,7 +47,8 @@ class LoopRows:
 
     table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
     with the first. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
-    read the model's variance output, "log" or "direct"; None where they don't.
+    read the model's variance output, "log" or "direct"; None where they don't. pure_noise: the standard deviation of
+    drawn samples to begin from.
     """
 
     table: StepTable
@@ -54,6 +57,7 @@ class LoopRows:
     kinds: list[RowKind]
     timesteps: list[int | float]
     variance: str | None
+    pure_noise: float
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -168,7 +172,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     elif skipped:
         # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
         table = make(grid[skipped:], **arguments)
-    return (table if any_step else _for_schedule_steps(process, table)), skipped
+    return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
@@ -205,7 +209,7 @@ def _loop_rows(
         table = replace(table, c2=table.c2 + table.cu, cu=torch.zeros_like(table.cu))
     kinds = _kinds(table, scales)
     levels = _levels(process, table)
-    others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
+    others = {} if levels is None else {"start": levels}
     return LoopRows(
         table,
         skipped,
@@ -213,6 +217,7 @@ def _loop_rows(
         kinds,
         table.timestep.tolist(),
         _variance(process, table, learned),
+        1.0 if levels is None else pure_noise(*levels[0].tolist()),
     )
 
 
@@ -261,20 +266,21 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
 
 
 def _levels(process: Process, table: StepTable) -> Tensor | None:
-    """alphas_cumprod where each row starts: the table's, or else that of the schedule's own timesteps."""
-    if bool(table.now.any()):
-        return table.now.cpu()
-    t = table.timestep.cpu()
+    """(rows, 2), signal and noise where each row starts: the table's, or else those of the schedule's own timesteps."""
+    levels = torch.stack([table.signal_now, table.noise_now], 1)
+    if bool(levels.any()):
+        return levels
+    t = table.timestep
     own = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
-    return process.alphas_cumprod[t] if own else None
+    return process.tables.get("q_sample", t.device, torch.float64)[t] if own else None
 
 
 def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None) -> Grid:
     if timesteps is not None:
         if steps is not None or spacing != "linspace":
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
-        grid = make_grid(process.alphas_cumprod, timesteps, betas=process.betas)
+        grid = process.scaled(make_grid(process.alphas_cumprod, timesteps, betas=process.betas))
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
-    return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing)
+    return process.scaled(spaced_grid(process.alphas_cumprod, process.betas, steps, spacing))
