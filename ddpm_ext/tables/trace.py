@@ -7,21 +7,24 @@ step before: then a tensor that the scheduler stores appears in all later steps 
 output, and these are what a row keeps. The numbers of each row are fitted with the samples that do follow from each
 other, since a sample may stand for what it was made of. A loop on random numbers proves the rows in the end, and shows
 where a scheduler is not linear.
+
+A function that runs its whole loop itself, as k-diffusion's do, takes its steps between its calls of the model.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ddpm_ext.tables.trace_function import observed_function
 from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
 from ddpm_ext.tables.trace_loop import BATCH, LINEAR, Array, Loop, relative
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Step, clip_of, without_clip
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, without_clip
 
-__all__ = ["Traced", "follow", "trace_columns"]
+__all__ = ["Traced", "follow", "follow_function", "trace_columns"]
 
 Clip = tuple[float, float]
 
@@ -36,6 +39,7 @@ class Traced(NamedTuple):
         steps: what each step did on random numbers.
         noise: the number of the draw that is a step's z, or None where it has none.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
+        begins: the rows with which the steps of a function begin, as its callback tells.
     """
 
     columns: dict[str, Array]
@@ -44,13 +48,21 @@ class Traced(NamedTuple):
     steps: list[Step]
     noise: list[int | None]
     second: bool
+    begins: tuple[int, ...] = ()
 
 
-def trace_columns(scheduler: Any, steps: int, arguments: Mapping[str, Any]) -> dict[str, Array]:
+def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
     """The columns of StepTable.trace, whose docstring has the arguments and the errors."""
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(steps, **arguments)
-    return follow(own, list(own.timesteps), second=CLEAN_FIELDS).columns
+    if hasattr(sampler, "set_timesteps"):
+        own = copy.deepcopy(sampler)
+        own.set_timesteps(steps, **arguments)
+        return follow(own, list(own.timesteps), second=CLEAN_FIELDS).columns
+    if callable(sampler):
+        return follow_function(sampler, steps, arguments).columns
+    raise TypeError(
+        f"scheduler is a {type(sampler).__name__}, expected an object with set_timesteps and step, or a function of "
+        "model, x and sigmas"
+    )
 
 
 def follow(
@@ -70,21 +82,43 @@ def follow(
     Raises:
         ValueError: a step is not linear, or no row can say what it does.
     """
-    options = options or {}
-    plain = without_clip(scheduler)
-    loop = Loop.run(scheduler, timesteps, options, seed=0)
-    linear = Linear.of(plain, timesteps, options, loop, second)
-    clip = None if plain is scheduler or linear.error(loop) is None else clip_of(scheduler)
-    if clip is None:
-        linear.prove(loop)
-        rows = linear.rows()
-    else:  # samples that follow from a clipped one are not clipped again
-        loop = Loop.run(scheduler, timesteps, options, seed=0, follows=False)
-        rows = _clipped(linear, loop, clip)
-    proof = Loop.run(scheduler, timesteps, options, seed=1, follows=clip is None)
-    residual = _prove(rows, clip, linear, proof)
-    times = np.array([float(t) for t in timesteps])
-    if (times % 1 == 0).all():
+    plain, options = without_clip(scheduler), options or {}
+    run = run_of(scheduler, timesteps, options)
+    if plain is scheduler:
+        return _traced(run, second)
+    loop = Loop.run(run, seed=0)
+    linear = Linear.of(run_of(plain, timesteps, options), loop, second)
+    if linear.error(loop) is None:  # nothing is clipped
+        return _proven(linear.rows(), None, linear, run, loop)
+    # Samples that follow from a clipped one are not clipped again, so they do not follow.
+    loop = Loop.run(run, seed=0, follows=False)
+    clip = clip_of(scheduler)
+    return _proven(_clipped(linear, loop, clip), clip, linear, run, loop)
+
+
+def follow_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any]) -> Traced:
+    """The rows of a function of k-diffusion's kind; the arguments and the errors are StepTable.trace's.
+
+    A row begins with each call of the model. Where the function adds noise before the first one, a row that calls no
+    model comes before it. The samples' levels are (1, sigma).
+    """
+    function = observed_function(sampler, sigmas, options)
+    traced = _traced(function.run, CLEAN_FIELDS)
+    traced.columns["draw"] = np.arange(len(function.run.times))
+    return traced._replace(begins=function.begins)
+
+
+def _traced(run: Run, second: Sequence[str] | None) -> Traced:
+    loop = Loop.run(run, seed=0)
+    linear = Linear.of(run, loop, second)
+    linear.prove(loop)
+    return _proven(linear.rows(), None, linear, run, loop)
+
+
+def _proven(rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: Loop) -> Traced:
+    residual = _prove(rows, clip, linear, Loop.run(run, seed=1, follows=clip is None))
+    times = np.array([float(t) for t in run.times])
+    if run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | {name: np.array([row[name] for row in rows]) for name in NAMES}
     return Traced(columns, clip, residual, loop.steps, linear.noise, linear.second)

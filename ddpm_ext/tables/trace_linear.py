@@ -1,17 +1,16 @@
-"""The rows of a scheduler's steps, from what it makes of unit vectors."""
+"""The rows of a sampler's steps, from what it makes of unit vectors."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext.tables.trace_loop import LINEAR, Array, Loop, flat, relative
-from ddpm_ext.tables.trace_run import observe
+from ddpm_ext.tables.trace_run import Run
 
 __all__ = ["HISTORY", "NAMES", "NEGLIGIBLE", "Linear", "Row", "at", "row_of"]
 
@@ -28,7 +27,7 @@ def row_of(**values: float) -> Row:
 
 
 def at(linear: Linear, i: int) -> str:
-    return f"step {i}, at timestep {float(linear.timesteps[i]):g}"
+    return f"step {i}, at {linear.run.unit} {float(linear.run.times[i]):g}"
 
 
 class Linear:
@@ -41,22 +40,16 @@ class Linear:
         second: whether each step's second tensor is a x + b m.
     """
 
-    def __init__(self, timesteps: Sequence[Any], prev: Array, clean: Array, noise: list[int | None], first: Array):
-        self.timesteps, self.prev, self.clean, self.noise = timesteps, prev, clean, noise
+    def __init__(self, run: Run, prev: Array, clean: Array, noise: list[int | None], first: Array):
+        self.run, self.prev, self.clean, self.noise = run, prev, clean, noise
         self.first_draw = first  # of each step, among the inputs
         self.second = False
-        self.n = len(timesteps)
+        self.n = len(run.times)
 
     @classmethod
-    def of(
-        cls,
-        scheduler: Any,
-        timesteps: Sequence[Any],
-        options: Mapping[str, Any],
-        loop: Loop,
-        second: Sequence[str] | None,
-    ) -> Linear:
-        n = len(timesteps)
+    def of(cls, run: Run, loop: Loop, second: Sequence[str] | None) -> Linear:
+        """The sums. loop: any of the same run. second: as for `follow`."""
+        n = len(run.times)
         counts = [len(step.draws) for step in loop.steps]
         first = 2 * n + np.concatenate([[0], np.cumsum(counts)]).astype(int)
         inputs = int(first[-1])
@@ -67,12 +60,10 @@ class Linear:
             return x
 
         draws = iter(range(2 * n, inputs))
-        steps = observe(
-            scheduler, timesteps, lambda i, _: unit(i), lambda i: unit(n + i), lambda: unit(next(draws)), options
-        )
+        steps = run.observe(lambda i, _: unit(i), lambda i: unit(n + i), lambda: unit(next(draws)))
         prev = np.array([flat(step.result.prev) for step in steps])
         clean, is_second = np.zeros((n, 2)), [False] * n
-        self = cls(timesteps, prev[:, :-1], clean, [None] * n, first)
+        self = cls(run, prev[:, :-1], clean, [None] * n, first)
         for i, step in enumerate(steps):
             if not np.isfinite(prev[i]).all():
                 raise ValueError(f"{at(self, i)}, is not linear: its result is infinite or no number")
@@ -196,7 +187,7 @@ class Linear:
         return rows
 
     def _literal(self, i: int, ring: Mapping[int, tuple[float, float]]) -> Factors | None:
-        """The step's factors where the scheduler's code itself adds the tensors of the ring; else None."""
+        """The step's factors where the sampler's code itself adds the tensors of the ring; else None."""
         rest = self.prev[i].copy()
         own = rest[i], rest[self.n + i]
         rest[[i, self.n + i]] = 0

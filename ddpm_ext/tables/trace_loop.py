@@ -1,16 +1,15 @@
-"""A scheduler's own loop on random numbers, by which its rows are proven."""
+"""A sampler's own loop on random numbers, by which its rows are proven."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Step, observe
+from ddpm_ext.tables.trace_run import Run, Step
 
 __all__ = ["BATCH", "LINEAR", "Array", "Loop", "flat", "relative"]
 
@@ -18,11 +17,11 @@ Array = npt.NDArray[np.float64]
 
 BATCH = 48  # random samples
 LINEAR = 1e-10  # the largest relative residual of a step
-ROUNDED = 1e-5  # the same where a scheduler computes in float32, whatever it is given
+ROUNDED = 1e-5  # the same where a sampler computes in float32, whatever it is given
 
 
 class Loop(NamedTuple):
-    """A scheduler's own loop on random numbers: x and m are (steps, batch), the draws of each step (draws, batch)."""
+    """A loop on random numbers: x and m are (steps, batch), the draws of each step (draws, batch)."""
 
     x: Array
     m: Array
@@ -32,15 +31,7 @@ class Loop(NamedTuple):
     steps: list[Step]
 
     @classmethod
-    def run(
-        cls,
-        scheduler: Any,
-        timesteps: Sequence[Any],
-        options: Mapping[str, Any],
-        seed: int,
-        *,
-        follows: bool = True,
-    ) -> Loop:
+    def run(cls, run: Run, seed: int, *, follows: bool = True) -> Loop:
         """A loop; where a step's samples are not to follow from the step before, they are random in each."""
         generator = torch.Generator().manual_seed(seed)
 
@@ -48,14 +39,14 @@ class Loop(NamedTuple):
             return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
 
         # Twice as large as a normal distribution, so that predicted clean samples are clipped here and there.
-        outputs = [2 * normal() for _ in timesteps]
+        outputs = [2 * normal() for _ in run.times]
         inputs: list[Tensor] = []
 
         def sample(i: int, prev: Tensor | None) -> Tensor:
             inputs.append(prev.double() if follows and prev is not None else 2 * normal())
             return inputs[-1].clone()
 
-        steps = observe(scheduler, timesteps, sample, lambda i: outputs[i].clone(), normal, options)
+        steps = run.observe(sample, lambda i: outputs[i].clone(), normal)
         z = [np.array([flat(drawn) for drawn, _ in step.draws]).reshape(-1, BATCH) for step in steps]
         return cls(
             np.array([flat(x) for x in inputs]),
