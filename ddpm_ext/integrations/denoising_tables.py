@@ -13,9 +13,9 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.tutorial_trial import posterior_steps
 from ddpm_ext.tables import samplers
+from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
-from ddpm_ext.tables.spacing import Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["BUFFERS", "DTYPES", "LOW", "DdimSteps", "DenoisingTables"]

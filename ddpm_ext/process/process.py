@@ -15,11 +15,11 @@ from ddpm_ext.base.types import Model
 from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.model_output import unwrap
+from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers import ddpm
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import Grid, make_grid
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
 __all__ = ["SCHEDULE_ATTRIBUTES", "Process"]

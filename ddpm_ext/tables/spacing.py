@@ -1,100 +1,29 @@
-"""Which timesteps a sampler visits, and how much of the signal is left at each.
+"""Which timesteps a sampler visits.
 
-At a timestep t of a schedule, alphas_cumprod[t] of the signal's power is left. sigma = sqrt(1 / alphas_cumprod - 1) is
-the standard deviation of the noise for a signal of scale 1, as in Karras et al. 2022.
+sigma = sqrt(1 / alphas_cumprod - 1) is the standard deviation of the noise for a signal of scale 1, as in Karras et al.
+2022.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid, checked_levels, make_grid
 
 __all__ = [
     "SIGMA_GRIDS",
     "SPACINGS",
-    "Grid",
-    "Jumps",
     "karras_grid",
     "log_snr_grid",
-    "make_grid",
     "section_timesteps",
     "spaced_grid",
     "spaced_timesteps",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """The timesteps of a loop, in its order.
-
-    Attributes:
-        timestep: int64 (rows,), or float64 where they lie between the schedule's own.
-        alphas_cumprod: float64 (rows + 1,), at each timestep, and last where the last step arrives.
-        betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbouring timesteps the
-            schedule's own beta, of which that difference would lose digits.
-        schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
-    """
-
-    timestep: Tensor
-    alphas_cumprod: Tensor
-    betas: Tensor
-    schedule: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.timestep)
-
-    def __getitem__(self, steps: slice) -> Grid:
-        """The grid of the steps from the slice's start to its stop."""
-        start, stop, _ = steps.indices(len(self))
-        levels = self.alphas_cumprod[start : stop + 1]
-        return Grid(self.timestep[start:stop], levels, self.betas[start:stop], self.schedule)
-
-    @property
-    def now(self) -> Tensor:
-        """alphas_cumprod where each step starts, (rows,)."""
-        return self.alphas_cumprod[:-1]
-
-    @property
-    def alphas(self) -> Tensor:
-        """1 - betas"""
-        return 1 - self.betas
-
-    @property
-    def after(self) -> Tensor:
-        """alphas_cumprod where each step arrives, (rows,)."""
-        return self.alphas_cumprod[1:]
-
-
-@dataclass(frozen=True, eq=False)
-class Jumps:
-    """Steps that need not follow one on another, none of which is the last step of a process.
-
-    A sampler of first order takes them instead of a Grid; the attributes have the same meaning.
-
-    Attributes:
-        timestep: int64 (rows,).
-        now, after: float64 (rows,), alphas_cumprod where each step starts and where it arrives.
-        alphas: float64 (rows,), now / after.
-    """
-
-    timestep: Tensor
-    now: Tensor
-    after: Tensor
-    alphas: Tensor
-
-    def __len__(self) -> int:
-        return len(self.timestep)
-
-    @property
-    def betas(self) -> Tensor:
-        """1 - alphas"""
-        return 1 - self.alphas
 
 
 # ------------------------------------------------------------------------------------------------ whole timesteps
@@ -199,64 +128,9 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- grids
 
 
-def _levels(alphas_cumprod: Tensor) -> Tensor:
-    """alphas_cumprod, checked, as float64 (timesteps,) on the CPU, in [0, 1]."""
-    checks.tensor("alphas_cumprod", alphas_cumprod)
-    if not alphas_cumprod.is_floating_point():
-        raise TypeError(f"alphas_cumprod has dtype {alphas_cumprod.dtype}, expected a floating one")
-    if alphas_cumprod.dim() != 1 or len(alphas_cumprod) == 0:
-        raise ValueError(f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}, expected (timesteps,)")
-    levels = alphas_cumprod.detach().to("cpu", torch.float64)
-    if not ((levels >= 0) & (levels <= 1)).all():
-        raise ValueError(f"alphas_cumprod reaches from {levels.min()} to {levels.max()}, expected all in [0, 1]")
-    return levels
-
-
-def make_grid(
-    alphas_cumprod: Tensor, timestep: Tensor | Sequence[int], *, betas: Tensor | None = None, final: float = 1.0
-) -> Grid:
-    """A grid of some of a schedule's own timesteps.
-
-    Args:
-        alphas_cumprod: (timesteps,), in [0, 1].
-        timestep: int64 (rows,), in the loop's order: descending, unless the loop goes up.
-        betas: the schedule's, (timesteps,); None: from alphas_cumprod.
-        final: alphas_cumprod where the last step arrives: 1 for clean data; diffusers ends at alphas_cumprod[0] where
-            set_alpha_to_one is off.
-
-    Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: a timestep out of range or twice in a row, numbers out of [0, 1], or betas of another length.
-    """
-    levels = _levels(alphas_cumprod)
-    chosen = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")
-    if chosen.dtype != torch.int64:
-        raise TypeError(f"timestep has dtype {chosen.dtype}, expected int64")
-    chosen = chosen.detach().to("cpu", copy=True)
-    if chosen.dim() != 1 or len(chosen) == 0:
-        raise ValueError(f"timestep has shape {tuple(chosen.shape)}, expected (rows,) with a row at least")
-    if not ((chosen >= 0) & (chosen < len(levels))).all():
-        raise ValueError(
-            f"timestep reaches from {chosen.min()} to {chosen.max()}, expected all in 0 <= timestep < {len(levels)}"
-        )
-    if (chosen[1:] == chosen[:-1]).any():
-        raise ValueError("timestep has the same timestep twice in a row, expected a step between two")
-    if not 0 <= final <= 1:
-        raise ValueError(f"final is {final}, expected 0 <= final <= 1")
-    path = torch.cat([levels[chosen], levels.new_tensor([final])])
-    jumps = 1 - path[:-1] / path[1:]
-    if betas is not None:
-        betas = betas.detach().to("cpu", torch.float64)
-        if betas.shape != levels.shape:
-            raise ValueError(f"betas have shape {tuple(betas.shape)}, expected that of alphas_cumprod")
-        below = torch.cat([chosen[1:], chosen.new_tensor([-1 if final == 1 else len(levels)])])
-        jumps = torch.where(chosen - below == 1, betas[chosen], jumps)
-    return Grid(chosen, path, jumps, levels)
-
-
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
     """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
-    levels = _levels(alphas_cumprod)
+    levels = checked_levels(alphas_cumprod)
     known = (1 / levels - 1).sqrt().log()
     wanted = sigma.log()
     above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
@@ -268,7 +142,7 @@ def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
     """The schedule's greatest and least sigma, once `steps` and the schedule have been checked."""
-    levels = _levels(alphas_cumprod)
+    levels = checked_levels(alphas_cumprod)
     checks.integer("steps", steps, 2**31, "2^31", start=1)
     if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
         raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")

@@ -9,8 +9,9 @@ from support.gaussian import TIMESTEPS, diffusion, exact_model, push, take
 
 import ddpm_ext
 from ddpm_ext import Philox
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS
-from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 SHAPE, CLIP = (3, 2, 5), (0.1, 0.45)
 HISTORY = [

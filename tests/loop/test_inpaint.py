@@ -12,8 +12,9 @@ from support.plain_loop import TIMESTEPS, each, noise, rows_of
 
 from ddpm_ext import GaussianDiffusion, Inpaint, Interpolation, Philox
 from ddpm_ext.loop.interpolation import slerp
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddim_inverse
-from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 F32, F64 = torch.float32, torch.float64

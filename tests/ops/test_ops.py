@@ -9,8 +9,8 @@ from support.choices import Choose, for_many
 from support.operators import CLIPS, DTYPES, Inputs, assert_near, columns, each, host
 
 from ddpm_ext import Philox, ops, reference
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddpm
-from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.step_table import StepTable
 
 

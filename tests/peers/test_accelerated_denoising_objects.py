@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.tables import samplers
-from ddpm_ext.tables.spacing import make_grid
+from ddpm_ext.tables.grid import make_grid
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ from torch._subclasses import FakeTensorMode
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
 from ddpm_ext.integrations.guided_diffusion import steps as steps_module
 from ddpm_ext.tables import on_device as tables_module
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim
-from ddpm_ext.tables.spacing import make_grid
 
 GUIDED = "guided_diffusion" in LIBRARIES
 guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm
-from ddpm_ext.tables.spacing import make_grid
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -5,8 +5,9 @@ import torch
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.spacing import make_grid, section_timesteps
+from ddpm_ext.tables.spacing import section_timesteps
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
 respace = pytest.importorskip("guided_diffusion.respace")
@@ -218,7 +219,7 @@ def test_rows_say_what_their_tables_say():
     grid = make_grid(gd.alphas_cumprod, timesteps, betas=gd.betas)
     table = ddpm(grid, variance="fixed_large")
     for ours, name in (
-        (table.now, "alphas_cumprod"),
+        (table.signal_now**2, "alphas_cumprod"),
         (table.c0, "posterior_mean_coef1"),
         (table.c1, "posterior_mean_coef2"),
     ):

@@ -14,9 +14,10 @@ import pytest
 import torch
 from support.gaussian import push, take
 
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, make_grid, spaced_timesteps
+from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
 
 CHECKOUT = os.environ.get("DDPM_EXT_K_DIFFUSION")
 pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="DDPM_EXT_K_DIFFUSION names no checkout")
@@ -77,4 +78,4 @@ def test_whole_loop(sampling, name, arguments, theirs, options, clip, spacing, s
         history, x = push(row, history, x0, x, m), after
     largest = max(1.0, abs(outputs).max().item())
     # k-diffusion integrates LMS with a relative tolerance of 1e-4, which a polynomial does not need.
-    assert abs(x - found.numpy() * table.after[-1].sqrt().item()).max() / largest < 1e-11
+    assert abs(x - found.numpy() * table.signal_after[-1].item()).max() / largest < 1e-11

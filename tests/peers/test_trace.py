@@ -9,8 +9,8 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from ddpm_ext.ops import reference
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import ddim, dpmpp_2m, euler
-from ddpm_ext.tables.spacing import Grid, Jumps
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow
 

@@ -8,8 +8,8 @@ from support.loop_cases import PART, SHAPE, TIMESTEPS, given, make_diffusion, mo
 from support.tutorial import Tutorial
 
 from ddpm_ext import Philox
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm
-from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.variances import VARIANCES
 
 backends = pytest.mark.parametrize("backend", BACKENDS)

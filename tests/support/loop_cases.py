@@ -10,8 +10,8 @@ import torch
 from support.plain_loop import TIMESTEPS, noise, plain_loop, rows_of
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, repaint
-from ddpm_ext.tables.spacing import make_grid
 
 SHAPE = (4, 2, 3, 5)
 IDS = [3, 2**40, 0, 11]

@@ -5,7 +5,7 @@ import torch
 from support.choices import for_many
 
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, make_grid, section_timesteps, spaced_timesteps
+from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, section_timesteps, spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
 
@@ -115,17 +115,6 @@ def test_bad_spacings(arguments, error, message):
         spaced_timesteps(*arguments)
 
 
-def test_grid_of_neighbours_has_the_schedules_betas():
-    betas = make_betas("linear", 1000)
-    levels = (1 - betas).cumprod(0)
-    grid = make_grid(levels, [999, 998, 500, 1, 0], betas=betas)
-    assert torch.equal(grid.betas[[0, 3, 4]], betas[[999, 1, 0]])
-    torch.testing.assert_close(grid.betas[[1, 2]], 1 - levels[[998, 500]] / levels[[500, 1]], rtol=1e-15, atol=0)
-    assert torch.equal(grid.alphas_cumprod, torch.cat([levels[[999, 998, 500, 1, 0]], levels.new_ones(1)]))
-    last = make_grid(levels, [1, 0], betas=betas, final=levels[0].item())
-    assert last.betas[-1] == 0  # the last step does not change the level
-
-
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
 def test_karras_sigmas(rho):
     diffusers = pytest.importorskip("diffusers")
@@ -156,21 +145,12 @@ def test_log_snr_is_even_in_log_sigma():
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: make_grid(LEVELS, [5, 5]), ValueError, "the same timestep twice"),
-        (lambda: make_grid(LEVELS, [1000]), ValueError, "timestep reaches from 1000 to 1000, expected all in 0 <="),
-        (lambda: make_grid(LEVELS, [0.5]), TypeError, "timestep has dtype torch.float32, expected int64"),
-        (lambda: make_grid(LEVELS, []), TypeError, "timestep has dtype"),
-        (lambda: make_grid(LEVELS, torch.zeros(2, 2, dtype=torch.int64)), ValueError, r"timestep has shape \(2, 2\)"),
-        (lambda: make_grid(LEVELS + 1, [5]), ValueError, "alphas_cumprod reaches from"),
-        (lambda: make_grid(LEVELS, [5], final=1.5), ValueError, "final is 1.5"),
-        (lambda: make_grid(LEVELS, [5], betas=LEVELS[:3]), ValueError, r"betas have shape \(3,\)"),
-        (lambda: make_grid([0.5], [0]), TypeError, "alphas_cumprod is a list"),
         (lambda: karras_grid(LEVELS, 0), ValueError, "steps is 0"),
         (lambda: karras_grid(LEVELS, 5, rho=0), ValueError, "rho is 0"),
         (lambda: log_snr_grid(LEVELS.flip(0), 5), ValueError, "does not fall"),
         (lambda: karras_grid(torch.tensor([0.5, 0.0]), 5), ValueError, "reaches 0 or 1"),
     ],
 )
-def test_bad_grids(make, error, message):
+def test_bad_sigma_grids(make, error, message):
     with pytest.raises(error, match=message):
         make()

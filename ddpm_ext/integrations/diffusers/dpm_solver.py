@@ -21,8 +21,8 @@ from ddpm_ext.integrations.diffusers.scheduler import (
 )
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.shared import Support
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import dpmpp_2m, dpmpp_2m_sde
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["SUPPORT", "DPMSolverMultistep"]

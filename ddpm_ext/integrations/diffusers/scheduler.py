@@ -18,9 +18,9 @@ from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
 from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
-from ddpm_ext.tables.spacing import Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = [

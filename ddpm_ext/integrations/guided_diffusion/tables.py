@@ -18,10 +18,10 @@ from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.losses.rows import LossRows, Terms
 from ddpm_ext.process.process import Process
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.spacing import make_grid
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
 
@@ -152,8 +152,9 @@ class FusedTables:
     def _ddim(self, eta: float) -> Rows:
         if not 0 <= eta < math.inf:
             raise Fallback("its eta is negative or not finite")
-        steps = ddim(self._process.grid(), prediction=self.prediction, eta=eta, keep_eps=False)
-        if (1 - steps.after - steps.s**2 < 0).any():
+        grid = self._process.grid()
+        steps = ddim(grid, prediction=self.prediction, eta=eta, keep_eps=False)
+        if (1 - grid.after - steps.s**2 < 0).any():
             raise Fallback("its eta asks for more noise than there is")
         return Rows(self._on_device(steps[::-1]), eta > 0)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
-from ddpm_ext.tables.spacing import Grid, Jumps
 
 __all__ = ["eps", "half_log_snr", "posterior", "prediction_entry", "score", "sigma", "x0"]
 

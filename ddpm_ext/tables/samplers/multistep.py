@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler
-from ddpm_ext.tables.spacing import Grid
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["FEW", "SLOTS", "eps_slope", "extrapolated", "first_step", "lagrange_weights", "of_eps", "of_x0", "orders"]
@@ -102,8 +102,7 @@ def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor
         c0=now,
         c1=of_x,
         s=s,
-        now=grid.now,
-        after=grid.after,
+        **grid.levels,
         h1=h1,
         h2=h2,
         h3=h3,
