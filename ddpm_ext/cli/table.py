@@ -151,6 +151,6 @@ def _traced(path: Path, steps: int | None) -> StepTable:
         raise ValueError(f"table: {path} is no scheduler's config ({error!r})") from error
     diffusers = require("diffusers", "the table of a scheduler")
     cls = getattr(diffusers, str(name), None)
-    if not hasattr(cls, "from_config"):
+    if cls is None or not hasattr(cls, "from_config"):
         raise ValueError(f"table: {path} is for a {name}, which diffusers {diffusers.__version__} does not have")
     return StepTable.trace(cls.from_config(config), steps)

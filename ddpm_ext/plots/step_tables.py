@@ -207,12 +207,13 @@ def _panels(figure: Figure, count: int, against: str, *, shared: bool = True) ->
 
 
 def _finish(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
-    largest = max((float(np.abs(line.get_ydata()).max()) for line in axes.lines), default=0.0)
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines] or [np.zeros(1)])
+    largest = float(np.abs(values).max())
     if largest > _LINEAR_UP_TO and not set(names) & _LABELS.keys():
         ticker = require("matplotlib.ticker", "drawing step tables")
         axes.set_yscale("asinh", linear_width=0.5)
         axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # ticks at 0 and powers of ten
-    elif largest > 0 and len({float(y) for line in axes.lines for y in line.get_ydata()}) == 1:
+    elif largest > 0 and np.ptp(values) == 0:
         axes.update_datalim([(0, 0)], updatex=False)  # a constant, which is seen by its distance from 0
         axes.autoscale_view()
     axes.set(title=title, ylabel=label)

@@ -104,8 +104,15 @@ def follow_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[s
     """
     function = observed_function(sampler, sigmas, options)
     traced = _traced(function.run, CLEAN_FIELDS)
-    traced.columns["draw"] = np.arange(len(function.run.times))
-    return traced._replace(begins=function.begins)
+    sigma = traced.columns["timestep"]
+    ones = np.ones_like(sigma)
+    levels = {
+        "signal_now": ones,
+        "noise_now": sigma,
+        "signal_after": ones,
+        "noise_after": np.append(sigma[1:], sigmas[-1]),
+    }
+    return traced._replace(columns=traced.columns | levels | {"draw": np.arange(len(sigma))}, begins=function.begins)
 
 
 def _traced(run: Run, second: Sequence[str] | None) -> Traced:

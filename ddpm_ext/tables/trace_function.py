@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step
 
-__all__ = ["Function", "checked_sigmas", "observed_function"]
+__all__ = ["Function", "check_function", "checked_sigmas", "observed_function"]
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -28,6 +28,15 @@ class Function(NamedTuple):
 
     run: Run
     begins: tuple[int, ...]
+
+
+def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The function's parameters. Raises TypeError where sigmas are none of them."""
+    parameters = inspect.signature(sampler).parameters
+    if "sigmas" not in parameters:
+        given = ", ".join(list(parameters)[:3])
+        raise TypeError(f"the sampler is a function of {given} ..., expected one of model, x and sigmas")
+    return parameters
 
 
 def checked_sigmas(sigmas: Any) -> Tensor:
@@ -51,10 +60,7 @@ def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping
     Raises:
         TypeError: it has no argument sigmas. ValueError: other sigmas, or random numbers that are not normal.
     """
-    parameters = inspect.signature(sampler).parameters
-    if "sigmas" not in parameters:
-        given = ", ".join(list(parameters)[:3])
-        raise TypeError(f"scheduler is a function of {given} ..., expected one of model, x and sigmas")
+    parameters = check_function(sampler)
     levels = checked_sigmas(sigmas)
     call = partial(_call, sampler, parameters.keys(), levels, dict(options))
     generator = torch.Generator().manual_seed(0)
@@ -94,7 +100,7 @@ def _call(
     def noise_sampler(*_: Any) -> Tensor:
         return observed.draw(x.shape, x.dtype)
 
-    own = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
+    own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
     return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
 
 
