@@ -96,13 +96,14 @@ def sampler(which: str | Sampler) -> Sampler:
 
     x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; elsewhere, and in float64, plain torch
     takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step. No
-    tensor that the model or the callback gets is written to later on.
+    tensor that the model or the callback gets is written to later on. It raises ValueError for sigmas or options out of
+    range, for noise_sampler beside rng, and for a function whose steps are not linear, and TypeError for an argument
+    that the sampler does not have.
 
     Raises:
         TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
             their steps themselves.
-        ValueError: an unknown name. The result raises ValueError for sigmas out of range, noise_sampler together with
-        rng, or a function whose steps are not linear; and TypeError for an argument that the sampler doesn't have.
+        ValueError: an unknown name.
     """
     if callable(which):
         check_function(which)
