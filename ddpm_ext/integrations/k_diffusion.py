@@ -51,6 +51,7 @@ NOISE = ("noise_sampler", "rng")
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
 ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
+ROUNDED = 1e-9  # how far a level is from its sigma, relatively
 CACHED = 32
 
 
@@ -185,7 +186,12 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
     parameters = inspect.signature(SAMPLERS[name]).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
-    table = SAMPLERS[name](grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale), **fixed, **options)
+    grid = grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale)
+    # A sampler that calls the model between the levels looks up a timestep there. Here that is the level's sigma.
+    table = SAMPLERS[name](replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64)), **fixed, **options)
+    nearest = sigmas[(table.noise_now[:, None] - sigmas).abs().argmin(1)]
+    is_there = (table.noise_now - nearest).abs() <= ROUNDED * nearest
+    table = replace(table, timestep=torch.where(is_there, nearest, table.noise_now))
     if not table.linear:  # the x0 of the row before is kept, as any history is
         kept = torch.ones_like(table.a) if bool((table.c3 != 0).any()) else None
         table = replace(table, c3=None, h1=table.c3, k0=kept)
@@ -247,6 +253,8 @@ def _traced_plan(function: Sampler, sigmas: Tensor, options: Mapping[str, Any]) 
 
 def _plan(table: StepTable, begins: list[int]) -> Plan:
     """begins: the row with which each step begins; rows before the first belong to it."""
+    if (table.cu != 0).any():
+        raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
     noisy = (table.s != 0).tolist()

@@ -1,5 +1,6 @@
 """Samplers with k-diffusion's signature, without k-diffusion: noise, callbacks, dtypes, flow, and wrong input."""
 
+import dataclasses
 import inspect
 import math
 import sys
@@ -9,9 +10,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ddpm_ext import Philox, randn
+from ddpm_ext import Philox, StepTable, randn
+from ddpm_ext.integrations import k_diffusion
 from ddpm_ext.integrations.k_diffusion import NAMES, sampler
 from ddpm_ext.ops import fused
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 
 SHAPE = (3, 2, 5)
 SIGMAS = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.0])
@@ -144,6 +148,36 @@ def test_sigmas_that_do_not_end_at_zero_or_that_rise():
     torch.testing.assert_close(up, x + (x - bend(x, torch.ones(3))) * 2, rtol=1e-12, atol=1e-12)
 
 
+def test_a_sampler_that_calls_the_model_between_levels(monkeypatch):
+    """It gets the sigma there, and not a timestep of some schedule; the step before it begins with its first call."""
+
+    def midpoint(grid, *, prediction="eps"):
+        assert prediction == "x0" and len(grid.schedule)
+        now, after = ((1 / level - 1).sqrt() for level in (grid.now, grid.after))
+        middle = (now * after).sqrt()
+        there = 1 / (1 + middle**2)
+        rows = []
+        for start, end, t in ((grid.now, there, grid.timestep), (there, grid.after, 0 * now)):
+            ratio = ((1 - end) / (1 - start)).sqrt()
+            levels = {"signal_now": start.sqrt(), "noise_now": (1 - start).sqrt()}
+            levels |= {"signal_after": end.sqrt(), "noise_after": (1 - end).sqrt()}
+            rows.append(StepTable(t, 0 * t, 0 * t + 1, end.sqrt() - ratio * start.sqrt(), ratio, **levels))
+        columns = [field.name for field in dataclasses.fields(StepTable)]
+        both = {name: torch.stack([getattr(part, name) for part in rows], 1).flatten() for name in columns}
+        return StepTable(**both | {"draw": torch.arange(2 * len(grid))})
+
+    monkeypatch.setitem(SAMPLERS, "midpoint", at_any_scale(midpoint))
+    monkeypatch.setattr(k_diffusion, "NAMES", (*NAMES, "midpoint"))
+    sigmas, seen, told = torch.tensor([9.0, 4.0, 1.0], dtype=torch.float64), [], []
+    x = start(torch.float64)
+    found = sampler("midpoint")(
+        lambda x, sigma: seen.append(sigma[0].item()) or bend(x, sigma), x, sigmas, None, told.append
+    )
+    assert seen[::2] == [9.0, 4.0] and seen[1::2] == pytest.approx([6.0, 2.0])
+    assert [(info["i"], info["sigma"]) for info in told] == [(0, 9.0), (1, 4.0)]
+    torch.testing.assert_close(found, sampler("euler")(bend, x, torch.tensor([9.0, 6.0, 4.0, 2.0, 1.0])))
+
+
 # --------------------------------------------------------------------------------------------------------------- flow
 
 
@@ -224,6 +258,17 @@ def test_what_is_no_argument():
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
     with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
         sampler("dpm_fast")
+
+
+def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):
+    def guided(grid, *, prediction="eps"):
+        table = SAMPLERS["euler"](grid, prediction=prediction)
+        return dataclasses.replace(table, cu=0.1 * table.c0)
+
+    monkeypatch.setitem(SAMPLERS, "guided", guided)
+    monkeypatch.setattr(k_diffusion, "NAMES", ("guided",))
+    with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
+        sampler("guided")(bend, start(), SIGMAS)
 
 
 def test_a_function_of_ones_own():
