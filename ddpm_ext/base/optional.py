@@ -30,10 +30,13 @@ def require(module: str, purpose: str) -> ModuleType:
         raise MissingExtra(f'{purpose} needs {package}: pip install "ddpm-ext[demo]"') from None
 
 
-def counter(count: int, what: str) -> Iterable[int]:
-    """range(count), with a progress bar labelled `what` if tqdm is installed."""
+def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:
+    """range(count), with a progress bar labelled `what` if tqdm is installed; disable is tqdm's, None: not on a
+    terminal alone."""
+    if disable:
+        return range(count)
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return range(count)
-    return tqdm(range(count), desc=what, total=count)
+    return tqdm(range(count), desc=what, total=count, disable=disable)

@@ -19,6 +19,7 @@ from ddpm_ext.training.options import DTYPES
 __all__ = [
     "DEVICES",
     "DEVICES_OF_RANKS",
+    "FIGURES",
     "SPACING_NAMES",
     "WRONG_INPUT",
     "Formatter",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 WRONG_INPUT = 2  # the exit code
+FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

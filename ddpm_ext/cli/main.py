@@ -7,14 +7,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ddpm_ext.cli import info, plot, sample, train, trajectory
+from ddpm_ext.cli import info, plot, sample, table, train, trajectory
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.version import __version__
 
 __all__ = ["build_parser", "main"]
 
 _INTERRUPTED = 130
-_COMMANDS = {"sample": sample, "train": train, "trajectory": trajectory, "plot": plot, "info": info}
+_COMMANDS = {"sample": sample, "train": train, "trajectory": trajectory, "table": table, "plot": plot, "info": info}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,33 +13,24 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.bulk.shards import Pixels
-from ddpm_ext.cli import trajectory
+from ddpm_ext.cli import table, trajectory
 from ddpm_ext.cli.arguments import (
-    SPACING_NAMES,
+    FIGURES,
     Subparsers,
     add_command,
     add_sampling,
     check_ending,
-    check_eta,
     endings_help,
-    eta_of,
-    nonnegative_number,
     positive_number,
     whole_number,
 )
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.loop.options import LoopOptions
-from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.plots.recorder import Recorder
-from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
-from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["add_parser", "run"]
 
-_FIGURES = (".png", ".svg", ".pdf")
 _PICTURES = (".png",)
 _HISTOGRAMS = 100  # about how many along the loop
 
@@ -117,7 +107,7 @@ def _add_schedules(parser: argparse.ArgumentParser) -> None:
     every = ", ".join(SCHEDULES)
     parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
     parser.add_argument("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedules")
-    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(_FIGURES))
+    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(FIGURES))
 
 
 def _schedule(name: str) -> str:
@@ -128,7 +118,7 @@ def _schedule(name: str) -> str:
 
 
 def _draw_schedules(options: argparse.Namespace) -> str:
-    _check_out(options.out, _FIGURES)
+    _check_out(options.out, FIGURES)
     names = options.names or tuple(SCHEDULES)
     levels = {name: GaussianDiffusion(options.timesteps, name).alphas_cumprod for name in names}
     plots.schedule_figure(levels, options.out)
@@ -139,47 +129,23 @@ def _draw_schedules(options: argparse.Namespace) -> str:
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    sources = f"{', '.join(SAMPLERS)}, or a .json file that StepTable.save wrote; several are drawn in the same axes"
+    sources = f"{table.SOURCES}; several are drawn together"
     parser.add_argument("sources", nargs="+", metavar="SAMPLER|FILE", help=sources)
-    add = parser.add_argument_group("of samplers").add_argument
-    add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default: all)")
-    add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
-    add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
-    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
-    add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedule")
+    table.add_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--against", choices=("step", "timestep"), default="step", help="the horizontal axis")
-    add("--out", default="table.png", metavar="FILE", help=endings_help(_FIGURES))
+    layout = "of several tables: a panel for each column, or for each table"
+    add("--panels", choices=("columns", "tables"), default="columns", help=layout)
+    add("--out", default="table.png", metavar="FILE", help=endings_help(FIGURES))
 
 
 def _draw_table(options: argparse.Namespace) -> str:
-    _check_out(options.out, _FIGURES)
-    samplers = [source for source in options.sources if source in SAMPLERS]
-    if not samplers:
-        for name in ("steps", "spacing", "eta"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"{name}: got {getattr(options, name)}, but no sampler is to be drawn, only files")
-    check_eta(options.eta, samplers)
-    tables = {source: _table(source, options) for source in options.sources}
+    _check_out(options.out, FIGURES)
+    table.check_options(options, options.sources)
+    tables = {source: table.table_of(source, options) for source in options.sources}
     shown = next(iter(tables.values())) if len(tables) == 1 else tables
-    plots.step_table_figure(shown, options.out, against=options.against)
-    return ", ".join(f"{source} ({len(table)} row{'s' * (len(table) != 1)})" for source, table in tables.items())
-
-
-def _table(source: str, options: argparse.Namespace) -> StepTable:
-    if source in SAMPLERS:
-        diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
-        spacing, eta = options.spacing or "linspace", eta_of(source, options.eta)
-        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
-        return make_loop_rows(diffusion.process, chosen).table
-    if Path(source).suffix.lower() != ".json":
-        expected = f"{', '.join(SAMPLERS)} or a .json file that StepTable.save wrote"
-        raise ValueError(f"table: got {source}, expected {expected}")
-    try:
-        return StepTable.load(source)
-    except OSError as error:
-        raise ValueError(f"table: cannot read {source}: {error.strerror or error}") from error
+    plots.step_table_figure(shown, options.out, against=options.against, panels=options.panels)
+    return ", ".join(f"{source} ({len(rows)} row{'s' * (len(rows) != 1)})" for source, rows in tables.items())
 
 
 # --------------------------------------------------------------------------------------------------------- samples
@@ -231,14 +197,14 @@ def _read_samples(path: str) -> Pixels:
 
 
 def _add_histogram(parser: argparse.ArgumentParser) -> None:
-    add_sampling(parser, num=64, out="histogram.png", out_help=endings_help(_FIGURES))
+    add_sampling(parser, num=64, out="histogram.png", out_help=endings_help(FIGURES))
     add = parser.add_argument_group("histogram").add_argument
     add("--bins", type=whole_number(1, 10000), default=80, metavar="N", help="number of bins of the values")
     add("--limit", type=positive_number, metavar="X", help="show values from -X to X (default: all)")
 
 
 def _draw_histogram(options: argparse.Namespace) -> str:
-    _check_out(options.out, _FIGURES)
+    _check_out(options.out, FIGURES)
     require("matplotlib", "drawing a histogram")
     prepared = prepare(options, pictures=False)
     every = max(1, prepared.steps // _HISTOGRAMS)

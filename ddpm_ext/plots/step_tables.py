@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,32 +19,40 @@ if TYPE_CHECKING:
 
 __all__ = ["step_table_figure"]
 
+_MOST_IN_LINE = 6  # terms of a legend
 _LINEAR_UP_TO = 10  # an axis with larger factors is logarithmic, but linear around 0
 
 
 def step_table_figure(
-    tables: StepTable | Mapping[str, StepTable], path: PathLike | None = None, *, against: str = "step"
+    tables: StepTable | Mapping[str, StepTable],
+    path: PathLike | None = None,
+    *,
+    against: str = "step",
+    panels: str = "columns",
 ) -> Figure:
     """Draws the columns of one step table, or of several over one another, over the steps of the loop.
 
     Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the standard
-    deviation of the noise and the timestep have a panel each. Of several tables, each column has a panel and each table
-    a line; columns that are 0 in all tables are left out. An axis with factors above 10 is logarithmic, but linear
-    around 0. c3 is drawn unless it is all 0. The columns for draws, learned variances and gradients are not drawn.
+    deviation of the noise and the timestep have a panel each; where rows keep or read a history, its factors have two
+    more. Of several tables, each column has a panel and each table a line. Columns that are 0 in all tables are left
+    out, but for those of the plain step in a single table's panels. An axis with factors above 10 is logarithmic, but
+    linear around 0. The columns for draws, levels, learned variances and gradients are not drawn.
 
     Args:
         tables: a StepTable, or several by the names that the legend shows.
         path: where the figure is written as well; the ending names the format.
         against: the horizontal axis. "step" is the number of the row; "timestep", which falls from left to right, suits
             tables with different numbers of rows.
+        panels: of several tables. "columns"; or "tables": a panel for each table, with the factors of its next samples.
 
     Raises:
         TypeError: `tables` is neither a StepTable nor a mapping of them.
-        ValueError: there are no tables, or `against` is unknown.
+        ValueError: there are no tables, or `against` or `panels` is unknown.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
     """
     checks.one_of("against", against, ("step", "timestep"))
+    checks.one_of("panels", panels, ("columns", "tables"))
     if isinstance(tables, StepTable):
         return _one_table(tables, path, against)
     if not isinstance(tables, Mapping):
@@ -54,7 +62,7 @@ def step_table_figure(
     for name, table in tables.items():
         if not isinstance(table, StepTable):
             raise TypeError(f"tables[{name!r}] is a {type(table).__name__}, expected a StepTable")
-    return _several_tables(tables, path, against)
+    return (_several_tables if panels == "columns" else _side_by_side)(tables, path, against)
 
 
 def _column(table: StepTable, name: str) -> Array:
@@ -71,22 +79,46 @@ def _learned(table: StepTable) -> bool:
 _SPREAD = "standard deviation\n(units of the sample)"
 
 
+# The terms of the next sample, by the columns that hold their factors, and those of what a row keeps.
+_TERMS = {
+    "c0": "x0", "c1": "x", "c2": "m", "s": "z", "c3": "h", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u",
+}  # fmt: skip
+_KEPT = {"k0": "x0", "k1": "x", "k2": "m"}
+
+
+def _sum(names: Sequence[str]) -> str:
+    return " + ".join(f"{name} {(_TERMS | _KEPT)[name]}" for name in names)
+
+
+def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
+    """Those of the columns that are not 0 in all tables."""
+    tables = list(tables)
+    return [name for name in names if any(_column(table, name).any() for table in tables)]
+
+
 def _one_table(table: StepTable, path: PathLike | None, against: str) -> Figure:
-    history = bool(_column(table, "c3").any())
     noise = "s exp(l0 + l1 v)" if _learned(table) else "s"
-    following = f"c0 x0 + c1 x + c2 m{chr(10) + '+ c3 h' if history else ''} + {'s z' if noise == 's' else 'noise'}"
-    panels: list[tuple[str, tuple[str, ...], str]] = [
+    plain = ("c0", "c1", "c2", *_drawn([table], ("c3", "cu")))
+    read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
+    more = f"{chr(10) if len(plain) > 3 or read else ''}{' + history' if read else ''}"
+    following = f"{_sum(plain)}{more} + {'s z' if noise == 's' else 'noise'}"
+    panels: list[tuple[str, Sequence[str], str]] = [
         ("predicted x0 = clip(a x + b m)", ("a", "b"), "factor (no unit)"),
-        (f"next sample = {following}", ("c0", "c1", "c2", "c3") if history else ("c0", "c1", "c2"), "factor (no unit)"),
+        (f"next sample = {following}", plain, "factor (no unit)"),
         (f"noise of the step, {noise} z", ("s",), _SPREAD if noise == "s" else "s\n(factor of the learned deviation)"),
         (_TITLES[_other(against)], (_other(against),), _LABELS[_other(against)]),
     ]
+    if read or kept:
+        panels[2:2] = [
+            (f"history = {_sum(read)}", read, "factor (no unit)"),
+            (f"kept for later rows = {_sum(kept)}", kept, "factor (no unit)"),
+        ]
     x = _column(table, against)
-    with new_figure(9, 5.6, path, "drawing a StepTable") as figure:
+    with new_figure(9, 0.4 + 2.6 * len(panels) / 2, path, "drawing a StepTable") as figure:
         for axes, (title, names, label) in zip(_panels(figure, len(panels), against), panels, strict=True):
             for number, name in enumerate(names):
                 axes.plot(x, _column(table, name), label=name, **line_style(number, len(table)))
-            _finish(axes, title, label, names[0])
+            _finish(axes, title, label, names)
             if len(names) > 1:
                 axes.legend(ncols=2 if len(names) > 3 else 1)
         figure.suptitle(f"StepTable of {plural(len(table), 'row')}")
@@ -100,6 +132,13 @@ _TITLES = {
     "c1": "c1, of x in the next sample",
     "c2": "c2, of the output in the next sample",
     "c3": "c3, of the previous x0 in the next sample",
+    "cu": "cu, of the unconditional output",
+    "h1": "h1, of what was kept last",
+    "h2": "h2, of what was kept before that",
+    "h3": "h3, of what was kept still earlier",
+    "k0": "k0, of x0 in what is kept",
+    "k1": "k1, of x in what is kept",
+    "k2": "k2, of the output in what is kept",
     "s": "s, of the step's noise",
     "timestep": "timestep that the model receives",
     "step": "step of each timestep",
@@ -113,7 +152,7 @@ def _other(against: str) -> str:
 
 def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, against: str) -> Figure:
     names = [name for name in _TITLES if name != against]
-    drawn = [name for name in names if any(_column(table, name).any() for table in tables.values())] or names[-1:]
+    drawn = _drawn(tables.values(), names) or names[-1:]
     zero = [name for name in ("a", "b", "c0", "c1", "c2", "s") if name not in drawn]
     labels = _LABELS | {"s": "factor of the noise" if any(map(_learned, tables.values())) else _SPREAD}
     rows = math.ceil(len(drawn) / 2)
@@ -122,7 +161,7 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
         for axes, name in zip(panels, drawn, strict=True):
             for number, (label, table) in enumerate(tables.items()):
                 axes.plot(_column(table, against), _column(table, name), label=label, **line_style(number, len(table)))
-            _finish(axes, _TITLES[name], labels.get(name, "factor (no unit)"), name)
+            _finish(axes, _TITLES[name], labels.get(name, "factor (no unit)"), [name])
         handles = panels[0].get_legend_handles_labels()
         note = f"0 in all: {', '.join(zero)}" if zero else None
         if len(drawn) % 2:
@@ -132,25 +171,49 @@ def _several_tables(tables: Mapping[str, StepTable], path: PathLike | None, agai
     return figure
 
 
-def _panels(figure: Figure, count: int, against: str) -> list[Axes]:
-    """`count` axes in two columns that share the horizontal axis; an odd number leaves a place for the legend."""
-    axes = list(figure.subplots(math.ceil(count / 2), 2, sharex=True, squeeze=False).flat)
+def _side_by_side(tables: Mapping[str, StepTable], path: PathLike | None, against: str) -> Figure:
+    """A panel for each table: what the next sample is made of, in the same colours in all panels."""
+    shown = _drawn(tables.values(), _TERMS) or ["c0"]
+    with new_figure(9, 1.3 + 2.3 * math.ceil(len(tables) / 2), path, "drawing step tables") as figure:
+        lines = {}
+        all_axes = _panels(figure, len(tables), against, shared=against == "timestep")
+        for axes, (label, table) in zip(all_axes, tables.items(), strict=True):
+            own = _drawn([table], shown) or shown[:1]
+            for name in own:
+                style = line_style(shown.index(name), len(table))
+                (lines[name],) = axes.plot(_column(table, against), _column(table, name), label=name, **style)
+            _finish(axes, label, "factor (no unit)", own)
+        found = [name for name in shown if name in lines]
+        labels = [f"{name} {_TERMS[name]}" for name in found]
+        lanes = math.ceil(len(found) / _MOST_IN_LINE)
+        columns = math.ceil(len(found) / lanes)
+        figure.legend([lines[name] for name in found], labels, loc="outside upper center", ncols=columns)
+    return figure
+
+
+def _panels(figure: Figure, count: int, against: str, *, shared: bool = True) -> list[Axes]:
+    """`count` axes in two columns; an odd number leaves a place free. shared: whether the horizontal axis is."""
+    axes = list(figure.subplots(math.ceil(count / 2), 2, sharex=shared, squeeze=False).flat)
     for spare in axes[count:]:
         spare.axis("off")
     lowest = axes[:count][-2:]
     for panel in lowest:
         panel.set_xlabel(_LABELS[against])
         panel.tick_params(labelbottom=True)
-    axes[0].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if against == "timestep":
-        axes[0].xaxis.set_inverted(True)
+    for panel in axes[:1] if shared else axes[:count]:
+        panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        panel.xaxis.set_inverted(against == "timestep")
     return axes[:count]
 
 
-def _finish(axes: Axes, title: str, label: str, name: str) -> None:
-    largest = max(float(np.abs(line.get_ydata()).max()) for line in axes.lines)
-    if largest > _LINEAR_UP_TO and name not in _LABELS:
+def _finish(axes: Axes, title: str, label: str, names: Sequence[str]) -> None:
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.lines] or [np.zeros(1)])
+    largest = float(np.abs(values).max())
+    if largest > _LINEAR_UP_TO and not set(names) & _LABELS.keys():
         ticker = require("matplotlib.ticker", "drawing step tables")
         axes.set_yscale("asinh", linear_width=0.5)
         axes.yaxis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=1))  # ticks at 0 and powers of ten
+    elif largest > 0 and np.ptp(values) == 0:
+        axes.update_datalim([(0, 0)], updatex=False)  # a constant, which is seen by its distance from 0
+        axes.autoscale_view()
     axes.set(title=title, ylabel=label)

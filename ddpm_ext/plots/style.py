@@ -28,9 +28,9 @@ Array = npt.NDArray[np.float64]
 Values = torch.Tensor | npt.NDArray[np.floating]
 PathLike = str | os.PathLike[str]
 
-# The colours of Okabe and Ito, which colour-blind readers can tell apart, without the yellow, which is hard to see on
-# white. Dashes and, where a line has few points, markers tell the lines apart in grey as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, with a grey in place of the yellow, which is
+# hard to see on white. Dashes and, where a line has few points, markers tell the lines apart in grey as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#888888")
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4)))
 _MARKERS = "os^DvPX"
 _MOST_MARKED = 25  # lines with more points than this have no markers

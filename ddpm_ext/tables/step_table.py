@@ -324,22 +324,30 @@ class StepTable:
     # ---------------------------------------------------------------------------------------- of other libraries
 
     @classmethod
-    def trace(cls, scheduler: Any, steps: int, **arguments: Any) -> StepTable:
-        """The rows of a scheduler's own loop, found by running it on unit vectors in float64.
+    def trace(cls, scheduler: Any, steps: Any, **arguments: Any) -> StepTable:
+        """The rows of a sampler's own loop, found by running it on unit vectors in float64.
 
         Args:
             scheduler: any object with diffusers' methods: `set_timesteps(steps, **arguments)`, `timesteps`, and
                 `step(model_output, timestep, sample)`, which returns an object with a `prev_sample`, or a tuple. It
-                stays as it is.
-            steps, arguments: set_timesteps's.
+                stays as it is. Or a function of k-diffusion's kind, `scheduler(model, x, sigmas, **arguments)`, whose
+                model takes a sample and its sigma and returns the clean sample.
+            steps, arguments: set_timesteps's. Of a function: its sigmas, (levels,), as a tensor or a list, and its
+                further arguments.
 
-        a, b, and with it c0, are those of a `pred_original_sample` or `denoised` that steps return; where they return
-        none, the output enters by c2. k0, k1, k2 keep what a later row reads, times any number. Where the scheduler
-        clips its clean sample, the rows are for the same clip. What it does to the model's input is not in the table.
+        a, b, and with it c0, are those of a `pred_original_sample` or `denoised` that steps return, or of the model
+        of a function; where there is none, the output enters by c2. k0, k1, k2 keep what a later row reads, times any
+        number. Where the scheduler clips its clean sample, the rows are for the same clip. What it does to the model's
+        input is not in the table.
+
+        A function's rows are the stretches between its calls of the model, so that a step with two calls is two rows.
+        Their timesteps are the sigmas of the calls, and their noise, by a noise_sampler or torch.randn_like, is
+        numbered by the row.
 
         Raises:
+            TypeError: `scheduler` is neither.
             ValueError: a step is not linear, or reads more of the steps before it than three tensors. The message says
-                which step it is, and by how much.
+                which step it is, and by how much. Or other sigmas than finite numbers >= 0, at least 2 of them.
         """
         return cls(**trace.trace_columns(scheduler, steps, arguments))
 

@@ -1,19 +1,23 @@
-"""A scheduler's own loop on numbers of our choice: what tracing observes. It knows no library, only the methods that
-diffusers' schedulers and their like have: set_timesteps, timesteps, scale_model_input, step.
+"""A sampler's own loop on numbers of our choice: what tracing observes, and how a scheduler is made to run it.
+
+This knows no library, only the methods that diffusers' schedulers and their like have: set_timesteps, timesteps,
+scale_model_input, step.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CLEAN_FIELDS", "Result", "Step", "clip_of", "observe", "without_clip"]
+__all__ = ["CLEAN_FIELDS", "Observed", "Result", "Run", "Step", "clip_of", "observe", "run_of", "without_clip"]
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
@@ -62,7 +66,27 @@ class Step(NamedTuple):
     stores: bool
 
 
-class _Observed(TorchFunctionMode):
+Samples = Callable[[int, Tensor | None], Tensor]
+Outputs = Callable[[int], Tensor]
+Noise = Callable[[], Tensor]
+
+
+class Run(NamedTuple):
+    """A loop whose samples, outputs and noise are whatever one chooses.
+
+    Attributes:
+        times: what the model is called with in each step.
+        unit: what these are, for messages.
+        observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
+            None before the first, its sample; of a step's number, the model's output; and what the next draw gives.
+    """
+
+    times: Sequence[Any]
+    unit: str
+    observe: Callable[[Samples, Outputs, Noise], list[Step]]
+
+
+class Observed(TorchFunctionMode):
     """Hands out the noise, and computes in float64 what a scheduler would cast to less.
 
     Args:
@@ -75,14 +99,26 @@ class _Observed(TorchFunctionMode):
         super().__init__()
         self.shape, self.noise, self.wide = shape, noise, wide
         self.draws: list[tuple[Tensor, torch.dtype]] = []
+        self._watches = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is called in the meantime is not the sampler's own."""
+        before, self._watches = self._watches, False
+        try:
+            yield
+        finally:
+            self._watches = before
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._watches:
+            return function(*args, **kwargs)
         if function is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            return self._draw(torch.Size(size), kwargs.get("dtype") or torch.get_default_dtype())
+            return self.draw(torch.Size(size), kwargs.get("dtype") or torch.get_default_dtype())
         if function is torch.randn_like:
-            return self._draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+            return self.draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
         if function in OTHER_DRAWS:
             raise ValueError(f"a step draws other random numbers than torch.randn's, by {function.__name__}")
         if self.wide and args and isinstance(args[0], Tensor) and self._is_sample(args[0]):
@@ -98,20 +134,27 @@ class _Observed(TorchFunctionMode):
     def _is_sample(self, x: Tensor) -> bool:
         return x.dtype == torch.float64 and x.shape == self.shape
 
-    def _draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The next noise, which is kept in `draws`, too. Raises ValueError where it is not of the samples' shape."""
         if shape != self.shape:
             raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
-        z = self.noise()
+        with self.paused():
+            z = self.noise()
         self.draws.append((z, dtype))
         return z if self.wide else z.to(dtype)
+
+
+def run_of(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any]) -> Run:
+    """A scheduler's loop; the arguments are those of `observe`."""
+    return Run(timesteps, "timestep", partial(observe, scheduler, timesteps, options=options))
 
 
 def observe(
     scheduler: Any,
     timesteps: Sequence[Any],
-    samples: Callable[[int, Tensor | None], Tensor],
-    outputs: Callable[[int], Tensor],
-    noise: Callable[[], Tensor],
+    samples: Samples,
+    outputs: Outputs,
+    noise: Noise,
     options: Mapping[str, Any],
     *,
     wide: bool = True,
@@ -121,9 +164,7 @@ def observe(
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
         timesteps: those of the steps, as the scheduler has them.
-        samples: of a step's number and the result of the step before it, None before the first.
-        outputs: of a step's number: the model's.
-        noise: makes what the next draw gives.
+        samples, outputs, noise: as Run's observe takes them.
         options: of every step, beyond the model's output, the timestep and the sample.
         wide: whether what is cast to a lower precision stays float64.
 
@@ -135,7 +176,7 @@ def observe(
     made: list[Step] = []
     for i, t in enumerate(timesteps):
         x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
-        with warnings.catch_warnings(), torch.no_grad(), _Observed(x.shape, noise, wide) as observed:
+        with warnings.catch_warnings(), torch.no_grad(), Observed(x.shape, noise, wide) as observed:
             warnings.simplefilter("ignore")
             if hasattr(own, "scale_model_input"):
                 own.scale_model_input(x.clone(), t)

@@ -27,11 +27,11 @@ def test_info():
 
 def test_help_shows_groups_and_defaults(capsys):
     pages = {}
-    for name in ("", "sample", "train", "trajectory", "plot", "info"):
+    for name in ("", "sample", "train", "trajectory", "table", "plot", "info"):
         assert call(*name.split(), "--help") == 0
         pages[name], errors = capsys.readouterr()
         assert errors == ""
-    for word in ("sample", "train", "trajectory", "plot", "info"):
+    for word in ("sample", "train", "trajectory", "table", "plot", "info"):
         assert word in pages[""]
     for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
         assert word in pages["sample"]

@@ -5,11 +5,6 @@ The environment variable DDPM_EXT_K_DIFFUSION names a checkout, of which k_diffu
 
 from __future__ import annotations
 
-import os
-import sys
-import types
-from pathlib import Path
-
 import pytest
 import torch
 from support.gaussian import push, take
@@ -19,8 +14,7 @@ from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
 
-CHECKOUT = os.environ.get("DDPM_EXT_K_DIFFUSION")
-pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="DDPM_EXT_K_DIFFUSION names no checkout")
+pytest_plugins = "support.k_diffusion"
 SHAPE = (2, 3, 2)
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
 CASES = [
@@ -30,25 +24,6 @@ CASES = [
     ("dpmpp_3m_sde", {"lower_order_final": False}, "sample_dpmpp_3m_sde", {}),
     ("dpmpp_3m_sde", {"lower_order_final": False, "eta": 0.4}, "sample_dpmpp_3m_sde", {"eta": 0.4}),
 ]
-
-
-@pytest.fixture(scope="module")
-def sampling():
-    """The module without what it imports beside torch, scipy and tqdm, which no sampler here needs."""
-    pytest.importorskip("scipy")
-    names = ("k_diffusion_checkout", "torchdiffeq", "torchsde", "k_diffusion_checkout.utils")
-    stand_ins = {name: types.ModuleType(name) for name in names if name.startswith("k_") or name not in sys.modules}
-    if "torchdiffeq" in stand_ins:
-        stand_ins["torchdiffeq"].odeint = None
-    module = types.ModuleType("k_diffusion_checkout.sampling")
-    module.__package__ = "k_diffusion_checkout"
-    utils = stand_ins["k_diffusion_checkout"].utils = stand_ins["k_diffusion_checkout.utils"]
-    utils.append_dims = lambda x, dims: x[(..., *[None] * (dims - x.ndim))]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stand_in in stand_ins.items():
-            patch.setitem(sys.modules, name, stand_in)
-        exec((Path(CHECKOUT) / "k_diffusion" / "sampling.py").read_text(), module.__dict__)
-    return module
 
 
 @pytest.mark.parametrize("name, arguments, theirs, options", CASES)

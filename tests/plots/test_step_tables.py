@@ -39,6 +39,51 @@ def test_history_is_drawn_where_there_is_some():
     assert legend(axes) == ["c0", "c1", "c2", "c3"]
 
 
+HISTORY = {"cu": [0, 0.1, 0], "h1": [0, -0.5, 0.2], "h2": [0, 0, 0.1], "k0": [1, 1, 0], "k2": [0, 0, 3]}
+
+
+def test_the_linear_step_has_panels_for_its_history():
+    table = StepTable(**STEPS, **HISTORY)
+    figure = table.plot()
+    assert len(figure.axes) == 6
+    following, read, kept = figure.axes[1:4]
+    assert legend(following) == ["c0", "c1", "c2", "cu"] and "cu u" in following.get_title()
+    for axes, names, title in (
+        (read, ("h1", "h2"), "history = h1 H1 + h2 H2"),
+        (kept, ("k0", "k2"), "kept for later rows = k0 x0 + k2 m"),
+    ):
+        assert drawn(axes) == {name: points(range(3), getattr(table, name)) for name in names}
+        assert axes.get_title() == title
+
+
+def test_each_column_of_history_has_a_panel_where_several_tables_are_drawn():
+    plain, linear = StepTable(**STEPS), StepTable(**STEPS, **HISTORY)
+    figure = step_table_figure({"plain": plain, "linear": linear})
+    shown = {axes.get_title().split(",")[0]: drawn(axes) for axes in figure.axes if axes.lines}
+    assert HISTORY.keys() <= shown.keys() and not {"h3", "k1"} & shown.keys()
+    for name in HISTORY:
+        assert shown[name] == {"plain": points(range(3), [0] * 3), "linear": points(range(3), HISTORY[name])}
+
+
+def test_a_panel_for_each_table():
+    tables = {
+        "noisy": StepTable(**STEPS, s=[0.5, 0.25, 0]),
+        "linear": StepTable(**STEPS, **HISTORY)[:2],
+        "nothing": StepTable(timestep=[0], a=[1], b=[1], c0=[0], c1=[0]),
+    }
+    for against in ("step", "timestep"):
+        figure = step_table_figure(tables, panels="tables", against=against)
+        expected = (("c0", "c1", "s"), ("c0", "c1", "h1", "cu"), ("c0",))
+        for axes, (label, table), names in zip(figure.axes, tables.items(), expected, strict=False):
+            across = range(len(table)) if against == "step" else table.timestep
+            assert axes.get_title() == label
+            assert drawn(axes) == {name: points(across, getattr(table, name)) for name in names}
+        (found,) = figure.legends
+        assert legend(found) == ["c0 x0", "c1 x", "s z", "h1 H1", "cu u"]
+        first, second = (dict(zip(drawn(axes), looks(axes), strict=True)) for axes in figure.axes[:2])
+        assert first["c1"] == second["c1"] and len({*map(str, (first | second).values())}) == 5
+
+
 def test_learned_deviations_are_not_called_deviations():
     fixed, learned = (StepTable(**STEPS, s=[1, 1, 0], l1=l1).plot().axes[2] for l1 in ([0, 0, 0], [0.5, 0.5, 0.5]))
     assert fixed.get_ylabel().startswith("standard deviation")
@@ -119,3 +164,5 @@ def test_step_tables_bad_input():
         step_table_figure([table])
     with pytest.raises(ValueError, match="against is 'row', expected 'step' or 'timestep'"):
         step_table_figure(table, against="row")
+    with pytest.raises(ValueError, match="panels is 'rows', expected 'columns' or 'tables'"):
+        step_table_figure({"x": table}, panels="rows")

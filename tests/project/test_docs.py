@@ -7,6 +7,7 @@ import torch
 from support.eager_tutorial import GaussianDiffusion as EagerTutorial
 
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.integrations.k_diffusion import NAMES
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
@@ -124,3 +125,12 @@ def test_migration_code(root, tmp_path, heading, prepare):
     exec(block, names)
     made = next(names[name] for name in ("pipeline", "diffusion", "gaussian_diffusion") if name in names)
     assert not getattr(made, "scheduler", made).accelerated.fallbacks
+
+
+def test_migration_code_of_k_diffusion(root):
+    section = (root / "docs" / "migrate.md").read_text().partition("## From k-diffusion")[2]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names = {"x": torch.randn(2, 3, 4, 4), "sigmas": torch.tensor([9.0, 3.0, 1.0, 0.0]), "cond": 0.1}
+    exec(block, names | {"denoiser": lambda x, sigma, cond: cond * x})
+    named = re.findall(r"`(\w+)`", section.partition("among them")[2].partition("Any function")[0])
+    assert len(named) == 7 and set(named) <= set(NAMES)

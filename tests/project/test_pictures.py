@@ -51,7 +51,7 @@ def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     assert script.main() == 0
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert names == {"schedules.png", "step_table.png", "samplers.png"}
+    assert names == {"schedules.png", "step_table.png", "samplers.png", "six_samplers.png"}
     monkeypatch.setattr(script, "commands", lambda: [["plot", "table", "nothing"]])
     assert script.main() == 2
 

@@ -1,0 +1,156 @@
+"""`ddpm-ext table`: prints the step table of a sampler or of a scheduler of diffusers, saves, draws and compares it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ddpm_ext import plots
+from ddpm_ext.base import files
+from ddpm_ext.base.optional import require
+from ddpm_ext.cli.arguments import (
+    FIGURES,
+    SPACING_NAMES,
+    Subparsers,
+    add_command,
+    check_ending,
+    check_eta,
+    endings_help,
+    eta_of,
+    nonnegative_number,
+    whole_number,
+)
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.schedules import SCHEDULES
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["SOURCES", "add_options", "add_parser", "check_options", "run", "table_of"]
+
+CONFIG = "scheduler_config.json"
+SOURCES = (
+    f"{', '.join(SAMPLERS)}; a folder of diffusers with a {CONFIG}, or that file; or a .json file that "
+    "StepTable.save wrote"
+)
+_EXAMPLES = """examples:
+  ddpm-ext table --sampler dpmpp_2m --spacing karras --steps 20
+  ddpm-ext table --scheduler FOLDER --steps 20 --save mine.json --plot mine.png
+  ddpm-ext table --scheduler FOLDER --steps 20 --diff OTHER_FOLDER"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `table` to the commands of ddpm-ext."""
+    description = "Prints one row of numbers for each step, with which the next sample is made."
+    summary = "print, save, draw and compare step tables"
+    parser = add_command(commands, "table", summary, description, epilog=_EXAMPLES)
+    what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
+    what.add_argument("--sampler", choices=tuple(SAMPLERS), metavar="NAME", help=", ".join(SAMPLERS))
+    traced = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/; needs diffusers"
+    what.add_argument("--scheduler", metavar="FOLDER", help=traced)
+    add_options(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--save", metavar="FILE", help="writes the table, to be read by StepTable.load; ends in .json")
+    add("--plot", metavar="FILE", help=f"draws the table, with --diff both; {endings_help(FIGURES)}")
+    add("--diff", metavar="OTHER", help=f"prints instead how the table differs from another: {SOURCES}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which tables are made, which `plot table` has as well."""
+    add = parser.add_argument_group("of samplers and schedulers").add_argument
+    add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default for a sampler: all)")
+    add = parser.add_argument_group("of samplers").add_argument
+    add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
+    add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
+    add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
+    add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
+    add("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedule")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the table or a difference, and writes what the options ask for.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, a file can't be read or written, or a scheduler is no table.
+        MissingExtra: diffusers or matplotlib is needed, but not installed.
+    """
+    for path, endings, name in ((options.save, (".json",), "save"), (options.plot, FIGURES, "plot")):
+        if path is not None:
+            check_ending(path, endings, name)
+            files.check_writable(path)
+    source = options.sampler or options.scheduler
+    sources = [source, *([] if options.diff is None else [options.diff])]
+    check_options(options, sources)
+    tables = {source: table_of(source, options) for source in sources}
+    table = tables[source]
+    print(table if options.diff is None else table.diff(tables[options.diff]))
+    if options.save is not None:
+        table.save(options.save)
+    if options.plot is not None:
+        plots.step_table_figure(table if len(tables) == 1 else tables, options.plot)
+
+
+def check_options(options: argparse.Namespace, sources: list[str]) -> None:
+    """Raises ValueError where an option belongs to none of the sources."""
+    samplers = [source for source in sources if source in SAMPLERS]
+    made = samplers or [source for source in sources if _config_of(source) is not None]
+    for name, used in (("steps", made), ("spacing", samplers), ("eta", samplers)):
+        if getattr(options, name) is not None and not used:
+            raise ValueError(f"{name}: got {getattr(options, name)}, but there is no sampler that it is for")
+    if samplers:
+        check_eta(options.eta, samplers)
+
+
+def table_of(source: str, options: argparse.Namespace) -> StepTable:
+    """The table of a sampler's name, a scheduler's folder or config, or a file.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, or `source` is none of these, or no table. MissingExtra: it
+        needs diffusers.
+    """
+    if source in SAMPLERS:
+        diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
+        spacing, eta = options.spacing or "linspace", eta_of(source, options.eta)
+        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
+        return make_loop_rows(diffusion.process, chosen).table
+    path = Path(source)
+    config = _config_of(source)
+    if config is not None:
+        return _traced(config, options.steps)
+    if path.is_dir():
+        raise ValueError(f"table: {source} has no {CONFIG}, nor has its scheduler/, expected one of them")
+    if path.suffix.lower() != ".json":
+        raise ValueError(f"table: got {source}, expected {SOURCES}")
+    try:
+        return StepTable.load(source)
+    except OSError as error:
+        raise ValueError(f"table: cannot read {source}: {error.strerror or error}") from error
+
+
+def _config_of(source: str) -> Path | None:
+    """Where the config of a scheduler lies; None where `source` names none."""
+    if source in SAMPLERS:
+        return None
+    path = Path(source)
+    places = (path, path / CONFIG, path / "scheduler" / CONFIG)
+    return next((place for place in places if place.name == CONFIG and place.is_file()), None)
+
+
+def _traced(path: Path, steps: int | None) -> StepTable:
+    """The table of a scheduler of diffusers, by its config."""
+    if steps is None:
+        raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+        name = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"table: {path} is no scheduler's config ({error!r})") from error
+    diffusers = require("diffusers", "the table of a scheduler")
+    cls = getattr(diffusers, str(name), None)
+    if cls is None or not hasattr(cls, "from_config"):
+        raise ValueError(f"table: {path} is for a {name}, which diffusers {diffusers.__version__} does not have")
+    return StepTable.trace(cls.from_config(config), steps)

@@ -1,0 +1,337 @@
+"""Samplers with the signature of k-diffusion's, which take each of their rows in one launch.
+
+    sample = sampler("dpmpp_2m")
+    x = sample(model, x, sigmas, extra_args={"cond": cond}, rng=Philox(seed=0))
+
+The model is a denoiser, model(x, sigma, **extra_args), which returns the predicted clean sample; sigma has shape
+(batch,). k-diffusion itself is not needed: the rows are our samplers', for samples x0 + sigma eps. What we have no rows
+for is traced, where k-diffusion is installed or a function is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext import ops
+from ddpm_ext.base import checks
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.base.optional import counter
+from ddpm_ext.integrations.table_rows import TableRows
+from ddpm_ext.ops import reference
+from ddpm_ext.ops.noise import Philox, rng_of_many
+from ddpm_ext.tables.grid import grid_of_levels
+from ddpm_ext.tables.levels import flow as flow_scale
+from ddpm_ext.tables.levels import sigma_space
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.trace import follow_function
+from ddpm_ext.tables.trace_function import check_function, checked_sigmas
+
+__all__ = ["NAMES", "sampler"]
+
+Sampler = Callable[..., Tensor]
+
+# Those of SAMPLERS that are told their steps by levels alone, and not by the timesteps of a schedule.
+NAMES = tuple(name for name in SAMPLERS if name not in ("lcm", "tcd"))
+CHURNED = ("euler", "heun", "dpm_2")  # Karras et al. 2022, algorithm 2, adds noise before their steps
+CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
+FIXED = {"prediction": "x0", "lower_order_final": False}  # of all samplers that have these parameters
+LEFT_OUT = ("keep_eps", "variance")  # there is no clip, and a denoiser has no variance
+NOISE = ("noise_sampler", "rng")
+SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
+MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
+ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
+ROUNDED = 1e-9  # how far a level is from its sigma, relatively
+CACHED = 32
+
+
+class Plan(NamedTuple):
+    """The rows of a loop.
+
+    Attributes:
+        rows: the rows.
+        sigma: float64 (rows,), what the model is called with.
+        calls: whether each row calls the model.
+        arrives: float64 (rows,), the sigma where each row arrives.
+        noisy: whether each row adds noise.
+        steps: the rows of each step.
+    """
+
+    rows: TableRows
+    sigma: Tensor
+    calls: list[bool]
+    arrives: Tensor
+    noisy: list[bool]
+    steps: list[list[int]]
+
+
+_plans: BoundedCache[Plan] = BoundedCache(CACHED)
+
+
+def sampler(which: str | Sampler) -> Sampler:
+    """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
+
+    Args:
+        which: a name of NAMES; another name of k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is
+            installed; or a function with this signature, whose steps are found by StepTable.trace.
+
+    The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
+    with k-diffusion's defaults; and these three:
+
+        rng: a Philox for the noise, without a draw or a stream of its own. None: one with a seed from torch's default
+            CPU generator in each call. So two loops share noise only where they are given the same seed and ids.
+        noise_sampler: as k-diffusion's, a function of the sigmas between which a row lies that returns its noise, in
+            place of rng.
+        flow: whether the samples are (1 - sigma) x0 + sigma eps, as for rectified flow, with sigma from 1 to 0; only
+            for NAMES.
+
+    x is float32, float16 or bfloat16 (batch, ...) on a CPU or a CUDA device; elsewhere, and in float64, plain torch
+    takes the steps. The callback gets k-diffusion's dict: x, i, sigma, sigma_hat, denoised, once in each step. No
+    tensor that the model or the callback gets is written to later on. It raises ValueError for sigmas or options out of
+    range, for noise_sampler beside rng, and for a function whose steps are not linear, and TypeError for an argument
+    that the sampler does not have.
+
+    Raises:
+        TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
+            their steps themselves.
+        ValueError: an unknown name.
+    """
+    if callable(which):
+        check_function(which)
+        own = [each for each in inspect.signature(which).parameters.values() if each.name not in SIGNATURE]
+        return _function(getattr(which, "__name__", "sample"), own, which)
+    if which in NAMES:
+        options = [_keyword(name, default) for name, default in _options(which).items()]
+        return _function(f"sample_{which}", [*options, _keyword("flow", False)], which)
+    theirs = _theirs(which)
+    if theirs is None:
+        expected = ", ".join(map(repr, NAMES))
+        raise ValueError(
+            f"sampler is {which!r}, expected {expected}, or with k-diffusion installed one of its samplers"
+        )
+    return sampler(theirs)
+
+
+def _theirs(name: str) -> Sampler | None:
+    try:
+        module = importlib.import_module("k_diffusion.sampling")
+    except ImportError:
+        return None
+    return getattr(module, f"sample_{name}", None)
+
+
+def _keyword(name: str, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+
+
+@cache
+def _options(name: str) -> dict[str, Any]:
+    """The further arguments of a sampler of ours, with their defaults."""
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *LEFT_OUT)}
+    added = [*CHURN] if name in CHURNED else []
+    added += ["s_noise"] if name in ("ddpm", *CHURNED, *WITH_ETA) else []
+    added += ["solver_type"] if name == "dpmpp_2m_sde" else []
+    return found | {key: ADDED[key] for key in added if key not in found}
+
+
+def _function(name: str, own: list[inspect.Parameter], which: str | Sampler) -> Sampler:
+    """The function of sampler's result. own: its further parameters."""
+    kept = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD and each.name != "noise_sampler"]
+    signature = inspect.Signature(
+        [
+            *(inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in SIGNATURE[:3]),
+            *(_keyword(each, None) for each in SIGNATURE[3:]),
+            *kept,
+            *(
+                inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None)
+                for each in ("noise_sampler", "rng")
+            ),
+        ]
+    )
+
+    def sample(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        options = {each.name: given[each.name] for each in kept}
+        loop = {each: given[each] for each in (*SIGNATURE, *NOISE)}
+        return _sample(which, options, **loop)
+
+    sample.__name__ = sample.__qualname__ = name
+    sample.__signature__ = signature  # type: ignore[attr-defined]
+    return sample
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> StepTable:
+    """The rows of a sampler of ours between sigmas, (levels,)."""
+    if name in CHURNED and sigmas[-1] > 0:
+        # Our last step has one call of the model. Theirs has, unless it arrives at 0: so it is not the last one here.
+        zero = torch.zeros_like(sigmas[:1])
+        rows = _own_table(name, torch.cat([sigmas, zero]), flow, options)
+        return rows[: len(rows) - len(_own_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    fixed = {key: value for key, value in FIXED.items() if key in parameters}
+    signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
+    grid = grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale)
+    # A sampler that calls the model between the levels looks up a timestep there. Here that is the level's sigma.
+    table = SAMPLERS[name](replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64)), **fixed, **options)
+    nearest = sigmas[(table.noise_now[:, None] - sigmas).abs().argmin(1)]
+    is_there = (table.noise_now - nearest).abs() <= ROUNDED * nearest
+    table = replace(table, timestep=torch.where(is_there, nearest, table.noise_now))
+    if not table.linear:  # the x0 of the row before is kept, as any history is
+        kept = torch.ones_like(table.a) if bool((table.c3 != 0).any()) else None
+        table = replace(table, c3=None, h1=table.c3, k0=kept)
+    return replace(table, g0=None, g1=None, draw=torch.arange(len(table)))
+
+
+def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str, Any]) -> StepTable:
+    """The rows of a sampler that adds noise before its steps, up to sigma_hat: that noise is in the row before it."""
+    now = sigmas[:-1]
+    noise = (hat**2 - now**2).sqrt()
+    parts = []
+    for i in range(len(now)):
+        rows = _own_table(name, torch.stack([hat[i], sigmas[i + 1]]), False, options)
+        s = torch.zeros_like(rows.a)
+        s[-1] = noise[i + 1] if i + 1 < len(now) else 0
+        parts.append(replace(rows, s=s))
+    if noise[0] > 0:
+        first = {"timestep": now, "noise_now": now, "noise_after": hat, "s": noise}
+        columns = {key: values[:1] for key, values in first.items()} | {
+            "c1": [1],
+            "signal_now": [1],
+            "signal_after": [1],
+        }
+        parts.insert(0, StepTable(**columns, a=[0], b=[0], c0=[0]))
+    columns = {key: torch.cat([getattr(part, key) for part in parts]) for key in COLUMNS if key != "draw"}
+    return StepTable(**columns, draw=torch.arange(len(columns["a"])))
+
+
+def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> Plan:
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    own = {key: value for key, value in options.items() if key in parameters}
+    added = ADDED | {key: value for key, value in options.items() if key not in parameters}
+    churn, tmin, tmax = (added[key] for key in CHURN)
+    if added["solver_type"] != MIDPOINT:
+        raise ValueError(f"solver_type is not {MIDPOINT!r}: give sampler k-diffusion's function in place of its name")
+    if flow and sigmas.max() > 1:
+        raise ValueError(f"sigmas reaches up to {sigmas.max():g}, expected at most 1 for flow")
+    if flow and churn > 0:
+        raise ValueError(f"s_churn is {churn}, expected 0 for flow")
+    now = sigmas[:-1]
+    gamma = min(churn / len(now), math.sqrt(2) - 1)
+    hat = torch.where((now >= tmin) & (now <= tmax), now * (1 + gamma), now)
+    is_churned = bool((hat > now).any())
+    table = _churned_table(name, sigmas, hat, own) if is_churned else _own_table(name, sigmas, flow, own)
+    # A second call of the model in a step is at another sigma, or leads from a level to itself.
+    moves = (table.noise_now != table.noise_after) | (table.signal_now != table.signal_after)
+    begins: list[int] = []
+    for row, is_first in enumerate((moves & _calls(table)).tolist()):
+        if is_first and len(begins) < len(now) and table.timestep[row] == hat[len(begins)]:
+            begins.append(row)
+    return _plan(replace(table, s=table.s * added["s_noise"]), begins)
+
+
+def _traced_plan(function: Sampler, sigmas: Tensor, options: Mapping[str, Any]) -> Plan:
+    traced = follow_function(function, sigmas, options)
+    table = StepTable(**traced.columns)
+    return _plan(table, list(traced.begins) or list(range(len(table))))
+
+
+def _plan(table: StepTable, begins: list[int]) -> Plan:
+    """begins: the row with which each step begins; rows before the first belong to it."""
+    if (table.cu != 0).any():
+        raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
+    ends = [*begins[1:], len(table)]
+    steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
+    noisy = (table.s != 0).tolist()
+    return Plan(TableRows(table), table.timestep, _calls(table).tolist(), table.noise_after, noisy, steps)
+
+
+def _calls(table: StepTable) -> Tensor:
+    """Which rows call the model, bool (rows,)."""
+    return (table.b != 0) | (table.c2 != 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+@torch.no_grad()
+def _sample(
+    which: str | Sampler,
+    options: dict[str, Any],
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None,
+    callback: Callable[[dict[str, Any]], Any] | None,
+    disable: bool | None,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
+    rng: Philox | None,
+) -> Tensor:
+    checks.tensor("x", x)
+    checks.tensor("sigmas", sigmas)
+    if noise_sampler is not None and rng is not None:
+        raise ValueError("noise_sampler and rng are both given, expected one of them")
+    if sigmas.numel() < 2:  # no step
+        return x
+    plan = _plan_of(which, sigmas, options)
+    if noise_sampler is None and (rng is not None or any(plan.noisy)):
+        rng = rng_of_many(rng)
+    called_with, arrives = (each.to(x.device, x.dtype) for each in (plan.sigma, plan.arrives))
+    batches = called_with[:, None].repeat(1, len(x))
+    ring: tuple[Tensor, ...] = ()
+    for i in counter(len(plan.steps), None, disable):
+        told = callback is None
+        for row in plan.steps[i]:
+            m = x
+            if plan.calls[row]:
+                m = model(x, batches[row], **(extra_args or {}))
+                if callback is not None and not told:
+                    hat = called_with[row]
+                    callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
+                    told = True
+            noise: dict[str, Any] = {"add_noise": False}
+            if plan.noisy[row]:
+                noise = {"rng": rng}
+                if noise_sampler is not None:
+                    noise = {"noise": noise_sampler(called_with[row], arrives[row]).to(x.dtype)}
+            x = x.to(torch.promote_types(x.dtype, m.dtype))
+            x, ring = plan.rows.take(_ops(x), row, x, m, ring, **noise)
+    return x
+
+
+def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any]) -> Plan:
+    """The rows of a loop, found in the cache where the same loop was taken before."""
+    levels = checked_sigmas(sigmas)
+
+    def make() -> Plan:
+        with torch.inference_mode(False):
+            if not isinstance(which, str):
+                return _traced_plan(which, levels, options)
+            own = dict(options)
+            return _own_plan(which, levels, own.pop("flow"), own)
+
+    key = which, tuple(levels.tolist()), tuple(sorted(options.items()))
+    try:
+        return _plans.get_or_make(key, make)
+    except TypeError:  # an option that has no hash: made anew
+        return make()
+
+
+def _ops(x: Tensor) -> ModuleType:
+    """The compiled operators where they take such tensors, and plain torch elsewhere."""
+    return ops if x.dtype != torch.float64 and (x.is_cpu or x.is_cuda) else reference

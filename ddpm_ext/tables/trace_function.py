@@ -1,0 +1,145 @@
+"""A function that runs its own loop, as k-diffusion's samplers do: what tracing observes of it.
+
+The function gets a model that is ours. Between two calls of it lies a step: its result is the sample of the next call,
+or what the function returns. A step gets a sample of our choice by being written into the one that the function gave
+the model. Where that is a copy of the function's own, the step goes on with the sample that follows from the one
+before, which tracing takes as well.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step
+
+__all__ = ["Function", "check_function", "checked_sigmas", "observed_function"]
+
+CLEAN = "denoised"  # the name of the model's output, which is the clean sample
+
+
+class Function(NamedTuple):
+    """A function's loop. begins: the numbers of the steps before which it calls back; none where it doesn't."""
+
+    run: Run
+    begins: tuple[int, ...]
+
+
+def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The function's parameters. Raises TypeError where sigmas are none of them."""
+    parameters = inspect.signature(sampler).parameters
+    if "sigmas" not in parameters:
+        given = ", ".join(list(parameters)[:3])
+        raise TypeError(f"the sampler is a function of {given} ..., expected one of model, x and sigmas")
+    return parameters
+
+
+def checked_sigmas(sigmas: Any) -> Tensor:
+    """sigmas as float64 (levels,) on the CPU. Raises TypeError and ValueError."""
+    found = torch.as_tensor(sigmas).detach().to("cpu", torch.float64, copy=True)
+    if found.dim() != 1 or len(found) < 2:
+        raise ValueError(f"sigmas has shape {tuple(found.shape)}, expected (levels,) with at least 2 of them")
+    if not (found.isfinite() & (found >= 0)).all():
+        raise ValueError(f"sigmas reaches from {found.min()} to {found.max()}, expected finite numbers >= 0")
+    return found
+
+
+def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any]) -> Function:
+    """How a function runs its loop. A first run of it counts the calls of the model, and what they are called with.
+
+    Args:
+        sampler: a function sampler(model, x, sigmas), which may have extra_args, callback, disable and noise_sampler.
+        sigmas: (levels,), finite, >= 0.
+        options: further arguments.
+
+    Raises:
+        TypeError: it has no argument sigmas. ValueError: other sigmas, or random numbers that are not normal.
+    """
+    parameters = check_function(sampler)
+    levels = checked_sigmas(sigmas)
+    call = partial(_call, sampler, parameters.keys(), levels, dict(options))
+    generator = torch.Generator().manual_seed(0)
+
+    def normal() -> Tensor:
+        return torch.empty(2, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
+
+    start, times, begins = normal(), [], []
+    seen: list[Tensor] = []
+
+    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        seen.append(x.clone())
+        times.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
+        return 0.5 * x
+
+    with torch.no_grad(), Observed(start.shape, normal) as observed:
+        call(observed, model, start.clone(), lambda _: begins.append(len(times) - 1))
+    if not times:
+        raise ValueError("the model is never called, expected a call in each step")
+    leads = not torch.equal(seen[0], start)
+    if leads:
+        times.insert(0, float(levels[0]))
+        begins = [i + 1 for i in begins]
+    return Function(Run(times, "sigma", partial(_observe, call, len(times), leads)), tuple(begins))
+
+
+def _call(
+    sampler: Callable[..., Any],
+    names: Any,
+    sigmas: Tensor,
+    options: dict[str, Any],
+    observed: Observed,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    callback: Callable[[Any], Any] | None = None,
+) -> Any:
+    def noise_sampler(*_: Any) -> Tensor:
+        return observed.draw(x.shape, x.dtype)
+
+    own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
+    return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
+
+
+def _observe(
+    call: Callable[..., Any], count: int, leads: bool, samples: Samples, outputs: Outputs, noise: Noise
+) -> list[Step]:
+    """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
+    made: list[Step] = []
+    drawn = 0
+    second: Tensor | None = None
+    start = samples(0, None)
+
+    def end(prev: Tensor) -> None:
+        nonlocal drawn
+        result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
+        made.append(Step(result, observed.draws[drawn:], {}, [], False))
+        drawn = len(observed.draws)
+
+    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        nonlocal second
+        with observed.paused():
+            if leads or second is not None:
+                end(x)
+                check(more=1)
+                x.copy_(samples(len(made), made[-1].result.prev))
+            second = outputs(len(made))
+            return second.clone()
+
+    def check(more: int) -> None:
+        if (len(made) + more > count) if more else (len(made) < count):
+            raise ValueError(
+                f"the model is called {'more' if more else 'less'} than {count - leads} times for other samples, on "
+                "which the steps depend: they are not linear"
+            )
+
+    with torch.no_grad(), Observed(start.shape, noise) as observed:
+        result = call(observed, model, start)
+    if not isinstance(result, Tensor):
+        raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
+    end(result)
+    check(more=0)
+    return made

@@ -1,0 +1,117 @@
+"""`ddpm-ext table`: what it prints, saves and draws, and its messages for wrong input."""
+
+import json
+
+import pytest
+from support.command_line import call
+from support.figure_contents import drawn, points
+
+from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext.tables.samplers import ddim, dpmpp_2m, euler
+from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
+
+
+def grid_of(steps, spacing="linspace", schedule="linear"):
+    gd = GaussianDiffusion(1000, schedule)
+    return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+    """A folder with a pipeline's scheduler, and the scheduler."""
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    made.save_pretrained(tmp_path / "pipeline" / "scheduler")
+    return tmp_path / "pipeline", made
+
+
+def test_a_sampler_is_printed(capsys):
+    options = ("--steps", 6, "--spacing", "trailing", "--eta", 0.5, "--prediction", "v", "--beta-schedule", "cosine")
+    assert call("table", "--sampler", "ddim", *options) == 0
+    assert capsys.readouterr().out == f"{ddim(grid_of(6, 'trailing', 'cosine'), prediction='v', eta=0.5)}\n"
+
+
+def test_a_sampler_is_saved_and_compared(tmp_path, capsys):
+    mine, ours = tmp_path / "new" / "mine.json", euler(grid_of(5))
+    assert call("table", "--sampler", "euler", "--steps", 5, "--save", mine) == 0
+    assert StepTable.load(mine) == ours
+    assert call("table", "--sampler", "euler", "--steps", 5, "--diff", mine) == 0
+    assert capsys.readouterr().out == f"{ours}\nno difference\n"
+    assert call("table", "--sampler", "ddim", "--steps", 4, "--diff", mine) == 0
+    assert capsys.readouterr().out == f"{ddim(grid_of(4)).diff(ours)}\n"
+
+
+def test_a_scheduler_is_traced(scheduler, tmp_path, capsys):
+    folder, made = scheduler
+    expected = StepTable.trace(made, 5)
+    for given in (folder, folder / "scheduler", folder / "scheduler" / "scheduler_config.json"):
+        assert call("table", "--scheduler", given, "--steps", 5, "--save", tmp_path / "a.json") == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+        assert StepTable.load(tmp_path / "a.json") == expected
+    assert call("table", "--sampler", "ddim", "--steps", 5, "--diff", folder) == 0
+    assert capsys.readouterr().out == f"{ddim(grid_of(5)).diff(expected)}\n"
+
+
+def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
+    figures = pytest.importorskip("matplotlib.figure")
+    saved, save = [], figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda own, *args, **kwargs: (saved.append(own), save(own, *args)))
+    assert call("table", "--sampler", "euler", "--steps", 4, "--plot", tmp_path / "a.png") == 0
+    assert call("table", "--sampler", "euler", "--steps", 4, "--diff", "dpmpp_2m", "--plot", tmp_path / "b.svg") == 0
+    one, other = euler(grid_of(4)), dpmpp_2m(grid_of(4))
+    assert drawn(saved[0].axes[0])["a"] == points(range(4), one.a)
+    last = next(axes for axes in saved[1].axes if axes.get_title().startswith("c3,"))
+    assert drawn(last) == {"euler": points(range(4), one.c3), "dpmpp_2m": points(range(4), other.c3)}
+    assert (tmp_path / "b.svg").read_text().startswith("<?xml")
+
+
+BAD = [
+    (("--steps", "3"), "one of the arguments --sampler --scheduler is required"),
+    (("--sampler", "ddim", "--scheduler", "folder"), "not allowed with argument"),
+    (("--sampler", "dim"), "invalid choice: 'dim'"),
+    (("--sampler", "ddim", "--steps", "1001"), "steps is 1001, expected 1 <= steps < 1001"),
+    (("--sampler", "euler", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
+    (("--sampler", "euler", "--save", "a.txt"), "save: got a.txt, expected a name that ends in .json"),
+    (("--sampler", "euler", "--plot", "a.json"), "plot: got a.json, expected a name that ends in .png or .svg or .pdf"),
+    (("--sampler", "euler", "--diff", "nowhere"), "table: got nowhere, expected ddpm, ddim"),
+    (("--sampler", "euler", "--diff", "none.json"), "table: cannot read none.json: No such file"),
+    (("--scheduler", "nowhere"), "table: got nowhere, expected ddpm"),
+    (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
+    (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),
+    (("--scheduler", "damaged", "--steps", "3"), "scheduler_config.json is no scheduler's config (KeyError"),
+    (("--scheduler", "damaged", "--steps", "3", "--eta", "1"), "eta: got 1.0, but there is no sampler that it is for"),
+    (("--scheduler", "other", "--steps", "3"), "scheduler_config.json is for a MyScheduler, which diffusers"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", BAD)
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if "MyScheduler" in message:
+        pytest.importorskip("diffusers")
+    for name, config in (("damaged", {"steps": 3}), ("other", {"_class_name": "MyScheduler"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scheduler_config.json").write_text(json.dumps(config))
+    assert call("table", *arguments) == 2
+    out, errors = capsys.readouterr()
+    assert not out and message in errors and errors.startswith("ddpm-ext table: ") and errors.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged", "other"}
+
+
+def test_what_is_no_table_says_why(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    diffusers.PNDMScheduler().save_pretrained(tmp_path)
+    assert call("table", "--scheduler", tmp_path, "--steps", 20) == 2
+    assert "reads more of the steps before it than the 3 tensors" in capsys.readouterr().err
+
+
+def test_diffusers_is_an_extra(tmp_path, monkeypatch, capsys):
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+
+    def without(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("importlib.import_module", without)
+    assert call("table", "--scheduler", tmp_path, "--steps", 3) == 2
+    message = 'the table of a scheduler needs diffusers: pip install "ddpm-ext[demo]"'
+    assert capsys.readouterr().err == f"ddpm-ext table: {message}\n"

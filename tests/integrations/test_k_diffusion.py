@@ -1,0 +1,354 @@
+"""Samplers with k-diffusion's signature, without k-diffusion: noise, callbacks, dtypes, flow, and wrong input."""
+
+import dataclasses
+import inspect
+import math
+import sys
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ddpm_ext import Philox, StepTable, randn
+from ddpm_ext.integrations import k_diffusion
+from ddpm_ext.integrations.k_diffusion import NAMES, sampler
+from ddpm_ext.ops import fused
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+
+SHAPE = (3, 2, 5)
+SIGMAS = torch.tensor([14.0, 6.0, 2.5, 1.0, 0.3, 0.0])
+FLOW = torch.tensor([1.0, 0.8, 0.55, 0.3, 0.1, 0.0], dtype=torch.float64)
+NOISY = ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")
+MEAN, DEVIATION = 0.4, 0.25
+
+
+def start(dtype=torch.float32, scale=14.0):
+    return (scale * torch.empty(SHAPE, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(0))).to(
+        dtype
+    )
+
+
+def bend(x, sigma, **_):
+    """A denoiser that is not linear."""
+    return torch.tanh(x / (1 + sigma.reshape(-1, *[1] * (x.dim() - 1))))
+
+
+def exact(signal):
+    """The denoiser of N(MEAN, DEVIATION^2) for samples signal(sigma) x0 + sigma eps."""
+
+    def model(x, sigma):
+        s, n = signal(sigma), sigma
+        gain = s * DEVIATION**2 / (s**2 * DEVIATION**2 + n**2)
+        shape = (-1, *[1] * (x.dim() - 1))
+        return MEAN + gain.reshape(shape) * (x - s.reshape(shape) * MEAN)
+
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_depends_on_seed_and_sample_alone(name):
+    sample, x = sampler(name), start()
+    whole = sample(bend, x, SIGMAS, disable=True, rng=Philox(7, sample_ids=3))
+    assert torch.equal(sample(bend, x[1:], SIGMAS, disable=True, rng=Philox(7, sample_ids=4)), whole[1:])
+    other = sample(bend, x, SIGMAS, disable=True, rng=Philox(7))
+    assert (other - whole).abs().max() > 0.01
+
+
+def test_each_row_draws_its_own_number():
+    x, seen = start(), []
+    sampler("euler_ancestral")(lambda x, sigma: seen.append(x.clone()) or 0 * x, x, SIGMAS, disable=True, rng=Philox(5))
+    for i, (now, after) in enumerate(pairwise(SIGMAS.tolist()[:-1])):
+        up = after * math.sqrt(now**2 - after**2) / now
+        expected = seen[i] * math.sqrt(after**2 - up**2) / now + up * randn(SHAPE, Philox(5), draw=i)
+        torch.testing.assert_close(seen[i + 1], expected, rtol=2e-6, atol=2e-6 * after)
+
+
+def test_calls_without_a_seed_never_share_noise():
+    sample, x = sampler("euler_ancestral"), start()
+    torch.manual_seed(0)
+    first, second = (sample(bend, x, SIGMAS, disable=True) for _ in range(2))
+    assert (first - second).abs().max() > 0.01
+    torch.manual_seed(0)
+    assert torch.equal(sample(bend, x, SIGMAS, disable=True), first)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
+def test_samplers_without_noise_draw_none(name):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sampler(name)(bend, start(), SIGMAS, disable=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------- each step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_callbacks_and_calls(name):
+    """One callback a step, with what the step's first call of the model got and gave; nothing is overwritten later."""
+    kept, told = [], []
+
+    def model(x, sigma, factor):
+        assert sigma.shape == (len(x),) and factor == 2
+        kept.append((x, x.clone()))
+        return bend(x, sigma)
+
+    sampler(name)(model, start(), SIGMAS, {"factor": 2}, told.append, True, rng=Philox(0))
+    assert [info["i"] for info in told] == list(range(5))
+    for info in told:
+        assert info.keys() == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert info["sigma"] == info["sigma_hat"] == SIGMAS[info["i"]]
+        torch.testing.assert_close(info["denoised"], bend(info["x"], info["sigma"].expand(3)))
+    assert all(torch.equal(x, copy) for x, copy in kept)
+    assert len(kept) == {"heun": 9, "plms": 6}.get(name, 5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_launch_a_row(name, monkeypatch):
+    launches, calls = [], []
+    for operator in ("reverse_step", "extended_step", "linear_step"):
+        own = getattr(fused, operator)
+        monkeypatch.setattr(f"ddpm_ext.ops.{operator}", lambda *a, own=own, **k: launches.append(1) or own(*a, **k))
+    sampler(name)(lambda x, sigma: calls.append(1) or bend(x, sigma), start(), SIGMAS, disable=True)
+    assert len(launches) == len(calls)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 6e-3), (torch.bfloat16, 5e-2)])
+def test_dtypes(name, dtype, tolerance):
+    x = start(dtype)
+    found = sampler(name)(lambda x, sigma: bend(x.double(), sigma.double()).to(dtype), x, SIGMAS, rng=Philox(1))
+    wide = sampler(name)(bend, x.double(), SIGMAS.double(), disable=True, rng=Philox(1))
+    assert found.dtype == dtype and wide.dtype == torch.float64
+    torch.testing.assert_close(found.double(), wide, rtol=tolerance, atol=tolerance)
+
+
+def test_a_model_of_higher_precision_raises_that_of_the_samples():
+    found = sampler("dpmpp_2m")(lambda x, sigma: bend(x.float(), sigma.float()), start(torch.bfloat16), SIGMAS)
+    assert found.dtype == torch.float32
+
+
+def test_no_step_is_no_change():
+    x = start()
+    for sigmas in (SIGMAS[:1], SIGMAS[:0]):
+        assert sampler("heun")(None, x, sigmas) is x
+
+
+def test_sigmas_that_do_not_end_at_zero_or_that_rise():
+    """A loop in two parts is the loop, and Euler's inversion goes up by the same slopes."""
+    sample, x = sampler("heun"), start(torch.float64)
+    half = sample(bend, x, SIGMAS[:4], disable=True)
+    torch.testing.assert_close(sample(bend, half, SIGMAS[3:]), sample(bend, x, SIGMAS), rtol=1e-12, atol=1e-12)
+    up = sampler("euler")(bend, x, torch.tensor([1.0, 3.0]), disable=True)
+    torch.testing.assert_close(up, x + (x - bend(x, torch.ones(3))) * 2, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sampler_that_calls_the_model_between_levels(monkeypatch):
+    """It gets the sigma there, and not a timestep of some schedule; the step before it begins with its first call."""
+
+    def midpoint(grid, *, prediction="eps"):
+        assert prediction == "x0" and len(grid.schedule)
+        now, after = ((1 / level - 1).sqrt() for level in (grid.now, grid.after))
+        middle = (now * after).sqrt()
+        there = 1 / (1 + middle**2)
+        rows = []
+        for start, end, t in ((grid.now, there, grid.timestep), (there, grid.after, 0 * now)):
+            ratio = ((1 - end) / (1 - start)).sqrt()
+            levels = {"signal_now": start.sqrt(), "noise_now": (1 - start).sqrt()}
+            levels |= {"signal_after": end.sqrt(), "noise_after": (1 - end).sqrt()}
+            rows.append(StepTable(t, 0 * t, 0 * t + 1, end.sqrt() - ratio * start.sqrt(), ratio, **levels))
+        columns = [field.name for field in dataclasses.fields(StepTable)]
+        both = {name: torch.stack([getattr(part, name) for part in rows], 1).flatten() for name in columns}
+        return StepTable(**both | {"draw": torch.arange(2 * len(grid))})
+
+    monkeypatch.setitem(SAMPLERS, "midpoint", at_any_scale(midpoint))
+    monkeypatch.setattr(k_diffusion, "NAMES", (*NAMES, "midpoint"))
+    sigmas, seen, told = torch.tensor([9.0, 4.0, 1.0], dtype=torch.float64), [], []
+    x = start(torch.float64)
+    found = sampler("midpoint")(
+        lambda x, sigma: seen.append(sigma[0].item()) or bend(x, sigma), x, sigmas, None, told.append
+    )
+    assert seen[::2] == [9.0, 4.0] and seen[1::2] == pytest.approx([6.0, 2.0])
+    assert [(info["i"], info["sigma"]) for info in told] == [(0, 9.0), (1, 4.0)]
+    torch.testing.assert_close(found, sampler("euler")(bend, x, torch.tensor([9.0, 6.0, 4.0, 2.0, 1.0])))
+
+
+# --------------------------------------------------------------------------------------------------------------- flow
+
+
+def test_flow_is_eulers_step_along_the_velocity():
+    x = expected = start(torch.float64, scale=1.0)
+    for now, after in pairwise(FLOW):
+        expected = expected + (expected - bend(expected, now.expand(3))) / now * (after - now)
+    found = sampler("euler")(bend, x, FLOW, disable=True, flow=True)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm"])
+def test_flow_is_the_same_process_at_another_scale(name):
+    """x of flow is (1 - sigma) times that of sigma space, at the same ratio of signal and noise."""
+    sigmas = FLOW[1:]
+    signal = 1 - sigmas[0]
+
+    def model(x, sigma):
+        return bend(x / (1 - sigma.reshape(-1, 1, 1)), sigma / (1 - sigma))
+
+    x = start(torch.float64, scale=1.0)
+    found = sampler(name)(model, x, sigmas, disable=True, flow=True, rng=Philox(3))
+    expected = sampler(name)(bend, x / signal, sigmas / (1 - sigmas), disable=True, rng=Philox(3))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
+def test_order_of_convergence(name, order, flow):
+    """To the probability flow of Gaussian data, along which a sample stays as many deviations from the mean."""
+    first, last = (0.95, 0.05) if flow else (10.0, 0.1)
+    signal = (lambda sigma: 1 - sigma) if flow else torch.ones_like
+
+    def of_level(sigma):
+        level = torch.tensor(sigma, dtype=torch.float64)
+        s = signal(level)
+        return s * MEAN, (s**2 * DEVIATION**2 + level**2).sqrt()
+
+    (mean, deviation), (mean_after, deviation_after) = of_level(first), of_level(last)
+    z = start(torch.float64, scale=1.0)
+    errors = []
+    for steps in (160, 320):
+        sigmas = torch.linspace(math.log(first), math.log(last), steps + 1, dtype=torch.float64).exp()
+        found = sampler(name)(exact(signal), mean + deviation * z, sigmas, disable=True, flow=flow)
+        errors.append((found - mean_after - deviation_after * z).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) > order - 0.2
+
+
+# -------------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    "name, sigmas, options, message",
+    [
+        ("euler", [1.0, 0.5], {"s_churn": 1.0, "flow": True}, "s_churn is 1.0, expected 0 for flow"),
+        ("euler", [1.5, 0.5], {"flow": True}, "sigmas reaches up to 1.5, expected at most 1 for flow"),
+        ("euler", [1.0, -0.5], {}, "expected finite numbers >= 0"),
+        ("euler", [[1.0, 0.5]], {}, r"sigmas has shape \(1, 2\), expected \(levels,\)"),
+        ("euler", [1.0, 1.0, 0.5], {}, "same ratio twice in a row"),
+        ("euler_ancestral", [1.0, 0.5], {"eta": -1.0}, "eta is -1.0"),
+        ("dpmpp_2m_sde", [1.0, 0.5], {"solver_type": "heun"}, "solver_type is not 'midpoint'"),
+        ("ddpm", [1.0, 0.5], {"rng": Philox(0, draw=3)}, "expected one without a draw"),
+        ("ddpm", [1.0, 0.5], {"rng": Philox(0), "noise_sampler": print}, "noise_sampler and rng are both given"),
+    ],
+)
+def test_bad_input(name, sigmas, options, message):
+    def model(x, sigma):
+        raise AssertionError("the model is called")
+
+    with pytest.raises(ValueError, match=message):
+        sampler(name)(model, start(), torch.tensor(sigmas), disable=True, **options)
+
+
+def test_what_is_no_argument():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'eta'"):
+        sampler("dpmpp_2m")(bend, start(), SIGMAS, eta=1.0)
+    with pytest.raises(TypeError, match="sigmas is a list, expected a tensor"):
+        sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
+    with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
+        sampler("dpm_fast")
+
+
+def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):
+    def guided(grid, *, prediction="eps"):
+        table = SAMPLERS["euler"](grid, prediction=prediction)
+        return dataclasses.replace(table, cu=0.1 * table.c0)
+
+    monkeypatch.setitem(SAMPLERS, "guided", guided)
+    monkeypatch.setattr(k_diffusion, "NAMES", ("guided",))
+    with pytest.raises(ValueError, match="the sampler reads the model's unconditional output"):
+        sampler("guided")(bend, start(), SIGMAS)
+
+
+def test_a_function_of_ones_own():
+    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None, weight=0.5):
+        for now, after in pairwise(sigmas):
+            m = model(x, now * x.new_ones(len(x)), **extra_args)
+            x = m + (1 - weight) * (x - m) * after / now
+        return x
+
+    found = sampler(mine)
+    assert list(inspect.signature(found).parameters)[:7] == list(inspect.signature(mine).parameters)
+    x = start(torch.float64)
+    expected = mine(bend, x, SIGMAS.double(), {}, weight=0.25)
+    torch.testing.assert_close(found(bend, x, SIGMAS, weight=0.25, disable=True), expected, rtol=1e-13, atol=1e-13)
+
+
+# ------------------------------------------------------------------------------------------------------------ ComfyUI
+
+
+class KSAMPLER:
+    """What ComfyUI's class of this name does with a sampler's function."""
+
+    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
+        self.sampler_function = sampler_function
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise):
+        def k_callback(info):
+            callback(info["i"], info["denoised"], info["x"], len(sigmas) - 1)
+
+        return self.sampler_function(
+            model_wrap, noise, sigmas, extra_args=extra_args, callback=k_callback, disable=True
+        )
+
+
+class Wrapped:
+    """A model as deep in wrappers as ComfyUI's."""
+
+    def __init__(self, model_sampling):
+        inner = types.SimpleNamespace(model_sampling=model_sampling)
+        self.inner_model = types.SimpleNamespace(inner_model=inner)
+
+    def __call__(self, x, sigma, model_options, seed):
+        return bend(x, sigma)
+
+
+@pytest.fixture
+def node(root, monkeypatch):
+    comfy, samplers, model_sampling = (types.ModuleType(name) for name in ("comfy", "samplers", "model_sampling"))
+    samplers.KSAMPLER, model_sampling.CONST = KSAMPLER, type("CONST", (), {})
+    comfy.samplers, comfy.model_sampling = samplers, model_sampling
+    for name, module in (("", comfy), (".samplers", samplers), (".model_sampling", model_sampling)):
+        monkeypatch.setitem(sys.modules, f"comfy{name}", module)
+    module = types.ModuleType("comfyui_node")
+    exec((root / "examples" / "comfyui_node" / "__init__.py").read_text(), module.__dict__)
+    return module
+
+
+def test_comfyui_node(node):
+    (cls,) = node.NODE_CLASS_MAPPINGS.values()
+    assert node.NODE_DISPLAY_NAME_MAPPINGS.keys() == node.NODE_CLASS_MAPPINGS.keys() and cls.RETURN_TYPES == (
+        "SAMPLER",
+    )
+    inputs = cls.INPUT_TYPES()["required"]
+    defaults = {name: options["default"] for name, (_, options) in inputs.items()}
+    names = inputs["sampler_name"][0]
+    assert defaults["sampler_name"] in names
+    x, told = start(), []
+    for name in names:
+        (made,) = getattr(cls(), cls.FUNCTION)(**defaults | {"sampler_name": name})
+        extra_args = {"model_options": {}, "seed": 2**64 - 1}
+        found = made.sample(Wrapped(None), SIGMAS, extra_args, lambda *told_of: told.append(told_of), x)
+        expected = sampler(name)(bend, x, SIGMAS, disable=True, rng=Philox(2**64 - 1))
+        assert torch.equal(found, expected)
+        assert [(i, count) for i, _, _, count in told[-5:]] == [(i, 5) for i in range(5)]
+
+
+def test_comfyui_node_recognises_flow(node):
+    (made,) = node.DdpmExtSampler().get_sampler("dpmpp_2m", 1.0, 0.0, 1.0)
+    x, sigmas = start(scale=1.0), FLOW.float()
+    extra_args = {"model_options": {}, "seed": None}
+    found = made.sample(Wrapped(node.comfy.model_sampling.CONST()), sigmas, extra_args, lambda *_: None, x)
+    assert torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True, flow=True))
+    assert not torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True))

@@ -1,0 +1,223 @@
+"""StepTable.trace of functions that run their own loop, as k-diffusion's do: what is found, and what refused."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from support.gaussian import push, take
+
+from ddpm_ext import StepTable
+
+SIGMAS = [14.0, 6.0, 2.5, 1.0, 0.3, 0.0]
+
+
+def slope(model, x, sigma):
+    return (x - model(x, sigma * x.new_ones(len(x)))) / sigma
+
+
+def euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    for i, (now, after) in enumerate(pairwise(sigmas)):
+        x = x + slope(model, x, now) * (after - now)
+        if callback is not None:
+            callback({"i": i})
+    return x
+
+
+def churned(model, x, sigmas, s_churn=0.5):
+    """Adds noise before each step, also the first, by torch.randn_like."""
+    for now, after in pairwise(sigmas):
+        hat = now * (1 + s_churn)
+        torch.randn_like(x)  # a draw that nothing uses
+        x = x + torch.randn_like(x) * (hat**2 - now**2).sqrt()
+        x = x + slope(model, x, hat) * (after - hat)
+    return x
+
+
+def ancestral(model, x, sigmas, noise_sampler=None):
+    for now, after in pairwise(sigmas):
+        denoised = model(x, now * x.new_ones(len(x)))
+        x = denoised + (x - denoised) * 0.6 * after / now + 0.8 * after * noise_sampler(now, after)
+    return x
+
+
+def two_calls(model, x, sigmas):
+    """Heun's method."""
+    for now, after in pairwise(sigmas):
+        first = slope(model, x, now)
+        there = x + first * (after - now)
+        x = there if after == 0 else x + (first + slope(model, there, after)) / 2 * (after - now)
+    return x
+
+
+def copies(model, x, sigmas):
+    """The model never gets a tensor that the function goes on with."""
+    before = 0
+    for now, after in pairwise(sigmas):
+        denoised = model(x.clone(), now * x.new_ones(len(x)))
+        x = x * after / now + 1.5 * denoised - 0.5 * before
+        before = denoised
+    return x
+
+
+def multistep(seed):
+    """Any linear function of sample, output, noise and the last three outputs, other in each step."""
+    weights = torch.empty(len(SIGMAS), 6, dtype=torch.float64).normal_(generator=torch.Generator().manual_seed(seed))
+
+    def function(model, x, sigmas, noise_sampler=None):
+        kept = []
+        for own, now in zip(weights, sigmas[:-1], strict=False):
+            m = model(x, now * x.new_ones(len(x)))
+            x = own[0] * x + own[1] * m + own[2] * noise_sampler(now, now)
+            x = x + sum(weight * tensor for weight, tensor in zip(own[3:], kept, strict=False))
+            kept = [m, *kept][:3]
+        return x
+
+    return function
+
+
+def by_table(table, x, outputs, noise):
+    """A loop of the table's rows in numpy. outputs, noise: one for each row that has it, in order."""
+    history, outputs, noise = [], iter(outputs), iter(noise)
+    for row in table:
+        m = next(outputs) if row.b or row.c2 else 0 * x
+        x0, after = take(row, x, m, z=next(noise) if row.s else 0 * x, clip=None, history=history)
+        history, x = push(row, history, x0, x, m), after
+    return x
+
+
+def own_loop(function, x, outputs, drawn, used, monkeypatch):
+    """The function's own result, where `used` says which of its draws it uses."""
+    outputs, seen = iter(torch.from_numpy(outputs)), []
+
+    def draw(*_):
+        seen.append(torch.from_numpy(drawn[len(seen)]))
+        return seen[-1]
+
+    monkeypatch.setattr(torch, "randn_like", draw)
+    options = {"noise_sampler": draw} if "noise_sampler" in function.__code__.co_varnames else {}
+    if "callback" in function.__code__.co_varnames:
+        options["callback"] = lambda _: None
+    sigmas = torch.tensor(SIGMAS, dtype=torch.float64)
+    result = function(lambda x, sigma: next(outputs), torch.from_numpy(x), sigmas, **options)
+    return result.numpy(), [z.numpy() for i, z in enumerate(seen) if used(i)]
+
+
+FUNCTIONS = [euler, churned, ancestral, two_calls, copies, multistep(0), multistep(1), multistep(2)]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_rows_are_the_function(function, monkeypatch):
+    table = StepTable.trace(function, SIGMAS)
+    generator = np.random.default_rng(3)
+    x, outputs, drawn = (
+        generator.normal(size=(2, 3)),
+        generator.normal(size=(9, 2, 3)),
+        generator.normal(size=(20, 2, 3)),
+    )
+    used = (lambda i: i % 2 == 1) if function is churned else (lambda i: True)
+    expected, noise = own_loop(function, x, outputs, drawn, used, monkeypatch)
+    np.testing.assert_allclose(by_table(table, x, outputs, noise), expected, rtol=1e-12, atol=1e-12)
+    assert ((table.a == 0) & ((table.b == 1) | (table.b == 0))).all()  # the output is the clean sample
+
+
+def test_columns_of_euler():
+    table = StepTable.trace(euler, torch.tensor(SIGMAS))
+    now, after = (torch.tensor(SIGMAS, dtype=torch.float64)[where] for where in (slice(None, -1), slice(1, None)))
+    now, after = now.float().double(), after.float().double()
+    expected = {"timestep": now, "b": torch.ones(5), "c0": 1 - after / now, "c1": after / now, "draw": torch.arange(5)}
+    expected |= {"signal_now": torch.ones(5), "noise_now": now, "signal_after": torch.ones(5), "noise_after": after}
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(table, name).double(), values.double(), rtol=1e-14, atol=1e-15)
+    assert not table.linear and not table.s.any()
+
+
+def test_whole_sigmas_have_rows_of_their_own_noise():
+    table = StepTable.trace(ancestral, [4, 2, 1, 0])
+    assert table.timestep.tolist() == [4.0, 2.0, 1.0] and table.draw.tolist() == [0, 1, 2]
+
+
+def test_noise_before_the_first_call_is_a_row_without_the_model():
+    table = StepTable.trace(churned, SIGMAS)
+    assert len(table) == len(SIGMAS) and not table.linear
+    first = table[0]
+    assert (first.a, first.b, first.c0, first.c1, first.c2) == (0, 0, 0, 1, 0)
+    assert first.s == pytest.approx(14 * 1.25**0.5, rel=1e-14) and first.noise_after == table[1].timestep == 21
+    assert (table.s[:-1] > 0).all() and table.s[-1] == 0
+    half = StepTable.trace(churned, SIGMAS, s_churn=0.2)  # further arguments are the function's
+    assert half[1].timestep == pytest.approx(16.8)
+
+
+def test_the_generator_is_left_alone():
+    torch.manual_seed(0)
+    StepTable.trace(churned, SIGMAS)
+    drawn = torch.randn(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(3))
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def four(model, x, sigmas):
+    kept = []
+    for i, now in enumerate(sigmas[:-1]):
+        kept.append(model(x, now * x.new_ones(len(x))))
+        x = sum(m / (1 + i + j) for j, m in enumerate(kept))
+    return x
+
+
+def until_small(model, x, sigmas):
+    for _ in range(50):
+        x = 0.5 * x + 0.1 * model(x, sigmas[0] * x.new_ones(len(x)))
+        if x.abs().max() < 0.3:
+            break
+    return x
+
+
+def with_square(model, x, sigmas):
+    for i, now in enumerate(sigmas[:-1]):
+        m = model(x, now * x.new_ones(len(x)))
+        x = 0.5 * x + m + (m * m if i == 2 else 0)
+    return x
+
+
+def uniform(model, x, sigmas):
+    return model(x, sigmas[:1]) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (with_square, "step 2, at sigma 2.5, is not linear: .* differ by"),
+        (four, "step 5, at sigma 0.2, reads more of the steps before it than the 3 tensors"),
+        (until_small, "the model is called (more|less) than .* times for other samples, on which the steps depend"),
+        (lambda model, x, sigmas: x, "the model is never called"),
+        (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
+        (uniform, "draws other random numbers than torch.randn's, by rand_like"),
+    ],
+)
+def test_what_is_no_table(function, message):
+    with pytest.raises(ValueError, match=message):
+        StepTable.trace(function, [*SIGMAS[:-1], 0.2, 0.1, 0.0])
+
+
+@pytest.mark.parametrize(
+    "sigmas, message",
+    [
+        ([1.0], r"sigmas has shape \(1,\), expected \(levels,\) with at least 2"),
+        ([[2.0, 1.0]], r"sigmas has shape \(1, 2\)"),
+        ([1.0, float("nan")], "expected finite numbers >= 0"),
+        ([1.0, -1.0], "sigmas reaches from -1.0 to 1.0"),
+    ],
+)
+def test_sigmas_are_checked(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        StepTable.trace(euler, sigmas)
+
+
+def test_what_is_no_sampler():
+    with pytest.raises(TypeError, match=r"is a function of model, x, sigma_min .*, expected one of model, x and"):
+        StepTable.trace(lambda model, x, sigma_min, sigma_max: x, SIGMAS)
+    with pytest.raises(TypeError, match="scheduler is a int, expected an object with set_timesteps"):
+        StepTable.trace(3, 10)
