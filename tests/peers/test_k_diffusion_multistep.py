@@ -17,7 +17,8 @@ from support.gaussian import push, take
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 CHECKOUT = os.environ.get("DDPM_EXT_K_DIFFUSION")
 pytestmark = pytest.mark.skipif(CHECKOUT is None, reason="DDPM_EXT_K_DIFFUSION names no checkout")

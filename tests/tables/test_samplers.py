@@ -19,7 +19,8 @@ from ddpm_ext.tables.samplers import (
     tcd,
 )
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
 
