@@ -53,8 +53,11 @@ def make_plan(
 def _check_rows(rows: LoopRows, options: StepOptions) -> None:
     """That the table has what the options need."""
     table = rows.table
-    if options.inpaint is not None and not bool(table.after.any()):
-        raise ValueError("inpaint is given, expected a sampler whose table says `after`, where its steps arrive")
+    if options.inpaint is not None and not bool((table.signal_after + table.noise_after).any()):
+        raise ValueError(
+            "inpaint is given, expected a sampler whose table has the levels signal_after and noise_after, where its "
+            "steps arrive"
+        )
     if options.cond_fn is not None and not bool((table.g0 != 0).any() | (table.g1 != 0).any()):
         raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
     jumps = any(not kind.calls_model for kind in rows.kinds)

@@ -206,7 +206,7 @@ def _loop_rows(
         table = replace(table, c2=table.c2 + table.cu, cu=torch.zeros_like(table.cu))
     kinds = _kinds(table, scales)
     levels = _levels(process, table)
-    others = {} if levels is None else {"start": torch.stack([levels.sqrt(), (1 - levels).sqrt()], 1)}
+    others = {} if levels is None else {"start": levels}
     return LoopRows(
         table,
         skipped,
@@ -262,12 +262,13 @@ def _variance(process: Process, table: StepTable, learned: bool) -> str | None:
 
 
 def _levels(process: Process, table: StepTable) -> Tensor | None:
-    """alphas_cumprod where each row starts: the table's, or else that of the schedule's own timesteps."""
-    if bool(table.now.any()):
-        return table.now.cpu()
-    t = table.timestep.cpu()
+    """(rows, 2), signal and noise where each row starts: the table's, or else those of the schedule's own timesteps."""
+    levels = torch.stack([table.signal_now, table.noise_now], 1)
+    if bool(levels.any()):
+        return levels
+    t = table.timestep
     own = not t.is_floating_point() and bool(((t >= 0) & (t < process.timesteps)).all())
-    return process.alphas_cumprod[t] if own else None
+    return process.tables.get("q_sample", t.device, torch.float64)[t] if own else None
 
 
 def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None) -> Grid:

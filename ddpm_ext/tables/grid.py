@@ -1,19 +1,24 @@
-"""The steps of a loop as numbers: its timesteps, and how much of the signal is left at each.
+"""The steps of a loop as numbers: its timesteps, and the levels of signal and noise at each.
 
-At a timestep t of a schedule, alphas_cumprod[t] of the signal's power is left.
+At a timestep t of a schedule, alphas_cumprod[t] is the signal's share of the sample's power. Where the power is not 1,
+a scale says what it is: see ddpm_ext.tables.levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.levels import LEVELS, Scale, straight, unit_levels
 
-__all__ = ["Grid", "Jumps", "checked_levels", "make_grid"]
+__all__ = ["Grid", "Jumps", "checked_levels", "checked_pairs", "grid_of_levels", "make_grid", "power_share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +31,14 @@ class Grid:
         betas: float64 (rows,), 1 - alphas_cumprod[i] / alphas_cumprod[i + 1]; between neighbouring timesteps the
             schedule's own beta, of which that difference would lose digits.
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
+        scale: of the samples, by which a level's signal and noise follow from its alphas_cumprod; None: 1 everywhere.
     """
 
     timestep: Tensor
     alphas_cumprod: Tensor
     betas: Tensor
     schedule: Tensor | None = None
+    scale: Scale | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -40,7 +47,26 @@ class Grid:
         """The grid of the steps from the slice's start to its stop."""
         start, stop, _ = steps.indices(len(self))
         levels = self.alphas_cumprod[start : stop + 1]
-        return Grid(self.timestep[start:stop], levels, self.betas[start:stop], self.schedule)
+        return Grid(self.timestep[start:stop], levels, self.betas[start:stop], self.schedule, self.scale)
+
+    def unscaled(self) -> Grid:
+        """The grid of the variance-preserving samples x / r."""
+        return replace(self, scale=None)
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Signal and noise at each level, (rows + 1,) each."""
+        signal, noise = unit_levels(self.alphas_cumprod)
+        if self.scale is None:
+            return signal, noise
+        r = self.scale(signal, noise)
+        return signal * r, noise * r
+
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """The levels of rows that take these steps, as columns of a StepTable."""
+        signal, noise = self.pairs
+        return dict(zip(LEVELS, (signal[:-1], noise[:-1], signal[1:], noise[1:]), strict=True))
 
     @property
     def now(self) -> Tensor:
@@ -74,9 +100,15 @@ class Jumps:
     now: Tensor
     after: Tensor
     alphas: Tensor
+    scale: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.timestep)
+
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """The levels of rows that take these steps, as columns of a StepTable."""
+        return dict(zip(LEVELS, (*unit_levels(self.now), *unit_levels(self.after)), strict=True))
 
     @property
     def betas(self) -> Tensor:
@@ -137,3 +169,63 @@ def make_grid(
         below = torch.cat([chosen[1:], chosen.new_tensor([-1 if final == 1 else len(levels)])])
         jumps = torch.where(chosen - below == 1, betas[chosen], jumps)
     return Grid(chosen, path, jumps, levels)
+
+
+def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of signal and noise, checked, as float64 (levels,) on the CPU: finite, at least 0, and not both 0."""
+    checked = []
+    for name, values in (("signal", signal), ("noise", noise)):
+        checks.tensor(name, values)
+        if not values.is_floating_point():
+            raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
+        if values.dim() != 1 or len(values) == 0 or len(values) != len(signal):
+            shape = tuple(values.shape)
+            raise ValueError(f"{name} has shape {shape}, expected (levels,), as many of noise as of signal")
+        own = values.detach().to("cpu", torch.float64, copy=True)
+        if not (own.isfinite() & (own >= 0)).all():
+            raise ValueError(f"{name} reaches from {own.min()} to {own.max()}, expected finite numbers >= 0")
+        checked.append(own)
+    nothing = (checked[0] == 0) & (checked[1] == 0)
+    if nothing.any():
+        i = int(nothing.nonzero()[0])
+        raise ValueError(f"signal[{i}] and noise[{i}] are both 0, expected one above 0")
+    return checked[0], checked[1]
+
+
+def power_share(signal: Tensor, noise: Tensor) -> Tensor:
+    """alphas_cumprod of levels of signal and noise: signal^2 / (signal^2 + noise^2)."""
+    return signal**2 / (signal**2 + noise**2)
+
+
+def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
+    """A grid of levels that are given as they are.
+
+    For example, k-diffusion's sigmas are grid_of_levels(timestep, torch.ones_like(sigmas), sigmas), and those of
+    diffusers' flow matching grid_of_levels(timestep, 1 - sigmas, sigmas).
+
+    Args:
+        timestep: (rows,), what the model is called with in each step: int64, or floating.
+        signal, noise: (rows + 1,), where each step starts, and last where the last one arrives; finite, at least 0.
+        scale: of samples at levels in between; None: on the straight line through the levels beside them.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: another shape, numbers out of range, or the same ratio of signal and noise twice in a row.
+    """
+    checks.tensor("timestep", timestep)
+    signal, noise = checked_pairs(signal, noise)
+    if timestep.shape != (len(signal) - 1,) or len(timestep) == 0:
+        shape = tuple(timestep.shape)
+        raise ValueError(f"timestep has shape {shape}, expected ({len(signal) - 1},), one less than there are levels")
+    chosen = timestep.detach().to("cpu", copy=True)
+    chosen = chosen.double() if chosen.is_floating_point() else chosen.long()
+    path = power_share(signal, noise)
+    if (path[1:] == path[:-1]).any():
+        raise ValueError("signal and noise have the same ratio twice in a row, expected a step between two levels")
+    if scale is None:
+        _, order = np.unique(-path.numpy(), return_index=True)
+        scale = partial(straight, nodes=(signal[order], noise[order]))
+    # 1 - path[:-1] / path[1:], without the difference of numbers near 1.
+    (s, s_after), (n, n_after) = (signal[:-1], signal[1:]), (noise[:-1], noise[1:])
+    betas = (n**2 * s_after**2 - n_after**2 * s**2) / ((s**2 + n**2) * s_after**2)
+    return Grid(chosen, path, betas, scale=scale)

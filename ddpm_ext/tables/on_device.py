@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.checks import is_plain
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["DeviceTables", "StepDeviceTables"]
@@ -68,7 +69,8 @@ class StepDeviceTables(DeviceTables):
                 self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
             if steps.linear:
                 ones = torch.ones_like(zeros)
-                unchanged = StepTable(steps.timestep, zeros, zeros, zeros, ones, draw=steps.draw, after=steps.after)
+                levels = {name: getattr(steps, name) for name in LEVELS}
+                unchanged = StepTable(steps.timestep, zeros, zeros, zeros, ones, draw=steps.draw, **levels)
                 for dtype in (torch.float32, torch.float64):
                     self._tables["linear", cpu, dtype] = steps.packed_linear(cpu, dtype, guidance)
                     self._tables["unchanged", cpu, dtype] = unchanged.packed_extended(cpu, dtype)

@@ -34,7 +34,7 @@ from __future__ import annotations
 import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, overload
 
@@ -45,10 +45,10 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import require
 from ddpm_ext.tables import step_table_files, trace
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table_columns import (
     EXTENDED,
     HISTORY,
-    LEVEL,
     NEEDED,
     OPTIONAL,
     Column,
@@ -59,7 +59,7 @@ from ddpm_ext.tables.step_table_columns import (
     numbers,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
-from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, LINEAR_ROW, PLAIN_ROW, level_roots, pack
+from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, LINEAR_ROW, PLAIN_ROW, pack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,8 +82,8 @@ class StepTable:
         draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
             timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
         c3, l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
-        now, after: alphas_cumprod where the row starts and where it arrives, in [0, 1]; None: zeros, which stand for
-            unknown levels.
+        signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
+        signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were given.
@@ -98,7 +98,7 @@ class StepTable:
     Raises:
         TypeError: a column of other things than numbers, or a draw of other things than integers.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
-            finite; a draw, now or after out of range.
+            finite; a draw or a level out of range.
     """
 
     # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
@@ -117,8 +117,10 @@ class StepTable:
     l1: Column = EXTENDED
     g0: Column = OPTIONAL
     g1: Column = OPTIONAL
-    now: Column = LEVEL
-    after: Column = LEVEL
+    signal_now: Column = OPTIONAL
+    noise_now: Column = OPTIONAL
+    signal_after: Column = OPTIONAL
+    noise_after: Column = OPTIONAL
     cu: Column = HISTORY
     h1: Column = HISTORY
     h2: Column = HISTORY
@@ -199,7 +201,7 @@ class StepTable:
 
     def __repr__(self) -> str:
         """The rows, aligned: the extended and the linear kernel's own columns where not all of their numbers are 0; g0,
-        g1, now and after are left out."""
+        g1 and the levels are left out."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
@@ -242,7 +244,7 @@ class StepTable:
         guidance: Values | None = None,
     ) -> Tensor:
         """The extended kernel's form, `dtype` (rows, 16) on `device`: seven columns as packed's, then c3, l0, l1, g0,
-        g1, sqrt(after), sqrt(1 - after), the scale of classifier-free guidance, and a zero.
+        g1, signal_after, noise_after, the scale of classifier-free guidance, and a zero.
 
         Args:
             guidance: (rows,), finite; None: ones.
@@ -252,9 +254,7 @@ class StepTable:
             ValueError: not a device, or a guidance of another length, or not finite.
         """
         scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
-        k0, k1 = level_roots(self.after)
-        others = [("k0", k0), ("k1", k1), ("w", torch.from_numpy(scale))]
-        return pack([*self._values(EXTENDED_ROW), *others], device, dtype)
+        return pack([*self._values(EXTENDED_ROW), ("w", torch.from_numpy(scale))], device, dtype)
 
     def packed_linear(
         self,
@@ -279,6 +279,23 @@ class StepTable:
     def extended(self) -> bool:
         """Whether any c3, l0 or l1 is not 0, so that only the extended kernel takes the rows."""
         return any(bool((values != 0).any()) for _, values in self._values(EXTENDED_ONLY))
+
+    def scaled(self, before: Tensor, after: Tensor) -> StepTable:
+        """The rows for samples that are multiplied by `before` where a row starts, and by `after` where it arrives.
+
+        What rows keep for later ones, and what a model returns, is of the old scale still.
+
+        Args:
+            before, after: float64 (rows,), above 0, on the table's device.
+        """
+        rows = {
+            **dict.fromkeys(("c0", "c2", "c3", "cu", "h1", "h2", "h3", "s", "signal_after", "noise_after"), after),
+            **dict.fromkeys(("a", "k1"), 1 / before),
+            **dict.fromkeys(("g0", "signal_now", "noise_now"), before),
+            "c1": after / before,
+            "g1": after * before,
+        }
+        return replace(self, **{name: getattr(self, name) * factor for name, factor in rows.items()})
 
     # --------------------------------------------------------------------------------------------------- in files
 
@@ -353,7 +370,6 @@ class StepTable:
 COLUMNS = tuple(field.name for field in fields(StepTable))
 PLAIN = tuple(field.name for field in fields(StepTable) if not field.kw_only)  # in every file and every repr
 ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
-LEVELS = tuple(name for name in COLUMNS if vars(StepTable)[name] is LEVEL)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 EXTENDED_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is EXTENDED)
 LINEAR_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is HISTORY)

@@ -12,7 +12,6 @@ from torch import Tensor
 __all__ = [
     "EXTENDED",
     "HISTORY",
-    "LEVEL",
     "NEEDED",
     "OPTIONAL",
     "Column",
@@ -28,7 +27,7 @@ Array = npt.NDArray[Any]
 
 
 class Column:
-    """What a column of a StepTable is. The dataclass's fields have this type and one of the five values below.
+    """What a column of a StepTable is. The dataclass's fields have this type and one of the four values below.
 
     To type checkers it is a descriptor: Values where a column is given, a Tensor where it is read. At run time a column
     is an attribute like any other, and __get__ only gives the dataclass the field's default.
@@ -51,7 +50,6 @@ NEEDED = Column(needed=True)
 OPTIONAL = Column()  # None: zeros, but for draw
 EXTENDED = Column()  # optional; only the extended kernel takes a row in which it is not 0
 HISTORY = Column()  # optional; only the linear kernel takes a row in which it is not 0
-LEVEL = Column()  # optional; an alphas_cumprod, in [0, 1]
 
 
 def numbers(name: str, values: Values, rows: int | None = None) -> Array:
@@ -124,8 +122,8 @@ def check_draws(draw: Array) -> None:
 
 
 def check_levels(name: str, levels: Array) -> None:
-    """Raises ValueError unless all are in [0, 1]."""
-    bad = (levels < 0) | (levels > 1)
+    """Raises ValueError unless all are at least 0."""
+    bad = levels < 0
     if bad.any():
         i = int(np.argmax(bad))
-        raise ValueError(f"{name}[{i}] is {levels[i]}, expected 0 <= {name} <= 1")
+        raise ValueError(f"{name}[{i}] is {levels[i]}, expected {name} >= 0")

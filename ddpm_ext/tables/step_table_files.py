@@ -8,11 +8,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddpm_ext.base.files import write_text
+from ddpm_ext.tables.levels import unit_levels
 
 __all__ = ["read", "write"]
 
-FORMAT, VERSION = "ddpm_ext.StepTable", 2  # version 1 had no columns of the linear step, cu to k2
+# Version 1 had no columns of the linear step, cu to k2. Up to version 2, levels were alphas_cumprod, now and after.
+FORMAT, VERSION = "ddpm_ext.StepTable", 3
+OLD_LEVELS = ("now", "after")
 
 
 def write(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
@@ -39,7 +44,7 @@ def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[s
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _parse(found, needed, others)
+        return _with_levels(_parse(found, needed, (*others, *OLD_LEVELS)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -65,3 +70,18 @@ def _parse(found: Any, needed: Sequence[str], others: Sequence[str]) -> dict[str
         if not isinstance(row, list) or len(row) != len(names):
             raise ValueError(f"rows[{i}] is {row!r}, expected a list of {len(names)} numbers")
     return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def _with_levels(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns with levels of signal and noise in place of alphas_cumprod; a column of zeros had no levels.
+
+    Raises ValueError where one is not in [0, 1].
+    """
+    for name in OLD_LEVELS:
+        powers = columns.pop(name, [])
+        if not all(isinstance(power, int | float) and 0 <= power <= 1 for power in powers):
+            raise ValueError(f"{name} holds {powers}, expected 0 <= {name} <= 1")
+        if any(powers):
+            signal, noise = unit_levels(torch.tensor(powers, dtype=torch.float64, device="cpu"))
+            columns |= {f"signal_{name}": signal.tolist(), f"noise_{name}": noise.tolist()}
+    return columns

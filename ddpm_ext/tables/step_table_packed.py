@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["EXTENDED_ROW", "LINEAR_ROW", "PLAIN_ROW", "level_roots", "pack"]
+__all__ = ["EXTENDED_ROW", "LINEAR_ROW", "PLAIN_ROW", "pack"]
 
 # The columns that the plain, the extended and the linear kernel read, in the order of their rows.
 PLAIN_ROW = ("a", "b", "c0", "c1", "c2", "s", "draw")
-EXTENDED_ROW = (*PLAIN_ROW, "c3", "l0", "l1", "g0", "g1")
+EXTENDED_ROW = (*PLAIN_ROW, "c3", "l0", "l1", "g0", "g1", "signal_after", "noise_after")
 LINEAR_ROW = (*PLAIN_ROW, "cu", "h1", "h2", "h3", "k0", "k1", "k2")
 WIDTHS = (8, 16)
 
@@ -42,9 +41,3 @@ def pack(columns: Sequence[tuple[str, Tensor]], device: torch.device | str, dtyp
         # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
         (integers if name == "draw" else table)[:, i] = values
     return table.to(there)
-
-
-def level_roots(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), on the CPU."""
-    power = alphas_cumprod.cpu().numpy()  # numpy's root is rounded alike on every machine, unlike torch's
-    return torch.from_numpy(np.sqrt(power)), torch.from_numpy(np.sqrt(1 - power))

@@ -87,7 +87,7 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"inpaint": X}, TypeError, ["inpaint is a Tensor", "an Inpaint"]),
         ({"inpaint": Inpaint(X[:2], X[:2])}, ValueError, [r"known has shape \(2, 2, 4\)", r"\(3, 2, 4\)"]),
         ({"inpaint": Inpaint(X.half(), X)}, TypeError, ["known has dtype torch.float16", "float32"]),
-        ({"inpaint": Inpaint(X, X), "sampler": BARE, "steps": None}, ValueError, ["inpaint is given", "`after`"]),
+        ({"inpaint": Inpaint(X, X), "sampler": BARE, "steps": None}, ValueError, ["inpaint is given", "signal_after"]),
         ({"inpaint": Inpaint(X, X, 1, 2), "sampler": "dpmpp_2m", "steps": 20}, ValueError, ["history"]),
         ({"self_condition": 1}, TypeError, ["self_condition is 1", "a bool"]),
         ({"self_condition": True, "guidance": 2.0}, ValueError, ["self_condition is given beside guidance"]),

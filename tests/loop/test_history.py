@@ -65,7 +65,7 @@ def by_hand(table, *, scale=None, clip=(-1.0, 1.0), known=None, mask=None, thres
             history = [row.k0 * x0 + row.k1 * x + row.k2 * m, *history[:2]]
         x = new
         if known is not None:
-            noised = np.sqrt(row.after) * known + np.sqrt(1 - row.after) * z
+            noised = row.signal_after * known + row.noise_after * z
             x = mask * noised + (1 - mask) * x
         samples.append(x)
     return samples

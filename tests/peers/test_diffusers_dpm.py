@@ -92,12 +92,12 @@ def test_heun(spacing, prediction, theirs):
     for i, (row, t) in enumerate(zip(table, scheduler.timesteps, strict=True)):
         start, m = normals(2, i)
         if row.c3 == 0:
-            x, h, scale, outer = start.double().numpy(), 0.0, 0.0, start / row.now**0.5
+            x, h, scale, outer = start.double().numpy(), 0.0, 0.0, start / row.signal_now
         m64 = m.double().numpy()
         outer = scheduler.step(m, t, outer).prev_sample
         scale = scale + size(row, x, m64, h, 0.0)
         h, x = take(row, x, m64, h)
-        off = worst(x, outer * row.after**0.5, scale)
+        off = worst(x, outer * row.signal_after, scale)
         assert off <= RELATIVE, (i, off)
 
 

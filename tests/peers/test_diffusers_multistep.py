@@ -83,7 +83,7 @@ def compare(sampler: str, arguments: dict, kind: str, options: dict, steps: int,
     outputs = torch.randn(len(table) + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = outputs[-1].numpy()
     by_sigma = sampler in SIGMA_SPACE
-    theirs = outputs[-1] / (table.now[0].sqrt() if by_sigma else 1)
+    theirs = outputs[-1] / (table.signal_now[0] if by_sigma else 1)
     history, worst, largest = [], 0.0, 0.0
     for row, t, m in zip(table, scheduler.timesteps, 2 * outputs, strict=False):
         # With a model that predicts x0, a clip of x0 is a clip of the output, which they get clipped already.
@@ -93,7 +93,7 @@ def compare(sampler: str, arguments: dict, kind: str, options: dict, steps: int,
         x0, after = take(row, x, m.numpy(), history=history, clip=clip)
         history = push(row, history, x0, x, m.numpy())
         x = after
-        expected = (theirs * (row.after**0.5 if by_sigma else 1)).numpy()
+        expected = (theirs * (row.signal_after if by_sigma else 1)).numpy()
         assert np.isfinite(expected).all()
         worst, largest = max(worst, abs(x - expected).max()), max(largest, abs(expected).max())
     assert worst > 0

@@ -219,7 +219,7 @@ def test_rows_say_what_their_tables_say():
     grid = make_grid(gd.alphas_cumprod, timesteps, betas=gd.betas)
     table = ddpm(grid, variance="fixed_large")
     for ours, name in (
-        (table.now, "alphas_cumprod"),
+        (table.signal_now**2, "alphas_cumprod"),
         (table.c0, "posterior_mean_coef1"),
         (table.c1, "posterior_mean_coef2"),
     ):

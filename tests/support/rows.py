@@ -4,6 +4,7 @@ import math
 import struct
 
 from ddpm_ext import StepTable
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, StepRow
 
 SMALL = {"timestep": [2, 1, 0], "a": [1, 2, 3], "b": [0.5] * 3, "c0": [1, 0, 1], "c1": [0, 1, 0]}
@@ -21,7 +22,7 @@ def any_rows(choose, most=14):
     rows = []
     for _ in range(choose.integer(1, most)):
         factors = {name: any_float(choose) for name in (*FACTORS, *ADDED)}
-        levels = {name: choose.one_of([0.0, 1.0, 0.1, 5e-324, 1 - 2**-53]) for name in ("now", "after")}
+        levels = {name: abs(any_float(choose)) for name in LEVELS}
         rows.append(StepRow(timestep=step(), draw=choose.integer(0, 2**32 - 1), **{**factors, **levels}))
     return rows
 

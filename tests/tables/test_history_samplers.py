@@ -42,10 +42,11 @@ def errors(name, arguments, make, exact, prediction):
         for first in (-2.0, 0.5, 3.0):
             x, history = first, []
             for i, row in enumerate(table):
-                m = best_prediction(row.now, x, prediction)
+                m = best_prediction(row.signal_now**2, x, prediction)
                 x0, after = take(row, x, m, history=history)
-                history, x = push(row, history, x0, x, m), flow(first, start, row.after) if i < exact else after
-            distances.append(abs(x - flow(first, start, row.after)))
+                history = push(row, history, x0, x, m)
+                x = flow(first, start, row.signal_after**2) if i < exact else after
+            distances.append(abs(x - flow(first, start, row.signal_after**2)))
         yield max(distances)
 
 
@@ -138,7 +139,7 @@ def test_clean_data(name, steps):
     found = {}
     for sampler in (name, "euler"):
         table = deterministic(sampler, grid)
-        assert table.after[-1] == 1
+        assert table.signal_after[-1] == 1
         (mean, _), exact = [*moments(table, levels, 1.0, 0.0)][-1], flow(1.0, grid.now[0].item(), 1.0)
         found[sampler] = abs(mean - exact)
     assert found[name] < found["euler"]
@@ -163,7 +164,7 @@ def test_a_thousand_steps(name):
     arguments = {"order": 3} if name in ("unipc", "deis") else {"eta": 0.0} if name in WITH_ETA else {}
     table, x, history = SAMPLERS[name](grid, **arguments), 0.5, []
     for row in table:
-        m = best_prediction(row.now, x, "eps")
+        m = best_prediction(row.signal_now**2, x, "eps")
         x0, after = take(row, x, m, history=history)
         history, x = push(row, history, x0, x, m), after
     assert x == pytest.approx(flow(0.5, grid.now[0].item(), 1.0), abs=2e-3)

@@ -8,6 +8,7 @@ from support.choices import for_many
 from support.gaussian import SIGMA, marginal, moments
 
 from ddpm_ext import Philox, StepTable, ops, randn
+from ddpm_ext.tables import levels
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm, repaint
 from ddpm_ext.tables.schedules import make_betas
@@ -36,7 +37,7 @@ def visited(rows, length, passes):
 
 
 def is_jump(row):
-    return row.now > row.after
+    return row.signal_now > row.signal_after
 
 
 @for_many(60)
@@ -71,10 +72,10 @@ def test_the_papers_setting():
 def test_jump_is_the_forward_process(choose):
     rows, length = choose.integer(3, 30), choose.integer(1, 5)
     table = repaint(make_table(rows, variance="learned_range"), jump_length=length, jump_n_sample=2)
-    assert table.now[1:].tolist() == table.after[:-1].tolist()
+    assert table.signal_now[1:].tolist() == table.signal_after[:-1].tolist()
     for row in filter(is_jump, table):
         assert row.a == row.b == row.c0 == row.c2 == row.c3 == row.l0 == row.l1 == row.g0 == row.g1 == 0
-        assert row.c1**2 == pytest.approx(row.after / row.now, rel=1e-14)
+        assert row.c1**2 == pytest.approx(row.signal_after**2 / row.signal_now**2, rel=1e-14)
         assert row.c1**2 + row.s**2 == pytest.approx(1, rel=1e-14)
 
 
@@ -85,7 +86,8 @@ def test_jump_in_the_kernel(device):
     row = table[i]
     x, z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).to(device)
     found = ops.reverse_step(x, torch.full_like(x, 5.0), table.packed(device), i, noise=z)
-    expected = (row.after / row.now) ** 0.5 * x.double() + (1 - row.after / row.now) ** 0.5 * z.double()
+    alpha = (row.signal_after / row.signal_now) ** 2
+    expected = alpha**0.5 * x.double() + (1 - alpha) ** 0.5 * z.double()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-7)
     drawn = ops.reverse_step(0 * x, x, table.packed(device), i, rng=Philox(3))
     torch.testing.assert_close(drawn, row.s * randn((3, 7), Philox(3), draw=row.draw, device=device))
@@ -94,9 +96,10 @@ def test_jump_in_the_kernel(device):
 def exact_table(rows):
     """ddpm's table with the variance for normal data of standard deviation SIGMA. Each row's distribution is exact."""
     table = make_table(rows)
-    columns = {name: getattr(table, name) for name in ("timestep", "a", "b", "c0", "c1", "now", "after")}
-    of_x0 = SIGMA**2 * (1 - table.now) / marginal(table.now)[1]  # the variance of x0, given x_t
-    posterior = (1 - table.after) * (1 - table.now / table.after) / (1 - table.now)
+    columns = {name: getattr(table, name) for name in ("timestep", "a", "b", "c0", "c1", *levels.LEVELS)}
+    now, after = table.signal_now**2, table.signal_after**2
+    of_x0 = SIGMA**2 * (1 - now) / marginal(now)[1]  # the variance of x0, given x_t
+    posterior = (1 - after) * (1 - now / after) / (1 - now)
     return StepTable(**columns, s=(posterior + table.c0**2 * of_x0).sqrt())
 
 
@@ -108,15 +111,15 @@ def test_distribution_stays(spread, length, passes):
     For data without variance ddpm's own rows are exact.
     """
     table = exact_table(40) if spread else make_table(40)
-    levels = dict(zip(table.timestep.tolist(), table.now.tolist(), strict=True))
+    levels = dict(zip(table.timestep.tolist(), (table.signal_now**2).tolist(), strict=True))
     repainted = repaint(table, jump_length=length, jump_n_sample=passes)
-    start = marginal(table.now[0].item(), spread)
+    start = marginal((table.signal_now[0] ** 2).item(), spread)
     reached = moments(repainted, levels, *start, sigma=spread)
     for row, found in zip(repainted, reached, strict=True):
-        if row.after == 1 and not spread:
+        if row.signal_after == 1 and not spread:
             assert found == pytest.approx((0.4, 0.0), abs=1e-11)
         else:
-            assert found == pytest.approx(marginal(row.after, spread), rel=1e-9)
+            assert found == pytest.approx(marginal(row.signal_after**2, spread), rel=1e-9)
 
 
 def test_other_tables():
@@ -137,7 +140,7 @@ def test_other_tables():
         (make_table(5), {"jump_length": 1.0}, TypeError, "jump_length is 1.0, expected an int"),
         (make_table(5), {"jump_n_sample": 0}, ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
         (make_table(5), {"jump_n_sample": True}, TypeError, "jump_n_sample is True, expected an int"),
-        (make_table(5)[::-1], {}, ValueError, "table does not descend, expected now < after"),
+        (make_table(5)[::-1], {}, ValueError, "table does not descend, expected less noise"),
         (make_table(5)[::2], {}, ValueError, "table does not descend, .* each to start where one ended"),
         (StepTable([1, 0], *[[0, 0]] * 4), {}, ValueError, "table does not descend"),
         (SAMPLERS["dpmpp_2m"](make_grid(LEVELS, [900, 500, 0])), {}, ValueError, "table has history"),

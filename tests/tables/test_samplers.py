@@ -156,7 +156,7 @@ def test_alphas_cumprod_zero(sampler):
     descending = torch.tensor([2, 1, 0])
     for prediction in PREDICTIONS:
         table = SAMPLERS[sampler](make_grid(levels, descending, betas=betas), prediction=prediction)
-        assert table.now[0] == table.g0[0] == 0
+        assert table.signal_now[0] == table.g0[0] == 0
         first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
         assert (table.a[0], table.b[0]) == first
         # The float64 columns are finite, or there would be no table.
@@ -258,11 +258,12 @@ def test_predictions_agree(name, grid):
 def test_rows_have_the_levels_where_they_start_and_end(name, grid):
     """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
     table = SAMPLERS[name](grid)
-    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
+    path = list(zip(grid.alphas_cumprod.sqrt().tolist(), (1 - grid.alphas_cumprod).sqrt().tolist(), strict=True))
+    levels = dict(zip(grid.timestep.tolist(), path, strict=False))
     now = [levels[t] for t in table.timestep.tolist()]
     assert table.timestep.dtype == grid.timestep.dtype
-    assert table.now.tolist() == now
-    assert table.after.tolist() == [*now[1:], grid.after[-1].item()]
+    assert list(zip(table.signal_now.tolist(), table.noise_now.tolist(), strict=True)) == now
+    assert list(zip(table.signal_after.tolist(), table.noise_after.tolist(), strict=True)) == [*now[1:], path[-1]]
     assert len(set(table.draw.tolist())) == len(table)
 
 

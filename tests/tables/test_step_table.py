@@ -15,6 +15,7 @@ from support.rows import any_float, any_rows, bits, changed, of
 
 import ddpm_ext
 from ddpm_ext import Philox, StepTable, ops
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
 
 # ------------------------------------------------------------------------------------------------------ columns
@@ -143,9 +144,8 @@ def test_under_modes():
         ({"c3": [0, 1]}, ValueError, r"c3 has shape \(2,\), expected \(3,\), one a row as timestep"),
         ({"l1": [0, 1, math.inf]}, ValueError, r"l1\[2\] is inf, expected finite numbers"),
         ({"g0": "abc"}, TypeError, "g0 holds <U3, expected real numbers"),
-        ({"now": [0, 0.5, -0.1]}, ValueError, r"now\[2\] is -0.1, expected 0 <= now <= 1"),
-        ({"now": [1, 0.5, math.nan]}, ValueError, r"now\[2\] is nan, expected finite numbers"),
-        ({"after": [1, 1.0000001, 2]}, ValueError, r"after\[1\] is 1.0000001, expected 0 <= after <= 1"),
+        ({"signal_now": [0, 2, -0.1]}, ValueError, r"signal_now\[2\] is -0.1, expected signal_now >= 0"),
+        ({"noise_after": [1, 0.5, math.nan]}, ValueError, r"noise_after\[2\] is nan, expected finite numbers"),
     ],
 )
 def test_refused(columns, error, message):
@@ -210,10 +210,10 @@ def test_packed_extended(device, choose):
         assert packed.is_contiguous()
         expected = []
         for i, row in enumerate(rows):
-            known = [math.sqrt(row.after), math.sqrt(1 - row.after)]
             scale = 1.0 if guidance is None else guidance[i]
             with np.errstate(over="ignore", under="ignore"):
                 first = np.array(row[1:7]).astype(kind)
+                known = [row.signal_after, row.noise_after]
                 second = np.array([row.c3, row.l0, row.l1, row.g0, row.g1, *known, scale]).astype(kind)
             expected.append(struct.pack(layout, *first, row.draw, *second, 0))
         assert packed.cpu().numpy().tobytes() == b"".join(expected)
@@ -242,7 +242,7 @@ def test_packed_bad():
 
 
 def test_on_a_device(device):
-    rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i, *range(5), 0.25, 0.5) for i in range(20)]
+    rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i, *range(5), 0.25, 0.5, 0.75, 2.0) for i in range(20)]
     table = of(rows)
     there = table.to(device)
     for name in COLUMNS:
@@ -312,8 +312,8 @@ def test_replace():
     assert set(table.diff(other).columns) == {"s", "g0"}
     assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3]
     assert other.a.data_ptr() != table.a.data_ptr()
-    with pytest.raises(ValueError, match=r"now\[0\] is 2"):
-        dataclasses.replace(table, now=[2, 0, 0])
+    with pytest.raises(ValueError, match=r"noise_now\[0\] is -2"):
+        dataclasses.replace(table, noise_now=[-2, 0, 0])
     with pytest.raises(TypeError, match="c9"):
         dataclasses.replace(table, c9=[0, 0, 0])
 
@@ -353,7 +353,7 @@ def test_repr_is_an_aligned_table(count):
 @pytest.mark.parametrize("shown", [["c3"], ["l0", "l1"], ["l1"], ["c3", "l0", "l1"]])
 def test_repr_of_an_extended_table(shown):
     values = {name: [0.0, 0.125, -2.5] for name in shown}
-    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", "now", "after")}
+    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", *LEVELS)}
     table = changed(**values, **hidden)
     title, head, *lines = repr(table).splitlines()
     assert title == "StepTable of 3 rows"

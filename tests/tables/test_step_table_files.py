@@ -8,6 +8,7 @@ from support.choices import for_many
 from support.rows import any_rows, bits, changed, of
 
 from ddpm_ext import StepTable
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS
 
 
@@ -19,23 +20,37 @@ def test_files_preserve_every_bit(choose, tmp_path_factory):
     loaded = StepTable.load(str(path))
     assert bits(loaded) == bits(rows)
     content = json.loads(path.read_text())
-    assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 2)
+    assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 3)
     assert content["columns"] == list(COLUMNS)
     assert bits(content["rows"]) == bits(rows)
     assert sum(line.count("[") for line in path.read_text().splitlines()[5:-2]) == len(rows)  # one line a row
     assert [found.name for found in path.parent.iterdir()] == ["a.json"]
 
 
-def test_files_of_version_1_are_read(tmp_path):
-    """They have no columns of the linear step."""
-    path, table = tmp_path / "a.json", changed()
-    table.save(path)
-    content = json.loads(path.read_text())
-    left_out = [content["columns"].index(name) for name in ("cu", "h1", "h2", "h3", "k0", "k1", "k2")]
-    for row in (content["columns"], *content["rows"]):
-        row[:] = [value for i, value in enumerate(row) if i not in left_out]
-    path.write_text(json.dumps({**content, "version": 1}))
-    assert StepTable.load(path) == table
+LINEAR = ("cu", "h1", "h2", "h3", "k0", "k1", "k2")
+
+
+@pytest.mark.parametrize(("version", "left_out"), [(1, LINEAR), (2, ())])
+@pytest.mark.parametrize(
+    "levels", [[(0.0, 0.0), (0.25, 0.75), (0.75, 1.0)], [(0.0, 0.0)] * 3], ids=["known", "unknown"]
+)
+def test_files_of_older_versions_are_read(tmp_path, version, left_out, levels):
+    """Their levels are alphas_cumprod, in two columns, which are all 0 where no level is known."""
+    columns = [name for name in COLUMNS if name not in (*LEVELS, *left_out)]
+    rows = [[*(getattr(row, name) for name in columns), *pair] for row, pair in zip(changed(), levels, strict=True)]
+    content = {"format": "ddpm_ext.StepTable", "version": version, "columns": [*columns, "now", "after"], "rows": rows}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(content))
+    expected = {}
+    for name, powers in zip(("now", "after"), zip(*levels, strict=True), strict=True):
+        if any(powers):
+            expected[f"signal_{name}"] = [math.sqrt(power) for power in powers]
+            expected[f"noise_{name}"] = [math.sqrt(1 - power) for power in powers]
+    assert StepTable.load(path) == changed(**expected)
+    rows[1][-1] = 1.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"a.json: after holds .*1.5.*, expected 0 <= after <= 1"):
+        StepTable.load(path)
 
 
 def test_failed_save_leaves_the_old_file(tmp_path):
@@ -112,8 +127,8 @@ def cell(row, column, value):
         (lambda content: "\udcff", "is not JSON: .*utf"),
         (lambda content: "[1, 2]", "format is None, expected 'ddpm_ext.StepTable'"),
         (broken(format="onnx"), "format is 'onnx', expected 'ddpm_ext.StepTable'"),
-        (broken(version=3), "version is 3, newer than this ddpm_ext, which reads up to 2"),
-        (broken(version=0), "version is 0, expected an int from 1 to 2"),
+        (broken(version=4), "version is 4, newer than this ddpm_ext, which reads up to 3"),
+        (broken(version=0), "version is 0, expected an int from 1 to 3"),
         (broken(version=True), "version is True, expected an int"),
         (broken(version="1"), "version is '1', expected an int"),
         (without("s"), r"columns are \['timestep', 'a', 'b', 'c0', 'c1', 'c2', 'draw', .* expected timestep, a, b"),
@@ -122,7 +137,7 @@ def cell(row, column, value):
         (broken(columns=None), "columns are None"),
         (broken(rows=None), "rows are missing"),
         (broken(rows=[]), "rows are missing"),
-        (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 22 numbers"),
+        (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 24 numbers"),
         (broken(rows=[{"a": 1}]), r"rows\[0\] is \{'a': 1\}"),
         (cell(1, "a", "x"), "a holds <U"),
         (cell(1, "b", None), "b holds NoneType"),
@@ -132,7 +147,7 @@ def cell(row, column, value):
         (cell(0, "draw", 1.5), "draw holds float64, expected integers"),
         (cell(0, "draw", -1), r"draw\[0\] is -1"),
         (cell(0, "l1", "x"), "l1 holds <U"),
-        (cell(0, "now", 1.5), r"now\[0\] is 1.5, expected 0 <= now <= 1"),
+        (cell(0, "noise_now", -1.5), r"noise_now\[0\] is -1.5, expected noise_now >= 0"),
     ],
 )
 def test_files_that_are_refused(change, message, tmp_path):

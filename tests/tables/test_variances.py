@@ -162,11 +162,11 @@ def test_gradient_is_another_eps(grid, prediction):
     for table in tables:
         x, m, h, z, g = random(5, len(table), 3, seed=1)
         for i, row in enumerate(table):
-            of_eps, of_x0 = -((1 - row.now) ** 0.5), (1 - row.now) / row.now**0.5
+            of_eps, of_x0 = -row.noise_now, (1 - row.signal_now**2) / row.signal_now
             shift = {
                 "eps": of_eps,
                 "x0": of_x0,
-                "v": row.now**0.5 * of_eps - (1 - row.now) ** 0.5 * of_x0,
+                "v": row.signal_now * of_eps - row.noise_now * of_x0,
             }[prediction]
             guided = take(row, x[i], m[i], h[i], z[i], g=g[i])
             expected = take(row, x[i], m[i] + shift * g[i], h[i], z[i])
@@ -181,7 +181,7 @@ def test_gradient_comes_after_the_clip(keep_eps, eta):
     grid = make_grid(schedule()[1], [999, 600, 250, 3])
     x, m, z, g = random(4, 4, 50, seed=2)
     for i, row in enumerate(ddim(grid, eta=eta, keep_eps=keep_eps)):
-        now, before = row.now, row.after
+        now, before = row.signal_now**2, row.signal_after**2
         x0 = np.clip((x[i] - (1 - now) ** 0.5 * m[i]) / now**0.5, -1, 1)
         eps = m[i] if keep_eps else (x[i] - now**0.5 * x0) / (1 - now) ** 0.5
         eps = eps - (1 - now) ** 0.5 * g[i]

@@ -6,6 +6,7 @@ of ddpm_ext's samplers are for.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from ddpm_ext.integrations.shared import Support
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.samplers import euler, euler_ancestral
-from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["SUPPORT", "EulerAncestralDiscrete", "EulerDiscrete"]
 
@@ -77,23 +77,9 @@ def _make(sigmas: Tensor, timesteps: Tensor, prediction_type: str, ancestral: bo
     steps = (euler_ancestral if ancestral else euler)(grid, prediction=prediction)
     # A loop of ddpm_ext draws the same noise: by the timestep, or by the row where timesteps are fractional.
     whole = len(t) == len(now) and bool((t == t.round()).all()) and bool((t >= 0).all()) and len(t.unique()) == len(t)
-    return make_rows(_for_unscaled_samples(steps, t.long() if whole else grid.timestep), None)
-
-
-def _for_unscaled_samples(steps: StepTable, draw: Tensor) -> StepTable:
-    """The steps for samples that are divided by sqrt(alphas_cumprod), where a row starts and where it arrives."""
-    before, to = steps.now.sqrt(), 1 / steps.after.sqrt()
-    return StepTable(
-        steps.timestep,
-        a=steps.a * before,
-        b=steps.b,
-        c0=steps.c0 * to,
-        c1=steps.c1 * before * to,
-        s=steps.s * to,
-        draw=draw,
-        now=steps.now,
-        after=steps.after,
-    )
+    # diffusers' samples are divided by sqrt(alphas_cumprod).
+    unscaled = steps.scaled(now.rsqrt(), after.rsqrt())
+    return make_rows(replace(unscaled, draw=t.long() if whole else grid.timestep, g0=None), None)
 
 
 def _input_scales(sigmas: Tensor) -> FusedRows:

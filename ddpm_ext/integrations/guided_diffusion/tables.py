@@ -152,8 +152,9 @@ class FusedTables:
     def _ddim(self, eta: float) -> Rows:
         if not 0 <= eta < math.inf:
             raise Fallback("its eta is negative or not finite")
-        steps = ddim(self._process.grid(), prediction=self.prediction, eta=eta, keep_eps=False)
-        if (1 - steps.after - steps.s**2 < 0).any():
+        grid = self._process.grid()
+        steps = ddim(grid, prediction=self.prediction, eta=eta, keep_eps=False)
+        if (1 - grid.after - steps.s**2 < 0).any():
             raise Fallback("its eta asks for more noise than there is")
         return Rows(self._on_device(steps[::-1]), eta > 0)
 

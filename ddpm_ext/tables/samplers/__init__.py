@@ -1,8 +1,9 @@
 """Samplers: functions that fill the rows of a StepTable, which a loop or a kernel takes as they are.
 
-All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable; `ddpm_ext.tables.spacing` makes grids
-(`ddpm_ext.tables.grid` says what they are), and `ddpm_ext.tables.step_table` has the equation of a row. The
-docstrings write a_t for alphas_cumprod where a step starts, and a_s for alphas_cumprod where it arrives.
+All have one signature, sampler(grid, *, prediction="eps", ...) -> StepTable. `ddpm_ext.tables.grid` makes grids, and
+`ddpm_ext.tables.step_table` has the equation of a row. Rows are written for variance-preserving samples and scaled
+to the grid's levels afterwards (any_scale.py). The docstrings write a_t for alphas_cumprod where a step starts, and a_s
+for alphas_cumprod where it arrives.
 
 The rows also say how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). In ddpm's rows it
 moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),

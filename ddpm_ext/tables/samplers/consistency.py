@@ -6,6 +6,7 @@ import torch
 
 from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import implicit
 from ddpm_ext.tables.samplers.eta import check_eta
 from ddpm_ext.tables.step_table import StepTable
@@ -15,6 +16,7 @@ __all__ = ["lcm", "tcd"]
 SIGMA_DATA = 0.5
 
 
+@at_any_scale
 def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float = 10.0) -> StepTable:
     """Multistep sampling of a latent consistency model: Luo et al. 2023, section 4, as diffusers has it.
 
@@ -42,11 +44,11 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
         c1=signal * skip,
         s=(1 - grid.after).sqrt(),
         g0=coefficients.score(grid),
-        now=grid.now,
-        after=grid.after,
+        **grid.levels,
     )
 
 
+@at_any_scale
 def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
     """Strategic stochastic sampling of trajectory consistency distillation: Zheng et al. 2024, as diffusers has it.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
@@ -24,9 +25,10 @@ def implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool)
         c1 = direction / (1 - now).sqrt()
         c0, c2, g1 = after.sqrt() - c1 * now.sqrt(), torch.zeros_like(a), torch.zeros_like(a)
     guided = {"g0": coefficients.score(grid), "g1": g1}
-    return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, now=now, after=after, **guided)
+    return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, **grid.levels, **guided)
 
 
+@at_any_scale
 def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_eps: bool = True) -> StepTable:
     """DDIM: Song et al. 2021, eq. (12), with sigma from eq. (16).
 
@@ -45,6 +47,7 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
     return implicit(grid, prediction, coefficients.sigma(grid, eta), keep_eps)
 
 
+@at_any_scale
 def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) -> StepTable:
     """DDIM's map from noise to data in reverse: from data to the noise that leads there.
 
@@ -65,6 +68,7 @@ def ddim_inverse(grid: Grid, *, prediction: str = "eps", keep_eps: bool = True) 
     return implicit(grid, prediction, torch.zeros_like(grid.now), keep_eps)
 
 
+@at_any_scale
 def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     """Euler's method for the probability flow in sigma: Karras et al. 2022, algorithm 1 without its second half.
 
@@ -76,6 +80,7 @@ def euler(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
     return ddim(grid, prediction=prediction, eta=0.0, keep_eps=False)
 
 
+@at_any_scale
 def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
     """k-diffusion's ancestral Euler: a step down to less noise than the next timestep's, then fresh noise up to it.
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Posterior
 
 __all__ = ["ddpm"]
 
 
+@at_any_scale
 def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_small") -> StepTable:
     """Ancestral sampling, a draw from the posterior q(x_s | x_t, x_0): Ho et al. 2020, eq. (6), (7) and algorithm 2.
 
@@ -52,6 +54,5 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
         l0=l0,
         l1=l1,
         g1=weight,
-        now=grid.now,
-        after=grid.after,
+        **grid.levels,
     )

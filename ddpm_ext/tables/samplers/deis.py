@@ -7,11 +7,13 @@ import numpy as np
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients, multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["deis"]
 
 
+@at_any_scale
 def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_final: bool = True) -> StepTable:
     """tAB-DEIS: Zhang & Chen 2023, section 3.3, with the polynomial in log sigma, as diffusers' "logrho".
 

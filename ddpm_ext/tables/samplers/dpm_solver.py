@@ -8,6 +8,7 @@ import torch
 
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients, multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.eta import check_eta
 from ddpm_ext.tables.step_table import StepTable
 
@@ -36,11 +37,11 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool
         s=(1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt(),
         c3=-towards_x0 * onward,
         g0=coefficients.score(grid),
-        now=now,
-        after=after,
+        **grid.levels,
     )
 
 
+@at_any_scale
 def dpmpp_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver++(2M): Lu et al. 2022b ("DPM-Solver++"), algorithm 2.
 
@@ -58,6 +59,7 @@ def dpmpp_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
     return _dpm_solver(grid, prediction, 0.0, lower_order_final)
 
 
+@at_any_scale
 def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower_order_final: bool = True) -> StepTable:
     """SDE-DPM-Solver++(2M): Lu et al. 2022b, in diffusers' "midpoint" form, with k-diffusion's eta.
 
@@ -101,6 +103,7 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
     return multistep.of_x0(grid, prediction, of_x, weights, s)
 
 
+@at_any_scale
 def dpmpp_3m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver++(3M): with the x0 of two steps before, as k-diffusion's dpmpp_3m_sde without noise.
 
@@ -121,6 +124,7 @@ def dpmpp_3m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = T
     return _third_order(grid, prediction, 0.0, lower_order_final)
 
 
+@at_any_scale
 def dpmpp_3m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower_order_final: bool = True) -> StepTable:
     """SDE-DPM-Solver++(3M), as k-diffusion's.
 
@@ -139,6 +143,7 @@ def dpmpp_3m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
     return _third_order(grid, prediction, check_eta(eta), lower_order_final)
 
 
+@at_any_scale
 def dpm_solver_2m(grid: Grid, *, prediction: str = "eps", lower_order_final: bool = True) -> StepTable:
     """DPM-Solver(2M): dpmpp_2m's rule for eps in place of x0, as diffusers' "dpmsolver" with midpoints.
 

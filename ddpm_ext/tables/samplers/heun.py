@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.levels import LEVELS, unit_levels
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["heun"]
 
 
+@at_any_scale
 def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """Heun's method for the probability flow in sigma: Karras et al. 2022, algorithm 1, without churn.
 
@@ -29,11 +32,12 @@ def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     zeros = torch.zeros_like(half)
     correction = {
         **{name: getattr(start, name)[1:] for name in ("timestep", "a", "b", "g0")},
-        **{"c0": half, "c1": torch.ones_like(half), "c3": -half, "now": middle, "after": middle},
+        **{"c0": half, "c1": torch.ones_like(half), "c3": -half},
+        **dict(zip(LEVELS, unit_levels(middle) * 2, strict=True)),
     }
     finite = torch.stack([torch.ones_like(ratio), ratio], 1).flatten().isfinite()
     columns = {}
-    for name in ("timestep", "a", "b", "c0", "c1", "c3", "g0", "now", "after"):
+    for name in ("timestep", "a", "b", "c0", "c1", "c3", "g0", *LEVELS):
         euler_rows = getattr(start, name)
         pairs = torch.stack([euler_rows[:-1], correction.get(name, zeros)], 1).flatten()
         columns[name] = torch.cat([pairs[finite], euler_rows[-1:]])

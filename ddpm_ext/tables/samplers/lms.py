@@ -5,11 +5,13 @@ from __future__ import annotations
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["lms"]
 
 
+@at_any_scale
 def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
     """Adams and Bashforth's method for steps of any length, for the probability flow in sigma, as k-diffusion's.
 

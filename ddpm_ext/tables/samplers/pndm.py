@@ -7,7 +7,9 @@ from dataclasses import fields
 import torch
 
 from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ipndm", "plms"]
@@ -21,6 +23,7 @@ ADAMS_BASHFORTH = (
 )
 
 
+@at_any_scale
 def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """iPNDM: Zhang & Chen 2023, as diffusers has it.
 
@@ -38,6 +41,7 @@ def ipndm(grid: Grid, *, prediction: str = "eps") -> StepTable:
     return multistep.of_eps(grid, prediction, [ADAMS_BASHFORTH[order - 1] for order in used])
 
 
+@at_any_scale
 def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
     """PLMS, the multistep sampler of PNDM: Liu et al. 2022, as Stable Diffusion and diffusers have it.
 
@@ -60,8 +64,7 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
         c0=half * there.k0,
         c1=1 + half * there.k1,
         h1=-half,
-        now=there.now,
-        after=there.now,
+        **dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True)),
     )
     columns = {
         field.name: torch.cat(

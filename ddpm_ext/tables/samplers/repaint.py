@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 __all__ = ["repaint"]
@@ -15,12 +16,13 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
     RePaint, Lugmayr et al. 2022, algorithm 1, in the order of its authors' get_schedule_jump. Every `jump_length` rows,
     counted from the last one, the loop goes back over that many rows and takes them again, until it has taken them
-    `jump_n_sample` times. A jump is one row, a step of the forward process: c1^2 = after / now, s^2 = 1 - c1^2. The
+    `jump_n_sample` times. A jump is one row, a step of the forward process: c1 = signal_after / signal_now, s^2 =
+    noise_after^2 - c1^2 noise_now^2. The
     model has no part in it (a = b = c0 = c2 = 0); its timestep is the one that it starts from. Every row draws noise of
     its own.
 
     Args:
-        table: descending, without history, with the columns now and after.
+        table: descending, without history, with the columns of levels.
         jump_length: how many rows a jump goes back, at least 1.
         jump_n_sample: how many times each stretch is taken, at least 1; 1 means no jumps.
 
@@ -35,16 +37,26 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     table = table.to("cpu")
     if (table.c3 != 0).any() or table.linear:
         raise ValueError("table has history (c3 or h1 to k2), which a jump would make another step's, expected none")
-    if not (table.now < table.after).all() or not torch.equal(table.now[1:], table.after[:-1]):
-        raise ValueError("table does not descend, expected now < after in each row, and each to start where one ended")
+    falls = table.noise_now * table.signal_after > table.noise_after * table.signal_now
+    goes_on = table.signal_now[1:].equal(table.signal_after[:-1]) and table.noise_now[1:].equal(table.noise_after[:-1])
+    if not (falls.all() and goes_on):
+        raise ValueError(
+            "table does not descend, expected less noise after each row, and each to start where one ended"
+        )
 
     row, back = torch.tensor(_order(len(table), length, passes), device="cpu").T
     jump = back > 0
-    now, after = table.now[row], torch.where(jump, table.now[row - back], table.after[row])
-    power = after / now
-    forward = {"c1": power.sqrt(), "s": (1 - power).sqrt(), "now": now, "after": after}
+    signal, noise = table.signal_now[row], table.noise_now[row]
+    signal_after, noise_after = table.signal_now[row - back], table.noise_now[row - back]
+    slope = signal_after / signal
+    forward = {
+        "c1": slope,
+        "s": (noise_after**2 - (slope * noise) ** 2).clamp(min=0).sqrt(),
+        **dict(zip(LEVELS, (signal, noise, signal_after, noise_after), strict=True)),
+    }
+    zeros = torch.zeros_like(slope)
     columns = {
-        name: torch.where(jump, forward.get(name, torch.zeros_like(now)), getattr(table, name)[row])
+        name: torch.where(jump, forward.get(name, zeros), getattr(table, name)[row])
         for name in COLUMNS
         if name not in ("timestep", "draw")
     }

@@ -9,6 +9,7 @@ import numpy as np
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.samplers import coefficients, multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["unipc"]
@@ -17,6 +18,7 @@ SOLVERS = ("bh2", "bh1")
 ORDERS = 4  # above the highest order
 
 
+@at_any_scale
 def unipc(
     grid: Grid, *, prediction: str = "eps", order: int = 2, solver: str = "bh2", lower_order_final: bool = True
 ) -> StepTable:

@@ -1,0 +1,25 @@
+"""Samplers for samples of any scale, by samplers for variance-preserving ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["at_any_scale"]
+
+
+def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
+    """A sampler for grids of any scale, by one that makes rows for variance-preserving samples."""
+
+    @wraps(sampler)
+    def scaled(grid: Any, **options: Any) -> StepTable:
+        if grid.scale is None:
+            return sampler(grid, **options)
+        table = sampler(grid.unscaled(), **options)
+        before = grid.scale(table.signal_now, table.noise_now)
+        return table.scaled(before, grid.scale(table.signal_after, table.noise_after))
+
+    return scaled

@@ -1,0 +1,193 @@
+"""Levels of signal and noise: rows for samples of any scale, and the scales of flow, sigma space and EDM."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.choices import for_many
+from support.gaussian import push, take
+
+from ddpm_ext.tables.grid import Jumps, grid_of_levels, make_grid
+from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm, euler
+from ddpm_ext.tables.schedules import make_betas
+
+F64 = torch.float64
+FLOW = torch.tensor([1.0, 0.9, 0.55, 0.3, 0.02, 0.0], dtype=F64)
+SIGMAS = torch.tensor([80.0, 14.6, 2.5, 0.4, 0.002, 0.0], dtype=F64)
+CURVED = 1.2 - FLOW**2, FLOW**0.5  # of no name
+
+
+def grid(signal, noise, **options):
+    return grid_of_levels(torch.arange(len(signal) - 1, 0, -1), signal, noise, **options)
+
+
+GRIDS = {
+    "flow": grid(1 - FLOW, FLOW),
+    "flow, by its name": grid(1 - FLOW, FLOW, scale=flow),
+    "sigma": grid(torch.ones_like(SIGMAS), SIGMAS),
+    "curved": grid(CURVED[0], CURVED[1]),
+}
+
+
+# -------------------------------------------------------------------------------------------------------- the grid
+
+
+@pytest.mark.parametrize(("signal", "noise"), [(1 - FLOW, FLOW), (torch.ones_like(SIGMAS), SIGMAS), CURVED])
+def test_grid_of_levels(signal, noise):
+    """It holds the levels; alphas_cumprod is the signal's share of the power, and beta what a step adds."""
+    found = grid(signal, noise)
+    for ours, given in zip(found.pairs, (signal, noise), strict=True):
+        torch.testing.assert_close(ours, given, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(found.alphas_cumprod, signal**2 / (signal**2 + noise**2), rtol=1e-15, atol=0)
+    torch.testing.assert_close(found.betas, 1 - found.now / found.after, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(found[1:3].pairs[1], noise[1:4], rtol=1e-10, atol=0)
+    levels = found.levels
+    assert torch.equal(levels["signal_after"][:-1], levels["signal_now"][1:])
+    assert torch.equal(levels["noise_after"][:-1], levels["noise_now"][1:])
+    assert found.unscaled().pairs[0].tolist() == found.alphas_cumprod.sqrt().tolist()
+
+
+@pytest.mark.parametrize(
+    ("timestep", "signal", "noise", "error", "message"),
+    [
+        (torch.arange(2), [1.0, 1.0, 1.0], torch.ones(3), TypeError, "signal is a list, expected a tensor"),
+        (torch.arange(2), torch.arange(3), torch.ones(3), TypeError, "signal has dtype torch.int64"),
+        (torch.arange(2), torch.ones(3), torch.ones(2), ValueError, r"noise has shape \(2,\)"),
+        (torch.arange(2), torch.ones(3), torch.tensor([3.0, -1, 0]), ValueError, "noise reaches from -1.0 to 3.0"),
+        (torch.arange(2), torch.ones(3), torch.tensor([math.inf, 1, 0]), ValueError, "noise reaches from 0.0 to inf"),
+        (
+            torch.arange(2),
+            torch.tensor([0.0, 0, 1]),
+            torch.tensor([1.0, 0, 0]),
+            ValueError,
+            r"signal\[1\] and noise\[1\]",
+        ),
+        (
+            torch.arange(3),
+            torch.ones(3),
+            torch.tensor([2.0, 1, 0]),
+            ValueError,
+            r"timestep has shape \(3,\), .* \(2,\)",
+        ),
+        (torch.arange(2), torch.ones(3), torch.tensor([2.0, 2, 0]), ValueError, "the same ratio twice in a row"),
+        ([1, 0], torch.ones(3), torch.tensor([2.0, 1, 0]), TypeError, "timestep is a list"),
+    ],
+)
+def test_levels_that_are_refused(timestep, signal, noise, error, message):
+    with pytest.raises(error, match=message):
+        grid_of_levels(timestep, signal, noise)
+
+
+# ---------------------------------------------------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("make", [flow, sigma_space])
+def test_levels_between_lie_on_the_line(make):
+    """Flow and sigma space are lines, so known levels of them give all others, also beyond the outermost."""
+    between = unit_levels(torch.tensor([0.9999, 0.97, 0.5, 0.2, 1e-3], dtype=F64))
+    known = unit_levels(torch.tensor([0.99, 0.6, 0.55, 0.1], dtype=F64))
+    nodes = tuple(level * make(*known) for level in known)
+    torch.testing.assert_close(straight(*between, nodes=nodes), make(*between), rtol=1e-12, atol=0)
+    one = straight(*between, nodes=tuple(level[:1] for level in nodes))
+    torch.testing.assert_close(one, make(*known)[:1].expand(5), rtol=1e-15, atol=0)
+
+
+def test_edm_is_the_scale_of_its_networks_input():
+    """c_in = 1 / sqrt(sigma^2 + sigma_data^2) times x0 + sigma eps: Karras et al. 2022, table 1."""
+    sigma = torch.tensor([80.0, 1.0, 0.002, 0.0], dtype=F64)
+    signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    for sigma_data in (0.5, 1.7):
+        c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+        r = edm(signal, noise, sigma_data)
+        torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
+        torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
+        assert (signal * r)[-1] == 1  # clean data is as the data set has it
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "curved"])
+def test_euler_is_a_step_along_the_line(name):
+    """x + (sigma' - sigma) (x - x0) / sigma: diffusers' flow matching, and k-diffusion's sigmas. Both have straight
+    levels, so that x0's weight is what noise is removed."""
+    levels = GRIDS[name]
+    rows = euler(levels, prediction="x0")
+    x, x0 = 1.75, -0.3
+    for i, row in enumerate(rows):
+        sigma, after = levels.pairs[1][i : i + 2].tolist()
+        assert take(row, x, x0)[1] == pytest.approx(x + (after - sigma) * (x - x0) / sigma, rel=1e-12, abs=1e-14)
+
+
+def walk(table, x, outputs, gradients, noises, before, after):
+    """x after each row, for samples that are multiplied by `before` where a row starts; floats."""
+    history, h, reached = [], 0.0, []
+    for i, row in enumerate(table):
+        scaled, m, g = x * before[i], outputs[i], gradients[i] / before[i]
+        x0, x_next = take(row, scaled, m, h, noises[i], g=g, clip=(-1, 1), history=history)
+        history, h = push(row, history, np.clip(row.a * scaled + row.b * m, -1, 1), scaled, m), x0
+        reached.append(x_next)
+        x = x_next / after[i]
+    return np.array(reached)
+
+
+@for_many(60)
+def test_every_sampler_at_any_scale(choose):
+    """With samples multiplied by r, and a classifier's gradient divided by it, a loop reaches the samples of the
+    variance-preserving loop, multiplied by r."""
+    name = choose.one_of(list(GRIDS), "levels")
+    levels = GRIDS[name]
+    levels = replace(levels, schedule=levels.alphas_cumprod.flip(0))
+    sampler = choose.one_of(list(SAMPLERS), "sampler")
+    prediction = choose.one_of(["eps", "x0", "v"], "prediction")
+    unit = SAMPLERS[sampler](levels.unscaled(), prediction=prediction)
+    table = SAMPLERS[sampler](levels, prediction=prediction)
+    rng = np.random.default_rng(choose.integer(0, 1000, "seed"))
+    values = rng.normal(size=(3, len(table)))
+    powers = [
+        [math.hypot(*pair) for pair in zip(*columns, strict=True)]
+        for columns in (
+            (table.signal_now.tolist(), table.noise_now.tolist()),
+            (table.signal_after.tolist(), table.noise_after.tolist()),
+        )
+    ]
+    ones = np.ones(len(table))
+    x = rng.normal()
+    expected = walk(unit, x, *values, ones, ones) * powers[1]
+    found = walk(table, x, *values, *powers)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    for column in LEVELS:
+        own = getattr(unit, column).numpy() * powers[column.endswith("after")]
+        np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
+    assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])
+def test_learned_variances_are_of_the_variance_preserving_samples(variance):
+    levels = GRIDS["flow"]
+    unit = ddpm(levels.unscaled(), prediction="x0", variance=variance)
+    table = ddpm(levels, prediction="x0", variance=variance)
+    r = [math.hypot(row.signal_after, row.noise_after) for row in table]
+    for i in range(len(table)):
+        given = {"v": 0.25, "v_is_variance": variance == "learned_variance", "z": 1.5}
+        before = math.hypot(table[i].signal_now, table[i].noise_now)
+        expected = take(unit[i], 0.5, 0.75, **given)[1] * r[i]
+        assert take(table[i], 0.5 * before, 0.75, **given)[1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_variance_preserving_rows_keep_their_bits():
+    """Without a scale nothing is multiplied; steps that do not follow one on another have levels, too."""
+    betas = make_betas("linear", 1000)
+    alphas_cumprod = (1 - betas).cumprod(0)
+    steps = make_grid(alphas_cumprod, [900, 500, 0])
+    jumps = Jumps(steps.timestep, steps.now, steps.after, steps.alphas)
+    table = ddim(jumps)
+    assert table == ddim(steps)
+    assert table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
+    unit = ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal)))
+    assert unit == table
