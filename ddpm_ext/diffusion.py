@@ -298,8 +298,8 @@ class GaussianDiffusion:
                 of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's timesteps, so that the
                 model gets float32 timesteps.
             timesteps: these timesteps, int64, descending, instead of steps and spacing.
-            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: 0 for ddim,
-                1 for the others.
+            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
+                sampler's own, 0 for ddim.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
                 it to; or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.

@@ -44,6 +44,10 @@ def test_training_code(root, tmp_path, monkeypatch):
     assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 6
 
 
+def test_reinforcement_code(root, tmp_path, monkeypatch):
+    assert run(root / "docs" / "reinforcement.md", tmp_path, monkeypatch) == 1
+
+
 def test_every_loss_and_weighting_is_documented(root):
     told = set(re.findall(r'`"(\w+)"`', (root / "docs" / "training.md").read_text()))
     assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told
