@@ -104,17 +104,15 @@ class StepLogProb:
                     raise ValueError(
                         f"{name} requires a gradient, expected none: detach it (backend='reference' has one)"
                     )
-        elements = x[0].numel() if self.reduction == "sum" else 1
+        elements = math.prod(x.shape[1:]) if self.reduction == "sum" else 1
         tables = self._tables.get_or_make(elements, lambda: self._make(elements))
         dtype = self._dtype or checks.compute_dtype(x.dtype)
-        if self.clip is None:
-            source = {"noise": x}
-            rows = tables.get("linear", x.device, dtype)
-        else:
-            steps = tables.get("steps", x.device, dtype)
+        name = "linear"
+        if self.clip is not None:
+            name, steps = "mean", tables.get("steps", x.device, dtype)
             model_output = self._ops.reverse_step(x, model_output, steps, row, clip=self.clip, add_noise=False)
-            rows, source = tables.get("mean", x.device, dtype), {"noise": x}
-        squares = self._ops.diffusion_loss(model_output, prev, rows, row, reduction="none", **source)
+        rows = tables.get(name, x.device, dtype)
+        squares = self._ops.diffusion_loss(model_output, prev, rows, row, noise=x, reduction="none")
         return squares + tables.get("constant", x.device, squares.dtype)[row]
 
     def _check_rows(self, row: int | Tensor, x: Tensor) -> None:

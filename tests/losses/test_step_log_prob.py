@@ -21,7 +21,7 @@ TABLES = {
     "ddim": ddim(GRID, prediction="eps", eta=0.6),
     "euler_ancestral": euler_ancestral(GRID, prediction="x0"),
     "flow_sde": flow_sde(FLOW, prediction="x0", last_noise=True),
-    "dance": flow_sde(FLOW, prediction="v", eta=0.3, noise="dance_grpo"),
+    "dance": flow_sde(FLOW, prediction="v", eta=0.3, variant="dance_grpo"),
 }
 SHAPE = (5, 3, 17, 11)  # of more than one of the kernel's chunks, and none of whole ones
 tables = pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)

@@ -32,12 +32,12 @@ def dance_grpo(x, v, z, sigma, after, eta, _):
 def test_steps(name, step, steps, eta):
     sigma = [*flow_sigmas(steps, shift=3.0).tolist(), 0.0]
     grid = flow_grid(torch.tensor(sigma[:-1], dtype=torch.float64))
-    table = flow_sde(grid, prediction="x0", eta=eta, noise=name, last_noise=True)
+    table = flow_sde(grid, prediction="x0", eta=eta, variant=name, last_noise=True)
     x, v, z = 0.75, -1.25, 0.5
     for i, row in enumerate(table):
         expected = step(x, v, z, sigma[i], sigma[i + 1], eta, sigma[1])
         assert take(row, x, x - sigma[i] * v, z=z)[1] == pytest.approx(expected, rel=1e-11, abs=1e-12)
-    clean = flow_sde(grid, prediction="x0", eta=eta, noise=name)
+    clean = flow_sde(grid, prediction="x0", eta=eta, variant=name)
     assert clean.s[-1] == 0
     assert take(clean[len(clean) - 1], x, 0.125)[1] == pytest.approx(0.125)
     if eta == 0:
@@ -55,9 +55,9 @@ def end_variance(table, grid, variance):
     return now
 
 
-@pytest.mark.parametrize("noise, eta", [("flow_grpo", 0.7), ("flow_grpo", 0.3), ("dance_grpo", 0.4)])
+@pytest.mark.parametrize("variant, eta", [("flow_grpo", 0.7), ("flow_grpo", 0.3), ("dance_grpo", 0.4)])
 @pytest.mark.parametrize("schedule", ["flow", "variance preserving"])
-def test_marginals_are_the_flows(noise, eta, schedule):
+def test_marginals_are_the_flows(variant, eta, schedule):
     """In the limit of short steps: the error of the variance is of first order in the number of steps."""
     levels = (1 - make_betas("scaled_linear", 4000)).cumprod(0)
     errors = []
@@ -66,11 +66,11 @@ def test_marginals_are_the_flows(noise, eta, schedule):
             grid = flow_grid(flow_sigmas(steps, shift=3.0))
         else:
             grid = make_grid(levels, torch.arange(3999, -1, -4000 // steps))
-        errors.append(abs(end_variance(flow_sde(grid, prediction="x0", eta=eta, noise=noise), grid, 0.25) - 0.25))
+        errors.append(abs(end_variance(flow_sde(grid, prediction="x0", eta=eta, variant=variant), grid, 0.25) - 0.25))
     assert errors[-1] < 0.02
     assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
 
 
-def test_unknown_noise():
-    with pytest.raises(ValueError, match="noise is 'cps', expected 'flow_grpo' or 'dance_grpo'"):
-        flow_sde(flow_grid(flow_sigmas(3)), noise="cps")
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"):
+        flow_sde(flow_grid(flow_sigmas(3)), variant="cps")

@@ -14,7 +14,7 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["flow_sde"]
 
-NOISES = ("flow_grpo", "dance_grpo")
+VARIANTS = ("flow_grpo", "dance_grpo")
 
 
 @at_any_scale
@@ -23,10 +23,10 @@ def flow_sde(
     *,
     prediction: str = "eps",
     eta: float = 0.7,
-    noise: str = "flow_grpo",
+    variant: str = "flow_grpo",
     last_noise: bool = False,
 ) -> StepTable:
-    """A step of Euler and Maruyama along the SDE that has the flow's marginals: Liu et al. 2025, "Flow-GRPO", eq. (9).
+    """A step of Euler and Maruyama along an SDE that has the flow's marginals: Liu et al. 2025, "Flow-GRPO".
 
     With t the flow's sigma where a step starts, t' where it arrives, and d the SDE's coefficient of noise,
 
@@ -39,21 +39,21 @@ def flow_sde(
         grid: descending.
         prediction: as for ddpm.
         eta: the scale of the noise, Flow-GRPO's noise_level; finite, >= 0. 0 gives Euler's method.
-        noise: "flow_grpo", where d = eta sqrt(t / (1 - t)), with t' in place of a t of 1 in the denominator, as in the
-            authors' code; or "dance_grpo", where d = eta (Xue et al. 2025).
+        variant: "flow_grpo", where d = eta sqrt(t / (1 - t)), with t' in place of a t of 1 in the denominator, as in
+            the authors' code; or "dance_grpo", where d = eta (Xue et al. 2025).
         last_noise: whether the step to clean data adds noise too, as both codes do. Without it that step ends in the
             predicted x_0, and has no probability.
 
     Raises:
-        TypeError, ValueError: as ddim; an unknown `noise`.
+        TypeError, ValueError: as ddim; an unknown `variant`.
     """
-    eta, _ = check_eta(eta), checks.one_of("noise", noise, NOISES)
+    eta, _ = check_eta(eta), checks.one_of("variant", variant, VARIANTS)
     signal, of_noise = unit_levels(grid.now)
     signal_after, noise_after = unit_levels(grid.after)
     t, power_after = of_noise / (signal + of_noise), signal_after + noise_after
     t_after = noise_after / power_after
     d = torch.full_like(t, eta)
-    if noise == "flow_grpo":
+    if variant == "flow_grpo":
         d = d * (t / (1 - torch.where(t == 1, t_after, t))).sqrt()
     if not last_noise:
         d = torch.where(t_after == 0, 0.0, d)
