@@ -297,12 +297,13 @@ class GaussianDiffusion:
             sampler: "ddpm", "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a StepTable, whose
                 rows are the steps.
             steps: the number of timesteps to visit; None: all.
-            spacing: which timesteps: "linspace" (evenly, with both ends), "leading", "trailing", "quadratic", or
-                "ddim25", "10,15,20" and the like (see ddpm_ext.tables.spacing); "karras" and "log_snr" lie between the
-                schedule's timesteps, and the model gets float32 timesteps.
+            spacing: which timesteps: "linspace" (evenly, with both ends), "trailing" or another of
+                ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or "karras" or another
+                of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's timesteps, so that the
+                model gets float32 timesteps.
             timesteps: these timesteps, int64, descending, instead of steps and spacing.
-            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: 0 for ddim,
-                1 for the others.
+            eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
+                sampler's own, 0 for ddim.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
                 it to; or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.

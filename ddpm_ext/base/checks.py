@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "compute_dtype",
     "device",
+    "finite",
     "integer",
     "is_plain",
     "like",
@@ -42,6 +43,15 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value
+
+
+def finite(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+    return float(value)
 
 
 def nonnegative(name: str, value: object) -> None:

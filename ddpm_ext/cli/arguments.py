@@ -13,7 +13,7 @@ import torch
 
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
-from ddpm_ext.tables.spacing import SIGMA_GRIDS, SPACINGS
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.training.options import DTYPES
 
 __all__ = [
@@ -146,7 +146,7 @@ seed = whole_number(0, 2**64 - 1)
 
 DEVICES = "cpu, cuda, cuda:1, ..."
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
-SPACING_NAMES = f"{', '.join(SPACINGS)}, ddim25 or 10,15,20 and the like; or between them: {', '.join(SIGMA_GRIDS)}"
+SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
 
 
 def add_sampling(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -137,6 +138,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--weighting", choices=weightings, default=std.weighting, help="how much each timestep counts")
     often = "how often each timestep is drawn"
     add("--timestep-sampler", choices=tuple(TIMESTEP_SAMPLERS), default=std.timestep_sampler, help=often)
+    finite = number(-math.inf, "a finite number", above=True)
+    more = "mean of logit_normal; above 0 for more noise"
+    add("--logit-mean", type=finite, default=std.logit_mean, metavar="X", help=more)
+    spread = "standard deviation of logit_normal"
+    add("--logit-std", type=positive_number, default=std.logit_std, metavar="X", help=spread)
+    middle = "how much more often mode draws middle timesteps, -1 to 1.75"
+    add("--mode-scale", type=finite, default=std.mode_scale, metavar="X", help=middle)
     bound = "weight of the variational bound beside the loss, for a learned variance"
     add("--vlb-weight", type=nonnegative_number, default=std.vlb_weight, metavar="X", help=bound)
     offset = "strength of noise that all pixels of a channel share"

@@ -2,13 +2,14 @@
 
 All have one interface. A sample's timestep follows from the seed, the iteration and the sample's place in the batch
 over all ranks, by the noise contract (stream 3, draw iteration, id place), so it does not depend on the number of ranks
-or of smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps.
+or of smaller batches. The expectation of a loss times its timestep's weight is the mean over all timesteps, except for
+LogitNormal and Mode: there the density is meant to weight the loss, so all weights are 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from ddpm_ext.ops.philox import philox4x32
 __all__ = [
     "TIMESTEP_SAMPLERS",
     "Importance",
+    "LogitNormal",
     "LossSecondMoment",
     "LowDiscrepancy",
+    "Mode",
     "TimestepSampler",
     "Uniform",
     "make_timestep_sampler",
@@ -55,7 +58,7 @@ class TimestepSampler:
         return f"{type(self).__name__}({self.timesteps})"
 
     def probabilities(self) -> Tensor:
-        """The probability of each timestep, float64 (timesteps,), all above 0; their sum is 1."""
+        """The probability of each timestep, float64 (timesteps,); their sum is 1."""
         return torch.full((self.timesteps,), 1 / self.timesteps, dtype=torch.float64, device="cpu")
 
     def sample(
@@ -79,7 +82,8 @@ class TimestepSampler:
             device: where the results go; they are made on the CPU.
 
         Returns:
-            t, int64 (batch_size,), and their weights 1 / (timesteps p(t)), float32 (batch_size,).
+            t, int64 (batch_size,), and their weights, float32 (batch_size,): 1 / (timesteps p(t)), or all 1 for
+            LogitNormal and Mode.
 
         Raises:
             TypeError, ValueError: an argument of another type, or out of range.
@@ -254,6 +258,87 @@ class LossSecondMoment(_Weighted):
         self._losses, self._counts = (state[name].to("cpu", copy=True) for name in own)
 
 
+class _Density(TimestepSampler):
+    """Draws a time in (0, 1), from little noise to much, by a density of its own. Timestep k is that of the times from
+    k / timesteps to (k + 1) / timesteps."""
+
+    def _quantile(self, positions: Tensor) -> Tensor:
+        """The times that have these probabilities below them, float64."""
+        raise NotImplementedError
+
+    def _pick(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return super()._pick(self._quantile(positions))
+
+    def _edges(self) -> Tensor:
+        """Where timesteps begin and end, float64 (timesteps + 1,)."""
+        return torch.arange(self.timesteps + 1, dtype=torch.float64, device="cpu") / self.timesteps
+
+
+class LogitNormal(_Density):
+    """The time's logit is normal: Esser et al. 2024, section 3.1.
+
+    Args:
+        timesteps: of the diffusion, at least 1.
+        logit_mean: finite; above 0 for more noise. diffusers' training scripts index timesteps that descend, so their
+            logit_mean has the other sign.
+        logit_std: finite, above 0.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+
+    def __init__(self, timesteps: int, logit_mean: float = 0.0, logit_std: float = 1.0) -> None:
+        super().__init__(timesteps)
+        self.logit_mean = checks.finite("logit_mean", logit_mean)
+        self.logit_std = checks.finite("logit_std", logit_std)
+        if not self.logit_std > 0:
+            raise ValueError(f"logit_std is {logit_std}, expected logit_std > 0")
+
+    def _quantile(self, positions: Tensor) -> Tensor:
+        return torch.sigmoid(self.logit_mean + self.logit_std * torch.special.ndtri(positions))
+
+    def probabilities(self) -> Tensor:
+        ends = (torch.logit(self._edges()) - self.logit_mean) / self.logit_std
+        # Above the mean from the other side, where no digits are lost.
+        sign = torch.where(ends[:-1] > 0, -1.0, 1.0)
+        low, high = (torch.special.ndtr(sign * end) for end in (ends[:-1], ends[1:]))
+        return (high - low).abs()
+
+
+class Mode(_Density):
+    """Times near 1/2 are drawn more often for a scale above 0, those at both ends for one below 0: "mode sampling with
+    heavy tails", Esser et al. 2024, section 3.1. At 0 it is uniform.
+
+    Args:
+        timesteps: of the diffusion, at least 1.
+        mode_scale: in [-1, 2 / (pi - 2)].
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+
+    LARGEST = 2 / (math.pi - 2)
+
+    def __init__(self, timesteps: int, mode_scale: float = 1.29) -> None:
+        super().__init__(timesteps)
+        self.mode_scale = checks.finite("mode_scale", mode_scale)
+        if not -1 <= self.mode_scale <= self.LARGEST:
+            raise ValueError(f"mode_scale is {mode_scale}, expected -1 <= mode_scale <= 2 / (pi - 2)")
+
+    def _quantile(self, positions: Tensor) -> Tensor:
+        """The paper's function at u = 1 - positions, so that it rises."""
+        return positions - self.mode_scale * (torch.sin(math.pi / 2 * positions) ** 2 - positions)
+
+    def probabilities(self) -> Tensor:
+        edges = self._edges()
+        low, high = torch.zeros_like(edges), torch.ones_like(edges)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self._quantile(middle) < edges
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high.diff()
+
+
 def _of_all_ranks(own: Any) -> list[Any]:
     """`own` of all ranks of torch.distributed, in their order; of this process alone without it."""
     from torch import distributed
@@ -265,14 +350,16 @@ def _of_all_ranks(own: Any) -> list[Any]:
     return given
 
 
-TIMESTEP_SAMPLERS: dict[str, type[Uniform | LowDiscrepancy | LossSecondMoment]] = {
+TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
     "uniform": Uniform,
     "low_discrepancy": LowDiscrepancy,
     "loss_second_moment": LossSecondMoment,
+    "logit_normal": LogitNormal,
+    "mode": Mode,
 }
 
 
-def make_timestep_sampler(name: str, timesteps: int) -> TimestepSampler:
-    """The sampler of that name in TIMESTEP_SAMPLERS. Raises TypeError and ValueError as its class, and for no such
-    name."""
-    return TIMESTEP_SAMPLERS[checks.one_of("timestep_sampler", name, TIMESTEP_SAMPLERS)](timesteps)
+def make_timestep_sampler(name: str, timesteps: int, **options: Any) -> TimestepSampler:
+    """The sampler of that name in TIMESTEP_SAMPLERS, with its class's `options`. Raises TypeError and ValueError as its
+    class, and for no such name."""
+    return TIMESTEP_SAMPLERS[checks.one_of("timestep_sampler", name, TIMESTEP_SAMPLERS)](timesteps, **options)

@@ -6,7 +6,7 @@ Here are the choices by name, for command lines and messages; what they mean is 
 from ddpm_ext.tables.predictions import PREDICTIONS, SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
-from ddpm_ext.tables.spacing import SIGMA_GRIDS, SPACINGS
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES, VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
@@ -14,7 +14,6 @@ __all__ = [
     "PREDICTIONS",
     "SAMPLERS",
     "SCHEDULES",
-    "SIGMA_GRIDS",
     "SPACED_PREDICTIONS",
     "SPACINGS",
     "TRAINABLE_VARIANCES",

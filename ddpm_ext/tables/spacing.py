@@ -1,32 +1,20 @@
-"""Which timesteps a sampler visits.
-
-sigma = sqrt(1 / alphas_cumprod - 1) is the standard deviation of the noise for a signal of scale 1, as in Karras et al.
-2022.
-"""
+"""Which timesteps a sampler visits, by name: the schedule's own, or, in sigma_grids.py, levels between them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.tables.grid import Grid, checked_levels, make_grid
+from ddpm_ext.tables.beta_quantile import beta_quantile
+from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 
-__all__ = [
-    "SIGMA_GRIDS",
-    "SPACINGS",
-    "karras_grid",
-    "log_snr_grid",
-    "section_timesteps",
-    "spaced_grid",
-    "spaced_timesteps",
-]
-
-
-# ------------------------------------------------------------------------------------------------ whole timesteps
+__all__ = ["SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", "spaced_timesteps"]
 
 
 def _linspace(timesteps: int, steps: int) -> Tensor:
@@ -44,12 +32,38 @@ def _trailing(timesteps: int, steps: int) -> Tensor:
 
 
 def _quadratic(timesteps: int, steps: int) -> Tensor:
-    i = torch.arange(steps, device="cpu")
     ideal = (torch.linspace(0, (0.8 * timesteps) ** 0.5, steps, dtype=torch.float64, device="cpu") ** 2).long()
-    return ((ideal - i).cummax(0).values + i).flip(0)  # no timestep comes twice
+    return _distinct(ideal, timesteps).flip(0)
 
 
-SPACINGS = {"linspace": _linspace, "leading": _leading, "trailing": _trailing, "quadratic": _quadratic}
+def _simple(timesteps: int, steps: int) -> Tensor:
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
+    return timesteps - 1 - (i * (timesteps / steps)).long()
+
+
+def _beta(timesteps: int, steps: int) -> Tensor:
+    share = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
+    ideal = beta_quantile(share, 0.6, 0.6).round(decimals=12) * (timesteps - 1)  # the median is 1/2, not a bit below
+    return _distinct(ideal.round().long(), timesteps).flip(0)
+
+
+def _distinct(rising: Tensor, timesteps: int) -> Tensor:
+    """Rising timesteps of which some may be equal, moved as little as needed, so that none comes twice."""
+    i = torch.arange(len(rising), device="cpu")
+    return (rising - i).cummax(0).values.clamp(max=timesteps - len(rising)) + i
+
+
+TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
+    "linspace": _linspace,
+    "leading": _leading,
+    "trailing": _trailing,
+    "quadratic": _quadratic,
+    "simple": _simple,
+    "beta": _beta,
+}
+
+# All names that `spacing=` takes, beside guided-diffusion's sections.
+SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS}
 
 
 def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "linspace") -> Tensor:
@@ -60,8 +74,10 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         steps: how many to take; None: all, or as many as `spacing` says.
         spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly up from 0; "trailing", evenly
             down from timesteps - 1 (Lin et al. 2023, table 2, has the three); "quadratic", down from 0.8 timesteps and
-            closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "ddim25" and the like, or counts
-            of sections as "10,15,20": see section_timesteps.
+            closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "simple", "trailing" with other
+            rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
+            distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need", as ComfyUI has it), but
+            none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps.
 
     Returns:
         int64 (steps,) on the CPU.
@@ -78,14 +94,14 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
             raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
-    if spacing not in SPACINGS:
-        names = ", ".join(repr(name) for name in SPACINGS)
+    if spacing not in TIMESTEP_SPACINGS:
+        names = ", ".join(repr(name) for name in TIMESTEP_SPACINGS)
         raise ValueError(f"spacing is {spacing!r}, expected {names}, 'ddimN' or counts with commas between")
     if steps is None:
         steps = timesteps
     stop_name = f"{timesteps + 1}, there being {timesteps} timesteps"
     steps = checks.integer("steps", steps, timesteps + 1, stop_name, start=1)
-    return SPACINGS[spacing](timesteps, steps)
+    return TIMESTEP_SPACINGS[spacing](timesteps, steps)
 
 
 def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
@@ -125,78 +141,13 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
     return torch.tensor(taken, dtype=torch.int64, device="cpu").flip(0)
 
 
-# ----------------------------------------------------------------------------------------------------------- grids
-
-
-def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
-    """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
-    levels = checked_levels(alphas_cumprod)
-    known = (1 / levels - 1).sqrt().log()
-    wanted = sigma.log()
-    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    low, high = known[above - 1], known[above]
-    timestep = (above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)).double()
-    path = torch.cat([1 / (1 + sigma**2), levels.new_tensor([final])])
-    return Grid(timestep, path, 1 - path[:-1] / path[1:], levels)
-
-
-def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
-    """The schedule's greatest and least sigma, once `steps` and the schedule have been checked."""
-    levels = checked_levels(alphas_cumprod)
-    checks.integer("steps", steps, 2**31, "2^31", start=1)
-    if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
-        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")
-    if levels[-1] == 0 or levels[0] == 1:
-        raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
-    greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()
-    return greatest, least
-
-
-def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: float = 1.0) -> Grid:
-    """Sigmas evenly spaced in sigma^(1/rho), from the schedule's greatest to its least: Karras et al. 2022, eq. (5).
-
-    Args:
-        alphas_cumprod: (timesteps,), falling, in (0, 1).
-        steps: how many, at least 1.
-        rho: above 0. The greater it is, the more steps are at low noise.
-        final: alphas_cumprod where the last step arrives.
-
-    Returns:
-        A Grid whose timesteps are float64, between the schedule's own.
-
-    Raises:
-        TypeError, ValueError: an argument of another type, or out of range.
-    """
-    if not rho > 0:
-        raise ValueError(f"rho is {rho}, expected rho > 0")
-    greatest, least = _sigma_range(alphas_cumprod, steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
-    return _sigma_grid(alphas_cumprod, (greatest ** (1 / rho) * (1 - ramp) + least ** (1 / rho) * ramp) ** rho, final)
-
-
-def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
-    """Sigmas evenly spaced in log sigma, minus half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
-
-    Args, returns, raises: as for karras_grid.
-    """
-    greatest, least = _sigma_range(alphas_cumprod, steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
-    first, last = (torch.tensor(sigma, device="cpu").double().log() for sigma in (greatest, least))
-    sigma = torch.exp(first * (1 - ramp) + last * ramp)
-    return _sigma_grid(alphas_cumprod, sigma, final)
-
-
-# By the names that `spacing=` takes, beside those of spaced_timesteps.
-SIGMA_GRIDS = {"karras": karras_grid, "log_snr": log_snr_grid}
-
-
 def spaced_grid(alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str) -> Grid:
     """The grid of a spacing by its name.
 
     Args:
         alphas_cumprod, betas: the schedule's, (timesteps,).
         steps: how many; None: as for spaced_timesteps.
-        spacing: a name of SIGMA_GRIDS, or as for spaced_timesteps.
+        spacing: a name of SPACINGS, or sections as for spaced_timesteps.
 
     Raises:
         TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.

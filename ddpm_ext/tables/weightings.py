@@ -7,13 +7,28 @@ eps, for example, is that of x_0 times the ratio.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.tables.predictions import PREDICTIONS
 
-__all__ = ["WEIGHTINGS", "check_given", "edm", "min_snr", "names", "p2", "snr", "truncated_snr", "weights"]
+__all__ = [
+    "WEIGHTINGS",
+    "check_given",
+    "cosmap",
+    "edm",
+    "flow_sigma",
+    "min_snr",
+    "names",
+    "p2",
+    "sigma_sqrt",
+    "snr",
+    "truncated_snr",
+    "weights",
+]
 
 
 def snr(ratio: Tensor) -> Tensor:
@@ -41,7 +56,25 @@ def edm(ratio: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 / sigma_data**2 + ratio
 
 
-WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncated_snr, p2, edm)}
+def flow_sigma(ratio: Tensor) -> Tensor:
+    """sigma of a flow's sample (1 - sigma) x_0 + sigma noise that has this ratio."""
+    return 1 / (1 + ratio.sqrt())
+
+
+def sigma_sqrt(ratio: Tensor) -> Tensor:
+    """sigma^-2 for the error of a flow's velocity, which is that of x_0 divided by sigma: diffusers' training scripts
+    for Stable Diffusion 3."""
+    return flow_sigma(ratio) ** -4
+
+
+def cosmap(ratio: Tensor) -> Tensor:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)) for the error of a flow's velocity, so that log SNR counts as under the cosine
+    schedule: Esser et al. 2024, section 3.1."""
+    sigma = flow_sigma(ratio)
+    return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)) / sigma**2
+
+
+WEIGHTINGS = {function.__name__: function for function in (snr, min_snr, truncated_snr, p2, edm, sigma_sqrt, cosmap)}
 
 
 def names(alphas_cumprod: Tensor, prediction: str) -> tuple[str, ...]:

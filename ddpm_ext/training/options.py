@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
+from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS, Mode
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
-__all__ = ["AUTOCAST", "DTYPES", "TrainOptions", "check_same", "check_same_on_ranks", "with_defaults_of"]
+__all__ = [
+    "AUTOCAST",
+    "DTYPES",
+    "SAMPLER_OPTIONS",
+    "TrainOptions",
+    "check_same",
+    "check_same_on_ranks",
+    "with_defaults_of",
+]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
+# The options that belong to one timestep sampler.
+SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 
 # The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded.
 # The data and the model are compared by what they are, not by the names of their files.
@@ -51,6 +62,9 @@ _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("dropout", 0, 1, "in [0, 1)"),
     ("delta", _ABOVE_0, math.inf, "a positive number"),
     ("vlb_weight", 0, math.inf, "a number >= 0"),
+    ("logit_mean", -sys.float_info.max, math.inf, "a finite number"),
+    ("logit_std", _ABOVE_0, math.inf, "a positive number"),
+    ("mode_scale", -1, math.nextafter(Mode.LARGEST, 2), "in [-1, 2 / (pi - 2)]"),
     ("offset_noise", 0, math.inf, "a number >= 0"),
     ("input_perturbation", 0, math.inf, "a number >= 0"),
 )
@@ -95,6 +109,9 @@ class TrainOptions:
     weighting: str = "simple"
     vlb_weight: float = 0.001
     timestep_sampler: str = "low_discrepancy"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
     checkpoint_every: int = 500

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
 from ddpm_ext.training import checkpoints
-from ddpm_ext.training.options import TrainOptions
+from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
 
 __all__ = ["TrainState"]
 
@@ -36,7 +36,8 @@ class TrainState:
             self.parameters.values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
-        self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps)
+        of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
+        self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **of_sampler)
         self.step = 0
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
         averaged = dict(self.average.named_parameters())

@@ -9,7 +9,8 @@ from support.figure_contents import drawn, legend, points
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, plots, randn
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, euler
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 Image = pytest.importorskip("PIL.Image")

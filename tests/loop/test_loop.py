@@ -13,7 +13,8 @@ from ddpm_ext.loop.rows import CACHED
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS
-from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.step_table import StepTable
 
 # Those whose rows read what the rows before found or kept.

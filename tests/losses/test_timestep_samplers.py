@@ -17,8 +17,10 @@ from ddpm_ext import reference
 from ddpm_ext.losses.timestep_samplers import (
     TIMESTEP_SAMPLERS,
     Importance,
+    LogitNormal,
     LossSecondMoment,
     LowDiscrepancy,
+    Mode,
     Uniform,
     make_timestep_sampler,
 )
@@ -41,7 +43,10 @@ SAMPLERS = {
     "low_discrepancy": lambda: LowDiscrepancy(TIMESTEPS),
     "importance": lambda: Importance(DENSITY),
     "loss_second_moment": learned,
+    "logit_normal": lambda: LogitNormal(TIMESTEPS, 0.7, 0.8),
+    "mode": lambda: Mode(TIMESTEPS, -0.6),
 }
+DENSITIES = (LogitNormal, Mode)  # whose weights are 1
 each = pytest.mark.parametrize("make", SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -109,10 +114,11 @@ def test_distribution(make):
             assert np.abs(counts / len(moments) - expected).max() < 0.002
         else:
             assert stats.chisquare(counts, expected * len(moments)).pvalue > 1e-3
-    torch.testing.assert_close(weights, (1 / (TIMESTEPS * sampler.probabilities()))[t].float())
+    kept = torch.ones(TIMESTEPS) if isinstance(sampler, DENSITIES) else 1 / (TIMESTEPS * sampler.probabilities())
+    torch.testing.assert_close(weights, kept[t].float())
 
 
-@each
+@pytest.mark.parametrize("make", list(SAMPLERS.values())[:4], ids=list(SAMPLERS)[:4])
 def test_weights_keep_the_mean(make):
     """For losses of all sizes."""
     losses = torch.tensor([3.0, 1.0, -4.0, 1.0, 5.0, 9.0, 2.0], dtype=torch.float64)
@@ -124,6 +130,44 @@ def test_weights_keep_the_mean(make):
     weighted = (losses[t] * weights).flatten()
     error = weighted.std() / len(weighted) ** 0.5
     assert abs(weighted.mean() - losses.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 9, 1000])
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-1.5, 0.5), (3.0, 2.0)])
+def test_logit_normal_is_the_papers_density(timesteps, mean, std):
+    """Esser et al. 2024, section 3.1, integrated over each timestep by quadrature."""
+
+    def density(x):
+        logit = math.log(x / (1 - x))
+        return math.exp(-(((logit - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi) * x * (1 - x))
+
+    nodes, shares = np.polynomial.legendre.leggauss(400 if timesteps < 10 else 20)
+    edges = np.arange(timesteps) / timesteps
+    found = LogitNormal(timesteps, mean, std).probabilities()
+    assert found.sum().item() == pytest.approx(1, abs=1e-12)
+    for start, probability in list(zip(edges, found.tolist(), strict=True))[:: max(1, timesteps // 50)]:
+        at = start + (nodes + 1) / (2 * timesteps)
+        expected = sum(share * density(x) for x, share in zip(at, shares, strict=True)) / (2 * timesteps)
+        assert probability == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.3, 0.0, 0.81, 1.29, 2 / (math.pi - 2)])
+def test_mode_is_the_papers_function(scale):
+    """Esser et al. 2024, section 3.1: t = 1 - u - s (cos^2(pi u / 2) - 1 + u), for a uniform u."""
+    timesteps, n = 13, 2**20
+    u = (np.arange(n) + 0.5) / n
+    t = 1 - u - scale * (np.cos(np.pi / 2 * u) ** 2 - 1 + u)
+    expected = np.histogram(t, bins=np.arange(timesteps + 1) / timesteps)[0] / n
+    np.testing.assert_allclose(Mode(timesteps, scale).probabilities().numpy(), expected, atol=3 / n)
+
+
+def test_shaped_densities_are_continuous_quantiles_of_the_same_draws():
+    """Every sampler takes the same uniform number at a place, so that Mode at 0 is Uniform."""
+    asked = {"batch_size": 200, "seed": 5, "iteration": 2}
+    assert torch.equal(Mode(1000, 0.0).sample(**asked)[0], Uniform(1000).sample(**asked)[0])
+    uniforms = [uniform(5, 2, place) for place in range(200)]
+    expected = [math.floor(1000 / (1 + math.exp(-(0.5 + 2 * stats.norm.ppf(u))))) for u in uniforms]
+    assert LogitNormal(1000, 0.5, 2.0).sample(**asked)[0].tolist() == expected
 
 
 def test_importance_is_what_was_asked():
@@ -312,7 +356,8 @@ def test_names():
     for name, kind in TIMESTEP_SAMPLERS.items():
         sampler = make_timestep_sampler(name, 12)
         assert type(sampler) is kind and sampler.timesteps == 12 and repr(sampler) == f"{kind.__name__}(12)"
-    assert list(TIMESTEP_SAMPLERS) == ["uniform", "low_discrepancy", "loss_second_moment"]
+    assert list(TIMESTEP_SAMPLERS) == ["uniform", "low_discrepancy", "loss_second_moment", "logit_normal", "mode"]
+    assert make_timestep_sampler("logit_normal", 12, logit_std=0.5).logit_std == 0.5
     with pytest.raises(ValueError, match="timestep_sampler is 'sobol', expected 'uniform' or 'low_discrepancy' or"):
         make_timestep_sampler("sobol", 12)
 

@@ -10,7 +10,7 @@ from support.gaussian import take
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import dpmpp_2m, dpmpp_2m_sde, heun
-from ddpm_ext.tables.spacing import karras_grid
+from ddpm_ext.tables.sigma_grids import karras_grid
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,7 +8,8 @@ import torch
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import euler, euler_ancestral
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,7 +12,8 @@ from support.gaussian import push, take
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 pytest_plugins = "support.k_diffusion"
 SHAPE = (2, 3, 2)

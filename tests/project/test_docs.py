@@ -7,12 +7,13 @@ import torch
 from support.eager_tutorial import GaussianDiffusion as EagerTutorial
 
 from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.cli.arguments import SPACING_NAMES
 from ddpm_ext.integrations.k_diffusion import NAMES
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.samplers import SAMPLERS
-from ddpm_ext.tables.spacing import spaced_timesteps
+from ddpm_ext.tables.spacing import SPACINGS, spaced_timesteps
 from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 
@@ -31,7 +32,7 @@ def run(page, folder, monkeypatch):
 
 def test_sampling_code(root, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 10
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 11
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
 
 
@@ -44,6 +45,10 @@ def test_training_code(root, tmp_path, monkeypatch):
     assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 7
 
 
+def test_reinforcement_code(root, tmp_path, monkeypatch):
+    assert run(root / "docs" / "reinforcement.md", tmp_path, monkeypatch) == 1
+
+
 def test_every_loss_and_weighting_is_documented(root):
     told = set(re.findall(r'`"(\w+)"`', (root / "docs" / "training.md").read_text()))
     assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told
@@ -52,10 +57,18 @@ def test_every_loss_and_weighting_is_documented(root):
 def test_spacings_table(root):
     text = (root / "docs" / "sampling.md").read_text()
     rows = re.findall(r'^\| `"([a-z\d,]+)"` \| ([\d ]+\d)', text, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 8
     for spacing, timesteps in rows:
         steps = None if spacing[-1].isdigit() else 5
         assert spaced_timesteps(1000, steps, spacing).tolist() == [int(t) for t in timesteps.split()]
+
+
+def test_every_spacing_is_documented(root):
+    text = (root / "docs" / "sampling.md").read_text()
+    table = text[text.index("| `spacing=`") :].partition("\n\n")[0]
+    told = set(re.findall(r'`"([\w,]+)"`', table))
+    assert told == {*SPACINGS, "ddim5", "2,3"}
+    assert all(name in SPACING_NAMES.split("; ")[0].split(", ") for name in SPACINGS)
 
 
 def test_every_sampler_and_variance_is_documented(root):

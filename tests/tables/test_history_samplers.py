@@ -9,7 +9,8 @@ from support.gaussian import best_prediction, flow, marginal, moments, push, tak
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, euler
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
 PREDICTIONS = ("eps", "x0", "v")

@@ -19,7 +19,8 @@ from ddpm_ext.tables.samplers import (
     tcd,
 )
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
 BETA_SCHEDULES = sorted(set(SCHEDULES) - {"flow"})
@@ -297,7 +298,8 @@ def test_bad_eta(eta, error):
 def test_eta_as_an_option(name):
     sampler = SAMPLERS[name]
     assert sampler.__name__ == name  # which error messages show
-    assert (name in WITH_ETA) == (name in ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "tcd"))
+    with_eta = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde", "tcd", "flow_sde")
+    assert (name in WITH_ETA) == (name in with_eta)
     assert eta_argument(sampler, None) == {}
     assert eta_argument(sampler, 0) == ({"eta": 0.0} if name in WITH_ETA else {})
     if name in WITH_ETA:

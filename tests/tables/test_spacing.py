@@ -1,13 +1,12 @@
 """Spacings: which timesteps a loop takes, and alphas_cumprod at each."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from support.choices import for_many
 
-from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.spacing import karras_grid, log_snr_grid, section_timesteps, spaced_timesteps
-
-LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
+from ddpm_ext.tables.spacing import section_timesteps, spaced_timesteps
 
 
 @for_many(200)
@@ -51,6 +50,21 @@ def test_spacings_are_diffusers(spacing, steps):
         assert spaced_timesteps(1000, 1).tolist() == [999]
     else:
         assert spaced_timesteps(1000, steps, spacing).tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 20, 50, 100, 333, 999, 1000])
+def test_beta_and_simple(steps):
+    """As ComfyUI has both: Lee et al. 2024 by scipy's quantiles, and k-diffusion's rounding. But where some of its
+    timesteps are equal, ComfyUI takes fewer steps, while "beta" takes the next timesteps."""
+    simple = [999 - int(i * (1000 / steps)) for i in range(steps)]
+    assert spaced_timesteps(1000, steps, "simple").tolist() == simple
+    ideal = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), 0.6, 0.6) * 999)
+    beta = spaced_timesteps(1000, steps, "beta")
+    if steps <= 100:
+        assert beta.tolist() == ideal.tolist()
+    assert beta[0] == 999
+    assert beta[-1] >= 0
+    assert (beta.diff() <= -1).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 250, 1000])
@@ -113,44 +127,3 @@ def test_ddim_sections():
 def test_bad_spacings(arguments, error, message):
     with pytest.raises(error, match=message):
         spaced_timesteps(*arguments)
-
-
-@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
-def test_karras_sigmas(rho):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear", use_karras_sigmas=True)
-    known = (1 / LEVELS - 1).sqrt()
-    grid = karras_grid(LEVELS, 15, rho=rho)
-    sigma = (1 / grid.now - 1).sqrt()
-    if rho == 7:  # the only rho that diffusers has, in float32
-        scheduler.set_timesteps(15)
-        torch.testing.assert_close(sigma.float(), scheduler.sigmas[:-1], rtol=1e-4, atol=0)
-        torch.testing.assert_close(grid.timestep.float(), scheduler.timesteps, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(sigma[[0, -1]], known[[-1, 0]], rtol=1e-9, atol=0)
-    even = sigma ** (1 / rho)
-    torch.testing.assert_close(even.diff(), even.diff()[:1].expand(14), rtol=1e-9, atol=0)
-    assert (grid.timestep.diff() < 0).all()
-    assert abs(grid.timestep[0] - 999) < 1e-9
-    assert abs(grid.timestep[-1]) < 1e-12
-
-
-def test_log_snr_is_even_in_log_sigma():
-    grid = log_snr_grid(LEVELS, 20)
-    log_sigma = (1 / grid.now - 1).sqrt().log()
-    torch.testing.assert_close(log_sigma.diff(), log_sigma.diff()[:1].expand(19), rtol=1e-9, atol=0)
-    whole = grid.timestep.round().long()
-    assert ((1 / LEVELS - 1).sqrt().log()[whole] - log_sigma).abs().max() < 0.1  # half a timestep, at low noise
-
-
-@pytest.mark.parametrize(
-    "make, error, message",
-    [
-        (lambda: karras_grid(LEVELS, 0), ValueError, "steps is 0"),
-        (lambda: karras_grid(LEVELS, 5, rho=0), ValueError, "rho is 0"),
-        (lambda: log_snr_grid(LEVELS.flip(0), 5), ValueError, "does not fall"),
-        (lambda: karras_grid(torch.tensor([0.5, 0.0]), 5), ValueError, "reaches 0 or 1"),
-    ],
-)
-def test_bad_sigma_grids(make, error, message):
-    with pytest.raises(error, match=message):
-        make()

@@ -10,7 +10,8 @@ from support.gaussian import take
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.schedules import SCHEDULES, make_betas
-from ddpm_ext.tables.spacing import karras_grid, spaced_timesteps
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.variances import VARIANCES
 
 LEARNED = ("learned", "learned_range", "learned_variance")

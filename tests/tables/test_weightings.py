@@ -36,6 +36,11 @@ def paper(name: str, prediction: str, alphas_cumprod: float) -> float:
     if name == "p2":  # Choi et al. 2022, eq. (8): 1 / (k + SNR)^gamma for the error of eps
         of_eps = 1 / (1 + snr)
         return {"eps": of_eps, "x0": of_eps * snr, "v": of_eps * a**2}[prediction]
+    if name in ("sigma_sqrt", "cosmap"):  # of a flow's velocity at x / (a + s), whose error is x_0's divided by sigma
+        sigma = s / (a + s)
+        of_velocity = sigma**-2 if name == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+        of_x0 = of_velocity / sigma**2
+        return {"eps": of_x0 * (s / a) ** 2, "x0": of_x0, "v": of_x0 * s**2}[prediction]
     assert name == "edm"  # Karras et al. 2022, table 1. sigma is that of x / a; the denoiser D predicts x_0
     sigma, data = s / a, 0.5
     of_x0 = (sigma**2 + data**2) / (sigma * data) ** 2

@@ -15,6 +15,7 @@ from support.trainer_run import Squares, Tiny, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext.losses.timestep_samplers import LogitNormal, Mode
 from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
@@ -42,6 +43,14 @@ def final(folder):
 def close(one, other, **tolerance):
     assert one.keys() == other.keys()
     return all(torch.allclose(one[name].double(), other[name].double(), **tolerance) for name in one)
+
+
+def test_timestep_samplers_get_their_options(tmp_path):
+    options = {"logit_mean": 0.4, "logit_std": 0.5, "mode_scale": -0.2}
+    first = make(tmp_path / "first", timestep_sampler="logit_normal", **options).state.timestep_sampler
+    assert (type(first), first.logit_mean, first.logit_std) == (LogitNormal, 0.4, 0.5)
+    second = make(tmp_path / "second", timestep_sampler="mode", **options).state.timestep_sampler
+    assert (type(second), second.mode_scale) == (Mode, -0.2)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])

@@ -264,6 +264,8 @@ def test_learning_rate():
         ({"loss": "l2"}, "loss: got l2, expected one of mse, l1, huber"),
         ({"variance": "known"}, "variance: got known"),
         ({"weighting": "max_snr"}, "weighting: got max_snr"),
+        ({"logit_std": 0.0}, "logit_std: got 0.0, expected a positive number"),
+        ({"mode_scale": 1.76}, r"mode_scale: got 1.76, expected in \[-1, 2 / \(pi - 2\)\]"),
         ({"timestep_sampler": "all"}, "timestep_sampler: got all, expected one of uniform, low_discrepancy"),
         ({"workers": -1}, "workers: got -1, expected at least 0"),
         ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),

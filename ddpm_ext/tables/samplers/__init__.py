@@ -20,6 +20,7 @@ from ddpm_ext.tables.samplers.ddpm import ddpm
 from ddpm_ext.tables.samplers.deis import deis
 from ddpm_ext.tables.samplers.dpm_solver import dpm_solver_2m, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
+from ddpm_ext.tables.samplers.flow_sde import flow_sde
 from ddpm_ext.tables.samplers.heun import heun
 from ddpm_ext.tables.samplers.lms import lms
 from ddpm_ext.tables.samplers.pndm import ipndm, plms
@@ -43,6 +44,7 @@ __all__ = [
     "eta_argument",
     "euler",
     "euler_ancestral",
+    "flow_sde",
     "heun",
     "ipndm",
     "lcm",
@@ -74,6 +76,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         lms,
         lcm,
         tcd,
+        flow_sde,
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

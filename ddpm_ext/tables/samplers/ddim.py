@@ -13,10 +13,14 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
 
-def implicit(grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool) -> StepTable:
-    """prev = sqrt(a_s) x0 + sqrt(1 - a_s - sigma^2) eps + sigma z: Song et al. 2021, eq. (12)."""
+def implicit(
+    grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool, direction: Tensor | None = None
+) -> StepTable:
+    """prev = sqrt(a_s) x0 + direction eps + sigma z. A direction of None is sqrt(1 - a_s - sigma^2), and gives prev
+    its right variance: Song et al. 2021, eq. (12)."""
     now, after = grid.now, grid.after
-    direction = (1 - after - sigma**2).clamp(min=0).sqrt()
+    if direction is None:
+        direction = (1 - after - sigma**2).clamp(min=0).sqrt()
     a, b = coefficients.x0(grid, prediction)
     if keep_eps:
         p, q = coefficients.eps(grid, prediction)

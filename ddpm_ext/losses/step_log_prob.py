@@ -1,0 +1,143 @@
+"""The log-probability of a sampler's steps, for policy gradients (Black et al. 2024, "DDPO"; Liu et al. 2025).
+
+A row's step is a draw from a normal distribution whose mean is linear in x and the model's output m, as long as nothing
+is clipped: mean = A x + B m. So the squared error of the next sample is that of m against (prev - A x) / B, times B^2,
+which is diffusion_loss's own form, with prev and x in place of x_start and the noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.base.types import Clip
+from ddpm_ext.process.clip import as_fixed_clip
+from ddpm_ext.process.process import BACKENDS
+from ddpm_ext.tables.on_device import DeviceTables
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["StepLogProb"]
+
+CACHED = 8  # sizes of samples, with their rows
+REDUCTIONS = ("mean", "sum")
+
+
+class StepLogProb:
+    """ln p(prev | x, m) of the steps of a table, with m the model's output:
+
+        log_prob = StepLogProb(table, clip_denoised=False)
+        log_prob(model(x, t), x, prev, row).mean().backward()
+
+    Args:
+        table: rows of a sampler with noise, such as ddpm, ddim with an eta above 0, or flow_sde.
+        clip_denoised: as the loop's that made the samples: whether the predicted x_0 is clipped to [-1, 1], or a range
+            (low, high). An element whose x_0 is clipped has the probability of the step from the clipped x_0, and no
+            gradient through it.
+        reduction: "mean" over a sample's elements, as in Flow-GRPO, or their "sum", the sample's log-probability.
+        backend: "fused", or "reference", in plain torch.
+
+    Without a clip, the values and the gradient are one launch; a clip takes another, for the mean. A sample's bits
+    depend neither on the batch that it is in nor on the other samples' rows, so a replay of a rollout gives the bits of
+    the rollout, if the model does. In 16 bits prev is a rounded draw: keep x and prev in float32.
+
+    A loop's further options are not in its table: with guidance, give the guided m; a cond_fn and a known part change
+    the steps.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, an unknown name, or rows that are no draw from a normal
+            distribution around a mean of x and m: with history or with a learned variance.
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        *,
+        clip_denoised: bool | Clip = True,
+        reduction: str = "mean",
+        backend: str = "fused",
+    ) -> None:
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
+        if table.extended or table.linear:
+            raise ValueError("table has rows with c3, l0, l1 or history, expected rows that read x and m alone")
+        self.table = table.to("cpu")
+        self.clip = as_fixed_clip(clip_denoised)
+        self.reduction: str = checks.one_of("reduction", reduction, REDUCTIONS)
+        self._ops = BACKENDS[checks.one_of("backend", backend, BACKENDS)]
+        self._dtype = None if backend == "reference" else torch.float32
+        self._of_output = self.table.c0 * self.table.b + self.table.c2
+        self._silent = ((self.table.s == 0) | (self._of_output == 0)).tolist()
+        self._tables: BoundedCache[DeviceTables] = BoundedCache(CACHED)
+
+    def __repr__(self) -> str:
+        return f"StepLogProb({len(self.table)} rows, clip={self.clip}, reduction={self.reduction!r})"
+
+    def __call__(self, model_output: Tensor, x: Tensor, prev: Tensor, row: int | Tensor) -> Tensor:
+        """The log-probability of each sample's step from x to prev.
+
+        Args:
+            model_output: m, (batch, ...), as x, or of a lower precision; guided already, where guidance is used.
+            x: (batch, ...), float32, float16 or bfloat16: where the step starts.
+            prev: as x: where it arrived.
+            row: of the table, of each sample, int64 (batch,), or one int for all.
+
+        Returns:
+            float32 (batch,) (float64 for the reference's float64 samples), differentiable once, in model_output. The
+            reference is differentiable in all three.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; a row without
+                noise, or whose step does not depend on m; x or prev that requires a gradient. Rows on a GPU are not
+                read back: there, a row without noise gives NaN or infinity.
+        """
+        checks.samples("x", x)
+        checks.like("prev", prev, "x", x)
+        checks.like("model_output", model_output, "x", x, lower=True)
+        self._check_rows(row, x)
+        if self._dtype is not None and torch.is_grad_enabled():
+            for name, given in (("x", x), ("prev", prev)):
+                if given.requires_grad:
+                    raise ValueError(
+                        f"{name} requires a gradient, expected none: detach it (backend='reference' has one)"
+                    )
+        elements = math.prod(x.shape[1:]) if self.reduction == "sum" else 1
+        tables = self._tables.get_or_make(elements, lambda: self._make(elements))
+        dtype = self._dtype or checks.compute_dtype(x.dtype)
+        name = "linear"
+        if self.clip is not None:
+            name, steps = "mean", tables.get("steps", x.device, dtype)
+            model_output = self._ops.reverse_step(x, model_output, steps, row, clip=self.clip, add_noise=False)
+        rows = tables.get(name, x.device, dtype)
+        squares = self._ops.diffusion_loss(model_output, prev, rows, row, noise=x, reduction="none")
+        return squares + tables.get("constant", x.device, squares.dtype)[row]
+
+    def _check_rows(self, row: int | Tensor, x: Tensor) -> None:
+        rows = len(self.table)
+        if isinstance(row, Tensor):
+            checks.per_sample("row", row, len(x), x.device, rows - 1)
+            asked = sorted(set(row.tolist())) if row.device.type == "cpu" else []
+        else:
+            asked = [checks.integer("row", row, rows, f"{rows}, of which the table has {rows}")]
+        for i in asked:
+            if self._silent[i]:
+                raise ValueError(
+                    f"row {i} has s {self.table.s[i]} and a weight of m of {self._of_output[i]}, expected both above 0 "
+                    "in size: its step is no random one that m decides"
+                )
+
+    def _make(self, elements: int) -> DeviceTables:
+        """The rows for samples of so many elements; the loss is a mean over them."""
+        table, of_output = self.table, self._of_output
+        of_x = table.c0 * table.a + table.c1
+        zeros, ones = torch.zeros_like(table.s), torch.ones_like(table.s)
+        weight = -elements / (2 * table.s**2)
+        return DeviceTables(
+            linear=torch.stack([1 / of_output, -of_x / of_output, weight * of_output**2, zeros], 1),
+            mean=torch.stack([ones, zeros, weight, zeros], 1),
+            steps=table.packed("cpu", torch.float64),
+            constant=-elements * (table.s.log() + math.log(2 * math.pi) / 2),
+        )

@@ -1,0 +1,140 @@
+"""Grids for flows, whose samples are (1 - sigma) x_0 + sigma noise, with sigma from 1 down to 0.
+
+A flow's sigmas are shifted towards noise, the more the larger its images are, and the last one may be stretched to a
+given value: flow_sigmas does both in the order of diffusers' FlowMatchEulerDiscreteScheduler. `linear_quadratic` of
+ddpm_ext.tables.sigma_grids gives sigmas for flow_grid, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid, grid_of_levels
+from ddpm_ext.tables.levels import flow
+from ddpm_ext.tables.sigma_grids import beta_sigmas, exponential_sigmas, karras_sigmas
+
+__all__ = ["SIGMA_CURVES", "flow_grid", "flow_shift", "flow_sigmas", "resolution_mu", "stretched"]
+
+# By the names of diffusers' options use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
+SIGMA_CURVES: dict[str, Callable[[float, float, int], Tensor]] = {
+    "karras": karras_sigmas,
+    "exponential": exponential_sigmas,
+    "beta": beta_sigmas,
+}
+
+
+def flow_shift(sigma: Tensor, shift: float) -> Tensor:
+    """shift sigma / (1 + (shift - 1) sigma), which multiplies sigma / (1 - sigma) by `shift`: Esser et al.
+    2024, eq. (23).
+
+    Args:
+        sigma: of any shape, floating, in [0, 1].
+        shift: above 0; above 1 for more noise. Flux gives its logarithm, mu.
+    """
+    if not checks.finite("shift", shift) > 0:
+        raise ValueError(f"shift is {shift}, expected shift > 0")
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def resolution_mu(
+    tokens: int, *, base_tokens: int = 256, max_tokens: int = 4096, base_mu: float = 0.5, max_mu: float = 1.15
+) -> float:
+    """Flux's logarithm of the shift for an image of so many tokens, on the line through two points.
+
+    Args:
+        tokens: how many the transformer gets, at least 1; of latents with patches of 2, height times width over 4.
+        base_tokens, base_mu, max_tokens, max_mu: the two points.
+    """
+    checks.integer("tokens", tokens, 2**53, "2^53", start=1)
+    return base_mu + (max_mu - base_mu) * (tokens - base_tokens) / (max_tokens - base_tokens)
+
+
+def stretched(sigma: Tensor, terminal: float) -> Tensor:
+    """1 - sigma, multiplied so that the last sigma is `terminal`, as LTX-Video has it.
+
+    Args:
+        sigma: (steps,), falling, in (0, 1], the last below 1.
+        terminal: in (0, 1).
+
+    Raises:
+        TypeError, ValueError: `terminal` is not a number, or out of range; the last sigma is 1.
+    """
+    checks.tensor("sigma", sigma)
+    if not 0 < checks.finite("terminal", terminal) < 1:
+        raise ValueError(f"terminal is {terminal}, expected 0 < terminal < 1")
+    if sigma[-1] >= 1:
+        raise ValueError(f"sigma ends at {sigma[-1]}, expected less than 1, of which `terminal` can be made")
+    return 1 - (1 - sigma) * ((1 - terminal) / (1 - sigma[-1]))
+
+
+def flow_sigmas(
+    steps: int,
+    *,
+    least: float | None = None,
+    shift: float = 1.0,
+    mu: float | None = None,
+    terminal: float | None = None,
+    curve: str | None = None,
+) -> Tensor:
+    """The sigmas where the steps of a flow start.
+
+    Args:
+        steps: how many, at least 1.
+        least: the last of the evenly spaced sigmas from 1 down that the others are applied to, in (0, 1]; None:
+            1 / steps, as in Flux's pipeline. diffusers' FlowMatchEulerDiscreteScheduler has flow_shift(1 / timesteps,
+            shift) unless it is given sigmas.
+        shift: of flow_shift.
+        mu: the logarithm of the shift, as diffusers' use_dynamic_shifting takes it; beside shift 1. Where its
+            time_shift_type is "linear", mu is the shift itself.
+        terminal: of `stretched`; None: not stretched.
+        curve: a name of SIGMA_CURVES: the sigmas along this curve between the first and the last; None: as they are.
+
+    Returns:
+        float64 (steps,) on the CPU, falling, the first 1.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+    checks.integer("steps", steps, 2**31, "2^31", start=1)
+    if least is not None and not 0 < checks.finite("least", least) <= 1:
+        raise ValueError(f"least is {least}, expected 0 < least <= 1")
+    if mu is not None:
+        if shift != 1:
+            raise ValueError(f"mu is {mu} beside shift {shift}, expected one of the two")
+        shift = math.exp(checks.finite("mu", mu))
+    sigma = torch.linspace(1, 1 / steps if least is None else least, steps, dtype=torch.float64, device="cpu")
+    sigma = flow_shift(sigma, shift)
+    if terminal is not None:
+        sigma = stretched(sigma, terminal)
+    if curve is not None:
+        sigma = SIGMA_CURVES[checks.one_of("curve", curve, SIGMA_CURVES)](sigma[0].item(), sigma[-1].item(), steps)
+    return sigma
+
+
+def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Grid:
+    """The grid of a flow's sigmas. The model is called with timesteps * sigma.
+
+    Args:
+        sigma: (steps,), where each step starts: falling, in (0, 1].
+        timesteps: by what sigma is multiplied for the model, at least 1.
+        final: sigma where the last step arrives, at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or dtype, or out of range.
+    """
+    checks.tensor("sigma", sigma)
+    checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
+    if not sigma.is_floating_point():
+        raise TypeError(f"sigma has dtype {sigma.dtype}, expected a floating one")
+    if sigma.dim() != 1 or len(sigma) == 0:
+        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected (steps,)")
+    own = sigma.detach().to("cpu", torch.float64)
+    path = torch.cat([own, own.new_tensor([final])])
+    if not (path[0] <= 1 and (path[1:] < path[:-1]).all() and final >= 0):
+        raise ValueError(f"sigma and final are {path.tolist()}, expected falling numbers from 1 to 0")
+    return grid_of_levels(own * timesteps, 1 - path, path, scale=flow)

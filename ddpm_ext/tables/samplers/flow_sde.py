@@ -1,0 +1,62 @@
+"""Flows as stochastic differential equations, whose steps have a probability: for reinforcement learning."""
+
+from __future__ import annotations
+
+import torch
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid, Jumps
+from ddpm_ext.tables.levels import unit_levels
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.ddim import implicit
+from ddpm_ext.tables.samplers.eta import check_eta
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["flow_sde"]
+
+VARIANTS = ("flow_grpo", "dance_grpo")
+
+
+@at_any_scale
+def flow_sde(
+    grid: Grid | Jumps,
+    *,
+    prediction: str = "eps",
+    eta: float = 0.7,
+    variant: str = "flow_grpo",
+    last_noise: bool = False,
+) -> StepTable:
+    """A step of Euler and Maruyama along an SDE that has the flow's marginals: Liu et al. 2025, "Flow-GRPO".
+
+    With t the flow's sigma where a step starts, t' where it arrives, and d the SDE's coefficient of noise,
+
+        prev = (1 - t') x_0 + (t' - d^2 (t - t') / (2 t)) eps + d sqrt(t - t') z
+
+    Samples of another scale, variance-preserving ones included, take the step of the flow that has the same ratios of
+    signal and noise.
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        eta: the scale of the noise, Flow-GRPO's noise_level; finite, >= 0. 0 gives Euler's method.
+        variant: "flow_grpo", where d = eta sqrt(t / (1 - t)), with t' in place of a t of 1 in the denominator, as in
+            the authors' code; or "dance_grpo", where d = eta (Xue et al. 2025).
+        last_noise: whether the step to clean data adds noise too, as both codes do. Without it that step ends in the
+            predicted x_0, and has no probability.
+
+    Raises:
+        TypeError, ValueError: as ddim; an unknown `variant`.
+    """
+    eta, _ = check_eta(eta), checks.one_of("variant", variant, VARIANTS)
+    signal, of_noise = unit_levels(grid.now)
+    signal_after, noise_after = unit_levels(grid.after)
+    t, power_after = of_noise / (signal + of_noise), signal_after + noise_after
+    t_after = noise_after / power_after
+    d = torch.full_like(t, eta)
+    if variant == "flow_grpo":
+        d = d * (t / (1 - torch.where(t == 1, t_after, t))).sqrt()
+    if not last_noise:
+        d = torch.where(t_after == 0, 0.0, d)
+    step = t - t_after
+    of_eps = t_after - d**2 * step / (2 * t)
+    return implicit(grid, prediction, d * step.sqrt() * power_after, keep_eps=True, direction=of_eps * power_after)

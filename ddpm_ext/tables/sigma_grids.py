@@ -1,0 +1,232 @@
+"""Grids whose levels lie between the timesteps of a schedule, as sigmas.
+
+sigma = sqrt(1 / alphas_cumprod - 1) is the standard deviation of the noise for a signal of scale 1, as in Karras et al.
+2022. Where a timestep is needed, or a sigma at one, it is interpolated in log sigma, as in k-diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.beta_quantile import beta_quantile
+from ddpm_ext.tables.grid import Grid, checked_levels
+
+__all__ = [
+    "ALIGN_YOUR_STEPS",
+    "SIGMA_GRIDS",
+    "align_your_steps_grid",
+    "beta_sigmas",
+    "beta_sigmas_grid",
+    "exponential_sigmas",
+    "karras_grid",
+    "karras_sigmas",
+    "linear_quadratic",
+    "linear_quadratic_grid",
+    "log_snr_grid",
+    "sgm_uniform_grid",
+]
+
+# The published sigmas of 10 steps, and where the last of them arrives: Sabour et al. 2024, "Align Your Steps", at
+# https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html.
+ALIGN_YOUR_STEPS = {
+    "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "svd": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
+}
+
+
+# ------------------------------------------------------------------------------------------- between two levels
+
+
+def _ramp(steps: int) -> Tensor:
+    return torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+
+
+def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -> Tensor:
+    """Evenly spaced in sigma^(1/rho), with both ends: Karras et al. 2022, eq. (5). float64 (steps,)."""
+    if not rho > 0:
+        raise ValueError(f"rho is {rho}, expected rho > 0")
+    ramp = _ramp(steps)
+    return (greatest ** (1 / rho) * (1 - ramp) + least ** (1 / rho) * ramp) ** rho
+
+
+def exponential_sigmas(greatest: float, least: float, steps: int) -> Tensor:
+    """Evenly spaced in log sigma, with both ends. float64 (steps,)."""
+    ramp = _ramp(steps)
+    return torch.exp(math.log(greatest) * (1 - ramp) + math.log(least) * ramp)
+
+
+def beta_sigmas(greatest: float, least: float, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """Evenly spaced quantiles of a beta distribution between the ends, which it includes. float64 (steps,)."""
+    return least + beta_quantile(1 - _ramp(steps), alpha, beta) * (greatest - least)
+
+
+def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | None = None) -> Tensor:
+    """From 1 down linearly by `threshold`, then along a parabola of the same slope that would reach 0 after the last
+    step: Polyak et al. 2024, "Movie Gen", section 3.4.2, as in LTX-Video, Mochi and ComfyUI.
+
+    Args:
+        steps: how many, at least 1.
+        threshold: by how much the linear part falls.
+        linear_steps: how many steps it has, at least 1; None: half of them.
+
+    Returns:
+        float64 (steps,).
+    """
+    linear = max(1, steps // 2 if linear_steps is None else linear_steps)
+    slope = threshold / linear
+    curve = (1 - slope * steps) / max(1, steps - linear) ** 2
+    i = torch.arange(steps, dtype=torch.float64, device="cpu")
+    return 1 - slope * i - curve * (i - linear).clamp(min=0) ** 2
+
+
+# ----------------------------------------------------------------------------------------------------------- grids
+
+
+def _log_sigma(levels: Tensor) -> Tensor:
+    return (1 / levels - 1).sqrt().log()
+
+
+def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
+    """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
+    levels = checked_levels(alphas_cumprod)
+    known, wanted = _log_sigma(levels), sigma.log()
+    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    timestep = (above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)).double()
+    path = torch.cat([1 / (1 + sigma**2), levels.new_tensor([final])])
+    return Grid(timestep, path, 1 - path[:-1] / path[1:], levels)
+
+
+def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
+    """The schedule's greatest and least sigma, once `steps` and the schedule have been checked."""
+    levels = checked_levels(alphas_cumprod)
+    checks.integer("steps", steps, 2**31, "2^31", start=1)
+    if len(levels) < 2 or not (levels[1:] < levels[:-1]).all():
+        raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")
+    if levels[-1] == 0 or levels[0] == 1:
+        raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
+    greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()
+    return greatest, least
+
+
+def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: float = 1.0) -> Grid:
+    """Sigmas evenly spaced in sigma^(1/rho), from the schedule's greatest to its least: Karras et al. 2022, eq. (5).
+
+    Args:
+        alphas_cumprod: (timesteps,), falling, in (0, 1).
+        steps: how many, at least 1.
+        rho: above 0. The greater it is, the more steps are at low noise.
+        final: alphas_cumprod where the last step arrives.
+
+    Returns:
+        A Grid whose timesteps are float64, between the schedule's own.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+    return _sigma_grid(alphas_cumprod, karras_sigmas(*_sigma_range(alphas_cumprod, steps), steps, rho), final)
+
+
+def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
+    """Sigmas evenly spaced in log sigma, minus half the log of the signal-to-noise ratio: Lu et al. 2022, section 3.
+
+    k-diffusion and diffusers call this exponential. Args, returns, raises: as for karras_grid.
+    """
+    return _sigma_grid(alphas_cumprod, exponential_sigmas(*_sigma_range(alphas_cumprod, steps), steps), final)
+
+
+def beta_sigmas_grid(
+    alphas_cumprod: Tensor, steps: int, *, alpha: float = 0.6, beta: float = 0.6, final: float = 1.0
+) -> Grid:
+    """Sigmas at quantiles of a beta distribution, between the schedule's greatest and its least: diffusers'
+    use_beta_sigmas.
+
+    Lee et al. 2024, whom it cites, take quantiles of the timesteps: that is spacing "beta".
+
+    Args:
+        alpha, beta: above 0, at most 10. Below 1, more steps are near that end: alpha's is low noise, beta's high.
+
+    Others, returns, raises: as for karras_grid.
+    """
+    return _sigma_grid(alphas_cumprod, beta_sigmas(*_sigma_range(alphas_cumprod, steps), steps, alpha, beta), final)
+
+
+def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:
+    """Timesteps evenly down from the last one, of which 0 would be the next: Stability's generative-models, by the name
+    and with the interpolation of ComfyUI.
+
+    Args, returns, raises: as for karras_grid.
+    """
+    _sigma_range(alphas_cumprod, steps)
+    known = _log_sigma(checked_levels(alphas_cumprod))
+    timestep = (1 - _ramp(steps + 1)[:-1]) * (len(known) - 1)
+    below = timestep.long().clamp(max=len(known) - 2)
+    return _sigma_grid(alphas_cumprod, torch.lerp(known[below], known[below + 1], timestep - below).exp(), final)
+
+
+def linear_quadratic_grid(
+    alphas_cumprod: Tensor,
+    steps: int,
+    *,
+    threshold: float = 0.025,
+    linear_steps: int | None = None,
+    final: float = 1.0,
+) -> Grid:
+    """Sigmas along linear_quadratic's curve, from the schedule's greatest, as ComfyUI has them.
+
+    Args:
+        threshold, linear_steps: as for linear_quadratic.
+
+    Others, returns, raises: as for karras_grid.
+    """
+    greatest, _ = _sigma_range(alphas_cumprod, steps)
+    return _sigma_grid(alphas_cumprod, greatest * linear_quadratic(steps, threshold, linear_steps), final)
+
+
+def align_your_steps_grid(alphas_cumprod: Tensor, steps: int, *, model: str = "sd15", final: float = 1.0) -> Grid:
+    """Sigmas that were optimised for a model: Sabour et al. 2024. For other numbers of steps than 10 they are
+    interpolated in log sigma, evenly in the step, as the authors say.
+
+    Args:
+        model: "sd15" (Stable Diffusion 1.5), "sdxl" (Stable Diffusion XL) or "svd" (Stable Video Diffusion).
+
+    Others, returns: as for karras_grid.
+
+    Raises:
+        TypeError, ValueError: as karras_grid; an unknown model, or one that begins above the schedule's greatest sigma.
+    """
+    greatest, _ = _sigma_range(alphas_cumprod, steps)
+    checks.one_of("model", model, ALIGN_YOUR_STEPS)
+    known = torch.tensor(ALIGN_YOUR_STEPS[model], dtype=torch.float64, device="cpu")
+    if known[0] > 1.001 * greatest:  # the published ones are rounded
+        raise ValueError(
+            f"alphas_cumprod reaches a sigma of {greatest:.4g}, expected {known[0]:g} at least, where model {model!r} "
+            "begins"
+        )
+    at = _ramp(steps + 1)[:-1] * (len(known) - 1)
+    below = at.long()
+    return _sigma_grid(alphas_cumprod, torch.lerp(known[below].log(), known[below + 1].log(), at - below).exp(), final)
+
+
+def _align_your_steps(model: str) -> Callable[[Tensor, int], Grid]:
+    return lambda alphas_cumprod, steps: align_your_steps_grid(alphas_cumprod, steps, model=model)
+
+
+# By the names that `spacing=` takes, beside those of spaced_timesteps.
+SIGMA_GRIDS: dict[str, Callable[[Tensor, int], Grid]] = {
+    "karras": karras_grid,
+    "log_snr": log_snr_grid,
+    "exponential": log_snr_grid,
+    "beta_sigmas": beta_sigmas_grid,
+    "sgm_uniform": sgm_uniform_grid,
+    "linear_quadratic": linear_quadratic_grid,
+    "align_your_steps": _align_your_steps("sd15"),
+    "align_your_steps_sdxl": _align_your_steps("sdxl"),
+    "align_your_steps_svd": _align_your_steps("svd"),
+}

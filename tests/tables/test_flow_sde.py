@@ -1,0 +1,76 @@
+"""The rows of flow_sde, against the steps of Flow-GRPO and of DanceGRPO, and against the flow's marginals."""
+
+import math
+
+import pytest
+import torch
+from support.gaussian import take
+
+from ddpm_ext.tables.flow_grids import flow_grid, flow_sigmas
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.samplers import euler, flow_sde
+from ddpm_ext.tables.schedules import make_betas
+
+
+def flow_grpo(x, v, z, sigma, after, eta, first_after):
+    """Liu et al. 2025: x and the velocity v, and noise of standard deviation d sqrt(-dt)."""
+    dt = after - sigma
+    d = eta * math.sqrt(sigma / (1 - (first_after if sigma == 1 else sigma)))
+    return x + (v + d**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt + d * math.sqrt(-dt) * z
+
+
+def dance_grpo(x, v, z, sigma, after, eta, _):
+    """Xue et al. 2025: the probability flow, and half of eta^2 times the score."""
+    x0 = x - sigma * v
+    score = -(x - (1 - sigma) * x0) / sigma**2
+    return x + (after - sigma) * (v - eta**2 / 2 * score) + eta * math.sqrt(sigma - after) * z
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("name, step", [("flow_grpo", flow_grpo), ("dance_grpo", dance_grpo)])
+def test_steps(name, step, steps, eta):
+    sigma = [*flow_sigmas(steps, shift=3.0).tolist(), 0.0]
+    grid = flow_grid(torch.tensor(sigma[:-1], dtype=torch.float64))
+    table = flow_sde(grid, prediction="x0", eta=eta, variant=name, last_noise=True)
+    x, v, z = 0.75, -1.25, 0.5
+    for i, row in enumerate(table):
+        expected = step(x, v, z, sigma[i], sigma[i + 1], eta, sigma[1])
+        assert take(row, x, x - sigma[i] * v, z=z)[1] == pytest.approx(expected, rel=1e-11, abs=1e-12)
+    clean = flow_sde(grid, prediction="x0", eta=eta, variant=name)
+    assert clean.s[-1] == 0
+    assert take(clean[len(clean) - 1], x, 0.125)[1] == pytest.approx(0.125)
+    if eta == 0:
+        for row, other in zip(clean, euler(grid, prediction="x0"), strict=True):
+            assert take(row, x, 0.125)[1] == pytest.approx(take(other, x, 0.125)[1], rel=1e-12)
+
+
+def end_variance(table, grid, variance):
+    """Of samples at the end of a loop, where x0 ~ N(0, variance) and the model knows its mean given x."""
+    signal, noise = (level.tolist() for level in grid.pairs)
+    now = signal[0] ** 2 * variance + noise[0] ** 2
+    for i, row in enumerate(table):
+        mean = signal[i] * variance / (signal[i] ** 2 * variance + noise[i] ** 2)
+        now = (row.c0 * (row.a + row.b * mean) + row.c1 + row.c2 * mean) ** 2 * now + row.s**2
+    return now
+
+
+@pytest.mark.parametrize("variant, eta", [("flow_grpo", 0.7), ("flow_grpo", 0.3), ("dance_grpo", 0.4)])
+@pytest.mark.parametrize("schedule", ["flow", "variance preserving"])
+def test_marginals_are_the_flows(variant, eta, schedule):
+    """In the limit of short steps: the error of the variance is of first order in the number of steps."""
+    levels = (1 - make_betas("scaled_linear", 4000)).cumprod(0)
+    errors = []
+    for steps in (100, 200, 400):
+        if schedule == "flow":
+            grid = flow_grid(flow_sigmas(steps, shift=3.0))
+        else:
+            grid = make_grid(levels, torch.arange(3999, -1, -4000 // steps))
+        errors.append(abs(end_variance(flow_sde(grid, prediction="x0", eta=eta, variant=variant), grid, 0.25) - 0.25))
+    assert errors[-1] < 0.02
+    assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"):
+        flow_sde(flow_grid(flow_sigmas(3)), variant="cps")
