@@ -157,8 +157,8 @@ class Process:
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """The model's output; an int t is passed as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
-            t = self.tables.timesteps(x.device)[t].expand(len(x))
-        return unwrap(model(x, t, **(kwargs or {})))
+            t = self.tables.timestep(t, x.shape[0], x.device)
+        return unwrap(model(x, t, **kwargs) if kwargs else model(x, t))
 
     # ---------------------------------------------------------------------------------------- forward process
 
