@@ -74,14 +74,14 @@ class Loop:
             step_options = replace(step_options, model_kwargs=kwargs)
         self._step = LoopStep(ops, compiled(model, options.compile), rows, x, rng, step_options)
         batch = len(self._step.state.x_twice)
-        timesteps = rows.device.timesteps(x.device)
+        self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self._whole = options.graph == "loop"
         if options.graph and not self._whole:
-            self._timesteps, self._row = timesteps, torch.zeros(batch, dtype=torch.int64, device=x.device)
+            self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
         else:
-            # Every step's timesteps at once: the model gets a row of this, and no step makes a tensor.
-            self._timesteps = timesteps[:, None].repeat(1, batch).unbind()
+            # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
+            self._timesteps_at = self._timesteps[:, None].repeat(1, batch).unbind()
 
     def __len__(self) -> int:
         """Steps."""
@@ -158,7 +158,7 @@ class Loop:
         def go(take: Callable[[RowKind, int, Tensor], None]) -> None:
             state.rewind()
             for row in range(len(self.rows)):
-                take(self.rows.kinds[row], row, self._timesteps[row])
+                take(self.rows.kinds[row], row, self._timesteps_at[row])
                 state.advance(self.rows.kinds[row])
 
         self._graphs.run("loop", lambda: go(self._step.take), lambda: state.restart(first_x))
@@ -168,7 +168,7 @@ class Loop:
     def _take(self, row: int) -> None:
         kind, step = self.rows.kinds[row], self._step
         if self._graphs is None:
-            return step.take(kind, row, self._timesteps[row])
+            return step.take(kind, row, self._timesteps_at[row])
         batch = len(step.state.x)
 
         def take() -> None:

@@ -138,8 +138,9 @@ class ReverseStep:
         """As reverse_step. `row` and `index` are split_t's, the others tensors."""
         if self._compiling:
             t = index if row is None else row
-            given = {"clip": self._clip, "noise": self._noise, "rng": self._rng, "out": out}
-            return reverse_step(x_t, model_output, self._table, t, **given)
+            return reverse_step(
+                x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
+            )
         arguments = (None, True, *fresh_arguments(STREAM_REVERSE)) if self._drawn else self._arguments
         return C.reverse_step(x_t, model_output, self._table, row, index, *self._clip, *arguments, out)
 

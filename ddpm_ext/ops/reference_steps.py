@@ -79,16 +79,19 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
     ) -> None:
-        self._table, self._clip, self._source = table, clip, {"noise": noise, "rng": rng}
+        self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        check_reverse_step(x_t, self._table, index if row is None else row, out=out, **self._source)
+        t = index if row is None else row
+        check_reverse_step(x_t, self._table, t, noise=self._noise, rng=self._rng, out=out)
 
     def __call__(
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
         t = index if row is None else row
-        return reverse_step(x_t, model_output, self._table, t, clip=self._clip, out=out, **self._source)
+        return reverse_step(
+            x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
+        )
 
 
 def _check_step(
