@@ -9,6 +9,7 @@ from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.loop.inpaint import Inpaint
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.ops.noise import Philox, randn
+from ddpm_ext.ops.result_memory import memory_info, release_memory
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.version import __version__ as __version__
@@ -24,6 +25,8 @@ __all__ = [
     "StepTable",
     "accelerate",
     "build_info",
+    "memory_info",
     "randn",
     "reference",
+    "release_memory",
 ]

@@ -20,9 +20,11 @@ DEVICES = pytest.StashKey[list[torch.device]]()
 TESTS = Path(__file__).resolve().parent
 # The markers that all tests of a folder or of a file have. `make test-fast` leaves out what is marked.
 MARKED = {
+    "base/test_heap.py": "subprocess",
     "bulk/test_several_ranks.py": "subprocess",
     "cli": "subprocess",
     "cuda": "subprocess",  # starts a compiler
+    "ops/test_block_pool.py": "subprocess",
     "ops/test_instruction_sets.py": "subprocess",
     "ops/test_normal.py": "subprocess",
     "peers": "peers",

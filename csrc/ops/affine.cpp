@@ -1,10 +1,8 @@
-#include <ATen/ops/empty_like.h>
-
 #include "core/forward.h"
 #include "ops/checks.h"
 #include "ops/fill_call.h"
-#include "ops/large_pages.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
@@ -19,7 +17,7 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
   call.batch = x.size(0);
   call.noise_kind = Noise::given;
   set_table(op, call, table, sizeof(AffineRow) / sizeof(float), t, t_index, x.device());
-  const Tensor result = in_large_pages(at::empty_like(x));
+  const Tensor result = empty_result_like(x, x.scalar_type());
   bind(op, call, {{&x, &call.x}, {&y, &call.noise}}, result, call.out);
   DDPM_RUN(affine, call, x.device());
   return result;

@@ -1,6 +1,7 @@
 // The Python module ddpm_ext._C: the operators for eager calls. They run without torch's dispatcher, which would cost
 // more than the arithmetic of a small step, unless the dispatcher has something to do (ops/direct_call.h).
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/Device.h>
 #include <torch/csrc/utils/pybind.h>
@@ -9,8 +10,10 @@
 
 #include "core/philox.h"
 #include "cpu/operators.h"
+#include "ops/block_pool.h"
 #include "ops/direct_call.h"
 #include "ops/library.h"
+#include "ops/result_memory.h"
 
 namespace py = pybind11;
 namespace library = ddpm_ext::library;
@@ -182,6 +185,22 @@ py::dict build_info() {
   return info;
 }
 
+// What torch's modes and subclasses make is theirs.
+Tensor empty_result_like(const Tensor& like) {
+  if (!ddpm_ext::plain({{"like", like}})) return at::empty_like(like);
+  return ddpm_ext::empty_result_like(like, like.scalar_type());
+}
+
+py::dict result_memory() {
+  const ddpm_ext::BlockPool::State state = ddpm_ext::BlockPool::instance().state();
+  py::dict info;
+  info["limit"] = state.limit;
+  info["kept"] = state.kept;
+  info["kept_blocks"] = state.kept_blocks;
+  info["used"] = state.used;
+  return info;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -207,4 +226,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("draw_seed", &ddpm_ext::draw_seed);
   m.def("philox4x32", &philox4x32);
   m.def("build_info", &build_info);
+  m.def("empty_result_like", &empty_result_like);
+  m.def("result_memory", &result_memory);
+  m.def("release_result_memory", [] { ddpm_ext::BlockPool::instance().release(); }, Unlocked());
+  m.def("limit_result_memory", [](size_t bytes) { ddpm_ext::BlockPool::instance().set_limit(bytes); }, Unlocked());
 }

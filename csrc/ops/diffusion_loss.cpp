@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>
@@ -7,8 +6,8 @@
 #include "core/loss.h"
 #include "ops/checks.h"
 #include "ops/fill_call.h"
-#include "ops/large_pages.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
@@ -46,7 +45,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({call.batch}, like.dtype(at::kFloat));
   const auto slopes = model_output.options().dtype(at::kFloat);
-  const Tensor slope = want_slope ? in_large_pages(at::empty_like(model_output, slopes)) : at::empty({0}, slopes);
+  const Tensor slope = want_slope ? empty_result_like(model_output, at::kFloat) : at::empty({0}, slopes);
   Tensor variance, mean_slope = slope, variance_slope;
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);

@@ -1,10 +1,8 @@
-#include <ATen/ops/empty_like.h>
-
 #include "core/forward.h"
 #include "ops/checks.h"
 #include "ops/fill_call.h"
-#include "ops/large_pages.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
@@ -21,7 +19,7 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   if (out.has_value())
     check_out(op, *out, "x_start", x_start,
               {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
-  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_start));
+  const Tensor result = out.has_value() ? *out : empty_result_like(x_start, x_start.scalar_type());
   bind(op, call, {{&x_start, &call.x}, {given, &call.noise}}, result, call.out);
   DDPM_RUN(affine, call, x_start.device());
   return finish(result, out);

@@ -1,11 +1,9 @@
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "ops/checks.h"
 #include "ops/fill_call.h"
-#include "ops/large_pages.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
@@ -19,7 +17,7 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   for (int64_t n : size) CHECK_VALUE(n >= 0, "shape", " is ", size, ", expected sizes >= 0");
   call.batch = size[0];
   call.noise_kind = Noise::drawn;
-  const Tensor result = in_large_pages(at::empty(size, at::TensorOptions().dtype(dtype).device(device)));
+  const Tensor result = empty_result(size, at::TensorOptions().dtype(dtype).device(device));
   set_rng(op, call, rng, result.device());  // the result's device, since a plain "cuda" has no index
   call.draw = std::max<int64_t>(call.draw, 0);
   bind(op, call, {}, result, call.out);

@@ -1,10 +1,8 @@
-#include <ATen/ops/empty_like.h>
-
 #include "core/step.h"
 #include "ops/checks.h"
 #include "ops/fill_call.h"
-#include "ops/large_pages.h"
 #include "ops/operators.h"
+#include "ops/result_memory.h"
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
@@ -37,7 +35,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
   call.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
   if (out.has_value()) check_overlap(op, "out", *out, model_output);
   set_clip(op, call, clip_min, clip_max);
-  const Tensor result = out.has_value() ? *out : in_large_pages(at::empty_like(x_t));
+  const Tensor result = out.has_value() ? *out : empty_result_like(x_t, x_t.scalar_type());
   bind(op, call, {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(noise), &call.noise}}, result,
        call.out);
   DDPM_RUN(reverse_step, call, x_t.device());

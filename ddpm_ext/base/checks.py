@@ -106,10 +106,11 @@ def split_t(t: int | Tensor) -> tuple[Tensor | None, int]:
     """Splits t into what the operators take: (t, 0) for a tensor, and (None, t) for an int."""
     if isinstance(t, Tensor):
         return t, 0
-    if isinstance(t, numbers.Integral) and not isinstance(t, int):  # an integer of numpy
-        t = int(t)
-    if isinstance(t, bool) or not isinstance(t, _INTS):
-        raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
+    if type(t) is not int:
+        if not isinstance(t, int) and isinstance(t, numbers.Integral):  # an integer of numpy
+            t = int(t)
+        if isinstance(t, bool) or not isinstance(t, _INTS):
+            raise TypeError(f"t is a {type(t).__name__}, expected an int64 tensor of shape (batch,) or an int")
     if not -(2**63) <= t < 2**63:
         raise ValueError(f"t is {t}, expected one of the timesteps")
     return None, t

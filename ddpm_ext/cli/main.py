@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import info, plot, sample, table, train, trajectory
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.version import __version__
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
     """
+    keep_freed_memory()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     name = "ddpm-ext"
     options = argparse.Namespace(arguments=arguments)

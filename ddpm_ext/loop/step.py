@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -137,6 +136,7 @@ class LoopStep:
             name: value[len(x) :] if options.doubled and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
+        self._reverse_step = ops.ReverseStep(self._steps, clip=options.clip, rng=rng)
         self._plain = not (
             self._constant
             or options.doubled
@@ -159,13 +159,10 @@ class LoopStep:
 
         The caller calls the state's `advance` afterwards.
         """
+        if self._plain and kind.calls_model:
+            return self._take_plain(row, t)
         state, options = self.state, self.options
         x, timesteps = state.x, t[: state.batch] if options.doubled else t
-        if self._plain and kind.calls_model:
-            model_output = self._prediction(self._call(self.model, x, timesteps, **options.model_kwargs))
-            self.ops.reverse_step(x, model_output, self._steps, row, clip=options.clip, rng=self.rng, out=state.next_x)
-            return
-
         inputs = dict(self._constant)
         still_read: Tensor | None = None
         if kind.calls_model:
@@ -190,6 +187,17 @@ class LoopStep:
             **inputs,
         )
 
+    def _take_plain(self, row: int | Tensor, t: Tensor) -> None:
+        x, kwargs = self.state.x, self.options.model_kwargs
+        if self.options.autocast is None:  # Python's share of a small step: no call is made that can be spared
+            model_output = unwrap(self.model(x, t, **kwargs) if kwargs else self.model(x, t))
+        else:
+            model_output = self._call(self.model, x, t, **kwargs)
+        if self.options.learned:
+            model_output = self._prediction(model_output)
+        at, index = (None, row) if type(row) is int else checks.split_t(row)
+        self._reverse_step(x, model_output, at, index, self.state.next_x)
+
     def _take_linear(
         self, kind: RowKind, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]
     ) -> None:
@@ -208,13 +216,10 @@ class LoopStep:
 
     def _call(self, model: Model, x: Tensor, t: Tensor, **model_kwargs: Any) -> Tensor:
         last_x0 = (self.state.x0,) if self.options.self_condition else ()
-        with self._autocast(x):
-            return unwrap(model(x, t, *last_x0, **model_kwargs))
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
         if self.options.autocast is None:
-            return nullcontext()
-        return torch.autocast(x.device.type, self.options.autocast, cache_enabled=False)
+            return unwrap(model(x, t, *last_x0, **model_kwargs))
+        with torch.autocast(x.device.type, self.options.autocast, cache_enabled=False):
+            return unwrap(model(x, t, *last_x0, **model_kwargs))
 
     def _prediction(self, model_output: Tensor) -> Tensor:
         return split_variance(self.state.x, model_output)[0] if self.options.learned else model_output

@@ -15,10 +15,11 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss import diffusion_loss
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, randn
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, fresh_arguments, noise_arguments, randn
 from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
 
 __all__ = [
+    "ReverseStep",
     "check_reverse_step",
     "diffusion_loss",
     "extended_step",
@@ -98,6 +99,50 @@ def check_reverse_step(
     arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
     if not torch.compiler.is_compiling():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
+
+
+class ReverseStep:
+    """reverse_step with its table, clip and noise, for calls that come again or in two parts: what Python does for
+    these arguments is done once.
+
+    Args:
+        table, clip, noise, rng: reverse_step's.
+    """
+
+    __slots__ = ("_arguments", "_clip", "_compiling", "_drawn", "_noise", "_rng", "_table")
+
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        clip: Clip | None = (-1.0, 1.0),
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+    ) -> None:
+        self._table, self._noise, self._rng = table, noise, rng
+        self._clip = NO_CLIP if clip is None else clip
+        self._drawn = noise is None and rng is None
+        self._compiling = torch.compiler.is_compiling()
+        self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        """Raises what a call would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
+        if out is not None:
+            checks.tensor("out", out)
+        if not self._compiling:
+            C.check_reverse_step(x_t, self._table, row, index, *self._arguments, out)
+
+    def __call__(
+        self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
+    ) -> Tensor:
+        """As reverse_step. `row` and `index` are split_t's, the others tensors."""
+        if self._compiling:
+            t = index if row is None else row
+            return reverse_step(
+                x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
+            )
+        arguments = (None, True, *fresh_arguments(STREAM_REVERSE)) if self._drawn else self._arguments
+        return C.reverse_step(x_t, model_output, self._table, row, index, *self._clip, *arguments, out)
 
 
 def forward_process(

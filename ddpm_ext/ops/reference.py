@@ -16,9 +16,10 @@ from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
-from ddpm_ext.ops.reference_steps import check_reverse_step, extended_step, linear_step, reverse_step
+from ddpm_ext.ops.reference_steps import ReverseStep, check_reverse_step, extended_step, linear_step, reverse_step
 
 __all__ = [
+    "ReverseStep",
     "check_reverse_step",
     "diffusion_loss",
     "extended_step",

@@ -23,7 +23,7 @@ from ddpm_ext.ops.reference_inputs import (
     resolve_noise,
 )
 
-__all__ = ["check_reverse_step", "extended_step", "linear_step", "reverse_step"]
+__all__ = ["ReverseStep", "check_reverse_step", "extended_step", "linear_step", "reverse_step"]
 
 
 def check_reverse_step(
@@ -66,6 +66,32 @@ def reverse_step(
     if add_noise or noise is not None or rng is not None:
         prev = prev + s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, draws_of_rows(table, t, x_t))
     return finish(prev, x_t, out)
+
+
+class ReverseStep:
+    """Twin of ops.fused.ReverseStep."""
+
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        clip: Clip | None = (-1.0, 1.0),
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+    ) -> None:
+        self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        t = index if row is None else row
+        check_reverse_step(x_t, self._table, t, noise=self._noise, rng=self._rng, out=out)
+
+    def __call__(
+        self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
+    ) -> Tensor:
+        t = index if row is None else row
+        return reverse_step(
+            x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
+        )
 
 
 def _check_step(

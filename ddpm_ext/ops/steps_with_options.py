@@ -46,7 +46,7 @@ def _step(
     low, high = NO_CLIP if clip is None else clip
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     if out is None:
-        out = torch.empty_like(x_t)
+        out = torch.empty_like(x_t) if torch.compiler.is_compiling() else C.empty_result_like(x_t)
     if not torch.compiler.is_compiling():
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out

@@ -190,10 +190,10 @@ class Process:
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """The model's output; an int t is passed as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
-            t = self.tables.timesteps(x.device)[t].expand(len(x))
+            t = self.tables.timestep(t, x.shape[0], x.device)
         elif self.schedule.timestep is not None:
             t = self.tables.timesteps(x.device)[t.clamp(0, self.timesteps - 1)]
-        return unwrap(model(x, t, **(kwargs or {})))
+        return unwrap(model(x, t, **kwargs) if kwargs else model(x, t))
 
     # ---------------------------------------------------------------------------------------- forward process
 

@@ -43,7 +43,6 @@ def p_mean_variance(
     return mean, log_variance.exp(), log_variance
 
 
-@torch.no_grad()
 def p_sample(
     process: Process,
     model: Model,
@@ -56,13 +55,21 @@ def p_sample(
     out: Tensor | None = None,
 ) -> Tensor:
     """See GaussianDiffusion.p_sample."""
-    table = process.table("steps", "x_t", x_t)
-    process.ops.check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
-    options: dict[str, Any] = {"clip": as_fixed_clip(clip_denoised), "noise": noise, "rng": rng, "out": out}
-    model_output = process.call_model(model, x_t, t)
-    variance = process.variance_entry
-    if not variance.learned:
-        return process.ops.reverse_step(x_t, model_output, table, t, **options)
-    model_output, returned = split_variance(x_t, model_output)
-    options |= {"model_variance": returned, "log_variance": variance.logarithm}
-    return process.ops.extended_step(x_t, model_output, process.table("extended", "x_t", x_t), t, **options)
+    recording = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
+    try:
+        clip = as_fixed_clip(clip_denoised)
+        step = process.ops.ReverseStep(process.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
+        row, index = checks.split_t(t)
+        step.check(x_t, row, index, out)
+        model_output = process.call_model(model, x_t, t)
+        variance = process.variance_entry
+        if not variance.learned:
+            return step(x_t, model_output, row, index, out)
+        model_output, returned = split_variance(x_t, model_output)
+        table = process.table("extended", "x_t", x_t)
+        options: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "out": out}
+        options |= {"model_variance": returned, "log_variance": variance.logarithm}
+        return process.ops.extended_step(x_t, model_output, table, t, **options)
+    finally:
+        torch._C._set_grad_enabled(recording)

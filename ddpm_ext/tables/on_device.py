@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["DeviceTables", "StepDeviceTables"]
+
+VIEWED = 4  # batches of which the timesteps' views are kept
 
 
 class DeviceTables:
@@ -59,6 +62,7 @@ class StepDeviceTables(DeviceTables):
 
     def __init__(self, steps: StepTable, guidance: Tensor | None = None, **tables: Tensor) -> None:
         super().__init__(**tables)
+        self._views: BoundedCache[dict[int, Tensor]] = BoundedCache(VIEWED)
         cpu = torch.device("cpu")
         zeros = torch.zeros_like(steps.a)
         x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
@@ -88,3 +92,15 @@ class StepDeviceTables(DeviceTables):
     def timesteps(self, device: torch.device) -> Tensor:
         """(rows,), int64, or float32 where timesteps lie between the schedule's own."""
         return self.get("timesteps", device, self._timestep_dtype)
+
+    def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
+        """The timestep of a row for each sample, (batch,): a view of the table, which is kept for the next call."""
+        if torch.compiler.is_compiling():
+            return self.timesteps(device)[row].expand(batch)
+        views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)
+        view = views.get(row)
+        if view is None:
+            view = self.timesteps(device)[row].expand(batch)
+            if is_plain(view):
+                views[row] = view
+        return view

@@ -1,0 +1,72 @@
+"""The memory of large results on a CPU, which the operators keep when it is freed, for the results that follow.
+
+The C library returns the memory of large blocks to the system when they are freed. A loop such as
+x = p_sample(model, x, t) would receive all pages of each result anew, which takes several times as long as the step. So
+results of 256 KiB and more come from a pool. It keeps up to eight freed blocks, at most four of a size, and gives each
+back to the system after five seconds without use; a size that it does not have takes the place of older ones. The
+tensors are ordinary ones.
+
+The environment variable DDPM_EXT_RESULT_MEMORY is the bound on what is kept, in MiB; 0 keeps nothing. Without it the
+bound is an eighth of the machine's or the container's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ddpm_ext.ops.extension import C
+
+__all__ = ["memory_info", "release_memory"]
+
+VARIABLE = "DDPM_EXT_RESULT_MEMORY"
+SHARE = 8  # an eighth of memory
+# A container's bound, as control groups of version 2 and 1 have it.
+BOUNDS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may use; 0 where the system does not say."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on this system
+        return 0
+    for path in BOUNDS:
+        try:
+            memory = min(memory, int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(memory, 0)
+
+
+def _limit() -> int:
+    """The bound in bytes.
+
+    Raises:
+        ValueError: the variable is not a whole number of MiB.
+    """
+    given = os.environ.get(VARIABLE, "")
+    if not given:
+        return _memory() // SHARE
+    if not (given.isascii() and given.isdigit() and int(given) < 2**40):
+        raise ValueError(f"{VARIABLE} is {given!r}, expected a whole number of MiB, or 0 to keep nothing")
+    return int(given) * 2**20
+
+
+def memory_info() -> dict[str, int]:
+    """What the pool of results on the CPU holds, in bytes.
+
+    Returns:
+        limit: how much is kept at most; 0 means that results come from torch's allocator. kept: how much is free and
+        kept. kept_blocks: the number of blocks in it. used: how much the results take that are alive.
+    """
+    info: dict[str, int] = C.result_memory()
+    return info
+
+
+def release_memory() -> None:
+    """Returns the memory that is kept for results on the CPU to the system. Tensors keep theirs."""
+    C.release_result_memory()
+
+
+C.limit_result_memory(_limit())

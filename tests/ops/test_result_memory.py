@@ -1,0 +1,275 @@
+"""Large results on a CPU come from memory that is kept, and are tensors like any other."""
+
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox, memory_info, randn, release_memory
+from ddpm_ext.ops import fused, result_memory
+
+SMAPS = Path("/proc/self/smaps")
+KNOWN = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE = (4, 3, 512, 512)
+MIB = 2**20
+ONE_MIB = (4, 1, 256, 256)
+
+
+@pytest.fixture(autouse=True)
+def empty_pool():
+    gc.collect()
+    release_memory()
+    yield
+    release_memory()
+
+
+def zeros_model(x, t):
+    return torch.zeros_like(x)
+
+
+def results(gd, x):
+    m = torch.zeros(x.shape, requires_grad=True)
+    gd.train_losses(lambda *_: m, x, 5).backward()
+    table = gd.process.table("extended", "x", x)
+    return {
+        "q_sample": gd.q_sample(x, 5),
+        "p_sample": gd.p_sample(zeros_model, x, 5),
+        "predict_start": gd.predict_start_from_noise(x, 5, x),
+        "extended_step": fused.extended_step(x, x, table, 5),
+        "randn": randn(x.shape, Philox(0)),
+        "gradient": m.grad,
+    }
+
+
+def used_by(make):
+    before = memory_info()["used"]
+    kept_alive = make()
+    return memory_info()["used"] - before, kept_alive
+
+
+@pytest.mark.parametrize("name", ["q_sample", "p_sample", "predict_start", "extended_step", "randn"])
+def test_large_results_come_from_the_pool(name):
+    gd, x = GaussianDiffusion(), torch.zeros(ONE_MIB)
+    make = {
+        "q_sample": lambda: gd.q_sample(x, 5),
+        "p_sample": lambda: gd.p_sample(zeros_model, x, 5),
+        "predict_start": lambda: gd.predict_start_from_noise(x, 5, x),
+        "extended_step": lambda: fused.extended_step(x, x, gd.process.table("extended", "x", x), 5),
+        "randn": lambda: randn(ONE_MIB, Philox(0)),
+    }[name]
+    used, result = used_by(make)
+    assert used == result.nbytes == MIB
+    place = result.data_ptr()
+    del result
+    assert memory_info()["kept"] == MIB
+    assert make().data_ptr() == place
+    release_memory()
+    assert memory_info()["kept"] == 0
+
+
+def test_small_results_and_given_memory_do_not():
+    gd, x = GaussianDiffusion(), torch.zeros(1, 3, 32, 32)
+    out = torch.empty(ONE_MIB)
+    used, _ = used_by(lambda: (gd.q_sample(x, 5), gd.q_sample(torch.zeros(ONE_MIB), 5, out=out)))
+    assert used == 0
+
+
+def test_a_chained_loop_takes_two_blocks():
+    gd, x = GaussianDiffusion(), randn(ONE_MIB, Philox(0))
+    places = set()
+    for t in reversed(range(100)):
+        x = gd.p_sample(zeros_model, x, t)
+        places.add(x.data_ptr())
+    assert len(places) == 2
+
+
+def test_many_shapes_keep_memory_flat():
+    gd = GaussianDiffusion()
+    shapes = [(1, 3, 256, 256), (2, 3, 200, 200), (3, 3, 300, 200), (5, 1, 256, 256), (1, 4, 512, 512)]
+    largest = 0
+    chains = [randn(shape, Philox(0)) for shape in shapes]
+    for step in range(1000):
+        chains = [gd.p_sample(lambda x, t: x, x, step % 1000) for x in chains]
+        held = memory_info()
+        largest = max(largest, held["used"] + held["kept"])
+    alive = sum(x.nbytes for x in chains)
+    assert largest <= 3 * alive + MIB
+
+
+def test_values_dtypes_and_layouts_are_those_of_torchs_memory(monkeypatch):
+    gd, rng = GaussianDiffusion(), Philox(3)
+    inputs = [
+        torch.randn(4, 3, 256, 256),
+        torch.randn(4, 3, 256, 256).to(memory_format=torch.channels_last),
+        torch.randn(4, 256, 256, 3).permute(0, 3, 1, 2)[:, :, ::2],
+        torch.randn(4, 3, 256, 256, dtype=torch.bfloat16),
+        torch.randn(4, 3, 256, 256, dtype=torch.float16).transpose(2, 3),
+    ]
+    pooled = [gd.p_sample(zeros_model, x, 5, rng=rng) for x in inputs]
+    limit = memory_info()["limit"]
+    try:
+        ddpm_ext.ops.extension.C.limit_result_memory(0)
+        used, plain = used_by(lambda: [gd.p_sample(zeros_model, x, 5, rng=rng) for x in inputs])
+    finally:
+        ddpm_ext.ops.extension.C.limit_result_memory(limit)
+    assert used == 0
+    for x, a, b in zip(inputs, pooled, plain, strict=True):
+        assert a.stride() == b.stride() == torch.empty_like(x).stride()
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------ a tensor like any other
+
+
+def pooled():
+    x = randn(ONE_MIB, Philox(1))
+    return x, x.clone()
+
+
+def test_saved_pickled_copied():
+    x, expected = pooled()
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(x)), expected)
+    assert torch.equal(torch._lazy_clone(x).add_(1), expected + 1)
+    assert torch.equal(x, expected)
+
+
+def test_resized():
+    x, expected = pooled()
+    x.untyped_storage().resize_(2 * MIB)
+    assert torch.equal(x, expected)
+    assert memory_info()["used"] >= 2 * MIB
+    x.untyped_storage().resize_(16)
+    x.resize_(4)
+    assert torch.equal(x, expected.flatten()[:4])
+
+
+def test_shared():
+    x, expected = pooled()
+    x.share_memory_()
+    assert x.is_shared() and torch.equal(x, expected)
+
+
+def test_views_of_other_libraries_keep_the_memory():
+    x, expected = pooled()
+    array, capsule = x.numpy(), torch.utils.dlpack.to_dlpack(x)
+    del x
+    gc.collect()
+    other = randn(ONE_MIB, Philox(2))
+    np.testing.assert_array_equal(array, expected.numpy())
+    assert torch.equal(torch.from_dlpack(capsule), expected)
+    assert not torch.equal(other, expected)
+
+
+def test_inference_mode_and_subclasses():
+    with torch.inference_mode():
+        assert randn(ONE_MIB, Philox(0)).is_inference()
+    gd, table = GaussianDiffusion(), None
+    x = torch.nn.Parameter(torch.zeros(ONE_MIB), requires_grad=False)
+    table = gd.process.table("extended", "x", x)
+    assert type(fused.extended_step(x, x, table, 5)) is torch.Tensor
+
+
+def test_the_profiler_sees_it():
+    x = torch.zeros(ONE_MIB)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        GaussianDiffusion().q_sample(x, 5)
+    assert any(event.cpu_memory_usage == MIB for event in seen.events() if event.name == "ddpm_ext::forward_process")
+
+
+def test_threads():
+    gd, x = GaussianDiffusion(), torch.zeros(ONE_MIB)
+    expected = gd.q_sample(x, 5, rng=Philox(0))
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            y = gd.q_sample(x, 5, rng=Philox(0))
+            if not torch.equal(y, expected):
+                wrong.append(y)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="of systems that fork")
+def test_forked_children_have_their_own():
+    code = """
+import os, torch
+from ddpm_ext import Philox, memory_info, randn
+torch.set_num_threads(1)
+x = randn((4, 1, 256, 256), Philox(0)); expected = x.clone(); del x
+child = os.fork()
+y = randn((4, 1, 256, 256), Philox(0 if child else 1))
+same = torch.equal(y, expected)
+if child == 0:
+    os._exit(int(same or memory_info()["kept"] != 0))
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+assert status == 0 and same, (status, same)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+# --------------------------------------------------------------------------------------------------- the variable
+
+
+@pytest.mark.parametrize(("given", "limit"), [("0", 0), ("64", 64 * MIB)])
+def test_the_variable_is_the_bound(monkeypatch, given, limit):
+    monkeypatch.setenv(result_memory.VARIABLE, given)
+    assert result_memory._limit() == limit
+
+
+@pytest.mark.parametrize("given", ["-1", "1.5", "64MiB", "٣", " "])
+def test_a_variable_that_is_no_number(monkeypatch, given):
+    monkeypatch.setenv(result_memory.VARIABLE, given)
+    with pytest.raises(ValueError, match=r"DDPM_EXT_RESULT_MEMORY is .*, expected a whole number of MiB"):
+        result_memory._limit()
+
+
+def test_the_bound_is_an_eighth_of_the_containers_memory(monkeypatch, tmp_path):
+    monkeypatch.delenv(result_memory.VARIABLE, raising=False)
+    ample, bound = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    ample.write_text("max\n")
+    bound.write_text(f"{80 * MIB}\n")
+    monkeypatch.setattr(result_memory, "BOUNDS", (str(tmp_path / "none"), str(ample), str(bound)))
+    assert result_memory._limit() == 10 * MIB
+
+
+# -------------------------------------------------------------------------------------------------------- large pages
+
+
+def advised(x):
+    """Whether the middle of a tensor's memory is marked for large pages (madvise)."""
+    middle = x.data_ptr() + x.nbytes // 2
+    inside = False
+    for line in SMAPS.read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and ":" not in first:
+            begin, end = (int(number, 16) for number in first.split("-"))
+            inside = begin <= middle < end
+        elif inside and first == "VmFlags:":
+            return "hg" in rest
+    raise AssertionError("the tensor's memory is in no mapping")
+
+
+@pytest.mark.skipif(not (SMAPS.exists() and KNOWN.exists()), reason="of Linux with such pages")
+def test_large_results_are_marked_for_large_pages():
+    """The system would provide their memory in pages of 4 KiB otherwise."""
+    found = results(GaussianDiffusion(), torch.zeros(LARGE))
+    assert {name for name, x in found.items() if not advised(x)} <= {"gradient"}
