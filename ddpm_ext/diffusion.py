@@ -26,6 +26,7 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process import reverse
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
+from ddpm_ext.tables.schedules import NoiseSchedule
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["GaussianDiffusion"]
@@ -37,10 +38,11 @@ class GaussianDiffusion:
     Args:
         timesteps: steps of the forward process, at least 1.
         beta_schedule: "linear", "cosine", "sigmoid", "scaled_linear", or betas of shape (timesteps,) in (0, 1), of
-            which the last may be 1.
+            which the last may be 1; "flow" for rectified flow, x_t = (1 - sigma) x_0 + sigma eps with sigma = (t + 1) /
+            timesteps; or a ddpm_ext.tables.schedules.NoiseSchedule, whose levels are any pairs of signal and noise.
         prediction: what the model returns: the noise "eps", the clean sample "x0",
-            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, or "x_prev", the mean of
-            q(x_{t-1} | x_t, x_0).
+            "v" = sqrt(alphas_cumprod) eps - sqrt(1 - alphas_cumprod) x0, "flow" = eps - x0, "edm", the output of EDM's
+            network, or "x_prev", the mean of q(x_{t-1} | x_t, x_0), which is for betas alone.
         variance: of a reverse step: "fixed_small" (the posterior's) or "fixed_large" (beta). Or the model returns it,
             in twice the channels: "learned" (its logarithm), "learned_range" (where its logarithm lies between those
             two, from -1 to 1; Nichol & Dhariwal 2021, eq. 15) or "learned_variance" (itself, as diffusers' "learned").
@@ -54,7 +56,8 @@ class GaussianDiffusion:
     The schedule's attributes betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod,
     sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
     posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2 are float64
-    (timesteps,), on the CPU.
+    (timesteps,), on the CPU. Where levels are no betas, they are those of x_t / sqrt(signal^2 + noise^2); what methods
+    take and return is x_t itself, and the model is called with the schedule's own numbers in place of t.
 
     Attributes:
         timesteps, prediction, variance, backend: as given.
@@ -81,7 +84,7 @@ class GaussianDiffusion:
     def __init__(
         self,
         timesteps: int = 1000,
-        beta_schedule: str | Tensor = "linear",
+        beta_schedule: str | Tensor | NoiseSchedule = "linear",
         *,
         prediction: str = "eps",
         variance: str = "fixed_small",
@@ -114,7 +117,8 @@ class GaussianDiffusion:
         rng: Philox | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4).
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4), or the schedule's
+        own levels of signal and noise in their place.
 
         Args:
             x_start: (batch, ...), in [-1, 1] by custom.
@@ -315,7 +319,8 @@ class GaussianDiffusion:
                 taken (stream 1, as pure noise does), and the last `strength` of the steps remove it (Meng et al. 2022,
                 "SDEdit"); or an Interpolation between two.
             strength: the share of the steps that is taken, above 0 to 1, at least one step; 1 without a start.
-            noise: of `shape`: the first step begins from it instead of drawn noise.
+            noise: of `shape`: the first step begins from it instead of drawn noise. That is standard normal, or has the
+                standard deviation of the first level where levels are no betas.
             rng: seed and sample ids; None: a seed from torch's default CPU generator. A Philox with a draw or a stream
                 of its own is refused: it would give each step the same noise.
             record: what is returned: "all": each step's samples; an int k: those of every k-th step and of the last;

@@ -72,7 +72,8 @@ class Begin:
             self._check("noise", noise)
             return noise
         if start is None:
-            return self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+            drawn = self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+            return drawn if self._rows.pure_noise == 1 else drawn.mul_(self._rows.pure_noise)
         images = (start.first, start.second) if isinstance(start, Interpolation) else (start,)
         noised = []
         for draw, image in enumerate(images):

@@ -14,6 +14,7 @@ from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
@@ -46,7 +47,8 @@ class LoopRows:
 
     table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
     with the first. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
-    read the model's variance output, "log" or "direct"; None where they don't.
+    read the model's variance output, "log" or "direct"; None where they don't. pure_noise: the standard deviation of
+    drawn samples to begin from.
     """
 
     table: StepTable
@@ -55,6 +57,7 @@ class LoopRows:
     kinds: list[RowKind]
     timesteps: list[int | float]
     variance: str | None
+    pure_noise: float
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -169,7 +172,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     elif skipped:
         # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
         table = make(grid[skipped:], **arguments)
-    return (table if any_step else _for_schedule_steps(process, table)), skipped
+    return process.for_model(table if any_step else _for_schedule_steps(process, table)), skipped
 
 
 def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
@@ -214,6 +217,7 @@ def _loop_rows(
         kinds,
         table.timestep.tolist(),
         _variance(process, table, learned),
+        1.0 if levels is None else pure_noise(*levels[0].tolist()),
     )
 
 
@@ -275,8 +279,8 @@ def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence
     if timesteps is not None:
         if steps is not None or spacing != "linspace":
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
-        grid = make_grid(process.alphas_cumprod, timesteps, betas=process.betas)
+        grid = process.scaled(make_grid(process.alphas_cumprod, timesteps, betas=process.betas))
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
-    return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing)
+    return process.scaled(spaced_grid(process.alphas_cumprod, process.betas, steps, spacing))

@@ -23,6 +23,7 @@ from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 from ddpm_ext.process.reverse import p_mean_variance
+from ddpm_ext.tables.levels import pure_noise
 
 __all__ = ["BitsPerDim", "VlbTerms", "bits_per_dim", "prior_bpd", "vlb_terms"]
 
@@ -116,7 +117,8 @@ def vlb_terms(
 
 
 def prior_bpd(process: Process, x_start: Tensor) -> Tensor:
-    """The prior's term, (batch,): how far the last x_t is from pure noise, in bits per dimension.
+    """The prior's term, (batch,): how far the last x_t is from the pure noise that a loop begins from, in bits per
+    dimension.
 
     Args:
         x_start: (batch, ...), of any float dtype.
@@ -127,7 +129,8 @@ def prior_bpd(process: Process, x_start: Tensor) -> Tensor:
     checks.samples("x_start", x_start)
     x_start = x_start.to(checks.compute_dtype(x_start.dtype))
     mean, _, log_variance = process.q_mean_variance(x_start, process.timesteps - 1)
-    return _mean_bits(normal_kl(mean, log_variance, 0.0, 0.0))
+    prior = pure_noise(process.schedule.signal[-1].item(), process.schedule.noise[-1].item())
+    return _mean_bits(normal_kl(mean, log_variance, 0.0, 2 * math.log(prior)))
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ def _bound(process: Process) -> Tensor:
 
     The means of the posterior and of the model differ by the model's error times mean_slope.
     """
-    mean_slope = process.prediction_entry.mean_slope(process.levels)
+    mean_slope = process.prediction_entry.mean_slope(process.levels) * process.magnitude_before
     l0, l1 = _log_variance(process).unbind(1)
-    posterior = process.posterior_log_variance_clipped
+    posterior = process.tables.get("posterior_log_variance_clipped", process.betas.device, process.betas.dtype)
     decoder = torch.arange(process.timesteps, device="cpu") == 0
     return torch.stack(
         [
@@ -91,7 +91,7 @@ class LossRows:
         target, self._names = _target(process), names(*self._of)
         self.needs_x_start = bool((target[:, 0] != 0).any())
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
-        self._named = DeviceTables(**named, bound=_bound(process), noise=process.sqrt_one_minus_alphas_cumprod)
+        self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
         # Each entry holds its weighting, so that no other tensor gets its id.
         self._given: BoundedCache[tuple[DeviceTables, str | Tensor]] = BoundedCache(CACHED)
         self._perturbed: BoundedCache[DeviceTables] = BoundedCache(1)

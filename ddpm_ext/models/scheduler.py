@@ -21,6 +21,18 @@ _VARIANCES = peer_variances("diffusers")
 # Schedulers with the same forward process: a model that was trained with one can be sampled with any other.
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 _SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+# Rectified flow: beta_schedule and prediction are "flow" then. Entries that change its levels must be as they are here.
+_FLOW = "FlowMatchEulerDiscreteScheduler"
+_FLOW_DEFAULTS = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,18 @@ class DiffusionSettings:
     prediction: str = "eps"
     variance: str = "fixed_small"
 
+    @classmethod
+    def of(cls, diffusion: GaussianDiffusion) -> DiffusionSettings:
+        """Those of a GaussianDiffusion. Raises ValueError for levels in place of betas, unless they are "flow"."""
+        schedule, timesteps = diffusion.process.schedule, diffusion.timesteps
+        betas: str | tuple[float, ...] = tuple(diffusion.betas.tolist())
+        if schedule.scale is not None:
+            flow = schedules.forward_levels("flow", timesteps)
+            if not (schedule.signal.equal(flow.signal) and schedule.noise.equal(flow.noise)):
+                raise ValueError("diffusion has a NoiseSchedule, expected a schedule of betas or 'flow'")
+            betas = "flow"
+        return cls(timesteps, betas, diffusion.prediction, diffusion.variance)
+
     def diffusion(self, backend: str = "fused") -> GaussianDiffusion:
         """Makes the diffusion; `backend` is "fused" or "reference", as in GaussianDiffusion."""
         schedule = self.beta_schedule
@@ -47,12 +71,31 @@ class DiffusionSettings:
         )
 
     def to_scheduler_config(self) -> dict[str, Any]:
-        """The configuration of a diffusers DDPMScheduler with these settings."""
+        """The configuration of a diffusers DDPMScheduler, or FlowMatchEulerDiscreteScheduler, with these settings.
+
+        Raises:
+            ValueError: diffusers has no scheduler for the prediction and the schedule.
+        """
+        variance = next(theirs for theirs, ours in _VARIANCES.items() if ours == self.variance)
+        if "flow" in (self.beta_schedule, self.prediction):
+            if (self.beta_schedule, self.prediction) != ("flow", "flow"):
+                raise ValueError(
+                    f"prediction is {self.prediction!r}, expected 'flow' beside beta_schedule 'flow', and nowhere "
+                    "else: diffusers has no scheduler for one of them alone"
+                )
+            return {
+                "_class_name": _FLOW,
+                "num_train_timesteps": self.timesteps,
+                "shift": 1.0,
+                **({} if variance == "fixed_small" else {"variance_type": variance}),
+            }
+        if self.prediction not in _PREDICTIONS.values():
+            raise ValueError(f"prediction is {self.prediction!r}, expected one of {', '.join(_PREDICTIONS.values())}")
         config: dict[str, Any] = {
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": self.timesteps,
             "prediction_type": next(theirs for theirs, ours in _PREDICTIONS.items() if ours == self.prediction),
-            "variance_type": next(theirs for theirs, ours in _VARIANCES.items() if ours == self.variance),
+            "variance_type": variance,
             "clip_sample": True,
             "clip_sample_range": 1.0,
         }
@@ -73,8 +116,10 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
             GaussianDiffusion has no argument for. The message names `name`.
     """
     kind = config.get("_class_name", "DDPMScheduler")
+    if kind == _FLOW:
+        return _read_flow(config, name)
     if kind not in _SCHEDULERS:
-        raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join(_SCHEDULERS)}")
+        raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join((*_SCHEDULERS, _FLOW))}")
     if config.get("thresholding", False):
         raise ValueError(
             f"model: {name} has thresholding true, expected false; pass clip_denoised=DynamicThreshold(...) to "
@@ -92,21 +137,38 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise ValueError(f"model: {name} has prediction_type {prediction!r}, expected one of {', '.join(_PREDICTIONS)}")
-    variance = config.get("variance_type", "fixed_small")
-    if variance not in _VARIANCES:
-        raise ValueError(f"model: {name} has variance_type {variance!r}, expected one of {', '.join(_VARIANCES)}")
-    schedule, count = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    variance, schedule = _variance(config, name), config.get("beta_schedule", "linear")
     if schedule not in _SCHEDULES and config.get("trained_betas") is None:
         raise ValueError(f"model: {name} has beta_schedule {schedule!r}, expected one of {', '.join(_SCHEDULES)}")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"model: {name} has num_train_timesteps {count!r}, expected a positive number")
+    count = _count(config, name)
     try:
         betas = _betas(config, schedule, count)
     except (TypeError, RuntimeError, OverflowError, ValueError) as error:
         raise ValueError(f"model: {name} has a schedule that can't be read ({error})") from error
     if not len(betas) or not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(f"model: {name} makes betas outside (0, 1]")
-    return DiffusionSettings(len(betas), tuple(betas.tolist()), _PREDICTIONS[prediction], _VARIANCES[variance])
+    return DiffusionSettings(len(betas), tuple(betas.tolist()), _PREDICTIONS[prediction], variance)
+
+
+def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:
+    for entry, value in _FLOW_DEFAULTS.items():
+        if config.get(entry, value) != value:
+            raise ValueError(f"model: {name} has {entry} {config[entry]!r}, expected {value!r}")
+    return DiffusionSettings(_count(config, name), "flow", "flow", _variance(config, name))
+
+
+def _count(config: dict[str, Any], name: str) -> int:
+    count = config.get("num_train_timesteps", 1000)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"model: {name} has num_train_timesteps {count!r}, expected a positive number")
+    return count
+
+
+def _variance(config: dict[str, Any], name: str) -> str:
+    variance = config.get("variance_type", "fixed_small")
+    if variance not in _VARIANCES:
+        raise ValueError(f"model: {name} has variance_type {variance!r}, expected one of {', '.join(_VARIANCES)}")
+    return _VARIANCES[variance]
 
 
 def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +20,8 @@ from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers import ddpm
-from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
+from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
 __all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
@@ -50,9 +52,12 @@ class Process:
 
     Attributes:
         timesteps, prediction, variance, backend: as given.
+        schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
+        magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
+            which is 1 for clean data; ones for a schedule of betas.
         tables: what the kernels read, by name, on each device: the steps' rows ("steps", "extended", "x0"), and rows or
             numbers for each timestep.
-        The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU.
+        The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
 
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
@@ -61,20 +66,23 @@ class Process:
     def __init__(
         self,
         timesteps: int = 1000,
-        beta_schedule: str | Tensor = "linear",
+        beta_schedule: str | Tensor | NoiseSchedule = "linear",
         *,
         prediction: str = "eps",
         variance: str = "fixed_small",
         backend: str = "fused",
     ) -> None:
-        self.betas = betas = make_betas(beta_schedule, timesteps)
+        self.schedule = schedule = forward_levels(beta_schedule, timesteps)
+        self.betas = betas = schedule.betas
         self.timesteps = len(betas)
         self.prediction: str = checks.one_of("prediction", prediction, PREDICTIONS)
         self.variance: str = checks.one_of("variance", variance, VARIANCES)
         self.backend: str = checks.one_of("backend", backend, BACKENDS)
+        if schedule.scale is not None and not self.prediction_entry.any_step:
+            raise ValueError(f"prediction is {prediction!r} beside levels in place of betas, expected another")
 
         self.alphas = 1 - betas
-        self.alphas_cumprod = alphas_cumprod = self.alphas.cumprod(0)
+        self.alphas_cumprod = alphas_cumprod = schedule.alphas_cumprod
         self.alphas_cumprod_prev = alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
 
         # q(x_t | x_0), eq. (4) of Ho et al. 2020, and its inverse
@@ -83,6 +91,11 @@ class Process:
         self.log_one_minus_alphas_cumprod = (1 - alphas_cumprod).log()
         self.sqrt_recip_alphas_cumprod = (1 / alphas_cumprod).sqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / alphas_cumprod - 1).sqrt()
+
+        self.magnitude = torch.ones_like(betas)
+        if schedule.scale is not None:
+            self.magnitude = torch.hypot(schedule.signal, schedule.noise)
+        self.magnitude_before = F.pad(self.magnitude[:-1], (1, 0), value=1.0)
 
         # q(x_{t-1} | x_t, x_0), eq. (6) and (7); its variance at t = 0 is 0, whose logarithm is clipped
         self.posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
@@ -95,20 +108,25 @@ class Process:
     def _make_tables(self) -> StepDeviceTables:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
         fixed = self.variance_entry.schedule(self.betas, self.posterior_variance)
+        signal, noise, r, before = self.schedule.signal, self.schedule.noise, self.magnitude, self.magnitude_before
+        of_x, of_eps = PREDICTIONS["eps"].x0(self.levels)
         return StepDeviceTables(
-            descending[::-1],  # row t is timestep t
-            q_sample=torch.stack([self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod], 1),
+            self.for_model(descending)[::-1],  # row t is timestep t
+            q_sample=torch.stack([signal, noise], 1),
             noise=torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(self.timesteps, 2),
-            predict_start_from_noise=torch.stack(PREDICTIONS["eps"].x0(self.levels), 1),
-            posterior_mean=torch.stack([self.posterior_mean_coef1, self.posterior_mean_coef2], 1),
-            q_variance=1 - self.alphas_cumprod,
-            q_log_variance=self.log_one_minus_alphas_cumprod,
-            posterior_variance=self.posterior_variance,
-            posterior_log_variance_clipped=self.posterior_log_variance_clipped,
-            p_variance=fixed.variance,
-            p_log_variance=fixed.log_variance,
-            finite_log_variance=fixed.finite.log(),
-            learned_log_variance=2 * torch.stack([descending.l0, descending.l1], 1).flip(0),
+            predict_start_from_noise=torch.stack([of_x / r, of_eps], 1),
+            posterior_mean=torch.stack([self.posterior_mean_coef1 * before, self.posterior_mean_coef2 * before / r], 1),
+            q_variance=(1 - self.alphas_cumprod) * r**2,
+            q_log_variance=self.log_one_minus_alphas_cumprod + 2 * r.log(),
+            posterior_variance=self.posterior_variance * before**2,
+            posterior_log_variance_clipped=self.posterior_log_variance_clipped + 2 * before.log(),
+            p_variance=fixed.variance * before**2,
+            p_log_variance=fixed.log_variance + 2 * before.log(),
+            finite_log_variance=fixed.finite.log() + 2 * before.log(),
+            learned_log_variance=torch.stack(
+                [2 * descending.l0.flip(0) + 2 * before.log(), 2 * descending.l1.flip(0)], 1
+            ),
+            variance_before=before**2,
         )
 
     @property
@@ -126,12 +144,27 @@ class Process:
 
     @property
     def levels(self) -> Levels:
-        """Of each timestep, (timesteps,) float64."""
+        """Of x / r at each timestep, (timesteps,) float64."""
         return Levels(self.alphas_cumprod, self.posterior_mean_coef1, self.posterior_mean_coef2)
 
     def grid(self) -> Grid:
         """All timesteps, from the noisiest on."""
-        return make_grid(self.alphas_cumprod, torch.arange(self.timesteps - 1, -1, -1, device="cpu"), betas=self.betas)
+        all_timesteps = torch.arange(self.timesteps - 1, -1, -1, device="cpu")
+        return self.scaled(make_grid(self.alphas_cumprod, all_timesteps, betas=self.betas))
+
+    def scaled(self, grid: Grid) -> Grid:
+        """A grid of alphas_cumprod, for the schedule's own samples."""
+        return replace(grid, scale=self.schedule.scale)
+
+    def for_model(self, rows: StepTable) -> StepTable:
+        """Rows whose timesteps are the schedule's, or lie between, with what the model is called with there."""
+        own = self.schedule.timestep
+        if own is None:
+            return rows
+        t = rows.timestep.double()
+        low = t.floor().long()
+        high = (low + 1).clamp(max=self.timesteps - 1)
+        return replace(rows, timestep=torch.lerp(own[low], own[high], t - low))
 
     # ------------------------------------------------------------------------------------------------- tables
 
@@ -158,6 +191,8 @@ class Process:
         """The model's output; an int t is passed as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
             t = self.tables.timesteps(x.device)[t].expand(len(x))
+        elif self.schedule.timestep is not None:
+            t = self.tables.timesteps(x.device)[t.clamp(0, self.timesteps - 1)]
         return unwrap(model(x, t, **(kwargs or {})))
 
     # ---------------------------------------------------------------------------------------- forward process

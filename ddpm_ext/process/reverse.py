@@ -34,6 +34,8 @@ def p_mean_variance(
         return mean, process.extract("p_variance", t, x_t), process.extract("p_log_variance", t, x_t)
     returned = returned.to(checks.compute_dtype(x_t.dtype))
     if not variance.logarithm:
+        if process.schedule.scale is not None:  # the model's is that of a variance-preserving sample
+            returned = returned * process.extract("variance_before", t, x_t)
         return mean, returned, returned.log()
     columns = process.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
     constant, slope = (process.at(column, t, x_t) for column in columns)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.tables.levels import LEVELS, Scale, straight, unit_levels
+from ddpm_ext.tables.levels import LEVELS, Scale, betas_between, checked_pairs, power_share, straight, unit_levels
 
-__all__ = ["Grid", "Jumps", "checked_levels", "checked_pairs", "grid_of_levels", "make_grid", "power_share"]
+__all__ = ["Grid", "Jumps", "checked_levels", "grid_of_levels", "make_grid"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,32 +171,6 @@ def make_grid(
     return Grid(chosen, path, jumps, levels)
 
 
-def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels of signal and noise, checked, as float64 (levels,) on the CPU: finite, at least 0, and not both 0."""
-    checked = []
-    for name, values in (("signal", signal), ("noise", noise)):
-        checks.tensor(name, values)
-        if not values.is_floating_point():
-            raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
-        if values.dim() != 1 or len(values) == 0 or len(values) != len(signal):
-            shape = tuple(values.shape)
-            raise ValueError(f"{name} has shape {shape}, expected (levels,), as many of noise as of signal")
-        own = values.detach().to("cpu", torch.float64, copy=True)
-        if not (own.isfinite() & (own >= 0)).all():
-            raise ValueError(f"{name} reaches from {own.min()} to {own.max()}, expected finite numbers >= 0")
-        checked.append(own)
-    nothing = (checked[0] == 0) & (checked[1] == 0)
-    if nothing.any():
-        i = int(nothing.nonzero()[0])
-        raise ValueError(f"signal[{i}] and noise[{i}] are both 0, expected one above 0")
-    return checked[0], checked[1]
-
-
-def power_share(signal: Tensor, noise: Tensor) -> Tensor:
-    """alphas_cumprod of levels of signal and noise: signal^2 / (signal^2 + noise^2)."""
-    return signal**2 / (signal**2 + noise**2)
-
-
 def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
     """A grid of levels that are given as they are.
 
@@ -225,7 +199,5 @@ def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Sc
     if scale is None:
         _, order = np.unique(-path.numpy(), return_index=True)
         scale = partial(straight, nodes=(signal[order], noise[order]))
-    # 1 - path[:-1] / path[1:], without the difference of numbers near 1.
-    (s, s_after), (n, n_after) = (signal[:-1], signal[1:]), (noise[:-1], noise[1:])
-    betas = (n**2 * s_after**2 - n_after**2 * s**2) / ((s**2 + n**2) * s_after**2)
+    betas = betas_between((signal[:-1], noise[:-1]), (signal[1:], noise[1:]))
     return Grid(chosen, path, betas, scale=scale)

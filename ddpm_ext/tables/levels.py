@@ -13,7 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LEVELS", "Scale", "edm", "flow", "sigma_space", "straight", "unit_levels"]
+from ddpm_ext.base import checks
+
+__all__ = [
+    "LEVELS",
+    "Scale",
+    "betas_between",
+    "checked_pairs",
+    "edm",
+    "flow",
+    "power_share",
+    "pure_noise",
+    "sigma_space",
+    "straight",
+    "unit_levels",
+]
 
 # The columns of a StepTable that hold levels: where a row starts, and where it arrives.
 LEVELS = ("signal_now", "noise_now", "signal_after", "noise_after")
@@ -23,7 +37,7 @@ Scale = Callable[[Tensor, Tensor], Tensor]
 
 
 def flow(signal: Tensor, noise: Tensor) -> Tensor:
-    """The scale of signal + noise = 1: rectified flow, Liu et al. 2022, eq. (1); Lipman et al. 2022."""
+    """The scale of signal + noise = 1: rectified flow, Liu et al. 2023, Lipman et al. 2023."""
     return 1 / (signal + noise)
 
 
@@ -55,7 +69,50 @@ def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> 
     return (p[low] * q[high] - q[low] * p[high]) / (to_high - to_low)
 
 
+def pure_noise(signal: float, noise: float) -> float:
+    """The standard deviation of the samples that a loop draws to begin at a level.
+
+    It is the level's noise, as k-diffusion draws sigma_max times a standard normal. Variance-preserving samples begin
+    as standard normal ones, of which the signal is a part (Ho et al. 2020, algorithm 2); so does an unknown level.
+    """
+    power = signal**2 + noise**2
+    return 1.0 if power == 0 or abs(power - 1) < 1e-6 else noise
+
+
 def unit_levels(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), float64 on the CPU."""
     power = alphas_cumprod.cpu().numpy()  # numpy's root is rounded alike on every machine, unlike torch's
     return torch.from_numpy(np.sqrt(power)), torch.from_numpy(np.sqrt(1 - power))
+
+
+def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of signal and noise, checked, as float64 (levels,) on the CPU: finite, at least 0, and not both 0."""
+    checked = []
+    for name, values in (("signal", signal), ("noise", noise)):
+        checks.tensor(name, values)
+        if not values.is_floating_point():
+            raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
+        if values.dim() != 1 or len(values) == 0 or len(values) != len(signal):
+            shape = tuple(values.shape)
+            raise ValueError(f"{name} has shape {shape}, expected (levels,), as many of noise as of signal")
+        own = values.detach().to("cpu", torch.float64, copy=True)
+        if not (own.isfinite() & (own >= 0)).all():
+            raise ValueError(f"{name} reaches from {own.min()} to {own.max()}, expected finite numbers >= 0")
+        checked.append(own)
+    nothing = (checked[0] == 0) & (checked[1] == 0)
+    if nothing.any():
+        i = int(nothing.nonzero()[0])
+        raise ValueError(f"signal[{i}] and noise[{i}] are both 0, expected one above 0")
+    return checked[0], checked[1]
+
+
+def power_share(signal: Tensor, noise: Tensor) -> Tensor:
+    """alphas_cumprod of levels of signal and noise: signal^2 / (signal^2 + noise^2)."""
+    return signal**2 / (signal**2 + noise**2)
+
+
+def betas_between(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """1 - alphas_cumprod before / alphas_cumprod after, of levels of signal and noise, without a difference of numbers
+    near 1."""
+    (signal, noise), (signal_after, noise_after) = before, after
+    return (noise**2 * signal_after**2 - noise_after**2 * signal**2) / ((signal**2 + noise**2) * signal_after**2)

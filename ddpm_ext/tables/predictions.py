@@ -1,6 +1,7 @@
 """What a model can predict: an entry of PREDICTIONS has everything that a prediction means.
 
-Notation: x is the sample x_t, m the model's output, a_t is alphas_cumprod at t.
+Notation: x is the variance-preserving sample x_t, m the model's output, a_t is alphas_cumprod at t. A sample of another
+scale is divided by it first (ddpm_ext.tables.levels), and m stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["HUGE", "PREDICTIONS", "SPACED_PREDICTIONS", "Levels", "Prediction", "peer_predictions"]
+from ddpm_ext.base import checks
+
+__all__ = [
+    "HUGE",
+    "PREDICTIONS",
+    "SPACED_PREDICTIONS",
+    "Levels",
+    "Prediction",
+    "edm",
+    "peer_predictions",
+]
 
 # Where alphas_cumprod is 0 (or nearly so) and the model predicts eps, the clipped x0 is the sign of x - m.
 # Its factors are a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
@@ -100,6 +111,37 @@ def _x0_itself(at: Levels) -> Pair:
     return torch.zeros_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)
 
 
+def edm(sigma_data: float = 0.5) -> Prediction:
+    """What EDM's network F predicts: x0 = c_skip x + c_out F, for x with a signal of 1 (Karras et al. 2022, table 1).
+
+    Args:
+        sigma_data: the data's standard deviation, above 0. PREDICTIONS["edm"] has the paper's 0.5. For another, add an
+            entry: PREDICTIONS["my_edm"] = edm(0.25).
+
+    Raises:
+        TypeError, ValueError: `sigma_data` is not a number, or not above 0.
+    """
+    checks.nonnegative("sigma_data", sigma_data)
+    if sigma_data == 0:
+        raise ValueError("sigma_data is 0, expected sigma_data > 0")
+
+    def x0(at: Levels) -> Pair:
+        power = at.noise**2 + (sigma_data * at.signal) ** 2
+        return sigma_data**2 * at.signal / power, sigma_data * at.noise / power.sqrt()
+
+    def target(at: Levels) -> Pair:
+        root = (at.noise**2 + (sigma_data * at.signal) ** 2).sqrt()
+        return at.noise / (sigma_data * root), -sigma_data * at.signal / root
+
+    return Prediction(
+        meaning=f"F of EDM, with x0 = c_skip x + c_out F and sigma_data {sigma_data:g} (Karras et al. 2022, table 1)",
+        x0=x0,
+        eps=_eps_of(x0),
+        target=target,
+        error=lambda ratio: ratio + 1 / sigma_data**2,
+    )
+
+
 PREDICTIONS: dict[str, Prediction] = {
     "eps": Prediction(
         meaning="the noise",
@@ -126,6 +168,15 @@ PREDICTIONS: dict[str, Prediction] = {
         error=lambda ratio: ratio + 1,
         peers={"diffusers": "v_prediction", "denoising-diffusion-pytorch": "pred_v"},
     ),
+    # diffusers' "flow_prediction" is x0 = x - sigma m at all levels, which is this one at those of flow alone.
+    "flow": Prediction(
+        meaning="the velocity of rectified flow, eps - x0 (Liu et al. 2023)",
+        x0=lambda at: (1 / (at.signal + at.noise), -at.noise / (at.signal + at.noise)),
+        eps=lambda at: (1 / (at.signal + at.noise), at.signal / (at.signal + at.noise)),
+        target=lambda at: (-torch.ones_like(at.alphas_cumprod), torch.ones_like(at.alphas_cumprod)),
+        error=lambda ratio: (1 + ratio.sqrt()) ** 2,
+    ),
+    "edm": edm(),
     "x_prev": Prediction(
         meaning="the mean of q(x_{t-1} | x_t, x_0)",
         x0=_x0_of_x_prev,

@@ -1,15 +1,33 @@
-"""Noise schedules: betas of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), in float64."""
+"""Noise schedules, in float64: betas of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), or levels of signal
+and noise, x_t = signal_t x_0 + noise_t eps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables import levels
 
-__all__ = ["SCHEDULES", "cosine_betas", "make_betas", "rescale_zero_terminal_snr", "scaled_linear"]
+__all__ = [
+    "SCHEDULES",
+    "ForwardLevels",
+    "NoiseSchedule",
+    "cosine_betas",
+    "edm",
+    "flow",
+    "forward_levels",
+    "make_betas",
+    "rescale_zero_terminal_snr",
+    "scaled_linear",
+    "sigma_space",
+]
 
 
 def linear(timesteps: int) -> Tensor:
@@ -44,40 +62,171 @@ def _from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
     return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = {"linear": linear, "scaled_linear": scaled_linear, "cosine": cosine, "sigmoid": sigmoid}
-
-
-def make_betas(beta_schedule: str | Tensor, timesteps: int) -> Tensor:
-    """The betas of a named schedule, or given betas, checked.
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The levels of a forward process, x_t = signal[t] x_0 + noise[t] eps, in place of betas.
 
     Args:
-        beta_schedule: "linear", "scaled_linear", "cosine", "sigmoid", or betas of shape (timesteps,).
-        timesteps: how many, at least 1.
+        signal, noise: floating, (timesteps,), finite and at least 0; from the least noise relative to the signal, above
+            0, to the most. Before the first level is clean data, with a signal of 1.
+        timestep: (timesteps,), what the model is called with; None: the timesteps 0, 1, ... themselves.
+        scale: of samples at levels in between (ddpm_ext.tables.levels); None: on the straight line through the levels
+            beside them.
 
-    Returns:
-        float64 (timesteps,) on the CPU, in (0, 1); the last may be 1.
+    Attributes: as the arguments, float64 on the CPU.
 
     Raises:
-        TypeError: `beta_schedule` is neither a name nor a tensor, or `timesteps` is not an int.
-        ValueError: an unknown name, or betas of another length, not finite or out of range.
+        TypeError: an argument of another type or dtype.
+        ValueError: another shape, numbers out of range, or noise that does not grow relative to the signal.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    timestep: Tensor | None = None
+    scale: levels.Scale | None = None
+
+    def __post_init__(self) -> None:
+        signal, noise = levels.checked_pairs(self.signal, self.noise)
+        power = levels.power_share(signal, noise)
+        bad = power >= torch.cat([power.new_ones(1), power[:-1]])
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"noise[{i}] is {noise[i]} beside a signal of {signal[i]}, expected more than before it")
+        own = {"signal": signal, "noise": noise}
+        if self.timestep is not None:
+            checks.tensor("timestep", self.timestep)
+            if self.timestep.shape != signal.shape:
+                shape = tuple(self.timestep.shape)
+                raise ValueError(f"timestep has shape {shape}, expected that of signal, {tuple(signal.shape)}")
+            own["timestep"] = self.timestep.detach().to("cpu", torch.float64, copy=True)
+        for name, values in own.items():
+            object.__setattr__(self, name, values)
+        if self.scale is None:
+            clean = signal.new_ones(1), noise.new_zeros(1)
+            nodes = torch.cat([clean[0], signal]), torch.cat([clean[1], noise])
+            object.__setattr__(self, "scale", partial(levels.straight, nodes=nodes))
+
+
+def flow(timesteps: int) -> NoiseSchedule:
+    """Rectified flow: noise sigma_t = (t + 1) / timesteps and signal 1 - sigma_t (Liu et al. 2023; Lipman et al. 2023).
+
+    The model is called with 1000 sigma_t. Both are as in diffusers' FlowMatchEulerDiscreteScheduler without a shift.
+    """
+    sigma = torch.arange(1, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
+    return NoiseSchedule(1 - sigma, sigma, 1000 * sigma, levels.flow)
+
+
+def sigma_space(sigmas: Tensor, timestep: Tensor | None = None) -> NoiseSchedule:
+    """x_0 plus noise of standard deviation sigma, as samples are in k-diffusion.
+
+    Args:
+        sigmas: (timesteps,), rising, above 0.
+        timestep: as for NoiseSchedule.
+
+    Raises:
+        TypeError, ValueError: as NoiseSchedule.
+    """
+    checks.tensor("sigmas", sigmas)
+    return NoiseSchedule(torch.ones_like(sigmas), sigmas, timestep, levels.sigma_space)
+
+
+def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
+    """The samples that EDM's network takes: c_in (x_0 + sigma eps), with c_in = 1 / sqrt(sigma^2 + sigma_data^2).
+
+    The network is called with c_noise = ln(sigma) / 4: Karras et al. 2022, table 1. Its output is the prediction "edm".
+
+    Args:
+        sigmas: (timesteps,), rising, above 0.
+        sigma_data: the data's standard deviation, above 0.
+
+    Raises:
+        TypeError, ValueError: as NoiseSchedule, or `sigma_data` is not a number above 0.
+    """
+    checks.tensor("sigmas", sigmas)
+    checks.nonnegative("sigma_data", sigma_data)
+    if sigma_data == 0:
+        raise ValueError("sigma_data is 0, expected sigma_data > 0")
+    sigma = sigmas.detach().to("cpu", torch.float64)
+    c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+    return NoiseSchedule(c_in, c_in * sigma, sigma.log() / 4, partial(levels.edm, sigma_data=sigma_data))
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor | NoiseSchedule]] = {
+    "linear": linear,
+    "scaled_linear": scaled_linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "flow": flow,
+}
+
+
+class ForwardLevels(NamedTuple):
+    """A schedule as a process takes it, float64 on the CPU.
+
+    betas, alphas_cumprod: (timesteps,), of x / r, with r^2 = signal^2 + noise^2. signal, noise: (timesteps,). scale: r
+    by the level, or None where r is 1. timestep: (timesteps,), what the model is called with, or None.
+    """
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+    signal: Tensor
+    noise: Tensor
+    scale: levels.Scale | None = None
+    timestep: Tensor | None = None
+
+
+def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> ForwardLevels:
+    """The levels of a schedule.
+
+    Args:
+        beta_schedule: a name of SCHEDULES, betas of shape (timesteps,), or a NoiseSchedule of this length.
+        timesteps: how many, at least 1.
+
+    Raises:
+        TypeError: `beta_schedule` is none of these, or `timesteps` is not an int.
+        ValueError: an unknown name, or betas or levels of another length, not finite or out of range.
     """
     timesteps = checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
+    made: object = beta_schedule
     if isinstance(beta_schedule, str):
         if beta_schedule not in SCHEDULES:
             names = ", ".join(repr(name) for name in SCHEDULES)
-            raise ValueError(f"beta_schedule is {beta_schedule!r}, expected {names} or a tensor of betas")
-        betas = SCHEDULES[beta_schedule](timesteps)
-        if betas.max() > 1:
+            raise ValueError(f"beta_schedule is {beta_schedule!r}, expected {names}, betas or a NoiseSchedule")
+        made = SCHEDULES[beta_schedule](timesteps)
+        if isinstance(made, Tensor) and made.max() > 1:
             raise ValueError(
                 f"timesteps is {timesteps}, too few for beta_schedule {beta_schedule!r}, whose betas would reach "
-                f"{betas.max():.3g}: expected at least 20 timesteps, or another schedule"
+                f"{made.max():.3g}: expected at least 20 timesteps, or another schedule"
             )
-        return betas
-    if not isinstance(beta_schedule, Tensor):
-        raise TypeError(f"beta_schedule is a {type(beta_schedule).__name__}, expected a name or a tensor of betas")
-    if not beta_schedule.is_floating_point():
-        raise TypeError(f"betas have dtype {beta_schedule.dtype}, expected a floating one")
-    betas = beta_schedule.detach().to("cpu", torch.float64, copy=True)
+    if isinstance(made, NoiseSchedule):
+        return _of_levels(made, timesteps)
+    if not isinstance(made, Tensor):
+        kind = type(made).__name__
+        raise TypeError(f"beta_schedule is a {kind}, expected a name, a tensor of betas or a NoiseSchedule")
+    betas = made if made is not beta_schedule else _checked_betas(made, timesteps)
+    alphas_cumprod = (1 - betas).cumprod(0)
+    return ForwardLevels(betas, alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+
+
+def make_betas(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> Tensor:
+    """The betas of forward_levels, which are in (0, 1); the last may be 1. The arguments are the same."""
+    return forward_levels(beta_schedule, timesteps).betas
+
+
+def _of_levels(schedule: NoiseSchedule, timesteps: int) -> ForwardLevels:
+    signal, noise = schedule.signal, schedule.noise
+    if len(signal) != timesteps:
+        raise ValueError(f"beta_schedule has {len(signal)} levels, expected {timesteps}, one a timestep")
+    before = torch.cat([signal.new_ones(1), signal[:-1]]), torch.cat([noise.new_zeros(1), noise[:-1]])
+    betas = levels.betas_between((signal, noise), before)
+    alphas_cumprod = levels.power_share(signal, noise)
+    return ForwardLevels(betas, alphas_cumprod, signal, noise, schedule.scale, schedule.timestep)
+
+
+def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
+    if not given.is_floating_point():
+        raise TypeError(f"betas have dtype {given.dtype}, expected a floating one")
+    betas = given.detach().to("cpu", torch.float64, copy=True)
     if betas.shape != (timesteps,):
         raise ValueError(f"betas have shape {tuple(betas.shape)}, expected ({timesteps},), one a timestep")
     bad = ~((betas > 0) & (betas < 1))

@@ -130,8 +130,9 @@ def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dty
     """
     if is_unet(model):
         save_model(model, settings, folder / "unet", dtype=dtype)
-        files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
-        parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        scheduler = settings.to_scheduler_config()
+        files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
+        parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
         version = require("diffusers", "the model").__version__
         files.write_json(
             folder / "model_index.json", {"_class_name": "DDPMPipeline", "_diffusers_version": version, **parts}

@@ -269,14 +269,15 @@ def _with_settings(
     """The diffusion, given or by the options; its settings; and the options with these settings."""
     if diffusion is None:
         settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
+        settings.to_scheduler_config()  # what cannot be written afterwards is refused at once
         return settings.diffusion(), settings, options
     if not isinstance(diffusion, GaussianDiffusion):
         raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
     if diffusion.prediction not in SPACED_PREDICTIONS:
         expected = ", ".join(map(repr, SPACED_PREDICTIONS))
         raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
-    betas = tuple(diffusion.betas.tolist())
-    settings = DiffusionSettings(diffusion.timesteps, betas, diffusion.prediction, diffusion.variance)
+    settings = DiffusionSettings.of(diffusion)
+    settings.to_scheduler_config()
     chosen: dict[str, Any] = {
         "timesteps": settings.timesteps,
         "prediction": settings.prediction,

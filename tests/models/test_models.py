@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from ddpm_ext import models
+from ddpm_ext import GaussianDiffusion, models
 from ddpm_ext.models.folder import CONFIG, DIGITS, WEIGHTS
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.tables.schedules import sigma_space
 from ddpm_ext.tables.variances import VARIANCES
 
 diffusers = pytest.importorskip("diffusers")
@@ -205,6 +206,7 @@ def test_variances_there_and_back(variance):
     [
         ({"_class_name": "ScoreSdeVeScheduler"}, "is for a ScoreSdeVeScheduler, expected one of DDPMScheduler"),
         ({"thresholding": True}, "has thresholding true, expected false; pass clip_denoised=DynamicThreshold"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "has shift 3.0, expected 1.0"),
         ({"clip_sample": False}, "has clip_sample false, expected true; pass clip_denoised=False"),
         ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
         ({"prediction_type": "flow"}, "prediction_type 'flow', expected one of epsilon"),
@@ -228,6 +230,8 @@ def test_bad_scheduler_configs(config, message):
         DiffusionSettings(),
         DiffusionSettings(timesteps=40, beta_schedule="cosine", prediction="v", variance="fixed_large"),
         DiffusionSettings(timesteps=3, beta_schedule=(0.1, 0.2, 0.3), prediction="x0"),
+        DiffusionSettings(timesteps=40, beta_schedule="flow", prediction="flow"),
+        DiffusionSettings(timesteps=40, beta_schedule="flow", prediction="flow", variance="learned_range"),
     ],
 )
 def test_settings_survive_writing(settings):
@@ -237,7 +241,33 @@ def test_settings_survive_writing(settings):
         settings.prediction,
         settings.variance,
     )
-    assert torch.allclose(found.diffusion().betas, settings.diffusion().betas, rtol=1e-14)
+    ours, theirs = settings.diffusion(), found.diffusion()
+    assert torch.allclose(theirs.betas, ours.betas, rtol=1e-14)
+    assert torch.allclose(theirs.process.schedule.noise, ours.process.schedule.noise, rtol=1e-12)
+    again = DiffusionSettings.of(ours)
+    assert torch.equal(again.diffusion().process.schedule.noise, ours.process.schedule.noise)
+
+
+def test_rectified_flow_is_a_scheduler_of_diffusers():
+    config = DiffusionSettings(timesteps=50, beta_schedule="flow", prediction="flow").to_scheduler_config()
+    sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config).sigmas
+    ours = read_settings(config, "s").diffusion().process.schedule.noise
+    torch.testing.assert_close(sigmas.double().flip(0), ours, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"),
+        (DiffusionSettings(prediction="flow"), "prediction is 'flow', expected 'flow' beside beta_schedule 'flow'"),
+        (DiffusionSettings(prediction="edm"), "prediction is 'edm', expected one of eps"),
+    ],
+)
+def test_settings_without_a_scheduler(settings, message):
+    with pytest.raises(ValueError, match=message):
+        settings.to_scheduler_config()
+    with pytest.raises(ValueError, match="diffusion has a NoiseSchedule, expected"):
+        DiffusionSettings.of(GaussianDiffusion(2, sigma_space(torch.tensor([1.0, 2]))))
 
 
 def test_digits_model_is_in_the_package():

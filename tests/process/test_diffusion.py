@@ -30,7 +30,7 @@ from ddpm_ext.tables.schedules import SCHEDULES
 # ------------------------------------------------------------------------------------------------- attributes
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", sorted(set(SCHEDULES) - {"flow"}))
 def test_attributes(name):
     gd = GaussianDiffusion(1000, name)
     assert len(ATTRIBUTES) == 13

@@ -31,7 +31,7 @@ def run(page, folder, monkeypatch):
 
 def test_sampling_code(root, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 9
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 11
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
 
 
@@ -41,7 +41,7 @@ def test_options_code(root, tmp_path, monkeypatch):
 
 
 def test_training_code(root, tmp_path, monkeypatch):
-    assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 6
+    assert run(root / "docs" / "training.md", tmp_path, monkeypatch) == 7
 
 
 def test_reinforcement_code(root, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_papers_formulas(name, prediction, schedule):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_one_loss_whatever_is_predicted(name):
-    """A model's error has the same weight, whether it is expressed in eps, x_0 or v."""
+    """A model's error has the same weight, whatever it is expressed in."""
     gd = GaussianDiffusion(100)
     a, s = gd.sqrt_alphas_cumprod, gd.sqrt_one_minus_alphas_cumprod
     x_t, eps, off = torch.tensor([0.3, -1.2, 0.01], dtype=torch.float64)
@@ -69,10 +69,12 @@ def test_one_loss_whatever_is_predicted(name):
         "x0": (x_t - s * (eps + off)) / a - (x_t - s * eps) / a,
         # v = a eps - s x_0
         "v": a * off - s * ((x_t - s * (eps + off)) / a - (x_t - s * eps) / a),
+        "flow": off + s * off / a,  # eps - x_0
+        "edm": -s * off / a * ((s / a) ** 2 + 0.25).sqrt() / (0.5 * s / a),  # the error of x_0 over c_out
     }
     losses = {p: weights(gd.alphas_cumprod, p, name) * error**2 for p, error in errors.items()}
-    torch.testing.assert_close(losses["x0"], losses["eps"], rtol=1e-9, atol=0)
-    torch.testing.assert_close(losses["v"], losses["eps"], rtol=1e-9, atol=0)
+    for loss in losses.values():
+        torch.testing.assert_close(loss, losses["eps"], rtol=1e-9, atol=0)
 
 
 def test_the_papers_parameters():

@@ -7,6 +7,7 @@ import torch
 from ddpm_ext.base import checks
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
+from ddpm_ext.tables.step_table_columns import default_draws
 
 __all__ = ["repaint"]
 
@@ -60,7 +61,8 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
         for name in COLUMNS
         if name not in ("timestep", "draw")
     }
-    return StepTable(timestep=table.timestep[row], **columns)
+    draw = default_draws(table.draw[row].numpy())
+    return StepTable(timestep=table.timestep[row], draw=draw, **columns)
 
 
 def _order(rows: int, length: int, passes: int) -> list[tuple[int, int]]:

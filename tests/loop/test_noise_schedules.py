@@ -1,0 +1,179 @@
+"""Loops over levels that are pairs: flow, sigma space and EDM, from noise, from images, around known parts, upwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from support.choices import for_many
+
+from ddpm_ext import GaussianDiffusion, Inpaint, Interpolation, Philox, randn
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.grid import grid_of_levels
+from ddpm_ext.tables.levels import LEVELS
+from ddpm_ext.tables.samplers import SAMPLERS, ddim_inverse, euler
+from ddpm_ext.tables.schedules import NoiseSchedule, edm, sigma_space
+
+F64 = torch.float64
+T = 24
+SIGMAS = torch.linspace(math.log(0.02), math.log(60), T, dtype=F64).exp()
+RISING = torch.linspace(0.05, 1, T, dtype=F64)
+SCHEDULES = {
+    "flow": "flow",
+    "sigma space": sigma_space(SIGMAS),
+    "edm": edm(SIGMAS),
+    "curved": NoiseSchedule(1.2 - RISING**2, RISING.sqrt()),
+}
+SHAPE = (2, 3, 4)
+
+
+def normals(count, seed):
+    return torch.randn(count, *SHAPE, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def wavy(scale):
+    """A model of variance-preserving samples, for samples that are `scale` times as large at each call."""
+    scales = iter(scale)
+
+    def model(x, t):
+        x = x / next(scales)
+        return torch.sin(2 * x) + 0.3 * torch.cos(5 * x)
+
+    return model
+
+
+@for_many(60)
+def test_loops_are_the_variance_preserving_ones_scaled(choose):
+    """By any sampler, from noise, from an image, between two, or around a known part, with jumps back."""
+    schedule = SCHEDULES[choose.one_of(list(SCHEDULES), "schedule")]
+    prediction = choose.one_of(["eps", "x0", "v", "flow", "edm"], "prediction")
+    ours = GaussianDiffusion(T, schedule, prediction=prediction, backend="reference")
+    unit = GaussianDiffusion(T, ours.betas, prediction=prediction, backend="reference")
+    sampler = choose.one_of(list(SAMPLERS), "sampler")
+    first, second, known, z = normals(4, choose.integer(0, 99, "seed"))
+    begin = choose.one_of(["noise", "start", "lerp", "slerp"], "begin")
+    options = {
+        "sampler": sampler,
+        "timesteps": [23, 17, 16, 9, 2, 0],
+        "progress": False,
+        "dtype": F64,
+        "rng": Philox(3),
+    }
+    if begin == "start":
+        options |= {"start": first, "strength": 0.7}
+    elif begin != "noise":
+        options["start"] = Interpolation(first, second, 0.3, begin)
+    if choose.one_of([False, True], "inpaint"):
+        mask = torch.rand(SHAPE, dtype=F64, generator=torch.Generator().manual_seed(1))
+        jumps = choose.integer(1, 3, "jumps") if sampler in ("ddpm", "ddim", "euler") else 1
+        options["inpaint"] = Inpaint(known, mask, jump_length=2, jump_n_sample=jumps)
+    taken = {name: value for name, value in options.items() if name != "progress"}
+    rows = make_loop_rows(ours.process, LoopOptions(**taken))
+    table, asked = rows.table, [kind.calls_model for kind in rows.kinds]
+    before, after = (
+        [math.hypot(*pair) for pair in zip(*(getattr(table, name).tolist() for name in names), strict=True)]
+        for names in (LEVELS[:2], LEVELS[2:])
+    )
+    loops = []
+    for gd, scale in ((ours, before), (unit, [1.0] * len(before))):
+        given = {} if "start" in options else {"noise": z * scale[0]}
+        model = wavy(itertools.compress(scale, asked))
+        loops.append(gd.p_sample_loop(model, SHAPE, **options, **given))
+    for found, expected, r in zip(*loops, after, strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected) * r, rtol=1e-7, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------- from noise
+
+
+@pytest.mark.parametrize(
+    ("schedule", "deviation"),
+    [("linear", 1.0), ("flow", 1.0), (sigma_space(SIGMAS), 60.0), (edm(SIGMAS), 60 / (60**2 + 0.25) ** 0.5)],
+    ids=["linear", "flow", "sigma space", "edm"],
+)
+def test_pure_noise_has_the_first_levels_deviation(device, schedule, deviation):
+    """Sigma space begins from sigma_max times a standard normal, as k-diffusion does. Noise that is given stays."""
+    gd, seen = GaussianDiffusion(T, schedule, prediction="x0"), []
+    options = {"rng": Philox(5), "progress": False, "device": device, "sampler": "euler"}
+
+    def model(x, t):
+        seen.append(x.clone())
+        return x
+
+    z = randn(SHAPE, Philox(5), stream=1, device=device)
+    for record in gd.sample_progressive(model, SHAPE, **options):
+        assert record.step == 0
+        break
+    next(gd.sample_progressive(model, SHAPE, **options, noise=z))
+    torch.testing.assert_close(seen[0], z * deviation, rtol=1e-6, atol=0)
+    assert torch.equal(seen[1], z)
+    table = SAMPLERS["euler"](gd.process.grid(), prediction="x0")
+    next(GaussianDiffusion(T).sample_progressive(model, SHAPE, **{**options, "sampler": table}))
+    assert torch.equal(seen[2], seen[0])  # the table knows
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_from_a_level_without_signal(device, sampler, prediction):
+    """Flow begins there. Nothing is infinite, whatever is predicted."""
+    gd = GaussianDiffusion(T, "flow", prediction=prediction)
+    options = {"sampler": sampler, "steps": 6, "progress": False, "record": "last", "rng": Philox(1), "device": device}
+    x = gd.p_sample_loop(lambda x, t: torch.sin(x), SHAPE, **options)
+    assert x.isfinite().all() and x.abs().max() < 20
+
+
+# -------------------------------------------------------------------------------------------------- known equations
+
+
+def karras_heun(denoise, x, sigmas):
+    """Karras et al. 2022, algorithm 1."""
+    for i, sigma in enumerate(sigmas[:-1]):
+        d = (x - denoise(x, sigma)) / sigma
+        after = x + (sigmas[i + 1] - sigma) * d
+        if sigmas[i + 1] != 0:
+            d = (d + (after - denoise(after, sigmas[i + 1])) / sigmas[i + 1]) / 2
+            after = x + (sigmas[i + 1] - sigma) * d
+        x = after
+    return x
+
+
+def test_edm_samples_by_algorithm_1():
+    """heun over an EDM schedule, against table 1 and algorithm 1 in sigma space; the last sample leaves the scale."""
+    ramp = torch.linspace(0, 1, 18, dtype=F64)
+    sigmas = (0.002 ** (1 / 7) * (1 - ramp) + 80 ** (1 / 7) * ramp) ** 7
+    sigma_data = 0.5
+    gd = GaussianDiffusion(18, edm(sigmas, sigma_data), prediction="edm", backend="reference")
+
+    def network(x, c_noise):
+        return torch.tanh(x + torch.as_tensor(c_noise).reshape(-1, *[1] * (x.dim() - 1)))
+
+    def denoise(x, sigma):
+        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
+        return c_skip * x + c_out * network(x / (sigma**2 + sigma_data**2).sqrt(), (sigma.log() / 4).float())
+
+    options = {"sampler": "heun", "clip_denoised": False, "progress": False, "record": "last", "dtype": F64}
+    z = normals(1, 0)[0]
+    first = z * 80 / math.sqrt(80**2 + 0.25)
+    found = gd.p_sample_loop(network, SHAPE, noise=first, **options)
+    expected = karras_heun(denoise, 80 * z, [*sigmas.flip(0), torch.tensor(0.0)])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_flow_goes_up_and_down_along_its_model():
+    """x + (sigma' - sigma) m in each step, from noise to data and from data to noise."""
+    sigma = torch.linspace(0, 1, 9, dtype=F64)
+    up = ddim_inverse(grid_of_levels(torch.arange(8), 1 - sigma, sigma), prediction="flow")
+    sigma = sigma.flip(0)
+    down = euler(grid_of_levels(torch.arange(8, 0, -1), 1 - sigma, sigma), prediction="flow")
+    gd = GaussianDiffusion(T, "flow", prediction="flow", backend="reference")
+    options = {"clip_denoised": False, "progress": False, "dtype": F64}
+    z = normals(1, 2)[0]
+    for table, step in ((up, 1 / 8), (down, -1 / 8)):
+        x = z.clone()
+        for reached in gd.p_sample_loop(lambda x, t: torch.cos(x), SHAPE, sampler=table, noise=z, **options):
+            x = x + step * torch.cos(x)
+            torch.testing.assert_close(torch.as_tensor(reached), x, rtol=1e-12, atol=1e-13)
