@@ -7,7 +7,7 @@ batch.
 from __future__ import annotations
 
 import torch
-from support.plain_loop import TIMESTEPS, noise, plain_loop, rows_of
+from support.plain_loop import TIMESTEPS, Row, noise, plain_loop, rows_of
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox
 from ddpm_ext.tables.grid import make_grid
@@ -209,7 +209,8 @@ def truth(gd, case, sampler="ddpm", *, start=None, rows=None, **others):
         if jumps is not None and jumps.jump_n_sample > 1:
             table = ddpm(make_grid(levels, list(TIMESTEPS)))
             table = repaint(table, jump_length=jumps.jump_length, jump_n_sample=jumps.jump_n_sample)
-            rows = list(table)  # only their timesteps, draws and levels are used, which tables/test_repaint.py tests
+            # Only their timesteps, draws and levels are used, which tables/test_repaint.py tests.
+            rows = [Row(row.timestep, row.draw, row.signal_now**2, row.signal_after**2) for row in table]
     x = noise(SHAPE, IDS, 0, stream=1) if start is None else start
     eta = 0.5 if sampler != "ddpm" else 0.0
     return list(plain_loop(levels, rows, x, options.pop("model"), ids=IDS, sampler=sampler, eta=eta, **options))
