@@ -20,7 +20,7 @@ TABLES = {
     "ddpm, eps, large": ddpm(GRID, variance="fixed_large"),
     "ddim": ddim(GRID, prediction="eps", eta=0.6),
     "euler_ancestral": euler_ancestral(GRID, prediction="x0"),
-    "flow_sde": flow_sde(FLOW, prediction="x0", last_noise=True),
+    "flow_sde": flow_sde(FLOW, prediction="flow", last_noise=True),
     "dance": flow_sde(FLOW, prediction="v", eta=0.3, variant="dance_grpo"),
 }
 SHAPE = (5, 3, 17, 11)  # of more than one of the kernel's chunks, and none of whole ones

@@ -32,11 +32,11 @@ def dance_grpo(x, v, z, sigma, after, eta, _):
 def test_steps(name, step, steps, eta):
     sigma = [*flow_sigmas(steps, shift=3.0).tolist(), 0.0]
     grid = flow_grid(torch.tensor(sigma[:-1], dtype=torch.float64))
-    table = flow_sde(grid, prediction="x0", eta=eta, variant=name, last_noise=True)
+    table = flow_sde(grid, prediction="flow", eta=eta, variant=name, last_noise=True)
     x, v, z = 0.75, -1.25, 0.5
     for i, row in enumerate(table):
         expected = step(x, v, z, sigma[i], sigma[i + 1], eta, sigma[1])
-        assert take(row, x, x - sigma[i] * v, z=z)[1] == pytest.approx(expected, rel=1e-11, abs=1e-12)
+        assert take(row, x, v, z=z)[1] == pytest.approx(expected, rel=1e-11, abs=1e-12)
     clean = flow_sde(grid, prediction="x0", eta=eta, variant=name)
     assert clean.s[-1] == 0
     assert take(clean[len(clean) - 1], x, 0.125)[1] == pytest.approx(0.125)
