@@ -29,6 +29,7 @@ from ddpm_ext.integrations.tensors import (
 )
 from ddpm_ext.integrations.tutorial import check_output
 from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.on_device import StepDeviceTables
 
 __all__ = ["SUPPORT", "Denoising"]
@@ -187,7 +188,7 @@ class Denoising(Accelerated):
             noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
         if not with_x0:
             return ops.reverse_step(x, output, tables.get("steps", x.device, torch.float32), row, **noise), None
-        x0 = torch.empty_like(x)
+        x0 = empty_like(x)
         rows = tables.get("extended", x.device, torch.float32)
         return ops.extended_step(x, output, rows, row, x0_out=x0, **noise), x0
 

@@ -13,6 +13,7 @@ from ddpm_ext.base.types import Model
 from ddpm_ext.loop.options import StepOptions
 from ddpm_ext.loop.rows import LoopRows, RowKind
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.model_output import split_variance, unwrap
 
 __all__ = ["LoopStep", "State"]
@@ -36,7 +37,7 @@ class State:
     def __init__(self, x: Tensor, options: StepOptions, rows: LoopRows) -> None:
         self.batch = batch = len(x)
         first = torch.cat([x, x] if options.doubled else [x])
-        wholes = (first, torch.empty_like(first))
+        wholes = (first, empty_like(first))
         # Views are made only where they are needed, since each would cost time at every step.
         self._x = [
             Samples(whole, whole[:batch], whole[batch:]) if options.doubled else Samples(whole, whole, None)
@@ -44,7 +45,7 @@ class State:
         ]
         stores_x0 = options.returns_x0 or options.self_condition or rows.reads_last_x0
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
-        self.scratch = torch.empty_like(x) if options.threshold or options.denoised_fn else None
+        self.scratch = empty_like(x) if options.threshold or options.denoised_fn else None
         self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
         self._first_order = list(self._x), None if self._x0 is None else list(self._x0), list(self._history)
 

@@ -15,9 +15,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ddpm_ext.ops.extension import C
 
-__all__ = ["memory_info", "release_memory"]
+__all__ = ["empty_like", "memory_info", "release_memory"]
 
 VARIABLE = "DDPM_EXT_RESULT_MEMORY"
 SHARE = 8  # an eighth of memory
@@ -51,6 +54,14 @@ def _limit() -> int:
     if not (given.isascii() and given.isdigit() and int(given) < 2**40):
         raise ValueError(f"{VARIABLE} is {given!r}, expected a whole number of MiB, or 0 to keep nothing")
     return int(given) * 2**20
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """As torch.empty_like, with memory of the pool where x is large and on a CPU."""
+    if torch.compiler.is_compiling():
+        return torch.empty_like(x)
+    made: Tensor = C.empty_result_like(x)
+    return made
 
 
 def memory_info() -> dict[str, int]:

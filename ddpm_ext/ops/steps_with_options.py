@@ -12,6 +12,7 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.torch_library import NO_CLIP
 
 __all__ = ["extended_step", "linear_step", "refuse_grad"]
@@ -46,7 +47,7 @@ def _step(
     low, high = NO_CLIP if clip is None else clip
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     if out is None:
-        out = torch.empty_like(x_t) if torch.compiler.is_compiling() else C.empty_result_like(x_t)
+        out = empty_like(x_t)
     if not torch.compiler.is_compiling():
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out

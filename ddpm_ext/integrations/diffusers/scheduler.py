@@ -17,6 +17,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
@@ -212,7 +213,7 @@ class Scheduler(Accelerated):
     ) -> tuple[Tensor, Tensor]:
         """The next sample and the predicted clean one, both in one launch; a threshold takes three and a quantile."""
         table = rows.tables.get("extended", sample.device, torch.float32)
-        x0 = torch.empty_like(sample)
+        x0 = empty_like(sample)
         if rows.threshold is not None:
             to_x0 = rows.tables.get("x0", sample.device, torch.float32)
             ops.extended_step(sample, model_output, to_x0, row, clip=None, add_noise=False, out=x0)

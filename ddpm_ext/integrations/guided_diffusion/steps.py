@@ -25,6 +25,7 @@ from ddpm_ext.integrations.tensors import (
     wants_gradient,
 )
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
+from ddpm_ext.ops.result_memory import empty_like
 
 __all__ = ["SAMPLERS", "STEPS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop"]
 
@@ -190,7 +191,7 @@ def _take_step(
                 rng = peer.accelerated.rng_of_step_at(t, peer.num_timesteps)
             source = {"rng": rng}
     if with_x0:
-        extras["x0_out"] = torch.empty_like(x)
+        extras["x0_out"] = empty_like(x)
     if not extras:
         steps = tables.get("steps", device, torch.float32)
         return {"sample": ops.reverse_step(x, prediction, steps, at, clip=clip, **source)}
