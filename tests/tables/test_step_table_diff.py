@@ -8,6 +8,7 @@ from support.choices import for_many
 from support.rows import any_float, any_rows, changed, of
 
 from ddpm_ext import StepTable
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS
 
 
@@ -23,7 +24,7 @@ def test_diff(choose):
     rows = any_rows(choose, 6)
     other = [list(row) for row in rows]
     for _ in range(choose.integer(0, 4)):
-        column = COLUMNS.index(choose.one_of([*FACTORS, *ADDED[:-2]]))
+        column = COLUMNS.index(choose.one_of([name for name in (*FACTORS, *ADDED) if name not in LEVELS]))
         other[choose.integer(0, len(rows) - 1)][column] = any_float(choose)
     found = of(rows).diff(of(other))
     expected = {}
