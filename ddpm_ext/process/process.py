@@ -161,10 +161,12 @@ class Process:
         own = self.schedule.timestep
         if own is None:
             return rows
-        t = rows.timestep.double()
+        t = rows.timestep
+        if not t.is_floating_point():
+            return replace(rows, timestep=own[t])
         low = t.floor().long()
         high = (low + 1).clamp(max=self.timesteps - 1)
-        return replace(rows, timestep=torch.lerp(own[low], own[high], t - low))
+        return replace(rows, timestep=torch.lerp(own.double()[low], own.double()[high], t - low))
 
     # ------------------------------------------------------------------------------------------------- tables
 

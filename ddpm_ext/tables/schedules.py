@@ -69,11 +69,12 @@ class NoiseSchedule:
     Args:
         signal, noise: floating, (timesteps,), finite and at least 0; from the least noise relative to the signal, above
             0, to the most. Before the first level is clean data, with a signal of 1.
-        timestep: (timesteps,), what the model is called with; None: the timesteps 0, 1, ... themselves.
+        timestep: (timesteps,), what the model is called with: float32, or int64 for integers. None: the timesteps 0, 1,
+            ... themselves.
         scale: of samples at levels in between (ddpm_ext.tables.levels); None: on the straight line through the levels
             beside them.
 
-    Attributes: as the arguments, float64 on the CPU.
+    Attributes: as the arguments, float64 on the CPU, or int64 for timesteps that are integers.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -98,7 +99,8 @@ class NoiseSchedule:
             if self.timestep.shape != signal.shape:
                 shape = tuple(self.timestep.shape)
                 raise ValueError(f"timestep has shape {shape}, expected that of signal, {tuple(signal.shape)}")
-            own["timestep"] = self.timestep.detach().to("cpu", torch.float64, copy=True)
+            kind = torch.float64 if self.timestep.is_floating_point() else torch.int64
+            own["timestep"] = self.timestep.detach().to("cpu", kind, copy=True)
         for name, values in own.items():
             object.__setattr__(self, name, values)
         if self.scale is None:

@@ -134,6 +134,29 @@ def test_learned_range_is_a_pipeline_of_diffusers(tmp_path):
         )
 
 
+def test_rectified_flow_is_a_pipeline_of_diffusers(tmp_path):
+    """Its scheduler takes the steps of ours, and calls the model with the same numbers."""
+    from diffusers import DDPMPipeline
+
+    options = {**TINY, "steps": 2, "checkpoint_every": 2, "timesteps": 1000}
+    flow = TrainOptions(**options, beta_schedule="flow", prediction="flow")
+    train(flow, tmp_path / "run", report=quiet)
+    loaded, pipeline = load_model(tmp_path / "run"), DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert (loaded.settings.beta_schedule, loaded.settings.prediction) == ("flow", "flow")
+    start = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    loop = {"sampler": "euler", "timesteps": [999, 666, 333, 0], "clip_denoised": False, "progress": False}
+    ours = loaded.settings.diffusion().p_sample_loop(loaded.unet, start.shape, **loop, noise=start, record="last")
+    pipeline.scheduler.set_timesteps(4)
+    x = start
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"):
+        train(replace(flow, prediction="eps"), tmp_path / "other", report=quiet)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.slow
 def test_training_learns(tmp_path, device):
     losses = []
