@@ -3,7 +3,7 @@
 The function gets a model that is ours. Between two calls of it lies a step: its result is the sample of the next call,
 or what the function returns. A step gets a sample of our choice by being written into the one that the function gave
 the model. Where that is a copy of the function's own, the step goes on with the sample that follows from the one
-before, which tracing takes as well.
+before, which tracing takes as well; but then a step that reads several earlier samples may be refused.
 """
 
 from __future__ import annotations

@@ -132,6 +132,16 @@ def test_columns_of_euler():
     assert not table.linear and not table.s.any()
 
 
+def test_a_copy_for_the_model_costs_no_history():
+    def copied(model, x, sigmas):
+        return euler(lambda x, sigma: model(x.clone(), sigma), x, sigmas)
+
+    here, there = StepTable.trace(copied, SIGMAS), StepTable.trace(euler, SIGMAS)
+    assert not here.linear
+    for name in ("c0", "c1"):
+        torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-12, atol=1e-14)
+
+
 def test_whole_sigmas_have_rows_of_their_own_noise():
     table = StepTable.trace(ancestral, [4, 2, 1, 0])
     assert table.timestep.tolist() == [4.0, 2.0, 1.0] and table.draw.tolist() == [0, 1, 2]
