@@ -175,7 +175,7 @@ class Linear:
             samples[i + 1, n:] = self.prev[i, n:]
             samples[i + 1] += self.prev[i, : i + 1] @ samples[: i + 1]
             factors = self._literal(i, {j: keeps[j] for j in ring})
-            # Without a factor of its own sample, a step may have been given a copy: it goes on with what that follows from.
+            # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
             if factors is None or (not factors[0] and factors[3]):
                 factors = self._fitted(i, samples, {j: tensors[j] for j in ring})
             row = self._split(i, factors[0], factors[1], keeps.get(i))

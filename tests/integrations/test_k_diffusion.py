@@ -256,6 +256,8 @@ def test_what_is_no_argument():
         sampler("dpmpp_2m")(bend, start(), SIGMAS, eta=1.0)
     with pytest.raises(TypeError, match="sigmas is a list, expected a tensor"):
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
+    with pytest.raises(TypeError, match=r"sigmas has dtype torch.int64, expected a floating one"):
+        sampler("dpmpp_2m")(bend, start(), torch.tensor([3, 1]))
     with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
         sampler("dpm_fast")
 
