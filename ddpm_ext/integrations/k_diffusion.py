@@ -122,7 +122,8 @@ def sampler(which: str | Sampler) -> Sampler:
 
     Args:
         which: a name of NAMES; another name of k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is
-            installed; or a function with this signature, whose steps are found by StepTable.trace.
+            installed; or a function with this signature, whose steps are found by StepTable.trace, while the attributes
+            that it reads of the model are the model's own.
 
     The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
     with k-diffusion's defaults; and these three:
@@ -276,12 +277,6 @@ def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     return _plan(replace(table, s=table.s * added["s_noise"]), begins)
 
 
-def _traced_plan(function: Sampler, sigmas: Tensor, options: Mapping[str, Any]) -> Plan:
-    traced = follow_function(function, sigmas, options)
-    table = StepTable(**traced.columns)
-    return _plan(table, list(traced.begins) or list(range(len(table))))
-
-
 def _plan(table: StepTable, begins: list[int]) -> Plan:
     """begins: the row with which each step begins; rows before the first belong to it."""
     if (table.cu != 0).any():
@@ -325,7 +320,7 @@ def _sample(
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step
         return x
-    plan = _plan_of(which, sigmas, options)
+    plan = _plan_of(which, sigmas, options, model)
     if noise_sampler is None and (rng is not None or any(row.noisy for row in plan.rows)):
         rng = rng_of_many(rng)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
@@ -351,19 +346,24 @@ def _sample(
     return x
 
 
-def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any]) -> Plan:
+def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], model: object) -> Plan:
     """The rows of a loop, found in the cache where the same loop was taken before."""
     levels = checked_sigmas(sigmas)
-
-    def make() -> Plan:
-        with torch.inference_mode(False):
-            if not isinstance(which, str):
-                return _traced_plan(which, levels, options)
-            own = dict(options)
-            return _own_plan(which, levels, own.pop("flow"), own)
-
-    key = which, tuple(levels.tolist()), tuple(sorted(options.items()))
+    key: object = (which, tuple(levels.tolist()), tuple(sorted(options.items())))
     try:
-        return _plans.get_or_make(key, make)
-    except TypeError:  # an option that has no hash: made anew
-        return make()
+        found = _plans.get(key)
+    except TypeError:  # an option that has no hash
+        key, found = None, None
+    if found is not None:
+        return found
+    with torch.inference_mode(False):
+        if isinstance(which, str):
+            own = dict(options)
+            plan = _own_plan(which, levels, own.pop("flow"), own)
+        else:
+            traced = follow_function(which, levels, options, model)
+            table = StepTable(**traced.columns)
+            plan = _plan(table, list(traced.begins) or list(range(len(table))))
+            if traced.asks:  # the rows may be others for another model
+                return plan
+    return plan if key is None else _plans.get_or_make(key, lambda: plan)

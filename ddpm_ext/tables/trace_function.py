@@ -24,10 +24,30 @@ CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
 
 class Function(NamedTuple):
-    """A function's loop. begins: the numbers of the steps before which it calls back; none where it doesn't."""
+    """A function's loop.
+
+    begins: the numbers of the steps before which it calls back; none where it doesn't.
+    asks: whether it reads attributes of the model.
+    """
 
     run: Run
     begins: tuple[int, ...]
+    asks: bool
+
+
+class _Model:
+    """A model that calls a function, with the attributes of another object."""
+
+    def __init__(self, call: Callable[..., Tensor], like: object) -> None:
+        self._call, self._like = call, like
+        self.was_asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        self.was_asked = True
+        return getattr(self._like, name)
 
 
 def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -49,13 +69,16 @@ def checked_sigmas(sigmas: Any) -> Tensor:
     return found
 
 
-def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any]) -> Function:
+def observed_function(
+    sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
+) -> Function:
     """How a function runs its loop. A first run of it counts the calls of the model, and what they are called with.
 
     Args:
         sampler: a function sampler(model, x, sigmas), which may have extra_args, callback, disable and noise_sampler.
         sigmas: (levels,), finite, >= 0.
         options: further arguments.
+        like: the object whose attributes the model has.
 
     Raises:
         TypeError: it has no argument sigmas. ValueError: other sigmas, or random numbers that are not normal.
@@ -77,14 +100,16 @@ def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping
         return 0.5 * x
 
     with torch.no_grad(), Observed(start.shape, normal) as observed:
-        call(observed, model, start.clone(), lambda _: begins.append(len(times) - 1))
+        probe = _Model(model, like)
+        call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
         raise ValueError("the model is never called, expected a call in each step")
     leads = not torch.equal(seen[0], start)
     if leads:
         times.insert(0, float(levels[0]))
         begins = [i + 1 for i in begins]
-    return Function(Run(times, "sigma", partial(_observe, call, len(times), leads)), tuple(begins))
+    run = Run(times, "sigma", partial(_observe, call, len(times), leads, like))
+    return Function(run, tuple(begins), probe.was_asked)
 
 
 def _call(
@@ -105,7 +130,13 @@ def _call(
 
 
 def _observe(
-    call: Callable[..., Any], count: int, leads: bool, samples: Samples, outputs: Outputs, noise: Noise
+    call: Callable[..., Any],
+    count: int,
+    leads: bool,
+    like: object,
+    samples: Samples,
+    outputs: Outputs,
+    noise: Noise,
 ) -> list[Step]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
     made: list[Step] = []
@@ -137,7 +168,7 @@ def _observe(
             )
 
     with torch.no_grad(), Observed(start.shape, noise) as observed:
-        result = call(observed, model, start)
+        result = call(observed, _Model(model, like), start)
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
     end(result)
