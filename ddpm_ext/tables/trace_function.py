@@ -81,7 +81,8 @@ def observed_function(
         like: the object whose attributes the model has.
 
     Raises:
-        TypeError: it has no argument sigmas. ValueError: other sigmas, or random numbers that are not normal.
+        TypeError: it has no argument sigmas. ValueError: other sigmas, random numbers that are not normal, or arguments
+        of its own for the model.
     """
     parameters = check_function(sampler)
     levels = checked_sigmas(sigmas)
@@ -93,8 +94,12 @@ def observed_function(
 
     start, times, begins = normal(), [], []
     seen: list[Tensor] = []
+    own = dict(options.get("extra_args") or {})
 
-    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        if more.keys() - own.keys():  # by these the model may tell the function more than its output
+            names = ", ".join(sorted(more.keys() - own.keys()))
+            raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
         seen.append(x.clone())
         times.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
         return 0.5 * x

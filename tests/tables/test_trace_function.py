@@ -192,6 +192,11 @@ def with_square(model, x, sigmas):
     return x
 
 
+def confides(model, x, sigmas, extra_args=None):
+    extra_args["report"] = lambda _: None
+    return model(x, sigmas[:1], **extra_args)
+
+
 def uniform(model, x, sigmas):
     return model(x, sigmas[:1]) + torch.rand_like(x)
 
@@ -204,6 +209,7 @@ def uniform(model, x, sigmas):
         (until_small, "the model is called (more|less) than .* times for other samples, on which the steps depend"),
         (lambda model, x, sigmas: x, "the model is never called"),
         (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
+        (confides, "the model is called with report, expected no arguments but those of extra_args"),
         (uniform, "draws other random numbers than torch.randn's, by rand_like"),
     ],
 )
