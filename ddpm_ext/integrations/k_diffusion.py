@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,12 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
-from ddpm_ext.integrations.table_rows import TableRows
 from ddpm_ext.ops import reference
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
+from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow_function
@@ -55,24 +55,63 @@ ROUNDED = 1e-9  # how far a level is from its sigma, relatively
 CACHED = 32
 
 
+class Row(NamedTuple):
+    """What a row needs beside its numbers.
+
+    Attributes:
+        calls: whether it calls the model.
+        noisy: whether it adds noise.
+        reads: which of the three tensors of history it reads.
+        keeps: whether it keeps one.
+        keeps_output: whether that is the model's output itself, so that it need not be written.
+    """
+
+    calls: bool
+    noisy: bool
+    reads: list[bool]
+    keeps: bool
+    keeps_output: bool
+
+
 class Plan(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        rows: the rows.
+        tables: the numbers, on the devices.
+        is_linear: whether there is history.
+        rows: what they need.
         sigma: float64 (rows,), what the model is called with.
-        calls: whether each row calls the model.
         arrives: float64 (rows,), the sigma where each row arrives.
-        noisy: whether each row adds noise.
         steps: the rows of each step.
     """
 
-    rows: TableRows
+    tables: StepDeviceTables
+    is_linear: bool
+    rows: list[Row]
     sigma: Tensor
-    calls: list[bool]
     arrives: Tensor
-    noisy: list[bool]
     steps: list[list[int]]
+
+    def take(
+        self, i: int, x: Tensor, m: Tensor, ring: tuple[Tensor, ...], **noise: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Row i in one launch: the next sample, and what rows have kept after it, the newest first.
+
+        The compiled operators take the dtypes and devices that they know, and plain torch all others.
+        """
+        operators = ops if x.dtype != torch.float64 and (x.is_cpu or x.is_cuda) else reference
+        dtype, row = checks.compute_dtype(x.dtype), self.rows[i]
+        if not self.is_linear:
+            table = self.tables.get("steps", x.device, dtype)
+            return operators.reverse_step(x, m, table, i, clip=None, **noise), ring
+        history: dict[str, Any] = {
+            f"history{1 + k}": ring[k].to(x.dtype) for k, is_read in enumerate(row.reads) if is_read
+        }
+        kept = torch.empty_like(x) if row.keeps and not row.keeps_output else None
+        table = self.tables.get("linear", x.device, dtype)
+        prev = operators.linear_step(x, m, table, i, clip=None, history_out=kept, **history, **noise)
+        newest = m if row.keeps_output else kept
+        return prev, ring if newest is None else (newest, *ring[:2])
 
 
 _plans: BoundedCache[Plan] = BoundedCache(CACHED)
@@ -83,7 +122,8 @@ def sampler(which: str | Sampler) -> Sampler:
 
     Args:
         which: a name of NAMES; another name of k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is
-            installed; or a function with this signature, whose steps are found by StepTable.trace.
+            installed; or a function with this signature, whose steps are found by StepTable.trace, while the attributes
+            that it reads of the model are the model's own.
 
     The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
     with k-diffusion's defaults; and these three:
@@ -153,10 +193,7 @@ def _function(name: str, own: list[inspect.Parameter], which: str | Sampler) -> 
             *(inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in SIGNATURE[:3]),
             *(_keyword(each, None) for each in SIGNATURE[3:]),
             *kept,
-            *(
-                inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None)
-                for each in ("noise_sampler", "rng")
-            ),
+            *(inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in NOISE),
         ]
     )
 
@@ -209,13 +246,8 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
         s[-1] = noise[i + 1] if i + 1 < len(now) else 0
         parts.append(replace(rows, s=s))
     if noise[0] > 0:
-        first = {"timestep": now, "noise_now": now, "noise_after": hat, "s": noise}
-        columns = {key: values[:1] for key, values in first.items()} | {
-            "c1": [1],
-            "signal_now": [1],
-            "signal_after": [1],
-        }
-        parts.insert(0, StepTable(**columns, a=[0], b=[0], c0=[0]))
+        levels = {"signal_now": [1.0], "noise_now": now[:1], "signal_after": [1.0], "noise_after": hat[:1]}
+        parts.insert(0, StepTable(now[:1], a=[0], b=[0], c0=[0], c1=[1], s=noise[:1], **levels))  # type: ignore[arg-type]
     columns = {key: torch.cat([getattr(part, key) for part in parts]) for key in COLUMNS if key != "draw"}
     return StepTable(**columns, draw=torch.arange(len(columns["a"])))
 
@@ -245,20 +277,18 @@ def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     return _plan(replace(table, s=table.s * added["s_noise"]), begins)
 
 
-def _traced_plan(function: Sampler, sigmas: Tensor, options: Mapping[str, Any]) -> Plan:
-    traced = follow_function(function, sigmas, options)
-    table = StepTable(**traced.columns)
-    return _plan(table, list(traced.begins) or list(range(len(table))))
-
-
 def _plan(table: StepTable, begins: list[int]) -> Plan:
     """begins: the row with which each step begins; rows before the first belong to it."""
     if (table.cu != 0).any():
         raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
-    noisy = (table.s != 0).tolist()
-    return Plan(TableRows(table), table.timestep, _calls(table).tolist(), table.noise_after, noisy, steps)
+    reads = torch.stack([table.h1, table.h2, table.h3], 1) != 0
+    keeps = (table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)
+    of_output = (table.a == 0) & (table.b == 1) & (table.k0 == 1) & (table.k1 == 0) & (table.k2 == 0)
+    columns = (column.tolist() for column in (_calls(table), table.s != 0, reads, keeps, of_output))
+    rows = list(itertools.starmap(Row, zip(*columns, strict=True)))
+    return Plan(StepDeviceTables(table), table.linear, rows, table.timestep, table.noise_after, steps)
 
 
 def _calls(table: StepTable) -> Tensor:
@@ -284,54 +314,56 @@ def _sample(
 ) -> Tensor:
     checks.tensor("x", x)
     checks.tensor("sigmas", sigmas)
+    if not sigmas.is_floating_point():
+        raise TypeError(f"sigmas has dtype {sigmas.dtype}, expected a floating one")
     if noise_sampler is not None and rng is not None:
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step
         return x
-    plan = _plan_of(which, sigmas, options)
-    if noise_sampler is None and (rng is not None or any(plan.noisy)):
+    plan = _plan_of(which, sigmas, options, model)
+    if noise_sampler is None and (rng is not None or any(row.noisy for row in plan.rows)):
         rng = rng_of_many(rng)
-    called_with, arrives = (each.to(x.device, x.dtype) for each in (plan.sigma, plan.arrives))
-    batches = called_with[:, None].repeat(1, len(x))
+    called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
+    batches = plan.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()
     for i in counter(len(plan.steps), None, disable):
         told = callback is None
-        for row in plan.steps[i]:
-            m = x
-            if plan.calls[row]:
-                m = model(x, batches[row], **(extra_args or {}))
+        for number in plan.steps[i]:
+            row, m = plan.rows[number], x
+            if row.calls:
+                m = model(x, batches[number], **(extra_args or {}))
                 if callback is not None and not told:
-                    hat = called_with[row]
+                    hat = called_with[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
                     told = True
             noise: dict[str, Any] = {"add_noise": False}
-            if plan.noisy[row]:
+            x = x.to(torch.promote_types(x.dtype, m.dtype))
+            if row.noisy:
                 noise = {"rng": rng}
                 if noise_sampler is not None:
-                    noise = {"noise": noise_sampler(called_with[row], arrives[row]).to(x.dtype)}
-            x = x.to(torch.promote_types(x.dtype, m.dtype))
-            x, ring = plan.rows.take(_ops(x), row, x, m, ring, **noise)
+                    noise = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
+            x, ring = plan.take(number, x, m, ring, **noise)
     return x
 
 
-def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any]) -> Plan:
+def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], model: object) -> Plan:
     """The rows of a loop, found in the cache where the same loop was taken before."""
     levels = checked_sigmas(sigmas)
-
-    def make() -> Plan:
-        with torch.inference_mode(False):
-            if not isinstance(which, str):
-                return _traced_plan(which, levels, options)
-            own = dict(options)
-            return _own_plan(which, levels, own.pop("flow"), own)
-
-    key = which, tuple(levels.tolist()), tuple(sorted(options.items()))
+    key: object = (which, tuple(levels.tolist()), tuple(sorted(options.items())))
     try:
-        return _plans.get_or_make(key, make)
-    except TypeError:  # an option that has no hash: made anew
-        return make()
-
-
-def _ops(x: Tensor) -> ModuleType:
-    """The compiled operators where they take such tensors, and plain torch elsewhere."""
-    return ops if x.dtype != torch.float64 and (x.is_cpu or x.is_cuda) else reference
+        found = _plans.get(key)
+    except TypeError:  # an option that has no hash
+        key, found = None, None
+    if found is not None:
+        return found
+    with torch.inference_mode(False):
+        if isinstance(which, str):
+            own = dict(options)
+            plan = _own_plan(which, levels, own.pop("flow"), own)
+        else:
+            traced = follow_function(which, levels, options, model)
+            table = StepTable(**traced.columns)
+            plan = _plan(table, list(traced.begins) or list(range(len(table))))
+            if traced.asks:  # the rows may be others for another model
+                return plan
+    return plan if key is None else _plans.get_or_make(key, lambda: plan)

@@ -40,6 +40,7 @@ class Traced(NamedTuple):
         noise: the number of the draw that is a step's z, or None where it has none.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
         begins: the rows with which the steps of a function begin, as its callback tells.
+        asks: whether a function read attributes of the model.
     """
 
     columns: dict[str, Array]
@@ -49,6 +50,7 @@ class Traced(NamedTuple):
     noise: list[int | None]
     second: bool
     begins: tuple[int, ...] = ()
+    asks: bool = False
 
 
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
@@ -96,13 +98,17 @@ def follow(
     return _proven(_clipped(linear, loop, clip), clip, linear, run, loop)
 
 
-def follow_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any]) -> Traced:
+def follow_function(
+    sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
+) -> Traced:
     """The rows of a function of k-diffusion's kind; the arguments and the errors are StepTable.trace's.
+
+    like: the model, whose attributes the function may read.
 
     A row begins with each call of the model. Where the function adds noise before the first one, a row that calls no
     model comes before it. The samples' levels are (1, sigma).
     """
-    function = observed_function(sampler, sigmas, options)
+    function = observed_function(sampler, sigmas, options, like)
     traced = _traced(function.run, CLEAN_FIELDS)
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
@@ -110,9 +116,10 @@ def follow_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[s
         "signal_now": ones,
         "noise_now": sigma,
         "signal_after": ones,
-        "noise_after": np.append(sigma[1:], sigmas[-1]),
+        "noise_after": np.append(sigma[1:], float(sigmas[-1])),
+        "draw": np.arange(len(sigma)),
     }
-    return traced._replace(columns=traced.columns | levels | {"draw": np.arange(len(sigma))}, begins=function.begins)
+    return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
 
 
 def _traced(run: Run, second: Sequence[str] | None) -> Traced:

@@ -3,7 +3,7 @@
 The function gets a model that is ours. Between two calls of it lies a step: its result is the sample of the next call,
 or what the function returns. A step gets a sample of our choice by being written into the one that the function gave
 the model. Where that is a copy of the function's own, the step goes on with the sample that follows from the one
-before, which tracing takes as well.
+before, which tracing takes as well; but then a step that reads several earlier samples may be refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,30 @@ CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
 
 class Function(NamedTuple):
-    """A function's loop. begins: the numbers of the steps before which it calls back; none where it doesn't."""
+    """A function's loop.
+
+    begins: the numbers of the steps before which it calls back; none where it doesn't.
+    asks: whether it reads attributes of the model.
+    """
 
     run: Run
     begins: tuple[int, ...]
+    asks: bool
+
+
+class _Model:
+    """A model that calls a function, with the attributes of another object."""
+
+    def __init__(self, call: Callable[..., Tensor], like: object) -> None:
+        self._call, self._like = call, like
+        self.was_asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        self.was_asked = True
+        return getattr(self._like, name)
 
 
 def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -49,16 +69,20 @@ def checked_sigmas(sigmas: Any) -> Tensor:
     return found
 
 
-def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any]) -> Function:
+def observed_function(
+    sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
+) -> Function:
     """How a function runs its loop. A first run of it counts the calls of the model, and what they are called with.
 
     Args:
         sampler: a function sampler(model, x, sigmas), which may have extra_args, callback, disable and noise_sampler.
         sigmas: (levels,), finite, >= 0.
         options: further arguments.
+        like: the object whose attributes the model has.
 
     Raises:
-        TypeError: it has no argument sigmas. ValueError: other sigmas, or random numbers that are not normal.
+        TypeError: it has no argument sigmas. ValueError: other sigmas, random numbers that are not normal, or arguments
+        of its own for the model.
     """
     parameters = check_function(sampler)
     levels = checked_sigmas(sigmas)
@@ -70,21 +94,27 @@ def observed_function(sampler: Callable[..., Any], sigmas: Any, options: Mapping
 
     start, times, begins = normal(), [], []
     seen: list[Tensor] = []
+    own = dict(options.get("extra_args") or {})
 
-    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    def model(x: Tensor, sigma: Tensor, **more: Any) -> Tensor:
+        if more.keys() - own.keys():  # by these the model may tell the function more than its output
+            names = ", ".join(sorted(more.keys() - own.keys()))
+            raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
         seen.append(x.clone())
         times.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
         return 0.5 * x
 
     with torch.no_grad(), Observed(start.shape, normal) as observed:
-        call(observed, model, start.clone(), lambda _: begins.append(len(times) - 1))
+        probe = _Model(model, like)
+        call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
         raise ValueError("the model is never called, expected a call in each step")
     leads = not torch.equal(seen[0], start)
     if leads:
         times.insert(0, float(levels[0]))
         begins = [i + 1 for i in begins]
-    return Function(Run(times, "sigma", partial(_observe, call, len(times), leads)), tuple(begins))
+    run = Run(times, "sigma", partial(_observe, call, len(times), leads, like))
+    return Function(run, tuple(begins), probe.was_asked)
 
 
 def _call(
@@ -105,7 +135,13 @@ def _call(
 
 
 def _observe(
-    call: Callable[..., Any], count: int, leads: bool, samples: Samples, outputs: Outputs, noise: Noise
+    call: Callable[..., Any],
+    count: int,
+    leads: bool,
+    like: object,
+    samples: Samples,
+    outputs: Outputs,
+    noise: Noise,
 ) -> list[Step]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
     made: list[Step] = []
@@ -116,7 +152,7 @@ def _observe(
     def end(prev: Tensor) -> None:
         nonlocal drawn
         result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
-        made.append(Step(result, observed.draws[drawn:], {}, [], False))
+        made.append(Step(result, observed.draws[drawn:], state={}, tensors=[], stores=False))
         drawn = len(observed.draws)
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -137,7 +173,7 @@ def _observe(
             )
 
     with torch.no_grad(), Observed(start.shape, noise) as observed:
-        result = call(observed, model, start)
+        result = call(observed, _Model(model, like), start)
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")
     end(result)

@@ -175,7 +175,8 @@ class Linear:
             samples[i + 1, n:] = self.prev[i, n:]
             samples[i + 1] += self.prev[i, : i + 1] @ samples[: i + 1]
             factors = self._literal(i, {j: keeps[j] for j in ring})
-            if factors is None:
+            # A step that does not read its own sample may have got a copy of it: it reads what that is made of.
+            if factors is None or (not factors[0] and factors[3]):
                 factors = self._fitted(i, samples, {j: tensors[j] for j in ring})
             row = self._split(i, factors[0], factors[1], keeps.get(i))
             row |= {"s": factors[2]} | {f"h{1 + ring.index(j)}": factor for j, factor in factors[3].items()}

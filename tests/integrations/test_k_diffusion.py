@@ -256,6 +256,8 @@ def test_what_is_no_argument():
         sampler("dpmpp_2m")(bend, start(), SIGMAS, eta=1.0)
     with pytest.raises(TypeError, match="sigmas is a list, expected a tensor"):
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
+    with pytest.raises(TypeError, match=r"sigmas has dtype torch.int64, expected a floating one"):
+        sampler("dpmpp_2m")(bend, start(), torch.tensor([3, 1]))
     with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
         sampler("dpm_fast")
 
@@ -272,17 +274,42 @@ def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):
 
 
 def test_a_function_of_ones_own():
-    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None, weight=0.5):
+    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None, weights=(0.5,)):
         for now, after in pairwise(sigmas):
             m = model(x, now * x.new_ones(len(x)), **extra_args)
-            x = m + (1 - weight) * (x - m) * after / now
+            x = m + (1 - weights[0]) * (x - m) * after / now
         return x
 
     found = sampler(mine)
     assert list(inspect.signature(found).parameters)[:7] == list(inspect.signature(mine).parameters)
     x = start(torch.float64)
-    expected = mine(bend, x, SIGMAS.double(), {}, weight=0.25)
-    torch.testing.assert_close(found(bend, x, SIGMAS, weight=0.25, disable=True), expected, rtol=1e-13, atol=1e-13)
+    for weights in ((0.25,), [0.25], [0.75]):  # a list has no hash
+        expected = mine(bend, x, SIGMAS.double(), {}, weights=weights)
+        torch.testing.assert_close(
+            found(bend, x, SIGMAS, weights=weights, disable=True), expected, rtol=1e-13, atol=1e-13
+        )
+
+
+def test_a_function_that_reads_attributes_of_the_model():
+    """As ComfyUI's do, which ask for the model's kind: each call is traced with its own model."""
+
+    def mine(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for now, after in pairwise(sigmas):
+            m = model(x, now * x.new_ones(len(x)))
+            x = m + model.inner_model.weight * (x - m) * after / now
+        return x
+
+    class Model:
+        def __init__(self, weight):
+            self.inner_model = types.SimpleNamespace(weight=weight)
+
+        def __call__(self, x, sigma):
+            return bend(x, sigma)
+
+    x = start(torch.float64)
+    for weight in (0.5, 0.25):
+        found = sampler(mine)(Model(weight), x, SIGMAS, disable=True)
+        torch.testing.assert_close(found, mine(Model(weight), x, SIGMAS.double()), rtol=1e-13, atol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------------------ ComfyUI

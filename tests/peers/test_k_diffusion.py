@@ -167,6 +167,12 @@ def test_solvers_of_fixed_steps(sampling):
     assert len(table) == 7
 
 
+def test_every_function_is_tried(sampling):
+    """A new one of a new checkout shows up here."""
+    found = {name.removeprefix("sample_") for name in vars(sampling) if name.startswith("sample_")}
+    assert found == {name for name, *_ in TRACED} | {"dpm_fast", "dpm_adaptive"}
+
+
 def test_what_is_refused(sampling):
     for name in ("dpm_fast", "dpm_adaptive"):
         with pytest.raises(

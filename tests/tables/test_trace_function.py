@@ -132,6 +132,16 @@ def test_columns_of_euler():
     assert not table.linear and not table.s.any()
 
 
+def test_a_copy_for_the_model_costs_no_history():
+    def copied(model, x, sigmas):
+        return euler(lambda x, sigma: model(x.clone(), sigma), x, sigmas)
+
+    here, there = StepTable.trace(copied, SIGMAS), StepTable.trace(euler, SIGMAS)
+    assert not here.linear
+    for name in ("c0", "c1"):
+        torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-12, atol=1e-14)
+
+
 def test_whole_sigmas_have_rows_of_their_own_noise():
     table = StepTable.trace(ancestral, [4, 2, 1, 0])
     assert table.timestep.tolist() == [4.0, 2.0, 1.0] and table.draw.tolist() == [0, 1, 2]
@@ -182,6 +192,11 @@ def with_square(model, x, sigmas):
     return x
 
 
+def confides(model, x, sigmas, extra_args=None):
+    extra_args["report"] = lambda _: None
+    return model(x, sigmas[:1], **extra_args)
+
+
 def uniform(model, x, sigmas):
     return model(x, sigmas[:1]) + torch.rand_like(x)
 
@@ -194,6 +209,7 @@ def uniform(model, x, sigmas):
         (until_small, "the model is called (more|less) than .* times for other samples, on which the steps depend"),
         (lambda model, x, sigmas: x, "the model is never called"),
         (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
+        (confides, "the model is called with report, expected no arguments but those of extra_args"),
         (uniform, "draws other random numbers than torch.randn's, by rand_like"),
     ],
 )

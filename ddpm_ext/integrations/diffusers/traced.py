@@ -25,7 +25,7 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors, imported, result_dtype, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.shared import Support, new, peer_class, peer_method
-from ddpm_ext.integrations.table_rows import TableRows
+from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
@@ -88,7 +88,9 @@ class Plan(NamedTuple):
 
     Attributes:
         trace: what tracing found.
-        rows: its rows.
+        table: its rows.
+        tables: on the devices.
+        reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
         timesteps: of each row.
         stateless: whether the scheduler may go on with its own code in the middle of the loop.
         scheduler: as it was when the loop began, on the CPU.
@@ -97,7 +99,10 @@ class Plan(NamedTuple):
     """
 
     trace: Trace
-    rows: TableRows
+    table: StepTable
+    tables: StepDeviceTables
+    reads: list[list[bool]]
+    keeps: list[bool]
     timesteps: list[Any]
     stateless: bool
     scheduler: Any
@@ -184,8 +189,9 @@ class Traced(Scheduler):
         x = x.to(torch.promote_types(result_dtype(m, x), kinds.prev))
         noise = self._drawn(plan, kinds, i, m, generator, x)
         x0 = torch.empty_like(x) if plan.trace.second else None
-        prev, ring = plan.rows.take(ops, i, x, m, loop.ring, clip=plan.trace.clip, x0=x0, **noise)
+        prev, kept = _take(plan, i, x, m, x0, noise, loop.ring)
 
+        ring = loop.ring if kept is None else (kept, *loop.ring[:2])
         self._follow(plan, i, x)
         self.__dict__["_traced_loop"] = Loop(plan, i + 1, ring)
         prev = prev.to(kinds.prev)
@@ -354,9 +360,10 @@ def _make_plan(scheduler: Any, first: int | None, timestep: Any, options: dict[s
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.second is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    rows = TableRows(table)
-    stateless = not any(rows.keeps) and not any(step.stores for step in trace.steps)
-    return Plan(trace, rows, timesteps, stateless, scheduler, options, {})
+    reads = torch.stack([table.h1, table.h2, table.h3], 1).ne(0).tolist()
+    keeps = ((table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)).tolist()
+    stateless = not any(keeps) and not any(step.stores for step in trace.steps)
+    return Plan(trace, table, StepDeviceTables(table), reads, keeps, timesteps, stateless, scheduler, options, {})
 
 
 def _kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
@@ -384,3 +391,24 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
     return Kinds(prev, second, [[dtype for _, dtype in step.draws] for step in steps], second is not None)
+
+
+def _take(
+    plan: Plan, i: int, x: Tensor, m: Tensor, x0: Tensor | None, noise: dict[str, Any], ring: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Row i in one launch: the next sample, and what the row keeps."""
+    clip = plan.trace.clip
+    if not plan.table.linear:
+        if x0 is None:
+            return ops.reverse_step(
+                x, m, plan.tables.get("steps", x.device, torch.float32), i, clip=clip, **noise
+            ), None
+        table = plan.tables.get("extended", x.device, torch.float32)
+        return ops.extended_step(x, m, table, i, clip=clip, x0_out=x0, **noise), None
+    history: dict[str, Any] = {
+        f"history{1 + k}": ring[k].to(x.dtype) for k, is_read in enumerate(plan.reads[i]) if is_read
+    }
+    kept = torch.empty_like(x) if plan.keeps[i] else None
+    table = plan.tables.get("linear", x.device, torch.float32)
+    prev = ops.linear_step(x, m, table, i, clip=clip, x0_out=x0, history_out=kept, **history, **noise)
+    return prev, kept
