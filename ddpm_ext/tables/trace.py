@@ -141,12 +141,13 @@ class _Loop(NamedTuple):
         def normal() -> Tensor:
             return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
 
-        # Twice as large as a normal distribution, so that predicted clean samples are clipped here and there.
-        outputs = [2 * normal() for _ in timesteps]
+        # Twice as large as a clip's range, so that predicted clean samples are clipped here and there.
+        size = 2 * max(1.0, clip_of(scheduler)[1])
+        outputs = [size * normal() for _ in timesteps]
         inputs: list[Tensor] = []
 
         def sample(i: int, prev: Tensor | None) -> Tensor:
-            inputs.append(prev.double() if follows and prev is not None else 2 * normal())
+            inputs.append(prev.double() if follows and prev is not None else size * normal())
             return inputs[-1].clone()
 
         steps = observe(scheduler, timesteps, sample, lambda i: outputs[i].clone(), normal, options)

@@ -187,6 +187,6 @@ def without_clip(scheduler: Any) -> Any:
 
 
 def clip_of(scheduler: Any) -> tuple[float, float]:
-    """The range that a scheduler clips to."""
-    bound = float(scheduler.config.get("clip_sample_range", 1.0))
+    """The range that a scheduler clips to, if it clips."""
+    bound = float(getattr(scheduler, "config", {}).get("clip_sample_range", 1.0))
     return -bound, bound
