@@ -53,6 +53,7 @@ class Step(NamedTuple):
             strings or None.
         tensors: the names of the attributes that hold a tensor of the samples' shape after it.
         stores: whether it stores anything else, such as a tensor.
+        holds_output: whether it stores the very tensor that is the model's output.
     """
 
     result: Result
@@ -60,6 +61,7 @@ class Step(NamedTuple):
     state: dict[str, Any]
     tensors: list[str]
     stores: bool
+    holds_output: bool
 
 
 class _Observed(TorchFunctionMode):
@@ -143,10 +145,11 @@ def observe(
             result = _parts(own.step(m, t, x, **options))
         changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
         state = {name: value for name, value in changes.items() if _is_simple(value)}
-        lists = (value for value in vars(own).values() if isinstance(value, list))
-        stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
+        in_lists = [x for values in vars(own).values() if isinstance(values, list) for x in values]
+        stores = len(state) < len(changes) or any(isinstance(x, Tensor) for x in in_lists)
+        holds_output = any(value is m for value in (*vars(own).values(), *in_lists))
         tensors = [name for name, value in vars(own).items() if isinstance(value, Tensor) and value.shape == x.shape]
-        made.append(Step(result, observed.draws, state, tensors, stores))
+        made.append(Step(result, observed.draws, state, tensors, stores, holds_output))
     return made
 
 

@@ -91,6 +91,8 @@ class Plan(NamedTuple):
         table: its rows.
         tables: on the devices.
         reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
+        keeps_output: for each row, whether that is the model's output, which the scheduler's own code holds, too: then
+            it need not be written.
         timesteps: of each row.
         stateless: whether the scheduler may go on with its own code in the middle of the loop.
         scheduler: as it was when the loop began, on the CPU.
@@ -103,6 +105,7 @@ class Plan(NamedTuple):
     tables: StepDeviceTables
     reads: list[list[bool]]
     keeps: list[bool]
+    keeps_output: list[bool]
     timesteps: list[Any]
     stateless: bool
     scheduler: Any
@@ -362,8 +365,11 @@ def _make_plan(scheduler: Any, first: int | None, timestep: Any, options: dict[s
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     reads = torch.stack([table.h1, table.h2, table.h3], 1).ne(0).tolist()
     keeps = ((table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)).tolist()
+    is_output = ((table.k0 == 0) & (table.k1 == 0) & (table.k2 == 1)).tolist()
+    keeps_output = [is_m and step.holds_output for is_m, step in zip(is_output, trace.steps, strict=True)]
     stateless = not any(keeps) and not any(step.stores for step in trace.steps)
-    return Plan(trace, table, StepDeviceTables(table), reads, keeps, timesteps, stateless, scheduler, options, {})
+    tables = StepDeviceTables(table)
+    return Plan(trace, table, tables, reads, keeps, keeps_output, timesteps, stateless, scheduler, options, {})
 
 
 def _kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
@@ -408,7 +414,8 @@ def _take(
     history: dict[str, Any] = {
         f"history{1 + k}": ring[k].to(x.dtype) for k, is_read in enumerate(plan.reads[i]) if is_read
     }
-    kept = torch.empty_like(x) if plan.keeps[i] else None
+    by_reference = plan.keeps_output[i] and m.dtype == x.dtype
+    kept = torch.empty_like(x) if plan.keeps[i] and not by_reference else None
     table = plan.tables.get("linear", x.device, torch.float32)
     prev = ops.linear_step(x, m, table, i, clip=clip, x0_out=x0, history_out=kept, **history, **noise)
-    return prev, kept
+    return prev, m if by_reference else kept
