@@ -20,7 +20,7 @@ CASES = [
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["peers", "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("benchmarks.peers", run_name="__main__")
     assert "--table FILE" in capsys.readouterr().out
 

@@ -90,6 +90,7 @@ class Plan(NamedTuple):
         trace: what tracing found.
         table: its rows.
         tables: on the devices.
+        linear: whether the linear step takes them.
         reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
         keeps_output: for each row, whether that is the model's output, which the scheduler's own code holds, too: then
             it need not be written.
@@ -103,6 +104,7 @@ class Plan(NamedTuple):
     trace: Trace
     table: StepTable
     tables: StepDeviceTables
+    linear: bool
     reads: list[list[bool]]
     keeps: list[bool]
     keeps_output: list[bool]
@@ -369,7 +371,9 @@ def _make_plan(scheduler: Any, first: int | None, timestep: Any, options: dict[s
     keeps_output = [is_m and step.holds_output for is_m, step in zip(is_output, trace.steps, strict=True)]
     stateless = not any(keeps) and not any(step.stores for step in trace.steps)
     tables = StepDeviceTables(table)
-    return Plan(trace, table, tables, reads, keeps, keeps_output, timesteps, stateless, scheduler, options, {})
+    return Plan(
+        trace, table, tables, table.linear, reads, keeps, keeps_output, timesteps, stateless, scheduler, options, {}
+    )
 
 
 def _kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
@@ -404,7 +408,7 @@ def _take(
 ) -> tuple[Tensor, Tensor | None]:
     """Row i in one launch: the next sample, and what the row keeps."""
     clip = plan.trace.clip
-    if not plan.table.linear:
+    if not plan.linear:
         if x0 is None:
             return ops.reverse_step(
                 x, m, plan.tables.get("steps", x.device, torch.float32), i, clip=clip, **noise

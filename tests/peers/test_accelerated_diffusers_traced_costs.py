@@ -1,4 +1,5 @@
-"""A model that writes each output into the same tensor, as a CUDA graph's does, before and after accelerate."""
+"""What a traced scheduler's step does beside its launch, and models that write each output into the same tensor, as a
+CUDA graph's does."""
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from support.accelerated_diffusers import make, model, normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import accelerate, ops
 
@@ -53,3 +55,32 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, 
     monkeypatch.setattr(ops, "linear_step", step)
     loop(accelerate(make(name, **config)))
     assert any(written) != holds
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of torch's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])
+def test_a_step_launches_nothing_else(name):
+    """It makes the tensors that it writes. Anything more would be a launch or a synchronisation in each step."""
+    scheduler = accelerate(make(name, **(PNDM if name == "PNDM" else {})))
+    scheduler.set_timesteps(8)
+    x = normal(0, 2, 3, 4, 5)
+    for i, t in enumerate(scheduler.timesteps):
+        m = model(x, t)
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        with Operators() as called:
+            x = scheduler.step(m, t, x, return_dict=False)[0]
+        if i:  # the first step looks the loop up
+            launched = [name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")]
+            assert launched in (["ddpm_ext::linear_step"], ["ddpm_ext::reverse_step"])
