@@ -114,6 +114,9 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
 
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
+
 
 class Loop(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
@@ -148,7 +151,7 @@ class Traced(Scheduler):
             cls._parameters = {parameter.name: parameter.default for parameter in parameters}
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.pop("_traced_loop", None)
+        self.__dict__["_traced_loop"] = None  # not deleted: pipelines of views put each one's attributes back by update
         self.accelerated.begin_loop()
         return peer_method(self, "set_timesteps")(*args, **kwargs)
 
@@ -174,7 +177,7 @@ class Traced(Scheduler):
                     "the steps before it left the scheduler without the tensors that its own code reads: call every "
                     "step of a loop with the same options and kinds of tensors"
                 ) from None
-            self.__dict__.pop("_traced_loop", None)
+            self.__dict__["_traced_loop"] = None
         else:
             self.__dict__["_traced_loop"] = Loop(None)
 
