@@ -40,12 +40,16 @@ class Loop(NamedTuple):
         seed: int,
         *,
         follows: bool = True,
+        dims: int = 4,
     ) -> Loop:
-        """A loop; where a step's samples are not to follow from the step before, they are random in each."""
+        """A loop; where a step's samples are not to follow from the step before, they are random in each.
+
+        dims: how many dimensions samples have.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def normal() -> Tensor:
-            return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
+            return torch.empty(BATCH, *[1] * (dims - 1), dtype=torch.float64).normal_(generator=generator)
 
         # Twice as large as a normal distribution, so that predicted clean samples are clipped here and there.
         outputs = [2 * normal() for _ in timesteps]
@@ -65,6 +69,10 @@ class Loop(NamedTuple):
             [None if step.result.second is None else flat(step.result.second) for step in steps],
             steps,
         )
+
+    def noise(self, i: int, draw: int | None) -> Array:
+        """(batch,), a draw of step i; zeros for None."""
+        return np.zeros(BATCH) if draw is None else self.z[i][draw]
 
     def bound(self) -> float:
         """How far from linear a step may be."""
