@@ -103,7 +103,11 @@ class Scheduler(Accelerated):
     # ----------------------------------------------------------------------------------------------------- settings
 
     def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
-        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises.
+        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
+        return self._cached((make, *settings), lambda: make(*settings))
+
+    def _cached(self, settings: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """make(), from the cache where these settings are there. Raises the Fallback that `make` raises.
 
         set_timesteps makes new tensors each time. So a tensor is looked up by its identity first, which reads nothing,
         and then by its contents.
@@ -112,11 +116,11 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        key = (make, *[version(x) if isinstance(x, Tensor) else x for x in settings])
+        key = tuple(version(x) if isinstance(x, Tensor) else x for x in settings)
         found = by_identity.get(key)
         if found is None:
-            contents = (make, *[tensor_contents(x) if isinstance(x, Tensor) else x for x in settings])
-            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make, settings)))
+            contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in settings)
+            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make)))
             # The tensors are kept, too, so that no other tensor gets their identity.
             found = by_identity.get_or_make(key, lambda: (rows, settings))
         return found[0]
@@ -294,9 +298,9 @@ def are_tensors(*values: object) -> bool:
     return all(isinstance(x, Tensor) for x in values)
 
 
-def _make_outside_autograd(make: Callable[..., Made], settings: Sequence[Any]) -> Made | Fallback:
+def _make_outside_autograd(make: Callable[[], Made]) -> Made | Fallback:
     with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep what is in the rows
-        return attempt(make, *settings)
+        return attempt(make)
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

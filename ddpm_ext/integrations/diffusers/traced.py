@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
+from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_plan import (
     Constant,
     Kinds,
@@ -94,10 +95,11 @@ class Loop(NamedTuple):
 _plans: BoundedCache[Plan | Fallback] = BoundedCache(CACHED)
 
 
-class Traced(Scheduler):
-    """Mixin placed before any scheduler in the bases; replaces step, and takes note of set_timesteps."""
+class Traced(TracedForward):
+    """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
+    set_timesteps."""
 
-    replaces = ("step", "step_pred", "set_timesteps")
+    replaces = ("step", "step_pred", "set_timesteps", *FORWARD)
     _parameters: dict[str, Any]  # step's, by name, with their defaults
     _inputs: tuple[str, ...]  # what step calls the model's output, the timestep and the sample
     noise_sampler: Any  # of a Brownian path
@@ -105,11 +107,12 @@ class Traced(Scheduler):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         peer = vars(cls).get("_peer")
-        methods = {"step": cls._step, "step_pred": cls._step_pred, "set_timesteps": cls._set_timesteps}
-        for name, method in methods.items():
+        for name in cls.replaces:
             own = getattr(peer, name, None)
-            if own is not None and (name != "step_pred" or step_name(peer) == name):
-                setattr(cls, name, _like(own, method))  # pipelines look at the signatures
+            if own is None or (name == "step_pred" and step_name(peer) != name):
+                continue
+            if name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]:
+                setattr(cls, name, _like(own, getattr(cls, f"_{name}")))  # pipelines look at the signatures
         step = getattr(peer, step_name(peer), None)
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]

@@ -76,6 +76,7 @@ class Plan(NamedTuple):
         trace: what tracing found.
         table: its rows.
         tables: on the devices.
+        linear: whether the table has history.
         reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
         timesteps: of each row.
         first: the place of the first one among the scheduler's timesteps; 0 where it is none of them.
@@ -90,6 +91,7 @@ class Plan(NamedTuple):
     trace: Trace
     table: StepTable
     tables: StepDeviceTables
+    linear: bool
     reads: list[list[bool]]
     keeps: list[bool]
     timesteps: list[Any]
@@ -148,7 +150,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
     keeps = ((table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)).tolist()
     stateless = not any(keeps) and not any(step.stores for step in trace.steps)
     return Plan(
-        trace, table, StepDeviceTables(table), reads, keeps, timesteps, first or 0, stateless,
+        trace, table, StepDeviceTables(table), table.linear, reads, keeps, timesteps, first or 0, stateless,
         None if trace.clip is None else _threshold(scheduler), scheduler, options, {}, {},
     )  # fmt: skip
 
@@ -211,7 +213,7 @@ def take(
         to_x0 = plan.tables.get("x0", device, torch.float32)
         ops.extended_step(x, m, to_x0, i, clip=None, add_noise=False, out=start)
         extras = {"x_start": start, "x_start_scale": plan.threshold.x_start_scale(start)}
-    if not plan.table.linear:
+    if not plan.linear:
         if x0 is None and not extras:
             table = plan.tables.get("steps", device, torch.float32)
             return ops.reverse_step(x, m, table, i, clip=clip, **noise), None
