@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.conftest import machine
+from benchmarks.cpu.conftest import machine
 from benchmarks.peers.cases import Case, cases
 from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
 
-SHAPES = ((1, 3, 32, 32), (64, 3, 32, 32))
 ROUNDS, LEAST = 15, 0.02  # how often each way is timed, and for how many seconds at least
 
 
@@ -105,7 +104,7 @@ def main() -> None:
     ]
     for line in lines:
         print(line, flush=True)
-    for shape in SHAPES:
+    for shape in dict.fromkeys(shape for case in measured for shape in case.shapes):
         head = [
             "",
             f"## {'x'.join(map(str, shape))}",
@@ -115,7 +114,7 @@ def main() -> None:
         ]
         lines += head
         print("\n".join(head), flush=True)
-        for case in measured:
+        for case in (case for case in measured if shape in case.shapes):
             lines.append(row(case, shape))
             print(lines[-1], flush=True)
     if path:

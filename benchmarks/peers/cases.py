@@ -16,7 +16,9 @@ from torch import Tensor
 __all__ = ["Case", "cases"]
 
 STEPS = 20
+PIXELS, LATENTS = ((1, 3, 32, 32), (64, 3, 32, 32)), ((1, 4, 64, 64), (64, 4, 64, 64))
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Case:
     """A row of the table.
 
     library, what: its first two cells. obj: the library's object. prepare(obj, shape): a function that runs `steps`
-    steps.
+    steps. shapes: of the samples that it is measured with.
     """
 
     library: str
@@ -32,6 +34,7 @@ class Case:
     obj: Any
     prepare: Callable[[Any, tuple[int, ...]], Callable[[], Any]]
     steps: int = 1
+    shapes: tuple[tuple[int, ...], ...] = PIXELS
 
 
 def cases() -> Iterator[Case]:
@@ -79,6 +82,17 @@ def _diffusers(library: str) -> Iterator[Case]:
             yield Case(library, f"{label}: step", scheduler, _one_step(more))
         yield Case(library, f"{label}: loop", scheduler, _scheduler_loop(more), STEPS)
     yield Case(library, "DDPM: add_noise", diffusers.DDPMScheduler(1000, **LINEAR), _add_noise)
+    for label, name, options, steps in (
+        ("UniPC", "UniPCMultistep", STABLE_DIFFUSION, STEPS),
+        ("PNDM", "PNDM", {"skip_prk_steps": True, **STABLE_DIFFUSION}, STEPS + 1),
+        ("DPM++ 3M", "DPMSolverMultistep", {"solver_order": 3, **STABLE_DIFFUSION}, STEPS),
+        ("LMS", "LMSDiscrete", STABLE_DIFFUSION, STEPS),
+        ("FlowMatchEuler", "FlowMatchEulerDiscrete", {"shift": 3.0}, STEPS),
+        ("LCM (noise)", "LCM", STABLE_DIFFUSION, STEPS),
+        ("SA-Solver (noise)", "SASolver", STABLE_DIFFUSION, STEPS),
+    ):
+        scheduler = getattr(diffusers, f"{name}Scheduler")(1000, **options)
+        yield Case(library, f"{label}: loop", scheduler, _scheduler_loop({}), steps, LATENTS)
 
 
 def _output(scheduler: Any, shape: tuple[int, ...]) -> Tensor:
@@ -98,12 +112,14 @@ def _one_step(more: dict[str, Any]) -> Callable[[Any, tuple[int, ...]], Callable
 def _scheduler_loop(more: dict[str, Any]) -> Callable[[Any, tuple[int, ...]], Callable[[], Any]]:
     def prepare(scheduler: Any, shape: tuple[int, ...]) -> Callable[[], Any]:
         m, start = _output(scheduler, shape), torch.randn(shape)
+        scales = hasattr(scheduler, "scale_model_input")
 
         def loop() -> None:
             scheduler.set_timesteps(STEPS)
             x = start
             for t in scheduler.timesteps:
-                scheduler.scale_model_input(x, t)
+                if scales:
+                    scheduler.scale_model_input(x, t)
                 x = scheduler.step(m, t, x, return_dict=False, **more)[0]
 
         return loop

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.diffusers.pipeline import accelerated_pipeline, is_pipeline
 from ddpm_ext.integrations.registry import accelerated_class, support_table
 from ddpm_ext.integrations.shared import Support, accelerated_copy
 
@@ -28,7 +28,8 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
 
     Args:
         obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
-            denoising-diffusion-pytorch, or the tutorial's.
+            denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline are accelerated, and those of
+            the pipelines in it; modular pipelines are taken after load_components.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
             timestep) alone and is made in the launch. Two loops never share noise unless they are given the same seed
@@ -45,15 +46,12 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
 
     Raises:
         TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers
-            is: one that overrides it is traced.
+            is: one that overrides it is traced. Or it is a pipeline without a scheduler.
         ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch".
     """
     settings = Acceleration.of(noise, seed, sample_ids)
-    scheduler = getattr(obj, "scheduler", None)
-    if scheduler is not None and callable(getattr(obj, "register_modules", None)):
-        pipeline = copy.copy(obj)
-        pipeline.register_modules(scheduler=_accelerated(scheduler, settings))  # type: ignore[attr-defined]
-        return pipeline
+    if is_pipeline(obj):
+        return accelerated_pipeline(obj, settings, _accelerated)
     return _accelerated(obj, settings)
 
 

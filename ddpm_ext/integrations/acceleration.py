@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, random_seed, rng_of_many
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, random_seed, rng_of_many
 
 __all__ = ["NOISES", "Acceleration"]
 
@@ -43,8 +43,10 @@ class Acceleration:
         noise: "torch", the peer's own draws, or "philox", those of the noise contract.
         seed: the seed of all loops, or None where each loop draws one. Setting it begins anew at the first sample ids.
         rng: the ddpm_ext.Philox of "philox" that the current loop draws by, else None. It may be replaced by another
-            one without a draw or a stream of its own, from which the loops then count on; setting anything else raises
+            one without a draw or another stream, from which the loops then count on; setting anything else raises
             TypeError or ValueError.
+        stream: that of the steps' noise. It is the reverse step's, but for the second and later schedulers of one
+            pipeline, which have one each, so that they share no noise though they have one seed and the same ids.
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
@@ -52,8 +54,15 @@ class Acceleration:
 
     _rng: Philox | None
 
-    def __init__(self, noise: str = "torch", seed: int | None = None, sample_ids: int | Tensor = 0) -> None:
+    def __init__(
+        self,
+        noise: str = "torch",
+        seed: int | Tensor | None = None,
+        sample_ids: int | Tensor = 0,
+        stream: int = STREAM_REVERSE,
+    ) -> None:
         self.noise = noise
+        self.stream = stream
         self.iteration = 0
         self.fallbacks: dict[str, str] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -71,6 +80,10 @@ class Acceleration:
         if isinstance(sample_ids, Tensor) or sample_ids != 0:
             raise ValueError(f"sample_ids is {sample_ids!r} beside noise 'torch', which has no sample ids: expected 0")
         return cls(noise)
+
+    def of_stream(self, stream: int) -> Acceleration:
+        """New settings with the same noise, seed and sample ids, whose steps draw their noise of this stream."""
+        return Acceleration(self.noise, self._seed, self._sample_ids, stream)
 
     def __copy__(self) -> Acceleration:
         copied = object.__new__(type(self))
@@ -104,7 +117,7 @@ class Acceleration:
     @property
     def rng(self) -> Philox | None:
         if self._rng is None and self.noise == "philox":
-            self._rng = Philox(random_seed() if self._seed is None else self._seed, self._ids)
+            self._rng = self._philox(random_seed() if self._seed is None else self._seed, self._ids)
         return self._rng
 
     @rng.setter
@@ -112,8 +125,12 @@ class Acceleration:
         if (rng is None) != (self.noise == "torch"):
             raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
         if rng is not None:
-            rng = rng_of_many(rng)
-            self._set(*seed_and_ids(rng))
+            if isinstance(rng, Philox) and rng.stream == self.stream:
+                rng = Philox(*seed_and_ids(rng), draw=rng.draw)
+            self._set(*seed_and_ids(rng_of_many(rng)))
+
+    def _philox(self, seed: int | Tensor, sample_ids: int | Tensor) -> Philox:
+        return Philox(seed, sample_ids, stream=None if self.stream == STREAM_REVERSE else self.stream)
 
     # -------------------------------------------------------------------------------------------------------- loops
 
@@ -123,7 +140,7 @@ class Acceleration:
         self._unread = 0  # steps whose timesteps were not read
         self._rng = None
         if self._seed is not None:  # made at once, so that a compiler finds it
-            self._rng = Philox(self._seed, self._ids)
+            self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
         """Begins a loop, which the following single steps belong to."""
@@ -171,7 +188,7 @@ class Acceleration:
         rng = self._rng or self.rng
         if used and not isinstance(self._ids, Tensor):
             assert rng is not None
-            return Philox(seed_and_ids(rng)[0], self._ids + used)
+            return self._philox(seed_and_ids(rng)[0], self._ids + used)
         return rng
 
     def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
@@ -192,7 +209,7 @@ class Acceleration:
 
     def _rng_of_unread_step(self, batch: int) -> Philox | None:
         if self._seed is None and torch.compiler.is_compiling():  # an int would become a constant of the graph
-            return Philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
+            return self._philox(torch.ops.ddpm_ext.draw_seed(), self._ids)
         if batch > self._count:
             self._count = batch
         return self._rng or self.rng

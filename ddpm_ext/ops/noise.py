@@ -11,6 +11,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.extension import C
 
 __all__ = [
+    "STREAMS_REVERSE_MORE",
     "STREAM_FORWARD",
     "STREAM_OFFSET",
     "STREAM_PERTURBATION",
@@ -22,9 +23,10 @@ __all__ = [
     "random_seed",
 ]
 
-# What noise is for. 6 to 15 are reserved; 16 and up are the caller's.
+# What noise is for. 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
+STREAMS_REVERSE_MORE = range(6, 16)  # the reverse steps of a pipeline's second scheduler, of its third, ...
 
 
 # seed, seed_value, sample_ids, first_id, stream, draw, as the operators take them

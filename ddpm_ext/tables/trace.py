@@ -21,7 +21,7 @@ import numpy as np
 
 from ddpm_ext.tables.trace_function import observed_function
 from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
-from ddpm_ext.tables.trace_loop import BATCH, LINEAR, Array, Loop, relative
+from ddpm_ext.tables.trace_loop import BATCH, Array, Loop, relative
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, without_clip
 
 __all__ = ["Traced", "follow", "follow_function", "trace_columns"]
@@ -38,6 +38,7 @@ class Traced(NamedTuple):
         residual: the largest relative difference between a scheduler's own step and its row.
         steps: what each step did on random numbers.
         noise: the number of the draw that is a step's z, or None where it has none.
+        given: for each step, the numbers of the draws that stand in the place of its history, the first in that of h1.
         second: whether a x + b m, clipped, is the second tensor that steps return; False where they return none.
         begins: the rows with which the steps of a function begin, as its callback tells.
         asks: whether a function read attributes of the model.
@@ -48,6 +49,7 @@ class Traced(NamedTuple):
     residual: float
     steps: list[Step]
     noise: list[int | None]
+    given: list[list[int]]
     second: bool
     begins: tuple[int, ...] = ()
     asks: bool = False
@@ -56,6 +58,8 @@ class Traced(NamedTuple):
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
     """The columns of StepTable.trace, whose docstring has the arguments and the errors."""
     if hasattr(sampler, "set_timesteps"):
+        if getattr(sampler, "config", {}).get("thresholding"):
+            raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
         own = copy.deepcopy(sampler)
         own.set_timesteps(steps, **arguments)
         return follow(own, list(own.timesteps), second=CLEAN_FIELDS).columns
@@ -72,30 +76,41 @@ def follow(
     timesteps: Sequence[Any],
     options: Mapping[str, Any] | None = None,
     second: Sequence[str] | None = None,
+    dims: int = 4,
 ) -> Traced:
     """The rows of a scheduler's steps at `timesteps`, from the state that it is in.
 
+    Where the scheduler takes no step at the last timestep, which is the end of the step before, it has no row.
+
     Args:
-        scheduler: it stays as it is.
+        scheduler: it stays as it is. Where it divides the predicted clean sample by a quantile, the rows are those for
+            a clip to -1 and 1 after that.
         timesteps: what the steps are called with, in order.
-        options: further arguments of every step.
+        options: further arguments of every step; GIVEN for a tensor like the samples.
         second: the names under which steps may return a x + b m beside the next sample; None: any name.
+        dims: how many dimensions samples have.
 
     Raises:
         ValueError: a step is not linear, or no row can say what it does.
     """
     plain, options = without_clip(scheduler), options or {}
-    run = run_of(scheduler, timesteps, options)
-    if plain is scheduler:
-        return _traced(run, second)
-    loop = Loop.run(run, seed=0)
-    linear = Linear.of(run_of(plain, timesteps, options), loop, second)
-    if linear.error(loop) is None:  # nothing is clipped
+    run = run_of(scheduler, timesteps, options, dims)
+    try:
+        loop = Loop.run(run, seed=0)
+    except IndexError:
+        timesteps = timesteps[:-1]
+        run = run_of(scheduler, timesteps, options, dims)
+        loop = Loop.run(run, seed=0)
+    linear = Linear.of(run_of(plain, timesteps, options, dims), loop, second)
+    if plain is scheduler or linear.error(loop) is None:  # nothing is clipped
+        linear.prove(loop)
         return _proven(linear.rows(), None, linear, run, loop)
+    clip = clip_of(scheduler)
+    if linear.has_history():
+        return _proven(_clipped_with_history(linear, plain, options, loop), clip, linear, run, loop)
     # Samples that follow from a clipped one are not clipped again, so they do not follow.
     loop = Loop.run(run, seed=0, follows=False)
-    clip = clip_of(scheduler)
-    return _proven(_clipped(linear, loop, clip), clip, linear, run, loop)
+    return _proven(_clipped(linear, loop, clip), clip, linear, run, loop, follows=False)
 
 
 def follow_function(
@@ -129,13 +144,16 @@ def _traced(run: Run, second: Sequence[str] | None) -> Traced:
     return _proven(linear.rows(), None, linear, run, loop)
 
 
-def _proven(rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: Loop) -> Traced:
-    residual = _prove(rows, clip, linear, Loop.run(run, seed=1, follows=clip is None))
+def _proven(
+    rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: Loop, *, follows: bool = True
+) -> Traced:
+    """What tracing found, once the rows have been tried on a loop of other numbers; follows: as for Loop.run."""
+    residual = _prove(rows, clip, linear, Loop.run(run, seed=1, follows=follows))
     times = np.array([float(t) for t in run.times])
     if run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | {name: np.array([row[name] for row in rows]) for name in NAMES}
-    return Traced(columns, clip, residual, loop.steps, linear.noise, linear.second)
+    return Traced(columns, clip, residual, loop.steps, linear.noise, linear.given, linear.second)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips
@@ -150,15 +168,11 @@ def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
     rows = []
     for i in range(linear.n):
         n, column = linear.n, linear.column(i)
-        own = [i, n + i, *([] if column is None else [column])]
-        if np.abs(np.delete(linear.prev[i], own)).max(initial=0) > LINEAR * np.abs(linear.prev[i]).max():
-            raise ValueError(f"{at(linear, i)}, reads earlier steps, and the clean sample is clipped")
-        draw = linear.noise[i]
-        z = np.zeros(BATCH) if draw is None else loop.z[i][draw]
         s = 0.0 if column is None else float(linear.prev[i, column])
-        a, b = linear.clean[i] if linear.second else linear.prev[i, own[:2]]
+        h = linear.prev[i, linear.given_columns(i)]
+        a, b = linear.clean[i] if linear.second else linear.prev[i, [i, n + i]]
         x0 = np.clip(a * loop.x[i] + b * loop.m[i], *clip)
-        target = loop.prev[i] - s * z
+        target = loop.prev[i] - s * loop.noise(i, linear.noise[i]) - h @ loop.z[i][linear.given[i]]
         for names in (("c0",), ("c0", "c1"), ("c0", "c2"), ("c0", "c1", "c2")):
             columns = np.stack([{"c0": x0, "c1": loop.x[i], "c2": loop.m[i]}[name] for name in names], 1)
             factors = np.linalg.lstsq(columns, target, rcond=1e-13)[0]
@@ -167,7 +181,28 @@ def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
                 break
         else:
             raise ValueError(f"{at(linear, i)}, is not linear after the clip: {error:.1e} of it is left")
-        rows.append(row_of(a=float(a), b=float(b), s=s, **dict(zip(names, map(float, factors), strict=True))))
+        row = row_of(a=float(a), b=float(b), s=s, **dict(zip(names, map(float, factors), strict=True)))
+        rows.append(row | {f"h{1 + k}": float(factor) for k, factor in enumerate(h)})
+    return rows
+
+
+def _clipped_with_history(linear: Linear, plain: Any, options: Mapping[str, Any], loop: Loop) -> list[Row]:
+    """The rows of steps that clip the predicted clean sample and do all else with that one alone.
+
+    linear: without the clip, as `plain` is. Where the model returns the clean sample itself, the steps are what follows
+    on the clip. The proof shows whether they are the same for other outputs.
+    """
+    of_clean = copy.deepcopy(plain)
+    of_clean.register_to_config(prediction_type="sample")
+    steps = Linear.of(run_of(of_clean, linear.run.times, options, linear.run.dims), loop, ())
+    rows = []
+    for i, row in enumerate(steps.rows()):
+        own = [i, linear.n + i]
+        (x, m), (x_beside, x0) = linear.prev[i, own], steps.prev[i, own]
+        if not x0:
+            raise ValueError(f"{at(linear, i)}, does not read the clean sample, which is clipped")
+        a, b = linear.clean[i] if linear.second else ((x - x_beside) / x0, m / x0)
+        rows.append(row | {"a": float(a), "b": float(b), "c0": row["c2"], "c2": 0.0, "k0": row["k2"], "k2": 0.0})
     return rows
 
 
@@ -178,13 +213,13 @@ def _prove(rows: Sequence[Row], clip: Clip | None, linear: Linear, loop: Loop) -
     """The largest residual of the rows in a loop. Raises ValueError where one is too large."""
     largest, ring = 0.0, [np.zeros(BATCH)] * HISTORY
     for i, row in enumerate(rows):
-        x, m, draw = loop.x[i], loop.m[i], linear.noise[i]
-        z = np.zeros(BATCH) if draw is None else loop.z[i][draw]
+        x, m, z = loop.x[i], loop.m[i], loop.noise(i, linear.noise[i])
         x0 = row["a"] * x + row["b"] * m
         if clip is not None:
             x0 = np.clip(x0, *clip)
         factors = [row[name] for name in ("c0", "c1", "c2", "s", "h1", "h2", "h3")]
-        terms = np.array(factors)[:, None] * np.array([x0, x, m, z, *ring])
+        read = [*loop.z[i][linear.given[i]], *ring][:HISTORY]
+        terms = np.array(factors)[:, None] * np.array([x0, x, m, z, *read])
         errors = [relative(np.abs(loop.prev[i] - terms.sum(0)), np.abs(terms).sum(0))]
         second = loop.second[i]
         if linear.second and second is not None:

@@ -152,7 +152,7 @@ def _observe(
     def end(prev: Tensor) -> None:
         nonlocal drawn
         result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
-        made.append(Step(result, observed.draws[drawn:], state={}, tensors=[], stores=False))
+        made.append(Step(result, observed.draws[drawn:], state={}, tensors={}, stores=False))
         drawn = len(observed.draws)
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:

@@ -37,11 +37,13 @@ class Linear:
         prev: (steps, inputs), the factors of each in the next sample.
         clean: (steps, 2), a and b.
         noise: the number of the draw that is a step's z, or None.
+        given: the numbers of the draws that a step reads beside that: tensors that it was given.
         second: whether each step's second tensor is a x + b m.
     """
 
     def __init__(self, run: Run, prev: Array, clean: Array, noise: list[int | None], first: Array):
         self.run, self.prev, self.clean, self.noise = run, prev, clean, noise
+        self.given: list[list[int]] = []
         self.first_draw = first  # of each step, among the inputs
         self.second = False
         self.n = len(run.times)
@@ -53,9 +55,10 @@ class Linear:
         counts = [len(step.draws) for step in loop.steps]
         first = 2 * n + np.concatenate([[0], np.cumsum(counts)]).astype(int)
         inputs = int(first[-1])
+        ones = loop.steps[0].result.prev.shape[1:]
 
         def unit(i: int) -> Tensor:  # the last sample of the batch is all zeros
-            x = torch.zeros(inputs + 1, 1, 1, 1, dtype=torch.float64)
+            x = torch.zeros(inputs + 1, *ones, dtype=torch.float64)
             x[i] = 1
             return x
 
@@ -75,21 +78,38 @@ class Linear:
                 own = factors[[i, n + i]]
                 if np.abs(np.delete(factors, [i, n + i])).max() <= LINEAR * np.abs(own).max():
                     clean[i], is_second[i] = own, True
-            self.noise[i] = self._noise_of(i, counts[i])
+            self.noise[i], given = self._draws_of(i, counts[i], step.given)
+            self.given.append(given)
         self.second = all(is_second)
         return self
 
-    def _noise_of(self, i: int, draws: int) -> int | None:
+    def _draws_of(self, i: int, draws: int, given: int) -> tuple[int | None, list[int]]:
+        """The draw that is a step's z, and the others that it reads, all among the first `given`."""
         factors = np.abs(self.prev[i, self.first_draw[i] : self.first_draw[i] + draws])
-        used = np.flatnonzero(factors > NEGLIGIBLE * np.abs(self.prev[i]).max())
-        if len(used) > 1:
-            raise ValueError(f"{at(self, i)}, adds {len(used)} draws of noise, expected at most 1")
-        return int(used[0]) if len(used) else None
+        used = [int(draw) for draw in np.flatnonzero(factors > NEGLIGIBLE * np.abs(self.prev[i]).max())]
+        drawn = [draw for draw in used if draw >= given]
+        if len(drawn) > 1:
+            raise ValueError(f"{at(self, i)}, adds {len(drawn)} draws of noise, expected at most 1")
+        z = (drawn or used)[:1]
+        return (z[0] if z else None), [draw for draw in used if draw not in z]
 
     def column(self, i: int) -> int | None:
         """The input that is step i's z."""
         draw = self.noise[i]
         return None if draw is None else int(self.first_draw[i]) + draw
+
+    def given_columns(self, i: int) -> list[int]:
+        """The inputs that step i was given in the place of history."""
+        return [int(self.first_draw[i]) + draw for draw in self.given[i]]
+
+    def has_history(self) -> bool:
+        """Whether any step reads what earlier ones were called with."""
+        for i, prev in enumerate(self.prev):
+            z = self.column(i)
+            own = [i, self.n + i, *([] if z is None else [z]), *self.given_columns(i)]
+            if np.abs(np.delete(prev, own)).max(initial=0) > LINEAR * np.abs(prev).max():
+                return True
+        return False
 
     def prove(self, loop: Loop) -> None:
         """Raises ValueError where a step on random numbers is not the sum that it was on unit vectors."""
@@ -180,6 +200,10 @@ class Linear:
                 factors = self._fitted(i, samples, {j: tensors[j] for j in ring})
             row = self._split(i, factors[0], factors[1], keeps.get(i))
             row |= {"s": factors[2]} | {f"h{1 + ring.index(j)}": factor for j, factor in factors[3].items()}
+            given = self.given_columns(i)
+            if len(given) > HISTORY or (given and factors[3]):
+                raise ValueError(f"{at(self, i)}, reads {len(given)} given tensors beside those of earlier steps")
+            row |= {f"h{1 + k}": float(self.prev[i, column]) for k, column in enumerate(given)}
             rows.append((row, list(factors[3])))
             if i in keeps:
                 tensors[i] = keeps[i][0] * samples[i]
@@ -195,6 +219,7 @@ class Linear:
         s, z = 0.0, self.column(i)
         if z is not None:
             s, rest[z] = rest[z], 0
+        rest[self.given_columns(i)] = 0
         bound = NEGLIGIBLE * max(np.abs(self.prev[i]).max(), 1e-300) * 10
         history = {}
         for j, keep in ring.items():

@@ -36,14 +36,15 @@ class Loop(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal() -> Tensor:
-            return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
+            return torch.empty(BATCH, *[1] * (run.dims - 1), dtype=torch.float64).normal_(generator=generator)
 
-        # Twice as large as a normal distribution, so that predicted clean samples are clipped here and there.
-        outputs = [2 * normal() for _ in run.times]
+        # Twice as large as a clip's range, so that predicted clean samples are clipped here and there.
+        size = 2 * max(1.0, run.clip)
+        outputs = [size * normal() for _ in run.times]
         inputs: list[Tensor] = []
 
         def sample(i: int, prev: Tensor | None) -> Tensor:
-            inputs.append(prev.double() if follows and prev is not None else 2 * normal())
+            inputs.append(prev.double() if follows and prev is not None else size * normal())
             return inputs[-1].clone()
 
         steps = run.observe(sample, lambda i: outputs[i].clone(), normal)
@@ -56,6 +57,10 @@ class Loop(NamedTuple):
             [None if step.result.second is None else flat(step.result.second) for step in steps],
             steps,
         )
+
+    def noise(self, i: int, draw: int | None) -> Array:
+        """(batch,), a draw of step i; zeros for None."""
+        return np.zeros(BATCH) if draw is None else self.z[i][draw]
 
     def bound(self) -> float:
         """How far from linear a step may be."""

@@ -1,12 +1,13 @@
 """A sampler's own loop on numbers of our choice: what tracing observes, and how a scheduler is made to run it.
 
 This knows no library, only the methods that diffusers' schedulers and their like have: set_timesteps, timesteps,
-scale_model_input, step.
+scale_model_input, step (or step_pred).
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,31 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CLEAN_FIELDS", "Observed", "Result", "Run", "Step", "clip_of", "observe", "run_of", "without_clip"]
+__all__ = [
+    "CLEAN_FIELDS",
+    "GIVEN",
+    "INPUTS",
+    "Observed",
+    "Result",
+    "Run",
+    "Step",
+    "clip_of",
+    "input_names",
+    "observe",
+    "run_of",
+    "step_name",
+    "without_clip",
+]
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
-# Switches of a config that clip the predicted clean sample.
-CLIPS = ("clip_sample", "clip_denoised")
+# Switches of a config that clip the predicted clean sample. One that divides it by a quantile clips it, too, where a
+# sample is one number, as here.
+CLIPS = ("clip_sample", "clip_denoised", "thresholding")
+# In place of an option: a tensor like the samples, which each step is given.
+GIVEN = object()
+# What steps call the model's output, the timestep and the sample.
+INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 OTHER_DRAWS = {
@@ -52,18 +72,26 @@ class Step(NamedTuple):
 
     Attributes:
         result: what it returned.
-        draws: the normal numbers that it drew, in order, and the dtype of each in which it asked for them.
+        draws: the tensors that it was given beyond sample and output, and then the normal numbers that it drew, in
+            order, and the dtype of each in which it asked for them.
         state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
             strings or None.
-        tensors: the names of the attributes that hold a tensor of the samples' shape after it.
-        stores: whether it stores anything else, such as a tensor.
+        tensors: the attributes that are a tensor of the samples' shape after it, or a list, which may hold such.
+        stores: whether it stores anything else than `state`, such as a tensor.
+        sample, output: what it was called with.
+        given: how many of `draws` are tensors that it was given.
+        sampled: of each draw, what the scheduler's own source of noise was called with; None where it drew by torch.
     """
 
     result: Result
     draws: list[tuple[Tensor, torch.dtype]]
     state: dict[str, Any]
-    tensors: list[str]
+    tensors: dict[str, Any]
     stores: bool
+    sample: Tensor | None = None
+    output: Tensor | None = None
+    given: int = 0
+    sampled: Sequence[tuple[Any, ...] | None] = ()
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -79,11 +107,15 @@ class Run(NamedTuple):
         unit: what these are, for messages.
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
             None before the first, its sample; of a step's number, the model's output; and what the next draw gives.
+        clip: the bound of the range to which the loop clips, if it clips.
+        dims: how many dimensions samples have.
     """
 
     times: Sequence[Any]
     unit: str
     observe: Callable[[Samples, Outputs, Noise], list[Step]]
+    clip: float = 1.0
+    dims: int = 4
 
 
 class Observed(TorchFunctionMode):
@@ -99,6 +131,7 @@ class Observed(TorchFunctionMode):
         super().__init__()
         self.shape, self.noise, self.wide = shape, noise, wide
         self.draws: list[tuple[Tensor, torch.dtype]] = []
+        self.sampled: list[tuple[Any, ...] | None] = []
         self._watches = True
 
     @contextmanager
@@ -141,12 +174,25 @@ class Observed(TorchFunctionMode):
         with self.paused():
             z = self.noise()
         self.draws.append((z, dtype))
+        self.sampled.append(None)
         return z if self.wide else z.to(dtype)
 
 
-def run_of(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any]) -> Run:
-    """A scheduler's loop; the arguments are those of `observe`."""
-    return Run(timesteps, "timestep", partial(observe, scheduler, timesteps, options=options))
+def step_name(scheduler: Any) -> str:
+    """The name of a scheduler's step: step_pred where it is one of a predictor and a corrector."""
+    return "step" if hasattr(scheduler, "step") or not hasattr(scheduler, "step_pred") else "step_pred"
+
+
+def input_names(parameters: Sequence[str]) -> tuple[str, ...]:
+    """The names of a step's output, timestep and sample among its parameters: its first three, if they are unknown."""
+    found = [next((name for name in names if name in parameters), None) for names in INPUTS]
+    return tuple(parameters[:3]) if None in found else tuple(name for name in found if name is not None)
+
+
+def run_of(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any], dims: int = 4) -> Run:
+    """A scheduler's loop; the arguments are those of `observe`, and how many dimensions samples have."""
+    own = partial(observe, scheduler, timesteps, options=options)
+    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], dims)
 
 
 def observe(
@@ -163,9 +209,10 @@ def observe(
 
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
-        timesteps: those of the steps, as the scheduler has them.
+        timesteps: those of the steps, as the scheduler has them; (1,) where a step takes one for each sample.
         samples, outputs, noise: as Run's observe takes them.
-        options: of every step, beyond the model's output, the timestep and the sample.
+        options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
+            samples, which `noise` makes, too.
         wide: whether what is cast to a lower precision stays float64.
 
     Raises:
@@ -173,22 +220,40 @@ def observe(
             next sample and at most one more tensor.
     """
     own = copy.deepcopy(scheduler)
+    step = getattr(own, step_name(own))
+    names = input_names(list(inspect.signature(step).parameters))
     made: list[Step] = []
     for i, t in enumerate(timesteps):
         x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
+        t = t.expand(len(x)) if isinstance(t, Tensor) and t.dim() else t
         with warnings.catch_warnings(), torch.no_grad(), Observed(x.shape, noise, wide) as observed:
             warnings.simplefilter("ignore")
+            if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+                own.noise_sampler = partial(_sample, observed, x)
             if hasattr(own, "scale_model_input"):
                 own.scale_model_input(x.clone(), t)
+            given = {name: torch.randn_like(x) if value is GIVEN else value for name, value in options.items()}
             before = dict(vars(own))
-            result = _parts(own.step(m, t, x, **options))
+            result = _parts(step(**dict(zip(names, (m, t, x.clone()), strict=True)), **given))
         changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
         state = {name: value for name, value in changes.items() if _is_simple(value)}
+        tensors = {name: copy.copy(value) for name, value in vars(own).items() if _holds(value, x.shape)}
         lists = (value for value in vars(own).values() if isinstance(value, list))
         stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
-        tensors = [name for name, value in vars(own).items() if isinstance(value, Tensor) and value.shape == x.shape]
-        made.append(Step(result, observed.draws, state, tensors, stores))
+        number = sum(value is GIVEN for value in options.values())
+        made.append(Step(result, observed.draws, state, tensors, stores, x, m, number, observed.sampled))
     return made
+
+
+def _sample(observed: Observed, x: Tensor, *ends: Any) -> Tensor:
+    """Noise for a scheduler that samples it between two ends of a path."""
+    z = torch.randn_like(x)
+    observed.sampled[-1] = ends
+    return z
+
+
+def _holds(value: object, shape: torch.Size) -> bool:
+    return isinstance(value, list) or (isinstance(value, Tensor) and value.shape == shape)
 
 
 def _is_simple(value: object) -> bool:
@@ -212,13 +277,8 @@ def _parts(returned: Any) -> Result:
 
 
 def without_clip(scheduler: Any) -> Any:
-    """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip.
-
-    Raises ValueError where it thresholds: a quantile is not linear.
-    """
+    """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip."""
     config = getattr(scheduler, "config", {})
-    if config.get("thresholding"):
-        raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
     switches = [name for name in CLIPS if config.get(name)]
     if not switches:
         return scheduler
@@ -228,6 +288,7 @@ def without_clip(scheduler: Any) -> Any:
 
 
 def clip_of(scheduler: Any) -> tuple[float, float]:
-    """The range that a scheduler clips to."""
-    bound = float(scheduler.config.get("clip_sample_range", 1.0))
+    """The range that a scheduler clips to, if it clips."""
+    config = getattr(scheduler, "config", {})
+    bound = 1.0 if config.get("thresholding") else float(config.get("clip_sample_range", 1.0))
     return -bound, bound

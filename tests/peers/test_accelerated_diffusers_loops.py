@@ -1,5 +1,7 @@
 """Whole loops with accelerated diffusers schedulers beside those with diffusers' own, from the same generators."""
 
+import copy
+
 import pytest
 import torch
 
@@ -216,3 +218,32 @@ def test_a_timestep_is_found_by_where_it_lies_in_any_view(cut):
     assert found == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
     left_out = len(whole) - len(ours.timesteps)
     assert left_out < Elsewhere.reads <= left_out + 2
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep", "PNDM", "LMSDiscrete"]
+)
+def test_views(name):
+    """A panorama's views are denoised in turn at each timestep, each with attributes of its own, which the pipeline
+    copies after a step and puts back before the next one."""
+    config = {"skip_prk_steps": True} if name == "PNDM" else {}
+
+    def views(scheduler):
+        scheduler.set_timesteps(6)
+        samples = [normal(i, *SHAPE) for i in range(3)]
+        attributes = [copy.deepcopy(scheduler.__dict__)] * 3
+        for t in scheduler.timesteps:
+            for i, x in enumerate(samples):
+                scheduler.__dict__.update(attributes[i])
+                m = model(scheduler.scale_model_input(x, t), t)
+                samples[i] = scheduler.step(m, t, x).prev_sample
+                attributes[i] = copy.deepcopy(scheduler.__dict__)
+        return samples
+
+    plain = make(name, **config)
+    ours = accelerate(plain)
+    with launches() as called:
+        found = views(ours)
+    assert len(called) == 3 * len(ours.timesteps)
+    for x, y in zip(found, views(plain), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)

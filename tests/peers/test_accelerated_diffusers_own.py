@@ -25,6 +25,7 @@ import diffusers
 
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler
+from ddpm_ext.tables.trace_run import step_name
 
 CHECKOUT = os.environ.get("DDPM_EXT_DIFFUSERS")
 if not CHECKOUT:
@@ -45,6 +46,7 @@ TRACED = {
     "test_scheduler_ddpm_parallel": "DDPMParallelScheduler",
     "test_scheduler_deis": "DEISMultistepScheduler",
     "test_scheduler_dpm_multi_inverse": "DPMSolverMultistepInverseScheduler",
+    "test_scheduler_dpm_sde": "DPMSolverSDEScheduler",
     "test_scheduler_dpm_single": "DPMSolverSinglestepScheduler",
     "test_scheduler_edm_dpmsolver_multistep": "EDMDPMSolverMultistepScheduler",
     "test_scheduler_edm_euler": "EDMEulerScheduler",
@@ -57,12 +59,11 @@ TRACED = {
     "test_scheduler_lms": "LMSDiscreteScheduler",
     "test_scheduler_pndm": "PNDMScheduler",
     "test_scheduler_sasolver": "SASolverScheduler",
+    "test_scheduler_score_sde_ve": "ScoreSdeVeScheduler",
     "test_scheduler_tcd": "TCDScheduler",
     "test_scheduler_unclip": "UnCLIPScheduler",
     "test_scheduler_unipc": "UniPCMultistepScheduler",
 }
-# It takes a second loop without set_timesteps, in which diffusers goes on with outputs of the first loop's.
-LEAKS = ("IPNDMSchedulerTest", "test_full_loop_no_noise")
 FUSED = 0.85  # of all steps that the tests of a scheduler take, at least
 FUSED_OF_DPM_SOLVER = 0.45  # whose tests go through all algorithms and orders
 fused, own = Counter(), Counter()
@@ -89,8 +90,7 @@ def cases():
             if inspect.isclass(case) and case.__module__ == module.__name__ and hasattr(case, "scheduler_classes"):
                 for method in dir(case):
                     if method.startswith("test"):
-                        leaks = [pytest.mark.xfail(strict=True)] if (case.__name__, method) == LEAKS else []
-                        yield pytest.param(scheduler, case, method, id=f"{case.__name__}-{method}", marks=leaks)
+                        yield pytest.param(scheduler, case, method, id=f"{case.__name__}-{method}")
 
 
 COMMON = load("test_schedulers")
@@ -122,7 +122,7 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        for where, name, counter in ((plain, "step", own), (Scheduler, "_take", fused)):
+        for where, name, counter in ((plain, step_name(plain), own), (Scheduler, "_take", fused)):
             stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         run(case, method, scheduler, cls)
 

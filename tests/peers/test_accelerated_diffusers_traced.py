@@ -2,10 +2,9 @@
 
 import copy
 import functools
-import importlib
+import importlib.util
 import inspect
 import pickle
-import pkgutil
 import warnings
 
 import pytest
@@ -14,87 +13,20 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-import diffusers.schedulers
+from support.diffusers_classes import SHAPE, check, classes, loop, make, step_of
 
 from ddpm_ext import Philox, accelerate, ops, randn
 from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.diffusers import traced_plan
 from ddpm_ext.integrations.diffusers.traced import OWN, TRACED, Traced
 from ddpm_ext.integrations.registry import KNOWN
 
-SHAPE = (2, 3, 4, 5)
-# What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
-CONFIGS = {
-    "AmusedScheduler": {"mask_token_id": 5},
-    "PNDMScheduler": {"skip_prk_steps": True, "steps_offset": 1},
-    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
-    "VQDiffusionScheduler": {"num_vec_classes": 8},
-}
-ARGUMENTS = {"HeliosScheduler": {"stage_index": 0}, "HeliosDMDScheduler": {"stage_index": 0}}
-
-
-@functools.cache
-def classes():
-    """Those that can be imported here, by name."""
-    found = {}
-    package = diffusers.schedulers
-    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        try:
-            module = importlib.import_module(info.name)
-        except ImportError:
-            continue  # it needs a library that is not installed
-        for name, cls in vars(module).items():
-            is_own = inspect.isclass(cls) and cls.__module__ == module.__name__
-            if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
-                found[name] = cls
-    return dict(sorted(found.items()))
-
-
-def make(name, **config):
-    return classes()[name](**CONFIGS.get(name, {}) | config)
-
-
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
+NEED_TORCHSDE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
+MISSING = NEED_TORCHSDE if importlib.util.find_spec("torchsde") is None else set()
 UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
 ALONE = [name for name in classes() if name in UNLISTED]  # these run their own code
 OTHERS = [name for name in classes() if name not in UNLISTED | FUSED]  # these are traced
-
-
-def loop(scheduler, steps, dtype=torch.float32, *, return_dict=True, start=0, rounded=None, **options):
-    """The results of a loop whose outputs are random, and the generator's state after it.
-
-    rounded: the dtype that all numbers are rounded to; None: `dtype`.
-    """
-
-    def normal():
-        return torch.randn(SHAPE, generator=generator).to(rounded or dtype).to(dtype)
-
-    generator = torch.Generator().manual_seed(0)
-    scheduler.set_timesteps(steps, **ARGUMENTS.get(type(scheduler).__name__, {}))
-    if start:
-        scheduler.set_begin_index(start)
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        options["generator"] = generator
-    x, results = normal(), []
-    for t in scheduler.timesteps[start:]:
-        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
-        found = scheduler.step(m, t, x, return_dict=return_dict, **options)
-        results.append(tuple(vars(found).values()) if return_dict else found)
-        x = results[-1][0]
-    return results, generator.get_state()
-
-
-def check(ours, theirs, bound):
-    """Results as near as `bound`, relative to the largest number of each, of the same dtypes; equal generators."""
-    (ours, our_state), (theirs, their_state) = ours, theirs
-    assert torch.equal(our_state, their_state)
-    for found, expected in zip(ours, theirs, strict=True):
-        for x, y in zip(found, expected, strict=True):
-            if not isinstance(y, torch.Tensor):
-                assert x == y
-            else:
-                assert x.dtype == y.dtype
-                assert (x.double() - y.double()).abs().max() <= bound * y.double().abs().max()
 
 
 @pytest.fixture
@@ -115,8 +47,8 @@ def test_every_class_is_accounted_for():
     for name, cls in classes().items():
         assert issubclass(accelerated_class(cls), Traced) == (name not in FUSED)
     if diffusers.__version__ == "0.42.1":
-        assert set(classes()) == FUSED | UNLISTED | {f"{name}Scheduler" for name in TRACED}
-        assert len(FUSED) + len(OTHERS) == 32
+        assert set(classes()) == FUSED | UNLISTED | ({f"{name}Scheduler" for name in TRACED} - MISSING)
+        assert len(FUSED) + len(OTHERS) + len(MISSING) == 41
 
 
 @pytest.mark.parametrize("steps", [8, 20])
@@ -165,7 +97,7 @@ def test_state_is_as_diffusers_leaves_it(name):
     for attribute, value in vars(plain).items():
         if value is None or isinstance(value, bool | int | float | str):
             assert getattr(ours, attribute) == value or isinstance(vars(ours)[attribute], torch.Tensor), attribute
-    assert inspect.signature(ours.step) == inspect.signature(plain.step)
+    assert inspect.signature(step_of(ours)) == inspect.signature(step_of(plain))
     assert inspect.signature(ours.set_timesteps) == inspect.signature(plain.set_timesteps)
 
 
@@ -202,15 +134,45 @@ def falls_back(ours, plain, reason, **options):
 @pytest.mark.parametrize(
     "name, config, options, reason",
     [
-        ("UniPCMultistepScheduler", {"thresholding": True}, {}, "thresholding divides by a quantile"),
         ("PNDMScheduler", {"skip_prk_steps": False}, {}, "reads more of the steps before it than the 3 tensors"),
-        ("HeunDiscreteScheduler", {"clip_sample": True}, {}, "reads earlier steps, and the clean sample is clipped"),
+        (
+            "DEISMultistepScheduler",
+            {"thresholding": True, "sample_max_value": 0.5},
+            {},
+            "is not linear",
+        ),
         ("DEISMultistepScheduler", {}, {"dtype": torch.float64}, "its samples are float64"),
     ],
 )
 def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
     """All steps of the loop, with one warning."""
     falls_back(accelerate(make(name, **config)), make(name, **config), reason, **options)
+
+
+# LCM returns no clean sample, but a sum of it and its own sample. EDM's has no prediction_type "sample".
+UNTHRESHOLDED = ("EDMDPMSolverMultistepScheduler", "LCMScheduler")
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize(
+    "name", [name for name in OTHERS if "thresholding" in make(name).config and name not in UNTHRESHOLDED]
+)
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_thresholding(name, steps, launches):
+    """The clean sample takes a launch of its own, and a quantile. A small one, so that many numbers are clipped."""
+    config = {"thresholding": True, "dynamic_thresholding_ratio": 0.6, "sample_max_value": 1.5}
+    theirs = loop(make(name, **config), steps)
+    check(loop(accelerate(make(name, **config)), steps), theirs, 1e-5)
+    assert len(launches) == 2 * len(theirs[0]) or name == "TCDScheduler"  # which has the option, and no use for it
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_clip_beside_history(prediction_type, launches):
+    config = {"clip_sample": True, "clip_sample_range": 0.7, "prediction_type": prediction_type}
+    theirs = loop(make("HeunDiscreteScheduler", **config), 8)
+    check(loop(accelerate(make("HeunDiscreteScheduler", **config)), 8), theirs, 1e-5)
+    assert len(launches) == len(theirs[0])
 
 
 def test_a_gradient_falls_back():
@@ -234,15 +196,10 @@ def test_after_set_timesteps_a_loop_is_fused_again(launches):
 
 
 def test_options_are_part_of_a_loop(launches):
-    """LMS's order is one; where there is history, it must not change on the way."""
+    """LMS's order is one."""
     name = "LMSDiscreteScheduler"
     check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
     assert len(launches) == 8
-    ours = accelerate(make(name))
-    ours.set_timesteps(4)
-    ours.step(torch.zeros(SHAPE), ours.timesteps[0], torch.ones(SHAPE))
-    with pytest.raises(RuntimeError, match=r"step 1 of the loop has no fused form .*options are not those"):
-        ours.step(torch.zeros(SHAPE), ours.timesteps[1], torch.ones(SHAPE), order=1)
 
 
 def test_options_that_change_at_every_step(launches):
@@ -322,11 +279,9 @@ def test_a_subclass_with_a_step_of_its_own(launches):
 
 def test_a_setting_is_traced_once(monkeypatch):
     """Loops of the same setting share the rows, whatever object they are of."""
-    from ddpm_ext.integrations.diffusers import traced
-
     calls = []
-    own = traced.follow
-    monkeypatch.setattr(traced, "follow", lambda *args: calls.append(args) or own(*args))
+    own = traced_plan.follow
+    monkeypatch.setattr(traced_plan, "follow", lambda *args, **options: calls.append(args) or own(*args, **options))
     config = {"num_train_timesteps": 991}
     counts = []
     for _ in range(3):

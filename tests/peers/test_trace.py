@@ -26,6 +26,7 @@ SCHEDULERS = [
     ("DDPM", {"clip_sample": True}, 0),
     ("DDPM", {"clip_sample": False, "prediction_type": "v_prediction"}, 0),
     ("DDPM", {"clip_sample": True, "prediction_type": "sample"}, 0),
+    ("DDPM", {"clip_sample": True, "prediction_type": "sample", "clip_sample_range": 20.0}, 0),
     ("DEISMultistep", {"solver_order": 2}, 1),
     ("DEISMultistep", {"solver_order": 3}, 2),
     ("DPMSolverMultistep", {"solver_order": 2}, 1),
@@ -51,6 +52,7 @@ SCHEDULERS = [
     ("SASolver", {}, 2),
     ("TCD", {}, 0),
     ("UnCLIP", {}, 0),
+    ("UnCLIP", {"prediction_type": "sample", "clip_sample_range": 5.0}, 0),  # of the priors of Kandinsky and unCLIP
     ("UniPCMultistep", {"solver_order": 2}, 2),
     ("UniPCMultistep", {"solver_order": 2, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}, 2),
     ("UniPCMultistep", {"solver_order": 3}, 3),

@@ -145,7 +145,7 @@ def launches() -> Iterator[list[str]]:
     """The names of the fused operators that are called."""
     called: list[str] = []
     with contextlib.ExitStack() as stack:
-        for name in ("extended_step", "forward_process"):
+        for name in ("reverse_step", "extended_step", "linear_step", "forward_process"):
             fused = getattr(ops, name)
 
             def counted(*args, fused=fused, name=name, **options):

@@ -19,6 +19,14 @@ from diffusers import (
 
 CROSS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
 HIDDEN = 16
+XL = {  # of Stable Diffusion XL's UNet, for two text encoders
+    "cross_attention_dim": 2 * HIDDEN,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "transformer_layers_per_block": (1, 1),
+    "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 6 * 8 + HIDDEN,
+}
 
 
 def quiet(pipeline: Any) -> Any:
@@ -74,18 +82,18 @@ def text_config(projection: int = HIDDEN) -> Any:
 def latent_parts(**unet: Any) -> dict[str, Any]:
     down, up = CROSS
     torch.manual_seed(0)
-    found = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=down,
-        up_block_types=up,
-        attention_head_dim=2,
-        **unet,
-    )
+    options = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": down,
+        "up_block_types": up,
+        "attention_head_dim": 2,
+    }
+    found = UNet2DConditionModel(**options | unet)
     vae = AutoencoderKL(
         block_out_channels=[8, 16],
         norm_num_groups=4,
@@ -117,14 +125,7 @@ def stable_diffusion(scheduler: Any, folder: Path) -> Any:
 def stable_diffusion_xl(scheduler: Any, folder: Path) -> Any:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    parts = latent_parts(
-        cross_attention_dim=2 * HIDDEN,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
-        use_linear_projection=True,
-        projection_class_embeddings_input_dim=6 * 8 + HIDDEN,
-    )
+    parts = latent_parts(**XL)
     return quiet(
         StableDiffusionXLPipeline(
             **parts,

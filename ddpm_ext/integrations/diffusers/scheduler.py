@@ -6,7 +6,7 @@ import functools
 import importlib
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = [
     "tensor_contents",
 ]
 
+Made = TypeVar("Made")
 Threshold = tuple[float, float]  # quantile and maximum
 OLDEST = (0, 32)
 NO_ROW, UNFUSED = -1, -2  # in place of a row: not a timestep of the scheduler; a timestep without a fused form
@@ -102,8 +103,12 @@ class Scheduler(Accelerated):
 
     # ----------------------------------------------------------------------------------------------------- settings
 
-    def _rows(self, make: Callable[..., FusedRows], *settings: Any) -> FusedRows:
-        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises.
+    def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
+        """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
+        return self._cached((make, *settings), lambda: make(*settings))
+
+    def _cached(self, settings: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """make(), from the cache where these settings are there. Raises the Fallback that `make` raises.
 
         set_timesteps makes new tensors each time. So a tensor is looked up by its identity first, which reads nothing,
         and then by its contents.
@@ -112,11 +117,11 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        key = (make, *[version(x) if isinstance(x, Tensor) else x for x in settings])
+        key = tuple(version(x) if isinstance(x, Tensor) else x for x in settings)
         found = by_identity.get(key)
         if found is None:
-            contents = (make, *[tensor_contents(x) if isinstance(x, Tensor) else x for x in settings])
-            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make, settings)))
+            contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in settings)
+            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make)))
             # The tensors are kept, too, so that no other tensor gets their identity.
             found = by_identity.get_or_make(key, lambda: (rows, settings))
         return found[0]
@@ -141,7 +146,7 @@ class Scheduler(Accelerated):
             if timestep.numel() != 1 or timestep.is_floating_point():
                 return None
             at = None if timestep.is_cpu else self._index_of(timestep)
-            return int(timestep.item()) if at is None else self._rows(_timesteps_on_host, self.timesteps).row[at]
+            return int(timestep.item()) if at is None else self._rows(Tensor.tolist, self.timesteps)[at]
         return int(timestep) if isinstance(timestep, numbers.Integral) else None
 
     def _index_of(self, timestep: Tensor) -> int | None:
@@ -294,15 +299,11 @@ def are_tensors(*values: object) -> bool:
     return all(isinstance(x, Tensor) for x in values)
 
 
-def _make_outside_autograd(make: Callable[..., FusedRows], settings: Sequence[Any]) -> FusedRows | Fallback:
+def _make_outside_autograd(make: Callable[[], Made]) -> Made | Fallback:
     with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep what is in the rows
-        return attempt(make, *settings)
+        return attempt(make)
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:
     """A key of the tensor's values, dtype and shape."""
     return x.dtype, x.shape, x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _timesteps_on_host(timesteps: Tensor) -> FusedRows:
-    return FusedRows(row=timesteps.tolist())

@@ -1,0 +1,244 @@
+"""The rows of a traced scheduler's loop, from the state in which it begins, and a step by them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import io
+import pickle
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext import ops
+from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
+from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.trace import Traced as Trace
+from ddpm_ext.tables.trace import follow
+from ddpm_ext.tables.trace_run import Step, observe, step_name
+
+__all__ = ["Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents", "take"]
+
+
+class Constant:
+    """A tensor among a step's options, of another shape than the samples': the same where its contents are."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value.detach().cpu()
+        self._contents = tensor_contents(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._contents == other._contents
+
+    def __hash__(self) -> int:
+        return hash(self._contents)
+
+
+class Start(NamedTuple):
+    """Which steps a plan is for.
+
+    Attributes:
+        first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
+        timestep: the first one's.
+        is_tensor, per_sample: whether timesteps are tensors, and whether there is one for each sample.
+        alone: whether it is the only step.
+        dims: how many dimensions samples have.
+    """
+
+    first: int | None
+    timestep: float
+    is_tensor: bool
+    per_sample: bool
+    alone: bool
+    dims: int
+
+
+class Kinds(NamedTuple):
+    """The dtypes of a loop, and whether its results as tuples have two tensors."""
+
+    prev: torch.dtype
+    second: torch.dtype | None
+    draws: list[list[torch.dtype]]
+    pair: bool
+
+
+class Plan(NamedTuple):
+    """The rows of a loop.
+
+    Attributes:
+        trace: what tracing found.
+        table: its rows.
+        tables: on the devices.
+        linear: whether the table has history.
+        reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
+        keeps_output: for each row, whether that is the model's output, which the scheduler's own code holds, too: then
+            it need not be written.
+        timesteps: of each row.
+        first: the place of the first one among the scheduler's timesteps; 0 where it is none of them.
+        stateless: whether the scheduler may go on with its own code in the middle of the loop.
+        threshold: by which the predicted clean sample is divided.
+        scheduler: as it was when the loop began, on the CPU.
+        options: what step was called with.
+        kinds: by the dtypes of output and sample.
+        after: the plans of single steps with other options that came after a row, by that row, options and timestep.
+    """
+
+    trace: Trace
+    table: StepTable
+    tables: StepDeviceTables
+    linear: bool
+    reads: list[list[bool]]
+    keeps: list[bool]
+    keeps_output: list[bool]
+    timesteps: list[Any]
+    first: int
+    stateless: bool
+    threshold: DynamicThreshold | None
+    scheduler: Any
+    options: dict[str, Any]
+    kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
+    after: dict[Any, Plan]
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors by their values, and functions by their identity: where a scheduler holds a lambda, so does its plan."""
+
+    def persistent_id(self, obj: Any) -> object:
+        if isinstance(obj, Tensor):
+            return tensor_contents(obj)
+        return id(obj) if isinstance(obj, types.FunctionType) else None
+
+
+def state_contents(state: Mapping[str, Any]) -> bytes:
+    """A key of a scheduler's state. Raises Fallback where it cannot be compared."""
+    file = io.BytesIO()
+    try:
+        _Pickler(file).dump(state)
+    except Exception as error:
+        raise Fallback(f"its state cannot be compared: {error}") from None
+    return hashlib.sha256(file.getvalue()).digest()
+
+
+def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: dict[str, Any]) -> Plan:
+    """The rows from a step on. Raises Fallback where they are none.
+
+    Args:
+        scheduler: an object of diffusers' class without its state.
+        options: of every step: numbers, strings, GIVEN and Constants.
+    """
+    for name, value in state.items():
+        scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    own: Tensor = scheduler.timesteps
+    first, timestep = start.first, start.timestep
+    times = torch.as_tensor(timestep)[None] if first is None else own[first : first + 1 if start.alone else None]
+    timesteps = list(times[:, None] if start.per_sample else times) if start.is_tensor else times.tolist()
+    try:
+        trace = follow(scheduler, timesteps, _values(options), dims=start.dims)
+        timesteps = timesteps[: len(trace.steps)]
+        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
+        draws = None if first is None else StepTable(own, *[torch.zeros(len(own))] * 4).draw[first:][: len(timesteps)]
+        table = StepTable(**trace.columns, draw=draws)
+    except Exception as error:  # what a scheduler's own code raises, it will raise again
+        raise Fallback(f"it cannot be traced: {error}") from error
+    if trace.steps[0].result.second is not None and not trace.second:
+        raise Fallback("its step returns a second tensor, which is not of sample and output alone")
+    reads = torch.stack([table.h1, table.h2, table.h3], 1).ne(0).tolist()
+    keeps = ((table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)).tolist()
+    is_output = ((table.k0 == 0) & (table.k1 == 0) & (table.k2 == 1)).tolist()
+    keeps_output = [is_m and _holds_output(step) for is_m, step in zip(is_output, trace.steps, strict=True)]
+    stateless = not any(keeps) and not any(step.stores for step in trace.steps)
+    return Plan(
+        trace, table, StepDeviceTables(table), table.linear, reads, keeps, keeps_output, timesteps,
+        first or 0, stateless,
+        None if trace.clip is None else _threshold(scheduler), scheduler, options, {}, {},
+    )  # fmt: skip
+
+
+def _holds_output(step: Step) -> bool:
+    """Whether a scheduler holds the very tensor that is the model's output."""
+    lists = (held if isinstance(held, list) else [held] for held in step.tensors.values())
+    return any(value is step.output for values in lists for value in values)
+
+
+def _values(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.value if isinstance(value, Constant) else value for name, value in options.items()}
+
+
+def _threshold(scheduler: Any) -> DynamicThreshold | None:
+    config = scheduler.config
+    if not config.get("thresholding"):
+        return None
+    try:
+        return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
+    except (TypeError, ValueError) as error:
+        raise Fallback(f"its threshold: {error}") from None
+
+
+def kinds_of(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
+    """The dtypes of the loop's results and draws, found by running it on few numbers of these dtypes."""
+    found = plan.kinds.get((output, sample))
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = plan.kinds[output, sample] = attempt(_make_kinds, plan, output, sample)
+    return result_of(found)
+
+
+def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
+    probe = plan.trace.steps[0].sample
+    assert probe is not None
+    x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
+    step = getattr(plan.scheduler, step_name(plan.scheduler))
+    tuples = "return_dict" in inspect.signature(step).parameters
+    options = _values(plan.options) | ({"return_dict": False} if tuples else {})
+    try:
+        steps = observe(
+            plan.scheduler, plan.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
+            wide=False,
+        )  # fmt: skip
+    except Exception as error:
+        raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
+    results = [step.result for step in steps]
+    prev, second = results[0].prev.dtype, None if results[0].second is None else results[0].second.dtype
+    if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
+        raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
+    return Kinds(prev, second, [[dtype for _, dtype in step.draws] for step in steps], second is not None)
+
+
+def take(
+    plan: Plan, i: int, x: Tensor, m: Tensor, x0: Tensor | None, noise: dict[str, Any], history: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Row i in one launch: the next sample, and what the row keeps. A threshold takes three and a quantile.
+
+    x0: is filled with the predicted clean sample.
+    """
+    clip, device = plan.trace.clip, x.device
+    extras: dict[str, Any] = {}
+    if plan.threshold is not None:
+        start = torch.empty_like(x) if x0 is None else x0
+        to_x0 = plan.tables.get("x0", device, torch.float32)
+        ops.extended_step(x, m, to_x0, i, clip=None, add_noise=False, out=start)
+        extras = {"x_start": start, "x_start_scale": plan.threshold.x_start_scale(start)}
+    if not plan.linear:
+        if x0 is None and not extras:
+            table = plan.tables.get("steps", device, torch.float32)
+            return ops.reverse_step(x, m, table, i, clip=clip, **noise), None
+        table = plan.tables.get("extended", device, torch.float32)
+        return ops.extended_step(x, m, table, i, clip=clip, x0_out=x0, **noise, **extras), None
+    for k, is_read in enumerate(plan.reads[i]):
+        if is_read:
+            extras[f"history{1 + k}"] = history[k].to(x.dtype)
+    by_reference = plan.keeps_output[i] and m.dtype == x.dtype
+    kept = torch.empty_like(x) if plan.keeps[i] and not by_reference else None
+    table = plan.tables.get("linear", device, torch.float32)
+    prev = ops.linear_step(x, m, table, i, clip=clip, x0_out=x0, history_out=kept, **noise, **extras)
+    return prev, m if by_reference else kept

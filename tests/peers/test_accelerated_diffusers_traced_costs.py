@@ -1,0 +1,86 @@
+"""What a traced scheduler's step does beside its launch, and models that write each output into the same tensor, as a
+CUDA graph's does."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from support.accelerated_diffusers import make, model, normal
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import accelerate, ops
+
+pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+              pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
+PNDM = {"skip_prk_steps": True, "steps_offset": 1}
+# Class, config, and whether diffusers holds the outputs themselves, so that they must stay as they are.
+SCHEDULERS = [
+    ("PNDM", PNDM, True),
+    ("DEISMultistep", {}, False),
+    ("IPNDM", {}, False),
+    ("LMSDiscrete", {}, False),
+    ("UniPCMultistep", {}, False),
+]
+schedulers = pytest.mark.parametrize("name, config, holds", SCHEDULERS, ids=[name for name, *_ in SCHEDULERS])
+
+
+def loop(scheduler, buffer=None):
+    scheduler.set_timesteps(8)
+    x = normal(0, 2, 3, 4, 5)
+    for t in scheduler.timesteps:
+        m = model(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(m if buffer is None else buffer.copy_(m), t, x).prev_sample
+    return x
+
+
+@schedulers
+def test_one_tensor_for_all_outputs(name, config, holds):
+    """Where diffusers takes such a model, so do ours."""
+    buffer = torch.empty(2, 3, 4, 5)
+    assert torch.equal(loop(make(name, **config), buffer), loop(make(name, **config))) != holds
+    assert torch.equal(loop(accelerate(make(name, **config)), buffer), loop(accelerate(make(name, **config)))) != holds
+
+
+@schedulers
+def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, holds):
+    """A step then writes the next sample alone."""
+    written = []
+    own = ops.linear_step
+
+    def step(*args, history_out, **options):
+        written.append(history_out is not None)
+        return own(*args, history_out=history_out, **options)
+
+    monkeypatch.setattr(ops, "linear_step", step)
+    loop(accelerate(make(name, **config)))
+    assert any(written) != holds
+
+
+class Operators(TorchDispatchMode):
+    """Notes the names of torch's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])
+def test_a_step_launches_nothing_else(name):
+    """It makes the tensors that it writes. Anything more would be a launch or a synchronisation in each step."""
+    scheduler = accelerate(make(name, **(PNDM if name == "PNDM" else {})))
+    scheduler.set_timesteps(8)
+    x = normal(0, 2, 3, 4, 5)
+    for i, t in enumerate(scheduler.timesteps):
+        m = model(x, t)
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(x, t)
+        with Operators() as called:
+            x = scheduler.step(m, t, x, return_dict=False)[0]
+        if i:  # the first step looks the loop up
+            launched = [name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")]
+            assert launched in (["ddpm_ext::linear_step"], ["ddpm_ext::reverse_step"])

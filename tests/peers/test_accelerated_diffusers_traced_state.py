@@ -1,0 +1,139 @@
+"""Traced schedulers whose loops do not go on as they began: diffusers' own code then goes on from the state that it
+would have itself."""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from support.diffusers_classes import SHAPE, call_step, classes, make, set_timesteps, shape_of, step_of
+
+from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers.traced import OWN, Traced
+
+UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
+TRACED = [name for name in classes() if name not in UNLISTED and isinstance(accelerate(make(name)), Traced)]
+STEPS = 10
+
+
+def loop(scheduler, change, at, timesteps=None):
+    """The result of a loop, in which `change` makes other arguments of step `at`: of its output, sample and options.
+    None where the scheduler itself raises an error of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal():
+        return torch.randn(shape_of(scheduler), generator=generator)
+
+    timesteps = set_timesteps(scheduler, STEPS) if timesteps is None else timesteps
+    parameters = inspect.signature(step_of(scheduler)).parameters
+    own = {"generator": generator} if "generator" in parameters else {}
+    if "return_dict" in parameters:
+        own["return_dict"] = False
+    x, before = normal(), None
+    for i, t in enumerate(timesteps):
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        m, options = normal() - (scaled / 4).clamp(-1, 1), dict(own)
+        if i == at:
+            m, x = change(m, x, options)
+        x, *rest = call_step(scheduler, i, m, x, before, normal, **options)
+        x = x.float()
+        before = (x, *rest)
+    return x
+
+
+def doubled(m, x, options):
+    return m.double(), x.double()
+
+
+def same(ours, theirs):
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_step_without_a_fused_form_in_the_middle(name, at):
+    """One in float64, which is computed with float32 history in both."""
+    if at >= len(set_timesteps(make(name), STEPS)):
+        pytest.skip("it has fewer steps")
+    try:
+        theirs = loop(make(name), doubled, at)
+    except Exception as error:
+        pytest.skip(f"diffusers' own code: {error}")
+    ours = accelerate(make(name))
+    same(loop(ours, doubled, at), theirs)
+    reasons = list(ours.accelerated.fallbacks.values())
+    assert reasons and all(reason.endswith("is float64") or reason.endswith("are float64") for reason in reasons)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("at", [1, 5])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_an_option_that_changes(order, at):
+    """LMS's order."""
+
+    def change(m, x, options):
+        options["order"] = order
+        return m, x
+
+    ours = accelerate(make("LMSDiscreteScheduler"))
+    same(loop(ours, change, at), loop(make("LMSDiscreteScheduler"), change, at))
+    reasons = ["a step is out of turn, or its options are not those of the step before"]
+    assert list(ours.accelerated.fallbacks.values()) == reasons
+
+
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_gradient_in_the_middle():
+    """By the sample of its step, through what the scheduler holds."""
+    gradients = []
+    for scheduler in (make("UniPCMultistepScheduler"), accelerate(make("UniPCMultistepScheduler"))):
+        start = []
+
+        def change(m, x, options, start=start):
+            start.append(x.detach().requires_grad_())
+            return m, start[0]
+
+        loop(scheduler, change, 4).square().mean().backward()
+        gradients.append(start[0].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_second_loop_without_set_timesteps():
+    """diffusers' IPNDM goes on with outputs of the first one."""
+    results = []
+    for scheduler in (make("IPNDMScheduler"), accelerate(make("IPNDMScheduler"))):
+        loop(scheduler, None, None)
+        scheduler._step_index = None
+        results.append(loop(scheduler, None, None, scheduler.timesteps))
+    same(*reversed(results))
+
+
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.filterwarnings("ignore:`last_sigmas_type")
+def test_a_loop_that_is_left_for_another(name):
+    """The second one is that of a scheduler whose first one was left at the same step."""
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+        first = set_timesteps(scheduler, STEPS)
+        loop(scheduler, None, None, first[: min(3, len(first))])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(loop(scheduler, None, None))
+    same(*reversed(results))
+
+
+def test_a_step_whose_sample_was_overwritten():
+    """What diffusers would hold of it is lost. Only a loop that needs that raises an error."""
+    ours = accelerate(make("UniPCMultistepScheduler"))
+    ours.set_timesteps(4)
+    x = torch.ones(SHAPE)
+    y = ours.step(torch.zeros(SHAPE), ours.timesteps[0], x).prev_sample
+    x.zero_()
+    y = ours.step(torch.zeros(SHAPE), ours.timesteps[1], y).prev_sample
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match=r"step 2 of the loop has no fused form \(its samples are float64\)"):
+        ours.step(torch.zeros(SHAPE).double(), ours.timesteps[2], y.double())

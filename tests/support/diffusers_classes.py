@@ -1,0 +1,137 @@
+"""All scheduler classes of the installed diffusers, and a loop of each as its pipelines have it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import diffusers
+import diffusers.schedulers
+import torch
+from torch import Tensor
+
+SHAPE = (2, 3, 4, 5)
+# What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
+CONFIGS = {
+    "AmusedScheduler": {"mask_token_id": 5},
+    "DPMSolverSDEScheduler": {"noise_sampler_seed": 0},
+    "PNDMScheduler": {"skip_prk_steps": True, "steps_offset": 1},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "tan", "tsr_k": 1.0, "tsr_sigma": 1.0},
+    "VQDiffusionScheduler": {"num_vec_classes": 8},
+}
+ARGUMENTS = {
+    "HeliosScheduler": {"stage_index": 0},
+    "HeliosDMDScheduler": {"stage_index": 0},
+    "SCMScheduler": {"intermediate_timesteps": None},
+}
+ENDS = ("DDPMWuerstchenScheduler", "SCMScheduler")  # their last timestep is where the last step ends
+
+
+@functools.cache
+def classes() -> dict[str, type]:
+    """Those that can be imported here, by name."""
+    found = {}
+    package = diffusers.schedulers
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        try:
+            module = importlib.import_module(info.name)
+        except ImportError:
+            continue  # it needs a library that is not installed
+        for name, cls in vars(module).items():
+            is_own = inspect.isclass(cls) and cls.__module__ == module.__name__
+            if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
+                found[name] = cls
+    return dict(sorted(found.items()))
+
+
+def make(name: str, **config: Any) -> Any:
+    return classes()[name](**CONFIGS.get(name, {}) | config)
+
+
+def step_of(scheduler: Any) -> Any:
+    return scheduler.step if hasattr(scheduler, "step") else scheduler.step_pred
+
+
+def shape_of(scheduler: Any) -> tuple[int, ...]:
+    return (*SHAPE, 2) if type(scheduler).__name__ == "HeliosDMDScheduler" else SHAPE
+
+
+def set_timesteps(scheduler: Any, steps: int) -> list[Tensor]:
+    """The timesteps of a loop's steps. ConsistencyDecoderScheduler takes two steps alone."""
+    name = type(scheduler).__name__
+    scheduler.set_timesteps(2 if name == "ConsistencyDecoderScheduler" else steps, **ARGUMENTS.get(name, {}))
+    timesteps = list(scheduler.timesteps)
+    return timesteps[:-1] if name in ENDS else timesteps
+
+
+def call_step(scheduler: Any, i: int, m: Tensor, x: Tensor, before: Any, noise: Any, **options: Any) -> Any:
+    """Step i of a loop.
+
+    Args:
+        before: the result of the step before, a tuple.
+        noise: makes normal numbers.
+    """
+    name, t = type(scheduler).__name__, scheduler.timesteps[i]
+    if name == "CogVideoXDPMScheduler":
+        back = scheduler.timesteps[i - 1] if i else None
+        return scheduler.step(m, before[1] if before else None, t, back, x, **options)
+    if name == "HeliosDMDScheduler":
+        own = {"dmd_sigmas": scheduler.sigmas, "dmd_timesteps": scheduler.timesteps}
+        options |= own | {"all_timesteps": scheduler.timesteps, "cur_sampling_step": i, "dmd_noisy_tensor": noise()}
+    if name == "ScoreSdeVpScheduler":
+        return scheduler.step_pred(m, x, t.expand(len(x)), **options)
+    return step_of(scheduler)(m, t.expand(len(x)) if name == "DDPMWuerstchenScheduler" else t, x, **options)
+
+
+def loop(
+    scheduler: Any,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    return_dict: bool = True,
+    start: int = 0,
+    rounded: torch.dtype | None = None,
+    **options: Any,
+) -> tuple[list[tuple[Any, ...]], Tensor]:
+    """The results of a loop whose outputs are random, and the generator's state after it.
+
+    rounded: the dtype that all numbers are rounded to; None: `dtype`.
+    """
+
+    def normal() -> Tensor:
+        return torch.randn(shape_of(scheduler), generator=generator).to(rounded or dtype).to(dtype)
+
+    generator = torch.Generator().manual_seed(0)
+    timesteps = set_timesteps(scheduler, steps)
+    if start:
+        scheduler.set_begin_index(start)
+    parameters = inspect.signature(step_of(scheduler)).parameters
+    if "generator" in parameters:
+        options["generator"] = generator
+    if "return_dict" in parameters:
+        options["return_dict"] = return_dict
+    x = normal()
+    results: list[tuple[Any, ...]] = []
+    for i in range(start, len(timesteps)):
+        scaled = scheduler.scale_model_input(x, timesteps[i]) if hasattr(scheduler, "scale_model_input") else x
+        m = normal() - (scaled / 4).clamp(-1, 1).to(dtype)
+        found = call_step(scheduler, i, m, x, results[-1] if results else None, normal, **options)
+        results.append(found if isinstance(found, tuple) else tuple(vars(found).values()))
+        x = results[-1][0]
+    return results, generator.get_state()
+
+
+def check(ours: Any, theirs: Any, bound: float) -> None:
+    """Results as near as `bound`, relative to the largest number of each, of the same dtypes; equal generators."""
+    (ours, our_state), (theirs, their_state) = ours, theirs
+    assert torch.equal(our_state, their_state)
+    for found, expected in zip(ours, theirs, strict=True):
+        for x, y in zip(found, expected, strict=True):
+            if not isinstance(y, torch.Tensor):
+                assert x == y
+            else:
+                assert x.dtype == y.dtype
+                assert (x.double() - y.double()).abs().max() <= bound * y.double().abs().max()

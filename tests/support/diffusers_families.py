@@ -1,0 +1,170 @@
+"""The families of diffusers' pipelines, each with its usual scheduler and small models of random weights.
+
+Text encoders are left out where a pipeline takes embeddings, and VAEs where it gives latents. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from support.accelerated_diffusers import make, normal
+from support.accelerated_diffusers_pipelines import HIDDEN, XL, latent_parts, text_config, tokenizer
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "steps_offset": 1}  # make() has its betas
+TOKENS = 5
+
+
+def embeds(*names: str, width: int = HIDDEN, tokens: int | None = TOKENS) -> dict[str, Any]:
+    """Embeddings of two prompts, by the names of a call's arguments."""
+    shape = (2, width) if tokens is None else (2, tokens, width)
+    return {name: normal(40 + i, *shape) for i, name in enumerate(names)}
+
+
+BOTH = ("prompt_embeds", "negative_prompt_embeds")
+POOLED = ("pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+NO_TEXT = {"text_encoder": None, "tokenizer": None}
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+OF_16 = {"height": 16, "width": 16, "output_type": "latent", "num_inference_steps": 8}
+
+
+def stable_diffusion() -> Any:
+    scheduler = make("PNDM", skip_prk_steps=True, **STABLE_DIFFUSION)
+    parts = latent_parts(cross_attention_dim=HIDDEN)
+    return diffusers.StableDiffusionPipeline(**parts, **NO_TEXT, **NO_CHECKER, scheduler=scheduler)
+
+
+def latent_consistency() -> Any:
+    parts = latent_parts(cross_attention_dim=HIDDEN, time_cond_proj_dim=8)
+    scheduler = make("LCM", beta_schedule="scaled_linear")
+    return diffusers.LatentConsistencyModelPipeline(**parts, **NO_TEXT, **NO_CHECKER, scheduler=scheduler)
+
+
+def controlnet() -> Any:
+    parts = latent_parts(cross_attention_dim=HIDDEN)
+    net = diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 8))
+    torch.manual_seed(1)
+    for convolution in net.controlnet_down_blocks:  # they begin as zeros
+        torch.nn.init.normal_(convolution.weight)
+    scheduler = make("UniPCMultistep", **STABLE_DIFFUSION)
+    return diffusers.StableDiffusionControlNetPipeline(
+        **parts, **NO_TEXT, **NO_CHECKER, controlnet=net.eval(), scheduler=scheduler
+    )
+
+
+def stable_diffusion_xl() -> Any:
+    parts = latent_parts(**XL)
+    scheduler = make("EulerDiscrete", timestep_spacing="leading", **STABLE_DIFFUSION)
+    return diffusers.StableDiffusionXLPipeline(
+        **parts, **NO_TEXT, text_encoder_2=None, tokenizer_2=None, scheduler=scheduler, add_watermarker=False
+    )
+
+
+def stable_diffusion_3() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=HIDDEN, caption_projection_dim=16, pooled_projection_dim=HIDDEN,
+    )  # fmt: skip
+    texts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3")}
+    scheduler = make("FlowMatchEulerDiscrete", shift=3.0)
+    vae = latent_parts(cross_attention_dim=HIDDEN)["vae"]
+    return diffusers.StableDiffusion3Pipeline(transformer=transformer.eval(), scheduler=scheduler, vae=vae, **texts)
+
+
+def flux() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=HIDDEN, pooled_projection_dim=HIDDEN, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+    texts = {f"{part}{i}": None for part in ("text_encoder", "tokenizer") for i in ("", "_2")}
+    scheduler = make("FlowMatchEulerDiscrete", shift=3.0, use_dynamic_shifting=True)
+    vae = latent_parts(cross_attention_dim=HIDDEN)["vae"]
+    return diffusers.FluxPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=vae, **texts)
+
+
+def wan_parts() -> dict[str, Any]:
+    torch.manual_seed(0)
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16, text_dim=HIDDEN, freq_dim=16,
+        ffn_dim=16, num_layers=1,
+    )  # fmt: skip
+    scheduler = make("UniPCMultistep", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return {"transformer": transformer.eval(), "scheduler": scheduler}
+
+
+def wan() -> Any:
+    return diffusers.WanPipeline(**wan_parts(), **NO_TEXT, vae=None)
+
+
+# By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
+FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
+    "stable_diffusion": (stable_diffusion, embeds(*BOTH) | OF_16, 9),  # PNDM takes its second step twice
+    "stable_diffusion_xl": (
+        stable_diffusion_xl,
+        embeds(*BOTH, width=2 * HIDDEN) | embeds(*POOLED, tokens=None) | OF_16,
+        8,
+    ),
+    "stable_diffusion_3": (stable_diffusion_3, embeds(*BOTH) | embeds(*POOLED, tokens=None) | OF_16, 8),
+    "flux": (flux, embeds(*BOTH[:1]) | embeds(*POOLED[:1], tokens=None) | OF_16, 8),
+    "wan": (wan, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
+    "latent_consistency": (latent_consistency, embeds(*BOTH[:1]) | OF_16 | {"num_inference_steps": 4}, 4),
+    "controlnet": (controlnet, embeds(*BOTH) | OF_16 | {"image": normal(7, 2, 3, 16, 16).sigmoid()}, 8),
+}
+
+
+# -------------------------------------------------------------------------------------------- of several schedulers
+
+
+def upscaler() -> Any:
+    parts = latent_parts(cross_attention_dim=HIDDEN, in_channels=4 + 3, num_class_embeds=1000)
+    return diffusers.StableDiffusionUpscalePipeline(
+        **parts, **NO_TEXT, low_res_scheduler=make("DDPM", beta_schedule="scaled_linear"),
+        scheduler=make("DDIM", prediction_type="v_prediction", clip_sample=False, **STABLE_DIFFUSION),
+    )  # fmt: skip
+
+
+def deep_floyd() -> Any:
+    unet = latent_parts(cross_attention_dim=HIDDEN, in_channels=6, out_channels=6, class_embed_type="timestep")["unet"]
+    cosine = {"beta_schedule": "squaredcos_cap_v2"}
+    return diffusers.IFSuperResolutionPipeline(
+        **NO_TEXT, **NO_CHECKER, unet=unet, watermarker=None, image_noising_scheduler=make("DDPM", **cosine),
+        scheduler=make("DDPM", variance_type="learned_range", thresholding=True, sample_max_value=1.5, **cosine),
+    )  # fmt: skip
+
+
+def kandinsky(folder: Path) -> Any:
+    """Its prior and its decoder are pipelines in it."""
+    from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPVisionConfig
+    from transformers import CLIPVisionModelWithProjection as VisionModel
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN, projection_dim=HIDDEN, intermediate_size=HIDDEN, num_attention_heads=2,
+        num_hidden_layers=1, image_size=8, patch_size=4,
+    )  # fmt: skip
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, embedding_dim=HIDDEN, num_layers=1, num_embeddings=9,
+        additional_embeddings=4,
+    )  # fmt: skip
+    unet = latent_parts(
+        out_channels=8, cross_attention_dim=HIDDEN, encoder_hid_dim=HIDDEN, encoder_hid_dim_type="image_proj",
+        addition_embed_type="image",
+    )["unet"]  # fmt: skip
+    movq = diffusers.VQModel(
+        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, num_vq_embeddings=8, vq_embed_dim=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    text = CLIPTextModelWithProjection(text_config())
+    models = {"unet": unet, "movq": movq, "prior_prior": prior, "prior_text_encoder": text}
+    models["prior_image_encoder"] = VisionModel(vision)
+    return diffusers.KandinskyV22CombinedPipeline(
+        **{name: model.eval() for name, model in models.items()}, prior_tokenizer=tokenizer(folder),
+        prior_image_processor=CLIPImageProcessor(size=8, crop_size=8),
+        prior_scheduler=make("UnCLIP", prediction_type="sample", clip_sample_range=5.0),
+        scheduler=make("DDPM", variance_type="learned_range", clip_sample=False),
+    )  # fmt: skip
