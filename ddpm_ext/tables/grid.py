@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.tables.levels import LEVELS, Scale, betas_between, checked_pairs, power_share, straight, unit_levels
+from ddpm_ext.tables.levels import (
+    LEVELS,
+    Scale,
+    betas_between,
+    checked_pairs,
+    level_columns,
+    power_share,
+    straight,
+    unit_levels,
+)
 
 __all__ = ["Grid", "Jumps", "checked_levels", "grid_of_levels", "make_grid"]
 
@@ -108,7 +117,7 @@ class Jumps:
     @property
     def levels(self) -> dict[str, Tensor]:
         """The levels of rows that take these steps, as columns of a StepTable."""
-        return dict(zip(LEVELS, (*unit_levels(self.now), *unit_levels(self.after)), strict=True))
+        return level_columns(self.now, self.after)
 
     @property
     def betas(self) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "checked_pairs",
     "edm",
     "flow",
+    "level_columns",
     "power_share",
     "pure_noise",
     "sigma_space",
@@ -83,6 +84,15 @@ def unit_levels(alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod), float64 on the CPU."""
     power = alphas_cumprod.cpu().numpy()  # numpy's root is rounded alike on every machine, unlike torch's
     return torch.from_numpy(np.sqrt(power)), torch.from_numpy(np.sqrt(1 - power))
+
+
+def level_columns(now: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """The columns LEVELS of rows for variance-preserving samples.
+
+    Args:
+        now, after: (rows,), alphas_cumprod where each row starts and where it arrives.
+    """
+    return dict(zip(LEVELS, (*unit_levels(now), *unit_levels(after)), strict=True))
 
 
 def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ddpm_ext.tables.grid import Grid
-from ddpm_ext.tables.levels import LEVELS, unit_levels
+from ddpm_ext.tables.levels import LEVELS, level_columns
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
@@ -33,7 +33,7 @@ def heun(grid: Grid, *, prediction: str = "eps") -> StepTable:
     correction = {
         **{name: getattr(start, name)[1:] for name in ("timestep", "a", "b", "g0")},
         **{"c0": half, "c1": torch.ones_like(half), "c3": -half},
-        **dict(zip(LEVELS, unit_levels(middle) * 2, strict=True)),
+        **level_columns(middle, middle),
     }
     finite = torch.stack([torch.ones_like(ratio), ratio], 1).flatten().isfinite()
     columns = {}
