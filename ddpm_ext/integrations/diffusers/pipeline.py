@@ -73,7 +73,7 @@ def _copy(pipeline: Any, copies: dict[int, Any]) -> Any:
         if is_pipeline(value) and id(value) not in copies:
             _copy(value, copies)
         if id(value) in copies:
-            setattr(copied, name, copies[id(value)])
+            vars(copied)[name] = copies[id(value)]
         elif type(value) in (dict, list, set):  # a modular pipeline writes to those of its components
-            setattr(copied, name, copy.copy(value))
+            vars(copied)[name] = copy.copy(value)
     return copied
