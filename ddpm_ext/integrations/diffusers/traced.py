@@ -75,16 +75,28 @@ def is_scheduler(cls: type) -> bool:
     return any((base.__module__, base.__name__) == (home, "SchedulerMixin") for base in cls.__mro__)
 
 
+class Settings(NamedTuple):
+    """What somebody may edit in the middle of a loop: sigmas and timesteps, and the config, whose attributes are not
+    its items. The tensors are kept, so that no others get their identities."""
+
+    tensors: list[Tensor]
+    versions: list[object]
+    attributes: dict[str, Any]
+    items: dict[str, Any]
+
+
 class Loop(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
 
     Attributes:
         plan: None where diffusers' own code takes all steps until set_timesteps is called again.
+        settings: the scheduler's when the loop began.
         last: the last row's sample, output and result, and their versions, where diffusers would keep some of them.
     """
 
     plan: Plan | None
     at: int = 0
+    settings: Settings | None = None
     ring: tuple[Tensor, ...] = ()
     last: tuple[tuple[Tensor, Tensor, Tensor], Sequence[object]] | None = None
 
@@ -157,7 +169,7 @@ class Traced(TracedForward):
         self.__dict__["_traced_loop"] = Loop(None)
 
     def _catch_up(self, loop: Loop) -> bool:
-        """Gives the scheduler the tensors that its own code would hold now. False where they are unknown."""
+        """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
         if loop.plan is None or loop.plan.stateless or loop.at == 0:
             return True
         assert loop.last is not None
@@ -165,10 +177,9 @@ class Traced(TracedForward):
         if [version(x) for x in tensors] != versions:
             return False  # somebody has written to one of them
         with torch.no_grad():
-            found = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
-        if found is not None:
-            vars(self).update(found)
-        return found is not None
+            found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
+        vars(self).update(found)
+        return complete
 
     def _traced_step(self, loop: Loop | None, *args: Any, **kwargs: Any) -> Any:
         given = self._arguments(args, kwargs)
@@ -197,7 +208,7 @@ class Traced(TracedForward):
         ring = loop.ring if kept is None else (kept, *loop.ring[: HELD - 1])
         self._follow(plan, i, x)
         last = None if plan.stateless else ((x, m, prev), [version(tensor) for tensor in (x, m, prev)])
-        self.__dict__["_traced_loop"] = Loop(plan, i + 1, ring, last)
+        self.__dict__["_traced_loop"] = Loop(plan, i + 1, loop.settings, ring, last)
         if x0 is not None and kinds.second is not None:
             x0 = x0.to(kinds.second)
         result = plan.trace.steps[i].result
@@ -270,28 +281,29 @@ class Traced(TracedForward):
         alone = False
         if loop is not None and loop.plan is not None:
             plan, over = loop.plan, loop.is_over()
-            if not over and options == plan.options and self._is_at(timestep, plan, loop.at):
+            is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
+            assert loop.settings is not None
+            edited = self._is_edited(loop.settings)
+            if is_next and not edited:
                 return loop
-            if not plan.stateless:
-                raise Fallback(
-                    "set_timesteps was not called after the last loop"
-                    if over
-                    else "a step is out of turn, or its options are not those of the step before"
-                )
-            alone = not over or len(plan.timesteps) == 1
+            if not plan.stateless and not over:
+                raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
+            self._catch_up(loop)  # what is unknown, and is NaN then, is mostly not read by a loop after the last one
+            alone = not edited and (not over or len(plan.timesteps) == 1)
         own = self.timesteps
         if not isinstance(own, Tensor) or own.dim() != 1:
             raise Fallback("its timesteps are no vector")
         first = self._position(timestep)
         value = float(timestep) if first is None else float(self._times()[first])
         # Where options change from step to step, a plan for more than one of them would be of no use.
-        start = Start(first, value, isinstance(timestep, Tensor), per_sample, alone, dims)
+        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        start = Start(first, value, kind, per_sample, alone, dims)
         chosen = start, tuple(options.items())
         if alone:
             assert loop is not None and loop.plan is not None
             known = loop.plan.after.get((loop.at, chosen))
             if known is not None:
-                return Loop(known)
+                return Loop(known, settings=loop.settings)
         state = {name: value for name, value in vars(self).items() if name not in OWN_STATE}
         if "noise_sampler" in vars(self):
             state["noise_sampler"] = None
@@ -304,7 +316,19 @@ class Traced(TracedForward):
         plan = result_of(_plans.get_or_make(key, make))
         if alone and loop is not None and loop.plan is not None:
             loop.plan.after[loop.at, chosen] = plan
-        return Loop(plan)
+        return Loop(plan, settings=self._settings())
+
+    def _settings(self) -> Settings:
+        state, config = vars(self), self.config
+        tensors = [x for x in (state.get("sigmas"), state.get("timesteps")) if isinstance(x, Tensor)]
+        return Settings(tensors, [version(x) for x in tensors], dict(vars(config)), dict(config))
+
+    def _is_edited(self, settings: Settings) -> bool:
+        """Whether somebody has edited the settings since. No tensor on a GPU is read."""
+        state, config = vars(self), self.config
+        tensors = [x for x in (state.get("sigmas"), state.get("timesteps")) if isinstance(x, Tensor)]
+        same = vars(config) == settings.attributes and config == settings.items
+        return not same or [version(x) for x in tensors] != settings.versions
 
     def _position(self, timestep: Any) -> int | None:
         """Where the timestep is among the scheduler's; None where it is none of them."""
