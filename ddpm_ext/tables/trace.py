@@ -84,6 +84,8 @@ def follow(
     try:
         loop = Loop.run(scheduler, timesteps, options, seed=0, dims=dims)
     except IndexError:
+        if len(timesteps) == 1:
+            raise
         timesteps = timesteps[:-1]
         loop = Loop.run(scheduler, timesteps, options, seed=0, dims=dims)
     linear = Linear.of(plain, timesteps, options, loop, second)

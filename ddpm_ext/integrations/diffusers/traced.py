@@ -18,6 +18,7 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.traced_classes import OWN, SUPPORT, TRACED, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_plan import (
     Constant,
     Kinds,
@@ -30,8 +31,8 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
 )
 from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import Support, new, peer_class, peer_method
-from ddpm_ext.integrations.tensors import dtype_name, version
+from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 
 __all__ = ["OWN", "SUPPORT", "TRACED", "Traced", "is_scheduler"]
@@ -40,47 +41,13 @@ CACHED = 64  # loops whose rows are kept, of all schedulers together
 OTHERS = ("generator", "return_dict")
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "noise_sampler")
 
-# The classes of diffusers 0.42.1, which a test goes through. They are here for the printed table alone: a class of
-# another name is tried in the same way.
-TRACED = (
-    "CMStochasticIterative", "CogVideoXDDIM", "CogVideoXDPM", "ConsistencyDecoder", "CosineDPMSolverMultistep",
-    "DDIMParallel", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistepInverse", "DPMSolverSDE",
-    "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete",
-    "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeliosDMD", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete",
-    "KDPM2Discrete", "LCM", "LMSDiscrete", "LTXEulerAncestralRF", "MiniMaxH3", "PNDM", "SASolver", "SCM", "ScoreSdeVe",
-    "ScoreSdeVp", "TCD", "UnCLIP", "UniPCMultistep",
-)  # fmt: skip
-OWN = {
-    "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
-    "a mask that a step multiplies by": ("RFD4Proteina", "RePaint"),
-    "a step without a timestep and three results": ("KarrasVe",),
-    "a result of more tensors": ("Helios",),
-    "an output of other channels": ("Piflow",),
-}
-SUPPORT = (
-    Support(
-        "any other scheduler",
-        "step, or step_pred",
-        "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
-        f"that are numbers; thresholding; by default {', '.join(TRACED)}",
-        "PNDM's Runge-Kutta steps; learned variances; a Brownian path's noise beside 'philox'; float64; gradients; "
-        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in OWN.items()),
-    ),
-)
-
-
-def is_scheduler(cls: type) -> bool:
-    """Whether a class is one of diffusers' schedulers, or derived from one."""
-    home = "diffusers.schedulers.scheduling_utils"
-    return any((base.__module__, base.__name__) == (home, "SchedulerMixin") for base in cls.__mro__)
-
 
 class Settings(NamedTuple):
-    """What somebody may edit in the middle of a loop: sigmas and timesteps, and the config, whose attributes are not
-    its items. The tensors are kept, so that no others get their identities."""
+    """What somebody may edit in the middle of a loop: levels and timesteps, of which it is counted how often they were
+    written to, and the config, whose attributes are not its items."""
 
-    tensors: list[Tensor]
-    versions: list[object]
+    tensors: dict[str, Tensor]
+    written: list[int]
     attributes: dict[str, Any]
     items: dict[str, Any]
 
@@ -91,14 +58,15 @@ class Loop(NamedTuple):
     Attributes:
         plan: None where diffusers' own code takes all steps until set_timesteps is called again.
         settings: the scheduler's when the loop began.
-        last: the last row's sample, output and result, and their versions, where diffusers would keep some of them.
+        last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
+            some of them.
     """
 
     plan: Plan | None
     at: int = 0
     settings: Settings | None = None
     ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], Sequence[object]] | None = None
+    last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
 
     def is_over(self) -> bool:
         return self.plan is not None and self.at == len(self.plan.timesteps)
@@ -173,8 +141,8 @@ class Traced(TracedForward):
         if loop.plan is None or loop.plan.stateless or loop.at == 0:
             return True
         assert loop.last is not None
-        tensors, versions = loop.last
-        if [version(x) for x in tensors] != versions:
+        tensors, counts = loop.last
+        if [written(x) for x in tensors] != counts:
             return False  # somebody has written to one of them
         with torch.no_grad():
             found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
@@ -197,7 +165,8 @@ class Traced(TracedForward):
         assert plan is not None
         kinds = kinds_of(plan, m.dtype, x.dtype)
 
-        x = x.to(torch.promote_types(result_dtype(m, x), kinds.prev))
+        dtype = torch.promote_types(result_dtype(m, x), kinds.prev)
+        x = x.to(dtype if kinds.second is None else torch.promote_types(dtype, kinds.second))
         tensors = [tensor.to(x.dtype) for tensor in tensors]
         noise = self._drawn(plan, kinds, i, m, generator, x, tensors, (args, kwargs))
         x0 = torch.empty_like(x) if plan.trace.second else None
@@ -207,7 +176,7 @@ class Traced(TracedForward):
         prev = prev.to(kinds.prev)
         ring = loop.ring if kept is None else (kept, *loop.ring[: HELD - 1])
         self._follow(plan, i, x)
-        last = None if plan.stateless else ((x, m, prev), [version(tensor) for tensor in (x, m, prev)])
+        last = None if plan.stateless else ((x, m, prev), [written(tensor) for tensor in (x, m, prev)])
         self.__dict__["_traced_loop"] = Loop(plan, i + 1, loop.settings, ring, last)
         if x0 is not None and kinds.second is not None:
             x0 = x0.to(kinds.second)
@@ -282,8 +251,7 @@ class Traced(TracedForward):
         if loop is not None and loop.plan is not None:
             plan, over = loop.plan, loop.is_over()
             is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
-            assert loop.settings is not None
-            edited = self._is_edited(loop.settings)
+            edited = self._is_edited(loop)
             if is_next and not edited:
                 return loop
             if not plan.stateless and not over:
@@ -319,16 +287,35 @@ class Traced(TracedForward):
         return Loop(plan, settings=self._settings())
 
     def _settings(self) -> Settings:
-        state, config = vars(self), self.config
-        tensors = [x for x in (state.get("sigmas"), state.get("timesteps")) if isinstance(x, Tensor)]
-        return Settings(tensors, [version(x) for x in tensors], dict(vars(config)), dict(config))
+        tensors = self._edited_tensors()
+        counts = [written(x) for x in tensors.values()]
+        return Settings(tensors, counts, dict(vars(self.config)), dict(self.config))
 
-    def _is_edited(self, settings: Settings) -> bool:
-        """Whether somebody has edited the settings since. No tensor on a GPU is read."""
-        state, config = vars(self), self.config
-        tensors = [x for x in (state.get("sigmas"), state.get("timesteps")) if isinstance(x, Tensor)]
-        same = vars(config) == settings.attributes and config == settings.items
-        return not same or [version(x) for x in tensors] != settings.versions
+    def _edited_tensors(self) -> dict[str, Tensor]:
+        state = vars(self)
+        return {
+            name: state[name]
+            for name in ("sigmas", "alphas_cumprod", "timesteps")
+            if isinstance(state.get(name), Tensor)
+        }
+
+    def _is_edited(self, loop: Loop) -> bool:
+        """Whether somebody has edited the settings since the loop began. A tensor is read only if it is another one."""
+        settings, tensors = loop.settings, self._edited_tensors()
+        assert settings is not None and loop.plan is not None
+        if vars(self.config) != settings.attributes or self.config != settings.items:
+            return True
+        if tensors.keys() != settings.tensors.keys():
+            return True
+        same = all(x is settings.tensors[name] for name, x in tensors.items())
+        if same and [written(x) for x in tensors.values()] == settings.written:
+            return False
+        began = vars(loop.plan.scheduler)  # copies, and tensors that were moved, are no edits
+        if not all(torch.equal(x.cpu(), began[name]) for name, x in tensors.items()):
+            return True
+        settings.tensors.update(tensors)
+        settings.written[:] = [written(x) for x in tensors.values()]
+        return False
 
     def _position(self, timestep: Any) -> int | None:
         """Where the timestep is among the scheduler's; None where it is none of them."""

@@ -206,7 +206,7 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
 def take(
     plan: Plan, i: int, x: Tensor, m: Tensor, x0: Tensor | None, noise: dict[str, Any], history: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Row i in one launch: the next sample, and what the row keeps. A threshold takes three and a quantile.
+    """Row i in one launch: the next sample, and what the row keeps. A threshold takes two and a quantile.
 
     x0: is filled with the predicted clean sample.
     """
