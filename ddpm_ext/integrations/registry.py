@@ -31,10 +31,6 @@ KNOWN = (
     _diffusers("scheduling_ddim", "DDIMScheduler", "ddim", "DDIM"),
     _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "ddim", "DDIMInverse"),
     _diffusers("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", "dpm_solver", "DPMSolverMultistep"),
-    _diffusers("scheduling_euler_discrete", "EulerDiscreteScheduler", "euler", "EulerDiscrete"),
-    _diffusers(
-        "scheduling_euler_ancestral_discrete", "EulerAncestralDiscreteScheduler", "euler", "EulerAncestralDiscrete"
-    ),
     *(
         KnownClass(f"{library}.{module}", name, "guided_diffusion", mixin)
         for library, module, name, mixin in (

@@ -19,6 +19,7 @@ __all__ = [
     "noise_arguments",
     "version",
     "wants_gradient",
+    "written",
 ]
 
 TRANSFORMED = "a transform of torch.func is at work"
@@ -85,4 +86,9 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def version(x: Tensor) -> tuple[int, int]:
     """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
-    return id(x), 0 if x.is_inference() else x._version
+    return id(x), written(x)
+
+
+def written(x: Tensor) -> int:
+    """How often x was written to, as far as it counts that."""
+    return 0 if x.is_inference() else x._version

@@ -98,6 +98,8 @@ def follow(
     try:
         loop = Loop.run(run, seed=0)
     except IndexError:
+        if len(timesteps) == 1:
+            raise
         timesteps = timesteps[:-1]
         run = run_of(scheduler, timesteps, options, dims)
         loop = Loop.run(run, seed=0)

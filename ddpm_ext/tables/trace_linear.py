@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -132,6 +133,29 @@ class Linear:
 
     def rows(self) -> list[Row]:
         """The row of each step. Raises ValueError where a step needs more than rows can keep."""
+        try:
+            return self._rows()
+        except ValueError as error:
+            other = copy.copy(self)
+            other.prev = self._without_past_noise()
+            try:
+                return other._rows()
+            except ValueError:
+                raise error from None
+
+    def _without_past_noise(self) -> Array:
+        """`prev`, where the noise of an earlier step is written as the next step's sample less all else in it."""
+        prev = self.prev.copy()
+        for i in range(self.n):
+            for j in reversed(range(i)):
+                z = self.column(j)
+                if z is not None and prev[i, z]:
+                    factor = prev[i, z] / self.prev[j, z]
+                    prev[i] -= factor * self.prev[j]
+                    prev[i, j + 1] += factor
+        return prev
+
+    def _rows(self) -> list[Row]:
         error: ValueError | None = None
         for unread, both in itertools.product((False, True), (None, (0.0, 1.0), (1.0, 0.0))):
             keeps = self._kept(both, unread)

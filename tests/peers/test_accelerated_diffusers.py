@@ -175,7 +175,9 @@ def test_euler(config, steps, part, s_churn, tensors):
     x = of_sigma(scheduler, at_step, tensors)
     t = scheduler.timesteps[at_step]
     _, fused = compare("EulerDiscrete", scheduler, tensors.m(), t, x, s_churn=s_churn)
-    assert fused == (s_churn == 0 and not mixes_halves(tensors))
+    # Where churn's noise is part of the clean sample that a step returns, that is no row.
+    churned = s_churn > 0 and scheduler.config.prediction_type != "sample"
+    assert fused != (churned or mixes_halves(tensors))
 
 
 @many

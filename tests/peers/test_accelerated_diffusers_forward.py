@@ -188,15 +188,6 @@ def test_euler_at_its_step(name, index):
             scheduler.add_noise(X, Z, t)
 
 
-@pytest.mark.parametrize("name", EULER)
-def test_eulers_get_velocity_is_diffusers(name):
-    plain, ours = pair(name)
-    if not hasattr(plain, "get_velocity"):
-        pytest.skip("it has none")
-    t = timesteps(plain)
-    assert torch.equal(ours.get_velocity(X, Z, t), plain.get_velocity(X, Z, t))
-
-
 def test_dpm_solvers_add_noise_is_diffusers():
     plain, ours = make("DPMSolverMultistep"), accelerate(make("DPMSolverMultistep"))
     for scheduler in (plain, ours):

@@ -37,8 +37,6 @@ MODULES = {
     "test_scheduler_ddim": "DDIMScheduler",
     "test_scheduler_ddim_inverse": "DDIMInverseScheduler",
     "test_scheduler_dpm_multi": "DPMSolverMultistepScheduler",
-    "test_scheduler_euler": "EulerDiscreteScheduler",
-    "test_scheduler_euler_ancestral": "EulerAncestralDiscreteScheduler",
 }
 TRACED = {
     "test_scheduler_consistency_model": "CMStochasticIterativeScheduler",
@@ -50,6 +48,8 @@ TRACED = {
     "test_scheduler_dpm_single": "DPMSolverSinglestepScheduler",
     "test_scheduler_edm_dpmsolver_multistep": "EDMDPMSolverMultistepScheduler",
     "test_scheduler_edm_euler": "EDMEulerScheduler",
+    "test_scheduler_euler": "EulerDiscreteScheduler",
+    "test_scheduler_euler_ancestral": "EulerAncestralDiscreteScheduler",
     "test_scheduler_flow_map_euler_discrete": "FlowMapEulerDiscreteScheduler",
     "test_scheduler_heun": "HeunDiscreteScheduler",
     "test_scheduler_ipndm": "IPNDMScheduler",

@@ -166,15 +166,16 @@ def test_euler_with_timesteps_of_another_number_than_its_sigmas():
     assert not ours.accelerated.fallbacks
 
 
-@pytest.mark.parametrize("sigmas", [[5.0, 1.0, 1e-9, 0.0], [3.0, 1e-5, 0.0], [2.0, float("inf"), 0.0]])
-def test_sigmas_too_small_or_none(sigmas):
+@pytest.mark.parametrize(
+    "sigmas, fuses", [([5.0, 1.0, 1e-9, 0.0], True), ([3.0, 1e-5, 0.0], True), ([2.0, float("inf"), 0.0], False)]
+)
+def test_sigmas_very_small_or_none(sigmas, fuses):
     plain = make("EulerDiscrete")
     plain.set_timesteps(10)
     plain.sigmas, plain.timesteps = torch.tensor(sigmas), torch.arange(len(sigmas) - 1.0)
     plain._step_index, plain.is_scale_input_called = 0, True
     scheduler, fused = compare("EulerDiscrete", plain, M, plain.timesteps[0], X)
-    assert not fused
-    assert scheduler.accelerated.fallbacks == {"step": "a sigma is below 1e-4, or no number"}
+    assert fused == fuses and bool(scheduler.accelerated.fallbacks) != fuses
 
 
 @pytest.mark.parametrize("sigmas", [[5.0, 1.0, 2e-4, 0.0], [3.0, 1e-3, 2e-4], [5.0, 3.0, 2.9999, 0.0]])
@@ -195,7 +196,7 @@ def test_sigmas_that_rise(name, fuses):
     plain._step_index, plain.is_scale_input_called = 2, True
     scheduler, fused = compare(name, plain, M, plain.timesteps[2], X)
     assert fused == fuses
-    assert scheduler.accelerated.fallbacks == ({} if fuses else {"step": "its sigmas do not fall"})
+    assert bool(scheduler.accelerated.fallbacks) != fuses
 
 
 def test_sigmas_in_a_list():
@@ -204,9 +205,7 @@ def test_sigmas_in_a_list():
     for scheduler in (plain, ours):
         scheduler.sigmas = scheduler.sigmas.tolist()
         scheduler.scale_model_input(X, scheduler.timesteps[3])
-    with pytest.warns(UserWarning, match="its sigmas are no tensor"):
-        found = ours.step(M, ours.timesteps[3], X)[0]
-    assert torch.equal(found, plain.step(M, plain.timesteps[3], X)[0])
+    close(ours.step(M, ours.timesteps[3], X)[0], plain.step(M, plain.timesteps[3], X)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ what it is
@@ -236,7 +235,7 @@ def test_signatures(name):
     """Pipelines read them to find out which arguments a scheduler takes."""
     cls = type(make(name))
     ours = accelerated_class(cls)
-    for method in ours.replaces:
+    for method in set(ours.replaces) & set(dir(cls)):
         mine, theirs = (
             [(p.name, p.kind, p.default) for p in inspect.signature(getattr(of, method)).parameters.values()]
             for of in (ours, cls)

@@ -81,7 +81,7 @@ def test_an_option_that_changes(order, at):
 
     ours = accelerate(make("LMSDiscreteScheduler"))
     same(loop(ours, change, at), loop(make("LMSDiscreteScheduler"), change, at))
-    reasons = ["a step is out of turn, or its options are not those of the step before"]
+    reasons = ["a step is out of turn, or its options or settings are not those of the step before"]
     assert list(ours.accelerated.fallbacks.values()) == reasons
 
 
@@ -137,3 +137,50 @@ def test_a_step_whose_sample_was_overwritten():
     y.mul_(2)
     with pytest.raises(RuntimeError, match=r"step 2 of the loop has no fused form \(its samples are float64\)"):
         ours.step(torch.zeros(SHAPE).double(), ours.timesteps[2], y.double())
+
+
+def written(scheduler):
+    scheduler.sigmas[4:-1] *= 1.1
+
+
+def replaced(scheduler):
+    scheduler.sigmas = scheduler.sigmas * 1.1
+
+
+def in_the_config(scheduler):
+    scheduler.config.prediction_type = "v_prediction"
+
+
+@pytest.mark.parametrize("edit", [written, replaced, in_the_config])
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_settings_that_are_edited_in_the_middle(name, edit):
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+
+        def change(m, x, options, scheduler=scheduler):
+            edit(scheduler)
+            return m, x
+
+        results.append(loop(scheduler, change, 4))
+    same(*reversed(results))
+    assert bool(scheduler.accelerated.fallbacks) == (name != "EDMEulerScheduler")  # which has no history
+
+
+@pytest.mark.parametrize("t", [5, torch.tensor(5), torch.tensor(5, dtype=torch.int32)])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_an_integer_that_diffusers_rejects(t):
+    for scheduler in (make("FlowMatchEulerDiscreteScheduler"), accelerate(make("FlowMatchEulerDiscreteScheduler"))):
+        scheduler.set_timesteps(4)
+        with pytest.raises(ValueError, match="integer indices"):
+            scheduler.step(torch.zeros(SHAPE), t, torch.zeros(SHAPE))
+
+
+def test_another_loop_that_begins_by_its_index():
+    """Without set_timesteps, but with nothing of the loop before."""
+    results = []
+    for scheduler in (make("DPMSolverSinglestepScheduler"), accelerate(make("DPMSolverSinglestepScheduler"))):
+        loop(scheduler, None, None)
+        scheduler._step_index = None
+        results.append(loop(scheduler, None, None, scheduler.timesteps))
+    same(*reversed(results))

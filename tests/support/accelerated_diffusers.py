@@ -20,15 +20,12 @@ from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations import accelerate
-from ddpm_ext.integrations.registry import KNOWN
 
 FACTOR, ULPS = 4, 4
 MANY = 100
 NAMES = ("DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "EulerDiscrete", "EulerAncestralDiscrete")
 SIGMA = NAMES[3:]  # those that have sigmas and count their steps
-MODULES = {
-    known.name.removesuffix("Scheduler"): known.module for known in KNOWN if known.module.startswith("diffusers.")
-}
+MODULES = {name: getattr(diffusers, f"{name}Scheduler").__module__ for name in NAMES}
 BY_SCHEDULE = {"scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012}}  # Stable Diffusion's
 
 

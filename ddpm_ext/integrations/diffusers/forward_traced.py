@@ -118,7 +118,7 @@ class TracedForward(Scheduler):
 
     def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
         state = vars(self)
-        own = state.get("timesteps")
+        own: Any = state.get("timesteps")
         if not are_tensors(x, noise, timesteps, own) or timesteps.dim() != 1 or own.dim() != 1:
             raise Fallback
         if state.get("_begin_index") is not None and "sigmas" in state:

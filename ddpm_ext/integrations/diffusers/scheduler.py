@@ -216,7 +216,7 @@ class Scheduler(Accelerated):
         noise: dict[str, Any],
         **extras: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The next sample and the predicted clean one, both in one launch; a threshold takes three and a quantile."""
+        """The next sample and the predicted clean one, both in one launch; a threshold takes two and a quantile."""
         table = rows.tables.get("extended", sample.device, torch.float32)
         x0 = empty_like(sample)
         if rows.threshold is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.traced_classes import OWN, SUPPORT, TRACED, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_plan import (
     Constant,
     Kinds,
@@ -30,8 +31,8 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
 )
 from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import Support, new, peer_class, peer_method
-from ddpm_ext.integrations.tensors import dtype_name, version
+from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 
 __all__ = ["OWN", "SUPPORT", "TRACED", "Traced", "is_scheduler"]
@@ -40,39 +41,15 @@ CACHED = 64  # loops whose rows are kept, of all schedulers together
 OTHERS = ("generator", "return_dict")
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "noise_sampler")
 
-# The classes of diffusers 0.42.1, which a test goes through. They are here for the printed table alone: a class of
-# another name is tried in the same way.
-TRACED = (
-    "CMStochasticIterative", "CogVideoXDDIM", "CogVideoXDPM", "ConsistencyDecoder", "CosineDPMSolverMultistep",
-    "DDIMParallel", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistepInverse", "DPMSolverSDE",
-    "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete",
-    "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeliosDMD", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete",
-    "KDPM2Discrete", "LCM", "LMSDiscrete", "LTXEulerAncestralRF", "MiniMaxH3", "PNDM", "SASolver", "SCM", "ScoreSdeVe",
-    "ScoreSdeVp", "TCD", "UnCLIP", "UniPCMultistep",
-)  # fmt: skip
-OWN = {
-    "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
-    "a mask that a step multiplies by": ("RFD4Proteina", "RePaint"),
-    "a step without a timestep and three results": ("KarrasVe",),
-    "a result of more tensors": ("Helios",),
-    "an output of other channels": ("Piflow",),
-}
-SUPPORT = (
-    Support(
-        "any other scheduler",
-        "step, or step_pred",
-        "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
-        f"that are numbers; thresholding; by default {', '.join(TRACED)}",
-        "PNDM's Runge-Kutta steps; learned variances; a Brownian path's noise beside 'philox'; float64; gradients; "
-        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in OWN.items()),
-    ),
-)
 
+class Settings(NamedTuple):
+    """What somebody may edit in the middle of a loop: levels and timesteps, of which it is counted how often they were
+    written to, and the config, whose attributes are not its items."""
 
-def is_scheduler(cls: type) -> bool:
-    """Whether a class is one of diffusers' schedulers, or derived from one."""
-    home = "diffusers.schedulers.scheduling_utils"
-    return any((base.__module__, base.__name__) == (home, "SchedulerMixin") for base in cls.__mro__)
+    tensors: dict[str, Tensor]
+    written: list[int]
+    attributes: dict[str, Any]
+    items: dict[str, Any]
 
 
 class Loop(NamedTuple):
@@ -80,13 +57,16 @@ class Loop(NamedTuple):
 
     Attributes:
         plan: None where diffusers' own code takes all steps until set_timesteps is called again.
-        last: the last row's sample, output and result, and their versions, where diffusers would keep some of them.
+        settings: the scheduler's when the loop began.
+        last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
+            some of them.
     """
 
     plan: Plan | None
     at: int = 0
+    settings: Settings | None = None
     ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], Sequence[object]] | None = None
+    last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
 
     def is_over(self) -> bool:
         return self.plan is not None and self.at == len(self.plan.timesteps)
@@ -158,18 +138,17 @@ class Traced(TracedForward):
         self.__dict__["_traced_loop"] = Loop(None)
 
     def _catch_up(self, loop: Loop) -> bool:
-        """Gives the scheduler the tensors that its own code would hold now. False where they are unknown."""
+        """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
         if loop.plan is None or loop.plan.stateless or loop.at == 0:
             return True
         assert loop.last is not None
-        tensors, versions = loop.last
-        if [version(x) for x in tensors] != versions:
+        tensors, counts = loop.last
+        if [written(x) for x in tensors] != counts:
             return False  # somebody has written to one of them
         with torch.no_grad():
-            found = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
-        if found is not None:
-            vars(self).update(found)
-        return found is not None
+            found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
+        vars(self).update(found)
+        return complete
 
     def _traced_step(self, loop: Loop | None, *args: Any, **kwargs: Any) -> Any:
         given = self._arguments(args, kwargs)
@@ -187,7 +166,8 @@ class Traced(TracedForward):
         assert plan is not None
         kinds = kinds_of(plan, m.dtype, x.dtype)
 
-        x = x.to(torch.promote_types(result_dtype(m, x), kinds.prev))
+        dtype = torch.promote_types(result_dtype(m, x), kinds.prev)
+        x = x.to(dtype if kinds.second is None else torch.promote_types(dtype, kinds.second))
         tensors = [tensor.to(x.dtype) for tensor in tensors]
         noise = self._drawn(plan, kinds, i, m, generator, x, tensors, (args, kwargs))
         x0 = torch.empty_like(x) if plan.trace.second else None
@@ -197,8 +177,8 @@ class Traced(TracedForward):
         prev = prev.to(kinds.prev)
         ring = loop.ring if kept is None else (kept, *loop.ring[: HELD - 1])
         self._follow(plan, i, x)
-        last = None if plan.stateless else ((x, m, prev), [version(tensor) for tensor in (x, m, prev)])
-        self.__dict__["_traced_loop"] = Loop(plan, i + 1, ring, last)
+        last = None if plan.stateless else ((x, m, prev), [written(tensor) for tensor in (x, m, prev)])
+        self.__dict__["_traced_loop"] = Loop(plan, i + 1, loop.settings, ring, last)
         if x0 is not None and kinds.second is not None:
             x0 = x0.to(kinds.second)
         result = plan.trace.steps[i].result
@@ -271,28 +251,28 @@ class Traced(TracedForward):
         alone = False
         if loop is not None and loop.plan is not None:
             plan, over = loop.plan, loop.is_over()
-            if not over and options == plan.options and self._is_at(timestep, plan, loop.at):
+            is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
+            edited = self._is_edited(loop)
+            if is_next and not edited:
                 return loop
-            if not plan.stateless:
-                raise Fallback(
-                    "set_timesteps was not called after the last loop"
-                    if over
-                    else "a step is out of turn, or its options are not those of the step before"
-                )
-            alone = not over or len(plan.timesteps) == 1
+            if not plan.stateless and not over:
+                raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
+            self._catch_up(loop)  # what is unknown, and is NaN then, is mostly not read by a loop after the last one
+            alone = not edited and (not over or len(plan.timesteps) == 1)
         own = self.timesteps
         if not isinstance(own, Tensor) or own.dim() != 1:
             raise Fallback("its timesteps are no vector")
         first = self._position(timestep)
         value = float(timestep) if first is None else float(self._times()[first])
         # Where options change from step to step, a plan for more than one of them would be of no use.
-        start = Start(first, value, isinstance(timestep, Tensor), per_sample, alone, dims)
+        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+        start = Start(first, value, kind, per_sample, alone, dims)
         chosen = start, tuple(options.items())
         if alone:
             assert loop is not None and loop.plan is not None
             known = loop.plan.after.get((loop.at, chosen))
             if known is not None:
-                return Loop(known)
+                return Loop(known, settings=loop.settings)
         state = {name: value for name, value in vars(self).items() if name not in OWN_STATE}
         if "noise_sampler" in vars(self):
             state["noise_sampler"] = None
@@ -305,7 +285,38 @@ class Traced(TracedForward):
         plan = result_of(_plans.get_or_make(key, make))
         if alone and loop is not None and loop.plan is not None:
             loop.plan.after[loop.at, chosen] = plan
-        return Loop(plan)
+        return Loop(plan, settings=self._settings())
+
+    def _settings(self) -> Settings:
+        tensors = self._edited_tensors()
+        counts = [written(x) for x in tensors.values()]
+        return Settings(tensors, counts, dict(vars(self.config)), dict(self.config))
+
+    def _edited_tensors(self) -> dict[str, Tensor]:
+        state = vars(self)
+        return {
+            name: state[name]
+            for name in ("sigmas", "alphas_cumprod", "timesteps")
+            if isinstance(state.get(name), Tensor)
+        }
+
+    def _is_edited(self, loop: Loop) -> bool:
+        """Whether somebody has edited the settings since the loop began. A tensor is read only if it is another one."""
+        settings, tensors = loop.settings, self._edited_tensors()
+        assert settings is not None and loop.plan is not None
+        if vars(self.config) != settings.attributes or self.config != settings.items:
+            return True
+        if tensors.keys() != settings.tensors.keys():
+            return True
+        same = all(x is settings.tensors[name] for name, x in tensors.items())
+        if same and [written(x) for x in tensors.values()] == settings.written:
+            return False
+        began = vars(loop.plan.scheduler)  # copies, and tensors that were moved, are no edits
+        if not all(torch.equal(x.cpu(), began[name]) for name, x in tensors.items()):
+            return True
+        settings.tensors.update(tensors)
+        settings.written[:] = [written(x) for x in tensors.values()]
+        return False
 
     def _position(self, timestep: Any) -> int | None:
         """Where the timestep is among the scheduler's; None where it is none of them."""

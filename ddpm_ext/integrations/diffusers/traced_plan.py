@@ -47,14 +47,15 @@ class Start(NamedTuple):
     Attributes:
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
-        is_tensor, per_sample: whether timesteps are tensors, and whether there is one for each sample.
+        kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
+        per_sample: whether there is one for each sample.
         alone: whether it is the only step.
         dims: how many dimensions samples have.
     """
 
     first: int | None
     timestep: float
-    is_tensor: bool
+    kind: torch.dtype | type
     per_sample: bool
     alone: bool
     dims: int
@@ -141,7 +142,10 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
     own: Tensor = scheduler.timesteps
     first, timestep = start.first, start.timestep
     times = torch.as_tensor(timestep)[None] if first is None else own[first : first + 1 if start.alone else None]
-    timesteps = list(times[:, None] if start.per_sample else times) if start.is_tensor else times.tolist()
+    if isinstance(start.kind, torch.dtype):
+        timesteps = list((times[:, None] if start.per_sample else times).to(start.kind))
+    else:
+        timesteps = [start.kind(t) for t in times.tolist()]
     try:
         trace = follow(scheduler, timesteps, _values(options), dims=start.dims)
         timesteps = timesteps[: len(trace.steps)]
@@ -217,7 +221,7 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
 def take(
     plan: Plan, i: int, x: Tensor, m: Tensor, x0: Tensor | None, noise: dict[str, Any], history: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """Row i in one launch: the next sample, and what the row keeps. A threshold takes three and a quantile.
+    """Row i in one launch: the next sample, and what the row keeps. A threshold takes two and a quantile.
 
     x0: is filled with the predicted clean sample.
     """

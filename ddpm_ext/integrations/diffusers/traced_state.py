@@ -21,9 +21,11 @@ HELD = 4  # what as many rows kept is held, one more than rows read: as many as 
 
 def tensors_after(
     plan: Plan, i: int, x: Tensor, m: Tensor, prev: Tensor, ring: Sequence[Tensor]
-) -> dict[str, Any] | None:
+) -> tuple[dict[str, Any], bool]:
     """The tensors among the scheduler's attributes after row i: each a sum of the row's sample x, its output m, its
-    result and what it and the rows before it kept. None where one of them is no such sum.
+    result and what it and the rows before it kept. One that is no such sum is NaN.
+
+    Returns them by their names, and whether all are known.
 
     The factors are those of the loop on random numbers that the rows were traced with.
     """
@@ -33,29 +35,30 @@ def tensors_after(
     unused = [] if plan.trace.noise[i] is not None else [flat(z) for z, _ in step.draws]
     dtype = torch.promote_types(x.dtype, m.dtype)
 
+    unknown = False
+
     def restored(value: Any, age: int) -> Any:
-        """The value for the loop's own numbers. age: how many were stored after it. Raises ValueError."""
+        """The value for the loop's own numbers. age: how many were stored after it."""
+        nonlocal unknown
         if not isinstance(value, Tensor) or not value.dim():
             return value
         factors = _factors(flat(value), numbers, max(LINEAR, 10 * plan.trace.residual))
         if factors is None:
             # Where a list has no end, its scheduler reads the last ones alone; and noise that a step did not use is 0.
             if age < HELD and not any(np.array_equal(flat(value), z) for z in unused):
-                raise ValueError
+                unknown = True
+                return torch.full_like(x, torch.nan, dtype=dtype)
             factors = {}
         terms = (factor * tensors[k].to(dtype) for k, factor in factors.items())
         return sum(terms, torch.zeros_like(x, dtype=dtype))
 
     found: dict[str, Any] = {}
-    try:
-        for name, held in step.tensors.items():
-            if isinstance(held, list):
-                found[name] = [restored(value, len(held) - 1 - k) for k, value in enumerate(held)]
-            else:
-                found[name] = restored(held, 0)
-    except ValueError:
-        return None
-    return found
+    for name, held in step.tensors.items():
+        if isinstance(held, list):
+            found[name] = [restored(value, len(held) - 1 - k) for k, value in enumerate(held)]
+        else:
+            found[name] = restored(held, 0)
+    return found, not unknown
 
 
 def _sample(plan: Plan, i: int) -> Array:

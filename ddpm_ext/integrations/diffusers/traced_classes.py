@@ -1,0 +1,49 @@
+"""The classes of diffusers 0.42.1 that tracing takes, and those that it does not. A test goes through all of them.
+
+They are here for the printed table alone: a class of another name is tried in the same way.
+"""
+
+from __future__ import annotations
+
+from ddpm_ext.integrations.shared import Support
+
+__all__ = ["OWN", "SUPPORT", "TRACED", "is_scheduler"]
+
+TRACED = (
+    "CMStochasticIterative", "CogVideoXDDIM", "CogVideoXDPM", "ConsistencyDecoder", "CosineDPMSolverMultistep",
+    "DDIMParallel", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistepInverse",
+    "DPMSolverSDE", "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete",
+    "EulerDiscrete", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM",
+    "HeliosDMD", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete",
+    "LTXEulerAncestralRF", "MiniMaxH3", "PNDM", "SASolver", "SCM", "ScoreSdeVe", "ScoreSdeVp", "TCD", "UnCLIP",
+    "UniPCMultistep",
+)  # fmt: skip
+OWN = {
+    "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),
+    "a mask that a step multiplies by": ("RFD4Proteina", "RePaint"),
+    "a step without a timestep and three results": ("KarrasVe",),
+    "a result of more tensors": ("Helios",),
+    "an output of other channels": ("Piflow",),
+}
+SUPPORT = (
+    Support(
+        "any other scheduler",
+        "step, or step_pred",
+        "traced: what is linear in sample, output, noise and three tensors, of history or given, with options "
+        f"that are numbers; thresholding; by default {', '.join(TRACED)}",
+        "PNDM's Runge-Kutta steps; learned variances; a Brownian path's noise beside 'philox'; float64; gradients; "
+        + "; ".join(f"{reason} ({', '.join(names)})" for reason, names in OWN.items()),
+    ),
+    Support(
+        "any other scheduler",
+        "add_noise, scale_noise, get_velocity",
+        "float32, float16, bfloat16; a timestep a sample, looked up on its device; gradients",
+        "float64; samples that are broadcast; FlowMatchHeunDiscrete, ScoreSdeVe",
+    ),
+)
+
+
+def is_scheduler(cls: type) -> bool:
+    """Whether a class is one of diffusers' schedulers, or derived from one."""
+    home = "diffusers.schedulers.scheduling_utils"
+    return any((base.__module__, base.__name__) == (home, "SchedulerMixin") for base in cls.__mro__)
