@@ -19,7 +19,12 @@ import torch
 import ddpm_ext
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
-BASELINES = ("eager", "diffusers", "guided-diffusion")  # ratios are taken against the first of these that a group has
+BASELINES = (
+    "eager",
+    "eager, chained",
+    "diffusers",
+    "guided-diffusion",
+)  # ratios are taken against the first of these that a group has
 
 
 def pytest_addoption(parser):

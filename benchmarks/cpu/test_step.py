@@ -38,6 +38,63 @@ def test_fused_out(run, shape):
     run("ddpm_ext, out=", lambda x, m, t: gd.p_sample(lambda *_: m, x, t, rng=rng, out=out))
 
 
+def chained(step):
+    """A loop's step: each result is the next one's input, and is allocated while the last one is alive."""
+    last = []
+
+    def function(x, m, t):
+        last[:] = [step(last[0] if last else x, m, t)]
+
+    return function
+
+
+@torch.no_grad()
+def test_fused_chained(run):
+    gd, rng = GaussianDiffusion(), Philox(0)
+    run("ddpm_ext, chained", chained(lambda x, m, t: gd.p_sample(lambda *_: m, x, t, rng=rng)))
+
+
+@torch.no_grad()
+def test_fused_int(run):
+    gd, rng = GaussianDiffusion(), Philox(0)
+    run("ddpm_ext, t an int", lambda x, m, t: gd.p_sample(lambda *_: m, x, T, rng=rng))
+
+
+@torch.no_grad()
+def test_eager_chained(run):
+    eager = EagerDiffusion()
+    run("eager, chained", chained(lambda x, m, t: eager.p_sample(m, x, t)))
+
+
+def with_temporaries(x, m):
+    """A model that makes three tensors, of which the last is its output."""
+    return x * 0.5 + m - 0.1
+
+
+@pytest.fixture
+def run_behind_a_model(benchmark, shape, run):
+    benchmark.group = f"p_sample behind a model {'x'.join(map(str, shape))}"
+    return run
+
+
+@torch.no_grad()
+def test_behind_a_model_fused(run_behind_a_model):
+    gd, rng = GaussianDiffusion(), Philox(0)
+    step = chained(lambda x, m, t: gd.p_sample(lambda x, t: with_temporaries(x, m), x, t, rng=rng))
+    run_behind_a_model("ddpm_ext, chained", step)
+
+
+@torch.no_grad()
+def test_behind_a_model_eager(run_behind_a_model):
+    eager = EagerDiffusion()
+    run_behind_a_model("eager, chained", chained(lambda x, m, t: eager.p_sample(with_temporaries(x, m), x, t)))
+
+
+@torch.no_grad()
+def test_behind_a_model_alone(run_behind_a_model):
+    run_behind_a_model("the model alone", lambda x, m, t: with_temporaries(x, m))
+
+
 @torch.no_grad()
 def test_eager(run):
     eager = EagerDiffusion()

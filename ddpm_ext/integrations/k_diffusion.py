@@ -28,6 +28,7 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
 from ddpm_ext.ops import reference
 from ddpm_ext.ops.noise import Philox, rng_of_many
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
@@ -107,7 +108,7 @@ class Plan(NamedTuple):
         history: dict[str, Any] = {
             f"history{1 + k}": ring[k].to(x.dtype) for k, is_read in enumerate(row.reads) if is_read
         }
-        kept = torch.empty_like(x) if row.keeps and not row.keeps_output else None
+        kept = empty_like(x) if row.keeps and not row.keeps_output else None
         table = self.tables.get("linear", x.device, dtype)
         prev = operators.linear_step(x, m, table, i, clip=None, history_out=kept, **history, **noise)
         newest = m if row.keeps_output else kept
