@@ -33,6 +33,7 @@ from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.shared import new, peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name, written
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 
 __all__ = ["OWN", "SUPPORT", "TRACED", "Traced", "is_scheduler"]
@@ -170,7 +171,7 @@ class Traced(TracedForward):
         x = x.to(dtype if kinds.second is None else torch.promote_types(dtype, kinds.second))
         tensors = [tensor.to(x.dtype) for tensor in tensors]
         noise = self._drawn(plan, kinds, i, m, generator, x, tensors, (args, kwargs))
-        x0 = torch.empty_like(x) if plan.trace.second else None
+        x0 = empty_like(x) if plan.trace.second else None
         history = [tensors[draw] for draw in plan.trace.given[i]] or loop.ring
         prev, kept = take(plan, i, x, m, x0, noise, history)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm_ext import ops
 from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
@@ -228,7 +229,7 @@ def take(
     clip, device = plan.trace.clip, x.device
     extras: dict[str, Any] = {}
     if plan.threshold is not None:
-        start = torch.empty_like(x) if x0 is None else x0
+        start = empty_like(x) if x0 is None else x0
         to_x0 = plan.tables.get("x0", device, torch.float32)
         ops.extended_step(x, m, to_x0, i, clip=None, add_noise=False, out=start)
         extras = {"x_start": start, "x_start_scale": plan.threshold.x_start_scale(start)}
@@ -242,7 +243,7 @@ def take(
         if is_read:
             extras[f"history{1 + k}"] = history[k].to(x.dtype)
     by_reference = plan.keeps_output[i] and m.dtype == x.dtype
-    kept = torch.empty_like(x) if plan.keeps[i] and not by_reference else None
+    kept = empty_like(x) if plan.keeps[i] and not by_reference else None
     table = plan.tables.get("linear", device, torch.float32)
     prev = ops.linear_step(x, m, table, i, clip=clip, x0_out=x0, history_out=kept, **noise, **extras)
     return prev, m if by_reference else kept
