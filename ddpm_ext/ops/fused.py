@@ -71,7 +71,7 @@ def reverse_step(
         checks.tensor("out", out)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if not torch.compiler.is_compiling():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
@@ -95,7 +95,7 @@ def check_reverse_step(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
+    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, x_t.device)
     if not torch.compiler.is_compiling():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
@@ -131,7 +131,7 @@ def forward_process(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
+    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD, x_start.device))
     if not torch.compiler.is_compiling():
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:

@@ -111,13 +111,20 @@ def check_rng(rng: object) -> None:
         raise TypeError(f"rng is a {type(rng).__name__}, expected a ddpm_ext.Philox")
 
 
-def rng_of_many(rng: Philox | None) -> Philox:
+def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
     """The rng of a loop, which draws at every step; None: a fresh one. Raises TypeError and ValueError."""
-    rng = fresh_rng() if rng is None else rng
+    if rng is None:
+        return fresh_rng(device)
+    check_rng_of_many(rng)
+    return rng
+
+
+def check_rng_of_many(rng: object) -> None:
+    """TypeError unless rng is a Philox; ValueError if it has a draw or a stream of its own."""
     check_rng(rng)
+    assert isinstance(rng, Philox)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
-    return rng
 
 
 def random_seed() -> int:
@@ -125,25 +132,43 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
-def fresh_rng() -> Philox:
-    """A Philox with a seed from torch's default CPU generator."""
-    if torch.compiler.is_compiling():  # an int would become a constant of the graph
-        return Philox(torch.ops.ddpm_ext.draw_seed())
-    return Philox(random_seed())
+def stream_captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def fresh_arguments(stream: int) -> RngArguments:
-    """fresh_rng().arguments(stream), without the object."""
+def seed_in_memory(device: torch.device) -> Tensor | None:
+    """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
+
+    Compiled code draws it by an operator. In a CUDA graph that is being captured it is drawn on the device, by torch's
+    default generator there, so that each replay draws another one.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
-    return None, C.draw_seed(), None, 0, stream, -1
+        return torch.ops.ddpm_ext.draw_seed()
+    if stream_captures(device):
+        return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
+    return None
+
+
+def fresh_rng(device: torch.device) -> Philox:
+    """A Philox for samples on `device`, with a seed from torch's default generator: the CPU's, except in a graph."""
+    seed = seed_in_memory(device)
+    return Philox(random_seed() if seed is None else seed)
+
+
+def fresh_arguments(stream: int, device: torch.device) -> RngArguments:
+    """fresh_rng(device).arguments(stream), without the object."""
+    seed = seed_in_memory(device)
+    return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1
 
 
 _NO_RNG: RngArguments = (None, 0, None, 0, 0, -1)
 
 
-def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
-    """noise, draw_noise and the rng's arguments, as the operators take them."""
+def noise_arguments(
+    noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int, device: torch.device
+) -> tuple[Any, ...]:
+    """noise, draw_noise and the rng's arguments, as the operators take them for samples on `device`."""
     if rng is not None:
         check_rng(rng)
         if noise is not None:
@@ -153,7 +178,7 @@ def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, strea
         checks.tensor("noise", noise)
         return noise, False, *_NO_RNG
     if drawn:
-        return None, True, *fresh_arguments(stream)
+        return None, True, *fresh_arguments(stream, device)
     return None, False, *_NO_RNG
 
 
@@ -195,8 +220,9 @@ def randn(
     sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:
         check_rng(rng)
-    seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
     device = checks.device(device)
+    arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)
+    seed, seed_value, ids, first_id, own_stream, own_draw = arguments
     # Checked here, since without a sample the dispatcher goes by these tensors' device.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
