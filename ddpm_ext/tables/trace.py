@@ -139,7 +139,7 @@ class _Loop(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal() -> Tensor:
-            return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
+            return torch.empty(BATCH, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
 
         # Twice as large as a normal distribution, so that predicted clean samples are clipped here and there.
         outputs = [2 * normal() for _ in timesteps]
@@ -206,7 +206,7 @@ class _Linear:
         inputs = int(first[-1])
 
         def unit(i: int) -> Tensor:  # the last sample of the batch is all zeros
-            x = torch.zeros(inputs + 1, 1, 1, 1, dtype=torch.float64)
+            x = torch.zeros(inputs + 1, 1, 1, 1, dtype=torch.float64, device="cpu")
             x[i] = 1
             return x
 

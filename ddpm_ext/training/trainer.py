@@ -117,7 +117,7 @@ class Trainer:
 
     def _try_out(self) -> None:
         """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
-        x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64)
+        x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device="cpu")
         with torch.no_grad():
             output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance)
             self.diffusion.train_losses(lambda x, t: output, x, 0, rng=Philox(0), **loss_options(self.options))

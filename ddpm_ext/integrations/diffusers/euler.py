@@ -73,7 +73,7 @@ def _make(sigmas: Tensor, timesteps: Tensor, prediction_type: str, ancestral: bo
         raise Fallback("its sigmas do not fall")
     now, after = levels[:-1], levels[1:]
     t = timesteps.detach().cpu()
-    grid = Jumps(torch.arange(len(now)), now, after, now / after)
+    grid = Jumps(torch.arange(len(now), device="cpu"), now, after, now / after)
     steps = (euler_ancestral if ancestral else euler)(grid, prediction=prediction)
     # A loop of ddpm_ext draws the same noise: by the timestep, or by the row where timesteps are fractional.
     whole = len(t) == len(now) and bool((t == t.round()).all()) and bool((t >= 0).all()) and len(t.unique()) == len(t)
@@ -162,7 +162,7 @@ class _Euler(Scheduler):
         return weighted_sum(
             original_samples,
             noise,
-            torch.tensor(rows),
+            torch.tensor(rows, device="cpu"),
             lambda: self._rows(_forward, self.sigmas).tables,
             "add_noise",
         )

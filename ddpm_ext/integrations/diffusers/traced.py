@@ -354,7 +354,11 @@ def _make_plan(scheduler: Any, first: int | None, timestep: Any, options: dict[s
     try:
         trace = follow(scheduler, timesteps, options)
         # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        draws = None if first is None else StepTable(own, *[torch.zeros(len(own))] * 4).draw[first:][: len(timesteps)]
+        draws = (
+            None
+            if first is None
+            else StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
+        )
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
@@ -376,7 +380,10 @@ def _kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
 
 
 def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
-    x, m = torch.full((2, 1, 1, 1), 0.5, dtype=sample), torch.full((2, 1, 1, 1), 0.25, dtype=output)
+    x, m = (
+        torch.full((2, 1, 1, 1), 0.5, dtype=sample, device="cpu"),
+        torch.full((2, 1, 1, 1), 0.25, dtype=output, device="cpu"),
+    )
     tuples = "return_dict" in inspect.signature(plan.scheduler.step).parameters
     options = plan.options | ({"return_dict": False} if tuples else {})
     try:
