@@ -27,8 +27,8 @@ STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 
 
-# seed, seed_value, sample_ids, first_id, stream, draw, as the operators take them
-RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
+# seed, seed_value, sample_ids, first_id, stream, draw, draw_data, as the operators take them
+RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
 class Philox:
@@ -40,7 +40,8 @@ class Philox:
         seed: 0 <= seed < 2^64, or an int64 tensor of shape () that holds those 64 bits.
         sample_ids: the first sample's id, the others counting up from it; or an int64 tensor of shape (batch,) on the
             samples' device. 0 <= id < 2^56.
-        draw: 0 <= draw < 2^32, used instead of the timestep. A sampling loop refuses it.
+        draw: 0 <= draw < 2^32, used instead of the timestep; or an int64 tensor of shape () on the samples' device or
+            on the CPU, which each launch reads: a captured training step adds one to it. A sampling loop refuses it.
         stream: 0 <= stream < 256, used instead of the operation's own (0 the reverse step, 1 the starting noise, 2 the
             forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
             noise (4) and input perturbation (5) always have their own.
@@ -57,16 +58,13 @@ class Philox:
         seed: int | Tensor,
         sample_ids: int | Tensor = 0,
         *,
-        draw: int | None = None,
+        draw: int | Tensor | None = None,
         stream: int | None = None,
     ) -> None:
         self.seed: Tensor | None = None
         self.seed_value = 0
         if isinstance(seed, Tensor):
-            if seed.dtype != torch.int64 or seed.dim() != 0:
-                raise TypeError(
-                    f"seed is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)}, expected int64 and ()"
-                )
+            _check_number("seed", seed)
             self.seed = seed
         else:
             value = checks.integer("seed", seed, 2**64, "2^64")
@@ -82,7 +80,11 @@ class Philox:
             self.sample_ids = sample_ids
         else:
             self.first_id = checks.integer("sample_ids", sample_ids, 2**56, "2^56")
-        self.draw = None if draw is None else checks.integer("draw", draw, 2**32, "2^32")
+        if isinstance(draw, Tensor):
+            _check_number("draw", draw)
+        elif draw is not None:
+            draw = checks.integer("draw", draw, 2**32, "2^32")
+        self.draw = draw
         self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
 
     def __repr__(self) -> str:
@@ -90,7 +92,7 @@ class Philox:
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
-    def of(self, stream: int, draw: int | None) -> Philox:
+    def of(self, stream: int, draw: int | Tensor | None) -> Philox:
         """The same seed and sample ids, with this stream and draw."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         ids = self.first_id if self.sample_ids is None else self.sample_ids
@@ -100,9 +102,20 @@ class Philox:
         """What the operators take. The object's own stream and draw take precedence over the arguments."""
         if self.stream is not None:
             stream = self.stream
-        if self.draw is not None:
+        draw_data = None
+        if isinstance(self.draw, Tensor):
+            draw_data = self.draw
+        elif self.draw is not None:
             draw = self.draw
-        return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, -1 if draw is None else draw
+        draw = -1 if draw is None else draw
+        return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, draw, draw_data
+
+
+def _check_number(name: str, given: Tensor) -> None:
+    if given.dtype != torch.int64 or given.dim() != 0:
+        raise TypeError(
+            f"{name} is a tensor of dtype {given.dtype} and shape {tuple(given.shape)}, expected int64 and ()"
+        )
 
 
 def check_rng(rng: object) -> None:
@@ -159,10 +172,10 @@ def fresh_rng(device: torch.device) -> Philox:
 def fresh_arguments(stream: int, device: torch.device) -> RngArguments:
     """fresh_rng(device).arguments(stream), without the object."""
     seed = seed_in_memory(device)
-    return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1
+    return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1, None
 
 
-_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1)
+_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
 
 
 def noise_arguments(
@@ -222,12 +235,13 @@ def randn(
         check_rng(rng)
     device = checks.device(device)
     arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)
-    seed, seed_value, ids, first_id, own_stream, own_draw = arguments
+    seed, seed_value, ids, first_id, own_stream, own_draw, draw_data = arguments
     # Checked here, since without a sample the dispatcher goes by these tensors' device.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
-    if seed is not None and seed.device.type not in ("cpu", device.type):
-        raise ValueError(f"seed is on {seed.device}, expected cpu or {device}")
+    for name, number in (("seed", seed), ("draw", draw_data)):
+        if number is not None and number.device.type not in ("cpu", device.type):
+            raise ValueError(f"{name} is on {number.device}, expected cpu or {device}")
     return torch.ops.ddpm_ext.randn(
         list(sizes),
         seed,
@@ -236,6 +250,7 @@ def randn(
         first_id,
         own_stream if stream is None else stream,
         max(own_draw, 0) if draw is None else draw,
+        draw_data if draw is None else None,
         dtype=dtype,
         device=device,
     )

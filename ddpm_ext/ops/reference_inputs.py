@@ -48,10 +48,10 @@ def randn(
     if rng is None:
         rng = fresh_rng(device)
     ids = ids_of_samples(rng, batch, device)
-    own_seed, seed_value, _, _, own_stream, own_draw = rng.arguments(0, 0)
+    own_seed, seed_value, _, _, own_stream, own_draw, draw_data = rng.arguments(0, 0)
     seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
     if draw is None:
-        draw = own_draw
+        draw = own_draw if draw_data is None else checks.integer("draw", int(draw_data), 2**32, "2^32")
     if not isinstance(draw, Tensor):
         draw = torch.full((batch,), draw, device=device)
     z = normals(torch.Size(sizes), seed, ids, own_stream if stream is None else stream, draw)

@@ -101,6 +101,8 @@ class Trainer:
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
                 f"{self.options.accumulate} accumulated parts"
             )
+        if self.options.graph and self.ranks.size > 1:
+            raise ValueError(f"graph: got {self.ranks.size} ranks, expected 1")
         with _current_device(self.device):
             self.model = self._make_model(model)
             self._try_out()

@@ -141,6 +141,21 @@ def test_a_capture_that_fails_leaves_torch_as_it_was(device):
     assert torch.equal(GD.p_sample_loop(halve, SHAPE, graph="step", **options), expected)
 
 
+@pytest.mark.parametrize("name", ["q_sample", "train_losses", "p_sample"])
+def test_a_draw_that_a_graph_counts(device, name):
+    draw = torch.zeros((), dtype=torch.int64, device=device)
+    results: list[Tensor] = []
+
+    def run() -> None:
+        draw.add_(1)
+        results[:] = [FUNCTIONS[name](Philox(4, draw=draw), device)]
+
+    replay = capture(run, device)
+    for _ in range(2):
+        replay()
+        assert torch.equal(results[0], FUNCTIONS[name](Philox(4, draw=int(draw)), device))
+
+
 def test_a_seed_that_stays_is_noticed(device):
     stays = Philox(1)
     with pytest.raises(AssertionError, match="not the eager bits"):

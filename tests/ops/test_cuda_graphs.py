@@ -69,6 +69,20 @@ def test_replays_with_an_rng_draw_its_noise(capture, name):
     assert torch.equal(replay(), expected) and torch.equal(replay(), expected)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_draw_that_a_graph_counts(capture, name):
+    """As a captured training step does."""
+    draw = torch.tensor(0)
+
+    def counted():
+        draw.add_(1)
+        return FUNCTIONS[name](rng=Philox(4, draw=draw))
+
+    replay = capture(counted)
+    for value in (2, 3):  # the call before the capture was the first
+        assert torch.equal(replay(), FUNCTIONS[name](rng=Philox(4, draw=value))), value
+
+
 def test_replays_of_an_accelerated_objects_training_noise(capture):
     settings = Acceleration.of("philox", None, 0)
     replay = capture(lambda: GD.q_sample(X, T, rng=settings.next_forward(X.device)))

@@ -223,7 +223,8 @@ def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
     def refuse():
         raise AssertionError("CUDA is used")
 
-    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    for name in ("_lazy_init", "is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
     bench = speed.Bench(dry=False)
     assert len([job for group in speed.GROUPS.values() for job in group(bench)]) > 100
     assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]

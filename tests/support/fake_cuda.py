@@ -91,6 +91,7 @@ class CUDAGraph:
         self.calls, self.replays = [], 0
         CUDAGraph.instances.append(self)
 
+    @torch.no_grad()
     def replay(self):
         LOG.append(("replay", self))
         self.replays += 1
@@ -98,7 +99,8 @@ class CUDAGraph:
             found = function(*args, **kwargs)
             if results is not None:
                 for result, new in zip(results, found if isinstance(found, tuple | list) else (found,), strict=True):
-                    result.copy_(new)
+                    if result is not None:  # as of a gradient that is not asked for
+                        result.copy_(new)
 
 
 class Recorder(TorchDispatchMode):
@@ -110,6 +112,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if str(function).startswith(FORBIDDEN):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if str(function).startswith("profiler."):  # what an optimizer calls is no launch
+            return function(*args, **kwargs)
         arguments = function._schema.arguments
         written, viewed = [], False
         for i, argument in enumerate(arguments):
@@ -139,7 +143,7 @@ class Recorder(TorchDispatchMode):
 def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
     assert stream is None or (stream is Current.stream and stream is not DEFAULT)
     LOG.append(("capture", cuda_graph, pool, capture_error_mode))
-    recorder = Recorder(cuda_graph)
+    recorder, random = Recorder(cuda_graph), torch.get_rng_state()
     Current.captures = True
     Current.allocates.add((0, pool))
     try:
@@ -152,8 +156,10 @@ def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
     finally:
         Current.captures = False
-        for tensor, before in reversed(recorder.before.values()):
-            tensor.copy_(before)  # nothing was executed
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, before in reversed(recorder.before.values()):
+                tensor.copy_(before)  # nothing was executed
 
 
 def install(monkeypatch):
