@@ -46,7 +46,8 @@ struct Call {
   int64_t ids_stride = 0;
   int64_t first_id = 0;
   uint32_t stream = 0;
-  int64_t draw = 0;  // negative: the draw of the sample's row
+  int64_t draw = 0;                    // negative: the draw of the sample's row
+  const int64_t* draw_data = nullptr;  // unless null, its low 32 bits are used in place of both
 };
 
 // A call of the reverse step (rows are StepRow), of an affine operator (AffineRow; its second tensor is `noise`) or of

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import FAIL, NO_GPU, NOT_MEASURED, ROOT, Part, Result, all_parts
+from benchmarks.gpu.logs import FAIL, NO_GPU, NOT_MEASURED, Result
+from benchmarks.gpu.parts import ROOT, Part, all_parts
 from benchmarks.gpu.report import COMMAND, markdown
 
 GRACE = 4.0  # seconds between the request to end and the end itself, in which pytest prints how tests failed

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.parts import NO_GPU, ROOT
+from benchmarks.gpu.logs import NO_GPU
+from benchmarks.gpu.parts import ROOT
 
 CLOCKS = "driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
 
@@ -30,9 +31,8 @@ def output(*command: str) -> str:
 
 def card() -> dict[str, Any]:
     if not torch.cuda.is_available():
-        return {
-            NO_GPU: f"torch {torch.__version__} {'finds no GPU' if torch.version.cuda else 'is built without CUDA'}"
-        }
+        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
+        return {NO_GPU: f"torch {torch.__version__} {why}"}
     about = torch.cuda.get_device_properties(torch.cuda.current_device())
     values = output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader").split("\n")[0].split(", ")
     return {
@@ -67,8 +67,5 @@ def host() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = {"card": "none (dry run)"}
-    if "--dry" not in sys.argv:
-        why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
-        found = card() if torch.cuda.is_available() else {NO_GPU: f"torch {torch.__version__} {why}"}
+    found = {"card": "none (dry run)"} if "--dry" in sys.argv else card()
     print(json.dumps(found if NO_GPU in found else found | host()), flush=True)

@@ -1,34 +1,18 @@
-"""The parts in the order of their value: each is a command with a time limit, and a function that reads its log.
-
-A part leaves nothing but its log, so a part that crashed or ran out of time still has all that it had printed.
-"""
+"""The parts in the order of their value: each is a command with a time limit, and a function that reads its log."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+
+from benchmarks.gpu.logs import COUNTERS, OURS, Result, read_counters, read_pytest, read_rows, read_sanitizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-NO_GPU = "no_gpu"  # the key of the machine's only row where torch finds no GPU
-PASS, FAIL, CUT_OFF, NOT_MEASURED = "pass", "FAIL", "cut off", "not measured"
-
-
-class Result(NamedTuple):
-    """`verdict` is PASS, FAIL, CUT_OFF or NOT_MEASURED; `rows` are what the part printed as JSON, a row a line."""
-
-    verdict: str
-    found: str
-    rows: Sequence[dict[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -43,71 +27,6 @@ class Part:
     command: Sequence[str]
     read: Callable[[str, int | None], Result]
     environment: Mapping[str, str] = field(default_factory=dict)
-
-
-# ----------------------------------------------------------------------------------------------------------- logs
-
-
-def rows(log: str) -> list[dict[str, Any]]:
-    """The lines that are JSON objects. The last one may be torn."""
-    found = []
-    for line in log.splitlines():
-        with contextlib.suppress(ValueError):
-            found += [json.loads(line)] if line.startswith("{") else []
-    return found
-
-
-def last_lines(log: str, count: int = 3) -> str:
-    return " / ".join(line.strip() for line in log.rstrip().splitlines()[-count:])
-
-
-def read_rows(log: str, status: int | None) -> Result:
-    """Of a part that prints rows."""
-    found = rows(log)
-    if status is None:
-        return Result(CUT_OFF, f"{len(found)} rows", found)
-    if status != 0:
-        return Result(FAIL, f"exit status {status} after {len(found)} rows: {last_lines(log)}", found)
-    return Result(PASS if found else NOT_MEASURED, f"{len(found)} rows", found)
-
-
-def outcomes(log: str) -> tuple[Counter[str], list[str]]:
-    """Counts of `pytest -v`, and the tests that failed."""
-    lines = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", log, re.MULTILINE)
-    return Counter(outcome.lower() for _, outcome in lines), [n for n, o in lines if o in ("FAILED", "ERROR")]
-
-
-def read_pytest(log: str, status: int | None) -> Result:
-    counts, failed = outcomes(log)
-    found = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "no tests"
-    if failed:
-        return Result(FAIL, f"{found}; first: {failed[0]}")
-    if status is None:
-        return Result(CUT_OFF, found)
-    if status != 0:  # a crash of the process, among others
-        return Result(FAIL, f"exit status {status}, {found}: {last_lines(log)}")
-    return Result(PASS if counts["passed"] else NOT_MEASURED, found)
-
-
-OURS = "ddpm_ext"  # is in the names of the kernels
-SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
-
-
-def read_sanitizer(log: str, status: int | None) -> Result:
-    """compute-sanitizer marks its lines with "=". What it finds in torch's own kernels is no failure."""
-    counts, failed = outcomes(log)
-    lines = [line.lstrip("= ") for line in log.splitlines() if line.startswith("=====")]
-    ours = [f"{before} {line}" for before, line in zip(["", *lines], lines, strict=False) if OURS in line]
-    summary = SUMMARY.search(log)
-    errors = int(summary[1] or summary[2]) if summary else len(ours)
-    found = f"{errors} errors in {counts['passed']} tests"
-    if failed or (ours and errors):
-        return Result(FAIL, f"{found}; first: {[*ours, *failed][0]}")
-    if status is None:
-        return Result(CUT_OFF, found)
-    if status != 0 or errors or not summary or not counts["passed"]:
-        return Result(NOT_MEASURED, f"exit status {status}, {found}, none in a kernel of {OURS}: {last_lines(log)}")
-    return Result(PASS, found)
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -138,23 +57,38 @@ def suite() -> list[str]:
     return sorted((str(path) for path in files if DEVICE.search((ROOT / path).read_text("utf-8"))), key=rank)
 
 
-def compute_sanitizer() -> str | None:
-    """On PATH, or in a CUDA toolkit."""
+def tool(name: str) -> str | None:
+    """One of NVIDIA's tools, on PATH or in a CUDA toolkit."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes if home)])
-    return shutil.which("compute-sanitizer", path=path)
+    return shutil.which(name, path=path)
 
 
-def sanitizer(tool: str, seconds: float) -> Part:
-    """Every kernel once, on small tensors, under a tool."""
-    path = compute_sanitizer()
+def sanitizer(check: str, seconds: float) -> Part:
+    """Every kernel once, on small tensors, under a tool of compute-sanitizer."""
+    path = tool("compute-sanitizer")
     # torch tries calls that may fail. initcheck must see torch's kernels too, since they write what ours read.
-    options = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "1000"]
-    options += ["--kernel-name", f"kns={OURS}"] * (tool != "initcheck")
+    options = ["--tool", check, "--report-api-errors", "no", "--error-exitcode", "9", "--print-limit", "1000"]
+    options += ["--kernel-name", f"kns={OURS}"] * (check != "initcheck")
     tests = pytest(CARD.format("_bits"), "-k", "test_every_kernel and (4x3x32x32 or 3x5x7x9)", dry=False)
     # Each tensor has an allocation of its own, so that an access behind its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(tool, seconds, (path, *options, *tests) if path else (), read_sanitizer, environment)
+    return Part(check, seconds, (path, *options, *tests) if path else (), read_sanitizer, environment)
+
+
+def counters(seconds: float) -> Part:
+    """The kernels of the timed operations once each, under Nsight Compute."""
+    path, program = tool("ncu"), (sys.executable, "-m", f"{__package__}.counters")
+    options = (
+        "--kernel-name-base",
+        "mangled",
+        "--kernel-name",
+        f"regex:{OURS}",
+        "--metrics",
+        ",".join(COUNTERS.values()),
+    )
+    options += ("--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none")
+    return Part("counters", seconds, (path, *options, *program) if path else (), read_counters)
 
 
 def all_parts(*, dry: bool) -> list[Part]:
@@ -170,12 +104,12 @@ def all_parts(*, dry: bool) -> list[Part]:
         script("machine", 90),
         *([] if dry else [script("build", 90)]),
         tests("bits", 40, CARD.format("_bits")),
-        tests("costs", 25, CARD.format("_costs"), CARD.format("_graphs"), CARD.format("")),
-        script("speed", 45, "steps"),
-        script("speed", 30, "compiled"),
+        script("speed", 60, "steps"),
         script("speed", 20, "loop"),
-        script("speed", 25, "rest"),
-        tests("suite", 60, *suite()),
-        *([] if dry else [sanitizer("memcheck", 25)]),
-        *([] if dry else [sanitizer(tool, 10) for tool in ("racecheck", "initcheck", "synccheck")]),
+        script("speed", 50, "rest"),
+        tests("costs", 25, CARD.format("_costs"), CARD.format("_graphs"), CARD.format("")),
+        *([] if dry else [counters(15)]),
+        tests("suite", 45, *suite()),
+        *([] if dry else [sanitizer("memcheck", 20)]),
+        *([] if dry else [sanitizer(check, 8) for check in ("racecheck", "initcheck", "synccheck")]),
     ]

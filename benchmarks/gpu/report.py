@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from benchmarks.gpu.logs import COUNTERS
+from benchmarks.gpu.ways import ADD, COMPILED, NEAR, STEPS
 
 COMMAND = "python -m benchmarks.gpu"
 SPEED = """Microseconds: the median, and the quartiles. Cold and warm are the device's own time, from CUDA graphs of
 many launches; cold, the L2 cache has lost a set of inputs when it comes again. A call is what the host waits, launch
 included. Of copy: the time of a device-to-device copy of the bytes that must be moved, over the cold time.
 """
+
+
+BOUNDS = """A step's time over that of an empty launch, and over that of a torch.add, whose one kernel reads and writes
+three tensors as the step does; the time of a copy of the same bytes, and of others' steps, over the step's. A step is
+as fast as its bytes if it takes as long as the copy, and else as a launch if it takes as long as torch.add, both within
+15 %.
+"""
+NEARLY = 1.15
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: int) -> list[str]:
@@ -33,6 +45,32 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [*names, time(cold), *of_copy, time(row.get("warm")), time(row["call"])]
 
 
+def ratio(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> float:
+    """A row's time over another's, both by the first of these that both have."""
+    if other is None:
+        return math.nan
+    key = next(key for key in ("cold", "warm", "call") if key in row and key in other)
+    return row[key]["us"] / other[key]["us"]
+
+
+def bounds(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Of each shape and dtype of a step: its time beside others', and what follows from that."""
+    empty = next((row for row in rows if row["operation"] == "empty launch"), None)
+    ways = {(row["way"], str(row["shape"]), row["dtype"]): row for row in rows if row["operation"] == "p_sample"}
+    for (way, shape, dtype), row in ways.items():
+        if way == STEPS[0].way and "cold" in row:
+            add, *peers = (ways.get((other, shape, dtype)) for other in (ADD, NEAR, COMPILED))
+            beside, copy = (ratio(row, empty), ratio(row, add)), row["cold"]["of_copy"]
+            found = [*beside, copy, *(1 / ratio(row, peer) for peer in peers)]
+            fast = ["its bytes"] * (copy > 1 / NEARLY) or ["a launch"] * (beside[1] < NEARLY)
+            yield [
+                "x".join(map(str, row["shape"])),
+                dtype,
+                *(f"{number:.2f}" for number in found),
+                *(fast or ["neither"]),
+            ]
+
+
 def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
     about = (parts.get("machine", {}).get("rows") or [{}])[0]
     rows = [row for name, part in parts.items() if name.startswith("speed") for row in part["rows"]]
@@ -45,5 +83,10 @@ def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
     if speed:
         head = ("operation", "shape", "dtype", "way", "cold µs", "GB/s", "of copy", "warm µs", "call µs")
         lines += ["## Speed", "", SPEED, *table(head, map(cells, speed), 4)]
+        head = ("shape", "dtype", "of empty", "of add", "copy", "eager", "compiled", "as fast as")
+        lines += ["## A step", "", BOUNDS, *table(head, bounds(speed), 2)]
+    if counted := parts.get("counters", {}).get("rows"):
+        names = ("operation", "dtype", *COUNTERS)
+        lines += ["## Counters", "", *table(names, ([row[name] for name in names] for row in counted), 2)]
     lines += [f"- not measured: {row['error']}" for row in rows if "error" in row]
     return "\n".join(lines).rstrip() + "\n"

@@ -1,12 +1,14 @@
 """How fast: beside a copy of the bytes that must be moved, beside eager code and beside torch.compile.
 
-    python -m benchmarks.gpu.speed steps|compiled|loop|rest [--dry]
+    python -m benchmarks.gpu.speed steps|loop|rest [--dry]
 
 Prints a row of JSON for each operation, way, shape and dtype:
     cold, warm: the device's own time, from a CUDA graph of many launches. Cold, the launches take turns over so many
         sets of inputs that the L2 cache has lost a set when it comes again; warm, there is one set.
     call: what a caller waits by the host's clock, launch included.
     of_copy: the time of a device-to-device copy that moves as many bytes as the operation must, over this one's.
+
+Each row is measured in a process of its own, so that one that fails loses no other.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 import gc
 import json
 import math
+import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,46 +26,72 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.timing import Scale, Timer
-from benchmarks.gpu.ways import GD, MOVED, REST, RNG, STEPS, TRAINING, Batch, Shape, T, Way, compiled, others
+from benchmarks.gpu.ways import (
+    GD,
+    LINEAR,
+    MOVED,
+    NEAR,
+    REST,
+    RNG,
+    STEPS,
+    TRAINING,
+    Batch,
+    Shape,
+    T,
+    Way,
+    compiled,
+    others,
+)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 Pair = tuple[torch.dtype, torch.dtype]  # of the samples and of the model's output
-Job = Callable[[], dict[str, Any]]
+Row = dict[str, Any]
+Job = Callable[[], Row]
 
 # Large first, then the smallest, which a launch alone bounds.
 SHAPES: tuple[Shape, ...] = (
     *((64, 3, 512, 512), (1, 3, 32, 32)),
-    *((64, 3, 32, 32), (16, 3, 256, 256), (256, 3, 32, 32)),
+    *((16, 3, 256, 256), (256, 3, 32, 32), (64, 3, 32, 32)),
 )
 DRY_SHAPES, DRY = ((2, 3, 64, 64), (1, 3, 32, 32)), Scale(8, 10**5, 3, 1e-4)
 LOOP_STEPS = 50
 MOST_SETS_OF_OTHERS = 256  # whose calls are many launches each
+MOST_SECONDS = 40  # for a row; inductor may take half of them
 
 
 class Bench:
+    """Nothing is on the device before a row is measured, since a process that has used CUDA cannot be forked."""
+
     def __init__(self, *, dry: bool) -> None:
-        self.device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
-        self.timer = Timer(self.device, DRY if dry else Scale())
+        self.device, self.scale = torch.device("cpu" if dry else "cuda"), DRY if dry else Scale()
         self.shapes, self.compiler = (DRY_SHAPES, "eager") if dry else (SHAPES, "inductor")
+
+    @functools.cached_property
+    def timer(self) -> Timer:
+        return Timer(self.device, self.scale)
 
     def batches(self, count: int, way: Way, shape: Shape, pair: Pair) -> list[Batch]:
         """Sets of random values, each in its own memory. What is not read is one tensor for all."""
 
-        def make(name: str, dtype: torch.dtype) -> Tensor:
+        def make(name: str) -> Tensor:
+            dtype = pair[name == "m"]
             if name in MOVED[way.operation]:
                 return torch.randn(count, *shape, device=self.device, dtype=dtype)
             return torch.zeros(shape, device=self.device, dtype=dtype).expand(count, *shape)
 
-        tensors = make("x", pair[0]), make("m", pair[1]), make("noise", pair[0]), make("out", pair[0])
+        tensors = [make(name) for name in Batch._fields[:-1]]
         t = torch.full(shape[:1], T, device=self.device)
         return [Batch(*(tensor[i] for tensor in tensors), t) for i in range(count)]
 
-    def row(self, way: Way, shape: Shape, pair: Pair) -> dict[str, Any]:
-        sizes = {"x": pair[0], "m": pair[1], "noise": pair[0], "out": pair[0]}
-        moved = math.prod(shape) * sum(sizes[name].itemsize for name in MOVED[way.operation])
+    def about(self, way: Way, shape: Shape, pair: Pair) -> Row:
+        moved = math.prod(shape) * sum(pair[name == "m"].itemsize for name in MOVED[way.operation])
         dtype = ", model ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(pair))
-        found: dict[str, Any] = {"operation": way.operation, "way": way.way, "shape": list(shape), "dtype": dtype}
-        found["moved_bytes"] = moved
+        about = {"operation": way.operation, "way": way.way, "shape": list(shape), "dtype": dtype}
+        return about | {"moved_bytes": moved}
+
+    def row(self, way: Way, shape: Shape, pair: Pair) -> Row:
+        found = self.about(way, shape, pair)
+        moved = found["moved_bytes"]
         one_launch = way.way.startswith(("ddpm_ext", "torch.add"))
         for name, cold in (("cold", True), ("warm", False)):
             sets = self.timer.sets(moved, cold)
@@ -75,33 +104,25 @@ class Bench:
         return found | {"call": self.timer.of_calls(lambda: way.call(b))}
 
     def jobs(self, ways: Iterable[Way], pairs: Iterable[Pair], shapes: Iterable[Shape]) -> Iterator[Job]:
-        for shape in shapes:
-            for pair in pairs:
-                for way in ways:
+        for way in ways:
+            for shape in shapes:
+                for pair in pairs:
                     yield functools.partial(self.row, way, shape, pair)
 
 
 def steps(bench: Bench) -> Iterator[Job]:
-    def empty() -> dict[str, Any]:
+    """What matters most: a step at two shapes beside a kernel of three tensors, eager code, and that compiled."""
+
+    def empty() -> Row:
         """A kernel that does nothing; on the CPU a call of nothing."""
         launch = functools.partial(torch.cuda._sleep, 0) if bench.device.type == "cuda" else int
         found = {"operation": "empty launch", "way": "torch.cuda._sleep(0)", "shape": [], "dtype": ""}
         return found | {"warm": bench.timer.of_device([launch], 10**6), "call": bench.timer.of_calls(launch)}
 
     yield empty
-    peers = [way for way in others(bench.device) if way.operation == "p_sample"]
-    for shapes in (bench.shapes[:2], bench.shapes[2:]):
-        yield from bench.jobs([*STEPS, *peers], [(F32, F32)], shapes)
-        yield from bench.jobs(STEPS[:1], [(BF16, BF16)], shapes)
-    yield from bench.jobs(STEPS[:1], [(F16, F16), (F32, BF16)], bench.shapes)
-
-
-def compile_all(bench: Bench) -> Iterator[Job]:
-    """The step at every shape comes first, since each shape is compiled anew, in seconds."""
-    for operation in ("p_sample", "q_sample", "train_losses"):
-        for shape in bench.shapes:
-            ways = [way for way in compiled(bench.device, bench.compiler) if way.operation == operation]
-            yield from bench.jobs(ways, [(F32, F32)], [shape])
+    ours, _, add = STEPS
+    peers = [way for way in (*others(), *compiled(bench.compiler)) if way.operation == "p_sample"]
+    yield from bench.jobs([ours, add, *peers], [(F32, F32), (BF16, BF16)], bench.shapes[:2])
 
 
 def loop(bench: Bench) -> Iterator[Job]:
@@ -111,7 +132,7 @@ def loop(bench: Bench) -> Iterator[Job]:
     def model(x: Tensor, t: Tensor) -> Tensor:
         return x * 0.5
 
-    def row(shape: Shape, graph: str) -> dict[str, Any]:
+    def row(shape: Shape, graph: str) -> Row:
         run = functools.partial(GD.p_sample_loop, model, shape, rng=RNG, record="last", progress=False, **how)
         if graph:
             run = functools.partial(GD.capture(model, shape, graph=graph, **how), RNG)
@@ -125,25 +146,46 @@ def loop(bench: Bench) -> Iterator[Job]:
 
 
 def rest(bench: Bench) -> Iterator[Job]:
-    others_too = [*REST, TRAINING, *(way for way in others(bench.device) if way.operation != "p_sample")]
-    yield from bench.jobs(REST, [(F32, F32), (BF16, BF16)], bench.shapes[:1])
-    yield from bench.jobs(others_too, [(F32, F32)], bench.shapes[1:])
-    yield from bench.jobs(others_too[len(REST) :], [(F32, F32)], bench.shapes[:1])
-    yield from bench.jobs(REST, [(BF16, BF16), (F16, F16)], bench.shapes[1:])
+    both, large, others_too = [(F32, F32), (BF16, BF16)], bench.shapes[:1], [*others(), *compiled(bench.compiler)]
+    yield from bench.jobs(STEPS[::2], both, bench.shapes[2:])
+    yield from bench.jobs([*LINEAR, *REST], both, large)
+    yield from bench.jobs([TRAINING], [(F32, F32)], bench.shapes)
+    yield from bench.jobs([way for way in others_too if way.operation != "p_sample"], [(F32, F32)], large)
+    yield from bench.jobs([*LINEAR, *REST], [(F32, F32)], bench.shapes[1:])
+    yield from bench.jobs(STEPS[1:2], [(F32, F32)], bench.shapes)
+    yield from bench.jobs(STEPS[:1], [(F16, F16), (F32, BF16)], bench.shapes)
+    yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[2:])
 
 
-GROUPS = {"steps": steps, "compiled": compile_all, "loop": loop, "rest": rest}
+GROUPS = {"steps": steps, "loop": loop, "rest": rest}
 
 
 @torch.no_grad()
-def measured(group: str, bench: Bench) -> Iterator[dict[str, Any]]:
-    for job in GROUPS[group](bench):
+def attempt(job: Job) -> Row:
+    """A job's row, or why there is none."""
+    try:
+        return job()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
+
+def apart(job: Job) -> Row:
+    """attempt(job) in a forked process."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=lambda: there.send(attempt(job)))
+    process.start()
+    there.close()
+    row = None
+    if here.poll(MOST_SECONDS):
         try:
-            yield job()
-        except Exception as error:  # one way that fails, or wants too much memory, must not lose the others
-            yield {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
-            if "CUDA error" in str(error):  # nothing works in this process any more
-                raise
+            row = here.recv()
+        except EOFError:  # it crashed
+            process.join()
+            row = {"error": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
+    return row or {"error": f"it took longer than {MOST_SECONDS} s"}
 
 
 if __name__ == "__main__":
@@ -153,5 +195,5 @@ if __name__ == "__main__":
     options = parser.parse_args()
     gc.freeze()  # torch before 2.9 collects garbage at every capture; this leaves it little to look at
     torch.manual_seed(0)
-    for row in measured(options.group, Bench(dry=options.dry)):
-        print(json.dumps(row), flush=True)
+    for job in GROUPS[options.group](Bench(dry=options.dry)):
+        print(json.dumps(apart(job)), flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.demo.eager import EagerDiffusion
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.spacing import spaced_grid
 
 Shape = tuple[int, ...]
 T = 500  # a step that draws noise
@@ -24,7 +26,11 @@ class Batch(NamedTuple):
     x: Tensor
     m: Tensor
     noise: Tensor
+    history1: Tensor
+    history2: Tensor
+    history3: Tensor
     out: Tensor
+    kept: Tensor
     t: Tensor
 
 
@@ -69,6 +75,26 @@ def extended_step(b: Batch, **options: Any) -> Tensor:
     return ops.extended_step(b.x, b.m, table(STEP_ROW, b.x.device), b.t, rng=RNG, out=b.out, **options)
 
 
+def linear_step(row: tuple[float, ...], reads: Sequence[str], b: Batch) -> Tensor:
+    tensors = {name: getattr(b, name) for name in reads} | {"out": b.out, "history_out": b.kept}
+    return ops.linear_step(b.x, b.m, table(row, b.x.device), b.t, rng=RNG, **tensors)
+
+
+def linear_ways() -> Iterator[Way]:
+    """A step in the middle of a loop, of one sampler for each set of tensors that steps with history read and write."""
+    seen = set()
+    for name in ("unipc", *SAMPLERS):
+        columns = SAMPLERS[name](spaced_grid(GD.alphas_cumprod, GD.betas, 20, "linspace"))
+        middle = len(columns) // 2
+        reads = [f"history{i}" for i in (1, 2, 3) if getattr(columns, f"h{i}")[middle] != 0]
+        kind = len(reads), bool(columns.s[middle] != 0)
+        if reads and kind not in seen:
+            seen.add(kind)
+            MOVED[f"linear_step, {name}"] = ("x", "m", *reads, "out", "kept")
+            row = tuple(columns.packed_linear("cpu")[middle].tolist())
+            yield Way(f"linear_step, {name}", "ddpm_ext, out=", functools.partial(linear_step, row, reads))
+
+
 def loss_and_slope(b: Batch) -> Tensor:
     """Without the backward pass, which multiplies the slope."""
     with torch.enable_grad():
@@ -87,11 +113,13 @@ def trained(loss: Callable[[Tensor, Batch], Tensor]) -> Callable[[Batch], Tensor
     return call
 
 
+ADD = "torch.add of the same bytes"  # three tensors in one launch, of a kernel that everybody knows
 STEPS = (
     Way("p_sample", "ddpm_ext, out=", lambda b: p_sample(b, rng=RNG, out=b.out)),
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
-    Way("p_sample", "torch.add of the same bytes", lambda b: torch.add(b.x, b.m, out=b.out)),
+    Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
+LINEAR = tuple(linear_ways())
 REST = (
     Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
     Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),
@@ -107,6 +135,9 @@ TRAINING = Way(
 )
 
 
+EAGER, NEAR, COMPILED = EagerDiffusion(), "eager, tables on the device", "torch.compile of eager"
+
+
 @functools.cache
 def near_eager(device: torch.device) -> EagerDiffusion:
     """Eager code with its tables on the device, so that no step copies them there."""
@@ -114,6 +145,10 @@ def near_eager(device: torch.device) -> EagerDiffusion:
     for name, numbers in vars(eager).items():
         setattr(eager, name, numbers.to(device))
     return eager
+
+
+def far_eager(_: torch.device) -> EagerDiffusion:
+    return EAGER
 
 
 def eager_loss(eager: EagerDiffusion, m: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,22 +159,29 @@ def eager_loss(eager: EagerDiffusion, m: Tensor, x: Tensor, t: Tensor) -> tuple[
     return F.mse_loss(m, noise), x_t
 
 
-def others(device: torch.device) -> Iterator[Way]:
-    for eager, way in ((near_eager(device), "eager, tables on the device"), (EagerDiffusion(), "eager")):
-        near = way != "eager"
-        yield Way("p_sample", way, lambda b, e=eager: e.p_sample(b.m, b.x, b.t), near)
-        yield Way("q_sample", way, lambda b, e=eager: e.q_sample(b.x, b.t), near)
-        yield Way("train_losses", way, trained(lambda m, b, e=eager: eager_loss(e, m, b.x, b.t)[0]), False)
-    yield Way("randn", "torch.randn", lambda b: torch.randn(b.x.shape, device=device, dtype=b.x.dtype))
+def others() -> Iterator[Way]:
+    """Nothing of theirs is on a device before they are called."""
+    for eager, way in ((near_eager, NEAR), (far_eager, "eager")):
+        yield Way("p_sample", way, lambda b, e=eager: e(b.x.device).p_sample(b.m, b.x, b.t), way == NEAR)
+        yield Way("q_sample", way, lambda b, e=eager: e(b.x.device).q_sample(b.x, b.t), way == NEAR)
+        loss = trained(lambda m, b, e=eager: eager_loss(e(b.x.device), m, b.x, b.t)[0])
+        yield Way("train_losses", way, loss, False)
+    yield Way("randn", "torch.randn", lambda b: torch.randn(b.x.shape, device=b.x.device, dtype=b.x.dtype))
 
 
-def compiled(device: torch.device, compiler: str) -> Iterator[Way]:
-    """Compiled anew for each shape: call it once a shape."""
-    near, way = near_eager(device), "torch.compile of eager"
-    torch.compiler.reset()
-    how: dict[str, Any] = {"backend": compiler, "dynamic": False}
-    step, forward = torch.compile(near.p_sample, **how), torch.compile(near.q_sample, **how)
-    loss = torch.compile(functools.partial(eager_loss, near), **how)
-    yield Way("p_sample", way, lambda b: step(b.m, b.x, b.t))
-    yield Way("q_sample", way, lambda b: forward(b.x, b.t))
-    yield Way("train_losses", way, trained(lambda m, b: loss(m, b.x, b.t)[0]), False)
+@functools.cache
+def compiled_eager(name: str, device: torch.device, compiler: str) -> Callable[..., Any]:
+    near = near_eager(device)
+    functions = {"p_sample": near.p_sample, "q_sample": near.q_sample, "loss": functools.partial(eager_loss, near)}
+    return torch.compile(functions[name], backend=compiler, dynamic=False)
+
+
+def compiled(compiler: str) -> Iterator[Way]:
+    """Compiled when they are called, anew for each shape."""
+
+    def function(name: str, b: Batch) -> Callable[..., Any]:
+        return compiled_eager(name, b.x.device, compiler)
+
+    yield Way("p_sample", COMPILED, lambda b: function("p_sample", b)(b.m, b.x, b.t))
+    yield Way("q_sample", COMPILED, lambda b: function("q_sample", b)(b.x, b.t))
+    yield Way("train_losses", COMPILED, trained(lambda m, b: function("loss", b)(m, b.x, b.t)[0]), False)

@@ -27,7 +27,10 @@ __device__ __forceinline__ PhiloxSample sample_noise(const Call& call, const Phi
                                                      uint32_t row_draw) {
   uint64_t id = static_cast<uint64_t>(call.first_id) + b;
   if (call.sample_ids != nullptr) id = call.sample_ids[sample_start(call.ids_stride, b)];
-  const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : row_draw;
+  uint32_t draw = static_cast<uint32_t>(call.draw);  // chosen in the order that takes the fewest registers
+  const bool own = call.draw_data != nullptr;
+  if (own) draw = static_cast<uint32_t>(*call.draw_data);
+  draw = own || call.draw >= 0 ? draw : row_draw;
   return philox_sample(keys, sample_counter(id, call.stream, draw));
 }
 

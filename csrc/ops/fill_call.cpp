@@ -8,7 +8,23 @@ namespace ddpm_ext {
 namespace {
 
 constexpr int64_t kMaxId = (int64_t{1} << 56) - 1;
+constexpr int64_t kDraws = int64_t{1} << 32;
 constexpr int64_t kMaxNumel = int64_t{1} << 34;  // blocks of four elements have 32-bit numbers
+
+// Where a GPU's kernel reads a number that is given as a tensor; null if it is on the CPU, and then read into `value`,
+// or if it is not given.
+const int64_t* number_in_memory(const char* op, const char* name, const OptionalTensor& given, at::Device device,
+                                int64_t& value) {
+  if (!given.has_value()) return nullptr;
+  CHECK_TYPE(given->scalar_type() == at::kLong, name, " has dtype ", given->scalar_type(), ", expected int64");
+  CHECK_VALUE(given->dim() == 0, name, " has shape ", given->sizes(), ", expected a 0-dimensional tensor");
+  CHECK_VALUE(given->is_cpu() || given->device() == device, name, " is on ", given->device(), ", expected cpu or ",
+              device);
+  const int64_t* data = given->const_data_ptr<int64_t>();
+  if (!given->is_cpu()) return data;
+  value = *data;
+  return nullptr;
+}
 
 }  // namespace
 
@@ -37,7 +53,7 @@ void set_table(const char* op, Call& call, const Tensor& table, int64_t columns,
 
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
   CHECK_VALUE(0 <= rng.stream && rng.stream < 256, "stream", " is ", rng.stream, ", expected 0 <= stream < 256");
-  CHECK_VALUE(rng.draw < (int64_t{1} << 32), "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
+  CHECK_VALUE(rng.draw < kDraws, "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
   if (rng.sample_ids.has_value()) {
     call.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, call.batch, device);
     check_range(op, "sample_ids", *rng.sample_ids, kMaxId);
@@ -47,21 +63,14 @@ void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
                 " start at ", rng.first_id, " for a batch of ", call.batch, ", expected all in 0 <= id < 2^56");
     call.first_id = rng.first_id;
   }
-  call.seed = static_cast<uint64_t>(rng.seed_value);
-  if (rng.seed.has_value()) {
-    const Tensor& seed = *rng.seed;
-    CHECK_TYPE(seed.scalar_type() == at::kLong, "seed", " has dtype ", seed.scalar_type(), ", expected int64");
-    CHECK_VALUE(seed.dim() == 0, "seed", " has shape ", seed.sizes(), ", expected a 0-dimensional tensor");
-    CHECK_VALUE(seed.is_cpu() || seed.device() == device, "seed", " is on ", seed.device(), ", expected cpu or ",
-                device);
-    if (seed.is_cpu()) {
-      call.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-    } else {
-      call.seed_data = seed.const_data_ptr<int64_t>();
-    }
-  }
+  int64_t seed = rng.seed_value;
+  call.seed_data = number_in_memory(op, "seed", rng.seed, device, seed);
+  call.seed = static_cast<uint64_t>(seed);
   call.stream = static_cast<uint32_t>(rng.stream);
   call.draw = rng.draw;
+  call.draw_data = number_in_memory(op, "draw", rng.draw_data, device, call.draw);
+  if (rng.draw_data.has_value() && call.draw_data == nullptr)
+    CHECK_VALUE(0 <= call.draw && call.draw < kDraws, "draw", " is ", call.draw, ", expected 0 <= draw < 2^32");
 }
 
 void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, const char* x_name,

@@ -53,7 +53,7 @@ Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong);
 
 #define DDPM_RNG_SCHEMA                                                                                          \
   "Tensor? seed=None, SymInt seed_value=0, Tensor? sample_ids=None, SymInt first_id=0, SymInt stream=0, SymInt " \
-  "draw=-1"
+  "draw=-1, Tensor? draw_data=None"
 
 #define DDPM_INPUT_SCHEMA(name) ", Tensor? " #name "=None"
 #define DDPM_FLAG_SCHEMA(name, default) ", bool " #name "=" #default

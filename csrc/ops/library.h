@@ -8,10 +8,10 @@
 
 #define DDPM_RNG_PARAMETERS                                                                                           \
   const OptionalTensor &seed, int64_t seed_value, const OptionalTensor &sample_ids, int64_t first_id, int64_t stream, \
-      int64_t draw
+      int64_t draw, const OptionalTensor &draw_data
 #define DDPM_RNG_STRUCT \
-  ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw }
-#define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw
+  ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw, draw_data }
+#define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw, draw_data
 
 // The parameters of a step with the optional arguments of LIST (core/options.h), the same as arguments, and the
 // arguments of the operator of ops/operators.h.

@@ -19,12 +19,14 @@ inline const Tensor* pointer(const OptionalTensor& t) { return t.has_value() ? &
 
 // The source of drawn noise (core/philox.h). `seed`, a 0-dimensional int64 tensor on the CPU or on the samples' device,
 // is used in place of seed_value, which holds the bits of an unsigned 64-bit number. `sample_ids`, int64 (batch,), is
-// used in place of first_id + 0, 1, 2 ... A negative draw means the draw of the sample's row.
+// used in place of first_id + 0, 1, 2 ... A negative draw means the draw of the sample's row; `draw_data`, int64 () on
+// the CPU or on the samples' device, is used in place of draw.
 struct Rng {
   OptionalTensor seed;
   int64_t seed_value;
   OptionalTensor sample_ids;
   int64_t first_id, stream, draw;
+  OptionalTensor draw_data;
 };
 
 // Computes x_{t-1} from x_t (batch, ...) and the model's output of the same shape, by the rows of a step table, float32

@@ -111,6 +111,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
     add("--device", default=std.device, metavar="NAME", help=DEVICES_OF_RANKS)
+    add("--graph", action="store_true", help="take each step by a CUDA graph; the weights are the same")
 
     add = parser.add_argument_group("model (diffusers' UNet2DModel)").add_argument
     add("--model-config", metavar="FILE", help="its config.json, in place of the next four options")

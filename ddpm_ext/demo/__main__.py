@@ -68,8 +68,8 @@ def step_costs(shape: tuple[int, ...], *, rounds: int = 60) -> tuple[float, floa
     The model's output is given, and the noise is drawn in the step. The two are timed in turns.
     """
     fused, eager = GaussianDiffusion(), EagerDiffusion()
-    x, predicted = torch.randn(shape), torch.randn(shape)
-    t = torch.full((shape[0],), 500)
+    x, predicted = torch.randn(shape, device="cpu"), torch.randn(shape, device="cpu")
+    t = torch.full((shape[0],), 500, device="cpu")
     rng, result = Philox(0), torch.empty_like(x)
 
     def fused_step() -> None:

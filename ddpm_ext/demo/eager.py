@@ -16,9 +16,9 @@ class EagerDiffusion:
 
     def __init__(self, timesteps: int = 1000) -> None:
         scale = 1000 / timesteps
-        betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+        betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64, device="cpu")
         alphas_cumprod = torch.cumprod(1 - betas, 0)
-        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
         variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
         # In common code the tables are float64 on the CPU and are copied to t's device in each step.
         self.sqrt_alphas_cumprod = alphas_cumprod.sqrt()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, random_seed, rng_of_many
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng_of_many, fresh_rng, random_seed
 
 __all__ = ["NOISES", "Acceleration"]
 
@@ -127,7 +127,8 @@ class Acceleration:
         if rng is not None:
             if isinstance(rng, Philox) and rng.stream == self.stream:
                 rng = Philox(*seed_and_ids(rng), draw=rng.draw)
-            self._set(*seed_and_ids(rng_of_many(rng)))
+            check_rng_of_many(rng)
+            self._set(*seed_and_ids(rng))
 
     def _philox(self, seed: int | Tensor, sample_ids: int | Tensor) -> Philox:
         return Philox(seed, sample_ids, stream=None if self.stream == STREAM_REVERSE else self.stream)
@@ -214,14 +215,13 @@ class Acceleration:
             self._count = batch
         return self._rng or self.rng
 
-    def next_forward(self) -> Philox | None:
-        """The generator of a training batch's noise, another draw at each call; None where the peer draws it."""
+    def next_forward(self, device: torch.device) -> Philox | None:
+        """The generator of the noise of a training batch on `device`, another draw at each call; None where the peer
+        draws it."""
         if self.noise == "torch":
             return None
         draw, self.iteration = self.iteration, self.iteration + 1
-        seed = self._seed
-        if seed is None:
-            seed = torch.ops.ddpm_ext.draw_seed() if torch.compiler.is_compiling() else random_seed()
+        seed = seed_and_ids(fresh_rng(device))[0] if self._seed is None else self._seed
         return Philox(seed, self._sample_ids, stream=STREAM_FORWARD, draw=draw)
 
     # ---------------------------------------------------------------------------------------------------- fallbacks

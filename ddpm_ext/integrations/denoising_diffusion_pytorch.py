@@ -307,7 +307,7 @@ class Denoising(Accelerated):
         return ops.forward_process(x, rows, t, noise=noise, rng=rng)
 
     def _training_noise(self, x: Tensor) -> tuple[Tensor | None, Philox | None]:
-        rng = self.accelerated.next_forward()
+        rng = self.accelerated.next_forward(x.device)
         return (torch.randn_like(x), None) if rng is None else (None, rng)
 
     @with_fallback(compiles=False)
@@ -376,7 +376,7 @@ class Denoising(Accelerated):
         if noise is None:
             noise = randn(x.shape, rng, device=x.device, dtype=x.dtype)
         elif rng is None:
-            rng = self.accelerated.next_forward()
+            rng = self.accelerated.next_forward(x.device)
         sizes = x.shape[:2]
         if rng is None:
             offsets = torch.randn(sizes, device=self.device)

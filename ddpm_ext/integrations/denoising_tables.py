@@ -103,7 +103,9 @@ class DenoisingTables:
         """
         if not 0 < timesteps <= len(self.steps) or count < 1:
             raise ValueError(f"num_timesteps is {timesteps} and sampling_timesteps {count}")
-        times = torch.linspace(-1, timesteps - 1, steps=count + 1).int().tolist()[::-1]  # in float32, as the peer's
+        times = (
+            torch.linspace(-1, timesteps - 1, steps=count + 1, device="cpu").int().tolist()[::-1]
+        )  # in float32, as the peer's
         t = torch.tensor(times[:-1], device="cpu")
         a, b = self._a[t], self._b[t]
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)

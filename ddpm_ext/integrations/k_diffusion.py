@@ -323,7 +323,7 @@ def _sample(
         return x
     plan = _plan_of(which, sigmas, options, model)
     if noise_sampler is None and (rng is not None or any(row.noisy for row in plan.rows)):
-        rng = rng_of_many(rng)
+        rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
     batches = plan.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()

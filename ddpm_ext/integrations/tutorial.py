@@ -261,7 +261,7 @@ class Tutorial(Accelerated):
     # ------------------------------------------------------------------------------------------------------ training
 
     def _training_noise(self, x: Tensor) -> tuple[Tensor | None, Philox | None]:
-        rng = self.accelerated.next_forward()
+        rng = self.accelerated.next_forward(x.device)
         return (torch.randn_like(x), None) if rng is None else (None, rng)
 
     @with_fallback(compiles=False)

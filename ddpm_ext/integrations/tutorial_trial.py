@@ -105,7 +105,7 @@ class _Trial:
         self.peer, self.device = peer, device
         self.rows = {name: tables.get(name, device, torch.float32) for name in ("steps", "q_sample", "loss")}
         self.t = torch.arange(len(steps), device=device)
-        numbers = torch.randn(2, len(steps), 1, 1, 3, generator=torch.Generator().manual_seed(0))
+        numbers = torch.randn(2, len(steps), 1, 1, 3, generator=torch.Generator().manual_seed(0), device="cpu")
         self.x, self.z = numbers.to(device).unbind(0)
         self.model = _Probe(device)
         a, b, c0, c1, _, s = self.rows["steps"][:, :6].abs().reshape(-1, 6, 1, 1, 1).unbind(1)

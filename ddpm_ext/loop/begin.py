@@ -58,7 +58,7 @@ class Begin:
     ) -> None:
         self._ops, self._rows = ops, rows
         self._shape, self._dtype = checks.shape(shape, least=1), options.dtype
-        self._device = _device(options, model)
+        self.device = _device(options, model)
 
     def samples(self, rng: Philox, start: Tensor | Interpolation | None, noise: Tensor | None) -> Tensor:
         """Of the loop's shape: pure noise, drawn or given, or images with the noise of the first step.
@@ -72,7 +72,7 @@ class Begin:
             self._check("noise", noise)
             return noise
         if start is None:
-            drawn = self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self._device, dtype=self._dtype)
+            drawn = self._ops.randn(self._shape, rng.of(STREAM_START, 0), device=self.device, dtype=self._dtype)
             return drawn if self._rows.pure_noise == 1 else drawn.mul_(self._rows.pure_noise)
         images = (start.first, start.second) if isinstance(start, Interpolation) else (start,)
         noised = []
@@ -96,8 +96,8 @@ class Begin:
             raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {self._shape}")
         if given.dtype != self._dtype:
             raise TypeError(f"{name} has dtype {given.dtype}, expected that of the samples, {self._dtype}")
-        if given.device != self._device:
-            raise ValueError(f"{name} is on {given.device}, expected the samples' device, {self._device}")
+        if given.device != self.device:
+            raise ValueError(f"{name} is on {given.device}, expected the samples' device, {self.device}")
 
 
 def _device(options: LoopOptions, model: Any) -> torch.device:

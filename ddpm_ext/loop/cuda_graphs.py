@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 
 import torch
+from torch import nn
+
+from ddpm_ext.base.torch_version import TORCH
 
 __all__ = ["CudaGraphs"]
 
+# Up to torch 2.11, an allocator keeps the address of a graph whose capture failed.
+_FAILED: list[torch.cuda.CUDAGraph] = []
+_FAILURES_LEAVE_TRACES = TORCH < (2, 12)
+_MANY_NODES = 20_000
+
 
 class CudaGraphs:
-    """Captured graphs by key, all in one memory pool."""
+    """Captured graphs by key, all in one memory pool of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -26,6 +35,18 @@ class CudaGraphs:
             self._stream = torch.cuda.Stream(device)
         else:
             self._fall_back(f"the samples are on {device}, where there are none")
+
+    def warn_of_size(self, model: object, steps: int) -> None:
+        """Warns where one graph of all steps would have tens of thousands of nodes, of which each layer of a Module
+        is counted as one: it takes long to make, and much memory."""
+        layers = [m for m in model.modules() if not any(m.children())] if isinstance(model, nn.Module) else []
+        nodes = len(layers) * steps
+        if self._possible and nodes >= _MANY_NODES:
+            warnings.warn(
+                f"graph is 'loop': {steps} steps with {len(layers)} layers each make a CUDA graph of some {nodes:,} "
+                f"nodes, expected fewer than {_MANY_NODES:,}: graph='step' captures a single step",
+                stacklevel=5,
+            )
 
     def run(self, key: Hashable, step: Callable[[], None], restore: Callable[[], object]) -> None:
         """Does what `step` does, by replaying its graph, which is captured the first time that a key is used.
@@ -50,7 +71,8 @@ class CudaGraphs:
             restore()
             cause: BaseException | None = None
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                # Other threads, as the one that pins a DataLoader's batches, may go on with what a capture forbids.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     try:
                         step()
                     except Exception as error:
@@ -59,8 +81,20 @@ class CudaGraphs:
                 self._graphs[key] = graph
             except RuntimeError as error:
                 self._possible = False
+                if _FAILURES_LEAVE_TRACES:
+                    self._end(graph)
                 self._fall_back(" ".join(str(cause or error).split()))
         current.wait_stream(self._stream)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends for torch's allocator and generator a capture that failed: to them it would go on, so that freed memory
+        stayed in the pool, and each random number of torch's own raised an error."""
+        _FAILED.append(graph)
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        with suppress(RuntimeError):  # it never began
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def _fall_back(self, reason: str) -> None:
         warnings.warn(f"graph: steps are not captured in a CUDA graph ({reason}), but called one by one", stacklevel=6)

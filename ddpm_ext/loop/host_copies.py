@@ -36,7 +36,7 @@ class HostCopies:
             self._arrays.append(to_numpy(x))
             return
         if not self._pinned:
-            self._pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for _ in range(2)]
+            self._pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True, device="cpu") for _ in range(2)]
         if len(self._under_way) == len(self._pinned):
             self._finish_oldest()
         host = self._pinned[0]

@@ -62,7 +62,7 @@ class Loop:
     ) -> None:
         self.rows = rows
         self._begin = Begin(ops, model, shape, rows, options)
-        rng = rng_of_many(options.rng)
+        rng = rng_of_many(options.rng, self._begin.device)
         x = self._begin.samples(rng, options.start, options.noise)
         ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), 0, rng=rng)
         if options.graph:
@@ -77,6 +77,8 @@ class Loop:
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self._whole = options.graph == "loop"
+        if self._graphs is not None and self._whole:
+            self._graphs.warn_of_size(model, len(rows))
         if options.graph and not self._whole:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
         else:
@@ -108,7 +110,7 @@ class Loop:
         skipped = self.rows.skipped
         if start is None and skipped > 0:
             raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
-        rng = rng_of_many(rng)
+        rng = rng_of_many(rng, self._begin.device)
         x = self._begin.samples(rng, start, noise)
         captured, new = self._step.rng, rng_in_memory(rng, len(x), x.device)
         assert captured.seed is not None and captured.sample_ids is not None and new.seed is not None

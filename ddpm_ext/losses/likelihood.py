@@ -156,8 +156,8 @@ def bits_per_dim(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
-    rng = rng_of_many(rng)
     prior = prior_bpd(process, x_start)
+    rng = rng_of_many(rng, x_start.device)
     levels = process.alphas_cumprod
     vlb, x_start_mse, mse = [], [], []
     count = process.timesteps

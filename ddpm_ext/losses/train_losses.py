@@ -52,7 +52,7 @@ def train_losses(
     table = process.table("q_sample", "x_start", x_start)
     rows = loss_rows.get(options.weighting, x_start.device, process.operator_dtype(x_start), terms)
     if noise is None and rng is None:
-        rng = fresh_rng()
+        rng = fresh_rng(x_start.device)
     elif rng is not None:
         check_rng(rng)
     source: dict[str, Any] = {"noise": noise, "rng": rng}
@@ -124,5 +124,5 @@ def _offset_noise(
 def _perturbed(process: Process, x_t: Tensor, t: int | Tensor, rng: Philox | None, rows: Tensor) -> Tensor:
     """x_t with more noise, by LossRows.perturbation."""
     out = None if x_t.requires_grad and torch.is_grad_enabled() else x_t
-    rng = fresh_rng() if rng is None else rng
+    rng = fresh_rng(x_t.device) if rng is None else rng
     return process.ops.forward_process(x_t, rows, t, rng=rng.of(STREAM_PERTURBATION, rng.draw), out=out)

@@ -107,7 +107,8 @@ def build_unet(config: dict[str, Any], name: str = "config") -> UNet2DModel:
     """
     diffusers = require("diffusers", "the model")
     try:
-        return diffusers.UNet2DModel.from_config(config)
+        with torch.device("cpu"):
+            return diffusers.UNet2DModel.from_config(config)
     except Exception as error:  # diffusers checks little, so a bad value can raise any exception
         raise ValueError(f"model: {name} can't make a UNet2DModel ({one_line(error)})") from error
 

@@ -64,7 +64,7 @@ class DiffusionSettings:
         schedule = self.beta_schedule
         return GaussianDiffusion(
             self.timesteps,
-            schedule if isinstance(schedule, str) else torch.tensor(schedule, dtype=torch.float64),
+            schedule if isinstance(schedule, str) else torch.tensor(schedule, dtype=torch.float64, device="cpu"),
             prediction=self.prediction,
             variance=self.variance,
             backend=backend,
@@ -175,14 +175,14 @@ def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:
     """The betas, (timesteps,) float64. diffusers computes the same in float32."""
     start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
     if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64).flatten()
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu").flatten()
     elif schedule == "linear":
-        betas = torch.linspace(start, end, count, dtype=torch.float64)
+        betas = torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
     elif schedule == "scaled_linear":
         betas = schedules.scaled_linear(count, start, end)
     elif schedule == "squaredcos_cap_v2":
-        betas = schedules.cosine_betas(torch.arange(count + 1, dtype=torch.float64) / count)
+        betas = schedules.cosine_betas(torch.arange(count + 1, dtype=torch.float64, device="cpu") / count)
     else:
         # The betas follow a sigmoid here; in GaussianDiffusion's "sigmoid" alphas_cumprod does.
-        betas = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64)) * (end - start) + start
+        betas = torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float64, device="cpu")) * (end - start) + start
     return schedules.rescale_zero_terminal_snr(betas) if config.get("rescale_betas_zero_snr", False) else betas

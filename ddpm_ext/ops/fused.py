@@ -72,7 +72,7 @@ def reverse_step(
         checks.tensor("out", out)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if not torch.compiler.is_compiling():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
@@ -96,7 +96,7 @@ def check_reverse_step(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
+    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, x_t.device)
     if not torch.compiler.is_compiling():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
@@ -123,7 +123,7 @@ class ReverseStep:
         self._clip = NO_CLIP if clip is None else clip
         self._drawn = noise is None and rng is None
         self._compiling = torch.compiler.is_compiling()
-        self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
+        self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
         """Raises what a call would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
@@ -141,7 +141,7 @@ class ReverseStep:
             return reverse_step(
                 x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
             )
-        arguments = (None, True, *fresh_arguments(STREAM_REVERSE)) if self._drawn else self._arguments
+        arguments = (None, True, *fresh_arguments(STREAM_REVERSE, x_t.device)) if self._drawn else self._arguments
         return C.reverse_step(x_t, model_output, self._table, row, index, *self._clip, *arguments, out)
 
 
@@ -176,7 +176,7 @@ def forward_process(
     if out is not None:
         checks.tensor("out", out)
     row, index = split_t(t)
-    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
+    arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD, x_start.device))
     if not torch.compiler.is_compiling():
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:

@@ -65,7 +65,7 @@ def diffusion_loss(
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     row, index = split_t(t)
-    noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
+    noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD, model_output.device)
     arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
     want_slope = torch.is_grad_enabled() and model_output.requires_grad
     how = {

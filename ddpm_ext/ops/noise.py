@@ -29,8 +29,8 @@ STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 STREAMS_REVERSE_MORE = range(6, 16)  # the reverse steps of a pipeline's second scheduler, of its third, ...
 
 
-# seed, seed_value, sample_ids, first_id, stream, draw, as the operators take them
-RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int]
+# seed, seed_value, sample_ids, first_id, stream, draw, draw_data, as the operators take them
+RngArguments = tuple[Tensor | None, int, Tensor | None, int, int, int, Tensor | None]
 
 
 class Philox:
@@ -42,7 +42,8 @@ class Philox:
         seed: 0 <= seed < 2^64, or an int64 tensor of shape () that holds those 64 bits.
         sample_ids: the first sample's id, the others counting up from it; or an int64 tensor of shape (batch,) on the
             samples' device. 0 <= id < 2^56.
-        draw: 0 <= draw < 2^32, used instead of the timestep. A sampling loop refuses it.
+        draw: 0 <= draw < 2^32, used instead of the timestep; or an int64 tensor of shape () on the samples' device or
+            on the CPU, which each launch reads: a captured training step adds one to it. A sampling loop refuses it.
         stream: 0 <= stream < 256, used instead of the operation's own (0 the reverse step, 1 the starting noise, 2 the
             forward process; 16 and up are yours). A sampling loop refuses it. The timesteps of training (3), offset
             noise (4) and input perturbation (5) always have their own.
@@ -59,16 +60,13 @@ class Philox:
         seed: int | Tensor,
         sample_ids: int | Tensor = 0,
         *,
-        draw: int | None = None,
+        draw: int | Tensor | None = None,
         stream: int | None = None,
     ) -> None:
         self.seed: Tensor | None = None
         self.seed_value = 0
         if isinstance(seed, Tensor):
-            if seed.dtype != torch.int64 or seed.dim() != 0:
-                raise TypeError(
-                    f"seed is a tensor of dtype {seed.dtype} and shape {tuple(seed.shape)}, expected int64 and ()"
-                )
+            _check_number("seed", seed)
             self.seed = seed
         else:
             value = checks.integer("seed", seed, 2**64, "2^64")
@@ -84,7 +82,11 @@ class Philox:
             self.sample_ids = sample_ids
         else:
             self.first_id = checks.integer("sample_ids", sample_ids, 2**56, "2^56")
-        self.draw = None if draw is None else checks.integer("draw", draw, 2**32, "2^32")
+        if isinstance(draw, Tensor):
+            _check_number("draw", draw)
+        elif draw is not None:
+            draw = checks.integer("draw", draw, 2**32, "2^32")
+        self.draw = draw
         self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
 
     def __repr__(self) -> str:
@@ -92,7 +94,7 @@ class Philox:
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
-    def of(self, stream: int, draw: int | None) -> Philox:
+    def of(self, stream: int, draw: int | Tensor | None) -> Philox:
         """The same seed and sample ids, with this stream and draw."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         ids = self.first_id if self.sample_ids is None else self.sample_ids
@@ -102,9 +104,20 @@ class Philox:
         """What the operators take. The object's own stream and draw take precedence over the arguments."""
         if self.stream is not None:
             stream = self.stream
-        if self.draw is not None:
+        draw_data = None
+        if isinstance(self.draw, Tensor):
+            draw_data = self.draw
+        elif self.draw is not None:
             draw = self.draw
-        return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, -1 if draw is None else draw
+        draw = -1 if draw is None else draw
+        return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, draw, draw_data
+
+
+def _check_number(name: str, given: Tensor) -> None:
+    if given.dtype != torch.int64 or given.dim() != 0:
+        raise TypeError(
+            f"{name} is a tensor of dtype {given.dtype} and shape {tuple(given.shape)}, expected int64 and ()"
+        )
 
 
 def check_rng(rng: object) -> None:
@@ -113,13 +126,20 @@ def check_rng(rng: object) -> None:
         raise TypeError(f"rng is a {type(rng).__name__}, expected a ddpm_ext.Philox")
 
 
-def rng_of_many(rng: Philox | None) -> Philox:
+def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
     """The rng of a loop, which draws at every step; None: a fresh one. Raises TypeError and ValueError."""
-    rng = fresh_rng() if rng is None else rng
+    if rng is None:
+        return fresh_rng(device)
+    check_rng_of_many(rng)
+    return rng
+
+
+def check_rng_of_many(rng: object) -> None:
+    """TypeError unless rng is a Philox; ValueError if it has a draw or a stream of its own."""
     check_rng(rng)
+    assert isinstance(rng, Philox)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
-    return rng
 
 
 def random_seed() -> int:
@@ -127,25 +147,43 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
-def fresh_rng() -> Philox:
-    """A Philox with a seed from torch's default CPU generator."""
-    if torch.compiler.is_compiling():  # an int would become a constant of the graph
-        return Philox(torch.ops.ddpm_ext.draw_seed())
-    return Philox(random_seed())
+def stream_captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def fresh_arguments(stream: int) -> RngArguments:
-    """fresh_rng().arguments(stream), without the object."""
+def seed_in_memory(device: torch.device) -> Tensor | None:
+    """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
+
+    Compiled code draws it by an operator. In a CUDA graph that is being captured it is drawn on the device, by torch's
+    default generator there, so that each replay draws another one.
+    """
     if torch.compiler.is_compiling():
-        return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
-    return None, C.draw_seed(), None, 0, stream, -1
+        return torch.ops.ddpm_ext.draw_seed()
+    if stream_captures(device):
+        return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
+    return None
 
 
-_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1)
+def fresh_rng(device: torch.device) -> Philox:
+    """A Philox for samples on `device`, with a seed from torch's default generator: the CPU's, except in a graph."""
+    seed = seed_in_memory(device)
+    return Philox(random_seed() if seed is None else seed)
 
 
-def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int) -> tuple[Any, ...]:
-    """noise, draw_noise and the rng's arguments, as the operators take them."""
+def fresh_arguments(stream: int, device: torch.device) -> RngArguments:
+    """fresh_rng(device).arguments(stream), without the object."""
+    seed = seed_in_memory(device)
+    return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1, None
+
+
+_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
+
+
+def noise_arguments(
+    noise: Tensor | None, rng: Philox | None, drawn: bool, stream: int, device: torch.device
+) -> tuple[Any, ...]:
+    """noise, draw_noise and the rng's arguments, as the operators take them for samples on `device`."""
     if rng is not None:
         check_rng(rng)
         if noise is not None:
@@ -155,7 +193,7 @@ def noise_arguments(noise: Tensor | None, rng: Philox | None, drawn: bool, strea
         checks.tensor("noise", noise)
         return noise, False, *_NO_RNG
     if drawn:
-        return None, True, *fresh_arguments(stream)
+        return None, True, *fresh_arguments(stream, device)
     return None, False, *_NO_RNG
 
 
@@ -197,13 +235,15 @@ def randn(
     sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:
         check_rng(rng)
-    seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
     device = checks.device(device)
+    arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)
+    seed, seed_value, ids, first_id, own_stream, own_draw, draw_data = arguments
     # Checked here, since without a sample the dispatcher goes by these tensors' device.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")
-    if seed is not None and seed.device.type not in ("cpu", device.type):
-        raise ValueError(f"seed is on {seed.device}, expected cpu or {device}")
+    for name, number in (("seed", seed), ("draw", draw_data)):
+        if number is not None and number.device.type not in ("cpu", device.type):
+            raise ValueError(f"{name} is on {number.device}, expected cpu or {device}")
     return torch.ops.ddpm_ext.randn(
         list(sizes),
         seed,
@@ -212,6 +252,7 @@ def randn(
         first_id,
         own_stream if stream is None else stream,
         max(own_draw, 0) if draw is None else draw,
+        draw_data if draw is None else None,
         dtype=dtype,
         device=device,
     )

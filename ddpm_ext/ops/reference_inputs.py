@@ -44,14 +44,14 @@ def randn(
 ) -> Tensor:
     """Twin of ddpm_ext.randn, by the noise contract's formula in float64; draw may be an int64 tensor (batch,)."""
     sizes = check_randn(shape, None if isinstance(draw, Tensor) else draw, stream, dtype)
-    if rng is None:
-        rng = fresh_rng()
     batch, device = sizes[0], checks.device(device)
+    if rng is None:
+        rng = fresh_rng(device)
     ids = ids_of_samples(rng, batch, device)
-    own_seed, seed_value, _, _, own_stream, own_draw = rng.arguments(0, 0)
+    own_seed, seed_value, _, _, own_stream, own_draw, draw_data = rng.arguments(0, 0)
     seed = (seed_value if own_seed is None else int(own_seed)) % 2**64
     if draw is None:
-        draw = own_draw
+        draw = own_draw if draw_data is None else checks.integer("draw", int(draw_data), 2**32, "2^32")
     if not isinstance(draw, Tensor):
         draw = torch.full((batch,), draw, device=device)
     z = normals(torch.Size(sizes), seed, ids, own_stream if stream is None else stream, draw)
@@ -110,7 +110,7 @@ def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: i
     if noise is not None:
         return noise.to(checks.compute_dtype(x.dtype))
     if rng is None:
-        rng = fresh_rng()
+        rng = fresh_rng(x.device)
     return randn(
         x.shape,
         rng,

@@ -45,7 +45,7 @@ def _step(
             checks.tensor(name, value)
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
-    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if out is None:
         out = empty_like(x_t)
     if not torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.torch_version import TORCH
 from ddpm_ext.ops import extension as _extension  # noqa: F401  the operators themselves
 
 NO_CLIP = (-math.inf, math.inf)
@@ -67,7 +68,13 @@ def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = Fals
 
 @_lib.register_fake("ddpm_ext::draw_seed")
 def _() -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+if TORCH < (2, 15):  # inductor, seen with 2.11, draws seeds in another order than the code, and so other noise
+    from torch._higher_order_ops import effects
+
+    effects._register_effectful_op(torch.ops.ddpm_ext.draw_seed.default, effects._EffectType.ORDERED)
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -118,7 +125,7 @@ _lib.register_autograd("ddpm_ext::forward_process", _forward_backward, setup_con
 def _clamp_lets_edges_through() -> bool:
     """Whether torch.clamp's gradient at the edges of its range is 1, as in older versions of torch, or 0."""
     with torch.inference_mode(False), torch.enable_grad():
-        edge = torch.ones((), requires_grad=True)
+        edge = torch.ones((), requires_grad=True, device="cpu")
         return bool(torch.autograd.grad(edge.clamp(-1, 1), edge)[0])
 
 

@@ -53,13 +53,13 @@ def to_uint8(images: Images) -> Pixels:
     Raises:
         ValueError: `images` has another number of dimensions, or holds integers.
     """
-    pixels = torch.as_tensor(images)
+    pixels = torch.as_tensor(images, device="cpu")
     if pixels.dim() != 4 or not pixels.is_floating_point():
         raise ValueError(
             f"images: got {pixels.dtype} of shape {tuple(pixels.shape)}, "
             "expected floating point of shape (batch, channels, height, width)"
         )
-    scaled = ((pixels.detach().cpu().float() + 1) * 127.5).nan_to_num_(0.0).clamp_(0, 255)
+    scaled = ((pixels.detach().float() + 1) * 127.5).nan_to_num_(0.0).clamp_(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 

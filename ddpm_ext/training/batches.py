@@ -43,7 +43,7 @@ class StepBatches(Dataset):
 
     def __init__(self, images: ImageSource, options: TrainOptions, start: int, stop: int) -> None:
         self.images, self.options, self.start, self.stop = images, options, start, stop
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __getitem__(self, step: int) -> Batch | Exception:
         # Returned, not raised: an exception raised in a worker arrives with the worker's traceback in its message.
@@ -69,7 +69,9 @@ class StepBatches(Dataset):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
-        for batch in steps:
+        with torch.device("cpu"):  # where the loader draws its workers' seed
+            loaded = iter(steps)
+        for batch in loaded:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -88,7 +90,9 @@ class StepBatches(Dataset):
                 raise
             images = torch.cat([self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))])
         if options.flip:
-            mirrored = torch.rand(options.batch_size, generator=generator(options.seed, "flip", step)) < 0.5
+            mirrored = (
+                torch.rand(options.batch_size, generator=generator(options.seed, "flip", step), device="cpu") < 0.5
+            )
             images = torch.where(mirrored[self.start : self.stop].view(-1, 1, 1, 1), images.flip(3), images)
         return Batch(images, skipped)
 
@@ -99,7 +103,9 @@ class StepBatches(Dataset):
             epoch, within = divmod(place, count)
             if epoch != self._epoch:
                 self._epoch = epoch
-                self._order = torch.randperm(count, generator=generator(self.options.seed, "order", epoch))
+                self._order = torch.randperm(
+                    count, generator=generator(self.options.seed, "order", epoch), device="cpu"
+                )
             parts.append(self._order[within : within + places.stop - place])
             place += len(parts[-1])
         return torch.cat(parts)

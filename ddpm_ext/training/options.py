@@ -40,6 +40,7 @@ _MAY_CHANGE = frozenset(
         "checkpoint_every",
         "data",
         "device",
+        "graph",
         "image_size",
         "keep",
         "log_every",
@@ -122,6 +123,7 @@ class TrainOptions:
     sample_count: int = 16
     tensorboard: bool = False
     device: str = "cpu"
+    graph: bool = False
     weights_dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -146,6 +148,10 @@ class TrainOptions:
             raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
         if self.sample_every and self.sample_steps > self.timesteps:
             raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
+        if self.graph and self.accumulate > 1:
+            raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")
+        if self.graph and self.autocast == "float16":
+            raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 

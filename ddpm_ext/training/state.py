@@ -32,8 +32,10 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
+        # A CUDA graph reads the learning rate from memory.
+        lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=options.lr, weight_decay=options.weight_decay, fused=True
+            self.parameters.values(), lr=lr, weight_decay=options.weight_decay, fused=True, capturable=options.graph
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
         of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
@@ -43,6 +45,20 @@ class TrainState:
         averaged = dict(self.average.named_parameters())
         self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
         self._weights: list[Tensor] = list(self.parameters.values())
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets it, rounded to float32, as a GPU reads it from memory."""
+        rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rounded)
+            else:
+                group["lr"] = rounded
+
+    def changing(self) -> list[Tensor]:
+        """The tensors that a step changes, besides the average: weights, buffers, the optimizer's."""
+        slots = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
+        return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:

@@ -16,6 +16,7 @@ from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.training.captured_step import CapturedStep
 from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, TrainOptions
 from ddpm_ext.training.state import TrainState
@@ -60,21 +61,23 @@ class TrainingStep:
         self.parallel = ranks.parallel(state.model, device)
         self._sum_order_fixed = ranks.size == 1
         self._pending: list[_Pending] = []
+        self._captured = CapturedStep(self._compute, state, device) if options.graph else None
 
     def take(self, images: Tensor) -> None:
         """Takes the next step. `images`: this rank's samples, (samples, channels, height, width)."""
         state, options, step = self.state, self.options, self.state.step
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(options, step)
+        state.set_learning_rate(learning_rate(options, step))
         timesteps = state.timestep_sampler.sample(
             len(self.samples), seed=options.seed, iteration=step, first=self.samples.start, total=options.batch_size
         )
         x_start, t, weights = map(self._on_device, (images, *timesteps))
         if not self._sum_order_fixed:
             self._fix_sum_order(x_start, t, weights)
-        state.optimizer.zero_grad(set_to_none=True)
-        losses = torch.cat([self._backward(part, x_start, t, weights) for part in self.parts])
-        norm = self._update()
+        if self._captured is None:
+            losses, norm = self._compute(x_start, t, weights, step)
+        else:
+            losses, norm = self._captured.take(x_start, t, weights, self._dropout_seed(self.samples.start))
+        state.update_average(options.ema)
         if state.timestep_sampler.learns:
             # This waits for the device, and for all ranks.
             seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
@@ -97,7 +100,7 @@ class TrainingStep:
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]
-        self._backward(self.parts[-1], x_start, t, weights)
+        self._backward(self.parts[-1], x_start, t, weights, self.state.step)
         for value, saved in zip(model.buffers(), before, strict=True):
             value.copy_(saved)
         for name, parameter in self.state.parameters.items():
@@ -107,18 +110,28 @@ class TrainingStep:
                 )
         self._sum_order_fixed = True
 
-    def _backward(self, part: range, x_start: Tensor, t: Tensor, weights: Tensor) -> Tensor:
+    def _compute(self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Updates the weights; returns the losses without weights, and the gradient's norm. `draw`: the noise's."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        losses = torch.cat([self._backward(part, x_start, t, weights, draw) for part in self.parts])
+        return losses, self._update()
+
+    def _dropout_seed(self, first: int) -> int:
+        return seed_for(self.options.seed, f"dropout/{first}", self.state.step)
+
+    def _backward(self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor) -> Tensor:
         """Adds the gradients of `part` of the samples; returns their losses without weights, (len(part),)."""
-        state, options, step = self.state, self.options, self.state.step
+        state, options = self.state, self.options
         here = slice(part.start - self.samples.start, part.stop - self.samples.start)
-        torch.manual_seed(seed_for(options.seed, f"dropout/{part.start}", step))
+        if self._captured is None:  # a graph that is being captured may not set a seed
+            torch.manual_seed(self._dropout_seed(part.start))
         last = part.stop == self.samples.stop
         with nullcontext() if last or self.ranks.size == 1 else self._unsynchronised():
             losses = self.diffusion.train_losses(
                 self._denoise,
                 x_start[here],
                 t[here],
-                rng=Philox(options.seed, sample_ids=part.start, draw=step),
+                rng=Philox(options.seed, sample_ids=part.start, draw=draw),
                 reduction="none",
                 **loss_options(self.options),
             )
@@ -139,7 +152,7 @@ class TrainingStep:
             return self.parallel(x, t)
 
     def _update(self) -> Tensor:
-        """Updates the weights and their average; returns the norm of the gradient before it was clipped."""
+        """Updates the weights; returns the norm of the gradient before it was clipped."""
         state, options = self.state, self.options
         parameters = state.parameters.values()
         state.scaler.unscale_(state.optimizer)
@@ -149,7 +162,6 @@ class TrainingStep:
             norm = torch.nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.update_average(options.ema)
         return norm
 
     def log_rows(self, newest: Callable[[], Path | None]) -> list[LogRow]:

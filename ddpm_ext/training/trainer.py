@@ -101,6 +101,8 @@ class Trainer:
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
                 f"{self.options.accumulate} accumulated parts"
             )
+        if self.options.graph and self.ranks.size > 1:
+            raise ValueError(f"graph: got {self.ranks.size} ranks, expected 1")
         with _current_device(self.device):
             self.model = self._make_model(model)
             self._try_out()
@@ -117,7 +119,7 @@ class Trainer:
 
     def _try_out(self) -> None:
         """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
-        x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64)
+        x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device="cpu")
         with torch.no_grad():
             output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance)
             self.diffusion.train_losses(lambda x, t: output, x, 0, rng=Philox(0), **loss_options(self.options))

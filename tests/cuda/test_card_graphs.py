@@ -1,7 +1,7 @@
 """Steps, losses and whole loops in a CUDA graph: replayed with another seed, they compute the bits of eager calls.
 
-The seed is a tensor on the GPU which the kernels read, so one graph serves every seed. On the CPU the function itself
-stands in for its graph.
+The seed is a tensor on the GPU which the kernels read, so one graph serves every seed. Without a seed, each replay
+draws one by torch's generator on the GPU. On the CPU the function itself stands in for its graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddpm_ext import GaussianDiffusion, Philox
 SHAPE, STEPS = (4, 3, 32, 32), 50
 SEEDS = (5, 2**63 + 7)
 GD = GaussianDiffusion(1000)
-Function = Callable[[Philox, torch.device], Tensor]
+Function = Callable[[Philox | None, torch.device], Tensor]
 
 
 def samples(device: torch.device) -> Tensor:
@@ -29,17 +29,17 @@ def halve(x: Tensor, t: Tensor) -> Tensor:
     return x * 0.5
 
 
-def q_sample(rng: Philox, device: torch.device) -> Tensor:
+def q_sample(rng: Philox | None, device: torch.device) -> Tensor:
     return GD.q_sample(samples(device), 500, rng=rng)
 
 
-def train_losses(rng: Philox, device: torch.device) -> Tensor:
+def train_losses(rng: Philox | None, device: torch.device) -> Tensor:
     """The loss's gradient with respect to the model's output."""
     output = samples(device).flip(0).requires_grad_()
     return torch.autograd.grad(GD.train_losses(lambda *_: output, samples(device), 500, rng=rng), output)[0]
 
 
-def p_sample(rng: Philox, device: torch.device) -> Tensor:
+def p_sample(rng: Philox | None, device: torch.device) -> Tensor:
     """The last steps of the reverse process, one after another, in place."""
     x = samples(device)
     for t in range(STEPS - 1, -1, -1):
@@ -47,7 +47,7 @@ def p_sample(rng: Philox, device: torch.device) -> Tensor:
     return x
 
 
-def loop(rng: Philox, device: torch.device, sampler: str, eta: float) -> Tensor:
+def loop(rng: Philox | None, device: torch.device, sampler: str, eta: float) -> Tensor:
     options = {"record": "last", "progress": False, "device": device}
     return GD.p_sample_loop(halve, SHAPE, sampler=sampler, steps=STEPS, eta=eta, rng=rng, **options)
 
@@ -104,7 +104,59 @@ def test_a_replay_with_another_seed(device, name):
     check_replays(FUNCTIONS[name], device)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_replays_without_a_seed_draw_anew(device, name):
+    results: list[Tensor] = []
+
+    def run() -> None:
+        results[:] = [FUNCTIONS[name](None, device)]
+
+    replay = capture(run, device)
+    drawn = []
+    for seed in (1, None, 1):
+        if seed is not None:
+            torch.manual_seed(seed)
+        replay()
+        drawn.append(results[0].clone())
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.cuda
+def test_a_capture_that_fails_leaves_torch_as_it_was(device):
+    """Its memory is freed, its generator draws, and another capture succeeds."""
+
+    def reads(x: Tensor, t: Tensor) -> Tensor:
+        return x * 0.5 if float(x.sum()) < 1e9 else x
+
+    options = {"steps": 5, "rng": Philox(1), "record": "last", "progress": False, "device": device}
+    expected = GD.p_sample_loop(reads, SHAPE, **options)
+    with pytest.warns(UserWarning, match="not captured"):
+        assert torch.equal(GD.p_sample_loop(reads, SHAPE, graph="step", **options), expected)
+    assert torch.randn(8, device=device).isfinite().all()
+    kept = torch.cuda.memory_allocated(device)
+    scratch = torch.empty(2**20, device=device)
+    del scratch
+    assert torch.cuda.memory_allocated(device) == kept
+    assert torch.equal(GD.p_sample_loop(halve, SHAPE, graph="step", **options), expected)
+
+
+@pytest.mark.parametrize("name", ["q_sample", "train_losses", "p_sample"])
+def test_a_draw_that_a_graph_counts(device, name):
+    draw = torch.zeros((), dtype=torch.int64, device=device)
+    results: list[Tensor] = []
+
+    def run() -> None:
+        draw.add_(1)
+        results[:] = [FUNCTIONS[name](Philox(4, draw=draw), device)]
+
+    replay = capture(run, device)
+    for _ in range(2):
+        replay()
+        assert torch.equal(results[0], FUNCTIONS[name](Philox(4, draw=int(draw)), device))
+
+
 def test_a_seed_that_stays_is_noticed(device):
     stays = Philox(1)
     with pytest.raises(AssertionError, match="not the eager bits"):
-        check_replays(lambda rng, device: q_sample(stays if rng.seed is not None else rng, device), device)
+        check_replays(lambda rng, device: q_sample(stays if rng and rng.seed is not None else rng, device), device)

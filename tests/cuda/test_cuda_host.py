@@ -168,6 +168,9 @@ def test_samples_and_noise(host, variant):
         for own in ({"first_id": first}, {"ids": ids}, {"ids": ids.repeat_interleave(3)[::3]}):
             call, gpu = make_call(variant, 5, 67, **rng, **own)
             host.check(hide_seed(call, gpu), "back", gpu=gpu, expected=call.on_cpu())
+        if draw >= 0:  # in memory the kernel has 32 bits of it
+            there = {**gpu, "draw": torch.tensor(draw - 2**40)}
+            host.check(replace(hide_seed(call, gpu), draw=5), gpu=there, expected=call.on_cpu())
         call, gpu = make_call(variant, 5, 67, **rng, ids=ids)
         expected = call.on_cpu()
         # the kernel has 56 bits of an id, whatever is above
@@ -375,7 +378,7 @@ from pathlib import Path
 host = calls.Host(Path(library.GIVEN))
 x = torch.zeros(2, 64)
 host.control.poison(x.data_ptr() + 496, 16)
-host.operators.forward_process(x, torch.ones(1, 2), None, 0, None, False, None, 0, None, 0, 0, -1, None)
+host.operators.forward_process(x, torch.ones(1, 2), None, 0, None, False, None, 0, None, 0, 0, -1, None, None)
 """
 
 

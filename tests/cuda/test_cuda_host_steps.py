@@ -150,6 +150,8 @@ def test_rows_samples_and_scales(step, host, pair):
             call = make_call(step, (5, 67), pair, seed=seed, stream=stream, draw=draw, **own)
             check(host, call, "back")
         expected = call.on_cpu()
+        if draw >= 0:
+            check(host, replace(call, draw=5), gpu={"draw": torch.tensor(draw)}, expected=expected)
         wild = ids + torch.tensor([0, 1, 2**7 - 1, -(2**7), -1]) * 2**56
         check(host, replace(call, ids=torch.zeros_like(ids)), gpu={"sample_ids": wild}, expected=expected)
 

@@ -101,7 +101,9 @@ def test_noise_torch_draws_no_seed():
     settings = Acceleration.of("torch", None, 0)
     assert torch.equal(torch.get_rng_state(), before)
     settings.begin_loop()
-    assert settings.rng is None and settings.whole_loop(3) is None and settings.next_forward() is None
+    assert (
+        settings.rng is None and settings.whole_loop(3) is None and settings.next_forward(torch.device("cpu")) is None
+    )
     assert settings.rng_of_step(3, 0) is None and settings.rng_of_step_at(torch.arange(3), 9) is None
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -111,7 +113,7 @@ def test_the_noise_of_training(ids):
     """Training uses stream 2, with another draw each time."""
     settings = Acceleration.of("philox", 2**64 - 1, ids)
     plain = Philox(2**64 - 1, ids)
-    drawn = [settings.next_forward() for _ in range(3)]
+    drawn = [settings.next_forward(torch.device("cpu")) for _ in range(3)]
     for draw, rng in enumerate(drawn):
         assert torch.equal(randn((3, 4), rng), randn((3, 4), plain, stream=2, draw=draw))
     assert settings.iteration == 3
@@ -119,7 +121,7 @@ def test_the_noise_of_training(ids):
 
 def test_settings_are_shown_and_copied():
     settings = Acceleration.of("philox", 7, torch.tensor([1, 2]))
-    settings.next_forward()
+    settings.next_forward(torch.device("cpu"))
     assert repr(settings).startswith("Acceleration(noise='philox', rng=Philox(seed=7, sample_ids=tensor([1, 2])")
     for other in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
         assert (other.noise, other.iteration, repr(other)) == ("philox", 1, repr(settings))

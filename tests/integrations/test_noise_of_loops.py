@@ -59,7 +59,7 @@ def test_a_seed_of_its_own_draws_nothing():
     before = torch.get_rng_state()
     settings = of()
     settings.whole_loop(3)
-    settings.next_forward()
+    settings.next_forward(torch.device("cpu"))
     settings.rng_of_step(3, 0)
     assert torch.equal(torch.get_rng_state(), before)
     lazy = of(None)
@@ -99,14 +99,14 @@ def test_a_copy_continues_and_then_each_counts_by_itself(copier):
 def test_training_noise_has_the_first_ids_and_another_draw_each_time():
     settings = of(9, 5)
     settings.whole_loop(3)
-    found = [settings.next_forward() for _ in range(2)]
+    found = [settings.next_forward(torch.device("cpu")) for _ in range(2)]
     assert shown(*found) == shown(*[Philox(9, 5, stream=2, draw=draw) for draw in range(2)])
     torch.manual_seed(1)
     drawn = of(None)
-    first = [drawn.next_forward().seed_value for _ in range(2)]
+    first = [drawn.next_forward(torch.device("cpu")).seed_value for _ in range(2)]
     assert first[0] != first[1]
     torch.manual_seed(1)
-    assert [of(None).next_forward().seed_value for _ in range(2)] == first
+    assert [of(None).next_forward(torch.device("cpu")).seed_value for _ in range(2)] == first
 
 
 # ------------------------------------------------------------------------------------------------------ single steps

@@ -9,7 +9,7 @@ from support import fake_cuda
 from support.loop_cases import CASES, IDS, PART, SHAPE, given, make_diffusion, model, ours, with_variance
 
 from ddpm_ext import Guidance, Interpolation, Philox
-from ddpm_ext.loop import loop
+from ddpm_ext.loop import cuda_graphs, loop
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 
 cases = pytest.mark.parametrize("case", CASES)
@@ -265,6 +265,44 @@ def test_a_graph_is_made_on_a_stream_of_the_samples_device(faked):
     assert x.tolist() == [2.0] * 3 and len(streams) == 3
     graphs.run("b", step, restore)
     assert x.tolist() == [3.0] * 3 and len(fake_cuda.CUDAGraph.instances) == 2
+
+
+def test_a_capture_leaves_other_threads_alone(faked):
+    """And its memory is in a pool of the loop's own."""
+    make_diffusion().p_sample_loop(**ours(make_diffusion(), "plain"), graph="step", record="last")
+    captures = [entry for entry in faked if entry[0] == "capture"]
+    assert captures and {entry[2:] for entry in captures} == {("pool", "thread_local")}
+
+
+@pytest.mark.parametrize("leaves_traces", [True, False])
+def test_a_capture_that_fails_has_ended(faked, monkeypatch, leaves_traces):
+    """For torch's allocator and generator too, in versions that leave that open. Its graph lives on there."""
+    monkeypatch.setattr(cuda_graphs, "_FAILURES_LEAVE_TRACES", leaves_traces)
+    monkeypatch.setattr(cuda_graphs, "_FAILED", [])
+
+    def step():
+        torch.ones(()).item()
+
+    graphs = CudaGraphs(torch.device("cuda"))
+    with pytest.warns(UserWarning, match="not captured"):
+        graphs.run("a", step, lambda: None)
+    left_open = (bool(fake_cuda.Current.allocates), fake_cuda.GENERATOR.broken, bool(cuda_graphs._FAILED))
+    assert left_open == ((False, False, True) if leaves_traces else (True, True, False))
+    graphs.run("a", step, lambda: None)
+    assert len(fake_cuda.CUDAGraph.instances) == 1  # no further attempt
+
+
+def test_a_graph_of_very_many_nodes_is_warned_of(faked):
+    class Layers(torch.nn.Sequential):
+        def forward(self, x, t):
+            return x * 0.5
+
+    gd, model = make_diffusion(), Layers(*[torch.nn.Identity() for _ in range(2500)])
+    arguments = ours(gd, "plain", model=model)
+    with pytest.warns(UserWarning, match="8 steps with 2500 layers each make a CUDA graph of some 20,000 nodes"):
+        gd.p_sample_loop(**arguments, graph="loop", record="last")
+    gd.p_sample_loop(**arguments, graph="step", record="last")  # warns of nothing
+    gd.p_sample_loop(**arguments | {"model": Layers(*model[1:])}, graph="loop", record="last")
 
 
 @graphs

@@ -40,7 +40,8 @@ def samples(make_step_table, normal, affine, rows, device):
     x, m, z = (normal(*SHAPE, seed=i, grad=True) for i in range(3))
     half = normal(*SHAPE, dtype=torch.float16, grad=True)
     last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2], device=device), "stream": 3, "draw": 1}
+    ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2], device=device), "stream": 3}
+    ids |= {"draw_data": torch.tensor(1)}
     plain = [v.detach() for v in (x, m, z)]
     out, inf = torch.empty(SHAPE, device=device), float("inf")
     kind = {"dtype": torch.bfloat16, "device": device}

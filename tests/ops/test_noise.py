@@ -11,7 +11,7 @@ from support.choices import for_many
 from support.devices import moved
 
 import ddpm_ext
-from ddpm_ext import Philox, reference
+from ddpm_ext import GaussianDiffusion, Philox, reference
 from ddpm_ext.ops.extension import C
 
 # Random123's kat_vectors, "philox4x32 10": counter, key, result.
@@ -183,6 +183,47 @@ def test_seed_may_be_a_tensor_of_its_64_bits(seed, device):
             assert torch.equal(randn((2, 9), Philox(tensor), device=device), expected)
 
 
+@pytest.mark.parametrize("draw", [0, 7, 2**31, 2**32 - 1])
+def test_draw_may_be_a_tensor(draw, device):
+    """On the CPU or on the device, by the compiled operators and by their twins."""
+    gd, x = GaussianDiffusion(20), torch.linspace(-1, 1, 24, device=device).reshape(2, 12)
+    by_reference = GaussianDiffusion(20, backend="reference")
+
+    def everything(draw, gd):
+        rng = Philox(3, 5, draw=draw)
+        return [
+            ddpm_ext.randn((2, 9), rng, device=device),
+            gd.q_sample(x, 3, rng=rng),
+            gd.p_sample(lambda x, t: x * 0.5, x, 3, rng=rng),
+            gd.train_losses(lambda x, t: x * 0.5, x, 3, rng=rng, offset_noise=0.1, input_perturbation=0.1),
+        ]
+
+    for each in (gd, by_reference):
+        expected = everything(draw, each)
+        for there in {torch.device("cpu"), device}:
+            for found, wanted in zip(everything(torch.tensor(draw, device=there), each), expected, strict=True):
+                assert torch.equal(found, wanted)
+
+
+def test_a_draw_of_the_call_comes_first(device):
+    rng = Philox(1, draw=torch.tensor(8, device=device))
+    assert torch.equal(
+        ddpm_ext.randn((2, 9), rng, draw=3, device=device), ddpm_ext.randn((2, 9), Philox(1, draw=3), device=device)
+    )
+
+
+@pytest.mark.parametrize("draw", [-1, 2**32])
+def test_a_draw_on_the_cpu_is_checked(draw):
+    rng, gd = Philox(1, draw=torch.tensor(draw)), GaussianDiffusion(20)
+    for use in (
+        lambda: ddpm_ext.randn((2, 3), rng),
+        lambda: reference.randn((2, 3), rng),
+        lambda: gd.q_sample(torch.zeros(2, 3), 1, rng=rng),
+    ):
+        with pytest.raises(ValueError, match=f"draw is {draw}, expected 0 <= draw < 2"):
+            use()
+
+
 def test_manual_seed_repeats_the_noise_of_no_rng(device):
     randn = functools.partial(ddpm_ext.randn, (2, 64), device=device)
     torch.manual_seed(11)
@@ -231,6 +272,8 @@ def test_randn_makes_shape_and_dtype(dtype, device):
         ((0,), {"draw": -1}, ValueError, "draw is -1"),
         ((0,), {"draw": 2**32}, ValueError, "draw is"),
         ((0,), {"draw": 1.0}, TypeError, "draw is 1.0"),
+        ((0,), {"draw": torch.tensor([1])}, TypeError, r"draw .*\(1,\)"),
+        ((0,), {"draw": torch.tensor(1.0)}, TypeError, "draw .*float32"),
         ((0,), {"stream": -1}, ValueError, "stream is -1"),
         ((0,), {"stream": 256}, ValueError, "stream is 256"),
         ((0,), {"stream": "0"}, TypeError, "stream is '0'"),
@@ -258,6 +301,7 @@ def test_philox_checks_its_arguments(arguments, options, error, message):
         ((2, 3), {"rng": Philox(0, torch.arange(3))}, ValueError, "sample_ids has shape .*3.*expected .*2"),
         ((2, 3), {"rng": Philox(0, torch.tensor([0, -1]))}, ValueError, r"sample_ids\[1\] is -1"),
         ((2, 3), {"rng": Philox(0, torch.tensor([2**56, 0]))}, ValueError, r"sample_ids\[0\] is"),
+        ((2, 3), {"rng": Philox(0, draw=torch.tensor(1, device="meta"))}, ValueError, "draw is on meta, expected cpu"),
         ((2, 3), {"draw": -1}, ValueError, "draw is -1"),
         ((2, 3), {"draw": 2**32}, ValueError, "draw is"),
         ((2, 3), {"draw": 0.5}, TypeError, "draw is 0.5"),

@@ -4,12 +4,17 @@ The tables stay on the CPU nevertheless, and samples on their device."""
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 
+import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Guidance, Philox
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import SPACINGS
+from ddpm_ext.training import Trainer
 
 CASES = [(sampler, spacing) for sampler in SAMPLERS for spacing in ("linspace", "karras")]
 CASES += [("ddim", spacing) for spacing in (*SPACINGS, "ddim5", "3,2") if spacing != "align_your_steps_svd"]
@@ -62,3 +67,40 @@ def test_training(options):
         gd = GaussianDiffusion(20, "cosine")
         assert torch.equal(gd.train_losses(model, x, t, rng=Philox(1), **options), expected)
         assert torch.equal(gd.bits_per_dim(model, x, rng=Philox(1)).total, bound)
+
+
+def test_trainer(tmp_path):
+    """And its pictures and its samples, and a model that is made by its options."""
+    pytest.importorskip("diffusers")
+    options = {"steps": 2, "batch_size": 4, "timesteps": 20, "checkpoint_every": 1, "log_every": 1}
+    options |= {"widths": (8, 8), "attention": (), "sample_every": 2, "sample_steps": 2, "sample_count": 2}
+    weights = []
+    for device in (torch.device("cpu"), META):
+        with device:
+            trainer = Trainer(None, None, "digits", tmp_path / device.type, report=lambda _: None, **options)
+            trainer.fit()
+        weights.append(trainer.state.average.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def makers_without_a_device(tree: ast.AST) -> list[str]:
+    """Calls of torch's functions that make a tensor on the default device."""
+    makers = {
+        *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones"),
+        *("rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"),
+    }
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [
+        f"{call.lineno}: {ast.unparse(call)}"
+        for call in calls
+        if ast.unparse(call.func) in {f"torch.{name}" for name in makers}
+        and not any(keyword.arg in ("device", None) for keyword in call.keywords)
+    ]
+
+
+def test_every_tensor_names_its_device():
+    assert makers_without_a_device(ast.parse("torch.zeros(3)")) == ["1: torch.zeros(3)"]
+    source = Path(ddpm_ext.__file__).parent
+    found = {path.name: makers_without_a_device(ast.parse(path.read_text("utf-8"))) for path in source.rglob("*.py")}
+    assert {name: calls for name, calls in found.items() if calls} == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,17 +11,19 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import parts, speed
-from benchmarks.gpu.parts import CUT_OFF, FAIL, NOT_MEASURED, PASS, ROOT, Part
-from benchmarks.gpu.report import markdown
-from benchmarks.gpu.ways import MOVED
+from benchmarks.gpu import logs, parts, speed
+from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
+from benchmarks.gpu.parts import ROOT, Part
+from benchmarks.gpu.report import bounds, markdown
+from benchmarks.gpu.ways import ADD, MOVED, NEAR, STEPS
 
 WITHOUT_PYTEST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
 
-def part(name, code, seconds=100.0, read=parts.read_rows):
+def part(name, code, seconds=100.0, read=logs.read_rows):
     return Part(name, seconds, (sys.executable, "-c", code), read)
 
 
@@ -52,9 +55,9 @@ def command(*arguments, **environment):
 
 def test_a_part_that_crashes_stops_no_other(monkeypatch, tmp_path):
     crash = part("crash", row(n=1) + "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-    missing = Part("missing", 100, ("no such program",), parts.read_rows)
+    missing = Part("missing", 100, ("no such program",), logs.read_rows)
     raises = part("raises", "raise SystemExit('no memory')")
-    not_installed = Part("not installed", 100, (), parts.read_rows)
+    not_installed = Part("not installed", 100, (), logs.read_rows)
     chosen = (MACHINE, crash, missing, raises, not_installed, part("last", row(n=2)))
     status, found = run(monkeypatch, tmp_path, *chosen)
     assert status == 1
@@ -116,7 +119,7 @@ def test_each_result_is_written_before_the_next_part_begins(monkeypatch, tmp_pat
 
 def test_time_that_is_left_goes_to_the_next_parts(monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(script, "result_of", lambda part, seconds, log: given.append(seconds) or parts.Result(PASS, ""))
+    monkeypatch.setattr(script, "result_of", lambda part, seconds, log: given.append(seconds) or logs.Result(PASS, ""))
     chosen = parts.all_parts(dry=False)
     budget = sum(part.seconds for part in chosen)
     script.run_all(chosen, budget, tmp_path)
@@ -182,13 +185,19 @@ def test_a_dry_run(tmp_path):
 def test_every_operation_and_way_is_timed():
     """On the CPU, with tiny sizes."""
     bench = speed.Bench(dry=True)
-    rows = [row for group in speed.GROUPS for row in speed.measured(group, bench)]
+    rows = [speed.attempt(job) for group in speed.GROUPS.values() for job in group(bench)]
     assert not [row for row in rows if "error" in row]
     ways = {name: {row["way"] for row in rows if row["operation"] == name} for name in {r["operation"] for r in rows}}
     assert set(ways) == {*MOVED, "a step of a loop", "empty launch"}
     assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
     assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
     assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
+    bytes_of = {
+        row["operation"]: row["moved_bytes"] // (2 * 3 * 64 * 64)
+        for row in rows
+        if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
+    }
+    assert (bytes_of["p_sample"], bytes_of["linear_step, unipc"], bytes_of["linear_step, plms"]) == (12, 24, 28)
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
@@ -196,12 +205,29 @@ def test_every_operation_and_way_is_timed():
     assert all(f"| {operation} |" in text for operation in ways)
 
 
-def test_a_way_that_fails_loses_no_other(monkeypatch):
+def test_a_row_that_fails_loses_no_other(monkeypatch):
+    """Whether it raises, crashes or hangs, as a CUDA graph may."""
+
     def fails():
         raise ValueError("too large\nand more")
 
-    monkeypatch.setitem(speed.GROUPS, "loop", lambda bench: iter([fails, lambda: {"n": 1}]))
-    assert list(speed.measured("loop", None)) == [{"error": "ValueError: too large"}, {"n": 1}]
+    monkeypatch.setattr(speed, "MOST_SECONDS", 2)
+    jobs = (fails, lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: time.sleep(600), lambda: {"n": 1})
+    errors = "ValueError: too large", "exit status -11", "it took longer than 2 s"
+    assert [speed.apart(job) for job in jobs] == [*({"error": error} for error in errors), {"n": 1}]
+
+
+def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
+    """A process that has used CUDA cannot be forked."""
+
+    def refuse():
+        raise AssertionError("CUDA is used")
+
+    for name in ("_lazy_init", "is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    bench = speed.Bench(dry=False)
+    assert len([job for group in speed.GROUPS.values() for job in group(bench)]) > 100
+    assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]
 
 
 def test_tests_that_the_parts_run_are_there():
@@ -215,16 +241,103 @@ def test_tests_that_the_parts_run_are_there():
 
 
 def test_the_sanitizer_runs_under_each_tool(monkeypatch):
-    monkeypatch.setattr(parts, "compute_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(parts, "tool", lambda name: name)
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         found = next(chosen.command for chosen in parts.all_parts(dry=False) if chosen.name == tool)
         assert found[:3] == ("compute-sanitizer", "--tool", tool)
         assert ("kns=ddpm_ext" in found) == (tool != "initcheck")
-    monkeypatch.setattr(parts, "compute_sanitizer", lambda: None)
-    assert parts.sanitizer("memcheck", 9).command == ()
+    monkeypatch.setattr(parts, "tool", lambda name: None)
+    assert parts.sanitizer("memcheck", 9).command == parts.counters(9).command == ()
+
+
+def test_the_order_is_that_of_value():
+    names = [chosen.name for chosen in parts.all_parts(dry=False)]
+    speeds = ["speed-steps", "speed-loop", "speed-rest"]
+    checks = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert names == ["machine", "build", "bits", *speeds, "costs", "counters", "suite", *checks]
+
+
+# ------------------------------------------------------------------------------------------------------ a cut-off
+
+NO_ERRORS = "========= ERROR SUMMARY: 0 errors\n"
+CALLS = "".join(json.dumps({"operation": name, "dtype": "float32"}) + "\n" for name in ("p_sample", "randn"))
+KERNELS = "==PROF== Disconnected\n" + "".join(
+    ",".join(f'"{cell}"' for cell in line) + "\n"
+    for line in (
+        ("ID", "Kernel Name", *COUNTERS.values()),
+        ("", "", *["unit"] * len(COUNTERS)),
+        ("0", "void ddpm_ext::f<a, b>(c)", *map(str, range(len(COUNTERS)))),
+        ("1", "void ddpm_ext::g(c)", *map(str, range(10, 10 + len(COUNTERS)))),
+    )
+)
+TIMES = {"us": 1.0, "us_low": 0.5, "us_high": 2.0}
+TIMED = {"operation": "p_sample", "way": "eager", "shape": [1], "dtype": "float32", "moved_bytes": 12, "call": TIMES}
+WHOLE = {
+    logs.read_rows: f"{json.dumps(TIMED)}\n" * 2,
+    logs.read_pytest: "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b SKIPPED (why) [100%]\n",
+    logs.read_sanitizer: "========= COMPUTE-SANITIZER\ntests/a.py::test_a PASSED [100%]\n" + NO_ERRORS,
+    logs.read_counters: CALLS + KERNELS,
+}
+
+
+@pytest.mark.parametrize("read", WHOLE, ids=lambda read: read.__name__)
+def test_a_log_may_end_anywhere(read):
+    for end in range(len(WHOLE[read]) + 1):
+        assert read(WHOLE[read][:end], None).verdict == CUT_OFF
+    assert read(WHOLE[read], 0).verdict == PASS
+
+
+def test_every_part_may_be_cut_off(monkeypatch, tmp_path):
+    """Each prints half of what it has to say and then hangs; the next one runs, and all that was printed is kept."""
+    monkeypatch.setattr(parts, "tool", lambda name: name)
+    chosen = [MACHINE]
+    for real in parts.all_parts(dry=False)[1:]:
+        log = WHOLE[real.read]
+        hang = f"import time; print({log[: len(log) * 3 // 5]!r}, end='', flush=True); time.sleep(600)"
+        chosen.append(dataclasses.replace(real, seconds=1.2, command=(sys.executable, "-c", hang), environment={}))
+    status, found = run(monkeypatch, tmp_path, *chosen)
+    assert status == 0
+    assert {name: p["verdict"] for name, p in found.items()} == {p.name: CUT_OFF for p in chosen} | {"machine": PASS}
+    assert found["speed-rest"]["rows"] == [TIMED] and found["suite"]["found"] == "1 passed"
+
+
+def test_a_machine_part_that_is_cut_off_is_no_missing_card(monkeypatch, tmp_path):
+    monkeypatch.setattr(script, "GRACE", 0.2)
+    monkeypatch.setattr(script, "LEAST", 0.1)
+    slow = part("machine", "import time; time.sleep(600)", seconds=1)
+    assert script.run_all([slow, part("bits", row(n=1))], 101, tmp_path) == 0
+    results = json.loads((tmp_path / "unknown-card.json").read_text())["parts"]
+    assert [results[name]["verdict"] for name in ("machine", "bits")] == [CUT_OFF, PASS]
 
 
 # ------------------------------------------------------------------------------------------------------ reading logs
+
+
+def test_counters_belong_to_their_calls():
+    first, second = logs.read_counters(CALLS + KERNELS, 0).rows
+    assert (first["operation"], first["ns"], second["operation"], second["ns"]) == ("p_sample", "0", "randn", "10")
+    text = markdown({"counters": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": [first, second]}})
+    assert "| randn | float32 | 10 | 11 | 12 | 13 | 14 | 15 |" in text
+    refused = logs.read_counters(CALLS + "==ERROR== ERR_NVGPUCTRPERM\n", 1)
+    assert refused.verdict == NOT_MEASURED and "ERR_NVGPUCTRPERM" in refused.found
+
+
+def step_row(way, us, of_copy=0.5, key="cold"):
+    about = {"operation": "p_sample", "way": way, "shape": [1, 3, 32, 32], "dtype": "float32"}
+    return about | {key: {"us": us, "of_copy": of_copy}, "call": {"us": 9.0}}
+
+
+@pytest.mark.parametrize(
+    "us, of_copy, found",
+    [(2.0, 0.5, "a launch"), (2.4, 0.5, "neither"), (2.4, 0.9, "its bytes"), (2.0, 0.9, "its bytes")],
+)
+def test_what_follows_from_the_times_of_others(us, of_copy, found):
+    empty = {"operation": "empty launch", "way": "", "shape": [], "dtype": "", "warm": {"us": 1.0}, "call": {"us": 4.5}}
+    rows = [empty, step_row(STEPS[0].way, us, of_copy), step_row(ADD, 2.0), step_row(NEAR, 12.0, key="warm")]
+    ((shape, dtype, of_empty, of_add, copy, eager, compiled, fast),) = bounds(rows)
+    assert (shape, dtype, of_empty, copy, fast) == ("1x3x32x32", "float32", "2.00", f"{of_copy:.2f}", found)
+    assert (of_add, eager, compiled) == (f"{us / 2:.2f}", "1.00", "nan")  # eager: by the call, which both have
+
 
 PASSED = "tests/a.py::test_a[cuda-x y] PASSED [ 50%]\n"
 SKIPPED = "tests/a.py::test_b SKIPPED (needs two GPUs) [ 75%]\n"
@@ -244,7 +357,7 @@ FAILED = "tests/a.py::test_c FAILED [100%]\n"
     ],
 )
 def test_what_pytest_says(log, status, verdict, found):
-    result = parts.read_pytest(log, status)
+    result = logs.read_pytest(log, status)
     assert result.verdict == verdict and found in result.found
 
 
@@ -256,7 +369,7 @@ def test_pytest_says_it_like_that(tmp_path):
     )
     arguments = [argument for argument in parts.pytest("test_it.py", dry=True) if argument not in ("--device", "cpu")]
     done = subprocess.run(arguments, cwd=tmp_path, env=WITHOUT_PYTEST, capture_output=True, text=True)
-    counts, failed = parts.outcomes(done.stdout)
+    counts, failed = logs.outcomes(done.stdout)
     assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
     assert failed == ["test_it.py::test_x[a b]", "test_it.py::test_z"]
 
@@ -283,4 +396,4 @@ HAZARD = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\
     ],
 )
 def test_what_the_sanitizer_says(status, log, verdict):
-    assert parts.read_sanitizer(log, status).verdict == verdict
+    assert logs.read_sanitizer(log, status).verdict == verdict

@@ -43,6 +43,8 @@ FOREIGN = {
     "sys._getframe",
     "torch._C",
     "torch._foreach_lerp_",
+    "effects._EffectType",  # of torch._higher_order_ops
+    "effects._register_effectful_op",
     # Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
     "peer._scale_timesteps",
     "peer._vb_terms_bpd",

@@ -2,7 +2,10 @@
 
 A capture runs the calls and then undoes what they wrote. Like a GPU, it refuses to read a value back and to begin
 another capture. A replay repeats the recorded calls on the same memory with the same numbers: only what is read from
-memory can differ.
+memory can differ, and what torch's own generator draws.
+
+A capture that fails leaves all as torch up to 2.11 does: its stream is current, the allocator still takes from its
+pool, and the generator refuses to draw.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext.ops import noise
 
 FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
 
@@ -45,6 +50,29 @@ DEFAULT = Stream("default")
 
 class Current:
     stream = DEFAULT
+    captures = False
+    allocates: ClassVar[set] = set()  # devices and pools that a capture allocates from
+
+
+class Generator:
+    """A GPU's default generator: `broken` by a capture that did not end, as its clone is not."""
+
+    broken = False
+
+    def clone_state(self):
+        return Generator()
+
+    def graphsafe_set_state(self, other):
+        self.broken = other.broken
+
+
+GENERATOR = Generator()
+
+
+def end_allocate_to_pool(device, pool):
+    if (device, pool) not in Current.allocates:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+    Current.allocates.remove((device, pool))
 
 
 @contextlib.contextmanager
@@ -63,6 +91,7 @@ class CUDAGraph:
         self.calls, self.replays = [], 0
         CUDAGraph.instances.append(self)
 
+    @torch.no_grad()
     def replay(self):
         LOG.append(("replay", self))
         self.replays += 1
@@ -70,7 +99,8 @@ class CUDAGraph:
             found = function(*args, **kwargs)
             if results is not None:
                 for result, new in zip(results, found if isinstance(found, tuple | list) else (found,), strict=True):
-                    result.copy_(new)
+                    if result is not None:  # as of a gradient that is not asked for
+                        result.copy_(new)
 
 
 class Recorder(TorchDispatchMode):
@@ -82,6 +112,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if str(function).startswith(FORBIDDEN):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if str(function).startswith("profiler."):  # what an optimizer calls is no launch
+            return function(*args, **kwargs)
         arguments = function._schema.arguments
         written, viewed = [], False
         for i, argument in enumerate(arguments):
@@ -108,26 +140,36 @@ class Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def graph(cuda_graph, pool=None, stream=None, **_):
-    assert pool == "pool" and stream is Current.stream and stream is not DEFAULT
-    LOG.append(("capture", cuda_graph))
-    recorder = Recorder(cuda_graph)
+def graph(cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+    assert stream is None or (stream is Current.stream and stream is not DEFAULT)
+    LOG.append(("capture", cuda_graph, pool, capture_error_mode))
+    recorder, random = Recorder(cuda_graph), torch.get_rng_state()
+    Current.captures = True
+    Current.allocates.add((0, pool))
     try:
         with recorder:
             yield
+        end_allocate_to_pool(0, pool)
     except BaseException:
         Current.stream = "a capture stream that was left behind"  # as torch 2.7 does
+        GENERATOR.broken = True
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
     finally:
-        for tensor, before in reversed(recorder.before.values()):
-            tensor.copy_(before)  # nothing was executed
+        Current.captures = False
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, before in reversed(recorder.before.values()):
+                tensor.copy_(before)  # nothing was executed
 
 
 def install(monkeypatch):
     """Replaces everything in torch.cuda that ddpm_ext's graphs and copies use. Returns the log, emptied."""
     LOG.clear()
     CUDAGraph.instances.clear()
-    Current.stream = DEFAULT
+    Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
+    Current.allocates.clear()
+    monkeypatch.setattr(noise, "stream_captures", lambda device: Current.captures)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate_to_pool)
     fakes = {
         "Stream": Stream,
         "Event": Event,
@@ -136,6 +178,8 @@ def install(monkeypatch):
         "stream": stream,
         "current_stream": lambda device=None: Current.stream,
         "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: 0,
+        "default_generators": [GENERATOR],
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

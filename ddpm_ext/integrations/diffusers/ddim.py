@@ -70,8 +70,8 @@ def _make(
         raise Fallback
     if not 0 <= eta <= 1:
         raise Fallback(f"eta is {eta}")
-    levels, end = alphas_cumprod.detach().cpu(), torch.as_tensor(end).detach().cpu()
-    t = torch.arange(len(levels))
+    levels, end = alphas_cumprod.detach().cpu(), torch.as_tensor(end, device="cpu").detach()
+    t = torch.arange(len(levels), device="cpu")
     other = t - abs(stride)
     below = torch.where(other >= 0, levels[other.clamp(min=0)], end.to(levels.dtype))
     now, after = (levels, below) if stride > 0 else (below, levels)

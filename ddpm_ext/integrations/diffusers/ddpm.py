@@ -62,7 +62,7 @@ def _make(
     if prediction_type not in PREDICTIONS or variance_type not in VARIANCES or variance_type == "learned_log":
         raise Fallback
     levels = alphas_cumprod.detach().cpu()
-    t = torch.arange(len(levels) - 1, -1, -1) if timesteps is None else timesteps.detach().cpu()
+    t = torch.arange(len(levels) - 1, -1, -1, device="cpu") if timesteps is None else timesteps.detach().cpu()
     if len(t.unique()) < len(t):
         raise Fallback("its timesteps repeat")
     to = torch.cat([t[1:], t.new_tensor([-1])])

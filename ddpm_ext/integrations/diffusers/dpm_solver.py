@@ -67,7 +67,7 @@ def _make(
     if not (sigmas[1:] < sigmas[:-1]).all():
         raise Fallback("its sigmas do not fall")
     t = timesteps.detach().cpu().long()
-    grid = Grid(torch.arange(len(t)), levels, 1 - levels[:-1] / levels[1:])
+    grid = Grid(torch.arange(len(t), device="cpu"), levels, 1 - levels[:-1] / levels[1:])
     second = SOLVERS[algorithm_type](grid, prediction=PREDICTIONS[prediction_type], lower_order_final=False)
     columns = {name: getattr(second, name) for name in COLUMNS if name != "draw"}
     first = columns | {"c0": second.c0 + second.c3, "c3": torch.zeros_like(second.c3)}

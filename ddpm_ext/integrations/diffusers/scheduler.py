@@ -257,11 +257,11 @@ def make_rows(
     """
     row: list[int] = []
     if timesteps is not None:
-        rows = torch.full((timesteps,), NO_ROW)
+        rows = torch.full((timesteps,), NO_ROW, device="cpu")
         if unfused is not None:
             rows[unfused] = UNFUSED
         if steps is not None:
-            rows[steps.timestep] = torch.arange(len(steps))
+            rows[steps.timestep] = torch.arange(len(steps), device="cpu")
         row = rows.tolist()
     if steps is None:
         return FusedRows(row=row)

@@ -96,7 +96,7 @@ class Guided(Accelerated):
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         tables = tables_of(self)
         check_inputs(tables, x_start, t, noise)
-        rng = None if noise is not None else self.accelerated.next_forward()
+        rng = None if noise is not None else self.accelerated.next_forward(x_start.device)
         if noise is None and rng is None:
             noise = torch.randn_like(x_start)
         return ops.forward_process(x_start, tables.q_sample(x_start.device), t, noise=noise, rng=rng)

@@ -40,7 +40,7 @@ def training_losses(
     at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
     source: dict[str, Any] = {"noise": noise}
     if noise is None:
-        rng = peer.accelerated.next_forward()
+        rng = peer.accelerated.next_forward(x_start.device)
         source = {"noise": torch.randn_like(x_start)} if rng is None else {"rng": rng}
     x_t = ops.forward_process(x_start, tables.q_sample(x_start.device), t, **source)
     as_they_are = tables.model_gets_t or maps_timesteps(peer, tables, model)

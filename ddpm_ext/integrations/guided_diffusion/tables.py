@@ -260,8 +260,10 @@ def _make_entry(peer: Any, state: tuple[Any, ...], key: tuple[int, ...]) -> Entr
 def _make_tables(peer: Any) -> FusedTables:
     spaced = is_spaced(peer)
     with torch.inference_mode(False), torch.device("cpu"):
-        timesteps = torch.arange(int(peer.num_timesteps))
+        timesteps = torch.arange(int(peer.num_timesteps), device="cpu")
         # The peer's own code maps a timestep to what a model gets.
         model = (lambda x, t: t) if not spaced else peer._wrap_model(lambda x, t: t)
         model_timesteps = model(None, peer._scale_timesteps(timesteps))
-        return FusedTables(peer, model_timesteps, torch.tensor(peer.timestep_map) if spaced else timesteps)
+        return FusedTables(
+            peer, model_timesteps, torch.tensor(peer.timestep_map, device="cpu") if spaced else timesteps
+        )

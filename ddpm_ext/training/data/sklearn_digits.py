@@ -32,6 +32,6 @@ def digits(part: str = "all") -> tuple[Tensor, Tensor]:
     loaded = require("sklearn.datasets", "the digits data set").load_digits()
     images = torch.from_numpy(loaded.images).float().div_(8).sub_(1).unsqueeze(1)  # pixels are 0 to 16
     labels = torch.from_numpy(loaded.target).long()
-    held_out = torch.arange(len(labels)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    held_out = torch.arange(len(labels), device="cpu") % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
     chosen = {"train": ~held_out, "heldout": held_out, "all": torch.ones_like(held_out)}[part]
     return images[chosen], labels[chosen]

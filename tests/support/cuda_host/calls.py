@@ -110,7 +110,7 @@ class Call:
 
     def arguments(self, out: Tensor | None) -> tuple[Any, ...]:
         """As the compiled modules take them; randn's for torch.ops."""
-        rng = (None, self.seed, self.ids, self.first_id, self.stream, self.draw)
+        rng = (None, self.seed, self.ids, self.first_id, self.stream, self.draw, None)
         row = (self.table, self.t, self.t_index)
         if self.op == "randn":
             return list(self.x.shape), *rng
@@ -194,7 +194,7 @@ class Host:
             result = place("out", nothing)
         takes_out = call.op in ("reverse_step", "forward_process")
         self.control.instead(
-            instead.get("t"), instead.get("sample_ids"), instead.get("seed"), None if takes_out else result
+            *map(instead.get, ("t", "sample_ids", "seed")), None if takes_out else result, instead.get("draw")
         )
         try:
             if call.op == "randn":
@@ -202,7 +202,7 @@ class Host:
             else:
                 getattr(self.operators, call.op)(*call.arguments(result))
         finally:
-            self.control.instead(None, None, None, None)
+            self.control.instead(None, None, None, None, None)
         written = "x" if in_place else "out"
         return {name: p.done(name == written) for name, p in placed.items()}[written]
 

@@ -25,7 +25,7 @@ namespace {
 // Tensors to use in place of arguments that the operators read themselves if they are on the CPU but pass to the kernel
 // if they are on a GPU, and in place of results that they allocate.
 struct Instead {
-  OptionalTensor t, sample_ids, seed, out;
+  OptionalTensor t, sample_ids, seed, out, draw;
 } instead;
 
 bool took_vectors;
@@ -38,6 +38,7 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
     call.ids_stride = instead.sample_ids->stride(0);
   }
   if (instead.seed) call.seed_data = instead.seed->const_data_ptr<int64_t>();
+  if (instead.draw) call.draw_data = instead.draw->const_data_ptr<int64_t>();
   if constexpr (std::is_same_v<AnyCall, ddpm_ext::ElementwiseCall>) {
     if (instead.out) {  // its samples have the layout of the allocated one's
       call.out.data = instead.out->mutable_data_ptr();
@@ -49,8 +50,9 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
 }
 
 Tensor randn(std::vector<int64_t> size, const OptionalTensor& seed, int64_t seed_value,
-             const OptionalTensor& sample_ids, int64_t first_id, int64_t stream, int64_t draw, at::ScalarType dtype) {
-  return ddpm_ext::randn(size, {seed, seed_value, sample_ids, first_id, stream, draw}, dtype, at::kCPU);
+             const OptionalTensor& sample_ids, int64_t first_id, int64_t stream, int64_t draw,
+             const OptionalTensor& draw_data, at::ScalarType dtype) {
+  return ddpm_ext::randn(size, {seed, seed_value, sample_ids, first_id, stream, draw, draw_data}, dtype, at::kCPU);
 }
 
 py::list take_launches() {
@@ -102,9 +104,8 @@ const char* instruction_set() { return "cuda"; }
 PYBIND11_MODULE(control, m) {
   using standin::control;
   m.def("randn", &randn);
-  m.def("instead", [](OptionalTensor t, OptionalTensor sample_ids, OptionalTensor seed, OptionalTensor out) {
-    instead = {t, sample_ids, seed, out};
-  });
+  m.def("instead", [](OptionalTensor t, OptionalTensor sample_ids, OptionalTensor seed, OptionalTensor out,
+                      OptionalTensor draw) { instead = {t, sample_ids, seed, out, draw}; });
   m.def("took_vectors", [] { return took_vectors; });
   m.def("take_launches", &take_launches);
   m.def("set_seed", [](uint64_t seed) { control.seed = seed; });

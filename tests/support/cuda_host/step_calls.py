@@ -59,7 +59,7 @@ class StepCall:
         given = {**self.tensors, **results, "log_variance": self.log_variance}
         row, rng = (
             (self.table, self.t, self.t_index),
-            (None, self.seed, self.ids, self.first_id, self.stream, self.draw),
+            (None, self.seed, self.ids, self.first_id, self.stream, self.draw, None),
         )
         how = (*row, *self.clip, given.get("noise"), self.drawn, *rng, given["out"])
         return given["x_t"], given.get("model_output"), *how, *map(given.get, self.step.INPUTS)
@@ -146,13 +146,13 @@ def run(
         place(name, torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(x.dtype))
     where = {name: instead.get(name, name) for name in call.results}
     pointers = {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()}
-    host.control.instead(pointers.get("t"), pointers.get("sample_ids"), pointers.get("seed"), None)
+    host.control.instead(*map(pointers.get, ("t", "sample_ids", "seed")), None, pointers.get("draw"))
     try:
         getattr(host.operators, call.step.OPERATOR)(
             *call.arguments({name: placed[at].tensor for name, at in where.items()})
         )
     finally:
-        host.control.instead(None, None, None, None)
+        host.control.instead(None, None, None, None, None)
     found = {name: p.done(name in where.values()) for name, p in placed.items()}
     return {name: found[at] for name, at in where.items()}
 

@@ -74,7 +74,7 @@ class Windows:
 
         arguments = replace(call, seed=~call.seed if gpu else call.seed).arguments(tensors["out"])
         run = getattr(host.operators, call.op)
-        host.control.instead(None, None, gpu.get("seed"), None)
+        host.control.instead(None, None, gpu.get("seed"), None, None)
         try:
             host.control.take_launches()
             host.control.set_blocks([])
@@ -83,7 +83,7 @@ class Windows:
             host.control.set_blocks(self.blocks(launch, places))
             run(*arguments)
         finally:
-            host.control.instead(None, None, None, None)
+            host.control.instead(None, None, None, None, None)
             host.control.set_blocks(None)
         for where, truth in expected:
             assert_same_bits(tensors["out"][where], truth, f"{call} {launch} {offsets}")

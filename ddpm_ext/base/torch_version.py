@@ -1,0 +1,7 @@
+"""The version of torch at run time."""
+
+import torch
+
+__all__ = ["TORCH"]
+
+TORCH: tuple[int, int] = tuple(map(int, torch.__version__.split(".")[:2]))  # type: ignore[assignment]

@@ -1,0 +1,108 @@
+"""A training step as a CUDA graph, by a faked torch.cuda: the weights of the steps that single calls take."""
+
+import warnings
+
+import pytest
+import torch
+from support import fake_cuda
+from support.trainer_run import make
+
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.training import TrainOptions, captured_step
+
+OPTIONS = {"steps": 9, "checkpoint_every": 4}
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    log = fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(captured_step, "CudaGraphs", lambda device: CudaGraphs(torch.device("cuda")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield log
+
+
+def trained(folder, **options):
+    """The state's tensors and the log of a run."""
+    trainer = make(folder, **OPTIONS | options)
+    trainer.fit()
+    return trainer.state.tensors(), (folder / "losses.csv").read_text()
+
+
+def check_same(found, expected):
+    assert found[0].keys() == expected[0].keys()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, expected[0][name]), name
+    columns = [[line.split(",")[:4] for line in log.splitlines()] for _, log in (found, expected)]
+    assert columns[0] == columns[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"offset_noise": 0.1, "input_perturbation": 0.1},
+        {"variance": "learned_range", "loss": "huber", "prediction": "v"},
+        {"timestep_sampler": "loss_second_moment", "clip": 0.0, "autocast": "bfloat16"},
+    ],
+    ids=lambda options: ", ".join(options) or "none",
+)
+def test_captured_is_uncaptured(faked, tmp_path, options):
+    """With dropout, a buffer that changes, a rate that rises and falls."""
+    expected = trained(tmp_path / "calls", **options)
+    assert not fake_cuda.CUDAGraph.instances
+    found = trained(tmp_path / "graph", graph=True, **options)
+    (graph,) = fake_cuda.CUDAGraph.instances
+    assert graph.replays == OPTIONS["steps"] - 1
+    check_same(found, expected)
+
+
+def test_resumed(faked, tmp_path):
+    """By single calls, and again by a graph; a checkpoint does not say which."""
+    expected = trained(tmp_path / "calls")
+    for first, second in ((True, False), (False, True)):
+        folder = tmp_path / f"{first}"
+        make(folder, **OPTIONS, graph=first, resume=False).fit()
+        newest = sorted((folder / "checkpoints").iterdir())[-1]
+        newest.unlink()
+        found = make(folder, **OPTIONS, graph=second, resume=True)
+        found.fit()
+        check_same((found.state.tensors(), (folder / "losses.csv").read_text()), expected)
+
+
+@pytest.mark.cuda
+def test_on_a_card(device, tmp_path):
+    """Without dropout; a convolution's gradients may be summed in any order."""
+    runs = []
+    for graph in (False, True):
+        trainer = make(tmp_path / f"{graph}", dropout=0.0, device=str(device), graph=graph, **OPTIONS)
+        trainer.fit()
+        runs.append(trainer.state.tensors())
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_where_there_are_no_graphs(tmp_path):
+    expected = trained(tmp_path / "calls")
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph"):
+        found = trained(tmp_path / "graph", graph=True)
+    check_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"accumulate": 2}, "graph: got accumulate 2 beside it, expected 1"),
+        ({"autocast": "float16"}, "graph: got autocast float16, .* expected another"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(graph=True, **options)
+
+
+def test_several_ranks(monkeypatch, tmp_path):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="graph: got 2 ranks, expected 1"):
+        make(tmp_path, **OPTIONS, graph=True)
