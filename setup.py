@@ -24,7 +24,7 @@ from setuptools import Extension, setup
 
 MODULE = "ddpm_ext._C"
 OLDEST_TORCH = (2, 7)
-ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 LICENSE = "Apache-2.0"  # not in pyproject.toml, which has no form that setuptools before and after 77 both accept
 INSTALL = "pip install --no-build-isolation ."
 

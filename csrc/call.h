@@ -86,12 +86,11 @@ struct LossCall : Call {
   Loss kind = Loss::mse;
   float delta = 1;
   bool variational = false, detached = false;
-  float slope_share = 0;            // the factor of a slope, besides its row's weight
-  double per_element = 0;           // 1 / numel
-  double* chunks = nullptr;         // (batch, loss_chunks(numel)): scratch for the chunks' sums
-  uint32_t* blocks_done = nullptr;  // (batch + 1,), zeros: scratch for a GPU
-  float* loss = nullptr;            // (batch,), written
-  float* total = nullptr;           // the sum of the losses times total_factor, written unless null
+  float slope_share = 0;     // the factor of a slope, besides its row's weight
+  double per_element = 0;    // 1 / numel
+  double* chunks = nullptr;  // (batch, loss_chunks(numel)): scratch for the chunks' sums
+  float* loss = nullptr;     // (batch,), written
+  float* total = nullptr;    // the sum of the losses times total_factor, written unless null
   double total_factor = 1;
 };
 

@@ -104,12 +104,14 @@ def max_turns() -> int:
 
 
 @cache
-def warps_that_add_up() -> int:
-    """The number of warps in a block of the loss, in which each thread takes four elements of a chunk."""
-    found = re.search(r"\bkLossChunk = (\d+)", text_of("core/loss.h"))
-    if found is None:
-        raise ValueError("csrc/core/loss.h has no kLossChunk")
-    return int(found[1]) // (4 * 32)
+def share_that_adds_up() -> float:
+    """The share of a block's warps that add up a turn's losses: one for each chunk, of which a thread takes four
+    elements."""
+    chunk = re.search(r"\bkLossChunk = (\d+)", text_of("core/loss.h"))
+    parts = re.search(r"\bkParts = kAccess == Access::vector \? (\d+)", text_of("cuda/loss.cu"))
+    if chunk is None or parts is None:
+        raise ValueError("csrc has no kLossChunk, or its loss.cu no kParts")
+    return int(parts[1]) / (int(chunk[1]) // (4 * 32))
 
 
 def demangler() -> str | None:
@@ -144,7 +146,8 @@ def variant(demangled: str) -> Variant:
         # with the bound, half of the model's output is for the variance; slopes are float32
         op, halves = (BOUND, 2) if arguments[0].endswith("VariationalRow") else (LOSS, 1)
         tensors = (x, *[model] * halves, *[x] * given, *["float"] * halves)
-        return Variant(op, values["Noise"], values["Access"], False, tensors, halves)
+        by_memory = values["Noise"] == "drawn" and "false" in arguments
+        return Variant(op, values["Noise"], values["Access"], by_memory, tensors, halves)
     op = arguments[0].split("::")[-1]
     x, second, noise = [argument for argument in arguments if argument in TYPES]
     reads_x, reads_second = reads(op)

@@ -13,7 +13,7 @@ from benchmarks.static.sass import Instruction, Kernel
 Score = tuple[int, ...]
 Steps = tuple[int, "Steps"] | None  # an instruction, and those after it
 Way = tuple[Score, Steps]
-NO_STEPS: Way = ((0,) * 7, None)
+NO_STEPS: Way = ((0,) * 8, None)
 
 
 def walk(kernel: Kernel) -> tuple[list[int], dict[int, list[int]], dict[int, list[int]]]:
@@ -93,7 +93,7 @@ def way_round(forward: Mapping[int, list[int]], node: int, loop: set[int]) -> li
 
 class Path(NamedTuple):
     """What a thread issues once, and what it issues for every vector that it takes: all it does where it takes one.
-    `first`: that of the warp that adds up for its block, which is a `share` of the threads."""
+    `first`: that of the warps that add up for their block, which are a `share` of the threads."""
 
     once: list[Instruction]
     turn: list[Instruction]
@@ -122,10 +122,11 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     """Of a kernel with 128-bit stores, for full vectors.
 
     Of all ways from entry to exit that make 128-bit stores and go round no loop twice, the one with the fewest calls,
-    the fewest such stores (ptxas may unroll a loop over vectors), the fewest narrower ones (the ragged end), then the
-    most reciprocal square roots (two normals need one) and the most float32 arithmetic (the noise is added, every term
-    present), and then the shortest: what only an option needs is left out where it stands behind a branch, and counted
-    where it stands under a predicate. The innermost loop around all of the 128-bit stores is the turn.
+    the fewest such stores (ptxas may unroll a loop over vectors), the fewest narrower ones (the ragged end), the most
+    wide loads behind them (a turn may end with those of the next one), then the most reciprocal square roots (two
+    normals need one) and the most float32 arithmetic (the noise is added, every term present), and then the shortest:
+    what only an option needs is left out where it stands behind a branch, and counted where it stands under a
+    predicate. The innermost loop around all of the 128-bit stores is the turn.
 
     Of a kernel that `has_options` it is the way with all of them: of the ways without a ragged end, which loads and
     stores less than 64 bits at a time, the one with the most 128-bit stores, then the most loads before them, and of
@@ -146,12 +147,13 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
         if has_options:
             last = one.opcode.startswith("MUFU.RSQ") if sums else one.name in FLOAT | FLOAT2
             gains = (stored, int(one.name == "LDG"), int(last)) if stores else (0, 0, 0)
-            return (-int(one.calls), summed, -int(0 < one.global_bits < 64), *gains, -1)
+            return (-int(one.calls), summed, -int(0 < one.global_bits < 64), 0, *gains, -1)
         return (
             -int(one.calls),
             summed,
             -stored if stored >= 128 else 0,
             -stored if stored < 128 else 0,
+            int(one.name == "LDG" and one.global_bits >= 64 and not stores),
             int(one.opcode.startswith("MUFU.RSQ")),
             int(one.name in FLOAT | FLOAT2),
             -1,
@@ -199,8 +201,8 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     return Path([instructions[node] for node in outside], [instructions[node] for node in inside], True)
 
 
-def team_path(kernel: Kernel, warps: int) -> Path:
-    """Of a kernel whose blocks of so many warps add up what their threads have: the way of the warps that don't, and in
-    it that of the one that does."""
+def team_path(kernel: Kernel, share: float) -> Path:
+    """Of a kernel whose blocks add up what their threads have: the way of the warps that don't, and in it that of the
+    share that does."""
     others, first = (hot_path(kernel, has_options=True, sums=sums) for sums in (-1, 1))
-    return others._replace(first=first, share=1 / warps)
+    return others._replace(first=first, share=share)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from benchmarks.static.cards import ASSUMED, CARDS, PIPES, PUBLISHED, RATES, Card
 from benchmarks.static.compiler import Build, Resources
-from benchmarks.static.kernels import BOUND, LOSS, STEPS, Variant, demangle, variant, warps_that_add_up
+from benchmarks.static.kernels import BOUND, LOSS, STEPS, Variant, demangle, share_that_adds_up, variant
 from benchmarks.static.path import Path, hot_path, team_path
 from benchmarks.static.pipes import CLASSES, WIDE, classify
 from benchmarks.static.roofline import Roofline, roofline
@@ -26,7 +26,7 @@ class Finding:
     @cached_property
     def path(self) -> Path:
         if self.variant.adds_up:
-            return team_path(self.kernel, warps_that_add_up())
+            return team_path(self.kernel, share_that_adds_up())
         return hot_path(self.kernel, self.variant.has_options)
 
     @property
@@ -184,8 +184,8 @@ METHOD = """Each source is compiled to a cubin with the flags of setup.py and di
 the noise drawn, every term of the arithmetic present, without calls and without the ragged end. What only an option
 needs counts where it stands under a predicate, not where a branch leads past it; of ExtendedStep and LinearStep,
 whose options are known when they run, the way is that with all of them, which nothing asks for at once. Of Loss it is
-that with x_start, slope and squared error, and with the bound not that of t = 0; its blocks' first warp adds up what
-all have, and counts as the quarter that it is; the last block of a sample, which adds up the others' sums, is left
+that with x_start, slope and squared error, and with the bound not that of t = 0; some of a block's warps add up what
+all have, and count as the share that they are; the last block of a sample, which adds up the others' sums, is left
 out. The innermost loop around the stores, if there is one, is a turn; the rest is issued once. Both count, over the
 elements that the thread stores.
 

@@ -8,14 +8,16 @@ namespace {
 
 struct Affine {
   using Row = AffineRow;
-  static constexpr bool kX = true, kSecond = false, kRowless = false;
+  static constexpr bool kX = true, kSecond = false, kRowless = false, kDraws = true;
 
-  static __device__ __forceinline__ bool draws(const Row&) { return true; }
   static __device__ __forceinline__ uint32_t draw(const Row&, int64_t t) { return static_cast<uint32_t>(t); }
 
-  template <Noise kNoise, class F>
-  static __device__ __forceinline__ F element(const Row& row, const ElementwiseCall&, F x, F, F z) {
-    if constexpr (kNoise == Noise::none) return F(row.k0) * x;
+  template <class F>
+  static __device__ __forceinline__ F mean(const Row& row, const ElementwiseCall&, F x, F) {
+    return F(row.k0) * x;
+  }
+  template <class F>
+  static __device__ __forceinline__ F noisy(const Row& row, F, F x, F z) {
     return affine(row, x, z);
   }
 };

@@ -1,5 +1,6 @@
-// One kernel template for the reverse step, the affine operators and randn. A thread takes kItems consecutive elements
-// of a sample and thus whole blocks of Philox, whatever the launch's shape. Grid and block are (elements, samples).
+// One kernel template for the reverse step, the affine operators and randn. In a turn a thread takes kParts runs of
+// kRun neighbouring elements, and thus whole blocks of Philox, whatever the launch's shape. The runs of a block's
+// threads are neighbours, so that an access of a warp is one stretch of memory. Grid and block are (elements, samples).
 #pragma once
 
 #include <type_traits>
@@ -13,136 +14,197 @@
 namespace ddpm_ext::cuda {
 
 // What a thread does for one sample. Op is an operator with these members:
-//   Row                                        the row of its table; kRowless says that it has none
-//   kX, kSecond                                whether it reads x, and a second tensor besides the noise
-//   draws(row)                                 whether a row needs the drawn noise
-//   draw(row, t)                               the draw to use if the caller gave none
-//   element<kNoise>(row, call, x, second, z)   its arithmetic
+//   Row                       the row of its table; kRowless says that it has none
+//   kX, kSecond               whether it reads x, and a second tensor besides the noise
+//   kDraws                    whether every row needs the noise that is drawn; if not, draws(row) says whether one does
+//   draw(row, t)              the draw to use if the caller gave none
+//   mean(row, call, x, m)     its result without noise
+//   noisy(row, mean, x, z)    its result with noise
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
   using Index = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+  static constexpr bool kWide =
+      sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
   static constexpr bool kNarrow =
       sizeof(X) == 2 || (Op::kSecond && sizeof(M) == 2) || (kNoise == Noise::given && sizeof(Z) == 2);
-  // With 8 items a load of a 16-bit type has 128 bits, and two blocks of Philox share the cost of a turn of the loop.
-  static constexpr int kItems = kAccess == Access::vector && (kNarrow || kNoise == Noise::drawn) ? 8 : 4;
+  // An access has 128 bits. Beside a float32 tensor those to a narrower one have 64, and two runs share a turn's costs.
+  static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
+  static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
+  static constexpr int kItems = kParts * kRun;
+  // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys in registers as well.
+  static constexpr int kBlocks = kAccess == Access::strided ? 1 : kDeviceSeed ? 3 : 4;
 
-  // Finds everything that the sample's elements share.
   __device__ __forceinline__ Elementwise(const ElementwiseCall& call, const Dividers& dividers, const PhiloxKeys& keys,
                                          Index b)
       : call_(call),
         dividers_(dividers),
         keys_(keys),
+        b_(b),
         x_(static_cast<const X*>(call.x.data) + sample_start(call.x.batch_stride, b)),
         m_(static_cast<const M*>(call.model_output.data) + sample_start(call.model_output.batch_stride, b)),
         noise_(static_cast<const Z*>(call.noise.data) + sample_start(call.noise.batch_stride, b)),
-        out_(static_cast<X*>(call.out.data) + sample_start(call.out.batch_stride, b)) {
-    const int64_t t = sample_row(call, b);
-    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(call.table)[t];
-    if constexpr (kNoise == Noise::drawn) counter_ = sample_noise(call, keys, b, Op::draw(row_, t));
-  }
+        out_(static_cast<X*>(call.out.data) + sample_start(call.out.batch_stride, b)) {}
 
-  // Processes elements first to first + kItems, and so on in steps of `step`.
-  __device__ __forceinline__ void run(Index first, Index step) const {
-    // As on the CPU, nothing is added in a row without noise: adding zero would turn -0 into 0.
-    if (kNoise == Noise::drawn && !Op::draws(row_)) {
-      loop<Noise::none>(first, step);
+  // Processes the thread's share of the sample's elements.
+  __device__ __forceinline__ void run() {
+    const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
+    const Index first = (static_cast<Index>(blockIdx.x) * kParts * blockDim.x + threadIdx.x) * kRun;
+    if constexpr (kAccess == Access::vector) {
+      x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
+      const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
+      Inputs inputs;
+      load(inputs, first, whole);  // before the row, which takes two loads one after the other
+      read_row();
+      vectors(inputs, first, step, whole);
     } else {
-      loop<kNoise>(first, step);
+      read_row();
+      elements(first, step);
     }
   }
 
  private:
   using Row = typename Op::Row;
 
-  // kHere is kNoise, or none for a row that needs no noise.
-  template <Noise kHere>
-  __device__ __forceinline__ void loop(Index j, Index step) const {
-    const Index numel = static_cast<Index>(call_.numel);
-    if constexpr (kAccess == Access::vector) {
-      const Index whole = numel / kItems * kItems;
-      const X* const x = in_register(x_);
-      const M* const m = in_register(m_);
-      const Z* const noise = in_register(noise_);
-      X* const out = in_register(out_);
-      if (j < whole) {
-        do items<kHere>(x, m, noise, out, j);
-        while ((j += step) < whole);
-      }
-      for (; j < numel; ++j) {  // the rest of a sample that is no multiple of kItems, for one thread
+  struct Inputs {
+    Vector<X, kRun> x[kParts];
+    Vector<M, kRun> m[kParts];
+    Vector<Z, kRun> noise[kParts];
+  };
+
+  // Finds everything that the sample's elements share.
+  __device__ __forceinline__ void read_row() {
+    const int64_t t = sample_row(call_, b_);
+    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(call_.table)[t];
+    if constexpr (kNoise == Noise::drawn) {
+      counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
+      // or the compiler would compute them behind the branch around the noise, in every turn
+      make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
+      make_opaque(counter_.c1_key), make_opaque(counter_.c3);
+    }
+  }
+
+  // Whether the row's elements get noise. As on the CPU, nothing is added in a row without: adding zero would turn -0
+  // into 0.
+  __device__ __forceinline__ bool noisy() const {
+    if constexpr (kNoise == Noise::drawn && !Op::kDraws) return Op::draws(row_);
+    return kNoise != Noise::none;
+  }
+
+  // How far apart a thread's runs are.
+  static __device__ __forceinline__ Index apart() { return blockDim.x * kRun; }
+
+  __device__ __forceinline__ void load(Inputs& inputs, Index j, Index whole) const {
+    DDPM_UNROLL
+    for (int p = 0; p < kParts; ++p, j += apart()) {
+      const bool inside = j < whole;
+      if constexpr (Op::kX) inputs.x[p].load_if(inside, x_ + j);
+      if constexpr (Op::kSecond) inputs.m[p].load_if(inside, m_ + j);
+      if constexpr (kNoise == Noise::given) inputs.noise[p].load_if(inside, noise_ + j);
+    }
+  }
+
+  // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. As soon as a turn has used
+  // its inputs it loads those of the next one, which are then under way while it draws its noise. Without the branch
+  // around the noise, the compiler would move loads behind it, to where their values are used.
+  __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
+    const bool noisy = this->noisy();
+    if (j < whole) {
+#pragma unroll 1
+      do {
+        F2 x[kParts][kRun / 2] = {}, out[kParts][kRun / 2], z[kParts][kRun / 2] = {};
+        DDPM_UNROLL
+        for (int p = 0; p < kParts; ++p) {
+          DDPM_UNROLL
+          for (int i = 0; i < kRun / 2; ++i) {
+            F2 m = {};
+            if constexpr (Op::kX) x[p][i] = widen(inputs.x[p].pairs[i]);
+            if constexpr (Op::kSecond) m = widen(inputs.m[p].pairs[i]);
+            if constexpr (kNoise == Noise::given) z[p][i] = widen(inputs.noise[p].pairs[i]);
+            out[p][i] = Op::mean(row_, call_, x[p][i], m);
+          }
+        }
+        load(inputs, j + step, whole);
+        if (noisy) {
+          DDPM_UNROLL
+          for (int p = 0; p < kParts; ++p) {
+            DDPM_UNROLL
+            for (int i = 0; i < kRun / 2; ++i) {
+              if (kNoise == Noise::drawn && i % 2 == 0)
+                draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
+              out[p][i] = Op::noisy(row_, out[p][i], x[p][i], z[p][i]);
+            }
+          }
+        }
+        DDPM_UNROLL
+        for (int p = 0; p < kParts; ++p) {
+          Vector<X, kRun> stored;
+          DDPM_UNROLL
+          for (int i = 0; i < kRun / 2; ++i) narrow(out[p][i], stored.pairs[i]);
+          if (p == 0 || j + p * apart() < whole) stored.store(out_ + j + p * apart());
+        }
+        j += step;
+      } while (j < whole);
+    }
+    // The rest of a sample beyond its whole runs, for the thread whose next run it would be.
+    const Index last = j - step + apart();  // the second run of the last turn
+    if (j != whole && (kParts == 1 || last != whole)) return;
+#pragma unroll 1
+    for (Index e = whole; e < static_cast<Index>(call_.numel); ++e) {
+      F2 z[2] = {};
+      if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, e, z);
+      const F2 half = e & 2 ? z[1] : z[0];
+      element({e, e, e, e}, noisy, e & 1 ? half.v.y : half.v.x);
+    }
+  }
+
+  // Processes four elements at `first` and so on in steps of `step`, by any strides, and those of other channels.
+  __device__ __forceinline__ void elements(Index first, Index step) const {
+    const bool noisy = this->noisy();
+    const Index channels = channels_in_turn(call_), pixels = channels == 1 ? call_.numel : call_.sizes[1];
+    for (Index pixel = first; pixel < pixels; pixel += step) {
+      for (Index j = pixel; j < call_.numel; j += pixels) {
         F2 z[2] = {};
-        if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j, z);
-        const F2 half = j & 2 ? z[1] : z[0];
-        element<kHere>({j, j, j, j}, j & 1 ? half.v.y : half.v.x);
-      }
-    } else {
-      for (; j < numel; j += step) {
-        F2 z[2] = {};
-        if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j, z);
+        if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, j, z);
         int64_t left;
-        const Offsets first = offsets(call_, dividers_, j, left);
+        const Offsets four = offsets(call_, dividers_, j, left);
         DDPM_UNROLL
         for (int i = 0; i < kItems; ++i) {
-          if (j + i >= numel) break;
-          Offsets o = first;
+          if (j + i >= call_.numel) break;
+          Offsets o = four;
           if (int64_t unused; i < left)
             o.add(call_, call_.dims - 1, i);
           else
             o = offsets(call_, dividers_, j + i, unused);
-          element<kHere>(o, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
+          element(o, noisy, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
         }
       }
     }
   }
 
-  // Processes elements j to j + kItems. The loads are issued first, so that the noise is drawn while they are in
-  // flight.
-  template <Noise kHere>
-  __device__ __forceinline__ void items(const X* x, const M* m, const Z* noise, X* out, Index j) const {
-    Vector<X, kItems> xs, outs;
-    Vector<M, kItems> ms;
-    Vector<Z, kItems> zs;
-    if constexpr (Op::kX) xs.load(x + j);
-    if constexpr (Op::kSecond) ms.load(m + j);
-    if constexpr (kHere == Noise::given) zs.load(noise + j);
-    DDPM_UNROLL
-    for (int q = 0; q < kItems; q += 4) {
-      F2 z[2] = {};
-      if constexpr (kHere == Noise::drawn) draw_normals(keys_, counter_, j + q, z);
-      DDPM_UNROLL
-      for (int p = 0; p < 2; ++p) {
-        const int i = q / 2 + p;
-        F2 xi = {}, mi = {};
-        if constexpr (Op::kX) xi = widen(xs.pairs[i]);
-        if constexpr (Op::kSecond) mi = widen(ms.pairs[i]);
-        if constexpr (kHere == Noise::given) z[p] = widen(zs.pairs[i]);
-        narrow(Op::template element<kHere>(row_, call_, xi, mi, z[p]), outs.pairs[i]);
-      }
-    }
-    outs.store(out + j);
-  }
-
-  template <Noise kHere>
-  __device__ __forceinline__ void element(const Offsets& o, float z) const {
+  __device__ __forceinline__ void element(const Offsets& o, bool noisy, float z) const {
     const float x = Op::kX ? to_float(x_[o.x]) : 0.0f;
     const float m = Op::kSecond ? to_float(m_[o.model_output]) : 0.0f;
-    if constexpr (kHere == Noise::given) z = to_float(noise_[o.noise]);
-    out_[o.out] = from_float<X>(Op::template element<kHere>(row_, call_, x, m, z));
+    if constexpr (kNoise == Noise::given) z = to_float(noise_[o.noise]);
+    float out = Op::mean(row_, call_, x, m);
+    if (noisy) out = Op::noisy(row_, out, x, z);
+    out_[o.out] = from_float<X>(out);
   }
 
   const ElementwiseCall& call_;
   const Dividers& dividers_;
   const PhiloxKeys& keys_;
-  const X* const x_;
-  const M* const m_;
-  const Z* const noise_;
-  X* const out_;
+  const Index b_;
+  const X* x_;
+  const M* m_;
+  const Z* noise_;
+  X* out_;
   Row row_{};
   PhiloxSample counter_{};
 };
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kBlocks)
     elementwise(const __grid_constant__ ElementwiseCall call, const __grid_constant__ Dividers dividers,
                 const __grid_constant__ PhiloxKeys host_keys) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
@@ -151,21 +213,16 @@ __global__ void __launch_bounds__(kThreads)
   if (b >= static_cast<Index>(call.batch)) return;
   PhiloxKeys keys;
   if constexpr (kDeviceSeed) keys = philox_keys(static_cast<uint64_t>(*call.seed_data));
-  const Body body(call, dividers, kDeviceSeed ? keys : host_keys, b);
-  const Index first = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
-  body.run(first * Body::kItems, static_cast<Index>(gridDim.x) * blockDim.x * Body::kItems);
+  Body(call, dividers, kDeviceSeed ? keys : host_keys, b).run();
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 void launch_access(const ElementwiseCall& call, cudaStream_t stream) {
-  using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
-  const Shape shape = launch_shape(call.batch, call.numel, Body::kItems);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>, call,
-                                    Dividers(call), philox_keys(call.seed)));
+  constexpr auto kKernel = elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
+  constexpr int kItems = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kItems;
+  const Shape shape =
+      launch_shape(call.batch, call.numel / channels_in_turn(call), kItems, blocks_at_once<kKernel>(kThreads));
+  launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed));
 }
 
 template <class Op, Noise kNoise, bool kDeviceSeed, class X, class M, class Z>

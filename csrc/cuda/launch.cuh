@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "call.h"
 
@@ -15,26 +16,57 @@ namespace ddpm_ext::cuda {
 
 constexpr int kThreads = 256;  // of a block
 
+constexpr int64_t kMaxGridY = 65535;
+
 // The numbers of blocks and of threads in a block.
 struct Shape {
   dim3 grid, block;
 };
 
-// Lays out blocks of kThreads threads along a sample, or over several samples if they are small. In a large tensor each
-// thread takes several turns, so that the work before its first turn is shared.
-inline Shape launch_shape(int64_t batch, int64_t numel, int items) {
-  constexpr int64_t kEnoughBlocks = 2048;  // twice as many as the largest GPU runs at once
-  constexpr int64_t kMaxTurns = 8, kMaxGridY = 65535;
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+// How many blocks of a kernel the current device runs at once. It is asked once for each device and kernel.
+template <auto kKernel>
+int64_t blocks_at_once(int threads) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  int blocks = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (blocks == 0) {
+    int multiprocessors = 0, each = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0));
+    blocks = std::max(multiprocessors * each, 1);
+    if (device < kDevices) known[device].store(blocks, std::memory_order_relaxed);
+  }
+  return blocks;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lays out blocks of kThreads threads along a sample, or over several samples if they are small. If there are more than
+// twice as many blocks as the device runs `at_once`, each thread takes several turns, so that the work before its first
+// turn is shared.
+inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t at_once) {
+  constexpr int64_t kMaxTurns = 8;
   const int64_t threads = divide_up(numel, items);  // for a sample
   int64_t along = 1;
   while (along < kThreads && along < threads) along *= 2;
   const int64_t samples = kThreads / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
-  const int64_t turns = std::clamp<int64_t>(columns * rows / kEnoughBlocks, 1, kMaxTurns);
+  const int64_t turns = std::clamp<int64_t>(columns * rows / (2 * at_once), 1, kMaxTurns);
   const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
   return {dim3(unsigned_int(divide_up(columns, turns)), unsigned_int(std::min(rows, kMaxGridY)),
                unsigned_int(divide_up(rows, kMaxGridY))),
           dim3(unsigned_int(along), unsigned_int(samples))};
+}
+
+// Launches a kernel on a grid.
+template <auto kKernel, class... Arguments>
+void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.stream = stream;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kKernel, arguments...));
 }
 
 // Calls launch(x, m) with a value of each tensor's type. The model's output m may have a lower precision if x is

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cuda/access.cuh"
+#include "cuda/counts.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"
@@ -14,7 +15,7 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one chunk of a sample after another
+constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks of a sample after another
 static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
 // The offsets of an element in each of its tensors.
@@ -22,28 +23,30 @@ struct Place {
   int64_t model_output, variance, x_start, noise, slope, variance_slope;
 };
 
-// Four neighbouring elements. At a sample's end there may be fewer.
+// Up to four neighbouring elements of sample b from j on: fewer at the sample's end, and none beyond.
 template <Access kAccess>
 class Four {
  public:
-  __device__ __forceinline__ Four(const LossCall& call, const Dividers& dividers, int64_t b, int64_t j)
-      : count_(call.numel - j < 4 ? static_cast<int>(call.numel - j) : 4) {
-    DDPM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      Place& p = places_[i];
-      p = {};
-      const auto add = [&](int64_t n, auto stride) {
-        p.model_output += n * stride(call.model_output);
-        p.variance += n * stride(call.variance);
-        p.x_start += n * stride(call.x_start);
-        p.noise += n * stride(call.noise);
-        p.slope += n * stride(call.slope);
-        p.variance_slope += n * stride(call.variance_slope);
-      };
-      add(b, [](const TensorArg& tensor) { return tensor.batch_stride; });
-      if constexpr (kAccess == Access::vector) {
-        add(j + i, [](const TensorArg&) { return 1; });
-      } else if (i < count_) {
+  using Index = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+
+  __device__ __forceinline__ Four(const LossCall& call, const Dividers& dividers, Index b, Index j) : b_(b), j_(j) {
+    const Index numel = static_cast<Index>(call.numel);
+    count_ = j >= numel ? 0 : numel - j < 4 ? static_cast<int>(numel - j) : 4;
+    if constexpr (kAccess == Access::strided) {
+      DDPM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        Place& p = places_[i];
+        p = {};
+        const auto add = [&](int64_t n, auto stride) {
+          p.model_output += n * stride(call.model_output);
+          p.variance += n * stride(call.variance);
+          p.x_start += n * stride(call.x_start);
+          p.noise += n * stride(call.noise);
+          p.slope += n * stride(call.slope);
+          p.variance_slope += n * stride(call.variance_slope);
+        };
+        add(b, [](const TensorArg& tensor) { return tensor.batch_stride; });
+        if (!has(i)) continue;
         for_each_index(call, dividers, j + i,
                        [&](int d, int64_t n) { add(n, [d](const TensorArg& tensor) { return tensor.strides[d]; }); });
       }
@@ -52,53 +55,52 @@ class Four {
 
   __device__ __forceinline__ bool has(int i) const { return i < count_; }
 
-  // Reads the elements as two pairs, with zeros beyond the sample's end.
+  // Reads the elements, with zeros beyond the sample's end.
   template <class T>
-  __device__ __forceinline__ void load(const TensorArg& tensor, int64_t Place::* place, F2 (&to)[2]) const {
-    const T* data = static_cast<const T*>(tensor.data);
-    if (kAccess == Access::vector && count_ == 4) {
-      Vector<T, 4> vector;
-      vector.load(data + places_[0].*place);
-      to[0] = widen(vector.pairs[0]);
-      to[1] = widen(vector.pairs[1]);
-      return;
+  __device__ __forceinline__ void load(const TensorArg& tensor, int64_t Place::* place, Vector<T, 4>& to) const {
+    const T* const data = static_cast<const T*>(tensor.data);
+    const bool whole = kAccess == Access::vector && count_ == 4;
+    if (!whole) {
+      T values[4];
+      DDPM_UNROLL
+      for (int i = 0; i < 4; ++i) values[i] = has(i) ? data[offset(tensor, place, i)] : from_float<T>(0.0f);
+      memcpy(to.pairs, values, sizeof values);
     }
-    float values[4] = {};
-    DDPM_UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (has(i)) values[i] = to_float(data[places_[i].*place]);
-    to[0] = F2(values[0], values[1]);
-    to[1] = F2(values[2], values[3]);
+    if constexpr (kAccess == Access::vector) to.load_if(whole, data + offset(tensor, place, 0));
   }
 
-  template <class T>
   __device__ __forceinline__ void store(const TensorArg& tensor, int64_t Place::* place, const F2 (&from)[2]) const {
-    T* data = static_cast<T*>(tensor.data);
+    float* const data = static_cast<float*>(tensor.data);
     if (kAccess == Access::vector && count_ == 4) {
-      Vector<T, 4> vector;
+      Vector<float, 4> vector;
       narrow(from[0], vector.pairs[0]);
       narrow(from[1], vector.pairs[1]);
-      vector.store(in_register(data + places_[0].*place));
-      return;
+      return vector.store(in_register(data + offset(tensor, place, 0)));
     }
     const float values[4] = {from[0].v.x, from[0].v.y, from[1].v.x, from[1].v.y};
     DDPM_UNROLL
     for (int i = 0; i < 4; ++i)
-      if (has(i)) data[places_[i].*place] = from_float<T>(values[i]);
+      if (has(i)) data[offset(tensor, place, i)] = values[i];
   }
 
  private:
-  const int count_;
-  Place places_[4];
+  __device__ __forceinline__ int64_t offset(const TensorArg& tensor, int64_t Place::* place, int i) const {
+    if constexpr (kAccess == Access::vector) return sample_start(tensor.batch_stride, b_) + j_ + i;
+    return places_[i].*place;
+  }
+
+  const Index b_, j_;
+  int count_;
+  Place places_[kAccess == Access::strided ? 4 : 1];
 };
 
-// Adds up a chunk's losses by the first warp. Its first lane has the sum.
+// Adds up a chunk's losses by a warp. Its first lane has the sum.
 __device__ __forceinline__ double sum_of_lanes(const float* losses) {
   float lanes[2] = {0.0f, 0.0f};
   DDPM_UNROLL
   for (int i = 0; i < kLossChunk; i += kLossLanes) {
-    lanes[0] += losses[i + threadIdx.x];
-    lanes[1] += losses[i + 32 + threadIdx.x];
+    lanes[0] += losses[i + threadIdx.x % 32];
+    lanes[1] += losses[i + 32 + threadIdx.x % 32];
   }
   double sum = static_cast<double>(lanes[0]) + static_cast<double>(lanes[1]);
   DDPM_UNROLL
@@ -120,12 +122,14 @@ __device__ __forceinline__ double sum_by_strands(const volatile T* values, int64
   return threadIdx.x == 0 ? strands[0] : 0.0;
 }
 
-// Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote.
-__device__ __forceinline__ bool comes_last(uint32_t* done, uint32_t of, bool& last) {
+// Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote. The
+// count is back at zero then, for the next launch.
+__device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t of, bool& last) {
+  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    last = atomicAdd(done, 1u) == of - 1;
-    __threadfence();
+    last = atomicInc(count, of - 1) == of - 1;
+    if (last) __threadfence();
   }
   __syncthreads();
   return last;
@@ -138,116 +142,201 @@ __device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row
   return {F2(a.value, b.value), F2(a.slope, b.slope), F2(a.variance_slope, b.variance_slope)};
 }
 
-template <class Row, Noise kNoise, Access kAccess, class X, class M>
-__global__ void __launch_bounds__(kLossThreads)
-    loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers) {
-  __shared__ float losses[kLossChunk];
-  __shared__ double strands[kLossStrands];
-  __shared__ bool last;
-  const int64_t b = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
-  if (b >= call.batch) return;
-  const int64_t t = sample_row(call, b), chunks = loss_chunks(call.numel);
-  constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
-  const Row row = static_cast<const Row*>(call.table)[t];
-  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
-  const PhiloxKeys keys = philox_keys(seed);
-  PhiloxSample counter{};
-  if constexpr (kNoise == Noise::drawn) counter = sample_noise(call, keys, b, static_cast<uint32_t>(t));
-  const F2 factor(slope_factor(call.slope_share, call.kind, row));
-  bool has_x_start = call.x_start.data != nullptr, aimed_at_x_start = has_x_start;
-  if constexpr (kVariational) has_x_start = reads_x_start(row), aimed_at_x_start = row.k0 != 0.0f;
+// Calls take(kind) with a constant, so that its code is made for each kind of loss.
+template <class Take>
+__device__ __forceinline__ void by_kind(Loss kind, Take take) {
+  if (kind == Loss::mse) return take(std::integral_constant<Loss, Loss::mse>());
+  if (kind == Loss::l1) return take(std::integral_constant<Loss, Loss::l1>());
+  take(std::integral_constant<Loss, Loss::huber>());
+}
 
-  for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int64_t j = chunk * kLossChunk + 4 * static_cast<int64_t>(threadIdx.x);
-    F2 m[2], v[2] = {F2(0.0f), F2(0.0f)}, x_start[2] = {F2(0.0f), F2(0.0f)}, z[2] = {F2(0.0f), F2(0.0f)};
-    F2 slopes[2], variance_slopes[2], values[2] = {F2(0.0f), F2(0.0f)};
-    if (j < call.numel) {
-      const Four<kAccess> four(call, dividers, b, j);
-      four.template load<M>(call.model_output, &Place::model_output, m);
-      if (has_x_start) four.template load<X>(call.x_start, &Place::x_start, x_start);
-      if constexpr (kNoise == Noise::given) four.template load<X>(call.noise, &Place::noise, z);
-      if (kNoise == Noise::drawn && row.k1 != 0.0f) draw_normals(keys, counter, j, z);
-      if constexpr (kVariational) {
-        if (call.variance.data != nullptr) four.template load<M>(call.variance, &Place::variance, v);
-      }
-      DDPM_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const F2 d = loss_difference(row, m[i], aimed_at_x_start, x_start[i], z[i]);
-        if constexpr (kVariational) {
-          const LossParts<F2> parts =
-              with_bound(row, call.kind, call.delta, call.detached, d,
-                         row.decoder != 0.0f ? decoder_bound(row, d, v[i], x_start[i]) : divergence(row, d, v[i]));
-          values[i] = parts.value;
-          slopes[i] = factor * parts.slope;
-          variance_slopes[i] = factor * parts.variance_slope;
-        } else {
-          const F2 part = loss_part(call.kind, call.delta, d);
-          values[i] = loss_value(call.kind, d, part);
-          slopes[i] = factor * part;
-        }
-      }
-      if (call.slope.data != nullptr) four.template store<float>(call.slope, &Place::slope, slopes);
-      if constexpr (kVariational) {
-        if (call.variance_slope.data != nullptr)
-          four.template store<float>(call.variance_slope, &Place::variance_slope, variance_slopes);
-      }
-      if (!four.has(1)) values[0].v.y = 0.0f;
-      if (!four.has(2)) values[1].v.x = 0.0f;
-      if (!four.has(3)) values[1].v.y = 0.0f;
-    }
-    float* const place = losses + 4 * threadIdx.x;
-    place[0] = values[0].v.x, place[1] = values[0].v.y, place[2] = values[1].v.x, place[3] = values[1].v.y;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      const double sum = sum_of_lanes(losses);
-      if (threadIdx.x == 0) call.chunks[b * chunks + chunk] = sum;
-    }
-    __syncthreads();
+// What a thread does for one sample, in turns of kParts chunks of which it takes four elements each. kHostKeys says
+// that the seed is not in memory, so that the keys are constants.
+template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
+class LossOfSample {
+ public:
+  using Index = typename Four<kAccess>::Index;
+  static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
+  static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
+
+  __device__ __forceinline__ LossOfSample(const LossCall& call, const Dividers& dividers, const PhiloxKeys& keys,
+                                          Index b, int64_t t)
+      : call_(call), dividers_(dividers), keys_(keys), b_(b), row_(static_cast<const Row*>(call.table)[t]) {
+    if constexpr (kNoise == Noise::drawn) counter_ = sample_noise(call, keys, b, static_cast<uint32_t>(t));
+    factor_ = F2(slope_factor(call.slope_share, call.kind, row_));
+    reads_x_start_ = aims_at_x_start_ = call.x_start.data != nullptr;
+    if constexpr (kVariational) reads_x_start_ = reads_x_start(row_), aims_at_x_start_ = row_.k0 != 0.0f;
   }
 
-  if (!comes_last(call.blocks_done + b, gridDim.x, last)) return;
-  const double sum = sum_by_strands(call.chunks + b * chunks, chunks, strands);
-  if (threadIdx.x == 0)
-    call.loss[b] = static_cast<float>(sum * call.per_element * static_cast<double>(weight_of_sum(row)));
-  if (call.total == nullptr || !comes_last(call.blocks_done + call.batch, call.batch, last)) return;
+  // Loads the thread's elements of a turn.
+  __device__ __forceinline__ void load(Index turn) {
+    DDPM_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      const Four<kAccess> four = four_of(turn, p);
+      four.load(call_.model_output, &Place::model_output, m_[p]);
+      if (reads_x_start_) four.load(call_.x_start, &Place::x_start, x_start_[p]);
+      if constexpr (kNoise == Noise::given) four.load(call_.noise, &Place::noise, z_[p]);
+      if constexpr (kVariational) {
+        if (call_.variance.data != nullptr) four.load(call_.variance, &Place::variance, v_[p]);
+      }
+    }
+  }
+
+  // Computes the losses and stores the slopes of the elements that have been loaded.
+  __device__ __forceinline__ void take(Index turn, float (&losses)[kParts][kLossChunk]) const {
+    F2 z[kParts][2];
+    DDPM_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      z[p][0] = z[p][1] = F2(0.0f);
+      if (kNoise == Noise::drawn && row_.k1 != 0.0f) draw_normals(keys_, counter_, element(turn, p), z[p]);
+    }
+    DDPM_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      const Four<kAccess> four = four_of(turn, p);
+      F2 slopes[2], variance_slopes[2], values[2], difference[2];
+      DDPM_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kNoise == Noise::given) z[p][i] = widen(z_[p].pairs[i]);
+        const F2 x_start = reads_x_start_ ? widen(x_start_[p].pairs[i]) : F2(0.0f);
+        difference[i] = loss_difference(row_, widen(m_[p].pairs[i]), aims_at_x_start_, x_start, z[p][i]);
+        if constexpr (kVariational) {
+          const F2 d = difference[i], v = call_.variance.data != nullptr ? widen(v_[p].pairs[i]) : F2(0.0f);
+          const LossParts<F2> parts =
+              with_bound(row_, call_.kind, call_.delta, call_.detached, d,
+                         row_.decoder != 0.0f ? decoder_bound(row_, d, v, x_start) : divergence(row_, d, v));
+          values[i] = parts.value;
+          slopes[i] = factor_ * parts.slope;
+          variance_slopes[i] = factor_ * parts.variance_slope;
+        }
+      }
+      if constexpr (!kVariational) {
+        by_kind(call_.kind, [&](auto kind) {
+          constexpr Loss kKind = decltype(kind)::value;
+          DDPM_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const F2 part = loss_part(kKind, call_.delta, difference[i]);
+            values[i] = loss_value(kKind, difference[i], part);
+            slopes[i] = factor_ * part;
+          }
+        });
+      }
+      if (call_.slope.data != nullptr) four.store(call_.slope, &Place::slope, slopes);
+      if constexpr (kVariational) {
+        if (call_.variance_slope.data != nullptr)
+          four.store(call_.variance_slope, &Place::variance_slope, variance_slopes);
+      }
+      float* const place = losses[p] + 4 * threadIdx.x;
+      place[0] = four.has(0) ? values[0].v.x : 0.0f, place[1] = four.has(1) ? values[0].v.y : 0.0f;
+      place[2] = four.has(2) ? values[1].v.x : 0.0f, place[3] = four.has(3) ? values[1].v.y : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ float weight() const { return weight_of_sum(row_); }
+
+ private:
+  static __device__ __forceinline__ Index element(Index turn, int p) {
+    return (turn * kParts + p) * kLossChunk + 4 * threadIdx.x;
+  }
+  __device__ __forceinline__ Four<kAccess> four_of(Index turn, int p) const {
+    return Four<kAccess>(call_, dividers_, b_, element(turn, p));
+  }
+
+  const LossCall& call_;
+  const Dividers& dividers_;
+  const PhiloxKeys& keys_;
+  const Index b_;
+  const Row row_;
+  PhiloxSample counter_{};
+  F2 factor_;
+  bool reads_x_start_, aims_at_x_start_;
+  Vector<M, 4> m_[kParts], v_[kParts];
+  Vector<X, 4> x_start_[kParts], z_[kParts];
+};
+
+// `counts` are batch + 1 zeros, of the blocks that have finished their part of a sample and of the samples that are
+// finished. The launch leaves them as zeros.
+template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
+__global__ void __launch_bounds__(kLossThreads)
+    loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
+                    const __grid_constant__ PhiloxKeys host_keys, uint32_t* counts) {
+  using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
+  using Index = typename Body::Index;
+  constexpr int kParts = Body::kParts;
+  __shared__ float losses[2][kParts][kLossChunk];  // of this turn and of the one before
+  __shared__ double strands[kLossStrands];
+  __shared__ bool last;
+  const Index b = static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
+  if (b >= static_cast<Index>(call.batch)) return;
+  PhiloxKeys keys;
+  if constexpr (kNoise == Noise::drawn && !kHostKeys)
+    keys = philox_keys(call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed);
+  Body body(call, dividers, kHostKeys ? host_keys : keys, b, sample_row(call, b));
+
+  const Index chunks = static_cast<Index>(loss_chunks(call.numel)), turns = (chunks + kParts - 1) / kParts;
+  double* const sums = call.chunks + static_cast<int64_t>(b) * chunks;
+  body.load(blockIdx.x);
+  unsigned odd = 0;
+  for (Index turn = blockIdx.x; turn < turns; turn += gridDim.x, odd ^= 1) {
+    body.take(turn, losses[odd]);
+    body.load(turn + gridDim.x);  // before the sums, so that the loads are under way
+    __syncthreads();
+    // A warp adds up a chunk, and other warps the next turn's. The turn after that writes to the same place behind
+    // another barrier.
+    const unsigned part = (threadIdx.x / 32 + 2 * odd) % (kLossThreads / 32);
+    const Index chunk = turn * kParts + part;
+    if (part < kParts && chunk < chunks) {
+      const double sum = sum_of_lanes(losses[odd][part]);
+      if (threadIdx.x % 32 == 0) sums[chunk] = sum;
+    }
+  }
+
+  if (!comes_last(counts + b, gridDim.x, last)) return;
+  const double sum = sum_by_strands(sums, chunks, strands);
+  if (threadIdx.x == 0) call.loss[b] = static_cast<float>(sum * call.per_element * static_cast<double>(body.weight()));
+  if (call.total == nullptr || !comes_last(counts + call.batch, static_cast<uint32_t>(call.batch), last)) return;
   const double total = sum_by_strands(call.loss, call.batch, strands);
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
-template <class Row, Noise kNoise, Access kAccess, class X, class M>
-void launch_access(const LossCall& call, cudaStream_t stream) {
-  constexpr int64_t kEnoughBlocks = 4096, kMaxGridY = 65535;
-  const int64_t chunks = loss_chunks(call.numel), rows = std::min(call.batch, kMaxGridY);
-  const int64_t blocks = std::clamp<int64_t>((kEnoughBlocks + call.batch - 1) / call.batch, 1, chunks);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows),
-                        static_cast<unsigned>((call.batch + rows - 1) / rows));
-  config.blockDim = dim3(kLossThreads);
-  config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, loss_of_samples<Row, kNoise, kAccess, X, M>, call, Dividers(call)));
+template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
+void launch_access(const LossCall& call, int device, cudaStream_t stream) {
+  constexpr auto kKernel = loss_of_samples<Row, kNoise, kAccess, kHostKeys, X, M>;
+  constexpr int kParts = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kParts;
+  const int64_t turns = divide_up(loss_chunks(call.numel), kParts), rows = std::min(call.batch, kMaxGridY);
+  const int64_t enough = divide_up(2 * blocks_at_once<kKernel>(kLossThreads), call.batch);
+  const Shape shape = {dim3(static_cast<unsigned>(std::min(enough, turns)), static_cast<unsigned>(rows),
+                            static_cast<unsigned>(divide_up(call.batch, rows))),
+                       dim3(kLossThreads)};
+  const Counts counts(call.batch + 1, device, stream);
+  launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed), counts.data());
 }
 
 template <class Row, Noise kNoise, class X, class M>
-void launch_noise_kind(const LossCall& call, cudaStream_t stream) {
+void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
   switch (choose_access(
       call, {&call.model_output, &call.variance, &call.x_start, &call.noise, &call.slope, &call.variance_slope})) {
     case Access::vector:
-      return launch_access<Row, kNoise, Access::vector, X, M>(call, stream);
+      // Of the variants with drawn noise only the most frequent one has keys that are constants.
+      if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
+        if (call.seed_data == nullptr)
+          return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
+      }
+      return launch_access<Row, kNoise, Access::vector, false, X, M>(call, device, stream);
     case Access::strided:
-      return launch_access<Row, kNoise, Access::strided, X, M>(call, stream);
+      return launch_access<Row, kNoise, Access::strided, false, X, M>(call, device, stream);
   }
 }
 
 template <class Row, class X, class M>
-void launch_row(const LossCall& call, cudaStream_t stream) {
-  if (call.noise_kind == Noise::drawn) return launch_noise_kind<Row, Noise::drawn, X, M>(call, stream);
-  launch_noise_kind<Row, Noise::given, X, M>(call, stream);
+void launch_row(const LossCall& call, int device, cudaStream_t stream) {
+  if (call.noise_kind == Noise::drawn) return launch_noise_kind<Row, Noise::drawn, X, M>(call, device, stream);
+  launch_noise_kind<Row, Noise::given, X, M>(call, device, stream);
 }
 
 template <class X, class M>
-void launch(const LossCall& call, cudaStream_t stream) {
-  if (call.variational) return launch_row<VariationalRow, X, M>(call, stream);
-  launch_row<LossRow, X, M>(call, stream);
+void launch(const LossCall& call, int device, cudaStream_t stream) {
+  if (call.variational) return launch_row<VariationalRow, X, M>(call, device, stream);
+  launch_row<LossRow, X, M>(call, device, stream);
 }
 
 }  // namespace
@@ -255,7 +344,7 @@ void launch(const LossCall& call, cudaStream_t stream) {
 void loss(const LossCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
     by_dtypes(call.x_start.dtype, call.model_output.dtype,
-              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(call, stream); });
+              [&](auto x, auto m) { launch<decltype(x), decltype(m)>(call, device, stream); });
   });
 }
 

@@ -54,26 +54,28 @@ struct PairOf<__nv_bfloat16> {
   using Type = __nv_bfloat162;
 };
 
-// kItems neighbouring elements as they lie in memory, in words of 128 bits or in one of 64.
+// kItems neighbouring elements as they lie in memory, in a word of 128 bits or of 64.
 template <class T, int kItems>
 struct Vector {
   using Pair = typename PairOf<T>::Type;
   using Word = std::conditional_t<kItems * sizeof(T) == 8, uint2, uint4>;
-  static constexpr int kWords = kItems * sizeof(T) / sizeof(Word);
-  static_assert(kWords * sizeof(Word) == kItems * sizeof(T));
+  static_assert(sizeof(Word) == kItems * sizeof(T));
   Pair pairs[kItems / 2];
 
   __device__ __forceinline__ void load(const T* p) {
-    Word words[kWords];
-    DDPM_UNROLL
-    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(p)[i];
-    memcpy(pairs, words, sizeof words);
+    const Word word = load_word(reinterpret_cast<const Word*>(p));
+    memcpy(pairs, &word, sizeof word);
+  }
+  __device__ __forceinline__ void load_if(bool condition, const T* p) {
+    Word word;
+    memcpy(&word, pairs, sizeof word);
+    load_word_if(condition, reinterpret_cast<const Word*>(p), word);
+    memcpy(pairs, &word, sizeof word);
   }
   __device__ __forceinline__ void store(T* p) const {
-    Word words[kWords];
-    memcpy(words, pairs, sizeof words);
-    DDPM_UNROLL
-    for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(p)[i] = words[i];
+    Word word;
+    memcpy(&word, pairs, sizeof word);
+    store_word(reinterpret_cast<Word*>(p), word);
   }
 };
 

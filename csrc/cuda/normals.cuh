@@ -8,9 +8,9 @@
 
 namespace ddpm_ext::cuda {
 
-// Draws the normals of the block of four elements that contains element j.
+// Draws the normals of the block of four elements that contains element j, as two pairs.
 template <class Index>
-__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2 (&z)[2]) {
+__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, F2* z) {
   uint32_t w[4];
   F2 even, odd;
   philox_block(keys, sample, static_cast<uint32_t>(j >> 2), w);

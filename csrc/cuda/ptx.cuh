@@ -1,5 +1,7 @@
-// Instructions that CUDA C++ cannot express.
+// Single instructions: those that CUDA C++ cannot express, and the accesses to memory whose number counts.
 #pragma once
+
+#include <stdint.h>
 
 namespace ddpm_ext::cuda {
 
@@ -37,5 +39,32 @@ __device__ __forceinline__ T* in_register(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
+
+// An access of 128 or 64 bits to global memory.
+template <class Word>
+__device__ __forceinline__ Word load_word(const Word* p) {
+  return *p;
+}
+template <class Word>
+__device__ __forceinline__ void store_word(Word* p, Word word) {
+  *p = word;
+}
+
+// Loads if the condition holds, without a branch.
+__device__ __forceinline__ void load_word_if(bool condition, const uint4* p, uint4& word) {
+  asm volatile("{ .reg .pred c; setp.ne.u32 c, %5, 0; @c ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+               : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w)
+               : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(condition))
+               : "memory");
+}
+__device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uint2& word) {
+  asm volatile("{ .reg .pred c; setp.ne.u32 c, %3, 0; @c ld.global.v2.u32 {%0, %1}, [%2]; }"
+               : "+r"(word.x), "+r"(word.y)
+               : "l"(__cvta_generic_to_global(p)), "r"(static_cast<uint32_t>(condition))
+               : "memory");
+}
+
+// Changes nothing, which the compiler does not know. So the value is computed before, and its uses come after.
+__device__ __forceinline__ void make_opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 
 }  // namespace ddpm_ext::cuda

@@ -7,13 +7,16 @@ namespace {
 
 struct Randn {
   struct Row {};
-  static constexpr bool kX = false, kSecond = false, kRowless = true;
+  static constexpr bool kX = false, kSecond = false, kRowless = true, kDraws = true;
 
-  static __device__ __forceinline__ bool draws(const Row&) { return true; }
   static __device__ __forceinline__ uint32_t draw(const Row&, int64_t) { return 0; }
 
-  template <Noise, class F>
-  static __device__ __forceinline__ F element(const Row&, const ElementwiseCall&, F, F, F z) {
+  template <class F>
+  static __device__ __forceinline__ F mean(const Row&, const ElementwiseCall&, F, F) {
+    return F(0.0f);
+  }
+  template <class F>
+  static __device__ __forceinline__ F noisy(const Row&, F, F, F z) {
     return z;
   }
 };

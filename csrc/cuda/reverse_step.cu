@@ -8,15 +8,18 @@ namespace {
 
 struct ReverseStep {
   using Row = StepRow;
-  static constexpr bool kX = true, kSecond = true, kRowless = false;
+  static constexpr bool kX = true, kSecond = true, kRowless = false, kDraws = false;
 
   static __device__ __forceinline__ bool draws(const Row& row) { return row.s != 0.0f; }
   static __device__ __forceinline__ uint32_t draw(const Row& row, int64_t) { return row.draw; }
 
-  template <Noise kNoise, class F>
-  static __device__ __forceinline__ F element(const Row& row, const ElementwiseCall& call, F x, F m, F z) {
-    const F mean = step_mean(row, x, m, call.clip_min, call.clip_max);
-    return kNoise == Noise::none ? mean : add_noise(row, mean, z);
+  template <class F>
+  static __device__ __forceinline__ F mean(const Row& row, const ElementwiseCall& call, F x, F m) {
+    return step_mean(row, x, m, call.clip_min, call.clip_max);
+  }
+  template <class F>
+  static __device__ __forceinline__ F noisy(const Row& row, F mean, F, F z) {
+    return add_noise(row, mean, z);
   }
 };
 

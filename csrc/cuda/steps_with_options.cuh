@@ -67,9 +67,9 @@ class VectorTensors {
   template <Role kRole>
   __device__ __forceinline__ void fetch_one() {
     using T = std::conditional_t<of_model(kRole), M, X>;
-    if (!has(kRole)) return;
     const TensorArg& tensor = call_[kRole];
-    const_cast<Vector<T, kItems>&>(get<kRole>()).load(static_cast<const T*>(tensor.data) + offset(tensor));
+    const_cast<Vector<T, kItems>&>(get<kRole>())
+        .load_if(has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
   }
   template <int... kEach>
   __device__ __forceinline__ void put(std::integer_sequence<int, kEach...>) const {
@@ -176,30 +176,34 @@ __global__ void __launch_bounds__(kThreads)
       tensors.finish();
     }
   }
-  // Four elements at a time by strides; or the rest of a sample beyond its whole vectors, which one thread takes.
-  for (; j < numel; j += kVector ? 4 : step) {
+  const auto take_four = [&](Index four) {
     F2 z[2] = {F2(0.0f), F2(0.0f)};
-    if (drawn) draw_normals(keys, counter, j, z);
-    const Index end = numel - j < 4 ? numel : j + 4;
+    if (drawn) draw_normals(keys, counter, four, z);
+    const Index end = numel - four < 4 ? numel : four + 4;
 #pragma unroll 1
-    for (Index i = j; i < end; ++i) {
+    for (Index i = four; i < end; ++i) {
       const F2 half = i & 2 ? z[1] : z[0];
       F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
       ElementTensors<Step, X, M, kVector> tensors(call, dividers, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
+  };
+  if constexpr (kVector) {
+    for (; j < numel; j += 4) take_four(j);  // the rest of a sample beyond its whole vectors, for one thread
+  } else {
+    const Index channels = channels_in_turn(call), pixels = channels == 1 ? numel : call.sizes[1];
+    for (; j < pixels; j += step)
+      for (Index four = j; four < numel; four += pixels) take_four(four);
   }
 }
 
 template <Access kAccess, class X, class M, class Step>
 void launch(const StepCall<Step>& call, cudaStream_t stream) {
+  constexpr auto kKernel = with_options<kAccess, Step, X, M>;
   constexpr int kItems = kAccess == Access::vector ? VectorTensors<Step, X, M>::kItems : 4;
-  const Shape shape = launch_shape(call.batch, call.numel, kItems);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = shape.grid;
-  config.blockDim = shape.block;
-  config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, with_options<kAccess, Step, X, M>, call, Dividers(call)));
+  const Shape shape =
+      launch_shape(call.batch, call.numel / channels_in_turn(call), kItems, blocks_at_once<kKernel>(kThreads));
+  launch_on<kKernel>(shape, stream, call, Dividers(call));
 }
 
 template <class Step>

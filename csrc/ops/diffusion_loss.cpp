@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <limits>
 
@@ -64,11 +63,6 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const Tensor chunks = at::empty({call.batch, loss_chunks(call.numel)}, like.dtype(at::kDouble));
   call.chunks = chunks.mutable_data_ptr<double>();
   call.loss = losses.mutable_data_ptr<float>();
-  Tensor blocks_done;
-  if (device.is_cuda()) {
-    blocks_done = at::zeros({call.batch + 1}, like.dtype(at::kInt));
-    call.blocks_done = reinterpret_cast<uint32_t*>(blocks_done.mutable_data_ptr<int32_t>());
-  }
   if (reduction == kNone) {
     DDPM_RUN(loss, call, device);
     return {losses, slope};

@@ -103,15 +103,19 @@ class _DiffusionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _registration.refuse_second_derivative()
         (slope,) = ctx.saved_tensors
-        return None, _gradient(slope, grad).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+        return None, _gradient(slope, grad, ctx.dtype), *[None] * (ctx.inputs - 1)
 
 
-def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
-    """slope times grad, in the slope's own memory where that is possible."""
+def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """slope times grad as `dtype`, by one operation, in the slope's own memory where that is possible."""
     plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
     retained = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
-        return slope.clone() if retained else slope
+        return slope.to(dtype, copy=retained)
     factor = _registration.by_sample(grad, slope)
-    return slope * factor if retained else slope.mul_(factor)
+    if slope.dtype == dtype:
+        return slope * factor if retained else slope.mul_(factor)
+    if not plain:
+        return (slope * factor).to(dtype)
+    return torch.mul(slope, factor, out=torch.empty_like(slope, dtype=dtype))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.choices import for_many
 from support.cuda_host import library
-from support.cuda_host.calls import PAIRS, SPECIAL, VARIANTS, Call, hide_seed, make_call, step_table
+from support.cuda_host.calls import PAIRS, SAMPLES, SPECIAL, VARIANTS, Call, hide_seed, make_call, step_table
 from support.cuda_host.guarded import PLACES
 from support.cuda_host.windows import around
 
@@ -24,6 +24,8 @@ pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
 not_sanitized = pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
 SIZES = [0, 1, 3, 4, 5, 255, 256, 257, 1031]  # the last: a prime, and of more than one block
+
+SMALL = 1  # a device with two multiprocessors: tests/support/cuda_host/control.h
 
 ONE_DTYPE = [v for v in VARIANTS if v[2] in (PAIRS[0], PAIRS[3])]
 
@@ -108,6 +110,22 @@ def test_layouts(host, variant):
         if takes_out:
             host.check(call, "back", gpu=gpu, expected=expected, out=x)
             host.check(replace(call, x=x), gpu=gpu, expected=expected, in_place=True)
+
+
+@one_dtype
+def test_channels_last(host, variant):
+    """So many pixels that a thread takes those of all channels, if there are no more than 16."""
+    some = [(3, (2**14 + 4, 1)), (3, (2**14 + 1, 1))]
+    more = [(2, (128, 128)), (16, (1, 2**14)), (17, (1, 2**14))]
+    for channels, pixels in [*some, *(more if variant == VARIANTS[0] else [])]:
+        call, gpu = make_call(variant, 1, channels, *pixels)
+        expected = call.on_cpu()
+        call = hide_seed(call, gpu)
+        last = call.with_tensors(lambda _, x: x.to(memory_format=torch.channels_last))
+        if call.second is not None:
+            host.check(replace(call, second=last.second), gpu=gpu, expected=expected)
+        else:
+            host.check(last, gpu=gpu, expected=expected)
 
 
 @one_dtype
@@ -304,9 +322,28 @@ def test_more_than_32_bits(one_host, windows, choose):
 @pytest.mark.parametrize("variant", [VARIANTS[0], ("randn", "drawn", PAIRS[0]), ("forward_process", "none", PAIRS[3])])
 def test_all_of_a_large_tensor(host, variant):
     """Whose threads take several turns."""
-    for places, shape in (("front", (1, 8_600_017)), ("odd", (3, 1_600_003))):
+    host.control.set_device(SMALL)
+    for places, shape in (("front", (1, 270_017)), ("odd", (3, 60_003))):
         call, _ = make_call(variant, *shape)
         host.check(call, places)
+
+
+def test_the_grid_follows_the_device(host):
+    """One turn a thread, unless there are more than twice as many blocks as run at once; then up to eight."""
+    call, _ = make_call(("reverse_step", "drawn", PAIRS[0]), 1, 130 * 256 * 8)
+    for device, columns in ((0, 130), (SMALL, 17), (0, 130)):
+        host.control.set_device(device)
+        host.run(call)
+        assert host.control.take_launches() == [((columns, 1, 1), (256, 1, 1))]
+
+
+@variants
+def test_every_sector_is_touched_once(host, variant):
+    """Of aligned samples: what a warp loads or stores at once is one stretch of memory."""
+    host.control.set_device(SMALL)
+    call, gpu = make_call(variant, 2, 40_016)
+    read = 0 if call.op == "randn" else sum(t.nbytes for n in SAMPLES if (t := getattr(call, n)) is not None)
+    assert host.control.sectors_of(lambda: host.run(call, gpu=gpu)) == (read // 32, call.x.nbytes // 32)
 
 
 @not_sanitized

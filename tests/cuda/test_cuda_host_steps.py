@@ -72,6 +72,17 @@ def test_vectors_where_memory_is_aligned(step, host):
             assert len(host.control.take_launches()) == 1 + len((*read(step), *step.RESULTS, *SCALES))
 
 
+@steps
+@pairs
+def test_every_sector_is_touched_once(step, host, pair):
+    """Of aligned samples: what a warp loads or stores at once is one stretch of memory."""
+    host.control.set_device(1)  # where threads take several turns
+    call = make_call(step, (2, 40_016), pair, noise="given")
+    loaded = sum(call.tensors[name].nbytes for name in read(step))
+    stored = len(call.results) * call.tensors["x_t"].nbytes
+    assert host.control.sectors_of(lambda: run(host, call)) == (loaded // 32, stored // 32)
+
+
 def layouts(x: torch.Tensor):
     """x's values in other memory: (batch, 3, 5, 7)."""
     yield x.to(memory_format=torch.channels_last)
@@ -96,6 +107,17 @@ def test_layouts(step, host, pair):
                 call.with_tensors(lambda n, y, i=i, m=mixed: list(layouts(y))[i] if n in m else y),
                 expected=expected,
             )
+
+
+@steps
+def test_channels_last(step, host):
+    """A model's output with its channels last, and so many pixels that a thread takes those of all channels."""
+    for channels, pixels in ((3, 2**14 + 4), (16, 2**14), (17, 2**14)):
+        call = make_call(step, (1, channels, pixels, 1), PAIRS[2])
+        last = call.with_tensors(
+            lambda n, x: x.to(memory_format=torch.channels_last) if n in ("model_output", *step.OF_MODEL) else x
+        )
+        check(host, last, expected=call.on_cpu())
 
 
 @pairs
@@ -232,8 +254,9 @@ def test_an_inexact_instruction_leaves_no_trace(host, choice):
 @steps
 def test_all_of_a_large_tensor(step, host):
     """Whose threads take several turns."""
+    host.control.set_device(1)  # which is so small that this is large
     some = ("uncond_output", KEPT[step.OPERATOR][1], "output_scale")
-    for shape, pair, places in (((1, 6_300_011), PAIRS[0], "front"), ((3, 2_100_003), PAIRS[3], "odd")):
+    for shape, pair, places in (((1, 270_011), PAIRS[0], "front"), ((3, 60_003), PAIRS[3], "odd")):
         check(host, make_call(step, shape, pair, some, "none", results=("out", KEPT[step.OPERATOR][0])), places)
 
 

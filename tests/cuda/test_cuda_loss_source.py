@@ -11,8 +11,9 @@ from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import Build, Missing, build_all, find_tools
 from benchmarks.static.kernels import enum
 
-# a chunk's losses, the strands, and whether a block is the last; CUDA keeps 1 KiB for itself on newer cards
-SHARED = 512 * 4 + 128 * 8 + 1
+# the losses of one or two chunks in this turn and the last one, the strands, and whether a block is the last; CUDA
+# keeps 1 KiB for itself on newer cards
+SHARED = {chunks: 2 * chunks * 512 * 4 + 128 * 8 + 1 for chunks in (1, 2)}
 BITS = {"f": 32, "6__half": 16, "13__nv_bfloat16": 16}
 
 
@@ -32,23 +33,25 @@ def build(builds, request) -> Build:
     return builds[request.param]
 
 
-def variants(build: Build) -> dict[tuple[str, str, str, str, str], object]:
-    """Kernels by (row, noise, access, type of x_start, type of the model's output)."""
+def variants(build: Build) -> dict[tuple[str, str, str, bool, str, str], object]:
+    """Kernels by (row, noise, access, whether keys are constants, type of x_start, type of the model's output)."""
     found = {}
     for kernel in build.kernels:
         types = "|".join(BITS)
         name = re.search(
-            rf"loss_of_samplesINS_\d+(\w+?)ELNS_5NoiseE(\d)ELNS0_6AccessE(\d)E({types})({types}|S\d_)EEv", kernel.name
+            rf"loss_of_samplesINS_\d+(\w+?)ELNS_5NoiseE(\d)ELNS0_6AccessE(\d)ELb(\d)E({types})({types}|S\d_)EEv",
+            kernel.name,
         )
         assert name is not None, kernel.name
-        x, m = name[4], name[4] if name[5].startswith("S") else name[5]
-        found[name[1], enum("Noise")[int(name[2])], enum("Access")[int(name[3])], x, m] = kernel
+        x, m = name[5], name[5] if name[6].startswith("S") else name[6]
+        found[name[1], enum("Noise")[int(name[2])], enum("Access")[int(name[3])], name[4] == "1", x, m] = kernel
     return found
 
 
 def test_every_variant(build):
-    """Without the bound and with it, noise given or drawn, by vectors or strides, of five pairs of dtypes."""
-    assert len(variants(build)) == len(build.kernels) == 2 * 2 * 2 * 5
+    """Without the bound and with it, noise given or drawn, by vectors or strides, of five pairs of dtypes; and without
+    the bound, drawn, by vectors with keys that are constants."""
+    assert len(variants(build)) == len(build.kernels) == (2 * 2 * 2 + 1) * 5
     assert {row for row, *_ in variants(build)} == {"LossRow", "VariationalRow"}
 
 
@@ -57,7 +60,8 @@ def test_nothing_spills_or_is_called(build):
     for kernel in build.kernels:
         used = build.resources[kernel.name]
         assert used.registers <= (96 if "VariationalRow" in kernel.name else 64), (kernel.name, used)
-        assert used.shared in (SHARED, SHARED + 1024), (kernel.name, used)
+        shared = SHARED[2 if "6AccessE0E" in kernel.name else 1]
+        assert used.shared in (shared, shared + 1024), (kernel.name, used)
         assert not (used.stack or used.local or used.spill_stores or used.spill_loads), (kernel.name, used)
         assert not {i.opcode for i in kernel.instructions if i.name in ("LDL", "STL")}, kernel.name
         called = {i.operands for i in kernel.instructions if i.calls}
@@ -82,16 +86,17 @@ def widths(kernel, name: str) -> Counter[int]:
     return Counter(int(width[1].lstrip("US")) if width else 32 for width in found)
 
 
-def test_four_elements_are_one_load_and_one_store(build):
-    """Of each tensor: 128 bits of float32, 64 of 16 bits. A row is 128, and what isn't a tensor is as by strides."""
+def test_elements_are_wide_loads_and_stores(build):
+    """Of each tensor, in both of a turn's chunks: 128 bits of float32, 64 of 16 bits. The loads are there twice, for
+    the first turn as well. A row is 128, and what isn't a tensor is as by strides."""
     kernels = variants(build)
-    for (row, noise, access, x, m), kernel in kernels.items():
+    for (row, noise, access, _, x, m), kernel in kernels.items():
         if access != "vector":
             continue
-        strided = kernels[row, noise, "strided", x, m]
+        strided = kernels[row, noise, "strided", False, x, m]
         halves = 2 if row == "VariationalRow" else 1
         read = [m] * halves + [x] + [x] * (noise == "given")
-        for name, tensors in (("LDG", read), ("STG", ["f"] * halves)):
+        for name, tensors, times in (("LDG", read, 4), ("STG", ["f"] * halves, 2)):
             for type_, wide in (("f", 128), (None, 64)):
-                expected = sum((t == "f") == (type_ == "f") for t in tensors)
+                expected = times * sum((t == "f") == (type_ == "f") for t in tensors)
                 assert widths(kernel, name)[wide] - widths(strided, name)[wide] == expected, (kernel.name, name, wide)

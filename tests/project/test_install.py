@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-BOTH = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+BOTH = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 
 
 def load_setup():
@@ -141,7 +141,7 @@ def test_where_cuda_cannot_be_had(tmp_path, torch_version, torch_cuda, nvcc, why
 
 
 def test_default_architectures_are_those_that_both_know():
-    assert setup.default_archs(["7.5", *BOTH, "12.1"], lambda arch: True) == "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+    assert setup.default_archs(["7.0", *BOTH, "12.1"], lambda arch: True) == "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
     assert setup.default_archs(["8.0", "8.6", "8.9", "9.0"], lambda arch: True) == "8.0 8.6 8.9 9.0+PTX"
     assert setup.default_archs(BOTH, lambda arch: arch in ("8.6", "9.0")) == "8.6 9.0+PTX"
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST"):

@@ -180,6 +180,13 @@ def test_loop_that_is_left_from_its_middle():
     assert opcodes(way.turn) == ["FADD", "STG.E.128", "CALL.REL.NOINC", "NOP", "BRA"]
 
 
+def test_a_turn_ends_with_the_loads_of_the_next():
+    """Whether it has one decides a branch around them or a predicate."""
+    store, load = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
+    around = [".L_x_0:", "FADD R0, R1, R2", store, "@P0| BRA `(.L_x_1)", load, ".L_x_1:", "@!P0| BRA `(.L_x_0)", "EXIT"]
+    assert opcodes(path.hot_path(kernel(*around)).turn) == ["FADD", "STG.E.128", "BRA", "LDG.E.128", "BRA"]
+
+
 def test_the_innermost_loop_is_the_turn():
     loop = [".L_x_0:", "MOV R0, RZ", ".L_x_1:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"]
     way = path.hot_path(kernel(*loop, "@P0| BRA `(.L_x_1)", "@P1| BRA `(.L_x_0)", "EXIT"))
@@ -251,7 +258,7 @@ BLOCK = [
 
 def test_way_of_a_block_that_adds_up():
     """The first of four warps adds up besides the work of all. The last block's extra work is left out."""
-    way = path.team_path(kernel(*BLOCK), warps=4)
+    way = path.team_path(kernel(*BLOCK), share=0.25)
     every = ["BRA", "BRA", "LDG.E.64", "FFMA", "BRA", "STG.E.64", "STS.128", "BAR.SYNC.DEFER_BLOCKING", "BRA"]
     sums = ["LDS", "SHFL.DOWN", "DADD", "STG.E.64"]
     assert way.loops and way.first.loops and way.share == 0.25
@@ -412,7 +419,7 @@ def test_variants_that_add_up():
     assert (bound.title, bound.access) == ("Loss with bound, noise drawn", "strided")
     # the model's output has two halves, and so does its derivative
     assert (bound.bytes_read, bound.bytes_written, bound.adds_up) == (3 * 4, 2 * 4, True)
-    assert kernels.warps_that_add_up() == 4
+    assert kernels.share_that_adds_up() == 2 / 4
 
 
 def test_resources():

@@ -15,6 +15,14 @@ struct Launch {
   dim3 grid, block;
 };
 
+// The multiprocessors of the devices: of a large GPU, and of one so small that tensors of a test are large for it.
+constexpr int kMultiprocessors[] = {132, 2};
+
+// What the accesses of warps touched, in sectors of 32 bytes; a sector counts once for each access.
+struct Sectors {
+  int64_t loaded = 0, stored = 0;
+};
+
 struct Control {
   uint64_t seed = 0;  // decides the order in which threads and blocks take turns
   // If set, only these blocks of a grid run, numbered with x fastest. With an empty list launches are recorded but
@@ -22,6 +30,9 @@ struct Control {
   std::optional<std::vector<uint64_t>> blocks;
   bool refuse = false;  // makes every launch an error
   int seconds = 30;     // of processor time that a launch may take
+  int device = 0;
+  bool counts_sectors = false;
+  Sectors sectors;
   std::vector<Launch> launches;
 };
 

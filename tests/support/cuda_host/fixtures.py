@@ -42,3 +42,4 @@ def host(one_host, request):
     control.set_blocks(None)
     control.set_rsqrt(3)
     control.set_refuse(False)
+    control.set_device(0)

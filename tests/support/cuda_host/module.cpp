@@ -64,6 +64,15 @@ py::list take_launches() {
   return result;
 }
 
+// Calls run(), and returns how many sectors were loaded and stored.
+std::tuple<int64_t, int64_t> sectors_of(const py::function& run) {
+  standin::control.sectors = {};
+  standin::control.counts_sectors = true;
+  run();
+  standin::control.counts_sectors = false;
+  return {standin::control.sectors.loaded, standin::control.sectors.stored};
+}
+
 // Counts the words, of `count` words first, first + step ..., for which the CUDA kernels' code computes another radius.
 int64_t radius_mismatches(uint32_t first, uint32_t step, int64_t count) {
   int64_t mismatches = 0;
@@ -108,6 +117,8 @@ PYBIND11_MODULE(control, m) {
                       OptionalTensor draw) { instead = {t, sample_ids, seed, out, draw}; });
   m.def("took_vectors", [] { return took_vectors; });
   m.def("take_launches", &take_launches);
+  m.def("sectors_of", &sectors_of);
+  m.def("set_device", [](int device) { control.device = device; });
   m.def("set_seed", [](uint64_t seed) { control.seed = seed; });
   m.def("set_blocks", [](std::optional<std::vector<uint64_t>> blocks) { control.blocks = blocks; });
   m.def("set_refuse", [](bool refuse) { control.refuse = refuse; });

@@ -11,6 +11,7 @@
 #include "control.h"
 #include "faults.h"
 #include "fiber.h"
+#include "sectors.h"
 #include "standin/launch.h"
 #include "standin/threads.h"
 
@@ -206,6 +207,7 @@ void run_grid(dim3 grid, dim3 block) {
     blockIdx = {static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
                 static_cast<unsigned>(number / grid.x / grid.y)};
     run_block(random);
+    count_sectors();
     if (error.code == cudaSuccess) continue;
     for (auto& thread : threads) thread->fiber.abandon();
     return;
@@ -225,6 +227,7 @@ void wait_for_warp(unsigned mask, Site site) {
 }
 
 int lane() { return static_cast<int>(running->number % warpSize); }
+unsigned warp() { return running->number / warpSize; }
 
 uint64_t exchange(unsigned mask, uint64_t bits, int source, Site site) {
   running->bits = bits;
@@ -265,6 +268,16 @@ cudaError_t cudaGetLastError() {
   const cudaError_t code = standin::last_error.code;
   standin::last_error.code = cudaSuccess;
   return code;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = standin::control.device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  *value = standin::kMultiprocessors[device];
+  return cudaSuccess;
 }
 
 const char* cudaGetErrorString(cudaError_t code) {

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "standin/threads.h"
+
 namespace standin {
 
 // Which of the allowed numbers: the nearest to the truth, the least, the greatest, or one that the argument picks.
@@ -57,6 +59,26 @@ inline float max_nan(float a, float b) {
   return a > b ? a : b;
 }
 inline float min_nan(float a, float b) { return -max_nan(-a, -b); }
+
+// The accesses of 128 and 64 bits are told to whoever counts sectors (control.h).
+template <class Word>
+Word load_word(const Word* p) {
+  standin::note_access(true, false, p, sizeof(Word));
+  return *p;
+}
+template <class Word>
+void store_word(Word* p, Word word) {
+  standin::note_access(true, true, p, sizeof(Word));
+  *p = word;
+}
+
+template <class Word>
+void load_word_if(bool condition, const Word* p, Word& word) {
+  standin::note_access(condition, false, p, sizeof(Word));
+  if (condition) word = *p;
+}
+
+inline void make_opaque(uint32_t&) {}
 
 template <class T>
 T* in_register(T* p) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <string.h>
 
 #include <utility>
 
@@ -25,8 +26,24 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);  // describes what happened if it was the last error
+
+inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  memset(p, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+// On every device a multiprocessor runs as many blocks at once as it has room for threads, 1,024.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t) {
+  *blocks = 1024 / threads;
+  return cudaSuccess;
+}
 
 namespace standin {
 

@@ -2,6 +2,7 @@
 // thread of the host, so the variables of the running thread are plain globals and every operation is atomic.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,6 +25,9 @@ void wait_for_warp(unsigned mask, Site site);
 // The bits that the thread `lane` of the warp passes at the same site.
 uint64_t exchange(unsigned mask, uint64_t bits, int lane, Site site);
 int lane();
+unsigned warp();  // of the block
+// Tells that the thread comes to an access to global memory; it `happens` if its condition holds.
+void note_access(bool happens, bool store, const void* p, size_t bytes);
 
 template <class T>
 T exchange_value(unsigned mask, T value, int source, Site site) {
@@ -70,3 +74,10 @@ inline unsigned atomicAdd(unsigned* p, unsigned value) { return standin::add(p, 
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) { return standin::add(p, value); }
 inline float atomicAdd(float* p, float value) { return standin::add(p, value); }
 inline double atomicAdd(double* p, double value) { return standin::add(p, value); }
+
+// Counts up to `last`, and then begins at 0.
+inline unsigned atomicInc(unsigned* p, unsigned last) {
+  const unsigned before = *p;
+  *p = before >= last ? 0 : before + 1;
+  return before;
+}
