@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
+from ddpm_ext.tables.timestep_at import timestep_at
 
 __all__ = [
     "SIGMA_GRIDS",
@@ -21,6 +22,7 @@ __all__ = [
     "Grid",
     "Jumps",
     "karras_grid",
+    "karras_sigmas",
     "log_snr_grid",
     "make_grid",
     "section_timesteps",
@@ -257,11 +259,7 @@ def make_grid(
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
     """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
     levels = _levels(alphas_cumprod)
-    known = (1 / levels - 1).sqrt().log()
-    wanted = sigma.log()
-    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    low, high = known[above - 1], known[above]
-    timestep = (above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)).double()
+    timestep = timestep_at(levels, sigma)
     path = torch.cat([1 / (1 + sigma**2), levels.new_tensor([final])])
     return Grid(timestep, path, 1 - path[:-1] / path[1:], levels)
 
@@ -276,6 +274,14 @@ def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
         raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
     greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()
     return greatest, least
+
+
+def karras_sigmas(greatest: float, least: float, steps: int, rho: float = 7.0) -> Tensor:
+    """Evenly spaced in sigma^(1/rho), with both ends: Karras et al. 2022, eq. (5). float64 (steps,)."""
+    if not rho > 0:
+        raise ValueError(f"rho is {rho}, expected rho > 0")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+    return (greatest ** (1 / rho) * (1 - ramp) + least ** (1 / rho) * ramp) ** rho
 
 
 def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: float = 1.0) -> Grid:
@@ -293,11 +299,8 @@ def karras_grid(alphas_cumprod: Tensor, steps: int, *, rho: float = 7.0, final: 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
     """
-    if not rho > 0:
-        raise ValueError(f"rho is {rho}, expected rho > 0")
     greatest, least = _sigma_range(alphas_cumprod, steps)
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
-    return _sigma_grid(alphas_cumprod, (greatest ** (1 / rho) * (1 - ramp) + least ** (1 / rho) * ramp) ** rho, final)
+    return _sigma_grid(alphas_cumprod, karras_sigmas(greatest, least, steps, rho), final)
 
 
 def log_snr_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) -> Grid:

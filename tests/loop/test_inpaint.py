@@ -216,7 +216,7 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
                 for gd, m in ((x0_of, model), (x_prev_of, x_prev))
             )
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # measured 1.9e-6, factor 5
-    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a spacing whose timesteps are"):
+    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a sampler and a spacing with"):
         x_prev_of.p_sample_loop(
             **ours(x_prev_of, "plain", sampler="euler") | {"timesteps": None}, spacing="karras", steps=5
         )

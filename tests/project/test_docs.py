@@ -30,13 +30,13 @@ def run(page, folder, monkeypatch):
 
 def test_sampling_code(root, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 8
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 9
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
 def test_options_code(root, tmp_path, monkeypatch):
-    assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 8
+    assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 9
 
 
 def test_training_code(root, tmp_path, monkeypatch):

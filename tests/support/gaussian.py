@@ -6,6 +6,7 @@ StepTable is affine too, so the mean and the variance of each x that a loop reac
 """
 
 import numpy as np
+import torch
 
 from ddpm_ext import GaussianDiffusion
 
@@ -32,8 +33,16 @@ def best_prediction(kept, x, prediction, sigma=SIGMA):
 
 
 def exact_model(gd):
+    """Between the timesteps, log sigma is linear in the timestep."""
+    log_sigma = np.log(1 / gd.alphas_cumprod.numpy() - 1) / 2
+
     def model(x, t):
-        kept = gd.alphas_cumprod.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        if t.is_floating_point():
+            between = np.interp(t.double().cpu().numpy(), np.arange(len(log_sigma)), log_sigma)
+            kept = torch.from_numpy(1 / (1 + np.exp(2 * between))).to(x.device)
+        else:
+            kept = gd.alphas_cumprod.to(x.device)[t]
+        kept = kept.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return best_prediction(kept, x, gd.prediction)
 
     return model
@@ -62,7 +71,8 @@ def push(row, history, x0, x, m):
 def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
     """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
 
-    `levels` has alphas_cumprod by timestep. A row that does not use the model's output gets none.
+    `levels` has alphas_cumprod by timestep; between these, the row's own level counts. A row that does not use the
+    model's output gets none.
     """
     size = 5  # x, the previous x0, and three tensors of history
     state, covariance = np.array([mean, *[0.0] * (size - 1)]), np.diag([variance, *[0.0] * (size - 1)])
@@ -71,7 +81,7 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
         def step(before, row=row):
             x, h, *history = before
             asked = row.b != 0 or row.c2 != 0
-            m = best_prediction(levels[row.timestep], x, prediction, sigma) if asked else 0.0
+            m = best_prediction(levels.get(row.timestep, row.now), x, prediction, sigma) if asked else 0.0
             x0, after = take(row, x, m, h, history=history)
             return np.array([after, x0, *push(row, history, x0, x, m)])
 

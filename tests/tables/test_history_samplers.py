@@ -61,6 +61,10 @@ ORDERS = [
     ("deis", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 1.95),
     ("deis", {"order": 3, **WHOLE}, even_in_log_sigma, 3, 2.8),
     ("deis", {"order": 4, **WHOLE}, even_in_log_sigma, 3, 3.8),
+    ("sa_solver", {"eta": 0.0, "predictor_order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95),
+    ("sa_solver", {"eta": 0.0, **WHOLE}, even_in_log_sigma, 0, 1.95),
+    ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 3, **WHOLE}, even_in_log_sigma, 0, 2.8),
+    ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 4, **WHOLE}, even_in_log_sigma, 0, 3.8),
     ("lms", {"order": 2}, even_in_log_sigma, 0, 1.95),
     ("lms", {"order": 3}, even_in_log_sigma, 3, 2.8),
     ("lms", {}, even_in_log_sigma, 3, 3.7),
@@ -95,7 +99,7 @@ def test_order_of_the_distribution(eta):
     assert found[2] < 5e-4
 
 
-HISTORY = [name for name, sampler in SAMPLERS.items() if sampler(make_grid(LEVELS, [900, 600, 300])).linear]
+HISTORY = [name for name, sampler in SAMPLERS.items() if sampler(make_grid(LEVELS, [900, 600, 300])).k0.any()]
 
 
 def deterministic(name, grid):
