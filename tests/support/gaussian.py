@@ -49,14 +49,14 @@ def exact_model(gd):
 
 
 def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
-    """x0 and the next sample by a StepRow, for floats or float64 arrays. `history`: H1, H2 and H3, as many as there
-    are."""
+    """x0 and the next sample by a StepRow without guidance, for floats or float64 arrays. `history`: H1, H2 and H3, as
+    many as there are."""
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
-    mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.c3 * h
+    mean = row.c0 * x0 + row.c1 * x + (row.c2 + row.cu) * m + row.c3 * h
     mean = mean + sum(weight * kept for weight, kept in zip((row.h1, row.h2, row.h3), history, strict=False))
     return x0, mean + root**2 * row.g1 * g + row.s * root * z
 
@@ -80,7 +80,7 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
 
         def step(before, row=row):
             x, h, *history = before
-            asked = row.b != 0 or row.c2 != 0
+            asked = row.b != 0 or row.c2 + row.cu != 0
             m = best_prediction(levels.get(row.timestep, row.now), x, prediction, sigma) if asked else 0.0
             x0, after = take(row, x, m, h, history=history)
             return np.array([after, x0, *push(row, history, x0, x, m)])

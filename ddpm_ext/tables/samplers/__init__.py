@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddpm_ext.tables.samplers.cfg_pp import euler_ancestral_cfg_pp, euler_cfg_pp
+from ddpm_ext.tables.samplers.cfg_pp import dpmpp_2m_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from ddpm_ext.tables.samplers.consistency import lcm, tcd
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
@@ -43,6 +43,7 @@ __all__ = [
     "dpm_2_ancestral",
     "dpm_solver_2m",
     "dpmpp_2m",
+    "dpmpp_2m_cfg_pp",
     "dpmpp_2m_sde",
     "dpmpp_2s",
     "dpmpp_3m",
@@ -94,6 +95,7 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         tcd,
         euler_cfg_pp,
         euler_ancestral_cfg_pp,
+        dpmpp_2m_cfg_pp,
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

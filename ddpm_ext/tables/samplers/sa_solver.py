@@ -60,6 +60,8 @@ def sa_solver(
     ]
     tau = torch.full_like(grid.now, eta)
     if interval is not None:
+        for end in interval:
+            checks.nonnegative("interval", end)
         tau[(grid.timestep < interval[0]) | (grid.timestep > interval[1])] = 0
     rate = (1 + tau**2).tolist()
     lam, steps, first = coefficients.half_log_snr(grid), len(grid), multistep.first_step(grid)
@@ -108,6 +110,6 @@ def _weights(levels: list[float], step: int, newest: int, order: int, rate: floa
     else:
         nodes = [levels[newest - k] for k in range(order)]
         far = start if newest > step else end  # the interval's end that is not the first node
-        density = lambda distance: np.exp(rate * distance)  # noqa: E731
-        weights[:order] = total * np.array(multistep.lagrange_weights(nodes, far, density))
+        weights[:order] = multistep.lagrange_weights(nodes, far, lambda distance: np.exp(rate * distance))
+        weights *= total
     return weights
