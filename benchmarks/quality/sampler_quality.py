@@ -92,7 +92,7 @@ def calls(sampler: str, steps: int) -> int:
     """How often a loop calls the model."""
     diffusion = load_model("digits").settings.diffusion()
     grid = spaced_grid(diffusion.alphas_cumprod, diffusion.betas, steps, SPACING)
-    return sum(row.b != 0 for row in SAMPLERS[sampler](grid))
+    return int((SAMPLERS[sampler](grid).b != 0).sum())
 
 
 def main() -> None:

@@ -181,8 +181,15 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
         raise ValueError(
             f"prediction is {process.prediction!r}, expected a sampler and a spacing with the schedule's own timesteps"
         )
-    a, b = (column[t] for column in process.prediction_entry.x0(process.levels))
-    return replace(table, a=a, b=b, c1=table.c1 + a * table.c2, c2=b * table.c2)
+    of_x, of_m = (column[t] for column in process.prediction_entry.x0(process.levels))
+    return replace(
+        table,
+        a=table.a + table.b * of_x,
+        b=table.b * of_m,
+        c1=table.c1 + (table.c2 + table.cu) * of_x,
+        c2=table.c2 * of_m,
+        cu=table.cu * of_m,
+    )
 
 
 def _loop_rows(

@@ -207,7 +207,7 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
     def x_prev(x, t):
         return each(of_x0[t], x) * model(x, t) + each(of_x[t], x) * x
 
-    for sampler in ("ddpm", "ddim", "dpmpp_2m"):
+    for sampler in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_cfg_pp"):
         for chosen in ({"timesteps": None}, {"timesteps": list(TIMESTEPS)}):
             one, other = (
                 gd.p_sample_loop(

@@ -64,7 +64,7 @@ def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTabl
     twice = (grid.now > 0) & (s < (1 - grid.after).sqrt())
     r, after = (left / sigma)[twice].sqrt(), grid.after[twice]
     between = sigma[twice] * r
-    calls = jumps(timesteps_of(grid, between), levels_of(between), after) if twice.any() else jumps(s[:0], after, after)
-    scale = 1 / r if of_eps else 1.0
-    correction = Correction(calls, (1 - r**2) * scale, r, -(1 - r) * (1 / r if of_eps else r))
+    calls = jumps(timesteps_of(grid, between), levels_of(between), after)
+    of_x0, of_first = ((1 - r**2) / r, (1 - r) / r) if of_eps else (1 - r**2, (1 - r) * r)
+    correction = Correction(calls, of_x0, r, -of_first)
     return two_calls(prediction, Jumps(grid.timestep, grid.now, grid.after, grid.alphas), s, twice, correction)

@@ -51,8 +51,8 @@ def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
 class Correction(NamedTuple):
     """The second rows of the steps that have two, (n,) each.
 
-    calls: where the model is called for them. of_x0, of_x, of_first: the weights of x0, of x and of the first row's x0
-    in the clean signal's scale 1: for x / sqrt(alphas_cumprod), where the step ends.
+    calls: where the model is called for them. of_x0, of_x, of_first: the weights of x0, of x and of the first row's x0,
+    where x and the next sample are divided by sqrt(alphas_cumprod).
     """
 
     calls: Jumps
