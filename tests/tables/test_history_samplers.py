@@ -157,6 +157,20 @@ def test_a_bad_order(name, order, error):
         SAMPLERS[name](make_grid(LEVELS, [900, 600, 300]), order=order)
 
 
+@pytest.mark.parametrize(
+    "arguments, error, match",
+    [
+        ({"predictor_order": 4}, ValueError, "predictor_order is 4, expected 1 <= predictor_order < 4"),
+        ({"corrector_order": 0}, ValueError, "corrector_order is 0"),
+        ({"corrector_order": 2.0}, TypeError, "corrector_order is 2.0"),
+        ({"interval": (200, "800")}, TypeError, "interval is '800'"),
+    ],
+)
+def test_bad_arguments_of_sa_solver(arguments, error, match):
+    with pytest.raises(error, match=match):
+        SAMPLERS["sa_solver"](make_grid(LEVELS, [900, 600, 300]), **arguments)
+
+
 def test_a_bad_solver():
     with pytest.raises(ValueError, match="solver is 'bh3', expected 'bh2' or 'bh1'"):
         SAMPLERS["unipc"](make_grid(LEVELS, [900, 600, 300]), solver="bh3")
