@@ -6,8 +6,8 @@ A cell has two numbers: the share of the samples that a classifier is sure of (p
 digits_quality.py), and the Fréchet distance (Heusel et al. 2017) between the samples and the digits that the model was
 trained on, 0 for the same distribution. The distance is taken between the 64 hidden units of a small network that was
 trained to classify digits. All cells have the same seed and so the same starting noise. The samples are saved in a
-folder, and a later run draws only those that are missing. Samplers for distilled models and for guidance are left out
-unless they are asked for: the model is neither.
+folder, and a later run draws only those that are missing. Samplers for distilled models, for guidance and for flows are
+left out unless they are asked for: the model is none of these.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ddpm_ext.training.data import digits
 
 Array = npt.NDArray[np.float64]
 SPACING = "trailing"
-LEFT_OUT = ("lcm", "tcd", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp")
+LEFT_OUT = ("lcm", "tcd", "flow_sde", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp")
 
 
 def pixels(images: torch.Tensor) -> Array:
