@@ -303,7 +303,7 @@ class GaussianDiffusion:
                 model gets float32 timesteps.
             timesteps: these timesteps, int64, descending, instead of steps and spacing.
             eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
-                sampler's own, 0 for ddim.
+                sampler's own, which is 0 for ddim and 1 for most others.
             clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
                 it to; or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
 from ddpm_ext.tables.on_device import StepDeviceTables
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow_function
 from ddpm_ext.tables.trace_function import check_function, checked_sigmas
@@ -42,12 +42,16 @@ __all__ = ["NAMES", "sampler"]
 
 Sampler = Callable[..., Tensor]
 
-# Those of SAMPLERS that are told their steps by levels alone, and not by the timesteps of a schedule.
-NAMES = tuple(name for name in SAMPLERS if name not in ("lcm", "tcd"))
+# By a name of k-diffusion's, with its default.
+RENAMED = {"dpmpp_2s_ancestral": partial(SAMPLERS["dpmpp_2s"], eta=1.0)}
+# Without those that are told their steps by timesteps, that read an unconditional output, and that add steps of their
+# own; "edm" is "heun" with churn.
+LEFT_OUT = ("lcm", "tcd", "euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp", "edm", "restart")
+NAMES = tuple(name for name in (*SAMPLERS, *RENAMED) if name not in LEFT_OUT)
 CHURNED = ("euler", "heun", "dpm_2")  # Karras et al. 2022, algorithm 2, adds noise before their steps
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 FIXED = {"prediction": "x0", "lower_order_final": False}  # of all samplers that have these parameters
-LEFT_OUT = ("keep_eps", "variance")  # there is no clip, and a denoiser has no variance
+NEEDLESS = ("keep_eps", "variance")  # there is no clip, and a denoiser has no variance
 NOISE = ("noise_sampler", "rng")
 SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
@@ -175,13 +179,18 @@ def _keyword(name: str, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
 
 
+def _maker(name: str) -> Callable[..., StepTable]:
+    """The function that makes the rows."""
+    return RENAMED[name] if name in RENAMED else SAMPLERS[name]
+
+
 @cache
 def _options(name: str) -> dict[str, Any]:
     """The further arguments of a sampler of ours, with their defaults."""
-    parameters = inspect.signature(SAMPLERS[name]).parameters
-    found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *LEFT_OUT)}
+    parameters = inspect.signature(_maker(name)).parameters
+    found = {key: each.default for key, each in parameters.items() if key not in ("grid", *FIXED, *NEEDLESS)}
     added = [*CHURN] if name in CHURNED else []
-    added += ["s_noise"] if name in ("ddpm", *CHURNED, *WITH_ETA) else []
+    added += ["s_noise"] if name in ("ddpm", *CHURNED) or "eta" in found else []
     added += ["solver_type"] if name == "dpmpp_2m_sde" else []
     return found | {key: ADDED[key] for key in added if key not in found}
 
@@ -221,12 +230,12 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
         zero = torch.zeros_like(sigmas[:1])
         rows = _own_table(name, torch.cat([sigmas, zero]), flow, options)
         return rows[: len(rows) - len(_own_table(name, torch.cat([sigmas[-1:], zero]), flow, options))]
-    parameters = inspect.signature(SAMPLERS[name]).parameters
+    parameters = inspect.signature(_maker(name)).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
     grid = grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale)
     # A sampler that calls the model between the levels looks up a timestep there. Here that is the level's sigma.
-    table = SAMPLERS[name](replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64)), **fixed, **options)
+    table = _maker(name)(replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64)), **fixed, **options)
     nearest = sigmas[(table.noise_now[:, None] - sigmas).abs().argmin(1)]
     is_there = (table.noise_now - nearest).abs() <= ROUNDED * nearest
     table = replace(table, timestep=torch.where(is_there, nearest, table.noise_now))
@@ -254,7 +263,7 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
 
 
 def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> Plan:
-    parameters = inspect.signature(SAMPLERS[name]).parameters
+    parameters = inspect.signature(_maker(name)).parameters
     own = {key: value for key, value in options.items() if key in parameters}
     added = ADDED | {key: value for key, value in options.items() if key not in parameters}
     churn, tmin, tmax = (added[key] for key in CHURN)
@@ -270,7 +279,8 @@ def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     is_churned = bool((hat > now).any())
     table = _churned_table(name, sigmas, hat, own) if is_churned else _own_table(name, sigmas, flow, own)
     # A second call of the model in a step is at another sigma, or leads from a level to itself.
-    moves = (table.noise_now != table.noise_after) | (table.signal_now != table.signal_after)
+    ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
+    moves = (ratio - ratio_after).abs() > ROUNDED * ratio
     begins: list[int] = []
     for row, is_first in enumerate((moves & _calls(table)).tolist()):
         if is_first and len(begins) < len(now) and table.timestep[row] == hat[len(begins)]:

@@ -59,13 +59,12 @@ class Guidance:
             if low > high:
                 raise ValueError(f"guidance interval is {self.interval}, expected low <= high")
 
-    def scales(self, timestep: Tensor) -> Tensor:
-        """The scale at each timestep, float64: 1 outside the interval."""
-        scales = torch.full(timestep.shape, float(self.scale), dtype=torch.float64, device="cpu")
-        if self.interval is not None:
-            low, high = self.interval
-            scales[(timestep < low) | (timestep > high)] = 1.0
-        return scales
+    def guides(self, timestep: Tensor) -> Tensor:
+        """Whether there is guidance at each timestep, bool: False outside the interval."""
+        if self.interval is None:
+            return torch.ones(timestep.shape, dtype=torch.bool, device="cpu")
+        low, high = self.interval
+        return (timestep >= low) & (timestep <= high)
 
     def output_scale(self, model_output: Tensor, uncond_output: Tensor) -> Tensor | None:
         """The factor of the guided output, (batch,), float32 or for float64 outputs float64; None for no factor."""

@@ -25,7 +25,8 @@ class StepOptions:
     """What a step does besides its row: p_sample_loop's options of the same names, and what follows from them.
 
     threshold: how to find each sample's own range for the clip, or None. returns_x0: whether a Record holds the
-    predicted clean samples. learned: whether the model returns a variance beside its prediction.
+    predicted clean samples. learned: whether the model returns a variance beside its prediction. reads_uncond: whether
+    a row reads the unconditional output.
     """
 
     clip: Clip | None
@@ -37,13 +38,15 @@ class StepOptions:
     self_condition: bool
     returns_x0: bool
     learned: bool
+    reads_uncond: bool
     model_kwargs: Mapping[str, Any]
     autocast: torch.dtype | None
 
     @property
     def doubled(self) -> bool:
         """Whether the model gets the batch twice."""
-        return self.guidance is not None and self.guidance.unconditional is None and self.guidance.scale != 1
+        guidance = self.guidance
+        return guidance is not None and guidance.unconditional is None and (guidance.scale != 1 or self.reads_uncond)
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,6 @@ class LoopOptions:
                 f"compile is {self.compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
             )
         self._check_strength()
-        if self.self_condition and self.step_options(learned=False).doubled:
-            raise ValueError(
-                "self_condition is given beside guidance without a function for the unconditional output, expected a "
-                "Guidance that has one"
-            )
 
     def _check_strength(self) -> None:
         strength = self.strength
@@ -115,7 +113,7 @@ class LoopOptions:
         if self.start is None and strength != 1:
             raise ValueError(f"strength is {strength} without a start, expected 1")
 
-    def step_options(self, *, learned: bool) -> StepOptions:
+    def step_options(self, *, learned: bool, reads_uncond: bool) -> StepOptions:
         """What a step needs of them."""
         clip, threshold = as_clip(self.clip_denoised)
         return StepOptions(
@@ -128,6 +126,7 @@ class LoopOptions:
             self_condition=self.self_condition,
             returns_x0=self.x0,
             learned=learned,
+            reads_uncond=reads_uncond,
             model_kwargs=dict(self.model_kwargs or {}),
             autocast=self.autocast,
         )

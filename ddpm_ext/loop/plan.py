@@ -44,8 +44,10 @@ def make_plan(
     """See GaussianDiffusion.p_sample_loop."""
     if not callable(model):
         raise TypeError(f"model is {model!r}, expected a function")
-    step_options = options.step_options(learned=process.variance_entry.learned)
     rows = cache.get(process, options)
+    step_options = options.step_options(
+        learned=process.variance_entry.learned, reads_uncond=any(kind.guided for kind in rows.kinds)
+    )
     _check_rows(rows, step_options)
     return Plan(process, model, shape, options, step_options, rows)
 
@@ -60,6 +62,8 @@ def _check_rows(rows: LoopRows, options: StepOptions) -> None:
         )
     if options.cond_fn is not None and not bool((table.g0 != 0).any() | (table.g1 != 0).any()):
         raise ValueError("cond_fn is given, expected a sampler whose table says g0 or g1, a gradient's weights")
-    jumps = any(not kind.calls_model for kind in rows.kinds)
-    if jumps and rows.reads_last_x0:
-        raise ValueError("sampler has rows with c3 beside rows that do not call the model, expected one kind")
+    if options.self_condition and options.doubled:
+        raise ValueError(
+            "self_condition is given beside guidance without a function for the unconditional output, expected a "
+            "Guidance that has one"
+        )

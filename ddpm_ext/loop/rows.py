@@ -183,10 +183,17 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
     t = table.timestep
     if t.is_floating_point():
         raise ValueError(
-            f"prediction is {process.prediction!r}, expected a spacing whose timesteps are the schedule's own"
+            f"prediction is {process.prediction!r}, expected a sampler and a spacing with the schedule's own timesteps"
         )
-    a, b = (column[t] for column in process.prediction_entry.x0(process.levels))
-    return replace(table, a=a, b=b, c1=table.c1 + a * table.c2, c2=b * table.c2)
+    of_x, of_m = (column[t] for column in process.prediction_entry.x0(process.levels))
+    return replace(
+        table,
+        a=table.a + table.b * of_x,
+        b=table.b * of_m,
+        c1=table.c1 + (table.c2 + table.cu) * of_x,
+        c2=table.c2 * of_m,
+        cu=table.cu * of_m,
+    )
 
 
 def _loop_rows(
@@ -200,14 +207,16 @@ def _loop_rows(
     table = table.to("cpu")
     if jumps is not None:
         table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
-    if table.c3[0] != 0:
-        raise ValueError(f"sampler's first row has c3 {table.c3[0]}, but there is no step before it, expected 0")
     if table.linear:
         _check_history(table)
-    scales = torch.ones_like(table.a) if guidance is None else guidance.scales(table.timestep)
-    if guidance is None:  # without it, the unconditional output is the output
-        table = replace(table, c2=table.c2 + table.cu, cu=torch.zeros_like(table.cu))
+    scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
+    if guidance is not None:
+        guides = guidance.guides(table.timestep)
+        scales[guides], unguided[guides] = guidance.scale, 0
+    # Where there is no guidance, the unconditional output is the output.
+    table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
     kinds = _kinds(table, scales)
+    _check_last_x0(table, kinds)
     levels = _levels(process, table)
     others = {} if levels is None else {"start": levels}
     return LoopRows(
@@ -247,6 +256,14 @@ def _check_history(table: StepTable) -> None:
                     "tensor, expected 0"
                 )
         kept += kind.keeps
+
+
+def _check_last_x0(table: StepTable, kinds: list[RowKind]) -> None:
+    """That every row that reads the x0 of the step before comes after one that calls the model."""
+    for i, c3 in enumerate(table.c3.tolist()):
+        if c3 != 0 and not (i > 0 and kinds[i - 1].calls_model):
+            before = "the row before it does not call the model" if i else "there is no row before it"
+            raise ValueError(f"sampler's row {i} has c3 {c3}, but {before}, expected 0")
 
 
 def _variance(process: Process, table: StepTable, learned: bool) -> str | None:

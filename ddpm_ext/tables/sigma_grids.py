@@ -20,6 +20,7 @@ __all__ = [
     "ALIGN_YOUR_STEPS",
     "SIGMA_GRIDS",
     "align_your_steps_grid",
+    "alphas_cumprod_of",
     "beta_sigmas",
     "beta_sigmas_grid",
     "exponential_sigmas",
@@ -29,6 +30,8 @@ __all__ = [
     "linear_quadratic_grid",
     "log_snr_grid",
     "sgm_uniform_grid",
+    "sigmas_of",
+    "timestep_at",
 ]
 
 # The published sigmas of 10 steps, and where the last of them arrives: Sabour et al. 2024, "Align Your Steps", at
@@ -38,6 +41,35 @@ ALIGN_YOUR_STEPS = {
     "sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
     "svd": (700.00, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002),
 }
+
+
+def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
+    """sqrt(1 / alphas_cumprod - 1), float64 of the same shape."""
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+
+def alphas_cumprod_of(sigma: Tensor) -> Tensor:
+    """1 / (1 + sigma^2), float64 of the same shape."""
+    return 1 / (1 + sigma**2)
+
+
+def timestep_at(alphas_cumprod: Tensor, sigma: Tensor) -> Tensor:
+    """The timesteps of given sigmas, at most the schedule's ends.
+
+    Args:
+        alphas_cumprod: float64 (timesteps,), falling: the schedule's.
+        sigma: float64 (n,), finite and above 0.
+
+    Returns:
+        float64 (n,), in [0, timesteps - 1].
+    """
+    if len(alphas_cumprod) == 1:
+        return torch.zeros_like(sigma)
+    known, wanted = sigmas_of(alphas_cumprod).log(), sigma.log()
+    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+    low, high = known[above - 1], known[above]
+    # Next to clean data, whose log sigma is infinite, the quotient is NaN: the timestep after it is the nearest.
+    return (above - 1 + ((wanted - low) / (high - low)).nan_to_num(1.0).clamp(0, 1)).double()
 
 
 # ------------------------------------------------------------------------------------------- between two levels
@@ -88,19 +120,11 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
 # ----------------------------------------------------------------------------------------------------------- grids
 
 
-def _log_sigma(levels: Tensor) -> Tensor:
-    return (1 / levels - 1).sqrt().log()
-
-
 def _sigma_grid(alphas_cumprod: Tensor, sigma: Tensor, final: float) -> Grid:
     """The grid of descending sigmas, with timesteps by interpolation in log sigma."""
     levels = checked_levels(alphas_cumprod)
-    known, wanted = _log_sigma(levels), sigma.log()
-    above = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
-    low, high = known[above - 1], known[above]
-    timestep = (above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)).double()
-    path = torch.cat([1 / (1 + sigma**2), levels.new_tensor([final])])
-    return Grid(timestep, path, 1 - path[:-1] / path[1:], levels)
+    path = torch.cat([alphas_cumprod_of(sigma), levels.new_tensor([final])])
+    return Grid(timestep_at(levels, sigma), path, 1 - path[:-1] / path[1:], levels)
 
 
 def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
@@ -111,7 +135,7 @@ def _sigma_range(alphas_cumprod: Tensor, steps: int) -> tuple[float, float]:
         raise ValueError("alphas_cumprod does not fall from timestep to timestep, expected a falling one")
     if levels[-1] == 0 or levels[0] == 1:
         raise ValueError("alphas_cumprod reaches 0 or 1, where sigma is infinite or 0: expected all in between")
-    greatest, least = (1 / levels[[-1, 0]] - 1).sqrt().tolist()
+    greatest, least = sigmas_of(levels[[-1, 0]]).tolist()
     return greatest, least
 
 
@@ -164,7 +188,7 @@ def sgm_uniform_grid(alphas_cumprod: Tensor, steps: int, *, final: float = 1.0) 
     Args, returns, raises: as for karras_grid.
     """
     _sigma_range(alphas_cumprod, steps)
-    known = _log_sigma(checked_levels(alphas_cumprod))
+    known = sigmas_of(checked_levels(alphas_cumprod)).log()
     timestep = (1 - _ramp(steps + 1)[:-1]) * (len(known) - 1)
     below = timestep.long().clamp(max=len(known) - 2)
     return _sigma_grid(alphas_cumprod, torch.lerp(known[below], known[below + 1], timestep - below).exp(), final)

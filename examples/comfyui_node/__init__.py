@@ -23,13 +23,14 @@ class DdpmExtSampler:
 
     @classmethod
     def INPUT_TYPES(cls):
-        names = [name for name in NAMES if name != "ddim"]  # that is euler, and with eta euler_ancestral
+        others = ("ddim", "dpmpp_2s")  # with eta they are the ancestral samplers
+        names = [name for name in NAMES if name not in others]
         number = {"min": 0.0, "max": 100.0, "step": 0.01, "round": False}
         return {
             "required": {
                 "sampler_name": (names, {"default": "dpmpp_2m"}),
                 "eta": ("FLOAT", number | {"default": 1.0, "tooltip": "of the ancestral and the SDE samplers"}),
-                "s_churn": ("FLOAT", number | {"default": 0.0, "tooltip": "of euler and heun; 0 for flow models"}),
+                "s_churn": ("FLOAT", number | {"default": 0.0, "tooltip": "of euler, heun and dpm_2; 0 for flow"}),
                 "s_noise": ("FLOAT", number | {"default": 1.0, "tooltip": "a factor of the noise"}),
             }
         }

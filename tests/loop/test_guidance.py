@@ -1,11 +1,14 @@
 """Guidance, classifier-free and by a classifier, with a known answer: guided normal data are normal again."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from support.gaussian import MU, SIGMA, best_prediction, diffusion, exact_model, marginal
 from support.loop_cases import make_diffusion, model, ours, unconditional, with_variance
 
+import ddpm_ext
 from ddpm_ext import Guidance, Philox
 
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
@@ -83,6 +86,88 @@ def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
     doubled = ours(gd, "plain", model=both, guidance=Guidance(2.0, **options), device=device)
     for x, y in zip(gd.p_sample_loop(**two), gd.p_sample_loop(**doubled), strict=True):
         assert np.array_equal(x, y)
+
+
+@backends
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("scale, interval", [(0.6, None), (1.0, None), (0.0, None), (2.5, (30, 70)), (1.0, (30, 70))])
+@pytest.mark.parametrize("sampler, eta", [("euler_cfg_pp", 0.0), ("euler_ancestral_cfg_pp", 0.7)])
+def test_cfg_pp(device, backend, prediction, scale, interval, sampler, eta):
+    """Chung et al. 2024, algorithm 2: x0 by the guided output, the noise by the unconditional one, also at a scale of
+    1. Outside the interval, both are by the output. The batch may be doubled in place of a second function."""
+    gd, rng, shape = diffusion(prediction=prediction, backend=backend), Philox(4), (3, 2, 3, 5)
+    steps = {"sampler": sampler, "eta": eta, "timesteps": [99, 75, 50, 20, 3], "rng": rng, "device": device}
+
+    def both(x, t):
+        if len(x) == 3:
+            return model(x, t)
+        assert torch.equal(x[:3], x[3:])
+        return torch.cat([unconditional(x[:3], t[:3]), model(x[3:], t[3:])])
+
+    guidance, halves = Guidance(scale, unconditional, interval=interval), Guidance(scale, interval=interval)
+    found = gd.p_sample_loop(model, shape, guidance=guidance, progress=False, **steps)
+    assert all(map(np.array_equal, found, gd.p_sample_loop(both, shape, guidance=halves, progress=False, **steps)))
+
+    x = ddpm_ext.randn(shape, rng, stream=1, draw=0).double()
+    for ours_, t, after in zip(found, steps["timesteps"], [75, 50, 20, 3, None], strict=True):
+        a, b = gd.alphas_cumprod[t], 1.0 if after is None else gd.alphas_cumprod[after].item()
+        m = model(x, torch.full((3,), t))
+        u = unconditional(x, torch.full((3,), t))
+        if interval is not None and not interval[0] <= t <= interval[1]:
+            u = m
+        guided = u + scale * (m - u)
+        root, coroot = a.sqrt(), (1 - a).sqrt()
+        x0 = {"eps": (x - coroot * guided) / root, "x0": guided, "v": root * x - coroot * guided}
+        eps = {"eps": u, "x0": (x - root * u) / coroot, "v": coroot * x + root * u}
+        sigma = eta * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+        z = ddpm_ext.randn(shape, rng, draw=t).double()
+        x = b**0.5 * x0[prediction].clamp(-1, 1) + (1 - b - sigma**2).sqrt() * eps[prediction] + sigma * z
+        torch.testing.assert_close(torch.from_numpy(ours_).double(), x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "name, plain, eta",
+    [("euler_cfg_pp", "ddim", 0.0), ("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)],
+)
+def test_cfg_pp_without_guidance(run, name, plain, eta):
+    """It is the sampler that CFG++ was put on."""
+    gd = diffusion()
+    found, expected = (run(gd, sampler, eta, steps=17, record="last") for sampler in (name, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
+
+
+@backends
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("scale, interval", [(0.6, None), (1.0, None), (2.5, (30, 70))])
+def test_cfg_pp_of_second_order(device, backend, prediction, scale, interval):
+    """The authors' step on y = x / sqrt(alphas_cumprod), whose slope is from the guided x0 to the unconditional one of
+    the step before."""
+    gd, rng, shape = diffusion(prediction=prediction, backend=backend), Philox(4), (3, 2, 3, 5)
+    timesteps = [99, 75, 50, 20, 3]
+    guidance = Guidance(scale, unconditional, interval=interval)
+    options = {"timesteps": timesteps, "rng": rng, "device": device, "progress": False, "guidance": guidance}
+    found = gd.p_sample_loop(model, shape, sampler="dpmpp_2m_cfg_pp", **options)
+    assert len(found) == 2 * 4 + 1
+    sigma = [*(1 / gd.alphas_cumprod[timesteps] - 1).sqrt().tolist(), 0.0]
+    x, before = ddpm_ext.randn(shape, rng, stream=1, draw=0).double(), None
+    for i, t in enumerate(timesteps):
+        a = gd.alphas_cumprod[t]
+        root, coroot = a.sqrt(), (1 - a).sqrt()
+        m, u = (each(x, torch.full((3,), t)) for each in (model, unconditional))
+        if interval is not None and not interval[0] <= t <= interval[1]:
+            u = m
+        x0, free = (
+            {"eps": (x - coroot * output) / root, "x0": output, "v": root * x - coroot * output}[prediction]
+            for output in (u + scale * (m - u), u)
+        )
+        x0 = x0.clamp(-1, 1)
+        ratio = sigma[i + 1] / sigma[i]  # e^-h
+        y = x0 + ratio * (x / root - free)
+        if 0 < i < 4:
+            r = math.log(sigma[i - 1] / sigma[i]) / math.log(1 / ratio)
+            y = y + (1 - ratio) / (2 * r) * (x0 - before)
+        x, before = y / math.sqrt(1 + sigma[i + 1] ** 2), free
+        torch.testing.assert_close(torch.from_numpy(found[2 * i + (i < 4)]).double(), x, rtol=1e-4, atol=1e-4)
 
 
 def model_of(gd, mean, sigma=SIGMA):

@@ -208,7 +208,7 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
     def x_prev(x, t):
         return each(of_x0[t], x) * model(x, t) + each(of_x[t], x) * x
 
-    for sampler in ("ddpm", "ddim", "dpmpp_2m"):
+    for sampler in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_cfg_pp"):
         for chosen in ({"timesteps": None}, {"timesteps": list(TIMESTEPS)}):
             one, other = (
                 gd.p_sample_loop(
@@ -217,7 +217,7 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
                 for gd, m in ((x0_of, model), (x_prev_of, x_prev))
             )
             torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # measured 1.9e-6, factor 5
-    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a spacing whose timesteps are"):
+    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a sampler and a spacing with"):
         x_prev_of.p_sample_loop(
             **ours(x_prev_of, "plain", sampler="euler") | {"timesteps": None}, spacing="karras", steps=5
         )

@@ -12,7 +12,7 @@ from support.gaussian import push, take
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.tables.grid import Grid, make_grid
-from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm, tcd
+from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm, sa_solver, tcd
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -105,6 +105,70 @@ def compare(sampler: str, arguments: dict, kind: str, options: dict, steps: int,
 def test_whole_loop(sampler, arguments, kind, options, ends, how, steps):
     bound = FLOAT32 if kind == "DPMSolverMultistep" else RELATIVE
     assert compare(sampler, arguments, kind, options, steps, ends, how) < bound
+
+
+@pytest.mark.parametrize("how, spacing", [("v", "linspace"), ("clipped", "leading")])
+@pytest.mark.parametrize("orders", [(1, 1), (2, 2), (3, 4), (1, 3)])
+@pytest.mark.parametrize(
+    "arguments, theirs",
+    [
+        ({"interval": (200, 800)}, {}),  # their own function, where it is not given
+        ({}, {"tau_func": lambda t: 1.0}),
+        ({"eta": 0.4, "lower_order_final": False}, {"tau_func": lambda t: 0.4, "lower_order_final": False}),
+        ({"eta": 0.0}, {"tau_func": lambda t: 0.0}),
+    ],
+    ids=["interval", "sde", "less noise", "flow"],
+)
+def test_sa_solver(monkeypatch, arguments, theirs, orders, spacing, how):
+    """With the noise fed in. Their corrector has the noise of the predictor before it, so that ours needs none."""
+    names, steps = ("predictor_order", "corrector_order"), 9
+    prediction, clip = ("x0", (-1, 1)) if how == "clipped" else (how, None)
+    options = {**theirs, **dict(zip(names, orders, strict=True)), "prediction_type": PREDICTIONS[prediction]}
+    scheduler, grid = make("SASolver", steps, spacing, "sigma_min", **options)
+    table = sa_solver(grid, prediction=prediction, **arguments, **dict(zip(names, orders, strict=True)))
+    assert table.timestep.tolist() == scheduler.timesteps.tolist()
+    draws = torch.randn(2, steps + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sample, x, history, largest = draws[0, -1], draws[0, -1].numpy(), [], 0.0
+    for row, t, m, z in zip(table, scheduler.timesteps, *draws, strict=False):
+        monkeypatch.setattr(diffusers.schedulers.scheduling_sasolver, "randn_tensor", lambda *_, z=z, **__: z)
+        sample = scheduler.step(m if clip is None else m.clamp(*clip), t, sample).prev_sample
+        x0, after = take(row, x, m.numpy(), z=z.numpy(), history=history, clip=clip)
+        history, x = push(row, history, x0, x, m.numpy()), after
+        largest = max(largest, sample.abs().max().item())
+        assert abs(x - sample.numpy()).max() < RELATIVE * largest
+
+
+KDPM2 = {
+    "dpm_2": ("KDPM2Discrete", {}),
+    "dpm_2_ancestral": ("KDPM2AncestralDiscrete", {"eta": 1.0}),
+}
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("name", KDPM2)
+def test_midpoints(monkeypatch, name, spacing, prediction):
+    """Their tables have no place where all levels could be put in in float64, so that both differ by float32's."""
+    kind, arguments = KDPM2[name]
+    scheduler = getattr(diffusers, f"{kind}Scheduler")(
+        **OPTIONS, timestep_spacing=spacing, prediction_type=PREDICTIONS[prediction]
+    )
+    scheduler.set_timesteps(7)
+    timesteps = scheduler.timesteps[::2].round().long()
+    table = SAMPLERS[name](make_grid(LEVELS, timesteps), prediction=prediction, **arguments)
+    assert table.timestep.tolist() == pytest.approx(scheduler.timesteps.tolist(), abs=2e-3)
+    outputs = torch.randn(len(table) + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    sample, x, before = outputs[-1] / table.signal_now[0], outputs[-1].numpy(), 0.0
+    for row, t, m in zip(table, scheduler.timesteps, outputs, strict=False):
+        z = torch.full(SHAPE, 0.5, dtype=torch.float64)
+        if "Ancestral" in kind:
+            module = diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete
+            monkeypatch.setattr(module, "randn_tensor", lambda *_, z=z, **__: z)
+        scheduler.is_scale_input_called = True
+        sample = scheduler.step(m, t, sample).prev_sample
+        before, x = take(row, x, m.numpy(), before, z.numpy())
+        expected = sample.numpy() * row.signal_after
+        assert abs(x - expected).max() < 5e-6 * max(1, abs(expected).max())  # measured 1.6e-6, factor 3
 
 
 @pytest.mark.parametrize("steps", [5, 10, 20])

@@ -1,9 +1,11 @@
-"""Multistep samplers that k-diffusion has: its own functions in float64 over whole loops, with the noise fed in.
+"""Samplers that k-diffusion has: its own functions in float64 over whole loops, with the noise fed in.
 
 The environment variable DDPM_EXT_K_DIFFUSION names a checkout, of which k_diffusion/sampling.py is read.
 """
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -22,36 +24,75 @@ CASES = [
     ("lms", {}, "sample_lms", {}),
     ("lms", {"order": 3}, "sample_lms", {"order": 3}),
     ("dpmpp_3m", {"lower_order_final": False}, "sample_dpmpp_3m_sde", {"eta": 0.0}),
-    ("dpmpp_3m_sde", {"lower_order_final": False}, "sample_dpmpp_3m_sde", {}),
+    ("dpmpp_3m_sde", {"lower_order_final": False}, "sample_dpmpp_3m_sde", {"eta": 1.0}),
     ("dpmpp_3m_sde", {"lower_order_final": False, "eta": 0.4}, "sample_dpmpp_3m_sde", {"eta": 0.4}),
+    ("dpm_2", {}, "sample_dpm_2", {}),
+    ("heun", {}, "sample_heun", {}),
+    *[
+        (name, {"eta": eta}, f"sample_{theirs}", {"eta": eta})
+        for name, theirs in (("dpm_2_ancestral", "dpm_2_ancestral"), ("dpmpp_2s", "dpmpp_2s_ancestral"))
+        for eta in (0.0, 0.4, 1.0)
+    ],
+    *[
+        ("edm", churn, "sample_heun", churn)
+        for churn in (
+            {"s_churn": 0.0, "s_noise": 2.0},
+            {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003},
+            {"s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.0},
+        )
+    ],
 ]
+
+
+def arrivals(grid, options):
+    """The sigmas at which the noise of each step arrives: where it ends, or with churn where it begins."""
+    sigma = (1 / grid.alphas_cumprod - 1).sqrt()
+    if "s_churn" not in options:
+        return sigma[1:]
+    low, high = options.get("s_tmin", 0.0), options.get("s_tmax", math.inf)
+    gamma = min(options["s_churn"] / len(grid), 2**0.5 - 1)
+    return torch.where((low <= sigma) & (sigma <= high), sigma * (1 + gamma), sigma)[:-1]
 
 
 @pytest.mark.parametrize("name, arguments, theirs, options", CASES)
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
 @pytest.mark.parametrize("spacing", ["leading", "karras"])
 @pytest.mark.parametrize("steps", [5, 10, 20])
-def test_whole_loop(sampling, name, arguments, theirs, options, clip, spacing, steps):
+def test_whole_loop(monkeypatch, sampling, name, arguments, theirs, options, clip, spacing, steps):
+    """Each call of the model is at their sigma, and the loop ends where theirs does."""
     spaced = karras_grid(LEVELS, steps) if spacing == "karras" else None
     grid = spaced or make_grid(LEVELS, spaced_timesteps(1000, steps, spacing))
     table = SAMPLERS[name](grid, prediction="x0", **arguments)
     generator = torch.Generator().manual_seed(2)
-    outputs, noise = 2 * torch.randn(2, steps, *SHAPE, dtype=torch.float64, generator=generator)
-    start = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+    outputs = 2 * torch.randn(2 * steps, *SHAPE, dtype=torch.float64, generator=generator)
+    noise, start = outputs[:steps].flip(0) / 2, outputs[-1] / 2
+    calls, draws, sigmas = iter(outputs), iter(noise), []
 
-    calls, draws = iter(outputs), iter(noise)
+    def model(x, sigma):
+        sigmas.append(sigma[0].item())
+        return next(calls) if clip is None else next(calls).clamp(*clip)
+
+    monkeypatch.setattr(torch, "randn_like", lambda x: next(draws))  # once a step, in heun
+    arrive = arrivals(grid, options)
     found = getattr(sampling, theirs)(
-        lambda x, sigma: next(calls) if clip is None else next(calls).clamp(*clip),
+        model,
         start / grid.now[0].sqrt(),
         (1 / grid.alphas_cumprod - 1).sqrt(),
         disable=True,
-        **({} if name == "lms" else {"noise_sampler": lambda sigma, after: next(draws)}),
+        **({"noise_sampler": lambda sigma, after: noise[(arrive - after).abs().argmin()]} if "eta" in options else {}),
         **options,
     )
-    x, history = start.numpy(), []
-    for row, m, z in zip(table, outputs.numpy(), noise.numpy(), strict=True):
-        x0, after = take(row, x, m, z=z, clip=clip, history=history)
+    x, before, history, given, levels = start.numpy(), 0.0, [], iter(outputs.numpy()), []
+    for row in table:
+        asked = row.b != 0 or row.c2 != 0
+        m = next(given) if asked else 0.0
+        z = noise[(arrive - row.noise_after / row.signal_after).abs().argmin()].numpy()
+        x0, after = take(row, x, m, before, z, clip=clip, history=history)
         history, x = push(row, history, x0, x, m), after
+        if asked:
+            before = x0
+            levels.append(row.noise_now / row.signal_now)
+    assert levels == pytest.approx(sigmas, rel=1e-12)
     largest = max(1.0, abs(outputs).max().item())
     # k-diffusion integrates LMS with a relative tolerance of 1e-4, which a polynomial does not need.
     assert abs(x - found.numpy() * table.signal_after[-1].item()).max() / largest < 1e-11

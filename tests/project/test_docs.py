@@ -32,13 +32,13 @@ def run(page, folder, monkeypatch):
 
 def test_sampling_code(root, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 11
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 12
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
 def test_options_code(root, tmp_path, monkeypatch):
-    assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 8
+    assert run(root / "docs" / "options.md", tmp_path, monkeypatch) == 9
 
 
 def test_training_code(root, tmp_path, monkeypatch):
@@ -146,4 +146,4 @@ def test_migration_code_of_k_diffusion(root):
     names = {"x": torch.randn(2, 3, 4, 4), "sigmas": torch.tensor([9.0, 3.0, 1.0, 0.0]), "cond": 0.1}
     exec(block, names | {"denoiser": lambda x, sigma, cond: cond * x})
     named = re.findall(r"`(\w+)`", section.partition("among them")[2].partition("Any function")[0])
-    assert len(named) == 7 and set(named) <= set(NAMES)
+    assert len(named) == 10 and set(named) <= set(NAMES)

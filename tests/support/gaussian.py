@@ -6,6 +6,7 @@ StepTable is affine too, so the mean and the variance of each x that a loop reac
 """
 
 import numpy as np
+import torch
 
 from ddpm_ext import GaussianDiffusion
 
@@ -32,22 +33,30 @@ def best_prediction(kept, x, prediction, sigma=SIGMA):
 
 
 def exact_model(gd):
+    """Between the timesteps, log sigma is linear in the timestep."""
+    log_sigma = np.log(1 / gd.alphas_cumprod.numpy() - 1) / 2
+
     def model(x, t):
-        kept = gd.alphas_cumprod.to(x.device)[t].to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        if t.is_floating_point():
+            between = np.interp(t.double().cpu().numpy(), np.arange(len(log_sigma)), log_sigma)
+            kept = torch.from_numpy(1 / (1 + np.exp(2 * between))).to(x.device)
+        else:
+            kept = gd.alphas_cumprod.to(x.device)[t]
+        kept = kept.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
         return best_prediction(kept, x, gd.prediction)
 
     return model
 
 
 def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
-    """x0 and the next sample by a StepRow, for floats or float64 arrays. `history`: H1, H2 and H3, as many as there
-    are."""
+    """x0 and the next sample by a StepRow without guidance, for floats or float64 arrays. `history`: H1, H2 and H3, as
+    many as there are."""
     x0 = row.a * x + row.b * m
     if clip is not None:
         x0 = np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
-    mean = row.c0 * x0 + row.c1 * x + row.c2 * m + row.c3 * h
+    mean = row.c0 * x0 + row.c1 * x + (row.c2 + row.cu) * m + row.c3 * h
     mean = mean + sum(weight * kept for weight, kept in zip((row.h1, row.h2, row.h3), history, strict=False))
     return x0, mean + root**2 * row.g1 * g + row.s * root * z
 
@@ -62,7 +71,8 @@ def push(row, history, x0, x, m):
 def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
     """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
 
-    `levels` has alphas_cumprod by timestep. A row that does not use the model's output gets none.
+    `levels` has alphas_cumprod by timestep; between these, the row's own level counts. A row that does not use the
+    model's output gets none.
     """
     size = 5  # x, the previous x0, and three tensors of history
     state, covariance = np.array([mean, *[0.0] * (size - 1)]), np.diag([variance, *[0.0] * (size - 1)])
@@ -70,8 +80,8 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
 
         def step(before, row=row):
             x, h, *history = before
-            asked = row.b != 0 or row.c2 != 0
-            m = best_prediction(levels[row.timestep], x, prediction, sigma) if asked else 0.0
+            asked = row.b != 0 or row.c2 + row.cu != 0
+            m = best_prediction(levels.get(row.timestep, row.signal_now**2), x, prediction, sigma) if asked else 0.0
             x0, after = take(row, x, m, h, history=history)
             return np.array([after, x0, *push(row, history, x0, x, m)])
 

@@ -164,6 +164,10 @@ def test_every_sampler_at_any_scale(choose):
     for column in LEVELS:
         own = getattr(unit, column).numpy() * powers[column.endswith("after")]
         np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
+    if name != "curved":  # levels in the middle of a step are of the grid's kind, too
+        for signal, noise in ((table.signal_now, table.noise_now), (table.signal_after, table.noise_after)):
+            on_line = signal if name == "sigma" else signal + noise
+            torch.testing.assert_close(on_line, torch.ones_like(on_line), rtol=1e-10, atol=0)
     assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
 
 

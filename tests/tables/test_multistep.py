@@ -22,7 +22,7 @@ STEPS = (20, 40, 80, 160)
 def even_grid(steps):
     """Equal steps in log sigma, the last to the schedule's smallest sigma: the length of each of them goes to 0."""
     grid = log_snr_grid(LEVELS, steps + 1)
-    return Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1])
+    return Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1], grid.schedule)
 
 
 def end(grid, table, mean, variance, prediction="eps"):
@@ -44,7 +44,9 @@ def random(*shape, seed):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2), ("heun", 2)])
+@pytest.mark.parametrize(
+    "name, order", [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2), ("heun", 2), ("dpm_2", 2), ("dpmpp_2s", 2)]
+)
 def test_order_on_the_probability_flow(name, order, prediction):
     """A sample must end where the probability flow takes its starting point."""
     errors = []

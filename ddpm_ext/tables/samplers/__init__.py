@@ -14,17 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpm_ext.tables.samplers.cfg_pp import dpmpp_2m_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from ddpm_ext.tables.samplers.consistency import lcm, tcd
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
 from ddpm_ext.tables.samplers.deis import deis
 from ddpm_ext.tables.samplers.dpm_solver import dpm_solver_2m, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
+from ddpm_ext.tables.samplers.edm import edm
 from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
 from ddpm_ext.tables.samplers.flow_sde import flow_sde
 from ddpm_ext.tables.samplers.heun import heun
 from ddpm_ext.tables.samplers.lms import lms
 from ddpm_ext.tables.samplers.pndm import ipndm, plms
 from ddpm_ext.tables.samplers.repaint import repaint
+from ddpm_ext.tables.samplers.restart import restart
+from ddpm_ext.tables.samplers.sa_solver import sa_solver
+from ddpm_ext.tables.samplers.singlestep import dpm_2, dpm_2_ancestral, dpmpp_2s
 from ddpm_ext.tables.samplers.unipc import unipc
 from ddpm_ext.tables.step_table import StepTable
 
@@ -36,14 +41,21 @@ __all__ = [
     "ddim_inverse",
     "ddpm",
     "deis",
+    "dpm_2",
+    "dpm_2_ancestral",
     "dpm_solver_2m",
     "dpmpp_2m",
+    "dpmpp_2m_cfg_pp",
     "dpmpp_2m_sde",
+    "dpmpp_2s",
     "dpmpp_3m",
     "dpmpp_3m_sde",
+    "edm",
     "eta_argument",
     "euler",
     "euler_ancestral",
+    "euler_ancestral_cfg_pp",
+    "euler_cfg_pp",
     "flow_sde",
     "heun",
     "ipndm",
@@ -51,6 +63,8 @@ __all__ = [
     "lms",
     "plms",
     "repaint",
+    "restart",
+    "sa_solver",
     "tcd",
     "unipc",
 ]
@@ -64,12 +78,18 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         euler,
         euler_ancestral,
         heun,
+        edm,
+        restart,
+        dpm_2,
+        dpm_2_ancestral,
+        dpmpp_2s,
         dpm_solver_2m,
         dpmpp_2m,
         dpmpp_2m_sde,
         dpmpp_3m,
         dpmpp_3m_sde,
         unipc,
+        sa_solver,
         deis,
         plms,
         ipndm,
@@ -77,6 +97,9 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
         lcm,
         tcd,
         flow_sde,
+        euler_cfg_pp,
+        euler_ancestral_cfg_pp,
+        dpmpp_2m_cfg_pp,
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))

@@ -13,7 +13,7 @@ from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
 
-__all__ = ["eps", "half_log_snr", "posterior", "prediction_entry", "score", "sigma", "x0"]
+__all__ = ["check_between", "eps", "half_log_snr", "posterior", "prediction_entry", "schedule", "score", "sigma", "x0"]
 
 
 def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,6 +42,22 @@ def _levels(grid: Grid | Jumps) -> Levels:
 def prediction_entry(name: str) -> Prediction:
     """The entry of PREDICTIONS. Raises ValueError where there is none."""
     return PREDICTIONS[checks.one_of("prediction", name, PREDICTIONS)]
+
+
+def check_between(prediction: str) -> None:
+    """Raises ValueError unless a model of this prediction can be called between the timesteps of its schedule."""
+    if not prediction_entry(prediction).any_step:
+        raise ValueError(
+            f"prediction is {prediction!r}, the mean of a step of the schedule, expected another for a sampler that "
+            "calls the model between its timesteps"
+        )
+
+
+def schedule(grid: Grid) -> Tensor:
+    """alphas_cumprod at all timesteps of the grid's schedule. Raises ValueError where there is none."""
+    if grid.schedule is None:
+        raise ValueError("grid has no schedule, expected one with the levels between its timesteps")
+    return grid.schedule
 
 
 def x0(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,6 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
         raise ValueError(f"eta is {eta}, expected 0 <= eta <= 1 for tcd")
     sigma = torch.zeros_like(grid.now)
     if eta > 0 and len(grid) > 1:
-        if grid.schedule is None:
-            raise ValueError("grid has no schedule, expected one with the levels between its timesteps")
-        between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
+        between = coefficients.schedule(grid)[((1 - eta) * grid.timestep[1:]).floor().long()]
         sigma[:-1] = (1 - grid.after[:-1] / between).sqrt()
     return implicit(grid, prediction, sigma, keep_eps=True)

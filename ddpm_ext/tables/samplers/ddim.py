@@ -10,7 +10,7 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
+__all__ = ["ancestral_sigma", "ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
 
 def implicit(
@@ -93,5 +93,9 @@ def euler_ancestral(grid: Grid | Jumps, *, prediction: str = "eps", eta: float =
 
     Args, raises: as for ddim.
     """
-    sigma = torch.minimum(coefficients.sigma(grid, eta), (1 - grid.after).sqrt())
-    return implicit(grid, prediction, sigma, keep_eps=False)
+    return implicit(grid, prediction, ancestral_sigma(grid, eta), keep_eps=False)
+
+
+def ancestral_sigma(grid: Grid | Jumps, eta: float) -> Tensor:
+    """The standard deviation of an ancestral step's noise: coefficients.sigma, at most all that the next level has."""
+    return torch.minimum(coefficients.sigma(grid, eta), (1 - grid.after).sqrt())

@@ -1,0 +1,94 @@
+"""CFG++: classifier-free guidance that renoises with the unconditional output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.tables.grid import Grid, Jumps
+from ddpm_ext.tables.samplers import coefficients, multistep
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.ddim import ancestral_sigma, implicit
+from ddpm_ext.tables.samplers.two_calls import jumps, merged
+from ddpm_ext.tables.sigma_grids import sigmas_of
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp", "euler_cfg_pp"]
+
+
+def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
+    """DDIM's rows with the model's own eps, which is that of the unconditional output."""
+    table = implicit(grid, prediction, sigma, keep_eps=True)
+    return replace(table, c2=None, cu=table.c2, g0=None, g1=None)
+
+
+@at_any_scale
+def euler_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps") -> StepTable:
+    """CFG++ on DDIM: Chung et al. 2024, algorithm 2; ComfyUI has it by this name.
+
+    x0 comes from the guided output u + scale (m - u), and the noise that leads on from the unconditional output u:
+    prev = sqrt(a_s) x0 + sqrt(1 - a_s) eps_u. The scale is the paper's lambda, which it has in [0, 1]: a scale of 1 is
+    not the same as no guidance. Without guidance the rows are ddim's. Where x0 is clipped, eps_u stays as it was.
+
+    Args, raises: as for ddim.
+    """
+    return _renoised(grid, prediction, torch.zeros_like(grid.now))
+
+
+@at_any_scale
+def euler_ancestral_cfg_pp(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+    """CFG++ with fresh noise, as ComfyUI has it: euler_cfg_pp's rows with euler_ancestral's noise.
+
+    Args, raises: as for ddim.
+    """
+    return _renoised(grid, prediction, ancestral_sigma(grid, eta))
+
+
+@at_any_scale
+def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
+    """CFG++ on DPM-Solver++(2M), as the authors' code and ComfyUI have it.
+
+    With y = x / sqrt(alphas_cumprod), h the step in lambda and r the step before over h, u0 the x0 of the unconditional
+    output and u0' that of the step before:
+
+        y_s = x0 + e^-h (y - u0) + (1 - e^-h) / (2 r) (x0 - u0')
+
+    A step is two rows, since what a row keeps has no unconditional output in it: the first arrives at u0, a clean
+    sample, and keeps the rest of the sum; the second does not call the model, and keeps u0 for the next step. The first
+    step has no u0', and a last step to clean data is one row, as is a step from pure noise.
+
+    Args, raises: as for dpmpp_2m; there is no lower_order_final.
+    """
+    table, first = euler_cfg_pp(grid, prediction=prediction), multistep.first_step(grid)
+    h = coefficients.half_log_snr(grid).diff()
+    onward = torch.zeros_like(h)
+    onward[first + 1 :] = -torch.expm1(-h[first + 1 :]) * h[first + 1 :] / (2 * h[first:-1])
+    ratio = sigmas_of(grid.after) / sigmas_of(grid.now)
+    twice = (grid.now > 0) & (grid.after < 1)
+    first_rows = replace(
+        table,
+        c0=torch.where(twice, 0.0, table.c0),
+        c1=torch.where(twice, table.a, table.c1),
+        cu=torch.where(twice, table.b, table.cu),
+        signal_after=torch.where(twice, 1.0, table.signal_after),
+        noise_after=torch.where(twice, 0.0, table.noise_after),
+        k0=torch.where(twice, 1 + onward, 0.0),
+        k1=torch.where(twice, ratio / grid.now.sqrt(), 0.0),
+    )
+    number, signal, none = torch.arange(len(grid), device="cpu"), grid.after[twice].sqrt(), torch.zeros_like(h[twice])
+    if not len(signal):
+        return first_rows
+    second_rows = StepTable(
+        timestep=grid.timestep[twice],
+        a=none,
+        b=none,
+        c0=none,
+        c1=-signal * ratio[twice],
+        h1=signal,
+        h2=-signal * onward[twice],
+        k1=none + 1,
+        **jumps(grid.timestep[twice], none + 1, grid.after[twice]).levels,
+    )
+    return merged([(2 * number, first_rows), (2 * number[twice] + 1, second_rows)])

@@ -1,0 +1,72 @@
+"""The stochastic sampler of EDM: Heun's method with churn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.heun import heun_steps
+from ddpm_ext.tables.samplers.two_calls import jumps, merged, timesteps_of
+from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, sigmas_of
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["edm"]
+
+
+@at_any_scale
+def edm(
+    grid: Grid,
+    *,
+    prediction: str = "eps",
+    s_churn: float = 40.0,
+    s_tmin: float = 0.05,
+    s_tmax: float = 50.0,
+    s_noise: float = 1.003,
+) -> StepTable:
+    """Heun's method with churn: Karras et al. 2022, algorithm 2. The defaults are theirs for ImageNet (table 5).
+
+    Before a step whose sigma is in [s_tmin, s_tmax], fresh noise leads up to (1 + gamma) sigma, with gamma = s_churn /
+    len(grid), at most sqrt(2) - 1. The model is called there, between the timesteps of the schedule; above its greatest
+    sigma at the last one. The last row of the step before adds this noise; before the first step, it is a row that does
+    not call the model. Without churn the rows are heun's.
+
+    Args:
+        grid: descending, with a schedule where there is churn.
+        prediction: as for ddpm; "x_prev" is refused.
+        s_churn: how much noise all steps together add, finite, >= 0.
+        s_tmin, s_tmax: the sigmas of the steps that get churn, >= 0; s_tmax may be infinite.
+        s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
+
+    Raises:
+        TypeError: an argument that is not a number.
+        ValueError: an argument out of range, an unknown `prediction`, or a grid without a schedule.
+    """
+    coefficients.check_between(prediction)
+    for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):
+        checks.nonnegative(name, value)
+    if s_tmax != math.inf:
+        checks.nonnegative("s_tmax", s_tmax)
+    sigma = sigmas_of(grid.now)
+    churned = (sigma >= s_tmin) & (sigma <= s_tmax) & sigma.isfinite() & (s_churn > 0)
+    start, timestep = grid.now.clone(), grid.timestep.clone()
+    if churned.any():
+        sigma_hat = sigma[churned] * (1 + min(s_churn / len(grid), math.sqrt(2) - 1))
+        start[churned], timestep = alphas_cumprod_of(sigma_hat), timestep.double()
+        timestep[churned] = timesteps_of(grid, sigma_hat)
+    after = torch.cat([start[1:], grid.after[-1:]])
+    ends = jumps(grid.timestep[1:], grid.now[1:], after[:-1])
+    table = heun_steps(prediction, jumps(timestep, start, after), ends)
+    if churned[0]:
+        kept = start[:1] / grid.now[:1]
+        zero = torch.zeros_like(kept)
+        levels = jumps(grid.timestep[:1], grid.now[:1], start[:1]).levels
+        noised = StepTable(grid.timestep[:1], zero, zero, c0=zero, c1=kept.sqrt(), s=(1 - kept).sqrt(), **levels)
+        rows = torch.arange(1 + len(table), device="cpu")
+        table = merged([(rows[:1], noised), (rows[1:], table)])
+    return replace(table, s=s_noise * table.s)

@@ -1,0 +1,80 @@
+"""Restart sampling: Heun's method that goes back to more noise and takes an interval again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.heun import heun_steps
+from ddpm_ext.tables.samplers.two_calls import jumps, timesteps_of
+from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, karras_sigmas, sigmas_of
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["restart"]
+
+Interval = tuple[int, int, float, float]
+
+
+@at_any_scale
+def restart(
+    grid: Grid,
+    *,
+    prediction: str = "eps",
+    intervals: Sequence[Interval] = ((3, 2, 0.06, 0.30),),
+    s_noise: float = 1.0,
+) -> StepTable:
+    """Restart sampling: Xu et al. 2023, section 3, with Heun's steps.
+
+    Where a step arrives at an interval's t_min, fresh noise leads back to its t_max, and n - 1 steps of Heun lead down
+    again; this is done k times. The last row before it adds the noise. t_min stands for the nearest sigma of the grid
+    at which another step starts. An interval whose t_max is not above that sigma, or is above the grid's first, is left
+    out.
+
+    Args:
+        grid: descending, with a schedule.
+        prediction: as for ddpm; "x_prev" is refused.
+        intervals: (n, k, t_min, t_max), as the paper's tables have them: n sigmas, both ends included, spaced as
+            karras_grid's; k times; t_min and t_max are sigmas. The default is the authors' example for CIFAR-10.
+        s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
+
+    Raises:
+        TypeError: n or k is not an int, or another argument not a number.
+        ValueError: an interval out of range, an unknown `prediction`, or a grid without a schedule.
+    """
+    coefficients.check_between(prediction)
+    checks.nonnegative("s_noise", s_noise)
+    sigma = sigmas_of(grid.alphas_cumprod)
+    passes: dict[int, list[Tensor]] = {}  # by the number of the step that starts at t_min: the sigmas of each pass
+    for number, (n, k, low, high) in enumerate(intervals):
+        name = f"intervals[{number}]"
+        n = checks.integer(f"{name}'s n", n, 2**31, "2^31", start=2)
+        k = checks.integer(f"{name}'s k", k, 2**31, "2^31", start=1)
+        checks.nonnegative(f"{name}'s t_min", low)
+        checks.nonnegative(f"{name}'s t_max", high)
+        if not low < high:
+            raise ValueError(f"{name} has t_min {low} and t_max {high}, expected t_min < t_max")
+        if len(grid) > 1:
+            at = 1 + int((sigma[1:-1] - low).abs().argmin())
+            if sigma[at] < high <= sigma[0]:
+                passes.setdefault(at, []).extend([karras_sigmas(high, sigma[at].item(), n)[:-1]] * k)
+
+    starts, ends = [], []  # level and timestep where each step starts, and where each but the last ends
+    for i in range(len(grid)):
+        here = grid.now[i : i + 1], grid.timestep[i : i + 1]
+        for sigmas in passes.get(i, ()):
+            levels, timesteps = alphas_cumprod_of(sigmas), timesteps_of(grid, sigmas)
+            starts.append((levels, timesteps))
+            ends += [(levels[1:], timesteps[1:]), here]
+        starts.append(here)
+        ends.append((grid.now[i + 1 : i + 2], grid.timestep[i + 1 : i + 2]))
+    (start, timestep), (end, timestep_of_end) = (map(torch.cat, zip(*path, strict=True)) for path in (starts, ends))
+    after = torch.cat([start[1:], grid.after[-1:]])
+    table = heun_steps(prediction, jumps(timestep, start, after), jumps(timestep_of_end, end, after[:-1]))
+    return replace(table, s=s_noise * table.s)

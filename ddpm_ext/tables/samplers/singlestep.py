@@ -1,0 +1,75 @@
+"""Singlestep solvers of second order, which call the model again in the middle of each step."""
+
+from __future__ import annotations
+
+from ddpm_ext.tables.grid import Grid, Jumps
+from ddpm_ext.tables.samplers import coefficients
+from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.ddim import ancestral_sigma
+from ddpm_ext.tables.samplers.two_calls import Correction, jumps, timesteps_of, two_calls
+from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, sigmas_of
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["dpm_2", "dpm_2_ancestral", "dpmpp_2s"]
+
+
+@at_any_scale
+def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTable:
+    """DPM-Solver++(2S): Lu et al. 2022b, algorithm 1 with r = 1/2; ancestral for eta above 0, as k-diffusion's.
+
+    A step is two rows. The first is Euler's to the level in the middle, in log sigma; the model is called there,
+    between the timesteps of the schedule. The second takes the whole step with the x0 found there. A step that leaves
+    no noise but what it draws is one row, and so is a step from pure noise: both are Euler's. For eta above 0, a step
+    goes down to less noise than the next one starts with, as euler_ancestral's.
+
+    Args:
+        grid: descending, with a schedule.
+        prediction: as for ddpm; "x_prev" is refused.
+        eta: 0 for the probability flow, 1 for the ancestral sampler; finite, >= 0.
+
+    Raises:
+        TypeError: `eta` is not a number.
+        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without a schedule.
+    """
+    return _midpoint(grid, prediction, eta, of_eps=False)
+
+
+@at_any_scale
+def dpm_2(grid: Grid, *, prediction: str = "eps") -> StepTable:
+    """DPM-Solver-2: Lu et al. 2022, algorithm 1 with r = 1/2, as k-diffusion's and diffusers' KDPM2.
+
+    As dpmpp_2s without eta, but the second row takes the step with the eps found in the middle.
+
+    Args, raises: as for dpmpp_2s.
+    """
+    return _midpoint(grid, prediction, 0.0, of_eps=True)
+
+
+@at_any_scale
+def dpm_2_ancestral(grid: Grid, *, prediction: str = "eps", eta: float = 1.0) -> StepTable:
+    """DPM-Solver-2 with fresh noise, as k-diffusion's: dpm_2's step down to less noise than the next timestep's.
+
+    Args, raises: as for dpmpp_2s.
+    """
+    return _midpoint(grid, prediction, eta, of_eps=True)
+
+
+def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTable:
+    """In y = x / sqrt(alphas_cumprod), from sigma to r^2 sigma, by way of r sigma:
+
+        y_m = r y + (1 - r) x0
+        y_s = r^2 y + (1 - r^2) x0_m             of x0 in the middle
+        y_s = y + (r^2 - 1) sigma eps_m          of eps in the middle, (y_m - x0_m) / (r sigma)
+
+    y follows from y_m and x0.
+    """
+    coefficients.check_between(prediction)
+    s = ancestral_sigma(grid, eta)
+    sigma, left = sigmas_of(grid.now), (1 - grid.after - s**2).clamp(min=0).sqrt() / grid.after.sqrt()
+    twice = (grid.now > 0) & (s < (1 - grid.after).sqrt())
+    r, after = (left / sigma)[twice].sqrt(), grid.after[twice]
+    between = sigma[twice] * r
+    calls = jumps(timesteps_of(grid, between), alphas_cumprod_of(between), after)
+    of_x0, of_first = ((1 - r**2) / r, (1 - r) / r) if of_eps else (1 - r**2, (1 - r) * r)
+    correction = Correction(calls, of_x0, r, -of_first)
+    return two_calls(prediction, Jumps(grid.timestep, grid.now, grid.after, grid.alphas), s, twice, correction)
