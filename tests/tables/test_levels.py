@@ -164,11 +164,17 @@ def test_every_sampler_at_any_scale(choose):
     for column in LEVELS:
         own = getattr(unit, column).numpy() * powers[column.endswith("after")]
         np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
-    if name != "curved":  # levels in the middle of a step are of the grid's kind, too
-        for signal, noise in ((table.signal_now, table.noise_now), (table.signal_after, table.noise_after)):
-            on_line = signal if name == "sigma" else signal + noise
-            torch.testing.assert_close(on_line, torch.ones_like(on_line), rtol=1e-10, atol=0)
     assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_have_levels_of_the_grids_kind(sampler):
+    """Those in the middle of a step, too: signal and noise of flow sum to 1, and sigma space has a signal of 1."""
+    for name, of_noise in (("flow", 1), ("sigma", 0)):
+        levels = GRIDS[name]
+        table = SAMPLERS[sampler](replace(levels, schedule=levels.alphas_cumprod.flip(0)))
+        for signal, noise in ((table.signal_now, table.noise_now), (table.signal_after, table.noise_after)):
+            torch.testing.assert_close(signal + of_noise * noise, torch.ones_like(signal), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])

@@ -40,7 +40,7 @@ def edm(
         grid: descending, with a schedule where there is churn.
         prediction: as for ddpm; "x_prev" is refused.
         s_churn: how much noise all steps together add, finite, >= 0.
-        s_tmin, s_tmax: the sigmas of the steps that get churn, >= 0; s_tmax may be infinite.
+        s_tmin, s_tmax: the sigmas, noise over signal, of the steps that get churn, >= 0; s_tmax may be infinite.
         s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
 
     Raises:

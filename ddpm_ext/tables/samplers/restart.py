@@ -41,7 +41,8 @@ def restart(
         grid: descending, with a schedule.
         prediction: as for ddpm; "x_prev" is refused.
         intervals: (n, k, t_min, t_max), as the paper's tables have them: n sigmas, both ends included, spaced as
-            karras_grid's; k times; t_min and t_max are sigmas. The default is the authors' example for CIFAR-10.
+            karras_grid's; k times; t_min and t_max are sigmas, noise over signal. The default is the authors' example
+            for CIFAR-10.
         s_noise: by how much the standard deviation of the noise is inflated, finite, >= 0.
 
     Raises:
