@@ -73,7 +73,7 @@ def reverse_step(
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
@@ -97,7 +97,7 @@ def check_reverse_step(
         checks.tensor("out", out)
     row, index = split_t(t)
     arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
 
@@ -122,7 +122,7 @@ class ReverseStep:
         self._table, self._noise, self._rng = table, noise, rng
         self._clip = NO_CLIP if clip is None else clip
         self._drawn = noise is None and rng is None
-        self._compiling = torch.compiler.is_compiling()
+        self._compiling = _registration.is_recorded()
         self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
@@ -177,7 +177,7 @@ def forward_process(
         checks.tensor("out", out)
     row, index = split_t(t)
     arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
@@ -194,7 +194,7 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
     checks.tensor("x_t", x_t)
     checks.tensor("noise", noise)
     row, index = split_t(t)
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
     return C.predict_start(x_t, noise, table, row, index)
 
@@ -207,6 +207,6 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     checks.tensor("x_start", x_start)
     checks.tensor("x_t", x_t)
     row, index = split_t(t)
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
     return C.posterior_mean(x_start, x_t, table, row, index)

@@ -74,7 +74,7 @@ def diffusion_loss(
         "variational": variational,
         "detach_mean": detach_mean,
     }
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
     return _DiffusionLoss.apply(tuple(how.values()), *arguments)
 

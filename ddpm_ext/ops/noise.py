@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from ddpm_ext.base import checks
 from ddpm_ext.ops.extension import C
@@ -125,10 +126,24 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
+def _in_vmap() -> bool:
+    """Whether a torch.func.vmap is at work, also around another transform."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(interpreter.key() == TransformType.Vmap for interpreter in stack)
+
+
+def _seed_of_torch() -> Tensor:
+    """A seed by torch's own operator, int64 (). torch.jit draws it anew in each call of a traced function, and vmap as
+    its randomness says: "error" is torch's RuntimeError, "same" gives one, and "different" one for each slice."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 def fresh_rng() -> Philox:
     """A Philox with a seed from torch's default CPU generator."""
     if torch.compiler.is_compiling():  # an int would become a constant of the graph
         return Philox(torch.ops.ddpm_ext.draw_seed())
+    if torch._C._is_tracing() or _in_vmap():
+        return Philox(_seed_of_torch())
     return Philox(random_seed())
 
 
@@ -136,6 +151,8 @@ def fresh_arguments(stream: int) -> RngArguments:
     """fresh_rng().arguments(stream), without the object."""
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed(), 0, None, 0, stream, -1
+    if torch._C._is_tracing() or _in_vmap():
+        return _seed_of_torch(), 0, None, 0, stream, -1
     return None, C.draw_seed(), None, 0, stream, -1
 
 
@@ -190,13 +207,15 @@ def randn(
         z of `shape`.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range.
+        TypeError, ValueError: an argument of another type or out of range. NotImplementedError: inside torch.jit.trace.
     """
     sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:
         check_rng(rng)
     seed, seed_value, ids, first_id, own_stream, own_draw = fresh_arguments(0) if rng is None else rng.arguments(0, 0)
     device = checks.device(device)
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError("randn: torch.jit.trace cannot record it; expected noise as an input of the function")
     # Checked here, since without a sample the dispatcher goes by these tensors' device.
     if ids is not None and ids.device.type != device.type:
         raise ValueError(f"sample_ids is on {ids.device}, expected the samples' device, {device}")

@@ -12,7 +12,7 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
-from ddpm_ext.ops.torch_library import NO_CLIP
+from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
 
 __all__ = ["extended_step", "linear_step", "refuse_grad"]
 
@@ -45,9 +45,10 @@ def _step(
     row, index = split_t(t)
     low, high = NO_CLIP if clip is None else clip
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
+    recorded = is_recorded()
     if out is None:
-        out = torch.empty_like(x_t) if torch.compiler.is_compiling() else C.empty_result_like(x_t)
-    if not torch.compiler.is_compiling():
+        out = torch.empty_like(x_t) if recorded else C.empty_result_like(x_t)
+    if not recorded:
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out
     given = {name: value for name, value in inputs.items() if not isinstance(value, bool)}

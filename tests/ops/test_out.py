@@ -210,7 +210,9 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize(("name", "result"), [(name, result) for name, results in WRITTEN.items() for result in results])
+@pytest.mark.parametrize(
+    ("name", "result"), [(name, result) for name, results in WRITTEN.items() for result in results]
+)
 @pytest.mark.parametrize("dispatched", [False, True])
 def test_negated_view_is_refused(normal, device, name, result, dispatched):
     """torch's own way of writing through such a view takes it for granted that the operator returns it."""
