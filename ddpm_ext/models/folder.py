@@ -77,6 +77,7 @@ def load_model(
     unet.requires_grad_(False)
     # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
+    check_finite(unet, inner / WEIGHTS)
     return LoadedModel(unet, settings, folder)
 
 
@@ -146,6 +147,14 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path
     if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
         raise ValueError(f"model: {path} holds weights that are not finite numbers")
     module.load_state_dict(weights)
+    check_finite(module, path)
+
+
+def check_finite(module: torch.nn.Module, path: Path) -> None:
+    """Raises ValueError, naming `path`, if weights that were finite are no longer so in the module's dtype."""
+    for name, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"model: {path} holds weights beyond {str(value.dtype)[6:]}, in {name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

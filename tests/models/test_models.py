@@ -116,6 +116,21 @@ def test_weights_that_are_not_finite(folder):
         models.load_model(folder)
 
 
+def test_weights_beyond_the_dtype(folder):
+    """What is finite in the file may not be so where it is used."""
+    weights = safetensors_torch.load_file(folder / WEIGHTS)
+    wide = {name: value.double() for name, value in weights.items()}
+    wide["conv_in.bias"][0] = 1e300
+    safetensors_torch.save_file(wide, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float32, in conv_in.bias"):
+        models.load_model(folder)
+    weights["conv_in.bias"][0] = 1e5
+    safetensors_torch.save_file(weights, folder / WEIGHTS)
+    models.load_model(folder)
+    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float16, in conv_in.bias"):
+        models.load_model(folder, dtype=torch.float16)
+
+
 def test_missing_files(folder, tmp_path):
     with pytest.raises(ValueError, match='no such folder: nowhere; expected "digits" or a folder'):
         models.load_model("nowhere")
