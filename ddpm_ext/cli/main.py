@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         return _wrong(name, " ".join(str(error).split()) or type(error).__name__)
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # its handler of signals raises wherever the program is
+            return _wrong(name, f"data: a worker died ({' '.join(str(error).split())}); expected more memory")
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise  # a defect of this package, which a traceback helps to find
         return _wrong(name, f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit")
