@@ -96,6 +96,8 @@ class _DiffusionLoss(torch.autograd.Function):
     def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
         loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
+        # Somebody's hooks may keep the very tensor that is saved here.
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
 
@@ -103,14 +105,14 @@ class _DiffusionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _registration.refuse_second_derivative()
         (slope,) = ctx.saved_tensors
-        return None, _gradient(slope, grad).to(ctx.dtype), *[None] * (ctx.inputs - 1)
+        return None, _gradient(slope, grad, ctx.hooked).to(ctx.dtype), *[None] * (ctx.inputs - 1)
 
 
-def _gradient(slope: Tensor, grad: Tensor) -> Tensor:
-    """slope times grad, in the slope's own memory where that is possible."""
+def _gradient(slope: Tensor, grad: Tensor, shared: bool) -> Tensor:
+    """slope times grad, in the slope's own memory unless that is `shared` or the graph is kept."""
     plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
-    retained = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
+    retained = shared or not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.clone() if retained else slope
     factor = _registration.by_sample(grad, slope)

@@ -59,8 +59,8 @@ class StepBatches(Dataset):
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
         Raises:
-            OSError, TypeError, ValueError: an image can't be read, or is not what was expected. TimeoutError: the workers
-                gave no batch for ten minutes. ChildProcessError: a worker died.
+            OSError, TypeError, ValueError: an image can't be read, or is not what was expected. TimeoutError: the
+                workers gave no batch for ten minutes. ChildProcessError: a worker died.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -135,8 +135,8 @@ def _reason(error: RuntimeError) -> Exception | None:
     text = " ".join(str(error).split())
     if text.startswith("DataLoader timed out"):
         return TimeoutError(
-            f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size enlarges "
-            "it), expected more of it, or workers=0"
+            f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
+            "enlarges it), expected more of it, or workers=0"
         )
     if text.startswith("DataLoader worker"):
         return ChildProcessError(f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0")
