@@ -5,7 +5,6 @@ The ranks take turns at the missing shards: with R ranks, rank r draws every R-t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -114,7 +113,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
 
 def _count_not_finite(shards: Shards) -> int:
     """Rank 0's: how many samples were not finite, which the manifest gets, too."""
-    manifest, count = json.loads(shards.manifest.read_text(encoding="utf-8")), len(shards.not_finite())
+    manifest, count = files.read_json(shards.manifest), len(shards.not_finite())
     if manifest.get("not_finite") != count:
         files.write_json(shards.manifest, {**manifest, "not_finite": count})
     return count
@@ -123,7 +122,7 @@ def _count_not_finite(shards: Shards) -> int:
 def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError, naming what differs, if the folder's samples have other settings."""
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = files.read_json(manifest)
         there = found["settings"] if found["format"] == _FORMAT else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {manifest} is no manifest of samples") from error

@@ -10,7 +10,6 @@ on the batch size. In the folder:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +82,8 @@ class Shards:
         path = self.path(index)
         try:
             images = np.load(path, mmap_mode="r")
+            if not isinstance(images, np.ndarray):
+                raise ValueError("an archive of several arrays")
         except (ValueError, EOFError) as error:
             raise ValueError(f"out: {path} is damaged ({error}); remove it, and it is drawn again") from error
         self._check(index, images, f"out: {path} holds")
@@ -93,8 +94,8 @@ class Shards:
         numbers: list[int] = []
         for path in sorted(self.inside.glob(f"[0-9]*{_NOT_FINITE}")):
             try:
-                numbers += map(int, json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, RecursionError) as error:
+                numbers += map(int, files.read_json(path))
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"out: {path} is no list of samples") from error
         return numbers
 

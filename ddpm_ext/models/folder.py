@@ -6,7 +6,6 @@ the first two are in unet/ and the third in scheduler/.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,7 @@ def check_finite(module: torch.nn.Module, path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises ValueError if the file is missing, damaged or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"model: no such file: {path}") from None
     except (OSError, ValueError) as error:
