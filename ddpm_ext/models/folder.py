@@ -26,6 +26,7 @@ DIGITS = Path(__file__).resolve().parent / "digits"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
+_MOST_LAYERS = 100  # in a block: modules take time to make, also without memory
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,11 @@ def load_model(
     config = read_json(inner / CONFIG)
     check_supported(config, inner / CONFIG)
     settings = _find_settings(folder)
+    weights = read_weights(inner / WEIGHTS)
+    with torch.device("meta"):  # a configuration may ask for more memory than there is
+        check_architecture(build_unet(config, str(inner / CONFIG)), weights, inner / WEIGHTS)
     unet = build_unet(config, str(inner / CONFIG))
-    load_weights(unet, read_weights(inner / WEIGHTS), inner / WEIGHTS)
+    unet.load_state_dict(weights)
     unet.requires_grad_(False)
     # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
@@ -130,8 +134,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"model: {path} is cut short or damaged ({one_line(error)})") from error
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies `weights` into `module`; raises ValueError, naming `path`, unless names and shapes are the same."""
+def check_architecture(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's, and are finite."""
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     other = sorted(name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape)
@@ -145,8 +149,6 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path
         raise ValueError(f"model: {path} holds weights of another architecture than its {CONFIG}: {first}")
     if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
         raise ValueError(f"model: {path} holds weights that are not finite numbers")
-    module.load_state_dict(weights)
-    check_finite(module, path)
 
 
 def check_finite(module: torch.nn.Module, path: Path) -> None:
@@ -188,6 +190,9 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice as many"
         )
+    layers = config.get("layers_per_block", 2)
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise ValueError(f"model: {path} has layers_per_block {layers!r}, expected 1 to {_MOST_LAYERS}")
     size = config.get("sample_size")
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(isinstance(side, int) and side > 0 for side in sizes):

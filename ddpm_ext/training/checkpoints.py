@@ -99,7 +99,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def check_header(path: Path, found: dict[str, Any]) -> None:
-    """Raises ValueError, naming the file, unless the header is that of a run: with options, and the number of a step."""
+    """Raises ValueError, naming the file, unless the header is that of a run: with options, and a step's number."""
     for name in ("options", "about"):
         if not isinstance(found.get(name), dict):
             raise ValueError(f"resume: {path} has no {name} in its header, expected the checkpoint of a run")

@@ -71,7 +71,7 @@ class TrainState:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
 
         Raises:
-            ValueError: it is the state of another model, or holds weights that are not finite; the message names the file.
+            ValueError: it is the state of another model, or has weights that are not finite. The file is named.
         """
         try:
             self.model.load_state_dict(checkpoints.part(tensors, "model."))
