@@ -84,8 +84,8 @@ class TrainState:
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error
-        for name, value in {**self.model.state_dict(), **self.average.state_dict()}.items():
-            if value.is_floating_point() and not value.isfinite().all():
+        for name, value in tensors.items():
+            if name.startswith(("model.", "average.")) and not value.isfinite().all():
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

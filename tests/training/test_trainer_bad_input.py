@@ -382,3 +382,12 @@ def test_log_that_was_cut_short(tmp_path):
     make(folder, steps=20, resume=True).fit()
     again = (folder / "losses.csv").read_text().splitlines(keepends=True)
     assert [line.split(",")[:4] for line in again] == [line.split(",")[:4] for line in whole]
+
+
+def test_weights_of_a_checkpoint_that_are_not_finite(tmp_path):
+    make(tmp_path / "run", steps=4, checkpoint_every=4).fit()
+    tensors, header = checkpoints.load(checkpoints.newest(tmp_path / "run"))
+    tensors["model.into.weight"][0] = torch.nan
+    checkpoints.save(tmp_path / "run", 4, tensors, header, keep=2)
+    with pytest.raises(ValueError, match=r"^resume: .* holds values of model.into.weight that are not finite numbers$"):
+        make(tmp_path / "run", steps=4, checkpoint_every=4, resume=True).fit()
