@@ -123,11 +123,13 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError, naming what differs, if the folder's samples have other settings."""
     try:
         found = files.read_json(manifest)
-        there = found["settings"] if found["format"] == _FORMAT else None
+        form, there = found["format"], found["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {manifest} is no manifest of samples") from error
+    if form != _FORMAT:
+        raise ValueError(f"out: {manifest} has format {form!r}, expected {_FORMAT!r}")
     if not isinstance(there, dict):
-        raise ValueError(f"out: {manifest} has format {found['format']!r}, expected {_FORMAT!r}")
+        raise ValueError(f"out: {manifest} has settings {there!r}, expected an object")
     names = [name for name in {**settings, **there} if settings.get(name) != there.get(name)]
     if names:
         differ = "; ".join(f"{name} is {there.get(name)} there and {settings.get(name)} here" for name in names)

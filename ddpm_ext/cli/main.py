@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().parse_args(arguments, options)
         name = f"ddpm-ext {options.command}"
         _COMMANDS[options.command].run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed when the program began
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -70,8 +70,9 @@ def reverse_step(
     checks.tensor("model_output", model_output)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    low, high = NO_CLIP if clip is None else clip
+    low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     if not _registration.is_recorded():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
@@ -95,6 +96,7 @@ def check_reverse_step(
     checks.tensor("x_t", x_t)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
     arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
     if not _registration.is_recorded():
@@ -120,7 +122,7 @@ class ReverseStep:
         rng: Philox | None = None,
     ) -> None:
         self._table, self._noise, self._rng = table, noise, rng
-        self._clip = NO_CLIP if clip is None else clip
+        self._clip = checks.clip_range(clip) or NO_CLIP
         self._drawn = noise is None and rng is None
         self._compiling = _registration.is_recorded()
         self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE)
@@ -175,6 +177,7 @@ def forward_process(
     checks.tensor("x_start", x_start)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
     arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD))
     if not _registration.is_recorded():
@@ -193,6 +196,7 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
     """
     checks.tensor("x_t", x_t)
     checks.tensor("noise", noise)
+    checks.tensor("table", table)
     row, index = split_t(t)
     if _registration.is_recorded():
         return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
@@ -206,6 +210,7 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     """
     checks.tensor("x_start", x_start)
     checks.tensor("x_t", x_t)
+    checks.tensor("table", table)
     row, index = split_t(t)
     if _registration.is_recorded():
         return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)

@@ -64,6 +64,7 @@ def diffusion_loss(
     refuse_grad(x_start, noise)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
+    checks.tensor("table", table)
     row, index = split_t(t)
     noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD)
     arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)

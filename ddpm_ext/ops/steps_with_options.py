@@ -42,8 +42,9 @@ def _step(
     for name, value in (("model_output", model_output), ("out", out), *inputs.items()):
         if value is not None and name != "log_variance":
             checks.tensor(name, value)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    low, high = NO_CLIP if clip is None else clip
+    low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE))
     recorded = is_recorded()
     if out is None:

@@ -106,6 +106,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
         ("{", "is no manifest of samples"),
         ("[]", "is no manifest of samples"),
         ('{"format": "2", "settings": {}}', "has format '2', expected 'ddpm-ext samples 1'"),
+        ('{"format": "ddpm-ext samples 1", "settings": []}', r"has settings \[\], expected an object"),
     ):
         (tmp_path / "a" / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=message):
