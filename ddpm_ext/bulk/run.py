@@ -141,7 +141,10 @@ def _wait_until_visible(path: Path) -> None:
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:
-            raise ValueError(f"out: another rank wrote {path}, but here it is not; expected a folder that all share")
+            raise ValueError(
+                f"out: another rank wrote {path}, but here it is not; expected a folder that all share, and that no "
+                "other program removes files from"
+            )
         time.sleep(0.1)
 
 
