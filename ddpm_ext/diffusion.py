@@ -224,7 +224,9 @@ class GaussianDiffusion:
 
         Returns:
             mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
-            (batch, 1, ...), or of x_t's where they are learned.
+            (batch, 1, ...), or of x_t's where they are learned. A learned log-variance is clamped to [-174, 176], and a
+            variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
+            dtype's largest number.
         """
         return reverse.p_mean_variance(self.process, model, x_t, t, clip_denoised)
 

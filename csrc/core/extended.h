@@ -116,7 +116,7 @@ DDPM_HD void take_step(const ExtendedRow& row, const StepSample<ExtendedStep>& s
       const F mask = io.template load<Role::mask>(i);
       const F known = io.template load<Role::known>(i);
       const F noised = noisy ? affine({row.k0, row.k1}, known, z[i]) : F(row.k0) * known;
-      prev[i] = fma(mask, noised, fma(mask * F(-1.0f), prev[i], prev[i]));
+      prev[i] = fma(mask, noised, fma(mask, F(-1.0f), F(1.0f)) * prev[i]);
     }
   }
 

@@ -11,6 +11,7 @@
 #include "core/philox.h"
 #include "cpu/operators.h"
 #include "ops/block_pool.h"
+#include "ops/checks.h"
 #include "ops/direct_call.h"
 #include "ops/library.h"
 #include "ops/result_memory.h"
@@ -59,7 +60,10 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
   const std::initializer_list<Named> tensors = {{"x_t", x_t}, {"noise", noise},           {"table", table},
                                                 {"t", t},     {"sample_ids", sample_ids}, {"out", out}};
-  if (!ddpm_ext::plain(tensors)) return ddpm_ext::check_agreement("reverse_step", tensors);
+  if (!ddpm_ext::plain(tensors)) {
+    if (out.has_value()) ddpm_ext::check_no_lazy_view("reverse_step", "out", *out);
+    return ddpm_ext::check_agreement("reverse_step", tensors);
+  }
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
 }
 

@@ -28,7 +28,8 @@ bool plain(std::initializer_list<Named> tensors) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
-                                  DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch});
+                                  DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::PreDispatch,
+                                  DispatchKey::Tracer});
   constexpr DispatchKeySet own({DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU,
                                 DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU,
                                 DispatchKey::AutocastCUDA});

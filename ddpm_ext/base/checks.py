@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "clip_range",
     "compute_dtype",
     "device",
     "finite",
@@ -33,6 +34,7 @@ __all__ = [
 
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
+_PAIRS = (tuple, list)
 
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
@@ -60,6 +62,13 @@ def nonnegative(name: str, value: object) -> None:
         raise TypeError(f"{name} is {value!r}, expected a number")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number, at least 0")
+
+
+def clip_range(clip: Any) -> tuple[float, float] | None:
+    """Returns `clip`. Raises TypeError unless it is None or has two ends."""
+    if clip is not None and not (isinstance(clip, _PAIRS) and len(clip) == 2):
+        raise TypeError(f"clip is {clip!r}, expected (low, high) or None")
+    return clip  # type: ignore[return-value]
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:

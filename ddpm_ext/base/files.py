@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["atomic_path", "check_writable", "lock", "write_bytes", "write_json", "write_text"]
+__all__ = ["atomic_path", "check_writable", "lock", "read_json", "write_bytes", "write_json", "write_text"]
+
+_LARGEST_JSON = 2**28
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -22,6 +25,26 @@ def _target(path: str | os.PathLike[str]) -> Path:
     if target.exists() and not target.is_file():
         raise ValueError(f"out: {path} is not a regular file, and renaming onto it would destroy it")
     return target
+
+
+def _beside(target: Path) -> Path:
+    """Another name in its folder, hidden, no longer than a name can be, and with its ending."""
+    stem = os.fsdecode(os.fsencode(target.stem)[:200])
+    return target.with_name(f".{stem}.{secrets.token_hex(4)}{target.suffix}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flushes a rename to the disk, on systems that can."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(opened)
+    except OSError:  # some network file systems
+        pass
+    finally:
+        os.close(opened)
 
 
 @contextmanager
@@ -36,12 +59,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not by tempfile: only the owner can read its files, and the rename would not change that.
-    beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    beside = _beside(target)
     try:
         yield beside
         with open(beside, "rb") as written:
             os.fsync(written.fileno())
         os.replace(beside, target)
+        _sync_folder(target.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -62,6 +86,23 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads JSON in UTF-8, of a regular file of at most 256 MiB.
+
+    Raises:
+        OSError: it can't be read. ValueError: it is no such file, or no JSON, or nested too deeply.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for somebody to write to it
+        raise ValueError("it is not a regular file")
+    if status.st_size > _LARGEST_JSON:
+        raise ValueError(f"it has {status.st_size} bytes, expected at most {_LARGEST_JSON}")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError, naming the reason, if a file could not be written to `path`; leaves no file behind.
 
@@ -70,7 +111,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:
         target = _target(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        probe = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+        probe = _beside(target)
         try:
             probe.touch()
         finally:

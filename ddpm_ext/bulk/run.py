@@ -5,13 +5,12 @@ The ranks take turns at the missing shards: with R ranks, rank r draws every R-t
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,13 @@ _VISIBLE_WITHIN = 60.0  # seconds until a new file shows on another machine's mo
 class Result:
     """What a run did.
 
-    drawn: how many samples were missing at its start. seconds: the time until all ranks had drawn them.
+    drawn: how many samples were missing at its start. seconds: the time until all ranks had drawn them. not_finite: how
+    many samples in the folder had NaN or infinities.
     """
 
     drawn: int
     seconds: float
+    not_finite: int = 0
 
 
 def sample_many(
@@ -50,6 +51,7 @@ def sample_many(
     ranks: Ranks | None = None,
     about: dict[str, Any] | None = None,
     progress: bool = False,
+    not_finite: Container[int] = (),
 ) -> Result:
     """Draws the shards that are missing in the folder. When it returns, the folder has all of them.
 
@@ -60,6 +62,8 @@ def sample_many(
         ranks: the processes at work, all with the same arguments and the same folder; None: this one alone.
         about: further entries of the manifest, which later runs do not compare.
         progress: whether rank 0 shows a progress bar over the samples of all ranks; it needs tqdm.
+        not_finite: the numbers of samples in which `draw` has found NaN or infinities; it is asked after each shard.
+            Their count is written to the manifest.
 
     Raises:
         ValueError: the folder has samples of other settings, another run at work or a damaged shard, or the ranks do
@@ -78,10 +82,11 @@ def sample_many(
             for start in range(ids.start, ids.stop, batch_size):
                 batches.append(draw(start, min(batch_size, ids.stop - start)))
                 watch.look(start + len(batches[-1]) - ids.start)
-            shards.write(index, np.concatenate(batches))
+            shards.write(index, np.concatenate(batches), [number for number in ids if number in not_finite])
             watch.own_shard_is_done()
         ranks.wait_for_all(watch.wait)
-        return watch.finish()
+        result = watch.finish()
+        return replace(result, not_finite=ranks.share(lambda: _count_not_finite(shards)))
 
 
 def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], until_the_end: ExitStack) -> list[int]:
@@ -98,7 +103,7 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
         files.write_json(shards.manifest, {"format": _FORMAT, "settings": settings, "about": about})
     until_the_end.enter_context(files.lock(shards.manifest))
     shards.inside.mkdir(exist_ok=True)
-    for leftover in shards.inside.glob(".*.npy"):  # of a process that was killed while it wrote
+    for leftover in shards.inside.glob(".*"):  # of a process that was killed while it wrote
         leftover.unlink()
     missing = shards.missing()
     for index in set(range(len(shards))).difference(missing):
@@ -106,15 +111,25 @@ def _begin(shards: Shards, settings: dict[str, Any], about: dict[str, Any], unti
     return missing
 
 
+def _count_not_finite(shards: Shards) -> int:
+    """Rank 0's: how many samples were not finite, which the manifest gets, too."""
+    manifest, count = files.read_json(shards.manifest), len(shards.not_finite())
+    if manifest.get("not_finite") != count:
+        files.write_json(shards.manifest, {**manifest, "not_finite": count})
+    return count
+
+
 def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError, naming what differs, if the folder's samples have other settings."""
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        there = found["settings"] if found["format"] == _FORMAT else None
+        found = files.read_json(manifest)
+        form, there = found["format"], found["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"out: {manifest} is no manifest of samples") from error
+    if form != _FORMAT:
+        raise ValueError(f"out: {manifest} has format {form!r}, expected {_FORMAT!r}")
     if not isinstance(there, dict):
-        raise ValueError(f"out: {manifest} has format {found['format']!r}, expected {_FORMAT!r}")
+        raise ValueError(f"out: {manifest} has settings {there!r}, expected an object")
     names = [name for name in {**settings, **there} if settings.get(name) != there.get(name)]
     if names:
         differ = "; ".join(f"{name} is {there.get(name)} there and {settings.get(name)} here" for name in names)
@@ -126,7 +141,10 @@ def _wait_until_visible(path: Path) -> None:
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:
-            raise ValueError(f"out: another rank wrote {path}, but here it is not; expected a folder that all share")
+            raise ValueError(
+                f"out: another rank wrote {path}, but here it is not; expected a folder that all share, and that no "
+                "other program removes files from"
+            )
         time.sleep(0.1)
 
 

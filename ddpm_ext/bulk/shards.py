@@ -5,11 +5,12 @@ on the batch size. In the folder:
 
     manifest.json                       the settings that determine the samples; written first
     shards/000000000-000000511.npy      uint8 (samples, height, width, channels); a file that exists is complete
+    shards/000000000-000000511.not_finite.json    the numbers of those samples that had NaN or infinities, if any had
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = ["MANIFEST", "SHARD_SIZE", "Pixels", "Shards"]
 
 MANIFEST = "manifest.json"
 SHARD_SIZE = 512
+_NOT_FINITE = ".not_finite.json"
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -61,9 +63,17 @@ class Shards:
         """The shards that have not been written yet."""
         return [index for index in range(len(self)) if not self.path(index).exists()]
 
-    def write(self, index: int, images: Pixels) -> None:
-        """Writes a shard, atomically. Raises ValueError unless images is uint8 (samples, height, width, channels)."""
+    def write(self, index: int, images: Pixels, not_finite: Sequence[int] = ()) -> None:
+        """Writes a shard, atomically, and the numbers of its samples that were not finite.
+
+        Raises ValueError unless images is uint8 (samples, height, width, channels).
+        """
         self._check(index, images, "draw gave")
+        list_of_them = self.path(index).with_suffix(_NOT_FINITE)
+        if not_finite:  # before the shard, which counts as complete from then on
+            files.write_json(list_of_them, list(not_finite))
+        else:
+            list_of_them.unlink(missing_ok=True)
         with files.atomic_path(self.path(index)) as beside:
             np.save(beside, images)
 
@@ -72,10 +82,22 @@ class Shards:
         path = self.path(index)
         try:
             images = np.load(path, mmap_mode="r")
+            if not isinstance(images, np.ndarray):
+                raise ValueError("an archive of several arrays")
         except (ValueError, EOFError) as error:
             raise ValueError(f"out: {path} is damaged ({error}); remove it, and it is drawn again") from error
         self._check(index, images, f"out: {path} holds")
         return images
+
+    def not_finite(self) -> list[int]:
+        """The numbers of all samples that were not finite. Raises ValueError if a list of them is damaged."""
+        numbers: list[int] = []
+        for path in sorted(self.inside.glob(f"[0-9]*{_NOT_FINITE}")):
+            try:
+                numbers += map(int, files.read_json(path))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"out: {path} is no list of samples") from error
+        return numbers
 
     def images(self) -> Iterator[Pixels]:
         """All samples in order, a memory-mapped shard at a time."""

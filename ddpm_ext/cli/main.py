@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().parse_args(arguments, options)
         name = f"ddpm-ext {options.command}"
         _COMMANDS[options.command].run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed when the program began
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         return _wrong(name, " ".join(str(error).split()) or type(error).__name__)
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # its handler of signals raises wherever the program is
+            return _wrong(name, f"data: a worker died ({' '.join(str(error).split())}); expected more memory")
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise  # a defect of this package, which a traceback helps to find
         return _wrong(name, f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit")

@@ -11,7 +11,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.cli import sample_many
 from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending
-from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
 
 __all__ = ["add_parser", "run"]
 
@@ -50,12 +50,14 @@ def run(options: argparse.Namespace) -> None:
     prepared = prepare(options, pictures=ending == ".png")
     files.check_writable(out)
     batches = range(0, options.num, options.batch_size)
-    pictures = []
+    pictures, wrong = [], 0
     for first in batches:
         count = min(options.batch_size, options.num - first)
         if len(batches) > 1 and not options.quiet:
             print(f"samples {first} to {first + count - 1} of {options.num}")
-        pictures.append(plots.to_uint8(draw(prepared, options, first, count)))
+        samples = draw(prepared, options, first, count)
+        wrong += are_finite(samples).count(False)
+        pictures.append(plots.to_uint8(samples))
     images = np.concatenate(pictures)
     if ending == ".npz":
         with files.atomic_path(out) as beside, open(beside, "wb") as opened:
@@ -63,3 +65,4 @@ def run(options: argparse.Namespace) -> None:
     else:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {len(images)} samples, {'x'.join(map(str, images.shape[1:]))}")
+    refuse_not_finite(wrong, len(images), out)

@@ -15,9 +15,9 @@ from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
 from ddpm_ext.bulk.run import sample_many
-from ddpm_ext.bulk.shards import SHARD_SIZE, Shards
+from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
 from ddpm_ext.cli.arguments import check_device, check_ending, eta_of, whole_number
-from ddpm_ext.cli.sampling import Prepared, draw, prepare
+from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.version import __version__
 
@@ -55,15 +55,23 @@ def run(options: argparse.Namespace) -> None:
             if options.png:
                 check_png_folder(shards, png)
 
+        not_finite: set[int] = set()
+
+        def pixels(first: int, count: int) -> Pixels:
+            samples = draw(prepared, options, first, count, progress=False)
+            not_finite.update(first + i for i, finite in enumerate(are_finite(samples)) if not finite)
+            return plots.to_uint8(samples)
+
         ranks.share(check_outputs)
         result = sample_many(
             shards,
             _settings(options, prepared),
-            lambda first, count: plots.to_uint8(draw(prepared, options, first, count, progress=False)),
+            pixels,
             batch_size=options.batch_size,
             ranks=ranks,
             about={"model": options.model, "torch": torch.__version__},
             progress=not options.quiet,
+            not_finite=not_finite,
         )
     if ranks.rank != 0:
         return
@@ -78,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     if options.png:
         write_pngs(shards, png)
         print(png, flush=True)
+    refuse_not_finite(result.not_finite, shards.count, folder)
 
 
 def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["Prepared", "draw", "prepare"]
+__all__ = ["Prepared", "are_finite", "draw", "prepare", "refuse_not_finite"]
 
 
 @dataclass(frozen=True)
@@ -89,3 +90,18 @@ def draw(
         )
     assert isinstance(samples, torch.Tensor)  # with record="last"
     return samples
+
+
+def are_finite(samples: torch.Tensor) -> list[bool]:
+    """For each sample whether all its elements are finite."""
+    found: list[bool] = torch.isfinite(samples).flatten(1).all(1).tolist()
+    return found
+
+
+def refuse_not_finite(wrong: int, count: int, out: str | os.PathLike[str]) -> None:
+    """Raises ValueError if `wrong` of the `count` samples in `out`, which are all written, are not finite."""
+    if wrong:
+        raise ValueError(
+            f"out: {wrong} of {count} samples are not finite, and black in {out} where they are not: "
+            "the model's weights or its configuration are wrong, or its dtype is too narrow"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def _traced(path: Path, steps: int | None) -> StepTable:
     if steps is None:
         raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
     try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
+        config: dict[str, Any] = files.read_json(path)
         name = config["_class_name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"table: {path} is no scheduler's config ({error!r})") from error

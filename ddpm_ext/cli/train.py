@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
     if found is None:
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
+        checkpoints.check_header(*found)
         chosen = training.with_defaults_of(found[1]["options"], _given(options.arguments, names))
         check_device(chosen.device)
     result = training.train(

@@ -7,7 +7,7 @@ import argparse
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending, whole_number
-from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.plots.recorder import Recorder
 
 __all__ = ["add_options", "add_parser", "run"]
@@ -41,10 +41,11 @@ def run(options: argparse.Namespace) -> None:
     files.check_writable(options.out)
     every = options.every or max(1, prepared.steps // _PICTURES[ending])
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
-    draw(prepared, options, 0, options.num, recorder)
+    samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
     if ending == ".gif":
         plots.save_gif(plots.trajectory_frames(*shown), options.out)
     else:
         plots.save_picture(plots.trajectory(*shown), options.out)
     print(f"{options.out}: {options.num} samples at {len(recorder.t)} of {prepared.steps} steps")
+    refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ddpm_ext.base.types import Model
 from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.options import LoopOptions, StepOptions
@@ -44,6 +46,8 @@ def make_plan(
     """See GaussianDiffusion.p_sample_loop."""
     if not callable(model):
         raise TypeError(f"model is {model!r}, expected a function")
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
     rows = cache.get(process, options)
     step_options = options.step_options(
         learned=process.variance_entry.learned, reads_uncond=any(kind.guided for kind in rows.kinds)

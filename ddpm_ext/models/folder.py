@@ -6,7 +6,6 @@ the first two are in unet/ and the third in scheduler/.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ DIGITS = Path(__file__).resolve().parent / "digits"
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
+_MOST_LAYERS = 100  # in a block: modules take time to make, also without memory
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,15 @@ def load_model(
     config = read_json(inner / CONFIG)
     check_supported(config, inner / CONFIG)
     settings = _find_settings(folder)
+    weights = read_weights(inner / WEIGHTS)
+    with torch.device("meta"):  # a configuration may ask for more memory than there is
+        check_architecture(build_unet(config, str(inner / CONFIG)), weights, inner / WEIGHTS)
     unet = build_unet(config, str(inner / CONFIG))
-    load_weights(unet, read_weights(inner / WEIGHTS), inner / WEIGHTS)
+    unet.load_state_dict(weights)
     unet.requires_grad_(False)
     # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
+    check_finite(unet, inner / WEIGHTS)
     return LoadedModel(unet, settings, folder)
 
 
@@ -131,8 +135,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"model: {path} is cut short or damaged ({one_line(error)})") from error
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies `weights` into `module`; raises ValueError, naming `path`, unless names and shapes are the same."""
+def check_architecture(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's, and are finite."""
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     other = sorted(name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape)
@@ -146,13 +150,19 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], path: Path
         raise ValueError(f"model: {path} holds weights of another architecture than its {CONFIG}: {first}")
     if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
         raise ValueError(f"model: {path} holds weights that are not finite numbers")
-    module.load_state_dict(weights)
+
+
+def check_finite(module: torch.nn.Module, path: Path) -> None:
+    """Raises ValueError, naming `path`, if weights that were finite are no longer so in the module's dtype."""
+    for name, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"model: {path} holds weights beyond {str(value.dtype)[6:]}, in {name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises ValueError if the file is missing, damaged or holds something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except FileNotFoundError:
         raise ValueError(f"model: no such file: {path}") from None
     except (OSError, ValueError) as error:
@@ -181,6 +191,9 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"model: {path} has {outputs} output channels for {channels} of input, expected as many or twice as many"
         )
+    layers = config.get("layers_per_block", 2)
+    if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise ValueError(f"model: {path} has layers_per_block {layers!r}, expected 1 to {_MOST_LAYERS}")
     size = config.get("sample_size")
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(isinstance(side, int) and side > 0 for side in sizes):

@@ -33,6 +33,7 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
+_MOST_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,8 @@ def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:
 
 def _count(config: dict[str, Any], name: str) -> int:
     count = config.get("num_train_timesteps", 1000)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"model: {name} has num_train_timesteps {count!r}, expected a positive number")
+    if not isinstance(count, int) or not 1 <= count <= _MOST_TIMESTEPS:
+        raise ValueError(f"model: {name} has num_train_timesteps {count!r}, expected 1 to {_MOST_TIMESTEPS}")
     return count
 
 

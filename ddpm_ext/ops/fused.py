@@ -70,10 +70,11 @@ def reverse_step(
     checks.tensor("model_output", model_output)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    low, high = NO_CLIP if clip is None else clip
+    low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         return C.reverse_step(x_t, model_output, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.reverse_step(x_t, model_output, table, *arguments)
@@ -95,9 +96,10 @@ def check_reverse_step(
     checks.tensor("x_t", x_t)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
     arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, x_t.device)
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
 
@@ -120,9 +122,9 @@ class ReverseStep:
         rng: Philox | None = None,
     ) -> None:
         self._table, self._noise, self._rng = table, noise, rng
-        self._clip = NO_CLIP if clip is None else clip
+        self._clip = checks.clip_range(clip) or NO_CLIP
         self._drawn = noise is None and rng is None
-        self._compiling = torch.compiler.is_compiling()
+        self._compiling = _registration.is_recorded()
         self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
@@ -175,9 +177,10 @@ def forward_process(
     checks.tensor("x_start", x_start)
     if out is not None:
         checks.tensor("out", out)
+    checks.tensor("table", table)
     row, index = split_t(t)
     arguments = (row, index, *noise_arguments(noise, rng, add_noise, STREAM_FORWARD, x_start.device))
-    if not torch.compiler.is_compiling():
+    if not _registration.is_recorded():
         return C.forward_process(x_start, table, *arguments, out)
     if out is None:
         return torch.ops.ddpm_ext.forward_process(x_start, table, *arguments)
@@ -193,8 +196,9 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
     """
     checks.tensor("x_t", x_t)
     checks.tensor("noise", noise)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
     return C.predict_start(x_t, noise, table, row, index)
 
@@ -206,7 +210,8 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
     """
     checks.tensor("x_start", x_start)
     checks.tensor("x_t", x_t)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
     return C.posterior_mean(x_start, x_t, table, row, index)

@@ -64,6 +64,7 @@ def diffusion_loss(
     refuse_grad(x_start, noise)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
+    checks.tensor("table", table)
     row, index = split_t(t)
     noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD, model_output.device)
     arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
@@ -74,7 +75,7 @@ def diffusion_loss(
         "variational": variational,
         "detach_mean": detach_mean,
     }
-    if torch.compiler.is_compiling():
+    if _registration.is_recorded():
         return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
     return _DiffusionLoss.apply(tuple(how.values()), *arguments)
 
@@ -96,6 +97,8 @@ class _DiffusionLoss(torch.autograd.Function):
     def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
         loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
+        # Somebody's hooks may keep the very tensor that is saved here.
+        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
 
@@ -103,14 +106,15 @@ class _DiffusionLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _registration.refuse_second_derivative()
         (slope,) = ctx.saved_tensors
-        return None, _gradient(slope, grad, ctx.dtype), *[None] * (ctx.inputs - 1)
+        return None, _gradient(slope, grad, ctx.dtype, ctx.hooked), *[None] * (ctx.inputs - 1)
 
 
-def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """slope times grad as `dtype`, by one operation, in the slope's own memory where that is possible."""
+def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> Tensor:
+    """slope times grad as `dtype`, by one operation, in the slope's own memory unless that is `shared` or the graph is
+    kept."""
     plain = checks.is_plain(grad)
     # A retained graph may need the slope again.
-    retained = not plain or torch._C._autograd._get_current_graph_task_keep_graph()
+    retained = shared or not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
         return slope.to(dtype, copy=retained)
     factor = _registration.by_sample(grad, slope)

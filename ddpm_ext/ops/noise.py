@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from ddpm_ext.base import checks
 from ddpm_ext.ops.extension import C
@@ -147,6 +148,18 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
+def _in_vmap() -> bool:
+    """Whether a torch.func.vmap is at work, also around another transform."""
+    stack = torch._C._functorch.get_interpreter_stack()
+    return stack is not None and any(interpreter.key() == TransformType.Vmap for interpreter in stack)
+
+
+def _seed_of_torch() -> Tensor:
+    """A seed by torch's own operator, int64 (). torch.jit draws it anew in each call of a traced function, and vmap as
+    its randomness says: "error" is torch's RuntimeError, "same" gives one, and "different" one for each slice."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+
+
 def stream_captures(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -160,6 +173,8 @@ def seed_in_memory(device: torch.device) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
+    if torch._C._is_tracing() or _in_vmap():
+        return _seed_of_torch()
     if stream_captures(device):
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     return None
@@ -230,12 +245,14 @@ def randn(
         z of `shape`.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range.
+        TypeError, ValueError: an argument of another type or out of range. NotImplementedError: inside torch.jit.trace.
     """
     sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:
         check_rng(rng)
     device = checks.device(device)
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError("randn: torch.jit.trace cannot record it; expected noise as an input of the function")
     arguments = fresh_arguments(0, device) if rng is None else rng.arguments(0, 0)
     seed, seed_value, ids, first_id, own_stream, own_draw, draw_data = arguments
     # Checked here, since without a sample the dispatcher goes by these tensors' device.

@@ -29,7 +29,15 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
     Returns:
         int64 (..., 4), words in [0, 2^32).
+
+    Raises:
+        TypeError: another dtype. ValueError: another number of words.
     """
+    for name, words, count in (("counter", counter, 4), ("key", key, 2)):
+        if words.dtype != torch.int64:
+            raise TypeError(f"{name} has dtype {words.dtype}, expected int64")
+        if words.dim() < 1 or words.shape[-1] != count:
+            raise ValueError(f"{name} has shape {tuple(words.shape)}, expected (..., {count})")
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key.unbind(-1)
     for _ in range(10):

@@ -63,6 +63,7 @@ def check_samples(
 ) -> None:
     """Checks what the compiled operators check; `lower` names the tensor that may have a lower precision than x."""
     checks.samples(x_name, x)
+    checks.tensor("table", table)
     row, index = split_t(t)
     if row is not None:
         checks.per_sample("t", row, len(x), x.device, len(table) - 1)

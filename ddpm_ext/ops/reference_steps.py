@@ -53,6 +53,7 @@ def reverse_step(
     out: Tensor | None = None,
 ) -> Tensor:
     """Twin of ops.reverse_step."""
+    checks.clip_range(clip)
     check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
     checks.like("model_output", model_output, "x_t", x_t, lower=True)
     dtype = checks.compute_dtype(x_t.dtype)
@@ -187,6 +188,7 @@ def extended_step(
         "out_copy": out_copy,
         "x0_out": x0_out,
     }
+    checks.clip_range(clip)
     _check_step(x_t, model_output, table, t, noise, rng, out, inputs, EXTENDED_INPUTS)
     if mask is not None and known is None:
         raise ValueError("mask is given without known, expected both")
@@ -260,6 +262,7 @@ def linear_step(
         "x0_out": x0_out,
         "history_out": history_out,
     }
+    checks.clip_range(clip)
     _check_step(x_t, model_output, table, t, noise, rng, out, inputs, LINEAR_INPUTS)
     dtype = checks.compute_dtype(x_t.dtype)
     a, b, c0, c1, c2, s, _, cu, h1, h2, h3, k0, k1, k2, w, _ = columns(table.to(dtype), t, x_t)

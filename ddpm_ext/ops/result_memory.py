@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.torch_library import is_recorded
 
 __all__ = ["empty_like", "memory_info", "release_memory"]
 
@@ -58,7 +59,7 @@ def _limit() -> int:
 
 def empty_like(x: Tensor) -> Tensor:
     """As torch.empty_like, with memory of the pool where x is large and on a CPU."""
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return torch.empty_like(x)
     made: Tensor = C.empty_result_like(x)
     return made

@@ -13,7 +13,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.ops.torch_library import NO_CLIP
+from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
 
 __all__ = ["extended_step", "linear_step", "refuse_grad"]
 
@@ -43,12 +43,13 @@ def _step(
     for name, value in (("model_output", model_output), ("out", out), *inputs.items()):
         if value is not None and name != "log_variance":
             checks.tensor(name, value)
+    checks.tensor("table", table)
     row, index = split_t(t)
-    low, high = NO_CLIP if clip is None else clip
+    low, high = checks.clip_range(clip) or NO_CLIP
     arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
     if out is None:
         out = empty_like(x_t)
-    if not torch.compiler.is_compiling():
+    if not is_recorded():
         getattr(C, op)(x_t, model_output, table, *arguments, out, *inputs.values())
         return out
     given = {name: value for name, value in inputs.items() if not isinstance(value, bool)}

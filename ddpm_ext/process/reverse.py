@@ -16,6 +16,9 @@ from ddpm_ext.process.process import Process
 
 __all__ = ["p_mean_variance", "p_sample"]
 
+# As ops.extended_step's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
+LOG_VARIANCE_RANGE, VARIANCE_RANGE = (-174.0, 176.0), (2.0**-100, 2.0**100)
+
 
 def p_mean_variance(
     process: Process, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
@@ -34,13 +37,14 @@ def p_mean_variance(
         return mean, process.extract("p_variance", t, x_t), process.extract("p_log_variance", t, x_t)
     returned = returned.to(checks.compute_dtype(x_t.dtype))
     if not variance.logarithm:
+        returned = returned.clamp(*VARIANCE_RANGE)
         if process.schedule.scale is not None:  # the model's is that of a variance-preserving sample
             returned = returned * process.extract("variance_before", t, x_t)
         return mean, returned, returned.log()
     columns = process.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
     constant, slope = (process.at(column, t, x_t) for column in columns)
-    log_variance = constant + slope * returned
-    return mean, log_variance.exp(), log_variance
+    log_variance = (constant + slope * returned).clamp(*LOG_VARIANCE_RANGE)
+    return mean, log_variance.exp().clamp(max=torch.finfo(log_variance.dtype).max), log_variance
 
 
 def p_sample(

@@ -228,6 +228,8 @@ def _of_levels(schedule: NoiseSchedule, timesteps: int) -> ForwardLevels:
 def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
     if not given.is_floating_point():
         raise TypeError(f"betas have dtype {given.dtype}, expected a floating one")
+    if given.is_meta:
+        raise ValueError("betas are on meta, expected a device on which they have values")
     betas = given.detach().to("cpu", torch.float64, copy=True)
     if betas.shape != (timesteps,):
         raise ValueError(f"betas have shape {tuple(betas.shape)}, expected ({timesteps},), one a timestep")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ddpm_ext.base.files import write_text
+from ddpm_ext.base.files import read_json, write_text
 from ddpm_ext.tables.levels import unit_levels
 
 __all__ = ["read", "write"]
@@ -38,10 +37,9 @@ def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[s
         ValueError: not JSON, another format, a newer version, columns missing or unknown, or no rows of numbers.
         OSError: it can't be read.
     """
-    content = Path(path).read_bytes()
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = read_json(path)
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
         return _with_levels(_parse(found, needed, (*others, *OLD_LEVELS)))

@@ -29,7 +29,7 @@ def pack(columns: Sequence[tuple[str, Tensor]], device: torch.device | str, dtyp
         `dtype` (rows, 8) on `device`, or (rows, 16) where 8 are too few.
 
     Raises:
-        TypeError: another dtype. ValueError: not a device.
+        TypeError: another dtype. ValueError: not a device, or a number that `dtype` does not hold.
     """
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
@@ -38,6 +38,16 @@ def pack(columns: Sequence[tuple[str, Tensor]], device: torch.device | str, dtyp
     table = torch.zeros(len(columns[0][1]), width, dtype=dtype, device="cpu")
     integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
     for i, (name, values) in enumerate(columns):
+        if name != "draw" and dtype == torch.float32:
+            _check_range(name, values)
         # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
         (integers if name == "draw" else table)[:, i] = values
     return table.to(there)
+
+
+def _check_range(name: str, values: Tensor) -> None:
+    """Raises ValueError if a number is beyond float32."""
+    beyond = values.to(torch.float32).isinf()
+    if beyond.any():
+        i = int(beyond.nonzero()[0])
+        raise ValueError(f"{name}[{i}] is {values[i]:.6g}, expected numbers within float32 (backend='reference')")

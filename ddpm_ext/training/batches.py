@@ -16,6 +16,8 @@ from ddpm_ext.training.options import TrainOptions
 __all__ = ["Batch", "StepBatches"]
 
 _PREFETCHED = 4  # batches that a worker reads ahead
+_PATIENCE = 600  # seconds to wait for a batch: a worker that can't hand one over, for want of shared memory, lives on
+_SHARED = "shared memory in /dev/shm"
 
 
 class Batch(NamedTuple):
@@ -57,7 +59,8 @@ class StepBatches(Dataset):
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
         Raises:
-            OSError, TypeError, ValueError: an image can't be read, or is not what was expected.
+            OSError, TypeError, ValueError: an image can't be read, or is not what was expected. TimeoutError: the
+                workers gave no batch for ten minutes. ChildProcessError: a worker died.
         """
         workers = self.options.workers
         steps = DataLoader(
@@ -66,12 +69,22 @@ class StepBatches(Dataset):
             sampler=range(start, stop),
             num_workers=workers,
             prefetch_factor=_PREFETCHED if workers else None,
+            timeout=_PATIENCE if workers else 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
         with torch.device("cpu"):  # where the loader draws its workers' seed
-            loaded = iter(steps)
-        for batch in loaded:
+            batches = iter(steps)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                reason = _reason(error)
+                if reason is None:
+                    raise
+                raise reason from error
+            if batch is None:
+                return
             if isinstance(batch, Exception):
                 raise batch
             yield batch
@@ -120,3 +133,16 @@ class StepBatches(Dataset):
             except DamagedImage as error:
                 skipped.append(str(error))
         raise ValueError(f"data: none of the {count} images can be read, the last because: {skipped[-1]}")
+
+
+def _reason(error: RuntimeError) -> Exception | None:
+    """What a DataLoader's own error means, or None for any other."""
+    text = " ".join(str(error).split())
+    if text.startswith("DataLoader timed out"):
+        return TimeoutError(
+            f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
+            "enlarges it), expected more of it, or workers=0"
+        )
+    if text.startswith("DataLoader worker"):
+        return ChildProcessError(f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0")
+    return None

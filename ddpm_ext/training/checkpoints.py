@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 
-__all__ = ["header", "latest", "load", "newest", "part", "remove_leftovers", "save"]
+__all__ = ["check_header", "header", "latest", "load", "newest", "part", "remove_leftovers", "save"]
 
 _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -90,9 +90,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
             metadata = opened.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {_FORMAT!r}")
-            yield opened, json.loads(metadata["header"])
+            found = json.loads(metadata["header"])
+            if not isinstance(found, dict):
+                raise ValueError(f"its header is a {type(found).__name__}, expected an object")
+            yield opened, found
     except Exception as error:  # safetensors' own error has no narrower base class
         raise ValueError(f"resume: {path} is cut short or damaged ({error})") from error
+
+
+def check_header(path: Path, found: dict[str, Any]) -> None:
+    """Raises ValueError, naming the file, unless the header is that of a run: with options, and a step's number."""
+    for name in ("options", "about"):
+        if not isinstance(found.get(name), dict):
+            raise ValueError(f"resume: {path} has no {name} in its header, expected the checkpoint of a run")
+    step = found.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"resume: {path} has step {step!r}, expected an int, at least 0")
 
 
 def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]] | None:

@@ -21,6 +21,7 @@ from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]
 
+_HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
 
 
@@ -64,6 +65,11 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
             f"{smallest} for {len(options.widths)} widths"
         )
     levels = range(len(options.widths))
+    for level in {*options.attention, levels[-1]}:  # the middle of the network attends, too
+        if options.widths[level] < _HEAD:
+            raise ValueError(
+                f"widths: got {options.widths[level]} at level {level}, which has attention, expected at least {_HEAD}"
+            )
     return {
         "_class_name": "UNet2DModel",
         "sample_size": height if height == width else [height, width],
@@ -74,7 +80,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
         "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
         "up_block_types": ["AttnUpBlock2D" if i in options.attention else "UpBlock2D" for i in reversed(levels)],
         "norm_num_groups": options.groups,
-        "attention_head_dim": 8,
+        "attention_head_dim": _HEAD,
         "dropout": options.dropout,
     }
 
@@ -89,7 +95,7 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
     shape, training = tuple(x.shape), model.training
     try:
         found = unwrap(model.eval()(x, t))
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"model: it fails for images of shape {shape[1:]} ({one_line(error)})") from error

@@ -91,6 +91,7 @@ class Outputs:
         step, path = 0, None
         if (found := checkpoints.latest(folder, self.report)) is not None:
             path, header = found
+            checkpoints.check_header(path, header)
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path)
             step = header["step"]
         self.log = Log(folder, step, tensorboard=self.options.tensorboard)

@@ -87,7 +87,7 @@ class TrainState:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
 
         Raises:
-            ValueError: it is the state of another model; the message names the file.
+            ValueError: it is the state of another model, or has weights that are not finite. The file is named.
         """
         try:
             self.model.load_state_dict(checkpoints.part(tensors, "model."))
@@ -100,6 +100,9 @@ class TrainState:
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error
+        for name, value in tensors.items():
+            if name.startswith(("model.", "average.")) and not value.isfinite().all():
+                raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """The optimizer's state dict by parameter, made of tensors named "slot.parameter", as "exp_avg.conv.weight"."""

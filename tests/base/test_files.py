@@ -118,3 +118,41 @@ def test_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "ü" * 125 + ".txt"])
+def test_longest_names(tmp_path, name):
+    files.check_writable(tmp_path / name)
+    files.write_text(tmp_path / name, "one")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_rename_is_flushed_to_the_disk(tmp_path, monkeypatch):
+    """The folder is synced after the file, once the file has its name."""
+    seen, real = [], os.fsync
+
+    def fsync(opened):
+        seen.append((stat.S_ISDIR(os.fstat(opened).st_mode), (tmp_path / "a.txt").exists()))
+        real(opened)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_text(tmp_path / "a.txt", "one")
+    assert seen == [(False, False), (True, True)]
+
+
+def test_json_that_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="it is nested too deeply"):
+        files.read_json(path)
+    path.write_text("[1, 2")
+    with pytest.raises(ValueError):
+        files.read_json(path)
+    path.write_text('{"a": [1]}')
+    assert files.read_json(path) == {"a": [1]}
+    monkeypatch.setattr(files, "_LARGEST_JSON", 9)
+    with pytest.raises(ValueError, match="it has 10 bytes, expected at most 9"):
+        files.read_json(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is not a regular file"):
+        files.read_json(tmp_path / "pipe")

@@ -57,13 +57,16 @@ def test_torn_files_are_ignored_and_removed(tmp_path, truth):
     assert np.array_equal(joined(shards), truth)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", "short", "other"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00", "short", "other", "archive"])
 def test_damaged_shard_is_reported_before_the_work(tmp_path, content):
     shards, _ = exact_run.run(tmp_path)
     path = shards.path(3)
     if content == "short":
         content = path.read_bytes()[:-1]
-    if content == "other":
+    if content == "archive":
+        with open(path, "wb") as opened:
+            np.savez(opened, np.zeros((4, *SHAPE), np.uint8))
+    elif content == "other":
         np.save(path, np.zeros((4, *SHAPE), np.float32))
     else:
         path.write_bytes(content)
@@ -103,6 +106,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
         ("{", "is no manifest of samples"),
         ("[]", "is no manifest of samples"),
         ('{"format": "2", "settings": {}}', "has format '2', expected 'ddpm-ext samples 1'"),
+        ('{"format": "ddpm-ext samples 1", "settings": []}', r"has settings \[\], expected an object"),
     ):
         (tmp_path / "a" / "manifest.json").write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -25,6 +25,11 @@ def test_info():
         assert word in done.stdout
 
 
+def test_stdout_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert call("info") == 0
+
+
 def test_help_shows_groups_and_defaults(capsys):
     pages = {}
     for name in ("", "sample", "train", "trajectory", "table", "plot", "info"):

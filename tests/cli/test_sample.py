@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from support.command_line import call, run, save_tiny
+from support.command_line import call, not_finite, run, save_tiny
 
 from ddpm_ext.models.folder import CONFIG, WEIGHTS
 
@@ -96,3 +96,13 @@ def test_damaged_model_overwrites_nothing(tiny, tmp_path, kind):
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "samples.npz").read_bytes() == b"precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "samples.npz"]
+
+
+@pytest.mark.parametrize("command", ["sample", "trajectory"])
+def test_samples_that_are_not_finite_are_an_error(tiny, tmp_path, capsys, command):
+    """They are written, since others of them may be good, but the command does not succeed."""
+    out = tmp_path / "a.png"
+    options = ("--model", not_finite(tiny, tmp_path / "model"), "--num", 3, "--steps", 2, "--out", out, "--quiet")
+    assert call(command, *options) == 2
+    assert "out: 3 of 3 samples are not finite, and black in " in capsys.readouterr().err
+    assert out.exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.command_line import ENVIRONMENT, call, run, save_tiny
+from support.command_line import ENVIRONMENT, call, not_finite, run, save_tiny
 
 from ddpm_ext import models
 from ddpm_ext.models.folder import WEIGHTS
@@ -129,6 +129,19 @@ def test_manifest_has_what_determines_the_samples(tiny, many):
         "shard_size": 4,
         "shape": [8, 12, 3],
     }
+
+
+def test_samples_that_are_not_finite_are_counted_in_the_manifest(tiny, tmp_path, many, capsys):
+    folder = tmp_path / "samples"
+    options = arguments(not_finite(tiny, tmp_path / "model"), folder)
+    for _ in range(2):  # also where all samples are there already
+        assert call(*options) == 2
+        assert f"out: {N} of {N} samples are not finite, and black in {folder}" in capsys.readouterr().err
+        assert json.loads((folder / "manifest.json").read_text())["not_finite"] == N
+    (folder / "shards" / "000000000-000000003.npy").unlink()
+    assert call(*options) == 2
+    assert json.loads((folder / "manifest.json").read_text())["not_finite"] == N
+    assert json.loads((many / "manifest.json").read_text())["not_finite"] == 0
 
 
 def test_plain_sample_among_ranks_is_refused(tiny, tmp_path, monkeypatch, capsys):

@@ -108,12 +108,36 @@ def test_another_architecture(folder):
         models.load_model(folder)
 
 
+def test_sizes_are_checked_before_memory_is_taken(folder):
+    edit(folder / CONFIG, block_out_channels=[2**21, 2**21])  # 40 TB in one convolution
+    with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
+        models.load_model(folder)
+    edit(folder / CONFIG, layers_per_block=100_000)
+    with pytest.raises(ValueError, match="layers_per_block 100000, expected 1 to 100"):
+        models.load_model(folder)
+
+
 def test_weights_that_are_not_finite(folder):
     weights = safetensors_torch.load_file(folder / WEIGHTS)
     weights["conv_in.bias"][0] = torch.nan
     safetensors_torch.save_file(weights, folder / WEIGHTS)
     with pytest.raises(ValueError, match="not finite"):
         models.load_model(folder)
+
+
+def test_weights_beyond_the_dtype(folder):
+    """What is finite in the file may not be so where it is used."""
+    weights = safetensors_torch.load_file(folder / WEIGHTS)
+    wide = {name: value.double() for name, value in weights.items()}
+    wide["conv_in.bias"][0] = 1e300
+    safetensors_torch.save_file(wide, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float32, in conv_in.bias"):
+        models.load_model(folder)
+    weights["conv_in.bias"][0] = 1e5
+    safetensors_torch.save_file(weights, folder / WEIGHTS)
+    models.load_model(folder)
+    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float16, in conv_in.bias"):
+        models.load_model(folder, dtype=torch.float16)
 
 
 def test_missing_files(folder, tmp_path):
@@ -213,6 +237,7 @@ def test_variances_there_and_back(variance):
         ({"variance_type": "none"}, "variance_type 'none'"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
         ({"num_train_timesteps": 0}, "num_train_timesteps 0"),
+        ({"num_train_timesteps": 20_000_000}, "num_train_timesteps 20000000, expected 1 to 1000000"),
         ({"beta_end": 2.0}, r"betas outside \(0, 1\]"),
         ({"trained_betas": []}, r"betas outside"),
         ({"trained_betas": ["a"]}, "schedule that can't be read"),

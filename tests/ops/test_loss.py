@@ -352,6 +352,24 @@ def test_float16_slopes_neither_vanish_nor_overflow(loss, upstream, weight, devi
 # ------------------------------------------------------------------------------------------------ autograd
 
 
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_backward_leaves_what_saved_tensors_hooks_hold(table, normal, upstream):
+    m, x = normal(3, 40, grad=True), normal(3, 40, seed=1)
+    held = []
+
+    def pack(tensor):
+        held.append(tensor)
+        return len(held) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, held.__getitem__):
+        loss = ops.diffusion_loss(m, x, table, 0, rng=Philox(0))
+    before = [tensor.clone() for tensor in held]
+    loss.backward(torch.tensor(upstream, device=m.device))
+    m.grad.zero_()  # as an optimizer does
+    assert len(held) == 1
+    assert torch.equal(held[0], before[0])
+
+
 def test_backward_twice_and_accumulated(table, normal):
     for dtype in (F32, F16):
         x = normal(3, 40, seed=1)

@@ -317,3 +317,22 @@ def test_last_ids_are_taken(device):
     z = ddpm_ext.randn((2, 5), Philox(0, 2**56 - 2), device=device)
     truth = contract(5, 0, [2**56 - 2, 2**56 - 1], 0, 0)
     np.testing.assert_allclose(z.cpu().numpy(), truth, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "error", "message"),
+    [
+        (
+            torch.zeros(4),
+            torch.zeros(2, dtype=torch.int64),
+            TypeError,
+            "counter has dtype torch.float32, expected int64",
+        ),
+        (torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), ValueError, r"counter has shape \(3,\)"),
+        (torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), ValueError, r"key has shape \(1,\)"),
+        (torch.zeros(4, dtype=torch.int64), torch.zeros((), dtype=torch.int64), ValueError, r"key has shape \(\)"),
+    ],
+)
+def test_words_of_philox_are_checked(counter, key, error, message):
+    with pytest.raises(error, match=message):
+        reference.philox4x32(counter, key)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from ddpm_ext import Philox, ops, reference
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 AFFINE = torch.tensor([[0.75, -1.5], [2.0, 0.5]])
@@ -196,3 +199,49 @@ def test_inference_mode(step, normal, name):
         assert torch.equal(step(name, x), expected)
         step(name, x, out=x)
         assert torch.equal(x, expected)
+
+
+TABLES = {"reverse_step": (1, 8), "forward_process": (1, 2), "extended_step": (1, 16), "linear_step": (1, 16)}
+WRITTEN = {
+    "reverse_step": ["out"],
+    "forward_process": ["out"],
+    "extended_step": ["out", *(name for name, kind in EXTENDED_INPUTS.items() if kind is Kind.RESULT)],
+    "linear_step": ["out", *(name for name, kind in LINEAR_INPUTS.items() if kind is Kind.RESULT)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "result"), [(name, result) for name, results in WRITTEN.items() for result in results]
+)
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_negated_view_is_refused(normal, device, name, result, dispatched):
+    """torch's own way of writing through such a view takes it for granted that the operator returns it."""
+    x, table = normal(2, 8), torch.zeros(TABLES[name], device=device)
+    negated = torch.zeros(2, 8, dtype=torch.cfloat, device=device).conj().imag
+    given = [x] if name == "forward_process" else [x, x.clone()]
+    message = f"{name}: {result} is a negated view of its memory.*expected a plain one"
+    with pytest.raises(ValueError, match=message):
+        if not dispatched:
+            getattr(ops, name)(*given, table, 0, add_noise=False, **{result: negated})
+        else:
+            overload = "out" if name in ("reverse_step", "forward_process") else "default"
+            clip = [] if name == "forward_process" else [-1.0, 1.0]
+            results = {"out": torch.empty_like(x), result: negated}
+            getattr(getattr(torch.ops.ddpm_ext, name), overload)(*given, table, None, 0, *clip, None, False, **results)
+    assert not negated.any()
+
+
+def test_negated_view_is_refused_before_the_model_is_called(normal, device, make_step_table):
+    negated = torch.zeros(2, 8, dtype=torch.cfloat, device=device).conj().imag
+    with pytest.raises(ValueError, match="reverse_step: out is a negated view"):
+        ops.check_reverse_step(normal(2, 8), make_step_table(4), 1, out=negated)
+
+
+def test_negated_inputs_are_read_as_torch_reads_them(normal, make_step_table):
+    x, m = torch.view_as_complex(normal(2, 8, 2)), torch.view_as_complex(normal(2, 8, 2, seed=1))
+    x, m = x.conj().imag, m.conj().imag
+    out = torch.empty(2, 8, device=x.device)
+    table = make_step_table(4)
+    expected = ops.reverse_step(x.resolve_neg(), m.resolve_neg(), table, 1, rng=Philox(3))
+    assert torch.equal(ops.reverse_step(x, m, table, 1, rng=Philox(3), out=out), expected)
+    assert torch.equal(ops.reverse_step(x, m, table, 1, rng=Philox(3)), expected)

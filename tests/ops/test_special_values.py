@@ -103,6 +103,20 @@ def test_special_values_of_affine(backend, device):
 
 
 @BACKENDS
+def test_infinities_stay_where_nothing_is_known(backend, device):
+    """mask known + (1 - mask) x, as torch computes it."""
+    x = torch.tensor([[INF, -INF, 2.0, INF, INF, NAN]], device=device)
+    mask = torch.tensor([[0.0, 0.0, 0.25, 0.25, 1.0, 0.0]], device=device)
+    known = torch.ones_like(x)
+    row = torch.zeros(1, 16, device=device)
+    row[0, 3], row[0, 12] = 1.0, 1.0  # c1 and k0
+    options = {"clip": None, "add_noise": False, "x_start": torch.zeros_like(x)}
+    got = backend.extended_step(x, None, row, 0, known=known, mask=mask, **options)
+    torch.testing.assert_close(got, mask * known + (1 - mask) * x, rtol=0, atol=0, equal_nan=True)
+    assert got.flatten().tolist()[:4] == [INF, -INF, 1.75, INF]
+
+
+@BACKENDS
 def test_16_bit_results_overflow_to_infinity(backend, device):
     x = torch.tensor([[60000.0, -60000.0, 65519.0, 65520.0]], device=device)
     table = torch.tensor([[1.0, 0.0], [2.0, 0.0]], device=device)

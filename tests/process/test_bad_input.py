@@ -353,6 +353,7 @@ def test_philox(arguments, options, error, words):
         ((3, torch.tensor([0.1, 0.2])), {}, ValueError, [r"betas", r"\(2,\)", r"\(3,\)"]),
         ((2, torch.tensor([0.1, 1.1])), {}, ValueError, [r"betas\[1\] is 1.1"]),
         ((2, torch.tensor([0.1, float("nan")])), {}, ValueError, [r"betas\[1\] is nan"]),
+        ((2, torch.empty(2, device="meta")), {}, ValueError, ["betas are on meta"]),
         ((100,), {"prediction": "noise"}, ValueError, ["prediction is 'noise'", "'eps'", "'x0'", "'v'"]),
         ((100,), {"prediction": None}, ValueError, ["prediction is None"]),
         ((100,), {"variance": "small"}, ValueError, ["variance is 'small'", "'fixed_small'", "'fixed_large'"]),

@@ -1,5 +1,7 @@
 """The model's own variance: steps and loops against Nichol & Dhariwal 2021 and Dhariwal & Nichol 2021 in float64."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,26 @@ def test_an_output_without_twice_the_channels_is_refused(device, backend, varian
             call()
     with pytest.raises(ValueError, match=r"x_t has shape \(4,\), expected \(batch, channels, ...\)"):
         gd.p_sample(lambda x, t: torch.cat([x, x]), x[:, 0, 0, 0], 5)  # there are no channels at all
+
+
+@backends
+def test_variances_beyond_float32_saturate_in_the_step_and_in_its_numbers(device, backend):
+    """The step's standard deviation is in [e^-87, e^88], or in [2^-50, 2^50] where the model returns the variance."""
+    x, z = torch.zeros(1, 1, 1, 4, device=device), torch.ones(1, 1, 1, 4, device=device)
+    wild = torch.tensor([-500.0, 100.0, 176.0, 500.0], device=device).reshape(x.shape)
+    for variance, logs in (
+        ("learned", [-174.0, 100.0, 176.0, 176.0]),
+        ("learned_variance", [-100 * math.log(2), math.log(100), math.log(176), math.log(500)]),
+    ):
+        gd, _ = pair("eps", variance, backend)
+
+        def both(x, t):
+            return torch.cat([torch.zeros_like(x), wild], 1)
+
+        mean, var, log_var = gd.p_mean_variance(both, x, 500, False)
+        torch.testing.assert_close(log_var.flatten().tolist(), logs, rtol=1e-6, atol=1e-6)
+        assert var.isfinite().all()
+        expected = torch.tensor(logs, dtype=torch.float64).exp().clamp(max=torch.finfo(torch.float32).max)
+        torch.testing.assert_close(var.flatten().double().cpu(), expected, rtol=1e-4, atol=1e-45)
+        step = gd.p_sample(both, x, 500, False, noise=z) - mean
+        torch.testing.assert_close(step.double().cpu(), (log_var.double().cpu() / 2).exp(), rtol=1e-4, atol=1e-30)

@@ -147,3 +147,10 @@ def test_migration_code_of_k_diffusion(root):
     exec(block, names | {"denoiser": lambda x, sigma, cond: cond * x})
     named = re.findall(r"`(\w+)`", section.partition("among them")[2].partition("Any function")[0])
     assert len(named) == 10 and set(named) <= set(NAMES)
+
+
+def test_every_promise_has_a_test(root):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (root / "docs" / "guarantees.md").read_text())
+    assert len(named) > 20
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (root / path).read_text()]
+    assert not missing

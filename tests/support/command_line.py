@@ -1,12 +1,15 @@
 """Runs `ddpm-ext` in a process of its own or in this one, and makes a tiny model for it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import torch
 
 from ddpm_ext import cli, models
+from ddpm_ext.models.folder import CONFIG
 from ddpm_ext.models.scheduler import DiffusionSettings
 
 TINY = {
@@ -40,4 +43,12 @@ def save_tiny(folder):
     """Saves a tiny colour model of 20 timesteps and 8 by 12 pixels to a folder."""
     torch.manual_seed(0)
     models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=20), folder)
+    return folder
+
+
+def not_finite(model, folder):
+    """Copies a model to a folder, with a configuration that makes all its outputs NaN."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"norm_eps": -1e9}))
     return folder

@@ -241,6 +241,15 @@ def test_packed_bad():
             call("nowhere")
 
 
+@pytest.mark.parametrize(("name", "value"), [("c0", 1e39), ("l1", -3.5e38)])
+def test_numbers_beyond_float32_are_refused_where_they_are_packed(name, value):
+    table = changed(**{name: [0.0, value, 0.0]})
+    with pytest.raises(ValueError, match=rf"{name}\[1\] is {value:.6g}".replace("+", r"\+") + ", expected .* float32"):
+        table.packed_extended("cpu")
+    assert table.packed_extended("cpu", torch.float64).abs().max() == abs(value)
+    assert changed(**{name: [0.0, 3.4e38, 0.0]}).packed_extended("cpu").isfinite().all()
+
+
 def test_on_a_device(device):
     rows = [StepRow(i + 0.5, *range(6), 2**32 - 1 - i, *range(5), 0.25, 0.5, 0.75, 2.0) for i in range(20)]
     table = of(rows)

@@ -123,3 +123,18 @@ def test_leftovers_of_a_killed_writer(tmp_path):
     assert checkpoints.newest(tmp_path) == first
     checkpoints.remove_leftovers(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == [first]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"step": 1, "about": {}}, "has no options in its header"),
+        ({"step": 1, "options": [], "about": {}}, "has no options in its header"),
+        ({"step": float("inf"), "options": {}, "about": {}}, "has step inf, expected an int, at least 0"),
+        ({"step": -5, "options": {}, "about": {}}, "has step -5, expected an int, at least 0"),
+        ({"options": {}, "about": {}}, "has step None, expected an int, at least 0"),
+    ],
+)
+def test_header_of_no_run(tmp_path, header, message):
+    with pytest.raises(ValueError, match=f"^resume: .*a.safetensors {message}"):
+        checkpoints.check_header(tmp_path / "a.safetensors", header)

@@ -119,6 +119,19 @@ def test_damaged_image_is_named(folder):
             images.batch(torch.tensor([index]))
 
 
+def test_only_the_formats_of_the_endings_are_read(tmp_path):
+    """Pillow goes by the content, and for PostScript it would start another program."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(postscript)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg", format="GIF")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "c.png", format="JPEG")
+    images = FolderImages(tmp_path, 8)
+    for index, name in ((0, "a.png"), (1, "b.jpg")):
+        with pytest.raises(DamagedImage, match=f"cannot read .*{name}: .*cannot identify image"):
+            images.batch(torch.tensor([index]))
+    assert images.batch(torch.tensor([2])).mean() == 1  # a wrong ending does no harm
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about damaged tags
 @pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
 def test_damage_anywhere_is_reported_or_harmless(tmp_path, ending):

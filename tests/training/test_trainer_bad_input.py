@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import signal
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from support import trainer_run
 from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.training import Trainer, checkpoints
+from ddpm_ext.training import Trainer, batches, checkpoints
 from ddpm_ext.training.step import TrainingStep
 
 for module in ("safetensors", "matplotlib"):
@@ -117,6 +120,37 @@ def test_item_of_another_size(tmp_path, workers):
     data = Items(IMAGE, (IMAGE, 1), torch.zeros(1, 8, 9))
     with pytest.raises(ValueError, match=r"^data: item 2 has shape \(1, 8, 9\), expected \(1, 8, 8\), as item 0$"):
         make(tmp_path / "run", data=data, workers=workers).fit()
+
+
+class Worker(Items):
+    """A dataset whose items do something when a worker reads them."""
+
+    def __init__(self, act):
+        super().__init__(IMAGE, IMAGE)
+        self.act = act
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            self.act()
+        return super().__getitem__(index)
+
+
+@pytest.mark.subprocess
+def test_worker_that_gives_no_batch(tmp_path, monkeypatch):
+    """As where /dev/shm is full: the worker fails to hand over what it has read, and lives on."""
+    monkeypatch.setattr(batches, "_PATIENCE", 2)
+    message = (
+        r"^data: the workers gave no batch for 2 s; .* /dev/shm .* --shm-size .* expected more of it, or workers=0$"
+    )
+    with pytest.raises(TimeoutError, match=message):
+        make(tmp_path / "run", data=Worker(partial(time.sleep, 600)), workers=1).fit()
+
+
+@pytest.mark.subprocess
+def test_worker_that_dies(tmp_path):
+    data = Worker(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match=r"^data: a worker died \(DataLoader worker .*expected .* workers=0$"):
+        make(tmp_path / "run", data=data, workers=1).fit()
 
 
 def test_item_that_cannot_be_read(tmp_path):
@@ -348,3 +382,12 @@ def test_log_that_was_cut_short(tmp_path):
     make(folder, steps=20, resume=True).fit()
     again = (folder / "losses.csv").read_text().splitlines(keepends=True)
     assert [line.split(",")[:4] for line in again] == [line.split(",")[:4] for line in whole]
+
+
+def test_weights_of_a_checkpoint_that_are_not_finite(tmp_path):
+    make(tmp_path / "run", steps=4, checkpoint_every=4).fit()
+    tensors, header = checkpoints.load(checkpoints.newest(tmp_path / "run"))
+    tensors["model.into.weight"][0] = torch.nan
+    checkpoints.save(tmp_path / "run", 4, tensors, header, keep=2)
+    with pytest.raises(ValueError, match=r"^resume: .* holds values of model.into.weight that are not finite numbers$"):
+        make(tmp_path / "run", steps=4, checkpoint_every=4, resume=True).fit()

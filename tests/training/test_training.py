@@ -300,6 +300,13 @@ def test_bad_options(changes, message):
         TrainOptions(**changes)
 
 
+@pytest.mark.parametrize("attention", [(0,), ()])
+def test_attention_needs_a_head(tmp_path, attention):
+    narrow = TINY | {"widths": (4,), "groups": 4, "attention": attention}
+    with pytest.raises(ValueError, match="widths: got 4 at level 0, which has attention, expected at least 8"):
+        train(TrainOptions(**narrow), tmp_path / "run", report=quiet)
+
+
 def test_image_size_must_halve(tmp_path):
     with pytest.raises(ValueError, match="image size: got 8, expected a multiple of 16"):
         train(TrainOptions(**TINY | {"widths": (8,) * 5}), tmp_path / "run", report=quiet)

@@ -16,6 +16,8 @@ from ddpm_ext.training.data.source import DamagedImage, digest
 __all__ = ["FolderImages"]
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+# Their formats, whatever the ending says. Pillow knows many more, and starts other programs for some.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _CACHE_BYTES = 1 << 29
 # The exceptions that Pillow's decoders raise for damaged files
 _PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
@@ -83,7 +85,7 @@ def _read(path: Path, shape: tuple[int, int, int]) -> Tensor:
 
     channels, size, _ = shape
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=_FORMATS) as opened:
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
                 raise DamagedImage(f"data: {path} has {upright.mode} pixels, expected 8 bits a channel")
