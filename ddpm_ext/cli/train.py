@@ -30,7 +30,7 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
-from ddpm_ext.training import checkpoints
+from ddpm_ext.training import record
 from ddpm_ext.training.options import AUTOCAST, DTYPES
 
 __all__ = ["add_parser", "run"]
@@ -49,14 +49,14 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or with --resume continues a run: then an option that is not given has the value of its checkpoint."""
+    """Trains, or with --resume continues a run: then an option that is not given has the value that the run has."""
     check_device(options.device)
     names = {field.name for field in fields(training.TrainOptions)}
-    found = checkpoints.latest(Path(options.out), report=lambda text: None) if options.resume else None
-    if found is None:
+    if not options.resume:
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        chosen = training.with_defaults_of(found[1]["options"], _given(options.arguments, names))
+        _, found = record.find(Path(options.out), report=lambda text: None)
+        chosen = training.with_defaults_of(found["options"], _given(options.arguments, names))
         check_device(chosen.device)
     result = training.train(
         chosen,
@@ -154,7 +154,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("output").add_argument
     add("--out", required=True, metavar="FOLDER", help="for the model, checkpoints and losses (required)")
-    resume = "continue from the newest checkpoint, with its options where none are given"
+    resume = "continue the run in the folder, with its options where none are given"
     add("--resume", action="store_true", help=resume)
     between = "steps between two checkpoints"
     add("--checkpoint-every", type=whole_number(1), default=std.checkpoint_every, metavar="N", help=between)

@@ -16,7 +16,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints
+from ddpm_ext.training import checkpoints, record
 from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
@@ -77,22 +77,28 @@ class Outputs:
             The checkpoint to continue from, or None.
 
         Raises:
-            ValueError: another run is writing there; or a run has written there, and `resume` is false or that run had
-                other options, data or another model.
+            ValueError: another run is writing there; a run has written there and `resume` is false; or `resume` is true,
+                and no run was started there or one with other options, data or another model.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
-        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the check above
+        if resume:
+            record.find(folder, report=lambda text: None)
+        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
         step, path = 0, None
-        if (found := checkpoints.latest(folder, self.report)) is not None:
-            path, header = found
+        if resume:
+            path, header = record.find(folder, self.report)
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path)
             step = header["step"]
+            if path.name == record.OPTIONS:
+                self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
+                path = None
+        record.save(folder, asdict(self.options), self.about)
         self.log = Log(folder, step, tensorboard=self.options.tensorboard)
         until_the_end.callback(self.log.close)
         return path

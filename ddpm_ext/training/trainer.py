@@ -52,7 +52,7 @@ class Trainer:
             images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
-        resume: whether to continue from the newest checkpoint in `out`. If there is none, the run starts.
+        resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
@@ -148,13 +148,13 @@ class Trainer:
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds training.json (options, versions,
-        final loss), losses.csv and losses.png; checkpoints/ with the last `options.keep`, of which one is written every
+        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
+        before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/ with the last `options.keep`, of which one is written every
         `options.checkpoint_every` steps; and samples/ with a grid every `options.sample_every` steps.
 
         Raises:
-            ValueError: the folder holds a run and `resume` is false, or a run with other options, data or another
-                model; a loss or a gradient is not finite; an image can't be read; or the ranks differ in options, data
+            ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one with
+                other options, data or another model; a loss or a gradient is not finite; an image can't be read; or the ranks differ in options, data
                 or model.
             OSError: a file can't be written.
             ConnectionError: another rank was lost.

@@ -70,6 +70,7 @@ def test_files_of_a_run(straight):
         "losses.csv",
         "losses.png",
         "model_index.json",
+        "options.json",
         "scheduler",
         "training.json",
         "unet",
@@ -228,9 +229,44 @@ def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
     assert (folder / WEIGHTS).read_bytes() == before
 
 
-def test_resume_without_a_checkpoint_starts(tmp_path):
-    train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", resume=True, report=quiet)
-    assert (tmp_path / "run" / WEIGHTS).is_file()
+def test_resume_of_no_run_is_refused(tmp_path, capsys):
+    """A mistyped folder does not start a run of the default options."""
+    from ddpm_ext import cli
+
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "rum")]) == 2
+    message = f"resume: {tmp_path / 'rum'} holds no run, expected the folder of one that was started"
+    assert capsys.readouterr().err == f"ddpm-ext train: {message}\n"
+    with pytest.raises(ValueError, match="^resume: .* holds no run, expected"):
+        train(TrainOptions(**TINY), tmp_path / "rum", resume=True, report=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_before_the_first_checkpoint_trains_the_same(straight, tmp_path, monkeypatch, capsys):
+    from ddpm_ext import cli
+    from ddpm_ext.training.step import TrainingStep
+
+    folder, take = tmp_path / "run", TrainingStep.take
+
+    def die(self, images):
+        if self.state.step == 3:
+            raise SystemExit(9)
+        take(self, images)
+
+    monkeypatch.setattr(TrainingStep, "take", die)
+    with pytest.raises(SystemExit):
+        cli.main(["train", *COMMAND, "--quiet", "--out", str(folder)])
+    monkeypatch.undo()
+    assert checkpoints.newest(folder) is None
+    with pytest.raises(ValueError, match=r"resume: lr is 0\.5, but .*options\.json was made with 0\.002"):
+        train(TrainOptions(**TINY | {"lr": 0.5}), folder, resume=True, report=quiet)
+    assert cli.main(["train", "--resume", "--quiet", "--out", str(folder)]) == 0
+    assert "has no checkpoint yet, so its run starts again at step 0" in capsys.readouterr().out
+    assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
+    (folder / "options.json").write_text("{}")
+    for checkpoint in checkpoints._all(folder):
+        checkpoint.unlink()
+    assert cli.main(["train", "--resume", "--quiet", "--out", str(folder)]) == 2
+    assert "options.json is damaged, and there is no checkpoint" in capsys.readouterr().err
 
 
 def test_seed_decides(straight, tmp_path):

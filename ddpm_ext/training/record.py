@@ -1,0 +1,44 @@
+"""What a run was started with, in its options.json: so that a resume finds it before the first checkpoint, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddpm_ext.base import files
+from ddpm_ext.training import checkpoints
+
+__all__ = ["OPTIONS", "find", "save"]
+
+OPTIONS = "options.json"
+
+
+def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes the options of a run, and what its weights depend on besides, as a checkpoint's header has them."""
+    files.write_json(folder / OPTIONS, {"step": 0, "options": options, "about": about})
+
+
+def find(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
+    """What a run is resumed from: its newest checkpoint that can be read, or options.json if it has none.
+
+    `report` is called with a line of text for each checkpoint that is damaged.
+
+    Returns:
+        The path, and the options, the rest that the weights depend on, and the step.
+
+    Raises:
+        ValueError: the folder holds no run, or nothing that can be read.
+    """
+    if (found := checkpoints.latest(folder, report)) is not None:
+        return found
+    path = folder / OPTIONS
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        options, about = dict(begun["options"]), dict(begun["about"])
+    except FileNotFoundError:
+        raise ValueError(f"resume: {folder} holds no run, expected the folder of one that was started") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"resume: {path} is damaged, and there is no checkpoint; start the run again") from error
+    return path, {"step": 0, "options": options, "about": about}
