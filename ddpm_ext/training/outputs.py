@@ -77,8 +77,8 @@ class Outputs:
             The checkpoint to continue from, or None.
 
         Raises:
-            ValueError: another run is writing there; a run has written there and `resume` is false; or `resume` is true,
-                and no run was started there or one with other options, data or another model.
+            ValueError: another run is writing there; a run has written there and `resume` is false; or `resume` is
+                true, and no run was started there or one with other options, data or another model.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)

@@ -153,9 +153,9 @@ class Trainer:
         `options.checkpoint_every` steps; and samples/ with a grid every `options.sample_every` steps.
 
         Raises:
-            ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one with
-                other options, data or another model; a loss or a gradient is not finite; an image can't be read; or the ranks differ in options, data
-                or model.
+            ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one
+                with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
+                or the ranks differ in options, data or model.
             OSError: a file can't be written.
             ConnectionError: another rank was lost.
         """

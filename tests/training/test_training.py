@@ -236,7 +236,7 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
     assert cli.main(["train", "--resume", "--out", str(tmp_path / "rum")]) == 2
     message = f"resume: {tmp_path / 'rum'} holds no run, expected the folder of one that was started"
     assert capsys.readouterr().err == f"ddpm-ext train: {message}\n"
-    with pytest.raises(ValueError, match="^resume: .* holds no run, expected"):
+    with pytest.raises(ValueError, match=r"^resume: .* holds no run, expected"):
         train(TrainOptions(**TINY), tmp_path / "rum", resume=True, report=quiet)
     assert not list(tmp_path.iterdir())
 
