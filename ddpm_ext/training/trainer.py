@@ -25,6 +25,7 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images
+from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.state import TrainState
@@ -149,10 +150,14 @@ class Trainer:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
         A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
-        before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/ with the last `options.keep`, of which one is written every
-        `options.checkpoint_every` steps; and samples/ with a grid every `options.sample_every` steps.
+        before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
+        with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
+        a grid every `options.sample_every` steps.
+
+        Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken; a second one ends the run at once.
 
         Raises:
+            KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
             ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one
                 with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
                 or the ranks differ in options, data or model.
@@ -199,18 +204,26 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
         clock, skipped = _Clock(state.step), []
-        for batch in batches.iterate(state.step, options.steps, self.device):
-            step.take(batch.images)
-            skipped += batch.skipped
-            advance()
-            due = {name for name in _INTERVALS if getattr(options, name) and state.step % getattr(options, name) == 0}
-            if state.step == options.steps:
-                due |= {"log_every", "checkpoint_every"}
-            if due:
-                rows = step.log_rows(lambda: checkpoints.newest(self.folder))
-                speed = clock.steps_per_second(state.step) * options.batch_size
-                self._note_skipped(skipped)
-                self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+        with noted_signals() as noted:
+            for batch in batches.iterate(state.step, options.steps, self.device):
+                step.take(batch.images)
+                skipped += batch.skipped
+                advance()
+                every = {name: getattr(options, name) for name in _INTERVALS}
+                due = {name for name, steps in every.items() if steps and state.step % steps == 0}
+                last = state.step == options.steps
+                if signal := 0 if last else self.ranks.largest(noted()):
+                    self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
+                if last or signal:
+                    due |= {"log_every", "checkpoint_every"}
+                if due:
+                    rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                    speed = clock.steps_per_second(state.step) * options.batch_size
+                    self._note_skipped(skipped)
+                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+                if signal:
+                    self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
+                    end(signal)
 
     def _note_skipped(self, skipped: list[str]) -> None:
         """Reports images that a rank has skipped for the first time; every rank learns of those of all ranks."""
