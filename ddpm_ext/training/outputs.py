@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -138,16 +139,34 @@ class Outputs:
             self.log.pictures(samples, step)
 
     def finish(self, state: TrainState, settings: DiffusionSettings, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it."""
-        losses = self.log.losses()
-        if losses:
-            save_loss_curve(losses, self.folder / "losses.png")
-        dtype = DTYPES[self.options.weights_dtype]
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it.
+
+        If no step was taken, because the run had been finished before, training.json keeps how that was done.
+        """
+        dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
         self.report(save_result(state.average, settings, self.folder, dtype))
+        if losses:
+            options = self.options
+            weighting = "" if options.weighting == "simple" else f", weighting {options.weighting}"
+            title = f"Training loss: {options.loss} of {options.prediction}{weighting}"
+            save_loss_curve(losses, self.folder / "losses.png", title=title)
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
-        self._write_training(result, about)
+        if about["resumed_at"] < self.options.steps or not self._keep_training():
+            self._write_training(result, about)
         return result
+
+    def _keep_training(self) -> bool:
+        """Whether training.json is there and tells of a run to this step; only the options in it are updated."""
+        path = self.folder / "training.json"
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before["options"]["steps"] != self.options.steps:
+                return False
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        files.write_json(path, before | {"options": asdict(self.options)})
+        return True
 
     def _write_training(self, result: Result, about: dict[str, Any]) -> None:
         """Writes training.json: how the model was made."""

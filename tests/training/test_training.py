@@ -224,9 +224,27 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
 def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
     folder = straight[0]
-    before = (folder / WEIGHTS).read_bytes()
-    train(TrainOptions(**TINY), folder, resume=True, report=quiet)
-    assert (folder / WEIGHTS).read_bytes() == before
+    kept = (folder / WEIGHTS, folder / "training.json", folder / "losses.csv")
+    before = [path.read_bytes() for path in kept]
+    train(TrainOptions(**TINY), folder, resume=True, command="another", report=quiet)
+    assert [path.read_bytes() for path in kept] == before
+
+
+def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeypatch):
+    from ddpm_ext.training import outputs
+
+    def fail(losses, path, title):
+        raise OSError(f"no curve for {title}")
+
+    monkeypatch.setattr(outputs, "save_loss_curve", fail)
+    options = TINY | {"steps": 2, "loss": "huber", "prediction": "v", "weighting": "p2"}
+    with pytest.raises(OSError, match="no curve for Training loss: huber of v, weighting p2"):
+        train(TrainOptions(**options), tmp_path / "run", report=quiet)
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+    monkeypatch.undo()
+    train(TrainOptions(**options), tmp_path / "run", resume=True, report=quiet)
+    assert (tmp_path / "run" / "losses.png").is_file()
+    assert (tmp_path / "run" / "training.json").is_file()
 
 
 def test_resume_of_no_run_is_refused(tmp_path, capsys):
