@@ -31,7 +31,7 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 from ddpm_ext.training import record
-from ddpm_ext.training.options import AUTOCAST, DTYPES
+from ddpm_ext.training.options import AUTOCAST, CHANGEABLE, DTYPES, LR_SCHEDULES
 
 __all__ = ["add_parser", "run"]
 
@@ -39,6 +39,7 @@ _EXAMPLES = """examples:
   ddpm-ext train --out my-digits
   ddpm-ext train --data photos --image-size 32 --flip --widths 64,128,256 --groups 32 --device cuda --out my-run
   ddpm-ext train --out my-run --resume
+  ddpm-ext train --out my-run --resume --steps 10000 --change --lr 0.001 --lr-schedule linear
   torchrun --nproc-per-node 8 -m ddpm_ext train --data photos --image-size 64 --device cuda --out my-run"""
 
 
@@ -52,16 +53,22 @@ def run(options: argparse.Namespace) -> None:
     """Trains, or with --resume continues a run: then an option that is not given has the value that the run has."""
     check_device(options.device)
     names = {field.name for field in fields(training.TrainOptions)}
+    change: list[str] = []
     if not options.resume:
+        if options.change:
+            raise ValueError("change: belongs to --resume")
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
         _, found = record.find(Path(options.out), report=lambda text: None)
-        chosen = training.with_defaults_of(found["options"], _given(options.arguments, names))
+        given = _given(options.arguments, names)
+        chosen = training.with_defaults_of(found["options"], given)
+        change = [name for name in given if options.change and name in CHANGEABLE]
         check_device(chosen.device)
     result = training.train(
         chosen,
         options.out,
         resume=options.resume,
+        change=change,
         command=shlex.join(["ddpm-ext", *options.arguments]),
         report=lambda text: print(text, flush=True),
         progress=not options.quiet,
@@ -84,7 +91,7 @@ def _given(arguments: list[str], names: set[str]) -> dict[str, Any]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options, named as the fields of TrainOptions, and besides --out, --resume and --quiet."""
+    """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
     std = training.TrainOptions()
     add = parser.add_argument_group("data").add_argument
     add("--data", default=std.data, metavar="digits|FOLDER", help="scikit-learn's handwritten digits, or your images")
@@ -101,7 +108,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parts = "parts that each rank divides its images into, to save memory; the weights are the same"
     add("--accumulate", type=whole_number(1), default=std.accumulate, metavar="N", help=parts)
     add("--lr", type=positive_number, default=std.lr, metavar="X", help="highest learning rate")
-    warmup = "steps until it is reached; afterwards it falls to 0 along a cosine"
+    falls = "falls to 0 at the last step by a cosine or a line, or stays"
+    add("--lr-schedule", choices=tuple(LR_SCHEDULES), default=std.lr_schedule, help=falls)
+    warmup = "steps until the learning rate is reached"
     add("--warmup", type=whole_number(0), default=std.warmup, metavar="N", help=warmup)
     add("--weight-decay", type=nonnegative_number, default=std.weight_decay, metavar="X", help="of AdamW")
     clip = "largest norm of the gradient; 0 for no limit"
@@ -157,6 +166,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     resume = "continue the run in the folder, with its options where none are given"
     add("--resume", action="store_true", help=resume)
     between = "steps between two checkpoints"
+    change = "with --resume: options given here may be others than those of the run, which --steps always may"
+    add("--change", action="store_true", help=change)
     add("--checkpoint-every", type=whole_number(1), default=std.checkpoint_every, metavar="N", help=between)
     add("--keep", type=whole_number(1), default=std.keep, metavar="N", help="number of checkpoints to keep")
     add("--log-every", type=whole_number(1), default=std.log_every, metavar="N", help="steps between two lines")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from ddpm_ext.training.log import (
     versions,
 )
 from ddpm_ext.training.network import save_result
-from ddpm_ext.training.options import DTYPES, TrainOptions, check_same
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 
@@ -61,13 +61,20 @@ class Outputs:
         options: the options of the run.
         about: what the weights depend on besides the options, as JSON.
         report: called with lines of text.
+        change: the names of options that may differ from those of the run that is resumed.
     """
 
     log: Log
 
     def __init__(
-        self, folder: Path, options: TrainOptions, about: dict[str, Any], report: Callable[[str], None]
+        self,
+        folder: Path,
+        options: TrainOptions,
+        about: dict[str, Any],
+        report: Callable[[str], None],
+        change: Collection[str] = (),
     ) -> None:
+        self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
         self._since: list[float] = []  # losses since the last progress line
 
@@ -94,8 +101,11 @@ class Outputs:
         step, path = 0, None
         if resume:
             path, header = record.find(folder, self.report)
-            check_same(self.about | asdict(self.options), header["about"] | header["options"], path)
+            check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
             step = header["step"]
+            if step > self.options.steps:
+                raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
+            self._report_changes(header["options"])
             if path.name == record.OPTIONS:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
@@ -103,6 +113,11 @@ class Outputs:
         self.log = Log(folder, step, tensorboard=self.options.tensorboard)
         until_the_end.callback(self.log.close)
         return path
+
+    def _report_changes(self, before: dict[str, Any]) -> None:
+        for name in (*CHANGEABLE, "steps"):
+            if (now := getattr(self.options, name)) != before.get(name):
+                self.report(f"changed: {name} is {now}, before {before.get(name)}")
 
     def record(
         self,

@@ -25,20 +25,24 @@ def find(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dic
 
     `report` is called with a line of text for each checkpoint that is damaged.
 
+    The options are those of the last start, which options.json has: they may have been changed after the checkpoint.
+
     Returns:
         The path, and the options, the rest that the weights depend on, and the step.
 
     Raises:
         ValueError: the folder holds no run, or nothing that can be read.
     """
-    if (found := checkpoints.latest(folder, report)) is not None:
-        return found
-    path = folder / OPTIONS
+    found, path = checkpoints.latest(folder, report), folder / OPTIONS
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         options, about = dict(begun["options"]), dict(begun["about"])
     except FileNotFoundError:
+        if found is not None:
+            return found
         raise ValueError(f"resume: {folder} holds no run, expected the folder of one that was started") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"resume: {path} is damaged, and there is no checkpoint; start the run again") from error
+        raise ValueError(f"resume: {path} is damaged; remove it, and the last checkpoint's options are used") from error
+    if found is not None:
+        return found[0], found[1] | {"options": options}
     return path, {"step": 0, "options": options, "about": about}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +26,7 @@ from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images
 from ddpm_ext.training.interruption import end, noted_signals
-from ddpm_ext.training.options import TrainOptions, check_same_on_ranks
+from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
@@ -54,6 +54,8 @@ class Trainer:
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
+        change: at a resume, the names of options that may differ from the run's: some of CHANGEABLE in
+            ddpm_ext.training.options. `steps` may always differ. The learning rate is what the new options give.
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
@@ -73,6 +75,7 @@ class Trainer:
         options: TrainOptions | None = None,
         *,
         resume: bool = False,
+        change: Collection[str] = (),
         command: str = "",
         report: Callable[[str], None] = print,
         progress: bool = False,
@@ -88,6 +91,10 @@ class Trainer:
         self.progress = progress and first
         self._plain_report = report if first else _discard
         self.report = self._report_above_bar if self.progress else self._plain_report
+        for name in change:
+            if not resume or name not in CHANGEABLE:
+                expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
+                raise ValueError(f"change: got {name}, expected {expected}")
         check_extras(self.options)
         if self.progress:
             require("tqdm", "the progress bar")
@@ -107,7 +114,7 @@ class Trainer:
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
         about = _inputs(self.model, self.images, self.diffusion)
-        self._outputs = Outputs(self.folder, self.options, about, self.report)
+        self._outputs = Outputs(self.folder, self.options, about, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
         if not isinstance(model, nn.Module):
@@ -266,14 +273,10 @@ class _Clock:
 def train(
     options: TrainOptions,
     out: str | os.PathLike[str],
-    *,
-    resume: bool = False,
-    command: str = "",
-    report: Callable[[str], None] = print,
-    progress: bool = False,
+    **keywords: Any,
 ) -> Result:
-    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, ...).fit()."""
-    return Trainer(out=out, options=options, resume=resume, command=command, report=report, progress=progress).fit()
+    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit()."""
+    return Trainer(out=out, options=options, **keywords).fit()
 
 
 def _with_settings(

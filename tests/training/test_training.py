@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_ext.models.folder import load_model
-from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, train
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, record, train
 
 for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
     pytest.importorskip(module)
@@ -212,8 +212,8 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
     train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
-    latest = checkpoints.latest(tmp_path / "run")
-    monkeypatch.setattr(checkpoints, "latest", lambda *a, **k: (latest[0], latest[1] | {"options": asdict(found)}))
+    began = record.find(tmp_path / "run")[1]
+    record.save(tmp_path / "run", asdict(found), began["about"])
     taken = []
     monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
     more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
@@ -281,10 +281,8 @@ def test_resume_before_the_first_checkpoint_trains_the_same(straight, tmp_path, 
     assert "has no checkpoint yet, so its run starts again at step 0" in capsys.readouterr().out
     assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
     (folder / "options.json").write_text("{}")
-    for checkpoint in checkpoints._all(folder):
-        checkpoint.unlink()
     assert cli.main(["train", "--resume", "--quiet", "--out", str(folder)]) == 2
-    assert "options.json is damaged, and there is no checkpoint" in capsys.readouterr().err
+    assert "options.json is damaged; remove it, and" in capsys.readouterr().err
 
 
 def test_seed_decides(straight, tmp_path):
@@ -315,6 +313,30 @@ def test_learning_rate():
     assert learning_rate(options, 0) == pytest.approx(0.1)
     assert learning_rate(options, 500) == pytest.approx(0.5)
     assert 0 < learning_rate(options, 999) < 1e-4
+    linear, constant = (replace(options, lr_schedule=name) for name in ("linear", "constant"))
+    assert [learning_rate(linear, step) for step in (0, 250, 900)] == pytest.approx([0.1, 0.75, 0.1])
+    assert [learning_rate(constant, step) for step in (0, 4, 9, 999)] == pytest.approx([0.1, 0.5, 1, 1])
+
+
+def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
+    """A longer run needs only --steps; another learning rate needs --change, and stays for later resumes."""
+    from ddpm_ext import cli
+
+    folder = ["--quiet", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *COMMAND, "--steps", "4", *folder]) == 0
+    assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", *folder]) == 2
+    assert "was made with 0.002; --change, or change=['lr'], allows it" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", "--change", *folder]) == 0
+    said = capsys.readouterr().out
+    assert "changed: lr is 0.001, before 0.002" in said
+    assert "changed: steps is 6, before 4" in said
+    checkpoints.newest(tmp_path / "run").unlink()  # the one before is of the run as it began
+    assert cli.main(["train", "--resume", *folder]) == 0
+    assert json.loads((tmp_path / "run" / "options.json").read_text())["options"]["lr"] == 0.001
+    assert cli.main(["train", "--resume", "--steps", "5", *folder]) == 2
+    assert "steps: got 5, expected at least 6, which this run has taken" in capsys.readouterr().err
+    assert cli.main(["train", "--change", "--out", str(tmp_path / "new")]) == 2
+    assert "change: belongs to --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
