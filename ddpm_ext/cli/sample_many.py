@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]
 
 def _model_hash(model: LoadedModel) -> str:
     """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
-    digest = hashlib.sha256(repr(model.settings).encode())
+    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
     for name in (CONFIG, WEIGHTS):
         with open(inner / name, "rb") as opened:
