@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["MissingExtra", "counter", "require"]
+__all__ = ["ALL_EXTRAS", "MissingExtra", "counter", "require"]
 
+ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
 _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
@@ -27,7 +28,7 @@ def require(module: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != top:
             raise  # the package is installed, but one of its own dependencies is not, which this error names
         package = _INSTALLS.get(top, top)
-        raise MissingExtra(f'{purpose} needs {package}: pip install "ddpm-ext[demo]"') from None
+        raise MissingExtra(f"{purpose} needs {package}: pip install {package}{ALL_EXTRAS}") from None
 
 
 def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:
