@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpm_ext import training
 from ddpm_ext.base import ranks as distributed
+from ddpm_ext.base.optional import has_bars
 from ddpm_ext.cli.arguments import (
     DEVICES_OF_RANKS,
     Parser,
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
         change=change,
         command=shlex.join(["ddpm-ext", *options.arguments]),
         report=lambda text: print(text, flush=True),
-        progress=not options.quiet,
+        progress=not options.quiet and has_bars(tell=distributed.ranks().rank == 0),
     )
     if distributed.ranks().rank == 0:
         print(
@@ -119,7 +120,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
-    add("--device", default=std.device, metavar="NAME", help=DEVICES_OF_RANKS)
+    add("--device", metavar="NAME", help=DEVICES_OF_RANKS)
 
     add = parser.add_argument_group("model (diffusers' UNet2DModel)").add_argument
     add("--model-config", metavar="FILE", help="its config.json, in place of the next four options")

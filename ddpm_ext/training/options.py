@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS, Mode
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
+from ddpm_ext.version import default_device
 
 __all__ = [
     "AUTOCAST",
@@ -150,7 +151,7 @@ class TrainOptions:
     sample_steps: int = 50
     sample_count: int = 16
     tensorboard: bool = False
-    device: str = "cpu"
+    device: str = field(default_factory=default_device)
     weights_dtype: str = "float32"
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from ddpm_ext.training import Trainer
 from ddpm_ext.training.step import TrainingStep
 
 SIZES = {"steps": 60, "batch_size": 6, "timesteps": 20, "warmup": 4, "checkpoint_every": 10, "log_every": 7}
+SIZES |= {"device": "cpu"}
 
 
 class Tiny(nn.Module):

@@ -30,6 +30,7 @@ TINY = {
     "warmup": 2,
     "checkpoint_every": 4,
     "log_every": 8,
+    "device": "cpu",
 }
 # The same options on the command line
 COMMAND = [
