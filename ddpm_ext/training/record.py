@@ -16,8 +16,15 @@ OPTIONS = "options.json"
 
 
 def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
-    """Writes the options of a run, and what its weights depend on besides, as a checkpoint's header has them."""
-    files.write_json(folder / OPTIONS, {"step": 0, "options": options, "about": about})
+    """Writes the options of a run, and what its weights depend on besides, as a checkpoint's header has them.
+
+    Raises OSError if the file can't be written; the message is one sentence.
+    """
+    path = folder / OPTIONS
+    try:
+        files.write_json(path, {"step": 0, "options": options, "about": about})
+    except OSError as error:
+        raise OSError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
 def find(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
