@@ -18,10 +18,12 @@ help: ## this list
 
 venv: $(VENV)/.venv-done ## .venv with the pinned requirements
 
-# Debian's python3 may come without ensurepip: then the pip outside installs one inside.
+# An environment that has pip is used as it is; one that exists is never cleared. Debian's python3 may come without
+# ensurepip: then the pip outside installs one inside.
 $(VENV)/.venv-done: requirements-dev.txt
-	$(PYTHON) -m venv $(VENV) 2>/dev/null || \
-	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || \
+	  if $(PYTHON) -c "import ensurepip" 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	  else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; fi
 	$(PY) -m pip install -q -r requirements-dev.txt
 	@touch $@
 

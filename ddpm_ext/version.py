@@ -1,12 +1,14 @@
-"""Which version of ddpm_ext this is, and how it was built."""
+"""Which version of ddpm_ext this is, how it was built, and which device that suits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ddpm_ext.ops.extension import BUILT, C
 
-__all__ = ["__version__", "build_info"]
+__all__ = ["__version__", "build_info", "default_device"]
 
 
 def _version() -> str:
@@ -40,3 +42,8 @@ def build_info() -> dict[str, Any]:
         compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2" or "portable".
     """
     return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}
+
+
+def default_device() -> str:
+    """Where commands and training run if no device is named: "cuda" if this build and torch can use a GPU, or "cpu"."""
+    return "cuda" if C.build_info()["cuda"] is not None and torch.cuda.is_available() else "cpu"

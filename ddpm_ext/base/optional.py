@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["MissingExtra", "counter", "require"]
+__all__ = ["ALL_EXTRAS", "MissingExtra", "counter", "has_bars", "require"]
 
+ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
+_told = False  # that tqdm would show a progress bar
 _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
@@ -27,7 +30,7 @@ def require(module: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.partition(".")[0] != top:
             raise  # the package is installed, but one of its own dependencies is not, which this error names
         package = _INSTALLS.get(top, top)
-        raise MissingExtra(f'{purpose} needs {package}: pip install "ddpm-ext[demo]"') from None
+        raise MissingExtra(f"{purpose} needs {package}: pip install {package}{ALL_EXTRAS}") from None
 
 
 def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:
@@ -35,8 +38,21 @@ def counter(count: int, what: str | None, disable: bool | None = False) -> Itera
     terminal alone."""
     if disable:
         return range(count)
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
+    if not has_bars(tell=disable is False):
         return range(count)
+    from tqdm.auto import tqdm
+
     return tqdm(range(count), desc=what, total=count, disable=disable)
+
+
+def has_bars(*, tell: bool = True) -> bool:
+    """Whether tqdm is installed; if not, and `tell`, a line on stderr says once what would show a progress bar."""
+    global _told
+    try:
+        importlib.import_module("tqdm.auto")
+    except ImportError:
+        if tell and not _told:
+            print("no progress bar without tqdm: pip install tqdm", file=sys.stderr)
+            _told = True
+        return False
+    return True

@@ -93,6 +93,17 @@ class Ranks:
                 distributed.all_reduce(values, group=self._talk)
         return values
 
+    def largest(self, value: int) -> int:
+        """Returns the largest of the values of all ranks, on each rank. Raises ConnectionError if a rank is lost."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        found = torch.tensor(value)
+        with _lost_ranks():
+            distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._talk)
+        return int(found)
+
     def parallel(self, model: Module, device: torch.device) -> Module:
         """Wraps a model so that the gradients of all ranks are averaged in each backward pass.
 

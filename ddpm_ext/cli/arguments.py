@@ -100,7 +100,7 @@ def add_command(
 
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """A parser of whole numbers from `low` to `high`."""
-    expected = f"a whole number of at least {low}" if high is None else f"a whole number in [{low}, {high}]"
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
     def parse(text: str) -> int:
         try:
@@ -144,7 +144,7 @@ seed = whole_number(0, 2**64 - 1)
 
 # ------------------------------------------------------------------------------------------- the options of sampling
 
-DEVICES = "cpu, cuda, cuda:1, ..."
+DEVICES = "cpu, cuda, cuda:1, ... (default: cuda where a GPU can be used)"
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
 SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
 
@@ -185,7 +185,7 @@ def add_sampling(
     add("--eta", type=nonnegative_number, metavar="X", help=eta)
 
     add = parser.add_argument_group("how to run").add_argument
-    add("--device", default="cpu", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
+    add("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
     backend = "the compiled kernels, or plain torch"
     add("--backend", choices=tuple(BACKENDS), default="fused", help=backend)
@@ -216,6 +216,8 @@ def eta_of(sampler: str, eta: float | None) -> float | None:
 
 def check_device(name: str) -> torch.device:
     """The device. Raises ValueError, with the reason, if no tensor can be made there."""
+    if name.partition(":")[0].lower() == "gpu":
+        raise ValueError(f"device: got {name}, expected cuda{name[3:]} for a GPU, or cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import info, plot, sample, table, train, trajectory
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
-from ddpm_ext.version import __version__
+from ddpm_ext.version import __version__, default_device
 
 __all__ = ["build_parser", "main"]
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"ddpm-ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for command in _COMMANDS.values():
         command.add_parser(commands)
     return parser
@@ -44,8 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = "ddpm-ext"
     options = argparse.Namespace(arguments=arguments)
     try:
-        build_parser().parse_args(arguments, options)
+        parser = build_parser()
+        parser.parse_args(arguments, options)
+        if options.command is None:
+            parser.print_help()
+            return 0
         name = f"ddpm-ext {options.command}"
+        if "device" in options and options.device is None:
+            options.device = default_device()
         _COMMANDS[options.command].run(options)
         if sys.stdout is not None:  # it was closed when the program began
             sys.stdout.flush()

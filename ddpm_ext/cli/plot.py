@@ -27,6 +27,7 @@ from ddpm_ext.cli.arguments import (
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.plots.recorder import Recorder
+from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
 
 __all__ = ["add_parser", "run"]
@@ -169,7 +170,7 @@ def _draw_grid(options: argparse.Namespace) -> str:
     _check_out(options.out, _PICTURES)
     images = _read_samples(options.file)[: options.num]
     plots.save_picture(plots.grid(images, columns=options.columns, scale=options.scale), options.out)
-    return f"{len(images)} samples, {'x'.join(map(str, images.shape[1:]))}"
+    return f"{plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}"
 
 
 def _read_samples(path: str) -> Pixels:

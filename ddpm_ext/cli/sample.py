@@ -12,6 +12,7 @@ from ddpm_ext.base import ranks as distributed
 from ddpm_ext.cli import sample_many
 from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending
 from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.plots.style import plural
 
 __all__ = ["add_parser", "run"]
 
@@ -54,7 +55,8 @@ def run(options: argparse.Namespace) -> None:
     for first in batches:
         count = min(options.batch_size, options.num - first)
         if len(batches) > 1 and not options.quiet:
-            print(f"samples {first} to {first + count - 1} of {options.num}")
+            which = f"samples {first} to {first + count - 1}" if count > 1 else f"sample {first}"
+            print(f"{which} of {options.num}")
         samples = draw(prepared, options, first, count)
         wrong += are_finite(samples).count(False)
         pictures.append(plots.to_uint8(samples))
@@ -64,5 +66,5 @@ def run(options: argparse.Namespace) -> None:
             np.savez(opened, images)  # numpy names it arr_0
     else:
         plots.save_picture(plots.grid(images), out)
-    print(f"{out}: {len(images)} samples, {'x'.join(map(str, images.shape[1:]))}")
+    print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")
     refuse_not_finite(wrong, len(images), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import torch
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
+from ddpm_ext.base.optional import has_bars
 from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
 from ddpm_ext.cli.arguments import check_device, check_ending, eta_of, whole_number
 from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
+from ddpm_ext.plots.style import plural
 from ddpm_ext.version import __version__
 
 __all__ = ["add_options", "run"]
@@ -70,12 +73,12 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             ranks=ranks,
             about={"model": options.model, "torch": torch.__version__},
-            progress=not options.quiet,
+            progress=not options.quiet and has_bars(tell=ranks.rank == 0),
             not_finite=not_finite,
         )
     if ranks.rank != 0:
         return
-    done = f"{folder}: {shards.count} samples, {_by(shards.shape)}"
+    done = f"{folder}: {plural(shards.count, 'sample')}, {_by(shards.shape)}"
     if result.drawn:
         done += f"; {result.drawn} drawn in {result.seconds:.1f} s, {result.drawn / result.seconds:.1f} images/s"
         done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
@@ -106,7 +109,7 @@ def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]
 
 def _model_hash(model: LoadedModel) -> str:
     """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
-    digest = hashlib.sha256(repr(model.settings).encode())
+    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
     for name in (CONFIG, WEIGHTS):
         with open(inner / name, "rb") as opened:

@@ -41,8 +41,6 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         MissingExtra: a package that the command needs is not installed.
     """
     device = check_device(options.device)
-    if not options.quiet:
-        require("tqdm", "the progress bar")
     if pictures:
         require("PIL.Image", "writing pictures")
     check_eta(options.eta, [options.sampler])

@@ -11,6 +11,7 @@ from typing import Any
 
 from ddpm_ext import training
 from ddpm_ext.base import ranks as distributed
+from ddpm_ext.base.optional import has_bars
 from ddpm_ext.cli.arguments import (
     DEVICES_OF_RANKS,
     Parser,
@@ -30,8 +31,8 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
-from ddpm_ext.training import checkpoints
-from ddpm_ext.training.options import AUTOCAST, DTYPES
+from ddpm_ext.training import record
+from ddpm_ext.training.options import AUTOCAST, CHANGEABLE, DTYPES, LR_SCHEDULES
 
 __all__ = ["add_parser", "run"]
 
@@ -39,6 +40,7 @@ _EXAMPLES = """examples:
   ddpm-ext train --out my-digits
   ddpm-ext train --data photos --image-size 32 --flip --widths 64,128,256 --groups 32 --device cuda --out my-run
   ddpm-ext train --out my-run --resume
+  ddpm-ext train --out my-run --resume --steps 10000 --change --lr 0.001 --lr-schedule linear
   torchrun --nproc-per-node 8 -m ddpm_ext train --data photos --image-size 64 --device cuda --out my-run"""
 
 
@@ -49,23 +51,28 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains, or with --resume continues a run: then an option that is not given has the value of its checkpoint."""
+    """Trains, or with --resume continues a run: then an option that is not given has the value that the run has."""
     check_device(options.device)
     names = {field.name for field in fields(training.TrainOptions)}
-    found = checkpoints.latest(Path(options.out), report=lambda text: None) if options.resume else None
-    if found is None:
+    change: list[str] = []
+    if not options.resume:
+        if options.change:
+            raise ValueError("change: belongs to --resume")
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        checkpoints.check_header(*found)
-        chosen = training.with_defaults_of(found[1]["options"], _given(options.arguments, names))
+        _, found = record.find(Path(options.out), report=lambda text: None)
+        given = _given(options.arguments, names)
+        chosen = training.with_defaults_of(found["options"], given)
+        change = [name for name in given if options.change and name in CHANGEABLE]
         check_device(chosen.device)
     result = training.train(
         chosen,
         options.out,
         resume=options.resume,
+        change=change,
         command=shlex.join(["ddpm-ext", *options.arguments]),
         report=lambda text: print(text, flush=True),
-        progress=not options.quiet,
+        progress=not options.quiet and has_bars(tell=distributed.ranks().rank == 0),
     )
     if distributed.ranks().rank == 0:
         print(
@@ -85,7 +92,7 @@ def _given(arguments: list[str], names: set[str]) -> dict[str, Any]:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options, named as the fields of TrainOptions, and besides --out, --resume and --quiet."""
+    """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
     std = training.TrainOptions()
     add = parser.add_argument_group("data").add_argument
     add("--data", default=std.data, metavar="digits|FOLDER", help="scikit-learn's handwritten digits, or your images")
@@ -102,7 +109,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parts = "parts that each rank divides its images into, to save memory; the weights are the same"
     add("--accumulate", type=whole_number(1), default=std.accumulate, metavar="N", help=parts)
     add("--lr", type=positive_number, default=std.lr, metavar="X", help="highest learning rate")
-    warmup = "steps until it is reached; afterwards it falls to 0 along a cosine"
+    falls = "falls to 0 at the last step by a cosine or a line, or stays"
+    add("--lr-schedule", choices=tuple(LR_SCHEDULES), default=std.lr_schedule, help=falls)
+    warmup = "steps until the learning rate is reached"
     add("--warmup", type=whole_number(0), default=std.warmup, metavar="N", help=warmup)
     add("--weight-decay", type=nonnegative_number, default=std.weight_decay, metavar="X", help="of AdamW")
     clip = "largest norm of the gradient; 0 for no limit"
@@ -111,7 +120,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
-    add("--device", default=std.device, metavar="NAME", help=DEVICES_OF_RANKS)
+    add("--device", metavar="NAME", help=DEVICES_OF_RANKS)
     add("--graph", action="store_true", help="take each step by a CUDA graph; the weights are the same")
 
     add = parser.add_argument_group("model (diffusers' UNet2DModel)").add_argument
@@ -156,9 +165,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("output").add_argument
     add("--out", required=True, metavar="FOLDER", help="for the model, checkpoints and losses (required)")
-    resume = "continue from the newest checkpoint, with its options where none are given"
+    resume = "continue the run in the folder, with its options where none are given"
     add("--resume", action="store_true", help=resume)
     between = "steps between two checkpoints"
+    change = "with --resume: options given here may be others than those of the run, which --steps always may"
+    add("--change", action="store_true", help=change)
     add("--checkpoint-every", type=whole_number(1), default=std.checkpoint_every, metavar="N", help=between)
     add("--keep", type=whole_number(1), default=std.keep, metavar="N", help="number of checkpoints to keep")
     add("--log-every", type=whole_number(1), default=std.log_every, metavar="N", help="steps between two lines")

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ddpm_ext.base.files import check_writable
-from ddpm_ext.base.optional import require
 from ddpm_ext.demo.eager import EagerDiffusion
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.folder import load_model
@@ -102,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the loop; fewer are quicker (default: 1000)")
     options = parser.parse_args(arguments)
     try:
-        require("tqdm", "the progress bar")
         print("64 digits, drawn with one kernel launch in each step besides the model:")
         paths = draw_digits(Path(options.out), seed=options.seed, steps=options.steps)
         for path in paths:

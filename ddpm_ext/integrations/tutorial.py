@@ -164,7 +164,8 @@ class Tutorial(Accelerated):
             peer, reason = self._peer, fallback.reason
         else:
             return
-        raise TypeError(f"obj is a {peer.__module__}.{peer.__qualname__}: {reason}, expected the tutorial's")
+        name = f"{peer.__module__}.{peer.__qualname__}"
+        raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {reason}")
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""

@@ -1,12 +1,13 @@
 """Loads and saves denoisers in diffusers' UNet2DModel layout; one of them, "digits", is part of the package.
 
 A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json. In the folder of a pipeline
-the first two are in unet/ and the third in scheduler/.
+the first two are in unet/ and the third in scheduler/; unet/ alone has that scheduler, too.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,11 @@ def load_model(
     """
     folder = DIGITS if source == "digits" else Path(source)
     if not folder.is_dir():
-        raise ValueError(f'model: no such folder: {source}; expected "digits" or a folder in diffusers\' layout')
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir()
+        raise ValueError(
+            f'model: no such folder: {source}; expected "digits" or a folder in diffusers\' layout'
+            + (f"; nothing is downloaded here: hf download {source} --local-dir {folder.name}" if hub else "")
+        )
     for part in ("vae", "vqvae", "movq"):
         if (folder / part).is_dir():
             raise ValueError(f"model: {folder} samples in a latent space ({part}/), expected a model of pixels")
@@ -126,7 +131,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         )
         if pickles:
             raise ValueError(
-                f"model: {path.parent} has pickled weights ({pickles[0]}), which can run code; expected {path.name}"
+                f"model: {path.parent} has pickled weights ({pickles[0]}), which can run code; expected {path.name}, "
+                "which diffusers writes: UNet2DModel.from_pretrained(folder).save_pretrained(folder)"
             )
         raise ValueError(f"model: no such file: {path}")
     try:
@@ -201,7 +207,10 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
 
 
 def _find_settings(folder: Path) -> DiffusionSettings:
-    for path in (folder / "scheduler" / SCHEDULER, folder / SCHEDULER):
+    places = [folder / "scheduler" / SCHEDULER, folder / SCHEDULER]
+    if folder.resolve().name == "unet":  # of a pipeline
+        places.append(folder.resolve().parent / "scheduler" / SCHEDULER)
+    for path in places:
         if path.is_file():
             return read_settings(read_json(path), str(path))
     return DiffusionSettings()

@@ -48,6 +48,14 @@ class DiffusionSettings:
     prediction: str = "eps"
     variance: str = "fixed_small"
 
+    def __repr__(self) -> str:
+        betas = self.beta_schedule
+        schedule = repr(betas) if isinstance(betas, str) else f"<{len(betas)} betas, {betas[0]:.3g} to {betas[-1]:.3g}>"
+        return (
+            f"DiffusionSettings(timesteps={self.timesteps}, beta_schedule={schedule}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r})"
+        )
+
     @classmethod
     def of(cls, diffusion: GaussianDiffusion) -> DiffusionSettings:
         """Those of a GaussianDiffusion. Raises ValueError for levels in place of betas, unless they are "flow"."""

@@ -11,7 +11,7 @@ from ddpm_ext.plots.style import COLOURS, PathLike, new_figure, plural
 __all__ = ["save_loss_curve"]
 
 
-def save_loss_curve(losses: Sequence[float], path: PathLike) -> None:
+def save_loss_curve(losses: Sequence[float], path: PathLike, *, title: str = "Loss of each training step") -> None:
     """Draws the loss of each step, and the mean over a hundredth of the run, on two logarithmic axes.
 
     Raises:
@@ -29,5 +29,5 @@ def save_loss_curve(losses: Sequence[float], path: PathLike) -> None:
         axes.loglog(np.arange(1, len(values) + 1), values, color="0.75", linewidth=0.6, label="each step")
         mean = f"mean of {plural(window, 'step')}"
         axes.loglog(np.arange(window, len(values) + 1), means, color=COLOURS[0], label=mean)
-        axes.set(xlabel="step", ylabel="loss", title="Mean squared error of the model's prediction")
+        axes.set(xlabel="step", ylabel="loss", title=title)
         axes.legend()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS, Mode
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
+from ddpm_ext.version import default_device
 
 __all__ = [
     "AUTOCAST",
+    "CHANGEABLE",
     "DTYPES",
+    "LR_SCHEDULES",
     "SAMPLER_OPTIONS",
     "TrainOptions",
     "check_same",
@@ -28,10 +32,17 @@ __all__ = [
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
+LR_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda done: 1.0,
+}
+"""The learning rate as a share of the highest, by the share of the steps that is done."""
 # The options that belong to one timestep sampler.
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
 
-# The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded.
+# The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded;
+# apart from the number of steps, which is meant to change if it is given.
 # The data and the model are compared by what they are, not by the names of their files.
 _MAY_CHANGE = frozenset(
     {
@@ -49,11 +60,29 @@ _MAY_CHANGE = frozenset(
         "sample_every",
         "sample_steps",
         "skip_corrupt",
+        "steps",
         "tensorboard",
         "weights_dtype",
         "workers",
     }
 )
+CHANGEABLE = (
+    "lr",
+    "lr_schedule",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "ema",
+    "batch_size",
+    "flip",
+    "loss",
+    "delta",
+    "weighting",
+    "vlb_weight",
+    "offset_noise",
+    "input_perturbation",
+)
+"""The options that affect the weights and may all the same be changed at a resume, if that is said."""
 _ABOVE_0 = math.ulp(0)
 _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("lr", _ABOVE_0, math.inf, "a positive number"),
@@ -89,6 +118,7 @@ class TrainOptions:
     batch_size: int = 128
     accumulate: int = 1
     lr: float = 2e-3
+    lr_schedule: str = "cosine"
     warmup: int = 300
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -122,7 +152,7 @@ class TrainOptions:
     sample_steps: int = 50
     sample_count: int = 16
     tensorboard: bool = False
-    device: str = "cpu"
+    device: str = field(default_factory=default_device)
     graph: bool = False
     weights_dtype: str = "float32"
 
@@ -159,6 +189,7 @@ class TrainOptions:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "autocast": AUTOCAST,
     "loss": (*LOSSES, *BOUNDS),
+    "lr_schedule": tuple(LR_SCHEDULES),
     "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
     "variance": TRAINABLE_VARIANCES,
     "weighting": ("simple", *WEIGHTINGS),
@@ -166,12 +197,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def check_same(now: dict[str, Any], then: dict[str, Any], path: Path) -> None:
-    """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with."""
+def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
+    """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with.
+
+    change: the names of options that may differ.
+    """
     now = json.loads(json.dumps(now))
     for name in {**now, **then}:
-        if name not in _MAY_CHANGE and now.get(name) != then.get(name):
-            raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}")
+        if name not in _MAY_CHANGE and name not in change and now.get(name) != then.get(name):
+            allowed = f"; --change, or change={[name]}, allows it" if name in CHANGEABLE else ""
+            raise ValueError(f"resume: {name} is {now.get(name)}, but {path} was made with {then.get(name)}{allowed}")
 
 
 def check_same_on_ranks(every: list[dict[str, Any]]) -> None:

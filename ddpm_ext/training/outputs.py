@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints
+from ddpm_ext.training import checkpoints, record
 from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
@@ -27,7 +27,7 @@ from ddpm_ext.training.log import (
     versions,
 )
 from ddpm_ext.training.network import save_result
-from ddpm_ext.training.options import DTYPES, TrainOptions, check_same
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 
@@ -60,13 +60,20 @@ class Outputs:
         options: the options of the run.
         about: what the weights depend on besides the options, as JSON.
         report: called with lines of text.
+        change: the names of options that may differ from those of the run that is resumed.
     """
 
     log: Log
 
     def __init__(
-        self, folder: Path, options: TrainOptions, about: dict[str, Any], report: Callable[[str], None]
+        self,
+        folder: Path,
+        options: TrainOptions,
+        about: dict[str, Any],
+        report: Callable[[str], None],
+        change: Collection[str] = (),
     ) -> None:
+        self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
         self._since: list[float] = []  # losses since the last progress line
 
@@ -77,26 +84,39 @@ class Outputs:
             The checkpoint to continue from, or None.
 
         Raises:
-            ValueError: another run is writing there; or a run has written there, and `resume` is false or that run had
-                other options, data or another model.
+            ValueError: another run is writing there; a run has written there and `resume` is false; or `resume` is
+                true, and no run was started there or one with other options, data or another model.
         """
         folder = self.folder
         has_run = checkpoints.newest(folder) is not None or any((folder / name).exists() for name in _RESULTS)
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
-        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the check above
+        if resume:
+            record.find(folder, report=lambda text: None)
+        files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
         step, path = 0, None
-        if (found := checkpoints.latest(folder, self.report)) is not None:
-            path, header = found
-            checkpoints.check_header(path, header)
-            check_same(self.about | asdict(self.options), header["about"] | header["options"], path)
+        if resume:
+            path, header = record.find(folder, self.report)
+            check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
             step = header["step"]
+            if step > self.options.steps:
+                raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
+            self._report_changes(header["options"])
+            if path.name == record.OPTIONS:
+                self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
+                path = None
+        record.save(folder, asdict(self.options), self.about)
         self.log = Log(folder, step, tensorboard=self.options.tensorboard)
         until_the_end.callback(self.log.close)
         return path
+
+    def _report_changes(self, before: dict[str, Any]) -> None:
+        for name in (*CHANGEABLE, "steps"):
+            if (now := getattr(self.options, name)) != before.get(name):
+                self.report(f"changed: {name} is {now}, before {before.get(name)}")
 
     def record(
         self,
@@ -133,16 +153,34 @@ class Outputs:
             self.log.pictures(samples, step)
 
     def finish(self, state: TrainState, settings: DiffusionSettings, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it."""
-        losses = self.log.losses()
-        if losses:
-            save_loss_curve(losses, self.folder / "losses.png")
-        dtype = DTYPES[self.options.weights_dtype]
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it.
+
+        If no step was taken, because the run had been finished before, training.json keeps how that was done.
+        """
+        dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
         self.report(save_result(state.average, settings, self.folder, dtype))
+        if losses:
+            options = self.options
+            weighting = "" if options.weighting == "simple" else f", weighting {options.weighting}"
+            title = f"Training loss: {options.loss} of {options.prediction}{weighting}"
+            save_loss_curve(losses, self.folder / "losses.png", title=title)
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
-        self._write_training(result, about)
+        if about["resumed_at"] < self.options.steps or not self._keep_training():
+            self._write_training(result, about)
         return result
+
+    def _keep_training(self) -> bool:
+        """Whether training.json is there and tells of a run to this step; only the options in it are updated."""
+        path = self.folder / "training.json"
+        try:
+            before = files.read_json(path)
+            if before["options"]["steps"] != self.options.steps:
+                return False
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+        files.write_json(path, before | {"options": asdict(self.options)})
+        return True
 
     def _write_training(self, result: Result, about: dict[str, Any]) -> None:
         """Writes training.json: how the model was made."""

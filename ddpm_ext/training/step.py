@@ -18,7 +18,7 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training.captured_step import CapturedStep
 from ddpm_ext.training.log import LogRow
-from ddpm_ext.training.options import DTYPES, TrainOptions
+from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
 __all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of"]
@@ -217,9 +217,9 @@ def loss_options(options: TrainOptions) -> dict[str, Any]:
 
 
 def learning_rate(options: TrainOptions, step: int) -> float:
-    """The learning rate of a step: a linear rise over `warmup` steps, times half a cosine that ends at 0."""
+    """The learning rate of a step: a linear rise over `warmup` steps, times the schedule's share of the highest."""
     rise = min(1.0, (step + 1) / max(1, options.warmup))
-    return options.lr * rise * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    return options.lr * rise * LR_SCHEDULES[options.lr_schedule](step / options.steps)
 
 
 def part_of(samples: range, part: int, parts: int) -> range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,7 +25,8 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images
-from ddpm_ext.training.options import TrainOptions, check_same_on_ranks
+from ddpm_ext.training.interruption import end, noted_signals
+from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
@@ -52,7 +53,9 @@ class Trainer:
             images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
-        resume: whether to continue from the newest checkpoint in `out`. If there is none, the run starts.
+        resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
+        change: at a resume, the names of options that may differ from the run's: some of CHANGEABLE in
+            ddpm_ext.training.options. `steps` may always differ. The learning rate is what the new options give.
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
@@ -72,6 +75,7 @@ class Trainer:
         options: TrainOptions | None = None,
         *,
         resume: bool = False,
+        change: Collection[str] = (),
         command: str = "",
         report: Callable[[str], None] = print,
         progress: bool = False,
@@ -87,6 +91,10 @@ class Trainer:
         self.progress = progress and first
         self._plain_report = report if first else _discard
         self.report = self._report_above_bar if self.progress else self._plain_report
+        for name in change:
+            if not resume or name not in CHANGEABLE:
+                expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
+                raise ValueError(f"change: got {name}, expected {expected}")
         check_extras(self.options)
         if self.progress:
             require("tqdm", "the progress bar")
@@ -108,7 +116,7 @@ class Trainer:
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
         about = _inputs(self.model, self.images, self.diffusion)
-        self._outputs = Outputs(self.folder, self.options, about, self.report)
+        self._outputs = Outputs(self.folder, self.options, about, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
         if not isinstance(model, nn.Module):
@@ -150,14 +158,18 @@ class Trainer:
     def fit(self) -> Result:
         """Trains until `options.steps` steps are taken, and writes the averaged model to the folder.
 
-        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds training.json (options, versions,
-        final loss), losses.csv and losses.png; checkpoints/ with the last `options.keep`, of which one is written every
-        `options.checkpoint_every` steps; and samples/ with a grid every `options.sample_every` steps.
+        A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
+        before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
+        with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
+        a grid every `options.sample_every` steps.
+
+        Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken; a second one ends the run at once.
 
         Raises:
-            ValueError: the folder holds a run and `resume` is false, or a run with other options, data or another
-                model; a loss or a gradient is not finite; an image can't be read; or the ranks differ in options, data
-                or model.
+            KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
+            ValueError: the folder holds a run and `resume` is false, or `resume` is true and it holds none, or one
+                with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
+                or the ranks differ in options, data or model.
             OSError: a file can't be written.
             ConnectionError: another rank was lost.
         """
@@ -201,18 +213,26 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
         clock, skipped = _Clock(state.step), []
-        for batch in batches.iterate(state.step, options.steps, self.device):
-            step.take(batch.images)
-            skipped += batch.skipped
-            advance()
-            due = {name for name in _INTERVALS if getattr(options, name) and state.step % getattr(options, name) == 0}
-            if state.step == options.steps:
-                due |= {"log_every", "checkpoint_every"}
-            if due:
-                rows = step.log_rows(lambda: checkpoints.newest(self.folder))
-                speed = clock.steps_per_second(state.step) * options.batch_size
-                self._note_skipped(skipped)
-                self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+        with noted_signals() as noted:
+            for batch in batches.iterate(state.step, options.steps, self.device):
+                step.take(batch.images)
+                skipped += batch.skipped
+                advance()
+                every = {name: getattr(options, name) for name in _INTERVALS}
+                due = {name for name, steps in every.items() if steps and state.step % steps == 0}
+                last = state.step == options.steps
+                if signal := 0 if last else self.ranks.largest(noted()):
+                    self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
+                if last or signal:
+                    due |= {"log_every", "checkpoint_every"}
+                if due:
+                    rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                    speed = clock.steps_per_second(state.step) * options.batch_size
+                    self._note_skipped(skipped)
+                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+                if signal:
+                    self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
+                    end(signal)
 
     def _note_skipped(self, skipped: list[str]) -> None:
         """Reports images that a rank has skipped for the first time; every rank learns of those of all ranks."""
@@ -255,14 +275,10 @@ class _Clock:
 def train(
     options: TrainOptions,
     out: str | os.PathLike[str],
-    *,
-    resume: bool = False,
-    command: str = "",
-    report: Callable[[str], None] = print,
-    progress: bool = False,
+    **keywords: Any,
 ) -> Result:
-    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, ...).fit()."""
-    return Trainer(out=out, options=options, resume=resume, command=command, report=report, progress=progress).fit()
+    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit()."""
+    return Trainer(out=out, options=options, **keywords).fit()
 
 
 def _with_settings(

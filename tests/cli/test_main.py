@@ -5,9 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.command_line import ENVIRONMENT, call, run, save_tiny
+
+from ddpm_ext import cli, version
+from ddpm_ext.base import optional
+from ddpm_ext.cli import sample
+from ddpm_ext.training import TrainOptions
 
 for module in ("diffusers", "safetensors", "sklearn", "tqdm", "PIL.Image"):
     pytest.importorskip(module)
@@ -63,11 +70,13 @@ BAD = [
     (("sample", "--eta", "-1"), "--eta: got -1, expected a number >= 0"),
     (("sample", "--eta", "nan", "--sampler", "ddim"), "--eta: got nan"),
     (("sample", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
-    (("sample", "--seed", "-1"), "--seed: got -1, expected a whole number in [0, 18446744073709551615]"),
+    (("sample", "--seed", "-1"), "--seed: got -1, expected a whole number from 0 to 18446744073709551615"),
     (("sample", "--batch-size", "0"), "--batch-size: got 0"),
     (("sample", "--sampler", "dpm"), "invalid choice: 'dpm'"),
     (("sample", "--sampler", "euler", "--eta", "1"), "belongs to ddim or euler_ancestral"),
     (("sample", "--device", "abacus"), "device: abacus can't be used here"),
+    (("sample", "--device", "gpu"), "device: got gpu, expected cuda for a GPU, or cpu"),
+    (("sample", "--device", "GPU:1"), "device: got GPU:1, expected cuda:1 for a GPU, or cpu"),
     (("sample", "--device", "cuda:77"), "device: cuda:77 can't be used here"),
     (("sample", "--dtype", "int8"), "invalid choice: 'int8'"),
     (("sample", "--model", "nowhere"), "model: no such folder: nowhere"),
@@ -90,7 +99,6 @@ BAD = [
     (("train", "--out", "run", "--model-config", "none.json"), "model: no such file: none.json"),
     (("train", "--out", "run", "--data", ".", "--image-size", "8"), "data: no images in ., expected files ending in"),
     (("paint",), "invalid choice: 'paint'"),
-    ((), "required: COMMAND"),
 ]
 
 
@@ -116,13 +124,51 @@ def test_unwritable_out_is_reported_before_the_work(tiny, tmp_path, capsys):
 
 
 def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
-    for name in ("diffusers", "tqdm"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, name, None)
-            assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / "a.npz") == 2
-        message = capsys.readouterr().err
-        assert message.count("\n") == 1
-        assert f'needs {name}: pip install "ddpm-ext[demo]"' in message
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "diffusers", None)
+        assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / "a.npz") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "needs diffusers: pip install diffusers, or " in message
+    assert message.endswith('pip install --no-build-isolation ".[demo]"\n')
+
+
+def test_without_tqdm_there_is_no_bar_and_one_line_says_so(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(optional, "_told", False)
+    for name in ("tqdm", "tqdm.auto"):
+        monkeypatch.setitem(sys.modules, name, None)
+    many = ("--num-images", 3, "--out", tmp_path / "many")
+    for out in (("--num", 3, "--batch-size", 1, "--out", tmp_path / "a.npz"), many):
+        assert call("sample", "--model", tiny, *out, "--steps", 2) == 0
+    said = capsys.readouterr()
+    assert said.err == "no progress bar without tqdm: pip install tqdm\n"
+    assert "sample 1 of 3\n" in said.out
+
+
+def test_one_sample_is_counted_in_the_singular(tiny, tmp_path, capsys):
+    out = tmp_path / "a.npz"
+    assert call("sample", "--model", tiny, "--num", 1, "--steps", 1, "--quiet", "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}: 1 sample, 8x12x3\n"
+
+
+def test_bare_command_prints_help(capsys):
+    assert cli.main([]) == 0
+    bare = capsys.readouterr()
+    assert call("--help") == 0
+    assert bare == capsys.readouterr()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, gpu):
+    taken = []
+    monkeypatch.setattr(sample, "run", lambda options: taken.append(options.device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for cuda in (None, "13.0"):
+        monkeypatch.setattr(version, "C", SimpleNamespace(build_info=lambda cuda=cuda: {"cuda": cuda}))
+        assert cli.main(["sample"]) == 0
+        assert cli.main(["sample", "--device", "cpu"]) == 0
+        assert TrainOptions().device == taken[-2]
+    assert taken == ["cpu", "cpu", "cuda" if gpu else "cpu", "cpu"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 from support.command_line import ENVIRONMENT, call, not_finite, run, save_tiny
 
 from ddpm_ext import models
-from ddpm_ext.models.folder import WEIGHTS
+from ddpm_ext.cli import sample_many
+from ddpm_ext.models.folder import WEIGHTS, load_model
+from ddpm_ext.models.scheduler import DiffusionSettings
 
 for module in ("diffusers", "safetensors", "tqdm"):
     pytest.importorskip(module)
@@ -178,3 +181,13 @@ def test_torchrun_killed_and_run_again(tiny, tmp_path, many):
     assert done.stdout.rstrip().endswith("images/s on 2 ranks")
     assert call(*arguments(tiny, tmp_path / "one", *slow)) == 0
     assert shards(folder) == shards(tmp_path / "one")
+
+
+def test_all_betas_enter_the_models_hash(tiny):
+    """Also those that its settings' repr leaves out."""
+    loaded = load_model(tiny)
+    hashes = {
+        sample_many._model_hash(replace(loaded, settings=DiffusionSettings(20, (0.1, beta, 0.2))))
+        for beta in (0.11, 0.12, 0.12)
+    }
+    assert len(hashes) == 2

@@ -7,6 +7,7 @@ from support.command_line import call
 from support.figure_contents import drawn, points
 
 from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext.base.optional import ALL_EXTRAS
 from ddpm_ext.tables.samplers import ddim, dpmpp_2m, euler
 from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
 
@@ -113,5 +114,5 @@ def test_diffusers_is_an_extra(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("importlib.import_module", without)
     assert call("table", "--scheduler", tmp_path, "--steps", 3) == 2
-    message = 'the table of a scheduler needs diffusers: pip install "ddpm-ext[demo]"'
-    assert capsys.readouterr().err == f"ddpm-ext table: {message}\n"
+    message = "the table of a scheduler needs diffusers: pip install diffusers"
+    assert capsys.readouterr().err == f"ddpm-ext table: {message}{ALL_EXTRAS}\n"

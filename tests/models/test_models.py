@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, models
-from ddpm_ext.models.folder import CONFIG, DIGITS, WEIGHTS
+from ddpm_ext.models.folder import CONFIG, DIGITS, SCHEDULER, WEIGHTS
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.tables.schedules import sigma_space
 from ddpm_ext.tables.variances import VARIANCES
@@ -140,14 +140,32 @@ def test_weights_beyond_the_dtype(folder):
         models.load_model(folder, dtype=torch.float16)
 
 
+def test_unet_folder_of_a_pipeline_has_its_scheduler(folder, tmp_path):
+    """Its own settings, not the defaults, linear and eps."""
+    pipeline = tmp_path / "pipeline"
+    settings = DiffusionSettings(20, "cosine", "v", "fixed_large")
+    models.save_model(models.load_model(folder).unet, settings, pipeline / "unet")
+    (pipeline / "scheduler").mkdir()
+    (pipeline / "unet" / SCHEDULER).rename(pipeline / "scheduler" / SCHEDULER)
+    found = models.load_model(pipeline / "unet").settings
+    assert found == models.load_model(pipeline).settings
+    assert (found.prediction, found.variance) == ("v", "fixed_large")
+    assert repr(found) == (
+        f"DiffusionSettings(timesteps=20, beta_schedule=<20 betas, {found.beta_schedule[0]:.3g} to 0.999>, "
+        "prediction='v', variance='fixed_large')"
+    )
+
+
 def test_missing_files(folder, tmp_path):
     with pytest.raises(ValueError, match='no such folder: nowhere; expected "digits" or a folder'):
         models.load_model("nowhere")
+    with pytest.raises(ValueError, match=r"; nothing is downloaded here: hf download some/small --local-dir small$"):
+        models.load_model("some/small")
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"no such file: .*\.safetensors"):
         models.load_model(folder)
     (folder / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match=r"pickled weights \(diffusion_pytorch_model.bin\)"):
+    with pytest.raises(ValueError, match=r"pickled weights \(diffusion_pytorch_model.bin\).*UNet2DModel.from_pret"):
         models.load_model(folder)
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match=r"no such file: .*config\.json"):

@@ -28,6 +28,7 @@ def test_loss_curve_has_losses_and_their_mean(tmp_path, monkeypatch):
     )
     losses = [1 / step for step in range(1, 301)]
     save_loss_curve(losses, tmp_path / "losses.png")
+    assert made[0].axes[0].get_title() == "Loss of each training step"
     found = drawn(made[0].axes[0])
     assert found["each step"] == points(range(1, 301), losses)
     means = [sum(losses[i : i + 3]) / 3 for i in range(298)]

@@ -25,16 +25,23 @@ TINY = {
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
+def _on_cpu(arguments):
+    """The arguments as text, with --device cpu where there is no other: with a GPU, that would be the default."""
+    takes_device = arguments[:1] in (("sample",), ("trajectory",), ("train",)) or arguments[:2] == ("plot", "histogram")
+    more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
+    return [str(argument) for argument in (*arguments, *more)]
+
+
 def run(*arguments, cwd=None):
     """Runs the command in a process of its own."""
-    command = [sys.executable, "-m", "ddpm_ext", *map(str, arguments)]
+    command = [sys.executable, "-m", "ddpm_ext", *_on_cpu(arguments)]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def call(*arguments):
     """Runs the command in this process, which is faster, and returns its exit code."""
     try:
-        return cli.main([str(argument) for argument in arguments])
+        return cli.main(_on_cpu(arguments))
     except SystemExit as stopped:
         return stopped.code
 

@@ -25,6 +25,7 @@ from ddpm_ext.training import Trainer
 from ddpm_ext.training.step import TrainingStep
 
 SIZES = {"steps": 60, "batch_size": 6, "timesteps": 20, "warmup": 4, "checkpoint_every": 10, "log_every": 7}
+SIZES |= {"device": "cpu"}
 
 
 class Tiny(nn.Module):
@@ -82,12 +83,13 @@ def before_steps(act) -> None:
     TrainingStep.take = lambda self, images: take(self, act(self.state.step, images))
 
 
-def run(folder, *, die_at=None, nan_at=None, own_group=None, **options) -> None:
+def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, **options) -> None:
     """Trains.
 
     Args:
         die_at: the process is killed after so many steps.
         nan_at: the images of the step after so many are NaN.
+        signal_at: the process gets SIGTERM after so many steps.
         own_group: the backend of a process group that exists before training.
     """
     if own_group:
@@ -96,6 +98,8 @@ def run(folder, *, die_at=None, nan_at=None, own_group=None, **options) -> None:
     def act(step, images):
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return images * torch.nan if step == nan_at else images
 
     before_steps(act)

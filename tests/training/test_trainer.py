@@ -276,6 +276,7 @@ def test_files_of_a_run_with_a_module(tmp_path):
         "losses.png",
         "model.json",
         "model.safetensors",
+        "options.json",
         "scheduler",
         "training.json",
     }

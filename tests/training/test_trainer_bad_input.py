@@ -360,15 +360,22 @@ def test_run_that_a_full_disk_stopped_can_be_resumed(tmp_path, monkeypatch):
     assert steps == ["step", *map(str, range(1, 31))]
 
 
-def test_full_disk_at_the_log(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("at", "name"), [(1, r"out: cannot write .*options\.json"), (2, r"losses: cannot write .*losses\.csv")]
+)
+def test_full_disk_at_the_start(tmp_path, monkeypatch, at, name):
     from ddpm_ext.training import log
 
+    written = []
+
     def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(descriptor)
+        if len(written) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer = make(tmp_path / "run")
     monkeypatch.setattr(log.os, "fsync", full)
-    with pytest.raises(OSError, match=r"^losses: cannot write .*losses\.csv: No space left on device$"):
+    with pytest.raises(OSError, match=rf"^{name}: No space left on device$"):
         trainer.fit()
 
 

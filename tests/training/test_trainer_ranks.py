@@ -46,6 +46,7 @@ def ended(tmp_path_factory):
     runs = {name: [options] * size for name, (size, options) in SAME.items()}
     runs |= {name: [STEPS, STEPS | other] for name, (other, _) in DIFFERENT.items()}
     runs["interrupted"] = [STEPS | {"checkpoint_every": 5, "die_at": 12}] * 2
+    runs["signal"] = [STEPS | {"log_every": 50}, STEPS | {"log_every": 50, "signal_at": 12}]
     runs |= {f"killed {rank}": [STEPS | ({"die_at": 7} if rank == own else {}) for own in (0, 1)] for rank in (0, 1)}
     runs["group"] = [STEPS | {"own_group": "gloo"}] * 2
     runs["group of GPUs"] = [SAME["two"][1] | {"own_group": "cuda:gloo"}] * 2
@@ -80,6 +81,13 @@ def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
         for run in (folder / "run", tmp_path / "one")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_signal_to_one_rank_stops_all_at_the_same_step(ended):
+    folder, codes = ended["signal"]
+    assert codes == [128 + signal.SIGTERM] * 2, said(folder, 0)
+    assert checkpoints.newest(folder / "run").name == "step-00000013.safetensors"
+    assert said(folder, 1, "out") == ""
 
 
 def test_one_rank_resumes_a_run_of_two(ended, tmp_path):

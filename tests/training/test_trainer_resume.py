@@ -64,6 +64,20 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, threads, n
     assert [int(row["step"]) for row in rows[0]] == list(range(1, 61))
 
 
+def test_longer_run_with_a_constant_rate_is_one_that_was_longer(tmp_path, threads):
+    threads(1)
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    trainer_run.make(folder, steps=20, lr_schedule="constant").fit()
+    trainer_run.make(folder, steps=40, lr_schedule="constant", resume=True).fit()
+    trainer_run.make(straight, steps=40, lr_schedule="constant").fit()
+    found, expected = trainer_run.weights(folder), trainer_run.weights(straight)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="change: got lr, expected resume=True beside it"):
+        trainer_run.make(straight, change=["lr"])
+    with pytest.raises(ValueError, match="change: got seed, expected some of lr, lr_schedule, warmup"):
+        trainer_run.make(straight, change=["seed"], resume=True)
+
+
 def test_state_has_the_strides_of_the_weights(tmp_path, threads):
     """AdamW's fused step assumes it."""
     threads(1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_ext.models.folder import load_model
-from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, train
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, record, train
 
 for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
     pytest.importorskip(module)
@@ -30,6 +30,7 @@ TINY = {
     "warmup": 2,
     "checkpoint_every": 4,
     "log_every": 8,
+    "device": "cpu",
 }
 # The same options on the command line
 COMMAND = [
@@ -70,6 +71,7 @@ def test_files_of_a_run(straight):
         "losses.csv",
         "losses.png",
         "model_index.json",
+        "options.json",
         "scheduler",
         "training.json",
         "unet",
@@ -211,8 +213,8 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
     train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
-    latest = checkpoints.latest(tmp_path / "run")
-    monkeypatch.setattr(checkpoints, "latest", lambda *a, **k: (latest[0], latest[1] | {"options": asdict(found)}))
+    began = record.find(tmp_path / "run")[1]
+    record.save(tmp_path / "run", asdict(found), began["about"])
     taken = []
     monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
     more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
@@ -223,14 +225,65 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
 def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
     folder = straight[0]
-    before = (folder / WEIGHTS).read_bytes()
-    train(TrainOptions(**TINY), folder, resume=True, report=quiet)
-    assert (folder / WEIGHTS).read_bytes() == before
+    kept = (folder / WEIGHTS, folder / "training.json", folder / "losses.csv")
+    before = [path.read_bytes() for path in kept]
+    train(TrainOptions(**TINY), folder, resume=True, command="another", report=quiet)
+    assert [path.read_bytes() for path in kept] == before
 
 
-def test_resume_without_a_checkpoint_starts(tmp_path):
-    train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", resume=True, report=quiet)
+def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeypatch):
+    from ddpm_ext.training import outputs
+
+    def fail(losses, path, title):
+        raise OSError(f"no curve for {title}")
+
+    monkeypatch.setattr(outputs, "save_loss_curve", fail)
+    options = TINY | {"steps": 2, "loss": "huber", "prediction": "v", "weighting": "p2"}
+    with pytest.raises(OSError, match="no curve for Training loss: huber of v, weighting p2"):
+        train(TrainOptions(**options), tmp_path / "run", report=quiet)
     assert (tmp_path / "run" / WEIGHTS).is_file()
+    monkeypatch.undo()
+    train(TrainOptions(**options), tmp_path / "run", resume=True, report=quiet)
+    assert (tmp_path / "run" / "losses.png").is_file()
+    assert (tmp_path / "run" / "training.json").is_file()
+
+
+def test_resume_of_no_run_is_refused(tmp_path, capsys):
+    """A mistyped folder does not start a run of the default options."""
+    from ddpm_ext import cli
+
+    assert cli.main(["train", "--resume", "--out", str(tmp_path / "rum")]) == 2
+    message = f"resume: {tmp_path / 'rum'} holds no run, expected the folder of one that was started"
+    assert capsys.readouterr().err == f"ddpm-ext train: {message}\n"
+    with pytest.raises(ValueError, match=r"^resume: .* holds no run, expected"):
+        train(TrainOptions(**TINY), tmp_path / "rum", resume=True, report=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_before_the_first_checkpoint_trains_the_same(straight, tmp_path, monkeypatch, capsys):
+    from ddpm_ext import cli
+    from ddpm_ext.training.step import TrainingStep
+
+    folder, take = tmp_path / "run", TrainingStep.take
+
+    def die(self, images):
+        if self.state.step == 3:
+            raise SystemExit(9)
+        take(self, images)
+
+    monkeypatch.setattr(TrainingStep, "take", die)
+    with pytest.raises(SystemExit):
+        cli.main(["train", *COMMAND, "--quiet", "--out", str(folder)])
+    monkeypatch.undo()
+    assert checkpoints.newest(folder) is None
+    with pytest.raises(ValueError, match=r"resume: lr is 0\.5, but .*options\.json was made with 0\.002"):
+        train(TrainOptions(**TINY | {"lr": 0.5}), folder, resume=True, report=quiet)
+    assert cli.main(["train", "--resume", "--quiet", "--out", str(folder)]) == 0
+    assert "has no checkpoint yet, so its run starts again at step 0" in capsys.readouterr().out
+    assert (folder / WEIGHTS).read_bytes() == (straight[0] / WEIGHTS).read_bytes()
+    (folder / "options.json").write_text("{}")
+    assert cli.main(["train", "--resume", "--quiet", "--out", str(folder)]) == 2
+    assert "options.json is damaged; remove it, and" in capsys.readouterr().err
 
 
 def test_seed_decides(straight, tmp_path):
@@ -261,6 +314,30 @@ def test_learning_rate():
     assert learning_rate(options, 0) == pytest.approx(0.1)
     assert learning_rate(options, 500) == pytest.approx(0.5)
     assert 0 < learning_rate(options, 999) < 1e-4
+    linear, constant = (replace(options, lr_schedule=name) for name in ("linear", "constant"))
+    assert [learning_rate(linear, step) for step in (0, 250, 900)] == pytest.approx([0.1, 0.75, 0.1])
+    assert [learning_rate(constant, step) for step in (0, 4, 9, 999)] == pytest.approx([0.1, 0.5, 1, 1])
+
+
+def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
+    """A longer run needs only --steps; another learning rate needs --change, and stays for later resumes."""
+    from ddpm_ext import cli
+
+    folder = ["--quiet", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *COMMAND, "--steps", "4", *folder]) == 0
+    assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", *folder]) == 2
+    assert "was made with 0.002; --change, or change=['lr'], allows it" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--steps", "6", "--lr", "0.001", "--change", *folder]) == 0
+    said = capsys.readouterr().out
+    assert "changed: lr is 0.001, before 0.002" in said
+    assert "changed: steps is 6, before 4" in said
+    checkpoints.newest(tmp_path / "run").unlink()  # the one before is of the run as it began
+    assert cli.main(["train", "--resume", *folder]) == 0
+    assert json.loads((tmp_path / "run" / "options.json").read_text())["options"]["lr"] == 0.001
+    assert cli.main(["train", "--resume", "--steps", "5", *folder]) == 2
+    assert "steps: got 5, expected at least 6, which this run has taken" in capsys.readouterr().err
+    assert cli.main(["train", "--change", "--out", str(tmp_path / "new")]) == 2
+    assert "change: belongs to --resume" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

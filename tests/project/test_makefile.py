@@ -1,0 +1,32 @@
+"""make venv keeps what is in an environment that exists, and shows why it fails."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.mark.subprocess
+def test_an_environment_that_exists_is_never_cleared(tmp_path):
+    """Not even one behind a link, by a Python without ensurepip or venv."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (tmp_path / ".venv").symlink_to("elsewhere")
+    (tmp_path / "requirements-dev.txt").touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> calls\necho the reason >&2\nexit 1\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = subprocess.run(
+        ["make", "venv", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0
+    assert "the reason" in done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert "-m venv" in calls
+    assert "--clear" not in calls
+    assert (tmp_path / "elsewhere" / "kept").exists()

@@ -1,0 +1,109 @@
+"""Ctrl-C and SIGTERM: the run writes a checkpoint and says so; a second one ends it at once."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from support import trainer_run
+from support.trainer_run import make
+
+from ddpm_ext.training import checkpoints
+from ddpm_ext.training.interruption import noted_signals
+from ddpm_ext.training.step import TrainingStep
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
+OPTIONS = {"steps": 20, "checkpoint_every": 50, "log_every": 50}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Those of a program in the foreground: the tests' own process may run in the background, which ignores SIGINT."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send_at(monkeypatch, step, *numbers):
+    """This process gets the signals while the step after so many steps is taken."""
+    take = TrainingStep.take
+
+    def taken(self, images):
+        for number in numbers if self.state.step == step else ():
+            os.kill(os.getpid(), number)
+        take(self, images)
+
+    monkeypatch.setattr(TrainingStep, "take", taken)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_first_signal_saves_the_step(tmp_path, monkeypatch, number, raised):
+    folder, lines = tmp_path / "run", []
+    send_at(monkeypatch, 12, number)
+    with pytest.raises(raised) as info:
+        make(folder, report=lines.append, **OPTIONS).fit()
+    assert raised is KeyboardInterrupt or info.value.code == 143
+    path = folder / "checkpoints" / "step-00000013.safetensors"
+    assert checkpoints.newest(folder) == path
+    assert lines[-1] == f"{path} is written; a resume continues from it"
+    assert "interrupted: stopping after step 13; a second signal ends the run at once" in lines
+    assert not (folder / "training.json").exists()
+    monkeypatch.undo()
+    make(folder, resume=True, **OPTIONS).fit()
+    make(tmp_path / "straight", **OPTIONS).fit()
+    found, expected = (trainer_run.weights(run) for run in (folder, tmp_path / "straight"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_second_signal_ends_at_once(tmp_path, monkeypatch):
+    send_at(monkeypatch, 12, signal.SIGTERM, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", **OPTIONS).fit()
+    assert checkpoints.newest(tmp_path / "run") is None
+
+
+def test_signal_in_the_last_step_finishes(tmp_path, monkeypatch):
+    send_at(monkeypatch, 19, signal.SIGTERM)
+    make(tmp_path / "run", **OPTIONS).fit()
+    assert (tmp_path / "run" / "training.json").exists()
+
+
+def test_handlers_of_others_stay():
+    came = []
+
+    def own(number, frame):
+        came.append(number)
+
+    signal.signal(signal.SIGTERM, own)
+    try:
+        with noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (came, noted()) == ([signal.SIGTERM], 0)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_other_threads_train_without_handlers():
+    found = []
+
+    def block():
+        with noted_signals() as noted:
+            found.append(noted())
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert found == [0]
