@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
+from torch._C._functorch import TransformType, get_interpreter_stack
 
 from ddpm_ext.base import checks
 from ddpm_ext.ops.extension import C
@@ -150,7 +150,7 @@ def random_seed() -> int:
 
 def _in_vmap() -> bool:
     """Whether a torch.func.vmap is at work, also around another transform."""
-    stack = torch._C._functorch.get_interpreter_stack()
+    stack = get_interpreter_stack()
     return stack is not None and any(interpreter.key() == TransformType.Vmap for interpreter in stack)
 
 

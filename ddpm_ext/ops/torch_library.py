@@ -13,11 +13,12 @@ from ddpm_ext.ops import extension as _extension  # noqa: F401  the operators th
 
 NO_CLIP = (-math.inf, math.inf)
 _lib = torch.library
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # looking them up takes longer
 
 
 def is_recorded() -> bool:
     """Whether calls must go through torch.ops, because torch.compile or torch.jit.trace records them."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return _is_compiling() or _is_tracing()
 
 
 # ------------------------------------------------------------------------------------------ shapes without data
