@@ -146,7 +146,9 @@ def variant(demangled: str) -> Variant:
         # with the bound, half of the model's output is for the variance; slopes are float32
         op, halves = (BOUND, 2) if arguments[0].endswith("VariationalRow") else (LOSS, 1)
         tensors = (x, *[model] * halves, *[x] * given, *["float"] * halves)
-        by_memory = values["Noise"] == "drawn" and "false" in arguments
+        # Only the variant by vectors, without the bound, is made again for a seed that is not in memory.
+        plain = values["Noise"] == "drawn" and values["Access"] == "vector" and op == LOSS
+        by_memory = plain and "false" in arguments
         return Variant(op, values["Noise"], values["Access"], by_memory, tensors, halves)
     op = arguments[0].split("::")[-1]
     x, second, noise = [argument for argument in arguments if argument in TYPES]

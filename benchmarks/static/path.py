@@ -143,17 +143,19 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
         """`stores`: whether the way makes a 128-bit store from here on."""
         one = instructions[i]
         stored = one.global_bits if one.name == "STG" else 0
+        # the sums that a last block adds up are volatile, and so strong
+        next_loads = int(one.name == "LDG" and one.global_bits >= 64 and not stores and "STRONG" not in one.opcode)
         summed = sums * int(one.name in ("SHFL", "ATOMG"))
         if has_options:
             last = one.opcode.startswith("MUFU.RSQ") if sums else one.name in FLOAT | FLOAT2
             gains = (stored, int(one.name == "LDG"), int(last)) if stores else (0, 0, 0)
-            return (-int(one.calls), summed, -int(0 < one.global_bits < 64), 0, *gains, -1)
+            return (-int(one.calls), summed, -int(0 < one.global_bits < 64), next_loads * abs(sums), *gains, -1)
         return (
             -int(one.calls),
             summed,
             -stored if stored >= 128 else 0,
             -stored if stored < 128 else 0,
-            int(one.name == "LDG" and one.global_bits >= 64 and not stores),
+            next_loads,
             int(one.opcode.startswith("MUFU.RSQ")),
             int(one.name in FLOAT | FLOAT2),
             -1,

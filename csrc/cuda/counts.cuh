@@ -4,8 +4,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
-#include <stdint.h>
-
+#include <cstdint>
 #include <map>
 #include <mutex>
 #include <utility>

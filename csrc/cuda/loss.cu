@@ -158,6 +158,8 @@ class LossOfSample {
   using Index = typename Four<kAccess>::Index;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
+  // The blocks that a multiprocessor should hold, by their registers.
+  static constexpr int kBlocks = kAccess == Access::strided ? 1 : kVariational ? 6 : 8;
 
   __device__ __forceinline__ LossOfSample(const LossCall& call, const Dividers& dividers, const PhiloxKeys& keys,
                                           Index b, int64_t t)
@@ -256,7 +258,7 @@ class LossOfSample {
 // `counts` are batch + 1 zeros, of the blocks that have finished their part of a sample and of the samples that are
 // finished. The launch leaves them as zeros.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
-__global__ void __launch_bounds__(kLossThreads)
+__global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
                     const __grid_constant__ PhiloxKeys host_keys, uint32_t* counts) {
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;

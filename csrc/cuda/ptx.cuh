@@ -1,7 +1,7 @@
 // Single instructions: those that CUDA C++ cannot express, and the accesses to memory whose number counts.
 #pragma once
 
-#include <stdint.h>
+#include <cstdint>
 
 namespace ddpm_ext::cuda {
 

@@ -139,9 +139,11 @@ __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
   return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
 }
 
+// By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
 template <Access kAccess, class Step, class X, class M>
 __global__ void __launch_bounds__(kThreads)
-    with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers) {
+    with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers,
+                 const int64_t pixels, const int64_t apart) {
   constexpr bool kVector = kAccess == Access::vector;
   using Index = std::conditional_t<kVector, uint32_t, int64_t>;
   constexpr int kItems = kVector ? VectorTensors<Step, X, M>::kItems : 4;
@@ -176,24 +178,19 @@ __global__ void __launch_bounds__(kThreads)
       tensors.finish();
     }
   }
-  const auto take_four = [&](Index four) {
+  // Four elements at a time by strides; or the rest of a sample beyond its whole vectors, which one thread takes.
+  if (!kVector && j >= static_cast<Index>(pixels)) return;
+  for (; j < numel; j += kVector ? 4 : static_cast<Index>(apart)) {
     F2 z[2] = {F2(0.0f), F2(0.0f)};
-    if (drawn) draw_normals(keys, counter, four, z);
-    const Index end = numel - four < 4 ? numel : four + 4;
+    if (drawn) draw_normals(keys, counter, j, z);
+    const Index end = numel - j < 4 ? numel : j + 4;
 #pragma unroll 1
-    for (Index i = four; i < end; ++i) {
+    for (Index i = j; i < end; ++i) {
       const F2 half = i & 2 ? z[1] : z[0];
       F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
       ElementTensors<Step, X, M, kVector> tensors(call, dividers, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
-  };
-  if constexpr (kVector) {
-    for (; j < numel; j += 4) take_four(j);  // the rest of a sample beyond its whole vectors, for one thread
-  } else {
-    const Index channels = channels_in_turn(call), pixels = channels == 1 ? numel : call.sizes[1];
-    for (; j < pixels; j += step)
-      for (Index four = j; four < numel; four += pixels) take_four(four);
   }
 }
 
@@ -201,9 +198,12 @@ template <Access kAccess, class X, class M, class Step>
 void launch(const StepCall<Step>& call, cudaStream_t stream) {
   constexpr auto kKernel = with_options<kAccess, Step, X, M>;
   constexpr int kItems = kAccess == Access::vector ? VectorTensors<Step, X, M>::kItems : 4;
-  const Shape shape =
-      launch_shape(call.batch, call.numel / channels_in_turn(call), kItems, blocks_at_once<kKernel>(kThreads));
-  launch_on<kKernel>(shape, stream, call, Dividers(call));
+  const int64_t pixels = call.numel / channels_in_turn(call);
+  // A thread that takes the elements of several channels takes no other turns.
+  const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
+  const Shape shape = launch_shape(call.batch, pixels, kItems, at_once);
+  const int64_t step = int64_t{kItems} * shape.grid.x * shape.block.x;
+  launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
 template <class Step>

@@ -246,3 +246,13 @@ def test_a_dispatch_mode_sees_the_loss():
     with Count() as count:
         GD.train_losses(model, X, T, rng=Philox(1))
     assert count.names["ddpm_ext.diffusion_loss.default"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_is_multiplied_and_cast_at_once(dtype):
+    leaf = torch.zeros(SHAPE, dtype=dtype, requires_grad=True)
+    loss = GD.train_losses(lambda x_t, t: leaf, X, T, rng=Philox(1))
+    with Count() as count:
+        loss.backward(torch.tensor(2.0))
+    assert leaf.grad.dtype == dtype
+    assert sum(times for name, times in count.names.items() if name.startswith(("aten.mul", "aten._to_copy"))) == 1
