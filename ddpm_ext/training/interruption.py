@@ -19,8 +19,8 @@ _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_
 def noted_signals() -> Iterator[Callable[[], int]]:
     """A function that returns the number of the signal that has come in the block, or 0.
 
-    After the first signal both have their usual effect again. Outside of the main thread, where Python allows no
-    handlers, they have it all the time.
+    After the first signal both have their usual effect again, and the end of a child process has none. Outside of the
+    main thread, where Python allows no handlers, all have it all the time.
     """
     came, before = [0], dict[signal.Signals, Any]()
 
@@ -31,6 +31,9 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     def note(number: int, frame: FrameType | None) -> None:
         came[0] = number
         restore()
+        # The workers of a DataLoader may get the signal, too. Its handler would raise an error for their end.
+        if hasattr(signal, "SIGCHLD"):
+            before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
 
     if threading.current_thread() is threading.main_thread():
         for number, usual in _USUAL.items():

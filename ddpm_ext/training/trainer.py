@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -213,8 +213,9 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
         clock, skipped = _Clock(state.step), []
-        with noted_signals() as noted:
-            for batch in batches.iterate(state.step, options.steps, self.device):
+        # The workers end before signals have their usual effects again, among which is an error for a killed worker.
+        with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
+            for batch in read:
                 step.take(batch.images)
                 skipped += batch.skipped
                 advance()

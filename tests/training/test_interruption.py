@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the run writes a checkpoint and says so; a second one ends it at once."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -66,6 +67,28 @@ def test_first_signal_saves_the_step(tmp_path, monkeypatch, number, raised):
     make(tmp_path / "straight", **OPTIONS).fit()
     found, expected = (trainer_run.weights(run) for run in (folder, tmp_path / "straight"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.subprocess
+def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
+    """A signal to the whole process group, as batch systems send it."""
+    take = TrainingStep.take
+
+    def kill_all(self, images):
+        take(self, images)
+        if self.state.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(TrainingStep, "take", kill_all)
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(SystemExit):
+        make(tmp_path / "run", workers=2, **OPTIONS).fit()
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    assert multiprocessing.active_children() == []
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
