@@ -11,6 +11,7 @@ from support import trainer_run
 from support.trainer_run import make
 
 from ddpm_ext.training import checkpoints
+from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.interruption import noted_signals
 from ddpm_ext.training.step import TrainingStep
 
@@ -91,6 +92,26 @@ def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
     signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
+def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeypatch):
+    """As after 12 steps, without the batch that would never come."""
+    read = StepBatches._read
+
+    def never(self, step):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("still waiting")
+        return read(self, step)
+
+    monkeypatch.setattr(StepBatches, "_read", never)
+    with pytest.raises(SystemExit) as info:
+        make(tmp_path / "run", **OPTIONS).fit()
+    assert info.value.code == 143
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    monkeypatch.undo()
+    make(tmp_path / "run", resume=True, **OPTIONS).fit()
+    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 20
+
+
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
     send_at(monkeypatch, 12, signal.SIGTERM, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -114,7 +135,7 @@ def test_handlers_of_others_stay():
     try:
         with noted_signals() as noted:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (came, noted()) == ([signal.SIGTERM], 0)
+            assert (came, noted.number) == ([signal.SIGTERM], 0)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -124,7 +145,7 @@ def test_other_threads_train_without_handlers():
 
     def block():
         with noted_signals() as noted:
-            found.append(noted())
+            found.append(noted.number)
 
     thread = threading.Thread(target=block)
     thread.start()
