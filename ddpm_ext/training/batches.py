@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
@@ -55,7 +55,7 @@ class StepBatches(Dataset):
             return error
         return batch
 
-    def iterate(self, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
+    def iterate(self, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
         Raises:

@@ -4,40 +4,73 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-__all__ = ["end", "noted_signals"]
+__all__ = ["Noted", "end", "noted_signals"]
+
+T = TypeVar("T")
 
 # Only these handlers are replaced: whoever set another one has plans of their own.
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
-@contextmanager
-def noted_signals() -> Iterator[Callable[[], int]]:
-    """A function that returns the number of the signal that has come in the block, or 0.
+class _Interrupted(BaseException):
+    """A signal came while a batch was awaited."""
 
-    After the first signal both have their usual effect again. Outside of the main thread, where Python allows no
-    handlers, they have it all the time.
+
+class Noted:
+    """The signal that has come. number: its number, or 0."""
+
+    def __init__(self) -> None:
+        self.number, self._waiting = 0, False
+
+    def next(self, read: Iterator[T]) -> T | None:
+        """The next of `read`, or None if a signal comes before it: workers that the signal killed would give none."""
+        try:
+            try:
+                self._waiting = True
+                return None if self.number else next(read)
+            finally:
+                self._waiting = False
+        except _Interrupted:
+            return None
+
+    def note(self, number: int) -> None:
+        """Called by the signal's handler."""
+        self.number = number
+        if self._waiting:
+            raise _Interrupted
+
+
+@contextmanager
+def noted_signals() -> Iterator[Noted]:
+    """Notes the first signal that comes in the block.
+
+    After it both have their usual effect again, and the end of a child process has none. Outside of the main thread,
+    where Python allows no handlers, all have it all the time.
     """
-    came, before = [0], dict[signal.Signals, Any]()
+    noted, before = Noted(), dict[signal.Signals, Any]()
 
     def restore() -> None:
         while before:
             signal.signal(*before.popitem())
 
     def note(number: int, frame: FrameType | None) -> None:
-        came[0] = number
         restore()
+        # The workers of a DataLoader may get the signal, too. Its handler would raise an error for their end.
+        if hasattr(signal, "SIGCHLD"):
+            before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
+        noted.note(number)
 
     if threading.current_thread() is threading.main_thread():
         for number, usual in _USUAL.items():
             if signal.getsignal(number) == usual:
                 before[number] = signal.signal(number, note)
     try:
-        yield lambda: came[0]
+        yield noted
     finally:
         restore()
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,8 @@ class Trainer:
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
         a grid every `options.sample_every` steps.
 
-        Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken; a second one ends the run at once.
+        Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
+        awaited; a second one ends the run at once.
 
         Raises:
             KeyboardInterrupt, SystemExit: Ctrl-C, or SIGTERM with the code 143, after the checkpoint was written.
@@ -213,18 +214,22 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
         clock, skipped = _Clock(state.step), []
-        with noted_signals() as noted:
-            for batch in batches.iterate(state.step, options.steps, self.device):
-                step.take(batch.images)
-                skipped += batch.skipped
-                advance()
+        # The workers end before signals have their usual effects again, among which is an error for a killed worker.
+        with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
+            while state.step < options.steps:
+                # Other ranks would wait in their step for a rank that stops before it.
+                batch = noted.next(read) if self.ranks.size == 1 else next(read)
+                if batch is not None:
+                    step.take(batch.images)
+                    skipped += batch.skipped
+                    advance()
                 every = {name: getattr(options, name) for name in _INTERVALS}
-                due = {name for name, steps in every.items() if steps and state.step % steps == 0}
+                due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
                 last = state.step == options.steps
-                if signal := 0 if last else self.ranks.largest(noted()):
+                if signal := 0 if last else self.ranks.largest(noted.number):
                     self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
                 if last or signal:
-                    due |= {"log_every", "checkpoint_every"}
+                    due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
                 if due:
                     rows = step.log_rows(lambda: checkpoints.newest(self.folder))
                     speed = clock.steps_per_second(state.step) * options.batch_size

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the run writes a checkpoint and says so; a second one ends it at once."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ from support import trainer_run
 from support.trainer_run import make
 
 from ddpm_ext.training import checkpoints
+from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.interruption import noted_signals
 from ddpm_ext.training.step import TrainingStep
 
@@ -68,6 +70,48 @@ def test_first_signal_saves_the_step(tmp_path, monkeypatch, number, raised):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.subprocess
+def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
+    """A signal to the whole process group, as batch systems send it."""
+    take = TrainingStep.take
+
+    def kill_all(self, images):
+        take(self, images)
+        if self.state.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(TrainingStep, "take", kill_all)
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(SystemExit):
+        make(tmp_path / "run", workers=2, **OPTIONS).fit()
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    assert multiprocessing.active_children() == []
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeypatch):
+    """As after 12 steps, without the batch that would never come."""
+    read = StepBatches._read
+
+    def never(self, step):
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("still waiting")
+        return read(self, step)
+
+    monkeypatch.setattr(StepBatches, "_read", never)
+    with pytest.raises(SystemExit) as info:
+        make(tmp_path / "run", **OPTIONS).fit()
+    assert info.value.code == 143
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    monkeypatch.undo()
+    make(tmp_path / "run", resume=True, **OPTIONS).fit()
+    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 20
+
+
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
     send_at(monkeypatch, 12, signal.SIGTERM, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -91,7 +135,7 @@ def test_handlers_of_others_stay():
     try:
         with noted_signals() as noted:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (came, noted()) == ([signal.SIGTERM], 0)
+            assert (came, noted.number) == ([signal.SIGTERM], 0)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -101,7 +145,7 @@ def test_other_threads_train_without_handlers():
 
     def block():
         with noted_signals() as noted:
-            found.append(noted())
+            found.append(noted.number)
 
     thread = threading.Thread(target=block)
     thread.start()
