@@ -99,7 +99,7 @@ class Ranks:
             return value
         from torch import distributed
 
-        found = torch.tensor(value)
+        found = torch.tensor(value, device="cpu")
         with _lost_ranks():
             distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._talk)
         return int(found)

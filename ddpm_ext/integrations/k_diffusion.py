@@ -235,14 +235,16 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
     grid = grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale)
     # A sampler that calls the model between the levels looks up a timestep there. Here that is the level's sigma.
-    table = _maker(name)(replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64)), **fixed, **options)
+    table = _maker(name)(
+        replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64, device="cpu")), **fixed, **options
+    )
     nearest = sigmas[(table.noise_now[:, None] - sigmas).abs().argmin(1)]
     is_there = (table.noise_now - nearest).abs() <= ROUNDED * nearest
     table = replace(table, timestep=torch.where(is_there, nearest, table.noise_now))
     if not table.linear:  # the x0 of the row before is kept, as any history is
         kept = torch.ones_like(table.a) if bool((table.c3 != 0).any()) else None
         table = replace(table, c3=None, h1=table.c3, k0=kept)
-    return replace(table, g0=None, g1=None, draw=torch.arange(len(table)))
+    return replace(table, g0=None, g1=None, draw=torch.arange(len(table), device="cpu"))
 
 
 def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str, Any]) -> StepTable:
@@ -259,7 +261,7 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
         levels = {"signal_now": [1.0], "noise_now": now[:1], "signal_after": [1.0], "noise_after": hat[:1]}
         parts.insert(0, StepTable(now[:1], a=[0], b=[0], c0=[0], c1=[1], s=noise[:1], **levels))  # type: ignore[arg-type]
     columns = {key: torch.cat([getattr(part, key) for part in parts]) for key in COLUMNS if key != "draw"}
-    return StepTable(**columns, draw=torch.arange(len(columns["a"])))
+    return StepTable(**columns, draw=torch.arange(len(columns["a"]), device="cpu"))
 
 
 def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> Plan:

@@ -78,8 +78,8 @@ def load_model(
     check_supported(config, inner / CONFIG)
     settings = _find_settings(folder)
     weights = read_weights(inner / WEIGHTS)
-    with torch.device("meta"):  # a configuration may ask for more memory than there is
-        check_architecture(build_unet(config, str(inner / CONFIG)), weights, inner / WEIGHTS)
+    # On the meta device first: a configuration may ask for more memory than there is.
+    check_architecture(build_unet(config, str(inner / CONFIG), "meta"), weights, inner / WEIGHTS)
     unet = build_unet(config, str(inner / CONFIG))
     unet.load_state_dict(weights)
     unet.requires_grad_(False)
@@ -108,15 +108,15 @@ def save_model(
     files.write_json(target / SCHEDULER, settings.to_scheduler_config())
 
 
-def build_unet(config: dict[str, Any], name: str = "config") -> UNet2DModel:
-    """Makes a UNet2DModel with random weights.
+def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
+    """Makes a UNet2DModel with random weights on `device`.
 
     Raises:
         ValueError: diffusers can't make a model from `config`; the message names `name`.
     """
     diffusers = require("diffusers", "the model")
     try:
-        with torch.device("cpu"):
+        with torch.device(device):
             return diffusers.UNet2DModel.from_config(config)
     except Exception as error:  # diffusers checks little, so a bad value can raise any exception
         raise ValueError(f"model: {name} can't make a UNet2DModel ({one_line(error)})") from error

@@ -61,7 +61,7 @@ def check_function(sampler: Callable[..., Any]) -> Mapping[str, inspect.Paramete
 
 def checked_sigmas(sigmas: Any) -> Tensor:
     """sigmas as float64 (levels,) on the CPU. Raises TypeError and ValueError."""
-    found = torch.as_tensor(sigmas).detach().to("cpu", torch.float64, copy=True)
+    found = torch.as_tensor(sigmas, device="cpu").detach().to("cpu", torch.float64, copy=True)
     if found.dim() != 1 or len(found) < 2:
         raise ValueError(f"sigmas has shape {tuple(found.shape)}, expected (levels,) with at least 2 of them")
     if not (found.isfinite() & (found >= 0)).all():
@@ -90,7 +90,7 @@ def observed_function(
     generator = torch.Generator().manual_seed(0)
 
     def normal() -> Tensor:
-        return torch.empty(2, 1, 1, 1, dtype=torch.float64).normal_(generator=generator)
+        return torch.empty(2, 1, 1, 1, dtype=torch.float64, device="cpu").normal_(generator=generator)
 
     start, times, begins = normal(), [], []
     seen: list[Tensor] = []
@@ -101,7 +101,7 @@ def observed_function(
             names = ", ".join(sorted(more.keys() - own.keys()))
             raise ValueError(f"the model is called with {names}, expected no arguments but those of extra_args")
         seen.append(x.clone())
-        times.append(float(torch.as_tensor(sigma).reshape(-1)[0]))
+        times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
     with torch.no_grad(), Observed(start.shape, normal) as observed:

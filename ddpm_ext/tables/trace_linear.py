@@ -59,7 +59,7 @@ class Linear:
         ones = loop.steps[0].result.prev.shape[1:]
 
         def unit(i: int) -> Tensor:  # the last sample of the batch is all zeros
-            x = torch.zeros(inputs + 1, *ones, dtype=torch.float64)
+            x = torch.zeros(inputs + 1, *ones, dtype=torch.float64, device="cpu")
             x[i] = 1
             return x
 

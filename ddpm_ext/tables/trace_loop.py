@@ -36,7 +36,9 @@ class Loop(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
 
         def normal() -> Tensor:
-            return torch.empty(BATCH, *[1] * (run.dims - 1), dtype=torch.float64).normal_(generator=generator)
+            return torch.empty(BATCH, *[1] * (run.dims - 1), dtype=torch.float64, device="cpu").normal_(
+                generator=generator
+            )
 
         # Twice as large as a clip's range, so that predicted clean samples are clipped here and there.
         size = 2 * max(1.0, run.clip)

@@ -236,8 +236,8 @@ def test_arithmetic_contracts_nothing(kernels):
         issued, v = kernel.path.issued(1), kernel.variant
         assert roots(issued) == (kernel.items // 2 if v.noise == "drawn" else 0), named(kernel)
         written = roots(issued) * fma_a_root() + kernel.items * fma_an_element(v.op, v.noise)
-        # what an x_start stands in for is branched past, or done and not used
-        spared = {0, kernel.items} if v.has_options else {0}
+        # what an x_start stands in for is branched past, or done and not used; 1 - mask may become an addition
+        spared = {0, kernel.items, 2 * kernel.items} if v.has_options else {0}
         assert written - fused(issued) in spared, (named(kernel), written, fused(issued))
 
 

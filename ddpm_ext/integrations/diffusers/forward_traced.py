@@ -59,7 +59,7 @@ class Weights(NamedTuple):
 
 def _trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
     """(timesteps, 2), k0 and k1, by diffusers' own method."""
-    ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64)
+    ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
     named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
     place = scheduler.__dict__.get("_step_index")
     columns = [getattr(scheduler, method)(x, noise=ones - x, **named).reshape(-1) for x in (ones, 0 * ones)]
@@ -71,7 +71,7 @@ def _trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
 def _of_schedule(scheduler: Any, method: str) -> Weights:
     """At all timesteps that the scheduler was trained on. Raises Fallback where it takes others alone."""
     try:
-        weights = _trial(scheduler, method, torch.arange(len(scheduler.alphas_cumprod)))
+        weights = _trial(scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
     except Exception:
         raise Fallback from None
     return Weights(DeviceTables(weights=weights), True)
@@ -85,9 +85,9 @@ def _of_loop(scheduler: Any, method: str) -> Weights:
     except Exception:
         raise Fallback from None
     try:
-        other = _trial(scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype))
+        other = _trial(scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
     except Exception:
-        other = torch.full((1, 2), torch.nan, dtype=torch.float64)
+        other = torch.full((1, 2), torch.nan, dtype=torch.float64, device="cpu")
     tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=own)
     return Weights(tables, not bool(other.isnan().any()))
 
@@ -125,7 +125,7 @@ class TracedForward(Scheduler):
             steps = self._numbers(method, _of_steps)
             if steps is not None:
                 at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
-                rows = torch.full((len(timesteps),), at)
+                rows = torch.full((len(timesteps),), at, device=x.device)
                 return weighted_sum(x, noise, rows, lambda: steps.tables, "weights")
         found = None
         if "alphas_cumprod" in state and not timesteps.is_floating_point():

@@ -142,7 +142,11 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
         scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
     own: Tensor = scheduler.timesteps
     first, timestep = start.first, start.timestep
-    times = torch.as_tensor(timestep)[None] if first is None else own[first : first + 1 if start.alone else None]
+    times = (
+        torch.as_tensor(timestep, device="cpu")[None]
+        if first is None
+        else own[first : first + 1 if start.alone else None]
+    )
     if isinstance(start.kind, torch.dtype):
         timesteps = list((times[:, None] if start.per_sample else times).to(start.kind))
     else:
@@ -151,7 +155,11 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
         trace = follow(scheduler, timesteps, _values(options), dims=start.dims)
         timesteps = timesteps[: len(trace.steps)]
         # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        draws = None if first is None else StepTable(own, *[torch.zeros(len(own))] * 4).draw[first:][: len(timesteps)]
+        draws = (
+            None
+            if first is None
+            else StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
+        )
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
