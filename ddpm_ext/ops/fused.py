@@ -111,7 +111,7 @@ class ReverseStep:
         table, clip, noise, rng: reverse_step's.
     """
 
-    __slots__ = ("_arguments", "_clip", "_compiling", "_drawn", "_noise", "_rng", "_table")
+    __slots__ = ("_arguments", "_clip", "_drawn", "_noise", "_recorded", "_rng", "_table")
 
     def __init__(
         self,
@@ -124,21 +124,21 @@ class ReverseStep:
         self._table, self._noise, self._rng = table, noise, rng
         self._clip = checks.clip_range(clip) or NO_CLIP
         self._drawn = noise is None and rng is None
-        self._compiling = _registration.is_recorded()
+        self._recorded = _registration.is_recorded()
         self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
         """Raises what a call would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
         if out is not None:
             checks.tensor("out", out)
-        if not self._compiling:
+        if not self._recorded:
             C.check_reverse_step(x_t, self._table, row, index, *self._arguments, out)
 
     def __call__(
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
         """As reverse_step. `row` and `index` are split_t's, the others tensors."""
-        if self._compiling:
+        if self._recorded:
             t = index if row is None else row
             return reverse_step(
                 x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
