@@ -67,6 +67,34 @@ void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTe
   ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
 }
 
+// reverse_step with all arguments given but the samples and t, so that a call parses five in place of sixteen.
+struct ReverseStep {
+  Tensor table;
+  double clip_min, clip_max;
+  OptionalTensor noise;
+  bool draw_noise;
+  ddpm_ext::Rng rng;
+  bool fresh;  // whether each call draws a seed of its own, unless it is given one
+
+  void check(const Tensor& x_t, const OptionalTensor& t, int64_t t_index, const OptionalTensor& out) const {
+    check_reverse_step(x_t, table, t, t_index, noise, draw_noise, rng.seed, rng.seed_value, rng.sample_ids,
+                       rng.first_id, rng.stream, rng.draw, rng.draw_data, out);
+  }
+
+  Tensor take(const Tensor& x_t, const Tensor& model_output, const OptionalTensor& t, int64_t t_index,
+              const OptionalTensor& out, const OptionalTensor& seed) const {
+    const int64_t seed_value = fresh && !seed.has_value() ? ddpm_ext::draw_seed() : rng.seed_value;
+    return reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise,
+                        fresh ? seed : rng.seed, seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw,
+                        rng.draw_data, out);
+  }
+};
+
+ReverseStep make_reverse_step(const Tensor& table, double clip_min, double clip_max, const OptionalTensor& noise,
+                              bool draw_noise, DDPM_RNG_PARAMETERS, bool fresh) {
+  return {table, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT, fresh};
+}
+
 #define DDPM_NAMED(name, ...) {#name, name},
 #define DDPM_STEP_WITH_OPTIONS(name, Step, LIST)                                                                   \
   void name(DDPM_STEP_PARAMETERS(LIST)) {                                                                          \
@@ -220,6 +248,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.def("reverse_step", &reverse_step, Unlocked());
+  py::class_<ReverseStep>(m, "ReverseStep")
+      .def(py::init(&make_reverse_step))
+      .def("check", &ReverseStep::check)
+      .def("take", &ReverseStep::take, Unlocked());
   m.def("extended_step", &extended_step, Unlocked());
   m.def("linear_step", &linear_step, Unlocked());
   m.def("check_reverse_step", &check_reverse_step);

@@ -197,7 +197,7 @@ class LoopStep:
         if self.options.learned:
             model_output = self._prediction(model_output)
         at, index = (None, row) if type(row) is int else checks.split_t(row)
-        self._reverse_step(x, model_output, at, index, self.state.next_x)
+        self._reverse_step.take(x, model_output, at, index, self.state.next_x)
 
     def _take_linear(
         self, kind: RowKind, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]

@@ -15,7 +15,15 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss import diffusion_loss
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, fresh_arguments, noise_arguments, randn
+from ddpm_ext.ops.noise import (
+    STREAM_FORWARD,
+    STREAM_REVERSE,
+    Philox,
+    in_vmap,
+    noise_arguments,
+    randn,
+    seed_in_memory,
+)
 from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
 
 __all__ = [
@@ -104,14 +112,14 @@ def check_reverse_step(
 
 
 class ReverseStep:
-    """reverse_step with its table, clip and noise, for calls that come again or in two parts: what Python does for
-    these arguments is done once.
+    """reverse_step with its table, clip and noise, for calls that come again or in two parts: what is done for these
+    arguments is done once. Without noise and rng each call draws a seed from torch's default generator.
 
     Args:
         table, clip, noise, rng: reverse_step's.
     """
 
-    __slots__ = ("_arguments", "_clip", "_drawn", "_noise", "_recorded", "_rng", "_table")
+    __slots__ = ("_clip", "_fresh", "_noise", "_on_gpu", "_rng", "_step", "_table")
 
     def __init__(
         self,
@@ -121,30 +129,36 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
     ) -> None:
-        self._table, self._noise, self._rng = table, noise, rng
-        self._clip = checks.clip_range(clip) or NO_CLIP
-        self._drawn = noise is None and rng is None
-        self._recorded = _registration.is_recorded()
-        self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
+        self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
+        ends = checks.clip_range(clip) or NO_CLIP
+        self._fresh = noise is None and rng is None
+        if self._fresh:
+            arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
+        else:
+            arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
+        self._on_gpu = not table.is_cpu
+        self._step = None if _registration.is_recorded() else C.ReverseStep(table, *ends, *arguments, self._fresh)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """Raises what a call would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
+        """Raises what take would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
         if out is not None:
             checks.tensor("out", out)
-        if not self._recorded:
-            C.check_reverse_step(x_t, self._table, row, index, *self._arguments, out)
+        if self._step is not None:
+            self._step.check(x_t, row, index, out)
 
-    def __call__(
+    def take(
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
         """As reverse_step. `row` and `index` are split_t's, the others tensors."""
-        if self._recorded:
+        if self._step is None:
             t = index if row is None else row
             return reverse_step(
                 x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
             )
-        arguments = (None, True, *fresh_arguments(STREAM_REVERSE, x_t.device)) if self._drawn else self._arguments
-        return C.reverse_step(x_t, model_output, self._table, row, index, *self._clip, *arguments, out)
+        seed = None
+        if self._fresh and (self._on_gpu or in_vmap()):
+            seed = seed_in_memory(x_t.device)
+        return self._step.take(x_t, model_output, row, index, out, seed)
 
 
 def forward_process(

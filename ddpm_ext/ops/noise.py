@@ -148,7 +148,7 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
-def _in_vmap() -> bool:
+def in_vmap() -> bool:
     """Whether a torch.func.vmap is at work, also around another transform."""
     stack = get_interpreter_stack()
     return stack is not None and any(interpreter.key() == TransformType.Vmap for interpreter in stack)
@@ -173,7 +173,7 @@ def seed_in_memory(device: torch.device) -> Tensor | None:
     """
     if torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    if torch._C._is_tracing() or _in_vmap():
+    if torch._C._is_tracing() or in_vmap():
         return _seed_of_torch()
     if stream_captures(device):
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits

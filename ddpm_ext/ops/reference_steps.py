@@ -86,7 +86,7 @@ class ReverseStep:
         t = index if row is None else row
         check_reverse_step(x_t, self._table, t, noise=self._noise, rng=self._rng, out=out)
 
-    def __call__(
+    def take(
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
         t = index if row is None else row

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.base.types import Model
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.ops.torch_library import is_recorded
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
@@ -26,6 +28,7 @@ from ddpm_ext.tables.variances import VARIANCES, Variance
 
 __all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
 
+KEPT_STEPS = 8  # devices, dtypes and clips of which the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 SCHEDULE_ATTRIBUTES = (
@@ -104,6 +107,7 @@ class Process:
         self.posterior_mean_coef2 = (1 - alphas_cumprod_prev) * self.alphas.sqrt() / (1 - alphas_cumprod)
 
         self.tables = self._make_tables()
+        self._reverse_steps: BoundedCache[Any] = BoundedCache(KEPT_STEPS)
 
     def _make_tables(self) -> StepDeviceTables:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
@@ -179,6 +183,21 @@ class Process:
         checks.tensor(x_name, x)
         return self.tables.get(name, x.device, self.operator_dtype(x))
 
+    def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
+        """The backend's ReverseStep by the rows of this process; kept for the next call where it holds no more."""
+        if noise is not None or rng is not None or is_recorded():
+            return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
+        if not isinstance(x_t, Tensor):
+            checks.tensor("x_t", x_t)
+        key = (x_t.device, x_t.dtype, clip)
+        step = self._reverse_steps.get(key)
+        if step is None:
+            table = self.table("steps", "x_t", x_t)
+            step = self.ops.ReverseStep(table, clip=clip)
+            if checks.is_plain(table):
+                self._reverse_steps.get_or_make(key, lambda: step)
+        return step
+
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
         return self.at(self.tables.get(name, x.device, checks.compute_dtype(x.dtype)), t, x)
@@ -192,7 +211,7 @@ class Process:
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """The model's output; an int t is passed as a view of a table, which costs no launch."""
         if not isinstance(t, Tensor):
-            t = self.tables.timestep(t, x.shape[0], x.device)
+            t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
             t = self.tables.timesteps(x.device)[t.clamp(0, self.timesteps - 1)]
         return unwrap(model(x, t, **kwargs) if kwargs else model(x, t))

@@ -16,6 +16,8 @@ from ddpm_ext.process.process import Process
 
 __all__ = ["p_mean_variance", "p_sample"]
 
+_is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
+
 # As ops.extended_step's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
 LOG_VARIANCE_RANGE, VARIANCE_RANGE = (-174.0, 176.0), (2.0**-100, 2.0**100)
 
@@ -59,21 +61,21 @@ def p_sample(
     out: Tensor | None = None,
 ) -> Tensor:
     """See GaussianDiffusion.p_sample."""
-    recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
+    recording = _is_grad_enabled()
+    _set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
     try:
-        clip = as_fixed_clip(clip_denoised)
-        step = process.ops.ReverseStep(process.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
+        clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
+        step = process.reverse_step(x_t, clip, noise, rng)
         row, index = checks.split_t(t)
         step.check(x_t, row, index, out)
         model_output = process.call_model(model, x_t, t)
         variance = process.variance_entry
         if not variance.learned:
-            return step(x_t, model_output, row, index, out)
+            return step.take(x_t, model_output, row, index, out)
         model_output, returned = split_variance(x_t, model_output)
         table = process.table("extended", "x_t", x_t)
         options: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "out": out}
         options |= {"model_variance": returned, "log_variance": variance.logarithm}
         return process.ops.extended_step(x_t, model_output, table, t, **options)
     finally:
-        torch._C._set_grad_enabled(recording)
+        _set_grad_enabled(recording)
