@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid, grid_of_levels
-from ddpm_ext.tables.levels import flow
+from ddpm_ext.tables.levels import flow, flow_timestep
 from ddpm_ext.tables.sigma_grids import beta_sigmas, exponential_sigmas, karras_sigmas
 
 __all__ = ["SIGMA_CURVES", "flow_grid", "flow_shift", "flow_sigmas", "resolution_mu", "stretched"]
@@ -117,7 +118,7 @@ def flow_sigmas(
 
 
 def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Grid:
-    """The grid of a flow's sigmas. The model is called with timesteps * sigma.
+    """The grid of a flow's sigmas. The model is called with timesteps * sigma, between these sigmas too.
 
     Args:
         sigma: (steps,), where each step starts: falling, in (0, 1].
@@ -137,4 +138,4 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
     path = torch.cat([own, own.new_tensor([final])])
     if not (path[0] <= 1 and (path[1:] < path[:-1]).all() and final >= 0):
         raise ValueError(f"sigma and final are {path.tolist()}, expected falling numbers from 1 to 0")
-    return grid_of_levels(own * timesteps, 1 - path, path, scale=flow)
+    return grid_of_levels(partial(flow_timestep, timesteps=timesteps), 1 - path, path, scale=flow)
