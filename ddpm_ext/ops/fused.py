@@ -6,6 +6,8 @@ tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,10 +110,10 @@ class ReverseStep:
     these arguments is done once.
 
     Args:
-        table, clip, noise, rng: reverse_step's.
+        table, clip, noise, rng, add_noise: reverse_step's.
     """
 
-    __slots__ = ("_arguments", "_clip", "_drawn", "_noise", "_recorded", "_rng", "_table")
+    __slots__ = ("_arguments", "_clip", "_drawn", "_given", "_recorded", "_table")
 
     def __init__(
         self,
@@ -120,10 +122,12 @@ class ReverseStep:
         clip: Clip | None = (-1.0, 1.0),
         noise: Tensor | None = None,
         rng: Philox | None = None,
+        add_noise: bool = True,
     ) -> None:
-        self._table, self._noise, self._rng = table, noise, rng
+        self._table = table
+        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
         self._clip = checks.clip_range(clip) or NO_CLIP
-        self._drawn = noise is None and rng is None
+        self._drawn = add_noise and noise is None and rng is None
         self._recorded = _registration.is_recorded()
         self._arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
 
@@ -140,9 +144,7 @@ class ReverseStep:
         """As reverse_step. `row` and `index` are split_t's, the others tensors."""
         if self._recorded:
             t = index if row is None else row
-            return reverse_step(
-                x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
-            )
+            return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
         arguments = (None, True, *fresh_arguments(STREAM_REVERSE, x_t.device)) if self._drawn else self._arguments
         return C.reverse_step(x_t, model_output, self._table, row, index, *self._clip, *arguments, out)
 
