@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,17 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
-from ddpm_ext.ops import reference
+from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.ops.noise import Philox, rng_of_many
-from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
-from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow_function
@@ -60,63 +56,20 @@ ROUNDED = 1e-9  # how far a level is from its sigma, relatively
 CACHED = 32
 
 
-class Row(NamedTuple):
-    """What a row needs beside its numbers.
-
-    Attributes:
-        calls: whether it calls the model.
-        noisy: whether it adds noise.
-        reads: which of the three tensors of history it reads.
-        keeps: whether it keeps one.
-        keeps_output: whether that is the model's output itself, so that it need not be written.
-    """
-
-    calls: bool
-    noisy: bool
-    reads: list[bool]
-    keeps: bool
-    keeps_output: bool
-
-
 class Plan(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        tables: the numbers, on the devices.
-        is_linear: whether there is history.
-        rows: what they need.
+        rows: in order.
         sigma: float64 (rows,), what the model is called with.
         arrives: float64 (rows,), the sigma where each row arrives.
         steps: the rows of each step.
     """
 
-    tables: StepDeviceTables
-    is_linear: bool
-    rows: list[Row]
+    rows: Rows
     sigma: Tensor
     arrives: Tensor
     steps: list[list[int]]
-
-    def take(
-        self, i: int, x: Tensor, m: Tensor, ring: tuple[Tensor, ...], **noise: Any
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Row i in one launch: the next sample, and what rows have kept after it, the newest first.
-
-        The compiled operators take the dtypes and devices that they know, and plain torch all others.
-        """
-        operators = ops if x.dtype != torch.float64 and (x.is_cpu or x.is_cuda) else reference
-        dtype, row = checks.compute_dtype(x.dtype), self.rows[i]
-        if not self.is_linear:
-            table = self.tables.get("steps", x.device, dtype)
-            return operators.reverse_step(x, m, table, i, clip=None, **noise), ring
-        history: dict[str, Any] = {
-            f"history{1 + k}": ring[k].to(x.dtype) for k, is_read in enumerate(row.reads) if is_read
-        }
-        kept = empty_like(x) if row.keeps and not row.keeps_output else None
-        table = self.tables.get("linear", x.device, dtype)
-        prev = operators.linear_step(x, m, table, i, clip=None, history_out=kept, **history, **noise)
-        newest = m if row.keeps_output else kept
-        return prev, ring if newest is None else (newest, *ring[:2])
 
 
 _plans: BoundedCache[Plan] = BoundedCache(CACHED)
@@ -296,12 +249,7 @@ def _plan(table: StepTable, begins: list[int]) -> Plan:
         raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
-    reads = torch.stack([table.h1, table.h2, table.h3], 1) != 0
-    keeps = (table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)
-    of_output = (table.a == 0) & (table.b == 1) & (table.k0 == 1) & (table.k1 == 0) & (table.k2 == 0)
-    columns = (column.tolist() for column in (_calls(table), table.s != 0, reads, keeps, of_output))
-    rows = list(itertools.starmap(Row, zip(*columns, strict=True)))
-    return Plan(StepDeviceTables(table), table.linear, rows, table.timestep, table.noise_after, steps)
+    return Plan(Rows(table), table.timestep, table.noise_after, steps)
 
 
 def _calls(table: StepTable) -> Tensor:
@@ -334,7 +282,7 @@ def _sample(
     if sigmas.numel() < 2:  # no step
         return x
     plan = _plan_of(which, sigmas, options, model)
-    if noise_sampler is None and (rng is not None or any(row.noisy for row in plan.rows)):
+    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in plan.rows.kinds)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
     batches = plan.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
@@ -342,8 +290,8 @@ def _sample(
     for i in counter(len(plan.steps), None, disable):
         told = callback is None
         for number in plan.steps[i]:
-            row, m = plan.rows[number], x
-            if row.calls:
+            kind, m = plan.rows.kinds[number], x
+            if kind.calls_model:
                 m = model(x, batches[number], **(extra_args or {}))
                 if callback is not None and not told:
                     hat = called_with[number]
@@ -351,11 +299,12 @@ def _sample(
                     told = True
             noise: dict[str, Any] = {"add_noise": False}
             x = x.to(torch.promote_types(x.dtype, m.dtype))
-            if row.noisy:
+            if kind.noisy:
                 noise = {"rng": rng}
                 if noise_sampler is not None:
                     noise = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
-            x, ring = plan.take(number, x, m, ring, **noise)
+            x, kept = plan.rows.take(number, x, m, ring, **noise)
+            ring = ring if kept is None else (kept, *ring[:2])
     return x
 
 

@@ -30,7 +30,6 @@ KNOWN = (
     _diffusers("scheduling_ddpm", "DDPMScheduler", "ddpm", "DDPM"),
     _diffusers("scheduling_ddim", "DDIMScheduler", "ddim", "DDIM"),
     _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "ddim", "DDIMInverse"),
-    _diffusers("scheduling_dpmsolver_multistep", "DPMSolverMultistepScheduler", "dpm_solver", "DPMSolverMultistep"),
     *(
         KnownClass(f"{library}.{module}", name, "guided_diffusion", mixin)
         for library, module, name, mixin in (

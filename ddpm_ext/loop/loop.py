@@ -19,9 +19,10 @@ from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.options import LoopOptions, StepOptions
-from ddpm_ext.loop.rows import LoopRows, RowKind
+from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep
 from ddpm_ext.ops.noise import Philox, rng_of_many
+from ddpm_ext.tables.row_kinds import RowKind
 
 __all__ = ["Loop", "Record"]
 

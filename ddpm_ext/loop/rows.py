@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +15,15 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.row_kinds import RowKind, row_kinds
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["LoopRows", "LoopRowsCache", "RowKind", "make_loop_rows"]
+__all__ = ["LoopRows", "LoopRowsCache", "make_loop_rows"]
 
 CACHED = 8  # loops whose rows a GaussianDiffusion holds
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
-
-
-class RowKind(NamedTuple):
-    """What a step needs of the model.
-
-    calls_model: False for a jump back. guided: whether it also needs the unconditional output. needs_output: whether
-    the step still reads the output once x0 is known. history: whether it reads each of the three tensors that earlier
-    rows kept. keeps: whether it keeps one.
-    """
-
-    calls_model: bool
-    guided: bool
-    needs_output: bool
-    history: tuple[bool, bool, bool] = (False, False, False)
-    keeps: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +200,7 @@ def _loop_rows(
         scales[guides], unguided[guides] = guidance.scale, 0
     # Where there is no guidance, the unconditional output is the output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
-    kinds = _kinds(table, scales)
+    kinds = row_kinds(table, scales)
     _check_last_x0(table, kinds)
     levels = _levels(process, table)
     others = {} if levels is None else {"start": levels}
@@ -230,25 +215,12 @@ def _loop_rows(
     )
 
 
-def _kinds(table: StepTable, scales: Tensor) -> list[RowKind]:
-    needs_output = (table.c2 != 0) | (table.cu != 0) | (table.k2 != 0)
-    calls_model = (table.b != 0) | needs_output
-    guided = calls_model & ((scales != 1) | (table.cu != 0))
-    history = torch.stack([table.h1, table.h2, table.h3], 1) != 0
-    keeps = (table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)
-    columns = (column.tolist() for column in (calls_model, guided, needs_output, history, keeps))
-    return [
-        RowKind(calls, guide, output, tuple(read), keep)
-        for calls, guide, output, read, keep in zip(*columns, strict=True)
-    ]
-
-
 def _check_history(table: StepTable) -> None:
     """That every row that reads a tensor of history comes after as many that keep one, and that one kernel has all."""
     if table.extended:
         raise ValueError("sampler has rows with c3, l0 or l1 beside rows with history (h1 to k2), expected one kind")
     kept = 0
-    for i, kind in enumerate(_kinds(table, torch.ones_like(table.a))):
+    for i, kind in enumerate(row_kinds(table)):
         for slot, needed in enumerate(kind.history, start=1):
             if needed and kept < slot:
                 raise ValueError(

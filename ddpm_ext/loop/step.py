@@ -11,10 +11,11 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Model
 from ddpm_ext.loop.options import StepOptions
-from ddpm_ext.loop.rows import LoopRows, RowKind
+from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.model_output import split_variance, unwrap
+from ddpm_ext.tables.row_kinds import RowKind
 
 __all__ = ["LoopStep", "State"]
 

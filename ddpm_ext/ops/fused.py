@@ -6,6 +6,8 @@ tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,10 +118,10 @@ class ReverseStep:
     arguments is done once. Without noise and rng each call draws a seed from torch's default generator.
 
     Args:
-        table, clip, noise, rng: reverse_step's.
+        table, clip, noise, rng, add_noise: reverse_step's.
     """
 
-    __slots__ = ("_clip", "_fresh", "_noise", "_on_gpu", "_rng", "_step", "_table")
+    __slots__ = ("_fresh", "_given", "_on_gpu", "_step", "_table")
 
     def __init__(
         self,
@@ -128,10 +130,12 @@ class ReverseStep:
         clip: Clip | None = (-1.0, 1.0),
         noise: Tensor | None = None,
         rng: Philox | None = None,
+        add_noise: bool = True,
     ) -> None:
-        self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
+        self._table = table
+        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
         ends = checks.clip_range(clip) or NO_CLIP
-        self._fresh = noise is None and rng is None
+        self._fresh = add_noise and noise is None and rng is None
         if self._fresh:
             arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
         else:
@@ -152,9 +156,7 @@ class ReverseStep:
         """As reverse_step. `row` and `index` are split_t's, the others tensors."""
         if self._step is None:
             t = index if row is None else row
-            return reverse_step(
-                x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
-            )
+            return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
         seed = None
         if self._fresh and (self._on_gpu or in_vmap()):
             seed = seed_in_memory(x_t.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,10 @@ class ReverseStep:
         clip: Clip | None = (-1.0, 1.0),
         noise: Tensor | None = None,
         rng: Philox | None = None,
+        add_noise: bool = True,
     ) -> None:
-        self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
+        self._table, self._noise, self._rng = table, noise, rng
+        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
         t = index if row is None else row
@@ -90,9 +93,7 @@ class ReverseStep:
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
         t = index if row is None else row
-        return reverse_step(
-            x_t, model_output, self._table, t, clip=self._clip, noise=self._noise, rng=self._rng, out=out
-        )
+        return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
 
 
 def _check_step(

@@ -110,8 +110,10 @@ def follow(
         linear.prove(loop)
         return _proven(linear.rows(), None, linear, run, loop)
     clip = clip_of(scheduler)
-    if linear.has_history():
-        return _proven(_clipped_with_history(linear, plain, options, loop), clip, linear, run, loop)
+    # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to the clean one.
+    steps_to_clean = not linear.second and "prediction_type" not in getattr(scheduler, "config", {})
+    if linear.has_history() or not (linear.second or steps_to_clean):
+        return _proven(_clipped_alone(linear, plain, options, loop), clip, linear, run, loop)
     # Samples that follow from a clipped one are not clipped again, so they do not follow.
     loop = Loop.run(run, seed=0, follows=False)
     return _proven(_clipped(linear, loop, clip), clip, linear, run, loop, follows=False)
@@ -164,7 +166,7 @@ def _proven(
 
 
 def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
-    """The rows of steps that clip the predicted clean sample and have no history.
+    """The rows of steps that clip the predicted clean sample, which they return or step to, and have no history.
 
     linear: without the clip. loop: with it, on numbers that are clipped here and there. There the clipped clean sample
     does not follow from sample and output, so that the factors of all three are found.
@@ -190,7 +192,7 @@ def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
     return rows
 
 
-def _clipped_with_history(linear: Linear, plain: Any, options: Mapping[str, Any], loop: Loop) -> list[Row]:
+def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop: Loop) -> list[Row]:
     """The rows of steps that clip the predicted clean sample and do all else with that one alone.
 
     linear: without the clip, as `plain` is. Where the model returns the clean sample itself, the steps are what follows

@@ -8,12 +8,11 @@ pytest.importorskip("diffusers")
 
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.accelerated_diffusers import compare, make, normal
+from support.accelerated_diffusers import compare, make
 from support.accelerated_diffusers_cases import (
     ddim_configs,
     ddim_inverse_configs,
     ddpm_configs,
-    dpm_configs,
     euler_ancestral_configs,
     euler_configs,
     flag,
@@ -131,32 +130,6 @@ def test_ddim_inverse(config, steps, part, kind, tensors):
     _, fused = compare("DDIMInverse", scheduler, tensors.m(), kind(t), tensors.x())
     clean = start == 1 and scheduler.config.prediction_type == "sample"
     assert fused != (mixes_halves(tensors) or clean)
-
-
-@many
-@given(dpm_configs(), steps, parts, st.integers(0, 3), flag, given_tensors())
-def test_dpm_solver(config, steps, part, history, with_noise, tensors):
-    scheduler = in_schedule("DPMSolverMultistep", config, steps)
-    assume(scheduler is not None and not refused(scheduler, tensors))
-    settled = scheduler.config
-    at_step = at(part, len(scheduler.timesteps))
-    scheduler._step_index = at_step
-    order = settled.solver_order
-    scheduler.lower_order_nums = min(history, at_step, order)
-    dtype = torch.promote_types(*tensors.dtypes)
-    if settled.prediction_type == "sample":
-        dtype = tensors.dtypes[1]
-    known = [normal(9 + i, *tensors.shape, dtype=dtype) for i in range(scheduler.lower_order_nums)]
-    scheduler.model_outputs = ([None] * order + known)[-order:]
-    learned = settled.variance_type is not None and settled.prediction_type == "epsilon"
-    assume(not learned or tensors.shape[1] == 3)
-    m = tensors.m(2 * tensors.shape[1] if learned else None)
-    t = scheduler.timesteps[at_step]
-    noise = tensors.z() if with_noise and "sde" in settled.algorithm_type else None
-    _, fused = compare("DPMSolverMultistep", scheduler, m, t, tensors.x(), noise=noise)
-    falls = bool((scheduler.sigmas.diff() < 0).all())
-    kept = settled.algorithm_type.endswith("++") and (order == 1 or (order == 2 and settled.solver_type == "midpoint"))
-    assert fused == (kept and falls and not mixes_halves(tensors) and not odd_threshold(scheduler))
 
 
 def of_sigma(scheduler, at_step, tensors):

@@ -90,15 +90,22 @@ def test_variance_noise_of_another_dtype(of_noise, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_variance_noise_of_another_dtype_in_an_sde(of_noise, dtype):
     plain, t = at_third("DPMSolverMultistep", algorithm_type="sde-dpmsolver++")
-    assert compare("DPMSolverMultistep", plain, M.to(dtype), t, X.to(dtype), noise=Z.to(of_noise))[1]
+    scheduler, fused = compare("DPMSolverMultistep", plain, M.to(dtype), t, X.to(dtype), noise=Z.to(of_noise))
+    assert fused == (torch.promote_types(of_noise, dtype) == dtype)
+    assert fused or scheduler.accelerated.fallbacks == {"step": f"variance_noise is {str(of_noise)[6:]}"}
 
 
-@pytest.mark.parametrize("z, why", [(Z[:1], "its tensors have different shapes")])
-@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep"])
-def test_variance_noise_that_is_broadcast_runs_the_own_code(name, z, why):
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("DDIM", "its tensors have different shapes"),
+        ("DPMSolverMultistep", "it is called with variance_noise of shape (1, 3, 4, 5)"),
+    ],
+)
+def test_variance_noise_that_is_broadcast_runs_the_own_code(name, why):
     config = {"algorithm_type": "sde-dpmsolver++"} if name == "DPMSolverMultistep" else {}
     plain, t = at_third(name, **config)
-    scheduler, fused = compare(name, plain, M, t, X, noise=z, **({"eta": 1.0} if name == "DDIM" else {}))
+    scheduler, fused = compare(name, plain, M, t, X, noise=Z[:1], **({"eta": 1.0} if name == "DDIM" else {}))
     assert not fused
     assert scheduler.accelerated.fallbacks == {"step": why}
 

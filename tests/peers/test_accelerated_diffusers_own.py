@@ -24,7 +24,8 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.diffusers.scheduler import Scheduler
+from ddpm_ext.integrations.rows import Rows
+from ddpm_ext.ops.fused import ReverseStep
 from ddpm_ext.tables.trace_run import step_name
 
 CHECKOUT = os.environ.get("DDPM_EXT_DIFFUSERS")
@@ -36,13 +37,13 @@ MODULES = {
     "test_scheduler_ddpm": "DDPMScheduler",
     "test_scheduler_ddim": "DDIMScheduler",
     "test_scheduler_ddim_inverse": "DDIMInverseScheduler",
-    "test_scheduler_dpm_multi": "DPMSolverMultistepScheduler",
 }
 TRACED = {
     "test_scheduler_consistency_model": "CMStochasticIterativeScheduler",
     "test_scheduler_ddim_parallel": "DDIMParallelScheduler",
     "test_scheduler_ddpm_parallel": "DDPMParallelScheduler",
     "test_scheduler_deis": "DEISMultistepScheduler",
+    "test_scheduler_dpm_multi": "DPMSolverMultistepScheduler",
     "test_scheduler_dpm_multi_inverse": "DPMSolverMultistepInverseScheduler",
     "test_scheduler_dpm_sde": "DPMSolverSDEScheduler",
     "test_scheduler_dpm_single": "DPMSolverSinglestepScheduler",
@@ -65,7 +66,6 @@ TRACED = {
     "test_scheduler_unipc": "UniPCMultistepScheduler",
 }
 FUSED = 0.85  # of all steps that the tests of a scheduler take, at least
-FUSED_OF_DPM_SOLVER = 0.45  # whose tests go through all algorithms and orders
 fused, own = Counter(), Counter()
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -122,7 +122,8 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        for where, name, counter in ((plain, step_name(plain), own), (Scheduler, "_take", fused)):
+        launching = [(Rows, "take", fused), (ReverseStep, "__call__", fused)]
+        for where, name, counter in ((plain, step_name(plain), own), *launching):
             stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         run(case, method, scheduler, cls)
 
@@ -136,9 +137,9 @@ def counting(function, counter, key):
     return counted
 
 
-@pytest.mark.parametrize("scheduler", MODULES.values())
+@pytest.mark.parametrize("scheduler", (MODULES | TRACED).values())
 def test_most_of_their_steps_were_fused(scheduler):
     if not fused[scheduler] + own[scheduler]:
         pytest.skip("its tests were not run")
-    least = FUSED_OF_DPM_SOLVER if "DPMSolver" in scheduler else FUSED
-    assert fused[scheduler] / (fused[scheduler] + own[scheduler]) >= least
+    print(f"{scheduler}: {fused[scheduler]} of {fused[scheduler] + own[scheduler]} steps")
+    assert fused[scheduler] / (fused[scheduler] + own[scheduler]) >= FUSED

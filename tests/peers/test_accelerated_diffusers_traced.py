@@ -1,7 +1,6 @@
 """Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
 
 import copy
-import functools
 import importlib.util
 import inspect
 import pickle
@@ -13,9 +12,10 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
+from support.accelerated_diffusers import launches as counted_launches
 from support.diffusers_classes import SHAPE, check, classes, loop, make, step_of
 
-from ddpm_ext import Philox, accelerate, ops, randn
+from ddpm_ext import Philox, accelerate, randn
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.diffusers import traced_plan
 from ddpm_ext.integrations.diffusers.traced import OWN, TRACED, Traced
@@ -30,16 +30,9 @@ OTHERS = [name for name in classes() if name not in UNLISTED | FUSED]  # these a
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    called = []
-
-    def counted(own, *args, **options):
-        called.append(own)
-        return own(*args, **options)
-
-    for name in ("reverse_step", "extended_step", "linear_step"):
-        monkeypatch.setattr(ops, name, functools.partial(counted, getattr(ops, name)))
-    return called
+def launches():
+    with counted_launches() as called:
+        yield called
 
 
 def test_every_class_is_accounted_for():

@@ -11,11 +11,7 @@ pytest.importorskip("diffusers")
 from benchmarks.peers.cases import LATENTS, PIXELS, cases
 from ddpm_ext import accelerate
 
-THIRD_ORDER = pytest.mark.xfail(strict=True, reason="the rows for DPMSolverMultistep are of first and second order")
-CASES = [
-    pytest.param(case, id=f"{case.library}: {case.what}", marks=THIRD_ORDER if "3M" in case.what else ())
-    for case in cases()
-]
+CASES = [pytest.param(case, id=f"{case.library}: {case.what}") for case in cases()]
 
 
 def test_the_command(monkeypatch, capsys):

@@ -144,7 +144,7 @@ def in_schedule(name: str, config: dict[str, Any], steps: int) -> Any:
     """A scheduler with its timesteps set, or None where diffusers would refuse or go past the schedule's end."""
     scheduler = make(name, **config)
     train = scheduler.config.num_train_timesteps
-    if steps > train or (name == "DPMSolverMultistep" and steps >= train):
+    if steps > train:
         return None
     scheduler.set_timesteps(steps)
     inside = bool(((scheduler.timesteps >= 0) & (scheduler.timesteps < train)).all())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.diffusers.scheduler import FusedRows, Scheduler, are_tensors
+from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors
 from ddpm_ext.integrations.fallback import Fallback, with_fallback
 from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
@@ -17,10 +17,10 @@ from ddpm_ext.tables.on_device import DeviceTables
 __all__ = ["Forward", "weighted_sum"]
 
 
-def _tables(alphas_cumprod: Tensor) -> FusedRows:
+def _tables(alphas_cumprod: Tensor) -> DeviceTables:
     levels = alphas_cumprod.detach().to("cpu", torch.float64)
     signal, noise = levels.sqrt(), (1 - levels).sqrt()
-    return FusedRows(DeviceTables(add_noise=torch.stack([signal, noise], 1), velocity=torch.stack([signal, -noise], 1)))
+    return DeviceTables(add_noise=torch.stack([signal, noise], 1), velocity=torch.stack([signal, -noise], 1))
 
 
 def weighted_sum(x: Any, y: Any, rows: Any, tables: Callable[[], DeviceTables], name: str) -> Tensor:
@@ -60,7 +60,7 @@ class Forward(Scheduler):
     alphas_cumprod: Tensor
 
     def _forward_tables(self) -> DeviceTables:
-        return self._rows(_tables, self.alphas_cumprod).tables
+        return self._rows(_tables, self.alphas_cumprod)
 
     @with_fallback()
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ddpm_ext import ops
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.grid import Jumps
-from ddpm_ext.tables.on_device import DeviceTables, StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import StepTable
 
@@ -29,7 +28,6 @@ __all__ = [
     "FusedRows",
     "Scheduler",
     "Threshold",
-    "alphas_cumprod_of",
     "are_tensors",
     "clip_of",
     "imported",
@@ -58,17 +56,12 @@ class FusedRows(NamedTuple):
     """What a scheduler's settings come to.
 
     Attributes:
-        tables: the steps' rows for the operators.
+        rows: the steps' rows; None where no timestep has a fused form.
         row: the row of each timestep, or NO_ROW or UNFUSED.
-        scales: what the model's input is divided by, step by step.
-        clip, threshold: how the predicted clean sample is clipped.
     """
 
-    tables: DeviceTables = DeviceTables()
+    rows: Rows | None
     row: Sequence[int] = ()
-    scales: Sequence[Tensor] = ()
-    clip: Clip | None = None
-    threshold: DynamicThreshold | None = None
 
 
 def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
@@ -217,13 +210,9 @@ class Scheduler(Accelerated):
         **extras: Any,
     ) -> tuple[Tensor, Tensor]:
         """The next sample and the predicted clean one, both in one launch; a threshold takes two and a quantile."""
-        table = rows.tables.get("extended", sample.device, torch.float32)
+        assert rows.rows is not None
         x0 = empty_like(sample)
-        if rows.threshold is not None:
-            to_x0 = rows.tables.get("x0", sample.device, torch.float32)
-            ops.extended_step(sample, model_output, to_x0, row, clip=None, add_noise=False, out=x0)
-            extras |= {"x_start": x0, "x_start_scale": rows.threshold.x_start_scale(x0)}
-        prev = ops.extended_step(sample, model_output, table, row, clip=rows.clip, x0_out=x0, **noise, **extras)
+        prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)
         if x0.dtype != model_output.dtype and self.config.get("prediction_type") == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
@@ -264,15 +253,15 @@ def make_rows(
             rows[steps.timestep] = torch.arange(len(steps), device="cpu")
         row = rows.tolist()
     if steps is None:
-        return FusedRows(row=row)
+        return FusedRows(None, row)
     if clip is not None and not clip[0] <= clip[1]:
         raise Fallback(f"clip_sample_range is {clip[1]}")
     if threshold is None:
-        return FusedRows(StepDeviceTables(steps), row, clip=clip)
+        return FusedRows(Rows(steps, clip), row)
     quantile, maximum = threshold
     if not 0 < quantile <= 1 <= maximum:
         raise Fallback(f"dynamic_thresholding_ratio is {quantile}, sample_max_value is {maximum}")
-    return FusedRows(StepDeviceTables(steps), row, clip=clip, threshold=DynamicThreshold(quantile, maximum))
+    return FusedRows(Rows(steps, clip, DynamicThreshold(quantile, maximum)), row)
 
 
 def clip_of(config: Any) -> tuple[Clip | None, Threshold | None]:
@@ -282,16 +271,6 @@ def clip_of(config: Any) -> tuple[Clip | None, Threshold | None]:
     if config.clip_sample:
         return (-config.clip_sample_range, config.clip_sample_range), None
     return None, None
-
-
-def alphas_cumprod_of(sigmas: Tensor) -> Tensor:
-    """1 / (1 + sigma^2), float64 on the CPU. Raises Fallback where a sigma is too small for it; the last may be 0."""
-    sigma = sigmas.detach().to("cpu", torch.float64)
-    least = torch.full_like(sigma, 1e-4)
-    least[-1:] = 0
-    if len(sigma) < 2 or not (sigma.isfinite() & (sigma >= least)).all():
-        raise Fallback("a sigma is below 1e-4, or no number")
-    return 1 / (1 + sigma**2)
 
 
 def are_tensors(*values: object) -> bool:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
-from ddpm_ext.integrations.diffusers.traced_classes import OWN, SUPPORT, TRACED, is_scheduler
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, TRACED, is_scheduler
+from ddpm_ext.integrations.diffusers.traced_loop import Lane, Loop, Settings
 from ddpm_ext.integrations.diffusers.traced_plan import (
     Constant,
     Kinds,
@@ -27,9 +28,8 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
     kinds_of,
     make_plan,
     state_contents,
-    take,
 )
-from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
+from ddpm_ext.integrations.diffusers.traced_state import tensors_after
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.shared import new, peer_class, peer_method
 from ddpm_ext.integrations.tensors import dtype_name, written
@@ -39,38 +39,10 @@ from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 __all__ = ["OWN", "SUPPORT", "TRACED", "Traced", "is_scheduler"]
 
 CACHED = 64  # loops whose rows are kept, of all schedulers together
+STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
+QUIET = {"add_noise": False}
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "noise_sampler")
-
-
-class Settings(NamedTuple):
-    """What somebody may edit in the middle of a loop: levels and timesteps, of which it is counted how often they were
-    written to, and the config, whose attributes are not its items."""
-
-    tensors: dict[str, Tensor]
-    written: list[int]
-    attributes: dict[str, Any]
-    items: dict[str, Any]
-
-
-class Loop(NamedTuple):
-    """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
-
-    Attributes:
-        plan: None where diffusers' own code takes all steps until set_timesteps is called again.
-        settings: the scheduler's when the loop began.
-        last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
-            some of them.
-    """
-
-    plan: Plan | None
-    at: int = 0
-    settings: Settings | None = None
-    ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
-
-    def is_over(self) -> bool:
-        return self.plan is not None and self.at == len(self.plan.timesteps)
 
 
 _plans: BoundedCache[Plan | Fallback] = BoundedCache(CACHED)
@@ -80,9 +52,10 @@ class Traced(TracedForward):
     """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
     set_timesteps."""
 
-    replaces = ("step", "step_pred", "set_timesteps", *FORWARD)
+    replaces = (*STEPS, "set_timesteps", *FORWARD)
     _parameters: dict[str, Any]  # step's, by name, with their defaults
     _inputs: tuple[str, ...]  # what step calls the model's output, the timestep and the sample
+    _is_usual: bool  # whether these are its first three, in this order
     noise_sampler: Any  # of a Brownian path
 
     def __init_subclass__(cls) -> None:
@@ -92,13 +65,18 @@ class Traced(TracedForward):
             own = getattr(peer, name, None)
             if own is None or (name == "step_pred" and step_name(peer) != name):
                 continue
-            if name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]:
-                setattr(cls, name, _like(own, getattr(cls, f"_{name}")))  # pipelines look at the signatures
+            # Pipelines look at the signatures.
+            if name in STEPS:
+                setattr(cls, name, _step_like(own, with_fallback(name)(cls._any_step)))
+            elif name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]:
+                setattr(cls, name, _like(own, getattr(cls, f"_{name}")))
         step = getattr(peer, step_name(peer), None)
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
             cls._parameters = {parameter.name: parameter.default for parameter in parameters}
             cls._inputs = input_names(list(cls._parameters))
+            known = zip(cls._inputs, INPUTS, strict=False)
+            cls._is_usual = tuple(cls._parameters)[:3] == cls._inputs and all(name in names for name, names in known)
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         loop: Loop | None = self.__dict__.get("_traced_loop")
@@ -115,13 +93,10 @@ class Traced(TracedForward):
         if loop is not None and loop.plan is None:
             raise Fallback
         try:
-            return self._traced_step(loop, *args, **kwargs)
+            return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:
             self._leave(loop, fallback)
             raise
-
-    _step = with_fallback("step", compiles=False)(_any_step)
-    _step_pred = with_fallback("step_pred", compiles=False)(_any_step)
 
     def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
         """Diffusers' own code takes over, until set_timesteps is called; for this step alone where none holds anything
@@ -151,53 +126,103 @@ class Traced(TracedForward):
         vars(self).update(found)
         return complete
 
-    def _traced_step(self, loop: Loop | None, *args: Any, **kwargs: Any) -> Any:
+    def _traced_step(self, loop: Loop | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A step whose arguments are looked at."""
         given = self._arguments(args, kwargs)
         m, timestep, x = (given.pop(name) for name in self._inputs)
-        generator, return_dict = given.pop("generator", None), given.pop("return_dict", True)
+        others = {name: given.pop(name) for name in OTHERS if name in given}
         if not are_tensors(x, m):
             raise Fallback
+        m = self._mean(m, x)
         self._check_step(x, m)
         options, tensors = self._options(given, x, m)
         per_sample = isinstance(timestep, Tensor) and timestep.dim() > 0
         if per_sample:
             timestep = _of_all(timestep, len(x))
         loop = self._located(loop, timestep, per_sample, x.dim(), options)
-        plan, i = loop.plan, loop.at
+        plan = loop.plan
         assert plan is not None
         kinds = kinds_of(plan, m.dtype, x.dtype)
+        computed = torch.promote_types(result_dtype(m, x), kinds.prev)
+        if kinds.second is not None:
+            computed = torch.promote_types(computed, kinds.second)
+        lane = None
+        if self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep:
+            lane = Lane.of(loop, kinds, computed, args, kwargs, self)
+        return self._take_row(loop, kinds, computed, m, x, tensors, others, (args, kwargs), lane)
 
-        dtype = torch.promote_types(result_dtype(m, x), kinds.prev)
-        x = x.to(dtype if kinds.second is None else torch.promote_types(dtype, kinds.second))
-        tensors = [tensor.to(x.dtype) for tensor in tensors]
-        noise = self._drawn(plan, kinds, i, m, generator, x, tensors, (args, kwargs))
-        x0 = empty_like(x) if plan.trace.second else None
-        history = [tensors[draw] for draw in plan.trace.given[i]] or loop.ring
-        prev, kept = take(plan, i, x, m, x0, noise, history)
+    def _take_row(
+        self,
+        loop: Loop,
+        kinds: Kinds,
+        computed: torch.dtype,
+        m: Tensor,
+        x: Tensor,
+        tensors: Sequence[Tensor],
+        others: Mapping[str, Any],
+        call: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        lane: Lane | None,
+    ) -> Any:
+        """The loop's next step.
 
-        prev = prev.to(kinds.prev)
-        ring = loop.ring if kept is None else (kept, *loop.ring[: HELD - 1])
+        Args:
+            computed: the dtype of the operator's sample.
+            tensors: those of the step's options.
+            others: the generator and whether to return an object, if they are given.
+            call: the step's arguments, where its noise is that of a path.
+            lane: for the step after it.
+        """
+        plan, i = loop.plan, loop.at
+        assert plan is not None
+        trace = plan.trace
+        if x.dtype is not computed:
+            x = x.to(computed)
+        quiet, x0, kept = kinds.quiet[i], None, None
+        if quiet and lane is not None and lane.quiet_step is not None:
+            prev = lane.quiet_step.take(x, m, None, i)
+        else:
+            tensors = [tensor.to(computed) for tensor in tensors]
+            noise = QUIET
+            if not quiet:
+                noise = self._drawn(plan, kinds, i, m, others.get("generator"), x, tensors, call)
+            x0 = empty_like(x) if trace.second else None
+            history = [tensors[draw] for draw in trace.given[i]] or loop.ring
+            prev, kept = plan.rows.take(i, x, m, history, x0=x0, **noise)
+        if prev.dtype is not kinds.prev:
+            prev = prev.to(kinds.prev)
         self._follow(plan, i, x)
-        last = None if plan.stateless else ((x, m, prev), [written(tensor) for tensor in (x, m, prev)])
-        self.__dict__["_traced_loop"] = Loop(plan, i + 1, loop.settings, ring, last)
-        if x0 is not None and kinds.second is not None:
+        self.__dict__["_traced_loop"] = loop.followed(x, m, prev, kept, lane)
+        if x0 is not None and kinds.second is not None and x0.dtype is not kinds.second:
             x0 = x0.to(kinds.second)
-        result = plan.trace.steps[i].result
-        if not return_dict or result.cls is tuple:
+        result = trace.steps[i].result
+        if not others.get("return_dict", True) or result.cls is tuple:
             return (prev, x0) if kinds.pair else (prev,)
         second = {} if result.name is None else {result.name: x0}
         return result.cls(prev_sample=prev, **second)
+
+    def _mean(self, m: Tensor, x: Tensor) -> Tensor:
+        """The model's output without its variance, which some schedulers leave out."""
+        config = self.config
+        if (
+            type(self).__name__ in OF_THREE_CHANNELS
+            and m.shape[:2] != x.shape[:2]
+            and config.variance_type in ("learned", "learned_range")
+            and config.prediction_type == "epsilon"
+        ):
+            return m[:, :3]
+        return m
 
     def _follow(self, plan: Plan, i: int, x: Tensor) -> None:
         """The scheduler's attributes after row i: its numbers, and the sample in place of each tensor that it would
         store, since its other methods look whether there is one. After the last row there are those from before the
         first."""
-        step, state = plan.trace.steps[i], vars(self)
+        step, state = plan.trace.steps[i], self.__dict__
         state.update(step.state)
-        last = i + 1 == len(plan.timesteps)
-        for name, held in step.tensors.items():
-            if isinstance(held, Tensor):
-                state[name] = vars(plan.scheduler).get(name) if last else x
+        if step.tensors:
+            last = i + 1 == len(plan.timesteps)
+            for name, held in step.tensors.items():
+                if isinstance(held, Tensor):
+                    state[name] = vars(plan.scheduler).get(name) if last else x
 
     def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of step that are not their defaults, by name. Raises Fallback where they are not a step's."""
@@ -253,9 +278,13 @@ class Traced(TracedForward):
         if loop is not None and loop.plan is not None:
             plan, over = loop.plan, loop.is_over()
             is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
-            edited = self._is_edited(loop)
+            assert loop.settings is not None
+            settings = loop.settings
+            if not settings.are_those_of(self):
+                settings = settings.renewed(self, vars(plan.scheduler))
+            edited = settings is None
             if is_next and not edited:
-                return loop
+                return loop._replace(settings=settings)
             if not plan.stateless and not over:
                 raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
             self._catch_up(loop)  # what is unknown, and is NaN then, is mostly not read by a loop after the last one
@@ -286,38 +315,7 @@ class Traced(TracedForward):
         plan = result_of(_plans.get_or_make(key, make))
         if alone and loop is not None and loop.plan is not None:
             loop.plan.after[loop.at, chosen] = plan
-        return Loop(plan, settings=self._settings())
-
-    def _settings(self) -> Settings:
-        tensors = self._edited_tensors()
-        counts = [written(x) for x in tensors.values()]
-        return Settings(tensors, counts, dict(vars(self.config)), dict(self.config))
-
-    def _edited_tensors(self) -> dict[str, Tensor]:
-        state = vars(self)
-        return {
-            name: state[name]
-            for name in ("sigmas", "alphas_cumprod", "timesteps")
-            if isinstance(state.get(name), Tensor)
-        }
-
-    def _is_edited(self, loop: Loop) -> bool:
-        """Whether somebody has edited the settings since the loop began. A tensor is read only if it is another one."""
-        settings, tensors = loop.settings, self._edited_tensors()
-        assert settings is not None and loop.plan is not None
-        if vars(self.config) != settings.attributes or self.config != settings.items:
-            return True
-        if tensors.keys() != settings.tensors.keys():
-            return True
-        same = all(x is settings.tensors[name] for name, x in tensors.items())
-        if same and [written(x) for x in tensors.values()] == settings.written:
-            return False
-        began = vars(loop.plan.scheduler)  # copies, and tensors that were moved, are no edits
-        if not all(torch.equal(x.cpu(), began[name]) for name, x in tensors.items()):
-            return True
-        settings.tensors.update(tensors)
-        settings.written[:] = [written(x) for x in tensors.values()]
-        return False
+        return Loop(plan, settings=Settings.of(self))
 
     def _position(self, timestep: Any) -> int | None:
         """Where the timestep is among the scheduler's; None where it is none of them."""
@@ -396,6 +394,25 @@ def _like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., 
         return method(self, *args, **kwargs)
 
     return call
+
+
+def _step_like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """As _like. A step of the same kinds as the last one takes its row at once, and a compiler breaks its graph: the
+    step counts where it is in the loop, which would be a constant of the graph."""
+
+    @functools.wraps(own)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return uncompiled(self, *args, **kwargs)
+        loop = self.__dict__.get("_traced_loop")
+        if loop is not None:
+            lane = loop.lane
+            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
+                return self._take_row(loop, lane.kinds, lane.computed, args[0], args[2], (), kwargs, None, lane)
+        return method(self, *args, **kwargs)
+
+    uncompiled = torch.compiler.disable(step)  # diffusers has imported the compiler
+    return step
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

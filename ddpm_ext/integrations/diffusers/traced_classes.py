@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from ddpm_ext.integrations.shared import Support
 
-__all__ = ["OWN", "SUPPORT", "TRACED", "is_scheduler"]
+__all__ = ["OF_THREE_CHANNELS", "OWN", "SUPPORT", "TRACED", "is_scheduler"]
 
 TRACED = (
     "CMStochasticIterative", "CogVideoXDDIM", "CogVideoXDPM", "ConsistencyDecoder", "CosineDPMSolverMultistep",
-    "DDIMParallel", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistepInverse",
-    "DPMSolverSDE", "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete",
-    "EulerDiscrete", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM",
-    "HeliosDMD", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete",
-    "LTXEulerAncestralRF", "MiniMaxH3", "PNDM", "SASolver", "SCM", "ScoreSdeVe", "ScoreSdeVp", "TCD", "UnCLIP",
-    "UniPCMultistep",
+    "DDIMParallel", "DDPMParallel", "DDPMWuerstchen", "DEISMultistep", "DPMSolverMultistep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EDMDPMSolverMultistep", "EDMEuler",
+    "EulerAncestralDiscrete", "EulerDiscrete", "FlowMapEulerDiscrete", "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete", "FlowMatchLCM", "HeliosDMD", "HeunDiscrete", "IPNDM", "KDPM2AncestralDiscrete",
+    "KDPM2Discrete", "LCM", "LMSDiscrete", "LTXEulerAncestralRF", "MiniMaxH3", "PNDM", "SASolver", "SCM",
+    "ScoreSdeVe", "ScoreSdeVp", "TCD", "UnCLIP", "UniPCMultistep",
+)  # fmt: skip
+# Of an output with a variance beside the mean, they read the mean alone: the first three channels.
+OF_THREE_CHANNELS = (
+    "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
 )  # fmt: skip
 OWN = {
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),

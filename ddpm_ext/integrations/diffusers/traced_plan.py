@@ -1,4 +1,4 @@
-"""The rows of a traced scheduler's loop, from the state in which it begins, and a step by them."""
+"""The rows of a traced scheduler's loop, from the state in which it begins."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ import inspect
 import io
 import pickle
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm_ext import ops
 from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
-from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
 from ddpm_ext.tables.trace_run import Step, observe, step_name
 
-__all__ = ["Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents", "take"]
+__all__ = ["HELD", "Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
+
+
+HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
 
 
 class Constant:
@@ -63,12 +64,13 @@ class Start(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """The dtypes of a loop, and whether its results as tuples have two tensors."""
+    """The dtypes of a loop, whether its results as tuples have two tensors, and which rows draw nothing."""
 
     prev: torch.dtype
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     pair: bool
+    quiet: list[bool]
 
 
 class Plan(NamedTuple):
@@ -76,16 +78,10 @@ class Plan(NamedTuple):
 
     Attributes:
         trace: what tracing found.
-        table: its rows.
-        tables: on the devices.
-        linear: whether the table has history.
-        reads, keeps: for each row, which of the three tensors of history it reads, and whether it keeps one.
-        keeps_output: for each row, whether that is the model's output, which the scheduler's own code holds, too: then
-            it need not be written.
+        rows: in order.
         timesteps: of each row.
         first: the place of the first one among the scheduler's timesteps; 0 where it is none of them.
         stateless: whether the scheduler may go on with its own code in the middle of the loop.
-        threshold: by which the predicted clean sample is divided.
         scheduler: as it was when the loop began, on the CPU.
         options: what step was called with.
         kinds: by the dtypes of output and sample.
@@ -93,16 +89,10 @@ class Plan(NamedTuple):
     """
 
     trace: Trace
-    table: StepTable
-    tables: StepDeviceTables
-    linear: bool
-    reads: list[list[bool]]
-    keeps: list[bool]
-    keeps_output: list[bool]
+    rows: Rows
     timesteps: list[Any]
     first: int
     stateless: bool
-    threshold: DynamicThreshold | None
     scheduler: Any
     options: dict[str, Any]
     kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
@@ -165,16 +155,10 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.second is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    reads = torch.stack([table.h1, table.h2, table.h3], 1).ne(0).tolist()
-    keeps = ((table.k0 != 0) | (table.k1 != 0) | (table.k2 != 0)).tolist()
-    is_output = ((table.k0 == 0) & (table.k1 == 0) & (table.k2 == 1)).tolist()
-    keeps_output = [is_m and _holds_output(step) for is_m, step in zip(is_output, trace.steps, strict=True)]
-    stateless = not any(keeps) and not any(step.stores for step in trace.steps)
-    return Plan(
-        trace, table, StepDeviceTables(table), table.linear, reads, keeps, keeps_output, timesteps,
-        first or 0, stateless,
-        None if trace.clip is None else _threshold(scheduler), scheduler, options, {}, {},
-    )  # fmt: skip
+    threshold = None if trace.clip is None else _threshold(scheduler)
+    rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
+    stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
+    return Plan(trace, rows, timesteps, first or 0, stateless, scheduler, options, {}, {})
 
 
 def _holds_output(step: Step) -> bool:
@@ -224,34 +208,6 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     prev, second = results[0].prev.dtype, None if results[0].second is None else results[0].second.dtype
     if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
-    return Kinds(prev, second, [[dtype for _, dtype in step.draws] for step in steps], second is not None)
-
-
-def take(
-    plan: Plan, i: int, x: Tensor, m: Tensor, x0: Tensor | None, noise: dict[str, Any], history: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """Row i in one launch: the next sample, and what the row keeps. A threshold takes two and a quantile.
-
-    x0: is filled with the predicted clean sample.
-    """
-    clip, device = plan.trace.clip, x.device
-    extras: dict[str, Any] = {}
-    if plan.threshold is not None:
-        start = empty_like(x) if x0 is None else x0
-        to_x0 = plan.tables.get("x0", device, torch.float32)
-        ops.extended_step(x, m, to_x0, i, clip=None, add_noise=False, out=start)
-        extras = {"x_start": start, "x_start_scale": plan.threshold.x_start_scale(start)}
-    if not plan.linear:
-        if x0 is None and not extras:
-            table = plan.tables.get("steps", device, torch.float32)
-            return ops.reverse_step(x, m, table, i, clip=clip, **noise), None
-        table = plan.tables.get("extended", device, torch.float32)
-        return ops.extended_step(x, m, table, i, clip=clip, x0_out=x0, **noise, **extras), None
-    for k, is_read in enumerate(plan.reads[i]):
-        if is_read:
-            extras[f"history{1 + k}"] = history[k].to(x.dtype)
-    by_reference = plan.keeps_output[i] and m.dtype == x.dtype
-    kept = empty_like(x) if plan.keeps[i] and not by_reference else None
-    table = plan.tables.get("linear", device, torch.float32)
-    prev = ops.linear_step(x, m, table, i, clip=clip, x0_out=x0, history_out=kept, **noise, **extras)
-    return prev, m if by_reference else kept
+    draws = [[dtype for _, dtype in step.draws] for step in steps]
+    quiet = [used is None and not drawn for used, drawn in zip(plan.trace.noise, draws, strict=True)]
+    return Kinds(prev, second, draws, second is not None, quiet)

@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_plan import Plan
+from ddpm_ext.integrations.diffusers.traced_plan import HELD, Plan
 from ddpm_ext.tables.trace_loop import LINEAR, Array, flat, relative
 
-__all__ = ["HELD", "tensors_after"]
-
-
-HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
+__all__ = ["tensors_after"]
 
 
 def tensors_after(
@@ -76,9 +73,9 @@ def _output(plan: Plan, i: int) -> Array:
 def _ring(plan: Plan, i: int) -> list[Array]:
     """What rows kept up to row i, the newest first, for the random numbers."""
     ring: list[Array] = []
-    table = plan.table
+    table = plan.rows.table
     for j in range(i + 1):
-        if plan.keeps[j]:
+        if plan.rows.kinds[j].keeps:
             x, m = _sample(plan, j), _output(plan, j)
             x0 = table.a[j].item() * x + table.b[j].item() * m
             if plan.trace.clip is not None:
