@@ -16,14 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module", params=["g++", "clang++"])
 def library(request, tmp_path_factory) -> ctypes.CDLL:
-    if shutil.which(request.param) is None:
+    names = [request.param, *(f"{request.param}-{version}" for version in range(30, 9, -1))]
+    compiler = next(filter(shutil.which, names), None)
+    if compiler is None:
         pytest.skip(f"there is no {request.param} on PATH")
     target = tmp_path_factory.mktemp("parallel") / "trial.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
     source = ROOT / "tests" / "support" / "parallel_trial.cpp"
-    subprocess.run([request.param, *flags, source, *libraries, "-o", target], check=True)
+    subprocess.run([compiler, *flags, source, *libraries, "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
 
