@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.compilers import find_compiler
 from support.cpu_host.calls import all_calls, read, write
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aarch64-linux-gnu and qemu-user
@@ -18,15 +19,15 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aar
 
 @pytest.fixture(scope="module")
 def program(root, tmp_path_factory) -> Path:
-    for command in (COMPILER, EMULATOR):
-        if shutil.which(command) is None:
-            pytest.skip(f"there is no {command} on PATH")
+    compiler = find_compiler(COMPILER)
+    if shutil.which(EMULATOR) is None:
+        pytest.skip(f"there is no {EMULATOR} on PATH")
     csrc, host = root / "csrc", root / "tests" / "support" / "cpu_host"
     sources = [csrc / "cpu" / name for name in ("isa/neon.cpp", "operators.cpp", "dispatch.cpp")]
     target = tmp_path_factory.mktemp("aarch64") / "run"
     flags = ["-std=c++20", "-O1", "-static", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     include = [f"-I{host / 'include'}", f"-I{csrc}"]
-    subprocess.run([COMPILER, *flags, *include, *sources, host / "main.cpp", "-o", target], check=True)
+    subprocess.run([compiler, *flags, *include, *sources, host / "main.cpp", "-o", target], check=True)
     return target
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
-import shutil
 import subprocess
 from fractions import Fraction
 from pathlib import Path
@@ -14,14 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.compilers import find_compiler
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ on PATH"),
-    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the vectors are SSE2's, of x86-64"),
-]
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vectors are SSE2's, of x86-64")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,9 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("fma") / "trial.so"
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    subprocess.run(["g++", *flags, ROOT / "tests" / "support" / "fma_trial.cpp", "-o", target], check=True)
+    subprocess.run(
+        [find_compiler("g++"), *flags, ROOT / "tests" / "support" / "fma_trial.cpp", "-o", target], check=True
+    )
     return ctypes.CDLL(str(target))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from support.compilers import find_compiler
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,10 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module", params=["g++", "clang++"])
 def library(request, tmp_path_factory) -> ctypes.CDLL:
-    names = [request.param, *(f"{request.param}-{version}" for version in range(30, 9, -1))]
-    compiler = next(filter(shutil.which, names), None)
-    if compiler is None:
-        pytest.skip(f"there is no {request.param} on PATH")
+    compiler = find_compiler(request.param)
     target = tmp_path_factory.mktemp("parallel") / "trial.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Werror", f"-I{ROOT / 'csrc'}"]
     flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
