@@ -8,7 +8,7 @@ export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
 export PYTHONNOUSERSITE := 1
 
 CSRC := $(shell find csrc -type f 2>/dev/null)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support/cuda_host -type f 2>/dev/null))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build demo test test-fast bench bench-peers sass pictures docs gpu dist lint format clean

@@ -29,7 +29,7 @@ LICENSE = "Apache-2.0"  # not in pyproject.toml, which has no form that setuptoo
 INSTALL = "pip install --no-build-isolation ."
 
 # Contraction, or any flag that lets the compiler reorder arithmetic, would break the noise contract. No -march: the
-# instruction set is chosen at run time.
+# instruction set is chosen at run time. No -fopenmp: csrc/cpu/parallel.h says how torch's threads are used without.
 HOST_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 CXX_FLAGS = ["-O3", "-g0", *HOST_FLAGS, "-Wall"]
 # These interleave long chains of vector instructions, a seventh faster with g++ 12. Some compilers don't know them.
@@ -224,12 +224,6 @@ def configure():
         print(f"ddpm_ext: CPU kernels only: {plan.why_cpu}")
 
     cxx = [*CXX_FLAGS, *known_flags(TUNING_FLAGS), macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
-    if sys.platform == "linux" and "clang" in ask(*compiler(), "--version"):
-        # Its OpenMP needs another runtime than the one that comes with torch.
-        print("ddpm_ext: built by clang, the CPU kernels run on one thread; CXX=g++ uses all")
-    elif sys.platform == "linux":
-        # Without it at::parallel_for is a serial loop. The linker doesn't get it, so that torch's OpenMP is used.
-        cxx.append("-fopenmp")
     if plan.toolkit:
         cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
     make = cpp_extension.CUDAExtension if plan.toolkit else cpp_extension.CppExtension

@@ -39,7 +39,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         version: that of ddpm_ext. torch: the version that it was built for. cuda: the version of the toolkit, or None.
         cuda_architectures: those that it was built for, or "". why_cpu: why it was built without CUDA, or "".
-        compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2" or "portable".
+        compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2", "sse2", "neon" or "portable".
     """
     return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}
 

@@ -24,9 +24,12 @@ MARKED = {
     "bulk/test_several_ranks.py": "subprocess",
     "cli": "subprocess",
     "cuda": "subprocess",  # starts a compiler
+    "ops/test_aarch64.py": "subprocess",
     "ops/test_block_pool.py": "subprocess",
+    "ops/test_fma_by_double.py": "subprocess",
     "ops/test_instruction_sets.py": "subprocess",
     "ops/test_normal.py": "subprocess",
+    "ops/test_parallel.py": "subprocess",
     "peers": "peers",
     "project/test_examples.py": "subprocess",
     "project/test_gpu_script.py": "subprocess",

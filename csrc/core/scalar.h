@@ -29,9 +29,17 @@
 #define DDPM_UNROLL
 #endif
 
+#ifdef DDPM_WITHOUT_FMA  // the instruction set has none, and the C library's takes hundreds of cycles
+#include "core/fma_by_double.h"
+#endif
+
 namespace ddpm_ext {
 
+#ifdef DDPM_WITHOUT_FMA
+DDPM_HD float fma(float a, float b, float c) { return fma_by_double(a, b, c); }
+#else
 DDPM_HD float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+#endif
 DDPM_HD float sqrt(float x) { return ::sqrtf(x); }
 
 DDPM_HD float bits_to_float(uint32_t u) {

@@ -23,6 +23,9 @@ std::vector<const Kernels*> available() {
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
     found.push_back(&avx512::kernels);
   if (has_avx2) found.push_back(&avx2::kernels);
+  found.push_back(&sse2::kernels);
+#elif defined(__aarch64__)
+  found.push_back(&neon::kernels);
 #endif
   found.push_back(&portable::kernels);
   return found;

@@ -79,6 +79,12 @@ struct Kernels {
 namespace portable {
 extern const Kernels kernels;
 }
+namespace neon {
+extern const Kernels kernels;
+}
+namespace sse2 {
+extern const Kernels kernels;
+}
 namespace avx2 {
 extern const Kernels kernels;
 }

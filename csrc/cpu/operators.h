@@ -13,6 +13,6 @@ void loss(const LossCall& call);
 void randn(const ElementwiseCall& call);
 
 const Kernels& kernels();       // those of the instruction set in use
-const char* instruction_set();  // "avx512", "avx2", "portable"
+const char* instruction_set();  // as in DDPM_EXT_CPU
 
 }  // namespace ddpm_ext::cpu

@@ -3,14 +3,13 @@
 // logical order.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <array>
 #include <tuple>
 #include <type_traits>
 
 #include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
 #include "cpu/strided_copy.h"
 
 namespace ddpm_ext::cpu {
@@ -134,7 +133,7 @@ void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fi
   constexpr int64_t kChunk = kBuffer;
   const int64_t per_sample = (call.numel + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, 8192 / std::min(kChunk, call.numel));
-  at::parallel_for(0, call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(call.batch * per_sample, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end;) {
       const int64_t b = chunk / per_sample, from = chunk % per_sample;
       const int64_t to = std::min(per_sample, from + (end - chunk));

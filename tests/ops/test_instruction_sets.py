@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# The features that a CPU must have, by their names in /proc/cpuinfo.
+# The features that a CPU must have, by their names in /proc/cpuinfo. Better sets come later.
 NEEDS = {
     "portable": set(),
+    "neon": {"asimd"},
+    "sse2": {"sse2"},
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512dq"},
 }
@@ -143,6 +146,8 @@ def run(root: Path, name: str | None, *arguments: str) -> subprocess.CompletedPr
 
 
 def flags() -> set[str]:
+    if platform.machine() in ("aarch64", "arm64"):
+        return {"asimd"}
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -167,7 +172,7 @@ def results(root, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512"])
+@pytest.mark.parametrize("name", [name for name in NEEDS if name != "portable"])
 def test_same_bits_as_portable(results, name):
     if name not in results:
         pytest.skip(f"this CPU has no {name}")

@@ -14,6 +14,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from support.compilers import find_compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
@@ -167,6 +168,13 @@ def test_no_flag_lets_a_compiler_reorder_arithmetic():
         assert bad not in flags
     assert "-ffp-contract=off" in setup.CXX_FLAGS
     assert "-fmad=false" in setup.NVCC_FLAGS
+
+
+@pytest.mark.parametrize("name", ["g++", "clang++", "aarch64-linux-gnu-g++"])
+def test_every_compiler_takes_the_flags(name, monkeypatch):
+    monkeypatch.setenv("CXX", find_compiler(name))
+    flags = [*setup.CXX_FLAGS, *setup.known_flags(setup.TUNING_FLAGS)]
+    assert setup.known_flags(flags) == flags
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""fma on machines without the instruction, beside the C library's and beside exact arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import platform
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.compilers import find_compiler
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the vectors are SSE2's, of x86-64")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    target = tmp_path_factory.mktemp("fma") / "trial.so"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    subprocess.run(
+        [find_compiler("g++"), *flags, ROOT / "tests" / "support" / "fma_trial.cpp", "-o", target], check=True
+    )
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="module", params=["vectors", "numbers"])
+def fma(library, request):
+    return lambda a, b, c: call(getattr(library, f"fma_of_{request.param}"), a, b, c)
+
+
+def call(function, a, b, c) -> np.ndarray:
+    """Of float32 arrays; the last four are padded."""
+    arrays = [np.concatenate([np.asarray(x, np.float32), np.zeros(-len(x) % 4, np.float32)]) for x in (a, b, c)]
+    out = np.empty_like(arrays[0])
+    function(ctypes.c_int64(len(out)), *(ctypes.c_void_p(x.ctypes.data) for x in (*arrays, out)))
+    return out[: len(a)]
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    number = ~np.isnan(expected)
+    assert np.array_equal(np.isnan(got), ~number)
+    assert np.array_equal(got.view(np.uint32)[number], expected.view(np.uint32)[number])
+
+
+def rounded_twice(a, b, c) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
+
+
+def halfway_cases(rng: np.random.Generator, n: int, exponents: tuple[int, int]):
+    """Products just beside half of c's last place: (1 + i 2^-23)(1 - i 2^-23) 2^k = (1 - i^2 2^-46) 2^k."""
+    exponent = rng.integers(*exponents, n)  # of c
+    k = np.maximum(exponent, -126) - 24
+    i = rng.integers(0, 9, n) * 2.0**-23
+    sign = rng.choice([-1.0, 1.0], (2, n))
+    a, b = sign[0] * (1 + i) * 2.0 ** (k // 2), (1 - i) * 2.0 ** (k - k // 2)
+    least = np.float64(2.0) ** (np.maximum(exponent, -126) - 23)
+    c = sign[1] * np.floor(np.float64(2.0) ** exponent * rng.uniform(1, 2, n) / least) * least
+    return tuple(x.astype(np.float32) for x in (a, b, c))
+
+
+SPECIAL = [0.0, 1.0, 1 + 2**-23, 1 - 2**-24, 1.5, 3.0, 2**12 + 1, 2**24 - 1, 2**-149, 3 * 2**-149, 2**-126 - 2**-149]
+SPECIAL += [2**-126, 2**-75, 2**-74, 2**-24, 2**-25, 2**103, 2**127, (2 - 2**-23) * 2**127, math.inf, math.nan]
+
+
+@pytest.mark.parametrize("cases", ["special", "any", "near", "halfway", "subnormal", "overflow"])
+def test_the_bits_are_the_c_librarys(library, fma, cases):
+    rng = np.random.default_rng(0)
+    if cases == "special":
+        signed = np.array([*SPECIAL, *(-x for x in SPECIAL)], np.float32)
+        a, b, c = (x.ravel() for x in np.meshgrid(signed, signed, signed))
+    elif cases == "any":
+        a, b, c = rng.integers(0, 2**32, (3, 400_000), dtype=np.uint32).view(np.float32)
+    elif cases == "near":  # numbers of few bits, whose sums are often exact or halfway
+        a, b = rng.integers(-(2**12), 2**12, (2, 400_000)).astype(np.float32)
+        c = np.float32(2.0) ** rng.integers(-30, 30, 400_000) * rng.integers(-(2**24), 2**24, 400_000)
+    else:
+        range_of_c = {"halfway": (-100, 127), "subnormal": (-149, -120), "overflow": (126, 128)}[cases]
+        a, b, c = halfway_cases(rng, 200_000, range_of_c)
+        wrong = rounded_twice(a, b, c).view(np.uint32) != call(library.fma_of_libm, a, b, c).view(np.uint32)
+        assert wrong.mean() > 0.1  # hard cases they are
+    assert_same_bits(fma(a, b, c), call(library.fma_of_libm, a, b, c))
+
+
+def nearest(x: Fraction) -> float:
+    """The nearest float32, to even where two are as near."""
+    if x == 0:
+        return 0.0
+    exponent = max(math.floor(math.log2(abs(x.numerator)) - math.log2(x.denominator)), -126)
+    exponent += (abs(x) >= Fraction(2) ** (exponent + 1)) - (abs(x) < Fraction(2) ** exponent and exponent > -126)
+    unit = Fraction(2) ** (exponent - 23)
+    value = round(x / unit) * unit
+    return math.copysign(math.inf, value) if abs(value) >= 2**128 else float(value)
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+short = st.builds(lambda m, e: m * 2.0**e, st.integers(-(2**24), 2**24), st.integers(-149, 100))
+
+
+@given(a=floats | short, b=floats | short, c=floats | short)
+def test_the_exact_result_is_rounded_once(fma, a, b, c):
+    (got,) = fma([a], [b], [c])
+    assert got == nearest(Fraction(a) * Fraction(b) + Fraction(c))

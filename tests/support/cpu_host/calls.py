@@ -1,0 +1,159 @@
+"""Calls of the CPU's operators for main.cpp, which runs them without torch, and the compiled module's results."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from support import extended, linear
+from torch import Tensor
+
+import ddpm_ext
+from ddpm_ext import Philox, ops
+
+# As DType of csrc/call.h numbers them, and then those of which only the bytes matter.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.float64)
+LOSSES = ("mse", "l1", "huber")
+SHAPES = ((5, 1), (5, 67), (5, 3, 17, 19), (5, 1024))
+
+
+class Call(NamedTuple):
+    """An operator of main.cpp, its arguments by the names there, and the results that it is to write."""
+
+    what: str
+    operator: str
+    arguments: Mapping[str, Tensor]
+    results: Mapping[str, Tensor]
+
+
+def data(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write(path: Path, calls: Iterable[Call]) -> None:
+    """Each call is its operator, the number of its arrays, and each array's name, dtype, size and bytes."""
+    calls = list(calls)
+    with path.open("wb") as file:
+        file.write(struct.pack("<q", len(calls)))
+        for call in calls:
+            arrays = {**call.arguments, **{name: torch.zeros_like(result) for name, result in call.results.items()}}
+            file.write(struct.pack("<24sq", call.operator.encode(), len(arrays)))
+            for name, array in arrays.items():
+                content = data(array)
+                file.write(struct.pack("<24sqq", name.encode(), DTYPES.index(array.dtype), len(content)) + content)
+
+
+def read(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The arrays of each call, flat, as main.cpp leaves them."""
+    content, at = path.read_bytes(), 0
+    while at < len(content):
+        (count,), at, arrays = struct.unpack_from("<q", content, at), at + 8, {}
+        for _ in range(count):
+            name, dtype, size = struct.unpack_from("<24sqq", content, at)
+            begin, at = at + 40, at + 40 + size
+            arrays[name.rstrip(b"\0").decode()] = torch.frombuffer(bytearray(content[begin:at]), dtype=DTYPES[dtype])
+        yield arrays
+
+
+def integer(value: int) -> Tensor:
+    return torch.tensor([value - 2**64 if value >= 2**63 else value])
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(table: Tensor, t: Tensor) -> dict[str, Tensor]:
+    return {"table": table, "rows": integer(len(table)), "t": t}
+
+
+def drawn(seed: int, first_id: int, stream: int = 0) -> dict[str, Tensor]:
+    return {"seed": integer(seed), "first_id": integer(first_id), "stream": integer(stream)}
+
+
+def all_calls() -> Iterator[Call]:
+    """Every operator with every dtype, with noise that is drawn, given and absent."""
+    pairs = [(a, b) for a, b in itertools.product(DTYPES[:3], DTYPES[:3]) if a in (b, torch.float32)]
+    for shape, (a, b) in itertools.product(SHAPES, pairs):
+        sizes = {"batch": integer(shape[0]), "numel": integer(math.prod(shape[1:]))}
+        x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
+        x, m, z = x.to(a), m.to(b), z.to(a)
+        for call in itertools.chain(simple_calls(x, m, z), option_calls(x, m, z), loss_calls(x, m, z)):
+            yield call._replace(what=f"{call.what} {shape} {a} {b}", arguments={**sizes, **call.arguments})
+
+
+def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
+    table, t = normal(4, 8, seed=0), torch.tensor([3, 0, 1, 2, 1])
+    table[::3, 4] = table[2, 5] = 0
+    table.view(torch.int32)[:, 6] = torch.tensor([0, 9, 2**31 - 1, 77])
+    affine, seed, first = normal(4, 2, seed=1), 2**64 - 3, 2**32 - 2
+    rng = {"rng": Philox(seed, first)}
+    for noise, own, options in (
+        ("drawn", drawn(seed, first), rng),
+        ("given", {"noise": z}, {"noise": z}),
+        ("none", {}, {"add_noise": False}),
+    ):
+        expected = ops.reverse_step(x, m, table, t, **options)
+        arguments = {"x": x, "model_output": m, **rows_of(table, t), **own}
+        yield Call(f"reverse_step {noise}", "reverse_step", arguments, {"out": expected})
+        if x.dtype != m.dtype:
+            continue
+        expected = ops.forward_process(x, affine, t, **options)
+        if own.get("stream") is not None:
+            own = drawn(seed, first, stream=2)
+        yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **own}, {"out": expected})
+    if x.dtype == m.dtype:
+        expected = ddpm_ext.randn(x.shape, Philox(7, 2**56 - 5, draw=2**32 - 1, stream=255), dtype=x.dtype)
+        arguments = {**drawn(7, 2**56 - 5, stream=255), "draw": integer(2**32 - 1)}
+        yield Call("randn", "randn", arguments, {"out": expected})
+
+
+def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
+    """The steps with options: none, each alone, all at once."""
+    for step in (extended, linear):
+        table, t = step.make_table(8), torch.tensor([3, 0, 1, 2, 7])
+        every = step.options(tuple(x.shape), x.dtype, m.dtype)
+        for i, names in enumerate([[], list(every), *([name] for name in every)]):
+            given = {name: every[name] for name in names}
+            if ("known" in given) != ("mask" in given):
+                given |= {name: every[name] for name in ("known", "mask")}
+            options, own = [
+                ({"rng": Philox(5, 2**33)}, drawn(5, 2**33)),
+                ({"noise": z}, {"noise": z}),
+                ({"add_noise": False}, {}),
+            ][i % 3]
+            results = {name: torch.empty_like(x) for name in step.RESULTS if name != "out"}
+            arguments = {"x_t": x, "model_output": m, **rows_of(table, t), **given, **own}
+            how = {**options, **given, **results}
+            if "model_variance" in given:
+                how["log_variance"] = i % 2 == 0
+                arguments["variance"] = integer(1 if i % 2 == 0 else 2)
+            results["out"] = getattr(ops, step.OPERATOR)(x, m, table, t, **how)
+            yield Call(f"{step.OPERATOR} {names}", step.OPERATOR, arguments, results)
+
+
+def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
+    t, plain, bound = torch.tensor([3, 0, 1, 2, 1]), normal(4, 4, seed=5), normal(4, 8, seed=6)
+    bound[:, 7] = torch.tensor([0.0, 1.0, 0.0, 0.0])  # the decoder's row
+    v = normal(*x.shape, seed=8).to(m.dtype)
+    for variational, kind, noise in itertools.product((False, True), LOSSES, ("drawn", "given")):
+        own = drawn(4, 0, stream=2) if noise == "drawn" else {"noise": z}
+        options = {"rng": Philox(4)} if noise == "drawn" else {"noise": z}
+        leaf = (torch.cat([m, v], 1) if variational else m.clone()).requires_grad_()
+        table = bound if variational else plain
+        how = {"loss": kind, "delta": 0.7, "reduction": "none", "variational": variational, **options}
+        expected = ops.diffusion_loss(leaf, x, table, t, **how)
+        (slope,) = torch.autograd.grad(expected.sum(), leaf)
+        chunks = torch.zeros(len(x), -(-x[0].numel() // 512), dtype=torch.float64)
+        arguments = {"x": x, "model_output": m, **rows_of(table, t), **own, "chunks": chunks}
+        arguments |= {"kind": integer(LOSSES.index(kind)), "delta": torch.tensor([0.7])}
+        halves = slope.float().chunk(2, 1) if variational else (slope.float(),)
+        results = {"loss": expected.detach(), **dict(zip(("slope", "variance_slope"), halves, strict=False))}
+        yield Call(
+            f"loss {variational} {kind} {noise}", "loss", arguments | ({"variance": v} if variational else {}), results
+        )

@@ -1,0 +1,23 @@
+// A library with the fma of machines that have none: over vectors, and over single numbers.
+#define DDPM_WITHOUT_FMA
+#include "cpu/simd/sse2.h"
+
+using namespace ddpm_ext;
+
+extern "C" {
+
+// n is a multiple of 4.
+void fma_of_vectors(int64_t n, const float* a, const float* b, const float* c, float* out) {
+  using sse2::load;
+  for (int64_t i = 0; i < n; i += 4) sse2::store(out + i, sse2::fma(load(a + i), load(b + i), load(c + i)));
+}
+
+void fma_of_numbers(int64_t n, const float* a, const float* b, const float* c, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = ddpm_ext::fma(a[i], b[i], c[i]);
+}
+
+// The C library's, which C demands to be rounded once.
+void fma_of_libm(int64_t n, const float* a, const float* b, const float* c, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = ::fmaf(a[i], b[i], c[i]);
+}
+}
