@@ -121,6 +121,7 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
     ) -> None:
+        checks.tensor("table", table)
         self._table, self._noise, self._rng = table, noise, rng
         self._clip = checks.clip_range(clip) or NO_CLIP
         self._drawn = noise is None and rng is None

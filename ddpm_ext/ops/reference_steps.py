@@ -80,6 +80,7 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
     ) -> None:
+        checks.tensor("table", table)
         self._table, self._clip, self._noise, self._rng = table, clip, noise, rng
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:

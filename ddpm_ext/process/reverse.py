@@ -60,8 +60,9 @@ def p_sample(
 ) -> Tensor:
     """See GaussianDiffusion.p_sample."""
     recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
     try:
+        # torch.no_grad() takes a quarter of a small step's time, and its Python can be interrupted before it restores.
+        torch._C._set_grad_enabled(False)
         clip = as_fixed_clip(clip_denoised)
         step = process.ops.ReverseStep(process.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
         row, index = checks.split_t(t)
