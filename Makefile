@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-fast bench bench-peers sass pictures docs gpu dist lint format clean
+.PHONY: help venv build demo test test-fast bench bench-peers fuzz sass pictures docs gpu dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: build ## all tests
 
 test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers
 	$(PYTEST) -m "not peers and not subprocess and not slow"
+
+fuzz: build ## property tests with new seeds, each in a process of its own (SECONDS=600; default 60)
+	OMP_NUM_THREADS=2 $(PY) tests/support/fuzz.py $(or $(SECONDS),60)
 
 bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE writes the table)
 	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))

@@ -45,6 +45,8 @@ void check_agreement(const char* op, std::initializer_list<Named> tensors) {
     if (t.tensor == nullptr) continue;
     TORCH_CHECK_VALUE(t.tensor->layout() == at::kStrided, op, ": ", t.name, " has layout ", t.tensor->layout(),
                       ", expected strided");
+    const char* kind = t.tensor->is_nested() ? "nested" : t.tensor->is_quantized() ? "quantized" : nullptr;
+    TORCH_CHECK_VALUE(kind == nullptr, op, ": ", t.name, " is a ", kind, " tensor, expected a plain one");
     TORCH_CHECK_VALUE(t.tensor->device() == first.device(), op, ": ", t.name, " is on ", t.tensor->device(),
                       ", expected the samples' device, ", first.device());
   }

@@ -35,6 +35,7 @@ __all__ = [
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
+_REALS = (float, int, numbers.Real)  # the first two alone are found without a call
 
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
@@ -65,9 +66,14 @@ def nonnegative(name: str, value: object) -> None:
 
 
 def clip_range(clip: Any) -> tuple[float, float] | None:
-    """Returns `clip`. Raises TypeError unless it is None or has two ends."""
-    if clip is not None and not (isinstance(clip, _PAIRS) and len(clip) == 2):
+    """Returns `clip`. Raises TypeError unless it is None or has two numbers, ValueError unless they ascend."""
+    if clip is None:
+        return None
+    pair = isinstance(clip, _PAIRS) and len(clip) == 2
+    if not (pair and isinstance(clip[0], _REALS) and isinstance(clip[1], _REALS)):
         raise TypeError(f"clip is {clip!r}, expected (low, high) or None")
+    if not clip[0] <= clip[1]:
+        raise ValueError(f"clip is {clip!r}, expected low <= high")
     return clip  # type: ignore[return-value]
 
 
@@ -87,6 +93,14 @@ def tensor(name: str, value: object) -> None:
     """Raises TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+
+
+def plain_layout(name: str, x: Tensor) -> None:
+    """Raises ValueError unless a tensor is strided and not nested."""
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}, expected torch.strided")
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor, expected a plain one")
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -141,6 +155,7 @@ def samples(name: str, x: Tensor) -> None:
     tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
+    plain_layout(name, x)
     if x.dim() < 1:
         raise ValueError(f"{name} is 0-dimensional, expected (batch, ...)")
 
@@ -151,6 +166,7 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
     lower: accept float16 and bfloat16 as well where x is float32.
     """
     tensor(name, y)
+    plain_layout(name, y)
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(y.shape)}, expected that of {x_name}, {tuple(x.shape)}")
     if y.device != x.device:

@@ -18,8 +18,10 @@ from ddpm_ext.ops.noise import STREAM_START, Philox
 __all__ = ["Begin", "compiled", "rng_in_memory"]
 
 
-def compiled(model: Model, how: bool | str) -> Model:
+def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
     """The model as p_sample_loop's option `compile` asks for it."""
+    if isinstance(how, str) or how is True:
+        _check_compiler(how, device)
     if isinstance(how, str):
         try:
             return torch.compile(model, mode=how)
@@ -28,6 +30,21 @@ def compiled(model: Model, how: bool | str) -> Model:
     if not isinstance(how, bool):
         raise TypeError(f"compile is {how!r}, expected a bool or a mode of torch.compile")
     return torch.compile(model) if how else model
+
+
+def _check_compiler(how: bool | str, device: torch.device) -> None:
+    """torch.compile itself looks for a C++ compiler in the first step, and ends that with pages of its own errors."""
+    if device.type != "cpu":
+        return
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except ImportError:  # a torch that has other names for them
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ValueError(f"compile is {how!r}, expected False: torch.compile finds no C++ compiler here") from None
 
 
 def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:

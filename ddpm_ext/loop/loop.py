@@ -73,7 +73,7 @@ class Loop:
                 for name, value in step_options.model_kwargs.items()
             }
             step_options = replace(step_options, model_kwargs=kwargs)
-        self._step = LoopStep(ops, compiled(model, options.compile), rows, x, rng, step_options)
+        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, step_options)
         batch = len(self._step.state.x_twice)
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
@@ -144,8 +144,8 @@ class Loop:
                     copies.before_overwriting(state.next_x0)
             # Not around the loop: what runs between two steps is the caller's.
             recording = torch.is_grad_enabled()
-            torch._C._set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
             try:
+                torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
                 self._take(row)
             finally:
                 torch._C._set_grad_enabled(recording)

@@ -74,7 +74,10 @@ def _key(options: LoopOptions) -> object:
     sampler = id(options.sampler) if isinstance(options.sampler, StepTable) else repr(options.sampler)
     guidance, timesteps = as_guidance(options.guidance), options.timesteps
     if not (timesteps is None or isinstance(timesteps, Tensor)):
-        timesteps = torch.as_tensor(timesteps, device="cpu")
+        try:
+            timesteps = torch.as_tensor(timesteps, device="cpu")
+        except (TypeError, ValueError, RuntimeError):  # what torch says of a dict, of lists of two lengths, of 2^70
+            raise TypeError(f"timesteps is {options.timesteps!r}, expected ints (steps,), or int64") from None
     return (
         sampler,
         repr(options.eta),

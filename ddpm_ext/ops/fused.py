@@ -132,6 +132,7 @@ class ReverseStep:
         rng: Philox | None = None,
         add_noise: bool = True,
     ) -> None:
+        checks.tensor("table", table)
         self._table = table
         self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
         ends = checks.clip_range(clip) or NO_CLIP

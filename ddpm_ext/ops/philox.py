@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ddpm_ext.base import checks
+
 __all__ = ["WORD", "box_muller", "normals", "philox4x32"]
 
 WORD = 0xFFFFFFFF
@@ -24,22 +26,28 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
     """Philox4x32-10 of Salmon et al. 2011.
 
     Args:
-        counter: int64 (..., 4), words in [0, 2^32).
-        key: int64 (..., 2), words in [0, 2^32); broadcast against counter.
+        counter: int64 (..., 4), of which the lower 32 bits count.
+        key: int64 (..., 2), likewise; broadcast against counter.
 
     Returns:
         int64 (..., 4), words in [0, 2^32).
 
     Raises:
-        TypeError: another dtype. ValueError: another number of words.
+        TypeError: no tensor, or another dtype. ValueError: another number of words, or shapes that don't broadcast.
     """
     for name, words, count in (("counter", counter, 4), ("key", key, 2)):
+        checks.tensor(name, words)
         if words.dtype != torch.int64:
             raise TypeError(f"{name} has dtype {words.dtype}, expected int64")
         if words.dim() < 1 or words.shape[-1] != count:
             raise ValueError(f"{name} has shape {tuple(words.shape)}, expected (..., {count})")
-    c0, c1, c2, c3 = counter.unbind(-1)
-    k0, k1 = key.unbind(-1)
+    try:
+        torch.broadcast_shapes(counter.shape[:-1], key.shape[:-1])
+    except RuntimeError:
+        shapes = f"{tuple(key.shape)}, expected one that broadcasts against counter's, {tuple(counter.shape)}"
+        raise ValueError(f"key has shape {shapes}") from None
+    c0, c1, c2, c3 = (counter & WORD).unbind(-1)
+    k0, k1 = (key & WORD).unbind(-1)
     for _ in range(10):
         high0, low0 = _multiply(c0, 0xD2511F53)
         high1, low1 = _multiply(c2, 0xCD9E8D57)

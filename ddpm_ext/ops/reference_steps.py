@@ -82,6 +82,7 @@ class ReverseStep:
         rng: Philox | None = None,
         add_noise: bool = True,
     ) -> None:
+        checks.tensor("table", table)
         self._table, self._noise, self._rng = table, noise, rng
         self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
 

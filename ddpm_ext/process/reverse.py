@@ -62,8 +62,9 @@ def p_sample(
 ) -> Tensor:
     """See GaussianDiffusion.p_sample."""
     recording = _is_grad_enabled()
-    _set_grad_enabled(False)  # torch.no_grad() takes a quarter of a small step's time
     try:
+        # torch.no_grad() takes a quarter of a small step's time, and its Python can be interrupted before it restores.
+        _set_grad_enabled(False)
         clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
         step = process.reverse_step(x_t, clip, noise, rng)
         row, index = checks.split_t(t)

@@ -96,11 +96,17 @@ class StepDeviceTables(DeviceTables):
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
         """The timestep of a row for each sample, (batch,): a view of the table, which is kept for the next call."""
         if torch.compiler.is_compiling():
-            return self.timesteps(device)[row].expand(batch)
+            return self._timestep(row, batch, device)
         views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)
         view = views.get(row)
         if view is None:
-            view = self.timesteps(device)[row].expand(batch)
+            view = self._timestep(row, batch, device)
             if is_plain(view):
                 views[row] = view
         return view
+
+    def _timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
+        timesteps = self.timesteps(device)
+        if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
+            raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
+        return timesteps[row].expand(batch)

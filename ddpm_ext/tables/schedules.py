@@ -215,6 +215,11 @@ def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) 
         raise TypeError(f"beta_schedule is a {kind}, expected a name, a tensor of betas or a NoiseSchedule")
     betas = made if made is not beta_schedule else _checked_betas(made, timesteps)
     alphas_cumprod = (1 - betas).cumprod(0)
+    gone = (alphas_cumprod[:-1] == 0).nonzero()
+    if len(gone):
+        raise ValueError(
+            f"betas: alphas_cumprod[{int(gone[0])}] is 0 in float64, expected 0 at the last timestep alone"
+        )
     return ForwardLevels(betas, alphas_cumprod, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
 

@@ -45,6 +45,8 @@ AFTER_A_JUMP = StepTable(
         ({"timesteps": [1, 3], "steps": None}, ValueError, ["timesteps do not descend"]),
         ({"timesteps": [1000], "steps": None}, ValueError, ["timestep reaches from 1000"]),
         ({"timesteps": 5, "steps": None}, ValueError, [r"timestep has shape \(\)"]),
+        ({"timesteps": {}, "steps": None}, TypeError, ["timesteps is {}, expected ints"]),
+        ({"timesteps": "10", "steps": None}, TypeError, ["timesteps is '10', expected ints"]),
         ({"record": "every"}, ValueError, ["record is 'every'", "'all'", "'last'"]),
         ({"record": 0}, ValueError, ["record is 0"]),
         ({"record": -3}, ValueError, ["record is -3"]),

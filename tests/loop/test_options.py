@@ -190,3 +190,11 @@ def test_compile(device):
             torch.testing.assert_close(gd.p_sample_loop(**options), expected, rtol=1e-6, atol=1e-6)
     assert modes == [None, "max-autotune"]
     assert calls
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    """It is one sentence, before the first step."""
+    inductor = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match=r"compile is True, expected False: torch\.compile finds no C\+\+ compiler"):
+        make_diffusion().p_sample_loop(lambda x, t: x, (1, 2), compile=True, progress=False)

@@ -74,6 +74,9 @@ COMMON = [
     (ALL, {"table": None}, TypeError, "table is a NoneType, expected a tensor"),
     (["reverse_step"], {"clip": True}, TypeError, r"clip is True, expected \(low, high\) or None"),
     (["reverse_step"], {"clip": (1.0,)}, TypeError, r"clip is \(1.0,\), expected \(low, high\) or None"),
+    (["reverse_step"], {"clip": ("0", "1")}, TypeError, r"clip is \('0', '1'\), expected \(low, high\) or None"),
+    (["reverse_step"], {"clip": (1.0, -1.0)}, ValueError, r"clip is \(1.0, -1.0\), expected low <= high"),
+    (["reverse_step"], {"clip": (math.nan, 1.0)}, ValueError, "clip is .*nan.*, expected low <= high"),
     (NOISY, {"out": X[:, :5].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X[:1].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X.half()}, TypeError, "out has dtype"),
@@ -97,8 +100,6 @@ FUSED = [
     (ALL, {"table": torch.zeros(0, 8), "t": 0}, ValueError, "table has shape"),
     (["reverse_step"], {"table": torch.zeros(8, 5).t()}, ValueError, "table has shape"),
     (["forward_process"], {"table": torch.zeros(2, 5).t()}, ValueError, "table has shape"),
-    (["reverse_step"], {"clip": (1.0, -1.0)}, ValueError, "clip is"),
-    (["reverse_step"], {"clip": (math.nan, 1.0)}, ValueError, "clip is"),
     (NOISY, {"noise": 1.0}, TypeError, "noise is a float"),
 ]
 
@@ -149,6 +150,27 @@ def check_nothing_is_written(name, arguments, error, message, device):
     out = torch.full_like(arguments.get("x", X), 1, device=device)
     refused(ops, name, arguments | {"out": out}, error, message, device)
     assert (out == 1).all()
+
+
+# made when they are used, since torch warns of them
+KINDS = {
+    "is a quantized tensor|has dtype torch.qint8": lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.qint8),
+    "is a nested tensor, expected a plain one": lambda: torch.nested.nested_tensor([X[0, :3], X[0]]),
+    "has layout .*, expected": X.to_sparse,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|nested)")
+@pytest.mark.parametrize("backend", [ops, reference])
+@pytest.mark.parametrize("message", KINDS)
+@pytest.mark.parametrize("name", ALL)
+def test_tensors_of_other_kinds_are_refused(backend, name, message):
+    other = KINDS[message]()
+    refused(backend, name, {"x": other, "y": other}, (TypeError, ValueError), f"{{x}} ({message})", CPU)
+    if name in TWO:
+        refused(backend, name, {"y": other}, (TypeError, ValueError), f"{{y}} ({message})", CPU)
+    if name in NOISY:
+        refused(backend, name, {"out": other}, (TypeError, ValueError), f"out ({message})", CPU)
 
 
 @pytest.mark.parametrize(("name", "arguments", "error", "message"), cases(COMMON[:-3] + FUSED, NOISY))

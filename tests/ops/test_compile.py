@@ -101,6 +101,14 @@ def test_aot_eager(name, noise, device):
     assert torch.equal(*expected) == (noise != "default generator")  # the seed is not a constant of the graph
 
 
+@pytest.mark.parametrize("t", [-1, 1000])
+@pytest.mark.parametrize("name", ["q_sample", "p_sample", "train_losses"])
+def test_int_t_out_of_range(name, t):
+    compiled = torch.compile(lambda x: FUNCTIONS[name](x, t), backend="eager")
+    with pytest.raises(ValueError, match=f"t is {t}, expected 0 <= t < 1000"):
+        compiled(torch.zeros(SHAPE))
+
+
 @functions
 @pytest.mark.parametrize("t", [0, 7])
 def test_int_t(name, t, device):

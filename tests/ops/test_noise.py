@@ -331,8 +331,16 @@ def test_last_ids_are_taken(device):
         (torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), ValueError, r"counter has shape \(3,\)"),
         (torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), ValueError, r"key has shape \(1,\)"),
         (torch.zeros(4, dtype=torch.int64), torch.zeros((), dtype=torch.int64), ValueError, r"key has shape \(\)"),
+        ([0, 0, 0, 0], torch.zeros(2, dtype=torch.int64), TypeError, "counter is a list, expected a tensor"),
+        (torch.zeros(5, 4).long(), torch.zeros(3, 2).long(), ValueError, r"key has shape \(3, 2\), .*\(5, 4\)"),
     ],
 )
 def test_words_of_philox_are_checked(counter, key, error, message):
     with pytest.raises(error, match=message):
         reference.philox4x32(counter, key)
+
+
+def test_words_of_philox_count_by_their_lower_bits():
+    counter, key, result = map(words, PUBLISHED[-1])
+    beyond = (torch.tensor(counter) - 2**32, torch.tensor(key) + 2**40)
+    assert reference.philox4x32(*beyond).tolist() == result

@@ -1,15 +1,19 @@
 """Property tests: tests of many inputs, each made by the choices of a `Choose`.
 
 If hypothesis is installed, it makes the choices and reduces an input that fails to a small one. Otherwise they are
-random, from fixed seeds, so that these tests need nothing but pytest.
+random, from fixed seeds, so that these tests need nothing but pytest. With DDPM_EXT_FUZZ=SEED:SECONDS in the
+environment, they are random from that seed on, for as long as that: fuzz.py.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import os
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 try:
@@ -19,6 +23,7 @@ except ImportError:
     hypothesis = None
 
 T = TypeVar("T")
+FUZZ = os.environ.get("DDPM_EXT_FUZZ", "")
 
 
 class Choose:
@@ -58,6 +63,19 @@ class Hypothesis(Choose):
         return self.draw(st.permutations(range(count)), name)
 
 
+def seeds(examples: int) -> Iterator[int]:
+    """Those of a test's examples."""
+    if not FUZZ:
+        yield from range(examples)
+        return
+    first, seconds = FUZZ.split(":")
+    end = time.monotonic() + float(seconds)
+    for seed in itertools.count(int(first)):
+        yield seed
+        if time.monotonic() > end:
+            return
+
+
 def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Runs the test `examples` times, each time with another `choose`. Every run has the same ones."""
 
@@ -68,8 +86,8 @@ def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..
     def without(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
-            for seed in range(examples):
-                print(f"seed {seed}")  # pytest shows it if the test fails
+            for seed in seeds(examples):
+                print(f"seed {seed}", flush=True)  # pytest shows it if the test fails
                 test(choose=Choose(seed), **fixtures)
 
         signature = inspect.signature(test)
@@ -77,4 +95,4 @@ def for_many(examples: int = 150) -> Callable[[Callable[..., None]], Callable[..
         run.__signature__ = signature.replace(parameters=others)
         return run
 
-    return without if hypothesis is None else with_hypothesis
+    return without if hypothesis is None or FUZZ else with_hypothesis

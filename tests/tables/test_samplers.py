@@ -29,6 +29,12 @@ STOCHASTIC = ("ddim", "dpmpp_2s", "sa_solver", "tcd")  # have eta, as those with
 BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_grid_is_expected(name):
+    with pytest.raises(TypeError, match=f"{name}: grid is a Tensor, expected a Grid"):
+        SAMPLERS[name](torch.linspace(0.1, 0.9, 5))
+
+
 def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
 

@@ -123,6 +123,7 @@ def test_betas_out_of_range(value, index):
         (torch.full((3,), 0.1), 2, ValueError, r"betas .*\(3,\).*\(2,\)"),
         (torch.full((2, 1), 0.1), 2, ValueError, r"betas .*\(2, 1\).*\(2,\)"),
         (torch.full((), 0.1), 1, ValueError, r"betas .*\(\).*\(1,\)"),
+        (torch.full((200,), 0.99), 200, ValueError, r"betas: alphas_cumprod\[161\] is 0 in float64, expected 0 at the"),
         ("linear", 0, ValueError, "timesteps is 0"),
         ("linear", -1, ValueError, "timesteps is -1"),
         ("linear", 2**31, ValueError, "timesteps is 2147483648"),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["at_any_scale"]
@@ -16,6 +17,8 @@ def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
 
     @wraps(sampler)
     def scaled(grid: Any, **options: Any) -> StepTable:
+        if not isinstance(grid, Grid | Jumps):
+            raise TypeError(f"{sampler.__name__}: grid is a {type(grid).__name__}, expected a Grid")
         if grid.scale is None:
             return sampler(grid, **options)
         table = sampler(grid.unscaled(), **options)

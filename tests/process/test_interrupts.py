@@ -1,0 +1,94 @@
+"""Ctrl-C at any instruction of a step or a loop leaves torch's gradient mode as it was.
+
+Python handles a signal between two instructions, but not between any two: after calls, at a function's start, and where
+a loop jumps back. So the signal arrives in C, as a real one does, before each instruction in turn, and Python chooses
+when to raise KeyboardInterrupt. `with torch.no_grad()` would not pass: its __exit__ is a function in Python, at the
+start of which a signal is handled.
+"""
+
+import ctypes
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.loop.loop import Loop
+from ddpm_ext.process import reverse
+
+pytestmark = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts CPython's instructions")
+
+GD = GaussianDiffusion(20, variance="learned_range")
+
+
+def model(x, t):
+    return torch.cat([x, x], 1)
+
+
+def take_a_step():
+    GD.p_sample(model, torch.ones(1, 1, 2), 3, rng=Philox(0))
+
+
+def take_a_loop():
+    GD.p_sample_loop(model, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
+
+
+class Interruption:
+    """A signal that arrives before the instruction of a number, counted over the frames of some functions."""
+
+    def __init__(self, number, functions):
+        self.left, self.codes = number, {function.__code__ for function in functions}
+        self.raised = False
+        # What CPython calls in a handler of signals written in C. It ignores the arguments of a trace function.
+        self.arrive = ctypes.PyDLL(None).PyErr_SetInterrupt
+        self.arrive.argtypes, self.arrive.restype = [ctypes.py_object] * 3, None
+
+    def trace(self, frame, event, _):
+        if frame.f_code not in self.codes or self.left < 0:
+            return None
+        frame.f_trace_opcodes = True
+        return self.count
+
+    def count(self, frame, event, _):
+        if event != "opcode":
+            return self.count
+        self.left -= 1
+        # The next event of this frame is C's: no Python runs between the signal and the frame's instruction.
+        return self.arrive if self.left < 0 else self.count
+
+    def handle(self, number, frame):
+        sys.settrace(None)
+        if not self.raised:
+            self.raised = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+@pytest.mark.parametrize(
+    ("take", "functions"), [(take_a_step, [reverse.p_sample]), (take_a_loop, [Loop.run, Loop._take])]
+)
+def test_an_interrupt_at_any_instruction_restores_the_gradient_mode(take, functions):
+    take()  # what is made once is made
+    before, traced = signal.getsignal(signal.SIGINT), sys.gettrace()
+    raised, left_off = 0, []
+    for number in range(2000):
+        interruption = Interruption(number, functions)
+        with torch.enable_grad():
+            signal.signal(signal.SIGINT, interruption.handle)
+            try:
+                sys.settrace(interruption.trace)
+                take()
+                sys.gettrace()  # a call, after which the signal is handled at the latest
+            except KeyboardInterrupt:
+                raised += 1
+            finally:
+                sys.settrace(traced)
+                signal.signal(signal.SIGINT, before)
+            if not torch.is_grad_enabled():
+                left_off.append(number)
+        if interruption.left >= 0:
+            break
+    assert interruption.left >= 0 and raised > 30
+    assert not left_off
