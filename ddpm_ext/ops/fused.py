@@ -16,6 +16,7 @@ from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss import diffusion_loss
 from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, fresh_arguments, noise_arguments, randn
+from ddpm_ext.ops.scales import output_scale, x_start_scale
 from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "extended_step",
     "forward_process",
     "linear_step",
+    "output_scale",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "x_start_scale",
 ]
 
 NO_CLIP = _registration.NO_CLIP
