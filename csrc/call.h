@@ -6,6 +6,8 @@
 #include "core/extended.h"
 #include "core/linear.h"
 #include "core/loss.h"
+#include "core/quantile.h"
+#include "core/spread.h"
 
 namespace ddpm_ext {
 
@@ -92,6 +94,25 @@ struct LossCall : Call {
   float* loss = nullptr;     // (batch,), written
   float* total = nullptr;    // the sum of the losses times total_factor, written unless null
   double total_factor = 1;
+};
+
+// A call of x_start_scale. Rows are ExtendedRow; without a table the magnitudes are those of x.
+struct XStartScaleCall : Call {
+  TensorArg x, model_output, uncond_output;
+  PerSample output_scale;
+  QuantileRank rank;
+  float maximum = 0;
+  float* scale = nullptr;    // (batch,), written
+  float* scratch = nullptr;  // as much as the device asks for
+};
+
+// A call of output_scale.
+struct OutputScaleCall : Call {
+  TensorArg model_output, uncond_output;
+  float guidance = 1;  // the scale of classifier-free guidance
+  double rescale = 0;
+  ChunkMoments* chunks = nullptr;  // (batch, loss_chunks(numel), 2): scratch, of the model's output and the guided one
+  float* scale = nullptr;          // (batch,), written
 };
 
 // How many chunks a sample of the loss has.

@@ -7,10 +7,12 @@ from ddpm_ext.ops.reference import (
     extended_step,
     forward_process,
     linear_step,
+    output_scale,
     posterior_mean,
     predict_start,
     randn,
     reverse_step,
+    x_start_scale,
 )
 
 __all__ = [
@@ -19,9 +21,11 @@ __all__ = [
     "extended_step",
     "forward_process",
     "linear_step",
+    "output_scale",
     "philox4x32",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "x_start_scale",
 ]

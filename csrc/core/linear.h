@@ -74,7 +74,7 @@ DDPM_HD void take_step(const LinearRow& row, const StepSample<LinearStep>& sampl
   if (io.has(Role::x_start)) {
     DDPM_EACH x0[i] = io.template load<Role::x_start>(i);
   } else {
-    DDPM_EACH x0[i] = fma(F(row.a), x[i], F(row.b) * m[i]);
+    DDPM_EACH x0[i] = unclipped_x_start(row.a, row.b, x[i], m[i]);
   }
   DDPM_EACH x0[i] = clamp(x0[i] * F(sample[Factor::x_start_scale]), F(sample.clip_min), F(sample.clip_max));
 

@@ -14,9 +14,15 @@ struct alignas(16) StepRow {
   float c3;
 };
 
+// The clean sample before it is clipped.
+template <class F>
+DDPM_HD F unclipped_x_start(float a, float b, F x, F m) {
+  return fma(F(a), x, F(b) * m);
+}
+
 template <class F>
 DDPM_HD F predict_x_start(const StepRow& row, F x, F m, float clip_min, float clip_max) {
-  return clamp(fma(F(row.a), x, F(row.b) * m), F(clip_min), F(clip_max));
+  return clamp(unclipped_x_start(row.a, row.b, x, m), F(clip_min), F(clip_max));
 }
 
 // The step without its noise. Only samplers that keep the model's own eps have a c2 other than 0. For the others m must

@@ -60,6 +60,31 @@ struct LossRun {
   uint32_t block;
 };
 
+// The magnitudes of the predicted clean sample, or without a row of x.
+struct MagnitudesRun {
+  void *x, *model_output, *uncond_output;  // null: the call does not have it
+  int64_t count;
+  const ExtendedRow* row;
+  float output_scale;
+  float *sample_magnitudes, *magnitudes;  // where those of the sample begin, and those of the run
+};
+
+// Magnitudes come in tiles of kGroup rows. A group is one column of a tile.
+constexpr int64_t kGroup = 16, kTileColumns = 64, kTile = kGroup * kTileColumns;
+
+// Two magnitudes between which a quantile lies.
+struct Neighbours {
+  uint32_t below, above;
+};
+
+// The moments of a run's chunks. A run begins at the first element of a chunk.
+struct MomentsRun {
+  void *model_output, *uncond_output;
+  int64_t count, valid;  // only the first `valid` of `count` elements belong to the sample
+  float guidance;
+  ChunkMoments *sample_chunks, *chunks;  // two for each chunk: of the model's output and of the guided one
+};
+
 using LossRunKernel = void (*)(const LossRun&);
 
 struct Kernels {
@@ -74,6 +99,15 @@ struct Kernels {
   StepRunKernel<LinearStep> linear_step[2][3][3];
   // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
+  // By the dtype of x, by the dtype of the model's output.
+  void (*magnitudes[3][3])(const MagnitudesRun&);
+  // Writes the greatest magnitude of each group of `count` ones, whole tiles.
+  void (*group_maxima)(const float* magnitudes, int64_t count, int32_t* maxima);
+  // Finds the from_top-th largest of `count` magnitudes, whole tiles, and the next larger one. `scratch` has a quarter
+  // of their number.
+  Neighbours (*select)(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top,
+                       int32_t* scratch);
+  void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
 };
 
 namespace portable {

@@ -1,6 +1,7 @@
 #include "cpu/operators.h"
 
 #include "cpu/runs.h"
+#include "cpu/strands.h"
 
 namespace ddpm_ext::cpu {
 namespace {
@@ -62,16 +63,6 @@ void randn(const ElementwiseCall& call) {
 
 namespace {
 
-// Adds up values in the order of kLossStrands in core/loss.h.
-template <class T>
-double sum_by_strands(const T* values, int64_t count) {
-  double strands[kLossStrands] = {};
-  for (int64_t i = 0; i < count; ++i) strands[i % kLossStrands] += values[i];
-  for (int h = kLossStrands / 2; h > 0; h /= 2)
-    for (int i = 0; i < h; ++i) strands[i] += strands[i + h];
-  return strands[0];
-}
-
 template <class Row>
 void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
   const int x = index(call.x_start.dtype), m = index(call.model_output.dtype);
@@ -91,10 +82,10 @@ void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
       call, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, fill);
   for (int64_t b = 0; b < call.batch; ++b) {
     const double weight = weight_of_sum(static_cast<const Row*>(call.table)[timestep(call, b)]);
-    call.loss[b] = static_cast<float>(sum_by_strands(call.chunks + b * chunks, chunks) * call.per_element * weight);
+    call.loss[b] = static_cast<float>(sum_by_strands(chunks, [&](int64_t i) { return call.chunks[b * chunks + i]; }) * call.per_element * weight);
   }
   if (call.total != nullptr)
-    *call.total = static_cast<float>(sum_by_strands(call.loss, call.batch) * call.total_factor);
+    *call.total = static_cast<float>(sum_by_strands(call.batch, [&](int64_t i) { return static_cast<double>(call.loss[i]); }) * call.total_factor);
 }
 
 }  // namespace

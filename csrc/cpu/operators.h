@@ -10,6 +10,9 @@ void extended_step(const StepCall<ExtendedStep>& call);
 void linear_step(const StepCall<LinearStep>& call);
 void affine(const ElementwiseCall& call);
 void loss(const LossCall& call);
+void output_scale(const OutputScaleCall& call);
+void x_start_scale(const XStartScaleCall& call);
+int64_t x_start_scale_scratch(int64_t batch, int64_t numel);  // floats
 void randn(const ElementwiseCall& call);
 
 const Kernels& kernels();       // those of the instruction set in use

@@ -47,18 +47,36 @@ inline std::array<Part, 6> parts_of(const LossCall& call, LossRun& run) {
            {&call.variance_slope, &run.variance_slope, true}}};
 }
 
+inline std::array<Part, 3> parts_of(const XStartScaleCall& call, MagnitudesRun& run) {
+  return {{{&call.x, &run.x, false},
+           {&call.model_output, &run.model_output, false},
+           {&call.uncond_output, &run.uncond_output, false}}};
+}
+
+inline std::array<Part, 2> parts_of(const OutputScaleCall& call, MomentsRun& run) {
+  return {{{&call.model_output, &run.model_output, false}, {&call.uncond_output, &run.uncond_output, false}}};
+}
+
 // Sets the fields of a run, besides its tensors, that depend on its place: it has n elements from element j on.
-inline void begin_run(const Run&, int64_t, int64_t) {}
-template <class Step>
-void begin_run(const StepRun<Step>&, int64_t, int64_t) {}
+template <class Run>
+void begin_run(Run& run, int64_t j, int64_t) {
+  run.block = static_cast<uint32_t>(j / 4);
+}
 inline void begin_run(LossRun& run, int64_t j, int64_t n) {
+  run.block = static_cast<uint32_t>(j / 4);
   run.valid = n;
   run.chunks = run.sample_chunks + j / kLossChunk;
+}
+inline void begin_run(MagnitudesRun& run, int64_t j, int64_t) { run.magnitudes = run.sample_magnitudes + j; }
+inline void begin_run(MomentsRun& run, int64_t j, int64_t n) {
+  run.valid = n;
+  run.chunks = run.sample_chunks + 2 * (j / kLossChunk);
 }
 
 // A run that reads its tensors without a buffer has a multiple of this many elements.
 template <class Run>
-constexpr int64_t kMultiple = std::is_same_v<Run, LossRun> ? kLossChunk : kRunMultiple;
+constexpr int64_t kMultiple =
+    std::is_same_v<Run, LossRun> || std::is_same_v<Run, MomentsRun> ? kLossChunk : kRunMultiple;
 
 // Runs a kernel over elements `first` to `last` of sample b: directly where the tensors are contiguous, and through a
 // buffer for strided memory and for the elements that do not fill a whole run.
@@ -79,7 +97,6 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
     for (size_t p = 0; p < kParts; ++p)
       if (samples[p] != nullptr) *parts[p].place = samples[p] + first * element_size(parts[p].tensor->dtype);
     run.count = direct - first;
-    run.block = static_cast<uint32_t>(first / 4);
     begin_run(run, first, run.count);
     kernel(run);
   }
@@ -93,7 +110,6 @@ void run_sample(void (*kernel)(const Run&), const AnyCall& call, Run run, int64_
       *parts[p].place = buffers[p];
     }
     run.count = padded;
-    run.block = static_cast<uint32_t>(j / 4);
     begin_run(run, j, n);
     kernel(run);
     for (size_t p = 0; p < kParts; ++p)
@@ -107,29 +123,11 @@ inline int64_t timestep(const Call& call, int64_t b) {
   return std::clamp<int64_t>(t, 0, call.rows - 1);
 }
 
-// Runs kernels over all samples of a call. choose(row) returns the kernel of a sample, draw_of(row, b) returns the draw
-// to use if the caller gave none, and fill(run, b) sets the remaining fields of a sample's run.
-template <class Row, class Run, class AnyCall, class Choose, class DrawOf, class Fill>
-void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fill) {
-  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
-  const PhiloxKeys keys = philox_keys(seed);
-  const Row* table = static_cast<const Row*>(call.table);
-
-  auto range = [&](int64_t b, int64_t first, int64_t last) {
-    Run run{};
-    run.keys = &keys;
-    const Row* row = nullptr;
-    if (table != nullptr) row = table + timestep(call, b);
-    run.row = row;
-    const int64_t id = call.sample_ids != nullptr ? call.sample_ids[b * call.ids_stride] : call.first_id + b;
-    const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, b);
-    run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
-    fill(run, b);
-    run_sample(choose(row), call, run, b, first, last);
-  };
-
-  // Threads divide the whole batch as one sequence of chunks, so that one large sample is spread as well as many small
-  // ones are.
+// Calls range(b, first, last) for elements `first` to `last` of sample b, until all elements of all samples have had
+// their turn. Threads divide the whole batch as one sequence of chunks, so that one large sample is spread as well as
+// many small ones are.
+template <class Range>
+void for_each_range(const Call& call, Range range) {
   constexpr int64_t kChunk = kBuffer;
   const int64_t per_sample = (call.numel + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, 8192 / std::min(kChunk, call.numel));
@@ -140,6 +138,28 @@ void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fi
       range(b, from * kChunk, std::min(to * kChunk, call.numel));
       chunk += to - from;
     }
+  });
+}
+
+// Runs kernels over all samples of a call. choose(row) returns the kernel of a sample, draw_of(row, b) returns the draw
+// to use if the caller gave none, and fill(run, b) sets the remaining fields of a sample's run.
+template <class Row, class Run, class AnyCall, class Choose, class DrawOf, class Fill>
+void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fill) {
+  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
+  const PhiloxKeys keys = philox_keys(seed);
+  const Row* table = static_cast<const Row*>(call.table);
+
+  for_each_range(call, [&](int64_t b, int64_t first, int64_t last) {
+    Run run{};
+    run.keys = &keys;
+    const Row* row = nullptr;
+    if (table != nullptr) row = table + timestep(call, b);
+    run.row = row;
+    const int64_t id = call.sample_ids != nullptr ? call.sample_ids[b * call.ids_stride] : call.first_id + b;
+    const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, b);
+    run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
+    fill(run, b);
+    run_sample(choose(row), call, run, b, first, last);
   });
 }
 

@@ -11,12 +11,10 @@
 #include "cuda/normals.cuh"
 #include "cuda/operators.h"
 #include "cuda/sample.cuh"
+#include "cuda/sums.cuh"
 
 namespace ddpm_ext::cuda {
 namespace {
-
-constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks of a sample after another
-static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
 
 // The offsets of an element in each of its tensors.
 struct Place {
@@ -93,47 +91,6 @@ class Four {
   int count_;
   Place places_[kAccess == Access::strided ? 4 : 1];
 };
-
-// Adds up a chunk's losses by a warp. Its first lane has the sum.
-__device__ __forceinline__ double sum_of_lanes(const float* losses) {
-  float lanes[2] = {0.0f, 0.0f};
-  DDPM_UNROLL
-  for (int i = 0; i < kLossChunk; i += kLossLanes) {
-    lanes[0] += losses[i + threadIdx.x % 32];
-    lanes[1] += losses[i + 32 + threadIdx.x % 32];
-  }
-  double sum = static_cast<double>(lanes[0]) + static_cast<double>(lanes[1]);
-  DDPM_UNROLL
-  for (int h = 16; h > 0; h /= 2) sum += __shfl_down_sync(0xffffffffu, sum, h);
-  return sum;
-}
-
-// Adds up values by all threads of a block. The first thread has the sum.
-template <class T>
-__device__ __forceinline__ double sum_by_strands(const volatile T* values, int64_t count, double* strands) {
-  double strand = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kLossStrands) strand += values[i];
-  __syncthreads();
-  strands[threadIdx.x] = strand;
-  for (int h = kLossStrands / 2; h > 0; h /= 2) {
-    __syncthreads();
-    if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
-  }
-  return threadIdx.x == 0 ? strands[0] : 0.0;
-}
-
-// Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote. The
-// count is back at zero then, for the next launch.
-__device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t of, bool& last) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(count, of - 1) == of - 1;
-    if (last) __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
 
 // The decoder's term, one element after the other.
 __device__ __forceinline__ LossParts<F2> decoder_bound(const VariationalRow& row, F2 d, F2 v, F2 x_start) {
@@ -293,10 +250,10 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   }
 
   if (!comes_last(counts + b, gridDim.x, last)) return;
-  const double sum = sum_by_strands(sums, chunks, strands);
+  const double sum = sum_by_strands(chunks, [&](int64_t i) { return of_others(sums + i); }, strands);
   if (threadIdx.x == 0) call.loss[b] = static_cast<float>(sum * call.per_element * static_cast<double>(body.weight()));
   if (call.total == nullptr || !comes_last(counts + call.batch, static_cast<uint32_t>(call.batch), last)) return;
-  const double total = sum_by_strands(call.loss, call.batch, strands);
+  const double total = sum_by_strands(call.batch, [&](int64_t i) { return of_others(call.loss + i); }, strands);
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 

@@ -10,6 +10,9 @@ void extended_step(const StepCall<ExtendedStep>& call, int device);
 void linear_step(const StepCall<LinearStep>& call, int device);
 void affine(const ElementwiseCall& call, int device);
 void loss(const LossCall& call, int device);
+void output_scale(const OutputScaleCall& call, int device);
+void x_start_scale(const XStartScaleCall& call, int device);
+int64_t x_start_scale_scratch(int64_t batch, int64_t numel);  // floats
 void randn(const ElementwiseCall& call, int device);
 
 }  // namespace ddpm_ext::cuda

@@ -186,6 +186,39 @@ Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& ta
                                           t_index);
 }
 
+Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
+                     const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
+                     const OptionalTensor& uncond_output, const OptionalTensor& output_scale) {
+  const std::initializer_list<Named> tensors = {{"x_t", x_t},
+                                                {"model_output", model_output},
+                                                {"table", table},
+                                                {"t", t},
+                                                {"uncond_output", uncond_output},
+                                                {"output_scale", output_scale}};
+  refuse_grad("x_start_scale", tensors, "it");
+  if (needs_dispatcher("x_start_scale", tensors)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::x_start_scale", "")
+                               .typed<decltype(ddpm_ext::x_start_scale)>();
+    return op.call(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
+  }
+  RECORD_FUNCTION("ddpm_ext::x_start_scale", std::vector<c10::IValue>());
+  return ddpm_ext::x_start_scale(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
+}
+
+Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, double guidance, double rescale) {
+  const std::initializer_list<Named> tensors = {{"model_output", model_output}, {"uncond_output", uncond_output}};
+  refuse_grad("output_scale", tensors, "it");
+  if (needs_dispatcher("output_scale", tensors)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("ddpm_ext::output_scale", "")
+                               .typed<decltype(ddpm_ext::output_scale)>();
+    return op.call(model_output, uncond_output, guidance, rescale);
+  }
+  RECORD_FUNCTION("ddpm_ext::output_scale", std::vector<c10::IValue>());
+  return ddpm_ext::output_scale(model_output, uncond_output, guidance, rescale);
+}
+
 // The kernels' own Philox, for the tests with the published vectors.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
@@ -257,6 +290,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_reverse_step", &check_reverse_step);
   m.def("forward_process", &forward_process, Unlocked());
   m.def("diffusion_loss", &diffusion_loss, Unlocked());
+  m.def("x_start_scale", &x_start_scale, Unlocked());
+  m.def("output_scale", &output_scale, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());
   m.def("posterior_mean", &posterior_mean, Unlocked());
   m.def("draw_seed", &ddpm_ext::draw_seed);

@@ -88,6 +88,10 @@ TORCH_LIBRARY(ddpm_ext, m) {
       "delta, Tensor? noise, " DDPM_RNG_SCHEMA
       ", *, int reduction=0, bool want_slope=False, bool "
       "variational=False, bool detach_mean=False) -> (Tensor, Tensor)");
+  m.def(
+      "x_start_scale(Tensor x_t, Tensor? model_output, Tensor? table, Tensor? t, SymInt t_index, float quantile, float "
+      "maximum, Tensor? uncond_output, Tensor? output_scale) -> Tensor");
+  m.def("output_scale(Tensor model_output, Tensor uncond_output, float guidance, float rescale) -> Tensor");
   m.def("draw_seed() -> Tensor", {at::Tag::nondeterministic_seeded});
 }
 
@@ -100,6 +104,8 @@ static void register_kernels(torch::Library& m) {
   m.impl("forward_process", ddpm_ext::library::forward_process);
   m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
   m.impl("diffusion_loss", ddpm_ext::library::diffusion_loss);
+  m.impl("x_start_scale", ddpm_ext::x_start_scale);
+  m.impl("output_scale", ddpm_ext::output_scale);
   m.impl("predict_start", ddpm_ext::predict_start);
   m.impl("posterior_mean", ddpm_ext::posterior_mean);
 }

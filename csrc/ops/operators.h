@@ -81,6 +81,17 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
                                           bool want_slope, bool variational, bool detach_mean);
 
+// Computes 1 / bound of each sample, float32 (batch,): the x_start_scale of dynamic thresholding. The bound is the
+// quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of an extended step with these arguments, before it
+// is scaled and clipped; without model_output and table it is x_t.
+Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
+                     const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
+                     const OptionalTensor& uncond_output, const OptionalTensor& output_scale);
+
+// Computes 1 + rescale (std(model_output) / std(guided) - 1) of each sample, float32 (batch,), where guided is
+// uncond_output + guidance (model_output - uncond_output): the output_scale of rescaled guidance.
+Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, double guidance, double rescale);
+
 // Computes k0 x_t + k1 noise.
 Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
                      int64_t t_index);

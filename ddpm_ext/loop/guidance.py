@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.base import checks
-
 __all__ = ["Guidance"]
 
 
@@ -65,23 +63,6 @@ class Guidance:
             return torch.ones(timestep.shape, dtype=torch.bool, device="cpu")
         low, high = self.interval
         return (timestep >= low) & (timestep <= high)
-
-    def output_scale(self, model_output: Tensor, uncond_output: Tensor) -> Tensor | None:
-        """The factor of the guided output, (batch,), float32 or for float64 outputs float64; None for no factor."""
-        if self.rescale == 0:
-            return None
-        dtype = checks.compute_dtype(model_output.dtype)
-        m, u = (output.to(dtype).reshape(len(output), -1) for output in (model_output, uncond_output))
-        if m.shape[1] < 2:
-            raise ValueError(f"guidance rescale is {self.rescale}, expected 0 for samples of one element")
-        ratio = _spread(m) / _spread(torch.lerp(u, m, self.scale))
-        return 1 + self.rescale * (ratio - 1)
-
-
-def _spread(x: Tensor) -> Tensor:
-    """The standard deviation of each row, times a factor that depends on the row's length alone. On a CPU, torch.std
-    takes ten times as long."""
-    return torch.linalg.vector_norm(x - x.mean(1, keepdim=True), dim=1)
 
 
 def as_guidance(guidance: Guidance | float | None) -> Guidance | None:

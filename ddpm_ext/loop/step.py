@@ -46,7 +46,7 @@ class State:
         ]
         stores_x0 = options.returns_x0 or options.self_condition or rows.reads_last_x0
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
-        self.scratch = empty_like(x) if options.threshold or options.denoised_fn else None
+        self.scratch = empty_like(x) if options.denoised_fn else None
         self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
         self._first_order = list(self._x), None if self._x0 is None else list(self._x0), list(self._history)
 
@@ -124,6 +124,9 @@ class LoopStep:
     ) -> None:
         self.ops, self.model, self.options = ops, model, options
         self.rows, self.rng = rows, rng
+        guidance = options.guidance
+        if guidance is not None and guidance.rescale > 0 and x.numel() < 2 * len(x) and any(k.guided for k in rows.kinds):
+            raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
         self.state = State(x, options, rows)
         dtype = checks.compute_dtype(x.dtype)
         self._steps, self._extended, self._x0_rows, self._linear, self._unchanged = (
@@ -144,7 +147,8 @@ class LoopStep:
             or options.doubled
             or any(kind.guided for kind in rows.kinds)
             or options.cond_fn is not None
-            or self.state.scratch is not None
+            or options.threshold is not None
+            or options.denoised_fn is not None
             or self.state.x0 is not None
             or rows.variance is not None
             or rows.table.extended
@@ -252,28 +256,33 @@ class LoopStep:
             uncond_output = self._prediction(uncond_output)
             checks.like("uncond_output", uncond_output, "x_t", x, lower=True)
             checks.like("model_output", model_output, "x_t", x, lower=True)
-            inputs |= {
-                "uncond_output": uncond_output,
-                "output_scale": guidance.output_scale(model_output, uncond_output),
-            }
+            inputs["uncond_output"] = uncond_output
+            if guidance.rescale > 0:
+                inputs["output_scale"] = self.ops.output_scale(
+                    model_output, uncond_output, guidance=guidance.scale, rescale=guidance.rescale
+                )
         return model_output
 
     def _x_start(self, kind: RowKind, row: int | Tensor, model_output: Tensor, inputs: dict[str, Any]) -> Tensor | None:
-        """Computes x0 first if denoised_fn or thresholding needs it, and adds it to the step's `inputs`. Returns the
-        model output only if the step still reads it.
+        """Adds to the step's `inputs` what denoised_fn and thresholding make of x0. Returns the model output only if
+        the step still reads it.
         """
-        state, options = self.state, self.options
-        if state.scratch is None:
-            return model_output
+        state, options, threshold = self.state, self.options, self.options.threshold
+        bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         guided = {name: inputs[name] for name in ("uncond_output", "output_scale") if name in inputs}
+        if state.scratch is None:
+            if threshold is not None:
+                inputs["x_start_scale"] = self.ops.x_start_scale(
+                    state.x, model_output, self._x0_rows, row, **bound, **guided
+                )
+            return model_output
         x_start = self.ops.extended_step(
             state.x, model_output, self._x0_rows, row, clip=None, add_noise=False, out=state.scratch, **guided
         )
-        if options.denoised_fn is not None:
-            x_start = options.denoised_fn(x_start)
-            checks.like("what denoised_fn returns", x_start, "x_t", state.x)
-        if options.threshold is not None:
-            inputs["x_start_scale"] = options.threshold.x_start_scale(x_start)
+        x_start = options.denoised_fn(x_start)
+        checks.like("what denoised_fn returns", x_start, "x_t", state.x)
+        if threshold is not None:
+            inputs["x_start_scale"] = self.ops.x_start_scale(x_start, **bound)
         inputs["x_start"] = x_start
         if kind.needs_output:
             return model_output

@@ -9,10 +9,12 @@ from ddpm_ext.ops.fused import (
     extended_step,
     forward_process,
     linear_step,
+    output_scale,
     posterior_mean,
     predict_start,
     randn,
     reverse_step,
+    x_start_scale,
 )
 
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "extended_step",
     "forward_process",
     "linear_step",
+    "output_scale",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "x_start_scale",
 ]

@@ -26,6 +26,7 @@ from ddpm_ext.ops.noise import (
     randn,
     seed_in_memory,
 )
+from ddpm_ext.ops.scales import output_scale, x_start_scale
 from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "extended_step",
     "forward_process",
     "linear_step",
+    "output_scale",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "x_start_scale",
 ]
 
 NO_CLIP = _registration.NO_CLIP

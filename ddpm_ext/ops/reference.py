@@ -16,6 +16,7 @@ from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
+from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
 from ddpm_ext.ops.reference_steps import ReverseStep, check_reverse_step, extended_step, linear_step, reverse_step
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "extended_step",
     "forward_process",
     "linear_step",
+    "output_scale",
     "philox4x32",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "x_start_scale",
 ]
 
 

@@ -130,7 +130,7 @@ def _factor(given: Tensor | None, x_t: Tensor) -> Tensor | float:
     return given.to(checks.compute_dtype(x_t.dtype)).reshape(-1, *[1] * (x_t.dim() - 1))
 
 
-def _guided_output(
+def guided_output(
     x_t: Tensor,
     model_output: Tensor | None,
     uncond_output: Tensor | None,
@@ -199,7 +199,7 @@ def extended_step(
     dtype = checks.compute_dtype(x_t.dtype)
     a, b, c0, c1, c2, s, _, c3, l0, l1, g0, g1, k0, k1, w, _ = columns(table.to(dtype), t, x_t)
     x, zero = x_t.to(dtype), torch.zeros((), dtype=dtype, device=x_t.device)
-    m = _guided_output(x_t, model_output, uncond_output, output_scale, w)
+    m = guided_output(x_t, model_output, uncond_output, output_scale, w)
     x0 = _predicted_start(x_t, a * x + b * m if x_start is None else x_start, x_start_scale, clip)
     # Where a factor is 0, its tensor may be infinite, or memory that was never written.
     rest = c1 * x + torch.where(c2 == 0, zero, c2 * m)
@@ -274,7 +274,7 @@ def linear_step(
         """Where the factor is 0, the tensor may be infinite, or memory that was never written."""
         return zero if given is None else torch.where(factor == 0, zero, factor * given.to(dtype))
 
-    m = _guided_output(x_t, model_output, uncond_output, output_scale, w)
+    m = guided_output(x_t, model_output, uncond_output, output_scale, w)
     x0 = _predicted_start(x_t, a * x + b * m if x_start is None else x_start, x_start_scale, clip)
     rest = c1 * x + term(c2, m) + term(cu, uncond_output)
     rest = rest + term(h1, history1) + term(h2, history2) + term(h3, history3)

@@ -73,6 +73,16 @@ def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = Fals
     return loss, slope
 
 
+@_lib.register_fake("ddpm_ext::x_start_scale")
+def _(x_t: Tensor, *_: Any) -> Tensor:
+    return x_t.new_empty(x_t.shape[:1], dtype=torch.float32)
+
+
+@_lib.register_fake("ddpm_ext::output_scale")
+def _(model_output: Tensor, *_: Any) -> Tensor:
+    return model_output.new_empty(model_output.shape[:1], dtype=torch.float32)
+
+
 @_lib.register_fake("ddpm_ext::draw_seed")
 def _() -> Tensor:
     return torch.empty((), dtype=torch.int64, device="cpu")

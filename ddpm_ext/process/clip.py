@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm_ext.base import checks
+from ddpm_ext import ops
 from ddpm_ext.base.types import Clip
+from ddpm_ext.ops import reference
 
 __all__ = ["DynamicThreshold"]
 
@@ -42,14 +43,8 @@ class DynamicThreshold:
 
     def x_start_scale(self, x_start: Tensor) -> Tensor:
         """1 / bound of each sample, (batch,), float32 or for float64 samples float64."""
-        dtype = checks.compute_dtype(x_start.dtype)
-        # This is torch.quantile's value, which sorts all elements and takes at most 2^24 of them.
-        sizes = x_start.to(dtype).reshape(len(x_start), -1).abs()
-        rank = self.quantile * (sizes.shape[1] - 1)
-        low = math.floor(rank)
-        largest = sizes.topk(sizes.shape[1] - low, dim=1).values
-        below, above = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
-        return torch.lerp(below, above, rank - low).clamp(1, self.maximum).reciprocal()
+        operators = reference if x_start.dtype == torch.float64 else ops
+        return operators.x_start_scale(x_start, quantile=self.quantile, maximum=self.maximum)
 
 
 def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None, DynamicThreshold | None]:

@@ -221,19 +221,6 @@ def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sam
         assert abs(guided.mean().item() - mean) < 0.03
 
 
-def test_rescale_takes_the_spread_back():
-    """Each sample is rescaled by itself, by the share `rescale`."""
-    m, u = torch.randn(2, 3, 4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    guided = u + 5.0 * (m - u)
-    assert Guidance(5.0).output_scale(m, u) is None
-    for dtype, phi in ((torch.float64, 1.0), (torch.float64, 0.3), (torch.float32, 1.0), (torch.float16, 1.0)):
-        scale = Guidance(5.0, rescale=phi).output_scale(m.to(dtype), u.to(dtype))
-        assert scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        rescaled = (scale.reshape(-1, 1, 1) * guided).std((1, 2))
-        expected = phi * m.std((1, 2)) + (1 - phi) * guided.std((1, 2))
-        torch.testing.assert_close(rescaled.double(), expected, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=0)
-
-
 @pytest.mark.parametrize(
     "arguments, error, message",
     [

@@ -95,6 +95,16 @@ for row in range(4):
         (value, slope), _ = losses(special.T, special.roll(1).T, row, loss=loss, noise=special.roll(3).T)
         results[f"{loss} each {key}"], results[f"{loss} each slope {key}"] = value, slope
 
+# the factors that follow from statistics: of few elements and many, of all ranks, with guidance and without
+table = extended.make_table(4)
+for shape, dtype in itertools.product([(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)], dtypes.values()):
+    x, m, u = (2 * normal(*shape, seed=seed).to(dtype) for seed in (2, 3, 4))
+    for quantile, given in itertools.product((0.2, 0.995, 1.0), ({}, {"uncond_output": u})):
+        key = f"{shape} {dtype} {quantile} {list(given)}"
+        results[f"x_start_scale {key}"] = ops.x_start_scale(x, m, table, t, quantile=quantile, **given)
+    if x[0].numel() > 1:
+        results[f"output_scale {shape} {dtype}"] = ops.output_scale(m, u, guidance=3.0, rescale=0.7)
+
 # the extended step: its options one by one, all at once, and some of them
 table, t = extended.make_table(8), torch.tensor([3, 0, 1, 2, 7])
 linear_table = linear.make_table(8)

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cpu/kernels/loss.h"
+#include "cpu/kernels/quantile.h"
+#include "cpu/kernels/spread.h"
 #include "cpu/kernels/steps.h"
 #include "cpu/kernels/steps_with_options.h"
 
@@ -44,6 +46,12 @@ const Kernels kernels = {
      DDPM_BY_DTYPE(loss_run, Noise::drawn)},
     {DDPM_BY_DTYPE(variational_run, Noise::none), DDPM_BY_DTYPE(variational_run, Noise::given),
      DDPM_BY_DTYPE(variational_run, Noise::drawn)},
+    {{magnitudes<float, float>, magnitudes<float, Float16>, magnitudes<float, BFloat16>},
+     {nullptr, magnitudes<Float16, Float16>, nullptr},
+     {nullptr, nullptr, magnitudes<BFloat16, BFloat16>}},
+    group_maxima,
+    select,
+    {moments<float>, moments<Float16>, moments<BFloat16>},
 };
 
 }  // namespace ddpm_ext::DDPM_ISA

@@ -2,45 +2,10 @@
 #pragma once
 
 #include "cpu/kernels/normals.h"
+#include "cpu/kernels/sums.h"
 
 namespace ddpm_ext::DDPM_ISA {
 namespace {
-
-// Adds up a run's losses, four vectors at a time, in the order that core/loss.h describes.
-class ChunkSums {
- public:
-  explicit ChunkSums(double* sums) : sums_(sums) { clear(); }
-
-  DDPM_HD void add(int64_t i, const F32 (&values)[4]) {
-    F32(&lanes)[4] = lanes_[i % kLossLanes / (4 * F32::kLanes)];
-    for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
-    if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
-  }
-  // Writes the sum of everything since the last whole chunk.
-  DDPM_HD void finish() {
-    float lanes[kLossLanes];
-    for (int g = 0; g < kGroups; ++g)
-      for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
-    double sums[kLossLanes / 2];
-    for (int l = 0; l < kLossLanes / 2; ++l)
-      sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
-    for (int h = kLossLanes / 4; h > 0; h /= 2)
-      for (int l = 0; l < h; ++l) sums[l] += sums[l + h];
-    *sums_++ = sums[0];
-    clear();
-  }
-
- private:
-  static constexpr int kGroups = kLossLanes / (4 * F32::kLanes);
-
-  DDPM_HD void clear() {
-    for (int g = 0; g < kGroups; ++g)
-      for (int k = 0; k < 4; ++k) lanes_[g][k] = F32(0.0f);
-  }
-
-  double* sums_;
-  F32 lanes_[kGroups][4];
-};
 
 // The decoder's term, lane by lane.
 DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F32 x_start) {
@@ -96,12 +61,7 @@ DDPM_HD void loss_of_run(const LossRun& run) {
         if (slope != nullptr) store(slope + at, F32(factor) * part);
       }
     }
-    if (i + 4 * F32::kLanes > valid) {  // elements beyond the sample's end count as 0
-      float all[4 * F32::kLanes];
-      for (int k = 0; k < 4; ++k) store(all + k * F32::kLanes, values[k]);
-      for (int64_t j = valid > i ? valid - i : 0; j < 4 * F32::kLanes; ++j) all[j] = 0.0f;
-      for (int k = 0; k < 4; ++k) values[k] = load(all + k * F32::kLanes);
-    }
+    zero_beyond(valid - i, values);
     sums.add(i, values);
   });
   if (run.count % kLossChunk != 0) sums.finish();

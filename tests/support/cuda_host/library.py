@@ -33,6 +33,7 @@ TORCH = [
     *sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"),
     FOLDER / "module.cpp",
     FOLDER / "loss_module.cpp",
+    FOLDER / "scales_module.cpp",
 ]
 
 # Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.

@@ -1,0 +1,127 @@
+// The magnitudes of the predicted clean sample, and the selection of two of them. Magnitudes are compared as integers,
+// in plain loops that the compiler vectorises.
+#pragma once
+
+namespace ddpm_ext::DDPM_ISA {
+namespace {
+
+template <class X, class M>
+void magnitudes(const MagnitudesRun& run) {
+  const X* x = static_cast<const X*>(run.x);
+  const M* m = static_cast<const M*>(run.model_output);
+  const M* u = static_cast<const M*>(run.uncond_output);
+  float* to = run.magnitudes;
+  const int64_t count = run.count;
+  const auto each = [&](auto x_start) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i += F32::kLanes)
+      store(to + i, bits_to_float(float_to_bits(x_start(i)) & U32(kMagnitude)));
+  };
+  if (run.row == nullptr) return each([&](int64_t i) { return load(x + i); });
+  const float a = run.row->step.a, b = run.row->step.b, w = run.row->w, scale = run.output_scale;
+  if (u == nullptr || w == 1.0f)
+    return each([&](int64_t i) { return unclipped_x_start(a, b, load(x + i), load(m + i) * F32(scale)); });
+  each([&](int64_t i) {
+    return unclipped_x_start(a, b, load(x + i), guide(w, load(m + i), load(u + i)) * F32(scale));
+  });
+}
+
+// The bits of a magnitude, which as a signed number have the order of magnitudes.
+DDPM_HD int32_t order(int32_t bits) { return bits; }
+DDPM_HD int32_t order(float magnitude) { return static_cast<int32_t>(ddpm_ext::float_to_bits(magnitude)); }
+
+void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
+  constexpr int kColumns = 4 * F32::kLanes;  // at once, in registers
+  static_assert(kTileColumns % kColumns == 0);
+  for (int64_t tile = 0; tile < count; tile += kTile, maxima += kTileColumns) {
+    for (int64_t first = 0; first < kTileColumns; first += kColumns) {
+      const float* column = magnitudes + tile + first;
+      int32_t greatest[kColumns] = {};
+      for (int64_t row = 0; row < kGroup; ++row, column += kTileColumns)
+        for (int i = 0; i < kColumns; ++i) greatest[i] = order(column[i]) > greatest[i] ? order(column[i]) : greatest[i];
+      memcpy(maxima + first, greatest, sizeof greatest);
+    }
+  }
+}
+
+template <class T>
+DDPM_HD int64_t count_from(const T* values, int64_t count, int32_t least) {
+  constexpr int64_t kPiece = 1 << 20;  // short enough for a vector's counts
+  int64_t found = 0;
+  for (int64_t first = 0; first < count; first += kPiece) {
+    const int length = static_cast<int>(count - first < kPiece ? count - first : kPiece);
+    int here = 0;
+    for (int i = 0; i < length; ++i) here += order(values[first + i]) >= least;
+    found += here;
+  }
+  return found;
+}
+
+// The smallest of the values that are at least `least`, and the largest number if there is none.
+template <class T>
+DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
+  int32_t smallest = INT32_MAX;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t value = order(values[i]) >= least ? order(values[i]) : INT32_MAX;
+    smallest = value < smallest ? value : smallest;
+  }
+  return smallest;
+}
+
+template <class T>
+DDPM_HD int32_t largest(const T* values, int64_t count) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found = order(values[i]) > found ? order(values[i]) : found;
+  return found;
+}
+
+// The from_top-th largest value: a bisection of its bits, which ends as soon as exactly so many values lie above.
+template <class T>
+DDPM_HD int32_t select_one(const T* values, int64_t count, int64_t from_top) {
+  int32_t low = smallest_from(values, count, 0), high = largest(values, count);
+  while (low < high) {  // at least from_top values are at least `low`, and fewer are above `high`
+    const int32_t middle = low + (high - low) / 2 + 1;
+    const int64_t found = count_from(values, count, middle);
+    if (found >= from_top)
+      low = middle;
+    else
+      high = middle - 1;
+    if (found == from_top) break;
+  }
+  return smallest_from(values, count, low);
+}
+
+template <class T>
+DDPM_HD Neighbours select_two(const T* values, int64_t count, int64_t from_top) {
+  const int32_t below = select_one(values, count, from_top);
+  const bool distinct = from_top > 1 && count_from(values, count, below + 1) == from_top - 1;
+  const int32_t above = distinct ? smallest_from(values, count, below + 1) : below;
+  return {static_cast<uint32_t>(below), static_cast<uint32_t>(above)};
+}
+
+// Only groups whose greatest magnitude is large enough can hold one of the from_top largest. There are few of them
+// where from_top is small, as for the quantile 0.995.
+Neighbours select(const float* magnitudes, const int32_t* maxima, int64_t count, int64_t from_top, int32_t* scratch) {
+  const int64_t groups = count / kGroup;
+  const int32_t greatest = largest(maxima, groups);
+  if (greatest > static_cast<int32_t>(kInfiniteMagnitude))
+    return {static_cast<uint32_t>(greatest), static_cast<uint32_t>(greatest)};  // NaN
+  if (from_top > groups / 4) return select_two(magnitudes, count, from_top);
+  // At least from_top magnitudes are not below the pivot. Those above it lie in fewer than from_top groups.
+  const int32_t pivot = select_one(maxima, groups, from_top);
+  int64_t above = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    if (maxima[group] <= pivot) continue;
+    const float* column = magnitudes + group / kTileColumns * kTile + group % kTileColumns;
+    for (int64_t row = 0; row < kGroup; ++row) {
+      const int32_t value = order(column[row * kTileColumns]);
+      scratch[above] = value;
+      above += value > pivot;
+    }
+  }
+  if (above >= from_top) return select_two(scratch, above, from_top);
+  const int32_t next = above > 0 && above == from_top - 1 ? smallest_from(scratch, above, 0) : pivot;
+  return {static_cast<uint32_t>(pivot), static_cast<uint32_t>(next)};
+}
+
+}  // namespace
+}  // namespace ddpm_ext::DDPM_ISA

@@ -1,0 +1,60 @@
+// The sums of a run's chunks.
+#pragma once
+
+namespace ddpm_ext::DDPM_ISA {
+namespace {
+
+template <int kCount>
+DDPM_HD double sum_by_halves(double* sums) {
+  if constexpr (kCount > 1) {
+    for (int l = 0; l < kCount / 2; ++l) sums[l] += sums[l + kCount / 2];
+    return sum_by_halves<kCount / 2>(sums);
+  }
+  return sums[0];
+}
+
+// Adds up a run's values, four vectors at a time, in the order that core/loss.h describes.
+class ChunkSums {
+ public:
+  explicit ChunkSums(double* sums) : sums_(sums) { clear(); }
+
+  DDPM_HD void add(int64_t i, const F32 (&values)[4]) {
+    F32(&lanes)[4] = lanes_[i % kLossLanes / (4 * F32::kLanes)];
+    for (int k = 0; k < 4; ++k) lanes[k] = lanes[k] + values[k];
+    if ((i + 4 * F32::kLanes) % kLossChunk == 0) finish();
+  }
+  // Writes the sum of everything since the last whole chunk.
+  DDPM_HD void finish() {
+    float lanes[kLossLanes];
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
+    double sums[kLossLanes / 2];
+    for (int l = 0; l < kLossLanes / 2; ++l)
+      sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
+    *sums_++ = sum_by_halves<kLossLanes / 2>(sums);
+    clear();
+  }
+
+ private:
+  static constexpr int kGroups = kLossLanes / (4 * F32::kLanes);
+
+  DDPM_HD void clear() {
+    for (int g = 0; g < kGroups; ++g)
+      for (int k = 0; k < 4; ++k) lanes_[g][k] = F32(0.0f);
+  }
+
+  double* sums_;
+  F32 lanes_[kGroups][4];
+};
+
+// Sets the elements of four vectors from `valid` on to 0: they lie beyond the sample's end.
+DDPM_HD void zero_beyond(int64_t valid, F32 (&values)[4]) {
+  if (valid >= 4 * F32::kLanes) return;
+  float all[4 * F32::kLanes];
+  for (int k = 0; k < 4; ++k) store(all + k * F32::kLanes, values[k]);
+  for (int64_t j = valid > 0 ? valid : 0; j < 4 * F32::kLanes; ++j) all[j] = 0.0f;
+  for (int k = 0; k < 4; ++k) values[k] = load(all + k * F32::kLanes);
+}
+
+}  // namespace
+}  // namespace ddpm_ext::DDPM_ISA

@@ -1,0 +1,121 @@
+// The operators that compute a factor of each sample from the statistics of its elements.
+#include "cpu/operators.h"
+
+#include <vector>
+
+#include "cpu/runs.h"
+#include "cpu/strands.h"
+
+namespace ddpm_ext::cpu {
+namespace {
+
+int64_t whole_tiles(int64_t numel) { return (numel + kTile - 1) / kTile * kTile; }
+
+// Magnitudes, the maxima of their groups, and a quarter of their number, of one sample.
+int64_t scratch_of_one(int64_t numel) {
+  const int64_t tiles = whole_tiles(numel);
+  return tiles + tiles / kGroup + tiles / 4;
+}
+
+// Large samples that are fewer than the threads are done one after the other, by all threads.
+bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threads() && numel >= 4 * 8192; }
+
+// Writes elements `first` to `last` of a sample's magnitudes, and the maxima of their groups. `first` is a multiple of
+// a tile, and so is `last` or it is the sample's end.
+void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int64_t last, float* magnitudes,
+                     int32_t* maxima) {
+  const auto kernel =
+      kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
+  MagnitudesRun run{};
+  if (call.table != nullptr) run.row = static_cast<const ExtendedRow*>(call.table) + timestep(call, b);
+  run.output_scale = call.output_scale.data == nullptr ? 1.0f : call.output_scale.data[b * call.output_scale.stride];
+  run.sample_magnitudes = magnitudes;
+  constexpr int64_t kStretch = 4 * kTile;  // what a core's first cache holds until its maxima are found
+  for (int64_t from = first; from < last; from += kStretch) {
+    const int64_t to = std::min(last, from + kStretch), end = whole_tiles(to);
+    run_sample(kernel, call, run, b, from, to);
+    std::fill(magnitudes + to, magnitudes + end, 0.0f);
+    kernels().group_maxima(magnitudes + from, end - from, maxima + from / kGroup);
+  }
+}
+
+void finish_sample(const XStartScaleCall& call, int64_t b, const float* magnitudes, const int32_t* maxima,
+                   int32_t* scratch) {
+  Neighbours found =
+      kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
+  if (!call.rank.between()) found.above = found.below;
+  call.scale[b] = threshold_scale(found.below, found.above, call.rank.weight, call.maximum);
+}
+
+}  // namespace
+
+int64_t x_start_scale_scratch(int64_t batch, int64_t numel) {
+  return scratch_of_one(numel) * (batch == 1 || one_by_one(batch, numel) ? 1 : at::get_num_threads());
+}
+
+void x_start_scale(const XStartScaleCall& call) {
+  const int64_t tiles = whole_tiles(call.numel);
+  const auto in_scratch = [&](int64_t slot, auto take) {
+    float* magnitudes = call.scratch + slot * scratch_of_one(call.numel);
+    int32_t* maxima = reinterpret_cast<int32_t*>(magnitudes + tiles);
+    take(magnitudes, maxima, maxima + tiles / kGroup);
+  };
+  if (call.batch > 1 && !one_by_one(call.batch, call.numel)) {
+    const int64_t grain = std::max<int64_t>(1, 8192 / call.numel);
+    return at::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) {
+      in_scratch(at::get_thread_num(), [&](float* magnitudes, int32_t* maxima, int32_t* scratch) {
+        for (int64_t b = begin; b < end; ++b) {
+          fill_magnitudes(call, b, 0, call.numel, magnitudes, maxima);
+          finish_sample(call, b, magnitudes, maxima, scratch);
+        }
+      });
+    });
+  }
+  in_scratch(0, [&](float* magnitudes, int32_t* maxima, int32_t* scratch) {
+    for (int64_t b = 0; b < call.batch; ++b) {
+      at::parallel_for(0, tiles / kTile, 8, [&](int64_t begin, int64_t end) {
+        fill_magnitudes(call, b, begin * kTile, std::min(end * kTile, call.numel), magnitudes, maxima);
+      });
+      finish_sample(call, b, magnitudes, maxima, scratch);
+    }
+  });
+}
+
+namespace {
+
+// Combines the chunks of sample b.
+void finish_sample(const OutputScaleCall& call, int64_t b) {
+  const int64_t chunks = loss_chunks(call.numel);
+  double squares[2];
+  for (int k = 0; k < 2; ++k) {
+    const auto sum_of = [&](auto term) {
+      return sum_by_strands(chunks, [&](int64_t i) {
+        return term(call.chunks[2 * (b * chunks + i) + k], chunk_length(call.numel, i));
+      });
+    };
+    const double sum = sum_of([](const ChunkMoments& chunk, int64_t n) { return sum_term(chunk, n); });
+    const double mean = sum / static_cast<double>(call.numel);
+    squares[k] = sum_of([=](const ChunkMoments& chunk, int64_t n) { return squares_term(chunk, n, mean); });
+  }
+  call.scale[b] = spread_scale(squares[0], squares[1], call.rescale);
+}
+
+}  // namespace
+
+void output_scale(const OutputScaleCall& call) {
+  const auto kernel = kernels().moments[static_cast<int>(call.model_output.dtype)];
+  std::vector<char> finished(call.batch);
+  for_each_range(call, [&](int64_t b, int64_t first, int64_t last) {
+    MomentsRun run{};
+    run.guidance = call.guidance;
+    run.sample_chunks = call.chunks + 2 * loss_chunks(call.numel) * b;
+    run_sample(kernel, call, run, b, first, last);
+    if (first > 0 || last < call.numel) return;
+    finish_sample(call, b);  // no other thread comes to this sample
+    finished[b] = true;
+  });
+  for (int64_t b = 0; b < call.batch; ++b)
+    if (!finished[b]) finish_sample(call, b);
+}
+
+}  // namespace ddpm_ext::cpu

@@ -1,0 +1,48 @@
+// Loads of four neighbouring elements, for kernels that reduce a sample.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/access.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/sample.cuh"
+
+namespace ddpm_ext::cuda {
+
+// How a kernel counts a sample's elements.
+template <Access kAccess>
+using IndexOf = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+
+// Loads elements j to j + 3 of sample b, with zeros beyond the sample's end.
+template <Access kAccess, class T>
+__device__ __forceinline__ void load_four(const Call& call, const Dividers& dividers, const TensorArg& tensor,
+                                          IndexOf<kAccess> b, IndexOf<kAccess> j, F2 (&to)[2]) {
+  const T* const data = static_cast<const T*>(tensor.data) + sample_start(tensor.batch_stride, b);
+  const auto numel = static_cast<IndexOf<kAccess>>(call.numel);
+  if (kAccess == Access::vector && j + 4 <= numel) {
+    Vector<T, 4> vector;
+    vector.load(data + j);
+    to[0] = widen(vector.pairs[0]), to[1] = widen(vector.pairs[1]);
+    return;
+  }
+  float values[4] = {};
+  DDPM_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (j + i >= numel) break;
+    int64_t offset = j + i;
+    if constexpr (kAccess == Access::strided) {
+      offset = 0;
+      for_each_index(call, dividers, j + i, [&](int d, int64_t index) { offset += index * tensor.strides[d]; });
+    }
+    values[i] = to_float(data[offset]);
+  }
+  to[0] = F2(values[0], values[1]), to[1] = F2(values[2], values[3]);
+}
+
+// The sample of a block in a grid of (blocks of a sample, samples, more samples).
+template <class Index>
+__device__ __forceinline__ Index sample_of_block() {
+  return static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
+}
+
+}  // namespace ddpm_ext::cuda

@@ -1,0 +1,61 @@
+// The sums of a sample's chunks, in the order that core/loss.h describes, by blocks of which the last one finishes the
+// sample.
+#pragma once
+
+#include <cstdint>
+
+#include "core/loss.h"
+
+namespace ddpm_ext::cuda {
+
+constexpr int kLossThreads = kLossChunk / 4;  // of a block, which takes one or two chunks of a sample after another
+static_assert(kLossThreads == kLossStrands && kLossLanes == 2 * 32);
+
+// Adds up a chunk's values by a warp. Its first lane has the sum.
+__device__ __forceinline__ double sum_of_lanes(const float* values) {
+  float lanes[2] = {0.0f, 0.0f};
+  DDPM_UNROLL
+  for (int i = 0; i < kLossChunk; i += kLossLanes) {
+    lanes[0] += values[i + threadIdx.x % 32];
+    lanes[1] += values[i + 32 + threadIdx.x % 32];
+  }
+  double sum = static_cast<double>(lanes[0]) + static_cast<double>(lanes[1]);
+  DDPM_UNROLL
+  for (int h = 16; h > 0; h /= 2) sum += __shfl_down_sync(0xffffffffu, sum, h);
+  return sum;
+}
+
+// A number that another block wrote before this one came last.
+template <class T>
+__device__ __forceinline__ T of_others(const T* p) {
+  return *static_cast<const volatile T*>(p);
+}
+
+// Adds up value(0) to value(count - 1) by all threads of a block. The first thread has the sum.
+template <class Value>
+__device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
+  double strand = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kLossStrands) strand += value(i);
+  __syncthreads();
+  strands[threadIdx.x] = strand;
+  for (int h = kLossStrands / 2; h > 0; h /= 2) {
+    __syncthreads();
+    if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
+  }
+  return threadIdx.x == 0 ? strands[0] : 0.0;
+}
+
+// Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote. The
+// count is back at zero then, for the next launch.
+__device__ __forceinline__ bool comes_last(uint32_t* count, uint32_t of, bool& last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(count, of - 1) == of - 1;
+    if (last) __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace ddpm_ext::cuda

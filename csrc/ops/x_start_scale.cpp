@@ -1,0 +1,61 @@
+#include <ATen/ops/empty.h>
+
+#include "core/quantile.h"
+#include "ops/checks.h"
+#include "ops/fill_call.h"
+#include "ops/operators.h"
+#include "ops/result_memory.h"
+#include "ops/run_on_device.h"
+
+namespace ddpm_ext {
+namespace {
+
+int64_t scratch_size(const XStartScaleCall& call, [[maybe_unused]] at::Device device) {
+#ifdef DDPM_EXT_WITH_CUDA
+  if (device.is_cuda()) return cuda::x_start_scale_scratch(call.batch, call.numel);
+#endif
+  return cpu::x_start_scale_scratch(call.batch, call.numel);
+}
+
+}  // namespace
+
+Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
+                     const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
+                     const OptionalTensor& uncond_output, const OptionalTensor& output_scale) {
+  constexpr const char* op = "x_start_scale";
+  XStartScaleCall call;
+  call.x.dtype = call.model_output.dtype = check_sample(op, "x_t", x_t);
+  call.batch = x_t.size(0);
+  CHECK_VALUE(model_output.has_value() == table.has_value(), "table", " is ", table.has_value() ? "given" : "missing",
+              ", expected it together with model_output");
+  if (model_output.has_value()) {
+    call.model_output.dtype = check_same_or_lower(op, "model_output", *model_output, "x_t", x_t);
+    set_table(op, call, *table, sizeof(ExtendedRow) / sizeof(float), t, t_index, x_t.device());
+  }
+  const auto with_output = [&](const char* name, const OptionalTensor& given) {
+    CHECK_VALUE(!given.has_value() || model_output.has_value(), name, " is given without model_output, expected both");
+  };
+  with_output("uncond_output", uncond_output);
+  with_output("output_scale", output_scale);
+  if (uncond_output.has_value())
+    call.uncond_output.dtype = check_same(op, "uncond_output", *uncond_output, "model_output", *model_output);
+  set_per_sample(op, "output_scale", call.output_scale, pointer(output_scale), call, x_t.device());
+  CHECK_VALUE(0 < quantile && quantile <= 1, "quantile", " is ", quantile, ", expected 0 < quantile <= 1");
+  CHECK_VALUE(maximum >= 1, "maximum", " is ", maximum, ", expected at least 1");
+  bind(op, call,
+       {{pointer(model_output), &call.model_output}, {pointer(uncond_output), &call.uncond_output}}, x_t, call.x);
+  CHECK_VALUE(call.numel > 0 || call.batch == 0, "x_t", " has shape ", x_t.sizes(), ", expected no empty samples");
+  CHECK_VALUE(call.numel < int64_t{1} << 31, "a sample", " has ", call.numel, " elements, expected fewer than 2^31");
+  call.rank = QuantileRank::of(quantile, call.numel);
+  call.maximum = static_cast<float>(maximum);
+  const auto like = at::TensorOptions().device(x_t.device()).dtype(at::kFloat);
+  const Tensor scale = at::empty({call.batch}, like);
+  if (call.batch == 0) return scale;
+  const Tensor scratch = empty_result({scratch_size(call, x_t.device())}, like);
+  call.scale = scale.mutable_data_ptr<float>();
+  call.scratch = scratch.mutable_data_ptr<float>();
+  DDPM_RUN(x_start_scale, call, x_t.device());
+  return scale;
+}
+
+}  // namespace ddpm_ext

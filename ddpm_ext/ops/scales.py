@@ -1,0 +1,97 @@
+"""The factors of a step that follow from the statistics of each sample: one launch each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.ops import reference_scales
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.torch_library import is_recorded
+
+__all__ = ["output_scale", "x_start_scale"]
+
+
+def _need_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def x_start_scale(
+    x_t: Tensor,
+    model_output: Tensor | None = None,
+    table: Tensor | None = None,
+    t: int | Tensor = 0,
+    *,
+    quantile: float,
+    maximum: float = math.inf,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> Tensor:
+    """1 / bound of each sample: a step's x_start_scale for dynamic thresholding (Saharia et al. 2022, section 2.3).
+
+    The bound is the quantile of |x0|, interpolated as torch.quantile does, but at least 1 and at most `maximum`. x0 is
+    that of an extended step with these arguments, in float32, before it is scaled and clipped. It is not stored. A
+    sample with a NaN has NaN. The bits are the same in every batch and on every device.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
+        model_output: as x_t, or of a lower precision. None: the magnitudes are those of x_t itself.
+        table: float32 (rows, 16): StepTable.packed_extended; None without model_output.
+        t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
+        quantile: which quantile, in (0, 1].
+        maximum: the largest bound, at least 1.
+        uncond_output, output_scale: extended_step's.
+
+    Returns:
+        float32 (batch,). Differentiable, by torch's own operators, where an argument requires a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    checks.tensor("x_t", x_t)
+    for name, value in (
+        ("model_output", model_output),
+        ("table", table),
+        ("uncond_output", uncond_output),
+        ("output_scale", output_scale),
+    ):
+        if value is not None:
+            checks.tensor(name, value)
+    if _need_grad(x_t, model_output, uncond_output, output_scale):
+        options = {"uncond_output": uncond_output, "output_scale": output_scale}
+        return reference_scales.x_start_scale(
+            x_t, model_output, table, t, quantile=quantile, maximum=maximum, **options
+        )
+    row, index = split_t(t)
+    call = torch.ops.ddpm_ext.x_start_scale if is_recorded() else C.x_start_scale
+    return call(x_t, model_output, table, row, index, quantile, maximum, uncond_output, output_scale)
+
+
+def output_scale(model_output: Tensor, uncond_output: Tensor, *, guidance: float, rescale: float) -> Tensor:
+    """1 + rescale (std(m) / std(u + guidance (m - u)) - 1) of each sample: a step's output_scale for rescaled guidance.
+
+    This is Lin et al. 2024, section 3.4. Sums are made in one fixed order, so that their bits are the same in every
+    batch, with every number of threads, on the CPU and on a GPU.
+
+    Args:
+        model_output: (batch, ...): m, float32, float16 or bfloat16, at least two elements a sample.
+        uncond_output: as model_output: u.
+        guidance: the scale of classifier-free guidance.
+        rescale: phi of the paper, in [0, 1].
+
+    Returns:
+        float32 (batch,). Differentiable, by torch's own operators, where an argument requires a gradient.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+    """
+    checks.tensor("model_output", model_output)
+    checks.tensor("uncond_output", uncond_output)
+    if _need_grad(model_output, uncond_output):
+        return reference_scales.output_scale(model_output, uncond_output, guidance=guidance, rescale=rescale)
+    call = torch.ops.ddpm_ext.output_scale if is_recorded() else C.output_scale
+    return call(model_output, uncond_output, guidance, rescale)
