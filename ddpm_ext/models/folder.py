@@ -25,7 +25,7 @@ __all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_w
 
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
-INCLUDED = {name: Path(__file__).resolve().parent / name for name in ("digits", "shapes")}
+DIGITS, SHAPES = (Path(__file__).resolve().parent / name for name in ("digits", "shapes"))
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
@@ -70,7 +70,7 @@ def load_model(
             architecture, a latent model, a scheduler that is no Gaussian diffusion.
         MissingExtra: diffusers or safetensors is not installed.
     """
-    folder = INCLUDED.get(str(source)) or Path(source)
+    folder = {"digits": DIGITS, "shapes": SHAPES}.get(str(source), Path(source))
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir()
         raise ValueError(

@@ -1,6 +1,7 @@
 """ddpm_ext.models.classes: which class a sample has, by its id alone; classes.json; folders that diffusers writes."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_labels_follow_the_samples_ids(chosen):
     cycle = list(chosen) or [0, 1, 2, 3]
     assert whole.tolist() == [cycle[i % len(cycle)] for i in range(40)]
     for edges in ([0, 40], [0, 1, 2, 13, 39, 40], list(range(41))):
-        parts = [PETS.labels_of(range(a, b), chosen) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [PETS.labels_of(range(a, b), chosen) for a, b in pairwise(edges)]
         assert torch.equal(torch.cat(parts), whole)
 
 
