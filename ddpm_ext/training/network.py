@@ -47,7 +47,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
     channels, height, width = shape
-    fits = {"sample_size": height if height == width else [height, width], "in_channels": channels}
+    fits: dict[str, Any] = {"sample_size": height if height == width else [height, width], "in_channels": channels}
     fits["out_channels"] = channels * VARIANCES[options.variance].channels
     fits["num_class_embeds"] = classes
     for key, value in fits.items():

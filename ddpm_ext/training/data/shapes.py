@@ -92,7 +92,7 @@ class Shapes:
 
 def _places(count: int) -> tuple[Array, Array]:
     """Coordinates x, to the right, and y, upwards, of count by count places in a square from -1 to 1."""
-    places = (np.arange(count) + 0.5) * (2 / count) - 1
+    places = (np.arange(count, dtype=np.float64) + 0.5) * (2 / count) - 1
     return places[None, :], -places[:, None]
 
 
