@@ -11,6 +11,7 @@ from glob import escape
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
@@ -21,8 +22,9 @@ __all__ = ["check_png_folder", "write_npz", "write_pngs"]
 _THREADS = 8
 
 
-def write_npz(shards: Shards, path: str | os.PathLike[str]) -> None:
-    """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels), one shard in memory at a time.
+def write_npz(shards: Shards, path: str | os.PathLike[str], labels: npt.NDArray[np.int64] | None = None) -> None:
+    """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels), one shard in memory at a time,
+    and labels, (count,), as arr_1.
 
     The same samples give the same bytes.
     """
@@ -32,11 +34,14 @@ def write_npz(shards: Shards, path: str | os.PathLike[str]) -> None:
     with (
         files.atomic_path(target) as beside,
         zipfile.ZipFile(beside, "w") as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as opened,
     ):
-        np.lib.format.write_array_header_1_0(opened, header)
-        for images in shards.images():
-            opened.write(images.tobytes())
+        with archive.open("arr_0.npy", "w", force_zip64=True) as opened:
+            np.lib.format.write_array_header_1_0(opened, header)
+            for images in shards.images():
+                opened.write(images.tobytes())
+        if labels is not None:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as opened:
+                np.lib.format.write_array(opened, labels, allow_pickle=False)
 
 
 def write_pngs(shards: Shards, folder: Path) -> None:

@@ -31,8 +31,10 @@ __all__ = [
     "check_eta",
     "endings_help",
     "eta_of",
+    "finite_number",
     "nonnegative_number",
     "number",
+    "numbers",
     "positive_number",
     "seed",
     "whole_number",
@@ -137,6 +139,12 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"got {text}, expected whole numbers with commas between them") from None
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Parses finite numbers with commas between them, at least one."""
+    return tuple(finite_number(part) for part in text.split(","))
+
+
+finite_number = number(-math.inf, "a finite number", above=True)
 nonnegative_number = number(0, "a number >= 0")
 positive_number = number(0, "a number > 0", above=True)
 seed = whole_number(0, 2**64 - 1)
@@ -150,7 +158,14 @@ SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
 
 
 def add_sampling(
-    parser: argparse.ArgumentParser, *, num: int, out: str | None, out_help: str, by_ranks: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    num: int,
+    out: str | None,
+    out_help: str,
+    by_ranks: bool = False,
+    model: str = "digits",
+    scales: str | None = None,
 ) -> Callable[..., argparse.Action]:
     """Adds the options of all commands that draw samples: what to sample, how, on what, and the output.
 
@@ -158,13 +173,15 @@ def add_sampling(
         num: how many samples by default.
         out, out_help: the default of --out and its help text.
         by_ranks: whether the command can also draw many images in batches, by several ranks.
+        model: the default of --model.
+        scales: the default of --guidance where it takes several numbers; None: where it takes one.
 
     Returns:
         The function that adds a further option to the group of the output.
     """
     group = parser.add_argument_group("what to sample")
-    model = "the model that comes with the package, or a folder in diffusers' layout"
-    group.add_argument("--model", default="digits", metavar="digits|FOLDER", help=model)
+    models = "a model that comes with the package, or a folder in diffusers' layout"
+    group.add_argument("--model", default=model, metavar="digits|shapes|FOLDER", help=models)
     counts = group.add_mutually_exclusive_group()
     counts.add_argument("--num", type=whole_number(1), default=num, metavar="N", help="number of samples")
     if by_ranks:
@@ -176,7 +193,17 @@ def add_sampling(
     determines = "determines the noise, together with the number of each sample"
     group.add_argument("--seed", type=seed, default=0, metavar="N", help=determines)
 
+    classes = "classes that the samples have in turn, by name or number, with commas between them (default: all)"
+    group.add_argument("--class", dest="classes", metavar="NAME,...", help=classes)
+
     add = parser.add_argument_group("how to sample").add_argument
+    scale = "scale of classifier-free guidance: 1 for none, and further towards the class above 1"
+    if scales is None:
+        add("--guidance", type=finite_number, metavar="X", help=scale)
+    else:
+        add("--guidance", type=numbers, default=scales, metavar="X,...", help=f"{scale}; several")
+    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
+    add("--null-class", type=whole_number(0), metavar="N", help=null)
     add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
     steps = "steps of the loop (default: all timesteps of the model)"
     add("--steps", type=whole_number(1), metavar="N", help=steps)

@@ -49,6 +49,9 @@ _EXAMPLES = {
     "trajectory": """examples:
   ddpm-ext plot trajectory --num 5 --every 100 --out trajectory.png
   ddpm-ext plot trajectory --num 16 --sampler ddim --steps 50 --out trajectory.gif""",
+    "guidance": """examples:
+  ddpm-ext plot guidance --num 10 --guidance 0,1,2.5,5 --sampler ddim --steps 25 --out guidance.png
+  ddpm-ext plot guidance --model my-run --class cat,dog --num 6 --out cats-and-dogs.png""",
     "histogram": """examples:
   ddpm-ext plot histogram --num 256 --sampler ddim --steps 100 --out histogram.png""",
 }
@@ -74,6 +77,7 @@ def add_parser(commands: Subparsers) -> None:
     _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps"))
     _add_grid(add("grid", "FILE ", "samples from a file, as a grid"))
     trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
+    _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance"))
     _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop"))
 
 
@@ -91,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         "schedules": _draw_schedules,
         "table": _draw_table,
         "grid": _draw_grid,
+        "guidance": _draw_guidance,
         "histogram": _draw_histogram,
     }
     print(f"{options.out}: {draw_kind[options.kind](options)}")
@@ -192,6 +197,30 @@ def _read_samples(path: str) -> Pixels:
         expected = "uint8 (num, height, width, channels) or floats (num, channels, height, width)"
         raise ValueError(f"file: {path} holds {found.dtype} of shape {found.shape}, expected {expected}")
     return found
+
+
+# -------------------------------------------------------------------------------------------------------- guidance
+
+
+def _add_guidance(parser: argparse.ArgumentParser) -> None:
+    kinds = "ends in .png: a row for each scale, a column for each sample"
+    add_sampling(parser, num=10, out="guidance.png", out_help=kinds, model="shapes", scales="0,1,2.5,5")
+
+
+def _draw_guidance(options: argparse.Namespace) -> str:
+    _check_out(options.out, _PICTURES)
+    prepared = prepare(options, pictures=True)
+    labels = prepared.labels(range(options.num))
+    assert prepared.classes is not None and labels is not None  # prepare refuses guidance of other models
+    of_scale = argparse.Namespace(**vars(options))
+    rows = []
+    for of_scale.guidance in options.guidance:
+        rows.append(plots.to_uint8(draw(prepared, of_scale, 0, options.num)))
+    names = [prepared.classes.names[label] for label in labels]
+    scales = ", ".join(f"{scale:g}" for scale in options.guidance)
+    title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
+    plots.save_picture(plots.strips(list(np.stack(rows, 1)), names, title), options.out)
+    return f"{plural(options.num, 'sample')} with guidance {scales}"
 
 
 # ------------------------------------------------------------------------------------------------------- histogram

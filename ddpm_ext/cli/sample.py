@@ -20,6 +20,7 @@ _ENDINGS = (".npz", ".png")
 _EXAMPLES = """examples:
   ddpm-ext sample --num 64 --out digits.png
   ddpm-ext sample --model my-run --sampler ddim --steps 50 --spacing trailing --seed 7 --out mine.png
+  ddpm-ext sample --model shapes --class star,moon --guidance 2.5 --num 16 --out stars.png
   ddpm-ext sample --num-images 50000 --device cuda --out samples --npz
   torchrun --nproc-per-node 8 -m ddpm_ext sample --num-images 50000 --device cuda --out samples --npz"""
 
@@ -29,8 +30,8 @@ def add_parser(commands: Subparsers) -> None:
     summary = "draw samples into an .npz, a picture or a folder"
     parser = add_command(commands, "sample", summary, "Draws samples from a model.", epilog=_EXAMPLES)
     kinds = (
-        "with --num .npz: arr_0, uint8, (num, height, width, channels), as guided-diffusion's scripts write it, or "
-        ".png: a grid (default: samples.npz); with --num-images a folder (default: samples)"
+        "with --num .npz: arr_0, uint8, (num, height, width, channels), and arr_1, classes, as guided-diffusion's "
+        "scripts write them, or .png: a grid (default: samples.npz); with --num-images a folder (default: samples)"
     )
     add_output = add_sampling(parser, num=256, out=None, out_help=kinds, by_ranks=True)
     sample_many.add_options(add_output)
@@ -63,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
     images = np.concatenate(pictures)
     if ending == ".npz":
         with files.atomic_path(out) as beside, open(beside, "wb") as opened:
-            np.savez(opened, images)  # numpy names it arr_0
+            labels = prepared.labels(range(options.num))
+            np.savez(opened, images, *(() if labels is None else (labels.numpy(),)))  # numpy names them arr_0, arr_1
     else:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")

@@ -84,7 +84,8 @@ def run(options: argparse.Namespace) -> None:
         done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
     print(done, flush=True)
     if options.npz is not None:
-        write_npz(shards, npz)
+        labels = prepared.labels(range(shards.count))
+        write_npz(shards, npz, None if labels is None else labels.numpy())
         print(npz, flush=True)
     if options.png:
         write_pngs(shards, png)
@@ -94,6 +95,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
     """All that determines a sample besides its number."""
+    of_classes: dict[str, Any] = {}
+    if prepared.classes is not None:
+        of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
+        if options.guidance is not None:
+            of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
     return {
         "version": __version__,
         "model_sha256": _model_hash(prepared.model),
@@ -104,6 +110,7 @@ def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]
         "seed": options.seed,
         "dtype": options.dtype,
         "backend": options.backend,
+        **of_classes,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
@@ -23,12 +24,22 @@ __all__ = ["Prepared", "are_finite", "draw", "prepare", "refuse_not_finite"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model on its device, its diffusion, and how many steps the loop will take."""
+    """A model on its device, its diffusion, and how many steps the loop will take.
+
+    classes: the model's, with the null class of the options; None: it is unconditional.
+    chosen: the classes that the samples have in turn, by number; empty: all.
+    """
 
     model: LoadedModel
     diffusion: GaussianDiffusion
     device: torch.device
     steps: int
+    classes: Classes | None = None
+    chosen: tuple[int, ...] = ()
+
+    def labels(self, samples: range) -> torch.Tensor | None:
+        """The samples' classes, (samples,) int64; None for an unconditional model."""
+        return None if self.classes is None else self.classes.labels_of(samples, self.chosen)
 
 
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
@@ -45,10 +56,30 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         require("PIL.Image", "writing pictures")
     check_eta(options.eta, [options.sampler])
     model = load_model(options.model, device=device, dtype=DTYPES[options.dtype])
+    classes, chosen = _classes(model, options)
     diffusion = model.settings.diffusion(options.backend)
     loop = LoopOptions(sampler=options.sampler, steps=options.steps, spacing=options.spacing, eta=options.eta)
     rows = make_loop_rows(diffusion.process, loop)
-    return Prepared(model, diffusion, device, len(rows))
+    return Prepared(model, diffusion, device, len(rows), classes, chosen)
+
+
+def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes | None, tuple[int, ...]]:
+    """The model's classes, and those that the options choose."""
+    classes = model.classes
+    if classes is None:
+        for option, name in (("class", "classes"), ("guidance", "guidance"), ("null-class", "null_class")):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{option}: got {getattr(options, name)}, but {options.model} has no classes")
+        return None, ()
+    if options.null_class is not None:
+        count = model.unet.config.num_class_embeds
+        if options.null_class >= count:
+            raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
+        classes = replace(classes, null=options.null_class)
+    if options.guidance is not None and classes.null is None:
+        raise ValueError(f"guidance: {options.model} does not say which class is the null class, expected --null-class")
+    wanted = options.classes.split(",") if options.classes is not None else ()
+    return classes, tuple(map(classes.find, wanted))
 
 
 def draw(
@@ -69,15 +100,21 @@ def draw(
     Returns:
         (count, channels, height, width), of the options' dtype, on the model's device.
     """
-    model = prepared.model
+    model, guided = prepared.model, options.guidance is not None
+    kwargs = None
+    if prepared.classes is not None:
+        samples = range(first, first + count)
+        kwargs = prepared.classes.model_kwargs(samples, prepared.chosen, guided=guided, device=prepared.device)
     with torch.no_grad():
-        samples = prepared.diffusion.p_sample_loop(
+        drawn = prepared.diffusion.p_sample_loop(
             model.unet if recorder is None else recorder,
             (count, *model.shape),
             sampler=options.sampler,
             steps=options.steps,
             spacing=options.spacing,
             eta=options.eta,
+            guidance=options.guidance,
+            model_kwargs=kwargs,
             rng=Philox(options.seed, sample_ids=first),
             record="last",
             x0=recorder is not None,
@@ -86,8 +123,8 @@ def draw(
             device=prepared.device,
             dtype=DTYPES[options.dtype],
         )
-    assert isinstance(samples, torch.Tensor)  # with record="last"
-    return samples
+    assert isinstance(drawn, torch.Tensor)  # with record="last"
+    return drawn
 
 
 def are_finite(samples: torch.Tensor) -> list[bool]:

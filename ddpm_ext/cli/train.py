@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from ddpm_ext.cli.arguments import (
     Subparsers,
     add_command,
     check_device,
+    finite_number,
     nonnegative_number,
     number,
     positive_number,
@@ -95,10 +95,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
     std = training.TrainOptions()
     add = parser.add_argument_group("data").add_argument
-    add("--data", default=std.data, metavar="digits|FOLDER", help="scikit-learn's handwritten digits, or your images")
-    size = "crop images to a square and resize them to N by N"
+    data = "scikit-learn's handwritten digits, coloured shapes, or your images"
+    add("--data", default=std.data, metavar="digits|shapes|FOLDER", help=data)
+    size = "crop images to a square and resize them to N by N, or draw shapes of that size"
     add("--image-size", type=whole_number(1), metavar="N", help=size)
-    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: 1 for digits, 3 for a folder)")
+    add("--channels", type=int, choices=(1, 3), help="grey or colour (default: 1 for digits, else 3)")
+    labels = "train a class-conditional model: labels are the sub-folders of a folder, or come with digits and shapes"
+    add("--classes", action="store_true", help=labels)
+    drop = "share of labels dropped, for classifier-free guidance; 0 for no null class"
+    below_1 = number(0, "in [0, 1)", below=1)
+    add("--class-dropout", type=below_1, default=std.class_dropout, metavar="X", help=drop)
     add("--flip", action="store_true", default=std.flip, help="mirror images at random; not for digits")
     add("--skip-corrupt", action="store_true", help="take the next image in place of one that can't be read")
     add("--workers", type=whole_number(0), default=std.workers, metavar="N", help="processes that read images ahead")
@@ -116,7 +122,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=nonnegative_number, default=std.weight_decay, metavar="X", help="of AdamW")
     clip = "largest norm of the gradient; 0 for no limit"
     add("--clip", type=nonnegative_number, default=std.clip, metavar="X", help=clip)
-    below_1 = number(0, "in [0, 1)", below=1)
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
@@ -149,13 +154,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--weighting", choices=weightings, default=std.weighting, help="how much each timestep counts")
     often = "how often each timestep is drawn"
     add("--timestep-sampler", choices=tuple(TIMESTEP_SAMPLERS), default=std.timestep_sampler, help=often)
-    finite = number(-math.inf, "a finite number", above=True)
     more = "mean of logit_normal; above 0 for more noise"
-    add("--logit-mean", type=finite, default=std.logit_mean, metavar="X", help=more)
+    add("--logit-mean", type=finite_number, default=std.logit_mean, metavar="X", help=more)
     spread = "standard deviation of logit_normal"
     add("--logit-std", type=positive_number, default=std.logit_std, metavar="X", help=spread)
     middle = "how much more often mode draws middle timesteps, -1 to 1.75"
-    add("--mode-scale", type=finite, default=std.mode_scale, metavar="X", help=middle)
+    add("--mode-scale", type=finite_number, default=std.mode_scale, metavar="X", help=middle)
     bound = "weight of the variational bound beside the loss, for a learned variance"
     add("--vlb-weight", type=nonnegative_number, default=std.vlb_weight, metavar="X", help=bound)
     offset = "strength of noise that all pixels of a channel share"

@@ -44,9 +44,14 @@ class StepOptions:
 
     @property
     def doubled(self) -> bool:
-        """Whether the model gets the batch twice."""
-        guidance = self.guidance
-        return guidance is not None and guidance.unconditional is None and (guidance.scale != 1 or self.reads_uncond)
+        """Whether the model gets the batch twice, at a guided step."""
+        return self.doubled_kwargs and (self.guidance.scale != 1 or self.reads_uncond)  # type: ignore[union-attr]
+
+    @property
+    def doubled_kwargs(self) -> bool:
+        """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
+        half."""
+        return self.guidance is not None and self.guidance.unconditional is None
 
 
 @dataclass(frozen=True)

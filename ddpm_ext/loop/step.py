@@ -138,7 +138,7 @@ class LoopStep:
         self._reads_last_x0 = rows.reads_last_x0
         # For a call with a single batch: the conditional half of each doubled model_kwarg.
         self._single_kwargs = {
-            name: value[len(x) :] if options.doubled and _has_rows(value, 2 * len(x)) else value
+            name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
         self._reverse_step = ops.ReverseStep(self._steps, clip=options.clip, rng=rng)
@@ -194,7 +194,7 @@ class LoopStep:
         )
 
     def _take_plain(self, row: int | Tensor, t: Tensor) -> None:
-        x, kwargs = self.state.x, self.options.model_kwargs
+        x, kwargs = self.state.x, self._single_kwargs
         if self.options.autocast is None:  # Python's share of a small step: no call is made that can be spared
             model_output = unwrap(self.model(x, t, **kwargs) if kwargs else self.model(x, t))
         else:

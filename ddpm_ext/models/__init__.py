@@ -1,5 +1,6 @@
-"""Denoisers in folders: diffusers' UNet2DModel layout, and the model "digits" that the package contains."""
+"""Denoisers in folders: diffusers' UNet2DModel layout, and "digits" and "shapes", the models in the package."""
 
+from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import LoadedModel, build_unet, check_supported, load_model, read_weights, save_model
 
-__all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
+__all__ = ["Classes", "LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]

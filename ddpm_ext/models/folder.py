@@ -1,7 +1,8 @@
-"""Loads and saves denoisers in diffusers' UNet2DModel layout; one of them, "digits", is part of the package.
+"""Loads and saves denoisers in diffusers' UNet2DModel layout; two of them, "digits" and "shapes", are in the package.
 
-A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json. In the folder of a pipeline
-the first two are in unet/ and the third in scheduler/; unet/ alone has that scheduler, too.
+A folder holds config.json, diffusion_pytorch_model.safetensors and scheduler_config.json, and for a class-conditional
+model classes.json. In the folder of a pipeline the third is in scheduler/ and the others are in unet/; unet/ alone has
+that scheduler, too.
 """
 
 from __future__ import annotations
@@ -17,26 +18,32 @@ from torch import Tensor
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
+from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 
 __all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
 
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
-DIGITS = Path(__file__).resolve().parent / "digits"
+DIGITS, SHAPES = (Path(__file__).resolve().parent / name for name in ("digits", "shapes"))
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
+_MOST_CLASSES = 1_000_000
 _MOST_LAYERS = 100  # in a block: modules take time to make, also without memory
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for."""
+    """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for.
+
+    classes: those of a class-conditional model, which is called with class_labels; None for another.
+    """
 
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
+    classes: Classes | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,7 +59,7 @@ def load_model(
     """Loads a model from a local folder in diffusers' UNet2DModel layout; nothing is downloaded.
 
     Args:
-        source: the folder, or "digits", the model in this package.
+        source: the folder, or "digits" or "shapes", the models in this package.
         device, dtype: where the model is placed, and the dtype of its weights.
 
     Returns:
@@ -60,14 +67,14 @@ def load_model(
 
     Raises:
         ValueError: the folder or a file in it is missing, damaged or pickled, or holds what can't be sampled: another
-            architecture, a class-conditional or latent model, a scheduler that is no Gaussian diffusion.
+            architecture, a latent model, a scheduler that is no Gaussian diffusion.
         MissingExtra: diffusers or safetensors is not installed.
     """
-    folder = DIGITS if source == "digits" else Path(source)
+    folder = {"digits": DIGITS, "shapes": SHAPES}.get(str(source), Path(source))
     if not folder.is_dir():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not folder.parent.is_dir()
         raise ValueError(
-            f'model: no such folder: {source}; expected "digits" or a folder in diffusers\' layout'
+            f'model: no such folder: {source}; expected "digits", "shapes" or a folder in diffusers\' layout'
             + (f"; nothing is downloaded here: hf download {source} --local-dir {folder.name}" if hub else "")
         )
     for part in ("vae", "vqvae", "movq"):
@@ -76,7 +83,7 @@ def load_model(
     inner = folder / "unet" if (folder / "unet").is_dir() else folder
     config = read_json(inner / CONFIG)
     check_supported(config, inner / CONFIG)
-    settings = _find_settings(folder)
+    settings, classes = _find_settings(folder), _find_classes(inner, config)
     weights = read_weights(inner / WEIGHTS)
     # On the meta device first: a configuration may ask for more memory than there is.
     check_architecture(build_unet(config, str(inner / CONFIG), "meta"), weights, inner / WEIGHTS)
@@ -86,7 +93,7 @@ def load_model(
     # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
     check_finite(unet, inner / WEIGHTS)
-    return LoadedModel(unet, settings, folder)
+    return LoadedModel(unet, settings, folder, classes)
 
 
 def save_model(
@@ -95,8 +102,9 @@ def save_model(
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float32,
+    classes: Classes | None = None,
 ) -> None:
-    """Writes `unet`, with weights rounded to `dtype`, and the configuration of its scheduler to `folder`.
+    """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
     diffusers reads them with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
     """
@@ -106,6 +114,8 @@ def save_model(
     files.write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
     files.write_text(target / CONFIG, unet.to_json_string())
     files.write_json(target / SCHEDULER, settings.to_scheduler_config())
+    if classes is not None:
+        classes.save(target)
 
 
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
@@ -188,8 +198,12 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
     kind = config.get("_class_name", "UNet2DModel")
     if kind != "UNet2DModel":
         raise ValueError(f"model: {path} describes a {kind}, expected a UNet2DModel")
-    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
-        raise ValueError(f"model: {path} describes a class-conditional model, which is not supported")
+    kind = config.get("class_embed_type")
+    if kind is not None:
+        raise ValueError(f"model: {path} has class_embed_type {kind!r}, expected null: classes are numbers here")
+    count = config.get("num_class_embeds")
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_CLASSES):
+        raise ValueError(f"model: {path} has num_class_embeds {count!r}, expected 1 to {_MOST_CLASSES}")
     if config.get("time_embedding_type") == "fourier":
         raise ValueError(f"model: {path} has Fourier time embeddings (a score model), which are not supported")
     channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
@@ -204,6 +218,19 @@ def check_supported(config: dict[str, Any], path: Path) -> None:
     sizes = size if isinstance(size, list) and len(size) == 2 else [size]
     if not all(isinstance(side, int) and side > 0 for side in sizes):
         raise ValueError(f"model: {path} has sample_size {size}, expected a positive number or two")
+
+
+def _find_classes(folder: Path, config: dict[str, Any]) -> Classes | None:
+    """The classes of the model in `folder`; of one that another program has written, numbers without a null class."""
+    count, path = config.get("num_class_embeds"), folder / CLASSES
+    if count is None:
+        return None
+    if not path.is_file():
+        return Classes(tuple(map(str, range(count))))
+    classes = Classes.read(read_json(path), str(path))
+    if classes.embeddings > count:
+        raise ValueError(f"model: {path} has {classes.embeddings} classes, expected at most {count}, as {CONFIG} has")
+    return classes
 
 
 def _find_settings(folder: Path) -> DiffusionSettings:

@@ -36,7 +36,7 @@ class Recorder:
             float32.
     """
 
-    model: Callable[[Tensor, Tensor], Any]
+    model: Callable[..., Any]
     every: int
     steps: int
     samples: int
@@ -49,13 +49,13 @@ class Recorder:
         if self.every < 1:
             raise ValueError(f"every: got {self.every}, expected at least 1")
 
-    def __call__(self, x: Tensor, t: Tensor) -> Any:
-        """Calls the model; records x_t if it is this call's turn."""
+    def __call__(self, x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
+        """Calls the model; records x_t if it is this call's turn. Of a batch given twice, that is the first half."""
         if self.calls % self.every == 0 or self.calls == self.steps - 1:
             self.t.append(t[0].item())
             self.x_t.append(self._copied(x))
         self.calls += 1
-        return self.model(x, t)
+        return self.model(x, t, **model_kwargs)
 
     def keep(self, record: Record) -> None:
         """The loop's callback: records the predicted x_0 if the x_t that it belongs to was recorded."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddpm_ext.base.seeds import generator, seed_for
-from ddpm_ext.training.data import DamagedImage, ImageSource
+from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["Batch", "StepBatches"]
@@ -25,10 +25,12 @@ class Batch(NamedTuple):
 
     images: (samples, channels, height, width) float32.
     skipped: the errors of images that could not be read.
+    labels: (samples,) int64, the classes, of which a share is dropped: they are the null class. None: there are none.
     """
 
     images: Tensor
     skipped: list[str]
+    labels: Tensor | None = None
 
 
 class StepBatches(Dataset):
@@ -39,12 +41,15 @@ class StepBatches(Dataset):
 
     Args:
         images: the source.
-        options: batch size, seed, flip, skip_corrupt, workers.
+        options: batch size, seed, flip, skip_corrupt, workers, class_dropout.
         start, stop: this rank takes the samples from `start` to `stop` - 1 of each batch.
+        labels: the classes of the images; the null class is the number after the last. None: batches have no labels.
     """
 
-    def __init__(self, images: ImageSource, options: TrainOptions, start: int, stop: int) -> None:
-        self.images, self.options, self.start, self.stop = images, options, start, stop
+    def __init__(
+        self, images: ImageSource, options: TrainOptions, start: int, stop: int, labels: Labels | None = None
+    ) -> None:
+        self.images, self.options, self.start, self.stop, self.labels = images, options, start, stop, labels
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def __getitem__(self, step: int) -> Batch | Exception:
@@ -101,13 +106,19 @@ class StepBatches(Dataset):
         except DamagedImage:
             if not options.skip_corrupt:
                 raise
-            images = torch.cat([self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))])
+            found = [self._next_readable(i, indices, seeds, skipped) for i in range(len(indices))]
+            images, indices = torch.cat([image for image, _ in found]), torch.cat([index for _, index in found])
         if options.flip:
-            mirrored = (
-                torch.rand(options.batch_size, generator=generator(options.seed, "flip", step), device="cpu") < 0.5
-            )
-            images = torch.where(mirrored[self.start : self.stop].view(-1, 1, 1, 1), images.flip(3), images)
-        return Batch(images, skipped)
+            images = torch.where(self._chosen("flip", step, 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+        if self.labels is None:
+            return Batch(images, skipped)
+        dropped = self._chosen("class dropout", step, options.class_dropout)
+        return Batch(images, skipped, self.labels.numbers[indices].masked_fill(dropped, len(self.labels.names)))
+
+    def _chosen(self, purpose: str, step: int, share: float) -> Tensor:
+        """About `share` of this rank's samples, at random, (samples,) bool."""
+        drawn = torch.rand(self.options.batch_size, generator=generator(self.options.seed, purpose, step), device="cpu")
+        return drawn[self.start : self.stop] < share
 
     def _indices(self, places: range) -> Tensor:
         """The indices of the images at `places` in the sequence of all epochs."""
@@ -123,13 +134,15 @@ class StepBatches(Dataset):
             place += len(parts[-1])
         return torch.cat(parts)
 
-    def _next_readable(self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]) -> Tensor:
-        """The image indices[i] or the next one that can be read, (1, channels, height, width)."""
+    def _next_readable(
+        self, i: int, indices: Tensor, seeds: list[int] | None, skipped: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """The image indices[i] or the next one that can be read, (1, channels, height, width), and its index, (1,)."""
         count = len(self.images)
         for ahead in range(count):
             index = (indices[i : i + 1] + ahead) % count
             try:
-                return self.images.batch(index, None if seeds is None else seeds[i : i + 1])
+                return self.images.batch(index, None if seeds is None else seeds[i : i + 1]), index
             except DamagedImage as error:
                 skipped.append(str(error))
         raise ValueError(f"data: none of the {count} images can be read, the last because: {skipped[-1]}")

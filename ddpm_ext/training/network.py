@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
+from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
@@ -25,19 +26,20 @@ _HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
 
 
-def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -> nn.Module:
+def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> nn.Module:
     """Makes a UNet2DModel with random weights.
 
     Args:
         source: its configuration, or a JSON file that holds one. None: it is made by the options.
         options: the options of the run.
         shape: (channels, height, width) of the images.
+        classes: the number of class embeddings; None for an unconditional model.
 
     Raises:
         ValueError: the configuration is damaged, or doesn't fit the images or the options.
     """
     if source is None:
-        return build_unet(config_of(options, shape))
+        return build_unet(config_of(options, shape, classes))
     standard = TrainOptions()
     for name in _WIDTHS:
         if getattr(options, name) != getattr(standard, name):
@@ -45,18 +47,21 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int]) -
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
     channels, height, width = shape
-    fits = {"sample_size": height if height == width else [height, width], "in_channels": channels}
+    fits: dict[str, Any] = {"sample_size": height if height == width else [height, width], "in_channels": channels}
     fits["out_channels"] = channels * VARIANCES[options.variance].channels
+    fits["num_class_embeds"] = classes
     for key, value in fits.items():
         if given.get(key) not in (None, value):
-            raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for images of shape {shape}")
+            what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
+            raise ValueError(f"model: {name} has {key} {given[key]}, expected {value} for {what}")
     config = {"_class_name": "UNet2DModel", "dropout": options.dropout, **given, **fits}
     check_supported(config, Path(name))
     return build_unet(config, name)
 
 
-def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width)."""
+def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
+    """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width), and as many
+    class embeddings as `classes`."""
     channels, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
@@ -82,11 +87,12 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int]) -> dict[str, A
         "norm_num_groups": options.groups,
         "attention_head_dim": _HEAD,
         "dropout": options.dropout,
+        "num_class_embeds": classes,
     }
 
 
-def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
-    """Calls model(x, t) in evaluation mode and returns its output.
+def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tensor | None = None) -> Tensor:
+    """Calls model(x, t), or model(x, t, labels), in evaluation mode and returns its output.
 
     Raises:
         ValueError: the model fails, or its output has another shape than x, or, for a learned variance, than x with
@@ -94,11 +100,12 @@ def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str) -> Tensor:
     """
     shape, training = tuple(x.shape), model.training
     try:
-        found = unwrap(model.eval()(x, t))
+        found = unwrap(model.eval()(x, t) if labels is None else model.eval()(x, t, labels))
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(f"model: it fails for images of shape {shape[1:]} ({one_line(error)})") from error
+        what = "" if labels is None else " and their labels, its third argument"
+        raise ValueError(f"model: it fails for images of shape {shape[1:]}{what} ({one_line(error)})") from error
     finally:
         model.train(training)
     expected = (shape[0], shape[1] * VARIANCES[variance].channels, *shape[2:])
@@ -125,19 +132,24 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {"class": kind, **{name: list(value.shape) for name, value in model.state_dict().items()}}
 
 
-def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype) -> str:
-    """Writes a trained model, with weights rounded to `dtype`, and the settings of its diffusion.
+def save_result(
+    model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype, classes: Classes | None = None
+) -> str:
+    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, and its classes.
 
-    A UNet2DModel is written as a folder of a DDPMPipeline. For another module, model.safetensors holds the state dict,
-    and model.json the class and the settings.
+    A UNet2DModel is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a model, as
+    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class and the
+    settings.
 
     Returns:
         A sentence that says what can read the folder.
     """
     if is_unet(model):
-        save_model(model, settings, folder / "unet", dtype=dtype)
+        save_model(model, settings, folder / "unet", dtype=dtype, classes=classes)
         scheduler = settings.to_scheduler_config()
         files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
+        if classes is not None:
+            return f"{folder} is for ddpm-ext sample; diffusers can read its parts, but has no pipeline for classes"
         parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
         version = require("diffusers", "the model").__version__
         files.write_json(
@@ -153,5 +165,7 @@ def save_result(model: nn.Module, settings: DiffusionSettings, folder: Path, dty
     }
     files.write_bytes(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
     files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
+    if classes is not None:
+        classes.save(folder)
     files.write_json(folder / "model.json", {"class": describe(model)["class"], "settings": asdict(settings)})
     return f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel"

@@ -90,6 +90,7 @@ _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("clip", 0, math.inf, "a number >= 0"),
     ("ema", 0, 1, "in [0, 1)"),
     ("dropout", 0, 1, "in [0, 1)"),
+    ("class_dropout", 0, 1, "in [0, 1)"),
     ("delta", _ABOVE_0, math.inf, "a positive number"),
     ("vlb_weight", 0, math.inf, "a number >= 0"),
     ("logit_mean", -sys.float_info.max, math.inf, "a finite number"),
@@ -111,6 +112,8 @@ class TrainOptions:
     data: str = "digits"
     image_size: int | None = None
     channels: int | None = None
+    classes: bool = False
+    class_dropout: float = 0.1
     flip: bool = False
     skip_corrupt: bool = False
     workers: int = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
+from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, record
@@ -152,13 +153,20 @@ class Outputs:
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
             self.log.pictures(samples, step)
 
-    def finish(self, state: TrainState, settings: DiffusionSettings, seconds: float, about: dict[str, Any]) -> Result:
+    def finish(
+        self,
+        state: TrainState,
+        settings: DiffusionSettings,
+        classes: Classes | None,
+        seconds: float,
+        about: dict[str, Any],
+    ) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it.
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
         dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
-        self.report(save_result(state.average, settings, self.folder, dtype))
+        self.report(save_result(state.average, settings, self.folder, dtype, classes))
         if losses:
             options = self.options
             weighting = "" if options.weighting == "simple" else f", weighting {options.weighting}"

@@ -63,20 +63,26 @@ class TrainingStep:
         self._pending: list[_Pending] = []
         self._captured = CapturedStep(self._compute, state, device) if options.graph else None
 
-    def take(self, images: Tensor) -> None:
-        """Takes the next step. `images`: this rank's samples, (samples, channels, height, width)."""
+    def take(self, images: Tensor, labels: Tensor | None = None) -> None:
+        """Takes the next step.
+
+        Args:
+            images: this rank's samples, (samples, channels, height, width).
+            labels: their classes, (samples,) int64, for a class-conditional model.
+        """
         state, options, step = self.state, self.options, self.state.step
         state.set_learning_rate(learning_rate(options, step))
         timesteps = state.timestep_sampler.sample(
             len(self.samples), seed=options.seed, iteration=step, first=self.samples.start, total=options.batch_size
         )
         x_start, t, weights = map(self._on_device, (images, *timesteps))
+        labels = None if labels is None else self._on_device(labels)
         if not self._sum_order_fixed:
-            self._fix_sum_order(x_start, t, weights)
+            self._fix_sum_order(x_start, t, weights, labels)
         if self._captured is None:
-            losses, norm = self._compute(x_start, t, weights, step)
+            losses, norm = self._compute(x_start, t, weights, step, labels)
         else:
-            losses, norm = self._captured.take(x_start, t, weights, self._dropout_seed(self.samples.start))
+            losses, norm = self._captured.take(x_start, t, weights, labels, self._dropout_seed(self.samples.start))
         state.update_average(options.ema)
         if state.timestep_sampler.learns:
             # This waits for the device, and for all ranks.
@@ -89,7 +95,7 @@ class TrainingStep:
         """A copy on the device, without waiting for it; to a GPU this needs pinned memory."""
         return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
 
-    def _fix_sum_order(self, x_start: Tensor, t: Tensor, weights: Tensor) -> None:
+    def _fix_sum_order(self, x_start: Tensor, t: Tensor, weights: Tensor, labels: Tensor | None) -> None:
         """Runs a forward and a backward pass that changes neither weights nor buffers.
 
         From its second pass on, DistributedDataParallel adds gradients up in an order that it finds in the first pass.
@@ -100,7 +106,7 @@ class TrainingStep:
         """
         model = self.state.model
         before = [value.clone() for value in model.buffers()]
-        self._backward(self.parts[-1], x_start, t, weights, self.state.step)
+        self._backward(self.parts[-1], x_start, t, weights, self.state.step, labels)
         for value, saved in zip(model.buffers(), before, strict=True):
             value.copy_(saved)
         for name, parameter in self.state.parameters.items():
@@ -110,16 +116,20 @@ class TrainingStep:
                 )
         self._sum_order_fixed = True
 
-    def _compute(self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor) -> tuple[Tensor, Tensor]:
+    def _compute(
+        self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Updates the weights; returns the losses without weights, and the gradient's norm. `draw`: the noise's."""
         self.state.optimizer.zero_grad(set_to_none=True)
-        losses = torch.cat([self._backward(part, x_start, t, weights, draw) for part in self.parts])
+        losses = torch.cat([self._backward(part, x_start, t, weights, draw, labels) for part in self.parts])
         return losses, self._update()
 
     def _dropout_seed(self, first: int) -> int:
         return seed_for(self.options.seed, f"dropout/{first}", self.state.step)
 
-    def _backward(self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor) -> Tensor:
+    def _backward(
+        self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None
+    ) -> Tensor:
         """Adds the gradients of `part` of the samples; returns their losses without weights, (len(part),)."""
         state, options = self.state, self.options
         here = slice(part.start - self.samples.start, part.stop - self.samples.start)
@@ -133,6 +143,7 @@ class TrainingStep:
                 t[here],
                 rng=Philox(options.seed, sample_ids=part.start, draw=draw),
                 reduction="none",
+                model_kwargs=None if labels is None else {"labels": labels[here]},
                 **loss_options(self.options),
             )
             # Gradients are averaged over ranks, so this factor gives the mean over the whole batch.
@@ -144,12 +155,13 @@ class TrainingStep:
         assert isinstance(self.parallel, DistributedDataParallel)
         return self.parallel.no_sync()
 
-    def _denoise(self, x: Tensor, t: Tensor) -> Any:
+    def _denoise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
         kind = self.options.autocast
+        given = (x, t) if labels is None else (x, t, labels)
         if kind == "none":
-            return self.parallel(x, t)
+            return self.parallel(*given)
         with torch.autocast(self.device.type, DTYPES[kind]):
-            return self.parallel(x, t)
+            return self.parallel(*given)
 
     def _update(self) -> Tensor:
         """Updates the weights; returns the norm of the gradient before it was clipped."""

@@ -19,12 +19,14 @@ from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import require
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
-from ddpm_ext.training.data import ImageSource, as_images
+from ddpm_ext.training.data import ImageSource, Labels, as_images, labels_of
+from ddpm_ext.training.data.source import digest
 from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
@@ -46,11 +48,13 @@ class Trainer:
 
     Args:
         model: a Module that is called as model(x, t) and returns (batch, channels, height, width), or an object with
-            that as `.sample`; for a learned variance twice the channels. It is moved to the device and trained. Or the
-            configuration of a UNet2DModel, or a JSON file that holds one. None: it is made by the options.
+            that as `.sample`; for a learned variance twice the channels. With options.classes it is called as
+            model(x, t, labels), with int64 labels (batch,): the null class, for images whose label is dropped, is the
+            number of classes. It is moved to the device and trained. Or the configuration of a UNet2DModel, or a JSON
+            file that holds one. None: it is made by the options.
         diffusion: the schedule, the prediction and the variance. None: it is made by the options.
-        data: "digits", a folder of images, a tensor (count, channels, height, width), or a map-style torch Dataset of
-            images: see ddpm_ext.training.data.as_images. None: `options.data`.
+        data: "digits", "shapes", a folder of images, a tensor (count, channels, height, width), or a map-style torch
+            Dataset of images: see ddpm_ext.training.data.as_images. None: `options.data`.
         out: the folder for the model, the checkpoints and the log.
         options: the options; None: the defaults.
         resume: whether to continue from the newest checkpoint of the run in `out`, which must have been started.
@@ -102,6 +106,8 @@ class Trainer:
         self.images: ImageSource = as_images(
             self.options.data if data is None else data, self.options.image_size, self.options.channels
         )
+        self.labels = labels_of(self.images) if self.options.classes else None
+        self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
         if self.options.sample_every and self.images.shape[0] not in (1, 3):
             raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, expected 1 or 3 for pictures")
         if self.options.batch_size < self.ranks.size * self.options.accumulate:
@@ -115,36 +121,41 @@ class Trainer:
             self.model = self._make_model(model)
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        about = _inputs(self.model, self.images, self.diffusion)
+        about = _inputs(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
         if not isinstance(model, nn.Module):
             source = self.options.model_config if model is None else model
             torch.manual_seed(seed_for(self.options.seed, "weights"))
-            model = network.make_unet(source, self.options, self.images.shape)
+            embeddings = None if self.classes is None else self.classes.embeddings
+            model = network.make_unet(source, self.options, self.images.shape, embeddings)
         return nn.Module.to(model, self.device).train()
 
     def _try_out(self) -> None:
         """Raises here what the first step would raise: the model or the loss doesn't fit the diffusion."""
         x, t = torch.zeros(1, *self.images.shape, device=self.device), torch.zeros(1, dtype=torch.int64, device="cpu")
+        labels = None if self.labels is None else torch.zeros(1, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance)
+            output = network.try_out(self.model, x, t.to(self.device), self.diffusion.variance, labels)
             self.diffusion.train_losses(lambda x, t: output, x, 0, rng=Philox(0), **loss_options(self.options))
 
     def sample(self) -> Tensor:
-        """Samples with DDIM from the averaged model, with the same noise in each call.
+        """Samples with DDIM from the averaged model, with the same noise in each call, and all classes in turn.
 
         Returns:
             (options.sample_count, channels, height, width), after options.sample_steps steps.
         """
-        options = self.options
+        options, model, kwargs = self.options, self.state.average, {}
+        if self.classes is not None:
+            kwargs = {"labels": self.classes.labels_of(range(options.sample_count)).to(self.device)}
         with torch.no_grad():
             samples = self.diffusion.p_sample_loop(
-                self.state.average,
+                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
                 (options.sample_count, *self.images.shape),
                 sampler="ddim",
                 steps=options.sample_steps,
+                model_kwargs=kwargs,
                 rng=Philox(options.seed),
                 record="last",
                 progress=False,
@@ -190,7 +201,7 @@ class Trainer:
                 self._train(step, advance)
             seconds = time.monotonic() - started
             details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
-            return ranks.share(lambda: outputs.finish(self.state, self.settings, seconds, details))
+            return ranks.share(lambda: outputs.finish(self.state, self.settings, self.classes, seconds, details))
 
     def _restore(self, path: Path | None) -> None:
         if path is not None:
@@ -205,14 +216,15 @@ class Trainer:
     def _first_line(self) -> str:
         ranks = f", by {self.ranks.size} ranks" if self.ranks.size > 1 else ""
         parameters = sum(value.numel() for value in self.model.parameters())
+        classes = "" if self.classes is None else f" and {len(self.classes.names)} classes"
         return (
-            f"{parameters:,} parameters, {len(self.images):,} images of shape {self.images.shape}, "
+            f"{parameters:,} parameters, {len(self.images):,} images of shape {self.images.shape}{classes}, "
             f"on {self.device}{ranks}"
         )
 
     def _train(self, step: TrainingStep, advance: Callable[[], object]) -> None:
         options, state = self.options, self.state
-        batches = StepBatches(self.images, options, step.samples.start, step.samples.stop)
+        batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock, skipped = _Clock(state.step), []
         # The workers end before signals have their usual effects again, among which is an error for a killed worker.
         with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
@@ -220,7 +232,7 @@ class Trainer:
                 # Other ranks would wait in their step for a rank that stops before it.
                 batch = noted.next(read) if self.ranks.size == 1 else next(read)
                 if batch is not None:
-                    step.take(batch.images)
+                    step.take(batch.images, batch.labels)
                     skipped += batch.skipped
                     advance()
                 every = {name: getattr(options, name) for name in _INTERVALS}
@@ -309,12 +321,18 @@ def _with_settings(
     return diffusion, settings, replace(options, beta_schedule="given", **chosen)
 
 
-def _inputs(model: nn.Module, images: ImageSource, diffusion: GaussianDiffusion) -> dict[str, Any]:
+def _inputs(
+    model: nn.Module, images: ImageSource, labels: Labels | None, diffusion: GaussianDiffusion
+) -> dict[str, Any]:
     """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
     schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
     model_part = {f"model's {name}": value for name, value in network.describe(model).items()}
+    of_classes: dict[str, Any] = {}
+    if labels is not None:
+        of_classes = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
     return {
         **model_part,
+        **of_classes,
         "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
         "the schedule's hash": schedule,
         "the number of images": len(images),

@@ -41,6 +41,16 @@ def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
         assert never.asked == []
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_scale_of_1_takes_the_second_half_of_doubled_arguments(device, sampler):
+    gd, y = make_diffusion(), torch.arange(8.0, device=device) / 8
+    single, doubled = (
+        ours(gd, "plain", sampler, model=model, device=device, **options)
+        for options in ({"model_kwargs": {"y": y[4:]}}, {"model_kwargs": {"y": y}, "guidance": 1.0})
+    )
+    assert torch.equal(gd.p_sample_loop(**single, record="last"), gd.p_sample_loop(**doubled, record="last"))
+
+
 @backends
 def test_outside_its_interval_the_model_is_called_once(device, backend):
     gd = make_diffusion(backend=backend)

@@ -80,7 +80,7 @@ def make(out, *, dropout=0.1, width=6, squares=11, model=None, data=None, report
 def before_steps(act) -> None:
     """Calls act(step, images) before each step of this process, and trains on the images that it returns."""
     take = TrainingStep.take
-    TrainingStep.take = lambda self, images: take(self, act(self.state.step, images))
+    TrainingStep.take = lambda self, images, labels: take(self, act(self.state.step, images), labels)
 
 
 def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, **options) -> None:

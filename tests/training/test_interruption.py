@@ -43,10 +43,10 @@ def send_at(monkeypatch, step, *numbers):
     """This process gets the signals while the step after so many steps is taken."""
     take = TrainingStep.take
 
-    def taken(self, images):
+    def taken(self, images, labels):
         for number in numbers if self.state.step == step else ():
             os.kill(os.getpid(), number)
-        take(self, images)
+        take(self, images, labels)
 
     monkeypatch.setattr(TrainingStep, "take", taken)
 
@@ -75,8 +75,8 @@ def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
     """A signal to the whole process group, as batch systems send it."""
     take = TrainingStep.take
 
-    def kill_all(self, images):
-        take(self, images)
+    def kill_all(self, images, labels):
+        take(self, images, labels)
         if self.state.step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
             for worker in multiprocessing.active_children():

@@ -61,7 +61,7 @@ IMAGE = torch.zeros(1, 8, 8)
     ("options", "error", "message"),
     [
         ({"data": Items()}, ValueError, "data: the dataset is empty"),
-        ({"data": iter([IMAGE])}, TypeError, "data is a list_iterator, expected 'digits', a folder, a tensor or"),
+        ({"data": iter([IMAGE])}, TypeError, "data is a list_iterator, expected 'digits', 'shapes', a folder,"),
         ({"data": Items(3)}, TypeError, "data: item 0 is a int, expected a floating tensor"),
         ({"data": Items(IMAGE.byte())}, TypeError, r"item 0 is a torch.uint8 \(1, 8, 8\), expected a floating"),
         ({"data": Items(IMAGE[0])}, TypeError, r"item 0 is a torch.float32 \(8, 8\), expected"),
@@ -82,7 +82,11 @@ IMAGE = torch.zeros(1, 8, 8)
         ({"model": {"in_channels": 3}}, ValueError, "model: config has in_channels 3, expected 1 for images"),
         ({"model": {"out_channels": 2}}, ValueError, "model: config has out_channels 2, expected 1"),
         ({"model": {"sample_size": 4}}, ValueError, "model: config has sample_size 4, expected 8"),
-        ({"model": {"num_class_embeds": 4}}, ValueError, "model: config describes a class-conditional model"),
+        (
+            {"model": {"num_class_embeds": 4}},
+            ValueError,
+            "num_class_embeds 4, expected None for .* without classes",
+        ),
         (
             {"model": {}, "widths": (8,), "groups": 4, "attention": ()},
             ValueError,
@@ -209,11 +213,11 @@ def test_loss_that_is_not_finite_names_timesteps_and_checkpoint(tmp_path, monkey
     seen = {}
     take = TrainingStep.take
 
-    def spoil(self, images):
+    def spoil(self, images, labels):
         if self.state.step == 23:
             images = images.clone()
             images[4] = torch.nan
-        take(self, images)
+        take(self, images, labels)
         seen[self.state.step - 1] = self._pending[-1].t.tolist()
 
     monkeypatch.setattr(TrainingStep, "take", spoil)

@@ -266,10 +266,10 @@ def test_resume_before_the_first_checkpoint_trains_the_same(straight, tmp_path, 
 
     folder, take = tmp_path / "run", TrainingStep.take
 
-    def die(self, images):
+    def die(self, images, labels):
         if self.state.step == 3:
             raise SystemExit(9)
-        take(self, images)
+        take(self, images, labels)
 
     monkeypatch.setattr(TrainingStep, "take", die)
     with pytest.raises(SystemExit):

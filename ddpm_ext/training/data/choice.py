@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ddpm_ext.training.data.dataset import DatasetImages
 from ddpm_ext.training.data.folder import FolderImages
+from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.sklearn_digits import digits
-from ddpm_ext.training.data.source import ImageSource
+from ddpm_ext.training.data.source import ImageSource, Labels
 from ddpm_ext.training.data.tensor import TensorImages
 
 __all__ = ["as_images", "load_images"]
@@ -20,13 +21,17 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
     """Opens images by name.
 
     Args:
-        source: "digits", the training part of scikit-learn's digits, or a folder of images.
-        size: height and width in pixels; a folder needs it, digits are 8 by 8.
-        channels: 1 (grey) or 3 (colour). None: 1 for digits, 3 for a folder.
+        source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; or a folder of images.
+        size: height and width in pixels; a folder needs it, digits are 8 by 8, and shapes by default 16 by 16.
+        channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
 
     Raises:
         ValueError: `size` or `channels` doesn't fit, or the folder is missing or has no images.
     """
+    if source == "shapes":
+        if channels not in (None, 3):
+            raise ValueError(f"channels: got {channels}, but shapes have 3")
+        return Shapes() if size is None else Shapes(size)
     if source != "digits":
         if size is None:
             raise ValueError("image size: a folder of images needs one")
@@ -35,7 +40,8 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
         raise ValueError(f"image size: got {size}, but digits are 8 by 8 pixels")
     if channels not in (None, 1):
         raise ValueError(f"channels: got {channels}, but digits have 1")
-    return TensorImages(digits("train")[0])
+    found, numbers = digits("train")
+    return TensorImages(found, Labels(numbers, tuple("0123456789")))
 
 
 def as_images(data: Any, size: int | None = None, channels: int | None = None) -> ImageSource:
@@ -57,5 +63,7 @@ def as_images(data: Any, size: int | None = None, channels: int | None = None) -
         return data
     if not hasattr(data, "__getitem__"):
         kind = type(data).__name__
-        raise TypeError(f"data is a {kind}, expected 'digits', a folder, a tensor or a map-style torch Dataset")
+        raise TypeError(
+            f"data is a {kind}, expected 'digits', 'shapes', a folder, a tensor or a map-style torch Dataset"
+        )
     return DatasetImages(data)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
-from ddpm_ext.training.data.source import DamagedImage, check_range
+from ddpm_ext.training.data.source import DamagedImage, Labels, check_range
 
 __all__ = ["DatasetImages"]
 
@@ -60,6 +61,20 @@ class DatasetImages:
                 )
         return torch.stack(images)
 
+    def labels(self) -> Labels:
+        """The labels that the dataset says without reading its images; names are its `classes`, or else numbers.
+
+        They are its `targets`, as torchvision's datasets have them, the second tensor of a TensorDataset, or those of
+        the dataset that a Subset is a part of.
+
+        Raises:
+            ValueError: it has none of these, or they are not numbers.
+        """
+        numbers, names = _labels(self.dataset)
+        if names is None:
+            names = range(max(0, int(numbers.max())) + 1)
+        return Labels(numbers, tuple(map(str, names)))
+
     def fingerprint(self) -> str:
         """The class of the dataset, its length and the shape of its images."""
         return f"{type(self.dataset).__qualname__} {self._count} {self.shape}"
@@ -85,6 +100,26 @@ class DatasetImages:
             found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise TypeError(f"data: item {index} is a {found}, expected a floating tensor (channels, height, width)")
         return image.detach().to("cpu", torch.float32)
+
+
+def _labels(dataset: Any) -> tuple[Tensor, Any]:
+    """(count,) int64, and the names of the classes, or None."""
+    if isinstance(dataset, Subset):
+        numbers, names = _labels(dataset.dataset)
+        return numbers[torch.as_tensor(dataset.indices, device="cpu")], names
+    found = getattr(dataset, "targets", None)
+    if found is None and isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        found = dataset.tensors[1]
+    kind = type(dataset).__name__
+    if found is None:
+        raise ValueError(f"classes: a {kind} has no labels, expected its attribute targets, one label an image")
+    try:
+        numbers = torch.as_tensor(found, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"classes: the targets of a {kind} are no whole numbers ({error})") from error
+    if numbers.is_floating_point() or numbers.is_complex() or not numbers.numel():
+        raise ValueError(f"classes: the targets of a {kind} are {numbers.dtype}, expected whole numbers")
+    return numbers.to(torch.int64), getattr(dataset, "classes", None)
 
 
 @contextmanager

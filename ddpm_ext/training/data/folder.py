@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.optional import require
-from ddpm_ext.training.data.source import DamagedImage, digest
+from ddpm_ext.training.data.source import DamagedImage, Labels, digest
 
 __all__ = ["FolderImages"]
 
@@ -64,6 +64,20 @@ class FolderImages:
     def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
         pixels = torch.stack([self._pixels(index) for index in indices.tolist()])
         return pixels.float().div_(127.5).sub_(1)
+
+    def labels(self) -> Labels:
+        """An image's class is the sub-folder that it lies in, at any depth; classes are in the order of their names.
+
+        Raises:
+            ValueError: an image lies in no sub-folder.
+        """
+        places = [path.relative_to(self.root).parts for path in self.paths]
+        outside = next((parts[0] for parts in places if len(parts) == 1), None)
+        if outside is not None:
+            raise ValueError(f"classes: {self.root} has {outside} outside of its sub-folders, expected one a class")
+        names = sorted({parts[0] for parts in places})
+        number = {name: index for index, name in enumerate(names)}
+        return Labels(torch.tensor([number[parts[0]] for parts in places], device="cpu"), tuple(names))
 
     def fingerprint(self) -> str:
         """A hash of the shape and of the names and sizes of the files; the folder's own path is not part of it."""

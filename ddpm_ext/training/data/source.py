@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["DamagedImage", "ImageSource", "check_range", "digest"]
+__all__ = ["DamagedImage", "ImageSource", "Labels", "check_range", "digest", "labels_of"]
 
 _LARGEST = 1.001  # rounding may have made an image a little larger than 1
 
@@ -17,8 +18,21 @@ class DamagedImage(ValueError):
     """An image can't be read; the message names it."""
 
 
+class Labels(NamedTuple):
+    """The class of each image.
+
+    numbers: (count,) int64, in [0, len(names)).
+    names: of the classes.
+    """
+
+    numbers: Tensor
+    names: tuple[str, ...]
+
+
 class ImageSource(Protocol):
     """A fixed number of images of one shape, from which the trainer takes batches.
+
+    A source for class-conditional training also has a method labels() -> Labels, which may raise ValueError.
 
     shape: (channels, height, width).
     seeded: whether reading an image is random, so that `batch` needs seeds.
@@ -55,6 +69,24 @@ def check_range(name: str, images: Tensor) -> None:
         low, high = (value.item() for value in images.aminmax())
         if not -_LARGEST <= low <= high <= _LARGEST:
             raise ValueError(f"{name} has values from {low:.4g} to {high:.4g}, expected them in [-1, 1]")
+
+
+def labels_of(images: ImageSource) -> Labels:
+    """The classes of all images; raises ValueError unless each image has one."""
+    find = getattr(images, "labels", None)
+    if not callable(find):
+        raise ValueError(f"classes: a {type(images).__name__} has no labels, expected images with labels")
+    found: Labels = find()
+    numbers, count = found.numbers, len(found.names)
+    if numbers.shape != (len(images),) or numbers.dtype != torch.int64:
+        raise ValueError(
+            f"classes: labels are {numbers.dtype} of shape {tuple(numbers.shape)}, expected int64 of shape "
+            f"({len(images)},), one an image"
+        )
+    low, high = (int(value) for value in numbers.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"classes: labels are {low} to {high}, expected 0 to {count - 1} for {count} classes")
+    return found
 
 
 def digest(parts: Iterable[Any]) -> str:

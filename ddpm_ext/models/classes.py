@@ -1,0 +1,103 @@
+"""The classes of a class-conditional model, and which of them each sample has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import files
+
+__all__ = ["CLASSES", "Classes"]
+
+CLASSES = "classes.json"
+_SHOWN = 10  # how many names an error lists
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a model knows, by number.
+
+    names: of the classes 0, 1, and so on.
+    null: the class that stands for none in particular, which classifier-free guidance needs; None if there is none.
+    """
+
+    names: tuple[str, ...]
+    null: int | None = None
+
+    @classmethod
+    def of_labels(cls, names: Sequence[str], dropout: float) -> Classes:
+        """Those of a model that is trained on images with these labels, of which a share is dropped: the null class is
+        the number after the last."""
+        return cls(tuple(names), len(names) if dropout else None)
+
+    @property
+    def embeddings(self) -> int:
+        """How many classes the model has to tell apart, with the null class."""
+        return max(len(self.names), -1 if self.null is None else self.null + 1)
+
+    def find(self, wanted: str) -> int:
+        """The number of a class, by its name or else by its number; raises ValueError for none of these."""
+        if wanted in self.names:
+            return self.names.index(wanted)
+        if wanted.isdecimal() and int(wanted) < len(self.names):
+            return int(wanted)
+        few = ", ".join(self.names[:_SHOWN]) + (", ..." if len(self.names) > _SHOWN else "")
+        raise ValueError(f"class: got {wanted}, expected 0 to {len(self.names) - 1} or a name: {few}")
+
+    def labels_of(self, samples: range, chosen: Sequence[int] = ()) -> Tensor:
+        """The classes of samples by their ids, (samples,) int64: sample i has chosen[i mod len(chosen)].
+
+        They depend on the ids alone, so that a sample has the same class in any batch and on any rank.
+
+        chosen: numbers of classes; empty: all, so that each has an equal share of the samples.
+        """
+        cycle = torch.tensor(chosen or range(len(self.names)), device="cpu")
+        return cycle[torch.arange(samples.start, samples.stop, device="cpu") % len(cycle)]
+
+    def model_kwargs(
+        self,
+        samples: range,
+        chosen: Sequence[int] = (),
+        *,
+        guided: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """The model_kwargs with which p_sample_loop draws these samples, by a UNet2DModel: `class_labels`.
+
+        Args:
+            samples, chosen: as in labels_of.
+            guided: whether there is classifier-free guidance: the model gets the batch twice then, first with the null
+                class and then with the samples' own, (2 samples,).
+            device: where the samples are drawn.
+
+        Raises:
+            ValueError: guidance of a model without a null class.
+        """
+        labels = self.labels_of(samples, chosen)
+        if guided:
+            if self.null is None:
+                raise ValueError(
+                    "guidance: the model has no null class, expected one that was trained with dropped labels"
+                )
+            labels = torch.cat([torch.full_like(labels, self.null), labels])
+        return {"class_labels": labels.to(device)}
+
+    def save(self, folder: Path) -> None:
+        """Writes classes.json."""
+        files.write_json(folder / CLASSES, {"names": list(self.names), "null": self.null})
+
+    @classmethod
+    def read(cls, content: Any, name: str) -> Classes:
+        """Those of a classes.json; raises ValueError, naming `name`, if it is damaged."""
+        names = content.get("names")
+        null = content.get("null")
+        if not isinstance(names, list) or not names or not all(isinstance(entry, str) for entry in names):
+            raise ValueError(f"model: {name} has names {names!r}, expected a list of names")
+        if null is not None and (isinstance(null, bool) or not isinstance(null, int) or null < 0):
+            raise ValueError(f"model: {name} has null {null!r}, expected the number of a class or null")
+        return cls(tuple(names), null)

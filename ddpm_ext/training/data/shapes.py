@@ -1,0 +1,149 @@
+"""Coloured shapes, drawn as they are read: an image depends on the seed and its number alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ddpm_ext import reference
+from ddpm_ext.training.data.source import Labels
+
+__all__ = ["SHAPES", "Shapes"]
+
+Array = npt.NDArray[np.float64]
+
+_WORD = 2**32
+_POINTS = 4  # along each side of a pixel, by which it is known how much of it the shape covers
+
+
+class Shapes:
+    """An ImageSource of one shape an image, of any colour, size, place and slant on a dark ground. Image i shows shape
+    i mod 10 of SHAPES, in the order of their names.
+
+    Args:
+        size: height and width in pixels.
+        seed: 0 <= seed < 2^64; other seeds have other images, such as those to compare samples with.
+        count: how many images there are.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    seeded = False
+
+    def __init__(self, size: int = 16, seed: int = 0, count: int = 2**16) -> None:
+        if size < 8:
+            raise ValueError(f"image size: got {size}, expected at least 8 for shapes")
+        if not 1 <= count <= _WORD:
+            raise ValueError(f"count: got {count}, expected 1 to {_WORD}")
+        self.shape: tuple[int, int, int] = (3, size, size)
+        self.seed, self.count = seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
+        images = self._draw(indices.numpy() % len(SHAPES), self._chances(indices)[..., None, None])
+        return torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous()
+
+    def labels(self) -> Labels:
+        return Labels(torch.arange(self.count, device="cpu") % len(SHAPES), tuple(SHAPES))
+
+    def fingerprint(self) -> str:
+        return f"shapes {self.shape} {self.seed} {self.count}"
+
+    def _chances(self, indices: Tensor) -> Array:
+        """(batch, 12) uniform in [0, 1), by Philox: the same on every machine and with every version of a library."""
+        blocks = torch.arange(3, device="cpu")
+        counter = torch.zeros(len(indices), len(blocks), 4, dtype=torch.int64, device="cpu")
+        counter[..., 0], counter[..., 1] = blocks, indices[:, None]
+        key = torch.tensor([self.seed % _WORD, self.seed // _WORD], device="cpu")
+        return (reference.philox4x32(counter, key).flatten(1).double() / _WORD).numpy()
+
+    def _draw(self, shapes: npt.NDArray[np.int64], chances: Array) -> Array:
+        """Shapes (batch,) and chances (batch, 12, 1, 1) to (batch, size, size, 3) in [-1, 1]."""
+        size, chance = self.shape[1], chances.swapaxes(0, 1)
+        radius, turn = 0.6 + 0.25 * chance[0], 0.7 * (chance[1] - 0.5)
+        right, up = (1 - radius) * (2 * chance[2:4] - 1)
+        cos, sin = np.cos(turn) / radius, np.sin(turn) / radius
+
+        def seen_from_shape(x: Array, y: Array) -> tuple[Array, Array]:
+            return cos * (x - right) + sin * (y - up), cos * (y - up) - sin * (x - right)
+
+        insides = tuple(SHAPES.values())
+        points = zip(shapes, *seen_from_shape(*_places(size * _POINTS)), strict=True)
+        inside = np.stack([insides[shape](u, v) for shape, u, v in points])
+        covered = inside.reshape(-1, size, _POINTS, size, _POINTS).mean((2, 4))[..., None]
+        x, y = _places(size)
+        ground = _between(
+            _colour(chance[4], 0.4 + 0.3 * chance[5], 0.1 + 0.15 * chance[6]),
+            _colour(chance[4] + 0.2 * chance[7], 0.4 + 0.3 * chance[5], 0.25 + 0.25 * chance[6]),
+            (1 - y) / 2,
+        )
+        bright = _colour(chance[8], 0.55 + 0.45 * chance[9], 0.85 + 0.15 * chance[10])
+        paint = _between(bright, 0.7 * bright, (1 - seen_from_shape(x, y)[1]) / 2)
+        return 2 * (ground + covered * (paint - ground)) - 1
+
+
+def _places(count: int) -> tuple[Array, Array]:
+    """Coordinates x, to the right, and y, upwards, of count by count places in a square from -1 to 1."""
+    places = (np.arange(count, dtype=np.float64) + 0.5) * (2 / count) - 1
+    return places[None, :], -places[:, None]
+
+
+def _colour(hue: Array, saturation: Array, value: Array) -> Array:
+    """HSV, with hue in turns, (...) each, to (..., 3): red, green and blue in [0, 1]."""
+    distance = np.abs((hue[..., None] + np.array([0, 2 / 3, 1 / 3])) % 1 * 6 - 3)  # of the hue from their opposites
+    return value[..., None] * (1 - saturation[..., None] * (1 - (distance - 1).clip(0, 1)))
+
+
+def _between(first: Array, second: Array, share: Array) -> Array:
+    """Colours (..., 3) with `share`, (...), of the second."""
+    return first + (second - first) * share.clip(0, 1)[..., None]
+
+
+# Where a shape is, for coordinates (...) in a circle of radius 1.
+
+
+def _polygon(*corners: tuple[float, float]) -> Callable[[Array, Array], npt.NDArray[np.bool_]]:
+    """The inside of a polygon: a ray from there crosses an odd number of sides."""
+
+    def inside(x: Array, y: Array) -> npt.NDArray[np.bool_]:
+        odd = np.zeros(x.shape, bool)
+        for (x0, y0), (x1, y1) in zip(corners, (*corners[1:], corners[0]), strict=True):
+            if y0 != y1:
+                odd ^= ((y0 > y) != (y1 > y)) & (x < x0 + (x1 - x0) * (y - y0) / (y1 - y0))
+        return odd
+
+    return inside
+
+
+def _around(count: int, *radii: float) -> list[tuple[float, float]]:
+    """Corners at equal angles from the top, at the radii in turn."""
+    angles = [2 * math.pi * i / count for i in range(count)]
+    return [
+        (radii[i % len(radii)] * math.sin(angle), radii[i % len(radii)] * math.cos(angle))
+        for i, angle in enumerate(angles)
+    ]
+
+
+_TANGENT = 0.55 * math.sqrt(1 - (0.55 / 1.4) ** 2), 0.55**2 / 1.4 - 0.4  # from the tip of the drop, (0, 1)
+_drop_tip = _polygon((0, 1), _TANGENT, (-_TANGENT[0], _TANGENT[1]))
+
+SHAPES: dict[str, Callable[[Array, Array], npt.NDArray[np.bool_]]] = {
+    "arrow": _polygon((0, 1), (0.8, 0.1), (0.32, 0.1), (0.32, -0.95), (-0.32, -0.95), (-0.32, 0.1), (-0.8, 0.1)),
+    "circle": lambda x, y: np.hypot(x, y) < 0.85,
+    "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 0.9),
+    "drop": lambda x, y: (np.hypot(x, y + 0.4) < 0.55) | _drop_tip(x, y),
+    "heart": lambda x, y: ((1.3 * x) ** 2 + (1.3 * y + 0.1) ** 2 - 1) ** 3 < (1.3 * x) ** 2 * (1.3 * y + 0.1) ** 3,
+    "moon": lambda x, y: (np.hypot(x, y) < 0.95) & (np.hypot(x - 0.5, y - 0.15) > 0.75),
+    "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) < 0.24,
+    "square": _polygon((0.72, 0.72), (-0.72, 0.72), (-0.72, -0.72), (0.72, -0.72)),
+    "star": _polygon(*_around(10, 1, 0.42)),
+    "triangle": _polygon(*_around(3, 1)),
+}

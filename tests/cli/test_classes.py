@@ -1,0 +1,145 @@
+"""`ddpm-ext` with a class-conditional model: samples, many samples, trajectories, rising guidance."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.command_line import TINY, call, save_tiny
+
+from ddpm_ext import Guidance, Philox, models, plots
+from ddpm_ext.models import Classes
+from ddpm_ext.models.scheduler import DiffusionSettings
+
+for module in ("diffusers", "safetensors", "tqdm"):
+    pytest.importorskip(module)
+Image = pytest.importorskip("PIL.Image")
+
+PETS = Classes(("cat", "dog", "hen"), 3)
+N = 7
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A tiny model with three classes and the null class, whose embeddings make a difference."""
+    torch.manual_seed(1)
+    unet = models.build_unet(TINY | {"num_class_embeds": 4})
+    with torch.no_grad():
+        unet.class_embedding.weight.mul_(5)
+    folder = tmp_path_factory.mktemp("model") / "pets"
+    models.save_model(unet, DiffusionSettings(timesteps=20), folder, classes=PETS)
+    return folder
+
+
+def sample(model, folder, *options):
+    """arr_0 and arr_1 of `ddpm-ext sample`."""
+    out = folder / "a.npz"
+    assert call("sample", "--model", model, "--num", N, "--steps", 4, "--quiet", "--out", out, *options) == 0
+    with np.load(out) as found:
+        return found["arr_0"], found["arr_1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "scale"),
+    [
+        ((), [0, 1, 2, 0, 1, 2, 0], None),
+        (("--class", "hen"), [2] * N, None),
+        (("--class", "1,cat", "--guidance", 2.5), [1, 0, 1, 0, 1, 0, 1], 2.5),
+        (("--class", "dog", "--guidance", 1), [1] * N, 1.0),
+    ],
+)
+def test_samples_of_classes(pets, tmp_path, options, labels, scale):
+    """As by p_sample_loop, with the null class as a function; in batches of other sizes the same."""
+    loaded = models.load_model(pets)
+    null = torch.full((N,), 3)
+    guidance = None
+    if scale is not None:
+        guidance = Guidance(scale, lambda x, t: loaded.unet(x, t, null))
+    with torch.no_grad():
+        expected = loaded.settings.diffusion().p_sample_loop(
+            loaded.unet,
+            (N, 3, 8, 12),
+            steps=4,
+            rng=Philox(0),
+            record="last",
+            progress=False,
+            guidance=guidance,
+            model_kwargs={"class_labels": torch.tensor(labels)},
+        )
+    images, classes = sample(pets, tmp_path, *options)
+    assert classes.tolist() == labels
+    assert classes.dtype == np.int64
+    # The model's sums may be rounded differently in a batch of another size.
+    assert abs(images.astype(int) - plots.to_uint8(expected)).max() <= 1
+    again = sample(pets, tmp_path, *options, "--batch-size", 5)
+    assert np.array_equal(again[1], classes)
+    assert abs(again[0].astype(int) - images).max() <= 1
+
+
+def test_classes_and_guidance_decide(pets, tmp_path):
+    kinds = [("--class", "cat"), ("--class", "dog"), ("--class", "cat", "--guidance", 3)]
+    kinds.append((*kinds[-1], "--null-class", 2))
+    found = [sample(pets, tmp_path, *options)[0].astype(int) for options in kinds]
+    assert all(abs(one - other).max() > 3 for i, one in enumerate(found) for other in found[:i])
+
+
+def test_many_samples_are_those_of_one_run(pets, tmp_path, capsys):
+    images, labels = sample(pets, tmp_path, "--class", "hen,dog", "--guidance", 2)
+    many = ("--num-images", N, "--shard-size", 3, "--batch-size", 2, "--steps", 4, "--quiet", "--npz")
+    command = ("sample", "--model", pets, *many, "--class", "hen,dog", "--out", tmp_path / "many")
+    assert call(*command, "--guidance", 2) == 0
+    with np.load(tmp_path / "many" / f"samples_{N}x8x12x3.npz") as found:
+        assert abs(found["arr_0"].astype(int) - images).max() <= 1
+        assert np.array_equal(found["arr_1"], labels)
+    settings = json.loads((tmp_path / "many" / "manifest.json").read_text())["settings"]
+    assert (settings["classes"], settings["guidance"], settings["null_class"]) == ([2, 1], 2, 3)
+    assert call(*command, "--guidance", 3) == 2
+    assert "guidance is 2.0 there and 3.0 here" in capsys.readouterr().err
+
+
+def test_trajectory_and_rising_guidance(pets, tmp_path, capsys):
+    """The row of a scale is what sample draws; the trajectory of a class has the size of any other."""
+    options = ("--model", pets, "--num", 3, "--steps", 4, "--class", "dog,cat", "--quiet", "--device", "cpu")
+    out = tmp_path / "a.png"
+    assert call("trajectory", *options, "--guidance", 2, "--every", 1, "--out", out) == 0
+    assert call("plot", "guidance", *options, "--guidance", "0,1,4", "--out", out) == 0
+    assert "3 samples with guidance 0, 1, 4" in capsys.readouterr().out
+    with Image.open(out) as opened:
+        found = np.asarray(opened)
+    for row, scale in enumerate((0, 1, 4)):
+        images = sample(pets, tmp_path, "--class", "dog,cat", "--guidance", scale)[0]
+        alone = plots.grid(images[:3], columns=3)
+        pitch = alone.shape[0] - 4
+        assert abs(found[56 + row * pitch :][: len(alone), : alone.shape[1]].astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class", "cow"), "class: got cow, expected 0 to 2 or a name: cat, dog, hen"),
+        (("--class", "cat,"), "class: got , expected 0 to 2"),
+        (("--null-class", 4), "null-class: got 4, expected 0 to 3, the model's classes"),
+        (("--guidance", "nan"), "argument --guidance: got nan, expected a finite number"),
+    ],
+)
+def test_wrong_classes(pets, tmp_path, capsys, options, message):
+    assert call("sample", "--model", pets, *options, "--out", tmp_path / "a.npz") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["class", "guidance", "null-class"])
+def test_model_without_classes(tmp_path, capsys, option):
+    model = save_tiny(tmp_path / "tiny")
+    assert call("sample", "--model", model, f"--{option}", 1, "--out", tmp_path / "a.npz") == 2
+    assert f"{option}: got 1" in capsys.readouterr().err
+
+
+def test_null_class_of_another_programs_model_is_asked_for(pets, tmp_path, capsys):
+    (tmp_path / "theirs").mkdir()
+    for path in pets.iterdir():
+        if path.name != "classes.json":
+            (tmp_path / "theirs" / path.name).write_bytes(path.read_bytes())
+    command = ("sample", "--model", tmp_path / "theirs", "--num", 1, "--steps", 2, "--quiet", "--guidance", 2)
+    assert call(*command, "--out", tmp_path / "a.npz") == 2
+    assert "does not say which class is the null class, expected --null-class" in capsys.readouterr().err
+    assert call(*command, "--null-class", 3, "--class", 2, "--out", tmp_path / "a.npz") == 0

@@ -1,0 +1,149 @@
+"""ddpm_ext.models.classes: which class a sample has, by its id alone; classes.json; folders of diffusers; shapes."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ddpm_ext import Philox, models
+from ddpm_ext.models.classes import Classes
+from ddpm_ext.training.data.shapes import SHAPES, Shapes
+
+PETS = Classes(("cat", "dog", "7", "hen"), 4)
+
+
+@pytest.mark.parametrize("chosen", [(), (2,), (3, 0, 0)])
+def test_labels_follow_the_samples_ids(chosen):
+    """Any division of the samples into batches gives each the same class; all classes in turn, if none are chosen."""
+    whole = PETS.labels_of(range(40), chosen)
+    cycle = list(chosen) or [0, 1, 2, 3]
+    assert whole.tolist() == [cycle[i % len(cycle)] for i in range(40)]
+    for edges in ([0, 40], [0, 1, 2, 13, 39, 40], list(range(41))):
+        parts = [PETS.labels_of(range(a, b), chosen) for a, b in pairwise(edges)]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_guidance_gives_the_null_class_first():
+    assert PETS.model_kwargs(range(2, 5))["class_labels"].tolist() == [2, 3, 0]
+    assert PETS.model_kwargs(range(2, 5), guided=True)["class_labels"].tolist() == [4, 4, 4, 2, 3, 0]
+    with pytest.raises(ValueError, match="guidance: the model has no null class"):
+        Classes(("a", "b")).model_kwargs(range(2), guided=True)
+
+
+def test_names_and_numbers():
+    """A name is taken first: folders are often named by numbers in another order."""
+    assert [PETS.find(wanted) for wanted in ("dog", "3", "7", "0")] == [1, 3, 2, 0]
+    for wanted in ("cow", "4", "-1", ""):
+        with pytest.raises(ValueError, match=f"class: got {wanted}, expected 0 to 3 or a name: cat, dog, 7, hen$"):
+            PETS.find(wanted)
+
+
+def config(**changes):
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [8]}
+    return {"sample_size": 8, "in_channels": 1, "out_channels": 1, "norm_num_groups": 4, **blocks, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A class-conditional model as diffusers writes it."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.UNet2DModel.from_config(config(num_class_embeds=5)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_folder_of_diffusers(folder):
+    """Another program's model has numbers as names, and says of no class that it is the null class."""
+    loaded = models.load_model(folder)
+    assert loaded.classes == Classes(("0", "1", "2", "3", "4"))
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
+    labels = loaded.classes.model_kwargs(range(3, 6))
+    theirs = type(loaded.unet).from_pretrained(folder)
+    with torch.no_grad():
+        found, expected = (unet(x, t, **labels).sample for unet in (loaded.unet, theirs))
+        other = loaded.unet(x, t, torch.zeros(3, dtype=torch.int64)).sample
+    assert torch.equal(found, expected)
+    assert not torch.equal(found[0], other[0])
+
+
+def test_saved_with_its_classes(folder, tmp_path):
+    loaded = models.load_model(folder)
+    models.save_model(loaded.unet, loaded.settings, tmp_path / "saved", classes=PETS)
+    assert json.loads((tmp_path / "saved" / "classes.json").read_text()) == {"names": list(PETS.names), "null": 4}
+    assert models.load_model(tmp_path / "saved").classes == PETS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"names": ["a"] * 6}, "has 6 classes, expected at most 5, as config.json has"),
+        ({"names": ["a"], "null": 5}, "has 6 classes, expected at most 5"),
+        ({"names": []}, r"names \[\], expected a list of names"),
+        ({"names": "ab"}, "names 'ab', expected a list"),
+        ({"names": ["a"], "null": "b"}, "null 'b', expected the number of a class or null"),
+    ],
+)
+def test_damaged_classes(folder, content, message):
+    (folder / "classes.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        models.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_embed_type": "identity"}, "class_embed_type 'identity', expected null"),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep', expected null"),
+        ({"num_class_embeds": 0}, "num_class_embeds 0, expected 1 to"),
+        ({"num_class_embeds": True}, "num_class_embeds True, expected 1 to"),
+    ],
+)
+def test_classes_that_are_no_numbers(folder, changes, message):
+    (folder / "config.json").write_text(json.dumps(config(**changes)))
+    with pytest.raises(ValueError, match=message):
+        models.load_model(folder)
+
+
+# ------------------------------------------------------------------------------------------------- the model "shapes"
+
+
+def outlines(images):
+    """How far each pixel's colour is from the mean of the border's, (batch, 256), of length 1."""
+    border = torch.ones(16, 16, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    ground = images[..., border].mean(-1)[..., None, None]
+    return torch.nn.functional.normalize((images - ground).norm(dim=1).flatten(1), dim=1)
+
+
+def test_shapes_model_draws_the_classes_that_are_asked_for(device):
+    """A light check of the weights: the most similar of 2,000 drawn shapes is mostly of the same class."""
+    loaded = models.load_model("shapes", device=device)
+    assert loaded.shape == (3, 16, 16)
+    assert loaded.classes == Classes(tuple(SHAPES), 10)
+    assert sum(path.stat().st_size for path in loaded.folder.iterdir()) <= 4_000_000
+    with torch.no_grad():
+        drawn = loaded.settings.diffusion().p_sample_loop(
+            loaded.unet,
+            (30, *loaded.shape),
+            sampler="dpmpp_2m",
+            steps=12,
+            spacing="trailing",
+            guidance=2.5,
+            model_kwargs=loaded.classes.model_kwargs(range(30), guided=True, device=device),
+            rng=Philox(3),
+            record="last",
+            progress=False,
+        )
+    known = Shapes(16).batch(torch.arange(2000))
+    for images, least in ((Shapes(16, seed=1).batch(torch.arange(100)), 0.9), (drawn.cpu(), 0.6)):
+        nearest = (outlines(images) @ outlines(known).T).argmax(1) % 10
+        assert (nearest == torch.arange(len(images)) % 10).double().mean() >= least
+
+
+def test_shapes_models_quality_as_recorded():
+    quality = json.loads((models.load_model("shapes").folder / "quality.json").read_text())
+    assert quality["drawn_shapes"]["accuracy"] > 0.98
+    accuracies = [quality[f"guidance_{scale}"]["accuracy"] for scale in ("1", "1.5", "2.5", "5")]
+    assert accuracies == sorted(accuracies)
+    assert min(quality["guidance_2.5"]["accuracy_of_each_class"]) > 0.8

@@ -1,0 +1,269 @@
+"""Class-conditional training: labels of every kind of data, their dropout, and what a run with classes leaves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support import fake_cuda, trainer_run
+from support.trainer_run import Tiny, make
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.models import Classes, load_model
+from ddpm_ext.training import TrainOptions, captured_step, train
+from ddpm_ext.training.batches import StepBatches
+from ddpm_ext.training.data import DamagedImage, Labels, Shapes, TensorImages, as_images, labels_of, load_images
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+COUNT, CLASSES = 11, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+class Conditional(Tiny):
+    """Tiny with a class embedding, of which the last is the null class; remembers the labels that it was given."""
+
+    def __init__(self, classes: int = CLASSES + 1, **sizes):
+        super().__init__(**sizes)
+        self.of_class = nn.Embedding(classes, 1)
+        nn.init.normal_(self.of_class.weight, generator=torch.Generator().manual_seed(6))
+        self.seen = []
+
+    def forward(self, x, t, y):
+        if self.training:
+            self.seen += y.tolist()
+        return super().forward(x, t) + self.of_class(y)[..., None, None]
+
+
+def labelled():
+    """Images whose brightness is their class."""
+    numbers = torch.arange(COUNT) % CLASSES
+    return TensorDataset((numbers / CLASSES).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous(), numbers)
+
+
+def run(folder, *, dropout=0.1, **options):
+    """A finished trainer."""
+    trainer = make(folder, model=Conditional(dropout=dropout), data=labelled(), classes=True, **{"steps": 12} | options)
+    trainer.fit()
+    return trainer
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
+
+
+def test_labels_of_a_folder_are_its_sub_folders(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for path in ("b/1.png", "a/deep/2.png", "a/3.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / path)
+    (tmp_path / "empty").mkdir()
+    images = load_images(str(tmp_path), 4)
+    found = labels_of(images)
+    assert found.names == ("a", "b")
+    named = {path.name: found.names[number] for path, number in zip(images.paths, found.numbers, strict=True)}
+    assert named == {"1.png": "b", "2.png": "a", "3.png": "a"}
+    image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"classes: .* has 0\.png outside of its sub-folders, expected one a class"):
+        labels_of(load_images(str(tmp_path), 4))
+
+
+def test_labels_of_datasets():
+    """A TensorDataset's second tensor; torchvision's targets and classes; a Subset's part of them."""
+    assert labels_of(as_images(labelled())) == (pytest.approx(torch.arange(COUNT) % CLASSES), tuple("0123"))
+    whole = labelled()
+    whole.targets, whole.classes = [3, 1] * 5 + [0], ["a", "b", "c", "d"]
+    found = labels_of(as_images(Subset(Subset(whole, [10, 9, 0]), [2, 0])))
+    assert (found.numbers.tolist(), found.names) == ([3, 0], ("a", "b", "c", "d"))
+
+
+def test_labels_of_digits():
+    pytest.importorskip("sklearn")
+    from ddpm_ext.training.data import digits
+
+    found = labels_of(load_images("digits"))
+    assert torch.equal(found.numbers, digits("train")[1])
+    assert found.names == tuple("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, "classes: a Items has no labels, expected its attribute targets"),
+        ([0.5] * 3, "targets of a Items are torch.float32, expected whole numbers"),
+        (["a"] * 3, "targets of a Items are no whole numbers"),
+        ([0, 1], r"labels are torch.int64 of shape \(2,\), expected int64 of shape \(3,\), one an image"),
+        ([0, -1, 0], "labels are -1 to 0, expected 0 to 0 for 1 classes"),
+    ],
+)
+def test_labels_that_are_none(targets, message):
+    class Items(list):
+        pass
+
+    items = Items([torch.zeros(1, 8, 8)] * 3)
+    if targets is not None:
+        items.targets = targets
+    with pytest.raises(ValueError, match=message):
+        labels_of(as_images(items))
+
+
+def test_labels_beyond_the_names():
+    images = TensorImages(torch.zeros(2, 1, 8, 8), Labels(torch.tensor([0, 2]), ("a", "b")))
+    with pytest.raises(ValueError, match="labels are 0 to 2, expected 0 to 1 for 2 classes"):
+        labels_of(images)
+    with pytest.raises(ValueError, match="a tensor of images has no labels, expected TensorDataset"):
+        labels_of(as_images(torch.zeros(2, 1, 8, 8)))
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(start, stop, images=None, **options):
+    images = as_images(labelled()) if images is None else images
+    return StepBatches(images, TrainOptions(data="given", batch_size=8, **options), start, stop, labels_of(images))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+def test_a_share_of_the_labels_is_dropped(share):
+    """The others are those of their images. 1,600 labels: five standard deviations of a share are at most 0.06."""
+    whole = batches(0, 8, class_dropout=share)
+    labels = torch.cat([whole[step].labels for step in range(200)])
+    images = torch.cat([whole[step].images for step in range(200)])
+    dropped = labels == CLASSES
+    assert dropped.double().mean() == pytest.approx(share, abs=0.06 if share else 0)
+    assert torch.equal(labels[~dropped] / CLASSES, images[~dropped, 0, 0, 0])
+
+
+def test_ranks_share_the_labels_of_a_batch():
+    for step in range(5):
+        parts = [batches(a, b, class_dropout=0.5)[step].labels for a, b in ((0, 3), (3, 8))]
+        assert torch.equal(torch.cat(parts), batches(0, 8, class_dropout=0.5)[step].labels)
+
+
+def test_image_in_place_of_a_damaged_one_has_its_own_label():
+    class Damaged(TensorImages):
+        def batch(self, indices, seeds=None):
+            if (indices % 3 == 0).any():
+                raise DamagedImage("bad")
+            return super().batch(indices)
+
+    numbers = torch.arange(8)
+    images = Damaged((numbers / 8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), Labels(numbers, tuple("abcdefgh")))
+    found = batches(0, 8, images, skip_corrupt=True, class_dropout=0)[0]
+    assert sorted(found.labels.tolist()) == [1, 1, 2, 4, 4, 5, 7, 7]
+    assert torch.equal(found.images[:, 0, 0, 0], found.labels / 8)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_module_gets_the_labels_of_its_images(tmp_path):
+    """In every epoch each label as often as in the data, but for those that are dropped."""
+    trainer = run(tmp_path / "run", class_dropout=0.0, batch_size=COUNT)
+    seen = torch.tensor(trainer.model.seen).view(-1, COUNT)
+    assert torch.equal(seen.sort(1).values, labelled().tensors[1].sort().values.expand(12, -1))
+    assert trainer.classes == Classes(tuple("0123"))
+    dropped = run(tmp_path / "dropped", class_dropout=0.5)
+    assert CLASSES in dropped.model.seen
+    found = [json.loads((tmp_path / name / "classes.json").read_text())["null"] for name in ("run", "dropped")]
+    assert found == [None, CLASSES]
+
+
+def test_accumulated_captured_and_resumed_runs_are_the_whole(tmp_path, monkeypatch):
+    options = {"checkpoint_every": 5, "sample_every": 6, "sample_steps": 2}
+    run(tmp_path / "whole", dropout=0.0, **options)
+    expected = trainer_run.weights(tmp_path / "whole")
+    run(tmp_path / "parts", dropout=0.0, accumulate=3, **options)
+    parts = trainer_run.weights(tmp_path / "parts")
+    assert all(torch.allclose(parts[name], value, atol=1e-6) for name, value in expected.items() if name != "calls")
+    newest = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
+    newest.unlink()
+    run(tmp_path / "whole", dropout=0.0, resume=True, **options)
+    fake_cuda.install(monkeypatch)
+    monkeypatch.setattr(captured_step, "CudaGraphs", lambda device: CudaGraphs(torch.device("cuda")))
+    run(tmp_path / "captured", dropout=0.0, graph=True, **options)
+    for name in ("whole", "captured"):
+        found = trainer_run.weights(tmp_path / name)
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_dropout": 0.2}, "resume: class_dropout is 0.2, but .* was made with 0.1$"),
+        ({"classes": False, "model": Tiny()}, "resume: model's class is Tiny"),
+        ({"data": 1}, "resume: the labels' hash is"),
+        ({"data": None}, "classes: a Unlabelled has no labels"),
+        ({"model": Tiny()}, "model: it fails for images of shape .* and their labels, its third argument"),
+    ],
+)
+def test_what_does_not_fit(tmp_path, changes, message):
+    run(tmp_path / "run", steps=2)
+    data = labelled()
+    if changes.get("data") == 1:
+        data = TensorDataset(data.tensors[0], data.tensors[1].flip(0))
+    elif "data" in changes:
+        data = type("Unlabelled", (list,), {})(data.tensors[0])
+    model = changes.get("model") or Conditional()
+    options = {"steps": 2, "classes": True} | {
+        name: value for name, value in changes.items() if name not in ("data", "model")
+    }
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "run", model=model, data=data, resume=True, **options).fit()
+
+
+def test_unet_is_conditional_and_can_be_loaded(tmp_path):
+    pytest.importorskip("diffusers")
+    options = TrainOptions(
+        data="shapes", image_size=8, classes=True, steps=2, batch_size=4, widths=(8,), attention=(), device="cpu"
+    )
+    train(options, tmp_path / "run", report=lambda text: None)
+    loaded = load_model(tmp_path / "run")
+    assert loaded.unet.config.num_class_embeds == 11
+    assert loaded.classes == load_model(tmp_path / "run" / "unet").classes
+    assert (loaded.classes.names[0], loaded.classes.null) == ("arrow", 10)
+    assert not (tmp_path / "run" / "model_index.json").exists()  # no pipeline of diffusers gives a class
+    with pytest.raises(ValueError, match=r"out: .* holds a run already"):
+        train(options, tmp_path / "run", report=lambda text: None)
+
+
+# ----------------------------------------------------------------------------------------------------------- shapes
+
+
+def test_shapes_depend_on_seed_and_number_alone():
+    shapes = Shapes(16, seed=2**63 + 5)
+    whole = shapes.batch(torch.arange(20))
+    assert whole.shape == (20, 3, 16, 16)
+    assert whole.dtype == torch.float32
+    assert -1 <= whole.min() < -0.8
+    assert 0.5 < whole.max() <= 1
+    assert torch.equal(shapes.batch(torch.tensor([17, 3])), whole[[17, 3]])
+    assert not torch.equal(Shapes(16).batch(torch.tensor([3]))[0], whole[3])
+    assert labels_of(shapes).numbers[:12].tolist() == [*range(10), 0, 1]
+
+
+def test_shapes_are_the_same_at_any_size():
+    """Pixels of a coarse image are the means of a fine one's, but for what a pixel's points miss of its edge."""
+    numbers = torch.arange(100)
+    fine, coarse = (Shapes(size).batch(numbers) for size in (64, 16))
+    pooled = torch.nn.functional.avg_pool2d(fine, 4)
+    assert (pooled - coarse).abs().mean() < 0.01
+    assert (pooled - coarse).abs().amax() < 0.35
+
+
+@pytest.mark.parametrize(
+    ("make_one", "message"),
+    [
+        (lambda: Shapes(4), "image size: got 4, expected at least 8"),
+        (lambda: Shapes(count=0), "count: got 0"),
+        (lambda: load_images("shapes", channels=1), "channels: got 1, but shapes have 3"),
+    ],
+)
+def test_shapes_bad_input(make_one, message):
+    with pytest.raises(ValueError, match=message):
+        make_one()
