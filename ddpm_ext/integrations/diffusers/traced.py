@@ -147,8 +147,9 @@ class Traced(TracedForward):
         if kinds.second is not None:
             computed = torch.promote_types(computed, kinds.second)
         lane = None
-        if self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep:
-            lane = Lane.of(loop, kinds, computed, args, kwargs, self)
+        are_usual = self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep
+        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == plan.first + loop.at:
+            lane = Lane.of(loop, kinds, computed, args, kwargs, self.timesteps.stride(0))
         return self._take_row(loop, kinds, computed, m, x, tensors, others, (args, kwargs), lane)
 
     def _take_row(
