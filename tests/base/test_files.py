@@ -169,3 +169,4 @@ def test_a_full_disk_names_the_path(tmp_path, error):
     assert info.value.filename == str(tmp_path / "a.npz")
     assert info.value.errno == (error.errno or errno.EIO)
     assert (error.strerror or str(error)) in str(info.value)
+    assert not list(tmp_path.iterdir())
