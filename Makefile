@@ -11,7 +11,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-fast bench bench-peers fuzz sass pictures docs gpu dist lint format clean
+.PHONY: help venv build demo test test-fast bench bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,16 @@ test-fast: build ## the tests to run after every change: no other libraries, no 
 
 fuzz: build ## property tests with new seeds, each in a process of its own (SECONDS=600; default 60)
 	OMP_NUM_THREADS=2 $(PY) tests/support/fuzz.py $(or $(SECONDS),60)
+
+# Without optimisation, which takes most of a compiler's time. Python must load g++'s libraries before anything else.
+SANITIZED := build/sanitized
+UNDER_SANITIZERS := $(filter-out %/test_block_pool.py %/test_compile.py,$(wildcard tests/ops/test_*.py))
+sanitize: venv ## the tests of the operators with CPU kernels and bindings under ASan and UBSan
+	DDPM_EXT_CUDA=0 DDPM_EXT_SANITIZE=address,undefined \
+	  $(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 OMP_NUM_THREADS=2 \
+	  $(PY) -m pytest -q -p no:cacheprovider -o pythonpath="$(SANITIZED)/lib tests" $(UNDER_SANITIZERS)
 
 bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE writes the table)
 	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))

@@ -5,6 +5,7 @@ Environment variables:
 - CUDA_HOME, or else CUDA_PATH: the CUDA toolkit; without both, the toolkit of the `nvcc` on PATH
 - TORCH_CUDA_ARCH_LIST: GPU architectures, as "8.0;9.0+PTX"
 - MAX_JOBS: how many compilers run at once
+- DDPM_EXT_SANITIZE: for g++'s -fsanitize, as "address,undefined": `make sanitize`
 """
 
 from __future__ import annotations
@@ -226,6 +227,10 @@ def configure():
     cxx = [*CXX_FLAGS, *known_flags(TUNING_FLAGS), macro("DDPM_EXT_TORCH_VERSION", torch.__version__)]
     if plan.toolkit:
         cxx += [macro("DDPM_EXT_CUDA_VERSION", info["cuda"]), macro("DDPM_EXT_CUDA_ARCHS", info["archs"])]
+    link = []
+    if os.environ.get("DDPM_EXT_SANITIZE"):
+        link = [f"-fsanitize={os.environ['DDPM_EXT_SANITIZE']}", "-fno-sanitize-recover=undefined"]
+        cxx = [flag for flag in cxx if flag not in TUNING_FLAGS] + [*link, "-O0", "-g1"]
     make = cpp_extension.CUDAExtension if plan.toolkit else cpp_extension.CppExtension
     extension = make(
         MODULE,
@@ -234,6 +239,7 @@ def configure():
         depends=files("**/*.h", "**/*.cuh", "**/*.def"),
         define_macros=[("DDPM_EXT_WITH_CUDA", None)] if plan.toolkit else [],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
+        extra_link_args=link,
     )
     # Warnings of torch's headers are off: g++ ignores -I for a folder that -isystem names as well.
     cxx += [f"-isystem{folder}" for folder in extension.include_dirs[1:]]

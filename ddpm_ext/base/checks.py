@@ -35,7 +35,7 @@ __all__ = [
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
-_REALS = (float, int, numbers.Real)  # the first two alone are found without a call
+_REALS: Any = (float, int, numbers.Real)  # the first two alone are found without a call
 
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
@@ -74,7 +74,7 @@ def clip_range(clip: Any) -> tuple[float, float] | None:
         raise TypeError(f"clip is {clip!r}, expected (low, high) or None")
     if not clip[0] <= clip[1]:
         raise ValueError(f"clip is {clip!r}, expected low <= high")
-    return clip  # type: ignore[return-value]
+    return clip
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -54,7 +55,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     When the block ends without an exception, the file is flushed to the disk and renamed to `path`. Otherwise it is
     removed, and a file that was at `path` before stays as it was. Missing parent folders are made.
 
-    Raises ValueError if `path` is a folder or a device, OSError if it can't be written.
+    Raises ValueError if `path` is a folder or a device, OSError, which names `path`, if it can't be written.
     """
     target = _target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(beside, target)
         _sync_folder(target.parent)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What write() says of a full disk has no path.
+        number, reason = error.errno or errno.EIO, error.strerror or str(error)
+        raise OSError(number, reason, os.fspath(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 

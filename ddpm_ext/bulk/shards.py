@@ -85,7 +85,8 @@ class Shards:
             if not isinstance(images, np.ndarray):
                 raise ValueError("an archive of several arrays")
         except (ValueError, EOFError) as error:
-            raise ValueError(f"out: {path} is damaged ({error}); remove it, and it is drawn again") from error
+            reason = "no file of numpy's" if "pickle" in str(error) else error
+            raise ValueError(f"out: {path} is damaged ({reason}); remove it, and it is drawn again") from error
         self._check(index, images, f"out: {path} holds")
         return images
 

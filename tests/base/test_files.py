@@ -1,5 +1,6 @@
 """ddpm_ext.base.files: a file is never partial, whatever happens while it is written."""
 
+import errno
 import json
 import os
 import signal
@@ -156,3 +157,16 @@ def test_json_that_is_none(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="it is not a regular file"):
         files.read_json(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("9 requested and 2 written")]
+)
+def test_a_full_disk_names_the_path(tmp_path, error):
+    """Neither what Python raises in write() nor what numpy does says where."""
+    with pytest.raises(OSError) as info, files.atomic_path(tmp_path / "a.npz"):
+        raise error
+    assert info.value.filename == str(tmp_path / "a.npz")
+    assert info.value.errno == (error.errno or errno.EIO)
+    assert (error.strerror or str(error)) in str(info.value)
+    assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from ddpm_ext import Philox, accelerate, randn
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.diffusers import traced_plan
 from ddpm_ext.integrations.diffusers.traced import OWN, TRACED, Traced
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
 from ddpm_ext.integrations.registry import KNOWN
 
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
@@ -185,6 +186,21 @@ def test_after_set_timesteps_a_loop_is_fused_again(launches):
     assert not launches
     loop(ours, 4)
     assert len(launches) == 4
+
+
+@pytest.mark.parametrize("name", OF_THREE_CHANNELS)
+def test_of_a_variance_beside_the_mean_nothing_is_read(name, launches):
+    results = []
+    for scheduler in (make(name, variance_type="learned"), accelerate(make(name, variance_type="learned"))):
+        generator = torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(6)
+        x = torch.randn(SHAPE, generator=generator)
+        for t in scheduler.timesteps:
+            m = torch.randn(2, 6, *SHAPE[2:], generator=generator)
+            x = scheduler.step(m, t, x, generator=generator).prev_sample
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert len(launches) == 6
 
 
 def test_options_are_part_of_a_loop(launches):

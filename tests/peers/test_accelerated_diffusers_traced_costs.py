@@ -6,10 +6,11 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import make, model, normal
+from support.accelerated_diffusers import launches, make, model, normal, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import accelerate, ops
+from ddpm_ext.integrations.diffusers.traced import Traced
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
@@ -55,6 +56,51 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, 
     monkeypatch.setattr(ops, "linear_step", step)
     loop(accelerate(make(name, **config)))
     assert any(written) != holds
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "EulerDiscrete", "LCM", "DPMSolverMultistep"])
+@pytest.mark.parametrize("noise", ["torch", "philox"])
+def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise):
+    """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind."""
+    looks = []
+    own = Traced._traced_step
+
+    def looked(self, loop, args, kwargs):
+        looks.append(0 if loop is None else loop.at)
+        return own(self, loop, args, kwargs)
+
+    monkeypatch.setattr(Traced, "_traced_step", looked)
+    scheduler = accelerate(make(name), noise=noise)
+    first, second = seeded(1), seeded(2)
+    for _ in range(2):
+        looks.clear()
+        scheduler.set_timesteps(8)
+        x = normal(0, 2, 3, 4, 5)
+        for i, t in enumerate(scheduler.timesteps):
+            m = model(x, t).half() if i >= 6 else model(x, t)
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(m, t, x, generator=first if i < 3 else second, return_dict=False)[0].float()
+        assert looks == [0, 3, 6]
+
+
+def test_the_compiler_breaks_its_graph_at_a_step():
+    """And the step is the same as elsewhere, with one launch."""
+    found = []
+    for compiled in (False, True):
+        scheduler = accelerate(make("UniPCMultistep"))
+
+        def step(m, t, x, scheduler=scheduler):
+            return scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
+
+        scheduler.set_timesteps(10)
+        x, take = normal(0, 2, 3, 4, 5), torch.compile(step, backend="eager") if compiled else step
+        with launches() as called:
+            for t in scheduler.timesteps:
+                x = take(normal(1, 2, 3, 4, 5), t, x)
+        assert called == ["linear_step"] * 10
+        found.append(x)
+    assert torch.equal(*found)
 
 
 class Operators(TorchDispatchMode):

@@ -1,4 +1,9 @@
-"""diffusers' DDIMScheduler and DDIMInverseScheduler."""
+"""diffusers' DDIMScheduler and DDIMInverseScheduler.
+
+They have a mixin of their own because their steps need no loop: any timestep may come after any other, and a setting
+may change in between. All timesteps' rows are there at once, where tracing would follow a loop anew from each step that
+is out of turn, and leave a whole loop to diffusers where one step has no row.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""diffusers' DDPMScheduler."""
+"""diffusers' DDPMScheduler.
+
+It has a mixin of its own for the variances that a model learns, which no row of numbers has. Beside that, any timestep
+may come after any other, as in ddim.py.
+"""
 
 from __future__ import annotations
 

@@ -147,8 +147,9 @@ class Traced(TracedForward):
         if kinds.second is not None:
             computed = torch.promote_types(computed, kinds.second)
         lane = None
-        if self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep:
-            lane = Lane.of(loop, kinds, computed, args, kwargs, self)
+        are_usual = self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep
+        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == plan.first + loop.at:
+            lane = Lane.of(loop, kinds, computed, args, kwargs, self.timesteps.stride(0))
         return self._take_row(loop, kinds, computed, m, x, tensors, others, (args, kwargs), lane)
 
     def _take_row(
@@ -279,9 +280,8 @@ class Traced(TracedForward):
             plan, over = loop.plan, loop.is_over()
             is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
             assert loop.settings is not None
-            settings = loop.settings
-            if not settings.are_those_of(self):
-                settings = settings.renewed(self, vars(plan.scheduler))
+            began = vars(plan.scheduler)
+            settings = loop.settings if loop.settings.are_those_of(self) else loop.settings.renewed(self, began)
             edited = settings is None
             if is_next and not edited:
                 return loop._replace(settings=settings)
@@ -347,7 +347,7 @@ class Traced(TracedForward):
         generator: Any,
         x: Tensor,
         tensors: Sequence[Tensor],
-        call: tuple[Any, Any],
+        call: tuple[tuple[Any, ...], dict[str, Any]] | None,
     ) -> dict[str, Any]:
         """The operators' arguments for the noise of row i, after all that diffusers draws there has been drawn.
 
@@ -376,9 +376,10 @@ class Traced(TracedForward):
                 )
         return found
 
-    def _sampler(self, call: tuple[Any, Any]) -> Any:
+    def _sampler(self, call: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Any:
         """The scheduler's noise_sampler. Its own step makes it when a loop begins, and does so here for a copy."""
         if self.noise_sampler is None:
+            assert call is not None
             args, kwargs = call
             scheduler = new(peer_class(type(self)))
             for name, value in vars(self).items():

@@ -21,7 +21,6 @@ TRACED = (
 # Of an output with a variance beside the mean, they read the mean alone: the first three channels.
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
-    "SASolverScheduler",
 )  # fmt: skip
 OWN = {
     "samples that are integers": ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "VQDiffusion"),

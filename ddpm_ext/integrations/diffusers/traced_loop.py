@@ -105,18 +105,21 @@ class Lane(NamedTuple):
         computed: torch.dtype,
         args: Sequence[Any],
         options: Mapping[str, Any],
-        scheduler: Any,
+        stride: int,
     ) -> Lane | None:
-        """For the steps after the loop's next one, which has these arguments; None where they may need another look."""
+        """For the steps after the loop's next one, which has these arguments; None where they may need another look.
+
+        stride: that of the scheduler's timesteps, of which the given one is an element.
+        """
         m, timestep, x = args
         if not (type(m) is type(x) is type(timestep) is Tensor) or any(isinstance(y, Tensor) for y in options.values()):
             return None
         assert loop.plan is not None
         if any(any(step.sampled) for step in loop.plan.trace.steps):
             return None  # its noise is that of a path, which is made of a step's arguments
-        if timestep.dim() or scheduler._index_of(timestep) != loop.plan.first + loop.at:
+        if timestep.dim():
             return None
-        stride = scheduler.timesteps.stride(0) * timestep.element_size()
+        stride *= timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
         quiet_step = None if loop.plan.trace.second else loop.plan.rows.quiet_step(x.device)
         return cls(
