@@ -142,7 +142,7 @@ def launches() -> Iterator[list[str]]:
     called: list[str] = []
     with contextlib.ExitStack() as stack:
         for name in ("reverse_step", "extended_step", "linear_step", "forward_process"):
-            for where, attribute in ((ops, name), *([(ReverseStep, "__call__")] if name == "reverse_step" else [])):
+            for where, attribute in ((ops, name), *([(ReverseStep, "take")] if name == "reverse_step" else [])):
                 fused = getattr(where, attribute)
 
                 def counted(*args, fused=fused, name=name, **options):
