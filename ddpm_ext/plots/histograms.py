@@ -26,6 +26,7 @@ def histogram_figure(
     samples: Values | None = None,
     bins: int = 80,
     limit: float | None = None,
+    name: str = "",
 ) -> Figure:
     """Draws how the values of x_t are distributed along a loop, from noise on the left to samples on the right.
 
@@ -40,6 +41,7 @@ def histogram_figure(
         samples: the result of the loop. None: x_t at the lowest timestep.
         bins: the number of bins between -limit and limit, at least 1.
         limit: values from -limit to limit are shown. None: all values.
+        name: of the sampler, for the title.
 
     Raises:
         TypeError: `bins` is no int.
@@ -67,7 +69,10 @@ def histogram_figure(
         mesh = over_time.pcolormesh(sides, edges, masked, norm=norm, cmap="viridis", rasterized=True)
         over_time.grid(False)
         over_time.set(
-            title="density of x_t", xlabel="timestep t", ylabel="value of an element", xlim=(sides[0], sides[-1])
+            title=f"density of x_t{name and f', {name}'}",
+            xlabel="timestep t",
+            ylabel="value of an element",
+            xlim=(sides[0], sides[-1]),
         )
         figure.colorbar(mesh, ax=ends, label="density (1 / unit of the value)")
         middles = (edges[1:] + edges[:-1]) / 2

@@ -42,7 +42,7 @@ _GAP = 4  # pixels between two images
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
 _TITLE, _LABEL = 18, 13  # font sizes in pixels
 _LAST = 2000  # milliseconds that the last frame of a GIF is shown
-_X_T, _X_0 = "x_t, what the loop has at step t", "x_0, as the model predicts it from x_t"
+_X_T, _X_0 = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
 
 
 def to_uint8(images: Images) -> Pixels:
@@ -153,13 +153,19 @@ def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
 
 
 def trajectory(
-    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+    x_t: Sequence[Images],
+    x_0: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    scale: int | None = None,
+    name: str = "",
 ) -> Pixels:
     """Draws two strips, one above the other: x_t, and the x_0 that the model predicts from it.
 
     Args:
         x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
         labels, scale: as in strips.
+        name: of the sampler, for the title.
 
     Returns:
         (height, width, 3) uint8.
@@ -170,13 +176,18 @@ def trajectory(
     _check_pairs(x_t, x_0)
     halves = [
         strips([to_uint8(batch) for batch in steps], labels, title, scale=scale)
-        for steps, title in ((x_t, _X_T), (x_0, _X_0))
+        for steps, title in ((x_t, f"{name and f'{name}: '}{_X_T}"), (x_0, _X_0))
     ]
     return np.concatenate(_equally_wide(halves))
 
 
 def trajectory_frames(
-    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+    x_t: Sequence[Images],
+    x_0: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    scale: int | None = None,
+    name: str = "",
 ) -> list[Pixels]:
     """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
 
@@ -192,7 +203,7 @@ def trajectory_frames(
     for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
         sides = [
             _headed(grid(to_uint8(images), scale=scale), title)
-            for images, title in ((noisy, f"x_t, {label}"), (clean, "predicted x_0"))
+            for images, title in ((noisy, f"{name and f'{name}: '}x_t, {label}"), (clean, "predicted x_0"))
         ]
         if sides[0].shape[0] != sides[1].shape[0]:
             raise ValueError(f"x_0: got shape {tuple(clean.shape)}, expected that of x_t, {tuple(noisy.shape)}")

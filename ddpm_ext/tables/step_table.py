@@ -353,14 +353,17 @@ class StepTable:
 
     # ------------------------------------------------------------------------------------- drawn and compared
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "StepTable") -> Figure:
         """The columns over the steps, as a matplotlib figure, which is also written to `path` where one is given.
+
+        Args:
+            name: of the sampler, for the title.
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
         """
         # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
-        return require("ddpm_ext.plots", "drawing a step table").step_table_figure(self, path)
+        return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)
 
     def diff(self, other: StepTable) -> TableDiff:
         """Where the tables differ and by how much; false where they are equal. `print` it, or read its `columns`.
