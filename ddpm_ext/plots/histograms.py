@@ -49,6 +49,9 @@ def histogram_figure(
             finite, or `limit` is not above 0.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> figure = plots.histogram_figure([x_t, images], [999, 0], "histogram.png", name="ddim")
     """
     checks.integer("bins", bins, 2**31, "2^31", start=1)
     t, values = _in_loop_order(x_t, timesteps)

@@ -50,6 +50,10 @@ def step_table_figure(
         ValueError: there are no tables, or `against` or `panels` is unknown.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> columns = {"timestep": [500, 0], "a": [2, 1], "b": [-1.5, 0], "c0": [0.9, 1], "c1": [0.1, 0]}
+        >>> figure = plots.step_table_figure({"mine": StepTable(**columns)}, "table.png")
     """
     checks.one_of("against", against, ("step", "timestep"))
     checks.one_of("panels", panels, ("columns", "tables"))

@@ -99,6 +99,13 @@ class StepTable:
         TypeError: a column of other things than numbers, or a draw of other things than integers.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
             finite; a draw or a level out of range.
+
+    Examples:
+        >>> StepTable(timestep=[500, 0], a=[2.0, 1.0], b=[-1.5, 0.0], c0=[0.9, 1.0], c1=[0.1, 0.0], s=[0.2, 0.0])
+        StepTable of 2 rows
+        row  timestep  a     b   c0   c1  c2    s  draw
+          0       500  2  -1.5  0.9  0.1   0  0.2   500
+          1         0  1     0    1    0   0    0     0
     """
 
     # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
