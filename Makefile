@@ -11,38 +11,45 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(CSRC) $(shell find tests/support -type f 2>/dev/null))
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL: # the environment is changed by one pip at a time
 .PHONY: help venv build demo test test-fast bench bench-peers fuzz sanitize sass pictures docs gpu dist lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(VENV)/.venv-done ## .venv with the pinned requirements
-
-# An environment that has pip is used as it is; one that exists is never cleared. Debian's python3 may come without
-# ensurepip: then the pip outside installs one inside.
-$(VENV)/.venv-done: requirements-dev.txt
+# Two sets of pins: what `make demo` needs, and for developers all. An environment that has pip is used as it is; one that
+# exists is never cleared. Debian's python3 may come without ensurepip: then the pip outside installs one inside.
+$(VENV)/.demo-done: requirements-demo.txt
 	@$(PY) -m pip --version >/dev/null 2>&1 || \
 	  if $(PYTHON) -c "import ensurepip" 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
 	  else $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; fi
-	$(PY) -m pip install -q -r requirements-dev.txt
+	@echo "installing $< in $(VENV): some minutes for a new one, whose torch alone takes 5 GB"
+	$(PY) -m pip install -q -r $<
 	@touch $@
 
-build: $(VENV)/.build-done ## the extension, compiled in place
+venv: $(VENV)/.venv-done ## .venv with all pinned requirements
 
-$(VENV)/.build-done: $(VENV)/.venv-done setup.py pyproject.toml $(CSRC)
+$(VENV)/.venv-done: requirements-dev.txt $(VENV)/.demo-done
+	$(PY) -m pip install -q -r $<
+	@touch $@
+
+build: venv $(VENV)/.build-done ## the extension, compiled in place: a few minutes on two cores
+
+$(VENV)/.build-done: $(VENV)/.demo-done setup.py pyproject.toml $(CSRC)
+	@echo "compiling: a few minutes on two cores, or one with DDPM_EXT_CUDA=0"
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: build ## sample digits with the model that comes along; pictures in demo/
+demo: $(VENV)/.build-done ## sample digits with the model that comes along, half a minute once it is built; pictures in demo/
 	$(PY) -m ddpm_ext.demo --out demo
 
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto
 
-test: build ## all tests
+test: build ## all tests, eleven minutes on two cores
 	$(PYTEST)
 
-test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers
+test-fast: build ## the tests to run after every change: no other libraries, no processes, no compilers; two minutes
 	$(PYTEST) -m "not peers and not subprocess and not slow"
 
 fuzz: build ## property tests with new seeds, each in a process of its own (SECONDS=600; default 60)
@@ -58,19 +65,19 @@ sanitize: venv ## the tests of the operators with CPU kernels and bindings under
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 OMP_NUM_THREADS=2 \
 	  $(PY) -m pytest -q -p no:cacheprovider -o pythonpath="$(SANITIZED)/lib tests" $(UNDER_SANITIZERS)
 
-bench-peers: build ## other libraries' steps, plain and accelerated (TABLE=FILE writes the table)
+bench-peers: build ## other libraries' steps, plain and accelerated, several minutes (TABLE=FILE writes the table)
 	$(PY) -m benchmarks.peers $(if $(TABLE),--table $(TABLE))
 
-bench: build ## benchmarks, with a table of ratios (TABLE=FILE writes it)
+bench: build ## benchmarks with a table of ratios, several minutes (TABLE=FILE writes it)
 	$(PY) -m pytest -q benchmarks/cpu $(if $(TABLE),--table $(TABLE))
 
-sass: venv ## the CUDA kernels as machine code, and what cards can make of them (TABLE=FILE writes it)
+sass: venv ## the CUDA kernels as machine code, and what cards can make of them, several minutes (TABLE=FILE writes it)
 	$(PY) -m benchmarks.static $(if $(TABLE),--table $(TABLE))
 
-pictures: build ## the documentation's pictures
+pictures: build ## the documentation's pictures, a minute or two
 	$(PY) docs/pictures.py
 
-docs: venv ## the documentation with the API's reference, as a site in site/
+docs: venv ## the documentation with the API's reference, as a site in site/, half a minute
 	$(PY) -m mkdocs build --strict --quiet
 
 # With the Python at hand and all that it has: where the GPU is, there may be no network for .venv.
@@ -79,7 +86,7 @@ gpu: ## check and measure the CUDA kernels on this machine's GPU, eight minutes 
 
 # A wheel is for others' GPUs: all architectures, unless the environment names some. An egg-info that stays would shadow
 # the installed version, and an old one adds its files to the sdist.
-dist: venv ## an sdist and a wheel in dist/, checked
+dist: venv ## an sdist and a wheel in dist/, checked; it compiles for all architectures, a quarter of an hour on two cores
 	rm -rf dist *.egg-info
 	$(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),env -u TORCH_CUDA_ARCH_LIST )$(PY) -m build --no-isolation
 	rm -rf *.egg-info

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.loop.inpaint import Inpaint
 from ddpm_ext.loop.interpolation import Interpolation
+from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, SampleKeywords
 from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.plan import Plan, make_plan
@@ -28,6 +29,9 @@ from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 from ddpm_ext.tables.step_table import StepTable
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # torch needs typing_extensions, too
 
 __all__ = ["GaussianDiffusion"]
 
@@ -65,6 +69,18 @@ class GaussianDiffusion:
 
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+
+    Examples:
+        >>> gd = GaussianDiffusion(1000, "cosine", prediction="v")
+        >>> x_t = gd.q_sample(images, 500, rng=Philox(seed=0))
+        >>> x_0 = gd.predict_start_from_noise(x_t, 500, noise=0.1 * x_t)
+        >>> for moments in (
+        ...     gd.q_mean_variance(images, 500),
+        ...     gd.q_posterior_mean_variance(images, x_t, 500),
+        ...     gd.p_mean_variance(model, x_t, 500),
+        ... ):
+        ...     mean, variance, log_variance = moments
+        >>> bits = gd.vlb_terms(model, images, 500).output + gd.prior_bpd(images)  # (batch,)
     """
 
     betas: Tensor
@@ -208,6 +224,11 @@ class GaussianDiffusion:
 
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+        Examples:
+            >>> gd = GaussianDiffusion(1000)
+            >>> gd.train_losses(model, images, torch.tensor([0, 9, 500, 999]), loss="l1", reduction="none").shape
+            torch.Size([4])
         """
         options = LossOptions(loss, delta, weighting, vlb_weight, offset_noise, input_perturbation, reduction)
         return train_losses(self.process, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
@@ -256,6 +277,11 @@ class GaussianDiffusion:
 
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+        Examples:
+            >>> gd, x = GaussianDiffusion(1000), x_t
+            >>> for t in reversed(range(1000)):
+            ...     x = gd.p_sample(model, x, t, rng=Philox(seed=0))
         """
         return reverse.p_sample(self.process, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
 
@@ -345,6 +371,11 @@ class GaussianDiffusion:
 
         Raises:
             TypeError, ValueError: an argument of another type, an unknown name, or out of range.
+
+        Examples:
+            >>> gd, options = GaussianDiffusion(1000), {"rng": Philox(seed=0), "progress": False, "record": "last"}
+            >>> gd.p_sample_loop(model, (4, 3, 8, 8), sampler="dpmpp_2m", steps=20, **options).shape
+            torch.Size([4, 3, 8, 8])
         """
         options = LoopOptions(
             sampler=sampler,
@@ -373,7 +404,7 @@ class GaussianDiffusion:
         return collect(self._plan(model, shape, options), record=record, callback=callback, progress=progress)
 
     def sample_progressive(
-        self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Any
+        self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Unpack[ProgressiveKeywords]
     ) -> Iterator[Record]:
         """p_sample_loop as an iterator: each step is taken when its Record (step, timestep, x_t, x0) is asked for.
 
@@ -384,6 +415,11 @@ class GaussianDiffusion:
 
         Raises:
             TypeError, ValueError: as p_sample_loop, and before the first step.
+
+        Examples:
+            >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)
+            >>> [(record.step, record.timestep) for record in loop]
+            [(0, 999), (1, 666), (2, 333), (3, 0)]
         """
         plan = self._plan(model, shape, LoopOptions(**options))
         if plan.whole:
@@ -391,7 +427,7 @@ class GaussianDiffusion:
         return plan.make().run(progress)
 
     def capture(
-        self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Any
+        self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Unpack[CaptureKeywords]
     ) -> CapturedLoop:
         """A loop to run again and again, by a CUDA graph that is captured once: `captured(rng)` returns samples.
 
@@ -401,6 +437,10 @@ class GaussianDiffusion:
 
         Raises:
             TypeError, ValueError: as p_sample_loop.
+
+        Examples:
+            >>> captured = GaussianDiffusion(1000).capture(model, (4, 3, 8, 8), sampler="ddim", steps=4, device="cuda")
+            >>> first, second = captured(Philox(seed=0)), captured(Philox(seed=1))
         """
         plan = self._plan(model, shape, LoopOptions(graph=graph or True, **options))
         return CapturedLoop(plan.make(), plan.whole)
@@ -409,9 +449,14 @@ class GaussianDiffusion:
         return make_plan(self.process, self._loop_rows, model, shape, options)
 
     def sample(
-        self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Any
+        self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Unpack[SampleKeywords]
     ) -> list[np.ndarray] | Tensor:
-        """p_sample_loop for images of shape (batch_size, channels, image_size, image_size), with its options."""
+        """p_sample_loop for images of shape (batch_size, channels, image_size, image_size), with its options.
+
+        Examples:
+            >>> len(GaussianDiffusion(1000).sample(model, 8, batch_size=4, sampler="ddim", steps=5, progress=False))
+            5
+        """
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
 
     # --------------------------------------------------------------------------------------------- likelihood
@@ -443,7 +488,11 @@ class GaussianDiffusion:
         progress: bool = False,
     ) -> BitsPerDim:
         """The bound of 8-bit images' negative log-likelihood, in bits per dimension, by one call of the model a
-        timestep: see ddpm_ext.losses.likelihood.bits_per_dim."""
+        timestep: see ddpm_ext.losses.likelihood.bits_per_dim.
+
+        Examples:
+            >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
+        """
         return likelihood.bits_per_dim(
             self.process, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress
         )

@@ -40,6 +40,9 @@ def build_info() -> dict[str, Any]:
         version: that of ddpm_ext. torch: the version that it was built for. cuda: the version of the toolkit, or None.
         cuda_architectures: those that it was built for, or "". why_cpu: why it was built without CUDA, or "".
         compiler: the C++ compiler. cpu: the CPU instruction set in use, "avx512", "avx2", "sse2", "neon" or "portable".
+
+    Examples:
+        >>> instruction_set, cuda_toolkit = build_info()["cpu"], build_info()["cuda"]
     """
     return {"version": __version__, **C.build_info(), "why_cpu": BUILT["why_cpu"]}
 

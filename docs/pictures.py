@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation with the commands in pictures.md; `make pictures` runs this."""
+"""Draws the pictures of the documentation with the commands and the code in pictures.md; `make pictures` runs this."""
 
 import os
 import re
@@ -13,10 +13,20 @@ from ddpm_ext import cli
 DOCS = Path(__file__).resolve().parent
 
 
+def blocks(language: str) -> list[str]:
+    """The page's blocks in a language, in order."""
+    text = (DOCS / "pictures.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def commands() -> list[list[str]]:
-    """The arguments of each `ddpm-ext` command in the shell blocks of pictures.md, in order."""
-    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "pictures.md").read_text(encoding="utf-8"), re.DOTALL)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+    """The arguments of each `ddpm-ext` command in the shell blocks of the page."""
+    return [shlex.split(line)[1:] for block in blocks("sh") for line in block.splitlines()]
+
+
+def shown() -> list[str]:
+    """The names of the pictures on the page."""
+    return re.findall(r"!\[.+\]\(pictures/(.+)\)", (DOCS / "pictures.md").read_text(encoding="utf-8"))
 
 
 def main() -> int:
@@ -26,10 +36,10 @@ def main() -> int:
             code = cli.main(arguments)
             if code:
                 return code
+        exec("\n".join(blocks("python")), {"__name__": "__main__"})
         os.chdir(DOCS)
-        for path in sorted(Path(folder).iterdir()):
-            if path.suffix in (".png", ".gif"):
-                shutil.copyfile(path, DOCS / "pictures" / path.name)
+        for name in shown():
+            shutil.copyfile(Path(folder) / name, DOCS / "pictures" / name)
     return 0
 
 

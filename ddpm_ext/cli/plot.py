@@ -149,8 +149,7 @@ def _draw_table(options: argparse.Namespace) -> str:
     _check_out(options.out, FIGURES)
     table.check_options(options, options.sources)
     tables = {source: table.table_of(source, options) for source in options.sources}
-    shown = next(iter(tables.values())) if len(tables) == 1 else tables
-    plots.step_table_figure(shown, options.out, against=options.against, panels=options.panels)
+    plots.step_table_figure(tables, options.out, against=options.against, panels=options.panels)
     return ", ".join(f"{source} ({len(rows)} row{'s' * (len(rows) != 1)})" for source, rows in tables.items())
 
 
@@ -243,5 +242,6 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     # Heun's method visits each timestep twice; the first visit is shown.
     first = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
     timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
-    plots.histogram_figure(x_t, timesteps, options.out, samples=samples, bins=options.bins, limit=options.limit)
+    shown = {"bins": options.bins, "limit": options.limit, "name": options.sampler}
+    plots.histogram_figure(x_t, timesteps, options.out, samples=samples, **shown)
     return f"{options.num} samples at {len(x_t)} of {prepared.steps} steps"

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     if options.save is not None:
         table.save(options.save)
     if options.plot is not None:
-        plots.step_table_figure(table if len(tables) == 1 else tables, options.plot)
+        plots.step_table_figure(tables, options.plot)
 
 
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
     if ending == ".gif":
-        plots.save_gif(plots.trajectory_frames(*shown), options.out)
+        plots.save_gif(plots.trajectory_frames(*shown, name=options.sampler), options.out)
     else:
-        plots.save_picture(plots.trajectory(*shown), options.out)
+        plots.save_picture(plots.trajectory(*shown, name=options.sampler), options.out)
     print(f"{options.out}: {options.num} samples at {len(recorder.t)} of {prepared.steps} steps")
     refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

@@ -48,6 +48,10 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
         TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers
             is: one that overrides it is traced. Or it is a pipeline without a scheduler.
         ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch".
+
+    Examples:
+        >>> scheduler = accelerate(diffusers.DDIMScheduler())  # the same class, the same images
+        >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
     settings = Acceleration.of(noise, seed, sample_ids)
     if is_pipeline(obj):

@@ -103,6 +103,11 @@ def sampler(which: str | Sampler) -> Sampler:
         TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
             their steps themselves.
         ValueError: an unknown name.
+
+    Examples:
+        >>> sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
+        >>> sampler("dpmpp_2m")(lambda x, sigma: 0.1 * x, 9 * x_t, sigmas, disable=True).shape
+        torch.Size([4, 3, 8, 8])
     """
     if callable(which):
         check_function(which)

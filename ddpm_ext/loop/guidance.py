@@ -37,6 +37,10 @@ class Guidance:
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range.
+
+    Examples:
+        >>> guidance = Guidance(3.0, unconditional=lambda x, t: 0.05 * x, interval=(200, 800))
+        >>> samples = GaussianDiffusion(1000).sample(model, 8, steps=20, guidance=guidance, progress=False)
     """
 
     scale: float

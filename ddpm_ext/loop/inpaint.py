@@ -25,6 +25,11 @@ class Inpaint:
 
     Raises:
         TypeError, ValueError: an argument of another type, shape or device, or out of range.
+
+    Examples:
+        >>> left = torch.arange(8) < 4  # known, of images that are 8 wide
+        >>> inpaint = Inpaint(images, left, jump_length=5, jump_n_sample=3)
+        >>> samples = GaussianDiffusion(1000).sample(model, 8, batch_size=4, steps=20, inpaint=inpaint, progress=False)
     """
 
     known: Tensor

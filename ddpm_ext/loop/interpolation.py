@@ -24,6 +24,11 @@ class Interpolation:
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+    Examples:
+        >>> path = Interpolation(images, -images, weight=torch.linspace(0, 1, 4))
+        >>> options = {"sampler": "ddim", "steps": 20, "progress": False}
+        >>> samples = GaussianDiffusion(1000).sample(model, 8, batch_size=4, start=path, strength=0.5, **options)
     """
 
     first: Tensor

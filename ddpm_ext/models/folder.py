@@ -69,6 +69,11 @@ def load_model(
         ValueError: the folder or a file in it is missing, damaged or pickled, or holds what can't be sampled: another
             architecture, a latent model, a scheduler that is no Gaussian diffusion.
         MissingExtra: diffusers or safetensors is not installed.
+
+    Examples:
+        >>> digits = load_model("digits")
+        >>> gd, shape = digits.settings.diffusion(), (16, *digits.shape)
+        >>> samples = gd.p_sample_loop(digits.unet, shape, sampler="dpmpp_2m", steps=2, progress=False)
     """
     folder = {"digits": DIGITS, "shapes": SHAPES}.get(str(source), Path(source))
     if not folder.is_dir():
@@ -107,6 +112,10 @@ def save_model(
     """Writes `unet`, with weights rounded to `dtype`, the configuration of its scheduler, and its classes to `folder`.
 
     diffusers reads them with UNet2DModel.from_pretrained(folder) and DDPMScheduler.from_pretrained(folder).
+
+    Examples:
+        >>> digits = load_model("digits")
+        >>> save_model(digits.unet, digits.settings, "copy-of-digits")
     """
     save = require("safetensors.torch", "writing model files").save
     target = Path(folder)

@@ -21,14 +21,37 @@ NAME = "ddpm_ext._C"
 FOLDER = Path(__file__).resolve().parents[1]  # the package's, where setup.py puts the module
 
 
+def in_sources() -> bool:
+    """Whether this package lies in its source folder, from where Python imports it if it is run there."""
+    return (FOLDER.parent / "setup.py").is_file() and (FOLDER.parent / "csrc").is_dir()
+
+
 def mend() -> str:
-    """The command that builds the module again."""
-    root = FOLDER.parent
+    """The command that builds the module again. For the package in the source folder, only an editable install does."""
     install = f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps"
-    # Python run in the source folder imports the package from there, so that only an editable install helps.
-    if (root / "setup.py").is_file() and (root / "csrc").is_dir():
-        return f"run: {install} -e {root}"
-    return f"run in ddpm_ext's source folder: {install} ."
+    return f"run: {install} -e {FOLDER.parent}" if in_sources() else f"run in ddpm_ext's source folder: {install} ."
+
+
+def installed() -> Path | None:
+    """Where on sys.path another, compiled ddpm_ext lies: seen from a source folder, what `pip install .` installed."""
+    for place in map(Path, sys.path):
+        package = place / FOLDER.name
+        if package.resolve() != FOLDER and PathFinder.find_spec(NAME, [str(package)]) is not None:
+            return package
+    return None
+
+
+def missing() -> str:
+    """What to say where there is no compiled module."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    says = f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}"
+    other = installed() if in_sources() else None
+    if other is None:
+        return says
+    return (
+        f"ddpm_ext: you stand in the source folder {FOLDER.parent}, whose sources are not compiled and hide what is "
+        f"installed in {other}; run Python in another folder (cd ..), or to use the sources, {mend()}"
+    )
 
 
 def describe(version: str, cuda: str | None) -> str:
@@ -48,8 +71,7 @@ def load() -> tuple[ModuleType, dict[str, Any]]:
     # In this package's folder alone: the finder of an editable install offers its own module to any other copy.
     spec = PathFinder.find_spec(NAME, sys.modules["ddpm_ext"].__path__)
     if spec is None or spec.origin is None:
-        python = ".".join(map(str, sys.version_info[:2]))
-        raise ImportError(f"ddpm_ext has no compiled module for Python {python} in {FOLDER}; {mend()}")
+        raise ImportError(missing())
     try:
         built = json.loads(Path(spec.origin).with_suffix(".json").read_text())
         fit = fits(built)

@@ -52,6 +52,10 @@ class Philox:
     Raises:
         TypeError, ValueError: an argument of another type or out of range. A tensor's values are checked where it is
             used, and only on the CPU.
+
+    Examples:
+        >>> Philox(seed=7, sample_ids=64)  # for a batch that begins with sample 64
+        Philox(seed=7, sample_ids=64, draw=None, stream=None)
     """
 
     __slots__ = ("draw", "first_id", "sample_ids", "seed", "seed_value", "stream")
@@ -246,6 +250,11 @@ def randn(
 
     Raises:
         TypeError, ValueError: an argument of another type or out of range. NotImplementedError: inside torch.jit.trace.
+
+    Examples:
+        >>> z = randn((8, 3, 32, 32), Philox(seed=7))
+        >>> torch.equal(z[5:], randn((3, 3, 32, 32), Philox(seed=7, sample_ids=5)))
+        True
     """
     sizes = check_randn(shape, draw, stream, dtype)
     if rng is not None:

@@ -71,13 +71,23 @@ def memory_info() -> dict[str, int]:
     Returns:
         limit: how much is kept at most; 0 means that results come from torch's allocator. kept: how much is free and
         kept. kept_blocks: the number of blocks in it. used: how much the results take that are alive.
+
+    Examples:
+        >>> sorted(memory_info())
+        ['kept', 'kept_blocks', 'limit', 'used']
     """
     info: dict[str, int] = C.result_memory()
     return info
 
 
 def release_memory() -> None:
-    """Returns the memory that is kept for results on the CPU to the system. Tensors keep theirs."""
+    """Returns the memory that is kept for results on the CPU to the system. Tensors keep theirs.
+
+    Examples:
+        >>> release_memory()
+        >>> memory_info()["kept"]
+        0
+    """
     C.release_result_memory()
 
 

@@ -26,6 +26,7 @@ def histogram_figure(
     samples: Values | None = None,
     bins: int = 80,
     limit: float | None = None,
+    name: str = "",
 ) -> Figure:
     """Draws how the values of x_t are distributed along a loop, from noise on the left to samples on the right.
 
@@ -40,6 +41,7 @@ def histogram_figure(
         samples: the result of the loop. None: x_t at the lowest timestep.
         bins: the number of bins between -limit and limit, at least 1.
         limit: values from -limit to limit are shown. None: all values.
+        name: of the sampler, for the title.
 
     Raises:
         TypeError: `bins` is no int.
@@ -47,6 +49,9 @@ def histogram_figure(
             finite, or `limit` is not above 0.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> figure = plots.histogram_figure([x_t, images], [999, 0], "histogram.png", name="ddim")
     """
     checks.integer("bins", bins, 2**31, "2^31", start=1)
     t, values = _in_loop_order(x_t, timesteps)
@@ -67,7 +72,10 @@ def histogram_figure(
         mesh = over_time.pcolormesh(sides, edges, masked, norm=norm, cmap="viridis", rasterized=True)
         over_time.grid(False)
         over_time.set(
-            title="density of x_t", xlabel="timestep t", ylabel="value of an element", xlim=(sides[0], sides[-1])
+            title=f"density of x_t{name and f', {name}'}",
+            xlabel="timestep t",
+            ylabel="value of an element",
+            xlim=(sides[0], sides[-1]),
         )
         figure.colorbar(mesh, ax=ends, label="density (1 / unit of the value)")
         middles = (edges[1:] + edges[:-1]) / 2

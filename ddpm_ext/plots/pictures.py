@@ -42,7 +42,7 @@ _GAP = 4  # pixels between two images
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
 _TITLE, _LABEL = 18, 13  # font sizes in pixels
 _LAST = 2000  # milliseconds that the last frame of a GIF is shown
-_X_T, _X_0 = "x_t, what the loop has at step t", "x_0, as the model predicts it from x_t"
+_X_T, _X_0 = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
 
 
 def to_uint8(images: Images) -> Pixels:
@@ -52,6 +52,10 @@ def to_uint8(images: Images) -> Pixels:
 
     Raises:
         ValueError: `images` has another number of dimensions, or holds integers.
+
+    Examples:
+        >>> plots.to_uint8(images).shape
+        (4, 8, 8, 3)
     """
     pixels = torch.as_tensor(images, device="cpu")
     if pixels.dim() != 4 or not pixels.is_floating_point():
@@ -96,6 +100,10 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
     Raises:
         TypeError, ValueError: there are no images, or of another dtype or shape; `columns` or `scale` is not an int of
             at least 1.
+
+    Examples:
+        >>> plots.grid(plots.to_uint8(images), columns=2, scale=1).shape  # with 4 pixels between images
+        (28, 28, 3)
     """
     large = _enlarged(images, scale)
     count, height, width, _ = large.shape
@@ -124,6 +132,9 @@ def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale
 
     Raises:
         TypeError, ValueError: as grid; there are not as many labels as steps, or the steps differ in shape.
+
+    Examples:
+        >>> picture = plots.strips([plots.to_uint8(x_t), plots.to_uint8(images)], ["t = 999", "t = 0"], "two steps")
     """
     if not images or len(images) != len(labels):
         raise ValueError(f"labels: got {len(labels)} for {len(images)} steps, expected as many, at least 1")
@@ -153,30 +164,44 @@ def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
 
 
 def trajectory(
-    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+    x_t: Sequence[Images],
+    x_0: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    scale: int | None = None,
+    name: str = "",
 ) -> Pixels:
     """Draws two strips, one above the other: x_t, and the x_0 that the model predicts from it.
 
     Args:
         x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
         labels, scale: as in strips.
+        name: of the sampler, for the title.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
         TypeError, ValueError: as strips; `x_0` has not as many steps as `x_t`.
+
+    Examples:
+        >>> picture = plots.trajectory([x_t, images], [images, images], ["t = 999", "t = 0"], name="ddim")
     """
     _check_pairs(x_t, x_0)
     halves = [
         strips([to_uint8(batch) for batch in steps], labels, title, scale=scale)
-        for steps, title in ((x_t, _X_T), (x_0, _X_0))
+        for steps, title in ((x_t, f"{name and f'{name}: '}{_X_T}"), (x_0, _X_0))
     ]
     return np.concatenate(_equally_wide(halves))
 
 
 def trajectory_frames(
-    x_t: Sequence[Images], x_0: Sequence[Images], labels: Sequence[str], *, scale: int | None = None
+    x_t: Sequence[Images],
+    x_0: Sequence[Images],
+    labels: Sequence[str],
+    *,
+    scale: int | None = None,
+    name: str = "",
 ) -> list[Pixels]:
     """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
 
@@ -184,6 +209,10 @@ def trajectory_frames(
 
     Returns:
         For each step (height, width, 3) uint8, all of one size, for save_gif.
+
+    Examples:
+        >>> frames = plots.trajectory_frames([x_t, images], [images, images], ["t = 999", "t = 0"])
+        >>> plots.save_gif(frames, "trajectory.gif")
     """
     _check_pairs(x_t, x_0)
     if len(labels) != len(x_t):
@@ -192,7 +221,7 @@ def trajectory_frames(
     for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
         sides = [
             _headed(grid(to_uint8(images), scale=scale), title)
-            for images, title in ((noisy, f"x_t, {label}"), (clean, "predicted x_0"))
+            for images, title in ((noisy, f"{name and f'{name}: '}x_t, {label}"), (clean, "predicted x_0"))
         ]
         if sides[0].shape[0] != sides[1].shape[0]:
             raise ValueError(f"x_0: got shape {tuple(clean.shape)}, expected that of x_t, {tuple(noisy.shape)}")
@@ -218,6 +247,9 @@ def save_picture(picture: Pixels, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the picture has another dtype or shape, or Pillow doesn't know the ending.
         OSError: `path` can't be written.
+
+    Examples:
+        >>> plots.save_picture(plots.grid(plots.to_uint8(images)), "grid.png")
     """
     image = require("PIL.Image", "writing pictures").fromarray(_checked("picture", picture))
     with atomic_path(path) as beside:
@@ -233,7 +265,11 @@ def _checked(name: str, picture: Pixels) -> Pixels:
 def save_grid(
     images: Images, path: str | os.PathLike[str], *, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Errors: as grid and save_picture."""
+    """Writes images (batch, channels, height, width) in [-1, 1] as one picture. Errors: as grid and save_picture.
+
+    Examples:
+        >>> plots.save_grid(images, "grid.png", columns=2)
+    """
     save_picture(grid(to_uint8(images), columns=columns, scale=scale), path)
 
 
@@ -253,6 +289,9 @@ def save_strips(
 
     Raises:
         TypeError, ValueError, OSError: as strips and save_picture.
+
+    Examples:
+        >>> plots.save_strips([x_t, images], ["t = 999", "t = 0"], "two steps", "strips.png")
     """
     save_picture(strips([to_uint8(batch) for batch in images], labels, title, scale=scale), path)
 
@@ -273,6 +312,9 @@ def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds:
     Raises:
         ValueError: there are no frames, they differ in shape, or `seconds` is not above 0.
         OSError: `path` can't be written.
+
+    Examples:
+        >>> plots.save_gif([plots.grid(plots.to_uint8(x)) for x in (x_t, images)], "two.gif", seconds=1.0)
     """
     if not frames:
         raise ValueError("frames: got none, expected at least 1")

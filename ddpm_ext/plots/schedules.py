@@ -18,8 +18,6 @@ __all__ = ["schedule_figure"]
 def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = None) -> Figure:
     """Draws alphas_cumprod and the signal-to-noise ratio, alphas_cumprod / (1 - alphas_cumprod), of schedules.
 
-        schedule_figure({name: GaussianDiffusion(1000, name).alphas_cumprod for name in ("linear", "cosine")})
-
     Args:
         schedules: alphas_cumprod, (timesteps,) in [0, 1], of each schedule by the name that the legend shows. If their
             lengths differ, the horizontal axis is t / timesteps.
@@ -29,6 +27,10 @@ def schedule_figure(schedules: Mapping[str, Values], path: PathLike | None = Non
         ValueError: there are no schedules, or one has another shape or values outside [0, 1].
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> levels = {name: GaussianDiffusion(1000, name).alphas_cumprod for name in ("linear", "cosine")}
+        >>> figure = plots.schedule_figure(levels, "schedules.png")
     """
     if not schedules:
         raise ValueError("schedules: got none, expected at least 1")

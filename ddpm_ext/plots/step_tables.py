@@ -32,14 +32,14 @@ def step_table_figure(
 ) -> Figure:
     """Draws the columns of one step table, or of several over one another, over the steps of the loop.
 
-    Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the standard
-    deviation of the noise and the timestep have a panel each; where rows keep or read a history, its factors have two
-    more. Of several tables, each column has a panel and each table a line. Columns that are 0 in all tables are left
-    out, but for those of the plain step in a single table's panels. An axis with factors above 10 is logarithmic, but
+    Of one table, the factors of the predicted x0 share a panel, and so do those of the next sample; the timestep has
+    one, and so has the standard deviation of the noise where there is noise; where rows keep or read a history, its
+    factors have two more. Of several tables, each column has a panel and each table a line. Columns that are 0 in all
+    tables are left out, but for a to c2 in a single table's panels. An axis with factors above 10 is logarithmic, but
     linear around 0. The columns for draws, levels, learned variances and gradients are not drawn.
 
     Args:
-        tables: a StepTable, or several by the names that the legend shows.
+        tables: a StepTable; or tables by their names, which the legend shows, or of one alone the title.
         path: where the figure is written as well; the ending names the format.
         against: the horizontal axis. "step" is the number of the row; "timestep", which falls from left to right, suits
             tables with different numbers of rows.
@@ -50,11 +50,15 @@ def step_table_figure(
         ValueError: there are no tables, or `against` or `panels` is unknown.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> columns = {"timestep": [500, 0], "a": [2, 1], "b": [-1.5, 0], "c0": [0.9, 1], "c1": [0.1, 0]}
+        >>> figure = plots.step_table_figure({"mine": StepTable(**columns)}, "table.png")
     """
     checks.one_of("against", against, ("step", "timestep"))
     checks.one_of("panels", panels, ("columns", "tables"))
     if isinstance(tables, StepTable):
-        return _one_table(tables, path, against)
+        return _one_table("StepTable", tables, path, against)
     if not isinstance(tables, Mapping):
         raise TypeError(f"tables is a {type(tables).__name__}, expected a StepTable or several by name")
     if not tables:
@@ -62,6 +66,8 @@ def step_table_figure(
     for name, table in tables.items():
         if not isinstance(table, StepTable):
             raise TypeError(f"tables[{name!r}] is a {type(table).__name__}, expected a StepTable")
+    if len(tables) == 1 and panels == "columns":
+        return _one_table(*next(iter(tables.items())), path, against)
     return (_several_tables if panels == "columns" else _side_by_side)(tables, path, against)
 
 
@@ -84,10 +90,23 @@ _TERMS = {
     "c0": "x0", "c1": "x", "c2": "m", "s": "z", "c3": "h", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u",
 }  # fmt: skip
 _KEPT = {"k0": "x0", "k1": "x", "k2": "m"}
+_MEANINGS = {
+    "c3": "h: x0 of the row before",
+    "cu": "u: unconditional output",
+    "h1": "H1: kept by the row before",
+    "h2": "H2: two rows before",
+    "h3": "H3: three",
+}
 
 
 def _sum(names: Sequence[str]) -> str:
     return " + ".join(f"{name} {(_TERMS | _KEPT)[name]}" for name in names)
+
+
+def _explained(names: Sequence[str]) -> str:
+    """A line that says what the terms of these columns are, where it isn't in the equation of the plain step."""
+    told = ", ".join(_MEANINGS[name] for name in names if name in _MEANINGS)
+    return told and f"\n({told})"
 
 
 def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
@@ -96,32 +115,34 @@ def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(_column(table, name).any() for table in tables)]
 
 
-def _one_table(table: StepTable, path: PathLike | None, against: str) -> Figure:
-    noise = "s exp(l0 + l1 v)" if _learned(table) else "s"
+def _one_table(label: str, table: StepTable, path: PathLike | None, against: str) -> Figure:
+    noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
     plain = ("c0", "c1", "c2", *_drawn([table], ("c3", "cu")))
     read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
-    more = f"{chr(10) if len(plain) > 3 or read else ''}{' + history' if read else ''}"
-    following = f"{_sum(plain)}{more} + {'s z' if noise == 's' else 'noise'}"
+    more = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
+    following = f"{_sum(plain)}{more if len(plain) < 5 else f'{chr(10)}{more}'}{_explained(plain)}"
     panels: list[tuple[str, Sequence[str], str]] = [
         ("predicted x0 = clip(a x + b m)", ("a", "b"), "factor (no unit)"),
         (f"next sample = {following}", plain, "factor (no unit)"),
-        (f"noise of the step, {noise} z", ("s",), _SPREAD if noise == "s" else "s\n(factor of the learned deviation)"),
-        (_TITLES[_other(against)], (_other(against),), _LABELS[_other(against)]),
     ]
     if read or kept:
-        panels[2:2] = [
-            (f"history = {_sum(read)}", read, "factor (no unit)"),
+        panels += [
+            (f"history = {_sum(read)}{_explained(read)}", read, "factor (no unit)"),
             (f"kept for later rows = {_sum(kept)}", kept, "factor (no unit)"),
         ]
+    if noisy:
+        spread = _SPREAD if noise == "s" else "s\n(factor of the learned deviation)"
+        panels.append((f"noise of the step, {noise} z", ("s",), spread))
+    panels.append((_TITLES[_other(against)], (_other(against),), _LABELS[_other(against)]))
     x = _column(table, against)
-    with new_figure(9, 0.4 + 2.6 * len(panels) / 2, path, "drawing a StepTable") as figure:
-        for axes, (title, names, label) in zip(_panels(figure, len(panels), against), panels, strict=True):
+    with new_figure(9, 0.4 + 2.6 * math.ceil(len(panels) / 2), path, "drawing a StepTable") as figure:
+        for axes, (title, names, unit) in zip(_panels(figure, len(panels), against), panels, strict=True):
             for number, name in enumerate(names):
                 axes.plot(x, _column(table, name), label=name, **line_style(number, len(table)))
-            _finish(axes, title, label, names)
+            _finish(axes, title, unit, names)
             if len(names) > 1:
                 axes.legend(ncols=2 if len(names) > 3 else 1)
-        figure.suptitle(f"StepTable of {plural(len(table), 'row')}")
+        figure.suptitle(f"{label}, {plural(len(table), 'row')}")
     return figure
 
 
@@ -140,7 +161,7 @@ _TITLES = {
     "k1": "k1, of x in what is kept",
     "k2": "k2, of the output in what is kept",
     "s": "s, of the step's noise",
-    "timestep": "timestep that the model receives",
+    "timestep": "timestep",
     "step": "step of each timestep",
 }
 _LABELS = {"timestep": "timestep", "step": "step of the loop"}
@@ -187,7 +208,9 @@ def _side_by_side(tables: Mapping[str, StepTable], path: PathLike | None, agains
         labels = [f"{name} {_TERMS[name]}" for name in found]
         lanes = math.ceil(len(found) / _MOST_IN_LINE)
         columns = math.ceil(len(found) / lanes)
-        figure.legend([lines[name] for name in found], labels, loc="outside upper center", ncols=columns)
+        title = f"the next sample is the sum of these terms{_explained(found)}"
+        handles = [lines[name] for name in found]
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     return figure
 
 

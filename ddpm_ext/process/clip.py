@@ -26,6 +26,10 @@ class DynamicThreshold:
 
     Raises:
         TypeError, ValueError: an argument of another type, or out of range.
+
+    Examples:
+        >>> clip = DynamicThreshold(quantile=0.995, maximum=10.0)
+        >>> samples = GaussianDiffusion(1000).sample(model, 8, steps=20, clip_denoised=clip, progress=False)
     """
 
     quantile: float = 0.995

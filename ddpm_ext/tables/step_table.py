@@ -99,6 +99,13 @@ class StepTable:
         TypeError: a column of other things than numbers, or a draw of other things than integers.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
             finite; a draw or a level out of range.
+
+    Examples:
+        >>> StepTable(timestep=[500, 0], a=[2.0, 1.0], b=[-1.5, 0.0], c0=[0.9, 1.0], c1=[0.1, 0.0], s=[0.2, 0.0])
+        StepTable of 2 rows
+        row  timestep  a     b   c0   c1  c2    s  draw
+          0       500  2  -1.5  0.9  0.1   0  0.2   500
+          1         0  1     0    1    0   0    0     0
     """
 
     # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
@@ -353,14 +360,17 @@ class StepTable:
 
     # ------------------------------------------------------------------------------------- drawn and compared
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+    def plot(self, path: str | os.PathLike[str] | None = None, *, name: str = "StepTable") -> Figure:
         """The columns over the steps, as a matplotlib figure, which is also written to `path` where one is given.
+
+        Args:
+            name: of the sampler, for the title.
 
         Raises:
             MissingExtra: matplotlib is not installed. ValueError, OSError: `path` can't be written.
         """
         # The plots package stands above the tables and is an extra, so it is looked up by name when it is used.
-        return require("ddpm_ext.plots", "drawing a step table").step_table_figure(self, path)
+        return require("ddpm_ext.plots", "drawing a step table").step_table_figure({name: self}, path)
 
     def diff(self, other: StepTable) -> TableDiff:
         """Where the tables differ and by how much; false where they are equal. `print` it, or read its `columns`.

@@ -122,7 +122,7 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        launching = [(Rows, "take", fused), (ReverseStep, "__call__", fused)]
+        launching = [(Rows, "take", fused), (ReverseStep, "take", fused)]
         for where, name, counter in ((plain, step_name(plain), own), *launching):
             stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         run(case, method, scheduler, cls)

@@ -16,7 +16,8 @@ STEPS = {"timestep": [9, 5, 0], "a": [200, 3, 1], "b": [-200, -2, 0], "c0": [0.1
 
 def test_step_table_draws_every_column():
     table = StepTable(**STEPS, c2=[0, -0.5, 0], s=[0.5, 0.25, 0])
-    figure = table.plot()
+    figure = table.plot(name="mine")
+    assert figure.get_suptitle() == "mine, 3 rows"
     found = {}
     for axes in figure.axes:
         assert axes.get_title() and axes.get_ylabel()
@@ -35,8 +36,23 @@ def test_history_is_drawn_where_there_is_some():
     assert "c3" not in drawn(plain.plot().axes[1]) and "h" not in plain.plot().axes[1].get_title().split()
     axes = multistep.plot().axes[1]
     assert drawn(axes)["c3"] == [[0, 0], [1, -0.5], [2, 0.25]]
-    assert "c3 h" in axes.get_title()
+    assert "c3 h\n(h: x0 of the row before)" in axes.get_title()
     assert legend(axes) == ["c0", "c1", "c2", "c3"]
+
+
+def test_a_sampler_without_noise_has_no_panel_for_it():
+    for against in ("step", "timestep"):
+        titles = [
+            axes.get_title() for axes in step_table_figure(StepTable(**STEPS), against=against).axes if axes.lines
+        ]
+        assert len(titles) == 3 and not any("noise" in title or "s z" in title for title in titles)
+
+
+def test_one_table_by_its_name_is_drawn_as_such():
+    table = StepTable(**STEPS)
+    named, plain = step_table_figure({"ddim": table}), table.plot()
+    assert [*map(drawn, named.axes)] == [*map(drawn, plain.axes)]
+    assert (named.get_suptitle(), plain.get_suptitle()) == ("ddim, 3 rows", "StepTable, 3 rows")
 
 
 HISTORY = {"cu": [0, 0.1, 0], "h1": [0, -0.5, 0.2], "h2": [0, 0, 0.1], "k0": [1, 1, 0], "k2": [0, 0, 3]}
@@ -45,11 +61,11 @@ HISTORY = {"cu": [0, 0.1, 0], "h1": [0, -0.5, 0.2], "h2": [0, 0, 0.1], "k0": [1,
 def test_the_linear_step_has_panels_for_its_history():
     table = StepTable(**STEPS, **HISTORY)
     figure = table.plot()
-    assert len(figure.axes) == 6
+    assert [bool(axes.lines) for axes in figure.axes] == [True] * 5 + [False]
     following, read, kept = figure.axes[1:4]
     assert legend(following) == ["c0", "c1", "c2", "cu"] and "cu u" in following.get_title()
     for axes, names, title in (
-        (read, ("h1", "h2"), "history = h1 H1 + h2 H2"),
+        (read, ("h1", "h2"), "history = h1 H1 + h2 H2\n(H1: kept by the row before, H2: two rows before)"),
         (kept, ("k0", "k2"), "kept for later rows = k0 x0 + k2 m"),
     ):
         assert drawn(axes) == {name: points(range(3), getattr(table, name)) for name in names}
@@ -80,6 +96,7 @@ def test_a_panel_for_each_table():
             assert drawn(axes) == {name: points(across, getattr(table, name)) for name in names}
         (found,) = figure.legends
         assert legend(found) == ["c0 x0", "c1 x", "s z", "h1 H1", "cu u"]
+        assert "H1: kept by the row before, u: unconditional output" in found.get_title().get_text()
         first, second = (dict(zip(drawn(axes), looks(axes), strict=True)) for axes in figure.axes[:2])
         assert first["c1"] == second["c1"] and len({*map(str, (first | second).values())}) == 5
 
@@ -91,7 +108,7 @@ def test_learned_deviations_are_not_called_deviations():
 
 
 def test_step_table_against_the_timestep():
-    figure = step_table_figure(StepTable(**STEPS), against="timestep")
+    figure = step_table_figure(StepTable(**STEPS, s=[1, 1, 0]), against="timestep")
     assert drawn(figure.axes[0]) == {name: points([9, 5, 0], STEPS[name]) for name in "ab"}
     assert drawn(figure.axes[3]) == {"step": [[9, 0], [5, 1], [0, 2]]}
     for axes in figure.axes:

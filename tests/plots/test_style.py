@@ -55,7 +55,7 @@ def test_without_matplotlib(monkeypatch):
     table = StepTable(**STEPS)
     for draw, purpose in (
         (table.plot, "drawing a StepTable"),
-        (lambda: plots.step_table_figure({"a": table}), "drawing step tables"),
+        (lambda: plots.step_table_figure({"a": table, "b": table}), "drawing step tables"),
         (lambda: plots.schedule_figure({"a": torch.ones(3)}), "drawing schedules"),
         (lambda: plots.histogram_figure([torch.ones(4)] * 2, [1, 0]), "drawing a histogram"),
     ):

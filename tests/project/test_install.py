@@ -218,10 +218,10 @@ def built_for(package: Path, torch: str, torch_cuda: str | None, cuda: str | Non
     (package / "_C.json").write_text(json.dumps(note))
 
 
-def import_error(root: Path) -> str:
-    """The message of the ImportError that `import ddpm_ext` raises there, or an empty string."""
+def import_error(root: Path, *path: Path) -> str:
+    """The message of the ImportError that `import ddpm_ext` raises there, or "". path: more of sys.path."""
     code = "import ddpm_ext; assert ddpm_ext.C.answer == 42"
-    env = os.environ | {"PYTHONPATH": str(root)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, root)))}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
     assert "During handling" not in done.stderr and "direct cause" not in done.stderr
     if done.returncode == 0:
@@ -244,6 +244,21 @@ def test_in_a_source_folder_the_command_installs_in_place(tmp_path):
     (tmp_path / "setup.py").touch()
     (tmp_path / "csrc").mkdir()
     assert import_error(tmp_path).endswith(f" -e {tmp_path}")
+
+
+def test_a_source_folder_that_hides_what_is_installed_says_so(tmp_path):
+    """After `pip install .`, a Python that is run in the same folder finds the sources first."""
+    sources, site = tmp_path / "sources", tmp_path / "site-packages"
+    fake_package(sources, "2.15.0", None)
+    (sources / "setup.py").touch()
+    (sources / "csrc").mkdir()
+    built_for(fake_package(site, "2.15.0", None), "2.15.0", None, None)
+    says = import_error(sources, site)  # `python -c` looks in the current folder before PYTHONPATH
+    assert f"you stand in the source folder {sources}, " in says
+    assert f"installed in {site / 'ddpm_ext'}; run Python in another folder (cd ..), or " in says
+    assert says.endswith(f" -e {sources}")
+    built_for(sources / "ddpm_ext", "2.15.0", None, None)  # compiled in place: nothing is hidden
+    assert import_error(sources, site) == ""
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""make venv keeps what is in an environment that exists, and shows why it fails."""
+"""make keeps what is in an environment that exists, shows why it fails, and installs no more than is needed."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ def test_an_environment_that_exists_is_never_cleared(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (tmp_path / ".venv").symlink_to("elsewhere")
+    (tmp_path / "requirements-demo.txt").touch()
     (tmp_path / "requirements-dev.txt").touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\necho the reason >&2\nexit 1\n')
@@ -30,3 +32,16 @@ def test_an_environment_that_exists_is_never_cleared(tmp_path):
     assert "-m venv" in calls
     assert "--clear" not in calls
     assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("target", "installed"), [("demo", ["demo"]), ("build", ["demo", "dev"]), ("test", ["demo", "dev"])]
+)
+def test_what_a_target_installs(tmp_path, target, installed):
+    for name in ("Makefile", "requirements-demo.txt", "requirements-dev.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"pip install -q -r requirements-(\w+)\.txt", done.stdout) == installed
+    assert "pip install -q --no-build-isolation --no-deps -e ." in done.stdout

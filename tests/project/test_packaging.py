@@ -180,13 +180,15 @@ def test_metadata(root, metadata, version):
 
 def test_what_development_needs_is_pinned_within_its_range(root, metadata):
     requirements = pytest.importorskip("packaging.requirements")
-    lines = (root / "requirements-dev.txt").read_text().splitlines()
+    demo, dev = ((root / f"requirements-{name}.txt").read_text().splitlines() for name in ("demo", "dev"))
+    assert "-r requirements-demo.txt" in dev
     pins = {}
-    for line in lines:
-        if not line.startswith("#"):
+    for line in [*demo, *dev]:
+        if not line.startswith(("#", "-r ")):
             pin = requirements.Requirement(line)
             (only,) = pin.specifier
             assert only.operator == "==", line
+            assert pin.name not in pins, line
             pins[pin.name] = only.version
     needs = [requirements.Requirement(text) for text in metadata.get_all("Requires-Dist")]
     names = {need.name for need in needs} - {"ddpm-ext"}

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from support.figure_contents import drawn
+from support.pasted import BLOCK, paste
 
 from ddpm_ext.cli.main import build_parser
 
@@ -21,11 +22,12 @@ def script(root):
 
 
 def test_each_picture_has_its_command(root, script):
-    """The page shows what the commands write, and the folder holds these files and no others."""
+    """The page shows what the commands and the code write, and the folder holds these files and no others."""
     text = (root / "docs" / "pictures.md").read_text()
     options = [build_parser().parse_args(arguments) for arguments in script.commands()]
     written = [option.out for option in options if not option.out.endswith(".npz")]
-    assert re.findall(r"!\[.+\]\(pictures/(.+)\)", text) == written
+    written += re.findall(r'save_strips\([^)].*"(.+\.png)"\)', "".join(BLOCK.findall(text)))
+    assert sorted(script.shown()) == sorted(written)
     assert sorted(path.name for path in (root / "docs" / "pictures").iterdir()) == sorted(written)
 
 
@@ -48,21 +50,27 @@ def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypat
     fast = [line for line in script.commands() if line[:2] in (["plot", "schedules"], ["plot", "table"])]
     monkeypatch.setattr(script, "DOCS", tmp_path)
     monkeypatch.setattr(script, "commands", lambda: fast)
+    monkeypatch.setattr(script, "blocks", lambda language: ["open('other.png', 'w').close()"])
+    names = {"schedules.png", "step_table.png", "samplers.png", "six_samplers.png"}
+    monkeypatch.setattr(script, "shown", lambda: sorted(names))
     monkeypatch.chdir(tmp_path)
     assert script.main() == 0
-    names = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert names == {"schedules.png", "step_table.png", "samplers.png", "six_samplers.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     monkeypatch.setattr(script, "commands", lambda: [["plot", "table", "nothing"]])
     assert script.main() == 2
 
 
+@pytest.mark.slow
 def test_code_of_the_page_runs(root, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "pictures.md").read_text(), re.DOTALL)
-    names = {"model": lambda x, t: 0.1 * x, "shape": (2, 1, 8, 8)}
-    exec(block.replace('record="last"', 'record="last", progress=False'), names)
-    assert {path.name for path in tmp_path.iterdir()} == {"schedules.png", "histogram.svg", "grid.png", "x_t.gif"}
+    names = paste(root / "docs" / "pictures.md")
+    drawn_here = {"guidance.png", "inpainting.png", "interpolation.png"}
+    own = {"samples.png", "three_schedules.png", "values.svg", "x_t.gif"}
+    assert {path.name for path in tmp_path.iterdir()} == drawn_here | own
     assert list(drawn(names["figure"].axes[1])) == ["t = 999", "samples", "N(0, 1)"]
     with Image.open("x_t.gif") as opened:
         assert opened.n_frames == 20
+    filled, upper = names["filled"], names["upper"]
+    assert (filled[..., upper] == names["image"][..., upper]).all()

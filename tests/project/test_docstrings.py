@@ -1,0 +1,67 @@
+"""The examples in public docstrings: each public name has one, and all of them run."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import types
+
+import pytest
+import torch
+
+import ddpm_ext
+from ddpm_ext import GaussianDiffusion, Philox, models, plots
+from ddpm_ext.integrations import k_diffusion
+from ddpm_ext.loop import keywords
+
+diffusers = pytest.importorskip("diffusers")
+for module in ("matplotlib", "PIL", "safetensors"):
+    pytest.importorskip(module)
+
+NAMES = {name: getattr(ddpm_ext, name) for name in ddpm_ext.__all__}
+METHODS = {name: value for name, value in vars(GaussianDiffusion).items() if name[0] != "_" and callable(value)}
+PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, types.ModuleType)}
+PUBLIC |= {f"GaussianDiffusion.{name}": value for name, value in METHODS.items()}
+PUBLIC |= {f"plots.{name}": getattr(plots, name) for name in plots.__all__}
+PUBLIC |= {"load_model": models.load_model, "save_model": models.save_model, "sampler": k_diffusion.sampler}
+# Small methods share the example of their class.
+SHARED = [name for name in METHODS if f"gd.{name}(" in (inspect.getdoc(GaussianDiffusion) or "")]
+
+
+def test_each_public_name_has_an_example():
+    without = [name for name, value in PUBLIC.items() if ">>> " not in (inspect.getdoc(value) or "")]
+    assert sorted(without) == sorted(f"GaussianDiffusion.{name}" for name in SHARED)
+    assert len(PUBLIC) > 40
+
+
+@pytest.mark.filterwarnings("ignore:graph. steps are not captured")
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if ">>> " in (inspect.getdoc(value) or "")])
+def test_examples_run(name, tmp_path, monkeypatch):
+    """As one pastes them after `import torch`, `from ddpm_ext import *`, a model, images and noise."""
+    monkeypatch.chdir(tmp_path)
+    text = inspect.getdoc(PUBLIC[name])
+    given = {"torch": torch, "plots": plots, "model": lambda x, t: 0.1 * x, **NAMES, name: PUBLIC[name]}
+    given |= {"images": torch.zeros(4, 3, 8, 8), "x_t": ddpm_ext.randn((4, 3, 8, 8), Philox(0))}
+    given |= {"load_model": models.load_model, "diffusers": diffusers}
+    if not torch.cuda.is_available():
+        text = text.replace('device="cuda"', 'device="cpu"')
+    test = doctest.DocTestParser().get_doctest(text, given, name, None, 0)
+    told: list[str] = []
+    result = doctest.DocTestRunner(verbose=False).run(test, out=told.append)
+    assert result.attempted > 0 and result.failed == 0, "".join(told)
+
+
+def test_editors_see_the_loops_options():
+    """`sample` and its relatives declare p_sample_loop's options, with the same types, but for those they refuse."""
+    declared = inspect.signature(GaussianDiffusion.p_sample_loop).parameters
+    options = {name: given.annotation for name, given in declared.items() if given.kind is given.KEYWORD_ONLY}
+    fields = {each: vars(keywords)[each].__annotations__ for each in keywords.__all__}
+    typed = {each: {name: kind.__forward_arg__ for name, kind in of.items()} for each, of in fields.items()}
+    assert typed["SampleKeywords"] == options
+    without = {"record", "callback", "progress"}
+    assert typed["ProgressiveKeywords"] == {name: kind for name, kind in options.items() if name not in without}
+    without |= {"x0", "graph"}
+    assert typed["CaptureKeywords"] == {name: kind for name, kind in options.items() if name not in without}
+    for method, of in (("sample", "Sample"), ("sample_progressive", "Progressive"), ("capture", "Capture")):
+        passed = inspect.signature(METHODS[method]).parameters["options"]
+        assert (passed.kind, passed.annotation) == (passed.VAR_KEYWORD, f"Unpack[{of}Keywords]")
