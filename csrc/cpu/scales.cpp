@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "cpu/runs.h"
 #include "cpu/strands.h"
 
@@ -62,7 +63,7 @@ void x_start_scale(const XStartScaleCall& call) {
   };
   if (call.batch > 1 && !one_by_one(call.batch, call.numel)) {
     const int64_t grain = std::max<int64_t>(1, 8192 / call.numel);
-    return at::parallel_for(0, call.batch, grain, [&](int64_t begin, int64_t end) {
+    return parallel_for(call.batch, grain, [&](int64_t begin, int64_t end) {
       in_scratch(at::get_thread_num(), [&](float* magnitudes, int32_t* maxima, int32_t* scratch) {
         for (int64_t b = begin; b < end; ++b) {
           fill_magnitudes(call, b, 0, call.numel, magnitudes, maxima);
@@ -73,7 +74,7 @@ void x_start_scale(const XStartScaleCall& call) {
   }
   in_scratch(0, [&](float* magnitudes, int32_t* maxima, int32_t* scratch) {
     for (int64_t b = 0; b < call.batch; ++b) {
-      at::parallel_for(0, tiles / kTile, 8, [&](int64_t begin, int64_t end) {
+      parallel_for(tiles / kTile, 8, [&](int64_t begin, int64_t end) {
         fill_magnitudes(call, b, begin * kTile, std::min(end * kTile, call.numel), magnitudes, maxima);
       });
       finish_sample(call, b, magnitudes, maxima, scratch);
