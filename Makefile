@@ -40,7 +40,7 @@ $(VENV)/.build-done: $(VENV)/.demo-done setup.py pyproject.toml $(CSRC)
 	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: $(VENV)/.build-done ## sample digits with the model that comes along, half a minute once it is built; pictures in demo/
+demo: $(VENV)/.build-done ## draw shapes with the model that comes along, half a minute once it is built; pictures in demo/
 	$(PY) -m ddpm_ext.demo --out demo
 
 # As many processes as the machine has cores, each with one thread; a file's tests stay in one process.
