@@ -125,7 +125,12 @@ class LoopStep:
         self.ops, self.model, self.options = ops, model, options
         self.rows, self.rng = rows, rng
         guidance = options.guidance
-        if guidance is not None and guidance.rescale > 0 and x.numel() < 2 * len(x) and any(k.guided for k in rows.kinds):
+        if (
+            guidance is not None
+            and guidance.rescale > 0
+            and x.numel() < 2 * len(x)
+            and any(k.guided for k in rows.kinds)
+        ):
             raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
         self.state = State(x, options, rows)
         dtype = checks.compute_dtype(x.dtype)

@@ -1,5 +1,5 @@
-"""The CUDA kernels of x_start_scale and output_scale, run on the CPU by the stand-in for CUDA's runtime: bit for bit what
-the CPU's kernels compute, by whatever order of threads."""
+"""The CUDA kernels of x_start_scale and output_scale, run on the CPU by the stand-in for CUDA's runtime: bit for bit
+what the CPU's kernels compute, by whatever order of threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def spread(module, m, u):
 
 def check(host, call, *tensors, **options):
     expected = call(C, *tensors, **options)
-    assert_same_bits(call(host.operators, *tensors, **options), expected, f"{[x.shape for x in tensors]} {options}")
+    assert_same_bits(call(host.operators, *tensors, **options), expected, f"{tensors[0].shape} {options}")
     return expected
 
 

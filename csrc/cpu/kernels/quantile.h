@@ -56,15 +56,15 @@ DDPM_HD int64_t count_from(const T* values, int64_t count, int32_t least) {
   return found;
 }
 
-// The smallest of the values that are at least `least`, and the largest number if there is none.
+// The smallest of the values that are at least `least`; there must be one. Those below it wrap around to large ones.
 template <class T>
 DDPM_HD int32_t smallest_from(const T* values, int64_t count, int32_t least) {
-  int32_t smallest = INT32_MAX;
+  uint32_t smallest = UINT32_MAX;
   for (int64_t i = 0; i < count; ++i) {
-    const int32_t value = order(values[i]) >= least ? order(values[i]) : INT32_MAX;
-    smallest = value < smallest ? value : smallest;
+    const uint32_t above = static_cast<uint32_t>(order(values[i])) - static_cast<uint32_t>(least);
+    smallest = above < smallest ? above : smallest;
   }
-  return smallest;
+  return least + static_cast<int32_t>(smallest);
 }
 
 template <class T>

@@ -8,16 +8,20 @@ namespace {
 
 template <class M>
 void moments(const MomentsRun& run) {
+  // Several chunks take each pass together, so that the sums of one are finished while the next one is added up.
+  constexpr int64_t kStretch = 4 * kLossChunk;
   const float guidance = run.guidance;
-  alignas(64) float guided[kLossChunk];
-  for (int64_t first = 0; first < run.count; first += kLossChunk) {
+  alignas(64) float guided[kStretch];
+  for (int64_t first = 0; first < run.count; first += kStretch) {
     const M* m = static_cast<const M*>(run.model_output) + first;
     const M* u = static_cast<const M*>(run.uncond_output) + first;
-    const int64_t count = run.count - first < kLossChunk ? run.count - first : kLossChunk;
-    const int64_t valid = run.valid - first < kLossChunk ? run.valid - first : kLossChunk;
-    // Adds up what take(at, values) writes to values[0] for the model's output and to values[1] for the guided one.
-    const auto add_up = [&](double (&sums)[2], auto take) __attribute__((always_inline)) {
-      ChunkSums of_model(sums), of_guided(sums + 1);
+    const int64_t count = run.count - first < kStretch ? run.count - first : kStretch;
+    const int64_t valid = run.valid - first < kStretch ? run.valid - first : kStretch;
+    // Adds up, for each chunk, what take(i, values) writes to values[0] for the model's output and to values[1] for the
+    // guided one.
+    const auto add_up = [&](double (&of_model)[kStretch / kLossChunk], double (&of_guided)[kStretch / kLossChunk],
+                            auto take) __attribute__((always_inline)) {
+      ChunkSums model_sums(of_model), guided_sums(of_guided);
       for (int64_t i = 0; i < count; i += 4 * F32::kLanes) {
         F32 values[2][4];
         for (int k = 0; k < 4; ++k) {
@@ -27,23 +31,26 @@ void moments(const MomentsRun& run) {
         }
         zero_beyond(valid - i, values[0]);
         zero_beyond(valid - i, values[1]);
-        of_model.add(i, values[0]);
-        of_guided.add(i, values[1]);
+        model_sums.add(i, values[0]);
+        guided_sums.add(i, values[1]);
       }
-      if (count % kLossChunk != 0) of_model.finish(), of_guided.finish();
+      if (count % kLossChunk != 0) model_sums.finish(), guided_sums.finish();
     };
-    double sums[2], squares[2];
-    add_up(sums, [&](int64_t at, F32(&values)[2]) __attribute__((always_inline)) {
-      values[0] = load(m + at);
-      values[1] = guide(guidance, values[0], load(u + at));
-      store(guided + at, values[1]);
+    double sums[2][kStretch / kLossChunk], squares[2][kStretch / kLossChunk];
+    add_up(sums[0], sums[1], [&](int64_t i, F32(&values)[2]) __attribute__((always_inline)) {
+      values[0] = load(m + i);
+      values[1] = guide(guidance, values[0], load(u + i));
+      store(guided + i, values[1]);
     });
-    const float means[2] = {chunk_mean(sums[0], valid), chunk_mean(sums[1], valid)};
-    add_up(squares, [&](int64_t at, F32(&values)[2]) __attribute__((always_inline)) {
-      values[0] = squared_difference(means[0], load(m + at));
-      values[1] = squared_difference(means[1], load(guided + at));
+    float means[2][kStretch / kLossChunk];
+    for (int k = 0; k < 2; ++k)
+      for (int64_t c = 0; c * kLossChunk < count; ++c) means[k][c] = chunk_mean(sums[k][c], chunk_length(valid, c));
+    add_up(squares[0], squares[1], [&](int64_t i, F32(&values)[2]) __attribute__((always_inline)) {
+      values[0] = squared_difference(means[0][i / kLossChunk], load(m + i));
+      values[1] = squared_difference(means[1][i / kLossChunk], load(guided + i));
     });
-    for (int k = 0; k < 2; ++k) run.chunks[2 * (first / kLossChunk) + k] = {means[k], squares[k]};
+    for (int64_t c = 0; c * kLossChunk < count; ++c)
+      for (int k = 0; k < 2; ++k) run.chunks[2 * (first / kLossChunk + c) + k] = {means[k][c], squares[k][c]};
   }
 }
 

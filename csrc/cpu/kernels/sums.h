@@ -4,13 +4,9 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
-template <int kCount>
-DDPM_HD double sum_by_halves(double* sums) {
-  if constexpr (kCount > 1) {
-    for (int l = 0; l < kCount / 2; ++l) sums[l] += sums[l + kCount / 2];
-    return sum_by_halves<kCount / 2>(sums);
-  }
-  return sums[0];
+template <class T>
+DDPM_HD void keep_in_memory(T& values) {
+  asm("" : "+m"(values));
 }
 
 // Adds up a run's values, four vectors at a time, in the order that core/loss.h describes.
@@ -28,10 +24,16 @@ class ChunkSums {
     float lanes[kLossLanes];
     for (int g = 0; g < kGroups; ++g)
       for (int k = 0; k < 4; ++k) store(lanes + (4 * g + k) * F32::kLanes, lanes_[g][k]);
+    // By halves. They are kept in memory, or else the compiler takes its vectors apart.
     double sums[kLossLanes / 2];
     for (int l = 0; l < kLossLanes / 2; ++l)
       sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kLossLanes / 2]);
-    *sums_++ = sum_by_halves<kLossLanes / 2>(sums);
+    keep_in_memory(sums);
+    for (int l = 0; l < 8; ++l) sums[l] = (sums[l] + sums[l + 16]) + (sums[l + 8] + sums[l + 24]);
+    keep_in_memory(sums);
+    for (int l = 0; l < 4; ++l) sums[l] += sums[l + 4];
+    keep_in_memory(sums);
+    *sums_++ = (sums[0] + sums[2]) + (sums[1] + sums[3]);
     clear();
   }
 
