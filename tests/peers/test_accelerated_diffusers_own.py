@@ -138,7 +138,7 @@ def counting(function, counter, key):
     return counted
 
 
-@pytest.mark.parametrize("scheduler", (MODULES | TRACED).values())
+@pytest.mark.parametrize("scheduler", MODULES.values())
 def test_most_of_their_steps_were_fused(scheduler):
     if not fused[scheduler] + own[scheduler]:
         pytest.skip("its tests were not run")
