@@ -49,19 +49,27 @@ class Rows:
         self.table, self.clip, self.threshold = table, clip, threshold
         self.kinds = row_kinds(table)
         self._tables = StepDeviceTables(table)
+        self._quiet_steps: dict[torch.device, ReverseStep] = {}
         self._linear = table.linear
         self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.kinds]
         self._keeps_output = [
             kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.kinds)
         ]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without steps for devices that may not be there when they are unpickled."""
+        return {**self.__dict__, "_quiet_steps": {}}
+
     def quiet_step(self, device: torch.device) -> ReverseStep | None:
         """Takes rows without noise for float32 arithmetic on a device, as take does, with less of Python. None where
         rows need more than the plain step."""
         if self._linear or self.threshold is not None:
             return None
-        table = self._tables.get("steps", device, torch.float32)
-        return ReverseStep(table, clip=self.clip, add_noise=False)
+        step = self._quiet_steps.get(device)
+        if step is None:
+            table = self._tables.get("steps", device, torch.float32)
+            step = self._quiet_steps[device] = ReverseStep(table, clip=self.clip, add_noise=False)
+        return step
 
     def take(
         self,

@@ -293,7 +293,7 @@ class Traced(TracedForward):
         if not isinstance(own, Tensor) or own.dim() != 1:
             raise Fallback("its timesteps are no vector")
         first = self._position(timestep)
-        value = float(timestep) if first is None else float(self._times()[first])
+        value = float(timestep if first is None or own.is_cpu else self._times()[first])
         # Where options change from step to step, a plan for more than one of them would be of no use.
         kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
         start = Start(first, value, kind, per_sample, alone, dims)

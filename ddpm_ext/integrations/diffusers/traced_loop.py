@@ -115,9 +115,7 @@ class Lane(NamedTuple):
         if not (type(m) is type(x) is type(timestep) is Tensor) or any(isinstance(y, Tensor) for y in options.values()):
             return None
         assert loop.plan is not None
-        if any(any(step.sampled) for step in loop.plan.trace.steps):
-            return None  # its noise is that of a path, which is made of a step's arguments
-        if timestep.dim():
+        if timestep.dim() or kinds.has_path:  # which is made of a step's arguments
             return None
         stride *= timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride

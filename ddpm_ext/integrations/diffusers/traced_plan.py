@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import io
 import pickle
@@ -64,13 +63,15 @@ class Start(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """The dtypes of a loop, whether its results as tuples have two tensors, and which rows draw nothing."""
+    """The dtypes of a loop, whether its results as tuples have two tensors, which rows draw nothing, and whether their
+    noise is that of a Brownian path."""
 
     prev: torch.dtype
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
     pair: bool
     quiet: list[bool]
+    has_path: bool
 
 
 class Plan(NamedTuple):
@@ -105,10 +106,10 @@ class Plan(NamedTuple):
 class _Pickler(pickle.Pickler):
     """Tensors by their values, and functions by their identity: where a scheduler holds a lambda, so does its plan."""
 
-    def persistent_id(self, obj: Any) -> object:
+    def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
-            return tensor_contents(obj)
-        return id(obj) if isinstance(obj, types.FunctionType) else None
+            return tuple, (tensor_contents(obj),)
+        return (int, (id(obj),)) if isinstance(obj, types.FunctionType) else NotImplemented
 
 
 def state_contents(state: Mapping[str, Any]) -> bytes:
@@ -118,7 +119,7 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
         _Pickler(file).dump(state)
     except Exception as error:
         raise Fallback(f"its state cannot be compared: {error}") from None
-    return hashlib.sha256(file.getvalue()).digest()
+    return file.getvalue()
 
 
 def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: dict[str, Any]) -> Plan:
@@ -210,4 +211,5 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
     draws = [[dtype for _, dtype in step.draws] for step in steps]
     quiet = [used is None and not drawn for used, drawn in zip(plan.trace.noise, draws, strict=True)]
-    return Kinds(prev, second, draws, second is not None, quiet)
+    has_path = any(any(step.sampled) for step in plan.trace.steps)
+    return Kinds(prev, second, draws, second is not None, quiet, has_path)
