@@ -57,8 +57,8 @@ fuzz: build ## property tests with new seeds, each in a process of its own (SECO
 
 # Without optimisation, which takes most of a compiler's time. Python must load g++'s libraries before anything else.
 SANITIZED := build/sanitized
-UNDER_SANITIZERS := $(filter-out %/test_block_pool.py %/test_compile.py,$(wildcard tests/ops/test_*.py))
-sanitize: venv ## the tests of the operators with CPU kernels and bindings under ASan and UBSan
+UNDER_SANITIZERS := $(addprefix tests/ops/test_,$(addsuffix .py,arguments layouts loss out special_values))
+sanitize: venv ## tests of the operators with CPU kernels and bindings under ASan and UBSan
 	DDPM_EXT_CUDA=0 DDPM_EXT_SANITIZE=address,undefined \
 	  $(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
