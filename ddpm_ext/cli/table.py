@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from ddpm_ext.cli.arguments import (
     endings_help,
     eta_of,
     nonnegative_number,
+    number,
     whole_number,
 )
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -62,6 +65,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which tables are made, which `plot table` has as well."""
     add = parser.add_argument_group("of samplers and schedulers").add_argument
     add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default for a sampler: all)")
+    add = parser.add_argument_group("of schedulers").add_argument
+    add(
+        "--mu",
+        type=number(-math.inf, "a number", above=True),
+        metavar="X",
+        help="the logarithm of a flow's shift, with use_dynamic_shifting",
+    )
     add = parser.add_argument_group("of samplers").add_argument
     add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
     add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
@@ -82,6 +92,8 @@ def run(options: argparse.Namespace) -> None:
             check_ending(path, endings, name)
             files.check_writable(path)
     source = options.sampler or options.scheduler
+    if source == options.scheduler and source in SAMPLERS:
+        source = os.path.join(os.curdir, source)  # a folder that has the name of a sampler
     sources = [source, *([] if options.diff is None else [options.diff])]
     check_options(options, sources)
     tables = {source: table_of(source, options) for source in sources}
@@ -96,10 +108,16 @@ def run(options: argparse.Namespace) -> None:
 def check_options(options: argparse.Namespace, sources: list[str]) -> None:
     """Raises ValueError where an option belongs to none of the sources."""
     samplers = [source for source in sources if source in SAMPLERS]
-    made = samplers or [source for source in sources if _config_of(source) is not None]
-    for name, used in (("steps", made), ("spacing", samplers), ("eta", samplers)):
+    schedulers = [source for source in sources if source not in SAMPLERS and not _is_table(source)]
+    for name, used in (
+        ("steps", samplers or schedulers),
+        ("mu", schedulers),
+        ("spacing", samplers),
+        ("eta", samplers),
+    ):
         if getattr(options, name) is not None and not used:
-            raise ValueError(f"{name}: got {getattr(options, name)}, but there is no sampler that it is for")
+            kind = "scheduler" if name == "mu" else "sampler"
+            raise ValueError(f"{name}: got {getattr(options, name)}, but there is no {kind} that it is for")
     if samplers:
         check_eta(options.eta, samplers)
 
@@ -119,10 +137,10 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
     path = Path(source)
     config = _config_of(source)
     if config is not None:
-        return _traced(config, options.steps)
+        return _traced(config, options.steps, options.mu)
     if path.is_dir():
         raise ValueError(f"table: {source} has no {CONFIG}, nor has its scheduler/, expected one of them")
-    if path.suffix.lower() != ".json":
+    if not _is_table(source):
         raise ValueError(f"table: got {source}, expected {SOURCES}")
     try:
         return StepTable.load(source)
@@ -139,7 +157,12 @@ def _config_of(source: str) -> Path | None:
     return next((place for place in places if place.name == CONFIG and place.is_file()), None)
 
 
-def _traced(path: Path, steps: int | None) -> StepTable:
+def _is_table(source: str) -> bool:
+    """Whether `source` is the name of a file that StepTable.save may have written."""
+    return Path(source).suffix.lower() == ".json" and _config_of(source) is None
+
+
+def _traced(path: Path, steps: int | None, mu: float | None) -> StepTable:
     """The table of a scheduler of diffusers, by its config."""
     if steps is None:
         raise ValueError(f"steps: got none, expected a number of steps for the scheduler of {path}")
@@ -152,4 +175,4 @@ def _traced(path: Path, steps: int | None) -> StepTable:
     cls = getattr(diffusers, str(name), None)
     if cls is None or not hasattr(cls, "from_config"):
         raise ValueError(f"table: {path} is for a {name}, which diffusers {diffusers.__version__} does not have")
-    return StepTable.trace(cls.from_config(config), steps)
+    return StepTable.trace(cls.from_config(config), steps, **({} if mu is None else {"mu": mu}))

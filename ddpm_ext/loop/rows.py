@@ -300,4 +300,4 @@ def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid
-    return process.scaled(spaced_grid(process.alphas_cumprod, process.betas, steps, spacing))
+    return spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)

@@ -17,6 +17,7 @@ from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.levels import timesteps_by
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers import ddpm
@@ -164,6 +165,9 @@ class Process:
         t = rows.timestep
         if not t.is_floating_point():
             return replace(rows, timestep=own[t])
+        if self.schedule.timestep_of is not None:
+            levels = rows.signal_now, rows.noise_now
+            return replace(rows, timestep=timesteps_by(self.schedule.timestep_of, *levels))
         low = t.floor().long()
         high = (low + 1).clamp(max=self.timesteps - 1)
         return replace(rows, timestep=torch.lerp(own.double()[low], own.double()[high], t - low))

@@ -9,22 +9,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.tables.grid import Grid, grid_of_levels
-from ddpm_ext.tables.levels import flow
-from ddpm_ext.tables.sigma_grids import beta_sigmas, exponential_sigmas, karras_sigmas
+from ddpm_ext.tables.grid import Grid, checked_levels, grid_of_levels
+from ddpm_ext.tables.levels import flow, flow_timestep, unit_levels
+from ddpm_ext.tables.sigma_grids import beta_sigmas, exponential_sigmas, karras_sigmas, linear_quadratic
 
-__all__ = ["SIGMA_CURVES", "flow_grid", "flow_shift", "flow_sigmas", "resolution_mu", "stretched"]
+__all__ = [
+    "FLOW_SPACINGS",
+    "SIGMA_CURVES",
+    "flow_grid",
+    "flow_shift",
+    "flow_sigmas",
+    "flow_spaced_grid",
+    "resolution_mu",
+    "stretched",
+]
 
 # By the names of diffusers' options use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
 SIGMA_CURVES: dict[str, Callable[[float, float, int], Tensor]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
     "beta": beta_sigmas,
+}
+
+# By the names that `spacing=` takes for a flow, beside those of spaced_timesteps.
+FLOW_SPACINGS: dict[str, Callable[[float, float, int], Tensor]] = {
+    "karras": karras_sigmas,
+    "exponential": exponential_sigmas,
+    "beta_sigmas": beta_sigmas,
+    "sgm_uniform": lambda greatest, least, steps: torch.linspace(
+        greatest, least, steps + 1, dtype=torch.float64, device="cpu"
+    )[:-1],
+    "linear_quadratic": lambda greatest, least, steps: greatest * linear_quadratic(steps),
 }
 
 
@@ -117,7 +140,7 @@ def flow_sigmas(
 
 
 def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Grid:
-    """The grid of a flow's sigmas. The model is called with timesteps * sigma.
+    """The grid of a flow's sigmas. The model is called with timesteps * sigma, between these sigmas too.
 
     Args:
         sigma: (steps,), where each step starts: falling, in (0, 1].
@@ -137,4 +160,32 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
     path = torch.cat([own, own.new_tensor([final])])
     if not (path[0] <= 1 and (path[1:] < path[:-1]).all() and final >= 0):
         raise ValueError(f"sigma and final are {path.tolist()}, expected falling numbers from 1 to 0")
-    return grid_of_levels(own * timesteps, 1 - path, path, scale=flow)
+    return grid_of_levels(partial(flow_timestep, timesteps=timesteps), 1 - path, path, scale=flow)
+
+
+def flow_spaced_grid(alphas_cumprod: Tensor, steps: int, spacing: str) -> Grid:
+    """The grid of a flow's schedule whose sigmas are spaced as karras_grid and the like space theirs.
+
+    Args:
+        alphas_cumprod: (timesteps,), falling: the schedule's, of x / r.
+        steps: how many, at least 1.
+        spacing: a name of FLOW_SPACINGS. "karras", "exponential" and "beta_sigmas" are use_karras_sigmas,
+            use_exponential_sigmas and use_beta_sigmas of diffusers' FlowMatchEulerDiscreteScheduler; "sgm_uniform" and
+            "linear_quadratic" are ComfyUI's.
+
+    Returns:
+        A Grid whose timesteps are float64, between the schedule's own.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+    """
+    schedule = checked_levels(alphas_cumprod)
+    checks.integer("steps", steps, 2**31, "2^31", start=1)
+    if spacing not in FLOW_SPACINGS:
+        names = ", ".join(repr(name) for name in FLOW_SPACINGS)
+        raise ValueError(f"spacing is {spacing!r}, expected for a flow {names}, or timesteps of its schedule")
+    signal, noise = unit_levels(schedule)
+    known = noise / (signal + noise)
+    sigma = FLOW_SPACINGS[spacing](known[-1].item(), known[0].item(), steps)
+    between = np.interp(sigma.numpy(), known.numpy(), np.arange(len(known)))
+    return replace(flow_grid(sigma), timestep=torch.from_numpy(between), schedule=schedule, timestep_of=None)

@@ -19,11 +19,13 @@ from ddpm_ext.base import checks
 from ddpm_ext.tables.levels import (
     LEVELS,
     Scale,
+    TimestepOf,
     betas_between,
     checked_pairs,
     level_columns,
     power_share,
     straight,
+    timesteps_by,
     unit_levels,
 )
 
@@ -41,6 +43,7 @@ class Grid:
             schedule's own beta, of which that difference would lose digits.
         schedule: float64 (timesteps,), alphas_cumprod at all timesteps of the schedule; None where there is none.
         scale: of the samples, by which a level's signal and noise follow from its alphas_cumprod; None: 1 everywhere.
+        timestep_of: what the model is called with at a level between; None: interpolated in the schedule.
     """
 
     timestep: Tensor
@@ -48,6 +51,7 @@ class Grid:
     betas: Tensor
     schedule: Tensor | None = None
     scale: Scale | None = None
+    timestep_of: TimestepOf | None = None
 
     def __len__(self) -> int:
         return len(self.timestep)
@@ -55,21 +59,33 @@ class Grid:
     def __getitem__(self, steps: slice) -> Grid:
         """The grid of the steps from the slice's start to its stop."""
         start, stop, _ = steps.indices(len(self))
-        levels = self.alphas_cumprod[start : stop + 1]
-        return Grid(self.timestep[start:stop], levels, self.betas[start:stop], self.schedule, self.scale)
+        return replace(
+            self,
+            timestep=self.timestep[start:stop],
+            alphas_cumprod=self.alphas_cumprod[start : stop + 1],
+            betas=self.betas[start:stop],
+        )
 
     def unscaled(self) -> Grid:
         """The grid of the variance-preserving samples x / r."""
-        return replace(self, scale=None)
+        timestep_of = None if self.timestep_of is None else self.timesteps_between
+        return replace(self, scale=None, timestep_of=timestep_of)
 
-    @property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Signal and noise at each level, (rows + 1,) each."""
-        signal, noise = unit_levels(self.alphas_cumprod)
+    def timesteps_between(self, signal: Tensor, noise: Tensor) -> Tensor:
+        """timestep_of at levels that are given as signal and noise, (n,) each, with signal^2 + noise^2 = 1."""
+        assert self.timestep_of is not None
+        return timesteps_by(self.timestep_of, *self._of_scale(signal, noise))
+
+    def _of_scale(self, signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale is None:
             return signal, noise
         r = self.scale(signal, noise)
         return signal * r, noise * r
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Signal and noise at each level, (rows + 1,) each."""
+        return self._of_scale(*unit_levels(self.alphas_cumprod))
 
     @property
     def levels(self) -> dict[str, Tensor]:
@@ -180,14 +196,16 @@ def make_grid(
     return Grid(chosen, path, jumps, levels)
 
 
-def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
+def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor, *, scale: Scale | None = None) -> Grid:
     """A grid of levels that are given as they are.
 
     For example, k-diffusion's sigmas are grid_of_levels(timestep, torch.ones_like(sigmas), sigmas), and those of
     diffusers' flow matching grid_of_levels(timestep, 1 - sigmas, sigmas).
 
     Args:
-        timestep: (rows,), what the model is called with in each step: int64, or floating.
+        timestep: (rows,), what the model is called with in each step: int64, or floating; or a function of signal and
+            noise, float64 (n,) each, that returns it for any levels, floating (n,). Samplers that call the model
+            between the grid's levels need the function: for flow matching, lambda signal, noise: 1000 * noise.
         signal, noise: (rows + 1,), where each step starts, and last where the last one arrives; finite, at least 0.
         scale: of samples at levels in between; None: on the straight line through the levels beside them.
 
@@ -195,8 +213,13 @@ def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Sc
         TypeError: an argument of another type or dtype.
         ValueError: another shape, numbers out of range, or the same ratio of signal and noise twice in a row.
     """
-    checks.tensor("timestep", timestep)
+    timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
+    if timestep_of is None:
+        checks.tensor("timestep", timestep)
     signal, noise = checked_pairs(signal, noise)
+    if timestep_of is not None:
+        timestep = timesteps_by(timestep_of, signal[:-1], noise[:-1])
+    assert isinstance(timestep, Tensor)
     if timestep.shape != (len(signal) - 1,) or len(timestep) == 0:
         shape = tuple(timestep.shape)
         raise ValueError(f"timestep has shape {shape}, expected ({len(signal) - 1},), one less than there are levels")
@@ -209,4 +232,4 @@ def grid_of_levels(timestep: Tensor, signal: Tensor, noise: Tensor, *, scale: Sc
         _, order = np.unique(-path.numpy(), return_index=True)
         scale = partial(straight, nodes=(signal[order], noise[order]))
     betas = betas_between((signal[:-1], noise[:-1]), (signal[1:], noise[1:]))
-    return Grid(chosen, path, betas, scale=scale)
+    return Grid(chosen, path, betas, scale=scale, timestep_of=timestep_of)

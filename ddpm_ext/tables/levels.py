@@ -18,15 +18,19 @@ from ddpm_ext.base import checks
 __all__ = [
     "LEVELS",
     "Scale",
+    "TimestepOf",
     "betas_between",
     "checked_pairs",
     "edm",
+    "edm_timestep",
     "flow",
+    "flow_timestep",
     "level_columns",
     "power_share",
     "pure_noise",
     "sigma_space",
     "straight",
+    "timesteps_by",
     "unit_levels",
 ]
 
@@ -35,6 +39,9 @@ LEVELS = ("signal_now", "noise_now", "signal_after", "noise_after")
 
 # r, (n,), of levels that are given as signal and noise, (n,) each, with signal^2 + noise^2 = 1.
 Scale = Callable[[Tensor, Tensor], Tensor]
+
+# What the model is called with, floating (n,), at levels that are given as signal and noise, float64 (n,) each.
+TimestepOf = Callable[[Tensor, Tensor], Tensor]
 
 
 def flow(signal: Tensor, noise: Tensor) -> Tensor:
@@ -51,6 +58,16 @@ def edm(signal: Tensor, noise: Tensor, sigma_data: float = 0.5) -> Tensor:
     """The scale in which EDM's network takes its input: c_in = 1 / sqrt(sigma^2 + sigma_data^2) times that of
     sigma_space, Karras et al. 2022, table 1. Clean data has a signal of 1."""
     return torch.where(noise == 0, 1 / signal, 1 / (noise**2 + sigma_data**2 * signal**2).sqrt())
+
+
+def flow_timestep(signal: Tensor, noise: Tensor, timesteps: int = 1000) -> Tensor:
+    """What the models of flows are called with: `timesteps` times the noise, of levels with signal + noise = 1."""
+    return timesteps * noise
+
+
+def edm_timestep(signal: Tensor, noise: Tensor) -> Tensor:
+    """What EDM's network is called with: c_noise = ln(sigma) / 4, Karras et al. 2022, table 1."""
+    return (noise / signal).log() / 4
 
 
 def straight(signal: Tensor, noise: Tensor, *, nodes: tuple[Tensor, Tensor]) -> Tensor:
@@ -114,6 +131,17 @@ def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         i = int(nothing.nonzero()[0])
         raise ValueError(f"signal[{i}] and noise[{i}] are both 0, expected one above 0")
     return checked[0], checked[1]
+
+
+def timesteps_by(function: TimestepOf, signal: Tensor, noise: Tensor) -> Tensor:
+    """What the function returns for these levels, checked, as float64 (levels,) on the CPU."""
+    found = function(signal, noise)
+    checks.tensor("what timestep returns", found)
+    if found.shape != signal.shape:
+        raise ValueError(
+            f"timestep returns a tensor of shape {tuple(found.shape)}, expected {tuple(signal.shape)}, one a level"
+        )
+    return found.detach().to("cpu", torch.float64)
 
 
 def power_share(signal: Tensor, noise: Tensor) -> Tensor:

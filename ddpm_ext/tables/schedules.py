@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -69,12 +69,14 @@ class NoiseSchedule:
     Args:
         signal, noise: floating, (timesteps,), finite and at least 0; from the least noise relative to the signal, above
             0, to the most. Before the first level is clean data, with a signal of 1.
-        timestep: (timesteps,), what the model is called with: float32, or int64 for integers. None: the timesteps 0, 1,
-            ... themselves.
+        timestep: (timesteps,), what the model is called with: float32, or int64 for integers; or a function of signal
+            and noise, float64 (n,) each, that returns it for any levels, floating (n,). None: the timesteps 0, 1, ...
+            themselves. Between the levels the function gives it, and else it is interpolated in log(noise / signal).
         scale: of samples at levels in between (ddpm_ext.tables.levels); None: on the straight line through the levels
             beside them.
 
-    Attributes: as the arguments, float64 on the CPU, or int64 for timesteps that are integers.
+    Attributes: as the arguments, float64 on the CPU, or int64 for timesteps that are integers. timestep_of: the
+    function that was given as `timestep`, or None.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -83,8 +85,9 @@ class NoiseSchedule:
 
     signal: Tensor
     noise: Tensor
-    timestep: Tensor | None = None
+    timestep: Tensor | levels.TimestepOf | None = None
     scale: levels.Scale | None = None
+    timestep_of: levels.TimestepOf | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         signal, noise = levels.checked_pairs(self.signal, self.noise)
@@ -93,8 +96,11 @@ class NoiseSchedule:
         if bad.any():
             i = int(bad.nonzero()[0])
             raise ValueError(f"noise[{i}] is {noise[i]} beside a signal of {signal[i]}, expected more than before it")
-        own = {"signal": signal, "noise": noise}
-        if self.timestep is not None:
+        own: dict[str, object] = {"signal": signal, "noise": noise}
+        if not isinstance(self.timestep, Tensor) and callable(self.timestep):
+            own["timestep_of"] = self.timestep
+            own["timestep"] = levels.timesteps_by(self.timestep, signal, noise)
+        elif self.timestep is not None:
             checks.tensor("timestep", self.timestep)
             if self.timestep.shape != signal.shape:
                 shape = tuple(self.timestep.shape)
@@ -115,10 +121,10 @@ def flow(timesteps: int) -> NoiseSchedule:
     The model is called with 1000 sigma_t. Both are as in diffusers' FlowMatchEulerDiscreteScheduler without a shift.
     """
     sigma = torch.arange(1, timesteps + 1, dtype=torch.float64, device="cpu") / timesteps
-    return NoiseSchedule(1 - sigma, sigma, 1000 * sigma, levels.flow)
+    return NoiseSchedule(1 - sigma, sigma, levels.flow_timestep, levels.flow)
 
 
-def sigma_space(sigmas: Tensor, timestep: Tensor | None = None) -> NoiseSchedule:
+def sigma_space(sigmas: Tensor, timestep: Tensor | levels.TimestepOf | None = None) -> NoiseSchedule:
     """x_0 plus noise of standard deviation sigma, as samples are in k-diffusion.
 
     Args:
@@ -150,7 +156,7 @@ def edm(sigmas: Tensor, sigma_data: float = 0.5) -> NoiseSchedule:
         raise ValueError("sigma_data is 0, expected sigma_data > 0")
     sigma = sigmas.detach().to("cpu", torch.float64)
     c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-    return NoiseSchedule(c_in, c_in * sigma, sigma.log() / 4, partial(levels.edm, sigma_data=sigma_data))
+    return NoiseSchedule(c_in, c_in * sigma, levels.edm_timestep, partial(levels.edm, sigma_data=sigma_data))
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor | NoiseSchedule]] = {
@@ -166,7 +172,8 @@ class ForwardLevels(NamedTuple):
     """A schedule as a process takes it, float64 on the CPU.
 
     betas, alphas_cumprod: (timesteps,), of x / r, with r^2 = signal^2 + noise^2. signal, noise: (timesteps,). scale: r
-    by the level, or None where r is 1. timestep: (timesteps,), what the model is called with, or None.
+    by the level, or None where r is 1. timestep: (timesteps,), what the model is called with, or None. timestep_of: a
+    function that gives it between these levels, or None.
     """
 
     betas: Tensor
@@ -175,6 +182,7 @@ class ForwardLevels(NamedTuple):
     noise: Tensor
     scale: levels.Scale | None = None
     timestep: Tensor | None = None
+    timestep_of: levels.TimestepOf | None = None
 
 
 def forward_levels(beta_schedule: str | Tensor | NoiseSchedule, timesteps: int) -> ForwardLevels:
@@ -222,7 +230,9 @@ def _of_levels(schedule: NoiseSchedule, timesteps: int) -> ForwardLevels:
     before = torch.cat([signal.new_ones(1), signal[:-1]]), torch.cat([noise.new_zeros(1), noise[:-1]])
     betas = levels.betas_between((signal, noise), before)
     alphas_cumprod = levels.power_share(signal, noise)
-    return ForwardLevels(betas, alphas_cumprod, signal, noise, schedule.scale, schedule.timestep)
+    timestep = schedule.timestep
+    assert timestep is None or isinstance(timestep, Tensor)
+    return ForwardLevels(betas, alphas_cumprod, signal, noise, schedule.scale, timestep, schedule.timestep_of)
 
 
 def _checked_betas(given: Tensor, timesteps: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.tables.beta_quantile import beta_quantile
+from ddpm_ext.tables.flow_grids import flow_spaced_grid
 from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.levels import Scale, flow
 from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 
 __all__ = ["SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", "spaced_timesteps"]
@@ -141,11 +144,14 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
     return torch.tensor(taken, dtype=torch.int64, device="cpu").flip(0)
 
 
-def spaced_grid(alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str) -> Grid:
+def spaced_grid(
+    alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str, *, scale: Scale | None = None
+) -> Grid:
     """The grid of a spacing by its name.
 
     Args:
         alphas_cumprod, betas: the schedule's, (timesteps,).
+        scale: of the samples. The levels of SIGMA_GRIDS are spaced by noise / signal, those of a flow by its sigma.
         steps: how many; None: as for spaced_timesteps.
         spacing: a name of SPACINGS, or sections as for spaced_timesteps.
 
@@ -155,5 +161,8 @@ def spaced_grid(alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacin
     if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
         if steps is None:
             raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
-        return SIGMA_GRIDS[spacing](alphas_cumprod, steps)
-    return make_grid(alphas_cumprod, spaced_timesteps(len(alphas_cumprod), steps, spacing), betas=betas)
+        if scale is flow:
+            return flow_spaced_grid(alphas_cumprod, steps, spacing)
+        return replace(SIGMA_GRIDS[spacing](alphas_cumprod, steps), scale=scale)
+    grid = make_grid(alphas_cumprod, spaced_timesteps(len(alphas_cumprod), steps, spacing), betas=betas)
+    return replace(grid, scale=scale)

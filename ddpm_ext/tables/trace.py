@@ -62,6 +62,8 @@ def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dic
             raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
         own = copy.deepcopy(sampler)
         own.set_timesteps(steps, **arguments)
+        if len(own.timesteps) == 0:
+            raise ValueError(f"steps is {steps!r}, for which the scheduler has no timesteps, expected at least 1")
         return follow(own, list(own.timesteps), second=CLEAN_FIELDS).columns
     if callable(sampler):
         return follow_function(sampler, steps, arguments).columns

@@ -269,7 +269,9 @@ def _parts(returned: Any) -> Result:
     elif isinstance(returned, tuple) and returned and all(isinstance(value, Tensor) for value in returned):
         fields, prev = {str(i): value for i, value in enumerate(returned[1:])}, returned[0]
     else:
-        raise ValueError(f"a step returns a {type(returned).__name__}, expected one with a prev_sample")
+        raise ValueError(
+            f"a step returns a {type(returned).__name__}, expected one with a prev_sample, or a tuple of tensors"
+        )
     if len(fields) > 1:
         raise ValueError(f"a step returns {len(fields) + 1} tensors, expected at most 2")
     name, second = next(iter(fields.items()), (None, None))

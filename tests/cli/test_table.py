@@ -53,6 +53,22 @@ def test_a_scheduler_is_traced(scheduler, tmp_path, capsys):
     assert capsys.readouterr().out == f"{ddim(grid_of(5)).diff(expected)}\n"
 
 
+def test_a_folder_with_the_name_of_a_sampler(scheduler, monkeypatch, capsys):
+    folder, made = scheduler
+    folder.rename(folder.parent / "euler")
+    monkeypatch.chdir(folder.parent)
+    assert call("table", "--scheduler", "euler", "--steps", 5, "--diff", "euler") == 0
+    assert capsys.readouterr().out == f"{StepTable.trace(made, 5).diff(euler(grid_of(5)))}\n"
+
+
+def test_a_flow_is_shifted(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    made = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    made.save_pretrained(tmp_path)
+    assert call("table", "--scheduler", tmp_path, "--steps", 4, "--mu", -0.5) == 0
+    assert capsys.readouterr().out == f"{StepTable.trace(made, 4, mu=-0.5)}\n"
+
+
 def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
     figures = pytest.importorskip("matplotlib.figure")
     saved, save = [], figures.Figure.savefig
@@ -77,6 +93,10 @@ BAD = [
     (("--sampler", "euler", "--diff", "nowhere"), "table: got nowhere, expected ddpm, ddim"),
     (("--sampler", "euler", "--diff", "none.json"), "table: cannot read none.json: No such file"),
     (("--scheduler", "nowhere"), "table: got nowhere, expected ddpm"),
+    (("--scheduler", "euler", "--steps", "20"), "table: got ./euler, expected ddpm"),
+    (("--scheduler", "nowhere", "--steps", "20"), "table: got nowhere, expected ddpm"),
+    (("--scheduler", ".", "--steps", "20"), "table: . has no scheduler_config.json"),
+    (("--sampler", "euler", "--mu", "1"), "mu: got 1.0, but there is no scheduler that it is for"),
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
     (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),
     (("--scheduler", "damaged", "--steps", "3"), "scheduler_config.json is no scheduler's config (KeyError"),

@@ -125,6 +125,28 @@ def test_from_a_level_without_signal(device, sampler, prediction):
     assert x.isfinite().all() and x.abs().max() < 20
 
 
+# --------------------------------------------------------------------------------------------------- between levels
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm_2", "dpm_2_ancestral", "dpmpp_2s", "edm", "restart"])
+@pytest.mark.parametrize(
+    ("schedule", "spacing", "timestep"),
+    [
+        ("flow", "linspace", lambda signal, noise: 1000 * noise),
+        (edm(SIGMAS), "karras", lambda signal, noise: (noise / signal).log() / 4),
+        (sigma_space(SIGMAS, lambda signal, noise: noise), "linspace", lambda signal, noise: noise),
+        (sigma_space(SIGMAS, lambda signal, noise: noise), "beta_sigmas", lambda signal, noise: noise),
+    ],
+)
+def test_models_are_called_with_the_timestep_of_the_level(schedule, spacing, timestep, sampler):
+    """Also between the schedule's own levels, and above the greatest, where churn leads."""
+    process = GaussianDiffusion(T, schedule, prediction="x0").process
+    rows = make_loop_rows(process, LoopOptions(sampler=sampler, steps=6, spacing=spacing))
+    asked = torch.tensor([kind.calls_model for kind in rows.kinds])
+    expected = timestep(rows.table.signal_now, rows.table.noise_now)
+    torch.testing.assert_close(rows.table.timestep[asked], expected[asked], rtol=1e-9, atol=1e-9)
+
+
 # -------------------------------------------------------------------------------------------------- known equations
 
 

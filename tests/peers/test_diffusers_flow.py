@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Inpaint, Philox, ops, randn
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.samplers import euler
 
@@ -33,6 +35,20 @@ def test_steps(device, steps, options):
         x = scheduler.step(m, t, x).prev_sample
         ours = ops.reverse_step(ours, m, packed, i, clip=None, add_noise=False)
         torch.testing.assert_close(ours, x, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 28])
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta_sigmas"])
+def test_spacings(steps, spacing):
+    """A loop over a flow has their sigmas and timesteps."""
+    scheduler = schedulers(**{f"use_{spacing.removesuffix('_sigmas')}_sigmas": True})
+    scheduler.set_timesteps(steps)
+    process = GaussianDiffusion(1000, "flow", prediction="flow").process
+    table = make_loop_rows(process, LoopOptions(sampler="euler", spacing=spacing, steps=steps)).table
+    close = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
+    torch.testing.assert_close(torch.cat([table.noise_now, table.noise_after[-1:]]), scheduler.sigmas, **close)
+    torch.testing.assert_close(table.timestep, scheduler.timesteps, **close)
+    torch.testing.assert_close(table.signal_now + table.noise_now, torch.ones_like(table.noise_now))
 
 
 @pytest.mark.parametrize("steps", [1000, 28])

@@ -243,6 +243,11 @@ def test_what_the_model_is_called_with(name):
     [
         (lambda: NoiseSchedule([1.0], [1.0]), TypeError, "signal is a list, expected a tensor"),
         (lambda: NoiseSchedule(torch.ones(2), torch.ones(3)), ValueError, r"noise has shape \(3,\)"),
+        (
+            lambda: sigma_space(SIGMAS, lambda signal, noise: noise[1:]),
+            ValueError,
+            r"timestep returns a tensor of shape",
+        ),
         (lambda: NoiseSchedule(torch.ones(2), -torch.ones(2)), ValueError, "noise reaches from -1.0"),
         (
             lambda: NoiseSchedule(torch.ones(2), torch.tensor([0.0, 1])),

@@ -32,7 +32,7 @@ def run(page, folder, monkeypatch):
 
 def test_sampling_code(root, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 12
+    assert run(root / "docs" / "sampling.md", tmp_path, monkeypatch) == 13
     assert {path.name for path in tmp_path.iterdir()} == {"mine.json", "mine.png"}
 
 

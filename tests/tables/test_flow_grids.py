@@ -6,8 +6,17 @@ import pytest
 import torch
 from support.choices import for_many
 
-from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, resolution_mu, stretched
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.tables.flow_grids import (
+    flow_grid,
+    flow_shift,
+    flow_sigmas,
+    flow_spaced_grid,
+    resolution_mu,
+    stretched,
+)
 from ddpm_ext.tables.sigma_grids import linear_quadratic
+from ddpm_ext.tables.spacing import spaced_grid
 
 SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
 
@@ -52,6 +61,23 @@ def test_grids(choose):
     torch.testing.assert_close(grid.timestep, 500 * sigma, rtol=1e-15, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 6])
+@pytest.mark.parametrize(
+    "spacing, sigma",
+    [
+        ("sgm_uniform", lambda steps: torch.linspace(1, 1 / 50, steps + 1, dtype=torch.float64)[:-1]),
+        ("linear_quadratic", linear_quadratic),
+    ],
+)
+def test_spacings_of_a_flow(spacing, sigma, steps):
+    """Their timesteps are those of the schedule that has level t / 50 at timestep t - 1, and lie in between."""
+    process = GaussianDiffusion(50, "flow").process
+    grid = spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)
+    torch.testing.assert_close(grid.pairs[1][:-1], sigma(steps), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grid.pairs[0], 1 - grid.pairs[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(grid.timestep, (50 * sigma(steps) - 1).clamp(min=0), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
@@ -70,6 +96,12 @@ def test_grids(choose):
         (lambda: flow_grid(torch.ones(2, 2)), ValueError, r"sigma has shape \(2, 2\)"),
         (lambda: stretched([1.0], 0.5), TypeError, "sigma is a list"),
         (lambda: resolution_mu(0), ValueError, "tokens is 0"),
+        (
+            lambda: flow_spaced_grid(SIGMA, 3, "log_snr"),
+            ValueError,
+            "spacing is 'log_snr', expected for a flow 'karras'",
+        ),
+        (lambda: flow_spaced_grid(SIGMA, 0, "karras"), ValueError, "steps is 0"),
     ],
 )
 def test_bad_arguments(make, error, message):

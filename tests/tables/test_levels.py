@@ -52,6 +52,14 @@ def test_grid_of_levels(signal, noise):
     assert found.unscaled().pairs[0].tolist() == found.alphas_cumprod.sqrt().tolist()
 
 
+def test_timesteps_by_a_function():
+    """A part of the grid has it, too, and the grid of its variance-preserving samples has it for their levels."""
+    found = grid_of_levels(lambda signal, noise: 5 * noise, *CURVED)
+    torch.testing.assert_close(found.timestep, 5 * CURVED[1][:-1], rtol=1e-15, atol=0)
+    part = found[2:4]
+    torch.testing.assert_close(part.unscaled().timestep_of(*unit_levels(part.now)), part.timestep, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize(
     ("timestep", "signal", "noise", "error", "message"),
     [
@@ -76,6 +84,14 @@ def test_grid_of_levels(signal, noise):
         ),
         (torch.arange(2), torch.ones(3), torch.tensor([2.0, 2, 0]), ValueError, "the same ratio twice in a row"),
         ([1, 0], torch.ones(3), torch.tensor([2.0, 1, 0]), TypeError, "timestep is a list"),
+        (
+            lambda signal, noise: noise[:1],
+            torch.ones(3),
+            torch.tensor([2.0, 1, 0]),
+            ValueError,
+            r"timestep returns a tensor of shape \(1,\), expected \(2,\)",
+        ),
+        (lambda signal, noise: 3, torch.ones(3), torch.tensor([2.0, 1, 0]), TypeError, "timestep returns is a int"),
     ],
 )
 def test_levels_that_are_refused(timestep, signal, noise, error, message):

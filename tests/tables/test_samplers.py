@@ -363,7 +363,7 @@ def test_tcd_refuses():
     with pytest.raises(ValueError, match=r"eta is 1.5, expected 0 <= eta <= 1"):
         tcd(grid, eta=1.5)
     bare = Grid(grid.timestep, grid.alphas_cumprod, grid.betas)
-    with pytest.raises(ValueError, match="grid has no schedule"):
+    with pytest.raises(ValueError, match="grid has no schedule, in which tcd counts"):
         tcd(bare)
     assert tcd(bare, eta=0.0) == ddim(bare)
     assert tcd(grid[1:]) == tcd(make_grid(levels, [501, 7]))

@@ -9,9 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.gaussian import marginal, moments, take
+from support.gaussian import MU, SIGMA, marginal, moments, take
 
-from ddpm_ext.tables.grid import Grid, make_grid
+from ddpm_ext.tables.flow_grids import flow_grid, flow_shift
+from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
+from ddpm_ext.tables.levels import edm_timestep
 from ddpm_ext.tables.samplers import SAMPLERS, dpm_2, dpm_2_ancestral, dpmpp_2s, edm, euler, heun, restart
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
@@ -215,12 +217,76 @@ def test_order_of_the_distribution(make):
     assert errors[1] < 1e-3
 
 
+def flow_levels(steps):
+    """A grid, and how the level for which a model answers follows from its timestep."""
+    t = flow_shift(torch.linspace(0.97, 0.02, steps + 1, dtype=torch.float64), 1.7)
+    return flow_grid(t[:-1], final=t[-1].item()), lambda t: (1 - t / 1000, t / 1000)
+
+
+def sigma_space(steps):
+    """For a model that is called with EDM's c_noise."""
+    sigma = torch.linspace(20 ** (1 / 3), 0.2, steps + 1, dtype=torch.float64) ** 3
+    return grid_of_levels(edm_timestep, torch.ones_like(sigma), sigma), lambda t: (1.0, math.exp(4 * t))
+
+
+def straight_lines(steps):
+    """Levels of no name, which have a timestep of their own."""
+    noise = torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)
+    return grid_of_levels(lambda signal, noise: noise**2, 1 - 0.8 * noise, noise), lambda t: (1 - 0.8 * t**0.5, t**0.5)
+
+
+def distribution_at(signal, noise):
+    return signal * MU, (signal * SIGMA) ** 2 + noise**2
+
+
+@pytest.mark.parametrize("make", [flow_levels, sigma_space, straight_lines])
+@pytest.mark.parametrize(
+    "sampler, options",
+    [
+        (heun, {}),
+        (dpm_2, {}),
+        (dpmpp_2s, {}),
+        (dpmpp_2s, {"eta": 0.5}),
+        (dpm_2_ancestral, {}),
+        (edm, {"s_churn": 5.0, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.0}),
+        (restart, {"intervals": ((9, 2, 0.3, 0.6),)}),
+    ],
+)
+def test_order_between_given_levels(sampler, options, make):
+    """The model answers for the level that its timestep says."""
+    errors = []
+    for steps in (100, 200):
+        grid, levels_of = make(steps)
+        if sampler is restart:  # whose inner steps become shorter, too
+            options = {"intervals": [(steps // 6, *interval[1:]) for interval in options["intervals"]]}
+        table = sampler(grid, prediction="x0", **options)
+        start = [level[0].item() for level in grid.pairs]
+        state, covariance = np.array([distribution_at(*start)[0], 0]), np.diag([distribution_at(*start)[1], 0])
+        for row in table:
+            signal, noise = levels_of(row.timestep)
+            assert row.b == 0 or noise / signal == pytest.approx(row.noise_now / row.signal_now, rel=1e-10)
+            mean, variance = distribution_at(signal, noise)
+
+            def step(x, before, row=row, gain=signal * SIGMA**2 / variance, mean=mean):
+                x0, after = take(row, x, MU + gain * (x - mean), before)
+                return np.array([after, x0])
+
+            constant = step(0.0, 0.0)
+            slopes = np.stack([step(1.0, 0.0) - constant, step(0.0, 1.0) - constant], axis=1)
+            state, covariance = slopes @ state + constant, slopes @ covariance @ slopes.T
+            covariance[0, 0] += row.s**2
+        exact_mean, exact_variance = distribution_at(table.signal_after[-1].item(), table.noise_after[-1].item())
+        errors.append(abs(state[0] - exact_mean) + abs(covariance[0, 0] / exact_variance - 1))
+    assert errors[0] / errors[1] > 2**1.8  # measured 1.86 to 2.06 for the exponent
+    assert errors[1] < 5e-3
+
+
 @pytest.mark.parametrize("name", TWICE)
 def test_refusals(name):
     grid = make_grid(LEVELS, [900, 100, 20])
     with pytest.raises(ValueError, match=r"prediction is 'x_prev'.*calls the model between its timesteps"):
         TWICE[name](grid, prediction="x_prev")
-    with pytest.raises(ValueError, match="grid has no schedule"):
+    with pytest.raises(ValueError, match=r"timesteps for its own levels alone.*grid_of_levels with a function"):
         TWICE[name](Grid(grid.timestep, grid.alphas_cumprod, grid.betas))
 
 

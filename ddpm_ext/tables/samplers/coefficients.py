@@ -13,7 +13,7 @@ from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
 
-__all__ = ["check_between", "eps", "half_log_snr", "posterior", "prediction_entry", "schedule", "score", "sigma", "x0"]
+__all__ = ["check_between", "eps", "half_log_snr", "posterior", "prediction_entry", "score", "sigma", "x0"]
 
 
 def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,13 +51,6 @@ def check_between(prediction: str) -> None:
             f"prediction is {prediction!r}, the mean of a step of the schedule, expected another for a sampler that "
             "calls the model between its timesteps"
         )
-
-
-def schedule(grid: Grid) -> Tensor:
-    """alphas_cumprod at all timesteps of the grid's schedule. Raises ValueError where there is none."""
-    if grid.schedule is None:
-        raise ValueError("grid has no schedule, expected one with the levels between its timesteps")
-    return grid.schedule
 
 
 def x0(grid: Grid | Jumps, prediction: str) -> tuple[Tensor, Tensor]:

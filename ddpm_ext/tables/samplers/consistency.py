@@ -69,6 +69,10 @@ def tcd(grid: Grid, *, prediction: str = "eps", eta: float = 0.3) -> StepTable:
         raise ValueError(f"eta is {eta}, expected 0 <= eta <= 1 for tcd")
     sigma = torch.zeros_like(grid.now)
     if eta > 0 and len(grid) > 1:
-        between = coefficients.schedule(grid)[((1 - eta) * grid.timestep[1:]).floor().long()]
+        if grid.schedule is None:
+            raise ValueError(
+                "grid has no schedule, in which tcd counts timesteps: expected one, as make_grid's, or eta 0"
+            )
+        between = grid.schedule[((1 - eta) * grid.timestep[1:]).floor().long()]
         sigma[:-1] = (1 - grid.after[:-1] / between).sqrt()
     return implicit(grid, prediction, sigma, keep_eps=True)

@@ -37,7 +37,7 @@ def edm(
     not call the model. Without churn the rows are heun's.
 
     Args:
-        grid: descending, with a schedule where there is churn.
+        grid: descending; where there is churn, with a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
         s_churn: how much noise all steps together add, finite, >= 0.
         s_tmin, s_tmax: the sigmas, noise over signal, of the steps that get churn, >= 0; s_tmax may be infinite.
@@ -45,7 +45,7 @@ def edm(
 
     Raises:
         TypeError: an argument that is not a number.
-        ValueError: an argument out of range, an unknown `prediction`, or a grid without a schedule.
+        ValueError: an argument out of range, an unknown `prediction`, or a grid with neither.
     """
     coefficients.check_between(prediction)
     for name, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_noise", s_noise)):

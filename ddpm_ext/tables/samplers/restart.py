@@ -38,7 +38,7 @@ def restart(
     out.
 
     Args:
-        grid: descending, with a schedule.
+        grid: descending, with a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
         intervals: (n, k, t_min, t_max), as the paper's tables have them: n sigmas, both ends included, spaced as
             karras_grid's; k times; t_min and t_max are sigmas, noise over signal. The default is the authors' example
@@ -47,7 +47,7 @@ def restart(
 
     Raises:
         TypeError: n or k is not an int, or another argument not a number.
-        ValueError: an interval out of range, an unknown `prediction`, or a grid without a schedule.
+        ValueError: an interval out of range, an unknown `prediction`, or a grid with neither.
     """
     coefficients.check_between(prediction)
     checks.nonnegative("s_noise", s_noise)

@@ -23,13 +23,14 @@ def dpmpp_2s(grid: Grid, *, prediction: str = "eps", eta: float = 0.0) -> StepTa
     goes down to less noise than the next one starts with, as euler_ancestral's.
 
     Args:
-        grid: descending, with a schedule.
+        grid: descending, with a schedule or a timestep_of.
         prediction: as for ddpm; "x_prev" is refused.
         eta: 0 for the probability flow, 1 for the ancestral sampler; finite, >= 0.
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid without a schedule.
+        ValueError: `eta` is negative or not finite, an unknown `prediction`, or a grid with
+            neither.
     """
     return _midpoint(grid, prediction, eta, of_eps=False)
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.tables.grid import Grid, Jumps
+from ddpm_ext.tables.levels import unit_levels
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler, implicit
-from ddpm_ext.tables.sigma_grids import timestep_at
+from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, timestep_at
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["Correction", "jumps", "merged", "timesteps_of", "two_calls"]
@@ -28,9 +29,16 @@ def timesteps_of(grid: Grid, sigma: Tensor) -> Tensor:
     """The timesteps of sigmas between those of the grid, float64.
 
     Raises:
-        ValueError: a grid without a schedule.
+        ValueError: a grid that has neither a schedule nor a function for them.
     """
-    return timestep_at(coefficients.schedule(grid), sigma)
+    if grid.timestep_of is not None:
+        return grid.timesteps_between(*unit_levels(alphas_cumprod_of(sigma)))
+    if grid.schedule is None:
+        raise ValueError(
+            "grid has timesteps for its own levels alone, and the sampler calls the model between them: expected a "
+            "grid of a schedule, or grid_of_levels with a function of signal and noise as `timestep`"
+        )
+    return timestep_at(grid.schedule, sigma)
 
 
 def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
