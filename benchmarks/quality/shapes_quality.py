@@ -104,10 +104,10 @@ def measure(network: Classifier, images: Tensor, labels: Tensor, reference: Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes", help='"shapes" or a folder (default: shapes)')
-    parser.add_argument("--num", type=int, default=1000, help="samples for each scale (default: 1000)")
+    parser.add_argument("--num", type=int, default=500, help="samples for each scale (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--sampler", default="dpmpp_2m", help="(default: dpmpp_2m)")
-    parser.add_argument("--steps", type=int, default=25, help="of the loop (default: 25)")
+    parser.add_argument("--steps", type=int, default=20, help="of the loop (default: 20)")
     parser.add_argument("--batch-size", type=int, default=100, help="samples at a time (default: 100)")
     parser.add_argument("--out", type=Path, help="JSON file (default: print only)")
     options = parser.parse_args()

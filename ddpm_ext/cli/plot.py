@@ -199,11 +199,11 @@ def _draw_guidance(options: argparse.Namespace) -> str:
     of_scale = argparse.Namespace(**vars(options))
     rows = []
     for of_scale.guidance in options.guidance:
-        rows.append(plots.to_uint8(draw(prepared, of_scale, 0, options.num)))
+        rows.append(draw(prepared, of_scale, 0, options.num).float().cpu())
     names = [prepared.classes.names[label] for label in labels]
     scales = ", ".join(f"{scale:g}" for scale in options.guidance)
     title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
-    plots.save_picture(plots.strips(list(np.stack(rows, 1)), names, title), options.out)
+    plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)
     return f"{plural(options.num, 'sample')} with guidance {scales}"
 
 

@@ -1,1 +1,1 @@
-"""`python -m ddpm_ext.demo`: draws digits with the model that comes with the package, and times a step."""
+"""`python -m ddpm_ext.demo`: draws shapes with the model that comes with the package, and times a step."""

@@ -1,4 +1,4 @@
-"""`python -m ddpm_ext.demo --out demo`: draws 64 digits and how they develop from noise, and times a step."""
+"""`python -m ddpm_ext.demo --out demo`: draws shapes, with rising guidance and as they develop, and times a step."""
 
 from __future__ import annotations
 
@@ -8,56 +8,71 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ddpm_ext import plots
 from ddpm_ext.base.files import check_writable
 from ddpm_ext.demo.eager import EagerDiffusion
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.plots import save_grid, save_strips
 from ddpm_ext.plots.recorder import Recorder
 
-__all__ = ["draw_digits", "main", "step_costs"]
+__all__ = ["draw_shapes", "main", "step_costs"]
 
-_DIGITS, _ROWS, _EVERY = 64, 8, 100
+_OF_EACH, _SHOWN, _PICTURES = 8, 5, 10
+_SCALES, _SCALE = (0.0, 1.0, 2.5, 5.0), 2.5
 _SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))
 
 
-def draw_digits(folder: Path, *, seed: int = 0, steps: int | None = None, progress: bool = True) -> list[Path]:
-    """Draws 64 digits with the model that comes with the package, and writes three pictures to `folder`.
+def draw_shapes(folder: Path, *, seed: int = 0, steps: int = 25, progress: bool = True) -> list[Path]:
+    """Draws shapes with the model that comes with the package, and writes three pictures to `folder`.
 
-    samples.png has the digits; trajectory.png has x_t, and x0.png the predicted clean samples, at some of the steps.
+    samples.png has eight samples of each class; guidance.png one of each with rising guidance and the same noise;
+    trajectory.png x_t and the predicted clean samples at some of the steps.
 
     Args:
-        steps: of the loop; None: all 1,000 of the schedule.
+        steps: of the loop.
 
     Returns:
         The paths of the pictures.
     """
-    paths = [folder / name for name in ("samples.png", "trajectory.png", "x0.png")]
+    paths = [folder / name for name in ("samples.png", "guidance.png", "trajectory.png")]
     for path in paths:
         check_writable(path)
-    model = load_model("digits")
-    diffusion = model.settings.diffusion()
-    calls = steps or model.settings.timesteps
-    recorder = Recorder(model.unet, max(1, calls * _EVERY // 1000), calls, _ROWS)
-    with torch.no_grad():
-        digits = diffusion.p_sample_loop(
-            recorder,
-            (_DIGITS, *model.shape),
-            steps=steps,
-            rng=Philox(seed),
-            record="last",
-            x0=True,
-            callback=recorder.keep,
-            progress=progress,
-        )
-    assert isinstance(digits, torch.Tensor)  # with record="last"
-    save_grid(digits, paths[0], columns=8)
-    save_strips(recorder.x_t, recorder.labels(), "x_t: what the loop has at step t", paths[1])
-    save_strips(recorder.x_0, recorder.labels(), "x_0 as the model predicts it from x_t", paths[2])
+    model = load_model("shapes")
+    diffusion, classes = model.settings.diffusion(), model.classes
+    assert classes is not None
+
+    def draw(count: int, scale: float, denoiser: Any = model.unet, **options: Any) -> torch.Tensor:
+        """Samples (count, channels, height, width), of the classes in turn."""
+        with torch.no_grad():
+            drawn = diffusion.p_sample_loop(
+                denoiser,
+                (count, *model.shape),
+                sampler="dpmpp_2m",
+                steps=steps,
+                spacing="trailing",
+                guidance=scale,
+                model_kwargs=classes.model_kwargs(range(count), guided=True),
+                rng=Philox(seed),
+                record="last",
+                progress=progress,
+                **options,
+            )
+        assert isinstance(drawn, torch.Tensor)  # with record="last"
+        return drawn
+
+    columns = len(classes.names)
+    recorder = Recorder(model.unet, max(1, steps // _PICTURES), steps, _SHOWN)
+    shapes = draw(_OF_EACH * columns, _SCALE, recorder, x0=True, callback=recorder.keep)
+    plots.save_grid(shapes, paths[0], columns=columns)
+    rising = torch.stack([draw(columns, scale) for scale in _SCALES], 1)
+    title = f"guidance {', '.join(f'{scale:g}' for scale in _SCALES)}, from top to bottom"
+    plots.save_strips(list(rising), classes.names, title, paths[1])
+    plots.save_picture(plots.trajectory(recorder.x_t, recorder.x_0, recorder.labels()), paths[2])
     return paths
 
 
@@ -98,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddpm_ext.demo", description=__doc__)
     parser.add_argument("--out", default="demo", metavar="FOLDER", help="folder for the pictures (default: demo)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of the loop; fewer are quicker (default: 1000)")
+    parser.add_argument("--steps", type=int, default=25, metavar="N", help="steps of the loop (default: 25)")
     options = parser.parse_args(arguments)
     try:
-        print("64 digits, drawn with one kernel launch in each step besides the model:")
-        paths = draw_digits(Path(options.out), seed=options.seed, steps=options.steps)
+        print("Shapes of ten classes, drawn with one kernel launch in each step besides the model:")
+        paths = draw_shapes(Path(options.out), seed=options.seed, steps=options.steps)
         for path in paths:
             print(f"  {path}")
         threads = torch.get_num_threads()

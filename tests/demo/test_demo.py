@@ -1,5 +1,6 @@
 """ddpm_ext.demo, and the eager step that the fused one is compared with."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,17 +28,18 @@ def test_demo_writes_three_pictures(tmp_path, capsys):
     for module in ("diffusers", "safetensors", "tqdm"):
         pytest.importorskip(module)
     image = pytest.importorskip("PIL.Image")
-    from ddpm_ext.demo.__main__ import draw_digits
+    from ddpm_ext.demo.__main__ import draw_shapes
 
-    paths = draw_digits(tmp_path / "demo", steps=10)
-    assert [path.name for path in paths] == ["samples.png", "trajectory.png", "x0.png"]
+    paths = draw_shapes(tmp_path / "demo", steps=4)
+    assert [path.name for path in paths] == ["samples.png", "guidance.png", "trajectory.png"]
     sizes = []
     for path in paths:
         with image.open(path) as opened:
             sizes.append(opened.size)
-    assert sizes[1] == sizes[2]
-    assert min(sizes[0]) > 500  # eight by eight digits, each visible
-    assert "10/10" in capsys.readouterr().err  # the progress bar
+            assert np.asarray(opened.convert("L")).std() > 10
+    assert min(sizes[0]) > 500  # eight by ten shapes, each visible
+    assert sizes[1][0] == sizes[0][0]  # a column for each class
+    assert "4/4" in capsys.readouterr().err  # the progress bar
 
 
 def test_demo_errors_are_one_sentence(tmp_path, capsys):

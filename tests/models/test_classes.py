@@ -1,4 +1,4 @@
-"""ddpm_ext.models.classes: which class a sample has, by its id alone; classes.json; folders that diffusers writes."""
+"""ddpm_ext.models.classes: which class a sample has, by its id alone; classes.json; folders of diffusers; shapes."""
 
 import json
 from itertools import pairwise
@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ddpm_ext import models
+from ddpm_ext import Philox, models
 from ddpm_ext.models.classes import Classes
+from ddpm_ext.training.data.shapes import SHAPES, Shapes
 
 PETS = Classes(("cat", "dog", "7", "hen"), 4)
 
@@ -102,3 +103,47 @@ def test_classes_that_are_no_numbers(folder, changes, message):
     (folder / "config.json").write_text(json.dumps(config(**changes)))
     with pytest.raises(ValueError, match=message):
         models.load_model(folder)
+
+
+# ------------------------------------------------------------------------------------------------- the model "shapes"
+
+
+def outlines(images):
+    """How far each pixel's colour is from the mean of the border's, (batch, 256), of length 1."""
+    border = torch.ones(16, 16, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    ground = images[..., border].mean(-1)[..., None, None]
+    return torch.nn.functional.normalize((images - ground).norm(dim=1).flatten(1), dim=1)
+
+
+def test_shapes_model_draws_the_classes_that_are_asked_for(device):
+    """A light check of the weights: the most similar of 2,000 drawn shapes is mostly of the same class."""
+    loaded = models.load_model("shapes", device=device)
+    assert loaded.shape == (3, 16, 16)
+    assert loaded.classes == Classes(tuple(SHAPES), 10)
+    assert sum(path.stat().st_size for path in loaded.folder.iterdir()) <= 4_000_000
+    with torch.no_grad():
+        drawn = loaded.settings.diffusion().p_sample_loop(
+            loaded.unet,
+            (30, *loaded.shape),
+            sampler="dpmpp_2m",
+            steps=12,
+            spacing="trailing",
+            guidance=2.5,
+            model_kwargs=loaded.classes.model_kwargs(range(30), guided=True, device=device),
+            rng=Philox(3),
+            record="last",
+            progress=False,
+        )
+    known = Shapes(16).batch(torch.arange(2000))
+    for images, least in ((Shapes(16, seed=1).batch(torch.arange(100)), 0.9), (drawn.cpu(), 0.6)):
+        nearest = (outlines(images) @ outlines(known).T).argmax(1) % 10
+        assert (nearest == torch.arange(len(images)) % 10).double().mean() >= least
+
+
+def test_shapes_models_quality_as_recorded():
+    quality = json.loads((models.load_model("shapes").folder / "quality.json").read_text())
+    assert quality["drawn_shapes"]["accuracy"] > 0.98
+    accuracies = [quality[f"guidance_{scale}"]["accuracy"] for scale in ("1", "1.5", "2.5", "5")]
+    assert accuracies == sorted(accuracies)
+    assert min(quality["guidance_2.5"]["accuracy_of_each_class"]) > 0.8

@@ -64,8 +64,8 @@ class DatasetImages:
     def labels(self) -> Labels:
         """The labels that the dataset says without reading its images; names are its `classes`, or else numbers.
 
-        They are its `targets`, as torchvision's datasets have them, the second tensor of a TensorDataset, or those of
-        the dataset that a Subset is a part of.
+        They are its `targets`, as torchvision's datasets have them, before any target_transform; the second tensor of
+        a TensorDataset; or those of the dataset that a Subset is a part of.
 
         Raises:
             ValueError: it has none of these, or they are not numbers.
