@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
