@@ -29,6 +29,7 @@ __all__ = [
     "shape",
     "split_t",
     "tensor",
+    "whole",
 ]
 
 
@@ -38,11 +39,16 @@ _PAIRS = (tuple, list)
 _REALS: Any = (float, int, numbers.Real)  # the first two alone are found without a call
 
 
-def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
-    """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
+def whole(name: str, value: object) -> int:
+    """Returns `value` as an int. Raises TypeError unless it is one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
-    value = int(value)
+    return int(value)
+
+
+def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
+    """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
+    value = whole(name, value)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value

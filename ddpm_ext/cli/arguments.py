@@ -1,4 +1,4 @@
-"""What the commands' options share: parsers of values, the options of sampling, and checks of what was given."""
+"""What the commands' options share: parsers of values, names of what there is, and checks of what was given."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
-from ddpm_ext.training.options import DTYPES
 
 __all__ = [
     "DEVICES",
@@ -25,7 +23,6 @@ __all__ = [
     "Formatter",
     "Parser",
     "add_command",
-    "add_sampling",
     "check_device",
     "check_ending",
     "check_eta",
@@ -150,79 +147,11 @@ positive_number = number(0, "a number > 0", above=True)
 seed = whole_number(0, 2**64 - 1)
 
 
-# ------------------------------------------------------------------------------------------- the options of sampling
+# ---------------------------------------------------------------------------------------------------- names
 
 DEVICES = "cpu, cuda, cuda:1, ... (default: cuda where a GPU can be used)"
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
 SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
-
-
-def add_sampling(
-    parser: argparse.ArgumentParser,
-    *,
-    num: int,
-    out: str | None,
-    out_help: str,
-    by_ranks: bool = False,
-    model: str = "digits",
-    scales: str | None = None,
-) -> Callable[..., argparse.Action]:
-    """Adds the options of all commands that draw samples: what to sample, how, on what, and the output.
-
-    Args:
-        num: how many samples by default.
-        out, out_help: the default of --out and its help text.
-        by_ranks: whether the command can also draw many images in batches, by several ranks.
-        model: the default of --model.
-        scales: the default of --guidance where it takes several numbers; None: where it takes one.
-
-    Returns:
-        The function that adds a further option to the group of the output.
-    """
-    group = parser.add_argument_group("what to sample")
-    models = "a model that comes with the package, or a folder in diffusers' layout"
-    group.add_argument("--model", default=model, metavar="digits|shapes|FOLDER", help=models)
-    counts = group.add_mutually_exclusive_group()
-    counts.add_argument("--num", type=whole_number(1), default=num, metavar="N", help="number of samples")
-    if by_ranks:
-        into_folder = (
-            "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
-            "command continues it"
-        )
-        counts.add_argument("--num-images", type=whole_number(1), metavar="N", help=into_folder)
-    determines = "determines the noise, together with the number of each sample"
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help=determines)
-
-    classes = "classes that the samples have in turn, by name or number, with commas between them (default: all)"
-    group.add_argument("--class", dest="classes", metavar="NAME,...", help=classes)
-
-    add = parser.add_argument_group("how to sample").add_argument
-    scale = "scale of classifier-free guidance: 1 for none, and further towards the class above 1"
-    if scales is None:
-        add("--guidance", type=finite_number, metavar="X", help=scale)
-    else:
-        add("--guidance", type=numbers, default=scales, metavar="X,...", help=f"{scale}; several")
-    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
-    add("--null-class", type=whole_number(0), metavar="N", help=null)
-    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
-    steps = "steps of the loop (default: all timesteps of the model)"
-    add("--steps", type=whole_number(1), metavar="N", help=steps)
-    add("--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {SPACING_NAMES}")
-    eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
-    add("--eta", type=nonnegative_number, metavar="X", help=eta)
-
-    add = parser.add_argument_group("how to run").add_argument
-    add("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
-    backend = "the compiled kernels, or plain torch"
-    add("--backend", choices=tuple(BACKENDS), default="fused", help=backend)
-    if by_ranks:
-        add("--batch-size", type=whole_number(1), default=64, metavar="N", help="samples at a time, on each rank")
-    add("--quiet", action="store_true", help="show no progress bar")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default=out, metavar="FILE|FOLDER" if by_ranks else "FILE", help=out_help)
-    return add
 
 
 # --------------------------------------------------------------------------------------------------------- checks

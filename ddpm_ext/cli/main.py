@@ -8,14 +8,23 @@ import sys
 from collections.abc import Sequence
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import info, plot, sample, table, train, trajectory
+from ddpm_ext.cli import bits_per_dim, info, invert, plot, sample, table, train, trajectory
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.version import __version__, default_device
 
 __all__ = ["build_parser", "main"]
 
 _INTERRUPTED = 130
-_COMMANDS = {"sample": sample, "train": train, "trajectory": trajectory, "table": table, "plot": plot, "info": info}
+_COMMANDS = {
+    "sample": sample,
+    "invert": invert,
+    "train": train,
+    "bits-per-dim": bits_per_dim,
+    "trajectory": trajectory,
+    "table": table,
+    "plot": plot,
+    "info": info,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

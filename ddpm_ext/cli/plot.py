@@ -1,34 +1,35 @@
-"""`ddpm-ext plot`: draws schedules, step tables, samples, and how samples come about."""
+"""`ddpm-ext plot`: draws schedules, step tables, losses, samples, and how samples come about."""
 
 from __future__ import annotations
 
 import argparse
-import zipfile
 from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
 import torch
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.bulk.shards import Pixels
 from ddpm_ext.cli import table, trajectory
 from ddpm_ext.cli.arguments import (
     FIGURES,
     Subparsers,
     add_command,
-    add_sampling,
     check_ending,
     endings_help,
     positive_number,
     whole_number,
 )
+from ddpm_ext.cli.images import read_pixels
 from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
+from ddpm_ext.training.log import curve_title, read_losses
+from ddpm_ext.training.record import OPTIONS
 
 __all__ = ["add_parser", "run"]
 
@@ -52,6 +53,8 @@ _EXAMPLES = {
     "guidance": """examples:
   ddpm-ext plot guidance --num 10 --guidance 0,1,2.5,5 --sampler ddim --steps 25 --out guidance.png
   ddpm-ext plot guidance --model my-run --class cat,dog --num 6 --out cats-and-dogs.png""",
+    "losses": """examples:
+  ddpm-ext plot losses my-run --out losses.svg""",
     "histogram": """examples:
   ddpm-ext plot histogram --num 256 --sampler ddim --steps 100 --out histogram.png""",
 }
@@ -62,7 +65,7 @@ def add_parser(commands: Subparsers) -> None:
     plot = add_command(
         commands,
         "plot",
-        "draw schedules, step tables, samples and how they come about",
+        "draw schedules, step tables, losses, samples and how they come about",
         "Draws a picture.",
         takes="KIND ",
         epilog="ddpm-ext plot KIND --help shows a kind's options.",
@@ -78,6 +81,7 @@ def add_parser(commands: Subparsers) -> None:
     _add_grid(add("grid", "FILE ", "samples from a file, as a grid"))
     trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
     _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance"))
+    _add_losses(add("losses", "RUN ", "the loss of each step of a training run, also of one that goes on"))
     _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop"))
 
 
@@ -96,6 +100,7 @@ def run(options: argparse.Namespace) -> None:
         "table": _draw_table,
         "grid": _draw_grid,
         "guidance": _draw_guidance,
+        "losses": _draw_losses,
         "histogram": _draw_histogram,
     }
     print(f"{options.out}: {draw_kind[options.kind](options)}")
@@ -172,30 +177,9 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 def _draw_grid(options: argparse.Namespace) -> str:
     _check_out(options.out, _PICTURES)
-    images = _read_samples(options.file)[: options.num]
+    images = read_pixels(options.file)[: options.num]
     plots.save_picture(plots.grid(images, columns=options.columns, scale=options.scale), options.out)
     return f"{plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}"
-
-
-def _read_samples(path: str) -> Pixels:
-    """(num, height, width, channels) uint8, from arr_0 of an .npz or from an .npy."""
-    try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.lib.npyio.NpzFile):
-            with found:
-                if "arr_0" not in found:
-                    raise ValueError(f"it holds {', '.join(found) or 'nothing'}, expected arr_0")
-                found = found["arr_0"]
-    except OSError as error:
-        raise ValueError(f"file: cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"file: {path} is no .npz or .npy of samples ({error})") from error
-    if found.dtype.kind == "f" and found.ndim == 4:
-        return plots.to_uint8(torch.from_numpy(found.astype(np.float32)))
-    if found.dtype != np.uint8 or found.ndim != 4:
-        expected = "uint8 (num, height, width, channels) or floats (num, channels, height, width)"
-        raise ValueError(f"file: {path} holds {found.dtype} of shape {found.shape}, expected {expected}")
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------- guidance
@@ -222,6 +206,29 @@ def _draw_guidance(options: argparse.Namespace) -> str:
     return f"{plural(options.num, 'sample')} with guidance {scales}"
 
 
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the folder of a training run, or its losses.csv")
+    parser.add_argument("--out", default="losses.png", metavar="FILE", help=endings_help(FIGURES))
+
+
+def _draw_losses(options: argparse.Namespace) -> str:
+    _check_out(options.out, FIGURES)
+    given = Path(options.run)
+    path = given / "losses.csv" if given.is_dir() else given
+    losses = read_losses(path)
+    if not losses:
+        raise ValueError(f"run: {path} has no losses, expected the folder of a run of ddpm-ext train")
+    try:
+        title = {"title": curve_title(files.read_json(path.with_name(OPTIONS))["options"])}
+    except (OSError, ValueError, TypeError, KeyError):  # a losses.csv alone
+        title = {}
+    plots.save_loss_curve(losses, options.out, **title)
+    return f"losses of {plural(len(losses), 'step')}"
+
+
 # ------------------------------------------------------------------------------------------------------- histogram
 
 
@@ -244,4 +251,4 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
     shown = {"bins": options.bins, "limit": options.limit, "name": options.sampler}
     plots.histogram_figure(x_t, timesteps, options.out, samples=samples, **shown)
-    return f"{options.num} samples at {len(x_t)} of {prepared.steps} steps"
+    return f"{plural(options.num, 'sample')} at {len(x_t)} of {plural(prepared.steps, 'step')}"

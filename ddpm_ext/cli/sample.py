@@ -10,8 +10,9 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.cli import sample_many
-from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending
 from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.style import plural
 
 __all__ = ["add_parser", "run"]

@@ -111,6 +111,7 @@ def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]
         "dtype": options.dtype,
         "backend": options.backend,
         **of_classes,
+        **prepared.inputs.settings(options),
     }
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
+from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
@@ -19,12 +21,12 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["Prepared", "are_finite", "draw", "prepare", "refuse_not_finite"]
+__all__ = ["Loaded", "Prepared", "are_finite", "draw", "load", "prepare", "refuse_not_finite"]
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model on its device, its diffusion, and how many steps the loop will take.
+class Loaded:
+    """A model on its device, and its diffusion.
 
     classes: the model's, with the null class of the options; None: it is unconditional.
     chosen: the classes that the samples have in turn, by number; empty: all.
@@ -33,17 +35,59 @@ class Prepared:
     model: LoadedModel
     diffusion: GaussianDiffusion
     device: torch.device
-    steps: int
-    classes: Classes | None = None
-    chosen: tuple[int, ...] = ()
+    dtype: torch.dtype
+    classes: Classes | None
+    chosen: tuple[int, ...]
+
+    def model_kwargs(
+        self, samples: range, *, guided: bool = False, null: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """What the model is called with beside samples of these ids; None for an unconditional model.
+
+        guided: whether there is classifier-free guidance. null: whether samples have the null class where the options
+        choose none, and not all classes in turn.
+        """
+        if self.classes is None:
+            return None
+        chosen = self.chosen
+        if null and not chosen:
+            if self.classes.null is None:
+                raise ValueError("class: the model has classes, but none that stands for none, expected --class")
+            chosen = (self.classes.null,)
+        return self.classes.model_kwargs(samples, chosen, guided=guided, device=self.device)
 
     def labels(self, samples: range) -> torch.Tensor | None:
         """The samples' classes, (samples,) int64; None for an unconditional model."""
         return None if self.classes is None else self.classes.labels_of(samples, self.chosen)
 
 
+@dataclass(frozen=True)
+class Prepared(Loaded):
+    """What a loop needs beside the options, and how many steps it will take."""
+
+    steps: int
+    inputs: LoopInputs
+
+
+def load(options: argparse.Namespace) -> Loaded:
+    """Loads the model of the options --model, --class, --null-class, --guidance and of how to run.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, or the model's folder is wrong.
+        MissingExtra: a package that the command needs is not installed.
+    """
+    device, dtype = check_device(options.device), DTYPES[options.dtype]
+    model = load_model(options.model, device=device, dtype=dtype)
+    classes, chosen = _classes(model, options)
+    if getattr(options, "channels_last", False):
+        model.unet.to(memory_format=torch.channels_last)
+    return Loaded(model, model.settings.diffusion(options.backend), device, dtype, classes, chosen)
+
+
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
-    """Loads the model, and checks before the work starts what can be checked then.
+    """Loads the model and images, and checks before the work starts what can be checked then.
+
+    Where options.num is None, it becomes the number of samples to draw.
 
     pictures: whether the command will write pictures, which need pillow.
 
@@ -51,16 +95,25 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         TypeError, ValueError: an option is out of range or doesn't fit another, or the model's folder is wrong.
         MissingExtra: a package that the command needs is not installed.
     """
-    device = check_device(options.device)
+    check_device(options.device)
     if pictures:
         require("PIL.Image", "writing pictures")
     check_eta(options.eta, [options.sampler])
-    model = load_model(options.model, device=device, dtype=DTYPES[options.dtype])
-    classes, chosen = _classes(model, options)
-    diffusion = model.settings.diffusion(options.backend)
-    loop = LoopOptions(sampler=options.sampler, steps=options.steps, spacing=options.spacing, eta=options.eta)
-    rows = make_loop_rows(diffusion.process, loop)
-    return Prepared(model, diffusion, device, len(rows), classes, chosen)
+    loaded = load(options)
+    inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
+    options.num = inputs.count
+    loop = LoopOptions(**_loop_options(inputs, options, range(1)))
+    loop.step_options(learned=False, reads_uncond=False)  # checks the clip
+    if not isinstance(options.guidance, tuple):  # several, one after another
+        guidance_of(options)
+    rows = make_loop_rows(loaded.diffusion.process, loop)
+    return Prepared(**vars(loaded), steps=len(rows), inputs=inputs)
+
+
+def _loop_options(inputs: LoopInputs, options: argparse.Namespace, samples: range) -> dict[str, Any]:
+    """p_sample_loop's options that don't depend on the model, without guidance, of which a command can draw several."""
+    chosen = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
+    return chosen | inputs.of_samples(options, samples)
 
 
 def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes | None, tuple[int, ...]]:
@@ -68,15 +121,15 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
     classes = model.classes
     if classes is None:
         for option, name in (("class", "classes"), ("guidance", "guidance"), ("null-class", "null_class")):
-            if getattr(options, name) is not None:
+            if getattr(options, name, None) is not None:
                 raise ValueError(f"{option}: got {getattr(options, name)}, but {options.model} has no classes")
         return None, ()
-    if options.null_class is not None:
+    if getattr(options, "null_class", None) is not None:
         count = model.unet.config.num_class_embeds
         if options.null_class >= count:
             raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
         classes = replace(classes, null=options.null_class)
-    if options.guidance is not None and classes.null is None:
+    if getattr(options, "guidance", None) is not None and classes.null is None:
         raise ValueError(f"guidance: {options.model} does not say which class is the null class, expected --null-class")
     wanted = options.classes.split(",") if options.classes is not None else ()
     return classes, tuple(map(classes.find, wanted))
@@ -100,28 +153,21 @@ def draw(
     Returns:
         (count, channels, height, width), of the options' dtype, on the model's device.
     """
-    model, guided = prepared.model, options.guidance is not None
-    kwargs = None
-    if prepared.classes is not None:
-        samples = range(first, first + count)
-        kwargs = prepared.classes.model_kwargs(samples, prepared.chosen, guided=guided, device=prepared.device)
+    model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     with torch.no_grad():
         drawn = prepared.diffusion.p_sample_loop(
             model.unet if recorder is None else recorder,
             (count, *model.shape),
-            sampler=options.sampler,
-            steps=options.steps,
-            spacing=options.spacing,
-            eta=options.eta,
-            guidance=options.guidance,
-            model_kwargs=kwargs,
-            rng=Philox(options.seed, sample_ids=first),
+            **_loop_options(prepared.inputs, options, samples),
+            guidance=guidance,
+            model_kwargs=prepared.model_kwargs(samples, guided=guidance is not None),
+            rng=Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
             record="last",
             x0=recorder is not None,
             callback=None if recorder is None else recorder.keep,
             progress=progress and not options.quiet,
             device=prepared.device,
-            dtype=DTYPES[options.dtype],
+            dtype=prepared.dtype,
         )
     assert isinstance(drawn, torch.Tensor)  # with record="last"
     return drawn

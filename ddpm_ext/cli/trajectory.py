@@ -6,9 +6,11 @@ import argparse
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, add_sampling, check_ending, whole_number
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
 from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.recorder import Recorder
+from ddpm_ext.plots.style import plural
 
 __all__ = ["add_options", "add_parser", "run"]
 
@@ -48,5 +50,6 @@ def run(options: argparse.Namespace) -> None:
         plots.save_gif(plots.trajectory_frames(*shown, name=options.sampler), options.out)
     else:
         plots.save_picture(plots.trajectory(*shown, name=options.sampler), options.out)
-    print(f"{options.out}: {options.num} samples at {len(recorder.t)} of {prepared.steps} steps")
+    shown_at = f"{len(recorder.t)} of {plural(prepared.steps, 'step')}"
+    print(f"{options.out}: {plural(options.num, 'sample')} at {shown_at}")
     refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

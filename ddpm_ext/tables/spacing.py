@@ -102,8 +102,9 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         raise ValueError(f"spacing is {spacing!r}, expected {names}, 'ddimN' or counts with commas between")
     if steps is None:
         steps = timesteps
-    stop_name = f"{timesteps + 1}, there being {timesteps} timesteps"
-    steps = checks.integer("steps", steps, timesteps + 1, stop_name, start=1)
+    steps = checks.whole("steps", steps)
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps is {steps}, expected 1 to {timesteps}, the schedule's timesteps")
     return TIMESTEP_SPACINGS[spacing](timesteps, steps)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,17 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import MissingExtra
 from ddpm_ext.version import __version__
 
-__all__ = ["FINAL_STEPS", "Log", "LogRow", "final_loss", "progress_line", "require_tensorboard", "versions"]
+__all__ = [
+    "FINAL_STEPS",
+    "Log",
+    "LogRow",
+    "curve_title",
+    "final_loss",
+    "progress_line",
+    "read_losses",
+    "require_tensorboard",
+    "versions",
+]
 
 FINAL_STEPS = 500
 """The final loss of a run is the mean over so many last steps."""
@@ -80,11 +90,22 @@ class Log:
 
     def losses(self) -> list[float]:
         """The losses of all steps in the file, in order."""
-        return [float(row[1]) for row in _whole_lines(self.path)]
+        return read_losses(self.path)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def read_losses(path: Path) -> list[float]:
+    """The losses in a losses.csv, in order, up to the first line that was cut short; none if it can't be read."""
+    return [float(row[1]) for row in _whole_lines(path)]
+
+
+def curve_title(options: Mapping[str, Any]) -> str:
+    """The title of the curve of losses, by the options of the run."""
+    weighting = "" if options["weighting"] == "simple" else f", weighting {options['weighting']}"
+    return f"Training loss: {options['loss']} of {options['prediction']}{weighting}"
 
 
 @contextmanager

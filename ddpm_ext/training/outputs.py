@@ -22,6 +22,7 @@ from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
     LogRow,
+    curve_title,
     final_loss,
     progress_line,
     require_tensorboard,
@@ -168,10 +169,7 @@ class Outputs:
         dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
         self.report(save_result(state.average, settings, self.folder, dtype, classes))
         if losses:
-            options = self.options
-            weighting = "" if options.weighting == "simple" else f", weighting {options.weighting}"
-            title = f"Training loss: {options.loss} of {options.prediction}{weighting}"
-            save_loss_curve(losses, self.folder / "losses.png", title=title)
+            save_loss_curve(losses, self.folder / "losses.png", title=curve_title(asdict(self.options)))
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
         if about["resumed_at"] < self.options.steps or not self._keep_training():

@@ -39,11 +39,12 @@ def test_stdout_that_is_closed(monkeypatch):
 
 def test_help_shows_groups_and_defaults(capsys):
     pages = {}
-    for name in ("", "sample", "train", "trajectory", "table", "plot", "info"):
+    commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "plot", "info")
+    for name in ("", *commands):
         assert call(*name.split(), "--help") == 0
         pages[name], errors = capsys.readouterr()
         assert errors == ""
-    for word in ("sample", "train", "trajectory", "table", "plot", "info"):
+    for word in commands:
         assert word in pages[""]
     for word in ("how to sample:", "(default: 64)", "guided-diffusion", "examples:", "torchrun", "--spacing"):
         assert word in pages["sample"]
@@ -55,7 +56,7 @@ BAD = [
     (("sample", "--num", "0"), "--num: got 0, expected a whole number of at least 1"),
     (("sample", "--num", "many"), "--num: got many"),
     (("sample", "--steps", "0"), "--steps: got 0"),
-    (("sample", "--steps", "1001"), "steps is 1001, expected 1 <= steps < 1001, there being 1000 timesteps"),
+    (("sample", "--steps", "1001"), "steps is 1001, expected 1 to 1000, the schedule's timesteps"),
     (("sample", "--spacing", "even"), "spacing is 'even', expected 'linspace', 'leading'"),
     (("sample", "--spacing", "karras"), "steps is None, expected a number of steps for spacing 'karras'"),
     (("sample", "--spacing", "ddim7", "--steps", "7"), "steps is 7 beside spacing 'ddim7'"),
@@ -64,7 +65,7 @@ BAD = [
     (("sample", "--num-images", "4", "--out", "a.npz"), "out: got a.npz, expected a folder for --num-images"),
     (("sample", "--num-images", "4", "--npz", "a.npy"), "npz: got a.npy, expected a name that ends in .npz"),
     (("sample", "--num-images", "4", "--shard-size", "0"), "--shard-size: got 0"),
-    (("sample", "--num-images", "4", "--steps", "1001"), "steps is 1001, expected 1 <= steps"),
+    (("sample", "--num-images", "4", "--steps", "1001"), "steps is 1001, expected 1 to 1000"),
     (("sample", "--npz"), "npz: belongs to --num-images"),
     (("sample", "--png"), "png: belongs to --num-images"),
     (("sample", "--eta", "-1"), "--eta: got -1, expected a number >= 0"),

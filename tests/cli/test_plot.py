@@ -102,6 +102,22 @@ def test_multistep_table_shows_its_history(saved):
     assert np.abs(np.array(columns(saved[0])["c3"])[:, 1]).max() > 0.01
 
 
+def test_losses_of_a_run(saved, tmp_path, capsys):
+    """Also of one that was killed while it wrote a line; without its options the title says less."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = ["step,loss,grad_norm,lr,images_per_second\n", "1,4,1,0.1,9\n", "2,3,1,0.1,9\n", "3,2.5,1,0"]
+    (run / "losses.csv").write_text("".join(lines))
+    assert call("plot", "losses", "run/losses.csv", "--out", "a.svg") == 0
+    (run / "options.json").write_text('{"options": {"loss": "huber", "prediction": "v", "weighting": "min_snr"}}')
+    assert call("plot", "losses", "run") == 0
+    assert capsys.readouterr().out == "a.svg: losses of 2 steps\nlosses.png: losses of 2 steps\n"
+    axes = saved[1].axes[0]
+    assert drawn(axes)["each step"] == points([1, 2], [4, 3])
+    assert axes.get_title() == "Training loss: huber of v, weighting min_snr"
+    assert saved[0].axes[0].get_title() == "Loss of each training step"
+
+
 # --------------------------------------------------------------------------------------------------------- samples
 
 
@@ -167,7 +183,7 @@ def test_histogram_of_a_sampler_that_comes_twice_to_a_timestep(tiny, monkeypatch
 
 def test_help_shows_kinds_and_their_options(capsys):
     for arguments, words in (
-        ((), ("schedules", "table", "grid", "trajectory", "histogram")),
+        ((), ("schedules", "table", "grid", "trajectory", "losses", "histogram")),
         (("schedules",), ("linear", "(default: 1000)", "examples:", ".svg")),
         (("table",), ("euler_ancestral", "--against", "karras", "StepTable.save")),
         (("grid",), ("--columns", "uint8", "examples:")),
@@ -210,6 +226,8 @@ BAD = [
     (("grid", "none.npy", "--columns", "0"), "--columns: got 0"),
     (("grid", "none.npy", "--scale", "1001"), "--scale: got 1001"),
     (("grid", "none.npy", "--out", "a.svg"), "out: got a.svg, expected a name that ends in .png"),
+    (("losses", "nowhere"), "run: nowhere has no losses, expected the folder of a run of ddpm-ext train"),
+    (("losses", "."), "run: losses.csv has no losses"),
     (("histogram", "--out", "a.gif"), "out: got a.gif"),
     (("histogram", "--bins", "0"), "--bins: got 0"),
     (("histogram", "--limit", "0"), "--limit: got 0, expected a number > 0"),

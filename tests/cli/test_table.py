@@ -86,7 +86,7 @@ BAD = [
     (("--steps", "3"), "one of the arguments --sampler --scheduler is required"),
     (("--sampler", "ddim", "--scheduler", "folder"), "not allowed with argument"),
     (("--sampler", "dim"), "invalid choice: 'dim'"),
-    (("--sampler", "ddim", "--steps", "1001"), "steps is 1001, expected 1 <= steps < 1001"),
+    (("--sampler", "ddim", "--steps", "1001"), "steps is 1001, expected 1 to 1000"),
     (("--sampler", "euler", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
     (("--sampler", "euler", "--save", "a.txt"), "save: got a.txt, expected a name that ends in .json"),
     (("--sampler", "euler", "--plot", "a.json"), "plot: got a.json, expected a name that ends in .png or .svg or .pdf"),

@@ -1,4 +1,4 @@
-"""Training images in a folder of image files."""
+"""Images in files, and training images in a folder of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from ddpm_ext.base.optional import require
 from ddpm_ext.training.data.source import DamagedImage, Labels, digest
 
-__all__ = ["FolderImages"]
+__all__ = ["SUFFIXES", "FolderImages", "image_paths", "read_image"]
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Their formats, whatever the ending says. Pillow knows many more, and starts other programs for some.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
 _CACHE_BYTES = 1 << 29
@@ -50,10 +50,7 @@ class FolderImages:
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"data: no such folder: {folder}")
-        self.root = root
-        self.paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-        if not self.paths:
-            raise ValueError(f"data: no images in {folder}, expected files ending in {' '.join(sorted(_SUFFIXES))}")
+        self.root, self.paths = root, image_paths(root)
         self.shape: tuple[int, int, int] = (channels, size, size)
         self._cache: dict[int, Tensor] = {}
         self._cache_limit = _CACHE_BYTES // (channels * size * size)
@@ -88,26 +85,48 @@ class FolderImages:
         """(channels, size, size) uint8"""
         pixels = self._cache.get(index)
         if pixels is None:
-            pixels = _read(self.paths[index], self.shape)
+            pixels = read_image(self.paths[index], self.shape)
             if len(self._cache) < self._cache_limit:
                 self._cache[index] = pixels
         return pixels
 
 
-def _read(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    from PIL import Image, ImageOps
+def image_paths(folder: Path, name: str = "data") -> list[Path]:
+    """The image files in a folder and those below it, in the order of their paths.
 
-    channels, size, _ = shape
+    Raises ValueError, whose message begins with `name`, if there are none.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise ValueError(f"{name}: no images in {folder}, expected files ending in {' '.join(sorted(SUFFIXES))}")
+    return paths
+
+
+def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, smooth: bool = True) -> Tensor:
+    """Reads an image file as FolderImages does, cropped around its middle and resized to (channels, height, width).
+
+    smooth: whether a pixel of the result is made of several, and not the nearest one.
+
+    Returns:
+        uint8, of that shape.
+
+    Raises:
+        DamagedImage: the file can't be read, or has more than 8 bits a channel; the message begins with `name`.
+        MissingExtra: pillow is not installed.
+    """
+    image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
+    channels, height, width = shape
+    method = image.Resampling.BICUBIC if smooth else image.Resampling.NEAREST
     try:
-        with Image.open(path, formats=_FORMATS) as opened:
-            upright = ImageOps.exif_transpose(opened)
+        with image.open(path, formats=_FORMATS) as opened:
+            upright = operations.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
-                raise DamagedImage(f"data: {path} has {upright.mode} pixels, expected 8 bits a channel")
+                raise DamagedImage(f"{name}: {path} has {upright.mode} pixels, expected 8 bits a channel")
             plain = upright.convert("RGB" if channels == 3 else "L")
-            # fit() scales the shorter side to `size` and crops the longer one around its middle.
-            square = ImageOps.fit(plain, (size, size), method=Image.Resampling.BICUBIC)
+            # fit() crops the longer side around its middle.
+            fitted = operations.fit(plain, (width, height), method=method)
     except DamagedImage:
         raise
-    except (*_PILLOWS_ERRORS, Image.DecompressionBombError) as error:
-        raise DamagedImage(f"data: cannot read {path}: {error}") from error
-    return torch.from_numpy(np.array(square)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+    except (*_PILLOWS_ERRORS, image.DecompressionBombError) as error:
+        raise DamagedImage(f"{name}: cannot read {path}: {error}") from error
+    return torch.from_numpy(np.array(fitted)).reshape(height, width, channels).permute(2, 0, 1).contiguous()

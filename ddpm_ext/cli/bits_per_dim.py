@@ -1,0 +1,116 @@
+"""`ddpm-ext bits-per-dim`: how well a model explains images, as a bound of their negative log-likelihood."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import files
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
+from ddpm_ext.cli.images import IMAGES, read_images
+from ddpm_ext.cli.loop_inputs import add_clip, clip_of
+from ddpm_ext.cli.sampling import Loaded, load
+from ddpm_ext.cli.sampling_options import add_class, add_device, add_model, add_seed
+from ddpm_ext.losses.likelihood import BitsPerDim
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.plots.style import plural
+from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.training.data import Shapes, digits
+
+__all__ = ["add_parser", "run"]
+
+_SHAPES_SEED = 1  # other shapes than the trainer draws
+_SHAPES = 256
+_EXAMPLES = """examples:
+  ddpm-ext bits-per-dim digits --num 64
+  ddpm-ext bits-per-dim photos --model my-run --device cuda --out bits.npz"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `bits-per-dim` to the commands of ddpm-ext."""
+    summary = "measure how well a model explains images"
+    description = (
+        "Prints the variational bound of the images' negative log-likelihood, in bits per dimension (Ho et al. 2020, "
+        "eq. 5).\nThe model is called once for each of its timesteps."
+    )
+    parser = add_command(commands, "bits-per-dim", summary, description, takes="DATA ", epilog=_EXAMPLES)
+    data = f"digits, those held out from training; shapes, {_SHAPES} that training does not draw; or {IMAGES}"
+    parser.add_argument("data", metavar="DATA", help=data)
+    group = parser.add_argument_group("what to measure")
+    add_model(group)
+    group.add_argument("--num", type=whole_number(1), metavar="N", help="the first N images (default: all)")
+    add_seed(group)
+    add_class(group, "the null class")
+    add_clip(group, threshold=False)
+    group = parser.add_argument_group("how to run")
+    add_device(group)
+    group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at a time")
+    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add = parser.add_argument_group("output").add_argument
+    arrays = "also write each image's total, prior, vlb, x_start_mse and mse; ends in .npz"
+    add("--out", metavar="FILE", help=arrays)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the bound, averaged over the images, and its parts.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, or a file can't be read or written.
+        MissingExtra: a package that the command needs is not installed.
+    """
+    if options.out is not None:
+        check_ending(options.out, (".npz",))
+        files.check_writable(options.out)
+    loaded = load(options)
+    images = _as_levels(_images(options, loaded.model.shape)[: options.num])
+    parts = [_measured(loaded, options, images, first) for first in range(0, len(images), options.batch_size)]
+    found = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in BitsPerDim._fields}
+    if options.out is not None:
+        with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:
+            np.savez(opened, **{name: value.numpy() for name, value in found.items()})  # type: ignore[arg-type]
+    total, terms = found["total"].double(), found["vlb"].double()
+    sure = f" +- {total.std().item() / math.sqrt(len(total)):.4f} (standard error)" if len(total) > 1 else ""
+    print(f"{plural(len(total), 'image')}: {total.mean().item():.4f} bits per dimension{sure}")
+    shares = found["prior"].double().mean(), terms[:, 1:].sum(1).mean(), terms[:, 0].mean()
+    print("prior {:.4f}, steps {:.4f}, levels of the image {:.4f}".format(*(share.item() for share in shares)))
+    if not torch.isfinite(total).all():
+        wrong = int((~torch.isfinite(total)).sum())
+        raise ValueError(f"model: {wrong} of {len(total)} bounds are not finite numbers")
+
+
+def _images(options: argparse.Namespace, shape: tuple[int, int, int]) -> Tensor:
+    if options.data == "digits":
+        found = digits("heldout")[0]
+    elif options.data == "shapes":
+        size = shape[1]
+        found = Shapes(size, _SHAPES_SEED).batch(torch.arange(options.num or _SHAPES, device="cpu"))
+    else:
+        return read_images(options.data, shape, "data")
+    if found.shape[1:] != shape:
+        kinds = ["x".join(map(str, sizes)) for sizes in (found.shape[1:], shape)]
+        raise ValueError(f"data: {options.data} are {kinds[0]}, expected {kinds[1]}, as {options.model} has")
+    return found
+
+
+def _as_levels(images: Tensor) -> Tensor:
+    """Rounded to the 256 levels of 8-bit images, whose likelihood the bound is of."""
+    return ((images + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
+
+
+def _measured(loaded: Loaded, options: argparse.Namespace, images: Tensor, first: int) -> BitsPerDim:
+    """Of the images from `first`, as many as a batch has."""
+    batch = images[first : first + options.batch_size].to(loaded.device, loaded.dtype)
+    kwargs = loaded.model_kwargs(range(first, first + len(batch)), null=True)
+    unet, clip = loaded.model.unet, clip_of(options)
+    assert not isinstance(clip, DynamicThreshold)  # which this command has no option for
+    return loaded.diffusion.bits_per_dim(
+        unet if kwargs is None else lambda x, t: unet(x, t, **kwargs),
+        batch,
+        rng=Philox(options.seed, sample_ids=first),
+        clip_denoised=clip,
+        progress=not options.quiet,
+    )

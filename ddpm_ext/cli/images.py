@@ -1,0 +1,122 @@
+"""Reads the images that a command is given: a picture, samples in an .npz or .npy, or a folder of pictures."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm_ext import plots
+from ddpm_ext.bulk.shards import Pixels
+from ddpm_ext.training.data.folder import SUFFIXES, image_paths, read_image
+
+__all__ = ["IMAGES", "read_images", "read_mask", "read_noise", "read_pixels"]
+
+IMAGES = "a picture, an .npz or .npy of samples, or a folder of pictures, which are cropped and resized as in training"
+_ARRAYS = (".npz", ".npy")
+
+
+def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
+    """Clean samples, (count, channels, height, width) float32 in [-1, 1].
+
+    Args:
+        path: a picture, an .npz or .npy as read_pixels takes it, or a folder of pictures. Pictures are cropped around
+            their middle and resized; samples must have the shape.
+        shape: (channels, height, width) of a sample.
+        name: of the option, with which messages begin.
+
+    Raises:
+        ValueError: there is no such file, it is damaged or of another kind, or its samples have another shape.
+    """
+    given = Path(path)
+    if given.suffix.lower() in _ARRAYS and not given.is_dir():
+        found = _read_array(path, name)
+        if found.dtype.kind == "f" and found.ndim == 4:
+            return _of_shape(torch.from_numpy(found.astype(np.float32)), path, shape, name)
+        return _of_shape(_unit(torch.from_numpy(_as_pixels(found, path, name)).permute(0, 3, 1, 2)), path, shape, name)
+    if given.suffix.lower() not in SUFFIXES and not given.is_dir():
+        what = "a picture, an .npz, an .npy or a folder" if given.exists() else "a file or a folder that exists"
+        raise ValueError(f"{name}: got {path}, expected {what}")
+    paths = image_paths(given, name) if given.is_dir() else [given]
+    return _unit(torch.stack([read_image(image, shape, name) for image in paths]))
+
+
+def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
+    """The grey values of a picture, (1, 1, height, width) float32 from 0 (black) to 1 (white).
+
+    The picture is cropped and resized as images are, but no pixel is made of several, so that edges stay sharp.
+
+    Raises:
+        ValueError: it can't be read.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"mask: got {path}, expected a picture ending in {' '.join(sorted(SUFFIXES))}")
+    return read_image(Path(path), (1, *shape[1:]), "mask", smooth=False)[None].float() / 255
+
+
+def read_noise(path: str, shape: tuple[int, int, int]) -> Tensor:
+    """Noisy samples that `ddpm-ext invert` wrote, (count, channels, height, width) float32.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    found = _read_array(path, "noise")
+    if found.dtype.kind != "f" or found.ndim != 4:
+        expected = "floats (num, channels, height, width), as ddpm-ext invert writes them"
+        raise ValueError(f"noise: {path} holds {found.dtype} of shape {found.shape}, expected {expected}")
+    return _of_shape(torch.from_numpy(found.astype(np.float32)), path, shape, "noise")
+
+
+def read_pixels(path: str, name: str = "file") -> Pixels:
+    """(num, height, width, channels) uint8, from arr_0 of an .npz or from an .npy; floats (num, channels, height,
+    width) in [-1, 1] are converted.
+
+    Raises:
+        ValueError: the file can't be read, or holds something else.
+    """
+    found = _read_array(path, name)
+    if found.dtype.kind == "f" and found.ndim == 4:
+        return plots.to_uint8(torch.from_numpy(found.astype(np.float32)))
+    return _as_pixels(found, path, name)
+
+
+def _read_array(path: str, name: str) -> np.ndarray[Any, Any]:
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.lib.npyio.NpzFile):
+            with found:
+                if "arr_0" not in found:
+                    raise ValueError(f"it holds {', '.join(found) or 'nothing'}, expected arr_0")
+                found = found["arr_0"]
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({error})") from error
+    return found
+
+
+def _as_pixels(found: np.ndarray[Any, Any], path: str, name: str) -> Pixels:
+    if found.dtype != np.uint8 or found.ndim != 4:
+        expected = "uint8 (num, height, width, channels) or floats (num, channels, height, width)"
+        raise ValueError(f"{name}: {path} holds {found.dtype} of shape {found.shape}, expected {expected}")
+    return found
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def _of_shape(images: Tensor, path: str, shape: tuple[int, int, int], name: str) -> Tensor:
+    if not len(images) or images.shape[1:] != shape:
+        kind = "x".join(map(str, images.shape[1:]))
+        raise ValueError(
+            f"{name}: {path} holds {len(images)} samples of {kind}, expected {'x'.join(map(str, shape))} (channels, "
+            "height, width), as the model has"
+        )
+    if not torch.isfinite(images).all():
+        raise ValueError(f"{name}: {path} holds numbers that are not finite")
+    return images

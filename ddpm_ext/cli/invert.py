@@ -1,0 +1,84 @@
+"""`ddpm-ext invert`: from images to the noise that leads to them."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+
+from ddpm_ext.base import files
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
+from ddpm_ext.cli.images import IMAGES, read_images
+from ddpm_ext.cli.loop_inputs import add_clip, add_running, clip_of, running_of
+from ddpm_ext.cli.sampling import are_finite, load, refuse_not_finite
+from ddpm_ext.cli.sampling_options import add_class, add_device, add_model, add_spacing
+from ddpm_ext.loop.inversion import inversion_table
+from ddpm_ext.plots.style import plural
+
+__all__ = ["add_parser", "run"]
+
+_EXAMPLES = """examples:
+  ddpm-ext invert photo.png --model my-run --steps 100 --out noise.npy
+  ddpm-ext sample --noise noise.npy --no-clip --model my-run --sampler ddim --steps 100 --out again.png"""
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Adds `invert` to the commands of ddpm-ext."""
+    summary = "find the noise that leads to an image"
+    description = (
+        "Goes from images up to the noise from which the sampler ddim, with the same steps and spacing and without a "
+        "clip,\ncomes back to them. The more steps, the closer."
+    )
+    parser = add_command(commands, "invert", summary, description, takes="FILES ", epilog=_EXAMPLES)
+    parser.add_argument("images", metavar="FILES", help=IMAGES)
+    group = parser.add_argument_group("how to invert")
+    add_model(group)
+    add_class(group, "all")
+    add_spacing(group)
+    add_clip(group, threshold=False, clips=False)
+    group = parser.add_argument_group("how to run")
+    add_device(group)
+    add_running(group.add_argument, captured=True)
+    group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at a time")
+    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add = parser.add_argument_group("output").add_argument
+    kinds = "ends in .npy: float32 (num, channels, height, width), which ddpm-ext sample --noise takes"
+    add("--out", default="noise.npy", metavar="FILE", help=kinds)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Writes the noise to the file `options.out`.
+
+    Raises:
+        TypeError, ValueError: an option is out of range, or a file can't be read or written.
+        MissingExtra: a package that the command needs is not installed.
+    """
+    check_ending(options.out, (".npy",))
+    loaded = load(options)
+    table = inversion_table(loaded.diffusion.process, options.steps, options.spacing)
+    images = read_images(options.images, loaded.model.shape, "images").to(loaded.device, loaded.dtype)
+    files.check_writable(options.out)
+    found, wrong = [], 0
+    for first in range(0, len(images), options.batch_size):
+        batch = images[first : first + options.batch_size]
+        with torch.no_grad():
+            noise = loaded.diffusion.p_sample_loop(
+                loaded.model.unet,
+                tuple(batch.shape),
+                sampler=table,
+                noise=batch,
+                clip_denoised=clip_of(options),
+                model_kwargs=loaded.model_kwargs(range(first, first + len(batch))),
+                record="last",
+                progress=not options.quiet,
+                dtype=loaded.dtype,
+                **running_of(options),
+            )
+        assert isinstance(noise, torch.Tensor)  # with record="last"
+        wrong += are_finite(noise).count(False)
+        found.append(noise.float().cpu().numpy())
+    with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:
+        np.save(opened, np.concatenate(found))
+    print(f"{options.out}: noise of {plural(len(images), 'image')}, after {plural(len(table), 'step')}")
+    refuse_not_finite(wrong, len(images), options.out)

@@ -1,0 +1,218 @@
+"""The options with which a loop begins from images, keeps a part of them, clips, and calls the model.
+
+Their values are passed on as they are: the loop checks them, and its message is the command's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base.types import Clip
+from ddpm_ext.cli.arguments import finite_number, whole_number
+from ddpm_ext.cli.images import IMAGES, read_images, read_mask, read_noise
+from ddpm_ext.loop.guidance import Guidance
+from ddpm_ext.loop.inpaint import Inpaint
+from ddpm_ext.loop.interpolation import Interpolation
+from ddpm_ext.process.clip import DynamicThreshold
+from ddpm_ext.training.options import DTYPES
+
+__all__ = ["LoopInputs", "add_clip", "add_images", "add_running", "clip_of", "guidance_of", "running_of"]
+
+_AUTOCAST = ("bfloat16", "float16")
+_GRAPHS = ("step", "loop")
+_TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpaint", "jump_n_sample": "inpaint"}
+
+
+def add_clip(group: Any, *, threshold: bool = True, clips: bool = True) -> None:
+    """Adds how the predicted x_0 is clipped to a group of options.
+
+    threshold: whether dynamic thresholding is among the ways. clips: whether it is clipped by default.
+    """
+    ways = group.add_mutually_exclusive_group()
+    clip = f"range that the predicted x_0 is clipped to (default: {'-1 1' if clips else 'none'})"
+    ways.add_argument("--clip", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=clip)
+    if clips:
+        ways.add_argument("--no-clip", action="store_true", help="do not clip the predicted x_0")
+    else:
+        group.set_defaults(no_clip=True)
+    if threshold:
+        quantile = "clip each sample's predicted x_0 by its own quantile, as Imagen does; 0.995 is usual"
+        ways.add_argument("--threshold", type=finite_number, metavar="QUANTILE", help=quantile)
+        most = "the largest bound that --threshold may find (default: any)"
+        group.add_argument("--threshold-max", type=finite_number, metavar="X", help=most)
+
+
+def clip_of(options: argparse.Namespace) -> bool | Clip | DynamicThreshold:
+    """p_sample_loop's clip_denoised."""
+    quantile, most = getattr(options, "threshold", None), getattr(options, "threshold_max", None)
+    if quantile is not None:
+        return DynamicThreshold(quantile, **({} if most is None else {"maximum": most}))
+    if most is not None:
+        raise ValueError("threshold-max: belongs to --threshold")
+    if options.clip is not None:
+        return tuple(options.clip)
+    return not options.no_clip
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the options with which a loop begins from images, or knows a part of them."""
+    description = f"FILES are {IMAGES}.\nSample i has image i; after the last comes the first again."
+    add = parser.add_argument_group("to begin from images", description).add_argument
+    add("--start", metavar="FILES", help="begin from these images with noise, in place of noise alone")
+    share = "with --start: share of the steps to take, from the last, above 0 to 1; less keeps more of the image"
+    add("--strength", type=finite_number, default=1.0, metavar="X", help=share)
+    to = "with --start: interpolate from its images to these; all samples have the same noise, for a smooth path"
+    add("--to", metavar="FILES", help=to)
+    weight = "with --to: of its images, 0 to 1 (default: from 0 to 1 over the samples)"
+    add("--weight", type=finite_number, metavar="X", help=weight)
+    mix = "with --to: along the great circle, or the straight line (default: slerp)"
+    add("--mix", choices=("slerp", "lerp"), help=mix)
+    noise = "begin from this noise: an .npy that ddpm-ext invert wrote"
+    add("--noise", metavar="FILE", help=noise)
+    add = parser.add_argument_group("to fill in a part of images").add_argument
+    add("--inpaint", metavar="FILES", help="images of which a part is kept; the rest is drawn")
+    mask = "with --inpaint: a picture, white where the image is kept and black where it is drawn"
+    add("--mask", metavar="FILE", help=mask)
+    passes = "with --inpaint: times that each stretch of steps is taken, as RePaint does (default: 1)"
+    add("--jump-n-sample", type=whole_number(1), metavar="N", help=passes)
+    length = "with --inpaint: steps of such a stretch (default: 10)"
+    add("--jump-length", type=whole_number(1), metavar="N", help=length)
+
+
+def add_running(add: Any, *, captured: bool) -> None:
+    """Adds how the model is called; with `captured` also what a loop needs whose model is not watched."""
+    add("--autocast", choices=_AUTOCAST, help="lower precision of the model's arithmetic")
+    weights = "keep the model's weights in channels_last, for convolutions on a GPU"
+    add("--channels-last", action="store_true", help=weights)
+    if captured:
+        modes = "compile the model by torch.compile, or by this mode of it"
+        add("--compile", nargs="?", const=True, default=False, metavar="MODE", help=modes)
+        graphs = "take each step, or all of them, by a CUDA graph"
+        add("--graph", nargs="?", const="step", default=False, choices=_GRAPHS, help=graphs)
+
+
+def running_of(options: argparse.Namespace) -> dict[str, Any]:
+    """p_sample_loop's compile, autocast and graph."""
+    autocast = None if options.autocast is None else DTYPES[options.autocast]
+    captured = {name: getattr(options, name, False) for name in ("compile", "graph")}
+    return {"autocast": autocast, **captured}
+
+
+def guidance_of(options: argparse.Namespace) -> Guidance | None:
+    """p_sample_loop's guidance.
+
+    Raises:
+        TypeError, ValueError: as Guidance, or an option that belongs to --guidance is without it.
+    """
+    rescale, interval = options.guidance_rescale, options.guidance_interval
+    if options.guidance is None:
+        for name, value in (("rescale", rescale), ("interval", interval)):
+            if value is not None:
+                raise ValueError(f"guidance-{name}: belongs to --guidance")
+        return None
+    return Guidance(options.guidance, rescale=rescale or 0.0, interval=None if interval is None else tuple(interval))
+
+
+@dataclass(frozen=True)
+class LoopInputs:
+    """The images of the options, on the model's device and of the samples' dtype, (images, channels, height, width).
+
+    count: how many samples the command draws.
+    start, to, noise, inpaint: of the options of these names.
+    mask: (1, 1, height, width), 1 where `inpaint` is known.
+    """
+
+    count: int
+    start: Tensor | None = None
+    to: Tensor | None = None
+    noise: Tensor | None = None
+    inpaint: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def read(
+        cls, options: argparse.Namespace, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    ) -> LoopInputs:
+        """Reads the images that the options name.
+
+        The count is --num or --num-images; without these, as many as there are images to begin from or to fill in, or
+        the command's own number.
+
+        Raises:
+            ValueError: an image can't be read, or an option lacks the one that it belongs to.
+        """
+        for name, other in _TAKES.items():
+            if getattr(options, name) is not None and getattr(options, other) is None:
+                raise ValueError(f"{name.replace('_', '-')}: belongs to --{other}")
+        for one, other in (("to", "start"), ("inpaint", "mask")):
+            if getattr(options, one) is not None and getattr(options, other) is None:
+                raise ValueError(f"{one}: got {getattr(options, one)}, expected --{other} beside it")
+        found: dict[str, Tensor] = {}
+        for name in ("start", "to", "inpaint"):
+            if getattr(options, name) is not None:
+                found[name] = read_images(getattr(options, name), shape, name)
+        if options.noise is not None:
+            found["noise"] = read_noise(options.noise, shape)
+        images = max(map(len, found.values()), default=options.default_num)
+        if options.mask is not None:
+            found["mask"] = read_mask(options.mask, shape)
+        count = getattr(options, "num_images", None) or options.num or images
+        return cls(count, **{name: value.to(device, dtype) for name, value in found.items()})
+
+    def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
+        """Whose noise the samples have: their own, and on a path between two images all that of sample 0."""
+        if self.to is not None and options.weight is None:
+            return torch.zeros(len(samples), dtype=torch.int64, device=self.to.device)
+        return samples.start
+
+    def of_samples(self, options: argparse.Namespace, samples: range) -> dict[str, Any]:
+        """What the options give p_sample_loop for samples by their ids.
+
+        Raises:
+            TypeError, ValueError: as DynamicThreshold, Inpaint and Interpolation.
+        """
+        ids = torch.arange(samples.start, samples.stop, device="cpu")
+
+        def turn(images: Tensor | None) -> Tensor | None:
+            return None if images is None else images[(ids % len(images)).to(images.device)]
+
+        start: Tensor | Interpolation | None = turn(self.start)
+        if self.to is not None:
+            weight = ids / (self.count - 1) if self.count > 1 else torch.full((1,), 0.5, device="cpu")
+            chosen = weight if options.weight is None else options.weight
+            start = Interpolation(turn(self.start), turn(self.to), chosen, options.mix or "slerp")  # type: ignore[arg-type]
+        jumps = {"jump_length": options.jump_length, "jump_n_sample": options.jump_n_sample}
+        inpaint = None
+        if self.inpaint is not None:
+            given = {name: value for name, value in jumps.items() if value is not None}
+            inpaint = Inpaint(turn(self.inpaint), self.mask, **given)  # type: ignore[arg-type]
+        return {
+            "start": start,
+            "strength": options.strength,
+            "noise": turn(self.noise),
+            "inpaint": inpaint,
+            "clip_denoised": clip_of(options),
+            **running_of(options),
+        }
+
+    def settings(self, options: argparse.Namespace) -> dict[str, Any]:
+        """What determines a sample of these options, as JSON, without those that have no influence here; an image by
+        its SHA-256."""
+        of_images = ("weight", "mix", "jump_length", "jump_n_sample")
+        plain = ("clip", "threshold", "threshold_max", "guidance_rescale", "guidance_interval", *of_images, "autocast")
+        found = {name: getattr(options, name) for name in plain if getattr(options, name) is not None}
+        if options.no_clip:
+            found["clip"] = "none"
+        if options.strength != 1:
+            found["strength"] = options.strength
+        for name in ("start", "to", "noise", "inpaint", "mask"):
+            images = getattr(self, name)
+            if images is not None:
+                found[name] = hashlib.sha256(images.cpu().float().numpy().tobytes()).hexdigest()
+        return found

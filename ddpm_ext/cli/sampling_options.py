@@ -1,0 +1,127 @@
+"""The options of all commands that call a model: which model and classes, how to sample, how to run, the output."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ddpm_ext.cli.arguments import (
+    DEVICES,
+    DEVICES_OF_RANKS,
+    SPACING_NAMES,
+    finite_number,
+    nonnegative_number,
+    numbers,
+    seed,
+    whole_number,
+)
+from ddpm_ext.cli.loop_inputs import add_clip, add_images, add_running
+from ddpm_ext.process.process import BACKENDS
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
+from ddpm_ext.training.options import DTYPES
+
+__all__ = ["add_class", "add_device", "add_model", "add_sampling", "add_seed", "add_spacing"]
+
+
+def add_model(group: Any, default: str = "digits") -> None:
+    """Adds --model to a group of options."""
+    models = "a model that comes with the package, or a folder in diffusers' layout"
+    group.add_argument("--model", default=default, metavar="digits|shapes|FOLDER", help=models)
+
+
+def add_seed(group: Any) -> None:
+    """Adds --seed."""
+    determines = "determines the noise, together with the number of each sample"
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help=determines)
+
+
+def add_class(group: Any, default: str) -> None:
+    """Adds --class. default: what stands for it, for the help."""
+    classes = f"classes that the samples have in turn, by name or number, with commas between them (default: {default})"
+    group.add_argument("--class", dest="classes", metavar="NAME,...", help=classes)
+
+
+def add_spacing(group: Any) -> None:
+    """Adds --steps and --spacing."""
+    steps = "steps of the loop (default: all timesteps of the model)"
+    group.add_argument("--steps", type=whole_number(1), metavar="N", help=steps)
+    group.add_argument("--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {SPACING_NAMES}")
+
+
+def add_device(group: Any, *, by_ranks: bool = False) -> None:
+    """Adds --device, --dtype and --backend."""
+    group.add_argument("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
+    group.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
+    backend = "the compiled kernels, or plain torch"
+    group.add_argument("--backend", choices=tuple(BACKENDS), default="fused", help=backend)
+
+
+def add_sampling(
+    parser: argparse.ArgumentParser,
+    *,
+    num: int,
+    out: str | None,
+    out_help: str,
+    by_ranks: bool = False,
+    model: str = "digits",
+    scales: str | None = None,
+) -> Callable[..., argparse.Action]:
+    """Adds the options of all commands that draw samples.
+
+    Args:
+        num: how many samples by default.
+        out, out_help: the default of --out and its help text.
+        by_ranks: whether the command can also draw many images in batches, by several ranks.
+        model: the default of --model.
+        scales: the default of --guidance where it takes several numbers; None: where it takes one.
+
+    Returns:
+        The function that adds a further option to the group of the output.
+    """
+    parser.set_defaults(default_num=num)
+    group = parser.add_argument_group("what to sample")
+    add_model(group, model)
+    counts = group.add_mutually_exclusive_group()
+    number = f"number of samples (default: {num}, or one for each image of the options below)"
+    counts.add_argument("--num", type=whole_number(1), metavar="N", help=number)
+    if by_ranks:
+        into_folder = (
+            "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
+            "command continues it"
+        )
+        counts.add_argument("--num-images", type=whole_number(1), metavar="N", help=into_folder)
+    add_seed(group)
+    add_class(group, "all")
+
+    group = parser.add_argument_group("how to sample")
+    add = group.add_argument
+    scale = "scale of classifier-free guidance: 1 for none, and further towards the class above 1"
+    if scales is None:
+        add("--guidance", type=finite_number, metavar="X", help=scale)
+    else:
+        add("--guidance", type=numbers, default=scales, metavar="X,...", help=f"{scale}; several")
+    rescale = "share of the growth of the output's deviation that guidance takes back, 0 to 1; 0.7 is usual"
+    add("--guidance-rescale", type=finite_number, metavar="X", help=rescale)
+    interval = "the timesteps at which to guide, both included (default: all)"
+    add("--guidance-interval", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
+    add("--null-class", type=whole_number(0), metavar="N", help=null)
+    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
+    add_spacing(group)
+    eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
+    add("--eta", type=nonnegative_number, metavar="X", help=eta)
+    add_clip(group)
+    add_images(parser)
+
+    group = parser.add_argument_group("how to run")
+    add_device(group, by_ranks=by_ranks)
+    add_running(group.add_argument, captured=by_ranks)
+    if by_ranks:
+        help_text = "samples at a time, on each rank"
+        group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help=help_text)
+    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default=out, metavar="FILE|FOLDER" if by_ranks else "FILE", help=out_help)
+    return add

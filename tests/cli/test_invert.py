@@ -1,0 +1,50 @@
+"""`ddpm-ext invert`: the noise that it finds leads back to the images."""
+
+import numpy as np
+import pytest
+from support.command_line import call
+
+for module in ("diffusers", "safetensors", "tqdm"):
+    pytest.importorskip(module)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_noise_leads_back(tmp_path, monkeypatch, capsys, spacing):
+    """The more steps, the closer; from other noise, another image."""
+    monkeypatch.chdir(tmp_path)
+    ddim = ("--spacing", spacing, "--quiet", "--steps")
+    assert call("sample", "--num", 3, "--sampler", "ddim", *ddim, 10, "--out", "a.npz") == 0
+    images = np.load("a.npz")["arr_0"].astype(int)
+    errors = []
+    for steps in (8, 40):
+        assert call("invert", "a.npz", *ddim, steps, "--batch-size", 2) == 0
+        noise = np.load("noise.npy")
+        assert (noise.shape, noise.dtype) == ((3, 1, 8, 8), np.float32)
+        assert "noise.npy: noise of 3 images, after " in capsys.readouterr().out
+        back = ("--sampler", "ddim", "--no-clip", *ddim, steps, "--noise", "noise.npy", "--out", "b.npz")
+        assert call("sample", *back) == 0
+        errors.append(abs(np.load("b.npz")["arr_0"] - images).mean())
+    assert errors[1] < errors[0] / 2
+    assert errors[1] < 6
+    np.save("noise.npy", noise[::-1])
+    assert call("sample", *back) == 0
+    assert abs(np.load("b.npz")["arr_0"] - images).mean() > 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "required: FILES"),
+        (("a.png", "--out", "noise.png"), "out: got noise.png, expected a name that ends in .npy"),
+        (("nowhere.png",), "images: cannot read nowhere.png"),
+        (("a.npz", "--spacing", "ddim5", "--steps", 5), "steps is 5 beside spacing 'ddim5'"),
+        (("a.npz", "--spacing", "leading", "--steps", 1), "steps is 1 with spacing 'leading', which begins at"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert call("invert", *options) == 2
+    written = capsys.readouterr()
+    assert message in written.err
+    assert (written.err.count("\n"), written.out) == (1, "")
+    assert not list(tmp_path.iterdir())
