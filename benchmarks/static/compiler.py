@@ -130,18 +130,17 @@ def resources(usage: str, remarks: str) -> dict[str, Resources]:
 
 
 def build(tools: Tools, source: str, arch: str, folder: Path) -> Build:
-    """Compiles and takes apart; intermediate files go to `folder`."""
+    """Compiles and takes apart; intermediate files go to `folder`. `source`: of csrc/cuda, or the path of another."""
     folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"{source}.cubin"
+    path = Path(source) if source.endswith(".cu") else CSRC / "cuda" / f"{source}.cu"
+    cubin = folder / f"{path.stem}.cubin"
     keep = ["--keep", "--keep-dir", folder, "-Xptxas=-v"]
-    remarks = output(
-        tools.nvcc, *tools.flags, *keep, f"-arch=sm_{arch}", "-cubin", "-o", cubin, CSRC / "cuda" / f"{source}.cu"
-    )
-    preprocessed = (folder / f"{source}.cpp1.ii").read_text(errors="replace")
+    remarks = output(tools.nvcc, *tools.flags, *keep, f"-arch=sm_{arch}", "-cubin", "-o", cubin, path)
+    preprocessed = (folder / f"{path.stem}.cpp1.ii").read_text(errors="replace")
     return Build(
         source,
         arch,
-        (folder / f"{source}.ptx").read_text(),
+        (folder / f"{path.stem}.ptx").read_text(),
         set(re.findall(r'^# \d+ "([^"<]+)"', preprocessed, re.MULTILINE)),
         sass.parse(output(tools.nvdisasm, "-c", cubin)),
         resources(output(tools.cuobjdump, "--dump-resource-usage", cubin), remarks),

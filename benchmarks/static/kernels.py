@@ -26,6 +26,7 @@ class Variant(NamedTuple):
     device_seed: bool
     tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
+    options: str = "all options"  # of a step with options: those that the kernel is made for, all of which are counted
 
     @property
     def has_options(self) -> bool:
@@ -40,7 +41,7 @@ class Variant(NamedTuple):
     @property
     def title(self) -> str:
         if self.op in STEPS:
-            return f"{self.op}, all options"
+            return f"{self.op}, {self.options}"
         noise = "" if self.noise == "none" else f", noise {self.noise}"
         return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
 
@@ -88,9 +89,22 @@ def options(step: str, kind: str) -> list[str]:
 
 
 @cache
+def option_sets(step: str) -> dict[str, frozenset[str]]:
+    """The sets of options of a step that have a kernel of their own: all that a call of it may have."""
+    file = {EXTENDED: "cuda/extended_step.cu", LINEAR: "cuda/linear_step.cu"}[step]
+    structs = re.findall(r"^struct (\w+) : .*?\{\n(.*?)^\};", text_of(file), re.DOTALL | re.MULTILINE)
+    return {name: frozenset(re.findall(r"(?:Role|Result|Factor)::(\w+)", body)) for name, body in structs}
+
+
+def in_words(name: str) -> str:
+    """LearnedVariance: learned variance."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()
+
+
+@cache
 def reads(op: str) -> tuple[bool, bool]:
     """Whether an operator reads x, and a second tensor besides the noise."""
-    found = re.search(rf"struct {op} \{{.*?kX = (\w+), kSecond = (\w+)", text_of("cuda/*.cu"), re.DOTALL)
+    found = re.search(rf"struct {op} \{{.*?kX = (\w+), kSecond = (\w+)", text_of("cuda/*.cu*"), re.DOTALL)
     if found is None:
         raise ValueError(f"csrc/cuda has no struct {op} with kX and kSecond")
     return found[1] == "true", found[2] == "true"
@@ -136,10 +150,14 @@ def variant(demangled: str) -> Variant:
     if found[1] == "with_options":
         step = arguments[1].split("::")[-1]
         x, model = [argument for argument in arguments if argument in TYPES]
-        like_x, of_model, results = (options(step, kind) for kind in ("LIKE_X", "OF_MODEL", "RESULT"))
-        # besides its options: x_t and the noise, the model's output, and the next sample
-        tensors = (*[x] * (2 + len(like_x)), *[model] * (1 + len(of_model)), *[x] * (1 + len(results)))
-        return Variant(step, "drawn", values["Access"], False, tensors, 1 + len(results))
+        # x_t and the noise, the model's output, and the next sample are no options
+        like_x, of_model = ["x_t", "noise", *options(step, "LIKE_X")], ["model_output", *options(step, "OF_MODEL")]
+        results, title = ["out", *options(step, "RESULT")], "all options"
+        if (name := arguments[2].split("::")[-1]) in (sets := option_sets(step)):
+            like_x, of_model, results = ([n for n in names if n in sets[name]] for names in (like_x, of_model, results))
+            title = in_words(name)
+        tensors = (*[x] * len(like_x), *[model] * len(of_model), *[x] * len(results))
+        return Variant(step, "drawn", values["Access"], False, tensors, len(results), title)
     given = values["Noise"] == "given"
     if found[1] == "loss_of_samples":
         x, model = [argument for argument in arguments if argument in TYPES]

@@ -44,13 +44,15 @@ Access choose_access(const StepCall<Step>& call) {
   return vector ? Access::vector : Access::strided;
 }
 
+constexpr int64_t kMaxChannelsInTurn = 16;
+
 // How many channels a thread of Access::strided takes for its pixels, one after the other. Where a sample is (channels,
 // pixels), some of its tensors have their channels last. Then a warp comes to all that it fetches of them within a few
 // turns, while the L1 cache still holds it. Otherwise there is one channel that is the whole sample. In a small sample
 // more threads are worth more.
 DDPM_HD int64_t channels_in_turn(const Call& call) {
-  constexpr int64_t kMaxChannels = 16, kManyPixels = 1 << 14;
-  const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannels && call.sizes[1] >= kManyPixels;
+  constexpr int64_t kManyPixels = 1 << 14;
+  const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] >= kManyPixels;
   return apart && call.sizes[1] % 4 == 0 ? call.sizes[0] : 1;
 }
 

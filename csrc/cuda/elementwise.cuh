@@ -20,6 +20,26 @@ namespace ddpm_ext::cuda {
 //   draw(row, t)              the draw to use if the caller gave none
 //   mean(row, call, x, m)     its result without noise
 //   noisy(row, mean, x, z)    its result with noise
+// and, where it is a variant on trial, any of these:
+//   Call                      an ElementwiseCall with a `row` that all samples have, in place of those of the table
+//   kBlocks                   how many blocks a multiprocessor should hold
+//   kAhead                    that the launch may begin before the one before it has ended, and draws the noise of its
+//                             first turn, by what it is passed alone, before it waits for that
+template <class Op>
+struct CallOf {
+  using Type = ElementwiseCall;
+};
+template <class Op>
+  requires requires { typename Op::Call; }
+struct CallOf<Op> {
+  using Type = typename Op::Call;
+};
+template <class Op, int kDefault>
+struct BlocksOf : std::integral_constant<int, kDefault> {};
+template <class Op, int kDefault>
+  requires requires { Op::kBlocks; }
+struct BlocksOf<Op, kDefault> : std::integral_constant<int, Op::kBlocks> {};
+
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
@@ -32,11 +52,13 @@ class Elementwise {
   static constexpr int kRun = kAccess == Access::vector && !kWide ? 8 : 4;
   static constexpr int kParts = kAccess == Access::vector && kWide && (kNarrow || kNoise == Noise::drawn) ? 2 : 1;
   static constexpr int kItems = kParts * kRun;
-  // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys in registers as well.
-  static constexpr int kBlocks = kAccess == Access::strided ? 1 : kDeviceSeed ? 3 : 4;
+  // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys or with places in
+  // registers as well.
+  static constexpr int kBlocks = BlocksOf < Op, kAccess == Access::strided || kDeviceSeed ? 3 : 4 > ::value;
+  using Call = typename CallOf<Op>::Type;
+  static constexpr bool kAhead = requires { Op::kAhead; };
 
-  __device__ __forceinline__ Elementwise(const ElementwiseCall& call, const Dividers& dividers, const PhiloxKeys& keys,
-                                         Index b)
+  __device__ __forceinline__ Elementwise(const Call& call, const Dividers& dividers, const PhiloxKeys& keys, Index b)
       : call_(call),
         dividers_(dividers),
         keys_(keys),
@@ -54,12 +76,22 @@ class Elementwise {
       x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
       const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
       Inputs inputs;
+      Normals ahead = {};
+      if constexpr (kAhead) {
+        read_row();
+        if (noisy()) draw(ahead, first);
+        wait_for_launch_before();
+      }
       load(inputs, first, whole);  // before the row, which takes two loads one after the other
-      read_row();
-      vectors(inputs, first, step, whole);
+      if constexpr (!kAhead) read_row();
+      vectors(inputs, ahead, first, step, whole);
     } else {
       read_row();
-      elements(first, step);
+      const int phase = call_.contiguous ? this->phase() : -1;
+      if (phase < 0)
+        elements(first, step);
+      else
+        dense(first, step, phase);
     }
   }
 
@@ -72,12 +104,20 @@ class Elementwise {
     Vector<Z, kRun> noise[kParts];
   };
 
+  using Normals = F2[kParts][kRun / 2];
+
   // Finds everything that the sample's elements share.
   __device__ __forceinline__ void read_row() {
     const int64_t t = sample_row(call_, b_);
-    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(call_.table)[t];
+    if constexpr (!std::is_same_v<Call, ElementwiseCall>)
+      row_ = call_.row;
+    else if constexpr (!Op::kRowless)
+      row_ = static_cast<const Row*>(call_.table)[t];
     if constexpr (kNoise == Noise::drawn) {
-      counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
+      if constexpr (kAhead)  // by nothing that is in memory
+        counter_ = philox_sample(keys_, sample_counter(call_.first_id + b_, call_.stream, Op::draw(row_, t)));
+      else
+        counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
       // or the compiler would compute them behind the branch around the noise, in every turn
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
@@ -104,10 +144,19 @@ class Elementwise {
     }
   }
 
+  // Draws the noise of a turn.
+  __device__ __forceinline__ void draw(Normals& z, Index j) const {
+    DDPM_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      DDPM_UNROLL
+      for (int i = 0; i < kRun / 2; i += 2) draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
+    }
+  }
+
   // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. As soon as a turn has used
   // its inputs it loads those of the next one, which are then under way while it draws its noise. Without the branch
   // around the noise, the compiler would move loads behind it, to where their values are used.
-  __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
+  __device__ __forceinline__ void vectors(Inputs& inputs, Normals& ahead, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
     if (j < whole) {
 #pragma unroll 1
@@ -130,7 +179,9 @@ class Elementwise {
           for (int p = 0; p < kParts; ++p) {
             DDPM_UNROLL
             for (int i = 0; i < kRun / 2; ++i) {
-              if (kNoise == Noise::drawn && i % 2 == 0)
+              if (kAhead)
+                z[p][i] = ahead[p][i];
+              else if (kNoise == Noise::drawn && i % 2 == 0)
                 draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
               out[p][i] = Op::noisy(row_, out[p][i], x[p][i], z[p][i]);
             }
@@ -144,6 +195,9 @@ class Elementwise {
           if (p == 0 || j + p * apart() < whole) stored.store(out_ + j + p * apart());
         }
         j += step;
+        if constexpr (kAhead) {
+          if (noisy && j < whole) draw(ahead, j);
+        }
       } while (j < whole);
     }
     // The rest of a sample beyond its whole runs, for the thread whose next run it would be.
@@ -155,6 +209,49 @@ class Elementwise {
       if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, e, z);
       const F2 half = e & 2 ? z[1] : z[0];
       element({e, e, e, e}, noisy, e & 1 ? half.v.y : half.v.x);
+    }
+  }
+
+  // Where the sample lies in all of its tensors.
+  __device__ __forceinline__ int phase() const {
+    Phase phase;
+    if constexpr (Op::kX) phase.add(x_, sizeof(X), 0);
+    if constexpr (Op::kSecond) phase.add(m_, sizeof(M), 0);
+    if constexpr (kNoise == Noise::given) phase.add(noise_, sizeof(Z), 0);
+    phase.add(out_, sizeof(X), 0);
+    return phase.get();
+  }
+
+  // Processes a dense sample that does not begin where a word of four elements does: by words, and its ends one by one.
+  __device__ __forceinline__ void dense(Index first, Index step, int phase) const {
+    const bool noisy = this->noisy();
+#pragma unroll 1
+    for (Index j = first - phase; j < call_.numel; j += step) {
+      const bool whole = j >= 0 && j + 4 <= call_.numel;
+      Inputs inputs;
+      if (whole) load(inputs, j, call_.numel);
+      F2 z[2] = {};
+      if (kNoise == Noise::drawn && noisy) draw_normals(keys_, counter_, j, phase, z);
+      if (whole) {
+        Vector<X, 4> stored;
+        DDPM_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          F2 x = {}, m = {};
+          if constexpr (Op::kX) x = widen(inputs.x[0].pairs[i]);
+          if constexpr (Op::kSecond) m = widen(inputs.m[0].pairs[i]);
+          if constexpr (kNoise == Noise::given) z[i] = widen(inputs.noise[0].pairs[i]);
+          F2 out = Op::mean(row_, call_, x, m);
+          if (noisy) out = Op::noisy(row_, out, x, z[i]);
+          narrow(out, stored.pairs[i]);
+        }
+        stored.store(out_ + j);
+        continue;
+      }
+      DDPM_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const Index e = j + i;
+        if (e >= 0 && e < call_.numel) element({e, e, e, e}, noisy, i % 2 == 0 ? z[i / 2].v.x : z[i / 2].v.y);
+      }
     }
   }
 
@@ -191,7 +288,7 @@ class Elementwise {
     out_[o.out] = from_float<X>(out);
   }
 
-  const ElementwiseCall& call_;
+  const Call& call_;
   const Dividers& dividers_;
   const PhiloxKeys& keys_;
   const Index b_;
@@ -205,7 +302,7 @@ class Elementwise {
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 __global__ void __launch_bounds__(kThreads, Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kBlocks)
-    elementwise(const __grid_constant__ ElementwiseCall call, const __grid_constant__ Dividers dividers,
+    elementwise(const __grid_constant__ typename CallOf<Op>::Type call, const __grid_constant__ Dividers dividers,
                 const __grid_constant__ PhiloxKeys host_keys) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   using Index = typename Body::Index;

@@ -2,7 +2,20 @@
 #include "cuda/steps_with_options.cuh"
 
 namespace ddpm_ext::cuda {
+namespace {
 
-void linear_step(const StepCall<LinearStep>& call, int device) { step_with_options(call, device); }
+// What a loop has: the model's output, guided or not, and history.
+struct WithHistory : AnyOptions<LinearStep> {
+  using Role = LinearStep::Role;
+  using Result = LinearStep::Result;
+  static constexpr uint32_t kMust = set_of<LinearStep>(Role::x_t, Role::model_output, Result::out);
+  static constexpr uint32_t kMay = kMust | set_of<LinearStep>(Role::uncond_output, Role::history1, Role::history2,
+                                                              Role::history3, Result::out_copy, Result::history_out);
+  static constexpr int kBlocks = 3;
+};
+
+}  // namespace
+
+void linear_step(const StepCall<LinearStep>& call, int device) { step_with_options<WithHistory>(call, device); }
 
 }  // namespace ddpm_ext::cuda

@@ -214,10 +214,13 @@ class LossOfSample {
 
 // `counts` are batch + 1 zeros, of the blocks that have finished their part of a sample and of the samples that are
 // finished. The launch leaves them as zeros.
+//
+// The blocks share a sample's first `apart` turns, and each goes on in steps of `apart`, and then of the grid. So where
+// channels are last (channels_in_turn), a block comes at once to all that it fetches of a few pixels.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
-                    const __grid_constant__ PhiloxKeys host_keys, uint32_t* counts) {
+                    const __grid_constant__ PhiloxKeys host_keys, const int64_t apart, uint32_t* counts) {
   using Body = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>;
   using Index = typename Body::Index;
   constexpr int kParts = Body::kParts;
@@ -233,11 +236,20 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
 
   const Index chunks = static_cast<Index>(loss_chunks(call.numel)), turns = (chunks + kParts - 1) / kParts;
   double* const sums = call.chunks + static_cast<int64_t>(b) * chunks;
-  body.load(blockIdx.x);
+  Index first = blockIdx.x;  // of the turns that are `apart`
+  const auto next = [&](Index turn) {
+    if constexpr (kAccess == Access::vector) return turn + gridDim.x;
+    turn += apart;
+    if (turn < turns) return turn;
+    first += gridDim.x;
+    return first < apart ? first : turns;
+  };
+  body.load(first);
   unsigned odd = 0;
-  for (Index turn = blockIdx.x; turn < turns; turn += gridDim.x, odd ^= 1) {
+  for (Index turn = first, after; turn < turns; turn = after, odd ^= 1) {
+    after = next(turn);
     body.take(turn, losses[odd]);
-    body.load(turn + gridDim.x);  // before the sums, so that the loads are under way
+    body.load(after);  // before the sums, so that the loads are under way
     __syncthreads();
     // A warp adds up a chunk, and other warps the next turn's. The turn after that writes to the same place behind
     // another barrier.
@@ -257,17 +269,26 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
+// As channels_in_turn(call), by whole chunks, and wherever the device has enough blocks without those of other
+// channels.
+int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
+  const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
+  return apart && call.batch * (call.sizes[1] / kLossChunk) >= at_once ? call.sizes[0] : 1;
+}
+
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 void launch_access(const LossCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = loss_of_samples<Row, kNoise, kAccess, kHostKeys, X, M>;
   constexpr int kParts = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kParts;
-  const int64_t turns = divide_up(loss_chunks(call.numel), kParts), rows = std::min(call.batch, kMaxGridY);
-  const int64_t enough = divide_up(2 * blocks_at_once<kKernel>(kLossThreads), call.batch);
-  const Shape shape = {dim3(static_cast<unsigned>(std::min(enough, turns)), static_cast<unsigned>(rows),
+  const int64_t rows = std::min(call.batch, kMaxGridY), at_once = blocks_at_once<kKernel>(kLossThreads);
+  const int64_t turns = divide_up(loss_chunks(call.numel), kParts),
+                apart = turns / (kAccess == Access::strided ? channels_in_turn(call, at_once) : 1);
+  const int64_t enough = divide_up(2 * at_once, call.batch);
+  const Shape shape = {dim3(static_cast<unsigned>(std::min(enough, apart)), static_cast<unsigned>(rows),
                             static_cast<unsigned>(divide_up(call.batch, rows))),
                        dim3(kLossThreads)};
   const Counts counts(call.batch + 1, device, stream);
-  launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed), counts.data());
+  launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed), apart, counts.data());
 }
 
 template <class Row, Noise kNoise, class X, class M>

@@ -1,6 +1,6 @@
 // The kernels of a step with optional arguments: take_step of core/ for every element. Which tensors a call has is
 // known only when it runs, so the kernels are made from the step's roles (core/options.h) and branch on null pointers,
-// which are the same for all threads.
+// which are the same for all threads. The usual sets of options have kernels of their own (option_sets.cuh).
 #pragma once
 
 #include <type_traits>
@@ -10,27 +10,32 @@
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"
+#include "cuda/option_sets.cuh"
 #include "cuda/sample.cuh"
 
 namespace ddpm_ext::cuda {
 namespace {
 
+// How many elements of a sample a thread takes at once.
+template <Access kAccess, class X>
+constexpr int kStepItems = kAccess == Access::vector && sizeof(X) == 2 ? 8 : 4;
+
 // kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
 // issued before the first value is used.
-template <class Step, class X, class M>
+template <class Step, class Options, class X, class M, int kItems, class Index>
 class VectorTensors {
  public:
   using Role = typename Step::Role;
   using Result = typename Step::Result;
-  static constexpr int kItems = sizeof(X) == 2 ? 8 : 4;
 
-  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, uint32_t b, uint32_t j)
-      : call_(call), b_(b), j_(j) {
+  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, Index b, Index j) : call_(call), b_(b), j_(j) {
     fetch(std::make_integer_sequence<int, kRoles<Step>>());
   }
 
-  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
-  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
+  template <class Which>
+  __device__ __forceinline__ bool has(Which which) const {
+    return cuda::has<Options>(call_, which);
+  }
 
   template <Role kRole>
   __device__ __forceinline__ F2 load(int i) const {
@@ -66,6 +71,7 @@ class VectorTensors {
   }
   template <Role kRole>
   __device__ __forceinline__ void fetch_one() {
+    if constexpr ((Options::kMay & bit<Step>(kRole)) == 0) return;
     using T = std::conditional_t<of_model(kRole), M, X>;
     const TensorArg& tensor = call_[kRole];
     const_cast<Vector<T, kItems>&>(get<kRole>())
@@ -83,7 +89,7 @@ class VectorTensors {
   }
 
   const StepCall<Step>& call_;
-  const uint32_t b_, j_;
+  const Index b_, j_;
   Vector<X, kItems> like_x_[kLikeX<Step>];
   Vector<M, kItems> of_model_[kRoles<Step> - kLikeX<Step>];
   Vector<X, kItems> results_[kResults<Step>];
@@ -91,7 +97,7 @@ class VectorTensors {
 
 // One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
 // of a pair whose second is not used.
-template <class Step, class X, class M, bool kContiguous>
+template <class Step, class Options, class X, class M, bool kContiguous>
 class ElementTensors {
  public:
   using Role = typename Step::Role;
@@ -107,8 +113,10 @@ class ElementTensors {
     }
   }
 
-  __device__ __forceinline__ bool has(Role role) const { return call_[role].data != nullptr; }
-  __device__ __forceinline__ bool has(Result result) const { return call_[result].data != nullptr; }
+  template <class Which>
+  __device__ __forceinline__ bool has(Which which) const {
+    return cuda::has<Options>(call_, which);
+  }
 
   template <Role kRole>
   __device__ __forceinline__ F2 load(int) const {
@@ -140,25 +148,40 @@ __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
 }
 
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
-template <Access kAccess, class Step, class X, class M>
-__global__ void __launch_bounds__(kThreads)
+template <Access kAccess, class Step, class Options, class X, class M>
+__global__ void __launch_bounds__(kThreads, kAccess == Access::strided ? 1 : Options::kBlocks)
     with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers,
                  const int64_t pixels, const int64_t apart) {
   constexpr bool kVector = kAccess == Access::vector;
   using Index = std::conditional_t<kVector, uint32_t, int64_t>;
-  constexpr int kItems = kVector ? VectorTensors<Step, X, M>::kItems : 4;
+  constexpr int kItems = kStepItems<kAccess, X>;
+  using Vectors = VectorTensors<Step, Options, X, M, kItems, Index>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
   if (b >= static_cast<Index>(call.batch)) return;
 
   const typename Step::Row row = static_cast<const typename Step::Row*>(call.table)[sample_row(call, b)];
-  StepSample<Step> sample;
-  sample.clip_min = call.clip_min, sample.clip_max = call.clip_max, sample.settings = call.settings;
+  StepSample<Step> sample = {call.clip_min, call.clip_max, {}, {}};
+  if constexpr (Options::kSettings) sample.settings = call.settings;
   DDPM_UNROLL
-  for (int i = 0; i < kFactors<Step>; ++i) sample.factors[i] = of_sample(call.factors[i], b);
+  for (int i = 0; i < kFactors<Step>; ++i) {
+    const bool may = (Options::kMay & bit<Step>(static_cast<typename Step::Factor>(i))) != 0;
+    sample.factors[i] = may ? of_sample(call.factors[i], b) : 1.0f;
+  }
   const bool drawn = call.noise_kind == Noise::drawn && Step::draws(row, call);
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(call, keys, b, Step::draw(row));
+  // Takes up to four elements, from j on, whose noise is z.
+  const auto by_element = [&](Index j, Index numel, const F2* z) {
+    const Index end = numel - j < 4 ? numel : j + 4;
+#pragma unroll 1
+    for (Index i = j; i < end; ++i) {
+      const F2 half = i & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
+      ElementTensors<Step, Options, X, M, kVector> tensors(call, dividers, b, i);
+      take_step(row, sample, tensors, drawn, one);
+    }
+  };
 
   const Index numel = static_cast<Index>(call.numel);
   const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
@@ -167,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     const Index whole = numel / kItems * kItems;
 #pragma unroll 1
     for (; j < whole; j += step) {
-      VectorTensors<Step, X, M> tensors(call, b, j);
+      Vectors tensors(call, b, j);
       DDPM_UNROLL
       for (int q = 0; q < kItems; q += 4) {
         F2 z[2] = {F2(0.0f), F2(0.0f)};
@@ -177,46 +200,45 @@ __global__ void __launch_bounds__(kThreads)
       }
       tensors.finish();
     }
-  }
-  // Four elements at a time by strides; or the rest of a sample beyond its whole vectors, which one thread takes.
-  if (!kVector && j >= static_cast<Index>(pixels)) return;
-  for (; j < numel; j += kVector ? 4 : static_cast<Index>(apart)) {
-    F2 z[2] = {F2(0.0f), F2(0.0f)};
-    if (drawn) draw_normals(keys, counter, j, z);
-    const Index end = numel - j < 4 ? numel : j + 4;
-#pragma unroll 1
-    for (Index i = j; i < end; ++i) {
-      const F2 half = i & 2 ? z[1] : z[0];
-      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
-      ElementTensors<Step, X, M, kVector> tensors(call, dividers, b, i);
-      take_step(row, sample, tensors, drawn, one);
+    // The rest of a sample beyond its whole vectors, which one thread takes.
+    for (; j < numel; j += 4) {
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, j, z);
+      by_element(j, numel, z);
+    }
+  } else {
+    if (j >= pixels) return;
+    for (; j < numel; j += apart) {
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, j, z);
+      by_element(j, numel, z);
     }
   }
 }
 
-template <Access kAccess, class X, class M, class Step>
+template <Access kAccess, class Options, class X, class M, class Step>
 void launch(const StepCall<Step>& call, cudaStream_t stream) {
-  constexpr auto kKernel = with_options<kAccess, Step, X, M>;
-  constexpr int kItems = kAccess == Access::vector ? VectorTensors<Step, X, M>::kItems : 4;
+  constexpr auto kKernel = with_options<kAccess, Step, Options, X, M>;
   const int64_t pixels = call.numel / channels_in_turn(call);
   // A thread that takes the elements of several channels takes no other turns.
   const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
+  constexpr int kItems = kStepItems<kAccess, X>;
   const Shape shape = launch_shape(call.batch, pixels, kItems, at_once);
   const int64_t step = int64_t{kItems} * shape.grid.x * shape.block.x;
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
-template <class Step>
+// Launches the kernel of the first of the usual sets of options that the call fits, or that for any.
+template <class... Usual, class Step>
 void step_with_options(const StepCall<Step>& call, int device) {
   using Role = typename Step::Role;
   on_device(device, [&](cudaStream_t stream) {
     by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
-      switch (choose_access(call)) {
-        case Access::vector:
-          return launch<Access::vector, decltype(x), decltype(m)>(call, stream);
-        case Access::strided:
-          return launch<Access::strided, decltype(x), decltype(m)>(call, stream);
-      }
+      using X = decltype(x);
+      using M = decltype(m);
+      if (choose_access(call) == Access::strided) return launch<Access::strided, AnyOptions<Step>, X, M>(call, stream);
+      const bool done = ((fits<Usual>(call) && (launch<Access::vector, Usual, X, M>(call, stream), true)) || ...);
+      if (!done) launch<Access::vector, AnyOptions<Step>, X, M>(call, stream);
     });
   });
 }

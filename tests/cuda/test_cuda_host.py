@@ -346,6 +346,21 @@ def test_every_sector_is_touched_once(host, variant):
     assert host.control.sectors_of(lambda: host.run(call, gpu=gpu)) == (read // 32, call.x.nbytes // 32)
 
 
+@variants
+def test_dense_samples_off_alignment_move_by_words(host, variant):
+    """All but their ends, wherever they begin: in a few more sectors than their bytes, since a warp's words may
+    straddle one."""
+    host.control.set_device(SMALL)
+    call, gpu = make_call(variant, 5, 20_013)
+    host.check(hide_seed(call, gpu), gpu=gpu, expected=call.on_cpu())
+    read = 0 if call.op == "randn" else sum(t.nbytes for n in SAMPLES if (t := getattr(call, n)) is not None)
+    for found, moved in zip(
+        host.control.sectors_of(lambda: host.run(call, gpu=gpu)), (read, call.x.nbytes), strict=True
+    ):
+        assert 0.99 * moved <= 32 * found <= 1.14 * moved
+    assert not host.control.took_vectors()
+
+
 @not_sanitized
 def test_all_of_more_samples_than_a_grid_has_rows(host):
     batch = 65535 * 256 + 65537

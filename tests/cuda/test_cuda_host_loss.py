@@ -109,6 +109,25 @@ def test_bound_by_strides(host):
                 assert_same_bits(a.contiguous(), b, "by strides")
 
 
+@pairs
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_channels_last(host, pair, noise):
+    """So many pixels that a block takes the chunks of all channels one after another; and one channel too many for
+    that, pixels that are no whole chunks."""
+    host.control.set_device(1)
+    cases = ((2, 3, (64, 64), 8), (6, 16, (32, 48), 3), (4, 17, (32, 16), 8), (4, 3, (33, 31), 6))
+    for batch, channels, pixels, blocks in cases:
+        m, x, z = (normal(batch, channels, *pixels, seed=i, dtype=pair[i == 0]) for i in range(3))
+        given, t = z if noise == "given" else None, torch.arange(batch) % 5
+        expected = call(C, m, x, given, kind=0, t=t)
+        host.control.take_launches()
+        got = call(host.operators, m.contiguous(memory_format=torch.channels_last), x, given, kind=0, t=t)
+        ((grid, _),) = host.control.take_launches()
+        assert grid[0] == blocks
+        for name, a, b in zip(("loss", "slope"), got, expected, strict=True):
+            assert_same_bits(a.contiguous(), b, name)
+
+
 def test_bound_of_special_numbers(host):
     x = SPECIAL.repeat(30).view(5, 2, -1)
     m = torch.cat([x.roll(1, 2), x.roll(3, 2)], 1)

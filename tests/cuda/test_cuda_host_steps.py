@@ -15,6 +15,8 @@ from support.cuda_host.calls import PAIRS, SPECIAL, assert_same_bits
 from support.cuda_host.guarded import PLACES
 from support.cuda_host.step_calls import SCALES, StepCall, check, make_call, options_of, read, run
 
+from benchmarks.static.kernels import EXTENDED, LINEAR, option_sets
+
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
 NOISES = ("none", "given", "drawn")
@@ -81,6 +83,23 @@ def test_every_sector_is_touched_once(step, host, pair):
     loaded = sum(call.tensors[name].nbytes for name in read(step))
     stored = len(call.results) * call.tensors["x_t"].nbytes
     assert host.control.sectors_of(lambda: run(host, call)) == (loaded // 32, stored // 32)
+
+
+@steps
+@pairs
+def test_sets_of_options_that_have_a_kernel(step, host, pair):
+    """With all that a call of each may have, without each one, and with one more."""
+    name = {extended: EXTENDED, linear: LINEAR}[step]
+    own = ("x_t", "model_output", "out")
+    everything = {*options_of(step), *step.RESULTS, "noise"} - {*own, "known", "mask"}
+    assert option_sets(name)
+    for members in option_sets(name).values():
+        may = members - {*own}
+        for chosen in (may, *(may - {one} for one in may), *(may | {one} for one in everything - may)):
+            options = [option for option in options_of(step) if option in chosen]
+            results = [result for result in step.RESULTS if result in chosen or result == "out"]
+            for noise in ("given",) if "noise" in chosen else ("none", "drawn"):
+                check(host, make_call(step, (3, 72), pair, options, noise, results=tuple(results)))
 
 
 def layouts(x: torch.Tensor):

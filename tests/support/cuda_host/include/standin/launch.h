@@ -17,7 +17,13 @@ enum cudaError_t {
 };
 using cudaStream_t = struct CUstream_st*;
 
-struct cudaLaunchAttribute;  // no attribute is supported
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};  // which changes nothing here
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
