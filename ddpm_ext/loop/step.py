@@ -46,7 +46,7 @@ class State:
         ]
         stores_x0 = options.returns_x0 or options.self_condition or rows.reads_last_x0
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
-        self.scratch = empty_like(x) if options.denoised_fn else None
+        self.scratch = empty_like(x) if options.denoised_fn is not None else None
         self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
         self._first_order = list(self._x), None if self._x0 is None else list(self._x0), list(self._history)
 
@@ -275,7 +275,7 @@ class LoopStep:
         state, options, threshold = self.state, self.options, self.options.threshold
         bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
         guided = {name: inputs[name] for name in ("uncond_output", "output_scale") if name in inputs}
-        if state.scratch is None:
+        if options.denoised_fn is None:
             if threshold is not None:
                 inputs["x_start_scale"] = self.ops.x_start_scale(
                     state.x, model_output, self._x0_rows, row, **bound, **guided
