@@ -4,13 +4,13 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// What a loop has: the model's output, guided or not, and history.
+// What a loop without guidance has: the model's output, and history.
 struct WithHistory : AnyOptions<LinearStep> {
   using Role = LinearStep::Role;
   using Result = LinearStep::Result;
   static constexpr uint32_t kMust = set_of<LinearStep>(Role::x_t, Role::model_output, Result::out);
-  static constexpr uint32_t kMay = kMust | set_of<LinearStep>(Role::uncond_output, Role::history1, Role::history2,
-                                                              Role::history3, Result::out_copy, Result::history_out);
+  static constexpr uint32_t kMay =
+      kMust | set_of<LinearStep>(Role::history1, Role::history2, Role::history3, Result::history_out);
   static constexpr int kBlocks = 3;
 };
 

@@ -149,7 +149,7 @@ __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
 
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
 template <Access kAccess, class Step, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, kAccess == Access::strided ? 1 : Options::kBlocks)
+__global__ void __launch_bounds__(kThreads, Options::kBlocks)
     with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers,
                  const int64_t pixels, const int64_t apart) {
   constexpr bool kVector = kAccess == Access::vector;
