@@ -1,5 +1,5 @@
-// Dynamic thresholding (Saharia et al. 2022, section 2.3): the quantile of a sample's magnitudes |x0|, and the factor of
-// x0 that follows from it. A magnitude stands for itself as the bits of its float32, which have the same order.
+// Dynamic thresholding (Saharia et al. 2022, section 2.3): the quantile of a sample's magnitudes |x0|, and the factor
+// of x0 that follows from it. A magnitude stands for itself as the bits of its float32, which have the same order.
 #pragma once
 
 #include "core/scalar.h"

@@ -1,5 +1,5 @@
-// Rescaled guidance (Lin et al. 2024, section 3.4): the standard deviations of the model's output and of the guided one,
-// and the factor of the guided output that follows from them.
+// Rescaled guidance (Lin et al. 2024, section 3.4): the standard deviations of the model's output and of the guided
+// one, and the factor of the guided output that follows from them.
 //
 // Every device adds up a sample in the order of core/loss.h. A chunk has a mean, which is its sum divided by its length
 // and rounded to float32, and the sum of the squared differences from that mean. Those of a sample are made of these in
@@ -30,9 +30,7 @@ DDPM_HD F squared_difference(float mean, F value) {
 }
 
 // The terms of a sample's sum and of its sum of squared differences from `mean`.
-DDPM_HD double sum_term(const ChunkMoments& chunk, int64_t length) {
-  return chunk.mean * static_cast<double>(length);
-}
+DDPM_HD double sum_term(const ChunkMoments& chunk, int64_t length) { return chunk.mean * static_cast<double>(length); }
 DDPM_HD double squares_term(const ChunkMoments& chunk, int64_t length, double mean) {
   const double difference = chunk.mean - mean;
   return chunk.squares + static_cast<double>(length) * (difference * difference);

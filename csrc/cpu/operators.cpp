@@ -82,10 +82,12 @@ void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
       call, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, fill);
   for (int64_t b = 0; b < call.batch; ++b) {
     const double weight = weight_of_sum(static_cast<const Row*>(call.table)[timestep(call, b)]);
-    call.loss[b] = static_cast<float>(sum_by_strands(chunks, [&](int64_t i) { return call.chunks[b * chunks + i]; }) * call.per_element * weight);
+    call.loss[b] = static_cast<float>(sum_by_strands(chunks, [&](int64_t i) { return call.chunks[b * chunks + i]; }) *
+                                      call.per_element * weight);
   }
   if (call.total != nullptr)
-    *call.total = static_cast<float>(sum_by_strands(call.batch, [&](int64_t i) { return static_cast<double>(call.loss[i]); }) * call.total_factor);
+    *call.total = static_cast<float>(
+        sum_by_strands(call.batch, [&](int64_t i) { return static_cast<double>(call.loss[i]); }) * call.total_factor);
 }
 
 }  // namespace

@@ -25,8 +25,7 @@ bool one_by_one(int64_t batch, int64_t numel) { return batch < at::get_num_threa
 // a tile, and so is `last` or it is the sample's end.
 void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int64_t last, float* magnitudes,
                      int32_t* maxima) {
-  const auto kernel =
-      kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
+  const auto kernel = kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
   MagnitudesRun run{};
   if (call.table != nullptr) run.row = static_cast<const ExtendedRow*>(call.table) + timestep(call, b);
   run.output_scale = call.output_scale.data == nullptr ? 1.0f : call.output_scale.data[b * call.output_scale.stride];
@@ -42,8 +41,7 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
 
 void finish_sample(const XStartScaleCall& call, int64_t b, const float* magnitudes, const int32_t* maxima,
                    int32_t* scratch) {
-  Neighbours found =
-      kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
+  Neighbours found = kernels().select(magnitudes, maxima, whole_tiles(call.numel), call.rank.from_top, scratch);
   if (!call.rank.between()) found.above = found.below;
   call.scale[b] = threshold_scale(found.below, found.above, call.rank.weight, call.maximum);
 }
@@ -90,9 +88,8 @@ void finish_sample(const OutputScaleCall& call, int64_t b) {
   double squares[2];
   for (int k = 0; k < 2; ++k) {
     const auto sum_of = [&](auto term) {
-      return sum_by_strands(chunks, [&](int64_t i) {
-        return term(call.chunks[2 * (b * chunks + i) + k], chunk_length(call.numel, i));
-      });
+      return sum_by_strands(
+          chunks, [&](int64_t i) { return term(call.chunks[2 * (b * chunks + i) + k], chunk_length(call.numel, i)); });
     };
     const double sum = sum_of([](const ChunkMoments& chunk, int64_t n) { return sum_term(chunk, n); });
     const double mean = sum / static_cast<double>(call.numel);

@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(kLossThreads)
       const ChunkMoments& chunk = moments[2 * i + k];
       return ChunkMoments{of_others(&chunk.mean), of_others(&chunk.squares)};
     };
-    sum_by_strands(
-        chunks, [&](int64_t i) { return sum_term(chunk_at(i), chunk_length(call.numel, i)); }, strands);
+    sum_by_strands(chunks, [&](int64_t i) { return sum_term(chunk_at(i), chunk_length(call.numel, i)); }, strands);
     __syncthreads();
     const double mean = strands[0] / static_cast<double>(call.numel);
     squares[k] = sum_by_strands(

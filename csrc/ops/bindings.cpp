@@ -189,12 +189,9 @@ Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& ta
 Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
                      const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
                      const OptionalTensor& uncond_output, const OptionalTensor& output_scale) {
-  const std::initializer_list<Named> tensors = {{"x_t", x_t},
-                                                {"model_output", model_output},
-                                                {"table", table},
-                                                {"t", t},
-                                                {"uncond_output", uncond_output},
-                                                {"output_scale", output_scale}};
+  const std::initializer_list<Named> tensors = {
+      {"x_t", x_t}, {"model_output", model_output},   {"table", table},
+      {"t", t},     {"uncond_output", uncond_output}, {"output_scale", output_scale}};
   refuse_grad("x_start_scale", tensors, "it");
   if (needs_dispatcher("x_start_scale", tensors)) {
     static const auto op = c10::Dispatcher::singleton()

@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                           bool want_slope, bool variational, bool detach_mean);
 
 // Computes 1 / bound of each sample, float32 (batch,): the x_start_scale of dynamic thresholding. The bound is the
-// quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of an extended step with these arguments, before it
-// is scaled and clipped; without model_output and table it is x_t.
+// quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of an extended step with these arguments, before
+// it is scaled and clipped; without model_output and table it is x_t.
 Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
                      const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
                      const OptionalTensor& uncond_output, const OptionalTensor& output_scale);

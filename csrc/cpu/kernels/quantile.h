@@ -20,9 +20,8 @@ void magnitudes(const MagnitudesRun& run) {
   const float a = run.row->step.a, b = run.row->step.b, w = run.row->w, scale = run.output_scale;
   if (u == nullptr || w == 1.0f)
     return each([&](int64_t i) { return unclipped_x_start(a, b, load(x + i), load(m + i) * F32(scale)); });
-  each([&](int64_t i) {
-    return unclipped_x_start(a, b, load(x + i), guide(w, load(m + i), load(u + i)) * F32(scale));
-  });
+  each(
+      [&](int64_t i) { return unclipped_x_start(a, b, load(x + i), guide(w, load(m + i), load(u + i)) * F32(scale)); });
 }
 
 // The bits of a magnitude, which as a signed number have the order of magnitudes.
@@ -37,7 +36,8 @@ void group_maxima(const float* magnitudes, int64_t count, int32_t* maxima) {
       const float* column = magnitudes + tile + first;
       int32_t greatest[kColumns] = {};
       for (int64_t row = 0; row < kGroup; ++row, column += kTileColumns)
-        for (int i = 0; i < kColumns; ++i) greatest[i] = order(column[i]) > greatest[i] ? order(column[i]) : greatest[i];
+        for (int i = 0; i < kColumns; ++i)
+          greatest[i] = order(column[i]) > greatest[i] ? order(column[i]) : greatest[i];
       memcpy(maxima + first, greatest, sizeof greatest);
     }
   }
