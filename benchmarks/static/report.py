@@ -54,12 +54,18 @@ class Finding:
         return roofline(card, self.path.issued(turns), self.elements(turns), self.variant.bytes_an_element, wide)
 
 
+# Passes over a sample whose number depends on its values and blocks: a count by element says nothing about them.
+STATISTICS = ("threshold_samples<", "spread_of_samples<")
+
+
 def findings(builds: Iterable[Build]) -> list[Finding]:
-    """Of all kernels, in an order for reading."""
+    """Of all kernels but those of a sample's statistics, in an order for reading."""
     found = []
     for build in builds:
         names = demangle(kernel.name for kernel in build.kernels)
         for kernel, name in zip(build.kernels, names, strict=True):
+            if any(statistic in name for statistic in STATISTICS):
+                continue
             found.append(Finding(build.arch, kernel, build.resources[kernel.name], variant(name)))
     return sorted(found, key=lambda f: (CARD_ORDER[f.arch], order(f.variant)))
 
@@ -187,7 +193,8 @@ whose options are known when they run, the way is that with all of them, which n
 that with x_start, slope and squared error, and with the bound not that of t = 0; some of a block's warps add up what
 all have, and count as the share that they are; the last block of a sample, which adds up the others' sums, is left
 out. The innermost loop around the stores, if there is one, is a turn; the rest is issued once. Both count, over the
-elements that the thread stores.
+elements that the thread stores. The kernels of x_start_scale and output_scale are left out: how often they pass over
+a sample depends on its values.
 
 A pipe's time is the instructions that it takes over its rate; issue stands for all of them over the schedulers' rate.
 Bytes are those of the tensors: table rows and timesteps come from caches. Latency, the clock that the power allows, and
