@@ -42,7 +42,9 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
     const Loop& loop = *static_cast<const Loop*>(data);
     const int64_t parts = std::min<int64_t>(omp_get_num_threads(), (loop.count + loop.grain - 1) / loop.grain);
     const int64_t part = (loop.count + parts - 1) / parts, begin = omp_get_thread_num() * part;
-    if (begin < loop.count) loop.f(begin, std::min(loop.count, begin + part));
+    if (begin >= loop.count) return;
+    const at::internal::ThreadIdGuard number(omp_get_thread_num());  // what at::get_thread_num() returns in f
+    loop.f(begin, std::min(loop.count, begin + part));
   };
   GOMP_parallel(region, &loop, 0, 0);  // 0: as many threads as torch has set; another number would start the pool anew
 #else

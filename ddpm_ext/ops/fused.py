@@ -21,7 +21,7 @@ from ddpm_ext.ops.noise import (
     STREAM_FORWARD,
     STREAM_REVERSE,
     Philox,
-    in_vmap,
+    needs_seed_in_memory,
     noise_arguments,
     randn,
     seed_in_memory,
@@ -124,7 +124,7 @@ class ReverseStep:
         table, clip, noise, rng, add_noise: reverse_step's.
     """
 
-    __slots__ = ("_fresh", "_given", "_on_gpu", "_step", "_table")
+    __slots__ = ("_fresh", "_given", "_step", "_table")
 
     def __init__(
         self,
@@ -144,7 +144,6 @@ class ReverseStep:
             arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
         else:
             arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
-        self._on_gpu = not table.is_cpu
         self._step = None if _registration.is_recorded() else C.ReverseStep(table, *ends, *arguments, self._fresh)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
@@ -162,7 +161,7 @@ class ReverseStep:
             t = index if row is None else row
             return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
         seed = None
-        if self._fresh and (self._on_gpu or in_vmap()):
+        if self._fresh and needs_seed_in_memory(x_t.device):
             seed = seed_in_memory(x_t.device)
         return self._step.take(x_t, model_output, row, index, out, seed)
 

@@ -15,7 +15,10 @@ from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
 
-EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in SOURCES])
+STATISTICS = ("x_start_scale", "output_scale")  # which no path by element describes
+BY_ELEMENT = [source for source in SOURCES if source not in STATISTICS]
+EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in BY_ELEMENT])
+EACH_STATISTIC = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in STATISTICS])
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
@@ -69,6 +72,14 @@ def test_compiles(build, kernels, arch):
     assert by_access.keys() == {"vector", "strided"}
     sets = len(option_sets(kernels[0].variant.op)) if kernels[0].variant.op in STEPS else 0
     assert by_access["vector"] == (1 + sets) * by_access["strided"]
+
+
+@EACH_STATISTIC
+def test_statistics_spill_nothing(build):
+    assert build.kernels
+    for kernel in build.kernels:
+        used = build.resources[kernel.name]
+        assert (used.spill_stores, used.spill_loads, used.stack, used.local) == (0, 0, 0, 0), kernel.name
 
 
 @EACH
@@ -132,11 +143,13 @@ def fma_an_element(op: str, noise: str) -> int:
     if op == EXTENDED:  # all of its options
         exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
         guide = code("core/step.h", "guide")
-        return fma_calls(code("core/extended.h") + exponential + guide + code("core/forward.h", "affine"))
+        affine = code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
+        return fma_calls(code("core/extended.h") + exponential + guide + affine)
     if op == LINEAR:
         step = code("core/linear.h").split("void take_step")[1]
-        return fma_calls(step + code("core/step.h", "guide")) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
-    mean = fma_calls(code("core/step.h", "predict_x_start") + code("core/step.h", "step_mean"))
+        guide = code("core/step.h", "guide") + code("core/step.h", "unclipped_x_start")
+        return fma_calls(step + guide) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
+    mean = fma_calls(code("core/step.h", "unclipped_x_start") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
         "Affine": fma_calls(code("core/forward.h", "affine")),

@@ -189,9 +189,9 @@ def test_compile(device):
     assert calls
 
 
-def test_compile_without_a_compiler(monkeypatch):
+def test_compile_without_a_compiler():
     """It is one sentence, before the first step."""
     inductor = pytest.importorskip("torch._inductor.config")
-    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match=r"compile is True, expected False: torch\.compile finds no C\+\+ compiler"):
+    message = r"compile is True, expected False: torch\.compile finds no C\+\+ compiler"
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ValueError, match=message):
         make_diffusion().p_sample_loop(lambda x, t: x, (1, 2), compile=True, progress=False)
