@@ -105,6 +105,13 @@ class Philox:
         ids = self.first_id if self.sample_ids is None else self.sample_ids
         return Philox(seed, ids, stream=stream, draw=draw)
 
+    def numbers(self) -> tuple[int | None, ...] | None:
+        """What its noise follows from; None where a tensor is among it, whose values may change."""
+        draw = self.draw
+        if self.seed is not None or self.sample_ids is not None or isinstance(draw, Tensor):
+            return None
+        return self.seed_value, self.first_id, self.stream, draw
+
     def arguments(self, stream: int, draw: int | None = None) -> RngArguments:
         """What the operators take. The object's own stream and draw take precedence over the arguments."""
         if self.stream is not None:

@@ -29,7 +29,7 @@ from ddpm_ext.tables.variances import VARIANCES, Variance
 
 __all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
 
-KEPT_STEPS = 8  # devices, dtypes and clips of which the step is kept
+KEPT_STEPS = 8  # of which devices, dtypes, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 SCHEDULE_ATTRIBUTES = (
@@ -188,16 +188,20 @@ class Process:
         return self.tables.get(name, x.device, self.operator_dtype(x))
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's ReverseStep by the rows of this process; kept for the next call where it holds no more."""
-        if noise is not None or rng is not None or is_recorded():
+        """The backend's ReverseStep by the rows of this process; kept for the next call where it holds no tensors of
+        the caller's."""
+        numbers: tuple[int | None, ...] | None = ()
+        if rng is not None:
+            numbers = rng.numbers() if type(rng) is Philox else None
+        if noise is not None or numbers is None or is_recorded():
             return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
         if not isinstance(x_t, Tensor):
             checks.tensor("x_t", x_t)
-        key = (x_t.device, x_t.dtype, clip)
+        key = (x_t.device, x_t.dtype, clip, numbers)
         step = self._reverse_steps.get(key)
         if step is None:
             table = self.table("steps", "x_t", x_t)
-            step = self.ops.ReverseStep(table, clip=clip)
+            step = self.ops.ReverseStep(table, clip=clip, rng=rng)
             if checks.is_plain(table):
                 self._reverse_steps.get_or_make(key, lambda: step)
         return step
