@@ -23,7 +23,7 @@ def draw(measured: Measured, timed: list[Timed], path: Path) -> None:
         bars = right.barh(labels, [each.seconds for each in loops], color=COLOURS[0])
         right.bar_label(bars, [f"{each.seconds:.3g} ({each.outside:.1g})" for each in loops], padding=3)
         right.set(title="64 digits, whole loops", xlim=(0, 1.6 * max(each.seconds for each in loops)))
-        right.set_xlabel("seconds (those outside the U-Net)")
+        right.set_xlabel("seconds (outside the U-Net)")
         for axes in (left, right):
             axes.invert_yaxis()
             axes.grid(visible=False, axis="y")
