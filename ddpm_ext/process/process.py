@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -201,7 +202,8 @@ class Process:
         step = self._reverse_steps.get(key)
         if step is None:
             table = self.table("steps", "x_t", x_t)
-            step = self.ops.ReverseStep(table, clip=clip, rng=rng)
+            # A copy, since the caller may change the attributes of theirs.
+            step = self.ops.ReverseStep(table, clip=clip, rng=copy(rng))
             if checks.is_plain(table):
                 self._reverse_steps.get_or_make(key, lambda: step)
         return step

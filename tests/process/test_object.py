@@ -26,6 +26,20 @@ def test_copies_do_the_same(backend, copied, device):
 
 
 @backends
+def test_a_kept_step_draws_by_the_philox_that_it_is_given(backend, device):
+    """Also where somebody changes one that came before, and where there are more of them than are kept."""
+    x, t = torch.randn(3, 4, device=device), torch.tensor([0, 7, 49], device=device)
+    step = lambda gd, rng: gd.p_sample(lambda x, t: x, x, t, rng=rng)  # noqa: E731
+    expected = [step(GaussianDiffusion(50, backend=backend), Philox(seed)) for seed in range(10)]
+    gd, first = GaussianDiffusion(50, backend=backend), Philox(0)
+    step(gd, first)
+    first.seed_value = 1
+    for seed in (*range(10), 0):
+        assert torch.equal(step(gd, Philox(seed)), expected[seed])
+    assert torch.equal(step(gd, first), expected[1])
+
+
+@backends
 def test_first_use_in_inference_mode_leaves_nothing_behind(backend, device):
     gd = GaussianDiffusion(50, backend=backend)
     x = torch.randn(3, 4, device=device)
