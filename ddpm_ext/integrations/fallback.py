@@ -6,14 +6,16 @@ Options, dtypes or shapes that the operators don't take have no fused form.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.shared import peer_method
 
-__all__ = ["Fallback", "attempt", "result_of", "with_fallback"]
+__all__ = ["Fallback", "attempt", "kept", "object_cache", "result_of", "returning", "with_fallback"]
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
@@ -78,6 +80,11 @@ def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return peer_method(obj, method)(*args, **kwargs)
 
 
+def returning(value: Any) -> Function:
+    """A function that returns `value`, in place of one that was called already."""
+    return lambda *_, **__: value
+
+
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
     """make(*args), or the Fallback that it raises: what a cache can keep. `result_of` turns it back."""
     try:
@@ -91,3 +98,23 @@ def result_of(attempted: Result | Fallback) -> Result:
     if isinstance(attempted, Fallback):
         raise Fallback(attempted.reason)
     return attempted
+
+
+def object_cache(obj: Any, size: int) -> BoundedCache[Any]:
+    """The cache of an accelerated object, of which copies and pickles have none."""
+    cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
+    return obj.__dict__.setdefault("_fused_cache", BoundedCache(size)) if cache is None else cache
+
+
+def kept(cache: BoundedCache[Any], key: Hashable, make: Callable[[], Result], held: Any = None) -> Result:
+    """make(), from the cache where its key is there. Raises the Fallback that it raises, which is kept, too.
+
+    held: the objects whose identities are in the key. They are kept, so that no others get these.
+    """
+    found = cache.get(key)
+    if found is None:
+        if not (torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))):
+            raise Fallback("its tables are first asked for within a function transform")
+        with torch.inference_mode(False):  # so that they are of use outside of it, too
+            found = cache.get_or_make(key, lambda: (attempt(make), held))
+    return result_of(found[0])

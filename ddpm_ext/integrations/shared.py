@@ -11,6 +11,9 @@ import types
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+import torch
+from torch import Tensor
+
 from ddpm_ext.integrations.acceleration import Acceleration
 
 __all__ = [
@@ -66,6 +69,13 @@ class Accelerated:
 
     def _check(self) -> None:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
+
+    def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
+        """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
+        rng = self.accelerated.next_forward(x.device) if noise is None else None
+        if rng is not None:
+            return {"rng": rng}
+        return {"noise": torch.randn_like(x) if noise is None else noise}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles name the peer's class, which can be imported, and leave out what is only cached.

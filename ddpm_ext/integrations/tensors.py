@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.ops.noise import randn
 
 __all__ = [
     "TRANSFORMED",
@@ -17,6 +18,7 @@ __all__ = [
     "is_like",
     "is_plain_tensor",
     "noise_arguments",
+    "noise_itself",
     "version",
     "wants_gradient",
     "written",
@@ -75,6 +77,13 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     return {"noise": noise}
 
 
+def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
+    """The noise of operators' arguments for samples x, which a launch may have made without storing it."""
+    if "rng" not in source:
+        return source["noise"]
+    return randn(x.shape, source["rng"], device=x.device, dtype=x.dtype)
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether a gradient is recorded and any of the tensors requires one."""
     if torch.is_grad_enabled():
@@ -86,7 +95,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 def version(x: Tensor) -> tuple[int, int]:
     """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
-    return id(x), written(x)
+    return id(x), 0 if x.is_inference() else x._version  # as `written`, without its call
 
 
 def written(x: Tensor) -> int:
