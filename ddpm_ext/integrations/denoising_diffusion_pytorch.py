@@ -6,6 +6,7 @@ and forward begins.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable
@@ -55,6 +56,7 @@ SUPPORT = tuple(
 )
 
 OLDEST = (1, 10)
+_take_buffers = operator.itemgetter(*BUFFERS)
 Step = tuple[Tensor, Tensor | None]  # the next sample, and x_start where it is asked for
 
 
@@ -100,25 +102,20 @@ class Denoising(OwnTables):
     # ----------------------------------------------------------------------------------------------------- what fits
 
     def _tables_of_buffers(self) -> DenoisingTables:
-        objective, buffers = self.objective, [self._buffers[name] for name in BUFFERS]
-        return self._of_state((objective, *buffers), lambda: DenoisingTables(objective, buffers))
+        buffers = _take_buffers(self._buffers)
+        return self._of_state((self.objective, *buffers), lambda: DenoisingTables(self.objective, buffers))
 
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
         """The rows of the buffers as they are. Raises Fallback where there are none for samples of such a dtype."""
         tables = self._tables_of_buffers()
-        if dtype not in DTYPES:
-            raise Fallback(f"its samples are {dtype_name(dtype)}")
         if dtype not in tables.sample_dtypes:  # the results have more bits
-            raise Fallback(f"its samples are {dtype_name(dtype)} and its buffers {dtype_name(tables.dtype)}")
+            also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
+            raise Fallback(f"its samples are {dtype_name(dtype)}{also}")
         if device != tables.device or device.type not in ("cpu", "cuda"):
             raise Fallback(
                 f"its samples are on {device} and its buffers on {tables.device}, expected one CPU or CUDA device"
             )
         return tables
-
-    def _check_output(self, x: Tensor, output: Any, instead: Callable[[], Any]) -> None:
-        # With the objective pred_x0, x_start has the output's dtype.
-        check_output(x, output, instead, allow_16_bits=self.objective != "pred_x0")
 
     def _returning(self, output: Any, **attributes: Any) -> Any:
         """The peer's own object with a model that returns `output`."""
@@ -137,52 +134,13 @@ class Denoising(OwnTables):
             raise Fallback
         times = torch.full((len(x),), row, device=x.device)
         rng = self.accelerated.rng_of_step(len(x), -row) if row > 0 else None
-        return self._p_sample(steps, row, x, times, x_self_cond, rng, True)
-
-    @with_fallback("p_sample")
-    def _p_sample(
-        self,
-        steps: StepDeviceTables,
-        row: int,
-        x: Tensor,
-        times: Tensor,
-        x_self_cond: Tensor | None,
-        rng: Philox | None,
-        with_x0: bool,
-    ) -> Step:
-        output = self.model(x, times, x_self_cond)
-        self._check_output(x, output, lambda: self._returning(output).p_sample(x, row, x_self_cond))
-        return _take(steps, row, x, output, rng, with_x0)
-
-    @with_fallback("ddim_sample")
-    def _ddim_step(
-        self,
-        steps: StepDeviceTables,
-        row: int,
-        x: Tensor,
-        times: Tensor,
-        x_self_cond: Tensor | None,
-        rng: Philox | None,
-        with_x0: bool,
-    ) -> Step:
-        output = self.model(x, times, x_self_cond)
-
-        def own_step() -> Step:
-            """By the library's predictions and torch's arithmetic."""
-            x_start = self._returning(output).model_predictions(x, times, clip_x_start=True).pred_x_start
-            if row == 0:
-                return x_start, x_start
-            c0, c1, _, s = steps.get("steps", torch.device("cpu"), torch.float64)[row, 2:6].tolist()
-            return c0 * x_start + c1 * x + s * torch.randn_like(x), x_start
-
-        self._check_output(x, output, own_step)
-        return _take(steps, row, x, output, rng, with_x0)
+        return STEPS["p_sample"](self, steps, row, x, times, x_self_cond, rng, True)
 
     # --------------------------------------------------------------------------------------------------------- loops
 
     def _descend(
         self,
-        step: Callable[..., Step],
+        method: str,
         steps: StepDeviceTables,
         img: Tensor,
         rng: Philox | None,
@@ -196,13 +154,13 @@ class Denoising(OwnTables):
         times = steps.timesteps(img.device)[:count, None].repeat(1, len(img))
         for row in _library().tqdm(range(count)[::-1], **bar):
             self_cond = x_start if self.self_condition else None
-            img, x_start = step(steps, row, img, times[row], self_cond, rng, self.self_condition)
+            img, x_start = STEPS[method](self, steps, row, img, times[row], self_cond, rng, self.self_condition)
             if imgs is not None:
                 imgs.append(img)
         return img
 
     def _loop(
-        self, step: Callable[..., Step], steps: StepDeviceTables, shape: Any, count: int, all_steps: bool, **bar: Any
+        self, method: str, steps: StepDeviceTables, shape: Any, count: int, all_steps: bool, **bar: Any
     ) -> Tensor:
         """The images of a loop that starts from noise."""
         rng = self.accelerated.whole_loop(shape[0])
@@ -211,7 +169,7 @@ class Denoising(OwnTables):
         else:
             img = randn(shape, rng, stream=STREAM_START, device=self.device, dtype=torch.get_default_dtype())
         imgs = [img] if all_steps else None
-        img = self._descend(step, steps, img, rng, count, imgs, desc="sampling loop time step", **bar)
+        img = self._descend(method, steps, img, rng, count, imgs, desc="sampling loop time step", **bar)
         return self.unnormalize(img if imgs is None else torch.stack(imgs, dim=1))
 
     @torch.inference_mode()
@@ -220,14 +178,14 @@ class Denoising(OwnTables):
         steps, count = self._fused_tables(torch.get_default_dtype(), self.device).steps, self.num_timesteps
         if not 0 < count <= len(steps):
             raise Fallback
-        return self._loop(self._p_sample, steps, shape, count, return_all_timesteps, total=count)
+        return self._loop("p_sample", steps, shape, count, return_all_timesteps, total=count)
 
     @torch.inference_mode()
     @with_fallback(compiles=False)
     def ddim_sample(self, shape: Any, return_all_timesteps: bool = False) -> Tensor:
         tables = self._fused_tables(torch.get_default_dtype(), self.device)
         steps = tables.ddim(self.num_timesteps, self.sampling_timesteps, self.ddim_sampling_eta)
-        return self._loop(self._ddim_step, steps, shape, len(steps), return_all_timesteps)
+        return self._loop("ddim_sample", steps, shape, len(steps), return_all_timesteps)
 
     @torch.inference_mode()
     @with_fallback(compiles=False)
@@ -243,7 +201,7 @@ class Denoising(OwnTables):
         first, second = (self._noised(steps, x, times, how) for x, how in zip((x1, x2), sources, strict=True))
         img = (1 - lam) * first + lam * second
         desc = "interpolation sample time step"
-        return self._descend(self._p_sample, steps, img, rng, start, desc=desc, total=start)
+        return self._descend("p_sample", steps, img, rng, start, desc=desc, total=start)
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -325,8 +283,32 @@ class Denoising(OwnTables):
         return ops.predict_start(x, output, steps.get("start", x.device, torch.float32), t)
 
 
-def _take(steps: StepDeviceTables, row: int, x: Tensor, output: Tensor, rng: Philox | None, with_x0: bool) -> Step:
+def _step(
+    method: str,
+    gd: Denoising,
+    steps: StepDeviceTables,
+    row: int,
+    x: Tensor,
+    times: Tensor,
+    x_self_cond: Tensor | None,
+    rng: Philox | None,
+    with_x0: bool,
+) -> Step:
     """A row in one launch; row 0 is the last step, which adds no noise."""
+    output = gd.model(x, times, x_self_cond)
+
+    def own_step() -> Step:
+        plain = gd._returning(output)
+        if method == "p_sample":
+            return plain.p_sample(x, row, x_self_cond)
+        x_start = plain.model_predictions(x, times, clip_x_start=True).pred_x_start
+        if row == 0:
+            return x_start, x_start
+        c0, c1, _, s = steps.get("steps", torch.device("cpu"), torch.float64)[row, 2:6].tolist()
+        return c0 * x_start + c1 * x + s * torch.randn_like(x), x_start
+
+    # With the objective pred_x0, x_start has the output's dtype.
+    check_output(x, output, own_step, allow_16_bits=gd.objective != "pred_x0")
     noise: dict[str, Any] = {"add_noise": False}
     if row > 0:
         noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
@@ -335,6 +317,12 @@ def _take(steps: StepDeviceTables, row: int, x: Tensor, output: Tensor, rng: Phi
     x0 = empty_like(x)
     rows = steps.get("extended", x.device, torch.float32)
     return ops.extended_step(x, output, rows, row, x0_out=x0, **noise), x0
+
+
+# By the peer's method, under whose name a step's fallback is known.
+STEPS: dict[str, Callable[..., Step]] = {
+    method: with_fallback(method)(functools.partial(_step, method)) for method in ("p_sample", "ddim_sample")
+}
 
 
 def _check_pair(x: Tensor, other: Tensor | None) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.shared import peer_method
 
-__all__ = ["Fallback", "attempt", "kept", "object_cache", "result_of", "returning", "with_fallback"]
+__all__ = ["Fallback", "attempt", "kept", "result_of", "returning", "with_fallback"]
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
@@ -80,9 +81,11 @@ def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return peer_method(obj, method)(*args, **kwargs)
 
 
-def returning(value: Any) -> Function:
-    """A function that returns `value`, in place of one that was called already."""
-    return lambda *_, **__: value
+def returning(value: Any) -> nn.Module:
+    """A model, or another function, that returns `value`, in place of one that was called already."""
+    module = nn.Identity()
+    module.forward = lambda *_, **__: value  # type: ignore[method-assign]
+    return module
 
 
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
@@ -100,17 +103,15 @@ def result_of(attempted: Result | Fallback) -> Result:
     return attempted
 
 
-def object_cache(obj: Any, size: int) -> BoundedCache[Any]:
-    """The cache of an accelerated object, of which copies and pickles have none."""
-    cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
-    return obj.__dict__.setdefault("_fused_cache", BoundedCache(size)) if cache is None else cache
+def kept(obj: Any, size: int, key: Hashable, make: Callable[[], Result], held: Any = None) -> Result:
+    """make(), kept with an object, whose copies and pickles are without it, for the latest `size` keys.
 
-
-def kept(cache: BoundedCache[Any], key: Hashable, make: Callable[[], Result], held: Any = None) -> Result:
-    """make(), from the cache where its key is there. Raises the Fallback that it raises, which is kept, too.
-
-    held: the objects whose identities are in the key. They are kept, so that no others get these.
+    Raises the Fallback that make() raises, which is kept, too. held: the objects whose identities are in the key, so
+    that no others get these.
     """
+    cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
+    if cache is None:
+        cache = obj.__dict__.setdefault("_fused_cache", BoundedCache(size))
     found = cache.get(key)
     if found is None:
         if not (torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))):

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.fallback import Fallback, kept, object_cache
+from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name, version
+from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name, state_key
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -38,8 +38,7 @@ class OwnTables(Accelerated):
         """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
-        key = tuple([version(x) if isinstance(x, Tensor) else id(x) for x in state])
-        return kept(object_cache(self, CACHED), key, make, state)
+        return kept(self, CACHED, state_key(state), make, state)
 
 
 def to_float64(names: Sequence[str], tables: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "overrides",
     "peer_class",
     "peer_method",
+    "signature_text",
 ]
 
 
@@ -96,6 +98,13 @@ def peer_class(cls: type) -> type:
 def peer_method(obj: Any, name: str) -> Callable[..., Any]:
     """The peer's own method of that name, bound to an accelerated object."""
     return getattr(super(Accelerated, obj), name)
+
+
+def signature_text(function: Any) -> str:
+    """As "(self, x, noise=None)", without annotations."""
+    signature = inspect.signature(function)
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
 def new(made: Any) -> Any:

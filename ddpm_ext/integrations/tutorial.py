@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.fallback import Fallback, attempt, with_fallback
+from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
 from ddpm_ext.integrations.own_tables import TABLES, OwnTables, check_output, check_timesteps
-from ddpm_ext.integrations.shared import Support, new, peer_method
+from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
@@ -29,12 +29,12 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 __all__ = ["SUPPORT", "Tutorial", "resembles"]
 
 METHODS = {  # their first parameters
-    "q_sample": ["x_start", "t", "noise=None"],
-    "p_mean_variance": ["model", "x_t", "t", "clip_denoised=True"],
-    "p_sample": ["model", "x_t", "t", "clip_denoised=True"],
-    "p_sample_loop": ["model", "shape"],
-    "sample": ["model", "image_size"],
-    "train_losses": ["model", "x_start", "t"],
+    "q_sample": "x_start, t, noise=None",
+    "p_mean_variance": "model, x_t, t, clip_denoised=True",
+    "p_sample": "model, x_t, t, clip_denoised=True",
+    "p_sample_loop": "model, shape",
+    "sample": "model, image_size",
+    "train_losses": "model, x_start, t",
 }
 OTHERS = (  # tables that a variation's methods may use, too
     "betas",
@@ -77,23 +77,10 @@ def resembles(cls: type) -> bool:
         method = getattr(cls, name, None)
         if not inspect.isfunction(method):
             return False
-        found = list(inspect.signature(method).parameters.values())[1 : len(expected) + 1]
-        if any(parameter.kind != parameter.POSITIONAL_OR_KEYWORD for parameter in found):
-            return False
-        if [str(parameter.replace(annotation=parameter.empty)) for parameter in found] != expected:
+        _, _, found = signature_text(method)[:-1].partition(", ")  # after self
+        if found != expected and not found.startswith(f"{expected}, "):
             return False
     return True
-
-
-class _Given(nn.Module):
-    """A model that returns a given output."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.output
 
 
 class _StartNoise(TorchFunctionMode):
@@ -187,7 +174,7 @@ class Tutorial(OwnTables):
         own = peer_method(self, "p_sample")
         with fused.grad_mode():
             output = model(x_t, t)
-            check_output(x_t, output, lambda: own(_Given(output), x_t, t, clip_denoised))
+            check_output(x_t, output, lambda: own(returning(output), x_t, t, clip_denoised))
             clip = (-1.0, 1.0) if clip_denoised else None
             rng = self.accelerated.rng_of_step_at(t, len(fused.tables))
             source: dict[str, Any] = {"rng": rng}
