@@ -205,6 +205,12 @@ class Denoising(OwnTables):
 
     # ------------------------------------------------------------------------------------------------------ training
 
+    def _steps_of_batch(self, x: Tensor, t: Any, noise: Tensor | None) -> StepDeviceTables:
+        """The rows for a training batch. Raises Fallback where there are none."""
+        _check_pair(x, noise)
+        check_timesteps(t, x)
+        return self._fused_tables(x.dtype, x.device).steps
+
     def _noised(self, steps: StepDeviceTables, x: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
         if getattr(self, "immiscible", False):  # older versions don't have it
             noise = noise_itself(source, x)
@@ -213,10 +219,8 @@ class Denoising(OwnTables):
 
     @with_fallback(compiles=False)
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        _check_pair(x_start, noise)
-        check_timesteps(t, x_start)
-        tables = self._fused_tables(x_start.dtype, x_start.device)
-        return self._noised(tables.steps, x_start, t, self._training_noise(x_start, noise))
+        steps = self._steps_of_batch(x_start, t, noise)
+        return self._noised(steps, x_start, t, self._training_noise(x_start, noise))
 
     @with_fallback(compiles=False)
     def p_losses(
@@ -227,11 +231,9 @@ class Denoising(OwnTables):
         offset_noise_strength: float | None = None,
         loss_reduction: str = "mean",
     ) -> Tensor:
-        _check_pair(x_start, noise)
-        check_timesteps(t, x_start)
+        steps = self._steps_of_batch(x_start, t, noise)
         if wants_gradient(x_start, noise):
             raise Fallback("a gradient by images or noise is asked for")
-        steps = self._fused_tables(x_start.dtype, x_start.device).steps
         if x_start.dim() != 4:
             raise Fallback
         source = self._training_noise(x_start, noise)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback
-from ddpm_ext.integrations.own_tables import TABLES, rows_of, to_float64
+from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import StepDeviceTables
@@ -44,7 +44,8 @@ class DenoisingTables:
         self.device = buffers[0].device
         self.dtype = functools.reduce(torch.promote_types, (buffer.dtype for buffer in buffers))
         self.sample_dtypes = {dtype for dtype in DTYPES if torch.promote_types(dtype, self.dtype) == dtype}
-        self._own = to_float64(BUFFERS, buffers)
+        in_float64 = [buffer.detach().to("cpu", torch.float64) for buffer in buffers]
+        self._own = dict(zip(BUFFERS, in_float64, strict=True))
         self.steps = rows_of(self._own, prediction, "buffers")
         self._ddim: BoundedCache[StepDeviceTables] = BoundedCache(CACHED)
 
@@ -68,12 +69,13 @@ class DenoisingTables:
         a, b = self.steps.get("start", torch.device("cpu"), torch.float64)[t].unbind(1)
         c0, c1, s = torch.ones_like(a), torch.zeros_like(a), torch.zeros_like(a)
         if count > 1:
-            levels = self._own["alphas_cumprod"][t]
+            names = ("alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
+            levels, recip, recipm1 = (self._own[name][t] for name in names)
             now, after = levels[1:], levels[:-1]
             made = samplers.ddim(Jumps(t[1:], now, after, now / after), eta=eta, keep_eps=False)
             if (1 - after - made.s**2 < 0).any():
                 raise ValueError(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
             direction = made.c1 * (1 - now).sqrt()  # what pred_noise is multiplied by
-            recip, recipm1 = (self._own[f"sqrt_{name}_alphas_cumprod"][t[1:]] for name in ("recip", "recipm1"))
-            c0[1:], c1[1:], s[1:] = after.sqrt() - direction / recipm1, direction * recip / recipm1, made.s
+            c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
+            s[1:] = made.s
         return StepDeviceTables(StepTable(t, a, b, c0, c1, s=s))

@@ -5,7 +5,7 @@ A number that a table holds is not derived again: near t = 0, 1 - alphas_cumprod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["TABLES", "OwnTables", "check_output", "check_timesteps", "rows_of", "to_float64"]
+__all__ = ["TABLES", "OwnTables", "check_output", "check_timesteps", "rows_of"]
 
 TABLES = (
     "sqrt_alphas_cumprod",
@@ -41,13 +41,8 @@ class OwnTables(Accelerated):
         return kept(self, CACHED, state_key(state), make, state)
 
 
-def to_float64(names: Sequence[str], tables: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Tables by their names, on the CPU."""
-    return {name: x.detach().to("cpu", torch.float64) for name, x in zip(names, tables, strict=True)}
-
-
-def rows_of(own: dict[str, Tensor], prediction: str, what: str = "tables") -> StepDeviceTables:
-    """The rows that an object's tables make, of float64 and by their names: TABLES, and a loss_weight if it has one.
+def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> StepDeviceTables:
+    """The rows that an object's TABLES make, and its loss_weight if it has one.
 
     "steps": row t draws from q(x_{t-1} | x_t, x_0). "q_sample": the weights of x_0 and the noise in x_t. "start": a, b
     of x_0 = a x_t + b m. "loss": the weights of x_0 and the noise in what the model is trained to return, and the
@@ -55,6 +50,7 @@ def rows_of(own: dict[str, Tensor], prediction: str, what: str = "tables") -> St
 
     Raises Fallback for numbers that are not finite. what: the library's word for the tables.
     """
+    own = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
     signal, noise = own["sqrt_alphas_cumprod"], own["sqrt_one_minus_alphas_cumprod"]
     zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
     (a, b), target = {

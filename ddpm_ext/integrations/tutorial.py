@@ -20,11 +20,12 @@ from ddpm_ext import ops
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
-from ddpm_ext.integrations.own_tables import TABLES, OwnTables, check_output, check_timesteps
+from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
 from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
+from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 
 __all__ = ["SUPPORT", "Tutorial", "resembles"]
 
@@ -36,14 +37,6 @@ METHODS = {  # their first parameters
     "sample": "model, image_size",
     "train_losses": "model, x_start, t",
 }
-OTHERS = (  # tables that a variation's methods may use, too
-    "betas",
-    "alphas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "log_one_minus_alphas_cumprod",
-    "posterior_variance",
-)
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -120,13 +113,14 @@ class Tutorial(OwnTables):
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        tables = tuple([getattr(self, name, None) for name in (*TABLES, *OTHERS)])
+        # All tables, since a variation's methods may use the others, too.
+        tables = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES])
 
         def make() -> FusedMethods:
             plain, fast = new(self._peer), new(type(self))
             for trial in (plain, fast):
                 trial.__dict__.update(self.__dict__, _acceleration=Acceleration(), _start_noise=None)
-            return try_methods(plain, fast, tables[: len(TABLES)])
+            return try_methods(plain, fast, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
 
         return self._of_state(tables, make)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, attempt
-from ddpm_ext.integrations.own_tables import TABLES, rows_of, to_float64
+from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.tables.on_device import StepDeviceTables
 
 __all__ = ["FusedMethods", "try_methods"]
@@ -50,21 +50,21 @@ class _Probe(nn.Module):
 
 
 @torch.enable_grad()
-def try_methods(plain: Any, fast: Any, tables: tuple[Any, ...]) -> FusedMethods:
+def try_methods(plain: Any, fast: Any, tables: Mapping[str, Any]) -> FusedMethods:
     """What an object of the class gives. Raises Fallback where nothing is fused.
 
     Args:
         plain, fast: the object as its own class has it, and an accelerated one, which is written to.
-        tables: the object's, in the order of TABLES.
+        tables: the object's.
     """
-    shape = tables[0].shape if isinstance(tables[0], Tensor) else ()
-    for name, table in zip(TABLES, tables, strict=True):
+    own = {name: tables[name] for name in TABLES}
+    shape = getattr(own[TABLES[0]], "shape", ())
+    for name, table in own.items():
         if not isinstance(table, Tensor) or table.dtype not in (torch.float32, torch.float64):
             raise Fallback(f"its {name} is no tensor of float32 or float64")
         if table.shape != shape or table.dim() != 1:
             raise Fallback(f"its {name} has shape {tuple(table.shape)}, no number a timestep")
-    fused = FusedMethods(rows_of(to_float64(TABLES, tables), "eps"))
-    device = tables[0].device
+    fused, device = FusedMethods(rows_of(own, "eps")), own[TABLES[0]].device
     devices = [device] if device.type == "cuda" else []  # whose generators are left as they were
     # Three numbers at each timestep.
     t, model = torch.arange(len(fused.tables), device=device), _Probe(device)
@@ -107,13 +107,13 @@ def try_methods(plain: Any, fast: Any, tables: tuple[Any, ...]) -> FusedMethods:
     size = c0 * (a * x.abs() + b * m.abs()) + c1 * x.abs() + 5 * s
     for clip in (True, False):
         result("p_mean_variance", model, x, t, clip_denoised=clip, size=size)
-        own = result("p_sample", model, x, t, clip_denoised=clip, size=size)
-    grad_mode = nullcontext if own.requires_grad else torch.no_grad
+        sample = result("p_sample", model, x, t, clip_denoised=clip, size=size)
+    grad_mode = nullcontext if sample.requires_grad else torch.no_grad
     differs = {
         "q_sample": difference("q_sample", x, t, size=x.abs() + 5) or difference("q_sample", x, t, z, size=x.abs() + 5),
         "train_losses": difference("train_losses", model, x, t),
     }
-    return FusedMethods(fused.tables, differs, torch.inference_mode if own.is_inference() else grad_mode)
+    return FusedMethods(fused.tables, differs, torch.inference_mode if sample.is_inference() else grad_mode)
 
 
 def _compare(name: str, found: Tensor, expected: Tensor, size: Tensor, timesteps: int) -> None:

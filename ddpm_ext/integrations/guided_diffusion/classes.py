@@ -144,8 +144,8 @@ class Guided(Accelerated):
 def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
     """The method that replaces the peer's `own`, a step or a loop, with the same signature."""
     method = own.__name__
-    sampler = next(name for name in STEPS if method.startswith(name))
-    take_step, (_, *parameters) = STEPS[sampler], inspect.signature(own).parameters.values()
+    of_step = next(name for name in STEPS if method.startswith(name))
+    take_step, (_, *parameters) = STEPS[of_step], inspect.signature(own).parameters.values()
     # Binds a call's arguments as a function does, at a tenth of the cost of inspect.Signature.bind.
     defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
     bind: Any = namedtuple("bind", [parameter.name for parameter in parameters], defaults=defaults)  # type: ignore[misc]
@@ -154,10 +154,10 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
         return take_step(self, given, given.x, given.t)
 
     def progressive_loop(self: Any, given: Any) -> Iterator[dict[str, Tensor]]:
-        return take_loop(self, sampler, given)
+        return take_loop(self, of_step, given)
 
     def loop(self: Any, given: Any) -> Tensor:
-        for found in take_loop(self, sampler, given, with_x0=False):
+        for found in take_loop(self, of_step, given, with_x0=False):
             sample = found["sample"]
         return sample
 

@@ -30,7 +30,6 @@ __all__ = ["STEPS", "check_inputs", "split_output", "take_loop"]
 
 Function = Callable[..., Any]
 LOWER = (torch.float16, torch.bfloat16)
-SAMPLERS = {"p_sample": "ddpm", "ddim_sample": "ddim", "ddim_reverse_sample": "inverse"}
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
 GRADIENT = "a gradient is asked for through a step"
 
@@ -110,9 +109,9 @@ def _take_step(
     """
     clip = (-1.0, 1.0) if given.clip_denoised else None
     denoised_fn, cond_fn, model_kwargs = given.denoised_fn, getattr(given, "cond_fn", None), given.model_kwargs
-    fused, sampler = tables_of(peer), SAMPLERS[method]
     eta: Any = getattr(given, "eta", None)
-    tables = fused.rows(sampler, eta, clip is not None or denoised_fn is not None)
+    fused, ddpm = tables_of(peer), method == "p_sample"
+    tables = fused.rows(method, eta, clip is not None or denoised_fn is not None)
     if row is None:
         check_inputs(fused, x, t)
     else:  # t is the loop's own
@@ -129,41 +128,40 @@ def _take_step(
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
 
     output = given.model(x, timesteps_for(peer, fused, given.model, t, model_t), **kwargs)
-    called: dict[str, Any] = {}  # in place of functions that were called already
+    results: dict[str, Any] = {"model": output}  # of functions that must not be called again
     noise: Tensor | None = None
 
     def own_step() -> Any:
+        functions = {name: returning(result) for name, result in results.items()}
         with contextlib.nullcontext() if noise is None else DrawnNoise(noise):
-            return _take_own_step(method, peer, given._replace(model=returning(output), **called), x, t)
+            return _take_own_step(method, peer, given._replace(**functions), x, t)
 
     if isinstance(output, Tensor) and wants_gradient(output):
         raise Fallback(GRADIENT, own_step)
     prediction, variance = split_output(fused, x, output, own_step)
     needed: Tensor | None = prediction
     extras: dict[str, Any] = {}
-    if sampler == "ddpm" and variance is not None:
+    if ddpm and variance is not None:
         extras["model_variance"] = variance
 
     if denoised_fn is not None:
         x_start = prediction
         if fused.prediction != "x0":
             x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), at)
-        x_start = denoised_fn(x_start)
-        called["denoised_fn"] = returning(x_start)
+        x_start = results["denoised_fn"] = denoised_fn(x_start)
         if not is_like(x_start, x) or wants_gradient(x_start) or x_start.dtype != x.dtype:
             reason = "what denoised_fn returns is no plain tensor like the samples, without a gradient"
             raise Fallback(reason, own_step)
         extras["x_start"] = x_start
-        needed = prediction if sampler == "ddpm" and fused.prediction == "x_prev" else None
+        needed = prediction if ddpm and fused.prediction == "x_prev" else None
 
-    draws = sampler != "inverse" and peer.accelerated.noise == "torch"
-    if draws and sampler == "ddpm":  # before cond_fn, which may draw, too
+    draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
+    if draws and ddpm:  # before cond_fn, which may draw, too
         noise = torch.randn_like(x)
     if cond_fn is not None:
-        gradient = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
-        wide = sampler != "ddpm" and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
+        gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
+        wide = not ddpm and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
         if wide or not is_like(gradient, x) or wants_gradient(gradient):
-            called["cond_fn"] = returning(gradient)
             reason = "what cond_fn returns is no plain tensor like the samples, without a gradient"
             raise Fallback(reason, own_step)
         extras["gradient"] = gradient.float()
@@ -171,7 +169,7 @@ def _take_step(
         noise = torch.randn_like(x)
 
     source: dict[str, Any] = {"add_noise": False}
-    if sampler == "ddpm" or (sampler == "ddim" and eta > 0):
+    if ddpm or (method == "ddim_sample" and eta > 0):
         if noise is not None:
             source = noise_arguments(noise, x)
         else:
@@ -193,7 +191,8 @@ def _take_own_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *_:
 
 # By the peer's method: (peer, given, x, t, ...) takes a step, fused or by the peer's own code.
 STEPS: dict[str, Function] = {
-    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method)) for method in SAMPLERS
+    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method))
+    for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
 }
 
 

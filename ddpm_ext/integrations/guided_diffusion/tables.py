@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback, kept, result_of
 from ddpm_ext.losses.rows import LossRows, Terms
-from ddpm_ext.process.process import Process
+from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.predictions import peer_predictions
@@ -35,18 +36,9 @@ LOSSES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "KL": (False, lambda timesteps: 1.0),
     "RESCALED_KL": (False, float),
 }
-SAME_NAME = (  # arrays that ddpm_ext has by the same name
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
-)
-ARRAYS = ("betas", *SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
+NOT_COMPARED = ("alphas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped")
+SAME_NAME = tuple(name for name in SCHEDULE_ATTRIBUTES if name not in NOT_COMPARED)  # as ddpm_ext has them
+ARRAYS = (*SAME_NAME, "alphas_cumprod_next", "posterior_log_variance_clipped")
 OPTIONS = ("num_timesteps", "model_mean_type", "model_var_type", "loss_type", "rescale_timesteps")
 SPACED_OPTIONS = ("timestep_map", "original_num_steps")
 CACHED = 8  # samplers' rows
@@ -70,10 +62,9 @@ class FusedTables:
     """
 
     def __init__(self, peer: Any) -> None:
-        kinds = [
-            getattr(getattr(peer, name), "name", "") for name in ("model_mean_type", "model_var_type", "loss_type")
-        ]
-        prediction, variance, loss = PREDICTIONS.get(kinds[0]), VARIANCES.get(kinds[1]), LOSSES.get(kinds[2])
+        types = (peer.model_mean_type, peer.model_var_type, peer.loss_type)
+        mean, var, loss_type = (getattr(of, "name", "") for of in types)
+        prediction, variance, loss = PREDICTIONS.get(mean), VARIANCES.get(var), LOSSES.get(loss_type)
         if prediction is None or variance is None:
             raise Fallback
         self.prediction = prediction
@@ -94,15 +85,11 @@ class FusedTables:
             steps = replace(steps, c0=zeros, c1=zeros, c2=zeros + 1)
         self.with_error = loss is not None and loss[0]
         self.bound_factor = None if loss is None else loss[1](process.timesteps)
-        tables = {"q_sample": torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)}
-        loss_rows = LossRows(process)
-        terms = Terms(error=False, bound=(self.bound_factor or 0.0) / math.log(2))
-        tables["error"], bound = (
-            loss_rows.get("simple", timesteps.device, torch.float64, *of) for of in ((), (terms,))
-        )
-        tables["bound"] = bound.clone()
-        tables["bound"][0, 3:] = 0  # the peer computes t = 0 with its own normal CDF
-        self._ddpm = self._on_device(steps, **tables)
+        loss_rows = partial(LossRows(process).get, "simple", timesteps.device, torch.float64)
+        bound = loss_rows(Terms(error=False, bound=(self.bound_factor or 0.0) / math.log(2))).clone()
+        bound[0, 3:] = 0  # the peer computes t = 0 with its own normal CDF
+        q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
+        self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)
 
     def _on_device(self, steps: StepTable, **tables: Tensor) -> StepDeviceTables:
         for_peer = replace(steps, timestep=self._model_timesteps, draw=self._draws)
@@ -117,20 +104,20 @@ class FusedTables:
         """(timesteps,), what a model gets for each timestep."""
         return self._ddpm.timesteps(device)
 
-    def rows(self, sampler: str, eta: object, x0_changes: bool) -> StepDeviceTables:
-        """The rows of "ddpm", "ddim" or "inverse": row t is that of timestep t. Raises Fallback for an eta without a
-        fused form.
+    def rows(self, method: str, eta: object, x0_changes: bool) -> StepDeviceTables:
+        """The rows of a peer's method: row t is that of timestep t. Raises Fallback for an eta without a fused form.
 
         x0_changes: whether the predicted x_0 is changed (clipped, say) before the step goes on with it.
         """
-        if sampler == "ddpm":
+        if method == "p_sample":
             return self._ddpm
         if isinstance(eta, bool) or not isinstance(eta, int | float):
             raise Fallback("its eta is no Python number")
         # The eps that a model predicts is more exact than the one derived from an x_0 that is nearly x.
-        keep_eps = sampler == "inverse" and self.prediction == "eps" and not x0_changes
-        make = self._inverse if sampler == "inverse" else self._ddim
-        return kept(self, CACHED, (sampler, eta, keep_eps), lambda: make(eta, keep_eps))
+        inverse = method == "ddim_reverse_sample"
+        keep_eps = inverse and self.prediction == "eps" and not x0_changes
+        make = self._inverse if inverse else self._ddim
+        return kept(self, CACHED, (method, eta, keep_eps), lambda: make(eta, keep_eps))
 
     def _ddim(self, eta: float, keep_eps: bool) -> StepDeviceTables:
         if not 0 <= eta < math.inf:
