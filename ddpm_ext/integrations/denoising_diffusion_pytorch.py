@@ -256,8 +256,8 @@ class Denoising(OwnTables):
 
         check_output(x, output, own_loss)
         target = None if self.objective == "pred_noise" else x_start
-        reduction = "none" if loss_reduction == "none" else "mean"
         rows = steps.get("loss", x.device, torch.float32)
+        reduction = "none" if loss_reduction == "none" else "mean"
         loss = ops.diffusion_loss(output, target, rows, t, reduction=reduction, **source)
         if x.dtype in LOW and not torch.is_autocast_enabled(x.device.type):  # the operator's loss is float32
             loss = loss.to(x.dtype)

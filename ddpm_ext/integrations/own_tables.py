@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name, state_key
+from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -38,7 +38,9 @@ class OwnTables(Accelerated):
         """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
-        return kept(self, CACHED, state_key(state), make, state)
+        # For a tensor its `version`, without that function's call.
+        key = [(id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else id(x) for x in state]
+        return kept(self, CACHED, tuple(key), make, state)
 
 
 def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> StepDeviceTables:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ __all__ = [
     "is_plain_tensor",
     "noise_arguments",
     "noise_itself",
-    "state_key",
     "version",
     "wants_gradient",
     "written",
@@ -98,11 +96,6 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def version(x: Tensor) -> tuple[int, int]:
     """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
     return id(x), written(x)
-
-
-def state_key(state: Iterable[Any]) -> tuple[Any, ...]:
-    """A key that changes when one of these objects becomes another one, or a tensor among them is written to."""
-    return tuple([(id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else id(x) for x in state])
 
 
 def written(x: Tensor) -> int:
