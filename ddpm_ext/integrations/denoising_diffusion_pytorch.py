@@ -197,9 +197,11 @@ class Denoising(OwnTables):
             raise Fallback
         times = torch.full((len(x1),), start, device=x1.device)
         rng = self.accelerated.whole_loop(len(x1))
-        sources = [{"rng": rng.of(STREAM_START, draw)} if rng else {"noise": torch.randn_like(x1)} for draw in (0, 1)]
-        first, second = (self._noised(steps, x, times, how) for x, how in zip((x1, x2), sources, strict=True))
-        img = (1 - lam) * first + lam * second
+        noised = []
+        for draw, x in enumerate((x1, x2)):
+            source = {"noise": torch.randn_like(x)} if rng is None else {"rng": rng.of(STREAM_START, draw)}
+            noised.append(self._noised(steps, x, times, source))
+        img = (1 - lam) * noised[0] + lam * noised[1]
         desc = "interpolation sample time step"
         return self._descend("p_sample", steps, img, rng, start, desc=desc, total=start)
 
