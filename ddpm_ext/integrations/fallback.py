@@ -6,14 +6,17 @@ Options, dtypes or shapes that the operators don't take have no fused form.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from ddpm_ext.base.cache import BoundedCache
+from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.shared import peer_method
 
-__all__ = ["Fallback", "attempt", "result_of", "with_fallback"]
+__all__ = ["Fallback", "attempt", "kept", "result_of", "returning", "with_fallback"]
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
@@ -78,6 +81,13 @@ def _run_own(method: str, obj: Any, *args: Any, **kwargs: Any) -> Any:
     return peer_method(obj, method)(*args, **kwargs)
 
 
+def returning(value: Any) -> nn.Module:
+    """A model, or another function, that returns `value`, in place of one that was called already."""
+    module = nn.Identity()
+    module.forward = lambda *_, **__: value  # type: ignore[method-assign]
+    return module
+
+
 def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
     """make(*args), or the Fallback that it raises: what a cache can keep. `result_of` turns it back."""
     try:
@@ -91,3 +101,21 @@ def result_of(attempted: Result | Fallback) -> Result:
     if isinstance(attempted, Fallback):
         raise Fallback(attempted.reason)
     return attempted
+
+
+def kept(obj: Any, size: int, key: Hashable, make: Callable[[], Result], held: Any = None) -> Result:
+    """make(), kept with an object, whose copies and pickles are without it, for the latest `size` keys.
+
+    Raises the Fallback that make() raises, which is kept, too. held: the objects whose identities are in the key, so
+    that no others get these.
+    """
+    cache: BoundedCache[Any] | None = obj.__dict__.get("_fused_cache")
+    if cache is None:
+        cache = obj.__dict__.setdefault("_fused_cache", BoundedCache(size))
+    found = cache.get(key)
+    if found is None:
+        if not (torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))):
+            raise Fallback("its tables are first asked for within a function transform")
+        with torch.inference_mode(False):  # so that they are of use outside of it, too
+            found = cache.get_or_make(key, lambda: (attempt(make), held))
+    return result_of(found[0])

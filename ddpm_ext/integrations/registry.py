@@ -26,41 +26,24 @@ def _diffusers(module: str, name: str, mixin_module: str, mixin: str) -> KnownCl
     return KnownClass(f"diffusers.schedulers.{module}", name, f"diffusers.{mixin_module}", mixin)
 
 
+def _guided(module: str, name: str, mixin: str) -> KnownClass:
+    return KnownClass(module, name, "guided_diffusion", mixin)
+
+
+_LUCIDRAINS = "denoising_diffusion_pytorch"
 KNOWN = (
     _diffusers("scheduling_ddpm", "DDPMScheduler", "ddpm", "DDPM"),
     _diffusers("scheduling_ddim", "DDIMScheduler", "ddim", "DDIM"),
     _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "ddim", "DDIMInverse"),
-    *(
-        KnownClass(f"{library}.{module}", name, "guided_diffusion", mixin)
-        for library, module, name, mixin in (
-            ("guided_diffusion", "gaussian_diffusion", "GaussianDiffusion", "Guided"),
-            ("guided_diffusion", "respace", "SpacedDiffusion", "Spaced"),
-            ("improved_diffusion", "gaussian_diffusion", "GaussianDiffusion", "Improved"),
-            ("improved_diffusion", "respace", "SpacedDiffusion", "ImprovedSpaced"),
-        )
-    ),
-    KnownClass(
-        "denoising_diffusion_pytorch.denoising_diffusion_pytorch",
-        "GaussianDiffusion",
-        "denoising_diffusion_pytorch",
-        "Denoising",
-    ),
+    _guided("guided_diffusion.gaussian_diffusion", "GaussianDiffusion", "Guided"),
+    _guided("guided_diffusion.respace", "SpacedDiffusion", "Spaced"),
+    _guided("improved_diffusion.gaussian_diffusion", "GaussianDiffusion", "Improved"),
+    _guided("improved_diffusion.respace", "SpacedDiffusion", "ImprovedSpaced"),
+    KnownClass(f"{_LUCIDRAINS}.{_LUCIDRAINS}", "GaussianDiffusion", _LUCIDRAINS, "Denoising"),
 )
-
-
-class Recognised(NamedTuple):
-    """A mixin for classes of any name: its module, its name, and the module's function that tests a class."""
-
-    mixin_module: str
-    mixin: str
-    test: str
-
-
-# A class that is not in KNOWN is tested by each of these in turn.
-RECOGNISED = (
-    Recognised("diffusers.traced", "Traced", "is_scheduler"),
-    Recognised("tutorial", "Tutorial", "resembles"),
-)
+# Mixins for classes of any name: the module, the mixin, and the module's function that tests a class. A class that is
+# not in KNOWN is tested by each in turn.
+RECOGNISED = (("diffusers.traced", "Traced", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
 def _integration(name: str) -> Any:
@@ -69,7 +52,7 @@ def _integration(name: str) -> Any:
 
 def support_table() -> list[Support]:
     """What is fused and what is not, method by method."""
-    modules = dict.fromkeys([*(known.mixin_module for known in KNOWN), *(entry.mixin_module for entry in RECOGNISED)])
+    modules = dict.fromkeys([*(known.mixin_module for known in KNOWN), *(module for module, _, _ in RECOGNISED)])
     return [row for module in modules for row in _integration(module).SUPPORT]
 
 
@@ -80,28 +63,28 @@ def accelerated_class(peer: type) -> type:
         TypeError: the class is not a known one, or it is a subclass that overrides what is replaced.
     """
     peer = peer_class(peer)
+    names = {(known.module, known.name): known for known in KNOWN}
     for ancestor in peer.__mro__:
-        for known in KNOWN:
-            if (ancestor.__module__, ancestor.__name__) == (known.module, known.name):
-                mixin = getattr(_integration(known.mixin_module), known.mixin)
-                if known.module.startswith("diffusers.") and overrides(mixin, peer, ancestor):
-                    break  # a scheduler of its own, which is traced
+        known = names.get((ancestor.__module__, ancestor.__name__))
+        if known is not None:
+            mixin = getattr(_integration(known.mixin_module), known.mixin)
+            # A scheduler that overrides what is replaced is traced.
+            if not (known.module.startswith("diffusers.") and overrides(mixin, peer, ancestor)):
                 return make_class(mixin, peer, ancestor, _restore)
-    for entry in RECOGNISED:
-        module = _integration(entry.mixin_module)
-        if getattr(module, entry.test)(peer):
-            return make_class(getattr(module, entry.mixin), peer, peer, _restore)
-    raise TypeError(f"obj is a {peer.__module__}.{peer.__qualname__}, expected {_expected()}")
+    for name, mixin, test in RECOGNISED:
+        module = _integration(name)
+        if getattr(module, test)(peer):
+            return make_class(getattr(module, mixin), peer, peer, _restore)
+    libraries: dict[str, list[str]] = {}
+    for known in KNOWN:
+        libraries.setdefault(known.module.partition(".")[0], []).append(known.name)
+    expected = "; ".join(f"{library}'s {', '.join(classes)}" for library, classes in libraries.items())
+    raise TypeError(
+        f"obj is a {peer.__module__}.{peer.__qualname__}, expected {expected}; a pipeline of diffusers; or a class "
+        "with the tutorial's p_sample, q_sample and tables"
+    )
 
 
 def _restore(peer: type) -> Any:
     """What pickle calls: an accelerated object without its state."""
     return new(accelerated_class(peer))
-
-
-def _expected() -> str:
-    by_library: dict[str, list[str]] = {}
-    for known in KNOWN:
-        by_library.setdefault(known.module.partition(".")[0], []).append(known.name)
-    names = "; ".join(f"{library}'s {', '.join(names)}" for library, names in by_library.items())
-    return f"{names}; a pipeline of diffusers; or a class with the tutorial's p_sample, q_sample and tables"

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
@@ -22,6 +26,7 @@ __all__ = [
     "overrides",
     "peer_class",
     "peer_method",
+    "signature_text",
 ]
 
 
@@ -67,6 +72,13 @@ class Accelerated:
     def _check(self) -> None:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
 
+    def _training_noise(self, x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
+        """The operators' arguments for the noise of a training batch: the given one, or another draw at each call."""
+        rng = self.accelerated.next_forward(x.device) if noise is None else None
+        if rng is not None:
+            return {"rng": rng}
+        return {"noise": torch.randn_like(x) if noise is None else noise}
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles name the peer's class, which can be imported, and leave out what is only cached.
 
@@ -86,6 +98,13 @@ def peer_class(cls: type) -> type:
 def peer_method(obj: Any, name: str) -> Callable[..., Any]:
     """The peer's own method of that name, bound to an accelerated object."""
     return getattr(super(Accelerated, obj), name)
+
+
+def signature_text(function: Any) -> str:
+    """As "(self, x, noise=None)", without annotations."""
+    signature = inspect.signature(function)
+    plain = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
 
 
 def new(made: Any) -> Any:

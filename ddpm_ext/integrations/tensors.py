@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.ops.noise import randn
 
 __all__ = [
     "TRANSFORMED",
@@ -17,6 +18,7 @@ __all__ = [
     "is_like",
     "is_plain_tensor",
     "noise_arguments",
+    "noise_itself",
     "version",
     "wants_gradient",
     "written",
@@ -73,6 +75,13 @@ def noise_arguments(noise: Tensor, x: Tensor) -> dict[str, Tensor]:
     if unpatched and x.is_contiguous() and noise.is_contiguous():
         return {"noise": noise, "out": noise}
     return {"noise": noise}
+
+
+def noise_itself(source: dict[str, Any], x: Tensor) -> Tensor:
+    """The noise of operators' arguments for samples x, which a launch may have made without storing it."""
+    if "rng" not in source:
+        return source["noise"]
+    return randn(x.shape, source["rng"], device=x.device, dtype=x.dtype)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

@@ -13,45 +13,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
-from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.diffusion import GaussianDiffusion
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import Accelerated, Support, new, peer_method
-from ddpm_ext.integrations.tensors import (
-    TRANSFORMED,
-    check_tensors,
-    dtype_name,
-    noise_arguments,
-    version,
-    wants_gradient,
-)
-from ddpm_ext.integrations.tutorial_trial import TABLES, FusedMethods, try_methods
+from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.fallback import Fallback, attempt, returning, with_fallback
+from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
+from ddpm_ext.integrations.shared import Support, new, peer_method, signature_text
+from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
+from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
+from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 
-__all__ = ["SUPPORT", "Tutorial", "check_output", "resembles"]
+__all__ = ["SUPPORT", "Tutorial", "resembles"]
 
-METHODS: dict[str, dict[str, Any]] = {
-    "q_sample": {"x_start": ..., "t": ..., "noise": None},
-    "p_mean_variance": {"model": ..., "x_t": ..., "t": ..., "clip_denoised": True},
-    "p_sample": {"model": ..., "x_t": ..., "t": ..., "clip_denoised": True},
-    "p_sample_loop": {"model": ..., "shape": ...},
-    "sample": {"model": ..., "image_size": ...},
-    "train_losses": {"model": ..., "x_start": ..., "t": ...},
+METHODS = {  # their first parameters
+    "q_sample": "x_start, t, noise=None",
+    "p_mean_variance": "model, x_t, t, clip_denoised=True",
+    "p_sample": "model, x_t, t, clip_denoised=True",
+    "p_sample_loop": "model, shape",
+    "sample": "model, image_size",
+    "train_losses": "model, x_start, t",
 }
-OTHERS = (  # tables that a variation's methods may use, too
-    "betas",
-    "alphas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "log_one_minus_alphas_cumprod",
-    "posterior_variance",
-)
-CACHED = 4  # states of the tables
-
 
 SUPPORT = tuple(
     Support("the tutorial's class", *row)
@@ -85,47 +70,10 @@ def resembles(cls: type) -> bool:
         method = getattr(cls, name, None)
         if not inspect.isfunction(method):
             return False
-        found = list(inspect.signature(method).parameters.values())[1 : len(expected) + 1]
-        if [parameter.name for parameter in found] != list(expected):
+        _, _, found = signature_text(method)[:-1].partition(", ")  # after self
+        if found != expected and not found.startswith(f"{expected}, "):
             return False
-        for parameter, default in zip(found, expected.values(), strict=True):
-            given = ... if parameter.default is parameter.empty else parameter.default
-            if parameter.kind != parameter.POSITIONAL_OR_KEYWORD or given is not default:
-                return False
     return True
-
-
-def check_output(
-    x: Tensor, output: Any, instead: Callable[[], Any] | None = None, *, allow_16_bits: bool = True
-) -> None:
-    """Raises Fallback, with `instead`, where the operators can't take a model's output for samples x.
-
-    allow_16_bits: whether it may have 16 bits where the samples have 32.
-    """
-    dtypes = (
-        (torch.float32, torch.float16, torch.bfloat16) if allow_16_bits and x.dtype == torch.float32 else (x.dtype,)
-    )
-    try:
-        check_tensors(x, output)
-        fits = output.dtype in dtypes
-    except Fallback:
-        fits = False
-    if fits:
-        return
-    if type(output) is not Tensor:
-        raise Fallback(f"the model's output is a {type(output).__name__}", instead)
-    raise Fallback(f"the model's output is {dtype_name(output.dtype)} of shape {tuple(output.shape)}", instead)
-
-
-class _Given(nn.Module):
-    """A model that returns a given output."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self.output
 
 
 class _StartNoise(TorchFunctionMode):
@@ -148,7 +96,7 @@ class _StartNoise(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Tutorial(Accelerated):
+class Tutorial(OwnTables):
     """Mixin placed in the bases before a class that resembles the tutorial's."""
 
     library = "the tutorial's class"
@@ -158,35 +106,23 @@ class Tutorial(Accelerated):
 
     def _check(self) -> None:
         """Raises TypeError where the tables or methods are not the tutorial's."""
-        try:
-            self._fused_methods()
-        except Fallback as fallback:
-            peer, reason = self._peer, fallback.reason
-        else:
-            return
-        name = f"{peer.__module__}.{peer.__qualname__}"
-        raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {reason}")
+        found = attempt(self._fused_methods)
+        if isinstance(found, Fallback):
+            name = f"{self._peer.__module__}.{self._peer.__qualname__}"
+            raise TypeError(f"obj is a {name}, which cannot be accelerated as the tutorial's class: {found.reason}")
 
     def _fused_methods(self) -> FusedMethods:
         """What the tables as they are give. Raises Fallback where nothing is fused."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise Fallback(TRANSFORMED)
-        own = tuple([getattr(self, name, None) for name in (*TABLES, *OTHERS)])
-        key = tuple([version(x) if isinstance(x, Tensor) else id(x) for x in own])
-        cache: BoundedCache[Any] | None = self.__dict__.get("_fused_cache")
-        if cache is None:
-            cache = self.__dict__.setdefault("_fused_cache", BoundedCache(CACHED))
-        found = cache.get(key)
-        if found is None:
-            # The tables are stored, too, so that no other tensors get their identities.
-            found = cache.get_or_make(key, lambda: (attempt(self._try_methods, own), own))
-        return result_of(found[0])
+        # All tables, since a variation's methods may use the others, too.
+        tables = tuple([getattr(self, name, None) for name in SCHEDULE_ATTRIBUTES])
 
-    def _try_methods(self, own: tuple[Any, ...]) -> FusedMethods:
-        plain = new(self._peer)  # the object as its own class has it
-        plain.__dict__.update(self.__dict__)
-        with torch.inference_mode(False), torch.enable_grad():
-            return try_methods(plain, own)
+        def make() -> FusedMethods:
+            plain, fast = new(self._peer), new(type(self))
+            for trial in (plain, fast):
+                trial.__dict__.update(self.__dict__, _acceleration=Acceleration(), _start_noise=None)
+            return try_methods(plain, fast, dict(zip(SCHEDULE_ATTRIBUTES, tables, strict=True)))
+
+        return self._of_state(tables, make)
 
     def _fused(self, method: str, x: Any, t: Any, more: bool, noise: Tensor | None = None) -> FusedMethods:
         """What a call of `method` needs. Raises Fallback where it has no fused form.
@@ -203,8 +139,7 @@ class Tutorial(Accelerated):
         for y in (noise, x):
             if y is not None and y.dtype != torch.float32:
                 raise Fallback(f"its samples are {dtype_name(y.dtype)}")
-        if not (isinstance(t, Tensor) and t.dtype == torch.int64 and t.shape == x.shape[:1] and t.device == x.device):
-            raise Fallback("t is not one int64 timestep a sample")
+        check_timesteps(t, x)
         return fused
 
     # --------------------------------------------------------------------------------------------------------- steps
@@ -233,7 +168,7 @@ class Tutorial(Accelerated):
         own = peer_method(self, "p_sample")
         with fused.grad_mode():
             output = model(x_t, t)
-            check_output(x_t, output, lambda: own(_Given(output), x_t, t, clip_denoised))
+            check_output(x_t, output, lambda: own(returning(output), x_t, t, clip_denoised))
             clip = (-1.0, 1.0) if clip_denoised else None
             rng = self.accelerated.rng_of_step_at(t, len(fused.tables))
             source: dict[str, Any] = {"rng": rng}
@@ -261,17 +196,10 @@ class Tutorial(Accelerated):
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def _training_noise(self, x: Tensor) -> tuple[Tensor | None, Philox | None]:
-        rng = self.accelerated.next_forward(x.device)
-        return (torch.randn_like(x), None) if rng is None else (None, rng)
-
     @with_fallback(compiles=False)
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         fused = self._fused("q_sample", x_start, t, bool(args or kwargs), noise)
-        rng = None
-        if noise is None:
-            noise, rng = self._training_noise(x_start)
-        return ops.forward_process(x_start, fused.rows("q_sample", x_start), t, noise=noise, rng=rng)
+        return ops.forward_process(x_start, fused.rows("q_sample", x_start), t, **self._training_noise(x_start, noise))
 
     @with_fallback(compiles=False)
     def train_losses(
@@ -280,12 +208,7 @@ class Tutorial(Accelerated):
         fused = self._fused("train_losses", x_start, t, bool(args or kwargs))
         if wants_gradient(x_start):
             raise Fallback("a gradient by images is asked for")
-        noise, rng = self._training_noise(x_start)
-        output = model(ops.forward_process(x_start, fused.rows("q_sample", x_start), t, noise=noise, rng=rng), t)
-
-        def own_loss() -> Tensor:
-            z = randn(x_start.shape, rng, device=x_start.device) if noise is None else noise
-            return F.mse_loss(z, output)
-
-        check_output(x_start, output, own_loss)
-        return ops.diffusion_loss(output, None, fused.rows("loss", x_start), t, noise=noise, rng=rng)
+        source = self._training_noise(x_start)
+        output = model(ops.forward_process(x_start, fused.rows("q_sample", x_start), t, **source), t)
+        check_output(x_start, output, lambda: F.mse_loss(noise_itself(source, x_start), output))
+        return ops.diffusion_loss(output, None, fused.rows("loss", x_start), t, **source)

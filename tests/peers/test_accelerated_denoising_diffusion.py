@@ -214,6 +214,15 @@ def test_a_model_may_write_to_its_timesteps(loop):
 # ------------------------------------------------------------------------- what is easy to get wrong, one test a trap
 
 
+def test_interpolate_draws_in_each_images_memory_format():
+    """torch.randn_like fills memory in its order."""
+    x1, x2 = torch.rand(2, *SHAPE)
+    x2 = x2.contiguous(memory_format=torch.channels_last)
+    plain = make()
+    ours, theirs = (seeded(3, lambda gd=gd: gd.interpolate(x1, x2, t=0))[0] for gd in (accelerate(plain), plain))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
 def test_images_are_in_0_to_1_outside_and_in_minus_1_to_1_inside():
     ones = torch.full(SHAPE, 5.0)
     for auto, expected in ((True, 1.0), (False, 1.0)):

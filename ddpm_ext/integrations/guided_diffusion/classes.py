@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -11,40 +12,34 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.fallback import with_fallback
-from ddpm_ext.integrations.guided_diffusion.losses import training_losses
-from ddpm_ext.integrations.guided_diffusion.peer import Function
-from ddpm_ext.integrations.guided_diffusion.steps import SAMPLERS, STEPS, StepOptions, check_inputs, take_loop
-from ddpm_ext.integrations.guided_diffusion.tables import tables_of
-from ddpm_ext.integrations.shared import Accelerated, peer_method
+from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
+from ddpm_ext.integrations.guided_diffusion.steps import STEPS, check_inputs, split_output, take_loop
+from ddpm_ext.integrations.guided_diffusion.tables import tables_of, timesteps_for
+from ddpm_ext.integrations.shared import Accelerated, peer_method, signature_text
+from ddpm_ext.integrations.tensors import noise_itself, wants_gradient
 
 __all__ = ["Guided", "Improved", "ImprovedSpaced", "Spaced"]
 
-Step = dict[str, Tensor]
-Parameters = dict[str, Any]  # names in their order, with their defaults
-
-REQUIRED: Any = inspect.Parameter.empty
-OPTIONS: Parameters = {"clip_denoised": True, "denoised_fn": None, "cond_fn": None, "model_kwargs": None}
-STEP: Parameters = {"model": REQUIRED, "x": REQUIRED, "t": REQUIRED} | OPTIONS
-LOOP: Parameters = {"model": REQUIRED, "shape": REQUIRED, "noise": None} | OPTIONS | {"device": None, "progress": False}
-ETA: Parameters = {"eta": 0.0}
+OPTIONS = "clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None"
+STEP = f"model, x, t, {OPTIONS}"
+LOOP = f"model, shape, noise=None, {OPTIONS}, device=None, progress=False"
 
 
-def _without_cond_fn(parameters: Parameters) -> Parameters:
-    return {name: default for name, default in parameters.items() if name != "cond_fn"}
+def _without_cond_fn(parameters: str) -> str:
+    return parameters.replace(" cond_fn=None,", "")
 
 
 # The parameters of guided-diffusion's methods, but for self. Forks of its code may have others.
-PARAMETERS: dict[str, Parameters] = {
-    "q_sample": {"x_start": REQUIRED, "t": REQUIRED, "noise": None},
+PARAMETERS = {
+    "q_sample": "x_start, t, noise=None",
     "p_sample": STEP,
     "p_sample_loop": LOOP,
     "p_sample_loop_progressive": LOOP,
-    "ddim_sample": STEP | ETA,
-    "ddim_sample_loop": LOOP | ETA,
-    "ddim_sample_loop_progressive": LOOP | ETA,
-    "ddim_reverse_sample": _without_cond_fn(STEP) | ETA,
-    "training_losses": {"model": REQUIRED, "x_start": REQUIRED, "t": REQUIRED, "model_kwargs": None, "noise": None},
+    "ddim_sample": f"{STEP}, eta=0.0",
+    "ddim_sample_loop": f"{LOOP}, eta=0.0",
+    "ddim_sample_loop_progressive": f"{LOOP}, eta=0.0",
+    "ddim_reverse_sample": _without_cond_fn(f"{STEP}, eta=0.0"),
+    "training_losses": "model, x_start, t, model_kwargs=None, noise=None",
 }
 
 
@@ -55,7 +50,7 @@ class Guided(Accelerated):
     """
 
     library = "guided-diffusion"
-    _peer_parameters: ClassVar[dict[str, Parameters]] = PARAMETERS
+    _peer_parameters: ClassVar[dict[str, str]] = PARAMETERS
     replaces = tuple(PARAMETERS)
     relies_on: ClassVar[tuple[str, ...]] = (
         "p_mean_variance",
@@ -69,10 +64,6 @@ class Guided(Accelerated):
         "_vb_terms_bpd",
     )
 
-    num_timesteps: int
-    loss_type: Any
-    _vb_terms_bpd: Function
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raises TypeError for a fork, which goes by the same names, whose methods take other arguments."""
         super().__init_subclass__(**kwargs)
@@ -82,107 +73,116 @@ class Guided(Accelerated):
         for name, parameters in cls._peer_parameters.items():
             # Where it is first defined: a subclass passes on (*args, **kwargs).
             own = next((vars(c)[name] for c in reversed(peer.__mro__) if name in vars(c)), None)
-            found = {} if own is None else _parameters(own)
-            expected = {"self": REQUIRED} | parameters
-            if list(found.items()) != list(expected.items()):
+            found = "()" if own is None else signature_text(own)
+            expected = f"(self, {parameters})"
+            if found != expected:
                 raise TypeError(
-                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes ({', '.join(found)}), "
-                    f"expected {cls.library}'s, ({', '.join(expected)}), with its defaults"
+                    f"obj is a {peer.__module__}.{peer.__qualname__}, whose {name} takes {found}, expected "
+                    f"{cls.library}'s, {expected}"
                 )
             if own is not None and name not in vars(Guided):  # a step or a loop
-                setattr(cls, name, _bound(own, parameters))
+                setattr(cls, name, _fused(own))
 
     @with_fallback()
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+    def q_sample(self: Any, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         tables = tables_of(self)
         check_inputs(tables, x_start, t, noise)
-        rng = None if noise is not None else self.accelerated.next_forward(x_start.device)
-        if noise is None and rng is None:
-            noise = torch.randn_like(x_start)
-        return ops.forward_process(x_start, tables.q_sample(x_start.device), t, noise=noise, rng=rng)
+        source = self._training_noise(x_start, noise)
+        return ops.forward_process(x_start, tables.get("q_sample", x_start.device), t, **source)
 
     @with_fallback()
     def training_losses(
-        self,
-        model: Function,
+        self: Any,
+        model: Callable[..., Any],
         x_start: Tensor,
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
         noise: Tensor | None = None,
-    ) -> Step:
-        return training_losses(self, model, x_start, t, model_kwargs, noise)
+    ) -> dict[str, Tensor]:
+        tables, device = tables_of(self), x_start.device
+        check_inputs(tables, x_start, t, noise)
+        if tables.bound_factor is None or x_start.dim() < 2:
+            raise Fallback
+        if wants_gradient(x_start, noise):
+            raise Fallback("a gradient is asked for by x_start or noise")
+
+        with_bound = tables.learned or not tables.with_error
+        # The samples whose term the peer computes. Finding them waits for a GPU, as the peer does for each table.
+        at_zero = (t == 0).nonzero()[:, 0] if with_bound else t
+        source = self._training_noise(x_start, noise)
+        x_t = ops.forward_process(x_start, tables.get("q_sample", device), t, **source)
+        output = model(x_t, timesteps_for(self, tables, model, t), **(model_kwargs or {}))
+
+        def own_losses() -> Any:
+            own = peer_method(self, "training_losses")
+            return own(returning(output), x_start, t, model_kwargs, noise_itself(source, x_start))
+
+        prediction, _ = split_output(tables, x_start, output, own_losses)
+        terms: dict[str, Tensor] = {}
+        if with_bound:
+            options: dict[str, Any] = {"reduction": "none", "variational": True, "detach_mean": tables.with_error}
+            vb = ops.diffusion_loss(output, x_start, tables.get("bound", device), t, **options, **source)
+            if len(at_zero) > 0:
+                own_output = output[at_zero]
+                if tables.with_error:  # the prediction gets no gradient from the bound
+                    channels = x_start.shape[1]
+                    own_output = torch.cat([own_output[:, :channels].detach(), own_output[:, channels:]], 1)
+                inputs = (x_start[at_zero], x_t[at_zero], t[at_zero])
+                own_terms = self._vb_terms_bpd(returning(own_output), *inputs, clip_denoised=False)["output"]
+                vb = vb.index_add(0, at_zero, (own_terms * tables.bound_factor).to(vb.dtype))
+            terms["vb"] = vb
+        if not tables.with_error:
+            return {"loss": terms["vb"]}
+        target = None if tables.prediction == "eps" else x_start
+        terms["mse"] = ops.diffusion_loss(
+            prediction, target, tables.get("error", device), t, reduction="none", **source
+        )
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
 
 
-def _parameters(function: Any) -> Parameters:
-    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
-
-
-def _bound(own: Function, parameters: Parameters) -> Function:
+def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
     """The method that replaces the peer's `own`, a step or a loop, with the same signature."""
     method = own.__name__
-    sampler = next(name for name in SAMPLERS if method.startswith(name))
-    bind, take_step = _binder(parameters), STEPS[sampler]
-    names, with_cond_fn = tuple(parameters), "cond_fn" in parameters
+    of_step = next(name for name in STEPS if method.startswith(name))
+    take_step, (_, *parameters) = STEPS[of_step], inspect.signature(own).parameters.values()
+    # Binds a call's arguments as a function does, at a tenth of the cost of inspect.Signature.bind.
+    defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
+    bind: Any = namedtuple("bind", [parameter.name for parameter in parameters], defaults=defaults)  # type: ignore[misc]
 
-    def step(self: Any, model: Any, x: Any, t: Any, clip_denoised: Any, denoised_fn: Any, *rest: Any) -> Step:
-        rest = rest if with_cond_fn else (None, *rest)
-        return take_step(self, StepOptions(model, clip_denoised, denoised_fn, *rest), x, t)
+    def step(self: Any, given: Any) -> dict[str, Tensor]:
+        return take_step(self, given, given.x, given.t)
 
-    def progressive_loop(self: Any, *values: Any, with_x0: bool = True) -> Iterator[Step]:
-        options = {"cond_fn": None} | dict(zip(names, values, strict=True))
-        shape, noise, device, progress = (options.pop(name) for name in ("shape", "noise", "device", "progress"))
-        return take_loop(self, sampler, StepOptions(**options), shape, noise, device, progress, with_x0)
+    def progressive_loop(self: Any, given: Any) -> Iterator[dict[str, Tensor]]:
+        return take_loop(self, of_step, given)
 
-    def loop(self: Any, *values: Any) -> Tensor:
-        for found in progressive_loop(self, *values, with_x0=False):
+    def loop(self: Any, given: Any) -> Tensor:
+        for found in take_loop(self, of_step, given, with_x0=False):
             sample = found["sample"]
         return sample
 
-    fused: Function = step
-    if "shape" in parameters:
+    fused: Callable[..., Any] = step
+    if "loop" in method:
         fused = progressive_loop if method.endswith("_progressive") else loop
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        values = bind(args, kwargs)
-        if values is None:
+        try:
+            given: Any = bind(*args, **kwargs)
+        except TypeError:
+            given = None
+        if given is None:
             return peer_method(self, method)(*args, **kwargs)  # which raises a TypeError
-        return fused(self, *values)
+        return fused(self, given)
 
     return call
-
-
-def _binder(parameters: Parameters) -> Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...] | None]:
-    """A function of a call's arguments that gives the parameters' values in order, or None where they don't fit.
-
-    It does what inspect.Signature.bind does, at a tenth of the cost.
-    """
-    items = list(parameters.items())
-    defaults = tuple(parameters.values())
-    after = [dict(items[count:]) for count in range(len(items) + 1)]  # the parameters after `count` positional ones
-    required = defaults.count(REQUIRED)
-
-    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        count = len(args)
-        if count > len(items):
-            return None
-        if not kwargs:
-            return (*args, *defaults[count:]) if count >= required else None
-        values = {**after[count], **kwargs}
-        if len(values) > len(after[count]):  # unknown or repeated ones
-            return None
-        if count < required and any(value is REQUIRED for value in values.values()):
-            return None
-        return (*args, *values.values())
-
-    return bind
 
 
 class Improved(Guided):
     """Mixin placed before improved_diffusion.gaussian_diffusion.GaussianDiffusion in the bases."""
 
     library = "improved-diffusion"
-    _peer_parameters: ClassVar[dict[str, Parameters]] = {
+    _peer_parameters: ClassVar[dict[str, str]] = {
         name: _without_cond_fn(parameters) for name, parameters in PARAMETERS.items()
     }
 

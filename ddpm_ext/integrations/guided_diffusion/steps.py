@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.fallback import Fallback, with_fallback
-from ddpm_ext.integrations.guided_diffusion.peer import Function, Peer, maps_timesteps
-from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of
+from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
+from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of, timesteps_for
 from ddpm_ext.integrations.shared import peer_method
 from ddpm_ext.integrations.tensors import (
     check_tensors,
@@ -27,32 +26,12 @@ from ddpm_ext.integrations.tensors import (
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 
-__all__ = ["SAMPLERS", "STEPS", "StepOptions", "check_inputs", "returning", "split_output", "take_loop"]
+__all__ = ["STEPS", "check_inputs", "split_output", "take_loop"]
 
+Function = Callable[..., Any]
 LOWER = (torch.float16, torch.bfloat16)
-SAMPLERS = {"p_sample": "ddpm", "ddim_sample": "ddim", "ddim_reverse_sample": "inverse"}
-NO_ETA: Any = object()
+OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
 GRADIENT = "a gradient is asked for through a step"
-
-
-class StepOptions(NamedTuple):
-    """The arguments of guided-diffusion's p_sample and ddim_sample in their order, but for samples and timesteps."""
-
-    model: Function
-    clip_denoised: bool
-    denoised_fn: Function | None
-    cond_fn: Function | None
-    model_kwargs: dict[str, Any] | None
-    eta: Any = NO_ETA
-
-    def for_peer(self, **changes: Any) -> dict[str, Any]:
-        """All but the model, as keyword arguments of the peer's own method."""
-        options = {name: value for name, value in self._asdict().items() if name != "model"} | changes
-        if self.cond_fn is None:  # some methods don't have it
-            del options["cond_fn"]
-        if self.eta is NO_ETA:
-            del options["eta"]
-        return options
 
 
 class DrawnNoise(TorchFunctionMode):
@@ -68,11 +47,6 @@ class DrawnNoise(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def returning(value: Any) -> Function:
-    """A function that returns `value`, in place of one that was called already."""
-    return lambda *_, **__: value
-
-
 def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = None) -> None:
     """Raises Fallback where the operators can't take samples x, timesteps t and the noise."""
     _check_samples(x)
@@ -83,7 +57,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     if noise is not None and (not is_like(noise, x) or noise.dtype != x.dtype):
         raise Fallback("its noise is no plain float32 tensor on the samples' device")
     try:
-        ops.check_reverse_step(x, tables.steps(x.device), t)
+        ops.check_reverse_step(x, tables.get("steps", x.device), t)
     except (TypeError, ValueError):
         raise Fallback from None
 
@@ -117,8 +91,8 @@ def split_output(
 
 def _take_step(
     method: str,
-    peer: Peer,
-    options: StepOptions,
+    peer: Any,
+    given: Any,
     x: Tensor,
     t: Tensor,
     row: int | None = None,
@@ -129,67 +103,77 @@ def _take_step(
     """One step by `method`. Raises Fallback.
 
     Args:
+        given: the arguments of the peer's method or loop, as attributes.
         row, model_t, rng: in a loop, the timestep as an int, what a model gets for it, (batch,), and the loop's noise.
         with_x0: whether the predicted clean samples are returned, too.
     """
-    fused, sampler = tables_of(peer), SAMPLERS[method]
-    rows = fused.rows(sampler, options.eta, bool(options.clip_denoised) or options.denoised_fn is not None)
-    _check_step(fused, options, x, t, row)
-    tables, device = rows.tables, x.device
+    clip = (-1.0, 1.0) if given.clip_denoised else None
+    denoised_fn, cond_fn, model_kwargs = given.denoised_fn, getattr(given, "cond_fn", None), given.model_kwargs
+    eta: Any = getattr(given, "eta", None)
+    fused, ddpm = tables_of(peer), method == "p_sample"
+    tables = fused.rows(method, eta, clip is not None or denoised_fn is not None)
+    if row is None:
+        check_inputs(fused, x, t)
+    else:  # t is the loop's own
+        _check_samples(x)
+        if x.shape[0] != t.shape[0] or x.device != t.device:
+            raise Fallback
+    if wants_gradient(x):
+        raise Fallback(GRADIENT)
+    if x.dim() < 2 or (cond_fn is not None and model_kwargs is None):
+        raise Fallback
+    device, kwargs = x.device, model_kwargs or {}
     at: int | Tensor = t if row is None else row
-    clip = (-1.0, 1.0) if options.clip_denoised else None
     if model_t is None:
         model_t = t if fused.model_gets_t else fused.model_timesteps(device)[t]
-    model_kwargs = options.model_kwargs or {}
 
-    output = options.model(x, t if maps_timesteps(peer, fused, options.model) else model_t, **model_kwargs)
-    called: dict[str, Any] = {}  # in place of functions that were called already
+    output = given.model(x, timesteps_for(peer, fused, given.model, t, model_t), **kwargs)
+    results: dict[str, Any] = {"model": output}  # of functions that must not be called again
+    noise: Tensor | None = None
 
     def own_step() -> Any:
-        return peer_method(peer, method)(returning(output), x, t, **options.for_peer(**called))
+        functions = {name: returning(result) for name, result in results.items()}
+        with contextlib.nullcontext() if noise is None else DrawnNoise(noise):
+            return _take_own_step(method, peer, given._replace(**functions), x, t)
 
     if isinstance(output, Tensor) and wants_gradient(output):
         raise Fallback(GRADIENT, own_step)
     prediction, variance = split_output(fused, x, output, own_step)
     needed: Tensor | None = prediction
     extras: dict[str, Any] = {}
-    if rows.learned:
+    if ddpm and variance is not None:
         extras["model_variance"] = variance
 
-    if options.denoised_fn is not None:
+    if denoised_fn is not None:
         x_start = prediction
         if fused.prediction != "x0":
             x_start = ops.predict_start(x, prediction, tables.get("predict", device, torch.float32), at)
-        x_start = options.denoised_fn(x_start)
-        called["denoised_fn"] = returning(x_start)
+        x_start = results["denoised_fn"] = denoised_fn(x_start)
         if not is_like(x_start, x) or wants_gradient(x_start) or x_start.dtype != x.dtype:
             reason = "what denoised_fn returns is no plain tensor like the samples, without a gradient"
             raise Fallback(reason, own_step)
         extras["x_start"] = x_start
-        needed = prediction if rows.needs_output else None
+        needed = prediction if ddpm and fused.prediction == "x_prev" else None
 
-    draws, noise = sampler != "inverse" and peer.accelerated.noise == "torch", None
-    if draws and method == "p_sample":  # before cond_fn, which may draw, too
+    draws = method != "ddim_reverse_sample" and peer.accelerated.noise == "torch"
+    if draws and ddpm:  # before cond_fn, which may draw, too
         noise = torch.randn_like(x)
-    if options.cond_fn is not None:
-        gradient = options.cond_fn(x, t if maps_timesteps(peer, fused, options.cond_fn) else model_t, **model_kwargs)
-        wide = method != "p_sample" and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
+    if cond_fn is not None:
+        gradient = results["cond_fn"] = cond_fn(x, timesteps_for(peer, fused, cond_fn, t, model_t), **kwargs)
+        wide = not ddpm and (not isinstance(gradient, Tensor) or gradient.dtype == torch.float64)
         if wide or not is_like(gradient, x) or wants_gradient(gradient):
-            called["cond_fn"] = returning(gradient)
             reason = "what cond_fn returns is no plain tensor like the samples, without a gradient"
-            raise Fallback(reason, lambda: _with_noise(noise, own_step))
+            raise Fallback(reason, own_step)
         extras["gradient"] = gradient.float()
     if draws and noise is None:
         noise = torch.randn_like(x)
 
     source: dict[str, Any] = {"add_noise": False}
-    if rows.noisy:
+    if ddpm or (method == "ddim_sample" and eta > 0):
         if noise is not None:
             source = noise_arguments(noise, x)
         else:
-            if rng is None:
-                rng = peer.accelerated.rng_of_step_at(t, peer.num_timesteps)
-            source = {"rng": rng}
+            source = {"rng": peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng}
     if with_x0:
         extras["x0_out"] = empty_like(x)
     if not extras:
@@ -200,49 +184,26 @@ def _take_step(
     return {"sample": sample, "pred_xstart": extras["x0_out"]} if with_x0 else {"sample": sample}
 
 
-def _take_own_step(method: str, peer: Peer, options: StepOptions, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
-    return peer_method(peer, method)(options.model, x, t, **options.for_peer())
+def _take_own_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:
+    options = {name: value for name, value in given._asdict().items() if name not in OF_CALL}
+    return peer_method(peer, method)(given.model, x, t, **options)
 
 
-# By the peer's method: (peer, options, x, t, ...) takes a step, fused or by the peer's own code.
+# By the peer's method: (peer, given, x, t, ...) takes a step, fused or by the peer's own code.
 STEPS: dict[str, Function] = {
-    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method)) for method in SAMPLERS
+    method: with_fallback(method, _take_own_step)(functools.partial(_take_step, method))
+    for method in ("p_sample", "ddim_sample", "ddim_reverse_sample")
 }
 
 
-def _check_step(fused: FusedTables, options: StepOptions, x: Tensor, t: Tensor, row: int | None) -> None:
-    """Raises Fallback where a step has no fused form. In a loop, where a row is given, t is the loop's own."""
-    if row is None:
-        check_inputs(fused, x, t)
-    else:
-        _check_samples(x)
-        if x.shape[0] != t.shape[0] or x.device != t.device:
-            raise Fallback
-    if wants_gradient(x):
-        raise Fallback(GRADIENT)
-    if x.dim() < 2 or (options.cond_fn is not None and options.model_kwargs is None):
-        raise Fallback
+def take_loop(peer: Any, method: str, given: Any, with_x0: bool = True) -> Iterator[dict[str, Tensor]]:
+    """A loop's steps by `method`, as the peer's progressive loops yield them.
 
-
-def _with_noise(noise: Tensor | None, own_step: Function) -> Any:
-    """own_step(), which is not to draw anew where noise was drawn already."""
-    with contextlib.nullcontext() if noise is None else DrawnNoise(noise):
-        return own_step()
-
-
-def take_loop(
-    peer: Peer,
-    method: str,
-    options: StepOptions,
-    shape: Sequence[int],
-    noise: Tensor | None,
-    device: Any,
-    progress: bool,
-    with_x0: bool = True,
-) -> Iterator[dict[str, Tensor]]:
-    """A loop's steps by `method`, as the peer's progressive loops yield them."""
+    given: the arguments of the peer's loop, as attributes.
+    """
+    device, shape, noise = given.device, given.shape, given.noise
     if device is None:
-        device = next(options.model.parameters()).device  # type: ignore[attr-defined]
+        device = next(given.model.parameters()).device
     assert isinstance(shape, tuple | list)
     x, rng = noise, peer.accelerated.whole_loop(int(shape[0]) if noise is None else len(noise))
     if x is None:
@@ -251,13 +212,13 @@ def take_loop(
         else:
             x = randn(tuple(map(int, shape)), rng, stream=STREAM_START, device=device)
     rows: Any = range(peer.num_timesteps)[::-1]
-    if progress:
+    if given.progress:
         from tqdm.auto import tqdm
 
         rows = tqdm(rows)
     # All steps' timesteps are made at once: the model gets a row of these, so no step makes a tensor or waits for one.
     timesteps = torch.arange(peer.num_timesteps, device=device)[:, None].repeat(1, shape[0])
-    model_timesteps, take_step = timesteps, STEPS[method]
+    model_timesteps = timesteps
     with contextlib.suppress(Fallback):  # each step says why it falls back
         fused = tables_of(peer)
         if not fused.model_gets_t:
@@ -266,6 +227,6 @@ def take_loop(
         with torch.no_grad():
             t = timesteps[row]
             model_t = t if model_timesteps is timesteps else model_timesteps[row]
-            out = take_step(peer, options, x, t, row, model_t, rng, with_x0)
+            out = STEPS[method](peer, given, x, t, row, model_t, rng, with_x0)
             yield out
             x = out["sample"]

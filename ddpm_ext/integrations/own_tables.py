@@ -1,0 +1,102 @@
+"""Objects whose tables are tensors: the rows are made of the numbers that these hold.
+
+A number that a table holds is not derived again: near t = 0, 1 - alphas_cumprod loses digits in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.integrations.fallback import Fallback, kept
+from ddpm_ext.integrations.shared import Accelerated
+from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
+from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.step_table import StepTable
+
+__all__ = ["TABLES", "OwnTables", "check_output", "check_timesteps", "rows_of"]
+
+TABLES = (
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+CACHED = 4  # states of the tables: replicas on several devices share an object's cache
+
+
+class OwnTables(Accelerated):
+    """The base of the mixins for such objects."""
+
+    def _of_state(self, state: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise Fallback(TRANSFORMED)
+        # For a tensor its `version`, without that function's call.
+        key = [(id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else id(x) for x in state]
+        return kept(self, CACHED, tuple(key), make, state)
+
+
+def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> StepDeviceTables:
+    """The rows that an object's TABLES make, and its loss_weight if it has one.
+
+    "steps": row t draws from q(x_{t-1} | x_t, x_0). "q_sample": the weights of x_0 and the noise in x_t. "start": a, b
+    of x_0 = a x_t + b m. "loss": the weights of x_0 and the noise in what the model is trained to return, and the
+    loss's.
+
+    Raises Fallback for numbers that are not finite. what: the library's word for the tables.
+    """
+    own = {name: table.detach().to("cpu", torch.float64) for name, table in tables.items()}
+    signal, noise = own["sqrt_alphas_cumprod"], own["sqrt_one_minus_alphas_cumprod"]
+    zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
+    (a, b), target = {
+        "eps": ((own["sqrt_recip_alphas_cumprod"], -own["sqrt_recipm1_alphas_cumprod"]), (zeros, ones)),
+        "x0": ((zeros, ones), (ones, zeros)),
+        "v": ((signal, -noise), (-noise, signal)),
+    }[prediction]
+    deviation = (own["posterior_log_variance_clipped"] / 2).exp()
+    deviation[0] = 0  # no noise there
+    t = torch.arange(len(a), device="cpu")
+    try:
+        steps = StepTable(t, a, b, own["posterior_mean_coef1"], own["posterior_mean_coef2"], s=deviation)
+    except ValueError as error:
+        raise Fallback(f"its {what} make no rows: {error}") from None
+    return StepDeviceTables(
+        steps,
+        q_sample=torch.stack([signal, noise], 1),
+        start=torch.stack([a, b], 1),
+        loss=torch.stack([*target, own.get("loss_weight", ones), zeros], 1),
+    )
+
+
+def check_timesteps(t: Any, x: Tensor) -> None:
+    """Raises Fallback unless t has an int64 timestep for each sample."""
+    if not (isinstance(t, Tensor) and t.dtype == torch.int64 and t.shape == x.shape[:1] and t.device == x.device):
+        raise Fallback("t is not one int64 timestep a sample")
+
+
+def check_output(
+    x: Tensor, output: Any, instead: Callable[[], Any] | None = None, *, allow_16_bits: bool = True
+) -> None:
+    """Raises Fallback, with `instead`, where the operators can't take a model's output for samples x.
+
+    allow_16_bits: whether it may have 16 bits where the samples have 32.
+    """
+    lower = (torch.float16, torch.bfloat16) if allow_16_bits and x.dtype == torch.float32 else ()
+    try:
+        check_tensors(x, output)
+        fits = output.dtype == x.dtype or output.dtype in lower
+    except Fallback:
+        fits = False
+    if fits:
+        return
+    found = f"a {type(output).__name__}"
+    if type(output) is Tensor:
+        found = f"{dtype_name(output.dtype)} of shape {tuple(output.shape)}"
+    raise Fallback(f"the model's output is {found}", instead)
