@@ -173,7 +173,8 @@ def _seed_of_torch() -> Tensor:
 
 def stream_captures(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the device's current stream."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    # The second question raises an error where there is no driver, as for a fake tensor of a GPU.
+    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def needs_seed_in_memory(device: torch.device) -> bool:
