@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -106,6 +107,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     below_1 = number(0, "in [0, 1)", below=1)
     add("--class-dropout", type=below_1, default=std.class_dropout, metavar="X", help=drop)
     add("--flip", action="store_true", default=std.flip, help="mirror images at random; not for digits")
+    crop = "crop a folder's images at random, to squares of at least this share of the shorter side; 0: to the middle"
+    share = number(0, "in [0, 1]", below=math.nextafter(1, 2))
+    add("--random-crop", type=share, default=std.random_crop, metavar="X", help=crop)
     add("--skip-corrupt", action="store_true", help="take the next image in place of one that can't be read")
     add("--workers", type=whole_number(0), default=std.workers, metavar="N", help="processes that read images ahead")
 

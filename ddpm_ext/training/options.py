@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "check_same",
     "check_same_on_ranks",
     "with_defaults_of",
+    "with_newer",
 ]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -75,6 +76,7 @@ CHANGEABLE = (
     "ema",
     "batch_size",
     "flip",
+    "random_crop",
     "loss",
     "delta",
     "weighting",
@@ -91,6 +93,7 @@ _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("ema", 0, 1, "in [0, 1)"),
     ("dropout", 0, 1, "in [0, 1)"),
     ("class_dropout", 0, 1, "in [0, 1)"),
+    ("random_crop", 0, math.nextafter(1, 2), "in [0, 1]"),
     ("delta", _ABOVE_0, math.inf, "a positive number"),
     ("vlb_weight", 0, math.inf, "a number >= 0"),
     ("logit_mean", -sys.float_info.max, math.inf, "a finite number"),
@@ -115,6 +118,7 @@ class TrainOptions:
     classes: bool = False
     class_dropout: float = 0.1
     flip: bool = False
+    random_crop: float = 0.0
     skip_corrupt: bool = False
     workers: int = 0
     steps: int = 5000
@@ -203,9 +207,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
     """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with.
 
+    An option that is not among the latter is newer than that run, which had what is its default now.
+
     change: the names of options that may differ.
     """
-    now = json.loads(json.dumps(now))
+    now, then = json.loads(json.dumps(now)), with_newer(then)
     for name in {**now, **then}:
         if name not in _MAY_CHANGE and name not in change and now.get(name) != then.get(name):
             allowed = f"; --change, or change={[name]}, allows it" if name in CHANGEABLE else ""
@@ -221,6 +227,11 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
                     f"ranks: {name} is {own.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
                     "expected the same on all"
                 )
+
+
+def with_newer(was: dict[str, Any]) -> dict[str, Any]:
+    """The options in a run's files, with the defaults of options that are newer than the run; all as JSON has them."""
+    return json.loads(json.dumps(asdict(TrainOptions()))) | was
 
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:

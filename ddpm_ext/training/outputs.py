@@ -29,7 +29,7 @@ from ddpm_ext.training.log import (
     versions,
 )
 from ddpm_ext.training.network import save_result
-from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 
@@ -116,6 +116,7 @@ class Outputs:
         return path
 
     def _report_changes(self, before: dict[str, Any]) -> None:
+        before = with_newer(before)
         for name in (*CHANGEABLE, "steps"):
             if (now := getattr(self.options, name)) != before.get(name):
                 self.report(f"changed: {name} is {now}, before {before.get(name)}")

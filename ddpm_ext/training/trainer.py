@@ -103,8 +103,9 @@ class Trainer:
         if self.progress:
             require("tqdm", "the progress bar")
         self.device = torch.device(self.ranks.device(self.options.device))
+        given = self.options.data if data is None else data
         self.images: ImageSource = as_images(
-            self.options.data if data is None else data, self.options.image_size, self.options.channels
+            given, self.options.image_size, self.options.channels, self.options.random_crop
         )
         self.labels = labels_of(self.images) if self.options.classes else None
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
