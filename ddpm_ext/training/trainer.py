@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,16 +19,15 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
-from ddpm_ext.training.data import ImageSource, Labels, as_images, labels_of
-from ddpm_ext.training.data.source import digest
+from ddpm_ext.training.data import ImageSource, as_images, labels_of
+from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
+from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
 
@@ -88,13 +86,12 @@ class Trainer:
         if data is not None:
             keywords["data"] = os.fspath(data) if isinstance(data, str | os.PathLike) else type(data).__name__
         options = replace(options or TrainOptions(), **keywords)
-        self.diffusion, self.settings, self.options = _with_settings(diffusion, options)
+        self.diffusion, self.settings, self.options = with_settings(diffusion, options)
         self.folder, self.resume, self.command = Path(out), resume, command
         self.ranks = distributed.ranks()
         first = self.ranks.rank == 0
         self.progress = progress and first
-        self._plain_report = report if first else _discard
-        self.report = self._report_above_bar if self.progress else self._plain_report
+        self.report = _discard if not first else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
                 expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
@@ -122,7 +119,7 @@ class Trainer:
             self.model = self._make_model(model)
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        about = _inputs(self.model, self.images, self.labels, self.diffusion)
+        about = inputs_of(self.model, self.images, self.labels, self.diffusion)
         self._outputs = Outputs(self.folder, self.options, about, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
@@ -198,8 +195,8 @@ class Trainer:
             self.report(self._first_line())
             details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
             begun = self.state.step
-            with ranks.in_touch(), _bar(self.options.steps, self.state.step, shown=self.progress) as advance:
-                self._train(step, advance)
+            with ranks.in_touch(), progress_bar(self.options.steps, begun, shown=self.progress) as bar:
+                self._train(step, bar)
             seconds = time.monotonic() - started
             details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
             return ranks.share(lambda: outputs.finish(self.state, self.settings, self.classes, seconds, details))
@@ -223,10 +220,10 @@ class Trainer:
             f"on {self.device}{ranks}"
         )
 
-    def _train(self, step: TrainingStep, advance: Callable[[], object]) -> None:
+    def _train(self, step: TrainingStep, bar: Bar) -> None:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
-        clock, skipped = _Clock(state.step), []
+        clock, skipped = Clock(state.step), []
         # The workers end before signals have their usual effects again, among which is an error for a killed worker.
         with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
             while state.step < options.steps:
@@ -235,7 +232,7 @@ class Trainer:
                 if batch is not None:
                     step.take(batch.images, batch.labels)
                     skipped += batch.skipped
-                    advance()
+                    bar.advance()
                 every = {name: getattr(options, name) for name in _INTERVALS}
                 due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
                 last = state.step == options.steps
@@ -245,6 +242,7 @@ class Trainer:
                     due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
                 if due:
                     rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                    bar.show(row.loss for row in rows)
                     speed = clock.steps_per_second(state.step) * options.batch_size
                     self._note_skipped(skipped)
                     self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
@@ -261,34 +259,6 @@ class Trainer:
                     self.report(f"skipped: {found}")
         skipped.clear()
 
-    def _report_above_bar(self, text: str) -> None:
-        with require("tqdm", "the progress bar").tqdm.external_write_mode():
-            self._plain_report(text)
-
-
-@contextmanager
-def _bar(steps: int, begun: int, *, shown: bool) -> Iterator[Callable[[], object]]:
-    """A function that the block calls at each step; if `shown`, it advances a progress bar."""
-    if not shown:
-        yield lambda: None
-        return
-    tqdm = require("tqdm", "the progress bar").tqdm
-    with tqdm(total=steps, initial=begun, desc="training", unit="step") as bar:
-        yield bar.update
-
-
-class _Clock:
-    """Measures the steps per second between its calls."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.at = step, time.monotonic()
-
-    def steps_per_second(self, step: int) -> float:
-        now = time.monotonic()
-        rate = (step - self.step) / max(now - self.at, 1e-9)
-        self.step, self.at = step, now
-        return rate
-
 
 def train(
     options: TrainOptions,
@@ -297,49 +267,6 @@ def train(
 ) -> Result:
     """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit()."""
     return Trainer(out=out, options=options, **keywords).fit()
-
-
-def _with_settings(
-    diffusion: GaussianDiffusion | None, options: TrainOptions
-) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
-    """The diffusion, given or by the options; its settings; and the options with these settings."""
-    if diffusion is None:
-        settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
-        settings.to_scheduler_config()  # what cannot be written afterwards is refused at once
-        return settings.diffusion(), settings, options
-    if not isinstance(diffusion, GaussianDiffusion):
-        raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
-    if diffusion.prediction not in SPACED_PREDICTIONS:
-        expected = ", ".join(map(repr, SPACED_PREDICTIONS))
-        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
-    settings = DiffusionSettings.of(diffusion)
-    settings.to_scheduler_config()
-    chosen: dict[str, Any] = {
-        "timesteps": settings.timesteps,
-        "prediction": settings.prediction,
-        "variance": settings.variance,
-    }
-    return diffusion, settings, replace(options, beta_schedule="given", **chosen)
-
-
-def _inputs(
-    model: nn.Module, images: ImageSource, labels: Labels | None, diffusion: GaussianDiffusion
-) -> dict[str, Any]:
-    """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
-    schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
-    model_part = {f"model's {name}": value for name, value in network.describe(model).items()}
-    of_classes: dict[str, Any] = {}
-    if labels is not None:
-        of_classes = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
-    return {
-        **model_part,
-        **of_classes,
-        "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-        "the schedule's hash": schedule,
-        "the number of images": len(images),
-        "the shape of images": list(images.shape),
-        "the images' fingerprint": images.fingerprint(),
-    }
 
 
 @contextmanager

@@ -358,15 +358,6 @@ def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_bar_and_lines(tmp_path, capsys):
-    pytest.importorskip("tqdm")
-    trainer = Trainer(Tiny(), None, Squares(), tmp_path / "run", progress=True, **trainer_run.SIZES)
-    trainer.fit()
-    written = capsys.readouterr()
-    assert "60/60" in written.err
-    assert sum(line.startswith("step ") for line in written.out.splitlines()) == 9  # every 7, and the last
-
-
 def test_learning_rate_is_reached():
     options = TrainOptions(steps=100, warmup=0, lr=1.0)
     assert learning_rate(options, 0) == 1.0
