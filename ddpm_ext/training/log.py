@@ -21,28 +21,50 @@ from ddpm_ext.version import __version__
 
 __all__ = [
     "FINAL_STEPS",
+    "QUARTERS",
     "Log",
     "LogRow",
     "curve_title",
     "final_loss",
     "progress_line",
+    "quarter_means",
     "read_losses",
+    "read_quarters",
     "require_tensorboard",
     "versions",
 ]
 
 FINAL_STEPS = 500
 """The final loss of a run is the mean over so many last steps."""
-_HEADER = "step,loss,grad_norm,lr,images_per_second\n"
+QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
+"""Names of the mean losses of the samples whose timestep is in each quarter; the first has the least noise."""
+_BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
+_HEADER = f"{_BEFORE_QUARTERS.rstrip()},{','.join(QUARTERS)}\n"
 
 
 class LogRow(NamedTuple):
-    """One training step. `step` counts from 1; `norm` is the gradient's norm before it was clipped."""
+    """One training step.
+
+    step: counts from 1.
+    norm: the gradient's norm before it was clipped.
+    sums, counts: of the losses of its samples by the quarter of the timesteps.
+    """
 
     step: int
     loss: float
     norm: float
     lr: float
+    sums: tuple[float, ...]
+    counts: tuple[float, ...]
+
+
+def quarter_means(rows: list[LogRow]) -> list[float]:
+    """The mean loss over all samples of the rows in each quarter of the timesteps; NaN where there was none."""
+    means = []
+    for quarter in range(len(QUARTERS)):
+        count = sum(row.counts[quarter] for row in rows)
+        means.append(sum(row.sums[quarter] for row in rows) / count if count else math.nan)
+    return means
 
 
 class Log:
@@ -72,7 +94,10 @@ class Log:
         """Adds lines; they are on the disk when this returns."""
         with _errors_name(self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
-                opened.write(f"{row.step},{row.loss:.9g},{row.norm:.6g},{row.lr:.6g},{images_per_second:.1f}\n")
+                quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))
+                opened.write(
+                    f"{row.step},{row.loss:.9g},{row.norm:.6g},{row.lr:.6g},{images_per_second:.1f},{quarters}\n"
+                )
             opened.flush()
             os.fsync(opened.fileno())
         if self._writer is not None and rows:
@@ -81,16 +106,15 @@ class Log:
             self._writer.add_scalar("gradient norm", rows[-1].norm, step)
             self._writer.add_scalar("learning rate", rows[-1].lr, step)
             self._writer.add_scalar("images per second", images_per_second, step)
+            for name, mean in zip(QUARTERS, quarter_means(rows), strict=True):
+                if not math.isnan(mean):
+                    self._writer.add_scalar(name, mean, step)
             self._writer.flush()
 
     def pictures(self, samples: Tensor, step: int) -> None:
         """Adds samples, (count, channels, height, width) in [-1, 1], to the TensorBoard events, if there are any."""
         if self._writer is not None:
             self._writer.add_images("samples", (samples.float().cpu().clamp(-1, 1) + 1) / 2, step)
-
-    def losses(self) -> list[float]:
-        """The losses of all steps in the file, in order."""
-        return read_losses(self.path)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -100,6 +124,11 @@ class Log:
 def read_losses(path: Path) -> list[float]:
     """The losses in a losses.csv, in order, up to the first line that was cut short; none if it can't be read."""
     return [float(row[1]) for row in _whole_lines(path)]
+
+
+def read_quarters(path: Path) -> list[list[float]]:
+    """The losses by quarter of the timesteps in a losses.csv: (steps, 4), NaN where a step had none in a quarter."""
+    return [[float(value) for value in row[-len(QUARTERS) :]] for row in _whole_lines(path)]
 
 
 def curve_title(options: Mapping[str, Any]) -> str:
@@ -123,12 +152,13 @@ def _whole_lines(path: Path) -> list[list[str]]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, ValueError):
         return []
+    header = lines[0] if lines else ""
     rows: list[list[str]] = []
-    for text in lines[1:] if lines[:1] == [_HEADER] else []:
+    for text in lines[1:] if header in (_HEADER, _BEFORE_QUARTERS) else []:
         row = text.rstrip("\n").split(",")
-        if len(row) != _HEADER.count(",") + 1 or not row[0].isdecimal():
+        if not text.endswith("\n") or len(row) != header.count(",") + 1 or not row[0].isdecimal():
             break
-        rows.append(row)
+        rows.append(row + ["nan"] * (_HEADER.count(",") + 1 - len(row)))
     return rows
 
 
@@ -138,10 +168,12 @@ def require_tensorboard() -> None:
         raise MissingExtra("tensorboard: writing its events needs tensorboard: pip install tensorboard")
 
 
-def progress_line(losses: list[float], step: int, steps: int, lr: float, images_per_second: float) -> str:
-    """A line of text: the step of all `steps`, the mean of `losses`, the learning rate, images per second."""
-    mean = sum(losses) / len(losses) if losses else math.nan
-    return f"step {step:>6}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {images_per_second:.1f} images/s"
+def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_per_second: float) -> str:
+    """A line of text: the step of all `steps`, the mean loss of `rows` and those by quarter of the timesteps, the
+    learning rate, images per second."""
+    mean = sum(row.loss for row in rows) / len(rows) if rows else math.nan
+    quarters = " ".join(f"{mean:.4f}" for mean in quarter_means(rows))
+    return f"step {step:>6}/{steps}  loss {mean:.4f} ({quarters})  lr {lr:.2e}  {images_per_second:.1f} images/s"
 
 
 def final_loss(losses: list[float]) -> float:

@@ -25,6 +25,8 @@ from ddpm_ext.training.log import (
     curve_title,
     final_loss,
     progress_line,
+    read_losses,
+    read_quarters,
     require_tensorboard,
     versions,
 )
@@ -77,7 +79,7 @@ class Outputs:
     ) -> None:
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._since: list[float] = []  # losses since the last progress line
+        self._since: list[LogRow] = []  # steps since the last progress line
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -142,7 +144,7 @@ class Outputs:
         """
         options, step = self.options, state.step
         self.log.write(rows, images_per_second)
-        self._since += [row.loss for row in rows]
+        self._since += rows
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
             self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
@@ -167,10 +169,11 @@ class Outputs:
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
-        dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
+        dtype, losses = DTYPES[self.options.weights_dtype], read_losses(self.log.path)
         self.report(save_result(state.average, settings, self.folder, dtype, classes))
         if losses:
-            save_loss_curve(losses, self.folder / "losses.png", title=curve_title(asdict(self.options)))
+            title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
+            save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
         if about["resumed_at"] < self.options.steps or not self._keep_training():

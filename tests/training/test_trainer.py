@@ -19,6 +19,7 @@ from ddpm_ext.losses.timestep_samplers import LogitNormal, Mode
 from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
+from ddpm_ext.training.log import QUARTERS
 from ddpm_ext.training.step import TrainingStep, part_of
 
 for module in ("safetensors", "matplotlib"):
@@ -96,6 +97,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
     assert close(trainer_run.weights(tmp_path / "run"), average.state_dict(), **tolerance)
     for row, wanted in zip(rows(tmp_path / "run"), expected, strict=True):
         assert row.pop("images_per_second") > 0
+        assert all(row.pop(name, None) is not None for name in QUARTERS)  # test_quarters.py has their values
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
