@@ -128,6 +128,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=nonnegative_number, default=std.clip, metavar="X", help=clip)
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
+    again = "compute activations again in the backward pass, to save memory; the weights are the same"
+    add("--gradient-checkpointing", action="store_true", help=again)
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
     add("--device", metavar="NAME", help=DEVICES_OF_RANKS)
     add("--graph", action="store_true", help="take each step by a CUDA graph; the weights are the same")

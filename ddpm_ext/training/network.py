@@ -20,7 +20,7 @@ from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]
+__all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]
 
 _HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
@@ -89,6 +89,24 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         "dropout": options.dropout,
         "num_class_embeds": classes,
     }
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Makes the model keep few activations in the forward pass and compute the others again in the backward pass.
+
+    Raises:
+        ValueError: the model has no enable_gradient_checkpointing(), as models of diffusers have, or it fails.
+    """
+    enable = getattr(model, "enable_gradient_checkpointing", None)
+    if not callable(enable):
+        raise ValueError(
+            f"gradient_checkpointing: a {type(model).__name__} has no method enable_gradient_checkpointing, expected a "
+            "model of diffusers, or a module with that method, which calls torch.utils.checkpoint"
+        )
+    try:
+        enable()
+    except ValueError as error:  # diffusers' for a model without it
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} fails ({one_line(error)})") from error
 
 
 def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tensor | None = None) -> Tensor:

@@ -52,6 +52,7 @@ _MAY_CHANGE = frozenset(
         "checkpoint_every",
         "data",
         "device",
+        "gradient_checkpointing",
         "graph",
         "image_size",
         "keep",
@@ -131,6 +132,7 @@ class TrainOptions:
     clip: float = 1.0
     ema: float = 0.999
     autocast: str = "none"
+    gradient_checkpointing: bool = False
     seed: int = 0
     model_config: str | None = None
     widths: tuple[int, ...] = (32, 48, 64)
@@ -189,6 +191,10 @@ class TrainOptions:
             raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")
         if self.graph and self.autocast == "float16":
             raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
+        if self.graph and self.gradient_checkpointing:
+            raise ValueError(
+                "graph: got gradient_checkpointing beside it, which reads the state of random numbers"
+            )
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 

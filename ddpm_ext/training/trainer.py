@@ -128,6 +128,8 @@ class Trainer:
             torch.manual_seed(seed_for(self.options.seed, "weights"))
             embeddings = None if self.classes is None else self.classes.embeddings
             model = network.make_unet(source, self.options, self.images.shape, embeddings)
+        if self.options.gradient_checkpointing:
+            network.enable_checkpointing(model)
         return nn.Module.to(model, self.device).train()
 
     def _try_out(self) -> None:
