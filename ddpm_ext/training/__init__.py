@@ -7,6 +7,7 @@ the noise and the dropout of a step depend on the seed and the step alone. So a 
 from ddpm_ext.training.options import TrainOptions, with_defaults_of
 from ddpm_ext.training.outputs import Result
 from ddpm_ext.training.step import learning_rate
+from ddpm_ext.training.trained import Trained, load
 from ddpm_ext.training.trainer import Trainer, train
 
-__all__ = ["Result", "TrainOptions", "Trainer", "learning_rate", "train", "with_defaults_of"]
+__all__ = ["Result", "TrainOptions", "Trained", "Trainer", "learning_rate", "load", "train", "with_defaults_of"]

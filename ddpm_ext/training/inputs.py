@@ -16,7 +16,9 @@ from ddpm_ext.training.data import ImageSource, Labels
 from ddpm_ext.training.data.source import digest
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["inputs_of", "with_settings"]
+__all__ = ["SHAPE", "inputs_of", "with_settings"]
+
+SHAPE = "the shape of images"
 
 
 def with_settings(
@@ -57,6 +59,6 @@ def inputs_of(
         "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
         "the schedule's hash": schedule,
         "the number of images": len(images),
-        "the shape of images": list(images.shape),
+        SHAPE: list(images.shape),
         "the images' fingerprint": images.fingerprint(),
     }

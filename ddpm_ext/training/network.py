@@ -151,13 +151,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def save_result(
-    model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype, classes: Classes | None = None
+    model: nn.Module,
+    settings: DiffusionSettings,
+    folder: Path,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    classes: Classes | None = None,
 ) -> str:
-    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, and its classes.
+    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, the shape of its samples,
+    (channels, height, width), and its classes.
 
     A UNet2DModel is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a model, as
-    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class and the
-    settings.
+    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class, the
+    settings and the shape.
 
     Returns:
         A sentence that says what can read the folder.
@@ -185,5 +191,9 @@ def save_result(
     files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
     if classes is not None:
         classes.save(folder)
-    files.write_json(folder / "model.json", {"class": describe(model)["class"], "settings": asdict(settings)})
-    return f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel"
+    described = {"class": describe(model)["class"], "settings": asdict(settings), "shape": list(shape)}
+    files.write_json(folder / "model.json", described)
+    return (
+        f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; "
+        "ddpm_ext.training.load(folder, model) puts them into a module"
+    )

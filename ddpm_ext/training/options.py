@@ -192,9 +192,7 @@ class TrainOptions:
         if self.graph and self.autocast == "float16":
             raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
         if self.graph and self.gradient_checkpointing:
-            raise ValueError(
-                "graph: got gradient_checkpointing beside it, which reads the state of random numbers"
-            )
+            raise ValueError("graph: got gradient_checkpointing beside it, which reads the state of random numbers")
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 

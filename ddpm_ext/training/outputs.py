@@ -18,6 +18,7 @@ from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
@@ -170,7 +171,7 @@ class Outputs:
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
         dtype, losses = DTYPES[self.options.weights_dtype], read_losses(self.log.path)
-        self.report(save_result(state.average, settings, self.folder, dtype, classes))
+        self.report(save_result(state.average, settings, self.folder, dtype, self.about[SHAPE], classes))
         if losses:
             title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
             save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)

@@ -30,6 +30,7 @@ from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
+from ddpm_ext.training.trained import draw
 
 __all__ = ["Trainer", "train"]
 
@@ -146,23 +147,18 @@ class Trainer:
         Returns:
             (options.sample_count, channels, height, width), after options.sample_steps steps.
         """
-        options, model, kwargs = self.options, self.state.average, {}
-        if self.classes is not None:
-            kwargs = {"labels": self.classes.labels_of(range(options.sample_count)).to(self.device)}
-        with torch.no_grad():
-            samples = self.diffusion.p_sample_loop(
-                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
-                (options.sample_count, *self.images.shape),
-                sampler="ddim",
-                steps=options.sample_steps,
-                model_kwargs=kwargs,
-                rng=Philox(options.seed),
-                record="last",
-                progress=False,
-                device=self.device,
-            )
-        assert isinstance(samples, Tensor)  # the type for record="last"
-        return samples
+        options = self.options
+        return draw(
+            self.diffusion,
+            self.state.average,
+            self.images.shape,
+            range(options.sample_count),
+            classes=self.classes,
+            seed=options.seed,
+            device=self.device,
+            sampler="ddim",
+            steps=options.sample_steps,
+        )
 
     # --------------------------------------------------------------------------------------------------- the run
 
