@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,8 @@ def run(options: argparse.Namespace) -> None:
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
         check_device(chosen.device)
+    if chosen.score_every and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
         chosen,
         options.out,
@@ -185,8 +189,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=whole_number(1), default=std.log_every, metavar="N", help="steps between two lines")
     grids = "steps between two grids of samples; 0 for none"
     add("--sample-every", type=whole_number(0), default=std.sample_every, metavar="N", help=grids)
-    add("--sample-steps", type=whole_number(1), default=std.sample_steps, metavar="N", help="DDIM's steps for a grid")
+    add(
+        "--sample-steps",
+        type=whole_number(1),
+        default=std.sample_steps,
+        metavar="N",
+        help="DDIM's steps for a grid or score",
+    )
     add("--sample-count", type=whole_number(1), default=std.sample_count, metavar="N", help="samples in a grid")
+    scored = "steps between two scores of samples, of which FOLDER/best keeps the best model; 0 for none"
+    add("--score-every", type=whole_number(0), default=std.score_every, metavar="N", help=scored)
+    add("--score-count", type=whole_number(2), default=std.score_count, metavar="N", help="samples for a score")
+    features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
+    add("--features", default=std.features, metavar="pixels|MODULE:FUNCTION", help=features)
     events = "also write events for TensorBoard, to FOLDER/tensorboard"
     add("--tensorboard", action="store_true", help=events)
     add("--weights-dtype", choices=tuple(DTYPES), default=std.weights_dtype, help="of the final model file")

@@ -111,6 +111,11 @@ class Log:
                     self._writer.add_scalar(name, mean, step)
             self._writer.flush()
 
+    def score(self, step: int, score: float) -> None:
+        """Adds the score of the averaged model to the TensorBoard events, if there are any."""
+        if self._writer is not None:
+            self._writer.add_scalar("score", score, step)
+
     def pictures(self, samples: Tensor, step: int) -> None:
         """Adds samples, (count, channels, height, width) in [-1, 1], to the TensorBoard events, if there are any."""
         if self._writer is not None:

@@ -52,6 +52,7 @@ _MAY_CHANGE = frozenset(
         "checkpoint_every",
         "data",
         "device",
+        "features",
         "gradient_checkpointing",
         "graph",
         "image_size",
@@ -61,6 +62,8 @@ _MAY_CHANGE = frozenset(
         "sample_count",
         "sample_every",
         "sample_steps",
+        "score_count",
+        "score_every",
         "skip_corrupt",
         "steps",
         "tensorboard",
@@ -160,6 +163,9 @@ class TrainOptions:
     sample_every: int = 0
     sample_steps: int = 50
     sample_count: int = 16
+    score_every: int = 0
+    score_count: int = 256
+    features: str = "pixels"
     tensorboard: bool = False
     device: str = field(default_factory=default_device)
     graph: bool = False
@@ -170,8 +176,9 @@ class TrainOptions:
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("log_every", "keep", "sample_steps", "sample_count"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "workers", "sample_every"):
+        for name in ("warmup", "workers", "sample_every", "score_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _require("score_count", self.score_count, self.score_count >= 2, "at least 2")
         for name, low, below, expected in _LIMITS:
             value = getattr(self, name)
             _require(name, value, low <= value < below, expected)
@@ -185,7 +192,7 @@ class TrainOptions:
             _require("attention", level, 0 <= level < len(self.widths), f"levels in [0, {len(self.widths)})")
         if self.batch_size < self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
-        if self.sample_every and self.sample_steps > self.timesteps:
+        if (self.sample_every or self.score_every) and self.sample_steps > self.timesteps:
             raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
         if self.graph and self.accumulate > 1:
             raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")

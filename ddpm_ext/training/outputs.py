@@ -36,8 +36,10 @@ from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_sa
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 
-__all__ = ["Outputs", "Result", "check_extras"]
+__all__ = ["BEST", "Outputs", "Result", "check_extras"]
 
+BEST = "best"
+"""The folder in that of a run which has the averaged model with the best score."""
 _RESULTS = ("model_index.json", "model.json", "training.json")
 
 
@@ -64,6 +66,7 @@ class Outputs:
         folder: where it is.
         options: the options of the run.
         about: what the weights depend on besides the options, as JSON.
+        settings, classes: of the model that is written.
         report: called with lines of text.
         change: the names of options that may differ from those of the run that is resumed.
     """
@@ -75,9 +78,12 @@ class Outputs:
         folder: Path,
         options: TrainOptions,
         about: dict[str, Any],
+        settings: DiffusionSettings,
+        classes: Classes | None,
         report: Callable[[str], None],
         change: Collection[str] = (),
     ) -> None:
+        self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
         self._since: list[LogRow] = []  # steps since the last progress line
@@ -131,6 +137,7 @@ class Outputs:
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
+        score: float | None = None,
     ) -> None:
         """Writes what is due after a step.
 
@@ -142,6 +149,7 @@ class Outputs:
             images_per_second: for the log.
             due: the names of the options whose interval ends here: log_every, checkpoint_every, sample_every.
             draw: makes samples, (count, channels, height, width) in [-1, 1].
+            score: of the averaged model, if it was scored.
         """
         options, step = self.options, state.step
         self.log.write(rows, images_per_second)
@@ -150,6 +158,8 @@ class Outputs:
             lr = learning_rate(options, step - 1)
             self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
+        if score is not None:  # before the checkpoint, which has the score
+            self._record_score(state, score)
         if "checkpoint_every" in due:
             header = state.numbers() | {"options": asdict(options), "about": self.about}
             checkpoints.save(self.folder, step, state.tensors(), header, options.keep)
@@ -158,25 +168,40 @@ class Outputs:
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
             self.log.pictures(samples, step)
 
-    def finish(
-        self,
-        state: TrainState,
-        settings: DiffusionSettings,
-        classes: Classes | None,
-        seconds: float,
-        about: dict[str, Any],
-    ) -> Result:
+    def _record_score(self, state: TrainState, score: float) -> None:
+        """Writes the averaged model to best/ if no step before had as good a score; tells it anyway."""
+        scores, step = state.scores, state.step
+        scores.of[step] = score
+        self.log.score(step, score)
+        lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
+        files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
+        at, best = scores.best or (step, score)
+        if at == step:
+            self._save_model(state, self.folder / BEST)
+            by = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
+            files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **by})
+            self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
+        else:
+            self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {at}")
+
+    def _save_model(self, state: TrainState, folder: Path) -> str:
+        dtype = DTYPES[self.options.weights_dtype]
+        return save_result(state.average, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+
+    def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it.
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
-        dtype, losses = DTYPES[self.options.weights_dtype], read_losses(self.log.path)
-        self.report(save_result(state.average, settings, self.folder, dtype, self.about[SHAPE], classes))
+        self.report(self._save_model(state, self.folder))
+        losses = read_losses(self.log.path)
         if losses:
             title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
             save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
+        if state.scores.best is not None:
+            about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
             self._write_training(result, about)
         return result

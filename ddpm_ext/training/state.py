@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
+from ddpm_ext.training.scores import Scores
 
 __all__ = ["TrainState"]
 
@@ -41,6 +42,7 @@ class TrainState:
         of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
         self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **of_sampler)
         self.step = 0
+        self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
         averaged = dict(self.average.named_parameters())
         self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
@@ -81,7 +83,12 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
-        return {"step": self.step, "scaler": self.scaler.state_dict(), "skipped": list(self.skipped)}
+        return {
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "skipped": list(self.skipped),
+            "scores": self.scores.state(),
+        }
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any], path: Path) -> None:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
@@ -97,6 +104,7 @@ class TrainState:
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
             self.timestep_sampler.load_state_dict(checkpoints.part(tensors, "timestep_sampler."))
+            self.scores.restore(numbers.get("scores"))
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error

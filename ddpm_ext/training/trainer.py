@@ -28,13 +28,14 @@ from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
+from ddpm_ext.training.score import Features, Scorer, features_by_name, name_of
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
 from ddpm_ext.training.trained import draw
 
 __all__ = ["Trainer", "train"]
 
-_INTERVALS = ("log_every", "checkpoint_every", "sample_every")
+_INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 
 
 class Trainer:
@@ -62,6 +63,8 @@ class Trainer:
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
+        features: with `score_every`, a function of images, (batch, channels, height, width) in [-1, 1] on the device,
+            that returns (batch, features); it may be a network. None: `options.features`.
         keywords: options that replace those in `options`.
 
     Raises:
@@ -82,8 +85,11 @@ class Trainer:
         command: str = "",
         report: Callable[[str], None] = print,
         progress: bool = False,
+        features: Features | None = None,
         **keywords: Any,
     ) -> None:
+        if features is not None:
+            keywords["features"] = name_of(features)
         if data is not None:
             keywords["data"] = os.fspath(data) if isinstance(data, str | os.PathLike) else type(data).__name__
         options = replace(options or TrainOptions(), **keywords)
@@ -109,6 +115,9 @@ class Trainer:
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
         if self.options.sample_every and self.images.shape[0] not in (1, 3):
             raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, expected 1 or 3 for pictures")
+        if self.options.score_every:
+            chosen = features_by_name(self.options.features) if features is None else features
+            self._scorer = Scorer(chosen, self.images, self.options, self.device)
         if self.options.batch_size < self.ranks.size * self.options.accumulate:
             raise ValueError(
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
@@ -121,7 +130,7 @@ class Trainer:
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
         about = inputs_of(self.model, self.images, self.labels, self.diffusion)
-        self._outputs = Outputs(self.folder, self.options, about, self.report, change)
+        self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
         if not isinstance(model, nn.Module):
@@ -147,17 +156,20 @@ class Trainer:
         Returns:
             (options.sample_count, channels, height, width), after options.sample_steps steps.
         """
-        options = self.options
+        return self._draw(range(self.options.sample_count))
+
+    def _draw(self, samples: range) -> Tensor:
+        """The samples with these ids."""
         return draw(
             self.diffusion,
             self.state.average,
             self.images.shape,
-            range(options.sample_count),
+            samples,
             classes=self.classes,
-            seed=options.seed,
+            seed=self.options.seed,
             device=self.device,
             sampler="ddim",
-            steps=options.sample_steps,
+            steps=self.options.sample_steps,
         )
 
     # --------------------------------------------------------------------------------------------------- the run
@@ -168,7 +180,8 @@ class Trainer:
         A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
         before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
-        a grid every `options.sample_every` steps.
+        a grid every `options.sample_every` steps; and with `options.score_every` scores.csv, and in best/ the averaged
+        model of the step with the lowest score.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once.
@@ -197,7 +210,7 @@ class Trainer:
                 self._train(step, bar)
             seconds = time.monotonic() - started
             details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
-            return ranks.share(lambda: outputs.finish(self.state, self.settings, self.classes, seconds, details))
+            return ranks.share(lambda: outputs.finish(self.state, seconds, details))
 
     def _restore(self, path: Path | None) -> None:
         if path is not None:
@@ -236,6 +249,8 @@ class Trainer:
                 last = state.step == options.steps
                 if signal := 0 if last else self.ranks.largest(noted.number):
                     self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
+                if last and options.score_every:
+                    due |= {"score_every"}
                 if last or signal:
                     due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
                 if due:
@@ -243,7 +258,8 @@ class Trainer:
                     bar.show(row.loss for row in rows)
                     speed = clock.steps_per_second(state.step) * options.batch_size
                     self._note_skipped(skipped)
-                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+                    score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None
+                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample, score))
                 if signal:
                     self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
                     end(signal)
