@@ -204,6 +204,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--features", default=std.features, metavar="pixels|MODULE:FUNCTION", help=features)
     events = "also write events for TensorBoard, to FOLDER/tensorboard"
     add("--tensorboard", action="store_true", help=events)
+    tracked = "also log to this project of Weights & Biases, by its package wandb"
+    add("--wandb", metavar="PROJECT", help=tracked)
     add("--weights-dtype", choices=tuple(DTYPES), default=std.weights_dtype, help="of the final model file")
     add("--quiet", action="store_true", help="show no progress bar")
 

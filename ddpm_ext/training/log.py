@@ -1,12 +1,11 @@
-"""The log of a training run: losses.csv with a line for each step, and TensorBoard events."""
+"""The log of a training run: losses.csv with a line for each step, and trackers that get the same numbers."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.base.optional import MissingExtra
+from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "quarter_means",
     "read_losses",
     "read_quarters",
-    "require_tensorboard",
     "versions",
 ]
 
@@ -68,27 +66,25 @@ def quarter_means(rows: list[LogRow]) -> list[float]:
 
 
 class Log:
-    """The files losses.csv and, with `tensorboard`, the TensorBoard events of a run in `folder`.
+    """The file losses.csv of a run in `folder`, and its trackers.
 
     A log that is opened at `step` continues after that step: later lines, which a killed run may have written, are
     removed.
 
+    Args:
+        folder: of the run.
+        step: how many steps are taken.
+        trackers: they get the means between two calls of `write`, scores and pictures, and are closed at the end.
+
     Raises:
         OSError: a file can't be written; the message is one sentence.
-        MissingExtra: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False) -> None:
-        self.path = folder / "losses.csv"
+    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self.path, self._trackers = folder / "losses.csv", trackers
         earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
         with _errors_name(self.path):
             files.write_text(self.path, _HEADER + "".join(earlier))
-        self._writer: Any = None
-        if tensorboard:
-            require_tensorboard()
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
         """Adds lines; they are on the disk when this returns."""
@@ -100,30 +96,32 @@ class Log:
                 )
             opened.flush()
             os.fsync(opened.fileno())
-        if self._writer is not None and rows:
-            step = rows[-1].step
-            self._writer.add_scalar("loss", sum(row.loss for row in rows) / len(rows), step)
-            self._writer.add_scalar("gradient norm", rows[-1].norm, step)
-            self._writer.add_scalar("learning rate", rows[-1].lr, step)
-            self._writer.add_scalar("images per second", images_per_second, step)
-            for name, mean in zip(QUARTERS, quarter_means(rows), strict=True):
-                if not math.isnan(mean):
-                    self._writer.add_scalar(name, mean, step)
-            self._writer.flush()
+        if not rows:
+            return
+        last, means = rows[-1], dict(zip(QUARTERS, quarter_means(rows), strict=True))
+        numbers = {
+            "loss": sum(row.loss for row in rows) / len(rows),
+            "gradient norm": last.norm,
+            "learning rate": last.lr,
+            "images per second": images_per_second,
+            **{name: mean for name, mean in means.items() if not math.isnan(mean)},
+        }
+        for tracker in self._trackers:
+            tracker.numbers(numbers, last.step)
 
     def score(self, step: int, score: float) -> None:
-        """Adds the score of the averaged model to the TensorBoard events, if there are any."""
-        if self._writer is not None:
-            self._writer.add_scalar("score", score, step)
+        """Tells the trackers the score of the averaged model."""
+        for tracker in self._trackers:
+            tracker.numbers({"score": score}, step)
 
     def pictures(self, samples: Tensor, step: int) -> None:
-        """Adds samples, (count, channels, height, width) in [-1, 1], to the TensorBoard events, if there are any."""
-        if self._writer is not None:
-            self._writer.add_images("samples", (samples.float().cpu().clamp(-1, 1) + 1) / 2, step)
+        """Gives the trackers samples, (count, channels, height, width) in [-1, 1]."""
+        for tracker in self._trackers:
+            tracker.pictures(samples, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_losses(path: Path) -> list[float]:
@@ -165,12 +163,6 @@ def _whole_lines(path: Path) -> list[list[str]]:
             break
         rows.append(row + ["nan"] * (_HEADER.count(",") + 1 - len(row)))
     return rows
-
-
-def require_tensorboard() -> None:
-    """Raises MissingExtra, with the pip command, if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtra("tensorboard: writing its events needs tensorboard: pip install tensorboard")
 
 
 def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_per_second: float) -> str:

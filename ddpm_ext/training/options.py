@@ -67,6 +67,7 @@ _MAY_CHANGE = frozenset(
         "skip_corrupt",
         "steps",
         "tensorboard",
+        "wandb",
         "weights_dtype",
         "workers",
     }
@@ -167,6 +168,7 @@ class TrainOptions:
     score_count: int = 256
     features: str = "pixels"
     tensorboard: bool = False
+    wandb: str | None = None
     device: str = field(default_factory=default_device)
     graph: bool = False
     weights_dtype: str = "float32"

@@ -28,13 +28,13 @@ from ddpm_ext.training.log import (
     progress_line,
     read_losses,
     read_quarters,
-    require_tensorboard,
     versions,
 )
 from ddpm_ext.training.network import save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
+from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
 
 __all__ = ["BEST", "Outputs", "Result", "check_extras"]
 
@@ -120,7 +120,7 @@ class Outputs:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
         record.save(folder, asdict(self.options), self.about)
-        self.log = Log(folder, step, tensorboard=self.options.tensorboard)
+        self.log = Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
         return path
 
@@ -242,3 +242,5 @@ def check_extras(options: TrainOptions) -> None:
         require("PIL.Image", "writing pictures")
     if options.tensorboard:
         require_tensorboard()
+    if options.wandb:
+        require_wandb()

@@ -338,28 +338,6 @@ def test_configuration_of_a_unet(tmp_path, given):
     assert loaded.shape == (1, 8, 8)
 
 
-def test_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make(tmp_path / "run", steps=14, tensorboard=True, sample_every=10, sample_steps=2).fit()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    found = rows(tmp_path / "run")
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (stop, pytest.approx(np.mean([row["loss"] for row in found[start:stop]]), rel=1e-5))
-        for start, stop in ((0, 7), (7, 10), (10, 14))
-    ]
-    assert [event.step for event in events.Images("samples")] == [10]
-
-
-def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"tensorboard: .* pip install tensorboard"):
-        make(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_learning_rate_is_reached():
     options = TrainOptions(steps=100, warmup=0, lr=1.0)
     assert learning_rate(options, 0) == 1.0
