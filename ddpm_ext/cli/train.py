@@ -207,6 +207,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     tracked = "also log to this project of Weights & Biases, by its package wandb"
     add("--wandb", metavar="PROJECT", help=tracked)
     add("--weights-dtype", choices=tuple(DTYPES), default=std.weights_dtype, help="of the final model file")
+    hub = "upload the model at the end to this repository of the Hugging Face Hub, by diffusers"
+    add("--push-to-hub", metavar="REPO", help=hub)
+    add("--hub-private", action="store_true", help="make that repository private, if it is new")
     add("--quiet", action="store_true", help="show no progress bar")
 
 

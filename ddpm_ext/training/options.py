@@ -55,10 +55,12 @@ _MAY_CHANGE = frozenset(
         "features",
         "gradient_checkpointing",
         "graph",
+        "hub_private",
         "image_size",
         "keep",
         "log_every",
         "model_config",
+        "push_to_hub",
         "sample_count",
         "sample_every",
         "sample_steps",
@@ -172,6 +174,8 @@ class TrainOptions:
     device: str = field(default_factory=default_device)
     graph: bool = False
     weights_dtype: str = "float32"
+    push_to_hub: str | None = None
+    hub_private: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps", "checkpoint_every"):
@@ -202,6 +206,8 @@ class TrainOptions:
             raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
         if self.graph and self.gradient_checkpointing:
             raise ValueError("graph: got gradient_checkpointing beside it, which reads the state of random numbers")
+        if self.hub_private and not self.push_to_hub:
+            raise ValueError("hub_private: expected push_to_hub beside it, the repository's name")
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 

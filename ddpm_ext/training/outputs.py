@@ -18,6 +18,7 @@ from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training.hub import push_to_hub
 from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.log import (
     FINAL_STEPS,
@@ -30,7 +31,7 @@ from ddpm_ext.training.log import (
     read_quarters,
     versions,
 )
-from ddpm_ext.training.network import save_result
+from ddpm_ext.training.network import is_unet, save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
@@ -189,7 +190,8 @@ class Outputs:
         return save_result(state.average, self.settings, folder, dtype, self.about[SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it.
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
+        if that was asked for.
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
@@ -204,6 +206,10 @@ class Outputs:
             about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
             self._write_training(result, about)
+        if repo := self.options.push_to_hub:
+            model = None if is_unet(state.average) else state.average
+            url = push_to_hub(self.folder, repo, model=model, private=self.options.hub_private or None)
+            self.report(f"uploaded to {url}")
         return result
 
     def _keep_training(self) -> bool:

@@ -23,6 +23,7 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images, labels_of
+from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
@@ -138,6 +139,8 @@ class Trainer:
             torch.manual_seed(seed_for(self.options.seed, "weights"))
             embeddings = None if self.classes is None else self.classes.embeddings
             model = network.make_unet(source, self.options, self.images.shape, embeddings)
+        if self.options.push_to_hub:
+            check_pushable(model)
         if self.options.gradient_checkpointing:
             network.enable_checkpointing(model)
         return nn.Module.to(model, self.device).train()
@@ -192,7 +195,7 @@ class Trainer:
                 with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
                 or the ranks differ in options, data or model.
             OSError: a file can't be written.
-            ConnectionError: another rank was lost.
+            ConnectionError: another rank was lost; or the model, which is written, can't be uploaded.
         """
         started = time.monotonic()
         with ExitStack() as until_the_end:
