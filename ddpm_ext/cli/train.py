@@ -23,6 +23,7 @@ from ddpm_ext.cli.arguments import (
     finite_number,
     nonnegative_number,
     number,
+    numbers,
     positive_number,
     seed,
     whole_number,
@@ -128,6 +129,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     warmup = "steps until the learning rate is reached"
     add("--warmup", type=whole_number(0), default=std.warmup, metavar="N", help=warmup)
     add("--weight-decay", type=nonnegative_number, default=std.weight_decay, metavar="X", help="of AdamW")
+    averages = "decays of AdamW's averages of the gradient and of its square"
+    add("--betas", type=numbers, default=_text(std.betas), metavar="A,B", help=averages)
+    eps = "what AdamW adds to the root of the latter"
+    add("--adam-eps", type=nonnegative_number, default=std.adam_eps, metavar="X", help=eps)
     clip = "largest norm of the gradient; 0 for no limit"
     add("--clip", type=nonnegative_number, default=std.clip, metavar="X", help=clip)
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
@@ -213,6 +218,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="show no progress bar")
 
 
-def _text(numbers: tuple[int, ...]) -> str:
-    """As whole_numbers parses it, since the help shows the default."""
-    return ",".join(map(str, numbers))
+def _text(values: tuple[float, ...]) -> str:
+    """As whole_numbers or numbers parses it, since the help shows the default."""
+    return ",".join(map(str, values))

@@ -79,6 +79,8 @@ CHANGEABLE = (
     "lr_schedule",
     "warmup",
     "weight_decay",
+    "betas",
+    "adam_eps",
     "clip",
     "ema",
     "batch_size",
@@ -96,6 +98,7 @@ _ABOVE_0 = math.ulp(0)
 _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("lr", _ABOVE_0, math.inf, "a positive number"),
     ("weight_decay", 0, math.inf, "a number >= 0"),
+    ("adam_eps", 0, math.inf, "a number >= 0"),
     ("clip", 0, math.inf, "a number >= 0"),
     ("ema", 0, 1, "in [0, 1)"),
     ("dropout", 0, 1, "in [0, 1)"),
@@ -135,6 +138,8 @@ class TrainOptions:
     lr_schedule: str = "cosine"
     warmup: int = 300
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
     clip: float = 1.0
     ema: float = 0.999
     autocast: str = "none"
@@ -188,6 +193,8 @@ class TrainOptions:
         for name, low, below, expected in _LIMITS:
             value = getattr(self, name)
             _require(name, value, low <= value < below, expected)
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require("betas", self.betas, good, "two numbers in [0, 1)")
         _require("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2^64)")
         for name, choices in _CHOICES.items():
             _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))

@@ -36,7 +36,13 @@ class TrainState:
         # A CUDA graph reads the learning rate from memory.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, weight_decay=options.weight_decay, fused=True, capturable=options.graph
+            self.parameters.values(),
+            lr=lr,
+            betas=options.betas,
+            eps=options.adam_eps,
+            weight_decay=options.weight_decay,
+            fused=True,
+            capturable=options.graph,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
         of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}

@@ -58,13 +58,14 @@ def test_timestep_samplers_get_their_options(tmp_path):
 def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
     """In float64, with the documented loss, noise, average and learning rate."""
     options = {"steps": 12, "warmup": 3, "clip": clip, "ema": 0.8, "lr": 0.01, "weight_decay": 0.1, "seed": 4}
+    options |= {"betas": (0.7, 0.95), "adam_eps": 1e-3}
     trainer = make(tmp_path / "run", dropout=0.0, prediction="v", **options)
     batches = StepBatches(as_images(Squares()), trainer.options, 0, 6)
     sampler = trainer.state.timestep_sampler
     trainer.fit()
 
     model, average = Tiny(dropout=0.0).double(), Tiny(dropout=0.0).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1, betas=(0.7, 0.95), eps=1e-3)
     alphas_cumprod = GaussianDiffusion(20).alphas_cumprod
     expected = []
     for step in range(12):
