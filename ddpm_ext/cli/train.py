@@ -136,6 +136,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     clip = "largest norm of the gradient; 0 for no limit"
     add("--clip", type=nonnegative_number, default=std.clip, metavar="X", help=clip)
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
+    more = "decays of further moving averages, each written to FOLDER/ema-X"
+    add("--extra-emas", type=numbers, default=argparse.SUPPRESS, metavar="A,B,...", help=more)
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
     again = "compute activations again in the backward pass, to save memory; the weights are the same"
     add("--gradient-checkpointing", action="store_true", help=again)

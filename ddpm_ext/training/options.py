@@ -142,6 +142,7 @@ class TrainOptions:
     adam_eps: float = 1e-8
     clip: float = 1.0
     ema: float = 0.999
+    extra_emas: tuple[float, ...] = ()
     autocast: str = "none"
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -195,6 +196,8 @@ class TrainOptions:
             _require(name, value, low <= value < below, expected)
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require("betas", self.betas, good, "two numbers in [0, 1)")
+        good = all(0 <= decay < 1 for decay in self.extra_emas) and len({*self.extra_emas}) == len(self.extra_emas)
+        _require("extra_emas", self.extra_emas, good, "different numbers in [0, 1)")
         _require("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2^64)")
         for name, choices in _CHOICES.items():
             _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
@@ -178,16 +178,16 @@ class Outputs:
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
         at, best = scores.best or (step, score)
         if at == step:
-            self._save_model(state, self.folder / BEST)
+            self._save_model(state.average, self.folder / BEST)
             by = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
             files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **by})
             self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
         else:
             self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {at}")
 
-    def _save_model(self, state: TrainState, folder: Path) -> str:
+    def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(state.average, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+        return save_result(model, self.settings, folder, dtype, self.about[SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
@@ -195,7 +195,9 @@ class Outputs:
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
-        self.report(self._save_model(state, self.folder))
+        self.report(self._save_model(state.average, self.folder))
+        for decay, average in state.extra.items():
+            self._save_model(average, self.folder / f"ema-{decay}")
         losses = read_losses(self.log.path)
         if losses:
             title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)

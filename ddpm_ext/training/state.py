@@ -18,7 +18,7 @@ __all__ = ["TrainState"]
 
 
 class TrainState:
-    """The model, its moving average, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
+    """The model, its moving averages, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
 
     Raises:
         ValueError: the model has no parameters to train, or more than tensors in its state dict.
@@ -50,8 +50,11 @@ class TrainState:
         self.step = 0
         self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
-        averaged = dict(self.average.named_parameters())
-        self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
+        self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
+        every = {average: dict(average.named_parameters()) for average in (self.average, *self.extra.values())}
+        self._averaged: dict[nn.Module, list[Tensor]] = {
+            average: [own[name] for name in self.parameters] for average, own in every.items()
+        }
         self._weights: list[Tensor] = list(self.parameters.values())
 
     def set_learning_rate(self, rate: float) -> None:
@@ -69,18 +72,22 @@ class TrainState:
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
     @torch.no_grad()
-    def update_average(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of their difference; buffers are copied."""
-        # A smaller decay at first, so that the initial weights soon stop mattering.
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
-        for averaged, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            averaged.copy_(now)
+    def update_averages(self, decay: float) -> None:
+        """Moves the average towards the weights by 1 - decay of their difference, and the others by their own decays;
+        buffers are copied."""
+        for own, average in ((decay, self.average), *self.extra.items()):
+            # A smaller decay at first, so that the initial weights soon stop mattering.
+            kept = min(own, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self._averaged[average], self._weights, 1 - kept)
+            for value, now in zip(average.buffers(), self.model.buffers(), strict=True):
+                value.copy_(now)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for decay, average in self.extra.items():
+            tensors |= {f"average {decay}.{name}": value for name, value in average.state_dict().items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{slot}.{names[index]}": value for slot, value in slots.items()}
@@ -105,6 +112,8 @@ class TrainState:
         try:
             self.model.load_state_dict(checkpoints.part(tensors, "model."))
             self.average.load_state_dict(checkpoints.part(tensors, "average."))
+            for decay, average in self.extra.items():
+                average.load_state_dict(checkpoints.part(tensors, f"average {decay}."))
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = self._slots(checkpoints.part(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
@@ -115,7 +124,7 @@ class TrainState:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error
         for name, value in tensors.items():
-            if name.startswith(("model.", "average.")) and not value.isfinite().all():
+            if name.startswith(("model.", "average")) and not value.isfinite().all():
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -83,7 +83,7 @@ class TrainingStep:
             losses, norm = self._compute(x_start, t, weights, step, labels)
         else:
             losses, norm = self._captured.take(x_start, t, weights, labels, self._dropout_seed(self.samples.start))
-        state.update_average(options.ema)
+        state.update_averages(options.ema)
         if state.timestep_sampler.learns:
             # This waits for the device, and for all ranks.
             seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
