@@ -25,6 +25,7 @@ __all__ = [
     "LR_SCHEDULES",
     "SAMPLER_OPTIONS",
     "TrainOptions",
+    "as_json",
     "check_same",
     "check_same_on_ranks",
     "with_defaults_of",
@@ -260,7 +261,12 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
 
 def with_newer(was: dict[str, Any]) -> dict[str, Any]:
     """The options in a run's files, with the defaults of options that are newer than the run; all as JSON has them."""
-    return json.loads(json.dumps(asdict(TrainOptions()))) | was
+    return as_json(TrainOptions()) | was
+
+
+def as_json(options: TrainOptions) -> dict[str, Any]:
+    """The options as they are read from a run's files, where a tuple is a list."""
+    return json.loads(json.dumps(asdict(options)))
 
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:

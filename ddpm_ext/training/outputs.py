@@ -32,7 +32,7 @@ from ddpm_ext.training.log import (
     versions,
 )
 from ddpm_ext.training.network import is_unet, save_result
-from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same, with_newer
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
@@ -126,10 +126,10 @@ class Outputs:
         return path
 
     def _report_changes(self, before: dict[str, Any]) -> None:
-        before = with_newer(before)
+        before, now = with_newer(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
-            if (now := getattr(self.options, name)) != before.get(name):
-                self.report(f"changed: {name} is {now}, before {before.get(name)}")
+            if now[name] != before[name]:
+                self.report(f"changed: {name} is {now[name]}, before {before[name]}")
 
     def record(
         self,
