@@ -234,7 +234,7 @@ def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
 def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeypatch):
     from ddpm_ext.training import outputs
 
-    def fail(losses, path, title):
+    def fail(losses, path, title, quarters):
         raise OSError(f"no curve for {title}")
 
     monkeypatch.setattr(outputs, "save_loss_curve", fail)
