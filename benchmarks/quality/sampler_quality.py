@@ -29,6 +29,8 @@ from ddpm_ext.models.folder import load_model
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.training.data import digits
+from ddpm_ext.training.frechet import frechet as distance
+from ddpm_ext.training.frechet import moments
 
 Array = npt.NDArray[np.float64]
 SPACING = "trailing"
@@ -54,10 +56,7 @@ class Features:
 
 def frechet(x: Array, y: Array) -> float:
     """The Fréchet distance of two Gaussians that have the means and covariances of x and y, each (n, features)."""
-    means, covariances = [z.mean(0) for z in (x, y)], [np.cov(z, rowvar=False) for z in (x, y)]
-    # The trace of the product's square root, by its eigenvalues: units that are never on make the product singular.
-    shared = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(min=0)).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1]) - 2 * shared)
+    return distance(*(moments(torch.from_numpy(z)) for z in (x, y)))
 
 
 def draw(sampler: str, steps: int, count: int, batch: int, keep: Path) -> torch.Tensor:

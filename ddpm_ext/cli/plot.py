@@ -28,7 +28,7 @@ from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
-from ddpm_ext.training.log import curve_title, read_losses
+from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.record import OPTIONS
 
 __all__ = ["add_parser", "run"]
@@ -81,7 +81,7 @@ def add_parser(commands: Subparsers) -> None:
     _add_grid(add("grid", "FILE ", "samples from a file, as a grid"))
     trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
     _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance"))
-    _add_losses(add("losses", "RUN ", "the loss of each step of a training run, also of one that goes on"))
+    _add_losses(add("losses", "RUN ", "the loss of each step of a training run, and by quarter of the timesteps"))
     _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop"))
 
 
@@ -225,7 +225,7 @@ def _draw_losses(options: argparse.Namespace) -> str:
         title = {"title": curve_title(files.read_json(path.with_name(OPTIONS))["options"])}
     except (OSError, ValueError, TypeError, KeyError):  # a losses.csv alone
         title = {}
-    plots.save_loss_curve(losses, options.out, **title)
+    plots.save_loss_curve(losses, options.out, quarters=read_quarters(path), **title)
     return f"losses of {plural(len(losses), 'step')}"
 
 

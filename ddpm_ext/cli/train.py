@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from ddpm_ext.cli.arguments import (
     finite_number,
     nonnegative_number,
     number,
+    numbers,
     positive_number,
     seed,
     whole_number,
@@ -65,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
         check_device(chosen.device)
+    if chosen.score_every and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
         chosen,
         options.out,
@@ -106,6 +112,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     below_1 = number(0, "in [0, 1)", below=1)
     add("--class-dropout", type=below_1, default=std.class_dropout, metavar="X", help=drop)
     add("--flip", action="store_true", default=std.flip, help="mirror images at random; not for digits")
+    crop = "crop a folder's images at random, to squares of at least this share of the shorter side; 0: to the middle"
+    share = number(0, "in [0, 1]", below=math.nextafter(1, 2))
+    add("--random-crop", type=share, default=std.random_crop, metavar="X", help=crop)
     add("--skip-corrupt", action="store_true", help="take the next image in place of one that can't be read")
     add("--workers", type=whole_number(0), default=std.workers, metavar="N", help="processes that read images ahead")
 
@@ -120,10 +129,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     warmup = "steps until the learning rate is reached"
     add("--warmup", type=whole_number(0), default=std.warmup, metavar="N", help=warmup)
     add("--weight-decay", type=nonnegative_number, default=std.weight_decay, metavar="X", help="of AdamW")
+    averages = "decays of AdamW's averages of the gradient and of its square"
+    add("--betas", type=numbers, default=_text(std.betas), metavar="A,B", help=averages)
+    eps = "what AdamW adds to the root of the latter"
+    add("--adam-eps", type=nonnegative_number, default=std.adam_eps, metavar="X", help=eps)
     clip = "largest norm of the gradient; 0 for no limit"
     add("--clip", type=nonnegative_number, default=std.clip, metavar="X", help=clip)
     add("--ema", type=below_1, default=std.ema, metavar="X", help="decay of the weights' moving average")
+    more = "decays of further moving averages, each written to FOLDER/ema-X"
+    add("--extra-emas", type=numbers, default=argparse.SUPPRESS, metavar="A,B,...", help=more)
     add("--autocast", choices=AUTOCAST, default=std.autocast, help="lower precision of the model's arithmetic")
+    again = "compute activations again in the backward pass, to save memory; the weights are the same"
+    add("--gradient-checkpointing", action="store_true", help=again)
     add("--seed", type=seed, default=std.seed, metavar="N", help="of weights, order, timesteps, noise and dropout")
     add("--device", metavar="NAME", help=DEVICES_OF_RANKS)
     add("--graph", action="store_true", help="take each step by a CUDA graph; the weights are the same")
@@ -179,14 +196,30 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--log-every", type=whole_number(1), default=std.log_every, metavar="N", help="steps between two lines")
     grids = "steps between two grids of samples; 0 for none"
     add("--sample-every", type=whole_number(0), default=std.sample_every, metavar="N", help=grids)
-    add("--sample-steps", type=whole_number(1), default=std.sample_steps, metavar="N", help="DDIM's steps for a grid")
+    add(
+        "--sample-steps",
+        type=whole_number(1),
+        default=std.sample_steps,
+        metavar="N",
+        help="DDIM's steps for a grid or score",
+    )
     add("--sample-count", type=whole_number(1), default=std.sample_count, metavar="N", help="samples in a grid")
+    scored = "steps between two scores of samples, of which FOLDER/best keeps the best model; 0 for none"
+    add("--score-every", type=whole_number(0), default=std.score_every, metavar="N", help=scored)
+    add("--score-count", type=whole_number(2), default=std.score_count, metavar="N", help="samples for a score")
+    features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
+    add("--features", default=std.features, metavar="pixels|MODULE:FUNCTION", help=features)
     events = "also write events for TensorBoard, to FOLDER/tensorboard"
     add("--tensorboard", action="store_true", help=events)
+    tracked = "also log to this project of Weights & Biases, by its package wandb"
+    add("--wandb", metavar="PROJECT", help=tracked)
     add("--weights-dtype", choices=tuple(DTYPES), default=std.weights_dtype, help="of the final model file")
+    hub = "upload the model at the end to this repository of the Hugging Face Hub, by diffusers"
+    add("--push-to-hub", metavar="REPO", help=hub)
+    add("--hub-private", action="store_true", help="make that repository private, if it is new")
     add("--quiet", action="store_true", help="show no progress bar")
 
 
-def _text(numbers: tuple[int, ...]) -> str:
-    """As whole_numbers parses it, since the help shows the default."""
-    return ",".join(map(str, numbers))
+def _text(values: tuple[float, ...]) -> str:
+    """As whole_numbers or numbers parses it, since the help shows the default."""
+    return ",".join(map(str, values))

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ddpm_ext.plots.style import COLOURS, PathLike, new_figure, plural
+from ddpm_ext.plots.style import COLOURS, PathLike, line_style, new_figure, plural
 
 __all__ = ["save_loss_curve"]
 
+_QUARTERS = ("first quarter of the timesteps", "second quarter", "third quarter", "last quarter, the most noise")
 
-def save_loss_curve(losses: Sequence[float], path: PathLike, *, title: str = "Loss of each training step") -> None:
+
+def save_loss_curve(
+    losses: Sequence[float],
+    path: PathLike,
+    *,
+    title: str = "Loss of each training step",
+    quarters: Sequence[Sequence[float]] | None = None,
+) -> None:
     """Draws the loss of each step, and the mean over a hundredth of the run, on two logarithmic axes.
 
+    Args:
+        losses: (steps,).
+        path: the picture.
+        title: above it.
+        quarters: (steps, 4): each step's loss in each quarter of the timesteps, NaN where it had none. Their means
+            over a hundredth of the run are drawn, too.
+
     Raises:
-        ValueError: there are no losses.
+        ValueError: there are no losses, or not four `quarters` for each of them.
         OSError: `path` can't be written.
         MissingExtra: matplotlib is not installed.
 
@@ -24,13 +40,29 @@ def save_loss_curve(losses: Sequence[float], path: PathLike, *, title: str = "Lo
     """
     if not len(losses):
         raise ValueError("losses: got none, expected at least 1")
-    values = np.asarray(losses, dtype=np.float64)
+    values, parts = np.asarray(losses, dtype=np.float64), np.full((len(losses), 4), np.nan)
+    if quarters is not None:
+        parts = np.asarray(quarters, dtype=np.float64)
+        if parts.shape != (len(values), 4):
+            raise ValueError(f"quarters: got shape {parts.shape}, expected {(len(values), 4)}, four for each loss")
     window = max(1, len(values) // 100)
-    means = np.convolve(values, np.full(window, 1 / window), mode="valid")
+    steps = np.arange(window, len(values) + 1)
     with new_figure(7, 4, path, "the curve of losses") as figure:
         axes = figure.subplots()
         axes.loglog(np.arange(1, len(values) + 1), values, color="0.75", linewidth=0.6, label="each step")
         mean = f"mean of {plural(window, 'step')}"
-        axes.loglog(np.arange(window, len(values) + 1), means, color=COLOURS[0], label=mean)
+        axes.loglog(steps, _moving_mean(values, window), color=COLOURS[0], label=mean)
+        for number, (label, part) in enumerate(zip(_QUARTERS, parts.T, strict=True), 1):
+            means = _moving_mean(part, window)
+            if np.isfinite(means).any():
+                axes.loglog(steps, means, label=label, **line_style(number, len(steps)) | {"linewidth": 1})
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.legend()
+
+
+def _moving_mean(values: Any, window: int) -> Any:
+    """The mean of each `window` values one after the other, of those that are numbers; NaN where none is."""
+    known = np.isfinite(values)
+    ones = np.ones(window)
+    sums, counts = (np.convolve(found, ones, mode="valid") for found in (np.where(known, values, 0.0), known))
+    return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0.5)

@@ -4,9 +4,21 @@ No random state is carried from one step to the next: the order of the images, t
 the noise and the dropout of a step depend on the seed and the step alone. So a checkpoint is tensors and a few numbers.
 """
 
+from ddpm_ext.training.hub import push_to_hub
 from ddpm_ext.training.options import TrainOptions, with_defaults_of
 from ddpm_ext.training.outputs import Result
 from ddpm_ext.training.step import learning_rate
+from ddpm_ext.training.trained import Trained, load
 from ddpm_ext.training.trainer import Trainer, train
 
-__all__ = ["Result", "TrainOptions", "Trainer", "learning_rate", "train", "with_defaults_of"]
+__all__ = [
+    "Result",
+    "TrainOptions",
+    "Trained",
+    "Trainer",
+    "learning_rate",
+    "load",
+    "push_to_hub",
+    "train",
+    "with_defaults_of",
+]

@@ -133,6 +133,6 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a killed process left beside the checkpoints."""
-    for leftover in (folder / "checkpoints").glob(".step-*.safetensors"):
+    """Removes the temporary files that a killed process left beside the checkpoints and the best model."""
+    for leftover in (*(folder / "checkpoints").glob(".step-*.safetensors"), *(folder / "best").rglob(".*.safetensors")):
         leftover.unlink()

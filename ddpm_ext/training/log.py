@@ -1,12 +1,11 @@
-"""The log of a training run: losses.csv with a line for each step, and TensorBoard events."""
+"""The log of a training run: losses.csv with a line for each step, and trackers that get the same numbers."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,90 +15,123 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.base.optional import MissingExtra
+from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
 __all__ = [
     "FINAL_STEPS",
+    "QUARTERS",
     "Log",
     "LogRow",
     "curve_title",
     "final_loss",
     "progress_line",
+    "quarter_means",
     "read_losses",
-    "require_tensorboard",
+    "read_quarters",
     "versions",
 ]
 
 FINAL_STEPS = 500
 """The final loss of a run is the mean over so many last steps."""
-_HEADER = "step,loss,grad_norm,lr,images_per_second\n"
+QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
+"""Names of the mean losses of the samples whose timestep is in each quarter; the first has the least noise."""
+_BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
+_HEADER = f"{_BEFORE_QUARTERS.rstrip()},{','.join(QUARTERS)}\n"
 
 
 class LogRow(NamedTuple):
-    """One training step. `step` counts from 1; `norm` is the gradient's norm before it was clipped."""
+    """One training step.
+
+    step: counts from 1.
+    norm: the gradient's norm before it was clipped.
+    sums, counts: of the losses of its samples by the quarter of the timesteps.
+    """
 
     step: int
     loss: float
     norm: float
     lr: float
+    sums: tuple[float, ...]
+    counts: tuple[float, ...]
+
+
+def quarter_means(rows: list[LogRow]) -> list[float]:
+    """The mean loss over all samples of the rows in each quarter of the timesteps; NaN where there was none."""
+    means = []
+    for quarter in range(len(QUARTERS)):
+        count = sum(row.counts[quarter] for row in rows)
+        means.append(sum(row.sums[quarter] for row in rows) / count if count else math.nan)
+    return means
 
 
 class Log:
-    """The files losses.csv and, with `tensorboard`, the TensorBoard events of a run in `folder`.
+    """The file losses.csv of a run in `folder`, and its trackers.
 
     A log that is opened at `step` continues after that step: later lines, which a killed run may have written, are
     removed.
 
+    Args:
+        folder: of the run.
+        step: how many steps are taken.
+        trackers: they get the means between two calls of `write`, scores and pictures, and are closed at the end.
+
     Raises:
         OSError: a file can't be written; the message is one sentence.
-        MissingExtra: TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = False) -> None:
-        self.path = folder / "losses.csv"
+    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self.path, self._trackers = folder / "losses.csv", trackers
         earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
         with _errors_name(self.path):
             files.write_text(self.path, _HEADER + "".join(earlier))
-        self._writer: Any = None
-        if tensorboard:
-            require_tensorboard()
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
         """Adds lines; they are on the disk when this returns."""
         with _errors_name(self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
-                opened.write(f"{row.step},{row.loss:.9g},{row.norm:.6g},{row.lr:.6g},{images_per_second:.1f}\n")
+                quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))
+                opened.write(
+                    f"{row.step},{row.loss:.9g},{row.norm:.6g},{row.lr:.6g},{images_per_second:.1f},{quarters}\n"
+                )
             opened.flush()
             os.fsync(opened.fileno())
-        if self._writer is not None and rows:
-            step = rows[-1].step
-            self._writer.add_scalar("loss", sum(row.loss for row in rows) / len(rows), step)
-            self._writer.add_scalar("gradient norm", rows[-1].norm, step)
-            self._writer.add_scalar("learning rate", rows[-1].lr, step)
-            self._writer.add_scalar("images per second", images_per_second, step)
-            self._writer.flush()
+        if not rows:
+            return
+        last, means = rows[-1], dict(zip(QUARTERS, quarter_means(rows), strict=True))
+        numbers = {
+            "loss": sum(row.loss for row in rows) / len(rows),
+            "gradient norm": last.norm,
+            "learning rate": last.lr,
+            "images per second": images_per_second,
+            **{name: mean for name, mean in means.items() if not math.isnan(mean)},
+        }
+        for tracker in self._trackers:
+            tracker.numbers(numbers, last.step)
+
+    def score(self, step: int, score: float) -> None:
+        """Tells the trackers the score of the averaged model."""
+        for tracker in self._trackers:
+            tracker.numbers({"score": score}, step)
 
     def pictures(self, samples: Tensor, step: int) -> None:
-        """Adds samples, (count, channels, height, width) in [-1, 1], to the TensorBoard events, if there are any."""
-        if self._writer is not None:
-            self._writer.add_images("samples", (samples.float().cpu().clamp(-1, 1) + 1) / 2, step)
-
-    def losses(self) -> list[float]:
-        """The losses of all steps in the file, in order."""
-        return read_losses(self.path)
+        """Gives the trackers samples, (count, channels, height, width) in [-1, 1]."""
+        for tracker in self._trackers:
+            tracker.pictures(samples, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_losses(path: Path) -> list[float]:
     """The losses in a losses.csv, in order, up to the first line that was cut short; none if it can't be read."""
     return [float(row[1]) for row in _whole_lines(path)]
+
+
+def read_quarters(path: Path) -> list[list[float]]:
+    """The losses by quarter of the timesteps in a losses.csv: (steps, 4), NaN where a step had none in a quarter."""
+    return [[float(value) for value in row[-len(QUARTERS) :]] for row in _whole_lines(path)]
 
 
 def curve_title(options: Mapping[str, Any]) -> str:
@@ -123,25 +155,22 @@ def _whole_lines(path: Path) -> list[list[str]]:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, ValueError):
         return []
+    header = lines[0] if lines else ""
     rows: list[list[str]] = []
-    for text in lines[1:] if lines[:1] == [_HEADER] else []:
+    for text in lines[1:] if header in (_HEADER, _BEFORE_QUARTERS) else []:
         row = text.rstrip("\n").split(",")
-        if len(row) != _HEADER.count(",") + 1 or not row[0].isdecimal():
+        if not text.endswith("\n") or len(row) != header.count(",") + 1 or not row[0].isdecimal():
             break
-        rows.append(row)
+        rows.append(row + ["nan"] * (_HEADER.count(",") + 1 - len(row)))
     return rows
 
 
-def require_tensorboard() -> None:
-    """Raises MissingExtra, with the pip command, if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtra("tensorboard: writing its events needs tensorboard: pip install tensorboard")
-
-
-def progress_line(losses: list[float], step: int, steps: int, lr: float, images_per_second: float) -> str:
-    """A line of text: the step of all `steps`, the mean of `losses`, the learning rate, images per second."""
-    mean = sum(losses) / len(losses) if losses else math.nan
-    return f"step {step:>6}/{steps}  loss {mean:.4f}  lr {lr:.2e}  {images_per_second:.1f} images/s"
+def progress_line(rows: list[LogRow], step: int, steps: int, lr: float, images_per_second: float) -> str:
+    """A line of text: the step of all `steps`, the mean loss of `rows` and those by quarter of the timesteps, the
+    learning rate, images per second."""
+    mean = sum(row.loss for row in rows) / len(rows) if rows else math.nan
+    quarters = " ".join(f"{mean:.4f}" for mean in quarter_means(rows))
+    return f"step {step:>6}/{steps}  loss {mean:.4f} ({quarters})  lr {lr:.2e}  {images_per_second:.1f} images/s"
 
 
 def final_loss(losses: list[float]) -> float:

@@ -20,7 +20,7 @@ from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["config_of", "describe", "is_unet", "make_unet", "save_result", "try_out"]
+__all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]
 
 _HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
@@ -91,6 +91,24 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
     }
 
 
+def enable_checkpointing(model: nn.Module) -> None:
+    """Makes the model keep few activations in the forward pass and compute the others again in the backward pass.
+
+    Raises:
+        ValueError: the model has no enable_gradient_checkpointing(), as models of diffusers have, or it fails.
+    """
+    enable = getattr(model, "enable_gradient_checkpointing", None)
+    if not callable(enable):
+        raise ValueError(
+            f"gradient_checkpointing: a {type(model).__name__} has no method enable_gradient_checkpointing, expected a "
+            "model of diffusers, or a module with that method, which calls torch.utils.checkpoint"
+        )
+    try:
+        enable()
+    except ValueError as error:  # diffusers' for a model without it
+        raise ValueError(f"gradient_checkpointing: {type(model).__name__} fails ({one_line(error)})") from error
+
+
 def try_out(model: nn.Module, x: Tensor, t: Tensor, variance: str, labels: Tensor | None = None) -> Tensor:
     """Calls model(x, t), or model(x, t, labels), in evaluation mode and returns its output.
 
@@ -133,13 +151,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def save_result(
-    model: nn.Module, settings: DiffusionSettings, folder: Path, dtype: torch.dtype, classes: Classes | None = None
+    model: nn.Module,
+    settings: DiffusionSettings,
+    folder: Path,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    classes: Classes | None = None,
 ) -> str:
-    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, and its classes.
+    """Writes a trained model, with weights rounded to `dtype`, the settings of its diffusion, the shape of its samples,
+    (channels, height, width), and its classes.
 
     A UNet2DModel is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a model, as
-    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class and the
-    settings.
+    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class, the
+    settings and the shape.
 
     Returns:
         A sentence that says what can read the folder.
@@ -167,5 +191,9 @@ def save_result(
     files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
     if classes is not None:
         classes.save(folder)
-    files.write_json(folder / "model.json", {"class": describe(model)["class"], "settings": asdict(settings)})
-    return f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel"
+    described = {"class": describe(model)["class"], "settings": asdict(settings), "shape": list(shape)}
+    files.write_json(folder / "model.json", described)
+    return (
+        f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; "
+        "ddpm_ext.training.load(folder, model) puts them into a module"
+    )

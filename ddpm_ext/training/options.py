@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ __all__ = [
     "LR_SCHEDULES",
     "SAMPLER_OPTIONS",
     "TrainOptions",
+    "as_json",
     "check_same",
     "check_same_on_ranks",
     "with_defaults_of",
+    "with_newer",
 ]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,17 +53,24 @@ _MAY_CHANGE = frozenset(
         "checkpoint_every",
         "data",
         "device",
+        "features",
+        "gradient_checkpointing",
         "graph",
+        "hub_private",
         "image_size",
         "keep",
         "log_every",
         "model_config",
+        "push_to_hub",
         "sample_count",
         "sample_every",
         "sample_steps",
+        "score_count",
+        "score_every",
         "skip_corrupt",
         "steps",
         "tensorboard",
+        "wandb",
         "weights_dtype",
         "workers",
     }
@@ -71,10 +80,13 @@ CHANGEABLE = (
     "lr_schedule",
     "warmup",
     "weight_decay",
+    "betas",
+    "adam_eps",
     "clip",
     "ema",
     "batch_size",
     "flip",
+    "random_crop",
     "loss",
     "delta",
     "weighting",
@@ -87,10 +99,12 @@ _ABOVE_0 = math.ulp(0)
 _LIMITS: tuple[tuple[str, float, float, str], ...] = (
     ("lr", _ABOVE_0, math.inf, "a positive number"),
     ("weight_decay", 0, math.inf, "a number >= 0"),
+    ("adam_eps", 0, math.inf, "a number >= 0"),
     ("clip", 0, math.inf, "a number >= 0"),
     ("ema", 0, 1, "in [0, 1)"),
     ("dropout", 0, 1, "in [0, 1)"),
     ("class_dropout", 0, 1, "in [0, 1)"),
+    ("random_crop", 0, math.nextafter(1, 2), "in [0, 1]"),
     ("delta", _ABOVE_0, math.inf, "a positive number"),
     ("vlb_weight", 0, math.inf, "a number >= 0"),
     ("logit_mean", -sys.float_info.max, math.inf, "a finite number"),
@@ -115,6 +129,7 @@ class TrainOptions:
     classes: bool = False
     class_dropout: float = 0.1
     flip: bool = False
+    random_crop: float = 0.0
     skip_corrupt: bool = False
     workers: int = 0
     steps: int = 5000
@@ -124,9 +139,13 @@ class TrainOptions:
     lr_schedule: str = "cosine"
     warmup: int = 300
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
     clip: float = 1.0
     ema: float = 0.999
+    extra_emas: tuple[float, ...] = ()
     autocast: str = "none"
+    gradient_checkpointing: bool = False
     seed: int = 0
     model_config: str | None = None
     widths: tuple[int, ...] = (32, 48, 64)
@@ -154,21 +173,32 @@ class TrainOptions:
     sample_every: int = 0
     sample_steps: int = 50
     sample_count: int = 16
+    score_every: int = 0
+    score_count: int = 256
+    features: str = "pixels"
     tensorboard: bool = False
+    wandb: str | None = None
     device: str = field(default_factory=default_device)
     graph: bool = False
     weights_dtype: str = "float32"
+    push_to_hub: str | None = None
+    hub_private: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps", "checkpoint_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("log_every", "keep", "sample_steps", "sample_count"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "workers", "sample_every"):
+        for name in ("warmup", "workers", "sample_every", "score_every"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _require("score_count", self.score_count, self.score_count >= 2, "at least 2")
         for name, low, below, expected in _LIMITS:
             value = getattr(self, name)
             _require(name, value, low <= value < below, expected)
+        good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require("betas", self.betas, good, "two numbers in [0, 1)")
+        good = all(0 <= decay < 1 for decay in self.extra_emas) and len({*self.extra_emas}) == len(self.extra_emas)
+        _require("extra_emas", self.extra_emas, good, "different numbers in [0, 1)")
         _require("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2^64)")
         for name, choices in _CHOICES.items():
             _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))
@@ -179,12 +209,16 @@ class TrainOptions:
             _require("attention", level, 0 <= level < len(self.widths), f"levels in [0, {len(self.widths)})")
         if self.batch_size < self.accumulate:
             raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
-        if self.sample_every and self.sample_steps > self.timesteps:
+        if (self.sample_every or self.score_every) and self.sample_steps > self.timesteps:
             raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
         if self.graph and self.accumulate > 1:
             raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")
         if self.graph and self.autocast == "float16":
             raise ValueError("graph: got autocast float16, whose loss scale the host sets, expected another")
+        if self.graph and self.gradient_checkpointing:
+            raise ValueError("graph: got gradient_checkpointing beside it, which reads the state of random numbers")
+        if self.hub_private and not self.push_to_hub:
+            raise ValueError("hub_private: expected push_to_hub beside it, the repository's name")
         if self.flip and self.data == "digits":
             raise ValueError("flip: digits are not to be mirrored")
 
@@ -203,9 +237,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
     """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with.
 
+    An option that is not among the latter is newer than that run, which had what is its default now.
+
     change: the names of options that may differ.
     """
-    now = json.loads(json.dumps(now))
+    now, then = json.loads(json.dumps(now)), with_newer(then)
     for name in {**now, **then}:
         if name not in _MAY_CHANGE and name not in change and now.get(name) != then.get(name):
             allowed = f"; --change, or change={[name]}, allows it" if name in CHANGEABLE else ""
@@ -221,6 +257,16 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
                     f"ranks: {name} is {own.get(name)} on rank {rank} and {every[0].get(name)} on rank 0, "
                     "expected the same on all"
                 )
+
+
+def with_newer(was: dict[str, Any]) -> dict[str, Any]:
+    """The options in a run's files, with the defaults of options that are newer than the run; all as JSON has them."""
+    return as_json(TrainOptions()) | was
+
+
+def as_json(options: TrainOptions) -> dict[str, Any]:
+    """The options as they are read from a run's files, where a tuple is a list."""
+    return json.loads(json.dumps(asdict(options)))
 
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
@@ -18,6 +18,8 @@ from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training.hub import push_to_hub
+from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
@@ -25,16 +27,20 @@ from ddpm_ext.training.log import (
     curve_title,
     final_loss,
     progress_line,
-    require_tensorboard,
+    read_losses,
+    read_quarters,
     versions,
 )
-from ddpm_ext.training.network import save_result
-from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, check_same
+from ddpm_ext.training.network import is_unet, save_result
+from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
+from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
 
-__all__ = ["Outputs", "Result", "check_extras"]
+__all__ = ["BEST", "Outputs", "Result", "check_extras"]
 
+BEST = "best"
+"""The folder in that of a run which has the averaged model with the best score."""
 _RESULTS = ("model_index.json", "model.json", "training.json")
 
 
@@ -61,6 +67,7 @@ class Outputs:
         folder: where it is.
         options: the options of the run.
         about: what the weights depend on besides the options, as JSON.
+        settings, classes: of the model that is written.
         report: called with lines of text.
         change: the names of options that may differ from those of the run that is resumed.
     """
@@ -72,12 +79,15 @@ class Outputs:
         folder: Path,
         options: TrainOptions,
         about: dict[str, Any],
+        settings: DiffusionSettings,
+        classes: Classes | None,
         report: Callable[[str], None],
         change: Collection[str] = (),
     ) -> None:
+        self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._since: list[float] = []  # losses since the last progress line
+        self._since: list[LogRow] = []  # steps since the last progress line
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -111,14 +121,15 @@ class Outputs:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
         record.save(folder, asdict(self.options), self.about)
-        self.log = Log(folder, step, tensorboard=self.options.tensorboard)
+        self.log = Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
         return path
 
     def _report_changes(self, before: dict[str, Any]) -> None:
+        before, now = with_newer(before), as_json(self.options)
         for name in (*CHANGEABLE, "steps"):
-            if (now := getattr(self.options, name)) != before.get(name):
-                self.report(f"changed: {name} is {now}, before {before.get(name)}")
+            if now[name] != before[name]:
+                self.report(f"changed: {name} is {now[name]}, before {before[name]}")
 
     def record(
         self,
@@ -127,6 +138,7 @@ class Outputs:
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
+        score: float | None = None,
     ) -> None:
         """Writes what is due after a step.
 
@@ -138,14 +150,17 @@ class Outputs:
             images_per_second: for the log.
             due: the names of the options whose interval ends here: log_every, checkpoint_every, sample_every.
             draw: makes samples, (count, channels, height, width) in [-1, 1].
+            score: of the averaged model, if it was scored.
         """
         options, step = self.options, state.step
         self.log.write(rows, images_per_second)
-        self._since += [row.loss for row in rows]
+        self._since += rows
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
             self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
+        if score is not None:  # before the checkpoint, which has the score
+            self._record_score(state, score)
         if "checkpoint_every" in due:
             header = state.numbers() | {"options": asdict(options), "about": self.about}
             checkpoints.save(self.folder, step, state.tensors(), header, options.keep)
@@ -154,26 +169,49 @@ class Outputs:
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
             self.log.pictures(samples, step)
 
-    def finish(
-        self,
-        state: TrainState,
-        settings: DiffusionSettings,
-        classes: Classes | None,
-        seconds: float,
-        about: dict[str, Any],
-    ) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it.
+    def _record_score(self, state: TrainState, score: float) -> None:
+        """Writes the averaged model to best/ if no step before had as good a score; tells it anyway."""
+        scores, step = state.scores, state.step
+        scores.of[step] = score
+        self.log.score(step, score)
+        lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
+        files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
+        at, best = scores.best or (step, score)
+        if at == step:
+            self._save_model(state.average, self.folder / BEST)
+            by = dict(zip(("features", "samples", "sample_steps"), scores.by, strict=True))
+            files.write_json(self.folder / BEST / "score.json", {"step": step, "score": score, **by})
+            self.report(f"score {score:.4f} at step {step}, the best so far: {self.folder / BEST} has the model")
+        else:
+            self.report(f"score {score:.4f} at step {step}; the best is {best:.4f} at step {at}")
+
+    def _save_model(self, model: nn.Module, folder: Path) -> str:
+        dtype = DTYPES[self.options.weights_dtype]
+        return save_result(model, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+
+    def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
+        if that was asked for.
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
-        dtype, losses = DTYPES[self.options.weights_dtype], self.log.losses()
-        self.report(save_result(state.average, settings, self.folder, dtype, classes))
+        self.report(self._save_model(state.average, self.folder))
+        for decay, average in state.extra.items():
+            self._save_model(average, self.folder / f"ema-{decay}")
+        losses = read_losses(self.log.path)
         if losses:
-            save_loss_curve(losses, self.folder / "losses.png", title=curve_title(asdict(self.options)))
+            title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
+            save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)
         parameters = sum(value.numel() for value in state.model.parameters())
         result = Result(self.folder, parameters, final_loss(losses), seconds)
+        if state.scores.best is not None:
+            about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
             self._write_training(result, about)
+        if repo := self.options.push_to_hub:
+            model = None if is_unet(state.average) else state.average
+            url = push_to_hub(self.folder, repo, model=model, private=self.options.hub_private or None)
+            self.report(f"uploaded to {url}")
         return result
 
     def _keep_training(self) -> bool:
@@ -212,3 +250,5 @@ def check_extras(options: TrainOptions) -> None:
         require("PIL.Image", "writing pictures")
     if options.tensorboard:
         require_tensorboard()
+    if options.wandb:
+        require_wandb()

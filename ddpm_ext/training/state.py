@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
+from ddpm_ext.training.scores import Scores
 
 __all__ = ["TrainState"]
 
 
 class TrainState:
-    """The model, its moving average, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
+    """The model, its moving averages, the optimizer, the loss scale, the timestep sampler, the number of steps taken.
 
     Raises:
         ValueError: the model has no parameters to train, or more than tensors in its state dict.
@@ -35,15 +36,25 @@ class TrainState:
         # A CUDA graph reads the learning rate from memory.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, weight_decay=options.weight_decay, fused=True, capturable=options.graph
+            self.parameters.values(),
+            lr=lr,
+            betas=options.betas,
+            eps=options.adam_eps,
+            weight_decay=options.weight_decay,
+            fused=True,
+            capturable=options.graph,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.autocast == "float16")
         of_sampler = {name: getattr(options, name) for name in SAMPLER_OPTIONS.get(options.timestep_sampler, ())}
         self.timestep_sampler = make_timestep_sampler(options.timestep_sampler, options.timesteps, **of_sampler)
         self.step = 0
+        self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
-        averaged = dict(self.average.named_parameters())
-        self._averaged: list[Tensor] = [averaged[name] for name in self.parameters]
+        self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
+        every = {average: dict(average.named_parameters()) for average in (self.average, *self.extra.values())}
+        self._averaged: dict[nn.Module, list[Tensor]] = {
+            average: [own[name] for name in self.parameters] for average, own in every.items()
+        }
         self._weights: list[Tensor] = list(self.parameters.values())
 
     def set_learning_rate(self, rate: float) -> None:
@@ -61,18 +72,22 @@ class TrainState:
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
     @torch.no_grad()
-    def update_average(self, decay: float) -> None:
-        """Moves the average towards the weights by 1 - decay of their difference; buffers are copied."""
-        # A smaller decay at first, so that the initial weights soon stop mattering.
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(self._averaged, self._weights, 1 - decay)
-        for averaged, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            averaged.copy_(now)
+    def update_averages(self, decay: float) -> None:
+        """Moves the average towards the weights by 1 - decay of their difference, and the others by their own decays;
+        buffers are copied."""
+        for own, average in ((decay, self.average), *self.extra.items()):
+            # A smaller decay at first, so that the initial weights soon stop mattering.
+            kept = min(own, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self._averaged[average], self._weights, 1 - kept)
+            for value, now in zip(average.buffers(), self.model.buffers(), strict=True):
+                value.copy_(now)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for decay, average in self.extra.items():
+            tensors |= {f"average {decay}.{name}": value for name, value in average.state_dict().items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{slot}.{names[index]}": value for slot, value in slots.items()}
@@ -81,7 +96,12 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
-        return {"step": self.step, "scaler": self.scaler.state_dict(), "skipped": list(self.skipped)}
+        return {
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "skipped": list(self.skipped),
+            "scores": self.scores.state(),
+        }
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any], path: Path) -> None:
         """Sets the state to what tensors() and numbers() returned, read from the file at `path`.
@@ -92,16 +112,19 @@ class TrainState:
         try:
             self.model.load_state_dict(checkpoints.part(tensors, "model."))
             self.average.load_state_dict(checkpoints.part(tensors, "average."))
+            for decay, average in self.extra.items():
+                average.load_state_dict(checkpoints.part(tensors, f"average {decay}."))
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = self._slots(checkpoints.part(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
             self.timestep_sampler.load_state_dict(checkpoints.part(tensors, "timestep_sampler."))
+            self.scores.restore(numbers.get("scores"))
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"resume: {path} holds the state of another model") from error
         for name, value in tensors.items():
-            if name.startswith(("model.", "average.")) and not value.isfinite().all():
+            if name.startswith(("model.", "average")) and not value.isfinite().all():
                 raise ValueError(f"resume: {path} holds values of {name} that are not finite numbers")
 
     def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of"]
+__all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of", "quarters_of"]
 
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
 _LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
@@ -83,7 +83,7 @@ class TrainingStep:
             losses, norm = self._compute(x_start, t, weights, step, labels)
         else:
             losses, norm = self._captured.take(x_start, t, weights, labels, self._dropout_seed(self.samples.start))
-        state.update_average(options.ema)
+        state.update_averages(options.ema)
         if state.timestep_sampler.learns:
             # This waits for the device, and for all ranks.
             seen, found = zip(*self.ranks.gather((timesteps[0], losses.cpu())), strict=True)
@@ -190,8 +190,10 @@ class TrainingStep:
         if not self._pending:
             return []
         steps, self._pending = self._pending, []
-        means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps]).cpu()
-        losses = self.ranks.total(means).tolist()
+        means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps])
+        by_quarter = quarters_of(steps, self.options.timesteps)
+        found = self.ranks.total(torch.cat([means[:, None], by_quarter], 1).cpu())
+        losses, sums, counts = found[:, 0].tolist(), found[:, 1:5].tolist(), found[:, 5:].tolist()
         norms = torch.stack([step.norm for step in steps]).tolist()
         # If the loss scale is too high, gradients overflow; the scaler then skips the step and halves the scale.
         scaler = self.state.scaler
@@ -200,8 +202,8 @@ class TrainingStep:
             if not math.isfinite(loss) or not (math.isfinite(norm) or may_overflow):
                 self._fail(step, loss, norm, newest)
         return [
-            LogRow(step.step + 1, loss, norm, learning_rate(self.options, step.step))
-            for step, loss, norm in zip(steps, losses, norms, strict=True)
+            LogRow(step.step + 1, loss, norm, learning_rate(self.options, step.step), tuple(own), tuple(count))
+            for step, loss, norm, own, count in zip(steps, losses, norms, sums, counts, strict=True)
         ]
 
     def _fail(self, step: _Pending, loss: float, norm: float, newest: Callable[[], Path | None]) -> None:
@@ -220,6 +222,17 @@ class TrainingStep:
             )
 
         self.ranks.share(fail)
+
+
+def quarters_of(steps: list[_Pending], timesteps: int) -> Tensor:
+    """Each step's losses by the quarter of the timesteps: their sums, then their counts, (steps, 8) float64.
+
+    This doesn't wait for the device.
+    """
+    t, losses = (torch.stack([getattr(step, name) for step in steps]) for name in ("t", "losses"))
+    own = (t * 4 // timesteps)[..., None] == torch.arange(4, device=t.device)  # (steps, samples, 4)
+    sums = torch.where(own, losses.double()[..., None], 0.0).sum(1)
+    return torch.cat([sums, own.sum(1).double()], 1)
 
 
 def loss_options(options: TrainOptions) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,22 +19,24 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
-from ddpm_ext.training.data import ImageSource, Labels, as_images, labels_of
-from ddpm_ext.training.data.source import digest
+from ddpm_ext.training.data import ImageSource, as_images, labels_of
+from ddpm_ext.training.hub import check_pushable
+from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
+from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
+from ddpm_ext.training.score import Features, Scorer, features_by_name, name_of
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, loss_options
+from ddpm_ext.training.trained import draw
 
 __all__ = ["Trainer", "train"]
 
-_INTERVALS = ("log_every", "checkpoint_every", "sample_every")
+_INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 
 
 class Trainer:
@@ -63,6 +64,8 @@ class Trainer:
         command: the command that training.json names.
         report: called with lines of text, on rank 0.
         progress: whether rank 0 shows a progress bar; it needs tqdm.
+        features: with `score_every`, a function of images, (batch, channels, height, width) in [-1, 1] on the device,
+            that returns (batch, features); it may be a network. None: `options.features`.
         keywords: options that replace those in `options`.
 
     Raises:
@@ -83,18 +86,20 @@ class Trainer:
         command: str = "",
         report: Callable[[str], None] = print,
         progress: bool = False,
+        features: Features | None = None,
         **keywords: Any,
     ) -> None:
+        if features is not None:
+            keywords["features"] = name_of(features)
         if data is not None:
             keywords["data"] = os.fspath(data) if isinstance(data, str | os.PathLike) else type(data).__name__
         options = replace(options or TrainOptions(), **keywords)
-        self.diffusion, self.settings, self.options = _with_settings(diffusion, options)
+        self.diffusion, self.settings, self.options = with_settings(diffusion, options)
         self.folder, self.resume, self.command = Path(out), resume, command
         self.ranks = distributed.ranks()
         first = self.ranks.rank == 0
         self.progress = progress and first
-        self._plain_report = report if first else _discard
-        self.report = self._report_above_bar if self.progress else self._plain_report
+        self.report = _discard if not first else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
                 expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
@@ -103,13 +108,17 @@ class Trainer:
         if self.progress:
             require("tqdm", "the progress bar")
         self.device = torch.device(self.ranks.device(self.options.device))
+        given = self.options.data if data is None else data
         self.images: ImageSource = as_images(
-            self.options.data if data is None else data, self.options.image_size, self.options.channels
+            given, self.options.image_size, self.options.channels, self.options.random_crop
         )
         self.labels = labels_of(self.images) if self.options.classes else None
         self.classes = None if self.labels is None else Classes.of_labels(self.labels.names, self.options.class_dropout)
         if self.options.sample_every and self.images.shape[0] not in (1, 3):
             raise ValueError(f"sample_every: images have {self.images.shape[0]} channels, expected 1 or 3 for pictures")
+        if self.options.score_every:
+            chosen = features_by_name(self.options.features) if features is None else features
+            self._scorer = Scorer(chosen, self.images, self.options, self.device)
         if self.options.batch_size < self.ranks.size * self.options.accumulate:
             raise ValueError(
                 f"batch_size: got {self.options.batch_size}, expected at least {self.ranks.size} ranks times "
@@ -121,8 +130,8 @@ class Trainer:
             self.model = self._make_model(model)
             self._try_out()
             self.state = TrainState(self.model, self.options, self.device)
-        about = _inputs(self.model, self.images, self.labels, self.diffusion)
-        self._outputs = Outputs(self.folder, self.options, about, self.report, change)
+        about = inputs_of(self.model, self.images, self.labels, self.diffusion)
+        self._outputs = Outputs(self.folder, self.options, about, self.settings, self.classes, self.report, change)
 
     def _make_model(self, model: Any) -> nn.Module:
         if not isinstance(model, nn.Module):
@@ -130,6 +139,10 @@ class Trainer:
             torch.manual_seed(seed_for(self.options.seed, "weights"))
             embeddings = None if self.classes is None else self.classes.embeddings
             model = network.make_unet(source, self.options, self.images.shape, embeddings)
+        if self.options.push_to_hub:
+            check_pushable(model)
+        if self.options.gradient_checkpointing:
+            network.enable_checkpointing(model)
         return nn.Module.to(model, self.device).train()
 
     def _try_out(self) -> None:
@@ -146,23 +159,21 @@ class Trainer:
         Returns:
             (options.sample_count, channels, height, width), after options.sample_steps steps.
         """
-        options, model, kwargs = self.options, self.state.average, {}
-        if self.classes is not None:
-            kwargs = {"labels": self.classes.labels_of(range(options.sample_count)).to(self.device)}
-        with torch.no_grad():
-            samples = self.diffusion.p_sample_loop(
-                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
-                (options.sample_count, *self.images.shape),
-                sampler="ddim",
-                steps=options.sample_steps,
-                model_kwargs=kwargs,
-                rng=Philox(options.seed),
-                record="last",
-                progress=False,
-                device=self.device,
-            )
-        assert isinstance(samples, Tensor)  # the type for record="last"
-        return samples
+        return self._draw(range(self.options.sample_count))
+
+    def _draw(self, samples: range) -> Tensor:
+        """The samples with these ids."""
+        return draw(
+            self.diffusion,
+            self.state.average,
+            self.images.shape,
+            samples,
+            classes=self.classes,
+            seed=self.options.seed,
+            device=self.device,
+            sampler="ddim",
+            steps=self.options.sample_steps,
+        )
 
     # --------------------------------------------------------------------------------------------------- the run
 
@@ -172,7 +183,8 @@ class Trainer:
         A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
         before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
-        a grid every `options.sample_every` steps.
+        a grid every `options.sample_every` steps; and with `options.score_every` scores.csv, and in best/ the averaged
+        model of the step with the lowest score.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once.
@@ -183,7 +195,7 @@ class Trainer:
                 with other options, data or another model; a loss or a gradient is not finite; an image can't be read;
                 or the ranks differ in options, data or model.
             OSError: a file can't be written.
-            ConnectionError: another rank was lost.
+            ConnectionError: another rank was lost; or the model, which is written, can't be uploaded.
         """
         started = time.monotonic()
         with ExitStack() as until_the_end:
@@ -197,11 +209,11 @@ class Trainer:
             self.report(self._first_line())
             details = {"command": self.command, "images": len(self.images), "ranks": ranks.size}
             begun = self.state.step
-            with ranks.in_touch(), _bar(self.options.steps, self.state.step, shown=self.progress) as advance:
-                self._train(step, advance)
+            with ranks.in_touch(), progress_bar(self.options.steps, begun, shown=self.progress) as bar:
+                self._train(step, bar)
             seconds = time.monotonic() - started
             details |= {"resumed_at": begun, "skipped": list(self.state.skipped)}
-            return ranks.share(lambda: outputs.finish(self.state, self.settings, self.classes, seconds, details))
+            return ranks.share(lambda: outputs.finish(self.state, seconds, details))
 
     def _restore(self, path: Path | None) -> None:
         if path is not None:
@@ -222,10 +234,10 @@ class Trainer:
             f"on {self.device}{ranks}"
         )
 
-    def _train(self, step: TrainingStep, advance: Callable[[], object]) -> None:
+    def _train(self, step: TrainingStep, bar: Bar) -> None:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
-        clock, skipped = _Clock(state.step), []
+        clock, skipped = Clock(state.step), []
         # The workers end before signals have their usual effects again, among which is an error for a killed worker.
         with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
             while state.step < options.steps:
@@ -234,19 +246,23 @@ class Trainer:
                 if batch is not None:
                     step.take(batch.images, batch.labels)
                     skipped += batch.skipped
-                    advance()
+                    bar.advance()
                 every = {name: getattr(options, name) for name in _INTERVALS}
                 due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
                 last = state.step == options.steps
                 if signal := 0 if last else self.ranks.largest(noted.number):
                     self.report(f"interrupted: stopping after step {state.step}; a second signal ends the run at once")
+                if last and options.score_every:
+                    due |= {"score_every"}
                 if last or signal:
                     due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
                 if due:
                     rows = step.log_rows(lambda: checkpoints.newest(self.folder))
+                    bar.show(row.loss for row in rows)
                     speed = clock.steps_per_second(state.step) * options.batch_size
                     self._note_skipped(skipped)
-                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample))
+                    score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None
+                    self.ranks.share(partial(self._outputs.record, state, rows, speed, due, self.sample, score))
                 if signal:
                     self.report(f"{checkpoints.newest(self.folder)} is written; a resume continues from it")
                     end(signal)
@@ -260,34 +276,6 @@ class Trainer:
                     self.report(f"skipped: {found}")
         skipped.clear()
 
-    def _report_above_bar(self, text: str) -> None:
-        with require("tqdm", "the progress bar").tqdm.external_write_mode():
-            self._plain_report(text)
-
-
-@contextmanager
-def _bar(steps: int, begun: int, *, shown: bool) -> Iterator[Callable[[], object]]:
-    """A function that the block calls at each step; if `shown`, it advances a progress bar."""
-    if not shown:
-        yield lambda: None
-        return
-    tqdm = require("tqdm", "the progress bar").tqdm
-    with tqdm(total=steps, initial=begun, desc="training", unit="step") as bar:
-        yield bar.update
-
-
-class _Clock:
-    """Measures the steps per second between its calls."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.at = step, time.monotonic()
-
-    def steps_per_second(self, step: int) -> float:
-        now = time.monotonic()
-        rate = (step - self.step) / max(now - self.at, 1e-9)
-        self.step, self.at = step, now
-        return rate
-
 
 def train(
     options: TrainOptions,
@@ -296,49 +284,6 @@ def train(
 ) -> Result:
     """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit()."""
     return Trainer(out=out, options=options, **keywords).fit()
-
-
-def _with_settings(
-    diffusion: GaussianDiffusion | None, options: TrainOptions
-) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
-    """The diffusion, given or by the options; its settings; and the options with these settings."""
-    if diffusion is None:
-        settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
-        settings.to_scheduler_config()  # what cannot be written afterwards is refused at once
-        return settings.diffusion(), settings, options
-    if not isinstance(diffusion, GaussianDiffusion):
-        raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
-    if diffusion.prediction not in SPACED_PREDICTIONS:
-        expected = ", ".join(map(repr, SPACED_PREDICTIONS))
-        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
-    settings = DiffusionSettings.of(diffusion)
-    settings.to_scheduler_config()
-    chosen: dict[str, Any] = {
-        "timesteps": settings.timesteps,
-        "prediction": settings.prediction,
-        "variance": settings.variance,
-    }
-    return diffusion, settings, replace(options, beta_schedule="given", **chosen)
-
-
-def _inputs(
-    model: nn.Module, images: ImageSource, labels: Labels | None, diffusion: GaussianDiffusion
-) -> dict[str, Any]:
-    """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
-    schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
-    model_part = {f"model's {name}": value for name, value in network.describe(model).items()}
-    of_classes: dict[str, Any] = {}
-    if labels is not None:
-        of_classes = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
-    return {
-        **model_part,
-        **of_classes,
-        "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
-        "the schedule's hash": schedule,
-        "the number of images": len(images),
-        "the shape of images": list(images.shape),
-        "the images' fingerprint": images.fingerprint(),
-    }
 
 
 @contextmanager

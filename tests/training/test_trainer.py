@@ -19,6 +19,7 @@ from ddpm_ext.losses.timestep_samplers import LogitNormal, Mode
 from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
+from ddpm_ext.training.log import QUARTERS
 from ddpm_ext.training.step import TrainingStep, part_of
 
 for module in ("safetensors", "matplotlib"):
@@ -57,13 +58,14 @@ def test_timestep_samplers_get_their_options(tmp_path):
 def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
     """In float64, with the documented loss, noise, average and learning rate."""
     options = {"steps": 12, "warmup": 3, "clip": clip, "ema": 0.8, "lr": 0.01, "weight_decay": 0.1, "seed": 4}
+    options |= {"betas": (0.7, 0.95), "adam_eps": 1e-3}
     trainer = make(tmp_path / "run", dropout=0.0, prediction="v", **options)
     batches = StepBatches(as_images(Squares()), trainer.options, 0, 6)
     sampler = trainer.state.timestep_sampler
     trainer.fit()
 
     model, average = Tiny(dropout=0.0).double(), Tiny(dropout=0.0).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1, betas=(0.7, 0.95), eps=1e-3)
     alphas_cumprod = GaussianDiffusion(20).alphas_cumprod
     expected = []
     for step in range(12):
@@ -96,6 +98,7 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
     assert close(trainer_run.weights(tmp_path / "run"), average.state_dict(), **tolerance)
     for row, wanted in zip(rows(tmp_path / "run"), expected, strict=True):
         assert row.pop("images_per_second") > 0
+        assert all(row.pop(name, None) is not None for name in QUARTERS)  # test_quarters.py has their values
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
@@ -334,37 +337,6 @@ def test_configuration_of_a_unet(tmp_path, given):
     assert loaded.unet.config.block_out_channels == [8, 8]
     assert loaded.unet.config.dropout == 0.25
     assert loaded.shape == (1, 8, 8)
-
-
-def test_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    make(tmp_path / "run", steps=14, tensorboard=True, sample_every=10, sample_steps=2).fit()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    found = rows(tmp_path / "run")
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (stop, pytest.approx(np.mean([row["loss"] for row in found[start:stop]]), rel=1e-5))
-        for start, stop in ((0, 7), (7, 10), (10, 14))
-    ]
-    assert [event.step for event in events.Images("samples")] == [10]
-
-
-def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"tensorboard: .* pip install tensorboard"):
-        make(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_bar_and_lines(tmp_path, capsys):
-    pytest.importorskip("tqdm")
-    trainer = Trainer(Tiny(), None, Squares(), tmp_path / "run", progress=True, **trainer_run.SIZES)
-    trainer.fit()
-    written = capsys.readouterr()
-    assert "60/60" in written.err
-    assert sum(line.startswith("step ") for line in written.out.splitlines()) == 9  # every 7, and the last
 
 
 def test_learning_rate_is_reached():

@@ -22,9 +22,10 @@ for module in ("safetensors", "matplotlib"):
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 STEPS = {"steps": 20, "dropout": 0.0, "batch_size": 7}
+SCORED = {"score_every": 10, "score_count": 7, "sample_steps": 3}
 SAME = {
     "two": (2, STEPS | {"timestep_sampler": "loss_second_moment", "timesteps": 3, "beta_schedule": "cosine"}),
-    "three": (3, STEPS | {"accumulate": 2, "flip": True, "log_every": 5}),
+    "three": (3, STEPS | {"accumulate": 2, "flip": True, "log_every": 5, "extra_emas": [0.5]} | SCORED),
 }
 DIFFERENT = {
     "seed": ({"seed": 1}, "ranks: seed is 1 on rank 1 and 0 on rank 0, expected the same on all"),
@@ -67,6 +68,10 @@ def alike(found, expected):
     return all(torch.allclose(found[name].float(), expected[name].float(), rtol=1e-4, atol=1e-6) for name in names)
 
 
+def lines(path):
+    return path.read_text().splitlines()
+
+
 @pytest.mark.parametrize("name", SAME)
 def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
     folder, codes = ended[name]
@@ -76,11 +81,13 @@ def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
     assert said(folder, 1, "out") == ""  # only rank 0 reports
     trainer_run.make(tmp_path / "one", **options).fit()
     assert alike(*(checkpoints.load(checkpoints.newest(run))[0] for run in (folder / "run", tmp_path / "one")))
-    losses = [
-        [float(line.split(",")[1]) for line in (run / "losses.csv").read_text().splitlines()[1:]]
-        for run in (folder / "run", tmp_path / "one")
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    runs = folder / "run", tmp_path / "one"
+    for column in (1, 5, 6, 7, 8):  # the losses, and those of each quarter of the timesteps
+        losses = [[float(line.split(",")[column]) for line in lines(run / "losses.csv")[1:]] for run in runs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4, nan_ok=True)
+    if "score_every" in options:
+        scores = [dict(map(float, line.split(",")) for line in lines(run / "scores.csv")[1:]) for run in runs]
+        assert set(scores[0]) == {10, 20} and scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
 def test_signal_to_one_rank_stops_all_at_the_same_step(ended):

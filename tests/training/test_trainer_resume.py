@@ -22,6 +22,7 @@ VARIANTS = {
     "loss_second_moment": {"timestep_sampler": "loss_second_moment"},
     "workers": {"workers": 2, "flip": True},
     "learned": {"variance": "learned_range", "beta_schedule": "cosine"},
+    "averages": {"extra_emas": [0.5, 0.99], "betas": [0.8, 0.99]},
     "offset": {"offset_noise": 0.1, "input_perturbation": 0.1},
     "no clip": {"clip": 0.0, "loss": "huber", "prediction": "v", "weighting": "min_snr"},
 }

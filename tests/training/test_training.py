@@ -234,7 +234,7 @@ def test_resume_of_a_finished_run_changes_nothing(straight, tmp_path):
 def test_curve_names_the_loss_and_its_failure_leaves_the_model(tmp_path, monkeypatch):
     from ddpm_ext.training import outputs
 
-    def fail(losses, path, title):
+    def fail(losses, path, title, quarters):
         raise OSError(f"no curve for {title}")
 
     monkeypatch.setattr(outputs, "save_loss_curve", fail)
@@ -347,6 +347,9 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"lr": float("nan")}, "lr: got nan"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, "betas: got"),
+        ({"adam_eps": -1.0}, "adam_eps: got -1.0, expected a number >= 0"),
         ({"ema": 1.0}, r"ema: got 1.0, expected in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout: got -0.1"),
         ({"seed": 2**64}, r"seed: got \d+, expected in \[0, 2\^64\)"),

@@ -17,17 +17,22 @@ from ddpm_ext.training.data.tensor import TensorImages
 __all__ = ["as_images", "load_images"]
 
 
-def load_images(source: str, size: int | None = None, channels: int | None = None) -> ImageSource:
+def load_images(
+    source: str, size: int | None = None, channels: int | None = None, random_crop: float = 0.0
+) -> ImageSource:
     """Opens images by name.
 
     Args:
         source: "digits", the training part of scikit-learn's digits; "shapes", coloured shapes; or a folder of images.
         size: height and width in pixels; a folder needs it, digits are 8 by 8, and shapes by default 16 by 16.
         channels: 1 (grey) or 3 (colour). None: 1 for digits, else 3.
+        random_crop: as in FolderImages; only a folder has it.
 
     Raises:
-        ValueError: `size` or `channels` doesn't fit, or the folder is missing or has no images.
+        ValueError: `size`, `channels` or `random_crop` doesn't fit, or the folder is missing or has no images.
     """
+    if random_crop and source in ("digits", "shapes"):
+        raise ValueError(f"random_crop: got {random_crop} for {source}, expected a folder of images")
     if source == "shapes":
         if channels not in (None, 3):
             raise ValueError(f"channels: got {channels}, but shapes have 3")
@@ -35,7 +40,7 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
     if source != "digits":
         if size is None:
             raise ValueError("image size: a folder of images needs one")
-        return FolderImages(source, size, 3 if channels is None else channels)
+        return FolderImages(source, size, 3 if channels is None else channels, random_crop)
     if size not in (None, 8):
         raise ValueError(f"image size: got {size}, but digits are 8 by 8 pixels")
     if channels not in (None, 1):
@@ -44,19 +49,24 @@ def load_images(source: str, size: int | None = None, channels: int | None = Non
     return TensorImages(found, Labels(numbers, tuple("0123456789")))
 
 
-def as_images(data: Any, size: int | None = None, channels: int | None = None) -> ImageSource:
+def as_images(data: Any, size: int | None = None, channels: int | None = None, random_crop: float = 0.0) -> ImageSource:
     """Makes an ImageSource of `data`.
 
     Args:
         data: a name for load_images, a tensor, a map-style torch Dataset, or an ImageSource, returned as it is.
-        size, channels: as in load_images; only a name needs them.
+        size, channels, random_crop: as in load_images; only a name needs them.
 
     Raises:
         TypeError: `data` is something else.
-        ValueError: as load_images, TensorImages and DatasetImages.
+        ValueError: as load_images, TensorImages and DatasetImages; or random crops of what is no folder.
     """
     if isinstance(data, str | os.PathLike):
-        return load_images(os.fspath(data), size, channels)
+        return load_images(os.fspath(data), size, channels, random_crop)
+    if random_crop:
+        raise ValueError(
+            f"random_crop: got {random_crop} for a {type(data).__name__}, expected a folder of images; a Dataset crops "
+            "by its own transforms"
+        )
     if isinstance(data, Tensor):
         return TensorImages(data)
     if callable(getattr(data, "batch", None)) and callable(getattr(data, "fingerprint", None)):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,41 +29,47 @@ _PILLOWS_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struc
 class FolderImages:
     """An ImageSource over the image files in a folder and the folders below it, in the order of their paths.
 
-    Each image is rotated as its EXIF tag says, cropped to the square in its middle, resized and converted. Each process
-    keeps up to half a GiB of decoded images in memory.
+    Each image is rotated as its EXIF tag says, cropped to a square, resized and converted. Each process keeps up to
+    half a GiB of decoded images in memory.
 
     Args:
         folder: the folder.
         size: height and width of the images in pixels.
         channels: 1 (grey) or 3 (colour).
+        random_crop: 0 takes the square in the middle. Otherwise the square lies anywhere in the image, and its side is
+            a random share of the image's shorter side, from this share to 1.
 
     Raises:
-        ValueError: the folder is missing or has no images, or `size` or `channels` is out of range.
+        ValueError: the folder is missing or has no images, or `size`, `channels` or `random_crop` is out of range.
         MissingExtra: pillow is not installed.
     """
 
-    seeded = False
-
-    def __init__(self, folder: str | os.PathLike[str], size: int, channels: int = 3) -> None:
+    def __init__(self, folder: str | os.PathLike[str], size: int, channels: int = 3, random_crop: float = 0.0) -> None:
         if size < 1:
             raise ValueError(f"image size: got {size}, expected at least 1")
         if channels not in (1, 3):
             raise ValueError(f"channels: got {channels}, expected 1 (grey) or 3 (colour)")
+        if not 0 <= random_crop <= 1:
+            raise ValueError(f"random_crop: got {random_crop}, expected in [0, 1]")
         require("PIL.Image", "reading images")
         root = Path(folder)
         if not root.is_dir():
             raise ValueError(f"data: no such folder: {folder}")
         self.root, self.paths = root, image_paths(root)
         self.shape: tuple[int, int, int] = (channels, size, size)
+        self.random_crop, self.seeded = random_crop, bool(random_crop)
         self._cache: dict[int, Tensor] = {}
-        self._cache_limit = _CACHE_BYTES // (channels * size * size)
+        self._cache_left = _CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def batch(self, indices: Tensor, seeds: list[int] | None = None) -> Tensor:
-        pixels = torch.stack([self._pixels(index) for index in indices.tolist()])
-        return pixels.float().div_(127.5).sub_(1)
+        found = [self._pixels(index) for index in indices.tolist()]
+        if self.random_crop:
+            crops = [random_square(seed, self.random_crop) for seed in seeds or indices.tolist()]
+            found = [cropped(image, self.shape[1], *crop) for image, crop in zip(found, crops, strict=True)]
+        return torch.stack(found).float().div_(127.5).sub_(1)
 
     def labels(self) -> Labels:
         """An image's class is the sub-folder that it lies in, at any depth; classes are in the order of their names.
@@ -82,12 +91,16 @@ class FolderImages:
         return digest([repr(self.shape).encode(), *(name.encode("utf-8", "surrogateescape") for name in names)])
 
     def _pixels(self, index: int) -> Tensor:
-        """(channels, size, size) uint8"""
+        """(channels, size, size) uint8; for random crops the whole image, of which a crop has at least that size."""
         pixels = self._cache.get(index)
         if pixels is None:
-            pixels = read_image(self.paths[index], self.shape)
-            if len(self._cache) < self._cache_limit:
+            if self.random_crop:
+                pixels = read_whole(self.paths[index], self.shape[0], math.ceil(self.shape[1] / self.random_crop))
+            else:
+                pixels = read_image(self.paths[index], self.shape)
+            if pixels.numel() <= self._cache_left:
                 self._cache[index] = pixels
+                self._cache_left -= pixels.numel()
         return pixels
 
 
@@ -117,16 +130,71 @@ def read_image(path: Path, shape: tuple[int, int, int], name: str = "data", *, s
     image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
     channels, height, width = shape
     method = image.Resampling.BICUBIC if smooth else image.Resampling.NEAREST
+    # fit() crops the longer side around its middle.
+    return _decoded(path, channels, name, lambda plain: operations.fit(plain, (width, height), method=method))
+
+
+def read_whole(path: Path, channels: int, shorter: int) -> Tensor:
+    """Reads an image file without a crop. If its shorter side is longer than `shorter` pixels, the image is reduced.
+
+    Returns:
+        (channels, height, width) uint8.
+
+    Raises:
+        DamagedImage: as read_image.
+    """
+    method = require("PIL.Image", "reading images").Resampling.BICUBIC
+
+    def reduced(plain: Any) -> Any:
+        scale = shorter / min(plain.size)
+        return plain if scale >= 1 else plain.resize([max(shorter, round(scale * side)) for side in plain.size], method)
+
+    return _decoded(path, channels, "data", reduced)
+
+
+def random_square(seed: int, smallest: float) -> tuple[float, float, float]:
+    """A square in an image: its side as a share of the shorter side, from `smallest` to 1, and the shares of the room
+    above it and left of it, in [0, 1)."""
+    drawn = torch.rand(3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu").tolist()
+    return smallest + (1 - smallest) * drawn[0], drawn[1], drawn[2]
+
+
+def cropped(pixels: Tensor, size: int, share: float, top: float, left: float) -> Tensor:
+    """The square of an image that `random_square` describes, resized.
+
+    Args:
+        pixels: (channels, height, width) uint8.
+        size: height and width of the result.
+
+    Returns:
+        (channels, size, size) uint8.
+    """
+    image = require("PIL.Image", "reading images")
+    channels, height, width = pixels.shape
+    side = share * min(height, width)
+    x, y = left * (width - side), top * (height - side)
+    whole = pixels.permute(1, 2, 0).numpy()
+    drawn = image.fromarray(whole[..., 0] if channels == 1 else np.ascontiguousarray(whole))
+    box = (x, y, min(x + side, width), min(y + side, height))
+    return _tensor(drawn.resize((size, size), image.Resampling.BICUBIC, box=box), channels)
+
+
+def _decoded(path: Path, channels: int, name: str, resized: Callable[[Any], Any]) -> Tensor:
+    """Reads an image file, upright, and passes it through `resized`; (channels, height, width) uint8."""
+    image, operations = require("PIL.Image", "reading images"), require("PIL.ImageOps", "reading images")
     try:
         with image.open(path, formats=_FORMATS) as opened:
             upright = operations.exif_transpose(opened)
             if upright.mode.startswith(("I", "F")):
                 raise DamagedImage(f"{name}: {path} has {upright.mode} pixels, expected 8 bits a channel")
-            plain = upright.convert("RGB" if channels == 3 else "L")
-            # fit() crops the longer side around its middle.
-            fitted = operations.fit(plain, (width, height), method=method)
+            return _tensor(resized(upright.convert("RGB" if channels == 3 else "L")), channels)
     except DamagedImage:
         raise
     except (*_PILLOWS_ERRORS, image.DecompressionBombError) as error:
         raise DamagedImage(f"{name}: cannot read {path}: {error}") from error
-    return torch.from_numpy(np.array(fitted)).reshape(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def _tensor(image: Any, channels: int) -> Tensor:
+    """(channels, height, width) uint8, of an image of Pillow."""
+    found = torch.from_numpy(np.array(image))
+    return found.reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()

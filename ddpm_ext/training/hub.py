@@ -1,0 +1,99 @@
+"""Uploads a trained model to the Hugging Face Hub, by the methods that diffusers' own objects have for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ddpm_ext.base.optional import require
+from ddpm_ext.models.classes import CLASSES
+from ddpm_ext.models.folder import SCHEDULER, one_line, read_json
+from ddpm_ext.training.network import is_unet
+
+__all__ = ["check_pushable", "push_to_hub"]
+
+
+def push_to_hub(
+    run: str | os.PathLike[str],
+    repo: str,
+    *,
+    model: nn.Module | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Uploads the model of a run to a repository of the Hub, which is made if it doesn't exist.
+
+    A UNet2DModel goes there as a DDPMPipeline, by that class's push_to_hub; one with classes as its parts, with
+    classes.json beside the U-Net, so that the repository's files are again a folder for ddpm_ext and diffusers.
+
+    Args:
+        run: the folder of a finished run, or its best/.
+        repo: "name" or "organisation/name".
+        model: for a run of another module: a model of diffusers with the run's weights, as training.load returns it.
+            Its own push_to_hub is called.
+        private: whether a new repository is private; None: as the organisation's default is.
+        token: of the Hub; None: the one that `hf auth login` has stored, or HF_TOKEN.
+
+    Returns:
+        What diffusers returns: where the upload is.
+
+    Raises:
+        ValueError: the folder holds no UNet2DModel, or `model` has no push_to_hub.
+        ConnectionError: the upload fails. The message names the repository, and what tries it again.
+        MissingExtra: diffusers is not installed.
+    """
+    folder = Path(run)
+    if model is not None:
+        check_pushable(model)
+        push: Callable[..., Any] = _method(model)
+    elif (folder / "unet").is_dir():
+        push = _push_parts(folder) if (folder / "unet" / CLASSES).is_file() else _push_pipeline(folder)
+    else:
+        raise ValueError(f"push_to_hub: {folder} has no unet/, expected the folder of a UNet2DModel, or model=")
+    try:
+        return str(push(repo, private=private, token=token))
+    except Exception as error:  # of the network, the login, the Hub's answer: they have no common class
+        raise ConnectionError(
+            f"push_to_hub: {repo} can't be written ({one_line(error)}); {folder} has the model, and "
+            f"ddpm_ext.training.push_to_hub({str(folder)!r}, {repo!r}) tries again"
+        ) from error
+
+
+def check_pushable(model: nn.Module) -> None:
+    """Raises ValueError unless the model is a UNet2DModel or has a push_to_hub of its own, as diffusers' models do."""
+    if not is_unet(model) and not callable(_method(model)):
+        raise ValueError(
+            f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "
+            "hf upload REPO FOLDER uploads the run's files"
+        )
+
+
+def _method(model: nn.Module) -> Any:
+    return getattr(model, "push_to_hub", None)
+
+
+def _push_pipeline(folder: Path) -> Callable[..., Any]:
+    return require("diffusers", "the upload").DDPMPipeline.from_pretrained(folder).push_to_hub
+
+
+def _push_parts(folder: Path) -> Callable[..., Any]:
+    """A function that uploads the U-Net, its classes and its scheduler."""
+    diffusers = require("diffusers", "the upload")
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    kind = read_json(folder / "scheduler" / SCHEDULER)["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(folder / "scheduler")
+
+    def push(repo: str, *, private: bool | None, token: str | None) -> Any:
+        found = unet.push_to_hub(repo, subfolder="unet", private=private, token=token)
+        scheduler.push_to_hub(repo, subfolder="scheduler", private=private, token=token)
+        api = require("huggingface_hub", "the upload").HfApi(token=token)
+        # `repo` may be without its owner's name, which the address of the upload has.
+        named = getattr(getattr(found, "repo_url", None), "repo_id", repo)
+        api.upload_file(path_or_fileobj=str(folder / "unet" / CLASSES), path_in_repo=f"unet/{CLASSES}", repo_id=named)
+        return found
+
+    return push

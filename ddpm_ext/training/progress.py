@@ -1,0 +1,72 @@
+"""What a run shows while it goes on: a progress bar with the loss, lines above it, and its speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ddpm_ext.base.optional import require
+
+__all__ = ["Bar", "Clock", "above_bar", "progress_bar"]
+
+_KEPT = 0.98  # of the smoothed loss in each step
+
+
+class Bar:
+    """A progress bar over steps, with the smoothed loss behind it; without a bar of tqdm it shows nothing.
+
+    The losses are those that the log reads, when it reads them: reading each step's would make the host wait for it.
+    """
+
+    def __init__(self, shown: Any = None) -> None:
+        self._shown = shown
+        self._sum = self._weight = 0.0
+
+    def advance(self) -> None:
+        """Counts a step."""
+        if self._shown is not None:
+            self._shown.update()
+
+    def show(self, losses: Iterable[float]) -> None:
+        """Takes the losses of the steps since the last call into the moving average that is shown."""
+        for loss in losses:
+            self._sum = _KEPT * self._sum + (1 - _KEPT) * loss
+            self._weight = _KEPT * self._weight + (1 - _KEPT)
+        if self._shown is not None and self._weight:
+            self._shown.set_postfix_str(f"loss {self._sum / self._weight:.4f}", refresh=False)
+
+
+@contextmanager
+def progress_bar(steps: int, begun: int, *, shown: bool) -> Iterator[Bar]:
+    """A bar over `steps`, of which `begun` are done; if not `shown`, one that shows nothing."""
+    if not shown:
+        yield Bar()
+        return
+    tqdm = require("tqdm", "the progress bar").tqdm
+    with tqdm(total=steps, initial=begun, desc="training", unit="step") as bar:
+        yield Bar(bar)
+
+
+def above_bar(report: Callable[[str], None]) -> Callable[[str], None]:
+    """A report whose lines appear above the bar."""
+
+    def write(text: str) -> None:
+        with require("tqdm", "the progress bar").tqdm.external_write_mode():
+            report(text)
+
+    return write
+
+
+class Clock:
+    """Measures the steps per second between its calls."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.at = step, time.monotonic()
+
+    def steps_per_second(self, step: int) -> float:
+        now = time.monotonic()
+        rate = (step - self.step) / max(now - self.at, 1e-9)
+        self.step, self.at = step, now
+        return rate

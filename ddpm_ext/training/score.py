@@ -1,0 +1,136 @@
+"""How good the samples of a run are, from time to time: their Fréchet distance to the training images."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.seeds import seed_for
+from ddpm_ext.training.data import DamagedImage, ImageSource
+from ddpm_ext.training.frechet import Moments, frechet, moments
+from ddpm_ext.training.options import TrainOptions
+from ddpm_ext.training.step import part_of
+
+__all__ = ["Features", "Scorer", "features_by_name", "name_of", "pixels"]
+
+Features = Callable[[Tensor], Any]
+"""Of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device; returns (batch, features)."""
+
+_PIXELS = "pixels"
+_SIDE = 16  # of the images whose pixels are features: their covariance has the square of their number of entries
+_REFERENCE = 5000  # images of the training data, at most
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The pixels of images, averaged to at most 16 by 16: features that need no download, for small images."""
+    height, width = (min(side, _SIDE) for side in images.shape[2:])
+    return torch.nn.functional.adaptive_avg_pool2d(images, (height, width)).flatten(1)
+
+
+def features_by_name(name: str) -> Features:
+    """The function "pixels", or the one that "module:function" names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == _PIXELS:
+        return pixels
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"features: got {name}, expected {_PIXELS} or module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"features: {name} can't be imported ({error}), expected module:function") from error
+    if not callable(found):
+        raise ValueError(f"features: {name} is a {type(found).__name__}, expected a function")
+    return found
+
+
+def name_of(features: Features) -> str:
+    """What the options of a run say of a function that was given in Python."""
+    named = features if hasattr(features, "__qualname__") else type(features)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+class Scorer:
+    """Scores samples by their distance to the training images, up to 5,000 of these, evenly from all.
+
+    Args:
+        features: of images.
+        images: the training images.
+        options: score_count, batch_size, seed, skip_corrupt.
+        device: where `features` gets its images.
+    """
+
+    def __init__(self, features: Features, images: ImageSource, options: TrainOptions, device: torch.device) -> None:
+        self.features, self.images, self.options, self.device = features, images, options, device
+        self._reference: Moments | None = None
+
+    def score(self, draw: Callable[[range], Tensor], ranks: Ranks) -> float:
+        """The Fréchet distance of `score_count` samples; every rank draws its part of them, and returns the same.
+
+        draw: makes the samples with these ids, (samples, channels, height, width).
+
+        Raises:
+            ValueError: the features are not (batch, features), or not finite, or fewer than two images can be read.
+        """
+        if self._reference is None:
+            count = min(len(self.images), _REFERENCE)
+            places = (torch.arange(count, device="cpu") * len(self.images)) // count
+            self._reference = self._moments(count, lambda part: self._read(places[part.start : part.stop]), ranks)
+        drawn = self._moments(self.options.score_count, draw, ranks)
+        if drawn[0].shape != self._reference[0].shape:
+            raise ValueError(
+                f"features: got {len(drawn[0])} of samples and {len(self._reference[0])} of images, expected the same"
+            )
+        return frechet(drawn, self._reference)
+
+    def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
+        """Those of the features of `count` images, which make(range) makes in parts."""
+        own = part_of(range(count), ranks.rank, ranks.size)
+        most = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
+        parts = [own[first : first + most] for first in range(0, len(own), most)]
+        found = [self._features_of(images) for images in map(make, parts) if len(images)]
+        every = [features for of_rank in ranks.gather(found) for features in of_rank]
+        if sum(map(len, every)) < 2:
+            raise ValueError(f"score: got {sum(map(len, every))} images, expected at least 2")
+        sizes = sorted({features.shape[1] for features in every})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"features: got {sizes[0]} of some images and {sizes[1]} of others, expected as many of all"
+            )
+        return moments(torch.cat(every))
+
+    def _features_of(self, images: Tensor) -> Tensor:
+        given = images.to(self.device, torch.float32).clamp(-1, 1)
+        with torch.no_grad():
+            found = torch.as_tensor(self.features(given)).detach().to("cpu", torch.float64)
+        if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
+            raise ValueError(
+                f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"
+            )
+        if not found.isfinite().all():
+            raise ValueError("features: got values that are not finite, expected finite numbers")
+        return found
+
+    def _read(self, indices: Tensor) -> Tensor:
+        """The training images at `indices`; with skip_corrupt without those that can't be read."""
+        seeds = [seed_for(self.options.seed, "reference", index) for index in indices.tolist()]
+        try:
+            return self.images.batch(indices, seeds if self.images.seeded else None)
+        except DamagedImage:
+            if not self.options.skip_corrupt:
+                raise
+        found = []
+        for place, seed in zip(indices, seeds, strict=True):
+            try:
+                found.append(self.images.batch(place[None], [seed] if self.images.seeded else None))
+            except DamagedImage:
+                continue
+        return torch.cat(found) if found else torch.empty(0)

@@ -1,0 +1,183 @@
+"""Samples of a model that was trained here, whatever its class: a UNet2DModel or any other module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.models.classes import CLASSES, Classes
+from ddpm_ext.models.folder import SCHEDULER, check_finite, load_model, read_json, read_weights
+from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training.inputs import SHAPE
+from ddpm_ext.training.options import with_defaults_of
+
+__all__ = ["Trained", "draw", "load"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model that is ready to sample, with what it was trained for.
+
+    model: in evaluation mode, without gradients. It is called as model(x, t), or with classes as model(x, t, labels).
+    settings: of its diffusion, which settings.diffusion() makes.
+    shape: (channels, height, width) of one sample.
+    classes: of a class-conditional model; None for another.
+    """
+
+    model: nn.Module
+    settings: DiffusionSettings
+    shape: tuple[int, int, int]
+    classes: Classes | None = None
+
+    def sample(self, count: int, *, seed: int = 0, first: int = 0, classes: Sequence[int] = (), **loop: Any) -> Tensor:
+        """Samples from the model.
+
+        Args:
+            count: the number of samples.
+            seed, first: of the noise: the samples have the ids `first`, `first` + 1 and so on.
+            classes: numbers of the classes that samples have in turn, by their ids; empty: all classes.
+            loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more.
+
+        Returns:
+            (count, channels, height, width), about in [-1, 1], on the model's device.
+        """
+        device = next(self.model.parameters()).device
+        return draw(
+            self.settings.diffusion(),
+            self.model,
+            self.shape,
+            range(first, first + count),
+            classes=self.classes,
+            chosen=classes,
+            seed=seed,
+            device=device,
+            **loop,
+        )
+
+
+def draw(
+    diffusion: GaussianDiffusion,
+    model: nn.Module,
+    shape: tuple[int, int, int],
+    samples: range,
+    *,
+    classes: Classes | None,
+    seed: int,
+    device: torch.device,
+    chosen: Sequence[int] = (),
+    **loop: Any,
+) -> Tensor:
+    """The samples with these ids, (samples, channels, height, width); classes and noise depend on the ids alone.
+
+    loop: further arguments of p_sample_loop.
+    """
+    kwargs = {} if classes is None else {"labels": classes.labels_of(samples, chosen).to(device)}
+    options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
+    with torch.no_grad():
+        found = diffusion.p_sample_loop(
+            model if classes is None else lambda x, t, labels: model(x, t, labels),
+            (len(samples), *shape),
+            model_kwargs=kwargs,
+            rng=Philox(seed, sample_ids=samples.start),
+            **options,
+        )
+    assert isinstance(found, Tensor)  # the type for record="last"
+    return found
+
+
+def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Trained:
+    """Loads the averaged weights of a run.
+
+    Args:
+        run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
+        model: a module like the one that was trained, into which the weights are copied. None: the run's model is a
+            UNet2DModel, and is made as its folder says.
+        device: where the model is placed.
+
+    Returns:
+        The model, its diffusion's settings, its samples' shape and its classes.
+
+    Raises:
+        ValueError: the folder holds no such model, or one of another architecture, or a file in it is damaged.
+        MissingExtra: diffusers or safetensors is not installed.
+
+    Examples:
+        >>> samples = training.load("my-run", Denoiser()).sample(4, sampler="ddim", steps=5)
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise ValueError(f"run: no such folder: {run}; expected the folder of a run")
+    described = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+    if model is None:
+        if described or not (folder / "unet").is_dir():
+            what = f"is a {described['class']}" if "class" in described else "is not written yet"
+            raise ValueError(f"model: that of {folder} {what}, expected model=, a module like the one that was trained")
+        loaded = load_model(folder, device=device)
+        return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes)
+    if (folder / "unet").is_dir():
+        raise ValueError(f"model: that of {folder} is a UNet2DModel, expected no model= beside it")
+    weights, path, settings, shape, classes = _finished(folder, described) if described else _unfinished(folder)
+    _fill(model, weights, path)
+    placed = nn.Module.to(model, device).eval().requires_grad_(False)
+    return Trained(placed, settings, shape, classes)
+
+
+_Parts = tuple[dict[str, Tensor], Path, DiffusionSettings, tuple[int, int, int], Classes | None]
+
+
+def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
+    """The weights, their file, and what a finished run says of its model."""
+    path = folder / "model.safetensors"
+    scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
+    classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
+    settings = read_settings(read_json(scheduler), str(scheduler))
+    shape = described.get("shape")
+    if shape is None:  # a run from before it was written there
+        shape = record.find(folder, report=_discard)[1]["about"].get(SHAPE)
+    return read_weights(path), path, settings, _checked_shape(shape, folder), classes
+
+
+def _unfinished(folder: Path) -> _Parts:
+    """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
+    path, begun = record.find(folder, report=_discard)
+    if path.name == record.OPTIONS:
+        raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
+    options, about = with_defaults_of(begun["options"], {}), begun["about"]
+    if options.beta_schedule == "given":
+        raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
+    settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
+    classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
+    weights = checkpoints.part(checkpoints.load(path)[0], "average.")
+    return weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes
+
+
+def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:
+    if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"run: {folder} has samples of shape {shape!r}, expected [channels, height, width]")
+    return shape[0], shape[1], shape[2]
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copies weights into a module; raises ValueError, naming the file, if they are those of another architecture."""
+    wanted = model.state_dict()
+    for name in sorted({*wanted, *weights}):
+        found, own = weights.get(name), wanted.get(name)
+        if found is None or own is None or found.shape != own.shape:
+            has = "no " + name if found is None else f"{name} of shape {tuple(found.shape)}"
+            needs = f"one of shape {tuple(own.shape)}" if own is not None else "none"
+            raise ValueError(f"model: {path} has {has}, and a {type(model).__name__} has {needs}, expected the same")
+    model.load_state_dict(weights)
+    check_finite(model, path)
+
+
+def _discard(text: str) -> None:
+    """A report that nobody reads."""

@@ -1,0 +1,49 @@
+"""Further moving averages of the weights, beside the one that is sampled from."""
+
+import pytest
+import torch
+from support.trainer_run import Tiny, make, weights
+
+from ddpm_ext import training
+from ddpm_ext.training import TrainOptions
+from ddpm_ext.training.step import TrainingStep
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+
+
+def test_each_average_has_its_decay(tmp_path, threads, monkeypatch):
+    """Also in a run that is resumed; the main average is what it is without the others."""
+    threads(1)
+    seen, take = [], TrainingStep.take
+
+    def note(self, images, labels):
+        take(self, images, labels)
+        seen.append({name: value.detach().clone() for name, value in self.state.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingStep, "take", note)
+    folder, decays = tmp_path / "run", (0.3, 0.95)
+    make(folder, steps=10, lr_schedule="constant", extra_emas=decays).fit()
+    make(folder, steps=20, lr_schedule="constant", extra_emas=decays, resume=True).fit()
+    assert len(seen) == 20
+    for decay in decays:
+        expected = {name: value.double() for name, value in Tiny().state_dict().items()}
+        for step, now in enumerate(seen):
+            kept = min(decay, (1 + step) / (10 + step))
+            expected = {name: kept * value + (1 - kept) * now[name] for name, value in expected.items()}
+        found = training.load(folder / f"ema-{decay}", Tiny()).model.state_dict()
+        assert found.pop("calls") == 20
+        assert all(torch.allclose(value.double(), expected[name], atol=1e-6) for name, value in found.items())
+    make(tmp_path / "plain", steps=10, lr_schedule="constant").fit()
+    make(tmp_path / "plain", steps=20, lr_schedule="constant", resume=True).fit()
+    assert all(torch.equal(value, weights(folder)[name]) for name, value in weights(tmp_path / "plain").items())
+
+
+def test_run_without_them_does_not_get_them_at_a_resume(tmp_path, threads):
+    threads(1)
+    make(tmp_path / "run", steps=2).fit()
+    with pytest.raises(ValueError, match=r"resume: extra_emas is \[0\.9\], but .* was made with \[\]"):
+        make(tmp_path / "run", steps=2, extra_emas=(0.9,), resume=True).fit()
+    for decays in ((0.9, 0.9), (1.0,)):
+        with pytest.raises(ValueError, match=r"extra_emas: got .*, expected different numbers in \[0, 1\)"):
+            TrainOptions(extra_emas=decays)

@@ -1,0 +1,274 @@
+"""Scores of a run's samples: the Fréchet distance, whose features, and the best model that is kept."""
+
+import csv
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import trainer_run
+from support.trainer_run import Tiny, make
+
+from ddpm_ext import training
+from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.training import TrainOptions, checkpoints
+from ddpm_ext.training.data import DamagedImage, TensorImages
+from ddpm_ext.training.frechet import frechet, moments
+from ddpm_ext.training.score import Scorer, features_by_name, pixels
+from ddpm_ext.training.scores import Scores
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
+IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
+
+
+@pytest.fixture
+def one_thread(threads):
+    threads(1)
+
+
+def means(images):
+    """Two features: the mean of each half."""
+    return images.flatten(1).unflatten(1, (2, -1)).mean(2)
+
+
+# The distance
+
+
+@pytest.mark.parametrize(("counts", "features"), [((40, 60), 5), ((6, 60), 9), ((7, 4), 9)])
+def test_distance_is_the_papers(counts, features):
+    """By scipy's matrix square root; also of fewer samples than features, whose covariances are singular."""
+    linalg = pytest.importorskip("scipy.linalg")
+    generator = np.random.default_rng(0)
+    one, other = (
+        generator.normal(size=(count, features)) @ generator.normal(size=(features, features)) for count in counts
+    )
+    c, d = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    root = linalg.sqrtm(linalg.sqrtm(c).real @ d @ linalg.sqrtm(c).real).real  # similar to (c d)^(1/2), and symmetric
+    expected = ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(c) + np.trace(d) - 2 * np.trace(root)
+    found = frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(other)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
+
+
+def test_distance_of_known_gaussians():
+    """In one dimension: (m - n)^2 + (s - r)^2, here with the moments of two and three points."""
+    one, other = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[5.0], [6.0], [7.0]]).double()
+    assert frechet(moments(one), moments(other)) == pytest.approx((6 - 1) ** 2 + (2**0.5 - 1) ** 2)
+
+
+# Features
+
+
+def test_pixels_are_averaged_to_16_by_16():
+    images = torch.rand(2, 3, 32, 48)
+    assert torch.allclose(
+        pixels(images).view(2, 3, 16, 16), images.unflatten(3, (16, 3)).unflatten(2, (16, 2)).mean((3, 5))
+    )
+    assert torch.equal(pixels(images[..., :8, :8]), images[..., :8, :8].flatten(1))
+
+
+def test_features_by_name(tmp_path, monkeypatch):
+    (tmp_path / "own_features.py").write_text("def mean(images):\n    return images.mean((2, 3))\n\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert features_by_name("own_features:mean")(torch.ones(2, 3, 4, 4)).shape == (2, 3)
+    for name, message in {
+        "own_features": "features: got own_features, expected pixels or module:function",
+        "own_features:sum": r"features: own_features:sum can't be imported \(module 'own_features' has no",
+        "no_such_module:mean": "features: no_such_module:mean can't be imported",
+        "own_features:number": "features: own_features:number is a int, expected a function",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            features_by_name(name)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (lambda images: images, r"features: got shape \(6, 1, 8, 8\) for 6 images, expected \(6, features\)"),
+        (lambda images: images.flatten(1)[:1], r"features: got shape \(1, 64\) for 6 images"),
+        (lambda images: images.flatten(1) / 0, "features: got values that are not finite"),
+        (lambda images: torch.ones(len(images), len(images)), "features: got 3 of some images and 6 of others"),
+        (lambda images: images.flatten(1)[:, : 2 + images.any()], "features: got 2 of samples and 3 of images"),
+    ],
+)
+def test_wrong_features_are_refused(features, message):
+    scorer = Scorer(features, TensorImages(IMAGES), TrainOptions(batch_size=6), torch.device("cpu"))
+    with pytest.raises(ValueError, match=message):
+        scorer.score(lambda samples: torch.zeros(len(samples), 1, 8, 8), Ranks())
+
+
+def test_score_is_the_distance_to_the_images():
+    """The images themselves have the score 0; numpy's arrays are features, too."""
+    scorer = Scorer(
+        lambda images: means(images).numpy(),
+        TensorImages(IMAGES),
+        TrainOptions(batch_size=4, score_count=9),
+        torch.device("cpu"),
+    )
+    assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop], Ranks()) < 1e-12
+    expected = frechet(moments(means(IMAGES * 0.5).double()), moments(means(IMAGES).double()))
+    assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop] * 0.5, Ranks()) == pytest.approx(expected)
+
+
+def test_ranks_have_the_score_of_one():
+    """Each draws its part of the samples, and reads its part of the images."""
+    told, drawn = [], []
+
+    class Second(Ranks):
+        def gather(self, value):
+            told.append(value)
+            return [value]
+
+    class First(Ranks):
+        def gather(self, value):
+            return [value, told.pop(0)]
+
+    def draw(samples):
+        drawn.append(samples)
+        return IMAGES[samples.start : samples.stop] * 0.5
+
+    options = TrainOptions(batch_size=4, score_count=7)
+    scores = [
+        Scorer(means, TensorImages(IMAGES), options, torch.device("cpu")).score(draw, ranks)
+        for ranks in (Ranks(), Second(1, 2), First(0, 2))
+    ]
+    assert scores[2] == pytest.approx(scores[0], rel=1e-9)
+    assert scores[1] != pytest.approx(scores[0], rel=1e-3)  # of a part alone
+    assert drawn == [range(4), range(4, 7), range(3, 5), range(5, 7), range(2), range(2, 3)]
+
+
+def test_damaged_images_are_left_out_of_the_reference():
+    class Damaged(TensorImages):
+        def batch(self, indices, seeds=None):
+            if 4 in indices.tolist():
+                raise DamagedImage("data: cannot read 4")
+            return super().batch(indices)
+
+    def scorer(**options):
+        made = TrainOptions(batch_size=6, score_count=8, **options)
+        return Scorer(means, Damaged(IMAGES), made, torch.device("cpu"))
+
+    rest = IMAGES[[0, 1, 2, 3, 5, 6, 7, 8]]
+    assert scorer(skip_corrupt=True).score(lambda samples: rest[samples.start : samples.stop], Ranks()) < 1e-12
+    with pytest.raises(DamagedImage):
+        scorer().score(lambda samples: rest, Ranks())
+
+
+# Runs
+
+
+def table(folder):
+    with open(folder / "scores.csv") as opened:
+        return {int(row["step"]): float(row["score"]) for row in csv.DictReader(opened)}
+
+
+def test_best_model_is_kept(tmp_path):
+    """The scores are those of the averaged model's own samples; the weights don't depend on them."""
+    lines, folder = [], tmp_path / "run"
+    trainer = make(folder, steps=20, keep=9, checkpoint_every=4, features=means, report=lines.append, **SCORED)
+    trainer.fit()
+    found = table(folder)
+    assert list(found) == [8, 16, 20]
+    reference = moments(
+        means(
+            trainer.images.batch(torch.arange(11), [training.score.seed_for(0, "reference", i) for i in range(11)])
+        ).double()
+    )
+    averages = {}
+    for step in found:
+        model = Tiny()
+        path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+        averages[step] = checkpoints.part(checkpoints.load(path)[0], "average.")
+        model.load_state_dict(averages[step])
+        samples = training.Trained(model.eval(), trainer.settings, (1, 8, 8)).sample(12, sampler="ddim", steps=3)
+        assert found[step] == pytest.approx(frechet(moments(means(samples).double()), reference), rel=1e-4)
+    best = min(found, key=found.get)
+    kept = training.load(folder / "best", Tiny()).model.state_dict()
+    assert all(torch.equal(kept[name], averages[best][name]) for name in kept)
+    said = json.loads((folder / "best" / "score.json").read_text())
+    assert said == {
+        "step": best,
+        "score": pytest.approx(found[best]),
+        "features": f"{__name__}:means",
+        "samples": 12,
+        "sample_steps": 3,
+    }
+    assert json.loads((folder / "training.json").read_text())["best"] == {"step": best, "score": said["score"]}
+    told = [line for line in lines if line.startswith("score ")]
+    assert f"score {found[8]:.4f} at step 8, the best so far: {folder / 'best'} has the model" == told[0]
+    assert len(told) == 3
+    make(tmp_path / "plain", steps=20).fit()
+    weights, plain = (trainer_run.weights(path) for path in (folder, tmp_path / "plain"))
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+
+
+def test_a_worse_score_leaves_the_best(tmp_path, monkeypatch):
+    lines, given = [], iter([3.0, 1.0, 2.0, 1.0])
+    monkeypatch.setattr(Scorer, "score", lambda self, draw, ranks: next(given))
+    make(tmp_path / "run", steps=32, report=lines.append, **SCORED).fit()
+    assert table(tmp_path / "run") == {8: 3.0, 16: 1.0, 24: 2.0, 32: 1.0}
+    assert json.loads((tmp_path / "run" / "best" / "score.json").read_text())["step"] == 16
+    assert "score 2.0000 at step 24; the best is 1.0000 at step 16" in lines
+    assert "score 1.0000 at step 32; the best is 1.0000 at step 16" in lines
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+def test_killed_and_resumed_run_has_the_same_best(tmp_path):
+    """It is killed after a score that is in no checkpoint yet."""
+    ended = trainer_run.in_forks(tmp_path, {"killed": [{**SCORED, "steps": 40, "die_at": 28}]})
+    assert ended == {"killed": [-signal.SIGKILL]}
+    folder, straight = tmp_path / "killed" / "run", tmp_path / "straight"
+    assert list(table(folder)) == [8, 16, 24]
+    trainer_run.make(folder, resume=True, steps=40, **SCORED).fit()
+    trainer_run.make(straight, steps=40, **SCORED).fit()
+    assert table(folder) == table(straight) and list(table(straight)) == [8, 16, 24, 32, 40]
+    for name in ("score.json", "model.safetensors"):
+        assert (folder / "best" / name).read_bytes() == (straight / "best" / name).read_bytes()
+    assert checkpoints.header(checkpoints.newest(folder)) == checkpoints.header(checkpoints.newest(straight))
+
+
+def test_scores_of_other_features_are_forgotten():
+    first, other = Scores(TrainOptions(score_count=9)), Scores(TrainOptions(score_count=8))
+    first.of = {3: 2.0, 5: 1.0, 7: 1.0}
+    assert first.best == (5, 1.0) and other.best is None
+    again = Scores(TrainOptions(score_count=9))
+    again.restore(json.loads(json.dumps(first.state())))
+    other.restore(first.state())
+    assert (again.of, other.of) == (first.of, {})
+    again.restore(None)
+    assert again.of == {}
+
+
+def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
+    """On the command line, with a function of a module in the working folder."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("sklearn")
+    from ddpm_ext import cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (tmp_path / "features_of_mine.py").write_text("def mean(images):\n    return images.mean(3).flatten(1)\n")
+    sizes = [
+        "--widths=8",
+        "--attention=",
+        "--groups=4",
+        "--timesteps=20",
+        "--steps=4",
+        "--batch-size=4",
+        "--device=cpu",
+    ]
+    scored = ["--score-every=2", "--score-count=6", "--sample-steps=2", "--features=features_of_mine:mean"]
+    assert cli.main(["train", *sizes, *scored, "--quiet", "--out", "run"]) == 0
+    assert "at step 2, the best so far: run/best has the model" in capsys.readouterr().out
+    assert diffusers.DDPMPipeline.from_pretrained("run/best").unet.config.sample_size == 8
+    assert cli.main(["train", *sizes, "--score-every=2", "--sample-steps=21", "--out", "other"]) == 2
+    assert "sample_steps: got 21, expected at most 20" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="score_count: got 1, expected at least 2"):
+        TrainOptions(score_count=1)

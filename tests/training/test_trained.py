@@ -1,0 +1,131 @@
+"""training.load: samples of a trained module, of a UNet2DModel, and of a run that is not finished."""
+
+import json
+
+import pytest
+import torch
+from support.trainer_run import SIZES, Tiny, make
+from torch import nn
+
+from ddpm_ext import GaussianDiffusion, Philox, training
+from ddpm_ext.training import checkpoints
+
+for module in ("safetensors", "matplotlib"):
+    pytest.importorskip(module)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOOP = {"sampler": "ddim", "steps": 5}
+
+
+@pytest.fixture
+def one_thread(threads):
+    threads(1)
+
+
+class WithClasses(Tiny):
+    """model(x, t, labels)"""
+
+    def __init__(self):
+        super().__init__()
+        self.classes = nn.Embedding(4, 1)
+
+    def forward(self, x, t, labels):
+        return super().forward(x, t) + self.classes(labels)[..., None, None]
+
+
+def random_tiny():
+    """A module like the trained one, with other weights."""
+    model = Tiny()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(0.5)
+    return model
+
+
+def test_module_samples_as_its_trainer_does(tmp_path):
+    trainer = make(tmp_path / "run", steps=20, sample_count=6, sample_steps=5, seed=3)
+    trainer.fit()
+    expected = trainer.sample()
+    trained = training.load(tmp_path / "run", random_tiny())
+    assert trained.shape == (1, 8, 8) and trained.classes is None
+    assert not trained.model.training and not any(value.requires_grad for value in trained.model.parameters())
+    found = trained.sample(6, seed=3, **LOOP)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(trained.sample(2, seed=3, first=4, **LOOP), expected[4:], atol=1e-5)
+    # The same by hand, as the page shows.
+    diffusion = trained.settings.diffusion()
+    by_hand = diffusion.p_sample_loop(
+        trained.model, (6, *trained.shape), rng=Philox(3), record="last", progress=False, **LOOP
+    )
+    assert torch.equal(found, by_hand)
+
+
+def test_given_diffusion_is_the_runs(tmp_path):
+    diffusion = GaussianDiffusion(5, torch.linspace(0.1, 0.5, 5), prediction="x0", variance="fixed_large")
+    training.Trainer(
+        Tiny(), diffusion, torch.zeros(3, 1, 8, 8), tmp_path / "run", steps=2, batch_size=2, report=len
+    ).fit()
+    loaded = training.load(tmp_path / "run", Tiny()).settings.diffusion()
+    assert torch.equal(loaded.betas, diffusion.betas)
+    assert (loaded.prediction, loaded.variance) == ("x0", "fixed_large")
+
+
+def test_unfinished_run_gives_its_newest_average(tmp_path):
+    make(tmp_path / "run", steps=20).fit()
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    trained = training.load(tmp_path / "run", random_tiny())
+    average = checkpoints.part(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
+    assert all(torch.equal(value, average[name]) for name, value in trained.model.state_dict().items())
+    assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="has no model and no checkpoint yet"):
+        training.load(tmp_path / "run", Tiny())
+
+
+def test_classes_of_a_module(tmp_path):
+    images = torch.utils.data.TensorDataset(torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), torch.arange(6) % 3)
+    trainer = make(tmp_path / "run", model=WithClasses(), data=images, classes=True, steps=10, sample_steps=5)
+    trainer.fit()
+    for _ in range(2):
+        trained = training.load(tmp_path / "run", WithClasses())
+        assert (trained.classes.names, trained.classes.null) == (("0", "1", "2"), 3)
+        assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)
+        one = trained.sample(3, classes=[1], **LOOP)
+        assert torch.allclose(one[1], trainer.sample()[1], atol=1e-5)  # the sample of id 1 has class 1 there, too
+        assert not torch.allclose(one[0], trainer.sample()[0], atol=1e-3)
+        (tmp_path / "run" / "model.json").unlink(missing_ok=True)  # then from the checkpoint
+
+
+def test_unet_needs_no_module(tmp_path):
+    pytest.importorskip("diffusers")
+    options = {"batch_size": 4, "widths": (8,), "attention": (), "groups": 4, "timesteps": 20, "device": "cpu"}
+    data = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
+    trainer = training.Trainer(None, None, data, tmp_path / "run", steps=3, sample_steps=5, report=len, **options)
+    trainer.fit()
+    trained = training.load(tmp_path / "run")
+    assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)
+    with pytest.raises(ValueError, match="is a UNet2DModel, expected no model= beside it"):
+        training.load(tmp_path / "run", Tiny())
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="run: no such folder: "):
+        training.load(tmp_path / "run", Tiny())
+    make(tmp_path / "run", steps=2).fit()
+    with pytest.raises(ValueError, match=r"model: that of .* is a Tiny, expected model=, a module like the one"):
+        training.load(tmp_path / "run")
+    message = r"model\.safetensors has into\.bias of shape \(6,\), and a Tiny has one of shape \(7,\)"
+    with pytest.raises(ValueError, match=message):
+        training.load(tmp_path / "run", Tiny(width=7))
+    with pytest.raises(ValueError, match=r"has no classes\.weight, and a WithClasses has one of shape \(4, 1\)"):
+        training.load(tmp_path / "run", WithClasses())
+    path = tmp_path / "run" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [1, 8]}))
+    with pytest.raises(ValueError, match=r"has samples of shape \[1, 8\], expected \[channels, height, width\]"):
+        training.load(tmp_path / "run", Tiny())
+    described = json.loads(path.read_text())
+    del described["shape"]  # as before it was written
+    path.write_text(json.dumps(described))
+    assert training.load(tmp_path / "run", Tiny()).shape == (1, 8, 8)
