@@ -37,6 +37,22 @@ def test_stdout_that_is_closed(monkeypatch):
     assert call("info") == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("info", ""), ("info", "1"), ("--help", ""), ("sample --help", "1")]
+)
+def test_stdout_on_a_full_disk(arguments, unbuffered):
+    """Printing fails, or the flush at the end; argparse says nothing of either."""
+    command = [sys.executable, "-m", "ddpm_ext", *arguments.split()]
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}  # an empty one counts as none
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddpm-ext")
+    assert done.stderr.endswith(": the output cannot be written: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_help_shows_groups_and_defaults(capsys):
     pages = {}
     commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "plot", "info")
