@@ -91,6 +91,9 @@ def test_many_samples_are_those_of_one_run(pets, tmp_path, capsys):
     with np.load(tmp_path / "many" / f"samples_{N}x8x12x3.npz") as found:
         assert abs(found["arr_0"].astype(int) - images).max() <= 1
         assert np.array_equal(found["arr_1"], labels)
+        assert found.files[:2] == ["arr_0", "arr_1"]
+        of_classes = {name: found[name].tolist() for name in ("classes", "guidance", "null_class")}
+    assert of_classes == {"classes": [2, 1], "guidance": 2, "null_class": 3}
     settings = json.loads((tmp_path / "many" / "manifest.json").read_text())["settings"]
     assert (settings["classes"], settings["guidance"], settings["null_class"]) == ([2, 1], 2, 3)
     assert call(*command, "--guidance", 3) == 2
