@@ -193,13 +193,11 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 def _draw_guidance(options: argparse.Namespace) -> str:
     _check_out(options.out, _PICTURES)
     prepared = prepare(options, pictures=True)
-    labels = prepared.labels(range(options.num))
-    assert prepared.classes is not None and labels is not None  # prepare refuses guidance of other models
     of_scale = argparse.Namespace(**vars(options))
     rows = []
     for of_scale.guidance in options.guidance:
         rows.append(draw(prepared, of_scale, 0, options.num).float().cpu())
-    names = [prepared.classes.names[label] for label in labels]
+    names = prepared.class_names(range(options.num))  # prepare refuses guidance of other models
     scales = ", ".join(f"{scale:g}" for scale in options.guidance)
     title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
     plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)

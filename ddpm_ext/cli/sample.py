@@ -33,7 +33,8 @@ def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "sample", summary, "Draws samples from a model.", epilog=_EXAMPLES)
     kinds = (
         "with --num .npz: arr_0, uint8, (num, height, width, channels), and arr_1, classes, as guided-diffusion's "
-        "scripts write them, and how they were made, or .png: a grid (default: samples.npz); with --num-images a folder (default: samples)"
+        "scripts write them, and the options by name; or .png: a grid (default: samples.npz); with --num-images a "
+        "folder (default: samples)"
     )
     add_output = add_sampling(parser, num=256, out=None, out_help=kinds, by_ranks=True)
     sample_many.add_options(add_output)
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         labels = prepared.labels(range(options.num))
         arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels.numpy()})
         with files.atomic_path(out) as beside, open(beside, "wb") as opened:
-            np.savez(opened, **arrays, **as_arrays(settings_of(options, prepared)))
+            np.savez(opened, **arrays, **as_arrays(settings_of(options, prepared)))  # type: ignore[arg-type]
     else:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")
