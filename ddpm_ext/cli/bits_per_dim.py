@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, samples, whole_number
 from ddpm_ext.cli.images import IMAGES, read_images, read_labels
 from ddpm_ext.cli.loop_inputs import add_clip, clip_of
 from ddpm_ext.cli.sampling import Loaded, load
@@ -44,7 +44,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("data", metavar="DATA", help=data)
     group = parser.add_argument_group("what to measure")
     add_model(group)
-    group.add_argument("--num", type=whole_number(1), metavar="N", help="the first N images (default: all)")
+    group.add_argument("--num", type=samples, metavar="N", help="the first N images (default: all)")
     add_seed(group)
     add_class(group, "those of the data, or else the null class")
     no_classes = "give a class-conditional model the null class, also where the data has classes"

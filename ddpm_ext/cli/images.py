@@ -111,22 +111,25 @@ def read_pixels(path: str, name: str = "file") -> Pixels:
 def _read_array(path: str, name: str) -> np.ndarray[Any, Any]:
     """An .npy, or arr_0 of an .npz."""
     found = _read(path, name, "arr_0")
-    if found is None:
-        raise ValueError(f"{name}: {path} has no arr_0, expected an .npz of samples")
+    assert found is not None
     return found
 
 
 def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
-    """An .npy, or the entry of an .npz; None where that has no such entry."""
+    """An .npy, or the entry of an .npz; None where that has no such entry besides arr_0, which it must have."""
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             with found:
+                if "arr_0" not in found:
+                    raise ValueError(f"it holds {', '.join(found) or 'nothing'}, expected arr_0")
                 return found.get(entry)
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({error})") from error
+        # numpy takes any other file for a pickle, and advises to load it as one.
+        reason = "damaged, or of another format" if "pickle" in str(error) else error
+        raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({reason})") from error
     return np.asarray(found)
 
 

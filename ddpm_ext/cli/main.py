@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from typing import Any, TextIO, cast
@@ -52,7 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
     """
     keep_freed_memory()
+    as_before = warnings.formatwarning
     options = argparse.Namespace(arguments=sys.argv[1:] if arguments is None else list(arguments), command=None)
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        """Without the line of this package that warned, which says nothing to who gave a command."""
+        return f"{_name(options)}: {message}\n" if category is UserWarning else as_before(message, category, *place)
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
+    try:
+        return _main(options)
+    finally:
+        warnings.formatwarning = as_before
+
+
+def _main(options: argparse.Namespace) -> int:
     if sys.stdout is None:  # it was closed when the program began
         return _code_of(options)
     stdout = _Watched(sys.stdout)
@@ -122,7 +137,11 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
 
 def _run(options: argparse.Namespace) -> None:
     parser = build_parser()
-    parser.parse_args(options.arguments, options)
+    unknown = parser.parse_known_args(options.arguments, options)[1]
+    if unknown:
+        # argparse itself would name ddpm-ext alone, and its help, in which no option of a command is.
+        name = _name(options)
+        parser.exit(WRONG_INPUT, f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)\n")
     if options.command is None:
         parser.print_help()
         return
@@ -132,7 +151,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _name(options: argparse.Namespace) -> str:
-    return "ddpm-ext" if options.command is None else f"ddpm-ext {options.command}"
+    return " ".join(["ddpm-ext", *filter(None, (options.command, getattr(options, "kind", None)))])
 
 
 def _wrong(options: argparse.Namespace, reason: str) -> int:

@@ -19,6 +19,7 @@ from ddpm_ext.cli.arguments import (
     check_ending,
     endings_help,
     positive_number,
+    steps,
     whole_number,
 )
 from ddpm_ext.cli.images import read_pixels
@@ -117,7 +118,7 @@ def _check_out(out: str, endings: tuple[str, ...]) -> None:
 def _add_schedules(parser: argparse.ArgumentParser) -> None:
     every = ", ".join(SCHEDULES)
     parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
-    parser.add_argument("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedules")
+    parser.add_argument("--timesteps", type=steps, default=1000, metavar="N", help="steps of the schedules")
     parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(FIGURES))
 
 

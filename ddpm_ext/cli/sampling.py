@@ -152,7 +152,8 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
     if classes is None:
         for option, name in (("class", "classes"), ("guidance", "guidance"), ("null-class", "null_class")):
             if getattr(options, name, None) is not None:
-                raise ValueError(f"{option}: got {getattr(options, name)}, but {options.model} has no classes")
+                reason = f"{options.model} has no classes, expected a class-conditional model, such as shapes"
+                raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
         count = model.unet.config.num_class_embeds
