@@ -112,11 +112,11 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
         _run(options)
         if stdout is not None:
             stdout.flush()
-    except SystemExit as stopped:  # argparse, after a help text or a wrong option
+    except SystemExit as stopped:  # argparse, after a help text or a wrong option; training, after a signal
         if stdout is not None:
             with suppress(OSError):
                 stdout.flush()
-        return WRONG_INPUT if stopped.code else 0
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         print(f"\n{_name(options)}: interrupted", file=sys.stderr)
         return _INTERRUPTED

@@ -211,6 +211,16 @@ def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, gpu):
     assert taken == ["cpu", "cpu", "cuda" if gpu else "cpu", "cpu"]
 
 
+def test_exit_code_of_a_command_that_ends_itself(monkeypatch):
+    """As training does after a SIGTERM."""
+
+    def stop(options):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(sample, "run", stop)
+    assert cli.main(["sample"]) == 143
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c(tiny, tmp_path):
     command = [sys.executable, "-m", "ddpm_ext", "sample", "--num", "64", "--out", str(tmp_path / "a.npz")]
