@@ -109,7 +109,8 @@ def add_sampling(
     add("--guidance-interval", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
     add("--null-class", type=whole_number(0), metavar="N", help=null)
-    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
+    samplers = f"the reverse step: {', '.join(SAMPLERS)}"
+    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", metavar="NAME", help=samplers)
     add_spacing(group)
     eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
     add("--eta", type=nonnegative_number, metavar="X", help=eta)
