@@ -6,9 +6,11 @@ import os
 import secrets
 import shutil
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,14 @@ __all__ = ["check_png_folder", "write_npz", "write_pngs"]
 _THREADS = 8
 
 
-def write_npz(shards: Shards, path: str | os.PathLike[str], labels: npt.NDArray[np.int64] | None = None) -> None:
+def write_npz(
+    shards: Shards,
+    path: str | os.PathLike[str],
+    labels: npt.NDArray[np.int64] | None = None,
+    more: Mapping[str, npt.NDArray[Any]] | None = None,
+) -> None:
     """Writes all samples to an .npz as arr_0, uint8 (count, height, width, channels), one shard in memory at a time,
-    and labels, (count,), as arr_1.
+    labels, (count,), as arr_1, and `more` by their names.
 
     The same samples give the same bytes.
     """
@@ -39,9 +46,9 @@ def write_npz(shards: Shards, path: str | os.PathLike[str], labels: npt.NDArray[
             np.lib.format.write_array_header_1_0(opened, header)
             for images in shards.images():
                 opened.write(images.tobytes())
-        if labels is not None:
-            with archive.open("arr_1.npy", "w", force_zip64=True) as opened:
-                np.lib.format.write_array(opened, labels, allow_pickle=False)
+        for name, array in (({} if labels is None else {"arr_1": labels}) | dict(more or {})).items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as opened:
+                np.lib.format.write_array(opened, array, allow_pickle=False)
 
 
 def write_pngs(shards: Shards, folder: Path) -> None:

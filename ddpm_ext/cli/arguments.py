@@ -33,7 +33,9 @@ __all__ = [
     "number",
     "numbers",
     "positive_number",
+    "samples",
     "seed",
+    "steps",
     "whole_number",
     "whole_numbers",
 ]
@@ -145,6 +147,8 @@ finite_number = number(-math.inf, "a finite number", above=True)
 nonnegative_number = number(0, "a number >= 0")
 positive_number = number(0, "a number > 0", above=True)
 seed = whole_number(0, 2**64 - 1)
+steps = whole_number(1, 10**6)  # a table of many more takes the machine's memory
+samples = whole_number(1, 10**9)
 
 
 # ---------------------------------------------------------------------------------------------------- names

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
-from ddpm_ext.cli.images import IMAGES, read_images
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, samples, whole_number
+from ddpm_ext.cli.images import IMAGES, read_images, read_labels
 from ddpm_ext.cli.loop_inputs import add_clip, clip_of
 from ddpm_ext.cli.sampling import Loaded, load
 from ddpm_ext.cli.sampling_options import add_class, add_device, add_model, add_seed
@@ -20,6 +20,7 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.style import plural
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.data import Shapes, digits
+from ddpm_ext.training.data.source import Labels
 
 __all__ = ["add_parser", "run"]
 
@@ -35,16 +36,19 @@ def add_parser(commands: Subparsers) -> None:
     summary = "measure how well a model explains images"
     description = (
         "Prints the variational bound of the images' negative log-likelihood, in bits per dimension (Ho et al. 2020, "
-        "eq. 5).\nThe model is called once for each of its timesteps."
+        "eq. 5).\nThe model is called once for each of its timesteps. A class-conditional one gets each image's "
+        "class,\nwhere the data has classes: sub-folders, or arr_1 of an .npz."
     )
     parser = add_command(commands, "bits-per-dim", summary, description, takes="DATA ", epilog=_EXAMPLES)
     data = f"digits, those held out from training; shapes, {_SHAPES} that training does not draw; or {IMAGES}"
     parser.add_argument("data", metavar="DATA", help=data)
     group = parser.add_argument_group("what to measure")
     add_model(group)
-    group.add_argument("--num", type=whole_number(1), metavar="N", help="the first N images (default: all)")
+    group.add_argument("--num", type=samples, metavar="N", help="the first N images (default: all)")
     add_seed(group)
-    add_class(group, "the null class")
+    add_class(group, "those of the data, or else the null class")
+    no_classes = "give a class-conditional model the null class, also where the data has classes"
+    group.add_argument("--no-classes", action="store_true", help=no_classes)
     add_clip(group, threshold=False)
     group = parser.add_argument_group("how to run")
     add_device(group)
@@ -65,16 +69,21 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         check_ending(options.out, (".npz",))
         files.check_writable(options.out)
+    if options.no_classes and options.classes is not None:
+        raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
     loaded = load(options)
-    images = _as_levels(_images(options, loaded.model.shape)[: options.num])
-    parts = [_measured(loaded, options, images, first) for first in range(0, len(images), options.batch_size)]
+    images, labels = _data(options, loaded.model.shape)
+    images = _as_levels(images[: options.num])
+    numbers, whose = _classes(loaded, options, labels, len(images))
+    starts = range(0, len(images), options.batch_size)
+    parts = [_measured(loaded, options, images, numbers, first) for first in starts]
     found = {name: torch.cat([getattr(part, name) for part in parts]).cpu() for name in BitsPerDim._fields}
     if options.out is not None:
         with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:
             np.savez(opened, **{name: value.numpy() for name, value in found.items()})  # type: ignore[arg-type]
     total, terms = found["total"].double(), found["vlb"].double()
     sure = f" +- {total.std().item() / math.sqrt(len(total)):.4f} (standard error)" if len(total) > 1 else ""
-    print(f"{plural(len(total), 'image')}: {total.mean().item():.4f} bits per dimension{sure}")
+    print(f"{plural(len(total), 'image')}{whose}: {total.mean().item():.4f} bits per dimension{sure}")
     shares = found["prior"].double().mean(), terms[:, 1:].sum(1).mean(), terms[:, 0].mean()
     print("prior {:.4f}, steps {:.4f}, levels of the image {:.4f}".format(*(share.item() for share in shares)))
     if not torch.isfinite(total).all():
@@ -82,18 +91,47 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"model: {wrong} of {len(total)} bounds are not finite numbers")
 
 
-def _images(options: argparse.Namespace, shape: tuple[int, int, int]) -> Tensor:
+def _data(options: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[Tensor, Labels | None]:
+    """The images, and their classes if the data says them."""
     if options.data == "digits":
-        found = digits("heldout")[0]
+        found, numbers = digits("heldout")
+        labels = Labels(numbers, tuple(map(str, range(10))))
     elif options.data == "shapes":
-        size = shape[1]
-        found = Shapes(size, _SHAPES_SEED).batch(torch.arange(options.num or _SHAPES, device="cpu"))
+        shapes = Shapes(shape[1], _SHAPES_SEED, options.num or _SHAPES)
+        found, labels = shapes.batch(torch.arange(len(shapes), device="cpu")), shapes.labels()
     else:
-        return read_images(options.data, shape, "data")
+        found = read_images(options.data, shape, "data")
+        return found, read_labels(options.data, len(found), "data")
     if found.shape[1:] != shape:
         kinds = ["x".join(map(str, sizes)) for sizes in (found.shape[1:], shape)]
         raise ValueError(f"data: {options.data} are {kinds[0]}, expected {kinds[1]}, as {options.model} has")
-    return found
+    return found, labels
+
+
+def _classes(
+    loaded: Loaded, options: argparse.Namespace, labels: Labels | None, count: int
+) -> tuple[Tensor | None, str]:
+    """What the model is called with beside the images, (count,) int64, and whose classes these are, for the output.
+
+    A class of the data is the model's of that name; the classes of an .npz are numbers.
+    """
+    if loaded.classes is None:
+        return None, ""
+    if options.classes is not None:
+        return loaded.labels(range(count)), f" of class {options.classes}"
+    if labels is None or options.no_classes:
+        if loaded.classes.null is None:
+            raise ValueError("class: the model has classes, but none that stands for none, expected --class")
+        return torch.full((count,), loaded.classes.null, device="cpu"), " without classes"
+    numbers = labels.numbers[:count]
+    of_model = {}
+    for number in numbers.unique().tolist():
+        try:
+            of_model[number] = loaded.classes.find(labels.names[number])
+        except ValueError as error:
+            class_ = f"data: in {options.data}, {labels.names[number]} is none of the model's classes"
+            raise ValueError(f"{class_}, {str(error).partition(', ')[2]}; or --class or --no-classes") from None
+    return torch.tensor([of_model[number] for number in numbers.tolist()], device="cpu"), " with their classes"
 
 
 def _as_levels(images: Tensor) -> Tensor:
@@ -101,14 +139,16 @@ def _as_levels(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round_().clamp_(0, 255).div_(127.5).sub_(1)
 
 
-def _measured(loaded: Loaded, options: argparse.Namespace, images: Tensor, first: int) -> BitsPerDim:
+def _measured(
+    loaded: Loaded, options: argparse.Namespace, images: Tensor, classes: Tensor | None, first: int
+) -> BitsPerDim:
     """Of the images from `first`, as many as a batch has."""
     batch = images[first : first + options.batch_size].to(loaded.device, loaded.dtype)
-    kwargs = loaded.model_kwargs(range(first, first + len(batch)), null=True)
+    labels = None if classes is None else classes[first : first + options.batch_size].to(loaded.device)
     unet, clip = loaded.model.unet, clip_of(options)
     assert not isinstance(clip, DynamicThreshold)  # which this command has no option for
     return loaded.diffusion.bits_per_dim(
-        unet if kwargs is None else lambda x, t: unet(x, t, **kwargs),
+        unet if labels is None else lambda x, t: unet(x, t, class_labels=labels),
         batch,
         rng=Philox(options.seed, sample_ids=first),
         clip_denoised=clip,

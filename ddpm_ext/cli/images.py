@@ -1,4 +1,4 @@
-"""Reads the images that a command is given: a picture, samples in an .npz or .npy, or a folder of pictures."""
+"""Reads the images that a command is given, and their classes: a picture, samples in an .npz or .npy, or a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ddpm_ext import plots
 from ddpm_ext.bulk.shards import Pixels
-from ddpm_ext.training.data.folder import SUFFIXES, image_paths, read_image
+from ddpm_ext.training.data.folder import SUFFIXES, FolderImages, image_paths, read_image
+from ddpm_ext.training.data.source import Labels
 
-__all__ = ["IMAGES", "read_images", "read_mask", "read_noise", "read_pixels"]
+__all__ = ["IMAGES", "read_images", "read_labels", "read_mask", "read_noise", "read_pixels"]
 
 IMAGES = "a picture, an .npz or .npy of samples, or a folder of pictures, which are cropped and resized as in training"
 _ARRAYS = (".npz", ".npy")
@@ -43,6 +44,29 @@ def read_images(path: str, shape: tuple[int, int, int], name: str) -> Tensor:
         raise ValueError(f"{name}: got {path}, expected {what}")
     paths = image_paths(given, name) if given.is_dir() else [given]
     return _unit(torch.stack([read_image(image, shape, name) for image in paths]))
+
+
+def read_labels(path: str, count: int, name: str) -> Labels | None:
+    """The classes of the images that read_images finds: arr_1 of an .npz, whose classes have numbers as names, or the
+    sub-folders of a folder in which no picture lies outside of one. None: the data says none.
+
+    Args:
+        count: of the images.
+
+    Raises:
+        ValueError: arr_1 is not one whole number of at least 0 for each image.
+    """
+    given = Path(path)
+    if given.is_dir():
+        folders = [image.relative_to(given).parts[:-1] for image in image_paths(given, name)]
+        return FolderImages(path, 1).labels() if all(folders) else None
+    found = _read(path, name, "arr_1") if given.suffix.lower() == ".npz" else None
+    if found is None:
+        return None
+    if found.dtype.kind not in "iu" or found.shape != (count,) or (found < 0).any() or (found >= 2**31).any():
+        expected = f"whole numbers >= 0 of shape ({count},), the images' classes"
+        raise ValueError(f"{name}: {path} holds arr_1, {found.dtype} of shape {found.shape}, expected {expected}")
+    return Labels(torch.from_numpy(found.astype(np.int64)), tuple(map(str, range(int(found.max()) + 1))))
 
 
 def read_mask(path: str, shape: tuple[int, int, int]) -> Tensor:
@@ -85,18 +109,28 @@ def read_pixels(path: str, name: str = "file") -> Pixels:
 
 
 def _read_array(path: str, name: str) -> np.ndarray[Any, Any]:
+    """An .npy, or arr_0 of an .npz."""
+    found = _read(path, name, "arr_0")
+    assert found is not None
+    return found
+
+
+def _read(path: str, name: str, entry: str) -> np.ndarray[Any, Any] | None:
+    """An .npy, or the entry of an .npz; None where that has no such entry besides arr_0, which it must have."""
     try:
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             with found:
                 if "arr_0" not in found:
                     raise ValueError(f"it holds {', '.join(found) or 'nothing'}, expected arr_0")
-                found = found["arr_0"]
+                return found.get(entry)
     except OSError as error:
         raise ValueError(f"{name}: cannot read {path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({error})") from error
-    return found
+        # numpy takes any other file for a pickle, and advises to load it as one.
+        reason = "damaged, or of another format" if "pickle" in str(error) else error
+        raise ValueError(f"{name}: {path} is no .npz or .npy of samples ({reason})") from error
+    return np.asarray(found)
 
 
 def _as_pixels(found: np.ndarray[Any, Any], path: str, name: str) -> Pixels:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-import torch
 
 from ddpm_ext.base import files
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
@@ -62,20 +61,16 @@ def run(options: argparse.Namespace) -> None:
     found, wrong = [], 0
     for first in range(0, len(images), options.batch_size):
         batch = images[first : first + options.batch_size]
-        with torch.no_grad():
-            noise = loaded.diffusion.p_sample_loop(
-                loaded.model.unet,
-                tuple(batch.shape),
-                sampler=table,
-                noise=batch,
-                clip_denoised=clip_of(options),
-                model_kwargs=loaded.model_kwargs(range(first, first + len(batch))),
-                record="last",
-                progress=not options.quiet,
-                dtype=loaded.dtype,
-                **running_of(options),
-            )
-        assert isinstance(noise, torch.Tensor)  # with record="last"
+        noise = loaded.last_samples(
+            tuple(batch.shape),
+            progress=not options.quiet,
+            sampler=table,
+            noise=batch,
+            clip_denoised=clip_of(options),
+            model_kwargs=loaded.model_kwargs(range(first, first + len(batch))),
+            rng=None,
+            **running_of(options),
+        )
         wrong += are_finite(noise).count(False)
         found.append(noise.float().cpu().numpy())
     with files.atomic_path(options.out) as beside, open(beside, "wb") as opened:

@@ -163,7 +163,8 @@ class LoopInputs:
         if options.mask is not None:
             found["mask"] = read_mask(options.mask, shape)
         count = getattr(options, "num_images", None) or options.num or images
-        return cls(count, **{name: value.to(device, dtype) for name, value in found.items()})
+        # Contiguous, so that a captured loop reads the known images where they are.
+        return cls(count, **{name: value.to(device, dtype).contiguous() for name, value in found.items()})
 
     def sample_ids(self, options: argparse.Namespace, samples: range) -> int | Tensor:
         """Whose noise the samples have: their own, and on a path between two images all that of sample 0."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
+from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
 from ddpm_ext.cli import bits_per_dim, info, invert, plot, sample, table, train, trajectory
@@ -44,44 +47,115 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input, or 130 for Ctrl-C.
+    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input or the output, or 130 for
+    Ctrl-C.
 
     A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
     """
     keep_freed_memory()
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    name = "ddpm-ext"
-    options = argparse.Namespace(arguments=arguments)
+    as_before = warnings.formatwarning
+    options = argparse.Namespace(arguments=sys.argv[1:] if arguments is None else list(arguments), command=None)
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        """Without the line of this package that warned, which says nothing to who gave a command."""
+        return f"{_name(options)}: {message}\n" if category is UserWarning else as_before(message, category, *place)
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
-        parser = build_parser()
-        parser.parse_args(arguments, options)
-        if options.command is None:
-            parser.print_help()
-            return 0
-        name = f"ddpm-ext {options.command}"
-        if "device" in options and options.device is None:
-            options.device = default_device()
-        _COMMANDS[options.command].run(options)
-        if sys.stdout is not None:  # it was closed when the program began
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    except BrokenPipeError:
-        sys.stdout = None  # the reader has closed the pipe; without this, Python would fail again on its way out
+        return _main(options)
+    finally:
+        warnings.formatwarning = as_before
+
+
+def _main(options: argparse.Namespace) -> int:
+    if sys.stdout is None:  # it was closed when the program began
+        return _code_of(options)
+    stdout = _Watched(sys.stdout)
+    with redirect_stdout(cast(TextIO, stdout)):
+        code = _code_of(options, stdout)
+    if stdout.error is None:
+        return code
+    sys.stdout = None  # without this, Python would fail again on its way out
+    if isinstance(stdout.error, BrokenPipeError):  # who reads has read enough
         return 1
+    return _wrong(options, f"the output cannot be written: {stdout.error.strerror or stdout.error}")
+
+
+class _Watched:
+    """Standard output that keeps the error if it can't be written, as on a full disk: argparse says nothing of it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int:
+    """Runs the command, and reports its errors apart from those of stdout."""
+    try:
+        _run(options)
+        if stdout is not None:
+            stdout.flush()
+    except SystemExit as stopped:  # argparse, after a help text or a wrong option; training, after a signal
+        if stdout is not None:
+            with suppress(OSError):
+                stdout.flush()
+        return int(stopped.code or 0)
+    except KeyboardInterrupt:
+        print(f"\n{_name(options)}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        return _wrong(name, " ".join(str(error).split()) or type(error).__name__)
+        if stdout is not None and error is stdout.error:
+            return WRONG_INPUT
+        return _wrong(options, " ".join(str(error).split()) or type(error).__name__)
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):  # its handler of signals raises wherever the program is
-            return _wrong(name, f"data: a worker died ({' '.join(str(error).split())}); expected more memory")
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            reason = f"data: a worker died ({' '.join(str(error).split())}); expected more memory"
+        elif "out of memory" in str(error) or "can't allocate memory" in str(error):
+            reason = f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit"
+        else:
             raise  # a defect of this package, which a traceback helps to find
-        return _wrong(name, f"not enough memory on {getattr(options, 'device', 'cpu')}; a smaller batch may fit")
+        return _wrong(options, reason)
     return 0
 
 
-def _wrong(name: str, reason: str) -> int:
+def _run(options: argparse.Namespace) -> None:
+    parser = build_parser()
+    unknown = parser.parse_known_args(options.arguments, options)[1]
+    if unknown:
+        # argparse itself would name ddpm-ext alone, and its help, in which no option of a command is.
+        name = _name(options)
+        parser.exit(WRONG_INPUT, f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)\n")
+    if options.command is None:
+        parser.print_help()
+        return
+    if "device" in options and options.device is None:
+        options.device = default_device()
+    _COMMANDS[options.command].run(options)
+
+
+def _name(options: argparse.Namespace) -> str:
+    return " ".join(["ddpm-ext", *filter(None, (options.command, getattr(options, "kind", None)))])
+
+
+def _wrong(options: argparse.Namespace, reason: str) -> int:
+    name = _name(options)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         name += f", rank {os.environ.get('RANK')}"
     print(f"{name}: {reason}", file=sys.stderr)

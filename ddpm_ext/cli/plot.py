@@ -19,6 +19,7 @@ from ddpm_ext.cli.arguments import (
     check_ending,
     endings_help,
     positive_number,
+    steps,
     whole_number,
 )
 from ddpm_ext.cli.images import read_pixels
@@ -117,7 +118,7 @@ def _check_out(out: str, endings: tuple[str, ...]) -> None:
 def _add_schedules(parser: argparse.ArgumentParser) -> None:
     every = ", ".join(SCHEDULES)
     parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
-    parser.add_argument("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedules")
+    parser.add_argument("--timesteps", type=steps, default=1000, metavar="N", help="steps of the schedules")
     parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(FIGURES))
 
 
@@ -193,13 +194,11 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 def _draw_guidance(options: argparse.Namespace) -> str:
     _check_out(options.out, _PICTURES)
     prepared = prepare(options, pictures=True)
-    labels = prepared.labels(range(options.num))
-    assert prepared.classes is not None and labels is not None  # prepare refuses guidance of other models
     of_scale = argparse.Namespace(**vars(options))
     rows = []
     for of_scale.guidance in options.guidance:
         rows.append(draw(prepared, of_scale, 0, options.num).float().cpu())
-    names = [prepared.classes.names[label] for label in labels]
+    names = prepared.class_names(range(options.num))  # prepare refuses guidance of other models
     scales = ", ".join(f"{scale:g}" for scale in options.guidance)
     title = f"guidance {scales}, from top to bottom" if len(options.guidance) > 1 else f"guidance {scales}"
     plots.save_strips(list(torch.stack(rows, 1)), names, title, options.out)

@@ -13,6 +13,7 @@ from ddpm_ext.cli import sample_many
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending
 from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.sampling_options import add_sampling
+from ddpm_ext.cli.settings import as_arrays, settings_of
 from ddpm_ext.plots.style import plural
 
 __all__ = ["add_parser", "run"]
@@ -32,7 +33,8 @@ def add_parser(commands: Subparsers) -> None:
     parser = add_command(commands, "sample", summary, "Draws samples from a model.", epilog=_EXAMPLES)
     kinds = (
         "with --num .npz: arr_0, uint8, (num, height, width, channels), and arr_1, classes, as guided-diffusion's "
-        "scripts write them, or .png: a grid (default: samples.npz); with --num-images a folder (default: samples)"
+        "scripts write them, and the options by name; or .png: a grid (default: samples.npz); with --num-images a "
+        "folder (default: samples)"
     )
     add_output = add_sampling(parser, num=256, out=None, out_help=kinds, by_ranks=True)
     sample_many.add_options(add_output)
@@ -64,9 +66,10 @@ def run(options: argparse.Namespace) -> None:
         pictures.append(plots.to_uint8(samples))
     images = np.concatenate(pictures)
     if ending == ".npz":
+        labels = prepared.labels(range(options.num))
+        arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels.numpy()})
         with files.atomic_path(out) as beside, open(beside, "wb") as opened:
-            labels = prepared.labels(range(options.num))
-            np.savez(opened, images, *(() if labels is None else (labels.numpy(),)))  # numpy names them arr_0, arr_1
+            np.savez(opened, **arrays, **as_arrays(settings_of(options, prepared)))  # type: ignore[arg-type]
     else:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")

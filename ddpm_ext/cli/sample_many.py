@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,11 +15,10 @@ from ddpm_ext.base.optional import has_bars
 from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
-from ddpm_ext.cli.arguments import check_device, check_ending, eta_of, whole_number
-from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
-from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
+from ddpm_ext.cli.arguments import check_device, check_ending, whole_number
+from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.cli.settings import as_arrays, settings_of
 from ddpm_ext.plots.style import plural
-from ddpm_ext.version import __version__
 
 __all__ = ["add_options", "run"]
 
@@ -47,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         if check_device(options.device).type == "cuda":
             torch.cuda.set_device(options.device)  # a model's own kernels may launch on the current device
         prepared = prepare(options, pictures=options.png)
+        settings = settings_of(options, prepared)
         channels, height, width = prepared.model.shape
         shards = Shards(folder, options.num_images, options.shard_size, (height, width, channels))
         npz, png = _npz_path(options, shards), folder / "png"
@@ -68,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         ranks.share(check_outputs)
         result = sample_many(
             shards,
-            _settings(options, prepared),
+            settings,
             pixels,
             batch_size=options.batch_size,
             ranks=ranks,
@@ -85,45 +82,12 @@ def run(options: argparse.Namespace) -> None:
     print(done, flush=True)
     if options.npz is not None:
         labels = prepared.labels(range(shards.count))
-        write_npz(shards, npz, None if labels is None else labels.numpy())
+        write_npz(shards, npz, None if labels is None else labels.numpy(), as_arrays(settings))
         print(npz, flush=True)
     if options.png:
         write_pngs(shards, png)
         print(png, flush=True)
     refuse_not_finite(result.not_finite, shards.count, folder)
-
-
-def _settings(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
-    """All that determines a sample besides its number."""
-    of_classes: dict[str, Any] = {}
-    if prepared.classes is not None:
-        of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
-        if options.guidance is not None:
-            of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
-    return {
-        "version": __version__,
-        "model_sha256": _model_hash(prepared.model),
-        "sampler": options.sampler,
-        "steps": prepared.steps,
-        "spacing": options.spacing,
-        "eta": eta_of(options.sampler, options.eta),
-        "seed": options.seed,
-        "dtype": options.dtype,
-        "backend": options.backend,
-        **of_classes,
-        **prepared.inputs.settings(options),
-    }
-
-
-def _model_hash(model: LoadedModel) -> str:
-    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
-    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
-    inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
-    for name in (CONFIG, WEIGHTS):
-        with open(inner / name, "rb") as opened:
-            while block := opened.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.results import CapturedLoop
 from ddpm_ext.loop.rows import make_loop_rows
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import LoadedModel, load_model
@@ -24,12 +26,13 @@ from ddpm_ext.training.options import DTYPES
 __all__ = ["Loaded", "Prepared", "are_finite", "draw", "load", "prepare", "refuse_not_finite"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A model on its device, and its diffusion.
 
     classes: the model's, with the null class of the options; None: it is unconditional.
     chosen: the classes that the samples have in turn, by number; empty: all.
+    captured: the loops that last_samples has captured, and the options that they were captured with.
     """
 
     model: LoadedModel
@@ -38,30 +41,50 @@ class Loaded:
     dtype: torch.dtype
     classes: Classes | None
     chosen: tuple[int, ...]
+    captured: dict[Hashable, tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
-    def model_kwargs(
-        self, samples: range, *, guided: bool = False, null: bool = False
-    ) -> dict[str, torch.Tensor] | None:
+    def last_samples(self, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
+        """The samples at the end of p_sample_loop with these options, which are the command's.
+
+        Where they ask for a CUDA graph, all loops of one shape and guidance have the same: of two such loops only rng,
+        start, noise, the known images and the tensors in model_kwargs may differ.
+        """
+        unet = self.model.unet
+        options |= {"device": self.device, "dtype": self.dtype}
+        with torch.no_grad():
+            if not options["graph"]:
+                drawn = self.diffusion.p_sample_loop(unet, shape, record="last", progress=progress, **options)
+                assert isinstance(drawn, torch.Tensor)  # with record="last"
+                return drawn
+            key = (shape, options.get("guidance"))
+            if key not in self.captured:
+                self.captured[key] = self.diffusion.capture(unet, shape, **options), options
+            loop, first = self.captured[key]
+            if options.get("inpaint") is not None:  # the loop has its tensor, and not a copy
+                first["inpaint"].known.copy_(options["inpaint"].known)
+            changing = {name: options.get(name) for name in ("start", "noise", "model_kwargs")}
+            return loop(options["rng"], progress=progress, **changing)
+
+    def class_names(self, samples: range) -> list[str]:
+        """The names of the samples' classes; empty for an unconditional model."""
+        labels = self.labels(samples)
+        return [] if self.classes is None or labels is None else [self.classes.names[label] for label in labels]
+
+    def model_kwargs(self, samples: range, *, guided: bool = False) -> dict[str, torch.Tensor] | None:
         """What the model is called with beside samples of these ids; None for an unconditional model.
 
-        guided: whether there is classifier-free guidance. null: whether samples have the null class where the options
-        choose none, and not all classes in turn.
+        guided: whether there is classifier-free guidance.
         """
         if self.classes is None:
             return None
-        chosen = self.chosen
-        if null and not chosen:
-            if self.classes.null is None:
-                raise ValueError("class: the model has classes, but none that stands for none, expected --class")
-            chosen = (self.classes.null,)
-        return self.classes.model_kwargs(samples, chosen, guided=guided, device=self.device)
+        return self.classes.model_kwargs(samples, self.chosen, guided=guided, device=self.device)
 
     def labels(self, samples: range) -> torch.Tensor | None:
         """The samples' classes, (samples,) int64; None for an unconditional model."""
         return None if self.classes is None else self.classes.labels_of(samples, self.chosen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared(Loaded):
     """What a loop needs beside the options, and how many steps it will take."""
 
@@ -81,7 +104,14 @@ def load(options: argparse.Namespace) -> Loaded:
     classes, chosen = _classes(model, options)
     if getattr(options, "channels_last", False):
         model.unet.to(memory_format=torch.channels_last)
-    return Loaded(model, model.settings.diffusion(options.backend), device, dtype, classes, chosen)
+    return Loaded(
+        model=model,
+        diffusion=model.settings.diffusion(options.backend),
+        device=device,
+        dtype=dtype,
+        classes=classes,
+        chosen=chosen,
+    )
 
 
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
@@ -122,7 +152,8 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
     if classes is None:
         for option, name in (("class", "classes"), ("guidance", "guidance"), ("null-class", "null_class")):
             if getattr(options, name, None) is not None:
-                raise ValueError(f"{option}: got {getattr(options, name)}, but {options.model} has no classes")
+                reason = f"{options.model} has no classes, expected a class-conditional model, such as shapes"
+                raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
         count = model.unet.config.num_class_embeds
@@ -154,20 +185,26 @@ def draw(
         (count, channels, height, width), of the options' dtype, on the model's device.
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
+    chosen = {
+        **_loop_options(prepared.inputs, options, samples),
+        "guidance": guidance,
+        "model_kwargs": prepared.model_kwargs(samples, guided=guidance is not None),
+        "rng": Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
+    }
+    shape, progress = (count, *model.shape), progress and not options.quiet
+    if recorder is None:
+        return prepared.last_samples(shape, progress=progress, **chosen)
     with torch.no_grad():
         drawn = prepared.diffusion.p_sample_loop(
-            model.unet if recorder is None else recorder,
-            (count, *model.shape),
-            **_loop_options(prepared.inputs, options, samples),
-            guidance=guidance,
-            model_kwargs=prepared.model_kwargs(samples, guided=guidance is not None),
-            rng=Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
+            recorder,
+            shape,
             record="last",
-            x0=recorder is not None,
-            callback=None if recorder is None else recorder.keep,
-            progress=progress and not options.quiet,
+            x0=True,
+            callback=recorder.keep,
+            progress=progress,
             device=prepared.device,
             dtype=prepared.dtype,
+            **chosen,
         )
     assert isinstance(drawn, torch.Tensor)  # with record="last"
     return drawn

@@ -13,7 +13,9 @@ from ddpm_ext.cli.arguments import (
     finite_number,
     nonnegative_number,
     numbers,
+    samples,
     seed,
+    steps,
     whole_number,
 )
 from ddpm_ext.cli.loop_inputs import add_clip, add_images, add_running
@@ -44,8 +46,8 @@ def add_class(group: Any, default: str) -> None:
 
 def add_spacing(group: Any) -> None:
     """Adds --steps and --spacing."""
-    steps = "steps of the loop (default: all timesteps of the model)"
-    group.add_argument("--steps", type=whole_number(1), metavar="N", help=steps)
+    count = "steps of the loop (default: all timesteps of the model)"
+    group.add_argument("--steps", type=steps, metavar="N", help=count)
     group.add_argument("--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {SPACING_NAMES}")
 
 
@@ -84,13 +86,13 @@ def add_sampling(
     add_model(group, model)
     counts = group.add_mutually_exclusive_group()
     number = f"number of samples (default: {num}, or one for each image of the options below)"
-    counts.add_argument("--num", type=whole_number(1), metavar="N", help=number)
+    counts.add_argument("--num", type=samples, metavar="N", help=number)
     if by_ranks:
         into_folder = (
             "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
             "command continues it"
         )
-        counts.add_argument("--num-images", type=whole_number(1), metavar="N", help=into_folder)
+        counts.add_argument("--num-images", type=samples, metavar="N", help=into_folder)
     add_seed(group)
     add_class(group, "all")
 
@@ -107,7 +109,8 @@ def add_sampling(
     add("--guidance-interval", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
     add("--null-class", type=whole_number(0), metavar="N", help=null)
-    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", help="the reverse step")
+    samplers = f"the reverse step: {', '.join(SAMPLERS)}"
+    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", metavar="NAME", help=samplers)
     add_spacing(group)
     eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
     add("--eta", type=nonnegative_number, metavar="X", help=eta)

@@ -22,7 +22,7 @@ from ddpm_ext.cli.arguments import (
     eta_of,
     nonnegative_number,
     number,
-    whole_number,
+    steps,
 )
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
@@ -64,7 +64,7 @@ def add_parser(commands: Subparsers) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which tables are made, which `plot table` has as well."""
     add = parser.add_argument_group("of samplers and schedulers").add_argument
-    add("--steps", type=whole_number(1), metavar="N", help="steps of the loop (default for a sampler: all)")
+    add("--steps", type=steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
     add(
         "--mu",
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
     add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=whole_number(1), default=1000, metavar="N", help="steps of the schedule")
+    add("--timesteps", type=steps, default=1000, metavar="N", help="steps of the schedule")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -81,6 +81,7 @@ class CapturedLoop:
         start: Tensor | Interpolation | None = None,
         noise: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Samples, in a tensor of their own.
 
@@ -88,6 +89,7 @@ class CapturedLoop:
             rng: seed and sample ids; None: a seed from torch's default CPU generator.
             start, noise: as p_sample_loop's.
             model_kwargs: tensors that replace those that the loop was made with; None: the same again.
+            progress: whether to show a bar over the steps; a graph of all steps has none.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.
@@ -95,6 +97,6 @@ class CapturedLoop:
         self._loop.restart(rng, start, noise, model_kwargs)
         if self._whole:
             return self._loop.run_whole().clone()
-        for _ in self._loop.run():
+        for _ in self._loop.run(progress):
             pass
         return self._loop.x.clone()

@@ -119,19 +119,28 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
     return picture
 
 
-def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale: int | None = None) -> Pixels:
+def strips(
+    images: Sequence[Pixels],
+    labels: Sequence[str],
+    title: str,
+    *,
+    scale: int | None = None,
+    names: Sequence[str] = (),
+) -> Pixels:
     """Shows how samples change: a row for each sample, a column for each step, labels above the columns.
 
     Args:
         images: the samples at each step, (samples, height, width, channels) uint8.
         labels: one for each step.
         scale: as in grid.
+        names: of the samples, left of their rows; empty: none.
 
     Returns:
         (height, width, 3) uint8.
 
     Raises:
-        TypeError, ValueError: as grid; there are not as many labels as steps, or the steps differ in shape.
+        TypeError, ValueError: as grid; there are not as many labels as steps, or names as samples, or the steps differ
+            in shape.
 
     Examples:
         >>> picture = plots.strips([plots.to_uint8(x_t), plots.to_uint8(images)], ["t = 999", "t = 0"], "two steps")
@@ -142,24 +151,31 @@ def strips(images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale
     if len(shapes) > 1:
         raise ValueError(f"images: got steps of shapes {sorted(shapes)}, expected one shape")
     steps, samples = len(images), len(images[0])
+    if names and len(names) != samples:
+        raise ValueError(f"names: got {len(names)} for {samples} samples, expected as many, or none")
     by_row = np.stack(images, axis=1).reshape(steps * samples, *images[0].shape[1:])
-    return _headed(grid(by_row, columns=steps, scale=scale), title, labels)
+    return _headed(grid(by_row, columns=steps, scale=scale), title, labels, names)
 
 
-def _headed(body: Pixels, title: str, labels: Sequence[str] = ()) -> Pixels:
-    """The picture with a title above it, and below the title the labels, evenly spread over the width of `body`."""
+def _headed(body: Pixels, title: str, labels: Sequence[str] = (), names: Sequence[str] = ()) -> Pixels:
+    """The picture with a title above it, and below the title the labels, evenly spread over the width of `body`; left
+    of it the names, evenly spread over its height."""
     image = require("PIL.Image", "drawing")
     draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
     large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
     head = 56 if labels else 32
-    width = max(body.shape[1], math.ceil(large.getlength(title)) + 4 * _GAP)
+    left = max((math.ceil(small.getlength(name)) + 2 * _GAP for name in names), default=0)
+    width = max(left + body.shape[1], math.ceil(large.getlength(title)) + 4 * _GAP)
     picture = image.new("RGB", (width, body.shape[0] + head), _PAPER)
-    picture.paste(image.fromarray(body), (0, head))
+    picture.paste(image.fromarray(body), (left, head))
     pen = draw.Draw(picture)
     pen.text((_GAP, 22), title, fill=_INK, font=large, anchor="ls")
     pitch = (body.shape[1] - _GAP) / max(1, len(labels))
     for column, label in enumerate(labels):
-        pen.text((_GAP / 2 + pitch * (column + 0.5), head - 6), label, fill=_INK, font=small, anchor="ms")
+        pen.text((left + _GAP / 2 + pitch * (column + 0.5), head - 6), label, fill=_INK, font=small, anchor="ms")
+    pitch = (body.shape[0] - _GAP) / max(1, len(names))
+    for row, name in enumerate(names):
+        pen.text((left - _GAP, head + _GAP / 2 + pitch * (row + 0.5)), name, fill=_INK, font=small, anchor="rm")
     return np.asarray(picture)
 
 
@@ -170,12 +186,13 @@ def trajectory(
     *,
     scale: int | None = None,
     name: str = "",
+    names: Sequence[str] = (),
 ) -> Pixels:
     """Draws two strips, one above the other: x_t, and the x_0 that the model predicts from it.
 
     Args:
         x_t, x_0: the same samples at the same steps, for each step (samples, channels, height, width) in [-1, 1].
-        labels, scale: as in strips.
+        labels, scale, names: as in strips.
         name: of the sampler, for the title.
 
     Returns:
@@ -189,7 +206,7 @@ def trajectory(
     """
     _check_pairs(x_t, x_0)
     halves = [
-        strips([to_uint8(batch) for batch in steps], labels, title, scale=scale)
+        strips([to_uint8(batch) for batch in steps], labels, title, scale=scale, names=names)
         for steps, title in ((x_t, f"{name and f'{name}: '}{_X_T}"), (x_0, _X_0))
     ]
     return np.concatenate(_equally_wide(halves))
@@ -205,7 +222,7 @@ def trajectory_frames(
 ) -> list[Pixels]:
     """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
 
-    Args and errors are those of trajectory. The label stands above x_t.
+    Args and errors are those of trajectory, without names. The label stands above x_t.
 
     Returns:
         For each step (height, width, 3) uint8, all of one size, for save_gif.
@@ -280,12 +297,13 @@ def save_strips(
     path: str | os.PathLike[str],
     *,
     scale: int | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     """Writes the picture that strips draws.
 
     Args:
         images: the samples at each step, (samples, channels, height, width) in [-1, 1].
-        labels, title, scale: as in strips.
+        labels, title, scale, names: as in strips.
 
     Raises:
         TypeError, ValueError, OSError: as strips and save_picture.
@@ -293,7 +311,7 @@ def save_strips(
     Examples:
         >>> plots.save_strips([x_t, images], ["t = 999", "t = 0"], "two steps", "strips.png")
     """
-    save_picture(strips([to_uint8(batch) for batch in images], labels, title, scale=scale), path)
+    save_picture(strips([to_uint8(batch) for batch in images], labels, title, scale=scale, names=names), path)
 
 
 def save_gif(frames: Sequence[Pixels], path: str | os.PathLike[str], *, seconds: float = 6.0) -> None:

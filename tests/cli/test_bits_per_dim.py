@@ -1,11 +1,15 @@
 """`ddpm-ext bits-per-dim`: what it prints and writes is the bound of GaussianDiffusion."""
 
+import inspect
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from support.command_line import TINY, call, save_tiny
 
-from ddpm_ext import Philox, models
+from ddpm_ext import GaussianDiffusion, Philox, models
+from ddpm_ext.losses.likelihood import BitsPerDim
 from ddpm_ext.models import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 
@@ -42,10 +46,79 @@ def test_bound(tmp_path, capsys, options, labels):
         for name, values in expected._asdict().items():
             np.testing.assert_allclose(found[name], values, rtol=1e-4, atol=1e-6)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 images: ")
-    assert abs(float(lines[0].split()[2]) - expected.total.mean()) < 1e-3
+    whose = {None: "", (): " without classes"}.get(options, " of class dog,cat")
+    assert lines[0].startswith(f"3 images{whose}: ")
+    assert abs(float(lines[0].partition(": ")[2].split()[0]) - expected.total.mean()) < 1e-3
     shares = [float(part.rpartition(" ")[2]) for part in lines[1].split(",")]
     assert abs(sum(shares) - expected.total.mean()) < 1e-3
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The classes that the model is asked for, of each image, in place of a bound."""
+    found = []
+
+    def bits_per_dim(self, model, batch, **options):
+        unet = inspect.getclosurevars(model).nonlocals["unet"]
+        monkeypatch.setattr(unet, "forward", lambda x, t, class_labels: found.extend(class_labels.tolist()))
+        model(batch, 0)
+        zeros = torch.zeros(len(batch))
+        return BitsPerDim(zeros, zeros, zeros[:, None], zeros[:, None], zeros[:, None])
+
+    monkeypatch.setattr(GaussianDiffusion, "bits_per_dim", bits_per_dim)
+    return found
+
+
+def test_classes_of_the_data(tmp_path, capsys, asked):
+    """A sub-folder's name is the class, whatever its place in the order of names; arr_1 has numbers."""
+    image = pytest.importorskip("PIL.Image")
+    model = save_pets(tmp_path / "model")
+    photos = tmp_path / "photos"
+    for place in ("dog/1", "cat/more/2", "dog/3"):
+        (photos / place).parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(photos / f"{place}.png")
+    shutil.copytree(photos / "dog", tmp_path / "dogs" / "dog")
+    images = np.zeros((3, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "labelled.npz", images, np.array([1, 0, 1], np.int32))
+    np.savez(tmp_path / "plain.npz", images)
+    for data, options, expected, whose in (
+        ("photos", (), [0, 1, 1], " with their classes"),  # in the order of the paths
+        ("photos", ("--num", 2, "--batch-size", 1), [0, 1], " with their classes"),
+        ("dogs", (), [1, 1], " with their classes"),
+        ("photos/dog", (), [2, 2], " without classes"),
+        ("photos", ("--no-classes",), [2, 2, 2], " without classes"),
+        ("photos", ("--class", "dog"), [1, 1, 1], " of class dog"),
+        ("labelled.npz", ("--batch-size", 2), [1, 0, 1], " with their classes"),
+        ("plain.npz", (), [2, 2, 2], " without classes"),
+    ):
+        asked.clear()
+        assert call("bits-per-dim", tmp_path / data, "--model", model, "--quiet", *options) == 0
+        assert asked == expected
+        assert capsys.readouterr().out.startswith(f"{len(expected)} images{whose}: ")
+
+
+def test_classes_that_the_model_does_not_know(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    model = save_pets(tmp_path / "model")
+    (tmp_path / "photos" / "cow").mkdir(parents=True)
+    image.fromarray(np.zeros((8, 12, 3), np.uint8)).save(tmp_path / "photos" / "cow" / "1.png")
+    images = np.zeros((2, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "many.npz", images, np.array([0, 2]))
+    np.savez(tmp_path / "short.npz", images, np.array([0]))
+    np.savez(tmp_path / "below.npz", images, np.array([0, -1]))
+    np.savez(tmp_path / "floats.npz", images, np.zeros(2))
+    for data, options, message in (
+        ("photos", (), "cow is none of the model's classes, expected 0 to 1 or a name: cat, dog; or --class"),
+        ("many.npz", (), "2 is none of the model's classes, expected 0 to 1 or a name: cat, dog; or --class"),
+        ("short.npz", (), "holds arr_1, int64 of shape (1,), expected whole numbers >= 0 of shape (2,)"),
+        ("below.npz", (), "holds arr_1, int64 of shape (2,), expected whole numbers >= 0"),
+        ("floats.npz", (), "holds arr_1, float64 of shape (2,), expected whole numbers >= 0"),
+        ("photos", ("--no-classes", "--class", "cat"), "no-classes: got class cat beside it, expected one of the two"),
+    ):
+        assert call("bits-per-dim", tmp_path / data, "--model", model, *options) == 2
+        written = capsys.readouterr()
+        assert message in written.err
+        assert (written.err.count("\n"), written.out) == (1, "")
 
 
 @pytest.mark.parametrize(

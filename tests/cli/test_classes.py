@@ -91,17 +91,24 @@ def test_many_samples_are_those_of_one_run(pets, tmp_path, capsys):
     with np.load(tmp_path / "many" / f"samples_{N}x8x12x3.npz") as found:
         assert abs(found["arr_0"].astype(int) - images).max() <= 1
         assert np.array_equal(found["arr_1"], labels)
+        assert found.files[:2] == ["arr_0", "arr_1"]
+        of_classes = {name: found[name].tolist() for name in ("classes", "guidance", "null_class")}
+    assert of_classes == {"classes": [2, 1], "guidance": 2, "null_class": 3}
     settings = json.loads((tmp_path / "many" / "manifest.json").read_text())["settings"]
     assert (settings["classes"], settings["guidance"], settings["null_class"]) == ([2, 1], 2, 3)
     assert call(*command, "--guidance", 3) == 2
     assert "guidance is 2.0 there and 3.0 here" in capsys.readouterr().err
 
 
-def test_trajectory_and_rising_guidance(pets, tmp_path, capsys):
-    """The row of a scale is what sample draws; the trajectory of a class has the size of any other."""
+def test_trajectory_and_rising_guidance(pets, tmp_path, capsys, monkeypatch):
+    """The row of a scale is what sample draws; the strips of a trajectory name the classes."""
     options = ("--model", pets, "--num", 3, "--steps", 4, "--class", "dog,cat", "--quiet", "--device", "cpu")
     out = tmp_path / "a.png"
+    drawn = []
+    real = plots.trajectory
+    monkeypatch.setattr(plots, "trajectory", lambda *shown, **how: drawn.append(how["names"]) or real(*shown, **how))
     assert call("trajectory", *options, "--guidance", 2, "--every", 1, "--out", out) == 0
+    assert drawn == [["dog", "cat", "dog"]]
     assert call("plot", "guidance", *options, "--guidance", "0,1,4", "--out", out) == 0
     assert "3 samples with guidance 0, 1, 4" in capsys.readouterr().out
     with Image.open(out) as opened:

@@ -38,6 +38,7 @@ def files(tmp_path_factory):
     np.save(folder / "small.npy", np.zeros((1, 3, 4, 4), np.float32))
     np.save(folder / "nan.npy", np.full((1, *SHAPE), np.nan, np.float32))
     (folder / "text.txt").touch()
+    (folder / "text.npz").write_text("no archive")
     (folder / "damaged.png").write_bytes(b"no picture")
     (folder / "empty").mkdir()
     return folder
@@ -139,6 +140,11 @@ def test_ways_to_call_the_model(files, tmp_path, monkeypatch):
         return torch.zeros(shape)
 
     monkeypatch.setattr(GaussianDiffusion, "p_sample_loop", loop)
+
+    def captured(self, model, shape, **options):
+        return lambda *_, **__: loop(self, model, shape, **options)
+
+    monkeypatch.setattr(GaussianDiffusion, "capture", captured)
     for given, compiled, graph in (
         (("--compile",), True, False),
         (("--compile", "default", "--graph"), "default", "step"),
@@ -165,6 +171,8 @@ BAD = [
     ((*START, "--strength", 2), "strength is 2.0, expected 0 < strength <= 1"),
     (("--start", "nowhere.png"), "start: cannot read nowhere.png"),
     (("--start", "nowhere"), "start: got nowhere, expected a file or a folder that exists"),
+    (("--start", "text.npz"), "start: text.npz is no .npz or .npy of samples (damaged, or of another format)"),
+    (("--start", "text.npz"), "start: text.npz is no .npz or .npy of samples (damaged, or of another format)"),
     (("--start", "text.txt"), "start: got text.txt, expected a picture, an .npz, an .npy or a folder"),
     (("--start", "empty"), "start: no images in empty"),
     (("--start", "damaged.png"), "start: cannot read damaged.png"),

@@ -37,6 +37,22 @@ def test_stdout_that_is_closed(monkeypatch):
     assert call("info") == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"), [("info", ""), ("info", "1"), ("--help", ""), ("sample --help", "1")]
+)
+def test_stdout_on_a_full_disk(arguments, unbuffered):
+    """Printing fails, or the flush at the end; argparse says nothing of either."""
+    command = [sys.executable, "-m", "ddpm_ext", *arguments.split()]
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered}  # an empty one counts as none
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddpm-ext")
+    assert done.stderr.endswith(": the output cannot be written: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_help_shows_groups_and_defaults(capsys):
     pages = {}
     commands = ("sample", "invert", "train", "bits-per-dim", "trajectory", "table", "plot", "info")
@@ -53,14 +69,23 @@ def test_help_shows_groups_and_defaults(capsys):
 
 
 BAD = [
-    (("sample", "--num", "0"), "--num: got 0, expected a whole number of at least 1"),
+    (("sample", "--num", "0"), "--num: got 0, expected a whole number from 1 to 1000000000"),
     (("sample", "--num", "many"), "--num: got many"),
     (("sample", "--steps", "0"), "--steps: got 0"),
     (("sample", "--steps", "1001"), "steps is 1001, expected 1 to 1000, the schedule's timesteps"),
     (("sample", "--spacing", "even"), "spacing is 'even', expected 'linspace', 'leading'"),
     (("sample", "--spacing", "karras"), "steps is None, expected a number of steps for spacing 'karras'"),
     (("sample", "--spacing", "ddim7", "--steps", "7"), "steps is 7 beside spacing 'ddim7'"),
-    (("sample", "--num-images", "0"), "--num-images: got 0, expected a whole number of at least 1"),
+    (("sample", "--num-images", "0"), "--num-images: got 0, expected a whole number from 1 to 1000000000"),
+    (
+        ("sample", "--spacing", "karras", "--steps", "2000000000"),
+        "--steps: got 2000000000, expected a whole number from",
+    ),
+    (
+        ("table", "--sampler", "ddpm", "--timesteps", "2000000000"),
+        "--timesteps: got 2000000000, expected a whole number",
+    ),
+    (("sample", "--guidance", "2"), "but digits has no classes, expected a class-conditional model, such as shapes"),
     (("sample", "--num-images", "4", "--num", "4"), "not allowed with argument"),
     (("sample", "--num-images", "4", "--out", "a.npz"), "out: got a.npz, expected a folder for --num-images"),
     (("sample", "--num-images", "4", "--npz", "a.npy"), "npz: got a.npy, expected a name that ends in .npz"),
@@ -82,7 +107,11 @@ BAD = [
     (("sample", "--dtype", "int8"), "invalid choice: 'int8'"),
     (("sample", "--model", "nowhere"), "model: no such folder: nowhere"),
     (("sample", "--out", "samples.jpg"), "out: got samples.jpg, expected a name that ends in .npz or .png"),
-    (("sample", "--colour", "red"), "unrecognized arguments: --colour red"),
+    (("sample", "--colour", "red"), "sample: unrecognized arguments: --colour red (see ddpm-ext sample --help)"),
+    (
+        ("plot", "grid", "a.npz", "--colour"),
+        "plot grid: unrecognized arguments: --colour (see ddpm-ext plot grid --help)",
+    ),
     (("trajectory", "--out", "a.npz"), "expected a name that ends in .png or .gif"),
     (("trajectory", "--every", "0"), "--every: got 0"),
     (("train", "--steps", "1"), "required: --out"),
@@ -146,6 +175,16 @@ def test_without_tqdm_there_is_no_bar_and_one_line_says_so(tiny, tmp_path, monke
     assert "sample 1 of 3\n" in said.out
 
 
+def test_a_warning_is_one_line(tiny, tmp_path):
+    command = ("sample", "--model", tiny, "--num", 1, "--steps", 2, "--quiet", "--graph", "--device", "cpu")
+    done = run(*command, "--out", tmp_path / "a.npz")
+    assert done.returncode == 0
+    assert done.stderr.startswith(
+        "ddpm-ext sample: graph: steps are not captured in a CUDA graph (the samples are on cpu"
+    )
+    assert done.stderr.count("\n") == 1
+
+
 def test_one_sample_is_counted_in_the_singular(tiny, tmp_path, capsys):
     out = tmp_path / "a.npz"
     assert call("sample", "--model", tiny, "--num", 1, "--steps", 1, "--quiet", "--out", out) == 0
@@ -170,6 +209,16 @@ def test_default_device_is_a_gpu_that_this_build_can_use(monkeypatch, gpu):
         assert cli.main(["sample", "--device", "cpu"]) == 0
         assert TrainOptions().device == taken[-2]
     assert taken == ["cpu", "cpu", "cuda" if gpu else "cpu", "cpu"]
+
+
+def test_exit_code_of_a_command_that_ends_itself(monkeypatch):
+    """As training does after a SIGTERM."""
+
+    def stop(options):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(sample, "run", stop)
+    assert cli.main(["sample"]) == 143
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")

@@ -14,7 +14,7 @@ import pytest
 from support.command_line import ENVIRONMENT, call, not_finite, run, save_tiny
 
 from ddpm_ext import models
-from ddpm_ext.cli import sample_many
+from ddpm_ext.cli.settings import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 from ddpm_ext.models.scheduler import DiffusionSettings
 
@@ -72,7 +72,7 @@ def test_writes_what_fid_scripts_read(tiny, tmp_path, device):
     assert f"{N}/{N}" in done.stderr  # the bar
     assert done.stderr.count("sampling loop") == 0
     with np.load(tmp_path / files[0]) as opened:
-        assert opened.files == ["arr_0"]
+        assert opened.files[0] == "arr_0"
         assert np.array_equal(opened["arr_0"], pixels(tmp_path / "new" / "run"))
         for i in range(N):
             with image.open(tmp_path / files[1] / f"{i:06d}.png") as picture:
@@ -134,6 +134,25 @@ def test_manifest_has_what_determines_the_samples(tiny, many):
     }
 
 
+def test_npz_says_how_its_samples_were_made(tiny, tmp_path, many):
+    """By the settings of the manifest that have a value, both with --num-images and with --num."""
+    changed = ("--sampler", "ddim", "--eta", 0.5, "--clip", -2, 2, "--seed", 2**64 - 1)
+    assert call(*arguments(tiny, tmp_path / "many", "--npz", tmp_path / "many.npz", *changed)) == 0
+    plain = ("--num", 2, "--steps", 6, "--quiet", "--out", tmp_path / "plain.npz")
+    assert call("sample", "--model", tiny, *plain, *changed) == 0
+    expected = json.loads((tmp_path / "many" / "manifest.json").read_text())["settings"]
+    assert (expected["clip"], expected["eta"], expected["seed"]) == ([-2, 2], 0.5, 2**64 - 1)
+    for name in ("num_images", "shard_size", "shape"):
+        del expected[name]
+    for path in ("many.npz", "plain.npz"):
+        with np.load(tmp_path / path, allow_pickle=False) as opened:
+            assert opened.files == ["arr_0", *expected]
+            assert {name: opened[name].tolist() for name in expected} == expected
+    assert call(*arguments(tiny, many, "--npz", tmp_path / "no_eta.npz")) == 0
+    with np.load(tmp_path / "no_eta.npz") as opened:
+        assert "eta" not in opened.files
+
+
 def test_samples_that_are_not_finite_are_counted_in_the_manifest(tiny, tmp_path, many, capsys):
     folder = tmp_path / "samples"
     options = arguments(not_finite(tiny, tmp_path / "model"), folder)
@@ -187,7 +206,6 @@ def test_all_betas_enter_the_models_hash(tiny):
     """Also those that its settings' repr leaves out."""
     loaded = load_model(tiny)
     hashes = {
-        sample_many._model_hash(replace(loaded, settings=DiffusionSettings(20, (0.1, beta, 0.2))))
-        for beta in (0.11, 0.12, 0.12)
+        model_hash(replace(loaded, settings=DiffusionSettings(20, (0.1, beta, 0.2)))) for beta in (0.11, 0.12, 0.12)
     }
     assert len(hashes) == 2

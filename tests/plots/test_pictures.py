@@ -93,6 +93,35 @@ def test_strips_have_a_row_a_sample_and_labels(tmp_path):
         plots.strips([plots.to_uint8(batch) for batch in steps], ["a"], "title")
 
 
+def test_names_stand_left_of_their_rows():
+    """Each in the middle of its row, all left of the pictures, which are the same as without names."""
+    steps = [np.full((3, 8, 8, 1), value, np.uint8) for value in (255, 200)]
+    plain = plots.strips(steps, ["", ""], "", scale=8)
+    for row in range(3):
+        names = ["", "", ""]
+        names[row] = "a cat"
+        picture = plots.strips(steps, ["", ""], "", scale=8, names=names)
+        margin = picture.shape[1] - plain.shape[1]
+        assert margin > 4 * GAP
+        assert np.array_equal(picture[:, margin:], plain)
+        found = np.flatnonzero((picture[:, :margin] < 128).all(axis=2).any(axis=1))
+        middle = 56 + GAP + row * (64 + GAP) + 32
+        assert abs((found.min() + found.max()) / 2 - middle) < 3
+        assert not (picture[:, :GAP] < 128).any()
+    with pytest.raises(ValueError, match="names: got 2 for 3 samples, expected as many, or none"):
+        plots.strips(steps, ["", ""], "", names=["a", "b"])
+
+
+def test_names_of_a_trajectory_are_in_both_strips():
+    x = [torch.zeros(2, 1, 8, 8)] * 2
+    picture = plots.trajectory(x, x, ["", ""], names=["cat", "dog"])
+    half = plots.strips([plots.to_uint8(x[0])] * 2, ["", ""], "", names=["cat", "dog"])
+    margin = half.shape[1] - plots.strips([plots.to_uint8(x[0])] * 2, ["", ""], "").shape[1]
+    for upper in (0, len(half)):
+        assert np.array_equal(picture[upper + 56 : upper + len(half), : half.shape[1]], half[56:])
+    assert (half[56:, :margin] < 128).any()
+
+
 def ink_columns(picture, rows):
     """Where dark letters stand on white, of the given rows"""
     return np.flatnonzero((picture[rows] < 128).all(axis=2).any(axis=0))

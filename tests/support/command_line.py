@@ -33,10 +33,10 @@ def _on_cpu(arguments):
     return [str(argument) for argument in (*arguments, *more)]
 
 
-def run(*arguments, cwd=None):
-    """Runs the command in a process of its own."""
+def run(*arguments, cwd=None, timeout=300):
+    """Runs the command in a process of its own, for up to `timeout` seconds."""
     command = [sys.executable, "-m", "ddpm_ext", *_on_cpu(arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
 
 def call(*arguments):

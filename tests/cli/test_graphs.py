@@ -1,0 +1,97 @@
+"""`--graph`: the loops of many batches are one capture where their shapes are equal, by a faked torch.cuda."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support import fake_cuda
+from support.command_line import TINY, call
+
+from ddpm_ext import models
+from ddpm_ext.loop import loop
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
+from ddpm_ext.models import Classes
+from ddpm_ext.models.scheduler import DiffusionSettings
+
+for module in ("diffusers", "safetensors", "tqdm"):
+    pytest.importorskip(module)
+
+STEPS = ("--sampler", "ddim", "--steps", 5, "--quiet")
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The loops that are captured, as their CudaGraphs."""
+    fake_cuda.install(monkeypatch)
+    made = []
+
+    def graphs(device):
+        made.append(CudaGraphs(torch.device("cuda")))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "CudaGraphs", graphs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    torch.manual_seed(1)
+    unet = models.build_unet(TINY | {"num_class_embeds": 4})
+    with torch.no_grad():
+        unet.class_embedding.weight.mul_(5)
+    folder = tmp_path_factory.mktemp("model") / "pets"
+    models.save_model(unet, DiffusionSettings(timesteps=20), folder, classes=Classes(("cat", "dog", "hen"), 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Seven images, and a mask whose left half is known."""
+    folder = tmp_path_factory.mktemp("images")
+    np.savez(folder / "a.npz", np.random.default_rng(0).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8))
+    picture = np.zeros((8, 12), np.uint8)
+    picture[:, :6] = 255
+    pytest.importorskip("PIL.Image").fromarray(picture).save(folder / "mask.png")
+    return folder
+
+
+@pytest.mark.parametrize("graph", ["step", "loop"])
+@pytest.mark.parametrize("kind", ["noise", "start", "inpaint"])
+def test_one_capture_for_each_shape(pets, images, tmp_path, captures, kind, graph):
+    """Seven samples by twos and one: two captures, and the samples of a run without graphs, whose classes, noise and
+    images differ from batch to batch."""
+    options = {
+        "noise": ("--num", 7, "--guidance", 2.5),
+        "start": ("--start", images / "a.npz", "--strength", 0.6),
+        "inpaint": ("--inpaint", images / "a.npz", "--mask", images / "mask.png"),
+    }[kind]
+    command = ("sample", "--model", pets, *STEPS, *options, "--batch-size", 2)
+    found = []
+    for more in ((), ("--graph", graph)):
+        assert call(*command, *more, "--out", tmp_path / "a.npz") == 0
+        with np.load(tmp_path / "a.npz") as opened:
+            found.append(opened["arr_0"])
+    assert np.array_equal(*found)
+    assert len(captures) == 2
+    assert len(np.unique(found[0].reshape(7, -1), axis=0)) == 7
+
+
+def test_many_images_by_one_capture(pets, tmp_path, captures):
+    """Of shards of four in batches of two, the last of three samples."""
+    many = ("--num-images", 7, "--shard-size", 4, "--batch-size", 2, "--graph", "--out", tmp_path / "many")
+    assert call("sample", "--model", pets, *STEPS, *many) == 0
+    assert len(captures) == 2
+    assert all(graphs._graphs for graphs in captures)
+
+
+def test_inversion_by_one_capture(pets, images, tmp_path, captures):
+    found = []
+    for more in ((), ("--graph",)):
+        command = ("invert", images / "a.npz", "--model", pets, "--steps", 4, "--batch-size", 3, "--quiet", *more)
+        assert call(*command, "--out", tmp_path / "a.npy") == 0
+        found.append(np.load(tmp_path / "a.npy"))
+    assert np.array_equal(*found)
+    assert len(captures) == 2
