@@ -63,8 +63,12 @@ def test_folder_of_diffusers(folder):
     with torch.no_grad():
         found, expected = (unet(x, t, **labels).sample for unet in (loaded.unet, theirs))
         other = loaded.unet(x, t, torch.zeros(3, dtype=torch.int64)).sample
-    assert torch.equal(found, expected)
-    assert not torch.equal(found[0], other[0])
+    own, read = loaded.unet.state_dict(), theirs.state_dict()
+    assert own.keys() == read.keys()
+    assert all(torch.equal(own[name], read[name]) for name in own)
+    # Where the weights lie in memory decides, on some processors, in which order torch sums.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (found[0] - other[0]).abs().max() > 1e-3
 
 
 def test_saved_with_its_classes(folder, tmp_path):
