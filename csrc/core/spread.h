@@ -3,9 +3,10 @@
 //
 // Every device adds up a sample in the same order. A sample is cut into the chunks of core/loss.h, and element j of a
 // chunk belongs to lane j mod kSpreadLanes. A lane adds up the differences from its first element, and their squares,
-// in float32. The lanes' sums are added by halves in float64, which gives the chunk's mean, rounded to float32. Then so
-// are their squared differences from that mean. The moments of a sample are made of its chunks' in float64, by the
-// strands of core/loss.h. So nothing cancels however far from zero the sample lies.
+// in float32. The lanes are added by halves, first to half as many in float32 and then to one in float64: their sums,
+// which give the chunk's mean, rounded to float32, and then their squared differences from that mean. The moments of a
+// sample are made of its chunks' in float64, by the strands of core/loss.h. So nothing cancels however far from zero
+// the sample lies.
 #pragma once
 
 #include "core/loss.h"

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kLossThreads)
     spread_of_samples(const __grid_constant__ OutputScaleCall call, const __grid_constant__ Dividers dividers,
                       uint32_t* counts) {
   using Index = IndexOf<kAccess>;
-  __shared__ alignas(16) float places[2][kLossChunk];
+  alignas(16) __shared__ float places[2][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
   const Index b = sample_of_block<Index>();
