@@ -30,6 +30,13 @@ class Samples(NamedTuple):
     copy: Tensor | None
 
 
+def _twice(x: Tensor) -> Tensor:
+    """x, and x again behind it: (2 batch, ...), in memory of the pool, which torch.cat does not have."""
+    both = empty_like(x.expand(2, *x.shape))
+    both.copy_(x)
+    return both.flatten(0, 1)
+
+
 class State:
     """A loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads one and writes
     the other; and three tensors of history, of which the newest replaces the oldest.
@@ -37,7 +44,7 @@ class State:
 
     def __init__(self, x: Tensor, options: StepOptions, rows: LoopRows) -> None:
         self.batch = batch = len(x)
-        first = torch.cat([x, x] if options.doubled else [x])
+        first = _twice(x) if options.doubled else torch.cat([x])
         wholes = (first, empty_like(first))
         # Views are made only where they are needed, since each would cost time at every step.
         self._x = [
