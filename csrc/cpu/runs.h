@@ -15,6 +15,8 @@
 namespace ddpm_ext::cpu {
 
 constexpr int64_t kBuffer = 512;  // elements; a multiple of kRunMultiple and of kLossChunk
+// A run through a buffer is one chunk at most, so a chunk that is not whole stands alone (kernels/spread.h).
+static_assert(kBuffer == kLossChunk);
 
 // A tensor of a call, and the field of a run that points into it.
 struct Part {

@@ -82,20 +82,27 @@ void x_start_scale(const XStartScaleCall& call) {
 
 namespace {
 
+// A number for the model's output, and one for the guided output.
+struct Both {
+  double of_model = 0, of_guided = 0;
+  void operator+=(const Both& other) { of_model += other.of_model, of_guided += other.of_guided; }
+};
+
 // Combines the chunks of sample b.
 void finish_sample(const OutputScaleCall& call, int64_t b) {
   const int64_t chunks = loss_chunks(call.numel);
-  double squares[2];
-  for (int k = 0; k < 2; ++k) {
-    const auto sum_of = [&](auto term) {
-      return sum_by_strands(
-          chunks, [&](int64_t i) { return term(call.chunks[2 * (b * chunks + i) + k], chunk_length(call.numel, i)); });
-    };
-    const double sum = sum_of([](const ChunkMoments& chunk, int64_t n) { return sum_term(chunk, n); });
-    const double mean = sum / static_cast<double>(call.numel);
-    squares[k] = sum_of([=](const ChunkMoments& chunk, int64_t n) { return squares_term(chunk, n, mean); });
-  }
-  call.scale[b] = spread_scale(squares[0], squares[1], call.rescale);
+  const ChunkMoments* const moments = call.chunks + 2 * chunks * b;
+  const Both sums = sum_by_strands(chunks, [&](int64_t i) {
+    const int64_t n = chunk_length(call.numel, i);
+    return Both{sum_term(moments[2 * i], n), sum_term(moments[2 * i + 1], n)};
+  });
+  const double length = static_cast<double>(call.numel);
+  const Both means = {sums.of_model / length, sums.of_guided / length};
+  const Both squares = sum_by_strands(chunks, [&](int64_t i) {
+    const int64_t n = chunk_length(call.numel, i);
+    return Both{squares_term(moments[2 * i], n, means.of_model), squares_term(moments[2 * i + 1], n, means.of_guided)};
+  });
+  call.scale[b] = spread_scale(squares.of_model, squares.of_guided, call.rescale);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Rescaled guidance: the moments of core/spread.h for every chunk, and each sample's factor, in one launch.
+// Rescaled guidance: the moments of core/spread.h for every chunk, and each sample's factor, in one launch. Two warps
+// of a block take a chunk's moments, one those of the model's output and one those of the guided one.
 #include "core/spread.h"
 
 #include <algorithm>
@@ -13,24 +14,26 @@
 namespace ddpm_ext::cuda {
 namespace {
 
-// Adds up the values of a chunk, of which each thread has four of the model's output and four of the guided one, by a
-// warp for each. Those from `valid` on lie beyond the sample's end.
-__device__ __forceinline__ void add_up(const F2 (&values)[2][2], int64_t valid, float (&places)[2][kLossChunk],
-                                       double (&sums)[2]) {
-  const unsigned warp = threadIdx.x / 32;
-  __syncthreads();  // until nobody reads the values and the sums before these
+// The sum of a warp's lanes, which each of them gets.
+__device__ __forceinline__ double sum_of_warp(float lane) {
+  double sum = static_cast<double>(lane + __shfl_xor_sync(0xffffffffu, lane, kSpreadLanes / 2));
   DDPM_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    float* const place = places[k] + 4 * threadIdx.x;
-    place[0] = valid > 0 ? values[k][0].v.x : 0.0f, place[1] = valid > 1 ? values[k][0].v.y : 0.0f;
-    place[2] = valid > 2 ? values[k][1].v.x : 0.0f, place[3] = valid > 3 ? values[k][1].v.y : 0.0f;
-  }
-  __syncthreads();
-  if (warp < 2) {
-    const double sum = sum_of_lanes(places[warp]);
-    if (threadIdx.x % 32 == 0) sums[warp] = sum;
-  }
-  __syncthreads();
+  for (int h = kSpreadLanes / 4; h > 0; h /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, h);
+  return sum;
+}
+
+// The moments of a chunk of `length` values, computed by a warp.
+__device__ __forceinline__ ChunkMoments moments_of(const float* values, int length) {
+  static_assert(kSpreadLanes == 32);
+  const int l = threadIdx.x % kSpreadLanes;
+  LaneMoments<float> lane;
+  lane.begin(l < length ? values[l] : 0.0f);
+  DDPM_UNROLL
+  for (int i = kSpreadLanes; i < kLossChunk; i += kSpreadLanes)
+    if (i + l < length) lane.add(lane.difference(values[i + l]));
+  const float n = static_cast<float>(lane_length(length, l));
+  const float mean = chunk_mean(sum_of_warp(lane.total(n)), length);
+  return {mean, sum_of_warp(lane.squares_from(mean, n))};
 }
 
 // `counts` are zeros for the samples, of the blocks that have finished their part. The launch leaves them as zeros.
@@ -39,8 +42,7 @@ __global__ void __launch_bounds__(kLossThreads)
     spread_of_samples(const __grid_constant__ OutputScaleCall call, const __grid_constant__ Dividers dividers,
                       uint32_t* counts) {
   using Index = IndexOf<kAccess>;
-  __shared__ float places[2][kLossChunk];
-  __shared__ double sums[2];
+  alignas(16) __shared__ float places[2][kLossChunk];
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
   const Index b = sample_of_block<Index>();
@@ -50,22 +52,22 @@ __global__ void __launch_bounds__(kLossThreads)
   ChunkMoments* const moments = call.chunks + 2 * static_cast<int64_t>(b) * chunks;
   for (Index chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     const Index j = chunk * kLossChunk + 4 * threadIdx.x;
-    const int64_t length = chunk_length(call.numel, chunk), valid = length - 4 * static_cast<int64_t>(threadIdx.x);
     F2 outputs[2][2];  // the model's, and the unconditional one, which becomes the guided one
     load_four<kAccess, M>(call, dividers, call.model_output, b, j, outputs[0]);
     load_four<kAccess, M>(call, dividers, call.uncond_output, b, j, outputs[1]);
+    __syncthreads();  // until nobody reads the values before these
     DDPM_UNROLL
     for (int i = 0; i < 2; ++i) outputs[1][i] = guide(call.guidance, outputs[0][i], outputs[1][i]);
-    add_up(outputs, valid, places, sums);
-    const float means[2] = {chunk_mean(sums[0], length), chunk_mean(sums[1], length)};
     DDPM_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      outputs[0][i] = squared_difference(means[0], outputs[0][i]);
-      outputs[1][i] = squared_difference(means[1], outputs[1][i]);
+    for (int k = 0; k < 2; ++k)
+      *reinterpret_cast<float4*>(places[k] + 4 * threadIdx.x) =
+          float4{outputs[k][0].v.x, outputs[k][0].v.y, outputs[k][1].v.x, outputs[k][1].v.y};
+    __syncthreads();
+    const unsigned k = threadIdx.x / kSpreadLanes;
+    if (k < 2) {
+      const ChunkMoments found = moments_of(places[k], static_cast<int>(chunk_length(call.numel, chunk)));
+      if (threadIdx.x % kSpreadLanes == 0) moments[2 * chunk + k] = found;
     }
-    add_up(outputs, valid, places, sums);
-    if (threadIdx.x == 0) moments[2 * chunk] = {means[0], sums[0]};
-    if (threadIdx.x == 1) moments[2 * chunk + 1] = {means[1], sums[1]};
   }
 
   if (!comes_last(counts + b, gridDim.x, last)) return;

@@ -81,7 +81,7 @@ class Rows:
         x0: Tensor | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Row i in one launch: the next sample, and what the row keeps. A threshold takes two and a quantile.
+        """Row i in one launch: the next sample, and what the row keeps. A threshold takes two.
 
         The compiled operators take the dtypes and devices that they know, and plain torch all others.
 
@@ -94,10 +94,9 @@ class Rows:
         known = dtype is not torch.float64 and (x.is_cpu or x.is_cuda)
         operators, dtype = ops if known else reference, checks.compute_dtype(dtype)
         if self.threshold is not None:
-            start = empty_like(x) if x0 is None else x0
             to_x0 = self._tables.get("x0", device, dtype)
-            operators.extended_step(x, m, to_x0, i, clip=None, add_noise=False, out=start)
-            inputs |= {"x_start": start, "x_start_scale": self.threshold.x_start_scale(start)}
+            bound = {"quantile": self.threshold.quantile, "maximum": self.threshold.maximum}
+            inputs["x_start_scale"] = operators.x_start_scale(x, m, to_x0, i, **bound)
         if not self._linear:
             if x0 is None and self.threshold is None:
                 table = self._tables.get("steps", device, dtype)

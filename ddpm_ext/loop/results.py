@@ -14,6 +14,7 @@ from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.loop import Loop, Record
 from ddpm_ext.loop.plan import Plan
 from ddpm_ext.ops.noise import Philox
+from ddpm_ext.ops.result_memory import empty_like
 
 __all__ = ["CapturedLoop", "collect"]
 
@@ -64,7 +65,7 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    return now.x_t.clone() if loop.doubled else now.x_t  # without the other half in its memory
+    return empty_like(now.x_t).copy_(now.x_t) if loop.doubled else now.x_t  # without the other half in its memory
 
 
 class CapturedLoop:

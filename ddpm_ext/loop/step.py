@@ -30,6 +30,13 @@ class Samples(NamedTuple):
     copy: Tensor | None
 
 
+def _twice(x: Tensor) -> Tensor:
+    """x, and x again behind it: (2 batch, ...), in memory of the pool, which torch.cat does not have."""
+    both = empty_like(x.expand(2, *x.shape))
+    both.copy_(x)
+    return both.flatten(0, 1)
+
+
 class State:
     """A loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads one and writes
     the other; and three tensors of history, of which the newest replaces the oldest.
@@ -37,7 +44,7 @@ class State:
 
     def __init__(self, x: Tensor, options: StepOptions, rows: LoopRows) -> None:
         self.batch = batch = len(x)
-        first = torch.cat([x, x] if options.doubled else [x])
+        first = _twice(x) if options.doubled else torch.cat([x])
         wholes = (first, empty_like(first))
         # Views are made only where they are needed, since each would cost time at every step.
         self._x = [
@@ -173,13 +180,12 @@ class LoopStep:
         if self._plain and kind.calls_model:
             return self._take_plain(row, t)
         state, options = self.state, self.options
-        x, timesteps = state.x, t[: state.batch] if options.doubled else t
-        inputs = dict(self._constant)
+        x, inputs = state.x, dict(self._constant)
         still_read: Tensor | None = None
         if kind.calls_model:
             still_read = self._x_start(kind, row, self._outputs(kind, t, inputs), inputs)
             if options.cond_fn is not None:
-                inputs["gradient"] = options.cond_fn(x, timesteps, **self._single_kwargs)
+                inputs["gradient"] = options.cond_fn(x, self._once_a_sample(t), **self._single_kwargs)
                 checks.like("what cond_fn returns", inputs["gradient"], "x_t", x)
             if self._reads_last_x0:
                 inputs["history"] = state.x0
@@ -232,16 +238,20 @@ class LoopStep:
         with torch.autocast(x.device.type, self.options.autocast, cache_enabled=False):
             return unwrap(model(x, t, *last_x0, **model_kwargs))
 
+    def _once_a_sample(self, t: Tensor) -> Tensor:
+        """The timesteps for a call with a single batch."""
+        return t[: self.state.batch] if self.options.doubled else t
+
     def _prediction(self, model_output: Tensor) -> Tensor:
         return split_variance(self.state.x, model_output)[0] if self.options.learned else model_output
 
     def _outputs(self, kind: RowKind, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The model's prediction. Its unconditional output and its variance are added to the step's `inputs`."""
         state, options = self.state, self.options
-        x, timesteps, guidance = state.x, t[: state.batch] if options.doubled else t, options.guidance
+        x, guidance = state.x, options.guidance
         uncond_output = None
         if not kind.guided or guidance is None:
-            model_output = self._call(self.model, x, timesteps, **self._single_kwargs)
+            model_output = self._call(self.model, x, self._once_a_sample(t), **self._single_kwargs)
         elif guidance.unconditional is None:
             both = self._call(self.model, state.x_twice, t, **options.model_kwargs)
             if len(both) != 2 * state.batch:
@@ -251,8 +261,8 @@ class LoopStep:
                 )
             uncond_output, model_output = both[: state.batch], both[state.batch :]
         else:
-            model_output = self._call(self.model, x, timesteps, **options.model_kwargs)
-            uncond_output = self._call(guidance.unconditional, x, timesteps)
+            model_output = self._call(self.model, x, t, **options.model_kwargs)
+            uncond_output = self._call(guidance.unconditional, x, t)
         if options.learned:
             model_output, variance = split_variance(x, model_output)
             if self.rows.variance is not None:
@@ -260,7 +270,8 @@ class LoopStep:
         if uncond_output is not None and guidance is not None:
             uncond_output = self._prediction(uncond_output)
             checks.like("uncond_output", uncond_output, "x_t", x, lower=True)
-            checks.like("model_output", model_output, "x_t", x, lower=True)
+            if guidance.unconditional is not None:  # or else it is the other half of the same tensor
+                checks.like("model_output", model_output, "x_t", x, lower=True)
             inputs["uncond_output"] = uncond_output
             if guidance.rescale > 0:
                 inputs["output_scale"] = self.ops.output_scale(

@@ -23,7 +23,7 @@ def program(root, tmp_path_factory) -> Path:
     if shutil.which(EMULATOR) is None:
         pytest.skip(f"there is no {EMULATOR} on PATH")
     csrc, host = root / "csrc", root / "tests" / "support" / "cpu_host"
-    sources = [csrc / "cpu" / name for name in ("isa/neon.cpp", "operators.cpp", "dispatch.cpp")]
+    sources = [csrc / "cpu" / name for name in ("isa/neon.cpp", "operators.cpp", "scales.cpp", "dispatch.cpp")]
     target = tmp_path_factory.mktemp("aarch64") / "run"
     flags = ["-std=c++20", "-O1", "-static", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
     include = [f"-I{host / 'include'}", f"-I{csrc}"]

@@ -109,6 +109,20 @@ def test_output_scale(device, choose):
         torch.testing.assert_close(found.double()[whole], expected[whole], rtol=close * (1 + far / 10), atol=close)
 
 
+def test_output_scale_of_outliers(device):
+    """Elements far from all others, also where the differences from them are what is added up."""
+    m, u = torch.randn(2, 4, 2100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    m[0, ::512] += 1e3
+    m[1, :32] += 1e4
+    u[2, 512:600] -= 1e4
+    m[3, 2099] -= 1e5
+    m, u = m.float().double(), u.float().double()  # what the operator gets
+    guided = u + 3.0 * (m - u)
+    expected = m.std(1) / guided.std(1)
+    scale = ops.output_scale(m.to(device, F32), u.to(device, F32), guidance=3.0, rescale=1.0)
+    torch.testing.assert_close(scale.double().cpu(), expected, rtol=2e-6, atol=0)
+
+
 def test_output_scale_takes_the_spread_back(device):
     """Each sample is rescaled by itself, by the share `rescale`. A sample that is no number has none."""
     m, u = torch.randn(2, 3, 4, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)

@@ -96,7 +96,7 @@ def test_loop(name, steps, config, several):
         found = loop(ours, x, channels_of(config), **given)
     close(found, expected)
     assert all(torch.equal(generator.get_state(), state) for generator, state in zip(made, states, strict=True))
-    # where a quantile of the predicted clean sample is needed, that sample takes a launch of its own
+    # a quantile of the predicted clean sample takes a launch of its own
     assert len(called) == len(ours.timesteps) * (2 if config.get("thresholding") else 1)
     assert not ours.accelerated.fallbacks
 

@@ -152,7 +152,7 @@ UNTHRESHOLDED = ("EDMDPMSolverMultistepScheduler", "LCMScheduler")
 )
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_thresholding(name, steps, launches):
-    """The clean sample takes a launch of its own, and a quantile. A small one, so that many numbers are clipped."""
+    """The quantile takes a launch of its own. A small one, so that many numbers are clipped."""
     config = {"thresholding": True, "dynamic_thresholding_ratio": 0.6, "sample_max_value": 1.5}
     theirs = loop(make(name, **config), steps)
     check(loop(accelerate(make(name, **config)), steps), theirs, 1e-5)

@@ -141,7 +141,7 @@ def launches() -> Iterator[list[str]]:
     """The names of the fused operators that are called."""
     called: list[str] = []
     with contextlib.ExitStack() as stack:
-        for name in ("reverse_step", "extended_step", "linear_step", "forward_process"):
+        for name in ("reverse_step", "extended_step", "linear_step", "forward_process", "x_start_scale"):
             for where, attribute in ((ops, name), *([(ReverseStep, "take")] if name == "reverse_step" else [])):
                 fused = getattr(where, attribute)
 

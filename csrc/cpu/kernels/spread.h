@@ -6,51 +6,93 @@
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
+constexpr int kSpreadVectors = kSpreadLanes / F32::kLanes;
+// So many vectors of lanes are added up at once, since their sums should stay in registers.
+constexpr int kPassVectors = F32::kLanes < 8 ? 4 : 2;
+
+// The lanes of a chunk of one of the two outputs.
+struct Spread {
+  LaneMoments<F32> lanes[kSpreadVectors];
+};
+
+// Adds up the vectors of lanes value(k), k from 0 to kSpreadVectors - 1.
+template <class Value>
+DDPM_HD double sum_of_lanes(Value value) {
+  constexpr int kHalf = kSpreadLanes / 2;
+  float lanes[kHalf];
+  for (int k = 0; k < kSpreadVectors / 2; ++k) store(lanes + k * F32::kLanes, value(k) + value(k + kSpreadVectors / 2));
+  double sums[kHalf / 2];
+  for (int l = 0; l < kHalf / 2; ++l)
+    sums[l] = static_cast<double>(lanes[l]) + static_cast<double>(lanes[l + kHalf / 2]);
+  for (int h = kHalf / 4; h > 0; h /= 2)
+    for (int l = 0; l < h; ++l) sums[l] += sums[l + h];
+  return sums[0];
+}
+
+// The lanes of a chunk of `length` elements. Memory has whole rows of kSpreadLanes.
+template <bool kWhole, class M>
+DDPM_HD void add_up_chunk(const M* m, const M* u, float guidance, int64_t length, Spread& of_model, Spread& of_guided) {
+  for (int first = 0; first < kSpreadVectors; first += kPassVectors) {
+    // Calls take(values, valid) with those of both outputs from element i on, of which `valid` belong to the sample.
+    const auto each = [=](int64_t i, auto take) __attribute__((always_inline)) {
+      F32 values[2][kPassVectors];
+      for (int k = 0; k < kPassVectors; ++k) {
+        values[0][k] = load(m + i + k * F32::kLanes);
+        values[1][k] = guide(guidance, values[0][k], load(u + i + k * F32::kLanes));
+      }
+      take(values, length - i);
+    };
+    const int64_t begin = first * F32::kLanes;
+    LaneMoments<F32> moments[2][kPassVectors];
+    each(begin, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
+      for (int o = 0; o < 2; ++o) {
+        if constexpr (!kWhole) zero_beyond(valid, values[o]);
+        for (int k = 0; k < kPassVectors; ++k) moments[o][k].begin(values[o][k]);
+      }
+    });
+    for (int64_t i = begin + kSpreadLanes; i < (kWhole ? kLossChunk : length); i += kSpreadLanes)
+      each(i, [&](F32(&values)[2][kPassVectors], int64_t valid) __attribute__((always_inline)) {
+        for (int o = 0; o < 2; ++o) {
+          for (int k = 0; k < kPassVectors; ++k) values[o][k] = moments[o][k].difference(values[o][k]);
+          if constexpr (!kWhole) zero_beyond(valid, values[o]);
+          for (int k = 0; k < kPassVectors; ++k) moments[o][k].add(values[o][k]);
+        }
+      });
+    for (int k = 0; k < kPassVectors; ++k)
+      of_model.lanes[first + k] = moments[0][k], of_guided.lanes[first + k] = moments[1][k];
+  }
+}
+
 template <class M>
 void moments(const MomentsRun& run) {
-  // Several chunks take each pass together, so that the sums of one are finished while the next one is added up.
-  constexpr int64_t kStretch = 4 * kLossChunk;
-  const float guidance = run.guidance;
-  alignas(64) float guided[kStretch];
-  for (int64_t first = 0; first < run.count; first += kStretch) {
-    const M* m = static_cast<const M*>(run.model_output) + first;
-    const M* u = static_cast<const M*>(run.uncond_output) + first;
-    const int64_t count = run.count - first < kStretch ? run.count - first : kStretch;
-    const int64_t valid = run.valid - first < kStretch ? run.valid - first : kStretch;
-    // Adds up, for each chunk, what take(i, values) writes to values[0] for the model's output and to values[1] for the
-    // guided one.
-    const auto add_up = [&](double (&of_model)[kStretch / kLossChunk], double (&of_guided)[kStretch / kLossChunk],
-                            auto take) __attribute__((always_inline)) {
-      ChunkSums model_sums(of_model), guided_sums(of_guided);
-      for (int64_t i = 0; i < count; i += 4 * F32::kLanes) {
-        F32 values[2][4];
-        for (int k = 0; k < 4; ++k) {
-          F32 both[2];
-          take(i + k * F32::kLanes, both);
-          values[0][k] = both[0], values[1][k] = both[1];
-        }
-        zero_beyond(valid - i, values[0]);
-        zero_beyond(valid - i, values[1]);
-        model_sums.add(i, values[0]);
-        guided_sums.add(i, values[1]);
+  constexpr int64_t kChunks = 4;  // at once, so that their sums are finished side by side
+  const M* const m = static_cast<const M*>(run.model_output);
+  const M* const u = static_cast<const M*>(run.uncond_output);
+  const int64_t chunks = (run.valid + kLossChunk - 1) / kLossChunk;
+  for (int64_t begin = 0; begin < chunks; begin += kChunks) {
+    const int64_t count = chunks - begin < kChunks ? chunks - begin : kChunks;
+    Spread kept[2 * kChunks];  // of the model's output and the guided one in turn
+    F32 n[kSpreadVectors];     // the elements of each lane
+    for (F32& lanes : n) lanes = F32(static_cast<float>(kLossChunk / kSpreadLanes));
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t first = (begin + c) * kLossChunk, length = chunk_length(run.valid, begin + c);
+      if (length == kLossChunk) {
+        add_up_chunk<true>(m + first, u + first, run.guidance, length, kept[2 * c], kept[2 * c + 1]);
+        continue;
       }
-      if (count % kLossChunk != 0) model_sums.finish(), guided_sums.finish();
-    };
-    double sums[2][kStretch / kLossChunk], squares[2][kStretch / kLossChunk];
-    add_up(sums[0], sums[1], [&](int64_t i, F32(&values)[2]) __attribute__((always_inline)) {
-      values[0] = load(m + i);
-      values[1] = guide(guidance, values[0], load(u + i));
-      store(guided + i, values[1]);
-    });
-    float means[2][kStretch / kLossChunk];
-    for (int k = 0; k < 2; ++k)
-      for (int64_t c = 0; c * kLossChunk < count; ++c) means[k][c] = chunk_mean(sums[k][c], chunk_length(valid, c));
-    add_up(squares[0], squares[1], [&](int64_t i, F32(&values)[2]) __attribute__((always_inline)) {
-      values[0] = squared_difference(means[0][i / kLossChunk], load(m + i));
-      values[1] = squared_difference(means[1][i / kLossChunk], load(guided + i));
-    });
-    for (int64_t c = 0; c * kLossChunk < count; ++c)
-      for (int k = 0; k < 2; ++k) run.chunks[2 * (first / kLossChunk + c) + k] = {means[k][c], squares[k][c]};
+      // Only a run of this chunk alone has one that is not whole.
+      add_up_chunk<false>(m + first, u + first, run.guidance, length, kept[2 * c], kept[2 * c + 1]);
+      float lengths[kSpreadLanes];
+      for (int l = 0; l < kSpreadLanes; ++l) lengths[l] = static_cast<float>(lane_length(length, l));
+      for (int k = 0; k < kSpreadVectors; ++k) n[k] = load(lengths + k * F32::kLanes);
+    }
+    double sums[2 * kChunks], squares[2 * kChunks];
+    float means[2 * kChunks];
+    for (int64_t i = 0; i < 2 * count; ++i) sums[i] = sum_of_lanes([&](int k) { return kept[i].lanes[k].total(n[k]); });
+    for (int64_t i = 0; i < 2 * count; ++i) means[i] = chunk_mean(sums[i], chunk_length(run.valid, begin + i / 2));
+    for (int64_t i = 0; i < 2 * count; ++i)
+      squares[i] = sum_of_lanes([&](int k) { return kept[i].lanes[k].squares_from(F32(means[i]), n[k]); });
+    for (int64_t i = 0; i < 2 * count; ++i) run.chunks[2 * begin + i] = {means[i], squares[i]};
   }
 }
 

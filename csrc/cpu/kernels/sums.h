@@ -49,13 +49,14 @@ class ChunkSums {
   F32 lanes_[kGroups][4];
 };
 
-// Sets the elements of four vectors from `valid` on to 0: they lie beyond the sample's end.
-DDPM_HD void zero_beyond(int64_t valid, F32 (&values)[4]) {
-  if (valid >= 4 * F32::kLanes) return;
-  float all[4 * F32::kLanes];
-  for (int k = 0; k < 4; ++k) store(all + k * F32::kLanes, values[k]);
-  for (int64_t j = valid > 0 ? valid : 0; j < 4 * F32::kLanes; ++j) all[j] = 0.0f;
-  for (int k = 0; k < 4; ++k) values[k] = load(all + k * F32::kLanes);
+// Sets the elements of some vectors from `valid` on to 0: they lie beyond the sample's end.
+template <int N>
+DDPM_HD void zero_beyond(int64_t valid, F32 (&values)[N]) {
+  if (valid >= N * F32::kLanes) return;
+  float all[N * F32::kLanes];
+  for (int k = 0; k < N; ++k) store(all + k * F32::kLanes, values[k]);
+  for (int64_t j = valid > 0 ? valid : 0; j < N * F32::kLanes; ++j) all[j] = 0.0f;
+  for (int k = 0; k < N; ++k) values[k] = load(all + k * F32::kLanes);
 }
 
 }  // namespace

@@ -209,7 +209,7 @@ class Scheduler(Accelerated):
         noise: dict[str, Any],
         **extras: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The next sample and the predicted clean one, both in one launch; a threshold takes two and a quantile."""
+        """The next sample and the predicted clean one, both in one launch; a threshold takes two."""
         assert rows.rows is not None
         x0 = empty_like(sample)
         prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)

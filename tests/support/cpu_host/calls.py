@@ -83,7 +83,8 @@ def all_calls() -> Iterator[Call]:
         sizes = {"batch": integer(shape[0]), "numel": integer(math.prod(shape[1:]))}
         x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
         x, m, z = x.to(a), m.to(b), z.to(a)
-        for call in itertools.chain(simple_calls(x, m, z), option_calls(x, m, z), loss_calls(x, m, z)):
+        calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
+        for call in itertools.chain.from_iterable(calls):
             yield call._replace(what=f"{call.what} {shape} {a} {b}", arguments={**sizes, **call.arguments})
 
 
@@ -157,3 +158,25 @@ def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
         yield Call(
             f"loss {variational} {kind} {noise}", "loss", arguments | ({"variance": v} if variational else {}), results
         )
+
+
+def scale_calls(x: Tensor, m: Tensor, u: Tensor) -> Iterator[Call]:
+    """The factors that follow from statistics: quantiles of all ranks, of x itself and of what a model predicts."""
+    table, t, u = extended.make_table(4), torch.tensor([3, 0, 1, 2, 1]), u.to(m.dtype)
+    factors = torch.tensor([0.5, 1.5, 2.0, -1.0, 0.0])
+    for quantile, maximum in ((0.2, math.inf), (0.995, math.inf), (1.0, 3.0)):
+        numbers = {"quantile": torch.tensor([quantile], dtype=torch.float64), "maximum": torch.tensor([maximum])}
+        how = {"quantile": quantile, "maximum": maximum}
+        arguments = {"x": x, **numbers}
+        if x.dtype == m.dtype:
+            yield Call(f"x_start_scale {how}", "x_start_scale", arguments, {"scale": ops.x_start_scale(x, **how)})
+        arguments |= {"model_output": m, **rows_of(table, t)}
+        for given in ({}, {"uncond_output": u, "output_scale": factors}):
+            expected = ops.x_start_scale(x, m, table, t, **how, **given)
+            what = f"x_start_scale {how} {list(given)}"
+            yield Call(what, "x_start_scale", {**arguments, **given}, {"scale": expected})
+    if x.dtype == m.dtype and m[0].numel() > 1:
+        expected = ops.output_scale(m, u, guidance=3.0, rescale=0.7)
+        numbers = {"guidance": torch.tensor([3.0]), "rescale": torch.tensor([0.7], dtype=torch.float64)}
+        arguments = {"model_output": m, "uncond_output": u, **numbers}
+        yield Call("output_scale", "output_scale", arguments, {"scale": expected})

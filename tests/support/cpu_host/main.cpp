@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "cpu/operators.h"
 
@@ -147,6 +148,35 @@ LossCall loss(const Arrays& arrays) {
   return call;
 }
 
+void x_start_scale(const Arrays& arrays) {
+  XStartScaleCall call;
+  fill(call, arrays);
+  call.x = arrays.tensor("x", call.numel);
+  call.model_output = arrays.tensor("model_output", call.numel);
+  call.uncond_output = arrays.tensor("uncond_output", call.numel);
+  call.output_scale = {arrays.data<float>("output_scale"), 1};
+  if (call.model_output.data == nullptr) call.model_output.dtype = call.x.dtype;
+  call.rank = QuantileRank::of(arrays.number<double>("quantile", 1), call.numel);
+  call.maximum = arrays.number<float>("maximum", 1);
+  call.scale = arrays.data<float>("scale");
+  std::vector<float> scratch(cpu::x_start_scale_scratch(call.batch, call.numel));
+  call.scratch = scratch.data();
+  cpu::x_start_scale(call);
+}
+
+void output_scale(const Arrays& arrays) {
+  OutputScaleCall call;
+  fill(call, arrays);
+  call.model_output = arrays.tensor("model_output", call.numel);
+  call.uncond_output = arrays.tensor("uncond_output", call.numel);
+  call.guidance = arrays.number<float>("guidance", 1);
+  call.rescale = arrays.number<double>("rescale", 0);
+  call.scale = arrays.data<float>("scale");
+  std::vector<ChunkMoments> chunks(2 * call.batch * loss_chunks(call.numel));
+  call.chunks = chunks.data();
+  cpu::output_scale(call);
+}
+
 void run(const std::string& name, const Arrays& arrays) {
   if (name == "reverse_step") return cpu::reverse_step(elementwise(arrays));
   if (name == "affine") return cpu::affine(elementwise(arrays));
@@ -154,6 +184,8 @@ void run(const std::string& name, const Arrays& arrays) {
   if (name == "extended_step") return cpu::extended_step(step_with_options<ExtendedStep>(arrays));
   if (name == "linear_step") return cpu::linear_step(step_with_options<LinearStep>(arrays));
   if (name == "loss") return cpu::loss(loss(arrays));
+  if (name == "x_start_scale") return x_start_scale(arrays);
+  if (name == "output_scale") return output_scale(arrays);
   exit(1);
 }
 

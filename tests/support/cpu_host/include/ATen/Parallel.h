@@ -9,5 +9,7 @@ template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
   if (begin < end) f(begin, end);
 }
+inline int get_num_threads() { return 1; }
+inline int get_thread_num() { return 0; }
 
 }  // namespace at
