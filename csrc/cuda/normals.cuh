@@ -2,7 +2,7 @@
 // cpu/kernels/normals.h.
 #pragma once
 
-#include "core/normal.h"
+#include "core/box_muller.h"
 #include "core/philox.h"
 #include "cuda/pair.cuh"
 

@@ -132,8 +132,8 @@ def fma_calls(text: str) -> int:
 
 
 def fma_a_root() -> int:
-    """Written for every square root: in core/normal.h, and in cuda/pair.cuh for the square root itself."""
-    normal, pair = code("core/normal.h"), code("cuda/pair.cuh")
+    """Written for every square root: in core/box_muller.h, and in cuda/pair.cuh for the square root itself."""
+    normal, pair = code("core/box_muller.h"), code("cuda/pair.cuh")
     assert len(re.findall(r"\bsqrt\(", normal)) == 1
     return fma_calls(normal) + fma_calls(re.sub(r"\bF2 fma\(F2", "", pair))  # which defines fma as well
 
