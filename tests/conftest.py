@@ -28,7 +28,7 @@ MARKED = {
     "ops/test_block_pool.py": "subprocess",
     "ops/test_fma_by_double.py": "subprocess",
     "ops/test_instruction_sets.py": "subprocess",
-    "ops/test_normal.py": "subprocess",
+    "ops/test_box_muller.py": "subprocess",
     "ops/test_parallel.py": "subprocess",
     "peers": "peers",
     "project/test_examples.py": "subprocess",

@@ -34,10 +34,12 @@ from benchmarks.gpu.ways import (
     LINEAR,
     MOVED,
     NEAR,
+    OF_MODEL,
     REST,
     RNG,
     STEPS,
     TRAINING,
+    WITH_OPTIONS,
     Batch,
     Shape,
     T,
@@ -77,7 +79,7 @@ class Bench:
         """Sets of random values, each in its own memory. What is not read is one tensor for all."""
 
         def make(name: str) -> Tensor:
-            dtype = pair[name == "m"]
+            dtype = pair[name in OF_MODEL]
             if name in MOVED[way.operation]:
                 return torch.randn(count, *shape, device=self.device, dtype=dtype)
             return torch.zeros(shape, device=self.device, dtype=dtype).expand(count, *shape)
@@ -87,7 +89,7 @@ class Bench:
         return [Batch(*(tensor[i] for tensor in tensors), t) for i in range(count)]
 
     def about(self, way: Way, shape: Shape, pair: Pair) -> Row:
-        moved = math.prod(shape) * sum(pair[name == "m"].itemsize for name in MOVED[way.operation])
+        moved = math.prod(shape) * sum(pair[name in OF_MODEL].itemsize for name in MOVED[way.operation])
         dtype = ", model ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(pair))
         about = {"operation": way.operation, "way": way.way, "shape": list(shape), "dtype": dtype}
         return about | {"moved_bytes": moved}
@@ -152,6 +154,10 @@ def rest(bench: Bench) -> Iterator[Job]:
     both, large, others_too = [(F32, F32), (BF16, BF16)], bench.shapes[:1], [*others(), *compiled(bench.compiler)]
     yield from bench.jobs(STEPS[::2], both, bench.shapes[2:])
     yield from bench.jobs([*LINEAR, *REST], both, large)
+    # Of odd sides, so that nearly all samples begin off alignment.
+    batch, channels, *sides = large[0]
+    usual = [way for way in REST if way.operation in WITH_OPTIONS]
+    yield from bench.jobs([STEPS[0], *LINEAR[:1], *usual], both, [(batch, channels, *(side - 1 for side in sides))])
     yield from bench.jobs([TRAINING], [(F32, F32)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.operation != "p_sample"], [(F32, F32)], large)
     yield from bench.jobs([*LINEAR, *REST], [(F32, F32)], bench.shapes[1:])

@@ -25,6 +25,7 @@ class Batch(NamedTuple):
 
     x: Tensor
     m: Tensor
+    u: Tensor
     noise: Tensor
     history1: Tensor
     history2: Tensor
@@ -33,6 +34,8 @@ class Batch(NamedTuple):
     kept: Tensor
     t: Tensor
 
+
+OF_MODEL = ("m", "u")  # the tensors with the dtype of the model's output
 
 # The tensors that an operation must read and write.
 MOVED = {
@@ -43,6 +46,10 @@ MOVED = {
     "randn": ("out",),
     "extended_step": ("x", "m", "out"),
     "extended_step, learned variance": ("x", "m", "noise", "out"),
+    "extended_step, guidance": ("x", "m", "u", "out"),
+    "extended_step, x0 and history": ("x", "m", "history1", "out", "kept"),
+    "x_start_scale": ("x", "m"),
+    "output_scale": ("m", "u"),
     "loss and slope": ("x", "m", "m"),
     "train_losses": ("x", "m", "m"),
 }
@@ -57,8 +64,8 @@ class Way(NamedTuple):
     captured: bool = True
 
 
-# Rows of the tables: of a step with noise, and of the loss of a predicted v.
-STEP_ROW = (1.1, -0.5, 0.2, 0.8, 0.0, 0.1, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
+# Rows of the tables: of a step with noise, history and guidance where they are given, and of the loss of a predicted v.
+STEP_ROW = (1.1, -0.5, 0.2, 0.8, 0.0, 0.1, 0.0, 0.3, -1.0, 0.5, 0.0, 0.0, 1.0, 0.0, 7.5, 0.0)
 LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)
 
 
@@ -73,6 +80,10 @@ def p_sample(b: Batch, **options: Any) -> Tensor:
 
 def extended_step(b: Batch, **options: Any) -> Tensor:
     return ops.extended_step(b.x, b.m, table(STEP_ROW, b.x.device), b.t, rng=RNG, out=b.out, **options)
+
+
+def x_start_scale(b: Batch) -> Tensor:
+    return ops.x_start_scale(b.x, b.m, table(STEP_ROW, b.x.device), b.t, quantile=0.995)
 
 
 def linear_step(row: tuple[float, ...], reads: Sequence[str], b: Batch) -> Tensor:
@@ -120,14 +131,23 @@ STEPS = (
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
 LINEAR = tuple(linear_ways())
+WITH_OPTIONS = ("extended_step, guidance", "extended_step, x0 and history")  # that have kernels of their own
+# The most valuable first.
 REST = (
-    Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
+    Way("extended_step, guidance", "ddpm_ext, out=", lambda b: extended_step(b, uncond_output=b.u)),
+    Way(
+        *("extended_step, x0 and history", "ddpm_ext, out="),
+        lambda b: extended_step(b, history=b.history1, x0_out=b.kept),
+    ),
+    Way("loss and slope", "ddpm_ext", loss_and_slope),
     Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),
+    Way("x_start_scale", "ddpm_ext", x_start_scale),
+    Way("output_scale", "ddpm_ext", lambda b: ops.output_scale(b.m, b.u, guidance=3.0, rescale=0.7)),
+    Way("extended_step, learned variance", "ddpm_ext, out=", lambda b: extended_step(b, model_variance=b.noise)),
     Way("q_sample, noise given", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, noise=b.noise, out=b.out)),
+    Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
     Way("randn", "ddpm_ext", lambda b: randn(b.x.shape, RNG, device=b.x.device, dtype=b.x.dtype)),
     Way("extended_step", "ddpm_ext, out=", extended_step),
-    Way("extended_step, learned variance", "ddpm_ext, out=", lambda b: extended_step(b, model_variance=b.noise)),
-    Way("loss and slope", "ddpm_ext", loss_and_slope),
 )
 TRAINING = Way(
     *("train_losses", "ddpm_ext", trained(lambda m, b: GD.train_losses(lambda *_: m, b.x, b.t, rng=RNG))),

@@ -22,7 +22,7 @@ class Variant(NamedTuple):
 
     op: str
     noise: str  # one of the Noise enum: none, given, drawn
-    access: str  # one of the Access enum: vector, strided
+    access: str  # one of the Access enum: vector, strided, words
     device_seed: bool
     tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
@@ -89,11 +89,23 @@ def options(step: str, kind: str) -> list[str]:
 
 
 @cache
+def structs_of_options(step: str) -> dict[str, str]:
+    """In C++, of each set of options of a step that has a kernel of its own."""
+    file = {EXTENDED: "cuda/extended_step.cu", LINEAR: "cuda/linear_step.cu"}[step]
+    return dict(re.findall(r"^struct (\w+) : .*?\{\n(.*?)^\};", text_of(file), re.DOTALL | re.MULTILINE))
+
+
 def option_sets(step: str) -> dict[str, frozenset[str]]:
     """The sets of options of a step that have a kernel of their own: all that a call of it may have."""
-    file = {EXTENDED: "cuda/extended_step.cu", LINEAR: "cuda/linear_step.cu"}[step]
-    structs = re.findall(r"^struct (\w+) : .*?\{\n(.*?)^\};", text_of(file), re.DOTALL | re.MULTILINE)
-    return {name: frozenset(re.findall(r"(?:Role|Result|Factor)::(\w+)", body)) for name, body in structs}
+    return {
+        name: frozenset(re.findall(r"(?:Role|Result|Factor)::(\w+)", body))
+        for name, body in structs_of_options(step).items()
+    }
+
+
+def sets_by_words(step: str) -> list[str]:
+    """Those of its option_sets that have a kernel for dense samples off alignment, too."""
+    return [name for name, body in structs_of_options(step).items() if "kWords = true" in body]
 
 
 def in_words(name: str) -> str:

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "call.h"
+#include "core/box_muller.h"
 #include "core/forward.h"
-#include "core/normal.h"
 #include "core/philox.h"
 #include "core/step.h"
 

@@ -1,4 +1,4 @@
-// The two ways in which a kernel reaches memory, and which of them a call allows.
+// The ways in which a kernel reaches memory, and which of them a call allows.
 #pragma once
 
 #include <initializer_list>
@@ -8,8 +8,9 @@
 namespace ddpm_ext::cuda {
 
 // How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
-// moves one element at a time, by any strides, and counts with 64 bits.
-enum class Access { vector, strided };
+// moves one element at a time, by any strides, and counts with 64 bits. `words` moves four elements at a time of dense
+// samples that begin anywhere between two words, and their ends one by one: some kernels of steps_with_options.cuh do.
+enum class Access { vector, strided, words };
 
 // Whether a tensor's address and strides allow Access::vector.
 inline bool in_vectors(const TensorArg& tensor, int64_t batch) {
@@ -42,6 +43,27 @@ Access choose_access(const StepCall<Step>& call) {
   for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
   for (const TensorArg& tensor : call.results) vector = vector && in_vectors(tensor, call.batch);
   return vector ? Access::vector : Access::strided;
+}
+
+// Whether a call allows Access::words: dense samples that begin at the same place between two words of four elements in
+// all of their tensors.
+template <class Step>
+bool in_words(const StepCall<Step>& call) {
+  constexpr int64_t k32 = int64_t{1} << 32;
+  const TensorArg& out = call[Step::Result::out];
+  const auto place = [](const TensorArg& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype == DType::float32 ? 4 : 2);
+  };
+  bool words = in_vectors(static_cast<const Call&>(call));
+  const auto add = [&](const TensorArg& tensor) {
+    if (tensor.data == nullptr) return;
+    const bool alike = call.batch == 1 || (tensor.batch_stride - out.batch_stride) % 4 == 0;
+    words = words && alike && (place(tensor) - place(out)) % 4 == 0 && tensor.batch_stride < k32;
+  };
+  for (const PerSample& factor : call.factors) words = words && factor.stride < k32;
+  for (const TensorArg& tensor : call.inputs) add(tensor);
+  for (const TensorArg& tensor : call.results) add(tensor);
+  return words;
 }
 
 constexpr int64_t kMaxChannelsInTurn = 16;

@@ -324,12 +324,10 @@ void launch_access(const ElementwiseCall& call, cudaStream_t stream) {
 
 template <class Op, Noise kNoise, bool kDeviceSeed, class X, class M, class Z>
 void launch_typed(const ElementwiseCall& call, cudaStream_t stream) {
-  switch (choose_access(call)) {
-    case Access::vector:
-      return launch_access<Op, kNoise, kDeviceSeed, Access::vector, X, M, Z>(call, stream);
-    case Access::strided:
-      return launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(call, stream);
-  }
+  if (choose_access(call) == Access::vector)
+    launch_access<Op, kNoise, kDeviceSeed, Access::vector, X, M, Z>(call, stream);
+  else
+    launch_access<Op, kNoise, kDeviceSeed, Access::strided, X, M, Z>(call, stream);
 }
 
 // X is the type of x and out, M that of the second tensor, Z that of given noise.

@@ -19,6 +19,7 @@ struct Guided : Any {
   static constexpr uint32_t kMust = set_of(Role::x_t, Role::model_output, Role::uncond_output, Result::out);
   static constexpr uint32_t kMay = kMust | set_of(Result::out_copy, Factor::output_scale);
   static constexpr int kBlocks = 4;
+  static constexpr bool kWords = true;
   static constexpr bool kSettings = false;
 };
 
@@ -27,10 +28,12 @@ struct WithX0 : Any {
   static constexpr uint32_t kMust = set_of(Role::x_t, Role::model_output, Result::out, Result::x0_out);
   static constexpr uint32_t kMay = kMust | set_of(Role::history, Role::uncond_output, Result::out_copy);
   static constexpr int kBlocks = 4;
+  static constexpr bool kWords = true;
   static constexpr bool kSettings = false;
 };
 
-// A variance that the model returns.
+// A variance that the model returns. It is behind the output, so samples off alignment begin elsewhere in both halves
+// than the others, and words would not serve.
 struct LearnedVariance : Any {
   static constexpr uint32_t kMust = set_of(Role::x_t, Role::model_output, Role::model_variance, Result::out);
   static constexpr uint32_t kMay = kMust | set_of(Role::noise, Result::x0_out);

@@ -12,6 +12,7 @@ struct WithHistory : AnyOptions<LinearStep> {
   static constexpr uint32_t kMay =
       kMust | set_of<LinearStep>(Role::history1, Role::history2, Role::history3, Result::history_out);
   static constexpr int kBlocks = 3;
+  static constexpr bool kWords = true;
 };
 
 }  // namespace

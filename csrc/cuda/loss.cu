@@ -293,18 +293,14 @@ void launch_access(const LossCall& call, int device, cudaStream_t stream) {
 
 template <class Row, Noise kNoise, class X, class M>
 void launch_noise_kind(const LossCall& call, int device, cudaStream_t stream) {
-  switch (choose_access(
-      call, {&call.model_output, &call.variance, &call.x_start, &call.noise, &call.slope, &call.variance_slope})) {
-    case Access::vector:
-      // Of the variants with drawn noise only the most frequent one has keys that are constants.
-      if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
-        if (call.seed_data == nullptr)
-          return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
-      }
-      return launch_access<Row, kNoise, Access::vector, false, X, M>(call, device, stream);
-    case Access::strided:
-      return launch_access<Row, kNoise, Access::strided, false, X, M>(call, device, stream);
+  const Access access = choose_access(
+      call, {&call.model_output, &call.variance, &call.x_start, &call.noise, &call.slope, &call.variance_slope});
+  if (access == Access::strided) return launch_access<Row, kNoise, Access::strided, false, X, M>(call, device, stream);
+  // Of the variants with drawn noise only the most frequent one has keys that are constants.
+  if constexpr (kNoise == Noise::drawn && std::is_same_v<Row, LossRow>) {
+    if (call.seed_data == nullptr) return launch_access<Row, kNoise, Access::vector, true, X, M>(call, device, stream);
   }
+  launch_access<Row, kNoise, Access::vector, false, X, M>(call, device, stream);
 }
 
 template <class Row, class X, class M>

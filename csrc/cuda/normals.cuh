@@ -2,7 +2,7 @@
 // cpu/kernels/normals.h.
 #pragma once
 
-#include "core/normal.h"
+#include "core/box_muller.h"
 #include "core/philox.h"
 #include "cuda/pair.cuh"
 
@@ -20,7 +20,8 @@ __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const Philo
 }
 
 // Draws the normals of the elements from j on, where j + phase is the first of a block, as two pairs.
-__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, int64_t j, int phase,
+template <class Index>
+__device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const PhiloxSample& sample, Index j, int phase,
                                              F2* z) {
   draw_normals(keys, sample, j + phase, z);
   if (phase == 0) return;

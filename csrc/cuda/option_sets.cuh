@@ -33,6 +33,7 @@ template <class Step>
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
   static constexpr int kBlocks = 2;        // that a multiprocessor should hold, by their registers
+  static constexpr bool kWords = false;    // whether there is a kernel of Access::words
   static constexpr bool kSettings = true;  // whether the call's settings are read; if not, they are the default
 };
 

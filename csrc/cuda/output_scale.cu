@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kLossThreads)
       const ChunkMoments& chunk = moments[2 * i + k];
       return ChunkMoments{of_others(&chunk.mean), of_others(&chunk.squares)};
     };
-    sum_by_strands(chunks, [&](int64_t i) { return sum_term(chunk_at(i), chunk_length(call.numel, i)); }, strands);
-    __syncthreads();
-    const double mean = strands[0] / static_cast<double>(call.numel);
+    const double sum =
+        sum_by_strands(chunks, [&](int64_t i) { return sum_term(chunk_at(i), chunk_length(call.numel, i)); }, strands);
+    const double mean = sum / static_cast<double>(call.numel);
     squares[k] = sum_by_strands(
         chunks, [&](int64_t i) { return squares_term(chunk_at(i), chunk_length(call.numel, i), mean); }, strands);
   }
@@ -104,12 +104,10 @@ void launch(const OutputScaleCall& call, int device, cudaStream_t stream) {
 void output_scale(const OutputScaleCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
     by_dtypes(call.model_output.dtype, call.model_output.dtype, [&](auto m, auto) {
-      switch (choose_access(call, {&call.model_output, &call.uncond_output})) {
-        case Access::vector:
-          return launch<Access::vector, decltype(m)>(call, device, stream);
-        case Access::strided:
-          return launch<Access::strided, decltype(m)>(call, device, stream);
-      }
+      if (choose_access(call, {&call.model_output, &call.uncond_output}) == Access::vector)
+        launch<Access::vector, decltype(m)>(call, device, stream);
+      else
+        launch<Access::strided, decltype(m)>(call, device, stream);
     });
   });
 }

@@ -20,6 +20,11 @@ namespace {
 template <Access kAccess, class X>
 constexpr int kStepItems = kAccess == Access::vector && sizeof(X) == 2 ? 8 : 4;
 
+// The blocks that a multiprocessor should hold. By words, a thread holds the noise of two blocks of Philox at once, and
+// 64 registers would spill some.
+template <Access kAccess, class Options>
+constexpr int kStepBlocks = kAccess == Access::words ? 3 : Options::kBlocks;
+
 // kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
 // issued before the first value is used.
 template <class Step, class Options, class X, class M, int kItems, class Index>
@@ -28,7 +33,9 @@ class VectorTensors {
   using Role = typename Step::Role;
   using Result = typename Step::Result;
 
-  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, Index b, Index j) : call_(call), b_(b), j_(j) {
+  // Loads nothing if not `inside`.
+  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, Index b, Index j, bool inside = true)
+      : call_(call), b_(b), j_(j), inside_(inside) {
     fetch(std::make_integer_sequence<int, kRoles<Step>>());
   }
 
@@ -75,7 +82,7 @@ class VectorTensors {
     using T = std::conditional_t<of_model(kRole), M, X>;
     const TensorArg& tensor = call_[kRole];
     const_cast<Vector<T, kItems>&>(get<kRole>())
-        .load_if(has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
+        .load_if(inside_ && has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
   }
   template <int... kEach>
   __device__ __forceinline__ void put(std::integer_sequence<int, kEach...>) const {
@@ -90,6 +97,7 @@ class VectorTensors {
 
   const StepCall<Step>& call_;
   const Index b_, j_;
+  const bool inside_;
   Vector<X, kItems> like_x_[kLikeX<Step>];
   Vector<M, kItems> of_model_[kRoles<Step> - kLikeX<Step>];
   Vector<X, kItems> results_[kResults<Step>];
@@ -149,11 +157,11 @@ __device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
 
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
 template <Access kAccess, class Step, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, Options::kBlocks)
+__global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
     with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers,
                  const int64_t pixels, const int64_t apart) {
-  constexpr bool kVector = kAccess == Access::vector;
-  using Index = std::conditional_t<kVector, uint32_t, int64_t>;
+  constexpr bool kDense = kAccess != Access::strided;
+  using Index = std::conditional_t<kDense, uint32_t, int64_t>;
   constexpr int kItems = kStepItems<kAccess, X>;
   using Vectors = VectorTensors<Step, Options, X, M, kItems, Index>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
@@ -171,22 +179,23 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const PhiloxSample counter = sample_noise(call, keys, b, Step::draw(row));
-  // Takes up to four elements, from j on, whose noise is z.
-  const auto by_element = [&](Index j, Index numel, const F2* z) {
-    const Index end = numel - j < 4 ? numel : j + 4;
+  // Takes up to four elements, from j on. z is the noise of the four that begin where j + phase is a multiple of 4.
+  const auto by_element = [&](Index j, Index end, Index phase, const F2* z) {
 #pragma unroll 1
     for (Index i = j; i < end; ++i) {
-      const F2 half = i & 2 ? z[1] : z[0];
-      F2 one[1] = {F2(i & 1 ? half.v.y : half.v.x)};
-      ElementTensors<Step, Options, X, M, kVector> tensors(call, dividers, b, i);
+      const Index place = i + phase;
+      const F2 half = place & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(place & 1 ? half.v.y : half.v.x)};
+      ElementTensors<Step, Options, X, M, kDense> tensors(call, dividers, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
   };
+  const auto end_of_four = [](Index j, Index numel) { return numel - j < 4 ? numel : j + 4; };
 
   const Index numel = static_cast<Index>(call.numel);
   const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
   Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
-  if constexpr (kVector) {
+  if constexpr (kAccess == Access::vector) {
     const Index whole = numel / kItems * kItems;
 #pragma unroll 1
     for (; j < whole; j += step) {
@@ -204,14 +213,33 @@ __global__ void __launch_bounds__(kThreads, Options::kBlocks)
     for (; j < numel; j += 4) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, j, z);
-      by_element(j, numel, z);
+      by_element(j, end_of_four(j, numel), 0, z);
+    }
+  } else if constexpr (kAccess == Access::words) {
+    // How far behind a word the sample begins. j counts from that word's begin.
+    const TensorArg& out = call[Step::Result::out];
+    const Index place = static_cast<Index>(reinterpret_cast<uintptr_t>(out.data) / sizeof(X));
+    const Index phase = (place + static_cast<Index>(sample_start(out.batch_stride, b))) % 4;
+#pragma unroll 1
+    for (; j < numel + phase; j += step) {
+      const Index e = j - phase;
+      const bool whole = j >= phase && e + 4 <= numel;
+      Vectors tensors(call, b, e, whole);
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, e, phase, z);
+      if (whole) {
+        take_step(row, sample, tensors, drawn, z);
+        tensors.finish();
+      } else {
+        by_element(j < phase ? 0 : e, end_of_four(e, numel), phase, z);
+      }
     }
   } else {
     if (j >= pixels) return;
     for (; j < numel; j += apart) {
       F2 z[2] = {F2(0.0f), F2(0.0f)};
       if (drawn) draw_normals(keys, counter, j, z);
-      by_element(j, numel, z);
+      by_element(j, end_of_four(j, numel), 0, z);
     }
   }
 }
@@ -228,6 +256,17 @@ void launch(const StepCall<Step>& call, cudaStream_t stream) {
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
+// Launches the kernel of a usual set of options, if the call fits that.
+template <class Usual, class X, class M, class Step>
+bool launch_usual(const StepCall<Step>& call, bool vector, bool words, cudaStream_t stream) {
+  if (!fits<Usual>(call)) return false;
+  if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
+  if constexpr (Usual::kWords) {
+    if (words) return launch<Access::words, Usual, X, M>(call, stream), true;
+  }
+  return false;
+}
+
 // Launches the kernel of the first of the usual sets of options that the call fits, or that for any.
 template <class... Usual, class Step>
 void step_with_options(const StepCall<Step>& call, int device) {
@@ -236,9 +275,13 @@ void step_with_options(const StepCall<Step>& call, int device) {
     by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
       using X = decltype(x);
       using M = decltype(m);
-      if (choose_access(call) == Access::strided) return launch<Access::strided, AnyOptions<Step>, X, M>(call, stream);
-      const bool done = ((fits<Usual>(call) && (launch<Access::vector, Usual, X, M>(call, stream), true)) || ...);
-      if (!done) launch<Access::vector, AnyOptions<Step>, X, M>(call, stream);
+      const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
+      const bool done = (launch_usual<Usual, X, M>(call, vector, words, stream) || ...);
+      if (done) return;
+      if (vector)
+        launch<Access::vector, AnyOptions<Step>, X, M>(call, stream);
+      else
+        launch<Access::strided, AnyOptions<Step>, X, M>(call, stream);
     });
   });
 }

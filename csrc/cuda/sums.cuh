@@ -31,7 +31,8 @@ __device__ __forceinline__ T of_others(const T* p) {
   return *static_cast<const volatile T*>(p);
 }
 
-// Adds up value(0) to value(count - 1) by all threads of a block. The first thread has the sum.
+// Adds up value(0) to value(count - 1) by all threads of a block, which all have the sum. If only the first one had it,
+// the compiler might let all read it, without a barrier.
 template <class Value>
 __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
   double strand = 0;
@@ -42,7 +43,8 @@ __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, dou
     __syncthreads();
     if (threadIdx.x < h) strands[threadIdx.x] += strands[threadIdx.x + h];
   }
-  return threadIdx.x == 0 ? strands[0] : 0.0;
+  __syncthreads();
+  return strands[0];
 }
 
 // Whether this block is the last of `of` blocks to come here. If so, it sees everything that the others wrote. The

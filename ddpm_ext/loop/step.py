@@ -153,7 +153,10 @@ class LoopStep:
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
-        self._reverse_step = ops.ReverseStep(self._steps, clip=options.clip, rng=rng)
+        # A row without noise takes the kernels without: they have less to find out, and hold fewer registers.
+        self._reverse_steps = {
+            noisy: ops.ReverseStep(self._steps, clip=options.clip, **self._noise(noisy)) for noisy in (False, True)
+        }
         self._plain = not (
             self._constant
             or options.doubled
@@ -178,7 +181,7 @@ class LoopStep:
         The caller calls the state's `advance` afterwards.
         """
         if self._plain and kind.calls_model:
-            return self._take_plain(row, t)
+            return self._take_plain(kind, row, t)
         state, options = self.state, self.options
         x, inputs = state.x, dict(self._constant)
         still_read: Tensor | None = None
@@ -198,13 +201,16 @@ class LoopStep:
             self._extended,
             row,
             clip=options.clip,
-            rng=self.rng,
+            **self._noise(kind.noisy or bool(self._constant)),  # the known part has noise of its own
             out=state.next_x,
             out_copy=state.next_copy,
             **inputs,
         )
 
-    def _take_plain(self, row: int | Tensor, t: Tensor) -> None:
+    def _noise(self, noisy: bool) -> dict[str, Any]:
+        return {"rng": self.rng} if noisy else {"add_noise": False}
+
+    def _take_plain(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
         x, kwargs = self.state.x, self._single_kwargs
         if self.options.autocast is None:  # Python's share of a small step: no call is made that can be spared
             model_output = unwrap(self.model(x, t, **kwargs) if kwargs else self.model(x, t))
@@ -213,7 +219,7 @@ class LoopStep:
         if self.options.learned:
             model_output = self._prediction(model_output)
         at, index = (None, row) if type(row) is int else checks.split_t(row)
-        self._reverse_step.take(x, model_output, at, index, self.state.next_x)
+        self._reverse_steps[kind.noisy].take(x, model_output, at, index, self.state.next_x)
 
     def _take_linear(
         self, kind: RowKind, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]
@@ -223,8 +229,8 @@ class LoopStep:
         inputs |= state.history(kind)
         if not known:
             inputs["out_copy"] = state.next_copy
-        out, clip = state.next_x, self.options.clip
-        self.ops.linear_step(state.x, model_output, self._linear, row, clip=clip, rng=self.rng, out=out, **inputs)
+        out, how = state.next_x, {"clip": self.options.clip, **self._noise(kind.noisy)}
+        self.ops.linear_step(state.x, model_output, self._linear, row, **how, out=out, **inputs)
         if known:
             copy = state.next_copy
             self.ops.extended_step(

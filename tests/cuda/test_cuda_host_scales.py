@@ -99,6 +99,16 @@ def test_any_order_of_threads(host, seed):
         assert_same_bits(spread(host.operators, m, u), expected[1], "spread")
 
 
+@pairs
+def test_every_sector_is_touched_once(host, pair):
+    """Of aligned samples: each word that a warp reads of them, or writes of their magnitudes, is one stretch of memory.
+    What the last block reads is not counted."""
+    x, m, u = (values(1, 65_536, seed=i, dtype=pair[i > 0], special=False) for i in range(3))
+    found = host.control.sectors_of(lambda: threshold(host.operators, x, m, u))
+    assert found == ((x.nbytes + m.nbytes + u.nbytes) // 32, 4 * x.numel() // 32)
+    assert host.control.sectors_of(lambda: spread(host.operators, m, u)) == ((m.nbytes + u.nbytes) // 32, 0)
+
+
 def test_one_launch_of_every_sample(host):
     for batch, count in ((1, 40_000), (3, 2000), (70, 1)):
         x, m = (values(batch, count + 1, seed=i, dtype=WIDE) for i in range(2))

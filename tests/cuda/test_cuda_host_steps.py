@@ -15,7 +15,7 @@ from support.cuda_host.calls import PAIRS, SPECIAL, assert_same_bits
 from support.cuda_host.guarded import PLACES
 from support.cuda_host.step_calls import SCALES, StepCall, check, make_call, options_of, read, run
 
-from benchmarks.static.kernels import EXTENDED, LINEAR, option_sets
+from benchmarks.static.kernels import EXTENDED, LINEAR, option_sets, sets_by_words
 
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,21 +85,64 @@ def test_every_sector_is_touched_once(step, host, pair):
     assert host.control.sectors_of(lambda: run(host, call)) == (loaded // 32, stored // 32)
 
 
+def call_of(step, shape, pair, chosen, noise):
+    """A call with those tensors and factors, and no more than it must have besides."""
+    options = [option for option in options_of(step) if option in chosen]
+    results = [result for result in step.RESULTS if result in chosen or result == "out"]
+    return make_call(step, shape, pair, options, noise, results=tuple(results))
+
+
+NAMES = {extended: EXTENDED, linear: LINEAR}
+OWN = {"x_t", "model_output", "out"}
+
+
 @steps
 @pairs
 def test_sets_of_options_that_have_a_kernel(step, host, pair):
-    """With all that a call of each may have, without each one, and with one more."""
-    name = {extended: EXTENDED, linear: LINEAR}[step]
-    own = ("x_t", "model_output", "out")
-    everything = {*options_of(step), *step.RESULTS, "noise"} - {*own, "known", "mask"}
-    assert option_sets(name)
-    for members in option_sets(name).values():
-        may = members - {*own}
+    """With all that a call of each may have, without each one, and with one more; aligned and off alignment."""
+    everything = {*options_of(step), *step.RESULTS, "noise"} - {*OWN, "known", "mask"}
+    assert option_sets(NAMES[step])
+    for members in option_sets(NAMES[step]).values():
+        may = members - OWN
         for chosen in (may, *(may - {one} for one in may), *(may | {one} for one in everything - may)):
-            options = [option for option in options_of(step) if option in chosen]
-            results = [result for result in step.RESULTS if result in chosen or result == "out"]
             for noise in ("given",) if "noise" in chosen else ("none", "drawn"):
-                check(host, make_call(step, (3, 72), pair, options, noise, results=tuple(results)))
+                call = call_of(step, (3, 72), pair, chosen, noise)
+                expected = call.on_cpu()
+                check(host, call, expected=expected)
+                check(host, call, "odd", expected=expected)
+
+
+@steps
+@pairs
+def test_dense_samples_off_alignment(step, host, pair):
+    """Of every size, wherever they begin: all tensors at the same place, or one at another."""
+    for name, noise in itertools.product(sets_by_words(NAMES[step]), ("none", "drawn")):
+        for batch, size in itertools.product((1, 3), (1, 2, 3, 4, 5, 7, 255, 1031)):
+            call = call_of(step, (batch, size), pair, option_sets(NAMES[step])[name], noise)
+            expected = call.on_cpu()
+            for places in ("front", "odd", "middle", {"model_output": "odd"}, {"out": "odd"}):
+                check(host, call, places, expected=expected)
+        check(host, call, expected=expected, instead={"out": "x_t"})
+        for gap in (1, 4):  # between the samples, of what is nobody's
+            wide = call.with_tensors(lambda _, x, gap=gap: torch.nn.functional.pad(x, (0, gap))[:, :-gap])
+            check(host, wide, "odd", expected=expected, like=wide.tensors["x_t"])
+            check(host, wide, expected=expected)
+
+
+@steps
+@pairs
+def test_dense_samples_off_alignment_move_by_words(step, host, pair):
+    """All but their ends: in a few more sectors than their bytes, since a warp's words may straddle one."""
+    host.control.set_device(1)  # where threads take several turns
+    assert sets_by_words(NAMES[step])
+    for name in sets_by_words(NAMES[step]):
+        call = call_of(step, (5, 20_013), pair, option_sets(NAMES[step])[name], "none")
+        loaded = sum(x.nbytes for n, x in call.tensors.items() if n not in SCALES)
+        stored = len(call.results) * call.tensors["x_t"].nbytes
+        found = host.control.sectors_of(lambda call=call: check(host, call))
+        for sectors, moved in zip(found, (loaded, stored), strict=True):
+            assert 0.99 * moved <= 32 * sectors <= 1.14 * moved, (name, sectors, moved)
+        assert not host.control.took_vectors()
 
 
 def layouts(x: torch.Tensor):

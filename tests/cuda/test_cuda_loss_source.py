@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import Build, Missing, build_all, find_tools
@@ -82,6 +83,11 @@ def test_arithmetic(build):
     allowed = r"(add|mul)(\.rn)?\.f64|cvt\.(f64\.f32|rn\.f32\.f64)|(ld|st)\.[\w.]+|mov\.f64|selp\.f64"
     assert double and not {i for i in double if not re.fullmatch(allowed, i)}
     assert not {i.opcode for kernel in build.kernels for i in kernel.instructions if i.name == "MUFU"} - {"MUFU.RSQ"}
+
+
+def test_threads_read_what_is_everybodys_behind_a_barrier(build):
+    assert "bar.sync" in build.ptx
+    assert not reads_before_a_barrier(build.ptx)
 
 
 def test_elements_are_wide_loads_and_stores(build):

@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
-from benchmarks.static.kernels import CSRC, EXTENDED, LINEAR, STEPS, TYPES, option_sets
+from benchmarks.static.kernels import CSRC, EXTENDED, LINEAR, STEPS, TYPES, option_sets, sets_by_words
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
@@ -19,6 +20,9 @@ STATISTICS = ("x_start_scale", "output_scale")  # which no path by element descr
 BY_ELEMENT = [source for source in SOURCES if source not in STATISTICS]
 EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in BY_ELEMENT])
 EACH_STATISTIC = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in STATISTICS])
+EACH_SET = pytest.mark.parametrize(
+    ("source", "arch"), [(source, arch) for arch in ARCHS for source in ("extended_step", "linear_step")]
+)
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
@@ -69,9 +73,10 @@ def test_compiles(build, kernels, arch):
     assert f".target sm_{arch}" in build.ptx
     assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
-    assert by_access.keys() == {"vector", "strided"}
-    sets = len(option_sets(kernels[0].variant.op)) if kernels[0].variant.op in STEPS else 0
-    assert by_access["vector"] == (1 + sets) * by_access["strided"]
+    op = kernels[0].variant.op
+    sets, by_words = (len(option_sets(op)), len(sets_by_words(op))) if op in STEPS else (0, 0)
+    assert by_access["vector"] == (1 + sets) * by_access["strided"] > 0
+    assert by_access["words"] == by_words * by_access["strided"]
 
 
 @EACH_STATISTIC
@@ -80,6 +85,12 @@ def test_statistics_spill_nothing(build):
     for kernel in build.kernels:
         used = build.resources[kernel.name]
         assert (used.spill_stores, used.spill_loads, used.stack, used.local) == (0, 0, 0, 0), kernel.name
+
+
+@EACH_STATISTIC
+def test_threads_read_what_is_everybodys_behind_a_barrier(build):
+    assert "bar.sync" in build.ptx
+    assert not reads_before_a_barrier(build.ptx)
 
 
 @EACH
@@ -132,8 +143,8 @@ def fma_calls(text: str) -> int:
 
 
 def fma_a_root() -> int:
-    """Written for every square root: in core/normal.h, and in cuda/pair.cuh for the square root itself."""
-    normal, pair = code("core/normal.h"), code("cuda/pair.cuh")
+    """Written for every square root: in core/box_muller.h, and in cuda/pair.cuh for the square root itself."""
+    normal, pair = code("core/box_muller.h"), code("cuda/pair.cuh")
     assert len(re.findall(r"\bsqrt\(", normal)) == 1
     return fma_calls(normal) + fma_calls(re.sub(r"\bF2 fma\(F2", "", pair))  # which defines fma as well
 
@@ -286,6 +297,22 @@ def test_loads_run_ahead_of_the_noise(kernels):
         else:
             for at in loads:
                 assert roots_before_use(turn, at) >= roots(turn) / 2, (named(kernel), turn[at].operands)
+
+
+@EACH_SET
+def test_words_are_loaded_ahead_of_the_noise(kernels):
+    """Where dense samples off alignment have a kernel of their own: four elements of each tensor at once, and the first
+    normals after all of them."""
+    by_words = [kernel for kernel in kernels if kernel.variant.access == "words"]
+    assert by_words
+    for kernel in by_words:
+        code, tensors = kernel.kernel.instructions, kernel.variant.tensors
+        wide = [4 * 8 * TYPES[tensor][1] for tensor in tensors]
+        reads, writes = wide[: -kernel.variant.written], wide[-kernel.variant.written :]
+        loads = [at for at, i in enumerate(code) if i.name == "LDG" and i.global_bits >= 64][-len(reads) :]
+        assert sorted(code[at].global_bits for at in loads) == sorted(reads), named(kernel)
+        assert loads[-1] < next(at for at, i in enumerate(code) if i.opcode == "MUFU.RSQ"), named(kernel)
+        assert [i.global_bits for i in code if i.name == "STG" and i.global_bits >= 64] == writes, named(kernel)
 
 
 @EACH

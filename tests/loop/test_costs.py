@@ -136,6 +136,44 @@ def test_launches(walk, name):
         assert set(count.names) & others == others
 
 
+class Draws(TorchDispatchMode):
+    """Whether each launch of a step draws noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = [argument.name for argument in function._schema.arguments]
+        if "draw_noise" in names:
+            self.seen.append({**dict(zip(names, args, strict=False)), **(kwargs or {})}["draw_noise"])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("options", "noisy", "last"),
+    [
+        ({}, True, False),
+        ({"sampler": "ddim", "eta": 0.0}, False, False),
+        ({"sampler": "ddim", "eta": 1.0, "x0": True}, True, False),
+        ({"sampler": "ddim", "eta": 0.0, "guidance": 2.0}, False, False),
+        ({"sampler": "unipc"}, False, False),
+        ({"sampler": "euler_ancestral"}, True, False),
+        ({"sampler": "ddim", "eta": 0.0, "inpaint": True}, True, True),  # the known part has noise of its own
+    ],
+    ids=str,
+)
+def test_rows_without_noise_draw_none(device, options, noisy, last):
+    """They take kernels that know nothing of noise."""
+    made = Options(device)
+    options = {**options, "inpaint": Inpaint(**made.inpaint)} if "inpaint" in options else options
+    arguments = {"steps": 5, "rng": Philox(1), "device": device, **options}
+    with Draws() as draws:
+        for _ in GaussianDiffusion(100).sample_progressive(made.model, SHAPE, **arguments):
+            pass
+    assert draws.seen == [noisy] * 4 + [last]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_allocations(walk, name, device):
     """A step allocates nothing, except for a quantile or a standard deviation."""

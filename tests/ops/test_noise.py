@@ -103,7 +103,7 @@ def test_randn_is_the_contracts_formula(seed, ids, stream, draw, device):
     drawn = ddpm_ext.randn((3, numel), rng, device=device).cpu()
     assert torch.equal(drawn, ddpm_ext.randn((3, numel), moved(rng, torch.device("cpu"))))
     z = drawn.numpy()
-    # the contract's bound. The measured worst is 7.8e-7 here and 1.27e-6 in test_normal.py
+    # the contract's bound. The measured worst is 7.8e-7 here and 1.27e-6 in test_box_muller.py
     assert np.abs(z - truth).max() <= 2e-6
     assert np.abs(truth).max() > 4.5  # there are elements of the tails among them
     z = reference.randn((3, numel), rng, device=device, dtype=torch.float64).cpu().numpy()

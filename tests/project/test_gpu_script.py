@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
 from benchmarks.gpu.variants import BEHIND, VARIANTS
-from benchmarks.gpu.ways import ADD, MOVED, NEAR, STEPS
+from benchmarks.gpu.ways import ADD, MOVED, NEAR, REST, STEPS, WITH_OPTIONS
 
 WITHOUT_PYTEST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
 
@@ -200,6 +201,9 @@ def test_every_operation_and_way_is_timed():
         if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
     }
     assert (bytes_of["p_sample"], bytes_of["linear_step, unipc"], bytes_of["linear_step, plms"]) == (12, 24, 28)
+    assert (bytes_of["extended_step, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
+    off_alignment = {row["operation"] for row in rows if row["shape"] == [2, 3, 63, 63]}
+    assert off_alignment == {"p_sample", "linear_step, unipc", *WITH_OPTIONS}
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
@@ -242,6 +246,26 @@ def test_tests_that_the_parts_run_are_there():
     assert "graphs" in suite[0] and any(word in suite[-1] for word in parts.LATE)
 
 
+def test_expected_times_follow_from_the_bytes():
+    """Those of the page that a card's column is for: a launch, or the bytes at 85 to 88 % of an H100's bandwidth."""
+    text = (
+        (ROOT / "docs" / "cuda.md")
+        .read_text("utf-8")
+        .split("| operation | shape | MB | expected µs | measured µs |")[1]
+    )
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()[2:]]
+    assert {operation for operation, *_ in rows} >= {"reverse step", "linear step of UniPC"}
+    moved = {"reverse step": 12, "linear step of UniPC": 24, "extended step with guidance": 16}
+    for operation, shape, megabytes, expected, measured in rows:
+        size = moved[operation] * math.prod(map(int, shape.split("x")))
+        assert float(megabytes.replace(",", "")) == pytest.approx(size / 1e6, rel=0.1)
+        low, *high = map(float, expected.split(" to "))
+        bound = size / 3.35e6  # µs
+        if size > 1e8:
+            assert (low, *high) == pytest.approx((bound / 0.88, bound / 0.85), rel=0.01)
+        assert low >= max(2.4, bound) and (measured == "" or float(measured) > 0)
+
+
 def test_the_sanitizer_runs_under_each_tool(monkeypatch):
     monkeypatch.setattr(parts, "tool", lambda name: name)
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
@@ -253,6 +277,10 @@ def test_the_sanitizer_runs_under_each_tool(monkeypatch):
 
 
 def test_the_order_is_that_of_value():
+    """Of the parts, and of the operations: first what most loops and trainings take."""
+    operations = [way.operation for way in REST]
+    assert operations[: len(WITH_OPTIONS) + 1] == [*WITH_OPTIONS, "loss and slope"]
+    assert max(map(operations.index, ("x_start_scale", "output_scale"))) < operations.index("randn")
     names = [chosen.name for chosen in parts.all_parts(dry=False)]
     speeds = ["speed-steps", "speed-loop", "speed-rest"]
     checks = ["memcheck", "racecheck", "initcheck", "synccheck"]

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "control.h"
-#include "core/normal.h"
+#include "core/box_muller.h"
 #include "cpu/operators.h"
 #include "cuda/operators.h"
 #include "cuda/ptx.cuh"

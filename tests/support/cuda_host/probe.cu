@@ -2,7 +2,7 @@
 
 #include <map>
 
-#include "core/normal.h"
+#include "core/box_muller.h"
 #include "cuda/elementwise.cuh"
 
 namespace probe {

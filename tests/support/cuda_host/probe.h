@@ -14,7 +14,7 @@ namespace probe {
 bool takes_vectors(const ddpm_ext::ElementwiseCall& call);
 bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call);
 bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call);
-float radius(uint32_t w);  // that of core/normal.h with the kernels' square root
+float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square root
 
 // Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);

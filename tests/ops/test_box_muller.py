@@ -1,4 +1,4 @@
-"""csrc/core/normal.h, compiled here for the host, against long double over every exponent and every octant."""
+"""csrc/core/box_muller.h, compiled here for the host, against long double over every exponent and every octant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <vector>
 
-#include "core/normal.h"
+#include "core/box_muller.h"
 
 using Word = uint32_t;
 using Real = long double;
