@@ -54,7 +54,8 @@ class Elementwise {
   static constexpr int kItems = kParts * kRun;
   // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys or with places in
   // registers as well.
-  static constexpr int kBlocks = BlocksOf < Op, kAccess == Access::strided || kDeviceSeed ? 3 : 4 > ::value;
+  static constexpr int kUsualBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
+  static constexpr int kBlocks = BlocksOf<Op, kUsualBlocks>::value;
   using Call = typename CallOf<Op>::Type;
   static constexpr bool kAhead = requires { Op::kAhead; };
 
