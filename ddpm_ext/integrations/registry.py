@@ -27,9 +27,9 @@ def _diffusers(module: str, name: str, mixin_module: str, mixin: str) -> KnownCl
 
 
 KNOWN = (
-    _diffusers("scheduling_ddpm", "DDPMScheduler", "ddpm", "DDPM"),
-    _diffusers("scheduling_ddim", "DDIMScheduler", "ddim", "DDIM"),
-    _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "ddim", "DDIMInverse"),
+    _diffusers("scheduling_ddpm", "DDPMScheduler", "alphas", "DDPM"),
+    _diffusers("scheduling_ddim", "DDIMScheduler", "alphas", "DDIM"),
+    _diffusers("scheduling_ddim_inverse", "DDIMInverseScheduler", "alphas", "DDIMInverse"),
     *(
         KnownClass(f"{library}.{module}", name, "guided_diffusion", mixin)
         for library, module, name, mixin in (

@@ -6,7 +6,6 @@ What is no row runs diffusers' own code.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
+from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, TRACED, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import Lane, Loop, Settings
@@ -30,8 +29,8 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
     state_contents,
 )
 from ddpm_ext.integrations.diffusers.traced_state import tensors_after
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
@@ -48,7 +47,7 @@ OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "noise_sampler")
 _plans: BoundedCache[Plan | Fallback] = BoundedCache(CACHED)
 
 
-class Traced(TracedForward):
+class Traced(Forward):
     """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
     set_timesteps."""
 
@@ -61,15 +60,6 @@ class Traced(TracedForward):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         peer = vars(cls).get("_peer")
-        for name in cls.replaces:
-            own = getattr(peer, name, None)
-            if own is None or (name == "step_pred" and step_name(peer) != name):
-                continue
-            # Pipelines look at the signatures.
-            if name in STEPS:
-                setattr(cls, name, _step_like(own, with_fallback(name)(cls._any_step)))
-            elif name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]:
-                setattr(cls, name, _like(own, getattr(cls, f"_{name}")))
         step = getattr(peer, step_name(peer), None)
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
@@ -78,25 +68,37 @@ class Traced(TracedForward):
             known = zip(cls._inputs, INPUTS, strict=False)
             cls._is_usual = tuple(cls._parameters)[:3] == cls._inputs and all(name in names for name, names in known)
 
+    @classmethod
+    def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
+        if name in STEPS:
+            return name == step_name(cls._peer)
+        return name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]
+
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         loop: Loop | None = self.__dict__.get("_traced_loop")
         if loop is not None and not loop.is_over():
             self._catch_up(loop)
         self.__dict__["_traced_loop"] = None  # not deleted: pipelines of views put each one's attributes back by update
-        self.accelerated.begin_loop()
-        return peer_method(self, "set_timesteps")(*args, **kwargs)
+        return super()._set_timesteps(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def _any_step(self, *args: Any, **kwargs: Any) -> Any:
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the same kinds as the last one takes its row at once."""
         loop: Loop | None = self.__dict__.get("_traced_loop")
-        if loop is not None and loop.plan is None:
-            raise Fallback
+        if loop is not None:
+            lane = loop.lane
+            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
+                return self._take_row(loop, lane.kinds, lane.computed, args[0], args[2], (), kwargs, None, lane)
+            if loop.plan is None:
+                raise Fallback
         try:
             return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:
             self._leave(loop, fallback)
             raise
+
+    _step_pred = _step
 
     def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
         """Diffusers' own code takes over, until set_timesteps is called; for this step alone where none holds anything
@@ -387,33 +389,6 @@ class Traced(TracedForward):
             scheduler.step(*args, **kwargs)
             self.noise_sampler = scheduler.noise_sampler
         return self.noise_sampler
-
-
-def _like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-def _step_like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """As _like. A step of the same kinds as the last one takes its row at once, and a compiler breaks its graph: the
-    step counts where it is in the loop, which would be a constant of the graph."""
-
-    @functools.wraps(own)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return uncompiled(self, *args, **kwargs)
-        loop = self.__dict__.get("_traced_loop")
-        if loop is not None:
-            lane = loop.lane
-            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
-                return self._take_row(loop, lane.kinds, lane.computed, args[0], args[2], (), kwargs, None, lane)
-        return method(self, *args, **kwargs)
-
-    uncompiled = torch.compiler.disable(step)  # diffusers has imported the compiler
-    return step
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
+from ddpm_ext.integrations.diffusers.scheduler import clip_of, dynamic_threshold, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.rows import Rows
-from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
@@ -156,7 +155,9 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: d
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.second is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    threshold = None if trace.clip is None else _threshold(scheduler)
+    threshold = None
+    if trace.clip is not None and getattr(scheduler.config, "thresholding", False):
+        threshold = dynamic_threshold(clip_of(scheduler.config)[1])
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
     stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
     return Plan(trace, rows, timesteps, first or 0, stateless, scheduler, options, {}, {})
@@ -170,16 +171,6 @@ def _holds_output(step: Step) -> bool:
 
 def _values(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.value if isinstance(value, Constant) else value for name, value in options.items()}
-
-
-def _threshold(scheduler: Any) -> DynamicThreshold | None:
-    config = scheduler.config
-    if not config.get("thresholding"):
-        return None
-    try:
-        return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
-    except (TypeError, ValueError) as error:
-        raise Fallback(f"its threshold: {error}") from None
 
 
 def kinds_of(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
