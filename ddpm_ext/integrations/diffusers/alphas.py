@@ -125,7 +125,7 @@ def _make(
             steps = ddim(grid, prediction=prediction, eta=eta, keep_eps=keep_eps)
         else:
             steps = ddpm(grid, prediction=prediction, variance=VARIANCES[variance_type])
-    return make_rows(steps, clip, threshold, timesteps=len(levels), unfused=t[~fused])
+    return make_rows(steps, clip, threshold, t[~fused].tolist())
 
 
 class Alphas(Forward):

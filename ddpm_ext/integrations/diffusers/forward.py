@@ -29,7 +29,6 @@ FORWARD = {
 }
 
 ELSEWHERE = -12345  # no scheduler's timestep
-READ = ("timesteps", "sigmas", "alphas_cumprod")  # the tensors that the numbers follow from
 STEP, TIMESTEP, LISTED = "step", "timestep", "listed"
 
 
@@ -118,7 +117,7 @@ class Forward(Scheduler):
         if timesteps.shape != x.shape[:1] and timesteps.numel() != 1:
             raise Fallback("its timesteps are not one a sample")
         of = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
-        key = (_weights, *of, *[state.get(name) for name in READ])
+        key = (_weights, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
         found = self._cached(key, _weights, (peer_class(type(self)), state, *of))
         if found.of == STEP:
             at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]

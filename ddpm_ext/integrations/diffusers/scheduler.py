@@ -16,7 +16,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.integrations.shared import Accelerated, peer_method
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
+from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
@@ -38,7 +38,7 @@ __all__ = [
 Made = TypeVar("Made")
 Threshold = tuple[float, float]  # quantile and maximum
 OLDEST = (0, 32)
-NO_ROW, UNFUSED = -1, -2  # in place of a row: not a timestep of the scheduler; a timestep without a fused form
+UNFUSED = -1  # in place of a row
 CACHED = 8  # settings whose rows a scheduler keeps
 HALVES = {torch.float16, torch.bfloat16}
 
@@ -54,11 +54,11 @@ class FusedRows(NamedTuple):
 
     Attributes:
         rows: the steps' rows; None where no timestep has a fused form.
-        row: the row of each timestep, or NO_ROW or UNFUSED.
+        row: the row of each timestep, or UNFUSED.
     """
 
     rows: Rows | None
-    row: Sequence[int] = ()
+    row: dict[int, int]
 
 
 def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
@@ -116,7 +116,7 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        versions = tuple([version(x) if isinstance(x, Tensor) else x for x in key])
+        versions = tuple([(id(x), written(x)) if isinstance(x, Tensor) else x for x in key])
         found = by_identity.get(versions)
         if found is None:
             contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
@@ -128,11 +128,11 @@ class Scheduler(Accelerated):
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
         """The timestep on the host, and its row. Raises Fallback where it has none."""
         t = self._host_timestep(timestep)
-        row = rows.row[t] if t is not None and 0 <= t < len(rows.row) else NO_ROW
+        row = None if t is None else rows.row.get(t)
+        if t is None or row is None:
+            raise Fallback
         if row == UNFUSED:
             raise Fallback("alphas_cumprod is 0 or 1 there, or does not rise")
-        if t is None or row == NO_ROW:
-            raise Fallback
         return t, row
 
     def _host_timestep(self, timestep: Any) -> int | None:
@@ -219,7 +219,7 @@ class Scheduler(Accelerated):
         assert rows.rows is not None
         x0 = empty_like(sample)
         prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)
-        if x0.dtype != model_output.dtype and self.config.get("prediction_type") == "sample":
+        if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
 
@@ -246,32 +246,20 @@ def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any])
 
 
 def make_rows(
-    steps: StepTable | None,
-    clip: Clip | None,
-    threshold: Threshold | None = None,
-    *,
-    timesteps: int | None = None,
-    unfused: Tensor | None = None,
+    steps: StepTable | None, clip: Clip | None, threshold: Threshold | None = None, unfused: Sequence[int] = ()
 ) -> FusedRows:
     """The rows of `steps`. Raises Fallback for a clip or a threshold that has no fused form.
 
     Args:
         steps: None where no timestep has a fused form.
-        timesteps: how many timesteps the scheduler was trained on, where a row is looked up by its timestep.
         unfused: the timesteps without a fused form.
     """
-    row: list[int] = []
-    if timesteps is not None:
-        rows = torch.full((timesteps,), NO_ROW, device="cpu")
-        if unfused is not None:
-            rows[unfused] = UNFUSED
-        if steps is not None:
-            rows[steps.timestep] = torch.arange(len(steps), device="cpu")
-        row = rows.tolist()
+    row = dict.fromkeys(unfused, UNFUSED)
     if steps is None:
         return FusedRows(None, row)
     if clip is not None and not clip[0] <= clip[1]:
         raise Fallback(f"clip_sample_range is {clip[1]}")
+    row |= {t: i for i, t in enumerate(steps.timestep.tolist())}
     return FusedRows(Rows(steps, clip, dynamic_threshold(threshold)), row)
 
 
