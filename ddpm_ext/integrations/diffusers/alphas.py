@@ -17,7 +17,6 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.diffusers.forward import Forward
 from ddpm_ext.integrations.diffusers.scheduler import (
     FusedRows,
-    Threshold,
     are_tensors,
     clip_of,
     imported,
@@ -27,6 +26,7 @@ from ddpm_ext.integrations.diffusers.scheduler import (
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.shared import Support
 from ddpm_ext.integrations.tensors import dtype_name
+from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddpm
@@ -71,7 +71,7 @@ def _make(
     alphas_cumprod: Tensor,
     prediction_type: str,
     clip: Clip | None,
-    threshold: Threshold | None,
+    threshold: DynamicThreshold | None,
     to: Tensor | int,
     end: Tensor | float,
     eta: float,

@@ -24,10 +24,8 @@ from ddpm_ext.tables.step_table import StepTable
 __all__ = [
     "FusedRows",
     "Scheduler",
-    "Threshold",
     "are_tensors",
     "clip_of",
-    "dynamic_threshold",
     "imported",
     "made_outside_autograd",
     "make_rows",
@@ -36,7 +34,6 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
-Threshold = tuple[float, float]  # quantile and maximum
 OLDEST = (0, 32)
 UNFUSED = -1  # in place of a row
 CACHED = 8  # settings whose rows a scheduler keeps
@@ -246,9 +243,9 @@ def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any])
 
 
 def make_rows(
-    steps: StepTable | None, clip: Clip | None, threshold: Threshold | None = None, unfused: Sequence[int] = ()
+    steps: StepTable | None, clip: Clip | None, threshold: DynamicThreshold | None = None, unfused: Sequence[int] = ()
 ) -> FusedRows:
-    """The rows of `steps`. Raises Fallback for a clip or a threshold that has no fused form.
+    """The rows of `steps`. Raises Fallback for a clip that has no fused form.
 
     Args:
         steps: None where no timestep has a fused form.
@@ -260,24 +257,18 @@ def make_rows(
     if clip is not None and not clip[0] <= clip[1]:
         raise Fallback(f"clip_sample_range is {clip[1]}")
     row |= {t: i for i, t in enumerate(steps.timestep.tolist())}
-    return FusedRows(Rows(steps, clip, dynamic_threshold(threshold)), row)
+    return FusedRows(Rows(steps, clip, threshold), row)
 
 
-def clip_of(config: Any) -> tuple[Clip | None, Threshold | None]:
-    """The range of the predicted clean sample that a config asks for, and the threshold where a sample has its own."""
+def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
+    """The range of the predicted clean sample that a config asks for, and the threshold where a sample has its own.
+    Raises Fallback for a threshold that has no fused form."""
     if getattr(config, "thresholding", False):
-        return (-1.0, 1.0), (config.dynamic_thresholding_ratio, config.sample_max_value)
+        quantile, maximum = config.dynamic_thresholding_ratio, config.sample_max_value
+        if not 0 < quantile <= 1 <= maximum:
+            raise Fallback(f"dynamic_thresholding_ratio is {quantile}, sample_max_value is {maximum}")
+        return (-1.0, 1.0), DynamicThreshold(float(quantile), float(maximum))
     return (-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else None, None
-
-
-def dynamic_threshold(threshold: Threshold | None) -> DynamicThreshold | None:
-    """Raises Fallback for one that has no fused form."""
-    if threshold is None:
-        return None
-    quantile, maximum = threshold
-    if not 0 < quantile <= 1 <= maximum:
-        raise Fallback(f"dynamic_thresholding_ratio is {quantile}, sample_max_value is {maximum}")
-    return DynamicThreshold(quantile, maximum)
 
 
 def are_tensors(*values: object) -> bool:

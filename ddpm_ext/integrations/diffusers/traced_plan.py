@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.scheduler import clip_of, dynamic_threshold, tensor_contents
+from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.tables.step_table import StepTable
@@ -162,7 +162,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     threshold = None
     if trace.clip is not None and scheduler.config.get("thresholding"):
-        threshold = dynamic_threshold(clip_of(scheduler.config)[1])
+        threshold = clip_of(scheduler.config)[1]
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
     stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
     has_path = any(any(step.sampled) for step in trace.steps)
