@@ -109,37 +109,51 @@ def sampler(which: str | Sampler) -> Sampler:
         >>> sampler("dpmpp_2m")(lambda x, sigma: 0.1 * x, 9 * x_t, sigmas, disable=True).shape
         torch.Size([4, 3, 8, 8])
     """
+    if not callable(which) and which not in NAMES:
+        which = _theirs(which)
     if callable(which):
         check_function(which)
-        own = [each for each in inspect.signature(which).parameters.values() if each.name not in SIGNATURE]
-        return _function(getattr(which, "__name__", "sample"), own, which)
-    if which in NAMES:
-        options = [_keyword(name, default) for name, default in _options(which).items()]
-        return _function(f"sample_{which}", [*options, _keyword("flow", False)], which)
-    theirs = _theirs(which)
-    if theirs is None:
-        expected = ", ".join(map(repr, NAMES))
-        raise ValueError(
-            f"sampler is {which!r}, expected {expected}, or with k-diffusion installed one of its samplers"
-        )
-    return sampler(theirs)
+        name = getattr(which, "__name__", "sample")
+        own = [each for each in inspect.signature(which).parameters.values() if each.name not in (*SIGNATURE, *NOISE)]
+        own = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    else:
+        name = f"sample_{which}"
+        own = [_parameter(each, default) for each, default in {**_options(which), "flow": False}.items()]
+    first = [_parameter(each) for each in SIGNATURE[:3]] + [_parameter(each, None) for each in SIGNATURE[3:]]
+    last = [inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in NOISE]
+    signature = inspect.Signature([*first, *own, *last])
+
+    def sample(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        loop = dict(bound.arguments)
+        options = {each.name: loop.pop(each.name) for each in own}
+        return _sample(which, options, **loop)
+
+    sample.__name__ = sample.__qualname__ = name
+    sample.__signature__ = signature  # type: ignore[attr-defined]
+    return sample
 
 
-def _theirs(name: str) -> Sampler | None:
+def _theirs(name: str) -> Sampler:
+    """k-diffusion's own function. Raises ValueError where there is none."""
     try:
-        module = importlib.import_module("k_diffusion.sampling")
+        found = getattr(importlib.import_module("k_diffusion.sampling"), f"sample_{name}", None)
     except ImportError:
-        return None
-    return getattr(module, f"sample_{name}", None)
+        found = None
+    if found is None:
+        expected = ", ".join(map(repr, NAMES))
+        raise ValueError(f"sampler is {name!r}, expected {expected}, or with k-diffusion installed one of its samplers")
+    return found
 
 
-def _keyword(name: str, default: Any) -> inspect.Parameter:
+def _parameter(name: str, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
 
 
 def _maker(name: str) -> Callable[..., StepTable]:
     """The function that makes the rows."""
-    return RENAMED[name] if name in RENAMED else SAMPLERS[name]
+    return RENAMED.get(name) or SAMPLERS[name]
 
 
 @cache
@@ -151,31 +165,6 @@ def _options(name: str) -> dict[str, Any]:
     added += ["s_noise"] if name in ("ddpm", *CHURNED) or "eta" in found else []
     added += ["solver_type"] if name == "dpmpp_2m_sde" else []
     return found | {key: ADDED[key] for key in added if key not in found}
-
-
-def _function(name: str, own: list[inspect.Parameter], which: str | Sampler) -> Sampler:
-    """The function of sampler's result. own: its further parameters."""
-    kept = [each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD and each.name != "noise_sampler"]
-    signature = inspect.Signature(
-        [
-            *(inspect.Parameter(each, inspect.Parameter.POSITIONAL_OR_KEYWORD) for each in SIGNATURE[:3]),
-            *(_keyword(each, None) for each in SIGNATURE[3:]),
-            *kept,
-            *(inspect.Parameter(each, inspect.Parameter.KEYWORD_ONLY, default=None) for each in NOISE),
-        ]
-    )
-
-    def sample(*args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
-        options = {each.name: given[each.name] for each in kept}
-        loop = {each: given[each] for each in (*SIGNATURE, *NOISE)}
-        return _sample(which, options, **loop)
-
-    sample.__name__ = sample.__qualname__ = name
-    sample.__signature__ = signature  # type: ignore[attr-defined]
-    return sample
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
@@ -191,14 +180,8 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
     parameters = inspect.signature(_maker(name)).parameters
     fixed = {key: value for key, value in FIXED.items() if key in parameters}
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
-    grid = grid_of_levels(sigmas[:-1], signal, sigmas, scale=scale)
-    # A sampler that calls the model between the levels looks up a timestep there. Here that is the level's sigma.
-    table = _maker(name)(
-        replace(grid, schedule=torch.tensor([0.5], dtype=torch.float64, device="cpu")), **fixed, **options
-    )
-    nearest = sigmas[(table.noise_now[:, None] - sigmas).abs().argmin(1)]
-    is_there = (table.noise_now - nearest).abs() <= ROUNDED * nearest
-    table = replace(table, timestep=torch.where(is_there, nearest, table.noise_now))
+    # What the model is called with is a level's sigma.
+    table = _maker(name)(grid_of_levels(lambda _, noise: noise, signal, sigmas, scale=scale), **fixed, **options)
     if not table.linear:  # the x0 of the row before is kept, as any history is
         kept = torch.ones_like(table.a) if bool((table.c3 != 0).any()) else None
         table = replace(table, c3=None, h1=table.c3, k0=kept)
@@ -242,7 +225,8 @@ def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     ratio, ratio_after = table.noise_now * table.signal_after, table.noise_after * table.signal_now
     moves = (ratio - ratio_after).abs() > ROUNDED * ratio
     begins: list[int] = []
-    for row, is_first in enumerate((moves & _calls(table)).tolist()):
+    calls = (table.b != 0) | (table.c2 != 0)
+    for row, is_first in enumerate((moves & calls).tolist()):
         if is_first and len(begins) < len(now) and table.timestep[row] == hat[len(begins)]:
             begins.append(row)
     return _plan(replace(table, s=table.s * added["s_noise"]), begins)
@@ -255,11 +239,6 @@ def _plan(table: StepTable, begins: list[int]) -> Plan:
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
     return Plan(Rows(table), table.timestep, table.noise_after, steps)
-
-
-def _calls(table: StepTable) -> Tensor:
-    """Which rows call the model, bool (rows,)."""
-    return (table.b != 0) | (table.c2 != 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- loop

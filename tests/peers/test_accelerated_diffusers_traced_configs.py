@@ -102,3 +102,27 @@ def test_any_configuration(name):
                     assert off(x, z) <= max(FACTOR * off(y, z), 1e-5 * z.abs().max().item())
 
     a_loop_is_the_same()
+
+
+@pytest.mark.parametrize(
+    "name, edits",
+    [
+        ("DDIMParallelScheduler", {"clip_sample": False}),
+        ("DDIMParallelScheduler", {"clip_sample_range": 0.4}),
+        ("DDPMParallelScheduler", {"thresholding": True, "sample_max_value": 1.5}),
+        ("HeunDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 0.6}),
+    ],
+)
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_config_that_is_edited_by_its_attributes(name, edits):
+    """Its items are other ones then, which diffusers does not read."""
+    plain, ours = make(name), accelerate(make(name))
+    loop(ours, 7)
+    for scheduler in (plain, ours):
+        for key, value in edits.items():
+            setattr(scheduler.config, key, value)
+    theirs = loop(plain, 7)
+    with launches() as called:
+        check(loop(ours, 7), theirs, 1e-5)
+    assert len(called) == len(theirs[0]) * (2 if "thresholding" in edits else 1)
+    assert not all(torch.equal(x[0], y[0]) for x, y in zip(theirs[0], loop(make(name), 7)[0], strict=True))

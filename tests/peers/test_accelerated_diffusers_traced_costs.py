@@ -103,6 +103,40 @@ def test_the_compiler_breaks_its_graph_at_a_step():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "UniPCMultistep"])
+def test_compiled_code_is_compiled_once(name):
+    """Not for each timestep, nor for another number of steps; and the steps are fused."""
+    scheduler, graphs = accelerate(make(name)), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=backend)
+    def step(m, t, x):
+        return scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
+
+    counts = []
+    for steps in (10, 10, 7):
+        scheduler.set_timesteps(steps)
+        x = normal(0, 2, 3, 4, 5)
+        with launches() as called:
+            for t in scheduler.timesteps:
+                x = step(normal(1, 2, 3, 4, 5), t, x)
+        assert len(called) == steps
+        counts.append(len(graphs))
+    assert counts[0] == counts[2] <= 3
+
+
+def test_compiled_add_noise():
+    scheduler = accelerate(make("DDPM"))
+    x, z, t = normal(0, 2, 3, 4, 5), normal(1, 2, 3, 4, 5), torch.tensor([3, 500])
+    with launches() as called:
+        found = torch.compile(lambda x: scheduler.add_noise(x.sin(), z, t) + 1, backend="eager")(x)
+    assert called == ["forward_process"]
+    torch.testing.assert_close(found, make("DDPM").add_noise(x.sin(), z, t) + 1)
+
+
 class Operators(TorchDispatchMode):
     """Notes the names of torch's operators that are called."""
 

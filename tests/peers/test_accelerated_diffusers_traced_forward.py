@@ -12,7 +12,7 @@ from support.diffusers_classes import classes, make, set_timesteps
 
 from ddpm_ext import accelerate
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.diffusers.forward_traced import FORWARD
+from ddpm_ext.integrations.diffusers.forward import FORWARD
 from ddpm_ext.integrations.diffusers.traced import OWN, Traced
 
 SHAPE = (4, 3, 5, 6)

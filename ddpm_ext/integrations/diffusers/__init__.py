@@ -1,1 +1,1 @@
-"""diffusers' schedulers. Their coefficients are float32, so the rows here are made from those: see `jumps`."""
+"""diffusers' schedulers. Their coefficients are float32, so the rows here are made from those: see alphas.py."""

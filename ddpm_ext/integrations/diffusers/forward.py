@@ -1,71 +1,147 @@
-"""The forward process of the schedulers that have alphas_cumprod: add_noise and get_velocity."""
+"""The forward process: add_noise, scale_noise and get_velocity.
+
+Each is k0 x + k1 noise with two numbers for each timestep, which diffusers' own method tells, once for each setting.
+It looks the timesteps of a batch up one by one, and waits for a GPU at each. Here they are looked up on their device,
+all at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, are_tensors
-from ddpm_ext.integrations.fallback import Fallback, with_fallback
+from ddpm_ext.integrations.fallback import Fallback, attempt
+from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
 
-__all__ = ["Forward", "weighted_sum"]
+__all__ = ["FORWARD", "Forward"]
+
+# The methods, and their parameters.
+FORWARD = {
+    "add_noise": ["original_samples", "noise", "timesteps"],
+    "get_velocity": ["sample", "noise", "timesteps"],
+    "scale_noise": ["sample", "timestep", "noise"],
+}
+
+ELSEWHERE = -12345  # no scheduler's timestep
+STEP, TIMESTEP, LISTED = "step", "timestep", "listed"
 
 
-def _tables(alphas_cumprod: Tensor) -> DeviceTables:
-    levels = alphas_cumprod.detach().to("cpu", torch.float64)
-    signal, noise = levels.sqrt(), (1 - levels).sqrt()
-    return DeviceTables(add_noise=torch.stack([signal, noise], 1), velocity=torch.stack([signal, -noise], 1))
+class Weights(NamedTuple):
+    """k0 and k1, the table "weights" of (rows, 2).
 
-
-def weighted_sum(x: Any, y: Any, rows: Any, tables: Callable[[], DeviceTables], name: str) -> Tensor:
-    """k0 x + k1 y in one launch, differentiable, with a row of weights for each sample.
-
-    Raises Fallback where x and y are not alike, or rows are none of the table's.
-
-    Args:
-        x, y: (batch, ...).
-        rows: integers, (batch,) or one for all samples, on any device.
-        tables, name: what gives the tables, and which of them, (rows, 2).
+    Attributes:
+        tables: that one, and "timesteps" of (rows - 1,) where a loop's timesteps have rows.
+        of: what has row i: a loop's STEP i, whatever its timestep; the TIMESTEP i; or the i-th one of the table
+            "timesteps", LISTED. Of these, the last row is for any other timestep.
+        is_total: whether there is a number for any other timestep. NaN stands where diffusers raises an error of it.
     """
-    if not are_tensors(x, y, rows):
-        raise Fallback
-    check_tensors(x, y)
-    if x.dtype != y.dtype:
-        raise Fallback("its tensors are of different dtypes")
-    if rows.shape != x.shape[:1] and rows.numel() != 1:
-        raise Fallback("its timesteps are not one a sample")
-    if rows.dtype not in (torch.int64, torch.int32):
-        raise Fallback  # diffusers takes a mask, and rejects the rest
-    rows = rows.to(x.device, torch.int64)
-    if rows.shape != x.shape[:1]:
-        rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
-    if rows.is_inference() and not torch.is_inference_mode_enabled():
-        rows = rows.clone()  # a backward pass keeps them
+
+    tables: DeviceTables
+    of: str
+    is_total: bool = True
+
+    def rows(self, timesteps: Tensor) -> Tensor:
+        """The row of each timestep, on their device. Raises Fallback where there is none; not on a GPU, where no
+        timestep is read."""
+        if self.of == TIMESTEP:
+            if timesteps.dtype not in (torch.int64, torch.int32):
+                raise Fallback  # diffusers takes a mask, and rejects the rest
+            return timesteps
+        if timesteps.dim() != 1:
+            raise Fallback
+        own = self.tables.get("timesteps", timesteps.device, torch.float64)
+        found, rows = (own == timesteps[:, None]).byte().max(1)
+        if not self.is_total and found.is_cpu and not found.all():
+            raise Fallback
+        return torch.where(found.bool(), rows, len(own))
+
+
+def _trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
+    """(timesteps, 2), k0 and k1, by diffusers' own method. Raises Fallback where it raises an error."""
+    ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
+    named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
+    place = scheduler.__dict__.get("_step_index")
     try:
-        return ops.forward_process(x, tables().get(name, x.device, torch.float32), rows, noise=y)
-    except ValueError:
-        # All else was checked, so a row is out of range: diffusers counts it from the end, or rejects it.
+        columns = [getattr(scheduler, method)(x, noise=ones - x, **named).reshape(-1) for x in (ones, 0 * ones)]
+    except Exception:
         raise Fallback from None
+    if scheduler.__dict__.get("_step_index") is not place:
+        raise Fallback  # it moves the scheduler's step
+    return torch.stack(columns, 1)
+
+
+def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype: torch.dtype) -> Weights:
+    """Those for timesteps of a dtype, where a scheduler of diffusers' class has this state: of a loop's steps if it has
+    begun, of all timesteps that the scheduler was trained on, or where it takes others alone, of its own."""
+    scheduler = new(cls)
+    scheduler.__dict__.update(state)
+    own = scheduler.timesteps.cpu()
+    if in_loop:
+        rows = []
+        for i in range(len(scheduler.sigmas)):
+            scheduler._step_index = i
+            rows.append(_trial(scheduler, method, own[:1]))
+        table = torch.cat(rows)
+        if not (table == table[0]).all():  # else the timestep matters in a loop, too
+            return Weights(DeviceTables(weights=table), STEP)
+    if "alphas_cumprod" in state and not dtype.is_floating_point:
+        found = attempt(_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
+        if not isinstance(found, Fallback):
+            return Weights(DeviceTables(weights=found), TIMESTEP)
+    own = own.to(torch.promote_types(own.dtype, dtype))
+    weights = _trial(scheduler, method, own)
+    other = attempt(_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
+    if isinstance(other, Fallback):
+        other = torch.full_like(weights[:1], torch.nan)
+    tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=own)
+    return Weights(tables, LISTED, not bool(other.isnan().any()))
 
 
 class Forward(Scheduler):
-    """add_noise and get_velocity, whose noise is given: one launch each, with gradients."""
+    """add_noise, scale_noise and get_velocity, whose noise is given: one launch each, with gradients."""
 
-    alphas_cumprod: Tensor
+    def _forward(self, method: str, x: Any, noise: Any, timesteps: Any) -> Tensor:
+        state = vars(self)
+        own: Any = state.get("timesteps")
+        if not are_tensors(x, noise, timesteps, own) or own.dim() != 1:
+            raise Fallback
+        check_tensors(x, noise)
+        if x.dtype != noise.dtype:
+            raise Fallback("its tensors are of different dtypes")
+        if timesteps.shape != x.shape[:1] and timesteps.numel() != 1:
+            raise Fallback("its timesteps are not one a sample")
+        of = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
+        key = (_weights, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
+        found = self._cached(key, _weights, (peer_class(type(self)), state, *of))
+        if found.of == STEP:
+            at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
+            rows = torch.full(x.shape[:1], at, device=x.device)
+        else:
+            rows = found.rows(timesteps)
+            if rows.dtype is not torch.int64 or rows.device != x.device:
+                rows = rows.to(x.device, torch.int64)
+        if rows.shape != x.shape[:1]:
+            rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
+        if rows.is_inference() and not torch.is_inference_mode_enabled():
+            rows = rows.clone()  # a backward pass keeps them
+        try:
+            table = found.tables.get("weights", x.device, torch.float32)
+            return ops.forward_process(x, table, rows, noise=noise)
+        except ValueError:
+            # All else was checked, so a row is out of range: diffusers counts it from the end, or rejects it.
+            raise Fallback from None
 
-    def _forward_tables(self) -> DeviceTables:
-        return self._rows(_tables, self.alphas_cumprod)
+    def _add_noise(self, original_samples: Any, noise: Any, timesteps: Any) -> Tensor:
+        return self._forward("add_noise", original_samples, noise, timesteps)
 
-    @with_fallback()
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return weighted_sum(original_samples, noise, timesteps, self._forward_tables, "add_noise")
+    def _get_velocity(self, sample: Any, noise: Any, timesteps: Any) -> Tensor:
+        return self._forward("get_velocity", sample, noise, timesteps)
 
-    @with_fallback()
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return weighted_sum(noise, sample, timesteps, self._forward_tables, "velocity")
+    def _scale_noise(self, sample: Any, timestep: Any, noise: Any = None) -> Tensor:
+        return self._forward("scale_noise", sample, noise, timestep)

@@ -15,35 +15,29 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.rows import Rows
-from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, version, wants_gradient
+from ddpm_ext.integrations.shared import Accelerated, peer_method
+from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.grid import Jumps
-from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = [
-    "PREDICTIONS",
     "FusedRows",
     "Scheduler",
-    "Threshold",
     "are_tensors",
     "clip_of",
     "imported",
-    "jumps",
+    "made_outside_autograd",
     "make_rows",
     "result_dtype",
     "tensor_contents",
 ]
 
 Made = TypeVar("Made")
-Threshold = tuple[float, float]  # quantile and maximum
 OLDEST = (0, 32)
-NO_ROW, UNFUSED = -1, -2  # in place of a row: not a timestep of the scheduler; a timestep without a fused form
+UNFUSED = -1  # in place of a row
 CACHED = 8  # settings whose rows a scheduler keeps
 HALVES = {torch.float16, torch.bfloat16}
-PREDICTIONS = peer_predictions("diffusers")
 
 
 @functools.cache
@@ -57,19 +51,11 @@ class FusedRows(NamedTuple):
 
     Attributes:
         rows: the steps' rows; None where no timestep has a fused form.
-        row: the row of each timestep, or NO_ROW or UNFUSED.
+        row: the row of each timestep, or UNFUSED.
     """
 
     rows: Rows | None
-    row: Sequence[int] = ()
-
-
-def jumps(timestep: Tensor, now: Tensor, after: Tensor) -> Jumps:
-    """Steps between a scheduler's float32 alphas_cumprod.
-
-    Their quotient is taken in float32, as diffusers takes it: its beta differs by up to 1e-4 from float64's.
-    """
-    return Jumps(timestep, now.double(), after.double(), (now / after).double())
+    row: dict[int, int]
 
 
 def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
@@ -85,23 +71,40 @@ class Scheduler(Accelerated):
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
-        """Raises TypeError for an accelerated class of an older diffusers, where DDPM's steps led elsewhere, Euler's
-        drew noise that they did not use, and results had other lengths."""
+        """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
+        raises is caught there.
+
+        Raises TypeError for an accelerated class of an older diffusers, where DDPM's steps led elsewhere, Euler's
+        drew noise that they did not use, and results had other lengths.
+        """
         super().__init_subclass__()
-        version = importlib.import_module("diffusers").__version__ if "_peer" in vars(cls) else None
-        if version is not None and tuple(map(int, version.split(".")[:2])) < OLDEST:
+        if "_peer" not in vars(cls):
+            return
+        version = importlib.import_module("diffusers").__version__
+        if tuple(map(int, version.split(".")[:2])) < OLDEST:
             raise TypeError(f"diffusers is {version}, expected {'.'.join(map(str, OLDEST))} or newer")
-        if version is not None and hasattr(cls._peer, "set_timesteps"):
-            cls.set_timesteps = _beginning_a_loop(cls._peer.set_timesteps)  # type: ignore[attr-defined]
+        for name in {*cls.replaces, "set_timesteps"}:
+            own = getattr(cls._peer, name, None)
+            if own is not None and cls._can_replace(name, own):
+                setattr(cls, name, _in_place_of(own, name, getattr(cls, f"_{name}")))
+
+    @classmethod
+    def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
+        """Whether the mixin's method of that name does what the peer's own one does."""
+        return True
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
+        self.accelerated.begin_loop()
+        return peer_method(self, "set_timesteps")(*args, **kwargs)
 
     # ----------------------------------------------------------------------------------------------------- settings
 
     def _rows(self, make: Callable[..., Made], *settings: Any) -> Made:
         """make(*settings), from the cache where it is there. Raises the Fallback that `make` raises."""
-        return self._cached((make, *settings), lambda: make(*settings))
+        return self._cached((make, *settings), make, settings)
 
-    def _cached(self, settings: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """make(), from the cache where these settings are there. Raises the Fallback that `make` raises.
+    def _cached(self, key: tuple[Any, ...], make: Callable[..., Made], arguments: tuple[Any, ...]) -> Made:
+        """make(*arguments), from the cache where this key is there. Raises the Fallback that `make` raises.
 
         set_timesteps makes new tensors each time. So a tensor is looked up by its identity first, which reads nothing,
         and then by its contents.
@@ -110,23 +113,23 @@ class Scheduler(Accelerated):
         if cache is None:
             cache = self.__dict__.setdefault("_fused_cache", (BoundedCache(CACHED), BoundedCache(CACHED)))
         by_identity, by_contents = cache
-        key = tuple(version(x) if isinstance(x, Tensor) else x for x in settings)
-        found = by_identity.get(key)
+        versions = tuple([(id(x), written(x)) if isinstance(x, Tensor) else x for x in key])
+        found = by_identity.get(versions)
         if found is None:
-            contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in settings)
-            rows = result_of(by_contents.get_or_make(contents, lambda: _make_outside_autograd(make)))
+            contents = tuple(tensor_contents(x) if isinstance(x, Tensor) else x for x in key)
+            made = result_of(by_contents.get_or_make(contents, lambda: made_outside_autograd(make, *arguments)))
             # The tensors are kept, too, so that no other tensor gets their identity.
-            found = by_identity.get_or_make(key, lambda: (rows, settings))
+            found = by_identity.get_or_make(versions, lambda: (made, key))
         return found[0]
 
     def _row(self, rows: FusedRows, timestep: Any) -> tuple[int, int]:
         """The timestep on the host, and its row. Raises Fallback where it has none."""
         t = self._host_timestep(timestep)
-        row = rows.row[t] if t is not None and 0 <= t < len(rows.row) else NO_ROW
+        row = None if t is None else rows.row.get(t)
+        if t is None or row is None:
+            raise Fallback
         if row == UNFUSED:
             raise Fallback("alphas_cumprod is 0 or 1 there, or does not rise")
-        if t is None or row == NO_ROW:
-            raise Fallback
         return t, row
 
     def _host_timestep(self, timestep: Any) -> int | None:
@@ -213,64 +216,59 @@ class Scheduler(Accelerated):
         assert rows.rows is not None
         x0 = empty_like(sample)
         prev, _ = rows.rows.take(row, sample, model_output, x0=x0, **noise, **extras)
-        if x0.dtype != model_output.dtype and self.config.get("prediction_type") == "sample":
+        if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
 
 
-def _beginning_a_loop(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A scheduler's own set_timesteps, which begins a loop of noise, too. Its signature is kept: pipelines read it."""
+def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The mixin's method with the signature of the peer's own one, which pipelines read, and which runs where the
+    method raises a Fallback. A compiler breaks its graph there: what is counted would be constants of it."""
 
     @functools.wraps(own)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.accelerated.begin_loop()
-        return own(self, *args, **kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return uncompiled(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except Fallback as fallback:
+            reason = fallback.reason
+        # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
+        if reason is not None:
+            self.accelerated.record_fallback(self.library, name, reason)
+        return peer_method(self, name)(*args, **kwargs)
 
-    return set_timesteps
+    uncompiled = torch.compiler.disable(call)  # diffusers has imported the compiler
+    return call
 
 
 def make_rows(
-    steps: StepTable | None,
-    clip: Clip | None,
-    threshold: Threshold | None = None,
-    *,
-    timesteps: int | None = None,
-    unfused: Tensor | None = None,
+    steps: StepTable | None, clip: Clip | None, threshold: DynamicThreshold | None = None, unfused: Sequence[int] = ()
 ) -> FusedRows:
-    """The rows of `steps`. Raises Fallback for a clip or a threshold that has no fused form.
+    """The rows of `steps`. Raises Fallback for a clip that has no fused form.
 
     Args:
         steps: None where no timestep has a fused form.
-        timesteps: how many timesteps the scheduler was trained on, where a row is looked up by its timestep.
         unfused: the timesteps without a fused form.
     """
-    row: list[int] = []
-    if timesteps is not None:
-        rows = torch.full((timesteps,), NO_ROW, device="cpu")
-        if unfused is not None:
-            rows[unfused] = UNFUSED
-        if steps is not None:
-            rows[steps.timestep] = torch.arange(len(steps), device="cpu")
-        row = rows.tolist()
+    row = dict.fromkeys(unfused, UNFUSED)
     if steps is None:
         return FusedRows(None, row)
     if clip is not None and not clip[0] <= clip[1]:
         raise Fallback(f"clip_sample_range is {clip[1]}")
-    if threshold is None:
-        return FusedRows(Rows(steps, clip), row)
-    quantile, maximum = threshold
-    if not 0 < quantile <= 1 <= maximum:
-        raise Fallback(f"dynamic_thresholding_ratio is {quantile}, sample_max_value is {maximum}")
-    return FusedRows(Rows(steps, clip, DynamicThreshold(quantile, maximum)), row)
+    row |= {t: i for i, t in enumerate(steps.timestep.tolist())}
+    return FusedRows(Rows(steps, clip, threshold), row)
 
 
-def clip_of(config: Any) -> tuple[Clip | None, Threshold | None]:
-    """The range of the predicted clean sample that a config asks for, and the threshold where a sample has its own."""
-    if config.thresholding:
-        return (-1.0, 1.0), (config.dynamic_thresholding_ratio, config.sample_max_value)
-    if config.clip_sample:
-        return (-config.clip_sample_range, config.clip_sample_range), None
-    return None, None
+def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
+    """The range of the predicted clean sample that a config asks for, and the threshold where a sample has its own.
+    Raises Fallback for a threshold that has no fused form."""
+    if getattr(config, "thresholding", False):
+        quantile, maximum = config.dynamic_thresholding_ratio, config.sample_max_value
+        if not 0 < quantile <= 1 <= maximum:
+            raise Fallback(f"dynamic_thresholding_ratio is {quantile}, sample_max_value is {maximum}")
+        return (-1.0, 1.0), DynamicThreshold(float(quantile), float(maximum))
+    return (-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else None, None
 
 
 def are_tensors(*values: object) -> bool:
@@ -278,9 +276,9 @@ def are_tensors(*values: object) -> bool:
     return all(isinstance(x, Tensor) for x in values)
 
 
-def _make_outside_autograd(make: Callable[[], Made]) -> Made | Fallback:
+def made_outside_autograd(make: Callable[..., Made], *arguments: Any) -> Made | Fallback:
     with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep what is in the rows
-        return attempt(make)
+        return attempt(make, *arguments)
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

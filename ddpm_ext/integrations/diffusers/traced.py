@@ -6,7 +6,6 @@ What is no row runs diffusers' own code.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.integrations.diffusers.forward_traced import FORWARD, TracedForward
-from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
+from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, made_outside_autograd, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, TRACED, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import Lane, Loop, Settings
 from ddpm_ext.integrations.diffusers.traced_plan import (
@@ -29,9 +28,9 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
     make_plan,
     state_contents,
 )
-from ddpm_ext.integrations.diffusers.traced_state import tensors_after
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
-from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
+from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
@@ -42,82 +41,86 @@ CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
 QUIET = {"add_noise": False}
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "noise_sampler")
+OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop")
+EMPTY = inspect.Parameter.empty
 
 
 _plans: BoundedCache[Plan | Fallback] = BoundedCache(CACHED)
 
 
-class Traced(TracedForward):
+class Traced(Forward):
     """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
     set_timesteps."""
 
     replaces = (*STEPS, "set_timesteps", *FORWARD)
-    _parameters: dict[str, Any]  # step's, by name, with their defaults
+    _parameters: dict[str, Any]  # step's, by name, with the defaults of its options
     _inputs: tuple[str, ...]  # what step calls the model's output, the timestep and the sample
-    _is_usual: bool  # whether these are its first three, in this order
+    _are_known: bool  # whether these are such names, by which tracing calls it
+    _are_first: bool  # whether they come first, in this order
+    # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
+    _traced_loop: Loop | bool | None = None
     noise_sampler: Any  # of a Brownian path
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         peer = vars(cls).get("_peer")
-        for name in cls.replaces:
-            own = getattr(peer, name, None)
-            if own is None or (name == "step_pred" and step_name(peer) != name):
-                continue
-            # Pipelines look at the signatures.
-            if name in STEPS:
-                setattr(cls, name, _step_like(own, with_fallback(name)(cls._any_step)))
-            elif name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]:
-                setattr(cls, name, _like(own, getattr(cls, f"_{name}")))
         step = getattr(peer, step_name(peer), None)
         if step is not None:
             parameters = list(inspect.signature(step).parameters.values())[1:]
-            cls._parameters = {parameter.name: parameter.default for parameter in parameters}
-            cls._inputs = input_names(list(cls._parameters))
-            known = zip(cls._inputs, INPUTS, strict=False)
-            cls._is_usual = tuple(cls._parameters)[:3] == cls._inputs and all(name in names for name, names in known)
+            cls._inputs = input_names([parameter.name for parameter in parameters])
+            always = (*cls._inputs, *OTHERS)
+            cls._are_first = tuple(each.name for each in parameters[:3]) == cls._inputs
+            cls._parameters = {each.name: EMPTY if each.name in always else each.default for each in parameters}
+            cls._are_known = all(name in names for name, names in zip(cls._inputs, INPUTS, strict=False))
+
+    @classmethod
+    def _can_replace(cls, name: str, own: Callable[..., Any]) -> bool:
+        if name in STEPS:
+            return name == step_name(cls._peer)
+        return name not in FORWARD or list(inspect.signature(own).parameters)[1:] == FORWARD[name]
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
-        loop: Loop | None = self.__dict__.get("_traced_loop")
-        if loop is not None and not loop.is_over():
+        loop = self._traced_loop
+        if isinstance(loop, Loop) and not loop.is_over():
             self._catch_up(loop)
-        self.__dict__["_traced_loop"] = None  # not deleted: pipelines of views put each one's attributes back by update
-        self.accelerated.begin_loop()
-        return peer_method(self, "set_timesteps")(*args, **kwargs)
+        self._traced_loop = None  # not deleted: pipelines of views put each one's attributes back by update
+        return super()._set_timesteps(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def _any_step(self, *args: Any, **kwargs: Any) -> Any:
-        loop: Loop | None = self.__dict__.get("_traced_loop")
-        if loop is not None and loop.plan is None:
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the same kinds as the last one takes its row at once."""
+        loop: Any = self._traced_loop
+        if loop is False:
             raise Fallback
+        if loop is not None:
+            lane = loop.lane
+            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
+                return self._take_row(loop, lane.kinds, args[0], args[2], (), kwargs, lane)
         try:
             return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:
             self._leave(loop, fallback)
             raise
 
+    _step_pred = _step
+
     def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
         """Diffusers' own code takes over, until set_timesteps is called; for this step alone where none holds anything
         of the steps before. Raises RuntimeError where what it would hold of them is unknown."""
-        if loop is not None and loop.plan is not None and loop.at > 0:
-            if loop.plan.stateless:
-                self.__dict__["_traced_loop"] = None
-                return
-            if not self._catch_up(loop):
-                raise RuntimeError(
-                    f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
-                    "the steps before it left the scheduler without the tensors that its own code reads: call every "
-                    "step of a loop with the same options and kinds of tensors"
-                ) from None
-        self.__dict__["_traced_loop"] = Loop(None)
+        is_alone = loop is not None and loop.at > 0 and loop.plan.stateless
+        if loop is not None and not is_alone and not self._catch_up(loop):
+            raise RuntimeError(
+                f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
+                "the steps before it left the scheduler without the tensors that its own code reads: call every "
+                "step of a loop with the same options and kinds of tensors"
+            ) from None
+        self._traced_loop = None if is_alone else False
 
     def _catch_up(self, loop: Loop) -> bool:
         """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
-        if loop.plan is None or loop.plan.stateless or loop.at == 0:
+        if loop.last is None:
             return True
-        assert loop.last is not None
         tensors, counts = loop.last
         if [written(x) for x in tensors] != counts:
             return False  # somebody has written to one of them
@@ -128,7 +131,7 @@ class Traced(TracedForward):
 
     def _traced_step(self, loop: Loop | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step whose arguments are looked at."""
-        given = self._arguments(args, kwargs)
+        given = self._given(args, kwargs)
         m, timestep, x = (given.pop(name) for name in self._inputs)
         others = {name: given.pop(name) for name in OTHERS if name in given}
         if not are_tensors(x, m):
@@ -140,66 +143,68 @@ class Traced(TracedForward):
         if per_sample:
             timestep = _of_all(timestep, len(x))
         loop = self._located(loop, timestep, per_sample, x.dim(), options)
-        plan = loop.plan
-        assert plan is not None
-        kinds = kinds_of(plan, m.dtype, x.dtype)
-        computed = torch.promote_types(result_dtype(m, x), kinds.prev)
-        if kinds.second is not None:
-            computed = torch.promote_types(computed, kinds.second)
-        lane = None
-        are_usual = self._is_usual and len(args) == 3 and args[0] is m and args[1] is timestep
-        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == plan.first + loop.at:
-            lane = Lane.of(loop, kinds, computed, args, kwargs, self.timesteps.stride(0))
-        return self._take_row(loop, kinds, computed, m, x, tensors, others, (args, kwargs), lane)
+        kinds, lane = kinds_of(loop.plan, m.dtype, x.dtype), None
+        are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
+        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.plan.first + loop.at:
+            lane = Lane.of(loop, kinds, args, kwargs, self.timesteps)
+        if loop.plan.has_path:
+            self._find_path(args, kwargs)
+        return self._take_row(loop, kinds, m, x, tensors, others, lane)
 
     def _take_row(
         self,
         loop: Loop,
         kinds: Kinds,
-        computed: torch.dtype,
         m: Tensor,
         x: Tensor,
         tensors: Sequence[Tensor],
         others: Mapping[str, Any],
-        call: tuple[tuple[Any, ...], dict[str, Any]] | None,
         lane: Lane | None,
     ) -> Any:
         """The loop's next step.
 
         Args:
-            computed: the dtype of the operator's sample.
             tensors: those of the step's options.
             others: the generator and whether to return an object, if they are given.
-            call: the step's arguments, where its noise is that of a path.
             lane: for the step after it.
         """
-        plan, i = loop.plan, loop.at
-        assert plan is not None
+        plan, i, ring, last = loop.plan, loop.at, loop.ring, None
         trace = plan.trace
-        if x.dtype is not computed:
-            x = x.to(computed)
+        step, state = trace.steps[i], self.__dict__
+        if x.dtype is not kinds.computed:
+            x = x.to(kinds.computed)
         quiet, x0, kept = kinds.quiet[i], None, None
         if quiet and lane is not None and lane.quiet_step is not None:
             prev = lane.quiet_step.take(x, m, None, i)
         else:
-            tensors = [tensor.to(computed) for tensor in tensors]
-            noise = QUIET
-            if not quiet:
-                noise = self._drawn(plan, kinds, i, m, others.get("generator"), x, tensors, call)
+            tensors = [tensor.to(kinds.computed) for tensor in tensors]
+            noise = QUIET if quiet else self._drawn(plan, kinds, i, m, others.get("generator"), x, tensors)
             x0 = empty_like(x) if trace.second else None
-            history = [tensors[draw] for draw in trace.given[i]] or loop.ring
+            history = [tensors[draw] for draw in trace.given[i]] or ring
             prev, kept = plan.rows.take(i, x, m, history, x0=x0, **noise)
         if prev.dtype is not kinds.prev:
             prev = prev.to(kinds.prev)
-        self._follow(plan, i, x)
-        self.__dict__["_traced_loop"] = loop.followed(x, m, prev, kept, lane)
+        # The scheduler's attributes are then its numbers, and the sample in place of each tensor that it would store,
+        # since its other methods look whether there is one. After the last row there are those from before the first.
+        state.update(step.state)
+        is_last = i + 1 == len(plan.timesteps)
+        for name, held in step.tensors.items():
+            if isinstance(held, Tensor):
+                state[name] = vars(plan.scheduler).get(name) if is_last else x
+        if kept is not None:
+            ring = (kept, *ring[: HELD - 1])
+        if not plan.stateless:
+            last = (x, m, prev), [written(x), written(m), written(prev)]
+        state["_traced_loop"] = Loop(plan, loop.settings, i + 1, ring, last, None if is_last else lane)
         if x0 is not None and kinds.second is not None and x0.dtype is not kinds.second:
             x0 = x0.to(kinds.second)
-        result = trace.steps[i].result
+        result = step.result
         if not others.get("return_dict", True) or result.cls is tuple:
-            return (prev, x0) if kinds.pair else (prev,)
+            return (prev,) if kinds.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
         return result.cls(prev_sample=prev, **second)
+
+    # -------------------------------------------------------------------------------------------------- arguments
 
     def _mean(self, m: Tensor, x: Tensor) -> Tensor:
         """The model's output without its variance, which some schedulers leave out."""
@@ -213,38 +218,24 @@ class Traced(TracedForward):
             return m[:, :3]
         return m
 
-    def _follow(self, plan: Plan, i: int, x: Tensor) -> None:
-        """The scheduler's attributes after row i: its numbers, and the sample in place of each tensor that it would
-        store, since its other methods look whether there is one. After the last row there are those from before the
-        first."""
-        step, state = plan.trace.steps[i], self.__dict__
-        state.update(step.state)
-        if step.tensors:
-            last = i + 1 == len(plan.timesteps)
-            for name, held in step.tensors.items():
-                if isinstance(held, Tensor):
-                    state[name] = vars(plan.scheduler).get(name) if last else x
-
-    def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _given(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of step that are not their defaults, by name. Raises Fallback where they are not a step's."""
-        names = list(self._parameters)
-        if not all(name in known for name, known in zip(self._inputs, INPUTS, strict=False)):
+        if not self._are_known:
             raise Fallback("its step has other arguments than output, timestep and sample")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if len(args) > len(names) or not given.keys() <= self._parameters.keys() or not given.keys() >= {*self._inputs}:
+        known = self._parameters
+        given = dict(zip(known, args, strict=False)) | kwargs
+        if len(args) > len(known) or not given.keys() <= known.keys() or not given.keys() >= {*self._inputs}:
             raise Fallback
-        defaults = self._parameters
         return {
             name: value
             for name, value in given.items()
-            if name in self._inputs
-            or name in OTHERS
-            or (value is not defaults[name] and (value is not None or defaults[name] is inspect.Parameter.empty))
+            if known[name] is EMPTY or (value is not known[name] and value is not None)
         }
 
-    def _options(self, given: dict[str, Any], x: Tensor, m: Tensor) -> tuple[dict[str, Any], list[Tensor]]:
-        """A step's options as plans have them, and the tensors in place of those that are GIVEN, in their order."""
-        options: dict[str, Any] = {}
+    def _options(self, given: dict[str, Any], x: Tensor, m: Tensor) -> tuple[tuple[tuple[str, Any], ...], list[Tensor]]:
+        """A step's options as a plan's Start has them, and the tensors in place of those that are GIVEN, in their
+        order."""
+        options = []
         tensors = []
         for name in sorted(given):
             value = given[name]
@@ -256,7 +247,7 @@ class Traced(TracedForward):
                     tensors.append(value)
                     value = GIVEN
                 elif value.dim() == 1:
-                    value = self._rows(Constant, value)
+                    value = Constant(value.dtype, self._rows(_numbers, value))
                 else:
                     raise Fallback(f"it is called with {name} of shape {tuple(value.shape)}")
             elif isinstance(value, Tensor):
@@ -264,8 +255,8 @@ class Traced(TracedForward):
                 value = value.item() if at is None else self._times()[at]
             elif value is not None and not isinstance(value, numbers.Number | str):
                 raise Fallback(f"it is called with {name}")
-            options[name] = value
-        return options, tensors
+            options.append((name, value))
+        return tuple(options), tensors
 
     # ------------------------------------------------------------------------------------------------------- loops
 
@@ -273,99 +264,73 @@ class Traced(TracedForward):
         """The scheduler's timesteps on the host."""
         return self._rows(Tensor.tolist, self.timesteps)
 
-    def _located(self, loop: Loop | None, timestep: Any, per_sample: bool, dims: int, options: dict[str, Any]) -> Loop:
-        """The loop, at the row that this step takes."""
-        alone = False
-        if loop is not None and loop.plan is not None:
+    def _located(
+        self, loop: Loop | None, timestep: Any, per_sample: bool, dims: int, options: tuple[tuple[str, Any], ...]
+    ) -> Loop:
+        """The loop, at the row that this step takes. A timestep that is a view of the scheduler's own is not read."""
+        own, alone = self.timesteps, False
+        if not isinstance(own, Tensor) or own.dim() != 1:
+            raise Fallback("its timesteps are no vector")
+        is_tensor = isinstance(timestep, Tensor)
+        index = self._index_of(timestep) if is_tensor else None
+        value = timestep.item() if is_tensor and index is None else timestep
+        if loop is not None:
             plan, over = loop.plan, loop.is_over()
-            is_next = not over and options == plan.options and self._is_at(timestep, plan, loop.at)
-            assert loop.settings is not None
-            began = vars(plan.scheduler)
-            settings = loop.settings if loop.settings.are_those_of(self) else loop.settings.renewed(self, began)
-            edited = settings is None
-            if is_next and not edited:
-                return loop._replace(settings=settings)
+            settings: Settings | None = loop.settings
+            if not loop.settings.are_those_of(self):
+                settings = loop.settings.renewed(self, vars(plan.scheduler))
+            if settings is not None and not over and options == plan.start.options:
+                at = float(plan.timesteps[loop.at]) if index is None else plan.first + loop.at
+                if at == (float(value) if index is None else index):
+                    return loop._replace(settings=settings)
             if not plan.stateless and not over:
                 raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
             self._catch_up(loop)  # what is unknown, and is NaN then, is mostly not read by a loop after the last one
-            alone = not edited and (not over or len(plan.timesteps) == 1)
-        own = self.timesteps
-        if not isinstance(own, Tensor) or own.dim() != 1:
-            raise Fallback("its timesteps are no vector")
-        first = self._position(timestep)
-        value = float(timestep if first is None or own.is_cpu else self._times()[first])
+            alone = settings is not None and (not over or len(plan.timesteps) == 1)
+        if index is not None:
+            value = timestep if own.is_cpu else self._times()[index]
+        elif value in self._times():
+            index = self._times().index(value)
         # Where options change from step to step, a plan for more than one of them would be of no use.
-        kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
-        start = Start(first, value, kind, per_sample, alone, dims)
-        chosen = start, tuple(options.items())
-        if alone:
-            assert loop is not None and loop.plan is not None
-            known = loop.plan.after.get((loop.at, chosen))
+        kind = timestep.dtype if is_tensor else type(timestep)
+        start = Start(options, index, float(value), kind, per_sample, alone, dims)
+        if alone and loop is not None:
+            known = loop.plan.after.get((loop.at, start))
             if known is not None:
-                return Loop(known, settings=loop.settings)
-        state = {name: value for name, value in vars(self).items() if name not in OWN_STATE}
-        if "noise_sampler" in vars(self):
-            state["noise_sampler"] = None
-
-        def make() -> Plan | Fallback:
-            with torch.inference_mode(False), torch.no_grad():
-                return attempt(make_plan, new(peer_class(type(self))), state, start, options)
-
-        key = peer_class(type(self)), state_contents(state), chosen
-        plan = result_of(_plans.get_or_make(key, make))
-        if alone and loop is not None and loop.plan is not None:
-            loop.plan.after[loop.at, chosen] = plan
-        return Loop(plan, settings=Settings.of(self))
-
-    def _position(self, timestep: Any) -> int | None:
-        """Where the timestep is among the scheduler's; None where it is none of them."""
-        if isinstance(timestep, Tensor):
-            found = self._index_of(timestep)
-            if found is not None:
-                return found
-            timestep = timestep.item()
-        own = self._times()
-        return own.index(timestep) if timestep in own else None
-
-    def _is_at(self, timestep: Any, plan: Plan, i: int) -> bool:
-        """Whether the timestep is that of row i. One that is a view of the scheduler's own is not read."""
-        if isinstance(timestep, Tensor):
-            found = self._index_of(timestep)
-            if found is not None:
-                return found == plan.first + i
-            timestep = timestep.item()
-        return float(timestep) == float(plan.timesteps[i])
+                return Loop(known, loop.settings)
+        cls = peer_class(type(self))
+        state = {
+            name: None if name == "noise_sampler" else x for name, x in vars(self).items() if name not in OWN_STATE
+        }
+        plan = result_of(
+            _plans.get_or_make(
+                (cls, state_contents(state), start), lambda: made_outside_autograd(make_plan, new(cls), state, start)
+            )
+        )
+        if alone and loop is not None:
+            loop.plan.after[loop.at, start] = plan
+        return Loop(plan, Settings.of(self))
 
     # ------------------------------------------------------------------------------------------------------- noise
 
     def _drawn(
-        self,
-        plan: Plan,
-        kinds: Kinds,
-        i: int,
-        m: Tensor,
-        generator: Any,
-        x: Tensor,
-        tensors: Sequence[Tensor],
-        call: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        self, plan: Plan, kinds: Kinds, i: int, m: Tensor, generator: Any, x: Tensor, tensors: Sequence[Tensor]
     ) -> dict[str, Any]:
         """The operators' arguments for the noise of row i, after all that diffusers draws there has been drawn.
 
-        tensors: which the step was given. call: its arguments.
+        tensors: which the step was given.
         """
         used, place, step = plan.trace.noise[i], plan.first + i, plan.trace.steps[i]
-        found: dict[str, Any] = {"add_noise": False}
-        if used is not None and used < len(tensors):
-            found = {"noise": tensors[used]}
+        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else QUIET
         if self.accelerated.noise == "philox":
             if any(step.sampled):
                 raise Fallback("its noise is that of a Brownian path")
-            return found if "noise" in found else self._noise(used is not None, m, generator, x, place)
+            return self._noise(used is not None, m, generator, x, place) if found is QUIET else found
         for draw, (dtype, ends) in enumerate(zip(kinds.draws[i], step.sampled, strict=True)):
             if draw < len(tensors):
                 continue
             if ends is not None:
-                z = self._sampler(call)(*ends)
+                z = self.noise_sampler(*ends)
                 if draw == used:
                     found = {"noise": z.to(x.device, x.dtype)}
             elif draw == used:
@@ -376,44 +341,18 @@ class Traced(TracedForward):
                 )
         return found
 
-    def _sampler(self, call: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Any:
+    def _find_path(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The scheduler's noise_sampler. Its own step makes it when a loop begins, and does so here for a copy."""
-        if self.noise_sampler is None:
-            assert call is not None
-            args, kwargs = call
+        if self.noise_sampler is None and self.accelerated.noise == "torch":
             scheduler = new(peer_class(type(self)))
             for name, value in vars(self).items():
                 scheduler.__dict__[name] = value.copy() if isinstance(value, list) else value
             scheduler.step(*args, **kwargs)
             self.noise_sampler = scheduler.noise_sampler
-        return self.noise_sampler
 
 
-def _like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-def _step_like(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """As _like. A step of the same kinds as the last one takes its row at once, and a compiler breaks its graph: the
-    step counts where it is in the loop, which would be a constant of the graph."""
-
-    @functools.wraps(own)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return uncompiled(self, *args, **kwargs)
-        loop = self.__dict__.get("_traced_loop")
-        if loop is not None:
-            lane = loop.lane
-            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
-                return self._take_row(loop, lane.kinds, lane.computed, args[0], args[2], (), kwargs, None, lane)
-        return method(self, *args, **kwargs)
-
-    uncompiled = torch.compiler.disable(step)  # diffusers has imported the compiler
-    return step
+def _numbers(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.tolist())
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_plan import HELD, Kinds, Plan
-from ddpm_ext.integrations.tensors import written
+from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, state_contents
 from ddpm_ext.ops.fused import ReverseStep
 
 __all__ = ["Lane", "Loop", "Settings"]
@@ -32,9 +31,10 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, scheduler: Any) -> Settings:
-        config, state = scheduler.config, vars(scheduler)
-        watched = tuple((name, state.get(name), _count(state.get(name))) for name in EDITED)
-        return cls(watched, dict(vars(config)), dict(config))
+        values = [(name, vars(scheduler).get(name)) for name in EDITED]
+        counts = [x._version if isinstance(x, Tensor) and not x.is_inference() else None for _, x in values]
+        watched = tuple((*value, count) for value, count in zip(values, counts, strict=True))
+        return cls(watched, dict(vars(scheduler.config)), dict(scheduler.config))
 
     def are_those_of(self, scheduler: Any) -> bool:
         """Whether all are the same objects with the same contents. No tensor is read."""
@@ -45,26 +45,13 @@ class Settings(NamedTuple):
         return self.attributes == config.__dict__ and bool(config == self.items)
 
     def renewed(self, scheduler: Any, began: Mapping[str, Any]) -> Settings | None:
-        """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited. A
-        tensor is read only if it is another one.
+        """The settings of now, where copies of tensors and moved ones are no edits; None where something was edited.
 
-        began: the attributes when the loop began, on the CPU.
+        began: the attributes when the loop began.
         """
         found = Settings.of(scheduler)
-        if found.attributes != self.attributes or found.items != self.items:
-            return None
-        for (name, value, count), (_, before, before_count) in zip(found.watched, self.watched, strict=True):
-            if value is before and count == before_count:
-                continue
-            if not isinstance(value, Tensor) or not isinstance(before, Tensor):
-                return None
-            if value.dtype != before.dtype or not torch.equal(value.cpu(), began[name]):
-                return None
-        return found
-
-
-def _count(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+        contents = [state_contents({name: of.get(name) for name in EDITED}) for of in (vars(scheduler), began)]
+        return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
 class Lane(NamedTuple):
@@ -74,24 +61,20 @@ class Lane(NamedTuple):
 
     Attributes:
         kinds: of the loop's results.
-        dtypes: of output and sample.
-        computed: the dtype of the operator's sample.
-        shape, device: of both.
+        dtypes: of output, sample and timestep.
+        shape, device: of output and sample.
         address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
-        of_timesteps: their dtype.
         options: the other arguments, none of them a tensor.
         quiet_step: takes rows without noise, where they are plain and give no clean sample.
     """
 
     kinds: Kinds
-    dtypes: tuple[torch.dtype, torch.dtype]
-    computed: torch.dtype
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     shape: torch.Size
     device: torch.device
     address: int
     stride: int
-    of_timesteps: torch.dtype
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     quiet_step: ReverseStep | None
 
     def __reduce__(self) -> Any:
@@ -99,38 +82,29 @@ class Lane(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        loop: Loop,
-        kinds: Kinds,
-        computed: torch.dtype,
-        args: Sequence[Any],
-        options: Mapping[str, Any],
-        stride: int,
+        cls, loop: Loop, kinds: Kinds, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
     ) -> Lane | None:
         """For the steps after the loop's next one, which has these arguments; None where they may need another look.
 
-        stride: that of the scheduler's timesteps, of which the given one is an element.
+        timesteps: the scheduler's, of which the given one is an element.
         """
         m, timestep, x = args
-        if not (type(m) is type(x) is type(timestep) is Tensor) or any(isinstance(y, Tensor) for y in options.values()):
+        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return None
-        assert loop.plan is not None
-        if timestep.dim() or kinds.has_path:  # which is made of a step's arguments
-            return None
-        stride *= timestep.element_size()
+        if loop.plan.has_path or any(isinstance(y, Tensor) for y in options.values()):
+            return None  # a path is made of a step's arguments
+        stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
         quiet_step = None if loop.plan.trace.second else loop.plan.rows.quiet_step(x.device)
-        return cls(
-            kinds, (m.dtype, x.dtype), computed, x.shape, x.device, address, stride, timestep.dtype, dict(options),
-            quiet_step,
-        )  # fmt: skip
+        dtypes = m.dtype, x.dtype, timestep.dtype
+        return cls(kinds, dtypes, x.shape, x.device, address, stride, dict(options), quiet_step)
 
     def is_for(self, loop: Loop, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
         """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""
         m, timestep, x = args
         if type(x) is not Tensor or type(m) is not Tensor or type(timestep) is not Tensor:
             return False
-        if (m.dtype, x.dtype) != self.dtypes or timestep.dtype is not self.of_timesteps or timestep.dim():
+        if (m.dtype, x.dtype, timestep.dtype) != self.dtypes or timestep.dim():
             return False
         if x.shape != self.shape or m.shape != self.shape or x.device != self.device or m.device != self.device:
             return False
@@ -146,7 +120,6 @@ class Lane(NamedTuple):
         # An element of the scheduler's own timesteps is known by where it lies. It is not read: it may be on a GPU.
         if timestep.data_ptr() != self.address + loop.at * self.stride:
             return False
-        assert loop.settings is not None
         return loop.settings.are_those_of(scheduler)
 
 
@@ -154,27 +127,18 @@ class Loop(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
 
     Attributes:
-        plan: None where diffusers' own code takes all steps until set_timesteps is called again.
         settings: the scheduler's when the loop began.
         last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
             some of them.
         lane: None where the next step's arguments are to be looked at, whatever they are.
     """
 
-    plan: Plan | None
+    plan: Plan
+    settings: Settings
     at: int = 0
-    settings: Settings | None = None
     ring: tuple[Tensor, ...] = ()
     last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
     lane: Lane | None = None
 
     def is_over(self) -> bool:
-        return self.plan is not None and self.at == len(self.plan.timesteps)
-
-    def followed(self, x: Tensor, m: Tensor, prev: Tensor, kept: Tensor | None, lane: Lane | None) -> Loop:
-        """The loop after a row with this sample, output and result."""
-        assert self.plan is not None
-        at = self.at + 1
-        ring = self.ring if kept is None else (kept, *self.ring[: HELD - 1])
-        last = None if self.plan.stateless else ((x, m, prev), [written(x), written(m), written(prev)])
-        return Loop(self.plan, at, self.settings, ring, last, lane if at < len(self.plan.timesteps) else None)
+        return self.at == len(self.plan.timesteps)

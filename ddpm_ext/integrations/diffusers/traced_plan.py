@@ -13,39 +13,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.scheduler import tensor_contents
+from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
 from ddpm_ext.integrations.rows import Rows
-from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
 from ddpm_ext.tables.trace_run import Step, observe, step_name
 
-__all__ = ["HELD", "Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
+__all__ = ["Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
 
 
-HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
+class Constant(NamedTuple):
+    """A tensor among a step's options, of another shape than the samples'."""
 
-
-class Constant:
-    """A tensor among a step's options, of another shape than the samples': the same where its contents are."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value.detach().cpu()
-        self._contents = tensor_contents(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Constant) and self._contents == other._contents
-
-    def __hash__(self) -> int:
-        return hash(self._contents)
+    dtype: torch.dtype
+    numbers: tuple[Any, ...]
 
 
 class Start(NamedTuple):
     """Which steps a plan is for.
 
     Attributes:
+        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings,
+            GIVEN and Constants, by their names in order.
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
@@ -54,6 +45,7 @@ class Start(NamedTuple):
         dims: how many dimensions samples have.
     """
 
+    options: tuple[tuple[str, Any], ...]
     first: int | None
     timestep: float
     kind: torch.dtype | type
@@ -61,46 +53,63 @@ class Start(NamedTuple):
     alone: bool
     dims: int
 
+    def values(self) -> dict[str, Any]:
+        """The options as step takes them."""
+        return {
+            name: torch.tensor(value.numbers, dtype=value.dtype, device="cpu") if isinstance(value, Constant) else value
+            for name, value in self.options
+        }
+
 
 class Kinds(NamedTuple):
-    """The dtypes of a loop, whether its results as tuples have two tensors, which rows draw nothing, and whether their
-    noise is that of a Brownian path."""
+    """The dtypes of a loop, and which rows draw nothing.
 
+    Attributes:
+        computed: that of the operator's sample.
+        prev, second: those of a step's results; `second` is None where it has one alone.
+        draws: those of each step's draws.
+        quiet: whether a row draws nothing.
+    """
+
+    computed: torch.dtype
     prev: torch.dtype
     second: torch.dtype | None
     draws: list[list[torch.dtype]]
-    pair: bool
     quiet: list[bool]
-    has_path: bool
 
 
 class Plan(NamedTuple):
     """The rows of a loop.
 
     Attributes:
+        start: which they are.
         trace: what tracing found.
         rows: in order.
         timesteps: of each row.
-        first: the place of the first one among the scheduler's timesteps; 0 where it is none of them.
         stateless: whether the scheduler may go on with its own code in the middle of the loop.
+        has_path: whether its noise is that of a Brownian path.
         scheduler: as it was when the loop began, on the CPU.
-        options: what step was called with.
         kinds: by the dtypes of output and sample.
-        after: the plans of single steps with other options that came after a row, by that row, options and timestep.
+        after: the plans of single steps that came after a row, by that row and their start.
     """
 
+    start: Start
     trace: Trace
     rows: Rows
     timesteps: list[Any]
-    first: int
     stateless: bool
+    has_path: bool
     scheduler: Any
-    options: dict[str, Any]
     kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
-    after: dict[Any, Plan]
+    after: dict[tuple[int, Start], Plan]
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self
+
+    @property
+    def first(self) -> int:
+        """The place of the first row among the scheduler's timesteps; 0 where it is none of them."""
+        return self.start.first or 0
 
 
 class _Pickler(pickle.Pickler):
@@ -122,64 +131,48 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start, options: dict[str, Any]) -> Plan:
+def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     """The rows from a step on. Raises Fallback where they are none.
 
-    Args:
-        scheduler: an object of diffusers' class without its state.
-        options: of every step: numbers, strings, GIVEN and Constants.
+    scheduler: an object of diffusers' class without its state.
     """
     for name, value in state.items():
         scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-    own: Tensor = scheduler.timesteps
-    first, timestep = start.first, start.timestep
-    times = (
-        torch.as_tensor(timestep, device="cpu")[None]
-        if first is None
-        else own[first : first + 1 if start.alone else None]
-    )
+    edited = {name: value for name, value in vars(scheduler.config).items() if name in scheduler.config}
+    scheduler.register_to_config(**edited)  # a config that is edited by its attributes has other items
+    own, first = scheduler.timesteps, start.first
+    if first is None:
+        times = torch.as_tensor(start.timestep, device="cpu")[None]
+    else:
+        times = own[first : first + 1 if start.alone else None]
     if isinstance(start.kind, torch.dtype):
         timesteps = list((times[:, None] if start.per_sample else times).to(start.kind))
     else:
         timesteps = [start.kind(t) for t in times.tolist()]
     try:
-        trace = follow(scheduler, timesteps, _values(options), dims=start.dims)
+        trace = follow(scheduler, timesteps, start.values(), dims=start.dims)
         timesteps = timesteps[: len(trace.steps)]
-        # Whatever part of a loop the rows are of, their noise is that of the whole loop's.
-        draws = (
-            None
-            if first is None
-            else StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
-        )
+        draws = None
+        if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
+            draws = StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
     if trace.steps[0].result.second is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
-    threshold = None if trace.clip is None else _threshold(scheduler)
+    threshold = None
+    if trace.clip is not None and scheduler.config.get("thresholding"):
+        threshold = clip_of(scheduler.config)[1]
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
     stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
-    return Plan(trace, rows, timesteps, first or 0, stateless, scheduler, options, {}, {})
+    has_path = any(any(step.sampled) for step in trace.steps)
+    return Plan(start, trace, rows, timesteps, stateless, has_path, scheduler, {}, {})
 
 
 def _holds_output(step: Step) -> bool:
     """Whether a scheduler holds the very tensor that is the model's output."""
     lists = (held if isinstance(held, list) else [held] for held in step.tensors.values())
     return any(value is step.output for values in lists for value in values)
-
-
-def _values(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value.value if isinstance(value, Constant) else value for name, value in options.items()}
-
-
-def _threshold(scheduler: Any) -> DynamicThreshold | None:
-    config = scheduler.config
-    if not config.get("thresholding"):
-        return None
-    try:
-        return DynamicThreshold(config.dynamic_thresholding_ratio, config.sample_max_value)
-    except (TypeError, ValueError) as error:
-        raise Fallback(f"its threshold: {error}") from None
 
 
 def kinds_of(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
@@ -197,7 +190,7 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
     step = getattr(plan.scheduler, step_name(plan.scheduler))
     tuples = "return_dict" in inspect.signature(step).parameters
-    options = _values(plan.options) | ({"return_dict": False} if tuples else {})
+    options = plan.start.values() | ({"return_dict": False} if tuples else {})
     try:
         steps = observe(
             plan.scheduler, plan.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
@@ -211,5 +204,5 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
     draws = [[dtype for _, dtype in step.draws] for step in steps]
     quiet = [used is None and not drawn for used, drawn in zip(plan.trace.noise, draws, strict=True)]
-    has_path = any(any(step.sampled) for step in plan.trace.steps)
-    return Kinds(prev, second, draws, second is not None, quiet, has_path)
+    computed = torch.promote_types(torch.promote_types(output, sample), prev)
+    return Kinds(torch.promote_types(computed, second or computed), prev, second, draws, quiet)

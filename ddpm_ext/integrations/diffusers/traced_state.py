@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_plan import HELD, Plan
+from ddpm_ext.integrations.diffusers.traced_plan import Plan
 from ddpm_ext.tables.trace_loop import LINEAR, Array, flat, relative
 
-__all__ = ["tensors_after"]
+__all__ = ["HELD", "tensors_after"]
+
+HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
 
 
 def tensors_after(
@@ -27,47 +29,39 @@ def tensors_after(
     The factors are those of the loop on random numbers that the rows were traced with.
     """
     step = plan.trace.steps[i]
-    numbers = [*_ring(plan, i)[: len(ring)], _sample(plan, i), _output(plan, i), flat(step.result.prev)]
+    numbers = [*_ring(plan, i)[: len(ring)], *_inputs(plan, i), flat(step.result.prev)]
     tensors = [*ring, x, m, prev]
     unused = [] if plan.trace.noise[i] is not None else [flat(z) for z, _ in step.draws]
-    dtype = torch.promote_types(x.dtype, m.dtype)
-
-    unknown = False
+    unknown = torch.full_like(x, torch.nan, dtype=torch.promote_types(x.dtype, m.dtype))
 
     def restored(value: Any, age: int) -> Any:
         """The value for the loop's own numbers. age: how many were stored after it."""
-        nonlocal unknown
         if not isinstance(value, Tensor) or not value.dim():
             return value
         factors = _factors(flat(value), numbers, max(LINEAR, 10 * plan.trace.residual))
         if factors is None:
             # Where a list has no end, its scheduler reads the last ones alone; and noise that a step did not use is 0.
             if age < HELD and not any(np.array_equal(flat(value), z) for z in unused):
-                unknown = True
-                return torch.full_like(x, torch.nan, dtype=dtype)
+                return unknown
             factors = {}
-        terms = (factor * tensors[k].to(dtype) for k, factor in factors.items())
-        return sum(terms, torch.zeros_like(x, dtype=dtype))
+        terms = (factor * tensors[k].to(unknown.dtype) for k, factor in factors.items())
+        return sum(terms, torch.zeros_like(unknown))
 
-    found: dict[str, Any] = {}
-    for name, held in step.tensors.items():
-        if isinstance(held, list):
-            found[name] = [restored(value, len(held) - 1 - k) for k, value in enumerate(held)]
-        else:
-            found[name] = restored(held, 0)
-    return found, not unknown
-
-
-def _sample(plan: Plan, i: int) -> Array:
-    sample = plan.trace.steps[i].sample
-    assert sample is not None
-    return flat(sample)
+    found = {
+        name: [restored(value, len(held) - 1 - k) for k, value in enumerate(held)]
+        if isinstance(held, list)
+        else restored(held, 0)
+        for name, held in step.tensors.items()
+    }
+    lists = (held if isinstance(held, list) else [held] for held in found.values())
+    return found, not any(value is unknown for values in lists for value in values)
 
 
-def _output(plan: Plan, i: int) -> Array:
-    output = plan.trace.steps[i].output
-    assert output is not None
-    return flat(output)
+def _inputs(plan: Plan, i: int) -> tuple[Array, Array]:
+    """Sample and output of row i, for the random numbers."""
+    step = plan.trace.steps[i]
+    assert step.sample is not None and step.output is not None
+    return flat(step.sample), flat(step.output)
 
 
 def _ring(plan: Plan, i: int) -> list[Array]:
@@ -76,7 +70,7 @@ def _ring(plan: Plan, i: int) -> list[Array]:
     table = plan.rows.table
     for j in range(i + 1):
         if plan.rows.kinds[j].keeps:
-            x, m = _sample(plan, j), _output(plan, j)
+            x, m = _inputs(plan, j)
             x0 = table.a[j].item() * x + table.b[j].item() * m
             if plan.trace.clip is not None:
                 x0 = np.clip(x0, *plan.trace.clip)
