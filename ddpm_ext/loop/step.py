@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -146,7 +147,9 @@ class LoopStep:
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
-        self._reverse_step = ops.ReverseStep(self._steps, clip=options.clip, rng=rng)
+        self._reverse_step = ops.ReverseStep(
+            self._steps, clip=options.clip, rng=rng, timesteps=rows.device.timestep, unwrap=unwrap
+        )
         self._plain = not (
             self._constant
             or options.doubled
@@ -159,6 +162,18 @@ class LoopStep:
             or rows.table.extended
             or rows.table.linear
         )
+        brief = self._plain and all(kind.calls_model for kind in rows.kinds)
+        self._run: Any = None if not brief or options.autocast or options.learned else self._reverse_step.run
+        self._run_model = partial(model, **self._single_kwargs) if self._single_kwargs else model
+
+    @property
+    def brief(self) -> bool:
+        """Whether take_brief takes the steps, too."""
+        return self._run is not None
+
+    def take_brief(self, row: int, t: Tensor) -> None:
+        """As take, all in one call of the compiled module, which records no gradients."""
+        self._run(self._run_model, self.state.x, row, self.state.next_x, t)
 
     def take(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
         """One step.

@@ -108,7 +108,7 @@ class Philox:
     def numbers(self) -> tuple[int | None, ...] | None:
         """What its noise follows from; None where a tensor is among it, whose values may change."""
         draw = self.draw
-        if self.seed is not None or self.sample_ids is not None or isinstance(draw, Tensor):
+        if self.seed is not None or self.sample_ids is not None or (draw is not None and isinstance(draw, Tensor)):
             return None
         return self.seed_value, self.first_id, self.stream, draw
 
