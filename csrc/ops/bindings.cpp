@@ -14,6 +14,7 @@
 #include "ops/checks.h"
 #include "ops/direct_call.h"
 #include "ops/eager_reverse_step.h"
+#include "ops/fastcall.h"
 #include "ops/library.h"
 #include "ops/result_memory.h"
 #include "ops/reverse_step_class.h"
@@ -210,13 +211,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("reverse_step", &ddpm_ext::eager::reverse_step, Unlocked());
+  using namespace ddpm_ext::fastcall;
   ddpm_ext::define_reverse_step(m);
-  m.def("extended_step", &extended_step, Unlocked());
-  m.def("linear_step", &linear_step, Unlocked());
+  Function<&ddpm_ext::eager::reverse_step>::define(m, "reverse_step");
+  Function<&extended_step>::define(m, "extended_step");
+  Function<&linear_step>::define(m, "linear_step");
+  Function<&forward_process>::define(m, "forward_process");
+  Function<&diffusion_loss>::define(m, "diffusion_loss");
   m.def("check_reverse_step", &ddpm_ext::eager::check_reverse_step);
-  m.def("forward_process", &forward_process, Unlocked());
-  m.def("diffusion_loss", &diffusion_loss, Unlocked());
   m.def("x_start_scale", &x_start_scale, Unlocked());
   m.def("output_scale", &output_scale, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());

@@ -6,19 +6,17 @@
 
 #include <ATen/core/grad_mode.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/direct_call.h"
 #include "ops/eager_reverse_step.h"
+#include "ops/fastcall.h"
 
 namespace py = pybind11;
 
 namespace ddpm_ext {
 namespace {
 
-// To let other Python threads run meanwhile takes longer than a step with fewer elements.
-constexpr int64_t kBrief = 8192;
+using fastcall::Argument;
 
 // Functions in Python, for what is rare.
 struct Callbacks {
@@ -46,35 +44,9 @@ struct Place {
   int64_t index = 0;
 };
 
-class WithoutGil {
- public:
-  explicit WithoutGil(bool release) : state_(release ? PyEval_SaveThread() : nullptr) {}
-  ~WithoutGil() {
-    if (state_ != nullptr) PyEval_RestoreThread(state_);
-  }
-  WithoutGil(const WithoutGil&) = delete;
-  WithoutGil& operator=(const WithoutGil&) = delete;
-
- private:
-  PyThreadState* state_;
-};
-
-const Tensor& as_tensor(const char* name, PyObject* value) {
-  if (THPVariable_Check(value)) return THPVariable_Unpack(value);
-  const std::string type = py::str(py::type::handle_of(value).attr("__name__"));
-  TORCH_CHECK_TYPE(false, name, " is a ", type, ", expected a tensor");
-}
-
-OptionalTensor as_optional_tensor(const char* name, PyObject* value) {
-  if (value == Py_None) return std::nullopt;
-  return as_tensor(name, value);
-}
-
-int64_t as_index(PyObject* value) {
-  const int64_t index = PyLong_AsLongLong(value);
-  if (index == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return index;
-}
+const auto as_tensor = Argument<Tensor>::of;
+const auto as_optional_tensor = Argument<OptionalTensor>::of;
+const auto as_index = Argument<int64_t>::of;
 
 // `t` is an int or a tensor. What else counts as an int, and the errors, are split_t's.
 Place place_of(const Callbacks& callbacks, PyObject* t) {
@@ -111,7 +83,7 @@ PyObject* take_step(const ReverseStep& step, PyObject* samples, const Tensor& x_
   const OptionalTensor given = as_optional_tensor("out", out);
   Tensor result;
   {
-    const WithoutGil unlocked(!x_t.is_cpu() || x_t.numel() > kBrief);
+    const fastcall::WithoutGil unlocked(!fastcall::is_brief(x_t));
     const Rng& rng = step.rng;
     result = eager::reverse_step(x_t, model_output, step.table, at.row, at.index, step.clip_min, step.clip_max,
                                  step.noise, step.draw_noise, seed, seed_value, rng.sample_ids, rng.first_id,
@@ -137,7 +109,7 @@ py::object timesteps_of(ReverseStep& step, PyObject* samples, const Tensor& x_t,
 // check(x_t, row, index, out): raises what take would raise.
 PyObject* check(ReverseStep& step, PyObject* const* args) {
   const Tensor x_t = as_tensor("x_t", args[0]);
-  const Place at{as_optional_tensor("t", args[1]), as_index(args[2])};
+  const Place at{as_optional_tensor("t", args[1]), as_index("t", args[2])};
   check_step(step, x_t, at, as_optional_tensor("out", args[3]));
   return Py_NewRef(Py_None);
 }
@@ -145,7 +117,7 @@ PyObject* check(ReverseStep& step, PyObject* const* args) {
 // take(x_t, model_output, row, index, out): the next samples.
 PyObject* take(ReverseStep& step, PyObject* const* args) {
   const Tensor x_t = as_tensor("x_t", args[0]), model_output = as_tensor("model_output", args[1]);
-  const Place at{as_optional_tensor("t", args[2]), as_index(args[3])};
+  const Place at{as_optional_tensor("t", args[2]), as_index("t", args[3])};
   return take_step(step, args[0], x_t, model_output, at, args[4]);
 }
 
@@ -178,32 +150,22 @@ ReverseStep make(const Tensor& table, double clip_min, double clip_max, const Op
 
 using Method = PyObject*(ReverseStep&, PyObject* const*);
 
-// A method of `kArguments` arguments as CPython calls it.
 template <Method* kMethod, Py_ssize_t kArguments>
 PyObject* called(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  try {
-    TORCH_CHECK_TYPE(count == kArguments, "ReverseStep: got ", count, " arguments, expected ", kArguments);
+  return fastcall::guarded([=] {
+    fastcall::check_count("ReverseStep", count, kArguments);
     void* const step = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
     TORCH_CHECK_TYPE(step != nullptr, "ReverseStep: __init__ was not called");
     return kMethod(*static_cast<ReverseStep*>(step), args);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (...) {
-    torch::translate_exception_to_python(std::current_exception());
-  }
-  return nullptr;
-}
-
-template <Method* kMethod, Py_ssize_t kArguments>
-PyMethodDef method(const char* name) {
-  const auto function = reinterpret_cast<void (*)()>(&called<kMethod, kArguments>);  // no warning comes of this detour
-  return {name, reinterpret_cast<PyCFunction>(function), METH_FASTCALL, nullptr};
+  });
 }
 
 }  // namespace
 
 void define_reverse_step(py::module_& m) {
-  static PyMethodDef methods[] = {method<check, 4>("check"), method<take, 5>("take"), method<run, 5>("run")};
+  static PyMethodDef methods[] = {fastcall::definition("check", called<check, 4>),
+                                  fastcall::definition("take", called<take, 5>),
+                                  fastcall::definition("run", called<run, 5>)};
   py::class_<ReverseStep> type(m, "ReverseStep");
   type.def(py::init(&make));
   for (PyMethodDef& each : methods) {
