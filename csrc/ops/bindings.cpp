@@ -13,8 +13,11 @@
 #include "ops/block_pool.h"
 #include "ops/checks.h"
 #include "ops/direct_call.h"
+#include "ops/eager_reverse_step.h"
+#include "ops/fastcall.h"
 #include "ops/library.h"
 #include "ops/result_memory.h"
+#include "ops/reverse_step_class.h"
 
 namespace py = pybind11;
 namespace library = ddpm_ext::library;
@@ -25,75 +28,6 @@ using ddpm_ext::OptionalTensor;
 using ddpm_ext::refuse_grad;
 
 namespace {
-
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                    DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  if (out.has_value())
-    refuse_grad("reverse_step", {{"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"out", out}});
-  if (needs_dispatcher("reverse_step", {{"x_t", x_t},
-                                        {"model_output", model_output},
-                                        {"noise", noise},
-                                        {"table", table},
-                                        {"t", t},
-                                        {"sample_ids", sample_ids},
-                                        {"out", out}})) {
-    if (out.has_value()) {
-      static const auto op = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("ddpm_ext::reverse_step", "out")
-                                 .typed<decltype(library::reverse_step_out)>();
-      Tensor result = *out;
-      op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS, result);
-      return result;
-    }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ddpm_ext::reverse_step", "")
-                               .typed<decltype(library::reverse_step)>();
-    return op.call(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS);
-  }
-  RECORD_FUNCTION("ddpm_ext::reverse_step", std::vector<c10::IValue>());
-  return ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise,
-                                DDPM_RNG_STRUCT, out);
-}
-
-void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
-  const std::initializer_list<Named> tensors = {{"x_t", x_t}, {"noise", noise},           {"table", table},
-                                                {"t", t},     {"sample_ids", sample_ids}, {"out", out}};
-  if (!ddpm_ext::plain(tensors)) {
-    if (out.has_value()) ddpm_ext::check_no_lazy_view("reverse_step", "out", *out);
-    return ddpm_ext::check_agreement("reverse_step", tensors);
-  }
-  ddpm_ext::check_reverse_step(x_t, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
-}
-
-// reverse_step with all arguments given but the samples and t, so that a call parses five in place of sixteen.
-struct ReverseStep {
-  Tensor table;
-  double clip_min, clip_max;
-  OptionalTensor noise;
-  bool draw_noise;
-  ddpm_ext::Rng rng;
-  bool fresh;  // whether each call draws a seed of its own, unless it is given one
-
-  void check(const Tensor& x_t, const OptionalTensor& t, int64_t t_index, const OptionalTensor& out) const {
-    check_reverse_step(x_t, table, t, t_index, noise, draw_noise, rng.seed, rng.seed_value, rng.sample_ids,
-                       rng.first_id, rng.stream, rng.draw, rng.draw_data, out);
-  }
-
-  Tensor take(const Tensor& x_t, const Tensor& model_output, const OptionalTensor& t, int64_t t_index,
-              const OptionalTensor& out, const OptionalTensor& seed) const {
-    const int64_t seed_value = fresh && !seed.has_value() ? ddpm_ext::draw_seed() : rng.seed_value;
-    return reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise,
-                        fresh ? seed : rng.seed, seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw,
-                        rng.draw_data, out);
-  }
-};
-
-ReverseStep make_reverse_step(const Tensor& table, double clip_min, double clip_max, const OptionalTensor& noise,
-                              bool draw_noise, DDPM_RNG_PARAMETERS, bool fresh) {
-  return {table, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT, fresh};
-}
 
 #define DDPM_NAMED(name, ...) {#name, name},
 #define DDPM_STEP_WITH_OPTIONS(name, Step, LIST)                                                                   \
@@ -277,16 +211,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  m.def("reverse_step", &reverse_step, Unlocked());
-  py::class_<ReverseStep>(m, "ReverseStep")
-      .def(py::init(&make_reverse_step))
-      .def("check", &ReverseStep::check)
-      .def("take", &ReverseStep::take, Unlocked());
-  m.def("extended_step", &extended_step, Unlocked());
-  m.def("linear_step", &linear_step, Unlocked());
-  m.def("check_reverse_step", &check_reverse_step);
-  m.def("forward_process", &forward_process, Unlocked());
-  m.def("diffusion_loss", &diffusion_loss, Unlocked());
+  using namespace ddpm_ext::fastcall;
+  ddpm_ext::define_reverse_step(m);
+  Function<&ddpm_ext::eager::reverse_step>::define(m, "reverse_step");
+  Function<&extended_step>::define(m, "extended_step");
+  Function<&linear_step>::define(m, "linear_step");
+  Function<&forward_process>::define(m, "forward_process");
+  Function<&diffusion_loss>::define(m, "diffusion_loss");
+  m.def("check_reverse_step", &ddpm_ext::eager::check_reverse_step);
   m.def("x_start_scale", &x_start_scale, Unlocked());
   m.def("output_scale", &output_scale, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());

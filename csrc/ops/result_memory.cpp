@@ -40,27 +40,26 @@ ResultAllocator& allocator() {
   return *made;
 }
 
-bool is_pooled(at::Device device, int64_t numel, at::ScalarType dtype) {
-  return device.is_cpu() && static_cast<size_t>(numel) * c10::elementSize(dtype) >= kLeast &&
-         BlockPool::instance().limit() > 0;
-}
-
+// Not by at::empty, whose way through torch's dispatcher takes longer than the memory itself.
 at::Tensor make(at::IntArrayRef size, at::IntArrayRef stride, at::ScalarType dtype) {
+  const size_t bytes = static_cast<size_t>(c10::multiply_integers(size)) * c10::elementSize(dtype);
+  const bool pooled = bytes >= kLeast && BlockPool::instance().limit() > 0;
+  c10::Allocator* const from = pooled ? &allocator() : c10::GetCPUAllocator();
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return at::Tensor(at::detail::empty_strided_generic(size, stride, &allocator(), keys, dtype));
+  return at::Tensor(at::detail::empty_strided_generic(size, stride, from, keys, dtype));
 }
 
 }  // namespace
 
 at::Tensor empty_result_like(const at::Tensor& like, at::ScalarType dtype) {
-  if (!is_pooled(like.device(), like.numel(), dtype)) return at::empty_like(like, like.options().dtype(dtype));
+  if (!like.is_cpu()) return at::empty_like(like, like.options().dtype(dtype));
   if (like.is_non_overlapping_and_dense()) return make(like.sizes(), like.strides(), dtype);
   return make(like.sizes(), at::infer_dense_strides(like.sizes(), like.strides()), dtype);
 }
 
 at::Tensor empty_result(at::IntArrayRef size, const at::TensorOptions& options) {
   const at::ScalarType dtype = c10::typeMetaToScalarType(options.dtype());
-  if (!is_pooled(options.device(), c10::multiply_integers(size), dtype)) return at::empty(size, options);
+  if (!options.device().is_cpu()) return at::empty(size, options);
   return make(size, c10::contiguous_strides(size), dtype);
 }
 

@@ -137,18 +137,22 @@ class Loop:
         """The steps, each taken when it is asked for."""
         state, returns_x0 = self._step.state, self._step.options.returns_x0
         timesteps, kinds = self.rows.timesteps, self.rows.kinds
+        brief = self._step.brief and self._graphs is None
         for row in _steps(len(self), len(state.x), progress):
             if copies is not None:
                 copies.before_overwriting(state.next_x)
                 if state.next_x0 is not None:
                     copies.before_overwriting(state.next_x0)
-            # Not around the loop: what runs between two steps is the caller's.
-            recording = torch.is_grad_enabled()
-            try:
-                torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
-                self._take(row)
-            finally:
-                torch._C._set_grad_enabled(recording)
+            if brief:
+                self._step.take_brief(row, self._timesteps_at[row])
+            else:
+                # Not around the loop: what runs between two steps is the caller's.
+                recording = torch.is_grad_enabled()
+                try:
+                    torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
+                    self._take(row)
+                finally:
+                    torch._C._set_grad_enabled(recording)
             state.advance(kinds[row])
             yield Record(row, timesteps[row], state.x, state.x0 if returns_x0 else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -154,8 +155,9 @@ class LoopStep:
             for name, value in options.model_kwargs.items()
         }
         # A row without noise takes the kernels without: they have less to find out, and hold fewer registers.
+        common = {"clip": options.clip, "timesteps": rows.device.timestep, "unwrap": unwrap}
         self._reverse_steps = {
-            noisy: ops.ReverseStep(self._steps, clip=options.clip, **self._noise(noisy)) for noisy in (False, True)
+            noisy: ops.ReverseStep(self._steps, **common, **self._noise(noisy)) for noisy in (False, True)
         }
         self._plain = not (
             self._constant
@@ -169,6 +171,20 @@ class LoopStep:
             or rows.table.extended
             or rows.table.linear
         )
+        brief = self._plain and all(kind.calls_model for kind in rows.kinds)
+        brief = brief and not (options.autocast or options.learned or self._reverse_steps[False].run is None)
+        self._runs = [self._reverse_steps[kind.noisy].run for kind in rows.kinds] if brief else None
+        self._run_model = partial(model, **self._single_kwargs) if self._single_kwargs else model
+
+    @property
+    def brief(self) -> bool:
+        """Whether take_brief takes the steps, too."""
+        return self._runs is not None
+
+    def take_brief(self, row: int, t: Tensor) -> None:
+        """As take, all in one call of the compiled module, which records no gradients."""
+        assert self._runs is not None
+        self._runs[row](self._run_model, self.state.x, row, self.state.next_x, t)
 
     def take(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
         """One step.

@@ -6,6 +6,7 @@ tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from ddpm_ext.ops.noise import (
     STREAM_FORWARD,
     STREAM_REVERSE,
     Philox,
-    needs_seed_in_memory,
     noise_arguments,
     randn,
     seed_in_memory,
@@ -122,9 +122,16 @@ class ReverseStep:
 
     Args:
         table, clip, noise, rng, add_noise: reverse_step's.
+        timesteps: (row, batch, device) -> what a model is called with where t is an int. unwrap: (what a model
+            returned) -> its tensor. Both are for run.
+
+    Attributes:
+        run: (model, x_t, t, out, timesteps) -> the next samples. It makes all checks, calls model(x_t, timesteps), and
+            takes the step, without recording gradients; timesteps None: those of t. run is None without the arguments
+            timesteps and unwrap, and where torch.compile or torch.jit.trace records.
     """
 
-    __slots__ = ("_fresh", "_given", "_step", "_table")
+    __slots__ = ("_given", "_step", "_table", "run")
 
     def __init__(
         self,
@@ -134,36 +141,37 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
         add_noise: bool = True,
+        timesteps: Callable[[int, int, torch.device], Tensor] | None = None,
+        unwrap: Callable[[Any], Tensor] | None = None,
     ) -> None:
         checks.tensor("table", table)
         self._table = table
         self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
         ends = checks.clip_range(clip) or NO_CLIP
-        self._fresh = add_noise and noise is None and rng is None
-        if self._fresh:
+        fresh = add_noise and noise is None and rng is None
+        if fresh:
             arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
         else:
             arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
-        self._step = None if _registration.is_recorded() else C.ReverseStep(table, *ends, *arguments, self._fresh)
+        self._step, self.run = None, None
+        if not _registration.is_recorded():
+            self._step = C.ReverseStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
+            if timesteps is not None and unwrap is not None:
+                self.run = self._step.run
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """Raises what take would raise for these arguments. `row` and `index` are split_t's, x_t is a tensor."""
-        if out is not None:
-            checks.tensor("out", out)
+        """Raises what take would raise for these arguments. `row` and `index` are split_t's."""
         if self._step is not None:
             self._step.check(x_t, row, index, out)
 
     def take(
         self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
     ) -> Tensor:
-        """As reverse_step. `row` and `index` are split_t's, the others tensors."""
-        if self._step is None:
-            t = index if row is None else row
-            return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
-        seed = None
-        if self._fresh and needs_seed_in_memory(x_t.device):
-            seed = seed_in_memory(x_t.device)
-        return self._step.take(x_t, model_output, row, index, out, seed)
+        """As reverse_step. `row` and `index` are split_t's."""
+        if self._step is not None:
+            return self._step.take(x_t, model_output, row, index, out)
+        t = index if row is None else row
+        return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
 
 
 def forward_process(

@@ -108,7 +108,7 @@ class Philox:
     def numbers(self) -> tuple[int | None, ...] | None:
         """What its noise follows from; None where a tensor is among it, whose values may change."""
         draw = self.draw
-        if self.seed is not None or self.sample_ids is not None or isinstance(draw, Tensor):
+        if self.seed is not None or self.sample_ids is not None or (draw is not None and isinstance(draw, Tensor)):
             return None
         return self.seed_value, self.first_id, self.stream, draw
 
@@ -117,10 +117,11 @@ class Philox:
         if self.stream is not None:
             stream = self.stream
         draw_data = None
-        if isinstance(self.draw, Tensor):
-            draw_data = self.draw
-        elif self.draw is not None:
-            draw = self.draw
+        if self.draw is not None:
+            if isinstance(self.draw, Tensor):
+                draw_data = self.draw
+            else:
+                draw = self.draw
         draw = -1 if draw is None else draw
         return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, draw, draw_data
 

@@ -73,6 +73,8 @@ def reverse_step(
 class ReverseStep:
     """Twin of ops.fused.ReverseStep."""
 
+    run = None
+
     def __init__(
         self,
         table: Tensor,
@@ -81,6 +83,8 @@ class ReverseStep:
         noise: Tensor | None = None,
         rng: Philox | None = None,
         add_noise: bool = True,
+        timesteps: object = None,
+        unwrap: object = None,
     ) -> None:
         checks.tensor("table", table)
         self._table, self._noise, self._rng = table, noise, rng

@@ -30,7 +30,7 @@ from ddpm_ext.tables.variances import VARIANCES, Variance
 
 __all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
 
-KEPT_STEPS = 8  # of which devices, dtypes, clips and numbers of a Philox the step is kept
+KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
 SCHEDULE_ATTRIBUTES = (
@@ -189,24 +189,29 @@ class Process:
         return self.tables.get(name, x.device, self.operator_dtype(x))
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's ReverseStep by the rows of this process; kept for the next call where it holds no tensors of
-        the caller's."""
+        """The backend's ReverseStep by the rows of this process; kept for the next call where it is compiled and holds
+        no tensors of the caller's."""
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
             numbers = rng.numbers() if type(rng) is Philox else None
         if noise is not None or numbers is None or is_recorded():
-            return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng)
+            return self._make_reverse_step(x_t, clip, noise, rng)
         if not isinstance(x_t, Tensor):
             checks.tensor("x_t", x_t)
-        key = (x_t.device, x_t.dtype, clip, numbers)
+        key = (x_t.is_cpu or x_t.device, clip, numbers)
         step = self._reverse_steps.get(key)
         if step is None:
-            table = self.table("steps", "x_t", x_t)
             # A copy, since the caller may change the attributes of theirs.
-            step = self.ops.ReverseStep(table, clip=clip, rng=copy(rng))
-            if checks.is_plain(table):
+            step = self._make_reverse_step(x_t, clip, None, copy(rng))
+            if self.backend == "fused" and checks.is_plain(self.table("steps", "x_t", x_t)):
                 self._reverse_steps.get_or_make(key, lambda: step)
         return step
+
+    def _make_reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
+        calls: dict[str, Any] = {}
+        if not self.variance_entry.learned and self.schedule.timestep is None:
+            calls = {"timesteps": self.tables.timestep, "unwrap": unwrap}
+        return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""

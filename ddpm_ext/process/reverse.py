@@ -61,12 +61,14 @@ def p_sample(
     out: Tensor | None = None,
 ) -> Tensor:
     """See GaussianDiffusion.p_sample."""
+    clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
+    step = process.reverse_step(x_t, clip, noise, rng)
+    if step.run is not None:
+        return step.run(model, x_t, t, out, None)
     recording = _is_grad_enabled()
     try:
-        # torch.no_grad() takes a quarter of a small step's time, and its Python can be interrupted before it restores.
+        # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
         _set_grad_enabled(False)
-        clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
-        step = process.reverse_step(x_t, clip, noise, rng)
         row, index = checks.split_t(t)
         step.check(x_t, row, index, out)
         model_output = process.call_model(model, x_t, t)

@@ -16,11 +16,13 @@ import torch
 
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.loop.loop import Loop
+from ddpm_ext.loop.step import LoopStep
 from ddpm_ext.process import reverse
 
 pytestmark = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts CPython's instructions")
 
 GD = GaussianDiffusion(20, variance="learned_range")
+PLAIN = GaussianDiffusion(20)  # whose steps are one call of the compiled module
 
 
 def model(x, t):
@@ -33,6 +35,10 @@ def take_a_step():
 
 def take_a_loop():
     GD.p_sample_loop(model, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
+
+
+def take_a_plain_loop():
+    PLAIN.p_sample_loop(lambda x, t: x, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
 
 
 class Interruption:
@@ -67,7 +73,12 @@ class Interruption:
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
 @pytest.mark.parametrize(
-    ("take", "functions"), [(take_a_step, [reverse.p_sample]), (take_a_loop, [Loop.run, Loop._take])]
+    ("take", "functions"),
+    [
+        (take_a_step, [reverse.p_sample]),
+        (take_a_loop, [Loop.run, Loop._take]),
+        (take_a_plain_loop, [Loop.run, LoopStep.take_brief]),
+    ],
 )
 def test_an_interrupt_at_any_instruction_restores_the_gradient_mode(take, functions):
     take()  # what is made once is made

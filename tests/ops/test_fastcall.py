@@ -1,0 +1,102 @@
+"""The compiled module's functions, which parse their arguments themselves: types, counts, and other Python threads."""
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ext import GaussianDiffusion, Philox, ops
+from ddpm_ext.ops.extension import C
+
+X = torch.linspace(-1, 1, 24).reshape(2, 3, 4)
+TABLE = torch.linspace(0.1, 0.9, 16).reshape(8, 2)
+# x_start, table, t, t_index, noise, draw_noise, seed, seed_value, sample_ids, first_id, stream, draw, draw_data, out
+ARGUMENTS = (X, TABLE, None, 3, None, True, None, 5, None, 0, 2, -1, None, None)
+EXPECTED = ops.forward_process(X, TABLE, 3, rng=Philox(5))
+
+
+def changed(place, value):
+    return (*ARGUMENTS[:place], value, *ARGUMENTS[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [(3, np.int64(3)), (3, np.int32(3)), (5, np.bool_(True)), (7, np.uint8(5)), (2, torch.tensor([3, 3]))],
+)
+def test_what_counts_as_a_number(place, value):
+    assert torch.equal(C.forward_process(*changed(place, value)), EXPECTED)
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (0, None, "is a NoneType, expected a tensor"),
+        (0, np.zeros(3), "is a ndarray, expected a tensor"),
+        (2, "t", "is a str, expected a tensor"),
+        (3, 3.0, r"is 3\.0, expected an int64"),
+        (3, None, "is None, expected an int64"),
+        (7, 2**63, "is 9223372036854775808, expected an int64"),
+        (7, -(2**63) - 1, "is -9223372036854775809, expected an int64"),
+        (5, "yes", "is 'yes', expected a bool"),
+        (13, 1, "is a int, expected a tensor"),
+    ],
+)
+def test_other_types_are_type_errors(place, value, message):
+    with pytest.raises(TypeError, match=message):
+        C.forward_process(*changed(place, value))
+
+
+def test_a_float_may_be_an_int():
+    x = X.clone()
+    table = GaussianDiffusion(20).process.table("steps", "x_t", x)
+    step = (x, 0.5 * x, table, None, 3)
+    rest = (None, False, None, 0, None, 0, 0, -1, None, None)
+    assert torch.equal(C.reverse_step(*step, -1, 1, *rest), C.reverse_step(*step, -1.0, np.float32(1), *rest))
+    with pytest.raises(TypeError, match="is '1', expected a float"):
+        C.reverse_step(*step, -1.0, "1", *rest)
+
+
+@pytest.mark.parametrize("count", [0, 13, 15])
+def test_the_count_of_arguments(count):
+    with pytest.raises(TypeError, match=f"forward_process: got {count} arguments, expected 14"):
+        C.forward_process(*(*ARGUMENTS, None)[:count])
+
+
+def test_out_is_returned_itself():
+    out = torch.empty_like(X)
+    assert C.forward_process(*changed(13, out)) is out and torch.equal(out, EXPECTED)
+
+
+@pytest.mark.parametrize("elements, runs", [(64, False), (2**20, True)])
+def test_other_threads_run_during_a_long_call_alone(elements, runs):
+    """To let them run takes longer than a short one."""
+    x, out = torch.zeros(1, elements), torch.empty(1, elements)
+    gd, seen, closed = GaussianDiffusion(20), [], threading.Lock()
+    step = gd.process.reverse_step(x, (-1.0, 1.0), None, Philox(1))
+
+    def work():
+        with closed:
+            seen.append(threading.get_ident())
+
+    def call():
+        C.forward_process(x, TABLE, None, 3, *ARGUMENTS[4:13], out)
+        step.take(x, x, None, 3, out)
+        step.run(lambda x, t: x, x, 3, out, None)
+
+    before, thread = sys.getswitchinterval(), threading.Thread(target=work)
+    closed.acquire()
+    thread.start()
+    try:
+        sys.setswitchinterval(1000)  # no thread is made to wait for another
+        closed.release()
+        for _ in range(2000):
+            call()
+            if seen:
+                break
+        found = bool(seen)
+    finally:
+        sys.setswitchinterval(before)
+        thread.join()
+    assert found == runs and seen

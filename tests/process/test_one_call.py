@@ -1,0 +1,171 @@
+"""A whole step in one call of the compiled module: what Python would have done around the model's call."""
+
+import gc
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext.ops.extension import C
+
+GD = GaussianDiffusion(50)
+
+
+def half(x, t):
+    return 0.5 * x
+
+
+def run_of(gd, x):
+    """The compiled call that p_sample makes."""
+    return gd.process.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
+
+
+def test_steps_are_taken_by_it(normal):
+    """And not where the model returns its variance, or is called with the schedule's own numbers."""
+    x = normal(2, 3, 4)
+    assert torch.equal(run_of(GD, x)(half, x, 7, None, None), GD.p_sample(half, x, 7, rng=Philox(1)))
+    for other in ({"variance": "learned"}, {"beta_schedule": "flow", "prediction": "flow"}, {"backend": "reference"}):
+        assert run_of(GaussianDiffusion(50, **other), x) is None
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_gradients_are_off_in_the_model_alone(normal, before):
+    seen, x = [], normal(2, 3, 4).requires_grad_()
+
+    def model(x, t):
+        seen.append(torch.is_grad_enabled())
+        torch._C._set_grad_enabled(True)  # what a model leaves behind is not seen outside
+        return 0.5 * x.detach()
+
+    with torch.set_grad_enabled(before):
+        assert not GD.p_sample(model, x, 7, rng=Philox(1)).requires_grad
+        assert torch.is_grad_enabled() == before
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_a_model_raises_comes_out_as_it_is(normal, before):
+    error = LookupError("of the model")
+
+    def model(x, t):
+        raise error
+
+    with torch.set_grad_enabled(before):
+        with pytest.raises(LookupError) as caught:
+            GD.p_sample(model, normal(2, 3, 4), 7)
+        assert torch.is_grad_enabled() == before
+    assert caught.value is error
+    assert caught.traceback[-1].name == "model"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, t: t.fill_(50), r"t\[0\] is 50"),
+        (lambda x, t: t.resize_(1), r"t has shape \[1\]"),
+        (lambda x, t: x.resize_(2, 3, 5), r"model_output has shape \[2, 3, 4\]"),
+    ],
+)
+def test_a_model_may_change_the_arguments_of_its_own_step(change, message):
+    """They are checked again, since a kernel reads them after the model's call."""
+
+    def model(x, t):
+        output = 0.5 * x
+        change(x, t)
+        return output
+
+    with pytest.raises(ValueError, match=message):
+        GD.p_sample(model, torch.ones(2, 3, 4), torch.tensor([3, 4]), rng=Philox(1))
+
+
+@pytest.mark.parametrize("t", [7, np.int64(7), torch.tensor(7).item()])
+def test_an_int_t_gives_the_model_each_batchs_timesteps(normal, t, device):
+    gd, seen = GaussianDiffusion(50), []
+
+    def model(x, t):
+        seen.append(t)
+        return 0.5 * x
+
+    for batch in (2, 3, 2, 0):
+        x = normal(batch, 3, 4)
+        found = gd.p_sample(model, x, t, rng=Philox(1))
+        assert seen[-1].tolist() == [7] * batch and seen[-1].dtype == torch.int64 and seen[-1].device == x.device
+        assert torch.equal(found, gd.p_sample(model, x, seen[-1].clone(), rng=Philox(1)))
+    for bad, error in ((50, ValueError), (-1, ValueError), (2**64, ValueError), (True, TypeError), (7.0, TypeError)):
+        with pytest.raises(error, match="t is "):
+            gd.p_sample(model, normal(2, 3, 4), bad)
+    assert len(seen) == 8
+
+
+def test_threads_with_batches_of_their_own(normal):
+    """Each model changes threads between its call and the step."""
+    gd, turn = GaussianDiffusion(50), threading.Barrier(3)
+    found = {}
+
+    def model(x, t):
+        assert t.shape == (len(x),) and bool((t == t[0]).all())
+        turn.wait(60)
+        return 0.5 * x + t[0]
+
+    def work(batch):
+        for t in range(20):
+            found[batch, t] = gd.p_sample(model, samples[batch], t, rng=Philox(1))
+
+    samples = {batch: normal(batch, 3, 4) for batch in (1, 2, 3)}
+    threads = [threading.Thread(target=work, args=(batch,)) for batch in samples]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for batch, t in found:
+        expected = GD.p_sample(lambda x, t: 0.5 * x + t[0], samples[batch], t, rng=Philox(1))
+        assert torch.equal(found[batch, t], expected)
+    assert len(found) == 60
+
+
+def test_nothing_is_held_after_a_call(normal):
+    x, out, t = normal(2, 3, 4), normal(2, 3, 4), torch.tensor([3, 4], device=normal(1).device)
+    output = 0.5 * x
+
+    def model(x, t):
+        return output
+
+    def fail(x, t):
+        raise LookupError
+
+    def call():
+        GD.p_sample(model, x, t, rng=Philox(1))
+        GD.p_sample(model, x, 3, rng=Philox(1), out=out)
+        for bad in ((fail, x, 3), (model, x, 50), (model, x, "3"), (lambda x, t: None, x, 3)):
+            with pytest.raises((LookupError, TypeError, ValueError)):
+                GD.p_sample(*bad, rng=Philox(1))
+
+    def counts():
+        gc.collect()  # what was raised holds its frames
+        return [sys.getrefcount(each) for each in held]
+
+    held = (x, out, t, output, model, fail)
+    call()
+    before = counts()
+    for _ in range(100):
+        call()
+    assert all(abs(now - then) < 50 for now, then in zip(counts(), before, strict=True))
+
+
+def test_wrong_calls_of_the_class_are_type_errors(normal):
+    x = normal(2, 3, 4)
+    run = run_of(GD, x)
+    for arguments in ((), (half, x, 7, None), (half, x, 7, None, None, None)):
+        with pytest.raises(TypeError, match=f"got {len(arguments)} arguments, expected 5"):
+            run(*arguments)
+    with pytest.raises(TypeError):
+        C.ReverseStep.run(object(), half, x, 7, None, None)
+    with pytest.raises(TypeError, match="__init__ was not called"):
+        C.ReverseStep.__new__(C.ReverseStep).run(half, x, 7, None, None)
+    with pytest.raises(TypeError, match="x_t is a str, expected a tensor"):
+        run(half, "x", 7, None, None)
+    with pytest.raises(TypeError, match="the model's output is a NoneType"):
+        run(lambda x, t: None, x, 7, None, None)
