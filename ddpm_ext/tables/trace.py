@@ -22,7 +22,7 @@ import numpy as np
 from ddpm_ext.tables.trace_function import observed_function
 from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
 from ddpm_ext.tables.trace_loop import BATCH, Array, Loop, relative
-from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, without_clip
+from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings, without_clip
 
 __all__ = ["Traced", "follow", "follow_function", "trace_columns"]
 
@@ -58,7 +58,7 @@ class Traced(NamedTuple):
 def trace_columns(sampler: Any, steps: Any, arguments: Mapping[str, Any]) -> dict[str, Array]:
     """The columns of StepTable.trace, whose docstring has the arguments and the errors."""
     if hasattr(sampler, "set_timesteps"):
-        if getattr(sampler, "config", {}).get("thresholding"):
+        if setting(sampler, "thresholding"):
             raise ValueError("thresholding divides by a quantile of the sample, which is not linear")
         own = copy.deepcopy(sampler)
         own.set_timesteps(steps, **arguments)
@@ -198,8 +198,7 @@ def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop:
     linear: without the clip, as `plain` is. Where the model returns the clean sample itself, the steps are what follows
     on the clip. The proof shows whether they are the same for other outputs.
     """
-    of_clean = copy.deepcopy(plain)
-    of_clean.register_to_config(prediction_type="sample")
+    of_clean = with_settings(plain, prediction_type="sample")
     steps = Linear.of(run_of(of_clean, linear.run.times, options, linear.run.dims), loop, ())
     rows = []
     for i, row in enumerate(steps.rows()):

@@ -30,7 +30,9 @@ __all__ = [
     "input_names",
     "observe",
     "run_of",
+    "setting",
     "step_name",
+    "with_settings",
     "without_clip",
 ]
 
@@ -278,19 +280,26 @@ def _parts(returned: Any) -> Result:
     return Result(type(returned), prev, name, second)
 
 
+def setting(scheduler: Any, name: str, default: Any = None) -> Any:
+    """A setting as diffusers' own code reads it: an edited attribute of a config differs from the config's item."""
+    config = getattr(scheduler, "config", {})
+    return getattr(config, name, config.get(name, default))
+
+
+def with_settings(scheduler: Any, **changes: Any) -> Any:
+    """A copy with some settings changed."""
+    other = copy.deepcopy(scheduler)
+    other.register_to_config(**{name: setting(scheduler, name) for name in scheduler.config} | changes)
+    return other
+
+
 def without_clip(scheduler: Any) -> Any:
     """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip."""
-    config = getattr(scheduler, "config", {})
-    switches = [name for name in CLIPS if config.get(name)]
-    if not switches:
-        return scheduler
-    other = copy.deepcopy(scheduler)
-    other.register_to_config(**dict.fromkeys(switches, False))
-    return other
+    switches = [name for name in CLIPS if setting(scheduler, name)]
+    return with_settings(scheduler, **dict.fromkeys(switches, False)) if switches else scheduler
 
 
 def clip_of(scheduler: Any) -> tuple[float, float]:
     """The range that a scheduler clips to, if it clips."""
-    config = getattr(scheduler, "config", {})
-    bound = 1.0 if config.get("thresholding") else float(config.get("clip_sample_range", 1.0))
+    bound = 1.0 if setting(scheduler, "thresholding") else float(setting(scheduler, "clip_sample_range", 1.0))
     return -bound, bound

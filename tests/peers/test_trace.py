@@ -139,6 +139,15 @@ def test_ddim_is_ours(prediction, theirs):
         torch.testing.assert_close(getattr(found, column), getattr(ours, column), rtol=3e-5, atol=3e-5)
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_config_that_is_edited_by_its_attributes(clip):
+    """diffusers' steps read the attributes, which an edit leaves different from the config's items."""
+    edited = diffusers.DDIMScheduler(clip_sample=not clip)
+    edited.config.clip_sample, edited.config.prediction_type, edited.config.clip_sample_range = clip, "v_prediction", 2
+    made = diffusers.DDIMScheduler(clip_sample=clip, prediction_type="v_prediction", clip_sample_range=2)
+    assert StepTable.trace(edited, 10) == StepTable.trace(made, 10)
+
+
 def test_dpm_solver_is_ours():
     """In its own numbers: what it keeps is the clean sample, whatever its factor is."""
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=2, final_sigmas_type="sigma_min")

@@ -19,7 +19,7 @@ from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
-from ddpm_ext.tables.trace_run import Step, observe, step_name
+from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
 
 __all__ = ["Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
 
@@ -138,8 +138,6 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     """
     for name, value in state.items():
         scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-    edited = {name: value for name, value in vars(scheduler.config).items() if name in scheduler.config}
-    scheduler.register_to_config(**edited)  # a config that is edited by its attributes has other items
     own, first = scheduler.timesteps, start.first
     if first is None:
         times = torch.as_tensor(start.timestep, device="cpu")[None]
@@ -161,7 +159,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     if trace.steps[0].result.second is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     threshold = None
-    if trace.clip is not None and scheduler.config.get("thresholding"):
+    if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
     stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
