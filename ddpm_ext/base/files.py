@@ -123,6 +123,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             probe.touch()
         finally:
             probe.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"out: cannot write {path}: {error.filename} is no folder") from error
     except OSError as error:
         raise ValueError(f"out: cannot write {path}: {error.strerror or error}") from error
 

@@ -26,6 +26,7 @@ from ddpm_ext.cli.arguments import (
     numbers,
     positive_number,
     seed,
+    steps,
     whole_number,
     whole_numbers,
 )
@@ -156,7 +157,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=below_1, default=std.dropout, metavar="X", help="in residual blocks")
 
     add = parser.add_argument_group("diffusion").add_argument
-    add("--timesteps", type=whole_number(1), default=std.timesteps, metavar="N", help="steps of the schedule")
+    add("--timesteps", type=steps, default=std.timesteps, metavar="N", help="steps of the schedule")
     growth = "how fast the noise grows"
     add("--beta-schedule", choices=tuple(SCHEDULES), default=std.beta_schedule, help=growth)
     add("--prediction", choices=SPACED_PREDICTIONS, default=std.prediction, help="what the model predicts")

@@ -133,10 +133,10 @@ def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu"
     Raises:
         ValueError: diffusers can't make a model from `config`; the message names `name`.
     """
-    diffusers = require("diffusers", "the model")
+    unet = require("diffusers", "the model").UNet2DModel  # an import that fails is no fault of the configuration's
     try:
         with torch.device(device):
-            return diffusers.UNet2DModel.from_config(config)
+            return unet.from_config(config)
     except Exception as error:  # diffusers checks little, so a bad value can raise any exception
         raise ValueError(f"model: {name} can't make a UNet2DModel ({one_line(error)})") from error
 

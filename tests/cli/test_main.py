@@ -120,6 +120,8 @@ BAD = [
     (("train", "--out", "run", "--widths", "a,b"), "--widths: got a,b"),
     (("train", "--out", "run", "--flip"), "flip: digits are not to be mirrored"),
     (("train", "--out", "run", "--data", "nowhere", "--image-size", "8"), "data: no such folder: nowhere"),
+    (("train", "--out", "run", "--data", "nowhere"), "data: no such folder: nowhere; expected one"),
+    (("train", "--out", "run", "--timesteps", "2000000000"), "--timesteps: got 2000000000, expected a whole number"),
     (("train", "--out", "run", "--image-size", "16"), "digits are 8 by 8"),
     (("train", "--out", "run", "--autocast", "half"), "--autocast: invalid choice: 'half'"),
     (("train", "--out", "run", "--timestep-sampler", "all"), "--timestep-sampler: invalid choice: 'all'"),

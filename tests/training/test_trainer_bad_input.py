@@ -69,6 +69,7 @@ IMAGE = torch.zeros(1, 8, 8)
         ({"data": Items(IMAGE * torch.nan)}, ValueError, "item 0 has values from nan to nan"),
         ({"data": torch.zeros(3, 8, 8)}, ValueError, "images: got torch.float32 of shape"),
         ({"data": "nowhere", "image_size": 8}, ValueError, "data: no such folder: nowhere"),
+        ({"data": "nowhere"}, ValueError, "data: no such folder: nowhere; expected one, 'digits' or 'shapes'"),
         ({"model": Tiny(3)}, ValueError, r"model: it fails for images of shape \(1, 8, 8\) \(.*channels"),
         (
             {"model": Tiny(1, 2)},

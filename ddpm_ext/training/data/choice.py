@@ -38,6 +38,8 @@ def load_images(
             raise ValueError(f"channels: got {channels}, but shapes have 3")
         return Shapes() if size is None else Shapes(size)
     if source != "digits":
+        if not os.path.isdir(source):
+            raise ValueError(f"data: no such folder: {source}; expected one, 'digits' or 'shapes'")
         if size is None:
             raise ValueError("image size: a folder of images needs one")
         return FolderImages(source, size, 3 if channels is None else channels, random_crop)
