@@ -116,6 +116,8 @@ def _code_of(options: argparse.Namespace, stdout: _Watched | None = None) -> int
         if stdout is not None:
             with suppress(OSError):
                 stdout.flush()
+        if isinstance(stopped.code, str):
+            raise  # Python prints it
         return int(stopped.code or 0)
     except KeyboardInterrupt:
         print(f"\n{_name(options)}: interrupted", file=sys.stderr)

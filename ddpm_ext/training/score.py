@@ -110,7 +110,7 @@ class Scorer:
     def _features_of(self, images: Tensor) -> Tensor:
         given = images.to(self.device, torch.float32).clamp(-1, 1)
         with torch.no_grad():
-            found = torch.as_tensor(self.features(given)).detach().to("cpu", torch.float64)
+            found = torch.as_tensor(self.features(given), device="cpu").detach().to(torch.float64)
         if found.dim() != 2 or len(found) != len(images) or not found.shape[1]:
             raise ValueError(
                 f"features: got shape {tuple(found.shape)} for {len(images)} images, expected ({len(images)}, features)"
@@ -133,4 +133,4 @@ class Scorer:
                 found.append(self.images.batch(place[None], [seed] if self.images.seeded else None))
             except DamagedImage:
                 continue
-        return torch.cat(found) if found else torch.empty(0)
+        return torch.cat(found) if found else torch.empty(0, device="cpu")

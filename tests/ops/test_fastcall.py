@@ -87,9 +87,9 @@ def test_other_threads_run_during_a_long_call_alone(elements, runs):
 
     before, thread = sys.getswitchinterval(), threading.Thread(target=work)
     closed.acquire()
-    thread.start()
     try:
-        sys.setswitchinterval(1000)  # no thread is made to wait for another
+        sys.setswitchinterval(1000)  # a thread that holds the interpreter is not asked to let another one run
+        thread.start()  # the other one holds it until it waits for the lock
         closed.release()
         for _ in range(2000):
             call()

@@ -104,7 +104,7 @@ def alive(pid):
 def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path):
     """So pytest still says how tests failed."""
     polite = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('how it failed')"
-    _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite, seconds=2))
+    _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite, seconds=6))
     assert found["slow"]["verdict"] == CUT_OFF
     assert "how it failed" in (tmp_path / "card-1.log").read_text()
 
