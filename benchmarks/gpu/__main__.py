@@ -37,10 +37,16 @@ def end(process: subprocess.Popen[bytes], by: signal.Signals) -> None:
         os.killpg(process.pid, by)
 
 
+def accept_interrupts() -> None:
+    """In a part's process: what a shell starts in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(part: Part, seconds: float, log: Path) -> int | None:
     """Its exit status, or None if it was cut off. Its output is in `log` as it comes."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": ""} | dict(part.environment)
     how: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    how["preexec_fn"] = accept_interrupts
     with log.open("wb") as out, subprocess.Popen(part.command, stdout=out, stderr=subprocess.STDOUT, **how) as process:
         try:
             return process.wait(timeout=max(seconds - GRACE, 0))

@@ -101,10 +101,15 @@ def alive(pid):
         return False
 
 
-def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path):
+@pytest.mark.parametrize("ours", [signal.default_int_handler, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path, ours):
     """So pytest still says how tests failed."""
     polite = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('how it failed')"
-    _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite, seconds=6))
+    before = signal.signal(signal.SIGINT, ours)
+    try:
+        _, found = run(monkeypatch, tmp_path, MACHINE, part("slow", polite, seconds=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert found["slow"]["verdict"] == CUT_OFF
     assert "how it failed" in (tmp_path / "card-1.log").read_text()
 
