@@ -154,11 +154,6 @@ class LoopStep:
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
-        # A row without noise takes the kernels without: they have less to find out, and hold fewer registers.
-        common = {"clip": options.clip, "timesteps": rows.device.timestep, "unwrap": unwrap}
-        self._reverse_steps = {
-            noisy: ops.ReverseStep(self._steps, **common, **self._noise(noisy)) for noisy in (False, True)
-        }
         self._plain = not (
             self._constant
             or options.doubled
@@ -171,8 +166,15 @@ class LoopStep:
             or rows.table.extended
             or rows.table.linear
         )
+        # A row without noise takes the kernels without: they have less to find out, and hold fewer registers.
+        common = {"clip": options.clip, "timesteps": rows.device.timestep, "unwrap": unwrap}
+        self._reverse_steps = {
+            noisy: ops.ReverseStep(self._steps, **common, **self._noise(noisy))
+            for noisy in {kind.noisy for kind in rows.kinds if self._plain}
+        }
         brief = self._plain and all(kind.calls_model for kind in rows.kinds)
-        brief = brief and not (options.autocast or options.learned or self._reverse_steps[False].run is None)
+        brief = brief and not (options.autocast or options.learned)
+        brief = brief and all(step.run is not None for step in self._reverse_steps.values())
         self._runs = [self._reverse_steps[kind.noisy].run for kind in rows.kinds] if brief else None
         self._run_model = partial(model, **self._single_kwargs) if self._single_kwargs else model
 

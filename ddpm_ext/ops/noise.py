@@ -178,11 +178,6 @@ def stream_captures(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def needs_seed_in_memory(device: torch.device) -> bool:
-    """Whether an eager call must take its seed from seed_in_memory."""
-    return in_vmap() or stream_captures(device)
-
-
 def seed_in_memory(device: torch.device) -> Tensor | None:
     """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
 

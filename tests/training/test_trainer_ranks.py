@@ -82,9 +82,9 @@ def test_any_number_of_ranks_trains_the_same(ended, tmp_path, name):
     trainer_run.make(tmp_path / "one", **options).fit()
     assert alike(*(checkpoints.load(checkpoints.newest(run))[0] for run in (folder / "run", tmp_path / "one")))
     runs = folder / "run", tmp_path / "one"
-    for column in (1, 5, 6, 7, 8):  # the losses, and those of each quarter of the timesteps
+    for column in (1, 5, 6, 7, 8):  # the losses, and those of each quarter of the timesteps, which are means of fewer
         losses = [[float(line.split(",")[column]) for line in lines(run / "losses.csv")[1:]] for run in runs]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-4, nan_ok=True)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5 if column == 1 else 1e-4, nan_ok=True)
     if "score_every" in options:
         scores = [dict(map(float, line.split(",")) for line in lines(run / "scores.csv")[1:]) for run in runs]
         assert set(scores[0]) == {10, 20} and scores[0] == pytest.approx(scores[1], rel=1e-3)
