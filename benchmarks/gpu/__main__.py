@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,33 @@ def end(process: subprocess.Popen[bytes], by: signal.Signals) -> None:
         os.killpg(process.pid, by)
 
 
-def accept_interrupts() -> None:
-    """In a part's process: what a shell starts in the background ignores SIGINT, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end, so that a process that is started here is known by then.
+
+    That process accepts both, even where this one ignores SIGINT, as what a shell starts in the background does.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def run(part: Part, seconds: float, log: Path) -> int | None:
     """Its exit status, or None if it was cut off. Its output is in `log` as it comes."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_ADDOPTS": ""} | dict(part.environment)
     how: dict[str, Any] = {"cwd": ROOT, "env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
-    how["preexec_fn"] = accept_interrupts
-    with log.open("wb") as out, subprocess.Popen(part.command, stdout=out, stderr=subprocess.STDOUT, **how) as process:
+    with log.open("wb") as out, contextlib.ExitStack() as started:
+        with signals_held():
+            process = subprocess.Popen(part.command, stdout=out, stderr=subprocess.STDOUT, **how)
+            started.enter_context(process)
+            started.callback(end, process, signal.SIGKILL)
         try:
             return process.wait(timeout=max(seconds - GRACE, 0))
         except subprocess.TimeoutExpired:
@@ -55,8 +71,6 @@ def run(part: Part, seconds: float, log: Path) -> int | None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE)
             return None
-        finally:
-            end(process, signal.SIGKILL)
 
 
 def result_of(part: Part, seconds: float, log: Path) -> Result:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +178,35 @@ def test_interrupted(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert list(json.loads((tmp_path / "none-dry-run.json").read_text())["parts"]) == ["machine"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_while_a_part_starts(monkeypatch, tmp_path, number):
+    """The signal is not lost, and what was started ends."""
+    started, before = [], signal.signal(number, signal.default_int_handler)
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            signal.raise_signal(number)
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(script.subprocess, "Popen", Popen)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            script.run(part("slow", "import time; time.sleep(600)"), 600, tmp_path / "log")
+    finally:
+        signal.signal(number, before)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_part_starts_without_functions_for_forks():
+    """An interrupt that comes in one of them is lost."""
+    came = []
+    os.register_at_fork(before=lambda: came.append("before"), after_in_parent=lambda: came.append("after"))
+    script.run(part("quick", ""), 60, Path(os.devnull))
+    assert not came
 
 
 def test_a_dry_run(tmp_path):
