@@ -57,7 +57,8 @@ fuzz: build ## property tests with new seeds, each in a process of its own (SECO
 
 # Without optimisation, which takes most of a compiler's time. Python must load g++'s libraries before anything else.
 SANITIZED := build/sanitized
-UNDER_SANITIZERS := $(addprefix tests/ops/test_,$(addsuffix .py,arguments layouts loss out special_values))
+UNDER_SANITIZERS := $(addprefix tests/ops/test_,$(addsuffix .py,arguments layouts loss out special_values)) \
+  tests/losses/test_kept_noise.py
 sanitize: venv ## tests of the operators with CPU kernels and bindings under ASan and UBSan
 	DDPM_EXT_CUDA=0 DDPM_EXT_SANITIZE=address,undefined \
 	  $(PY) setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -53,7 +53,7 @@ struct Call {
 };
 
 // A call of the reverse step (rows are StepRow), of an affine operator (AffineRow; its second tensor is `noise`) or of
-// randn (no rows).
+// randn (no rows). An affine operator on a CPU writes the noise that it draws to `noise`, unless its data is null.
 struct ElementwiseCall : Call {
   TensorArg x, model_output, noise, out;
 };

@@ -194,7 +194,8 @@ class GaussianDiffusion:
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
-        model's: one makes x_t, the other the loss and its gradient. Drawn noise is not stored, but drawn again.
+        model's: one makes x_t, the other the loss and its gradient. On a GPU the loss draws the noise again; on a CPU
+        the noise stays in the memory that the gradient is then written to.
 
         Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
         mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.

@@ -28,7 +28,7 @@ struct Part {
 inline std::array<Part, 4> parts_of(const ElementwiseCall& call, Run& run) {
   return {{{&call.x, &run.x, false},
            {&call.model_output, &run.model_output, false},
-           {&call.noise, &run.noise, false},
+           {&call.noise, &run.noise, call.noise_kind == Noise::drawn},
            {&call.out, &run.out, true}}};
 }
 

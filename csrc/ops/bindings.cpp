@@ -74,10 +74,21 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
   return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
 }
 
+std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Tensor& table,
+                                                     const OptionalTensor& t, int64_t t_index, DDPM_RNG_PARAMETERS) {
+  if (needs_dispatcher("forward_process",
+                       {{"x_start", x_start}, {"table", table}, {"t", t}, {"sample_ids", sample_ids}}))
+    return {forward_process(x_start, table, t, t_index, std::nullopt, true, DDPM_RNG_ARGUMENTS, std::nullopt),
+            Tensor()};
+  RECORD_FUNCTION("ddpm_ext::forward_process", std::vector<c10::IValue>());
+  return ddpm_ext::forward_process_and_noise(x_start, table, t, t_index, DDPM_RNG_STRUCT);
+}
+
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean,
+                                          bool overwrite_noise) {
   if (needs_dispatcher("diffusion_loss", {{"model_output", model_output},
                                           {"x_start", x_start},
                                           {"noise", noise},
@@ -92,7 +103,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   }
   RECORD_FUNCTION("ddpm_ext::diffusion_loss", std::vector<c10::IValue>());
   return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_STRUCT,
-                                  reduction, want_slope, variational, detach_mean);
+                                  reduction, want_slope, variational, detach_mean, overwrite_noise);
 }
 
 using Affine = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t);
@@ -217,6 +228,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   Function<&extended_step>::define(m, "extended_step");
   Function<&linear_step>::define(m, "linear_step");
   Function<&forward_process>::define(m, "forward_process");
+  Function<&forward_process_and_noise>::define(m, "forward_process_and_noise");
   Function<&diffusion_loss>::define(m, "diffusion_loss");
   m.def("check_reverse_step", &ddpm_ext::eager::check_reverse_step);
   m.def("x_start_scale", &x_start_scale, Unlocked());

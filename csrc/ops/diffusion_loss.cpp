@@ -14,7 +14,7 @@ namespace ddpm_ext {
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope, bool variational, bool detach_mean) {
+                                          bool want_slope, bool variational, bool detach_mean, bool overwrite_noise) {
   constexpr const char* op = "diffusion_loss";
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
@@ -44,7 +44,12 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   const auto like = at::TensorOptions().device(device);
   const Tensor losses = at::empty({call.batch}, like.dtype(at::kFloat));
   const auto slopes = model_output.options().dtype(at::kFloat);
-  const Tensor slope = want_slope ? empty_result_like(model_output, at::kFloat) : at::empty({0}, slopes);
+  const bool in_noise = overwrite_noise && noise.has_value() && noise->is_cpu() && noise->scalar_type() == at::kFloat &&
+                        noise->sizes() == model_output.sizes() && noise->strides() == model_output.strides() &&
+                        noise->is_non_overlapping_and_dense();
+  const Tensor slope = !want_slope ? at::empty({0}, slopes)
+                       : in_noise  ? *noise
+                                   : empty_result_like(model_output, at::kFloat);
   Tensor variance, mean_slope = slope, variance_slope;
   if (doubled) variance = half(model_output, 1);
   if (doubled && want_slope) mean_slope = half(slope, 0), variance_slope = half(slope, 1);

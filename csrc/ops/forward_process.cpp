@@ -6,9 +6,12 @@
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
+namespace {
 
-Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+// `drawn` is where drawn noise is written, or null.
+Tensor run(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+           const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out,
+           const Tensor* drawn) {
   constexpr const char* op = "forward_process";
   const Tensor* given = pointer(noise);
   ElementwiseCall call;
@@ -20,9 +23,25 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
     check_out(op, *out, "x_start", x_start,
               {&x_start, given, &table, pointer(t), pointer(rng.sample_ids), pointer(rng.seed)});
   const Tensor result = out.has_value() ? *out : empty_result_like(x_start, x_start.scalar_type());
-  bind(op, call, {{&x_start, &call.x}, {given, &call.noise}}, result, call.out);
+  bind(op, call, {{&x_start, &call.x}, {drawn != nullptr ? drawn : given, &call.noise}}, result, call.out);
   DDPM_RUN(affine, call, x_start.device());
   return finish(result, out);
+}
+
+}  // namespace
+
+Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+  return run(x_start, table, t, t_index, noise, draw_noise, rng, out, nullptr);
+}
+
+std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Tensor& table,
+                                                     const OptionalTensor& t, int64_t t_index, const Rng& rng) {
+  Tensor drawn;
+  if (x_start.is_cpu() && x_start.scalar_type() == at::kFloat) drawn = empty_result_like(x_start, at::kFloat);
+  const Tensor x_t =
+      run(x_start, table, t, t_index, std::nullopt, true, rng, std::nullopt, drawn.defined() ? &drawn : nullptr);
+  return {x_t, drawn};
 }
 
 }  // namespace ddpm_ext

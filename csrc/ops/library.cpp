@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                           double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
                                           int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
   return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_STRUCT,
-                                  reduction, want_slope, variational, detach_mean);
+                                  reduction, want_slope, variational, detach_mean, false);
 }
 
 Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }

@@ -68,6 +68,11 @@ void linear_step(const Given<LinearStep>& given, const Tensor& table, const Opti
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
 
+// Computes the same with drawn noise. Returns it with the noise where both are float32 on a CPU, else with an undefined
+// tensor.
+std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Tensor& table,
+                                                     const OptionalTensor& t, int64_t t_index, const Rng& rng);
+
 // Computes the training loss of each sample and its slope by the model's output. The loss compares the model's output
 // with k0 x_start + k1 noise, by the rows of `table`, float32 (rows, 4), and is multiplied by the row's weight; without
 // x_start the target is k1 noise. `kind` is 0 for the squared difference, 1 for the absolute difference and 2 for
@@ -75,11 +80,12 @@ Tensor forward_process(const Tensor& x_start, const Tensor& table, const Optiona
 // losses (batch,) and 2 for their sum. Results are float32. The slope (for reduction 1: of the sum) is empty unless
 // want_slope is true. `variational` adds a term of the variational bound, by rows (rows, 8), see core/loss.h. Then
 // x_start must be given, and the model's output may have twice the channels of x_start, the second half for the
-// variance. With `detach_mean` the bound's term adds nothing to the slope of the first half.
+// variance. With `detach_mean` the bound's term adds nothing to the slope of the first half. With `overwrite_noise` the
+// slope takes the memory of a given noise that has its dtype and layout, on a CPU.
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
                                           double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope, bool variational, bool detach_mean);
+                                          bool want_slope, bool variational, bool detach_mean, bool overwrite_noise);
 
 // Computes 1 / bound of each sample, float32 (batch,): the x_start_scale of dynamic thresholding. The bound is the
 // quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of an extended step with these arguments, before

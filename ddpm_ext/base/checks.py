@@ -23,6 +23,7 @@ __all__ = [
     "is_plain",
     "like",
     "nonnegative",
+    "number",
     "one_of",
     "per_sample",
     "samples",
@@ -54,20 +55,23 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     return value
 
 
-def finite(name: str, value: object) -> float:
-    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def number(name: str, value: Any) -> Any:
+    """Returns `value`. Raises TypeError unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, _REALS):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not math.isfinite(value):
+    return value
+
+
+def finite(name: str, value: Any) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+    if not math.isfinite(number(name, value)):
         raise ValueError(f"{name} is {value}, expected a finite number")
     return float(value)
 
 
-def nonnegative(name: str, value: object) -> None:
+def nonnegative(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= float(value) < math.inf:
+    if not 0 <= float(number(name, value)) < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number, at least 0")
 
 

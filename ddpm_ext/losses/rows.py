@@ -82,14 +82,14 @@ class LossRows:
     long as nobody writes to these. They stay on the devices where they were used.
 
     bounded: whether the variational bound is finite. An eps says nothing of x_0 at an alphas_cumprod of 0.
-    needs_x_start: whether the target is made of x_start too, not of the noise alone.
+    needs_x_start, needs_noise: whether the target is made of x_start, and of the noise.
     """
 
     def __init__(self, process: Process) -> None:
         self._of = process.alphas_cumprod, process.prediction
         self.bounded = process.prediction_entry.without_signal or bool(process.alphas_cumprod[-1] > 0)
         target, self._names = _target(process), names(*self._of)
-        self.needs_x_start = bool((target[:, 0] != 0).any())
+        self.needs_x_start, self.needs_noise = (target != 0).any(0).tolist()
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
         # Each entry holds its weighting, so that no other tensor gets its id.

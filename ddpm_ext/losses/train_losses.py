@@ -58,7 +58,14 @@ def train_losses(
     source: dict[str, Any] = {"noise": noise, "rng": rng}
     if options.offset_noise:
         source = {"noise": _offset_noise(process, x_start, t, noise, rng, options.offset_noise)}
-    x_t = process.ops.forward_process(x_start, table, t, **source)
+    drawn = noise is None and not options.offset_noise
+    if drawn and loss_rows.needs_noise and torch.is_grad_enabled() and not process.variance_entry.learned:
+        x_t, kept = process.ops.forward_process_and_noise(x_start, table, t, rng=rng)
+        if kept is not None:
+            # The gradient is written over it, so that it takes no more memory at the peak of these two launches.
+            source = {"noise": kept, "overwrite_noise": True}
+    else:
+        x_t = process.ops.forward_process(x_start, table, t, **source)
     variational = terms.bound is not None
     target = x_start if variational or loss_rows.needs_x_start else None
     if process.backend == "fused":

@@ -1,4 +1,5 @@
-"""The training loss as an operator: the target is made in registers, and its noise drawn again, not stored."""
+"""The training loss as an operator: the target is made in registers, and its noise can be drawn again in place of
+being stored."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ def diffusion_loss(
     reduction: str = "mean",
     variational: bool = False,
     detach_mean: bool = False,
+    overwrite_noise: bool = False,
 ) -> Tensor:
     """The loss of a model's output against its target k0 x_start + k1 z, and its gradient, in one launch.
 
@@ -48,6 +50,8 @@ def diffusion_loss(
         variational: whether a term of the variational bound is added, which needs x_start; the model's output may then
             have twice the channels, the second half for the variance.
         detach_mean: whether that term has no gradient in the first half.
+        overwrite_noise: whether the gradient may be written over a given noise, as is done on a CPU: it then needs no
+            memory of its own.
 
     Returns:
         A scalar, or (batch,); float32. Differentiable once, in model_output.
@@ -77,7 +81,7 @@ def diffusion_loss(
     }
     if _registration.is_recorded():
         return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
-    return _DiffusionLoss.apply(tuple(how.values()), *arguments)
+    return _DiffusionLoss.apply((*how.values(), overwrite_noise), *arguments)
 
 
 def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
@@ -94,7 +98,7 @@ class _DiffusionLoss(torch.autograd.Function):
     """For eager calls, where the dispatcher would take longer than a small loss."""
 
     @staticmethod
-    def forward(ctx: Any, how: tuple[int, bool, bool, bool], *arguments: Any) -> Tensor:
+    def forward(ctx: Any, how: tuple[int, bool, bool, bool, bool], *arguments: Any) -> Tensor:
         loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
         # Somebody's hooks may keep the very tensor that is saved here.
@@ -116,7 +120,7 @@ def _gradient(slope: Tensor, grad: Tensor, dtype: torch.dtype, shared: bool) -> 
     # A retained graph may need the slope again.
     retained = shared or not plain or torch._C._autograd._get_current_graph_task_keep_graph()
     if plain and grad.dim() == 0 and grad.is_cpu and grad.item() == 1:
-        return slope.to(dtype, copy=retained)
+        return slope.to(dtype, copy=retained) if retained or slope.dtype != dtype else slope
     factor = _registration.by_sample(grad, slope)
     if slope.dtype == dtype:
         return slope * factor if retained else slope.mul_(factor)

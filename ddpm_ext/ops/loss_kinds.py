@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 from ddpm_ext.base import checks
 
 __all__ = ["BOUNDS", "LOSSES", "REDUCTIONS", "check_options"]
@@ -16,7 +14,6 @@ REDUCTIONS = ("mean", "none", "sum")
 def check_options(loss: str, delta: float, reduction: str) -> None:
     checks.one_of("loss", loss, LOSSES)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(delta, bool) or not isinstance(delta, numbers.Real):
-        raise TypeError(f"delta is {delta!r}, expected a number")
+    checks.number("delta", delta)
     if not delta > 0:
         raise ValueError(f"delta is {delta}, expected delta > 0")

@@ -25,6 +25,7 @@ __all__ = [
     "diffusion_loss",
     "extended_step",
     "forward_process",
+    "forward_process_and_noise",
     "linear_step",
     "output_scale",
     "philox4x32",
@@ -58,6 +59,13 @@ def forward_process(
     return finish(x_t, x_start, out)
 
 
+def forward_process_and_noise(
+    x_start: Tensor, table: Tensor, t: int | Tensor, *, rng: Philox
+) -> tuple[Tensor, Tensor | None]:
+    """Twin of ops.forward_process_and_noise, which leaves it to the loss to draw the noise again."""
+    return forward_process(x_start, table, t, rng=rng), None
+
+
 def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
     dtype = checks.compute_dtype(x.dtype)
     k0, k1 = columns(table.to(dtype), t, x)
@@ -89,8 +97,12 @@ def diffusion_loss(
     reduction: str = "mean",
     variational: bool = False,
     detach_mean: bool = False,
+    overwrite_noise: bool = False,
 ) -> Tensor:
-    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too."""
+    """Twin of ops.diffusion_loss; float64 for float64 samples, and differentiable in all tensors, twice too.
+
+    It overwrites no noise.
+    """
     checks.tensor("model_output", model_output)
     variance = None
     if variational:

@@ -26,9 +26,12 @@ template <Noise kNoise, class X, class Z>
 void affine_run(const Run& run) {
   const AffineRow row = *static_cast<const AffineRow*>(run.row);
   const X* x = static_cast<const X*>(run.x);
-  const Z* noise = static_cast<const Z*>(run.noise);
+  Z* noise = static_cast<Z*>(run.noise);
   X* out = static_cast<X*>(run.out);
   for_each_vector<kNoise>(run, [=](int64_t i, F32 z) {
+    if constexpr (kNoise == Noise::drawn) {
+      if (noise != nullptr) store(noise + i, z);
+    }
     if constexpr (kNoise == Noise::none) {
       store(out + i, F32(row.k0) * load(x + i));
     } else {

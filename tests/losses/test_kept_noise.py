@@ -1,0 +1,136 @@
+"""On a CPU the noise of a training step stays in the memory that the gradient is then written to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext.ops import fused
+
+ROWS = torch.tensor([[0.8, 0.6], [1.0, 0.0], [-0.3, 2.0]])
+WEIGHTS = torch.linspace(0.5, 2, 1000)
+T = torch.tensor([0, 999, 500, 17])
+RNG = Philox(7, sample_ids=torch.tensor([5, 0, 9, 2]))
+SHAPES = [(4, 3, 16, 16), (4, 3, 5, 7), (4, 1), (4,), (4, 3, 33, 41)]
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x,
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+    "transposed": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+}
+
+
+class Observed(TorchDispatchMode):
+    """Under any such mode operators go through torch's dispatcher, which draws the noise again."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def value_and_gradient(gd, x, output, *, t=T, **options):
+    leaf = output.detach().requires_grad_()
+    loss = gd.train_losses(lambda *_: leaf, x, t, **options)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_noise_is_that_of_x_t(shape, layout):
+    x = LAYOUTS[layout](normal(*shape, seed=1))
+    for t in (torch.tensor([0, 2, 1, 2]), 2):
+        x_t, noise = fused.forward_process_and_noise(x, ROWS, t, rng=RNG)
+        assert x_t.equal(fused.forward_process(x, ROWS, t, rng=RNG))
+        assert x_t.stride() == noise.stride() == torch.empty_like(x).stride()
+        for i, draw in enumerate([t] * 4 if isinstance(t, int) else t.tolist()):
+            assert noise[i : i + 1].equal(
+                randn((1, *shape[1:]), Philox(7, int(RNG.sample_ids[i])), draw=draw, stream=2)
+            )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+def test_same_bits_as_noise_that_is_drawn_again(shape, prediction):
+    gd = GaussianDiffusion(prediction=prediction)
+    for given in LAYOUTS.values():
+        for returned in LAYOUTS.values():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x, output = given(normal(*shape, seed=1)), returned(normal(*shape, seed=2).to(dtype))
+                for options in ({}, {"loss": "huber", "reduction": "none", "weighting": WEIGHTS}, {"t": 600}):
+                    got = value_and_gradient(gd, x, output, rng=RNG, **options)
+                    with Observed():
+                        expected = value_and_gradient(gd, x, output, rng=RNG, **options)
+                    assert all(map(torch.equal, got, expected))
+                    assert got[1].stride() == expected[1].stride()
+
+
+def test_the_gradient_takes_the_memory_of_the_noise(monkeypatch):
+    kept, operator = [], fused.forward_process_and_noise
+
+    def record(*args, **options):
+        x_t, noise = operator(*args, **options)
+        kept.append(noise.data_ptr())
+        return x_t, noise
+
+    monkeypatch.setattr(fused, "forward_process_and_noise", record)
+    x = normal(4, 3, 16, 16, seed=1)
+    for output in (x, x.contiguous(memory_format=torch.channels_last)):
+        _, gradient = value_and_gradient(GaussianDiffusion(), x, output, rng=RNG)
+        assert (gradient.data_ptr() == kept.pop()) is (output is x), "another layout needs memory of its own"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_given_noise_stays(shape):
+    x, noise = normal(*shape, seed=1), normal(*shape, seed=3)
+    before = noise.clone()
+    _, gradient = value_and_gradient(GaussianDiffusion(), x, x, noise=noise)
+    assert noise.equal(before) and gradient.data_ptr() != noise.data_ptr()
+
+
+def test_a_graph_that_is_kept_gives_the_gradient_again():
+    x = normal(4, 3, 16, 16, seed=1)
+    leaf = x.clone().requires_grad_()
+    loss = GaussianDiffusion().train_losses(lambda *_: leaf, x, T, rng=RNG)
+    first = torch.autograd.grad(loss * 3, leaf, retain_graph=True)[0].clone()
+    assert torch.autograd.grad(loss * 3, leaf)[0].equal(first) and bool(first.any())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"prediction": "v"}, True),
+        ({"prediction": "x0"}, False),  # the target needs no noise
+        ({"variance": "learned_range"}, False),  # the gradient has two halves, which do not fit in
+    ],
+)
+def test_where_it_is_kept(monkeypatch, options, expected):
+    calls, operator = [], fused.forward_process_and_noise
+    monkeypatch.setattr(
+        fused, "forward_process_and_noise", lambda *args, **how: calls.append(1) or operator(*args, **how)
+    )
+    x, halves = normal(4, 3, 16, 16, seed=1), 1 + ("variance" in options)
+    gd, leaf = GaussianDiffusion(**options), normal(4, 3 * halves, 16, 16, seed=2).requires_grad_()
+    gd.train_losses(lambda *_: leaf, x, T, rng=RNG)
+    assert bool(calls) is expected
+    calls.clear()
+    with torch.no_grad():
+        gd.train_losses(lambda *_: leaf, x, T, rng=RNG)
+    assert not calls
+
+
+def test_what_is_not_kept():
+    """Noise of 16 bits is not the noise that was drawn; and x_t may have a gradient in x_start."""
+    x = normal(4, 3, 16, 16, seed=1)
+    for other in (x.half(), x.bfloat16(), x.clone().requires_grad_()):
+        x_t, noise = fused.forward_process_and_noise(other, ROWS, 0, rng=RNG)
+        assert noise is None and x_t.equal(fused.forward_process(other, ROWS, 0, rng=RNG))
+        assert x_t.requires_grad is other.requires_grad
+    with Observed():
+        assert fused.forward_process_and_noise(x, ROWS, 0, rng=RNG)[1] is None
