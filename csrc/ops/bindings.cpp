@@ -1,5 +1,6 @@
 // The Python module ddpm_ext._C: the operators for eager calls. They run without torch's dispatcher, which would cost
 // more than the arithmetic of a small step, unless the dispatcher has something to do (ops/direct_call.h).
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
@@ -236,6 +237,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("predict_start", &predict_start, Unlocked());
   m.def("posterior_mean", &posterior_mean, Unlocked());
   m.def("draw_seed", &ddpm_ext::draw_seed);
+  // Torch has this in Python since 2.8.
+  m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
   m.def("philox4x32", &philox4x32);
   m.def("build_info", &build_info);
   m.def("empty_result_like", &empty_result_like);

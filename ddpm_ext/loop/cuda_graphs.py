@@ -20,6 +20,10 @@ __all__ = ["CudaGraphs"]
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
 _MANY_NODES = 20_000
+# Torch's function by which an allocator leaves a graph's pool, by its present name and by that of torch 2.7.
+END_ALLOCATE = "_cuda_endAllocateToPool"
+if hasattr(torch._C, "_cuda_endAllocateCurrentStreamToPool"):
+    END_ALLOCATE = "_cuda_endAllocateCurrentStreamToPool"
 
 
 class CudaGraphs:
@@ -92,7 +96,7 @@ class CudaGraphs:
         _FAILED.append(graph)
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
         with suppress(RuntimeError):  # it never began
-            torch._C._cuda_endAllocateToPool(index, self._pool)
+            getattr(torch._C, END_ALLOCATE)(index, self._pool)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
 

@@ -102,7 +102,7 @@ class _DiffusionLoss(torch.autograd.Function):
         loss, slope = C.diffusion_loss(*arguments, *how)
         ctx.save_for_backward(slope)
         # Somebody's hooks may keep the very tensor that is saved here.
-        ctx.hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        ctx.hooked = C.has_saved_tensors_hooks()
         ctx.dtype, ctx.inputs = arguments[0].dtype, len(arguments)
         return loss
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddpm_ext.loop import cuda_graphs
 from ddpm_ext.ops import noise
 
 FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero", "aten.item")
@@ -169,7 +170,7 @@ def install(monkeypatch):
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
     Current.allocates.clear()
     monkeypatch.setattr(noise, "stream_captures", lambda device: Current.captures)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate_to_pool)
+    monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
     fakes = {
         "Stream": Stream,
         "Event": Event,
