@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,16 +45,15 @@ class Process(subprocess.Popen):
     """A part's process. Its time is over when it says so by OVER, and only then."""
 
     def __init__(self, *arguments, env, **options):
-        said, say = os.pipe()
-        self.is_over, self.said = False, open(said, "rb", buffering=0)
-        try:
-            super().__init__(*arguments, env=env | {"OVER": str(say)}, pass_fds=[say], **options)
-        finally:
-            os.close(say)
+        self.is_over = False
+        self.said, say = socket.socketpair()
+        with say:
+            number = say.fileno()
+            super().__init__(*arguments, env=env | {"OVER": str(number)}, pass_fds=[number], **options)
 
     def wait(self, timeout=None):
         if timeout is not None and not self.is_over:  # after it, the second wait is for the grace
-            self.is_over = bool(self.said.read(1))  # nothing where the process has ended
+            self.is_over = bool(self.said.recv(1))  # nothing where the process has ended
             if self.is_over:
                 raise subprocess.TimeoutExpired(self.args, timeout)
         return super().wait(timeout)
