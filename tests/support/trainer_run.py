@@ -99,7 +99,7 @@ def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, **o
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return images * torch.nan if step == nan_at else images
 
     before_steps(act)

@@ -45,7 +45,7 @@ def send_at(monkeypatch, step, *numbers):
 
     def taken(self, images, labels):
         for number in numbers if self.state.step == step else ():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         take(self, images, labels)
 
     monkeypatch.setattr(TrainingStep, "take", taken)
@@ -78,7 +78,7 @@ def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
     def kill_all(self, images, labels):
         take(self, images, labels)
         if self.state.step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
                 os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
@@ -98,7 +98,7 @@ def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeyp
 
     def never(self, step):
         if step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             pytest.fail("still waiting")
         return read(self, step)
 
@@ -134,7 +134,7 @@ def test_handlers_of_others_stay():
     signal.signal(signal.SIGTERM, own)
     try:
         with noted_signals() as noted:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert (came, noted.number) == ([signal.SIGTERM], 0)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
