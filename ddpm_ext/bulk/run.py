@@ -26,9 +26,7 @@ __all__ = ["Result", "sample_many"]
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
 _PATIENCE = 600.0  # seconds, plus ten times what a rank needs for a shard: how long the others may write none
-_STOPPED = (
-    60.0  # seconds between two looks of a rank that waits: it was stopped, as Ctrl-Z does, and the others with it
-)
+_STOPPED = 60.0  # seconds between two looks of a rank that waits: it was stopped, as by Ctrl-Z, and the others, too
 _VISIBLE_WITHIN = 60.0  # seconds until a new file shows on another machine's mount of the same file system
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -47,9 +48,15 @@ class Process(subprocess.Popen):
     def __init__(self, *arguments, env, **options):
         self.is_over = False
         self.said, say = socket.socketpair()
-        with say:
+        with say, contextlib.ExitStack() as failed:
+            failed.callback(self.said.close)
             number = say.fileno()
             super().__init__(*arguments, env=env | {"OVER": str(number)}, pass_fds=[number], **options)
+            failed.pop_all()
+
+    def __exit__(self, *error):
+        self.said.close()
+        super().__exit__(*error)
 
     def wait(self, timeout=None):
         if timeout is not None and not self.is_over:  # after it, the second wait is for the grace
