@@ -1,4 +1,4 @@
-"""What the tests share: the devices they run on, their markers, the sources' folder, inputs on a device.
+"""What the tests share: the devices they run on, their markers and seeds, the sources' folder, inputs on a device.
 
 A test that takes `device`, itself or through a fixture, runs on every device that can be used, or on those that
 `--device` names. All other tests run on the CPU only, and are left out if `--device` does not name it.
@@ -7,12 +7,30 @@ A test that takes `device`, itself or through a fixture, runs on every device th
 
 from __future__ import annotations
 
+import random
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ddpm_ext
+
+try:
+    import hypothesis
+except ImportError:
+    pass
+else:
+    # The same examples in every run, and no limit of time, which a machine that does other work would exceed.
+    hypothesis.settings.register_profile(
+        "ddpm_ext",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("ddpm_ext")
 
 NAMES = ("cpu", "cuda")
 DEVICES = pytest.StashKey[list[torch.device]]()
@@ -126,6 +144,24 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def seed_generators(item):
+    """What a test draws without a seed depends on its name, not on the tests that the same process ran before."""
+    seed = zlib.crc32(item.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    seed_generators(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    seed_generators(item)  # again: fixtures that other tests share may have been made just now, or long ago
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ __all__ = ["Result", "sample_many"]
 _FORMAT = "ddpm-ext samples 1"
 _INTERVAL = 1.0  # seconds between two looks of rank 0 into the folder
 _PATIENCE = 600.0  # seconds, plus ten times what a rank needs for a shard: how long the others may write none
+_STOPPED = 60.0  # seconds between two looks of a rank that waits: it was stopped, as by Ctrl-Z, and the others, too
 _VISIBLE_WITHIN = 60.0  # seconds until a new file shows on another machine's mount of the same file system
 
 
@@ -138,13 +139,14 @@ def _check_same(manifest: Path, settings: dict[str, Any]) -> None:
 
 def _wait_until_visible(path: Path) -> None:
     """Waits until a file that another rank wrote can be seen here; raises ValueError if it doesn't appear."""
-    deadline = time.monotonic() + _VISIBLE_WITHIN
+    deadline, late = time.monotonic() + _VISIBLE_WITHIN, False
     while not path.exists():
-        if time.monotonic() > deadline:
+        if late:
             raise ValueError(
                 f"out: another rank wrote {path}, but here it is not; expected a folder that all share, and that no "
                 "other program removes files from"
             )
+        late = time.monotonic() > deadline  # then one more look: this process may have been stopped since the last
         time.sleep(0.1)
 
 
@@ -159,6 +161,7 @@ class _Watch:
         self.sizes = {shards.path(index).name: len(shards.ids(index)) for index in missing}
         self.wanted = sum(self.sizes.values())
         self.start = self.own_start = self.last_change = self.last_look = time.monotonic()
+        self.last_wait = math.inf
         self.remaining = len(missing)
         self.slowest = 0.0  # seconds, of this rank's shards
         self.bar = None
@@ -195,8 +198,12 @@ class _Watch:
         takes, and waits without a limit.
         """
         self.look()
+        now = time.monotonic()
+        if now - self.last_wait > _STOPPED:
+            self.last_change = now
+        self.last_wait = now
         patience = _PATIENCE + 10 * self.slowest if self.slowest else math.inf
-        if time.monotonic() - self.last_change > patience:
+        if now - self.last_change > patience:
             raise TimeoutError(
                 f"no shard has come for {patience:.0f} s, and {self.remaining} are missing: a rank is stuck; "
                 "what was finished is kept: run the same command again to go on"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,16 @@ class StepBatches(Dataset):
             return error
         return batch
 
+    @contextmanager
+    def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
+        """iterate() for a block, with which the workers end.
+
+        The death of a worker interrupts the block wherever it is, not only where it awaits a batch: torch's handler of
+        the signal raises an error there. It becomes a ChildProcessError, too.
+        """
+        with _in_own_words(), closing(self.iterate(start, stop, device)) as read:
+            yield read
+
     def iterate(self, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
         """Reads the batches of the steps from `start` to `stop` - 1, ahead of time in `options.workers` processes.
 
@@ -78,16 +89,11 @@ class StepBatches(Dataset):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
-        with torch.device("cpu"):  # where the loader draws its workers' seed
+        with torch.device("cpu"), _in_own_words():  # the device where the loader draws its workers' seed
             batches = iter(steps)
         while True:
-            try:
+            with _in_own_words():
                 batch = next(batches, None)
-            except RuntimeError as error:
-                reason = _reason(error)
-                if reason is None:
-                    raise
-                raise reason from error
             if batch is None:
                 return
             if isinstance(batch, Exception):
@@ -146,6 +152,18 @@ class StepBatches(Dataset):
             except DamagedImage as error:
                 skipped.append(str(error))
         raise ValueError(f"data: none of the {count} images can be read, the last because: {skipped[-1]}")
+
+
+@contextmanager
+def _in_own_words() -> Iterator[None]:
+    """Turns a DataLoader's own errors into what they mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise reason from error
 
 
 def _reason(error: RuntimeError) -> Exception | None:

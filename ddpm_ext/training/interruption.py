@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -13,6 +14,7 @@ __all__ = ["Noted", "end", "noted_signals"]
 
 T = TypeVar("T")
 
+_BEHIND = 1.0  # seconds: how long a signal to all processes of a run may take from a worker to this one
 # Only these handlers are replaced: whoever set another one has plans of their own.
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -28,11 +30,17 @@ class Noted:
         self.number, self._waiting = 0, False
 
     def next(self, read: Iterator[T]) -> T | None:
-        """The next of `read`, or None if a signal comes before it: workers that the signal killed would give none."""
+        """The next of `read`, or None if a signal comes before it: workers that the signal killed would give none.
+
+        A worker's death, a ChildProcessError, is raised a moment later, since the signal that ended it may come then.
+        """
         try:
             try:
                 self._waiting = True
                 return None if self.number else next(read)
+            except ChildProcessError:
+                time.sleep(_BEHIND)
+                raise
             finally:
                 self._waiting = False
         except _Interrupted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -239,7 +239,7 @@ class Trainer:
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock, skipped = Clock(state.step), []
         # The workers end before signals have their usual effects again, among which is an error for a killed worker.
-        with noted_signals() as noted, closing(batches.iterate(state.step, options.steps, self.device)) as read:
+        with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
             while state.step < options.steps:
                 # Other ranks would wait in their step for a rank that stops before it.
                 batch = noted.next(read) if self.ranks.size == 1 else next(read)

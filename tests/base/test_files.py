@@ -53,7 +53,7 @@ def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
     path.touch()
     code = (
         "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext.base import files\n"
-        "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(60)\n"
+        "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(600)\n"
         "context = multiprocessing.get_context('fork')\nhere, there = context.Pipe()\n"
         "with files.lock(sys.argv[1]):\n"
         "    context.Process(target=work, args=(there,)).start()\n    print(here.recv(), flush=True)\n"

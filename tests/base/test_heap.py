@@ -6,9 +6,11 @@ import pytest
 
 from ddpm_ext.base.heap import VARIABLES, keep_freed_memory
 
-# 40 tensors of 4 MiB, one after another: how many pages the system had to provide.
+# 40 tensors of 4 MiB, one after another: how many pages the system had to provide, none of them a large one.
 PAGES = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     from ddpm_ext.base.heap import keep_freed_memory

@@ -1,6 +1,7 @@
 """A run of one process: the same samples for every batch size and shard size, interrupted or not."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from support.exact_run import COUNT, SHAPE, SIZE, contents, joined, make_draw
 
 from ddpm_ext import Philox, randn
 from ddpm_ext.base import files
+from ddpm_ext.bulk import run as bulk_run
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import Shards
 from ddpm_ext.ops.noise import STREAM_START
@@ -29,15 +31,17 @@ def test_neither_batches_nor_shards_matter(tmp_path, truth, batch_size, size):
 
 def test_existing_shards_are_not_drawn_again(tmp_path, truth):
     shards, _ = exact_run.run(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    before = set((tmp_path / "shards").iterdir())
+    for path in before:
+        os.utime(path, ns=(1, 1))  # long ago: the clock of a file system may tick slowly
     gone = [shards.path(1), shards.path(5)]
     for path in gone:
         path.unlink()
     shards, result = exact_run.run(tmp_path, batch_size=2)
     assert result.drawn == 4 + 3
     assert np.array_equal(joined(shards), truth)
-    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
-    assert {path for path in after if after[path] == before[path]} == before.keys() - gone
+    after = set((tmp_path / "shards").iterdir())
+    assert {path for path in after if path.stat().st_mtime_ns == 1} == before - set(gone)
     assert exact_run.run(tmp_path)[1].drawn == 0
 
 
@@ -171,3 +175,53 @@ def test_bar_counts_samples(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert f"19/{COUNT}" in shown
     assert f"{COUNT}/{COUNT}" in shown
+
+
+class Clock:
+    """Stands in for the module time in ddpm_ext.bulk.run."""
+
+    def __init__(self, monkeypatch, at_sleep=None):
+        self.now, self.sleep = 100.0, at_sleep
+        monkeypatch.setattr(bulk_run, "time", self)
+
+    def monotonic(self):
+        return self.now
+
+
+def test_ranks_that_were_stopped_are_not_stuck(tmp_path, monkeypatch):
+    """As by Ctrl-Z and fg: nobody has written anything in between, and it is no fault of theirs."""
+    shards, clock = exact_run.run(tmp_path)[0], Clock(monkeypatch)
+    shards.path(1).unlink()
+    watch = bulk_run._Watch(shards, [0, 1], bar=False, every=1.0)
+    clock.now += 2
+    watch.own_shard_is_done()
+    for _ in range(2):
+        clock.now += 5000
+        for _ in range(600):
+            clock.now += 1
+            watch.wait()
+    for _ in range(10):
+        clock.now += 1
+        watch.wait()
+    with pytest.raises(TimeoutError, match="no shard has come for 620 s, and 1 are missing: a rank is stuck"):
+        for _ in range(20):
+            clock.now += 1
+            watch.wait()
+
+
+def test_a_file_that_came_while_this_process_was_stopped_is_seen(tmp_path, monkeypatch):
+    looks = []
+
+    class Late(type(tmp_path)):
+        def exists(self):
+            looks.append(clock.now)
+            clock.now += 1000
+            return len(looks) == 2
+
+    clock = Clock(monkeypatch, at_sleep=lambda seconds: None)
+    bulk_run._wait_until_visible(Late(tmp_path))
+    looks.clear()
+    looks += [0, 0]
+    with pytest.raises(ValueError, match="but here it is not"):
+        bulk_run._wait_until_visible(Late(tmp_path))
+    assert len(looks) == 4

@@ -23,6 +23,7 @@ from support.accelerated_tutorial import (
 )
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
+from support.warned import user_warnings
 from torch.profiler import ProfilerActivity, profile
 
 import ddpm_ext
@@ -367,6 +368,6 @@ def test_a_reason_is_warned_of_once():
     with pytest.warns(UserWarning) as told:
         for _ in range(3):
             fast.q_sample(x, torch.tensor([0, 5, 20, 49]))
-    assert [str(w.message) for w in told] == [
+    assert [str(w.message) for w in user_warnings(told)] == [
         "q_sample runs the own code of the tutorial's class: its samples are float64"
     ]

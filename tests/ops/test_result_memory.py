@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,19 @@ def empty_pool():
 
 def zeros_model(x, t):
     return torch.zeros_like(x)
+
+
+def within_patience(check):
+    """Runs check(). A block that is kept goes back to the system after five seconds; a check that failed after as many,
+    on a machine that stopped it, begins anew."""
+    while True:
+        release_memory()
+        started = time.monotonic()
+        try:
+            return check()
+        except AssertionError:
+            if time.monotonic() - started < 5:
+                raise
 
 
 def results(gd, x):
@@ -66,12 +80,16 @@ def test_large_results_come_from_the_pool(name):
         "extended_step": lambda: fused.extended_step(x, x, gd.process.table("extended", "x", x), 5),
         "randn": lambda: randn(ONE_MIB, Philox(0)),
     }[name]
-    used, result = used_by(make)
-    assert used == result.nbytes == MIB
-    place = result.data_ptr()
-    del result
-    assert memory_info()["kept"] == MIB
-    assert make().data_ptr() == place
+
+    def check():
+        used, result = used_by(make)
+        assert used == result.nbytes == MIB
+        place = result.data_ptr()
+        del result
+        assert memory_info()["kept"] == MIB
+        assert make().data_ptr() == place
+
+    within_patience(check)
     release_memory()
     assert memory_info()["kept"] == 0
 
@@ -84,12 +102,16 @@ def test_small_results_and_given_memory_do_not():
 
 
 def test_a_chained_loop_takes_two_blocks():
-    gd, x = GaussianDiffusion(), randn(ONE_MIB, Philox(0))
-    places = set()
-    for t in reversed(range(100)):
-        x = gd.p_sample(zeros_model, x, t)
-        places.add(x.data_ptr())
-    assert len(places) == 2
+    gd = GaussianDiffusion()
+
+    def check():
+        x, places = randn(ONE_MIB, Philox(0)), set()
+        for t in reversed(range(100)):
+            x = gd.p_sample(zeros_model, x, t)
+            places.add(x.data_ptr())
+        assert len(places) == 2
+
+    within_patience(check)
 
 
 def test_many_shapes_keep_memory_flat():

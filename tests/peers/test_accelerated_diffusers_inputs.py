@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.warned import user_warnings
 
 pytest.importorskip("diffusers")
 
@@ -305,7 +306,7 @@ def test_a_reason_is_warned_of_once_and_recorded():
             scheduler.step(M, 300, X, eta=2.0)
             scheduler.step(M, 300, X)
             scheduler.add_noise(X, Z[:1], torch.tensor(3))
-    assert [str(w.message) for w in caught] == [
+    assert [str(w.message) for w in user_warnings(caught)] == [
         OWN + "the model's output is float64",
         OWN + "eta is 2.0",
         "add_noise runs the own code of diffusers: its tensors have different shapes",

@@ -134,15 +134,21 @@ void patience() {
 
 int main(int argc, char** argv) {
   BlockPool& pool = BlockPool::instance();
-  check(pool.limit() == 0, "the limit is not 0 at first");
-  pool.set_limit(64 << 20);
-  same_block_again(pool);
+  // What is still kept later must not depend on how long a busy machine takes until then.
+  static auto& patient = *new BlockPool(std::chrono::hours(24));
+  for (BlockPool* each : {&pool, &patient}) {
+    check(each->limit() == 0, "the limit is not 0 at first");
+    each->set_limit(64 << 20);
+  }
+  same_block_again(patient);
   threads(pool);
   if (argc > 1 && std::strcmp(argv[1], "forks") == 0) forks(pool);
-  bounds(pool);
+  bounds(patient);
   patience();
-  pool.release();
-  check(pool.state().kept == 0 && pool.state().used == 0, "not all blocks came back");
+  for (BlockPool* each : {&pool, &patient}) {
+    each->release();
+    check(each->state().kept == 0 && each->state().used == 0, "not all blocks came back");
+  }
   check(pool.take(SIZE_MAX) == nullptr && pool.take(SIZE_MAX / 2) == nullptr, "a block larger than memory was given");
   std::puts("good");
 }

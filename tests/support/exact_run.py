@@ -1,12 +1,15 @@
 """ddpm_ext.bulk with a model whose arithmetic is exact: a sample has the same bits in every batch.
 
 As a process this is one rank of a run: `exact_run.py FOLDER '{"batch_size": 3, ...}'`. The options are those of `run`;
-"by rank" holds further options for single ranks.
+"by rank" holds further options for single ranks. "die_at", two numbers: the process is killed when it has written so
+many shards, and so many are in the folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -60,6 +63,21 @@ def joined(shards):
     return np.concatenate(list(shards.images()))
 
 
+def die_at(own: int, all_shards: int) -> None:
+    """Kills this process when it has written `own` shards and the folder has `all_shards`, for which it waits."""
+    write, written = Shards.write, []
+
+    def then_die(self, index, *arguments):
+        write(self, index, *arguments)
+        written.append(index)
+        while len(written) == own:
+            if len(list(self.inside.glob("0*.npy"))) >= all_shards:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+
+    Shards.write = then_die
+
+
 if __name__ == "__main__":
     options = json.loads(sys.argv[2])
     for name in ("_PATIENCE", "_VISIBLE_WITHIN"):
@@ -67,5 +85,7 @@ if __name__ == "__main__":
             setattr(bulk_run, name, options.pop(name))
     with distributed.join() as ranks:
         options |= options.pop("by rank", {}).get(str(ranks.rank), {})
+        if "die_at" in options:
+            die_at(*options.pop("die_at"))
         run(options.pop("folder", sys.argv[1]), ranks, **options)
     print("done", flush=True)

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from support.command_line import ENVIRONMENT
+from support.ports import reserved_port
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -99,7 +99,7 @@ def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, **o
         if step == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return images * torch.nan if step == nan_at else images
 
     before_steps(act)
@@ -142,14 +142,12 @@ def _fork(folder: Path, rank: int, size: int, port: int, options: dict) -> int:
 def _codes(folder: Path, by_rank: list[dict]) -> list[int]:
     """The exit code of each rank of a run, or minus the signal that killed it."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [_fork(folder, rank, len(by_rank), port, options) for rank, options in enumerate(by_rank)]
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    with reserved_port() as port:
+        children = [_fork(folder, rank, len(by_rank), port, options) for rank, options in enumerate(by_rank)]
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def in_forks(folder: Path, runs: dict[str, list[dict]], timeout: float = 300) -> dict[str, list[int]]:
+def in_forks(folder: Path, runs: dict[str, list[dict]], timeout: float = 1200) -> dict[str, list[int]]:
     """Trains runs one after the other, each given by a name and the options of its ranks.
 
     The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err.

@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import trainer_run
 from support.trainer_run import make
 
-from ddpm_ext.training import checkpoints
+from ddpm_ext.training import checkpoints, interruption
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.interruption import noted_signals
 from ddpm_ext.training.step import TrainingStep
@@ -45,7 +46,7 @@ def send_at(monkeypatch, step, *numbers):
 
     def taken(self, images, labels):
         for number in numbers if self.state.step == step else ():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         take(self, images, labels)
 
     monkeypatch.setattr(TrainingStep, "take", taken)
@@ -78,7 +79,7 @@ def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
     def kill_all(self, images, labels):
         take(self, images, labels)
         if self.state.step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
                 os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
@@ -98,7 +99,7 @@ def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeyp
 
     def never(self, step):
         if step == 12:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             pytest.fail("still waiting")
         return read(self, step)
 
@@ -110,6 +111,30 @@ def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeyp
     monkeypatch.undo()
     make(tmp_path / "run", resume=True, **OPTIONS).fit()
     assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 20
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_signal_that_a_worker_got_first(tmp_path, monkeypatch, comes):
+    """The worker's death is the first that this process learns of it."""
+    read, waited = StepBatches._read, []
+
+    def dies(self, step):
+        if step == 12:
+            raise ChildProcessError("data: a worker died")
+        return read(self, step)
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if comes:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(StepBatches, "_read", dies)
+    monkeypatch.setattr(interruption, "time", SimpleNamespace(sleep=sleep))
+    with pytest.raises(SystemExit if comes else ChildProcessError):
+        make(tmp_path / "run", **OPTIONS).fit()
+    assert len(waited) == 1
+    newest = checkpoints.newest(tmp_path / "run")
+    assert newest.name == "step-00000012.safetensors" if comes else newest is None
 
 
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
@@ -134,7 +159,7 @@ def test_handlers_of_others_stay():
     signal.signal(signal.SIGTERM, own)
     try:
         with noted_signals() as noted:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert (came, noted.number) == ([signal.SIGTERM], 0)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

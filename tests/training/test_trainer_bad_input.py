@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -156,6 +157,42 @@ def test_worker_that_dies(tmp_path):
     data = Worker(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ChildProcessError, match=r"^data: a worker died \(DataLoader worker .*expected .* workers=0$"):
         make(tmp_path / "run", data=data, workers=1).fit()
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("when", ["the loader starts", "a step is taken"])
+def test_worker_that_dies_while_no_batch_is_awaited(tmp_path, monkeypatch, when):
+    """Its end is noticed wherever the program is just then."""
+
+    asked, read = multiprocessing.get_context("fork").Event(), []
+    others = set(multiprocessing.active_children())
+
+    def die():  # in place of reading for the second batch
+        read.append(1)
+        if len(read) > trainer_run.SIZES["batch_size"]:
+            asked.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def let_workers_die():
+        asked.set()
+        for worker in set(multiprocessing.active_children()) - others:
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    class Loader(batches.DataLoader):
+        def __iter__(self):
+            iterator = super().__iter__()
+            if when == "the loader starts":
+                let_workers_die()
+            return iterator
+
+    def take(step, images, labels):
+        let_workers_die()
+
+    monkeypatch.setattr(batches, "DataLoader", Loader)
+    monkeypatch.setattr(TrainingStep, "take", take)
+    with pytest.raises(ChildProcessError, match=r"^data: a worker died \(DataLoader worker .*expected .* workers=0$"):
+        make(tmp_path / "run", data=Worker(die), workers=1).fit()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_item_that_cannot_be_read(tmp_path):

@@ -1,0 +1,66 @@
+"""Every run of the tests has the same inputs, in any order, in any number of processes and on a slow machine."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+DRAWS = """
+import random
+import numpy as np
+import pytest
+import torch
+
+def draw():
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+@pytest.fixture(scope="module")
+def shared():
+    return draw()
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_draws(name, shared):
+    print("drawn", name, draw())
+"""
+
+
+@pytest.mark.subprocess
+def test_what_a_test_draws_does_not_depend_on_the_tests_before(tmp_path):
+    path = tmp_path / "test_draws.py"
+    path.write_text(DRAWS)
+    paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "conftest", "--rootdir", str(tmp_path)]
+    drawn = []
+    for names in ("ab", "ba", "b"):
+        chosen = [f"{path}::test_draws[{name}]" for name in names]
+        command = [sys.executable, "-m", "pytest", *options, *chosen]
+        environment = os.environ | {"PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        drawn.append({line.partition("drawn ")[2] for line in done.stdout.splitlines() if "drawn " in line})
+    assert len(drawn[0]) == 2
+    assert drawn[0] == drawn[1] > drawn[2]
+
+
+def test_property_tests_are_not_timed():
+    """A process may be stopped for a while at any place: an example that takes long is no error."""
+    hypothesis = pytest.importorskip("hypothesis")
+    seen = []
+
+    @hypothesis.given(hypothesis.strategies.integers())
+    @hypothesis.settings(max_examples=5)
+    def check(value):
+        seen.append(value)
+        if len(seen) == 1:
+            time.sleep(0.5)  # by default 0.2 are the limit
+
+    check()
+    first, seen = seen, []
+    check()
+    assert first == seen and len(seen) == 5
+    assert hypothesis.HealthCheck.too_slow in hypothesis.settings.default.suppress_health_check
