@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.command_line import ENVIRONMENT, call, run, save_tiny
@@ -51,6 +52,27 @@ def test_stdout_on_a_full_disk(arguments, unbuffered):
     assert done.stderr.startswith("ddpm-ext")
     assert done.stderr.endswith(": the output cannot be written: No space left on device\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+@pytest.mark.parametrize("gone", [("stdout",), ("stderr",), ("stdout", "stderr")], ids=" and ".join)
+def test_work_goes_on_when_nobody_reads(tiny, tmp_path, gone):
+    """Who reads the lines or the progress bar goes away, as `head` does: the file is written, and the code is 1."""
+    command = [sys.executable, "-m", "ddpm_ext", "sample", "--model", str(tiny), "--num", "3", "--batch-size", "1"]
+    command += ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "a.npz")]
+    reads, writes = os.pipe()
+    os.close(reads)
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
+    with open(tmp_path / "stdout", "w") as out, open(tmp_path / "stderr", "w") as err:
+        streams = {"stdout": out, "stderr": err} | dict.fromkeys(gone, writes)
+        assert subprocess.run(command, env=environment, timeout=300, **streams).returncode == 1
+    os.close(writes)
+    said = {name: (tmp_path / name).read_text() for name in ("stdout", "stderr")}
+    assert all(bool(text) == (name not in gone) for name, text in said.items())
+    assert not any(word in said["stderr"] for word in ("Traceback", "Exception", "rror"))
+    assert "stdout" in gone or "a.npz: 3 samples" in said["stdout"]
+    with np.load(tmp_path / "a.npz") as opened:
+        assert len(opened["arr_0"]) == 3
 
 
 def test_help_shows_groups_and_defaults(capsys):
