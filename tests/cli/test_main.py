@@ -187,6 +187,29 @@ def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
     assert message.endswith('pip install --no-build-isolation ".[demo]"\n')
 
 
+def test_package_that_lacks_one_of_its_own_names_both(tiny, tmp_path, monkeypatch, capsys):
+    """diffusers is there, but not what it imports: the same pip command installs that."""
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("import no_such_package.inner\n")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "diffusers")
+        patch.syspath_prepend(tmp_path)
+        assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / "a.npz") == 2
+    message = capsys.readouterr().err
+    assert "needs diffusers, which needs no_such_package, which is not installed: pip install diffusers, or" in message
+    assert message.count("\n") == 1
+
+
+def test_without_matplotlib_a_table_is_not_printed_and_then_refused(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    files = ("--save", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert call("table", "--sampler", "ddim", "--steps", 3, *files) == 2
+    written = capsys.readouterr()
+    assert written.out == "" and "needs matplotlib: pip install matplotlib" in written.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_tqdm_there_is_no_bar_and_one_line_says_so(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(optional, "_told", False)
     for name in ("tqdm", "tqdm.auto"):
