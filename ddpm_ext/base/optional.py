@@ -19,18 +19,20 @@ class MissingExtra(ImportError):
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Imports and returns a module. Raises MissingExtra, with the pip command, if its package is not installed.
+    """Imports and returns a module. Raises MissingExtra, with the pip command, if its package is not installed, or a
+    package that this one imports.
 
     purpose: what it is needed for, as the start of the error's sentence.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        top = module.partition(".")[0]
-        if error.name is None or error.name.partition(".")[0] != top:
-            raise  # the package is installed, but one of its own dependencies is not, which this error names
-        package = _INSTALLS.get(top, top)
-        raise MissingExtra(f"{purpose} needs {package}: pip install {package}{ALL_EXTRAS}") from None
+        if error.name is None:
+            raise
+        tops = (name.partition(".")[0] for name in (module, error.name))
+        package, missing = (_INSTALLS.get(top, top) for top in tops)
+        inner = "" if missing == package else f", which needs {missing}, which is not installed"
+        raise MissingExtra(f"{purpose} needs {package}{inner}: pip install {package}{ALL_EXTRAS}") from None
 
 
 def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:

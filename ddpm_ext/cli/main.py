@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
@@ -47,8 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input or the output, or 130 for
-    Ctrl-C.
+    """Runs `ddpm-ext` and returns its exit code: 0, 2 if anything is wrong with the input or the output, 130 for
+    Ctrl-C, or 1 if the work was done but nobody read all of its lines.
 
     A command's run gets its options, and as `options.arguments` the command line that they were parsed from.
     """
@@ -68,39 +68,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    if sys.stdout is None:  # it was closed when the program began
-        return _code_of(options)
-    stdout = _Watched(sys.stdout)
-    with redirect_stdout(cast(TextIO, stdout)):
-        code = _code_of(options, stdout)
-    if stdout.error is None:
-        return code
-    sys.stdout = None  # without this, Python would fail again on its way out
-    if isinstance(stdout.error, BrokenPipeError):  # who reads has read enough
-        return 1
-    return _wrong(options, f"the output cannot be written: {stdout.error.strerror or stdout.error}")
+    watched: dict[str, _Watched] = {}
+    with ExitStack() as until_the_end:
+        for name, redirect, ignored in _STREAMS:
+            if getattr(sys, name) is not None:  # None: it was closed when the program began
+                watched[name] = _Watched(getattr(sys, name), ignored)
+                until_the_end.enter_context(redirect(cast(TextIO, watched[name])))
+        code = _code_of(options, watched.get("stdout"))
+    lost = {name: stream for name, stream in watched.items() if stream.error is not None}
+    for name in lost:
+        setattr(sys, name, None)  # without this, Python would fail again on its way out
+    if "stdout" in lost and not isinstance(error := lost["stdout"].error, BrokenPipeError):
+        return _wrong(options, f"the output cannot be written: {getattr(error, 'strerror', None) or error}")
+    return code or int(bool(lost))
+
+
+# Whether the lines and the progress bar can be read decides nothing about the files that a command writes. Of what is
+# wrong with standard error nobody can be told.
+_STREAMS: tuple[tuple[str, Callable[[TextIO], AbstractContextManager[Any]], type[OSError]], ...] = (
+    ("stdout", redirect_stdout, BrokenPipeError),
+    ("stderr", redirect_stderr, OSError),
+)
 
 
 class _Watched:
-    """Standard output that keeps the error if it can't be written, as on a full disk: argparse says nothing of it."""
+    """A stream that keeps the error if it can't be written, as on a full disk: argparse says nothing of it.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    ignored: the errors after which writing seems to succeed, so that the work goes on.
+    """
+
+    def __init__(self, stream: TextIO, ignored: type[OSError]) -> None:
+        self.stream, self._ignored = stream, ignored
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        try:
+        with self._noting():
             return self.stream.write(text)
-        except OSError as error:
-            self.error = error
-            raise
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._noting():
             self.stream.flush()
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.error = error
-            raise
+            if not isinstance(error, self._ignored):
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

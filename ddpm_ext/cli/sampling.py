@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
+from ddpm_ext.cli.network import RunModel, is_run, load_run
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.results import CapturedLoop
@@ -93,14 +95,14 @@ class Prepared(Loaded):
 
 
 def load(options: argparse.Namespace) -> Loaded:
-    """Loads the model of the options --model, --class, --null-class, --guidance and of how to run.
+    """Loads the model of the options --model, --network, --class, --null-class, --guidance and of how to run.
 
     Raises:
         TypeError, ValueError: an option is out of range, or the model's folder is wrong.
         MissingExtra: a package that the command needs is not installed.
     """
     device, dtype = check_device(options.device), DTYPES[options.dtype]
-    model = load_model(options.model, device=device, dtype=dtype)
+    model = _load_model(options, device, dtype)
     classes, chosen = _classes(model, options)
     if getattr(options, "channels_last", False):
         model.unet.to(memory_format=torch.channels_last)
@@ -112,6 +114,18 @@ def load(options: argparse.Namespace) -> Loaded:
         classes=classes,
         chosen=chosen,
     )
+
+
+def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    if is_run(options.model):
+        if options.network is not None and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # where the module of --network may lie
+        return load_run(options.model, options.network, device=device, dtype=dtype)
+    loaded = load_model(options.model, device=device, dtype=dtype)
+    if options.network is not None:
+        needs = "which needs none; expected the folder of a run of another module"
+        raise ValueError(f"network: got {options.network}, but {options.model} is a UNet2DModel, {needs}")
+    return loaded
 
 
 def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
@@ -156,7 +170,7 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
                 raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
-        count = model.unet.config.num_class_embeds
+        count = model.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
         if options.null_class >= count:
             raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
         classes = replace(classes, null=options.null_class)

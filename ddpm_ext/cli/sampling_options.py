@@ -27,9 +27,11 @@ __all__ = ["add_class", "add_device", "add_model", "add_sampling", "add_seed", "
 
 
 def add_model(group: Any, default: str = "digits") -> None:
-    """Adds --model to a group of options."""
-    models = "a model that comes with the package, or a folder in diffusers' layout"
+    """Adds --model and --network to a group of options."""
+    models = "a model that comes with the package, a folder in diffusers' layout, or that of a training run"
     group.add_argument("--model", default=default, metavar="digits|shapes|FOLDER", help=models)
+    network = "for a run of a module that is no UNet2DModel: the class or function, without arguments, that makes one"
+    group.add_argument("--network", metavar="MODULE:NAME", help=network)
 
 
 def add_seed(group: Any) -> None:

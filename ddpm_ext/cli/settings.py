@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddpm_ext.cli.arguments import eta_of
+from ddpm_ext.cli.network import RunModel
 from ddpm_ext.cli.sampling import Prepared
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.version import __version__
@@ -43,6 +44,8 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
 
 def model_hash(model: LoadedModel) -> str:
     """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
+    if isinstance(model, RunModel):
+        return model.sha256
     digest = hashlib.sha256(repr(astuple(model.settings)).encode())
     inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
     for name in (CONFIG, WEIGHTS):

@@ -91,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
         if path is not None:
             check_ending(path, endings, name)
             files.check_writable(path)
+    if options.plot is not None:
+        require("matplotlib.figure", "drawing a table")
     source = options.sampler or options.scheduler
     if source == options.scheduler and source in SAMPLERS:
         source = os.path.join(os.curdir, source)  # a folder that has the name of a sampler

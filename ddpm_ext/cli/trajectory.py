@@ -31,7 +31,7 @@ def add_parser(commands: Subparsers) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, which `plot trajectory` has as well."""
-    kinds = ".png: two strips, with the samples' classes; .gif: x_t and the predicted x_0 side by side, moving"
+    kinds = ".png: two strips; .gif: x_t and the predicted x_0 side by side, moving; both with the samples' classes"
     add_sampling(parser, num=8, out="trajectory.png", out_help=kinds)
     every = f"steps between two pictures (default: about {_PICTURES['.png']} in all, {_PICTURES['.gif']} in a GIF)"
     parser.add_argument_group("strips").add_argument("--every", type=whole_number(1), metavar="K", help=every)
@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> None:
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
+    named = {"name": options.sampler, "names": prepared.class_names(range(options.num))}
     if ending == ".gif":
-        plots.save_gif(plots.trajectory_frames(*shown, name=options.sampler), options.out)
+        plots.save_gif(plots.trajectory_frames(*shown, **named), options.out)
     else:
-        names = prepared.class_names(range(options.num))
-        plots.save_picture(plots.trajectory(*shown, name=options.sampler, names=names), options.out)
+        plots.save_picture(plots.trajectory(*shown, **named), options.out)
     shown_at = f"{len(recorder.t)} of {plural(prepared.steps, 'step')}"
     print(f"{options.out}: {plural(options.num, 'sample')} at {shown_at}")
     refuse_not_finite(are_finite(samples).count(False), options.num, options.out)

@@ -41,6 +41,7 @@ _BETWEEN = (88, 104, 136)  # fills the gaps; neither black nor white, so that th
 _GAP = 4  # pixels between two images
 _VISIBLE = 64  # small images are enlarged to about this many pixels a side
 _TITLE, _LABEL = 18, 13  # font sizes in pixels
+_NAME = 18  # the height of a name below its image
 _LAST = 2000  # milliseconds that the last frame of a GIF is shown
 _X_T, _X_0 = "x_t, the sample at timestep t", "x_0, as the model predicts it from x_t"
 
@@ -151,10 +152,35 @@ def strips(
     if len(shapes) > 1:
         raise ValueError(f"images: got steps of shapes {sorted(shapes)}, expected one shape")
     steps, samples = len(images), len(images[0])
-    if names and len(names) != samples:
-        raise ValueError(f"names: got {len(names)} for {samples} samples, expected as many, or none")
+    _check_names(names, samples)
     by_row = np.stack(images, axis=1).reshape(steps * samples, *images[0].shape[1:])
     return _headed(grid(by_row, columns=steps, scale=scale), title, labels, names)
+
+
+def _check_names(names: Sequence[str], samples: int) -> None:
+    if names and len(names) != samples:
+        raise ValueError(f"names: got {len(names)} for {samples} samples, expected as many, or none")
+
+
+def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixels:
+    """As grid, and below each image its name; the images stand so far apart that the longest fits. No names: grid."""
+    if not names:
+        return grid(images, scale=scale)
+    image = require("PIL.Image", "drawing")
+    draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
+    small = font.load_default(size=_LABEL)
+    large = _enlarged(images, scale)
+    count, height, width, _ = large.shape
+    wide = max(width, *(math.ceil(small.getlength(name)) + _GAP for name in names))
+    left = (wide - width) // 2
+    tiles = np.full((count, height + _NAME, wide, 3), _BETWEEN, np.uint8)
+    tiles[:, :height, left : left + width] = large
+    for index, name in enumerate(names):
+        tile = image.fromarray(tiles[index])
+        place = (left + width / 2, height + _NAME - _GAP)
+        draw.Draw(tile).text(place, name, fill=_PAPER, font=small, anchor="ms")
+        tiles[index] = np.asarray(tile)
+    return grid(tiles, scale=1)
 
 
 def _headed(body: Pixels, title: str, labels: Sequence[str] = (), names: Sequence[str] = ()) -> Pixels:
@@ -219,10 +245,11 @@ def trajectory_frames(
     *,
     scale: int | None = None,
     name: str = "",
+    names: Sequence[str] = (),
 ) -> list[Pixels]:
     """Draws a frame of a GIF for each step: a grid of x_t on the left, of the predicted x_0 on the right.
 
-    Args and errors are those of trajectory, without names. The label stands above x_t.
+    Args and errors are those of trajectory. The label stands above x_t, and each sample's name below its two images.
 
     Returns:
         For each step (height, width, 3) uint8, all of one size, for save_gif.
@@ -234,10 +261,11 @@ def trajectory_frames(
     _check_pairs(x_t, x_0)
     if len(labels) != len(x_t):
         raise ValueError(f"labels: got {len(labels)} for {len(x_t)} steps, expected as many, at least 1")
+    _check_names(names, len(x_t[0]))
     frames = []
     for noisy, clean, label in zip(x_t, x_0, labels, strict=True):
         sides = [
-            _headed(grid(to_uint8(images), scale=scale), title)
+            _headed(_named_grid(to_uint8(images), names, scale), title)
             for images, title in ((noisy, f"{name and f'{name}: '}x_t, {label}"), (clean, "predicted x_0"))
         ]
         if sides[0].shape[0] != sides[1].shape[0]:

@@ -18,6 +18,7 @@ from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_l
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
+from ddpm_ext.training.named import name_of
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]
@@ -162,8 +163,8 @@ def save_result(
     (channels, height, width), and its classes.
 
     A UNet2DModel is written as a folder of a DDPMPipeline; with classes, which that pipeline can't give to a model, as
-    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class, the
-    settings and the shape.
+    its parts alone. For another module, model.safetensors holds the state dict, and model.json the class,
+    where it is defined, the settings and the shape.
 
     Returns:
         A sentence that says what can read the folder.
@@ -191,9 +192,10 @@ def save_result(
     files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
     if classes is not None:
         classes.save(folder)
-    described = {"class": describe(model)["class"], "settings": asdict(settings), "shape": list(shape)}
+    kind = describe(model)["class"]
+    described = {"class": kind, "network": name_of(type(model)), "settings": asdict(settings), "shape": list(shape)}
     files.write_json(folder / "model.json", described)
     return (
         f"{folder} has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; "
-        "ddpm_ext.training.load(folder, model) puts them into a module"
+        "ddpm_ext.training.load(folder, model) puts them into a module, and ddpm-ext sample --network MODULE:NAME does"
     )

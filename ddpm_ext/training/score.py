@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.base.seeds import seed_for
+from ddpm_ext.training import named
 from ddpm_ext.training.data import DamagedImage, ImageSource
 from ddpm_ext.training.frechet import Moments, frechet, moments
 from ddpm_ext.training.options import TrainOptions
 from ddpm_ext.training.step import part_of
 
-__all__ = ["Features", "Scorer", "features_by_name", "name_of", "pixels"]
+__all__ = ["Features", "Scorer", "features_by_name", "pixels"]
 
 Features = Callable[[Tensor], Any]
 """Of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device; returns (batch, features)."""
@@ -40,22 +40,7 @@ def features_by_name(name: str) -> Features:
     """
     if name == _PIXELS:
         return pixels
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"features: got {name}, expected {_PIXELS} or module:function")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"features: {name} can't be imported ({error}), expected module:function") from error
-    if not callable(found):
-        raise ValueError(f"features: {name} is a {type(found).__name__}, expected a function")
-    return found
-
-
-def name_of(features: Features) -> str:
-    """What the options of a run say of a function that was given in Python."""
-    named = features if hasattr(features, "__qualname__") else type(features)
-    return f"{named.__module__}:{named.__qualname__}"
+    return named.find(name, "features", f"{_PIXELS} or module:function", "a function")
 
 
 class Scorer:

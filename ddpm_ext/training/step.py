@@ -21,7 +21,7 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["TrainingStep", "learning_rate", "loss_options", "part_of", "quarters_of"]
+__all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "part_of", "quarters_of"]
 
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
 _LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
@@ -176,6 +176,14 @@ class TrainingStep:
         state.scaler.update()
         return norm
 
+    def newest_loss(self) -> float:
+        """The loss of the step that was taken last and is not logged yet. This waits for the device; see at_hand."""
+        return self._means(self._pending[-1:]).item()
+
+    def _means(self, steps: list[_Pending]) -> Tensor:
+        """This rank's part of each step's loss, (steps,) float64, on the device."""
+        return torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps])
+
     def log_rows(self, newest: Callable[[], Path | None]) -> list[LogRow]:
         """The steps since the last call, for the log. This waits for the device.
 
@@ -190,9 +198,8 @@ class TrainingStep:
         if not self._pending:
             return []
         steps, self._pending = self._pending, []
-        means = torch.stack([step.losses.double().sum() / self.options.batch_size for step in steps])
         by_quarter = quarters_of(steps, self.options.timesteps)
-        found = self.ranks.total(torch.cat([means[:, None], by_quarter], 1).cpu())
+        found = self.ranks.total(torch.cat([self._means(steps)[:, None], by_quarter], 1).cpu())
         losses, sums, counts = found[:, 0].tolist(), found[:, 1:5].tolist(), found[:, 5:].tolist()
         norms = torch.stack([step.norm for step in steps]).tolist()
         # If the loss scale is too high, gradients overflow; the scaler then skips the step and halves the scale.
@@ -222,6 +229,11 @@ class TrainingStep:
             )
 
         self.ranks.share(fail)
+
+
+def at_hand(device: torch.device, ranks: Ranks) -> bool:
+    """Whether a step's loss can be read as soon as it is taken, without waiting for a GPU or for other ranks."""
+    return device.type == "cpu" and ranks.size == 1
 
 
 def quarters_of(steps: list[_Pending], timesteps: int) -> Tensor:

@@ -6,21 +6,29 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.models.classes import CLASSES, Classes
-from ddpm_ext.models.folder import SCHEDULER, check_finite, load_model, read_json, read_weights
+from ddpm_ext.models.folder import (
+    SCHEDULER,
+    build_unet,
+    check_finite,
+    check_supported,
+    load_model,
+    read_json,
+    read_weights,
+)
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, record
 from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.options import with_defaults_of
 
-__all__ = ["Trained", "draw", "load"]
+__all__ = ["Trained", "class_of", "draw", "load"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     Args:
         run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
         model: a module like the one that was trained, into which the weights are copied. None: the run's model is a
-            UNet2DModel, and is made as its folder says.
+            UNet2DModel, and is made as the folder or the checkpoint says.
         device: where the model is placed.
 
     Returns:
@@ -116,22 +124,56 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     folder = Path(run)
     if not folder.is_dir():
         raise ValueError(f"run: no such folder: {run}; expected the folder of a run")
-    described = read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
-    if model is None:
-        if described or not (folder / "unet").is_dir():
-            what = f"is a {described['class']}" if "class" in described else "is not written yet"
-            raise ValueError(f"model: that of {folder} {what}, expected model=, a module like the one that was trained")
+    if (folder / "unet").is_dir():
+        if model is not None:
+            raise ValueError(f"model: that of {folder} is a UNet2DModel, expected no model= beside it")
         loaded = load_model(folder, device=device)
         return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes)
-    if (folder / "unet").is_dir():
-        raise ValueError(f"model: that of {folder} is a UNet2DModel, expected no model= beside it")
-    weights, path, settings, shape, classes = _finished(folder, described) if described else _unfinished(folder)
-    _fill(model, weights, path)
+    described = _described(folder)
+    parts = _finished(folder, described) if described else _unfinished(folder)
+    if model is None:
+        if parts.config["class"] != _UNET:
+            what = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
+            raise ValueError(f"model: that of {folder} {what}")
+        config = {name: value for name, value in parts.config.items() if name != "class"}
+        check_supported(config, parts.path)
+        model = build_unet(config, str(parts.path))
+    _fill(model, parts.weights, parts.path)
     placed = nn.Module.to(model, device).eval().requires_grad_(False)
-    return Trained(placed, settings, shape, classes)
+    return Trained(placed, parts.settings, parts.shape, parts.classes)
 
 
-_Parts = tuple[dict[str, Tensor], Path, DiffusionSettings, tuple[int, int, int], Classes | None]
+def class_of(folder: Path) -> str | None:
+    """The class of a run's model, as "module:name" where it is known where it is defined; None: a UNet2DModel.
+
+    Raises:
+        ValueError: the folder holds no run, or a file in it is damaged.
+    """
+    described = _described(folder)
+    kind = str(described.get("class") or record.find(folder, report=_discard)[1]["about"].get(f"{_OF_MODEL}class"))
+    network = str(described.get("network", ""))
+    importable = network and not network.startswith("__main__:") and "<" not in network
+    return None if kind == _UNET else network if importable else kind
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a finished run says of its module; empty for another."""
+    return read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+
+
+_UNET = "UNet2DModel"
+_OF_MODEL = "model's "  # in what a run was started with, before what network.describe says
+
+
+class _Parts(NamedTuple):
+    """What a model is made of. path: the file with its weights; config: its class, and the rest that is known of it."""
+
+    weights: dict[str, Tensor]
+    path: Path
+    settings: DiffusionSettings
+    shape: tuple[int, int, int]
+    classes: Classes | None
+    config: dict[str, Any]
 
 
 def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
@@ -143,7 +185,8 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     shape = described.get("shape")
     if shape is None:  # a run from before it was written there
         shape = record.find(folder, report=_discard)[1]["about"].get(SHAPE)
-    return read_weights(path), path, settings, _checked_shape(shape, folder), classes
+    config = {"class": described.get("class")}
+    return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
 
 
 def _unfinished(folder: Path) -> _Parts:
@@ -157,7 +200,8 @@ def _unfinished(folder: Path) -> _Parts:
     settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
     weights = checkpoints.part(checkpoints.load(path)[0], "average.")
-    return weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes
+    config = {name.removeprefix(_OF_MODEL): value for name, value in about.items() if name.startswith(_OF_MODEL)}
+    return _Parts(weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes, config)
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:

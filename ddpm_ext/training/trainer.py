@@ -26,12 +26,13 @@ from ddpm_ext.training.data import ImageSource, as_images, labels_of
 from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
+from ddpm_ext.training.named import name_of
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
-from ddpm_ext.training.score import Features, Scorer, features_by_name, name_of
+from ddpm_ext.training.score import Features, Scorer, features_by_name
 from ddpm_ext.training.state import TrainState
-from ddpm_ext.training.step import TrainingStep, loss_options
+from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
 from ddpm_ext.training.trained import draw
 
 __all__ = ["Trainer", "train"]
@@ -238,6 +239,7 @@ class Trainer:
         options, state = self.options, self.state
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock, skipped = Clock(state.step), []
+        each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
         # The workers end before signals have their usual effects again, among which is an error for a killed worker.
         with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
             while state.step < options.steps:
@@ -246,6 +248,8 @@ class Trainer:
                 if batch is not None:
                     step.take(batch.images, batch.labels)
                     skipped += batch.skipped
+                    if each:
+                        bar.show([step.newest_loss()])
                     bar.advance()
                 every = {name: getattr(options, name) for name in _INTERVALS}
                 due = {name for name, steps in every.items() if batch and steps and state.step % steps == 0}
@@ -258,7 +262,8 @@ class Trainer:
                     due |= {"log_every", "checkpoint_every"} if batch else {"checkpoint_every"}
                 if due:
                     rows = step.log_rows(lambda: checkpoints.newest(self.folder))
-                    bar.show(row.loss for row in rows)
+                    if not each:
+                        bar.show(row.loss for row in rows)
                     speed = clock.steps_per_second(state.step) * options.batch_size
                     self._note_skipped(skipped)
                     score = self._scorer.score(self._draw, self.ranks) if "score_every" in due else None

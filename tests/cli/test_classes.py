@@ -101,14 +101,19 @@ def test_many_samples_are_those_of_one_run(pets, tmp_path, capsys):
 
 
 def test_trajectory_and_rising_guidance(pets, tmp_path, capsys, monkeypatch):
-    """The row of a scale is what sample draws; the strips of a trajectory name the classes."""
+    """The row of a scale is what sample draws; the strips and the frames of a trajectory name the classes."""
     options = ("--model", pets, "--num", 3, "--steps", 4, "--class", "dog,cat", "--quiet", "--device", "cpu")
     out = tmp_path / "a.png"
     drawn = []
-    real = plots.trajectory
-    monkeypatch.setattr(plots, "trajectory", lambda *shown, **how: drawn.append(how["names"]) or real(*shown, **how))
-    assert call("trajectory", *options, "--guidance", 2, "--every", 1, "--out", out) == 0
-    assert drawn == [["dog", "cat", "dog"]]
+
+    def watch(name):
+        real = getattr(plots, name)
+        monkeypatch.setattr(plots, name, lambda *shown, **how: drawn.append(how["names"]) or real(*shown, **how))
+
+    for name, ending in (("trajectory", ".png"), ("trajectory_frames", ".gif")):
+        watch(name)
+        assert call("trajectory", *options, "--guidance", 2, "--every", 1, "--out", out.with_suffix(ending)) == 0
+    assert drawn == [["dog", "cat", "dog"]] * 2
     assert call("plot", "guidance", *options, "--guidance", "0,1,4", "--out", out) == 0
     assert "3 samples with guidance 0, 1, 4" in capsys.readouterr().out
     with Image.open(out) as opened:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.command_line import ENVIRONMENT, call, run, save_tiny
@@ -50,6 +51,27 @@ def test_stdout_on_a_full_disk(arguments, unbuffered):
     assert done.stderr.startswith("ddpm-ext")
     assert done.stderr.endswith(": the output cannot be written: No space left on device\n")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+@pytest.mark.parametrize("gone", [("stdout",), ("stderr",), ("stdout", "stderr")], ids=" and ".join)
+def test_work_goes_on_when_nobody_reads(tiny, tmp_path, gone):
+    """Who reads the lines or the progress bar goes away, as `head` does: the file is written, and the code is 1."""
+    command = [sys.executable, "-m", "ddpm_ext", "sample", "--model", str(tiny), "--num", "3", "--batch-size", "1"]
+    command += ["--steps", "2", "--device", "cpu", "--out", str(tmp_path / "a.npz")]
+    reads, writes = os.pipe()
+    os.close(reads)
+    environment = ENVIRONMENT | {"PYTHONUNBUFFERED": "1"}
+    with open(tmp_path / "stdout", "w") as out, open(tmp_path / "stderr", "w") as err:
+        streams = {"stdout": out, "stderr": err} | dict.fromkeys(gone, writes)
+        assert subprocess.run(command, env=environment, timeout=300, **streams).returncode == 1
+    os.close(writes)
+    said = {name: (tmp_path / name).read_text() for name in ("stdout", "stderr")}
+    assert all(bool(text) == (name not in gone) for name, text in said.items())
+    assert not any(word in said["stderr"] for word in ("Traceback", "Exception", "rror"))
+    assert "stdout" in gone or "a.npz: 3 samples" in said["stdout"]
+    with np.load(tmp_path / "a.npz") as opened:
+        assert len(opened["arr_0"]) == 3
 
 
 def test_help_shows_groups_and_defaults(capsys):
@@ -162,6 +184,29 @@ def test_missing_extra_names_the_command(tiny, tmp_path, monkeypatch, capsys):
     assert message.count("\n") == 1
     assert "needs diffusers: pip install diffusers, or " in message
     assert message.endswith('pip install --no-build-isolation ".[demo]"\n')
+
+
+def test_package_that_lacks_one_of_its_own_names_both(tiny, tmp_path, monkeypatch, capsys):
+    """diffusers is there, but not what it imports: the same pip command installs that."""
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("import no_such_package.inner\n")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "diffusers")
+        patch.syspath_prepend(tmp_path)
+        assert call("sample", "--model", tiny, "--num", 1, "--out", tmp_path / "a.npz") == 2
+    message = capsys.readouterr().err
+    assert "needs diffusers, which needs no_such_package, which is not installed: pip install diffusers, or" in message
+    assert message.count("\n") == 1
+
+
+def test_without_matplotlib_a_table_is_not_printed_and_then_refused(tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    files = ("--save", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    assert call("table", "--sampler", "ddim", "--steps", 3, *files) == 2
+    written = capsys.readouterr()
+    assert written.out == "" and "needs matplotlib: pip install matplotlib" in written.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_tqdm_there_is_no_bar_and_one_line_says_so(tiny, tmp_path, monkeypatch, capsys):

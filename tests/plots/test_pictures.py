@@ -178,6 +178,31 @@ def test_trajectory_frames():
     assert not np.array_equal(frames[0][:30], frames[1][:30])  # the label
 
 
+@pytest.mark.parametrize("long", ["cat", "a name that is wider than an image"])
+def test_names_in_frames_stand_below_their_images(long):
+    """Of x_t and of the predicted x_0, each in the middle; the images are whole, and no two names meet."""
+    x_t, x_0 = pairs(samples=4)
+    names = ["dog", long, "", "hen"]
+    frames = plots.trajectory_frames(x_t, x_0, ["", "", ""], scale=8, names=names)
+    assert len({frame.shape for frame in frames}) == 1
+    for frame, *halves in zip(frames, x_t, x_0, strict=True):
+        body = frame[32:]  # without the titles
+        for images, side in zip(halves, (body[:, : body.shape[1] // 2], body[:, body.shape[1] // 2 :]), strict=True):
+            pixels = plots.to_uint8(images)
+            # A square of an image's grey that no other thing has: each image of `pairs` has a value of its own.
+            corners = [np.argwhere((side == pixels[i, 0, 0]).all(axis=2)).min(0) for i in range(4)]
+            for (top, left), image, name in zip(corners, pixels, names, strict=True):
+                assert (side[top : top + 64, left : left + 64] == image[0, 0]).all()
+                below = side[top + 64 : top + 64 + 18, left - 2 : left + 66]
+                ink = np.flatnonzero((below > 200).all(axis=2).any(axis=0))
+                assert bool(len(ink)) == bool(name)
+                assert not name or abs((ink.min() + ink.max()) / 2 - 33.5) < 3
+            assert corners[1][1] - corners[0][1] > 64 and corners[2][0] - corners[0][0] > 64 + 18
+    assert (frames[0].shape[1] > 500) == (long != "cat")
+    with pytest.raises(ValueError, match="names: got 1 for 4 samples, expected as many, or none"):
+        plots.trajectory_frames(x_t, x_0, ["", "", ""], names=["cat"])
+
+
 def test_frames_of_one_narrow_image_are_of_one_size():
     x_t, x_0 = pairs(samples=1)
     frames = plots.trajectory_frames(x_t, x_0, ["t = 1", "t = 1000000", "t = 0"], scale=1)

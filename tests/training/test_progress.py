@@ -7,7 +7,8 @@ import torch
 from support import trainer_run
 from support.trainer_run import Squares, Tiny
 
-from ddpm_ext.training import Trainer
+from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.training import Trainer, step, trainer
 from ddpm_ext.training.progress import Bar, progress_bar
 
 for module in ("tqdm", "safetensors", "matplotlib"):
@@ -37,17 +38,35 @@ def test_bar_and_lines(tmp_path, capsys, threads):
     assert sum(line.startswith("step ") for line in written.out.splitlines()) == 9  # every 7, and the last
 
 
-def test_loss_in_the_bar_is_the_moving_average(tmp_path, shown, threads):
-    """Shown when the log reads the losses, every 7 steps, and for a checkpoint, every 10."""
+def texts_of(losses, steps):
+    """What the bar shows after each of `steps`: the moving average of the losses up to it."""
+    texts = []
+    for count in steps:
+        weights = [0.98**ago for ago in range(count)]
+        mean = sum(weight * loss for weight, loss in zip(weights, reversed(losses[:count]), strict=True)) / sum(weights)
+        texts.append(f"loss {mean:.4f}")
+    return texts
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_loss_in_the_bar_is_the_moving_average(tmp_path, shown, threads, monkeypatch, at_hand):
+    """From the first step on; where that would wait, when the log and checkpoints read losses, every 7 and 10 steps."""
     threads(1)
+    if not at_hand:
+        monkeypatch.setattr(trainer, "at_hand", lambda device, ranks: False)
     Trainer(Tiny(), None, Squares(), tmp_path / "run", progress=True, report=len, **trainer_run.SIZES).fit()
     with open(tmp_path / "run" / "losses.csv") as opened:
         losses = [float(row["loss"]) for row in csv.DictReader(opened)]
-    assert [step for step, _ in shown] == sorted({*range(7, 61, 7), *range(10, 61, 10)})
-    for step, text in shown:
-        weights = [0.98**ago for ago in range(step)]
-        mean = sum(weight * loss for weight, loss in zip(weights, reversed(losses[:step]), strict=True)) / sum(weights)
-        assert text == f"loss {mean:.4f}"
+    steps = range(1, 61) if at_hand else sorted({*range(7, 61, 7), *range(10, 61, 10)})
+    assert [text for _, text in shown] == texts_of(losses, steps)
+    # A step's own loss stands there when the step is counted.
+    assert [counted for counted, _ in shown] == [at - at_hand for at in steps]
+
+
+def test_losses_are_at_hand_on_the_cpu_of_one_process():
+    assert step.at_hand(torch.device("cpu"), Ranks())
+    assert not step.at_hand(torch.device("cuda", 0), Ranks())
+    assert not step.at_hand(torch.device("cpu"), Ranks(1, 2))
 
 
 def test_bar_without_tqdm_shows_nothing(shown):
@@ -59,8 +78,9 @@ def test_bar_without_tqdm_shows_nothing(shown):
 
 
 def test_bar_waits_for_no_step(tmp_path, monkeypatch, threads):
-    """Between two lines of the log no tensor's value is read for it."""
+    """Between two lines of the log no tensor's value is read for it, where that would wait."""
     threads(1)
+    monkeypatch.setattr(trainer, "at_hand", lambda device, ranks: False)
     seen = []
     read = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: seen.append(tensor.dim()) or read(tensor))
@@ -68,9 +88,9 @@ def test_bar_waits_for_no_step(tmp_path, monkeypatch, threads):
     counts = []
     for progress in (False, True):
         seen.clear()
-        trainer = Trainer(
+        made = Trainer(
             Tiny(), None, Squares(), tmp_path / str(progress), progress=progress, report=len, **trainer_run.SIZES
         )
-        trainer.fit()
+        made.fit()
         counts.append(len(seen))
     assert counts[0] == counts[1] > 0

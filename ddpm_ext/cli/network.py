@@ -1,0 +1,103 @@
+"""Models of training runs that are no folders of diffusers: modules of one's own, and runs that go on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ext.models.folder import CONFIG, DIGITS, SHAPES, LoadedModel, check_finite, one_line
+from ddpm_ext.training import load, named, record
+from ddpm_ext.training.trained import Trained, class_of
+
+__all__ = ["RunModel", "is_run", "load_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunModel(LoadedModel):
+    """A model that training.load has loaded. sample_shape: (channels, height, width); sha256: of all that it is."""
+
+    sample_shape: tuple[int, int, int]
+    sha256: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.sample_shape
+
+    @property
+    def embeddings(self) -> int:
+        """How many classes the model tells apart, with the null class."""
+        return 0 if self.classes is None else self.classes.embeddings
+
+
+class _Called(nn.Module):
+    """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
+        return self.module(x, t) if class_labels is None else self.module(x, t, class_labels)
+
+
+def is_run(model: str) -> bool:
+    """Whether --model names the folder of a run of another module than a UNet2DModel, or of one that goes on."""
+    folder = Path(model)
+    if model in (DIGITS.name, SHAPES.name) or (folder / "unet").is_dir() or (folder / CONFIG).is_file():
+        return False
+    return any((folder / name).exists() for name in ("model.json", record.OPTIONS, "checkpoints"))
+
+
+def load_run(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
+    """Loads the averaged weights of a run for which is_run is true.
+
+    network: "module:name" of a class or function that makes the module; None: it is a UNet2DModel.
+
+    Raises:
+        ValueError: the name is missing or wrong, or as training.load.
+    """
+    folder = Path(model)
+    if network is None and (kind := class_of(folder)) is not None:
+        name = kind if ":" in kind else f"MODULE:{kind}"
+        raise ValueError(
+            f"model: {model} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
+            "function that makes one like it without arguments"
+        )
+    trained = load(folder, None if network is None else _made(network))
+    sha256 = _sha256(trained)
+    placed = nn.Module.to(trained.model, device=device, dtype=dtype)
+    check_finite(placed, folder)
+    return RunModel(
+        _Called(placed).eval(),
+        trained.settings,
+        folder,
+        trained.classes,
+        sample_shape=trained.shape,
+        sha256=sha256,
+    )
+
+
+def _made(network: str) -> nn.Module:
+    make = named.find(network, "network", "MODULE:NAME", "a class or a function")
+    expected = "expected a class or a function without arguments that makes a module like the one that was trained"
+    try:
+        found = make()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"network: {network}() fails ({one_line(error)}), {expected}") from error
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"network: {network}() returns a {type(found).__name__}, expected a torch.nn.Module")
+    return found
+
+
+def _sha256(trained: Trained) -> str:
+    """The SHA-256 of the diffusion and the weights, whatever the dtype is in which the model will be called."""
+    digest = hashlib.sha256(repr(astuple(trained.settings)).encode())
+    for name, value in trained.model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
