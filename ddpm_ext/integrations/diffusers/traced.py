@@ -31,7 +31,7 @@ from ddpm_ext.integrations.diffusers.traced_plan import (
 from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
 from ddpm_ext.integrations.fallback import Fallback, result_of
 from ddpm_ext.integrations.shared import new, peer_class
-from ddpm_ext.integrations.tensors import dtype_name, written
+from ddpm_ext.integrations.tensors import dtype_name, version
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 
@@ -121,9 +121,10 @@ class Traced(Forward):
         """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
         if loop.last is None:
             return True
-        tensors, counts = loop.last
-        if [written(x) for x in tensors] != counts:
-            return False  # somebody has written to one of them
+        tensors, versions = loop.last
+        # Somebody has written to one of them; but a copy of the scheduler has copies of them, which count anew.
+        if any(id(x) == key[0] and version(x) != key for x, key in zip(tensors, versions, strict=True)):
+            return False
         with torch.no_grad():
             found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
         vars(self).update(found)
@@ -194,7 +195,7 @@ class Traced(Forward):
         if kept is not None:
             ring = (kept, *ring[: HELD - 1])
         if not plan.stateless:
-            last = (x, m, prev), [written(x), written(m), written(prev)]
+            last = (x, m, prev), [version(x), version(m), version(prev)]
         state["_traced_loop"] = Loop(plan, loop.settings, i + 1, ring, last, None if is_last else lane)
         if x0 is not None and kinds.second is not None and x0.dtype is not kinds.second:
             x0 = x0.to(kinds.second)

@@ -128,8 +128,8 @@ class Loop(NamedTuple):
 
     Attributes:
         settings: the scheduler's when the loop began.
-        last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
-            some of them.
+        last: the last row's sample, output and result, and the `version` of each, where diffusers would keep some of
+            them.
         lane: None where the next step's arguments are to be looked at, whatever they are.
     """
 
@@ -137,7 +137,7 @@ class Loop(NamedTuple):
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
+    last: tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]]] | None = None
     lane: Lane | None = None
 
     def is_over(self) -> bool:
