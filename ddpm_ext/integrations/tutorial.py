@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from ddpm_ext import ops
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -82,6 +82,13 @@ class _StartNoise(TorchFunctionMode):
     def __init__(self, rng: Philox) -> None:
         super().__init__()
         self.rng, self.used, self.active = rng, False, ExitStack()
+
+    def end(self) -> None:
+        """Is called before the first step. Torch leaves the mode that was entered last, which another one may be: then
+        this one stays until the loop ends, and does nothing."""
+        self.used = True
+        if _get_current_function_mode() is self:
+            self.active.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,9 +162,9 @@ class Tutorial(OwnTables):
     ) -> Tensor:
         start: _StartNoise | None = self.__dict__.pop("_start_noise", None)
         if start is not None:
-            start.active.close()
             if not start.used:
                 self.accelerated.record_fallback(self.library, "p_sample_loop", "it begins with noise of its own")
+            start.end()
         return self._p_sample(model, x_t, t, clip_denoised, *args, **kwargs)
 
     @with_fallback("p_sample", compiles=False)
