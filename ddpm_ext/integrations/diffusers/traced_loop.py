@@ -91,8 +91,8 @@ class Lane(NamedTuple):
         m, timestep, x = args
         if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return None
-        if loop.plan.has_path or any(isinstance(y, Tensor) for y in options.values()):
-            return None  # a path is made of a step's arguments
+        if any(isinstance(y, Tensor) for y in options.values()):
+            return None
         stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
         quiet_step = None if loop.plan.trace.second else loop.plan.rows.quiet_step(x.device)
