@@ -433,8 +433,7 @@ class GaussianDiffusion:
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
-                each call can replace them; other conditioning must be in tensors that the caller writes to. An Inpaint
-                stays as it is.
+                each call can replace them; other conditioning, but no Inpaint, can be tensors that the caller changes.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.
