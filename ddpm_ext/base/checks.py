@@ -25,6 +25,7 @@ __all__ = [
     "nonnegative",
     "one_of",
     "per_sample",
+    "real",
     "samples",
     "shape",
     "split_t",
@@ -54,21 +55,26 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     return value
 
 
-def finite(name: str, value: object) -> float:
-    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+def real(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, expected a finite number")
     return float(value)
 
 
-def nonnegative(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not 0 <= float(value) < math.inf:
+def finite(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+    if not math.isfinite(real(name, value)):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+    return real(name, value)
+
+
+def nonnegative(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite and at least
+    0."""
+    if not 0 <= real(name, value) < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number, at least 0")
+    return real(name, value)
 
 
 def clip_range(clip: Any) -> tuple[float, float] | None:

@@ -16,8 +16,7 @@ def check_eta(eta: object) -> float:
     Raises:
         TypeError: `eta` is not a number. ValueError: it is negative or not finite.
     """
-    checks.nonnegative("eta", eta)
-    return float(eta)  # type: ignore[arg-type]
+    return checks.nonnegative("eta", eta)
 
 
 def takes_eta(sampler: Callable[..., object]) -> bool:
