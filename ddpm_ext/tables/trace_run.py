@@ -224,7 +224,8 @@ def observe(
     for i, t in enumerate(timesteps):
         x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
         t = t.expand(len(x)) if isinstance(t, Tensor) and t.dim() else t
-        with warnings.catch_warnings(), torch.no_grad(), Observed(x.shape, noise, wide) as observed:
+        quiet, cpu = warnings.catch_warnings(), torch.device("cpu")  # where all numbers are, whatever the default
+        with quiet, cpu, torch.no_grad(), Observed(x.shape, noise, wide) as observed:
             warnings.simplefilter("ignore")
             if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
                 own.noise_sampler = partial(_sample, x)

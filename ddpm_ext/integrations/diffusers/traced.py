@@ -289,11 +289,8 @@ class Traced(Forward):
                 return Loop(known, loop.settings)
         cls = peer_class(type(self))
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        plan = result_of(
-            _plans.get_or_make(
-                (cls, state_contents(state), start), lambda: made_outside_autograd(make_plan, new(cls), state, start)
-            )
-        )
+        key = cls, torch.get_default_dtype(), state_contents(state), start
+        plan = result_of(_plans.get_or_make(key, lambda: made_outside_autograd(make_plan, new(cls), state, start)))
         if alone and loop is not None:
             loop.plan.after[loop.at, start] = plan
         return Loop(plan, Settings.of(self))
