@@ -29,25 +29,27 @@ FORWARD = {
 }
 
 ELSEWHERE = -12345  # no scheduler's timestep
+STEP, TIMESTEP, LISTED = "step", "timestep", "listed"
 
 
 class Weights(NamedTuple):
-    """k0 and k1, the table "weights" of (rows, 2). Row i is that of timestep i.
+    """k0 and k1, the table "weights" of (rows, 2).
 
     Attributes:
-        tables: that one; or also "timesteps" of (rows - 1,), whose i-th one has row i, and all others the last row.
-        is_listed: whether there are "timesteps".
+        tables: that one, and "timesteps" of (rows - 1,) where a loop's timesteps have rows.
+        of: what has row i: a loop's STEP i, whatever its timestep; the TIMESTEP i; or the i-th one of the table
+            "timesteps", LISTED. Of these, the last row is for any other timestep.
         is_total: whether there is a number for any other timestep. NaN stands where diffusers raises an error of it.
     """
 
     tables: DeviceTables
-    is_listed: bool = False
+    of: str
     is_total: bool = True
 
     def rows(self, timesteps: Tensor) -> Tensor:
         """The row of each timestep, on their device. Raises Fallback where there is none; not on a GPU, where no
         timestep is read."""
-        if not self.is_listed:
+        if self.of == TIMESTEP:
             if timesteps.dtype not in (torch.int64, torch.int32):
                 raise Fallback  # diffusers takes a mask, and rejects the rest
             return timesteps
@@ -74,23 +76,31 @@ def _trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _weights(cls: Any, state: dict[str, Any], method: str, dtype: torch.dtype) -> Weights:
-    """Those for timesteps of a dtype, where a scheduler of diffusers' class has this state: of all timesteps that it
-    was trained on, or where it takes others alone, of its own."""
+def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype: torch.dtype) -> Weights:
+    """Those for timesteps of a dtype, where a scheduler of diffusers' class has this state: of a loop's steps if it has
+    begun, of all timesteps that the scheduler was trained on, or where it takes others alone, of its own."""
     scheduler = new(cls)
     scheduler.__dict__.update(state)
     own = scheduler.timesteps.cpu()
+    if in_loop:
+        rows = []
+        for i in range(len(scheduler.sigmas)):
+            scheduler._step_index = i
+            rows.append(_trial(scheduler, method, own[:1]))
+        table = torch.cat(rows)
+        if not (table == table[0]).all():  # else the timestep matters in a loop, too
+            return Weights(DeviceTables(weights=table), STEP)
     if "alphas_cumprod" in state and not dtype.is_floating_point:
         found = attempt(_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
         if not isinstance(found, Fallback):
-            return Weights(DeviceTables(weights=found))
+            return Weights(DeviceTables(weights=found), TIMESTEP)
     own = own.to(torch.promote_types(own.dtype, dtype))
     weights = _trial(scheduler, method, own)
     other = attempt(_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
     if isinstance(other, Fallback):
         other = torch.full_like(weights[:1], torch.nan)
     tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=own)
-    return Weights(tables, True, not bool(other.isnan().any()))
+    return Weights(tables, LISTED, not bool(other.isnan().any()))
 
 
 class Forward(Scheduler):
@@ -101,19 +111,21 @@ class Forward(Scheduler):
         own: Any = state.get("timesteps")
         if not are_tensors(x, noise, timesteps, own) or own.dim() != 1:
             raise Fallback
-        if state.get("_begin_index") is not None and "sigmas" in state:
-            raise Fallback  # in a loop, diffusers takes the step's numbers, once, and looks up no timestep
         check_tensors(x, noise)
         if x.dtype != noise.dtype:
             raise Fallback("its tensors are of different dtypes")
         if timesteps.shape != x.shape[:1] and timesteps.numel() != 1:
             raise Fallback("its timesteps are not one a sample")
-        of = method, timesteps.dtype
+        of = method, state.get("_begin_index") is not None and "sigmas" in state, timesteps.dtype
         key = (_weights, of), own, state.get("sigmas"), state.get("alphas_cumprod")  # what the numbers follow from
         found = self._cached(key, _weights, (peer_class(type(self)), state, *of))
-        rows = found.rows(timesteps)
-        if rows.dtype is not torch.int64 or rows.device != x.device:
-            rows = rows.to(x.device, torch.int64)
+        if found.of == STEP:
+            at = state["_begin_index"] if state.get("_step_index") is None else state["_step_index"]
+            rows = torch.full(x.shape[:1], at, device=x.device)
+        else:
+            rows = found.rows(timesteps)
+            if rows.dtype is not torch.int64 or rows.device != x.device:
+                rows = rows.to(x.device, torch.int64)
         if rows.shape != x.shape[:1]:
             rows = rows.reshape(1).repeat(len(x))  # one for all samples, as inpainting gives it
         if rows.is_inference() and not torch.is_inference_mode_enabled():
