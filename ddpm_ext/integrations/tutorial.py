@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode
 
 from ddpm_ext import ops
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -87,7 +87,7 @@ class _StartNoise(TorchFunctionMode):
         """Is called before the first step. Torch leaves the mode that was entered last, which another one may be: then
         this one stays until the loop ends, and does nothing."""
         self.used = True
-        if _get_current_function_mode() is self:
+        if torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is self:
             self.active.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -35,7 +35,7 @@ SUPPORT = (
         "any other scheduler",
         "add_noise, scale_noise, get_velocity",
         "float32, float16, bfloat16; a timestep a sample, looked up on its device; gradients",
-        "float64; samples that are broadcast; where set_begin_index was called; FlowMatchHeunDiscrete, ScoreSdeVe",
+        "float64; samples that are broadcast; FlowMatchHeunDiscrete, ScoreSdeVe",
     ),
 )
 
