@@ -395,7 +395,7 @@ class GaussianDiffusion:
             strength=strength,
             noise=noise,
             rng=rng,
-            x0=x0 or record == "x0",
+            x0=x0 or (isinstance(record, str) and record == "x0"),
             device=device,
             dtype=dtype,
             compile=compile,
@@ -434,7 +434,7 @@ class GaussianDiffusion:
 
         Args:
             options: p_sample_loop's, except record, callback, progress and x0. Tensors in model_kwargs are copied, and
-                each call can replace them; other conditioning must be in tensors that the caller writes to.
+                each call can replace them; other conditioning, but no Inpaint, can be tensors that the caller changes.
 
         Raises:
             TypeError, ValueError: as p_sample_loop.
@@ -443,7 +443,9 @@ class GaussianDiffusion:
             >>> captured = GaussianDiffusion(1000).capture(model, (4, 3, 8, 8), sampler="ddim", steps=4, device="cuda")
             >>> first, second = captured(Philox(seed=0)), captured(Philox(seed=1))
         """
-        plan = self._plan(model, shape, LoopOptions(graph=graph or True, **options))
+        if graph is False:
+            raise ValueError("graph is False, expected True, 'step' or 'loop'")
+        plan = self._plan(model, shape, LoopOptions(graph=graph, **options))
         return CapturedLoop(plan.make(), plan.whole)
 
     def _plan(self, model: Model, shape: tuple[int, ...], options: LoopOptions) -> Plan:

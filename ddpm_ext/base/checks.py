@@ -23,9 +23,9 @@ __all__ = [
     "is_plain",
     "like",
     "nonnegative",
-    "number",
     "one_of",
     "per_sample",
+    "real",
     "samples",
     "shape",
     "split_t",
@@ -55,24 +55,28 @@ def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0)
     return value
 
 
-def number(name: str, value: Any) -> Any:
-    """Returns `value`. Raises TypeError unless it is a real number."""
+def real(name: str, value: Any) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number."""
     if isinstance(value, bool) or not isinstance(value, _REALS):
         raise TypeError(f"{name} is {value!r}, expected a number")
-    return value
-
-
-def finite(name: str, value: Any) -> float:
-    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
-    if not math.isfinite(number(name, value)):
-        raise ValueError(f"{name} is {value}, expected a finite number")
     return float(value)
 
 
-def nonnegative(name: str, value: Any) -> None:
-    """Raises TypeError unless `value` is a number, ValueError unless it is finite and at least 0."""
-    if not 0 <= float(number(name, value)) < math.inf:
+def finite(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+    number = real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+    return number
+
+
+def nonnegative(name: str, value: object) -> float:
+    """Returns `value` as a float. Raises TypeError unless it is a number, ValueError unless it is finite and at least
+    0."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} is {value}, expected a finite number, at least 0")
+    return number
 
 
 def clip_range(clip: Any) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.shared import peer_method
 
-__all__ = ["Fallback", "attempt", "kept", "result_of", "returning", "with_fallback"]
+__all__ = ["Fallback", "attempt", "kept", "made_outside_autograd", "result_of", "returning", "with_fallback"]
 
 Function = Callable[..., Any]
 Result = TypeVar("Result")
@@ -96,6 +96,12 @@ def attempt(make: Callable[..., Result], *args: Any) -> Result | Fallback:
         return Fallback(fallback.reason)  # a new one, without the traceback, which keeps frames alive
 
 
+def made_outside_autograd(make: Callable[..., Result], *args: Any) -> Result | Fallback:
+    """As `attempt`, for what may be kept by a backward pass and used outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return attempt(make, *args)
+
+
 def result_of(attempted: Result | Fallback) -> Result:
     """What `attempt` made. Raises the Fallback where there is one."""
     if isinstance(attempted, Fallback):
@@ -116,6 +122,5 @@ def kept(obj: Any, size: int, key: Hashable, make: Callable[[], Result], held: A
     if found is None:
         if not (torch.compiler.is_compiling() or is_plain(torch.empty(0, device="cpu"))):
             raise Fallback("its tables are first asked for within a function transform")
-        with torch.inference_mode(False):  # so that they are of use outside of it, too
-            found = cache.get_or_make(key, lambda: (attempt(make), held))
+        found = cache.get_or_make(key, lambda: (made_outside_autograd(make), held))
     return result_of(found[0])

@@ -257,7 +257,7 @@ def _sample(
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None,
     rng: Philox | None,
 ) -> Tensor:
-    checks.tensor("x", x)
+    checks.samples("x", x)
     checks.tensor("sigmas", sigmas)
     if not sigmas.is_floating_point():
         raise TypeError(f"sigmas has dtype {sigmas.dtype}, expected a floating one")
@@ -277,6 +277,7 @@ def _sample(
             kind, m = plan.rows.kinds[number], x
             if kind.calls_model:
                 m = model(x, batches[number], **(extra_args or {}))
+                checks.tensor("the model's output", m)
                 if callback is not None and not told:
                     hat = called_with[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})

@@ -83,6 +83,13 @@ class _StartNoise(TorchFunctionMode):
         super().__init__()
         self.rng, self.used, self.active = rng, False, ExitStack()
 
+    def end(self) -> None:
+        """Is called before the first step. Torch leaves the mode that was entered last, which another one may be: then
+        this one stays until the loop ends, and does nothing."""
+        self.used = True
+        if torch._C._get_function_stack_at(torch._C._len_torch_function_stack() - 1) is self:
+            self.active.close()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn and not self.used and kwargs.keys() <= {"size", "device", "dtype"}:
@@ -155,9 +162,9 @@ class Tutorial(OwnTables):
     ) -> Tensor:
         start: _StartNoise | None = self.__dict__.pop("_start_noise", None)
         if start is not None:
-            start.active.close()
             if not start.used:
                 self.accelerated.record_fallback(self.library, "p_sample_loop", "it begins with noise of its own")
+            start.end()
         return self._p_sample(model, x_t, t, clip_denoised, *args, **kwargs)
 
     @with_fallback("p_sample", compiles=False)

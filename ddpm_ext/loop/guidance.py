@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.base import checks
+
 __all__ = ["Guidance"]
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is {value!r}, expected a float")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, expected a finite number")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -49,15 +43,15 @@ class Guidance:
     interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        _number("guidance scale", self.scale)
+        checks.finite("guidance scale", self.scale)
         if self.unconditional is not None and not callable(self.unconditional):
             raise TypeError(f"unconditional is {self.unconditional!r}, expected a function of x_t and t")
-        if not 0 <= _number("guidance rescale", self.rescale) <= 1:
+        if not 0 <= checks.finite("guidance rescale", self.rescale) <= 1:
             raise ValueError(f"guidance rescale is {self.rescale}, expected 0 <= rescale <= 1")
         if self.interval is not None:
             if not isinstance(self.interval, tuple | list) or len(self.interval) != 2:
                 raise TypeError(f"guidance interval is {self.interval!r}, expected (low, high)")
-            low, high = (_number("guidance interval", end) for end in self.interval)
+            low, high = (checks.finite("guidance interval", end) for end in self.interval)
             if low > high:
                 raise ValueError(f"guidance interval is {self.interval}, expected low <= high")
 
@@ -73,6 +67,6 @@ def as_guidance(guidance: Guidance | float | None) -> Guidance | None:
     """The guidance that p_sample_loop's option means: a number is a scale."""
     if guidance is None or isinstance(guidance, Guidance):
         return guidance
-    if isinstance(guidance, int | float):
+    if isinstance(guidance, numbers.Real):
         return Guidance(guidance)
     raise TypeError(f"guidance is {guidance!r}, expected a Guidance or its scale")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.loop.guidance import Guidance, as_guidance
 from ddpm_ext.loop.inpaint import Inpaint
@@ -110,9 +111,7 @@ class LoopOptions:
         self._check_strength()
 
     def _check_strength(self) -> None:
-        strength = self.strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float):
-            raise TypeError(f"strength is {strength!r}, expected a float")
+        strength = checks.real("strength", self.strength)
         if not 0 < strength <= 1:
             raise ValueError(f"strength is {strength}, expected 0 < strength <= 1")
         if self.start is None and strength != 1:

@@ -200,7 +200,7 @@ def _loop_rows(
     scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
     if guidance is not None:
         guides = guidance.guides(table.timestep)
-        scales[guides], unguided[guides] = guidance.scale, 0
+        scales[guides], unguided[guides] = float(guidance.scale), 0
     # Where there is no guidance, the unconditional output is the output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
     kinds = row_kinds(table, scales)

@@ -207,7 +207,7 @@ class LossSecondMoment(_Weighted):
     def __init__(self, timesteps: int, history: int = 10, uniform_probability: float = 0.001) -> None:
         super().__init__(timesteps)
         history = checks.integer("history", history, 2**31, "2^31", 1)
-        if not 0 < checks.number("uniform_probability", uniform_probability) <= 1:
+        if not 0 < checks.real("uniform_probability", uniform_probability) <= 1:
             raise ValueError(f"uniform_probability is {uniform_probability}, expected 0 < uniform_probability <= 1")
         self.uniform_probability = float(uniform_probability)
         self._losses = torch.zeros(self.timesteps, history, dtype=torch.float64, device="cpu")  # rings

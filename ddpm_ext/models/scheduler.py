@@ -144,7 +144,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
             "clip_denoised=(low, high) to p_sample_loop instead"
         )
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
+    if prediction not in tuple(_PREDICTIONS):
         raise ValueError(f"model: {name} has prediction_type {prediction!r}, expected one of {', '.join(_PREDICTIONS)}")
     variance, schedule = _variance(config, name), config.get("beta_schedule", "linear")
     if schedule not in _SCHEDULES and config.get("trained_betas") is None:
@@ -175,7 +175,7 @@ def _count(config: dict[str, Any], name: str) -> int:
 
 def _variance(config: dict[str, Any], name: str) -> str:
     variance = config.get("variance_type", "fixed_small")
-    if variance not in _VARIANCES:
+    if variance not in tuple(_VARIANCES):
         raise ValueError(f"model: {name} has variance_type {variance!r}, expected one of {', '.join(_VARIANCES)}")
     return _VARIANCES[variance]
 

@@ -14,6 +14,6 @@ REDUCTIONS = ("mean", "none", "sum")
 def check_options(loss: str, delta: float, reduction: str) -> None:
     checks.one_of("loss", loss, LOSSES)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.number("delta", delta)
+    checks.real("delta", delta)
     if not delta > 0:
         raise ValueError(f"delta is {delta}, expected delta > 0")

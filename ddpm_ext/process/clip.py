@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ddpm_ext import ops
+from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
 
@@ -37,9 +39,7 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         for name in ("quantile", "maximum"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} is {value!r}, expected a float")
+            checks.real(name, getattr(self, name))
         if not 0 < self.quantile <= 1:
             raise ValueError(f"quantile is {self.quantile!r}, expected 0 < quantile <= 1")
         if not self.maximum >= 1:
@@ -58,10 +58,8 @@ def as_clip(clip_denoised: bool | Clip | DynamicThreshold) -> tuple[Clip | None,
     if isinstance(clip_denoised, bool):
         return ((-1.0, 1.0) if clip_denoised else None), None
     ends = clip_denoised
-    numbers = isinstance(ends, tuple | list) and all(
-        isinstance(end, int | float) and not isinstance(end, bool) for end in ends
-    )
-    if not numbers or len(ends) != 2:
+    is_pair = isinstance(ends, tuple | list) and len(ends) == 2
+    if not is_pair or not all(isinstance(end, Real) and not isinstance(end, bool) for end in ends):
         raise TypeError(f"clip_denoised is {ends!r}, expected a bool, a range (low, high) or a DynamicThreshold")
     low, high = map(float, ends)
     if not low <= high:

@@ -219,8 +219,8 @@ class Process:
 
     @staticmethod
     def at(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-        """values[t], of shape (batch, 1, ...)."""
-        picked = values[t] if isinstance(t, Tensor) else values[t].expand(len(x))
+        """values[t], of shape (batch, 1, ...); for a t out of range, which is not seen on a GPU, the nearest one's."""
+        picked = values[t.clamp(0, len(values) - 1)] if isinstance(t, Tensor) else values[t].expand(len(x))
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:

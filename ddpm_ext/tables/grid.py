@@ -57,8 +57,10 @@ class Grid:
         return len(self.timestep)
 
     def __getitem__(self, steps: slice) -> Grid:
-        """The grid of the steps from the slice's start to its stop."""
-        start, stop, _ = steps.indices(len(self))
+        """The grid of the steps from the slice's start to its stop. Raises ValueError where the slice has a step."""
+        start, stop, stride = steps.indices(len(self))
+        if stride != 1:
+            raise ValueError(f"grid is sliced with a step of {stride}, expected none: each level leads to the next one")
         return replace(
             self,
             timestep=self.timestep[start:stop],

@@ -259,7 +259,7 @@ def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas after which nothing of the signal is left: Lin et al. 2023, algorithm 1.
+    """Betas after which nothing of the signal is left: Lin et al. 2024, algorithm 1.
 
     sqrt(alphas_cumprod) is shifted and scaled so that it ends at 0 and begins as before.
 

@@ -76,7 +76,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         timesteps: how many the schedule has.
         steps: how many to take; None: all, or as many as `spacing` says.
         spacing: "linspace", evenly with both ends (one step: the last); "leading", evenly up from 0; "trailing", evenly
-            down from timesteps - 1 (Lin et al. 2023, table 2, has the three); "quadratic", down from 0.8 timesteps and
+            down from timesteps - 1 (Lin et al. 2024, table 2, has the three); "quadratic", down from 0.8 timesteps and
             closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "simple", "trailing" with other
             rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
             distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need", as ComfyUI has it), but

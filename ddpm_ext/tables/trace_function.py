@@ -104,7 +104,7 @@ def observed_function(
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
-    with torch.no_grad(), Observed(start.shape, normal) as observed:
+    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, normal) as observed:
         probe = _Model(model, like)
         call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
@@ -172,7 +172,7 @@ def _observe(
                 "which the steps depend: they are not linear"
             )
 
-    with torch.no_grad(), Observed(start.shape, noise) as observed:
+    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, noise) as observed:
         result = call(observed, _Model(model, like), start)
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")

@@ -82,7 +82,6 @@ class Step(NamedTuple):
         stores: whether it stores anything else than `state`, such as a tensor.
         sample, output: what it was called with.
         given: how many of `draws` are tensors that it was given.
-        sampled: of each draw, what the scheduler's own source of noise was called with; None where it drew by torch.
     """
 
     result: Result
@@ -93,7 +92,6 @@ class Step(NamedTuple):
     sample: Tensor | None = None
     output: Tensor | None = None
     given: int = 0
-    sampled: Sequence[tuple[Any, ...] | None] = ()
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -133,7 +131,6 @@ class Observed(TorchFunctionMode):
         super().__init__()
         self.shape, self.noise, self.wide = shape, noise, wide
         self.draws: list[tuple[Tensor, torch.dtype]] = []
-        self.sampled: list[tuple[Any, ...] | None] = []
         self._watches = True
 
     @contextmanager
@@ -176,7 +173,6 @@ class Observed(TorchFunctionMode):
         with self.paused():
             z = self.noise()
         self.draws.append((z, dtype))
-        self.sampled.append(None)
         return z if self.wide else z.to(dtype)
 
 
@@ -228,10 +224,11 @@ def observe(
     for i, t in enumerate(timesteps):
         x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
         t = t.expand(len(x)) if isinstance(t, Tensor) and t.dim() else t
-        with warnings.catch_warnings(), torch.no_grad(), Observed(x.shape, noise, wide) as observed:
+        quiet, cpu = warnings.catch_warnings(), torch.device("cpu")  # where all numbers are, whatever the default
+        with quiet, cpu, torch.no_grad(), Observed(x.shape, noise, wide) as observed:
             warnings.simplefilter("ignore")
             if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
-                own.noise_sampler = partial(_sample, observed, x)
+                own.noise_sampler = partial(_sample, x)
             if hasattr(own, "scale_model_input"):
                 own.scale_model_input(x.clone(), t)
             given = {name: torch.randn_like(x) if value is GIVEN else value for name, value in options.items()}
@@ -243,15 +240,13 @@ def observe(
         lists = (value for value in vars(own).values() if isinstance(value, list))
         stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
         number = sum(value is GIVEN for value in options.values())
-        made.append(Step(result, observed.draws, state, tensors, stores, x, m, number, observed.sampled))
+        made.append(Step(result, observed.draws, state, tensors, stores, x, m, number))
     return made
 
 
-def _sample(observed: Observed, x: Tensor, *ends: Any) -> Tensor:
+def _sample(x: Tensor, *_: Any) -> Tensor:
     """Noise for a scheduler that samples it between two ends of a path."""
-    z = torch.randn_like(x)
-    observed.sampled[-1] = ends
-    return z
+    return torch.randn_like(x)
 
 
 def _holds(value: object, shape: torch.Size) -> bool:

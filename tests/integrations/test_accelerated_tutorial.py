@@ -280,6 +280,27 @@ def test_philox_answers_a_loops_first_randn_alone(start):
     assert isinstance(images, torch.Tensor)  # a variation's loop returns what it returns
 
 
+def test_philox_leaves_other_modes_of_a_loop_alone():
+    """A loop may make its tensors on a device by torch.device, which is such a mode, too."""
+    seen = []
+
+    def p_sample_loop(self, model, shape):
+        img = torch.randn(shape)
+        with torch.device("meta"):
+            for i in reversed(range(3)):
+                img = self.p_sample(model, img, torch.full(shape[:1], i, device="cpu"))
+                seen.append((torch.empty(1).device.type, torch.randn(3, device="cpu")))
+        seen.append((torch.empty(1).device.type, torch.randn(3, device="cpu")))
+        return img
+
+    fast = accelerate(with_method(p_sample_loop)(50), noise="philox", seed=9)
+    seeded(1, lambda: fast.p_sample_loop(Given(torch.zeros(SHAPE)), SHAPE))
+    expected, _ = seeded(1, lambda: [torch.randn(3) for _ in range(4)])
+    assert [device for device, _ in seen] == ["meta", "meta", "meta", "cpu"]
+    assert all(torch.equal(drawn, own) for (_, drawn), own in zip(seen, expected, strict=True))
+    assert torch.overrides._get_current_function_mode() is None
+
+
 def test_philox_says_so_where_a_loop_begins_otherwise():
     def p_sample_loop(self, model, shape):
         img = torch.randn_like(torch.empty(shape))

@@ -241,6 +241,10 @@ def test_what_is_no_argument():
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
     with pytest.raises(TypeError, match=r"sigmas has dtype torch.int64, expected a floating one"):
         sampler("dpmpp_2m")(bend, start(), torch.tensor([3, 1]))
+    with pytest.raises(TypeError, match=r"x has dtype torch.int64, expected a floating one"):
+        sampler("euler")(bend, torch.ones(SHAPE, dtype=torch.int64), SIGMAS)
+    with pytest.raises(TypeError, match=r"the model's output is a NoneType, expected a tensor"):
+        sampler("euler")(lambda x, sigma: None, start(), SIGMAS)
     with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
         sampler("dpm_fast")
 

@@ -1,5 +1,6 @@
 """Bad options of the sampling loop raise errors as described in process/test_bad_input.py."""
 
+import numpy as np
 import pytest
 import torch
 from support.refusals import SHAPE, backends, call, refuse
@@ -53,6 +54,7 @@ AFTER_A_JUMP = StepTable(
         ({"record": 2.0}, TypeError, ["record is 2.0"]),
         ({"record": True}, TypeError, ["record is True"]),
         ({"record": None}, TypeError, ["record is None"]),
+        ({"record": np.array([0, 2])}, TypeError, [r"record is array\(\[0, 2\]\)"]),
         ({"record": [0, 2], "steps": 2}, ValueError, ["record's step is 2", "2 steps"]),
         ({"record": [0, 0]}, ValueError, [r"record is \[0, 0\]", "once"]),
         ({"record": [0.0]}, TypeError, ["record's step is 0.0"]),
@@ -197,6 +199,12 @@ def test_float64_is_refused_before_the_model_is_called(backend, device):
     else:
         gd, _, arguments = call("p_sample_loop", backend, device, noise=noise, dtype=torch.float64)
         assert gd.p_sample_loop(**arguments)[-1].dtype == "float64"
+
+
+@backends
+def test_a_captured_loop_has_a_graph(backend, device):
+    with pytest.raises(ValueError, match="graph is False, expected True, 'step' or 'loop'"):
+        GaussianDiffusion(50, backend=backend).capture(lambda x, t: x, SHAPE, device=device, graph=False)
 
 
 @backends

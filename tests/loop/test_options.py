@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.loop_cases import CASES, CLOSE, PART, SAMPLERS, SHAPE, given, make_diffusion, ours, truth, with_variance
 
-from ddpm_ext import Guidance
+from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Philox
 
 BACKENDS = {"fused": torch.float32, "reference": torch.float64}
 WITHOUT_X0 = ("plain", "no clip", "clip range", "guidance", "inpaint jumps")  # some of them use the plain kernel
@@ -126,6 +126,26 @@ def test_inference_mode(device, case):
     with torch.inference_mode():
         assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
     assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
+
+
+@backends
+def test_numbers_of_numpy_are_numbers(backend, device):
+    """As they come out of an array of settings."""
+
+    def sample(number):
+        options = {"sampler": "ddim", "eta": number(0.5), "clip_denoised": (number(-1), number(1))}
+        options |= {"guidance": number(2), "start": torch.ones(2, 3, 4, device=device), "strength": number(0.5)}
+        gd = GaussianDiffusion(50, backend=backend)
+        first = gd.p_sample_loop(
+            lambda x, t: x / 2 + len(x), (2, 3, 4), steps=4, rng=Philox(0), record="last", progress=False, **options
+        )
+        options |= {"guidance": Guidance(number(2), rescale=number(0.5), interval=(number(0), number(30)))}
+        options |= {"clip_denoised": DynamicThreshold(number(0.75), number(2))}
+        return first, gd.p_sample_loop(
+            lambda x, t: x / 2 + len(x), (2, 3, 4), steps=4, rng=Philox(0), record="last", progress=False, **options
+        )
+
+    assert all(map(torch.equal, sample(np.float32), sample(float)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

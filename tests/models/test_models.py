@@ -250,6 +250,8 @@ def test_variances_there_and_back(variance):
         ({"clip_sample": False}, "has clip_sample false, expected true; pass clip_denoised=False"),
         ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
         ({"prediction_type": "flow"}, "prediction_type 'flow', expected one of epsilon"),
+        ({"prediction_type": ["epsilon"]}, r"prediction_type \['epsilon'\], expected one of epsilon"),
+        ({"variance_type": {}}, "variance_type {}, expected one of fixed_small"),
         ({"variance_type": "none"}, "variance_type 'none'"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
         ({"num_train_timesteps": 0}, "num_train_timesteps 0"),

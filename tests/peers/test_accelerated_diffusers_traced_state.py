@@ -1,7 +1,9 @@
 """Traced schedulers whose loops do not go on as they began: diffusers' own code then goes on from the state that it
 would have itself."""
 
+import copy
 import inspect
+import pickle
 import warnings
 
 import pytest
@@ -109,6 +111,25 @@ def test_a_second_loop_without_set_timesteps():
         loop(scheduler, None, None)
         scheduler._step_index = None
         results.append(loop(scheduler, None, None, scheduler.timesteps))
+    same(*reversed(results))
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy"])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_copy_in_the_middle_of_a_loop(how):
+    """It holds tensors of its own, in place of those that the steps before were called with."""
+    copied = {"pickle": lambda y: pickle.loads(pickle.dumps(y)), "deepcopy": copy.deepcopy, "copy": copy.copy}[how]
+    outputs, timesteps = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)), None
+    results = []
+    for scheduler in (make("UniPCMultistepScheduler"), accelerate(make("UniPCMultistepScheduler"))):
+        scheduler.set_timesteps(len(outputs))
+        timesteps, x = scheduler.timesteps, torch.ones(SHAPE)
+        for t, m in zip(timesteps[:2], outputs, strict=False):
+            x = scheduler.step(m, t, x).prev_sample
+        scheduler = copied(scheduler)
+        for t, m in zip(timesteps[2:], outputs[2:], strict=True):
+            x = scheduler.step(m.double(), t, x.double()).prev_sample.float()
+        results.append(x)
     same(*reversed(results))
 
 

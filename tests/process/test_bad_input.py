@@ -80,6 +80,15 @@ def test_values_of_t(backend, method, case):
     refuse(method, backend, CPU, error, [r"\bt\b", *words], t=make())
 
 
+def test_tables_give_the_nearest_timesteps_numbers_on_a_gpu(device):
+    """There t is not checked, and an index out of range would end the process's work on the device."""
+    gd, x = GaussianDiffusion(50), torch.zeros(4, 3, device=device)
+    found, expected = (
+        gd.process.extract("q_variance", torch.tensor(t, device=device), x) for t in ([-7, -1, 50, 99], [0, 0, 49, 49])
+    )
+    assert torch.equal(found, expected)
+
+
 # ------------------------------------------------------------------------------------------------------ samples
 
 BAD_SAMPLES = {

@@ -81,11 +81,11 @@ def test_in_low_precision(device):
         ((0.0,), ValueError, "quantile is 0.0, expected 0 < quantile <= 1"),
         ((1.5,), ValueError, "quantile is 1.5, expected 0 < quantile <= 1"),
         ((math.nan,), ValueError, "quantile is nan, expected"),
-        (("0.9",), TypeError, "quantile is '0.9', expected a float"),
-        ((True,), TypeError, "quantile is True, expected a float"),
+        (("0.9",), TypeError, "quantile is '0.9', expected a number"),
+        ((True,), TypeError, "quantile is True, expected a number"),
         ((0.9, 0.5), ValueError, "maximum is 0.5, expected at least 1"),
         ((0.9, math.nan), ValueError, "maximum is nan, expected at least 1"),
-        ((0.9, None), TypeError, "maximum is None, expected a float"),
+        ((0.9, None), TypeError, "maximum is None, expected a number"),
     ],
 )
 def test_refused(arguments, error, message):

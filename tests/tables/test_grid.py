@@ -37,3 +37,13 @@ def test_grid_of_neighbours_has_the_schedules_betas():
 def test_bad_grids(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_part_of_a_grid():
+    """It is the grid of some of the steps, which follow one on another."""
+    grid = make_grid(LEVELS, [4, 2, 1, 0])
+    part = grid[1:3]
+    assert part.timestep.tolist() == [2, 1] and torch.equal(part.alphas_cumprod, grid.alphas_cumprod[1:4])
+    for steps in (slice(None, None, 2), slice(None, None, -1)):
+        with pytest.raises(ValueError, match=f"grid is sliced with a step of {steps.step}, expected none"):
+            grid[steps]

@@ -237,3 +237,15 @@ def test_what_is_no_sampler():
         StepTable.trace(lambda model, x, sigma_min, sigma_max: x, SIGMAS)
     with pytest.raises(TypeError, match="scheduler is a int, expected an object with set_timesteps"):
         StepTable.trace(3, 10)
+
+
+def test_it_runs_on_the_cpu_whatever_the_default_device():
+    def function(model, x, sigmas):
+        for now, after in pairwise(sigmas):
+            denoised = model(x, now)
+            x = denoised + (x - denoised) * torch.tensor(0.5).item() * after / now
+        return x
+
+    expected = StepTable.trace(function, [3.0, 1.0, 0.0])
+    with torch.device("meta"):
+        assert StepTable.trace(function, [3.0, 1.0, 0.0]) == expected

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
 from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.integrations.shared import Accelerated, peer_method
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
@@ -27,7 +27,6 @@ __all__ = [
     "are_tensors",
     "clip_of",
     "imported",
-    "made_outside_autograd",
     "make_rows",
     "result_dtype",
     "tensor_contents",
@@ -222,23 +221,15 @@ class Scheduler(Accelerated):
 
 
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """The mixin's method with the signature of the peer's own one, which pipelines read, and which runs where the
-    method raises a Fallback. A compiler breaks its graph there: what is counted would be constants of it."""
+    """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
+    there: what is counted would be constants of it."""
+    fused = with_fallback(name)(method)
+    uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return uncompiled(self, *args, **kwargs)
-        try:
-            return method(self, *args, **kwargs)
-        except Fallback as fallback:
-            reason = fallback.reason
-        # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.
-        if reason is not None:
-            self.accelerated.record_fallback(self.library, name, reason)
-        return peer_method(self, name)(*args, **kwargs)
+        return (uncompiled if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
 
-    uncompiled = torch.compiler.disable(call)  # diffusers has imported the compiler
     return call
 
 
@@ -274,11 +265,6 @@ def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:
 def are_tensors(*values: object) -> bool:
     """Whether all values are tensors. diffusers rejects what isn't, or takes it in its own way."""
     return all(isinstance(x, Tensor) for x in values)
-
-
-def made_outside_autograd(make: Callable[..., Made], *arguments: Any) -> Made | Fallback:
-    with torch.inference_mode(False), torch.no_grad():  # a backward pass may keep what is in the rows
-        return attempt(make, *arguments)
 
 
 def tensor_contents(x: Tensor) -> tuple[object, ...]:

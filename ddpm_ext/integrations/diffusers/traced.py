@@ -16,26 +16,18 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
-from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, made_outside_autograd, result_dtype
-from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, TRACED, is_scheduler
+from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import Lane, Loop, Settings
-from ddpm_ext.integrations.diffusers.traced_plan import (
-    Constant,
-    Kinds,
-    Plan,
-    Start,
-    kinds_of,
-    make_plan,
-    state_contents,
-)
+from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, Start, kinds_of, make_plan, state_contents
 from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
-from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.shared import new, peer_class
-from ddpm_ext.integrations.tensors import dtype_name, written
+from ddpm_ext.integrations.tensors import dtype_name, version
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
 
-__all__ = ["OWN", "SUPPORT", "TRACED", "Traced", "is_scheduler"]
+__all__ = ["OWN", "SUPPORT", "Traced", "is_scheduler"]
 
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
@@ -59,7 +51,6 @@ class Traced(Forward):
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: Loop | bool | None = None
-    noise_sampler: Any  # of a Brownian path
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -121,9 +112,10 @@ class Traced(Forward):
         """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
         if loop.last is None:
             return True
-        tensors, counts = loop.last
-        if [written(x) for x in tensors] != counts:
-            return False  # somebody has written to one of them
+        tensors, versions = loop.last
+        # Somebody has written to one of them; but a copy of the scheduler has copies of them, which count anew.
+        if any(id(x) == key[0] and version(x) != key for x, key in zip(tensors, versions, strict=True)):
+            return False
         with torch.no_grad():
             found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
         vars(self).update(found)
@@ -136,6 +128,8 @@ class Traced(Forward):
         others = {name: given.pop(name) for name in OTHERS if name in given}
         if not are_tensors(x, m):
             raise Fallback
+        if "noise_sampler" in vars(self):  # it takes a hundred times as long as all else in a step
+            raise Fallback("its noise is that of a Brownian path")
         m = self._mean(m, x)
         self._check_step(x, m)
         options, tensors = self._options(given, x, m)
@@ -147,8 +141,6 @@ class Traced(Forward):
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.plan.first + loop.at:
             lane = Lane.of(loop, kinds, args, kwargs, self.timesteps)
-        if loop.plan.has_path:
-            self._find_path(args, kwargs)
         return self._take_row(loop, kinds, m, x, tensors, others, lane)
 
     def _take_row(
@@ -194,7 +186,7 @@ class Traced(Forward):
         if kept is not None:
             ring = (kept, *ring[: HELD - 1])
         if not plan.stateless:
-            last = (x, m, prev), [written(x), written(m), written(prev)]
+            last = (x, m, prev), [version(x), version(m), version(prev)]
         state["_traced_loop"] = Loop(plan, loop.settings, i + 1, ring, last, None if is_last else lane)
         if x0 is not None and kinds.second is not None and x0.dtype is not kinds.second:
             x0 = x0.to(kinds.second)
@@ -240,16 +232,13 @@ class Traced(Forward):
         for name in sorted(given):
             value = given[name]
             if isinstance(value, Tensor) and value.dim():
-                if value.shape == x.shape:
-                    self._check_step(x, m, value)
-                    if torch.promote_types(value.dtype, result_dtype(m, x)) not in (x.dtype, result_dtype(m, x)):
-                        raise Fallback(f"{name} is {dtype_name(value.dtype)}")
-                    tensors.append(value)
-                    value = GIVEN
-                elif value.dim() == 1:
-                    value = Constant(value.dtype, self._rows(_numbers, value))
-                else:
+                if value.shape != x.shape:
                     raise Fallback(f"it is called with {name} of shape {tuple(value.shape)}")
+                self._check_step(x, m, value)
+                if torch.promote_types(value.dtype, result_dtype(m, x)) not in (x.dtype, result_dtype(m, x)):
+                    raise Fallback(f"{name} is {dtype_name(value.dtype)}")
+                tensors.append(value)
+                value = GIVEN
             elif isinstance(value, Tensor):
                 at = self._index_of(value)
                 value = value.item() if at is None else self._times()[at]
@@ -299,14 +288,9 @@ class Traced(Forward):
             if known is not None:
                 return Loop(known, loop.settings)
         cls = peer_class(type(self))
-        state = {
-            name: None if name == "noise_sampler" else x for name, x in vars(self).items() if name not in OWN_STATE
-        }
-        plan = result_of(
-            _plans.get_or_make(
-                (cls, state_contents(state), start), lambda: made_outside_autograd(make_plan, new(cls), state, start)
-            )
-        )
+        state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
+        key = cls, torch.get_default_dtype(), state_contents(state), start
+        plan = result_of(_plans.get_or_make(key, lambda: made_outside_autograd(make_plan, new(cls), state, start)))
         if alone and loop is not None:
             loop.plan.after[loop.at, start] = plan
         return Loop(plan, Settings.of(self))
@@ -320,39 +304,18 @@ class Traced(Forward):
 
         tensors: which the step was given.
         """
-        used, place, step = plan.trace.noise[i], plan.first + i, plan.trace.steps[i]
+        used, place = plan.trace.noise[i], plan.first + i
         found = {"noise": tensors[used]} if used is not None and used < len(tensors) else QUIET
         if self.accelerated.noise == "philox":
-            if any(step.sampled):
-                raise Fallback("its noise is that of a Brownian path")
             return self._noise(used is not None, m, generator, x, place) if found is QUIET else found
-        for draw, (dtype, ends) in enumerate(zip(kinds.draws[i], step.sampled, strict=True)):
-            if draw < len(tensors):
-                continue
-            if ends is not None:
-                z = self.noise_sampler(*ends)
-                if draw == used:
-                    found = {"noise": z.to(x.device, x.dtype)}
-            elif draw == used:
+        for draw, dtype in enumerate(kinds.draws[i][len(tensors) :], len(tensors)):
+            if draw == used:
                 found = self._noise(True, m, generator, x, place, dtype)
             else:
                 imported("utils.torch_utils", "randn_tensor")(
                     m.shape, generator=generator, device=m.device, dtype=dtype
                 )
         return found
-
-    def _find_path(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The scheduler's noise_sampler. Its own step makes it when a loop begins, and does so here for a copy."""
-        if self.noise_sampler is None and self.accelerated.noise == "torch":
-            scheduler = new(peer_class(type(self)))
-            for name, value in vars(self).items():
-                scheduler.__dict__[name] = value.copy() if isinstance(value, list) else value
-            scheduler.step(*args, **kwargs)
-            self.noise_sampler = scheduler.noise_sampler
-
-
-def _numbers(x: Tensor) -> tuple[Any, ...]:
-    return tuple(x.tolist())
 
 
 def _of_all(timestep: Tensor, batch: int) -> Tensor:

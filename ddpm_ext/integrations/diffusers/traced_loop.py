@@ -91,8 +91,8 @@ class Lane(NamedTuple):
         m, timestep, x = args
         if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return None
-        if loop.plan.has_path or any(isinstance(y, Tensor) for y in options.values()):
-            return None  # a path is made of a step's arguments
+        if any(isinstance(y, Tensor) for y in options.values()):
+            return None
         stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
         quiet_step = None if loop.plan.trace.second else loop.plan.rows.quiet_step(x.device)
@@ -128,8 +128,8 @@ class Loop(NamedTuple):
 
     Attributes:
         settings: the scheduler's when the loop began.
-        last: the last row's sample, output and result, and how often they were written to, where diffusers would keep
-            some of them.
+        last: the last row's sample, output and result, and the `version` of each, where diffusers would keep some of
+            them.
         lane: None where the next step's arguments are to be looked at, whatever they are.
     """
 
@@ -137,7 +137,7 @@ class Loop(NamedTuple):
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], list[int]] | None = None
+    last: tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]]] | None = None
     lane: Lane | None = None
 
     def is_over(self) -> bool:

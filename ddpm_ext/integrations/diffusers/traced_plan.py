@@ -14,29 +14,22 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
-from ddpm_ext.integrations.fallback import Fallback, attempt, result_of
+from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import Traced as Trace
 from ddpm_ext.tables.trace import follow
 from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
 
-__all__ = ["Constant", "Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
-
-
-class Constant(NamedTuple):
-    """A tensor among a step's options, of another shape than the samples'."""
-
-    dtype: torch.dtype
-    numbers: tuple[Any, ...]
+__all__ = ["Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
 
 
 class Start(NamedTuple):
     """Which steps a plan is for.
 
     Attributes:
-        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings,
-            GIVEN and Constants, by their names in order.
+        options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings and
+            GIVEN, by their names in order.
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
@@ -52,13 +45,6 @@ class Start(NamedTuple):
     per_sample: bool
     alone: bool
     dims: int
-
-    def values(self) -> dict[str, Any]:
-        """The options as step takes them."""
-        return {
-            name: torch.tensor(value.numbers, dtype=value.dtype, device="cpu") if isinstance(value, Constant) else value
-            for name, value in self.options
-        }
 
 
 class Kinds(NamedTuple):
@@ -87,7 +73,6 @@ class Plan(NamedTuple):
         rows: in order.
         timesteps: of each row.
         stateless: whether the scheduler may go on with its own code in the middle of the loop.
-        has_path: whether its noise is that of a Brownian path.
         scheduler: as it was when the loop began, on the CPU.
         kinds: by the dtypes of output and sample.
         after: the plans of single steps that came after a row, by that row and their start.
@@ -98,7 +83,6 @@ class Plan(NamedTuple):
     rows: Rows
     timesteps: list[Any]
     stateless: bool
-    has_path: bool
     scheduler: Any
     kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
     after: dict[tuple[int, Start], Plan]
@@ -148,7 +132,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     else:
         timesteps = [start.kind(t) for t in times.tolist()]
     try:
-        trace = follow(scheduler, timesteps, start.values(), dims=start.dims)
+        trace = follow(scheduler, timesteps, dict(start.options), dims=start.dims)
         timesteps = timesteps[: len(trace.steps)]
         draws = None
         if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
@@ -163,8 +147,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
         threshold = clip_of(scheduler.config)[1]
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
     stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
-    has_path = any(any(step.sampled) for step in trace.steps)
-    return Plan(start, trace, rows, timesteps, stateless, has_path, scheduler, {}, {})
+    return Plan(start, trace, rows, timesteps, stateless, scheduler, {}, {})
 
 
 def _holds_output(step: Step) -> bool:
@@ -177,8 +160,7 @@ def kinds_of(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     """The dtypes of the loop's results and draws, found by running it on few numbers of these dtypes."""
     found = plan.kinds.get((output, sample))
     if found is None:
-        with torch.inference_mode(False), torch.no_grad():
-            found = plan.kinds[output, sample] = attempt(_make_kinds, plan, output, sample)
+        found = plan.kinds[output, sample] = made_outside_autograd(_make_kinds, plan, output, sample)
     return result_of(found)
 
 
@@ -188,7 +170,7 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
     step = getattr(plan.scheduler, step_name(plan.scheduler))
     tuples = "return_dict" in inspect.signature(step).parameters
-    options = plan.start.values() | ({"return_dict": False} if tuples else {})
+    options = dict(plan.start.options) | ({"return_dict": False} if tuples else {})
     try:
         steps = observe(
             plan.scheduler, plan.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,

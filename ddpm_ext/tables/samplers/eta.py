@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
+
+from ddpm_ext.base import checks
 
 __all__ = ["check_eta", "eta_argument", "takes_eta"]
 
@@ -15,11 +16,7 @@ def check_eta(eta: object) -> float:
     Raises:
         TypeError: `eta` is not a number. ValueError: it is negative or not finite.
     """
-    if isinstance(eta, bool) or not isinstance(eta, int | float):
-        raise TypeError(f"eta is {eta!r}, expected a float")
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta is {eta}, expected a finite eta >= 0")
-    return float(eta)
+    return checks.nonnegative("eta", eta)
 
 
 def takes_eta(sampler: Callable[..., object]) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import multistep
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
+from ddpm_ext.tables.samplers.two_calls import merged
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ipndm", "plms"]
@@ -66,15 +65,5 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
         h1=-half,
         **dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True)),
     )
-    columns = {
-        field.name: torch.cat(
-            [
-                getattr(table, field.name)[: first + 1],
-                getattr(again, field.name),
-                getattr(table, field.name)[first + 1 :],
-            ]
-        )
-        for field in fields(table)
-        if field.name != "draw"
-    }
-    return StepTable(**columns)
+    rows = torch.arange(len(table), device="cpu")
+    return merged([(2 * rows, table), (2 * rows[first : first + 1] + 1, again)])
