@@ -1,4 +1,4 @@
-"""The zeros in which a reduction's blocks count themselves, by the stand-in for CUDA's runtime: whose memory they are."""
+"""The zeros in which a reduction's blocks count themselves: whose memory they are, by the stand-in for CUDA."""
 
 from __future__ import annotations
 
