@@ -29,12 +29,21 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def asked(names: str) -> list[str]:
+    """What nvidia-smi says of the first card; nothing where there is none."""
+    return output("nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader").split("\n")[0].split(", ")
+
+
+def clock() -> str:
+    """Of the multiprocessors now, in MHz; empty where nobody can tell."""
+    return asked("clocks.sm")[0].removesuffix(" MHz")
+
+
 def card() -> dict[str, Any]:
     if not torch.cuda.is_available():
         why = "finds no GPU" if torch.version.cuda else "is built without CUDA"
         return {NO_GPU: f"torch {torch.__version__} {why}"}
     about = torch.cuda.get_device_properties(torch.cuda.current_device())
-    values = output("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader").split("\n")[0].split(", ")
     return {
         "card": about.name,
         "capability": f"{about.major}.{about.minor}",
@@ -42,7 +51,7 @@ def card() -> dict[str, Any]:
         "memory": f"{about.total_memory / 2**30:.0f} GiB",
         "L2 cache": f"{getattr(about, 'L2_cache_size', 0) / 2**20:.0f} MiB",
         "cards": torch.cuda.device_count(),
-        **dict(zip(CLOCKS.split(","), values, strict=False)),
+        **dict(zip(CLOCKS.split(","), asked(CLOCKS), strict=False)),
     }
 
 

@@ -12,7 +12,8 @@ from benchmarks.gpu.ways import ADD, COMPILED, NEAR, STEPS
 COMMAND = "python -m benchmarks.gpu"
 SPEED = """Microseconds: the median, and the quartiles. Cold and warm are the device's own time, from CUDA graphs of
 many launches; cold, the L2 cache has lost a set of inputs when it comes again. A call is what the host waits, launch
-included. Of copy: the time of a device-to-device copy of the bytes that must be moved, over the cold time.
+included. Of copy: the time of a device-to-device copy of the bytes that must be moved, over the cold time. MHz: the
+multiprocessors' clock right behind these; a row whose clock is lower than the others' cannot be compared with them.
 """
 
 
@@ -42,7 +43,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     cold = row.get("cold")
     names = [row["operation"], "x".join(map(str, row["shape"])), row["dtype"], row["way"]]
     of_copy = [f"{row['moved_bytes'] / cold['us'] / 1e3:.0f}", f"{100 * cold['of_copy']:.1f} %"] if cold else ["", ""]
-    return [*names, time(cold), *of_copy, time(row.get("warm")), time(row["call"])]
+    return [*names, time(cold), *of_copy, time(row.get("warm")), time(row["call"]), row.get("mhz", "")]
 
 
 def ratio(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> float:
@@ -81,7 +82,7 @@ def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [f"- {name}: {value}" for name, value in about.items() if name != "card"]
     lines += ["", "## Parts", "", *table(head, ([name, *(p[key] for key in head[1:])] for name, p in parts.items()), 4)]
     if speed:
-        head = ("operation", "shape", "dtype", "way", "cold µs", "GB/s", "of copy", "warm µs", "call µs")
+        head = ("operation", "shape", "dtype", "way", "cold µs", "GB/s", "of copy", "warm µs", "call µs", "MHz")
         lines += ["## Speed", "", SPEED, *table(head, map(cells, speed), 4)]
         head = ("shape", "dtype", "of empty", "of add", "copy", "eager", "compiled", "as fast as")
         lines += ["## A step", "", BOUNDS, *table(head, bounds(speed), 2)]

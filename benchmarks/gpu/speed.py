@@ -7,6 +7,7 @@ Prints a row of JSON for each operation, way, shape and dtype:
         sets of inputs that the L2 cache has lost a set when it comes again; warm, there is one set.
     call: what a caller waits by the host's clock, launch included.
     of_copy: the time of a device-to-device copy that moves as many bytes as the operation must, over this one's.
+    mhz: the multiprocessors' clock right behind the measurements of the device.
 
 Each row is measured in a process of its own, so that one that fails loses no other.
 """
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.machine import clock
 from benchmarks.gpu.timing import Scale, Timer
 from benchmarks.gpu.variants import variants
 from benchmarks.gpu.ways import (
@@ -58,7 +60,7 @@ SHAPES: tuple[Shape, ...] = (
     *((64, 3, 512, 512), (1, 3, 32, 32)),
     *((16, 3, 256, 256), (256, 3, 32, 32), (64, 3, 32, 32)),
 )
-DRY_SHAPES, DRY = ((2, 3, 64, 64), (1, 3, 32, 32)), Scale(8, 10**5, 3, 1e-4)
+DRY_SHAPES, DRY = ((2, 3, 64, 64), (1, 3, 32, 32)), Scale(8, 10**5, 3, 1e-4, 0)
 LOOP_STEPS = 50
 MOST_SETS_OF_OTHERS = 256  # whose calls are many launches each
 MOST_SECONDS = 40  # for a row; inductor may take half of them
@@ -105,6 +107,8 @@ class Bench:
                 calls = [functools.partial(way.call, b) for b in self.batches(sets, way, shape, pair)]
                 time, copy = self.timer.of_device(calls, moved), self.timer.copy(moved, cold)
                 found[name] = time | {"copy_us": copy, "of_copy": round(copy / time["us"], 4)}
+        if "cold" in found or "warm" in found:
+            found["mhz"] = clock()
         (b,) = self.batches(1, way, shape, pair)
         return found | {"call": self.timer.of_calls(lambda: way.call(b))}
 

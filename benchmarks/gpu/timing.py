@@ -23,6 +23,7 @@ class Scale(NamedTuple):
     bytes: int = 8 * 10**9  # moved by a graph, about
     times: int = 15
     seconds: float = 0.02  # of a round of calls, about
+    warm_up: float = 0.25  # seconds of work before the first measurement, until an idle card has raised its clocks
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -38,6 +39,7 @@ class Timer:
         if self.on_gpu:
             self.l2 = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
         self.copy = functools.cache(self._copy)
+        self.is_warm = False
 
     def sets(self, moved: int, cold: bool) -> int:
         """Cold, so many sets of inputs that twice the L2 cache is moved before one comes again."""
@@ -57,6 +59,7 @@ class Timer:
 
     def of_calls(self, function: Function) -> dict[str, float]:
         """The host's time of one call, launch included."""
+        self.warm_up(function)
         first = self.rounds(function, 1, 1)[0]
         calls = int(min(max(self.scale.seconds / max(first, 1e-7), 3), 200))
         return spread(self.rounds(function, calls, max(self.scale.times // 2, 3)))
@@ -84,8 +87,18 @@ class Timer:
             torch.cuda.set_stream(current)  # a capture that fails may leave its own stream behind
         return graph.replay
 
+    def warm_up(self, function: Function) -> None:
+        """Keeps an idle device at work until it has its full clocks; once."""
+        end = time.perf_counter() + self.scale.warm_up
+        while not self.is_warm and time.perf_counter() < end:
+            function()
+            if self.on_gpu:
+                torch.cuda.synchronize(self.device)
+        self.is_warm = True
+
     def each(self, function: Function) -> list[float]:
         """Seconds on the device of each call, one right behind the other."""
+        self.warm_up(function)
         if not self.on_gpu:
             return self.rounds(function, 1, self.scale.times)
         for _ in range(3):  # not waited for, so that the host stays ahead and no gap is measured

@@ -50,14 +50,37 @@ __device__ __forceinline__ Bin find_bin(const uint32_t (&bins)[kBins], uint32_t 
   return found;
 }
 
+// Calls take(value) for all of a sample's magnitudes, by the threads of one block. Since that block is alone, each
+// thread has several loads under way before it uses the first.
+template <class Take>
+__device__ __forceinline__ void each_magnitude(const uint32_t* magnitudes, int64_t numel, Take take) {
+  constexpr int kLoads = 4;
+#pragma unroll 1
+  for (int64_t first = 4 * threadIdx.x; first < numel; first += 4 * kThreads * kLoads) {
+    uint4 words[kLoads] = {};
+    DDPM_UNROLL
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t i = first + 4 * kThreads * k;
+      load_word_if(i < numel, reinterpret_cast<const uint4*>(magnitudes + i), words[k]);
+    }
+    DDPM_UNROLL
+    for (int k = 0; k < kLoads; ++k) {
+      const int64_t left = numel - first - 4 * kThreads * k;  // the last word may reach beyond the sample's end
+      if (left > 0) take(words[k].x);
+      if (left > 1) take(words[k].y);
+      if (left > 2) take(words[k].z);
+      if (left > 3) take(words[k].w);
+    }
+  }
+}
+
 // The smallest of a sample's magnitudes above `least`, found by all threads of a block.
 __device__ __forceinline__ uint32_t next_larger(const uint32_t* magnitudes, int64_t numel, uint32_t least,
                                                 uint32_t (&smallest)[kThreads]) {
   uint32_t own = kMagnitude;
-  for (int64_t i = threadIdx.x; i < numel; i += kThreads) {
-    const uint32_t value = of_others(magnitudes + i);
+  each_magnitude(magnitudes, numel, [&](uint32_t value) {
     if (value > least && value < own) own = value;
-  }
+  });
   __syncthreads();
   smallest[threadIdx.x] = own;
   for (unsigned h = kThreads / 2; h > 0; h /= 2) {
@@ -137,10 +160,9 @@ __global__ void __launch_bounds__(kThreads)
     below = bin.index;
     for (int shift = kBinBits; shift >= 0; shift -= kBinBits) {
       clear(bins);
-      for (int64_t i = threadIdx.x; i < call.numel; i += kThreads) {
-        const uint32_t value = of_others(magnitudes + i);
+      each_magnitude(magnitudes, call.numel, [&](uint32_t value) {
         if (value >> (shift + kBinBits) == below) atomicAdd(bins + (value >> shift & ((1u << kBinBits) - 1)), 1u);
-      }
+      });
       __syncthreads();
       bin = find_bin(bins, bin.from_top, sums, found);
       below = below << kBinBits | bin.index;

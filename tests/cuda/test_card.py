@@ -65,6 +65,28 @@ def test_compiled(device, gd, normal):
     torch.compiler.reset()
 
 
+def test_compiled_into_cuda_graphs(device, gd, normal):
+    """A loss in "reduce-overhead": torch runs it once with its memory from a graph's pool, captures it, and replays it,
+    and complains of memory of the pool that nobody gave back."""
+    x, m, t = normal(*SHAPE), normal(*SHAPE, seed=1), torch.arange(4, device=device) * 100
+
+    def loss(output):
+        return gd.train_losses(lambda *_: output, x, t, rng=Philox(9))
+
+    def gradient(loss):
+        output = m.clone().requires_grad_()
+        return torch.autograd.grad(loss(output), output)[0]
+
+    expected = gradient(loss)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, mode="reduce-overhead")
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        assert torch.equal(gradient(compiled), expected)
+        assert torch.equal(gradient(loss), expected)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_channels_last(device, gd, normal, dtype):
     x, m = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)

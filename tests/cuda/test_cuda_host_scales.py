@@ -102,10 +102,12 @@ def test_any_order_of_threads(host, seed):
 @pairs
 def test_every_sector_is_touched_once(host, pair):
     """Of aligned samples: each word that a warp reads of them, or writes of their magnitudes, is one stretch of memory.
-    What the last block reads is not counted."""
+    The last block reads all magnitudes twice, or three times where the quantile lies between two."""
     x, m, u = (values(1, 65_536, seed=i, dtype=pair[i > 0], special=False) for i in range(3))
-    found = host.control.sectors_of(lambda: threshold(host.operators, x, m, u))
-    assert found == ((x.nbytes + m.nbytes + u.nbytes) // 32, 4 * x.numel() // 32)
+    for quantile, passes in ((1.0, 2), (0.5, 3)):
+        found = host.control.sectors_of(lambda q=quantile: threshold(host.operators, x, m, u, quantile=q))
+        magnitudes = 4 * x.numel() // 32
+        assert found == ((x.nbytes + m.nbytes + u.nbytes) // 32 + passes * magnitudes, magnitudes)
     assert host.control.sectors_of(lambda: spread(host.operators, m, u)) == ((m.nbytes + u.nbytes) // 32, 0)
 
 

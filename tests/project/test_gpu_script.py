@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import logs, parts, speed
+from benchmarks.gpu import build, logs, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
@@ -304,6 +305,39 @@ def test_nothing_is_on_a_card_before_a_row_is_measured(monkeypatch):
     bench = speed.Bench(dry=False)
     assert len([job for group in speed.GROUPS.values() for job in group(bench)]) > 100
     assert "CUDA is used" in speed.attempt(next(speed.steps(bench)))["error"]
+
+
+def test_the_first_measurement_waits_for_the_clocks(monkeypatch):
+    """An idle card has low ones. Afterwards nothing is waited for."""
+    now = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    timer = timing.Timer(torch.device("cpu"), timing.Scale(times=3, warm_up=40))
+    calls = []
+    timer.each(lambda: calls.append(1))
+    first = len(calls)
+    timer.each(lambda: calls.append(1))
+    assert first >= 39 + 4 and len(calls) - first == 4
+    assert timing.Scale().warm_up > 0
+
+
+def test_a_row_has_its_clock(monkeypatch):
+    monkeypatch.setattr(speed, "clock", lambda: "1980")
+    job = next(speed.rest(speed.Bench(dry=True)))
+    row = speed.attempt(job)
+    assert row["mhz"] == "1980"
+    text = markdown({"speed-rest": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": [row]}})
+    assert "| call µs | MHz |" in text and text.rstrip().count("| 1980 |") == 1
+
+
+def test_the_build_finds_a_toolkit_that_is_not_on_path(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(build, "tool", lambda name: f"/toolkit/bin/{name}")
+    monkeypatch.setattr(build.subprocess, "run", lambda command, **how: ran.append(how))
+    build.main()
+    assert ran[0]["env"]["PATH"].split(os.pathsep) == [*os.environ["PATH"].split(os.pathsep), "/toolkit/bin"]
+    assert ran[0]["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert "toolkit" not in capsys.readouterr().out
 
 
 def test_tests_that_the_parts_run_are_there():

@@ -29,6 +29,7 @@ struct Control {
   // nothing runs.
   std::optional<std::vector<uint64_t>> blocks;
   bool refuse = false;  // makes every launch an error
+  int full = 0;         // how many of the next cudaMalloc find no memory
   int seconds = 30;     // of processor time that a launch may take
   int device = 0;
   bool counts_sectors = false;

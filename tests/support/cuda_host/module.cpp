@@ -7,6 +7,8 @@
 #include <tuple>
 #include <type_traits>
 
+#include "c10/cuda/CUDACachingAllocator.h"
+#include "c10/cuda/CUDAGraphsC10Utils.h"
 #include "control.h"
 #include "core/box_muller.h"
 #include "cpu/operators.h"
@@ -123,6 +125,11 @@ PYBIND11_MODULE(control, m) {
   m.def("set_blocks", [](std::optional<std::vector<uint64_t>> blocks) { control.blocks = blocks; });
   m.def("set_refuse", [](bool refuse) { control.refuse = refuse; });
   m.def("set_seconds", [](int seconds) { control.seconds = seconds; });
+  m.def("set_full", [](int calls) { control.full = calls; });
+  m.def("set_capturing", [](bool capturing) { standin::capturing = capturing; });
+  m.def("blocks_of_allocator", [] { return standin::of_allocator.size(); });
+  m.def("overwrite_memory_of_allocator", &standin::overwrite_memory_of_allocator);
+  m.def("caches_emptied", [] { return standin::caches_emptied; });
   m.def("set_rsqrt", [](int choice) { standin::rsqrt_choice = static_cast<standin::Rsqrt>(choice); });
   m.def("rsqrt", &ddpm_ext::cuda::rsqrt_approx);
   m.def("umul64hi", &__umul64hi);

@@ -1,6 +1,7 @@
 // Runs a launch: the blocks one after the other and the threads of a block in turns, both in an order that the seed
 // decides. A thread's turn lasts until it reaches a barrier or ends. Barriers open when no thread can continue
 // otherwise.
+#include <stdlib.h>
 #include <string.h>
 
 #include <memory>
@@ -268,6 +269,17 @@ cudaError_t cudaGetLastError() {
   const cudaError_t code = standin::last_error.code;
   standin::last_error.code = cudaSuccess;
   return code;
+}
+
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (standin::control.full > 0) {
+    --standin::control.full;
+    standin::last_error = {cudaErrorMemoryAllocation, "out of memory"};
+    return cudaErrorMemoryAllocation;
+  }
+  *p = malloc(bytes);
+  memset(*p, 0xa5, bytes);
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {

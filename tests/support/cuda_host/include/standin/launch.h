@@ -10,12 +10,14 @@
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchTimeout = 702,
   cudaErrorLaunchFailure = 719,
 };
 using cudaStream_t = struct CUstream_st*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
@@ -37,6 +39,7 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);  // describes what happened if it was the last error
 
+cudaError_t cudaMalloc(void** p, size_t bytes);
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   memset(p, value, bytes);
   return cudaSuccess;

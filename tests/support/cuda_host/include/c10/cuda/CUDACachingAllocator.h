@@ -1,10 +1,37 @@
 #pragma once
 
+#include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
+
+#include <map>
+
+#include "standin/launch.h"
+
+namespace standin {
+
+// What torch's allocator has handed out and not got back. torch may give it to others all the same, as it does with the
+// memory of a CUDA graph's pool.
+inline std::map<void*, size_t> of_allocator;
+inline int caches_emptied = 0;
+
+inline void overwrite_memory_of_allocator() {
+  for (const auto& [p, bytes] : of_allocator) memset(p, 0xa5, bytes);
+}
+
+}  // namespace standin
 
 namespace c10::cuda::CUDACachingAllocator {
 
-inline void* raw_alloc_with_stream(size_t bytes, cudaStream_t) { return malloc(bytes); }
-inline void raw_delete(void* p) { free(p); }
+inline void* raw_alloc_with_stream(size_t bytes, cudaStream_t) {
+  void* const p = malloc(bytes);
+  standin::of_allocator[p] = bytes;
+  return p;
+}
+inline void raw_delete(void* p) {
+  standin::of_allocator.erase(p);
+  free(p);
+}
+inline void emptyCache() { ++standin::caches_emptied; }
 
 }  // namespace c10::cuda::CUDACachingAllocator

@@ -1,8 +1,22 @@
 #pragma once
 
+#include "standin/launch.h"
+
+namespace standin {
+
+inline bool capturing = false;  // whether a launch is to be captured; it runs all the same
+
+}  // namespace standin
+
 namespace c10::cuda {
 
 enum class CaptureStatus : int { None, Active, Invalidated };
-inline CaptureStatus currentStreamCaptureStatusMayInitCtx() { return CaptureStatus::None; }
+inline CaptureStatus currentStreamCaptureStatusMayInitCtx() {
+  return standin::capturing ? CaptureStatus::Active : CaptureStatus::None;
+}
+
+struct CUDAStreamCaptureModeGuard {
+  explicit CUDAStreamCaptureModeGuard(cudaStreamCaptureMode) {}
+};
 
 }  // namespace c10::cuda
