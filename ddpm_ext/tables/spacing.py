@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +67,12 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
 
 # All names that `spacing=` takes, beside guided-diffusion's sections.
 SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS}
+_SECTIONS = re.compile(r"ddim\d+|\d+(,\d+)*")
+
+
+def _unknown(spacing: str, names: Iterable[str]) -> ValueError:
+    known = ", ".join(map(repr, names))
+    return ValueError(f"spacing is {spacing!r}, expected {known}, 'ddimN' or counts with commas between")
 
 
 def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "linspace") -> Tensor:
@@ -92,14 +98,13 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
     """
     if not isinstance(spacing, str):
         raise TypeError(f"spacing is {spacing!r}, expected a string")
-    if re.fullmatch(r"ddim\d+|\d+(,\d+)*", spacing):
+    if _SECTIONS.fullmatch(spacing):
         if steps is not None:
             raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
     if spacing not in TIMESTEP_SPACINGS:
-        names = ", ".join(repr(name) for name in TIMESTEP_SPACINGS)
-        raise ValueError(f"spacing is {spacing!r}, expected {names}, 'ddimN' or counts with commas between")
+        raise _unknown(spacing, TIMESTEP_SPACINGS)
     if steps is None:
         steps = timesteps
     steps = checks.whole("steps", steps)
@@ -165,5 +170,7 @@ def spaced_grid(
         if scale is flow:
             return flow_spaced_grid(alphas_cumprod, steps, spacing)
         return replace(SIGMA_GRIDS[spacing](alphas_cumprod, steps), scale=scale)
+    if isinstance(spacing, str) and spacing not in SPACINGS and not _SECTIONS.fullmatch(spacing):
+        raise _unknown(spacing, SPACINGS)
     grid = make_grid(alphas_cumprod, spaced_timesteps(len(alphas_cumprod), steps, spacing), betas=betas)
     return replace(grid, scale=scale)

@@ -1,12 +1,15 @@
 """Spacings: which timesteps a loop takes, and alphas_cumprod at each."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from support.choices import for_many
 
-from ddpm_ext.tables.spacing import section_timesteps, spaced_timesteps
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.tables.spacing import SPACINGS, section_timesteps, spaced_timesteps
 
 
 @for_many(200)
@@ -127,3 +130,9 @@ def test_ddim_sections():
 def test_bad_spacings(arguments, error, message):
     with pytest.raises(error, match=message):
         spaced_timesteps(*arguments)
+
+
+def test_an_unknown_spacing_of_a_loop_lists_all_that_it_takes():
+    with pytest.raises(ValueError) as raised:
+        GaussianDiffusion(100).p_sample_loop(lambda x, t: x, (1, 1), steps=5, spacing="even")
+    assert set(re.findall(r"'(\w+)'", str(raised.value))) == {"even", "ddimN", *SPACINGS}
