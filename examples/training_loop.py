@@ -1,7 +1,7 @@
 """A model of scikit-learn's digits in a few seconds on a CPU: train_losses in a loop of your own, then samples.
 
-train_losses takes two launches beside the model: one for x_t, one for the loss and its slope. No noise is stored: the
-second launch draws it again. For a long training run, use `ddpm-ext train`.
+train_losses takes two launches beside the model: one for x_t, one for the loss and its slope. The noise takes no
+memory of its own. For a long training run, use `ddpm-ext train`.
 """
 
 import math

@@ -1,12 +1,14 @@
 """The code in the documentation runs, and its tables are right."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from support.pasted import BLOCK, paste
 
 from ddpm_ext.cli.arguments import SPACING_NAMES
+from ddpm_ext.cli.main import build_parser
 from ddpm_ext.integrations.k_diffusion import NAMES
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
@@ -33,6 +35,20 @@ def test_code_of_a_page_can_be_pasted(page, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     paste(page)
     assert {path.name for path in tmp_path.iterdir()} >= WRITTEN.get(page.name, set())
+
+
+def test_commands_of_the_pages_are_right(root):
+    """Each is parsed as it stands. Those of README.md and pictures.md are run, by tests of their own."""
+    seen = 0
+    for page in [*PAGES, *(root / "ddpm_ext" / "models").rglob("README.md")]:
+        for block in re.findall(r"^```(?:sh|bash)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for command in re.findall(r"(?:^ddpm-ext|-m ddpm_ext) (.+)", block.replace("\\\n", " "), re.MULTILINE):
+                try:
+                    build_parser().parse_args(shlex.split(command, comments=True))
+                except SystemExit:
+                    pytest.fail(f"{page.name}: {command}")
+                seen += 1
+    assert seen > 40
 
 
 def test_every_loss_and_weighting_is_documented(root):
