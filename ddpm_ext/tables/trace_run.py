@@ -207,7 +207,7 @@ def observe(
 
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
-        timesteps: those of the steps, as the scheduler has them; (1,) where a step takes one for each sample.
+        timesteps: those of the steps, as the scheduler has them, or (1,), of all samples.
         samples, outputs, noise: as Run's observe takes them.
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
             samples, which `noise` makes, too.
@@ -223,7 +223,6 @@ def observe(
     made: list[Step] = []
     for i, t in enumerate(timesteps):
         x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
-        t = t.expand(len(x)) if isinstance(t, Tensor) and t.dim() else t
         quiet, cpu = warnings.catch_warnings(), torch.device("cpu")  # where all numbers are, whatever the default
         with quiet, cpu, torch.no_grad(), Observed(x.shape, noise, wide) as observed:
             warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from support.accelerated_diffusers import launches as counted_launches
-from support.diffusers_classes import SHAPE, check, classes, loop, make, step_of
+from support.diffusers_classes import SHAPE, check, classes, loop, make, set_timesteps, shape_of, step_of
 
 from ddpm_ext import Philox, accelerate, randn
 from ddpm_ext.integrations import accelerated_class
@@ -29,6 +29,8 @@ MISSING = NEED_TORCHSDE if importlib.util.find_spec("torchsde") is None else set
 UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
 ALONE = [name for name in classes() if name in UNLISTED]  # these run their own code
 OTHERS = [name for name in classes() if name not in UNLISTED | FUSED]  # these are traced
+
+VECTORS = ("DDPMWuerstchenScheduler", "ScoreSdeVpScheduler", "ScoreSdeVeScheduler")  # they take one for each sample
 
 
 @pytest.fixture
@@ -74,6 +76,27 @@ def test_a_loop_of_16_bits(name, dtype, launches):
                 if z is not None:
                     ulp = torch.finfo(dtype).eps * z.abs().max()
                     assert (x - z).abs().max() <= 2 * (y - z).abs().max() + 2 * ulp
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in VECTORS and "CogVideoX" not in name])
+@pytest.mark.filterwarnings("error:step runs the own code")
+def test_a_timestep_with_a_dimension(name, launches):
+    """Of shape (1,), which some pipelines make of it. CogVideoX's schedulers return float64 then."""
+    results = []
+    for scheduler in (make(name), accelerate(make(name))):
+        generator, x = torch.Generator().manual_seed(0), torch.ones(shape_of(scheduler))
+        options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        try:
+            for t in set_timesteps(scheduler, 6):
+                scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+                x = scheduler.step((scaled / 4).clamp(-1, 1), t[None], x, return_dict=False, **options)[0].float()
+        except (IndexError, TypeError, RuntimeError) as error:
+            if results:
+                raise
+            pytest.skip(f"diffusers' own code: {error}")
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5 * results[0].abs().max().item())
+    assert launches
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if hasattr(classes()[name], "set_begin_index")])

@@ -133,6 +133,47 @@ def test_a_copy_in_the_middle_of_a_loop(how):
     same(*reversed(results))
 
 
+@pytest.mark.parametrize("name", ["DEISMultistepScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_step_after_the_last_is_refused_as_there(name):
+    errors = []
+    for scheduler in (make(name), accelerate(make(name))):
+        scheduler.set_timesteps(3)
+        x = torch.ones(SHAPE)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x / 2, t, x).prev_sample
+        with pytest.raises((IndexError, AssertionError)) as caught:
+            scheduler.step(x / 2, scheduler.timesteps[0], x)
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_timesteps_with_a_dimension_before_a_step_without_a_fused_form():
+    """SASolver holds the timesteps of the steps before, too."""
+    results = []
+    for scheduler in (make("SASolverScheduler"), accelerate(make("SASolverScheduler"))):
+        scheduler.set_timesteps(8)
+        x, generator = torch.ones(SHAPE), torch.Generator().manual_seed(0)
+        for i, t in enumerate(scheduler.timesteps):
+            m = x.tanh() if i < 5 else x.tanh().double()
+            x = scheduler.step(m, t[None], x, generator=generator).prev_sample.float()
+        results.append(x)
+    same(*reversed(results))
+
+
+@pytest.mark.filterwarnings("ignore:step runs the own code")
+def test_a_batch_of_another_size_in_the_middle():
+    """diffusers broadcasts what it holds of the steps before."""
+
+    def first_alone(m, x, options):
+        return m[:1], x[:1]
+
+    ours = accelerate(make("HeunDiscreteScheduler"))
+    same(loop(ours, first_alone, 5), loop(make("HeunDiscreteScheduler"), first_alone, 5))
+    assert ours.accelerated.fallbacks == {"step": "its samples have another shape than those of the step before"}
+
+
 @pytest.mark.parametrize("name", TRACED)
 @pytest.mark.filterwarnings("ignore:`last_sigmas_type")
 def test_a_loop_that_is_left_for_another(name):

@@ -98,9 +98,9 @@ class Traced(Forward):
 
     def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
         """Diffusers' own code takes over, until set_timesteps is called; for this step alone where none holds anything
-        of the steps before. Raises RuntimeError where what it would hold of them is unknown."""
+        of the steps before. Raises RuntimeError where what it would hold of them is unknown, and the loop goes on."""
         is_alone = loop is not None and loop.at > 0 and loop.plan.stateless
-        if loop is not None and not is_alone and not self._catch_up(loop):
+        if loop is not None and not is_alone and not self._catch_up(loop) and not loop.is_over():
             raise RuntimeError(
                 f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
                 "the steps before it left the scheduler without the tensors that its own code reads: call every "
@@ -133,10 +133,12 @@ class Traced(Forward):
         m = self._mean(m, x)
         self._check_step(x, m)
         options, tensors = self._options(given, x, m)
-        per_sample = isinstance(timestep, Tensor) and timestep.dim() > 0
-        if per_sample:
+        has_dim = isinstance(timestep, Tensor) and timestep.dim() > 0
+        if has_dim:
             timestep = _of_all(timestep, len(x))
-        loop = self._located(loop, timestep, per_sample, x.dim(), options)
+        loop = self._located(loop, timestep, has_dim, x.dim(), options)
+        if loop.ring and loop.ring[0].shape != x.shape:
+            raise Fallback("its samples have another shape than those of the step before")
         kinds, lane = kinds_of(loop.plan, m.dtype, x.dtype), None
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
         if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.plan.first + loop.at:
@@ -254,7 +256,7 @@ class Traced(Forward):
         return self._rows(Tensor.tolist, self.timesteps)
 
     def _located(
-        self, loop: Loop | None, timestep: Any, per_sample: bool, dims: int, options: tuple[tuple[str, Any], ...]
+        self, loop: Loop | None, timestep: Any, has_dim: bool, dims: int, options: tuple[tuple[str, Any], ...]
     ) -> Loop:
         """The loop, at the row that this step takes. A timestep that is a view of the scheduler's own is not read."""
         own, alone = self.timesteps, False
@@ -282,7 +284,7 @@ class Traced(Forward):
             index = self._times().index(value)
         # Where options change from step to step, a plan for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
-        start = Start(options, index, float(value), kind, per_sample, alone, dims)
+        start = Start(options, index, float(value), kind, has_dim, alone, dims)
         if alone and loop is not None:
             known = loop.plan.after.get((loop.at, start))
             if known is not None:

@@ -33,7 +33,7 @@ class Start(NamedTuple):
         first: the first one's place among the scheduler's timesteps; None where its timestep is none of them.
         timestep: the first one's.
         kind: the dtype of the timesteps where they are tensors, else the class of their numbers.
-        per_sample: whether there is one for each sample.
+        has_dim: whether they have a dimension, (1,) or (batch,).
         alone: whether it is the only step.
         dims: how many dimensions samples have.
     """
@@ -42,7 +42,7 @@ class Start(NamedTuple):
     first: int | None
     timestep: float
     kind: torch.dtype | type
-    per_sample: bool
+    has_dim: bool
     alone: bool
     dims: int
 
@@ -128,7 +128,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     else:
         times = own[first : first + 1 if start.alone else None]
     if isinstance(start.kind, torch.dtype):
-        timesteps = list((times[:, None] if start.per_sample else times).to(start.kind))
+        timesteps = list((times[:, None] if start.has_dim else times).to(start.kind))
     else:
         timesteps = [start.kind(t) for t in times.tolist()]
     try:

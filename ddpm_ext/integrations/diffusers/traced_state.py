@@ -32,12 +32,13 @@ def tensors_after(
     numbers = [*_ring(plan, i)[: len(ring)], *_inputs(plan, i), flat(step.result.prev)]
     tensors = [*ring, x, m, prev]
     unused = [] if plan.trace.noise[i] is not None else [flat(z) for z, _ in step.draws]
+    shape = step.result.prev.shape
     unknown = torch.full_like(x, torch.nan, dtype=torch.promote_types(x.dtype, m.dtype))
 
     def restored(value: Any, age: int) -> Any:
         """The value for the loop's own numbers. age: how many were stored after it."""
-        if not isinstance(value, Tensor) or not value.dim():
-            return value
+        if not isinstance(value, Tensor) or value.shape != shape:
+            return value  # such as a timestep
         factors = _factors(flat(value), numbers, max(LINEAR, 10 * plan.trace.residual))
         if factors is None:
             # Where a list has no end, its scheduler reads the last ones alone; and noise that a step did not use is 0.
