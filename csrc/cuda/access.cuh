@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "call.h"
 
@@ -11,6 +12,10 @@ namespace ddpm_ext::cuda {
 // moves one element at a time, by any strides, and counts with 64 bits. `words` moves four elements at a time of dense
 // samples that begin anywhere between two words, and their ends one by one: some kernels of steps_with_options.cuh do.
 enum class Access { vector, strided, words };
+
+// How a kernel that goes over vectors or strides counts a sample's elements, and samples.
+template <Access kAccess>
+using IndexOf = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
 
 // Whether a tensor's address and strides allow Access::vector.
 inline bool in_vectors(const TensorArg& tensor, int64_t batch) {

@@ -43,7 +43,7 @@ struct BlocksOf<Op, kDefault> : std::integral_constant<int, Op::kBlocks> {};
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
-  using Index = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+  using Index = IndexOf<kAccess>;
   static constexpr bool kWide =
       sizeof(X) == 4 || (Op::kSecond && sizeof(M) == 4) || (kNoise == Noise::given && sizeof(Z) == 4);
   static constexpr bool kNarrow =

@@ -1,17 +1,11 @@
 // Loads of four neighbouring elements, for kernels that reduce a sample.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/access.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/sample.cuh"
 
 namespace ddpm_ext::cuda {
-
-// How a kernel counts a sample's elements.
-template <Access kAccess>
-using IndexOf = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
 
 // Loads elements j to j + 3 of sample b, with zeros beyond the sample's end.
 template <Access kAccess, class T>
@@ -37,12 +31,6 @@ __device__ __forceinline__ void load_four(const Call& call, const Dividers& divi
     values[i] = to_float(data[offset]);
   }
   to[0] = F2(values[0], values[1]), to[1] = F2(values[2], values[3]);
-}
-
-// The sample of a block in a grid of (blocks of a sample, samples, more samples).
-template <class Index>
-__device__ __forceinline__ Index sample_of_block() {
-  return static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
 }
 
 }  // namespace ddpm_ext::cuda

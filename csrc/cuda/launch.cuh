@@ -59,6 +59,15 @@ inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t at_on
           dim3(unsigned_int(along), unsigned_int(samples))};
 }
 
+// Lays out blocks that belong to one sample each: up to `most` for a sample, but in all hardly more than twice as many
+// as the device runs `at_once`.
+inline Shape shape_of_samples(int64_t batch, int64_t most, int threads, int64_t at_once) {
+  const int64_t blocks = std::min(divide_up(2 * at_once, batch), most), rows = std::min(batch, kMaxGridY);
+  const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
+  return {dim3(unsigned_int(blocks), unsigned_int(rows), unsigned_int(divide_up(batch, rows))),
+          dim3(unsigned_int(threads))};
+}
+
 // Launches a kernel on a grid.
 template <auto kKernel, class... Arguments>
 void launch_on(const Shape& shape, cudaStream_t stream, const Arguments&... arguments) {

@@ -1,7 +1,6 @@
 // The training loss: core/loss.h for every element, the slopes and the sums, in one launch.
 #include "core/loss.h"
 
-#include <algorithm>
 #include <type_traits>
 
 #include "cuda/access.cuh"
@@ -25,7 +24,7 @@ struct Place {
 template <Access kAccess>
 class Four {
  public:
-  using Index = std::conditional_t<kAccess == Access::vector, uint32_t, int64_t>;
+  using Index = IndexOf<kAccess>;
 
   __device__ __forceinline__ Four(const LossCall& call, const Dividers& dividers, Index b, Index j) : b_(b), j_(j) {
     const Index numel = static_cast<Index>(call.numel);
@@ -112,7 +111,7 @@ __device__ __forceinline__ void by_kind(Loss kind, Take take) {
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 class LossOfSample {
  public:
-  using Index = typename Four<kAccess>::Index;
+  using Index = IndexOf<kAccess>;
   static constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   static constexpr int kParts = kAccess == Access::vector ? 2 : 1;
   // The blocks that a multiprocessor should hold, by their registers.
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   __shared__ float losses[2][kParts][kLossChunk];  // of this turn and of the one before
   __shared__ double strands[kLossStrands];
   __shared__ bool last;
-  const Index b = static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
+  const Index b = sample_of_block<Index>();
   if (b >= static_cast<Index>(call.batch)) return;
   PhiloxKeys keys;
   if constexpr (kNoise == Noise::drawn && !kHostKeys)
@@ -280,13 +279,9 @@ template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, clas
 void launch_access(const LossCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = loss_of_samples<Row, kNoise, kAccess, kHostKeys, X, M>;
   constexpr int kParts = LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kParts;
-  const int64_t rows = std::min(call.batch, kMaxGridY), at_once = blocks_at_once<kKernel>(kLossThreads);
-  const int64_t turns = divide_up(loss_chunks(call.numel), kParts),
+  const int64_t at_once = blocks_at_once<kKernel>(kLossThreads), turns = divide_up(loss_chunks(call.numel), kParts),
                 apart = turns / (kAccess == Access::strided ? channels_in_turn(call, at_once) : 1);
-  const int64_t enough = divide_up(2 * at_once, call.batch);
-  const Shape shape = {dim3(static_cast<unsigned>(std::min(enough, apart)), static_cast<unsigned>(rows),
-                            static_cast<unsigned>(divide_up(call.batch, rows))),
-                       dim3(kLossThreads)};
+  const Shape shape = shape_of_samples(call.batch, apart, kLossThreads, at_once);
   const Counts counts(call.batch + 1, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), philox_keys(call.seed), apart, counts.data());
 }

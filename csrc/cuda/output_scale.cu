@@ -2,8 +2,6 @@
 // of a block take a chunk's moments, one those of the model's output and one those of the guided one.
 #include "core/spread.h"
 
-#include <algorithm>
-
 #include "core/step.h"
 #include "cuda/counts.cuh"
 #include "cuda/four.cuh"
@@ -90,11 +88,8 @@ __global__ void __launch_bounds__(kLossThreads)
 template <Access kAccess, class M>
 void launch(const OutputScaleCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = spread_of_samples<kAccess, M>;
-  const int64_t rows = std::min(call.batch, kMaxGridY);
-  const int64_t enough = divide_up(2 * blocks_at_once<kKernel>(kLossThreads), call.batch);
-  const Shape shape = {dim3(static_cast<unsigned>(std::min(enough, loss_chunks(call.numel))),
-                            static_cast<unsigned>(rows), static_cast<unsigned>(divide_up(call.batch, rows))),
-                       dim3(kLossThreads)};
+  const Shape shape =
+      shape_of_samples(call.batch, loss_chunks(call.numel), kLossThreads, blocks_at_once<kKernel>(kLossThreads));
   const Counts counts(call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
 }

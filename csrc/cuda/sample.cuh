@@ -1,10 +1,17 @@
-// The values that all elements of a sample share: where it begins, its row, and its part of Philox's counter.
+// The values that all elements of a sample share: where it begins, its row, its factors, and its part of Philox's
+// counter.
 #pragma once
 
 #include "call.h"
 #include "core/philox.h"
 
 namespace ddpm_ext::cuda {
+
+// The sample of a block, where each has one, in a grid of (blocks of a sample, samples, more samples).
+template <class Index>
+__device__ __forceinline__ Index sample_of_block() {
+  return static_cast<Index>(blockIdx.z) * gridDim.y + blockIdx.y;
+}
 
 // The offset at which sample b begins.
 template <class Index>
@@ -19,6 +26,12 @@ __device__ __forceinline__ int64_t sample_row(const Call& call, Index b) {
   int64_t t = call.t_index;
   if (call.t != nullptr) t = call.t[sample_start(call.t_stride, b)];
   return t < 0 ? 0 : t >= call.rows ? call.rows - 1 : t;  // a t on the GPU is not read back to be checked
+}
+
+// The factor of sample b.
+template <class Index>
+__device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
+  return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
 }
 
 // The noise of sample b. row_draw is the draw to use if the caller gave none.

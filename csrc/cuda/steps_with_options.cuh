@@ -149,12 +149,6 @@ class ElementTensors {
   int64_t inputs_[kRoles<Step>], results_[kResults<Step>];
 };
 
-// The factor of sample b.
-template <class Index>
-__device__ __forceinline__ float of_sample(const PerSample& values, Index b) {
-  return values.data == nullptr ? 1.0f : values.data[sample_start(values.stride, b)];
-}
-
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
 template <Access kAccess, class Step, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)

@@ -3,14 +3,11 @@
 // counts the next 10 bits of those that share the first bits with the magnitude to be found, and then the last 10.
 #include "core/quantile.h"
 
-#include <algorithm>
-
 #include "core/step.h"
 #include "cuda/counts.cuh"
 #include "cuda/four.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/operators.h"
-#include "cuda/steps_with_options.cuh"
 #include "cuda/sums.cuh"
 
 namespace ddpm_ext::cuda {
@@ -178,13 +175,9 @@ constexpr int64_t kWorthABlock = 8192;
 template <Access kAccess, class X, class M>
 void launch(const XStartScaleCall& call, int device, cudaStream_t stream) {
   constexpr auto kKernel = threshold_samples<kAccess, X, M>;
-  const int64_t rows = std::min(call.batch, kMaxGridY);
-  const int64_t enough = divide_up(2 * blocks_at_once<kKernel>(kThreads), call.batch);
-  const int64_t blocks = std::min(enough, divide_up(call.numel, kWorthABlock));
-  const Shape shape = {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rows),
-                            static_cast<unsigned>(divide_up(call.batch, rows))),
-                       dim3(kThreads)};
-  const Counts counts(blocks > 1 ? call.batch * (1 + kBins) : call.batch, device, stream);
+  const int64_t worth = divide_up(call.numel, kWorthABlock);
+  const Shape shape = shape_of_samples(call.batch, worth, kThreads, blocks_at_once<kKernel>(kThreads));
+  const Counts counts(shape.grid.x > 1 ? call.batch * (1 + kBins) : call.batch, device, stream);
   launch_on<kKernel>(shape, stream, call, Dividers(call), counts.data());
 }
 
