@@ -145,7 +145,9 @@ def _unit(pixels: Tensor) -> Tensor:
 
 
 def _of_shape(images: Tensor, path: str, shape: tuple[int, int, int], name: str) -> Tensor:
-    if not len(images) or images.shape[1:] != shape:
+    if not len(images):
+        raise ValueError(f"{name}: {path} holds no samples, expected at least 1")
+    if images.shape[1:] != shape:
         kind = "x".join(map(str, images.shape[1:]))
         raise ValueError(
             f"{name}: {path} holds {len(images)} samples of {kind}, expected {'x'.join(map(str, shape))} (channels, "

@@ -242,6 +242,8 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     _check_out(options.out, FIGURES)
     require("matplotlib", "drawing a histogram")
     prepared = prepare(options, pictures=False)
+    if prepared.steps < 2:
+        raise ValueError(f"steps: got {prepared.steps}, expected at least 2 for a histogram")
     every = max(1, prepared.steps // _HISTOGRAMS)
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.loop.guidance import Guidance
 from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.folder import (
     SCHEDULER,
@@ -53,7 +54,8 @@ class Trained:
             count: the number of samples.
             seed, first: of the noise: the samples have the ids `first`, `first` + 1 and so on.
             classes: numbers of the classes that samples have in turn, by their ids; empty: all classes.
-            loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more.
+            loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more. `guidance` uses the
+                null class unless it has an unconditional model of its own.
 
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device.
@@ -88,7 +90,12 @@ def draw(
 
     loop: further arguments of p_sample_loop.
     """
-    kwargs = {} if classes is None else {"labels": classes.labels_of(samples, chosen).to(device)}
+    kwargs = {}
+    if classes is not None:
+        guidance = loop.get("guidance")
+        # Without an unconditional model the model gets the batch twice.
+        twice = isinstance(guidance, Guidance) and guidance.unconditional is None
+        kwargs["labels"] = classes.model_kwargs(samples, chosen, guided=twice, device=device)["class_labels"]
     options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
     with torch.no_grad():
         found = diffusion.p_sample_loop(

@@ -37,6 +37,7 @@ def files(tmp_path_factory):
     np.save(folder / "noise.npy", random.standard_normal((3, *SHAPE)).astype(np.float32))
     np.save(folder / "small.npy", np.zeros((1, 3, 4, 4), np.float32))
     np.save(folder / "nan.npy", np.full((1, *SHAPE), np.nan, np.float32))
+    np.save(folder / "none.npy", np.zeros((0, *SHAPE), np.float32))
     (folder / "text.txt").touch()
     (folder / "text.npz").write_text("no archive")
     (folder / "damaged.png").write_bytes(b"no picture")
@@ -171,7 +172,7 @@ BAD = [
     ((*START, "--strength", 2), "strength is 2.0, expected 0 < strength <= 1"),
     (("--start", "nowhere.png"), "start: cannot read nowhere.png"),
     (("--start", "nowhere"), "start: got nowhere, expected a file or a folder that exists"),
-    (("--start", "text.npz"), "start: text.npz is no .npz or .npy of samples (damaged, or of another format)"),
+    (("--start", "none.npy"), "start: none.npy holds no samples, expected at least 1"),
     (("--start", "text.npz"), "start: text.npz is no .npz or .npy of samples (damaged, or of another format)"),
     (("--start", "text.txt"), "start: got text.txt, expected a picture, an .npz, an .npy or a folder"),
     (("--start", "empty"), "start: no images in empty"),

@@ -229,6 +229,7 @@ BAD = [
     (("losses", "nowhere"), "run: nowhere has no losses, expected the folder of a run of ddpm-ext train"),
     (("losses", "."), "run: losses.csv has no losses"),
     (("histogram", "--out", "a.gif"), "out: got a.gif"),
+    (("histogram", "--steps", "1", "--quiet", "--device", "cpu"), "steps: got 1, expected at least 2 for a histogram"),
     (("histogram", "--bins", "0"), "--bins: got 0"),
     (("histogram", "--limit", "0"), "--limit: got 0, expected a number > 0"),
     (("histogram", "--model", "nowhere"), "model: no such folder: nowhere"),

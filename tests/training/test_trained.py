@@ -7,7 +7,7 @@ import torch
 from support.trainer_run import SIZES, Tiny, make
 from torch import nn
 
-from ddpm_ext import GaussianDiffusion, Philox, training
+from ddpm_ext import GaussianDiffusion, Guidance, Philox, training
 from ddpm_ext.training import checkpoints
 
 for module in ("safetensors", "matplotlib"):
@@ -96,6 +96,21 @@ def test_classes_of_a_module(tmp_path):
         assert torch.allclose(one[1], trainer.sample()[1], atol=1e-5)  # the sample of id 1 has class 1 there, too
         assert not torch.allclose(one[0], trainer.sample()[0], atol=1e-3)
         (tmp_path / "run" / "model.json").unlink(missing_ok=True)  # then from the checkpoint
+
+
+def test_guidance_of_classes(tmp_path):
+    """With the null class, unless the guidance has an unconditional model of its own."""
+    images = torch.utils.data.TensorDataset(torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), torch.arange(6) % 3)
+    options = {"data": images, "classes": True, "steps": 10}
+    make(tmp_path / "run", model=WithClasses(), **options).fit()
+    trained = training.load(tmp_path / "run", WithClasses())
+    null = Guidance(3.0, lambda x, t: trained.model(x, t, torch.full((len(x),), 3)))
+    found = [trained.sample(4, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), null, None)]
+    assert torch.allclose(found[0], found[1], atol=1e-5)
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+    make(tmp_path / "without", model=WithClasses(), class_dropout=0.0, **options).fit()
+    with pytest.raises(ValueError, match="guidance: the model has no null class"):
+        training.load(tmp_path / "without", WithClasses()).sample(4, guidance=Guidance(3.0), **LOOP)
 
 
 def test_unet_needs_no_module(tmp_path):
