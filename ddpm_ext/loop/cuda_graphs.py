@@ -20,10 +20,9 @@ __all__ = ["CudaGraphs"]
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)
 _MANY_NODES = 20_000
-# Torch's function by which an allocator leaves a graph's pool, by its present name and by that of torch 2.7.
-END_ALLOCATE = "_cuda_endAllocateToPool"
-if hasattr(torch._C, "_cuda_endAllocateCurrentStreamToPool"):
-    END_ALLOCATE = "_cuda_endAllocateCurrentStreamToPool"
+# Torch's function by which an allocator leaves a graph's pool, by the name that torch 2.7 has for it or by today's.
+_OLD_NAME = "_cuda_endAllocateCurrentStreamToPool"
+END_ALLOCATE = _OLD_NAME if _OLD_NAME in vars(torch._C) else "_cuda_endAllocateToPool"
 
 
 class CudaGraphs:

@@ -17,7 +17,7 @@ def reductions(module, batch=2):
     """The results of every operator that counts its blocks, of which each sample has several."""
     m, x, u = (values(batch, 20_000, seed=seed, special=False) for seed in range(3))
     rng = (None, 5, None, 0, 2, -1, None)
-    losses = module.diffusion_loss(m, x, torch.ones(1, 4), None, 0, 0, 1.0, None, *rng, 0, True, False, False)
+    losses = module.diffusion_loss(m, x, torch.ones(1, 4), None, 0, 0, 1.0, None, *rng, 0, True, False, False, False)
     threshold = module.x_start_scale(x, m, make_table(8), None, 1, 0.9, 7.0, None, None)
     return *losses, threshold, module.output_scale(m, u, 3.0, 0.7)
 

@@ -35,7 +35,7 @@ def normal(*shape, seed, dtype):
 def call(module, m, x, noise, *, kind, t=None, index=0, reduction=1, seed=-3, bound=False, detach=False):
     rng = (None, seed, None, 2**32 - 2, 2, -1, None)
     table = BOUND if bound else TABLE
-    return module.diffusion_loss(m, x, table, t, index, kind, 0.7, noise, *rng, reduction, True, bound, detach)
+    return module.diffusion_loss(m, x, table, t, index, kind, 0.7, noise, *rng, reduction, True, bound, detach, False)
 
 
 def check(host, *tensors, **options):
