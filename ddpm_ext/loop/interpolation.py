@@ -78,6 +78,10 @@ def slerp(first: Tensor, second: Tensor, weight: float | Tensor) -> Tensor:
 
     Returns:
         As `first`.
+
+    Examples:
+        >>> from ddpm_ext.loop.interpolation import slerp
+        >>> between = slerp(x_t, x_t.flip(0), 0.25)
     """
     dtype = checks.compute_dtype(first.dtype)
     a, b = first.to(dtype), second.to(dtype)

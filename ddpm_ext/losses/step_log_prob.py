@@ -50,6 +50,13 @@ class StepLogProb:
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or rows that are no draw from a normal
             distribution around a mean of x and m: with history or with a learned variance.
+
+    Examples:
+        >>> from ddpm_ext.losses.step_log_prob import StepLogProb
+        >>> from ddpm_ext.tables.grid import make_grid
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> table = ddim(make_grid(GaussianDiffusion(1000).alphas_cumprod, [999, 500, 0]), eta=1.0)
+        >>> log_prob = StepLogProb(table)(model(x_t, 999), x_t, prev=0.9 * x_t, row=0)  # (batch,)
     """
 
     def __init__(

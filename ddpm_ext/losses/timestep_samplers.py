@@ -359,5 +359,10 @@ TIMESTEP_SAMPLERS: dict[str, Callable[..., TimestepSampler]] = {
 
 def make_timestep_sampler(name: str, timesteps: int, **options: Any) -> TimestepSampler:
     """The sampler of that name in TIMESTEP_SAMPLERS, with its class's `options`. Raises TypeError and ValueError as its
-    class, and for no such name."""
+    class, and for no such name.
+
+    Examples:
+        >>> from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
+        >>> sampler = make_timestep_sampler("logit_normal", 1000)
+    """
     return TIMESTEP_SAMPLERS[checks.one_of("timestep_sampler", name, TIMESTEP_SAMPLERS)](timesteps, **options)

@@ -24,6 +24,11 @@ class Classes:
 
     names: of the classes 0, 1, and so on.
     null: the class that stands for none in particular, which classifier-free guidance needs; None if there is none.
+
+    Examples:
+        >>> from ddpm_ext.models import Classes
+        >>> Classes(("circle", "square"), null=2).find("square")
+        1
     """
 
     names: tuple[str, ...]

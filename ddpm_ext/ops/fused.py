@@ -79,6 +79,11 @@ def reverse_step(
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+    Examples:
+        >>> from ddpm_ext import ops
+        >>> table = GaussianDiffusion(1000).process.table("steps", "x_t", x_t)
+        >>> x_before = ops.reverse_step(x_t, model(x_t, 999), table, 999, rng=Philox(seed=0))
     """
     checks.tensor("x_t", x_t)
     checks.tensor("model_output", model_output)
@@ -201,6 +206,10 @@ def forward_process(
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+    Examples:
+        >>> from ddpm_ext import ops
+        >>> mixed = ops.forward_process(images, torch.tensor([[0.8, 0.6]]), 0, rng=Philox(seed=0))
     """
     checks.tensor("x_start", x_start)
     if out is not None:

@@ -59,6 +59,11 @@ def diffusion_loss(
     Raises:
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range; x_start or noise
             that requires a gradient. RuntimeError: a second derivative is asked for (backend="reference" has it).
+
+    Examples:
+        >>> from ddpm_ext import ops
+        >>> of_the_noise = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # k0, k1, the weight, and a zero
+        >>> loss = ops.diffusion_loss(model(x_t, 0), None, of_the_noise, 0, rng=Philox(seed=0))
     """
     checks.tensor("model_output", model_output)
     check_options(loss, delta, reduction)

@@ -171,6 +171,11 @@ def make_grid(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: a timestep out of range or twice in a row, numbers out of [0, 1], or betas of another length.
+
+    Examples:
+        >>> from ddpm_ext.tables.grid import make_grid
+        >>> from ddpm_ext.tables.samplers import ddim
+        >>> table = ddim(make_grid(GaussianDiffusion(1000).alphas_cumprod, [999, 500, 0]))
     """
     levels = checked_levels(alphas_cumprod)
     chosen = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep, device="cpu")

@@ -75,12 +75,19 @@ class NoiseSchedule:
         scale: of samples at levels in between (ddpm_ext.tables.levels); None: on the straight line through the levels
             beside them.
 
-    Attributes: as the arguments, float64 on the CPU, or int64 for timesteps that are integers. timestep_of: the
-    function that was given as `timestep`, or None.
+    The attributes are as the arguments, float64 on the CPU, or int64 for timesteps that are integers.
+
+    Attributes:
+        timestep_of: the function that was given as `timestep`, or None.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: another shape, numbers out of range, or noise that does not grow relative to the signal.
+
+    Examples:
+        >>> from ddpm_ext.tables.schedules import NoiseSchedule
+        >>> noise = torch.linspace(0.01, 0.99, 50)
+        >>> gd = GaussianDiffusion(50, NoiseSchedule(1 - noise, noise, timestep=1000 * noise), prediction="flow")
     """
 
     signal: Tensor

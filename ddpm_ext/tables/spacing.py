@@ -95,6 +95,11 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         TypeError: `steps` is not an int, or `spacing` not a string.
         ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says how many; an unknown
             `spacing`.
+
+    Examples:
+        >>> from ddpm_ext.tables.spacing import spaced_timesteps
+        >>> spaced_timesteps(1000, 4, "trailing").tolist()
+        [999, 749, 499, 249]
     """
     if not isinstance(spacing, str):
         raise TypeError(f"spacing is {spacing!r}, expected a string")

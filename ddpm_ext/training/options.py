@@ -121,6 +121,10 @@ class TrainOptions:
 
     Raises:
         ValueError: an option is out of range or doesn't fit another; the message names it.
+
+    Examples:
+        >>> from ddpm_ext.training import TrainOptions
+        >>> options = TrainOptions(data="shapes", classes=True, steps=20_000, batch_size=64, lr_schedule="cosine")
     """
 
     data: str = "digits"

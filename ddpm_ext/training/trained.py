@@ -40,6 +40,11 @@ class Trained:
     settings: of its diffusion, which settings.diffusion() makes.
     shape: (channels, height, width) of one sample.
     classes: of a class-conditional model; None for another.
+
+    Examples:
+        >>> from ddpm_ext.models.scheduler import DiffusionSettings
+        >>> from ddpm_ext.training import Trained
+        >>> trained = Trained(torch.nn.Identity(), DiffusionSettings(timesteps=100), (3, 8, 8))
     """
 
     model: nn.Module
@@ -126,7 +131,13 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         MissingExtra: diffusers or safetensors is not installed.
 
     Examples:
-        >>> samples = training.load("my-run", Denoiser()).sample(4, sampler="ddim", steps=5)
+        >>> from ddpm_ext.training import TrainOptions, load, train
+        >>> options = TrainOptions(data="shapes", steps=2, batch_size=4, widths=(8, 8), attention=(), groups=4)
+        >>> result = train(options, "my-run")
+        17,899 parameters, 65,536 images of shape (3, 16, 16), on ...
+        step      2/2  loss ...
+        my-run is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read
+        >>> samples = load("my-run").sample(4, sampler="ddim", steps=5)  # a module of one's own: load("my-run", module)
     """
     folder = Path(run)
     if not folder.is_dir():

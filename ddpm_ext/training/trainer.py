@@ -43,8 +43,6 @@ _INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 class Trainer:
     """Trains a denoiser. A run that is killed and resumed ends with the same weights as one that was never stopped.
 
-        result = Trainer(model, diffusion, dataset, "my-run", steps=50_000, batch_size=64).fit()
-
     Under torchrun each process makes the same Trainer, and each takes a part of every batch. The images, the noise and
     the timesteps are the same for any number of processes.
 
@@ -72,6 +70,17 @@ class Trainer:
     Raises:
         TypeError, ValueError: an option, the model or the data are wrong, or don't fit together.
         MissingExtra: a package is not installed that the run needs.
+
+    Examples:
+        >>> from ddpm_ext.training import Trainer
+        >>> class Denoiser(torch.nn.Conv2d):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> denoiser = Denoiser(3, 3, kernel_size=3, padding=1)
+        >>> result = Trainer(denoiser, GaussianDiffusion(1000), images, "my-run", steps=2, batch_size=4).fit()
+        84 parameters, 4 images of shape (3, 8, 8), on ...
+        step      2/2  loss ...
+        my-run has the weights (model.safetensors) but no pipeline: the model is no UNet2DModel; ...
     """
 
     def __init__(
@@ -287,7 +296,16 @@ def train(
     out: str | os.PathLike[str],
     **keywords: Any,
 ) -> Result:
-    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit()."""
+    """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit().
+
+    Examples:
+        >>> from ddpm_ext.training import TrainOptions, train
+        >>> options = TrainOptions(data="shapes", steps=2, batch_size=4, widths=(8, 8), attention=(), groups=4)
+        >>> result = train(options, "my-run")
+        17,899 parameters, 65,536 images of shape (3, 16, 16), on ...
+        step      2/2  loss ...
+        my-run is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read
+    """
     return Trainer(out=out, options=options, **keywords).fit()
 
 
