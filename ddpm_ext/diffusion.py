@@ -57,11 +57,12 @@ class GaussianDiffusion:
     returns a tensor of x_t's shape, or an object that holds it as `.sample`; it must not write to its arguments, which
     are views and buffers that later steps use again.
 
-    The arguments but beta_schedule are attributes. The schedule's attributes betas, alphas, alphas_cumprod, alphas_cumprod_prev, sqrt_alphas_cumprod,
-    sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod,
-    posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1 and posterior_mean_coef2 are float64
-    (timesteps,), on the CPU. Where levels are no betas, they are those of x_t / sqrt(signal^2 + noise^2); what methods
-    take and return is x_t itself, and the model is called with the schedule's own numbers in place of t.
+    The arguments but beta_schedule are attributes, and so are the schedule's betas, alphas, alphas_cumprod,
+    alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
+    sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped,
+    posterior_mean_coef1 and posterior_mean_coef2, float64 (timesteps,), on the CPU. Where levels are no betas, they are
+    those of x_t / sqrt(signal^2 + noise^2); what methods take and return is x_t itself, and the model is called with
+    the schedule's own numbers in place of t.
 
     Attributes:
         process: the schedule with its tables and operators, a ddpm_ext.process.process.Process.

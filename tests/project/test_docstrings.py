@@ -27,7 +27,8 @@ PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, 
 PUBLIC |= {f"GaussianDiffusion.{name}": value for name, value in METHODS.items()}
 PUBLIC |= {f"plots.{name}": getattr(plots, name) for name in plots.__all__}
 PUBLIC |= {"load_model": models.load_model, "save_model": models.save_model, "sampler": k_diffusion.sampler}
-PUBLIC |= {f"training.{name}": getattr(training, name) for name in ("Trained", "Trainer", "TrainOptions", "load", "train")}
+OF_TRAINING = ("Trained", "Trainer", "TrainOptions", "load", "train")
+PUBLIC |= {f"training.{name}": getattr(training, name) for name in OF_TRAINING}
 # What readers of the reference's other pages meet first; these examples import what they are of.
 MET_FIRST = (
     fused.diffusion_loss,
