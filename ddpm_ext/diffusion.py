@@ -61,8 +61,7 @@ class GaussianDiffusion:
     alphas_cumprod_prev, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod,
     sqrt_recip_alphas_cumprod, sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped,
     posterior_mean_coef1 and posterior_mean_coef2, float64 (timesteps,), on the CPU. Where levels are no betas, they are
-    those of x_t / sqrt(signal^2 + noise^2); what methods take and return is x_t itself, and the model is called with
-    the schedule's own numbers in place of t.
+    those of x_t / sqrt(signal^2 + noise^2), while methods take x_t itself, and give the model the schedule's timesteps.
 
     Attributes:
         process: the schedule with its tables and operators, a ddpm_ext.process.process.Process.
