@@ -237,7 +237,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("predict_start", &predict_start, Unlocked());
   m.def("posterior_mean", &posterior_mean, Unlocked());
   m.def("draw_seed", &ddpm_ext::draw_seed);
-  // Torch has this in Python since 2.8.
+  // Torch 2.7 does not have this in Python.
   m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
   m.def("philox4x32", &philox4x32);
   m.def("build_info", &build_info);
