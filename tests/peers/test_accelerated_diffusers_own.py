@@ -24,7 +24,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.rows import Rows
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.ops.fused import ReverseStep
 from ddpm_ext.tables.trace_run import step_name
@@ -123,7 +123,7 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        launching = [(Rows, "take", fused), (ReverseStep, "take", fused)]
+        launching = [(RowStepper, "take", fused), (ReverseStep, "take", fused)]
         for where, name, counter in ((plain, step_name(plain), own), *launching):
             stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         run(case, method, scheduler, cls)
@@ -132,7 +132,8 @@ def test_own(scheduler, case, method):
 def counting(function, counter, key):
     @functools.wraps(function)
     def counted(*args, **options):
-        counter[key] += isinstance(args[0], Accelerated | Rows | ReverseStep)  # tracing runs diffusers' own objects
+        # tracing runs diffusers' own objects
+        counter[key] += isinstance(args[0], Accelerated | RowStepper | ReverseStep)
         return function(*args, **options)
 
     return counted

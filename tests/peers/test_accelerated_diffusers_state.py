@@ -14,7 +14,7 @@ import diffusers
 from support.accelerated_diffusers import NAMES, SIGMA, compare, launches, loop, make, normal, seeded
 
 from ddpm_ext.integrations import accelerate, accelerated_class
-from ddpm_ext.integrations.diffusers.traced import Traced
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
@@ -360,7 +360,7 @@ def test_a_subclass_that_changes_what_is_replaced_is_traced(name, method):
 
     Changed = type("Changed", (cls,), {method: changed})
     ours = accelerate(Changed())
-    assert isinstance(ours, Changed) and isinstance(ours, Traced)
+    assert isinstance(ours, Changed) and isinstance(ours, TracedScheduler)
 
 
 @names

@@ -18,9 +18,9 @@ from support.diffusers_classes import SHAPE, check, classes, loop, make, set_tim
 
 from ddpm_ext import Philox, accelerate, randn
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.diffusers import traced_plan
-from ddpm_ext.integrations.diffusers.traced import OWN, Traced
-from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
+from ddpm_ext.integrations.diffusers import traced_rows
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN
 from ddpm_ext.integrations.registry import KNOWN
 
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
@@ -42,7 +42,7 @@ def launches():
 def test_every_class_is_accounted_for():
     """As the printed table says. A class of another diffusers is tried as a traced one below."""
     for name, cls in classes().items():
-        assert issubclass(accelerated_class(cls), Traced) == (name not in FUSED)
+        assert issubclass(accelerated_class(cls), TracedScheduler) == (name not in FUSED)
     if diffusers.__version__ == "0.42.1":
         assert set(classes()) == FUSED | set(OTHERS) | UNLISTED - MISSING
         assert len(FUSED) + len(OTHERS) == 38
@@ -355,8 +355,8 @@ def test_a_subclass_with_a_step_of_its_own(launches):
 def test_a_setting_is_traced_once(monkeypatch):
     """Loops of the same setting share the rows, whatever object they are of."""
     calls = []
-    own = traced_plan.follow
-    monkeypatch.setattr(traced_plan, "follow", lambda *args, **options: calls.append(args) or own(*args, **options))
+    own = traced_rows.follow
+    monkeypatch.setattr(traced_rows, "follow", lambda *args, **options: calls.append(args) or own(*args, **options))
     config = {"num_train_timesteps": 991}
     counts = []
     for _ in range(3):

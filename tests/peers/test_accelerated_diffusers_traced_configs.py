@@ -13,10 +13,11 @@ from support.accelerated_diffusers import FACTOR, launches
 from support.diffusers_classes import check, classes, loop, make
 
 from ddpm_ext import accelerate
-from ddpm_ext.integrations.diffusers.traced import OWN, Traced
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.diffusers.traced_classes import OWN
 
 UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
-NAMES = [name for name in classes() if name not in UNLISTED and isinstance(accelerate(make(name)), Traced)]
+NAMES = [name for name in classes() if name not in UNLISTED and isinstance(accelerate(make(name)), TracedScheduler)]
 
 # What a class's constructor may be given, where it has the parameter. What diffusers refuses is not tried.
 CHOICES = {

@@ -10,7 +10,7 @@ from support.accelerated_diffusers import launches, make, model, normal, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import accelerate, ops
-from ddpm_ext.integrations.diffusers.traced import Traced
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
@@ -63,13 +63,13 @@ def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, 
 def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise):
     """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind."""
     looks = []
-    own = Traced._traced_step
+    own = TracedScheduler._traced_step
 
     def looked(self, loop, args, kwargs):
         looks.append(0 if loop is None else loop.at)
         return own(self, loop, args, kwargs)
 
-    monkeypatch.setattr(Traced, "_traced_step", looked)
+    monkeypatch.setattr(TracedScheduler, "_traced_step", looked)
     scheduler = accelerate(make(name), noise=noise)
     first, second = seeded(1), seeded(2)
     for _ in range(2):

@@ -13,7 +13,8 @@ from support.diffusers_classes import classes, make, set_timesteps
 from ddpm_ext import accelerate
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.diffusers.forward import FORWARD
-from ddpm_ext.integrations.diffusers.traced import OWN, Traced
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.diffusers.traced_classes import OWN
 
 SHAPE = (4, 3, 5, 6)
 X, Z = normal(1, *SHAPE), normal(2, *SHAPE)
@@ -28,7 +29,7 @@ METHODS = [
     and list(inspect.signature(getattr(cls, method)).parameters)[1:] == parameters
     and name not in UNLISTED
     and (name, method) not in OTHERS
-    and issubclass(accelerated_class(cls), Traced)
+    and issubclass(accelerated_class(cls), TracedScheduler)
 ]
 methods = pytest.mark.parametrize("name, method", METHODS)
 pytestmark = pytest.mark.filterwarnings("ignore:`last_sigmas_type", "ignore:__array__:DeprecationWarning")

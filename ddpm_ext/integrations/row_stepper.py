@@ -19,12 +19,12 @@ from ddpm_ext.tables.on_device import StepDeviceTables
 from ddpm_ext.tables.row_kinds import row_kinds
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["Rows"]
+__all__ = ["RowStepper"]
 
 HISTORY = ("history1", "history2", "history3")
 
 
-class Rows:
+class RowStepper:
     """The rows of a step table.
 
     Args:
