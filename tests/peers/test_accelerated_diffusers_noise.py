@@ -206,12 +206,8 @@ def test_loops_over_steps_alone(name, options, start):
 
 def test_single_steps_and_loops_by_their_index():
     """A loop without set_timesteps, one that goes back to its first index, and one step again and again."""
-    short, by_index, one = (
-        made("DDPM", {"num_train_timesteps": 20}),
-        made("EulerAncestralDiscrete", {}),
-        made("DDPM", {}),
-    )
-    x, found = torch.zeros(SHAPE), []
+    short = accelerate(make("DDPM", num_train_timesteps=20), noise="philox", seed=7)
+    by_index, one, x, found = made("EulerAncestralDiscrete", {}), made("DDPM", {}), torch.zeros(SHAPE), []
     unrelated([steps(short, x, range(19, -1, -1)) for _ in range(3)])
     for _ in range(3):
         by_index._step_index = None
