@@ -15,8 +15,8 @@ from ddpm_ext.ops import reference
 from ddpm_ext.ops.fused import ReverseStep
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.on_device import StepDeviceTables
-from ddpm_ext.tables.row_kinds import row_kinds
+from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["Rows"]
@@ -36,7 +36,7 @@ class Rows:
 
     Attributes:
         table, clip, threshold: the arguments.
-        kinds: what each row needs.
+        needs: what each row needs.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Rows:
         held: Sequence[bool] | None = None,
     ) -> None:
         self.table, self.clip, self.threshold = table, clip, threshold
-        self.kinds = row_kinds(table)
-        self._tables = StepDeviceTables(table)
+        self.needs = row_needs(table)
+        self._tables = KernelTables(table)
         self._quiet_steps: dict[torch.device, ReverseStep] = {}
         self._linear = table.linear
-        self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.kinds]
+        self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.needs]
         self._keeps_output = [
-            kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.kinds)
+            kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.needs)
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Rows:
         for k in self._reads[i]:
             read = history[k]
             inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
-        keeps, kept = self.kinds[i].keeps, None
+        keeps, kept = self.needs[i].keeps, None
         if keeps:
             kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
         out = None if kept is m else kept

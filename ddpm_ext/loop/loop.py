@@ -22,7 +22,7 @@ from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep
 from ddpm_ext.ops.noise import Philox, rng_of_many
-from ddpm_ext.tables.row_kinds import RowKind
+from ddpm_ext.tables.row_needs import RowNeeds
 
 __all__ = ["Loop", "Record"]
 
@@ -136,7 +136,7 @@ class Loop:
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
         """The steps, each taken when it is asked for."""
         state, returns_x0 = self._step.state, self._step.options.returns_x0
-        timesteps, kinds = self.rows.timesteps, self.rows.kinds
+        timesteps, kinds = self.rows.timesteps, self.rows.needs
         brief = self._step.brief and self._graphs is None
         for row in _steps(len(self), len(state.x), progress):
             if copies is not None:
@@ -162,18 +162,18 @@ class Loop:
         assert self._graphs is not None
         state, first_x = self._step.state, self._step.state.x.clone()
 
-        def go(take: Callable[[RowKind, int, Tensor], None]) -> None:
+        def go(take: Callable[[RowNeeds, int, Tensor], None]) -> None:
             state.rewind()
             for row in range(len(self.rows)):
-                take(self.rows.kinds[row], row, self._timesteps_at[row])
-                state.advance(self.rows.kinds[row])
+                take(self.rows.needs[row], row, self._timesteps_at[row])
+                state.advance(self.rows.needs[row])
 
         self._graphs.run("loop", lambda: go(self._step.take), lambda: state.restart(first_x))
         go(lambda *_: None)  # a replayed graph runs no Python, so the buffers' order is brought up to date here
         return state.x
 
     def _take(self, row: int) -> None:
-        kind, step = self.rows.kinds[row], self._step
+        kind, step = self.rows.needs[row], self._step
         if self._graphs is None:
             return step.take(kind, row, self._timesteps_at[row])
         batch = len(step.state.x)

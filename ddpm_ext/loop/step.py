@@ -16,7 +16,7 @@ from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.model_output import split_variance, unwrap
-from ddpm_ext.tables.row_kinds import RowKind
+from ddpm_ext.tables.row_needs import RowNeeds
 
 __all__ = ["LoopStep", "State"]
 
@@ -83,7 +83,7 @@ class State:
     def next_x0(self) -> Tensor | None:
         return None if self._x0 is None else self._x0[1]
 
-    def history(self, kind: RowKind) -> dict[str, Tensor]:
+    def history(self, kind: RowNeeds) -> dict[str, Tensor]:
         """What a row reads of what earlier rows kept, and where it writes what it keeps."""
         names = ("history1", "history2", "history3")
         tensors = {
@@ -97,7 +97,7 @@ class State:
         first = [buffers[0].data_ptr() for buffers in (self._x0, self._history) if buffers]
         return self.x.data_ptr(), *first
 
-    def advance(self, kind: RowKind) -> None:
+    def advance(self, kind: RowNeeds) -> None:
         """After a step: what it wrote is what the next one reads."""
         self._x.reverse()
         if self._x0 is not None and kind.calls_model:
@@ -137,7 +137,7 @@ class LoopStep:
             guidance is not None
             and guidance.rescale > 0
             and x.numel() < 2 * len(x)
-            and any(k.guided for k in rows.kinds)
+            and any(k.guided for k in rows.needs)
         ):
             raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
         self.state = State(x, options, rows)
@@ -157,7 +157,7 @@ class LoopStep:
         self._plain = not (
             self._constant
             or options.doubled
-            or any(kind.guided for kind in rows.kinds)
+            or any(kind.guided for kind in rows.needs)
             or options.cond_fn is not None
             or options.threshold is not None
             or options.denoised_fn is not None
@@ -170,12 +170,12 @@ class LoopStep:
         common = {"clip": options.clip, "timesteps": rows.device.timestep, "unwrap": unwrap}
         self._reverse_steps = {
             noisy: ops.ReverseStep(self._steps, **common, **self._noise(noisy))
-            for noisy in {kind.noisy for kind in rows.kinds if self._plain}
+            for noisy in {kind.noisy for kind in rows.needs if self._plain}
         }
-        brief = self._plain and all(kind.calls_model for kind in rows.kinds)
+        brief = self._plain and all(kind.calls_model for kind in rows.needs)
         brief = brief and not (options.autocast or options.learned)
         brief = brief and all(step.run is not None for step in self._reverse_steps.values())
-        self._runs = [self._reverse_steps[kind.noisy].run for kind in rows.kinds] if brief else None
+        self._runs = [self._reverse_steps[kind.noisy].run for kind in rows.needs] if brief else None
         self._run_model = partial(model, **self._single_kwargs) if self._single_kwargs else model
 
     @property
@@ -188,7 +188,7 @@ class LoopStep:
         assert self._runs is not None
         self._runs[row](self._run_model, self.state.x, row, self.state.next_x, t)
 
-    def take(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
+    def take(self, kind: RowNeeds, row: int | Tensor, t: Tensor) -> None:
         """One step.
 
         Args:
@@ -228,7 +228,7 @@ class LoopStep:
     def _noise(self, noisy: bool) -> dict[str, Any]:
         return {"rng": self.rng} if noisy else {"add_noise": False}
 
-    def _take_plain(self, kind: RowKind, row: int | Tensor, t: Tensor) -> None:
+    def _take_plain(self, kind: RowNeeds, row: int | Tensor, t: Tensor) -> None:
         x, kwargs = self.state.x, self._single_kwargs
         if self.options.autocast is None:  # Python's share of a small step: no call is made that can be spared
             model_output = unwrap(self.model(x, t, **kwargs) if kwargs else self.model(x, t))
@@ -240,7 +240,7 @@ class LoopStep:
         self._reverse_steps[kind.noisy].take(x, model_output, at, index, self.state.next_x)
 
     def _take_linear(
-        self, kind: RowKind, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]
+        self, kind: RowNeeds, row: int | Tensor, model_output: Tensor | None, inputs: dict[str, Any]
     ) -> None:
         """A step with history. The known part of the samples, if there is one, takes a second launch."""
         state, known = self.state, {name: inputs.pop(name) for name in self._constant}
@@ -269,7 +269,7 @@ class LoopStep:
     def _prediction(self, model_output: Tensor) -> Tensor:
         return split_variance(self.state.x, model_output)[0] if self.options.learned else model_output
 
-    def _outputs(self, kind: RowKind, t: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _outputs(self, kind: RowNeeds, t: Tensor, inputs: dict[str, Any]) -> Tensor:
         """The model's prediction. Its unconditional output and its variance are added to the step's `inputs`."""
         state, options = self.state, self.options
         x, guidance = state.x, options.guidance
@@ -303,7 +303,9 @@ class LoopStep:
                 )
         return model_output
 
-    def _x_start(self, kind: RowKind, row: int | Tensor, model_output: Tensor, inputs: dict[str, Any]) -> Tensor | None:
+    def _x_start(
+        self, kind: RowNeeds, row: int | Tensor, model_output: Tensor, inputs: dict[str, Any]
+    ) -> Tensor | None:
         """Adds to the step's `inputs` what denoised_fn and thresholding make of x0. Returns the model output only if
         the step still reads it.
         """

@@ -21,7 +21,7 @@ from ddpm_ext.ops.torch_library import is_recorded
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import timesteps_by
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers import ddpm
 from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
@@ -111,12 +111,12 @@ class Process:
         self.tables = self._make_tables()
         self._reverse_steps: BoundedCache[Any] = BoundedCache(KEPT_STEPS)
 
-    def _make_tables(self) -> StepDeviceTables:
+    def _make_tables(self) -> KernelTables:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
         fixed = self.variance_entry.schedule(self.betas, self.posterior_variance)
         signal, noise, r, before = self.schedule.signal, self.schedule.noise, self.magnitude, self.magnitude_before
         of_x, of_eps = PREDICTIONS["eps"].x0(self.levels)
-        return StepDeviceTables(
+        return KernelTables(
             self.for_model(descending)[::-1],  # row t is timestep t
             q_sample=torch.stack([signal, noise], 1),
             noise=torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(self.timesteps, 2),

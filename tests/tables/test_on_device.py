@@ -5,7 +5,7 @@ import pickle
 import torch
 from support.choices import for_many
 
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
 
@@ -34,7 +34,7 @@ def test_device_tables(device):
     affine = torch.randn(3, 2, dtype=torch.float64)
     steps = StepTable(timestep, *columns)
     with torch.inference_mode():
-        tables = StepDeviceTables(steps, affine=affine)
+        tables = KernelTables(steps, affine=affine)
     for dtype in (torch.float32, torch.float64):
         got = tables.get("affine", device, dtype)
         assert torch.equal(got, affine.to(device, dtype))
@@ -48,7 +48,7 @@ def test_device_tables(device):
 
 
 def test_device_tables_are_copied_once_and_pickled_without_copies(device):
-    tables = StepDeviceTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
+    tables = KernelTables(StepTable(torch.tensor([0, 1, 2]), *torch.randn(6, 3, dtype=torch.float64)))
     for other in (device, torch.device("meta")):
         assert tables.get("steps", other, torch.float32) is tables.get("steps", other, torch.float32)
     assert {key[1].type for key in pickle.loads(pickle.dumps(tables))._tables} == {"cpu"}
