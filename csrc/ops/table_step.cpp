@@ -171,8 +171,11 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
       }
       if (options.quantile > 0) {
         const Tensor* const scale = given[Factor::output_scale];
-        x_start_scale = eager::x_start_scale(x_t, m, step.table, at.row, at.index, options.quantile, options.maximum,
-                                             eager::optional(u), eager::optional(scale));
+        if (const Tensor* const x_start = given[Role::x_start])
+          x_start_scale = eager::x_start_scale(*x_start, {}, {}, {}, 0, options.quantile, options.maximum, {}, {});
+        else
+          x_start_scale = eager::x_start_scale(x_t, m, step.table, at.row, at.index, options.quantile, options.maximum,
+                                               eager::optional(u), eager::optional(scale));
         given[Factor::x_start_scale] = &*x_start_scale;
       }
       eager::step_with_options(given, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws, rng);

@@ -28,6 +28,7 @@ from ddpm_ext.ops.noise import (
 )
 from ddpm_ext.ops.scales import output_scale, x_start_scale
 from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
+from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
     "TableStep",
@@ -121,7 +122,7 @@ def check_reverse_step(
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
 
-class TableStep:
+class TableStep(CalledTableStep):
     """The steps of a table: reverse_step, or step_with_options where a call has its inputs. What is done for the table,
     the clip and the noise is done once. Without noise and rng each call draws a seed from torch's default generator.
 
@@ -135,13 +136,21 @@ class TableStep:
             split_t's.
         take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
             those of step_with_options that are tensors or flags, of which None counts as not given, and a noise of
-            this call. With any of them but noise no gradients are recorded.
+            this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
+            for the output_scale, each computed in a launch before the step. With any input but noise no gradients are
+            recorded.
         run: (model, x_t, t, out, timesteps=None, **inputs) -> the next samples. It makes all checks, calls
             model(x_t, timesteps), and takes the step, without recording gradients; timesteps None: those of t. run is
             None without the arguments timesteps and unwrap, and where torch.compile or torch.jit.trace records.
     """
 
-    __slots__ = ("_given", "_table", "check", "run", "take")
+    operators = {  # noqa: RUF012  declared as a ClassVar
+        "check_reverse_step": check_reverse_step,
+        "reverse_step": reverse_step,
+        "step_with_options": step_with_options,
+        "output_scale": output_scale,
+        "x_start_scale": x_start_scale,
+    }
 
     def __init__(
         self,
@@ -154,42 +163,18 @@ class TableStep:
         timesteps: Callable[[int, int, torch.device], Tensor] | None = None,
         unwrap: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        checks.tensor("table", table)
-        self._table = table
-        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
+        super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
         ends = checks.clip_range(clip) or NO_CLIP
         fresh = add_noise and noise is None and rng is None
         if fresh:
             arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
         else:
             arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
-        self.check, self.take, self.run = self._check_recorded, self._take_recorded, None
         if not _registration.is_recorded():
             step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
-            self.check, self.take = step.check, step.take
+            self.check, self.take = step.check, step.take  # type: ignore[method-assign]
             if timesteps is not None and unwrap is not None:
                 self.run = step.run
-
-    def _check_recorded(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """The operator's own checks come with it."""
-
-    def _take_recorded(
-        self,
-        x_t: Tensor,
-        model_output: Tensor | None,
-        row: Tensor | None,
-        index: int,
-        out: Tensor | None = None,
-        *,
-        noise: Tensor | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        t = index if row is None else row
-        given = {**self._given, "out": out} | ({} if noise is None else {"noise": noise})
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if model_output is not None and not inputs:
-            return reverse_step(x_t, model_output, self._table, t, **given)
-        return step_with_options(x_t, model_output, self._table, t, **given, **inputs)
 
 
 def forward_process(

@@ -189,7 +189,7 @@ class Process:
         return self.tables.get(name, x.device, self.operator_dtype(x))
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's ReverseStep by the rows of this process; kept for the next call where it is compiled and holds
+        """The backend's TableStep by the rows of this process; kept for the next call where it is compiled and holds
         no tensors of the caller's."""
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
@@ -211,7 +211,7 @@ class Process:
         calls: dict[str, Any] = {}
         if not self.variance_entry.learned and self.schedule.timestep is None:
             calls = {"timesteps": self.tables.timestep, "unwrap": unwrap}
-        return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
+        return self.ops.TableStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""
