@@ -11,12 +11,10 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scale, finish, resolve_noise
-from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import InputKind, names
-from ddpm_ext.ops.table_step import CalledTableStep
 
-__all__ = ["TableStep", "check_reverse_step", "reverse_step", "step_with_options"]
+__all__ = ["check_reverse_step", "reverse_step", "step_with_options"]
 
 
 def check_reverse_step(
@@ -197,15 +195,3 @@ def step_with_options(
         if result is not None:
             result.copy_(value)
     return finish(prev, x_t, out)
-
-
-class TableStep(CalledTableStep):
-    """Twin of ops.TableStep."""
-
-    operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
-        "reverse_step": reverse_step,
-        "step_with_options": step_with_options,
-        "output_scale": output_scale,
-        "x_start_scale": x_start_scale,
-    }
