@@ -52,7 +52,7 @@ class State:
             Samples(whole, whole[:batch], whole[batch:]) if options.doubled else Samples(whole, whole, None)
             for whole in wholes
         ]
-        stores_x0 = options.returns_x0 or options.self_condition or rows.reads_last_x0
+        stores_x0 = options.x0 or options.self_condition or rows.reads_last_x0
         self._x0 = [torch.zeros_like(x), torch.zeros_like(x)] if stores_x0 else None
         self.scratch = empty_like(x) if options.denoised_fn is not None else None
         self._history = [torch.zeros_like(x) for _ in range(3)] if rows.table.linear else []
