@@ -318,8 +318,8 @@ def _step(
     if not with_x0:
         return ops.reverse_step(x, output, steps.get("steps", x.device, torch.float32), row, **noise), None
     x0 = empty_like(x)
-    rows = steps.get("extended", x.device, torch.float32)
-    return ops.extended_step(x, output, rows, row, x0_out=x0, **noise), x0
+    rows = steps.get("steps", x.device, torch.float32)
+    return ops.step_with_options(x, output, rows, row, x0_out=x0, **noise), x0
 
 
 # By the peer's method, under whose name a step's fallback is known.

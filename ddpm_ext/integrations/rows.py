@@ -12,7 +12,7 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
-from ddpm_ext.ops.fused import ReverseStep
+from ddpm_ext.ops.fused import TableStep
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import KernelTables
@@ -49,7 +49,7 @@ class Rows:
         self.table, self.clip, self.threshold = table, clip, threshold
         self.needs = row_needs(table)
         self._tables = KernelTables(table)
-        self._quiet_steps: dict[torch.device, ReverseStep] = {}
+        self._quiet_steps: dict[torch.device, TableStep] = {}
         self._linear = table.linear
         self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.needs]
         self._keeps_output = [
@@ -60,7 +60,7 @@ class Rows:
         """Without steps for devices that may not be there when they are unpickled."""
         return {**self.__dict__, "_quiet_steps": {}}
 
-    def quiet_step(self, device: torch.device) -> ReverseStep | None:
+    def quiet_step(self, device: torch.device) -> TableStep | None:
         """Takes rows without noise for float32 arithmetic on a device, as take does, with less of Python. None where
         rows need more than the plain step."""
         if self._linear or self.threshold is not None:
@@ -68,7 +68,7 @@ class Rows:
         step = self._quiet_steps.get(device)
         if step is None:
             table = self._tables.get("steps", device, torch.float32)
-            step = self._quiet_steps[device] = ReverseStep(table, clip=self.clip, add_noise=False)
+            step = self._quiet_steps[device] = TableStep(table, clip=self.clip, add_noise=False)
         return step
 
     def take(
@@ -101,8 +101,8 @@ class Rows:
             if x0 is None and self.threshold is None:
                 table = self._tables.get("steps", device, dtype)
                 return operators.reverse_step(x, m, table, i, clip=self.clip, **inputs), None
-            table = self._tables.get("extended", device, dtype)
-            return operators.extended_step(x, m, table, i, clip=self.clip, x0_out=x0, **inputs), None
+            table = self._tables.get("steps", device, dtype)
+            return operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, **inputs), None
         for k in self._reads[i]:
             read = history[k]
             inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
@@ -110,6 +110,6 @@ class Rows:
         if keeps:
             kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
         out = None if kept is m else kept
-        table = self._tables.get("linear", device, dtype)
-        prev = operators.linear_step(x, m, table, i, clip=self.clip, x0_out=x0, history_out=out, **inputs)
+        table = self._tables.get("steps", device, dtype)
+        prev = operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, history_out=out, **inputs)
         return prev, kept

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scal
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import InputKind, names
 
-__all__ = ["TableStep", "check_reverse_step", "reverse_step", "step_with_options"]
+__all__ = ["check_reverse_step", "reverse_step", "step_with_options"]
 
 
 def check_reverse_step(
@@ -59,49 +58,6 @@ def reverse_step(
     if add_noise or noise is not None or rng is not None:
         prev = prev + row.s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
     return finish(prev, x_t, out)
-
-
-class TableStep:
-    """Twin of ops.TableStep."""
-
-    run = None
-
-    def __init__(
-        self,
-        table: Tensor,
-        *,
-        clip: Clip | None = (-1.0, 1.0),
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        add_noise: bool = True,
-        timesteps: object = None,
-        unwrap: object = None,
-    ) -> None:
-        checks.tensor("table", table)
-        self._table, self._noise, self._rng = table, noise, rng
-        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
-
-    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        t = index if row is None else row
-        check_reverse_step(x_t, self._table, t, noise=self._noise, rng=self._rng, out=out)
-
-    def take(
-        self,
-        x_t: Tensor,
-        model_output: Tensor | None,
-        row: Tensor | None,
-        index: int,
-        out: Tensor | None = None,
-        *,
-        noise: Tensor | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        t, given = index if row is None else row, self._given
-        if noise is not None:
-            given = given | {"noise": noise}
-        if model_output is not None and not inputs:
-            return reverse_step(x_t, model_output, self._table, t, **given, out=out)
-        return step_with_options(x_t, model_output, self._table, t, **given, out=out, **inputs)
 
 
 def _check_step(
