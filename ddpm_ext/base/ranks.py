@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-__all__ = ["Ranks", "join", "ranks"]
+__all__ = ["Ranks", "join", "part_of", "ranks"]
 
 T = TypeVar("T")
 
@@ -175,6 +175,12 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
         came = "nothing" if text is None else text
         raise ValueError(f"{name}: got {came} in the environment, expected a whole number in [{low}, {high})")
     return int(text)
+
+
+def part_of(samples: range, part: int, parts: int) -> range:
+    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
+    count = len(samples)
+    return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)
 
 
 @contextmanager

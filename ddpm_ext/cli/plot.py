@@ -30,7 +30,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
-from ddpm_ext.training.record import OPTIONS
+from ddpm_ext.training.run_options import OPTIONS
 
 __all__ = ["add_parser", "run"]
 

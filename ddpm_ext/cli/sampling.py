@@ -14,7 +14,7 @@ import torch
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
-from ddpm_ext.cli.network import RunModel, is_run, load_run
+from ddpm_ext.cli.network import RunModel, is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.results import CapturedLoop
@@ -120,7 +120,7 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
     if is_run(options.model):
         if options.network is not None and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # where the module of --network may lie
-        return load_run(options.model, options.network, device=device, dtype=dtype)
+        return load_run_model(options.model, options.network, device=device, dtype=dtype)
     loaded = load_model(options.model, device=device, dtype=dtype)
     if options.network is not None:
         needs = "which needs none; expected the folder of a run of another module"

@@ -36,7 +36,7 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
-from ddpm_ext.training import record
+from ddpm_ext.training import run_options
 from ddpm_ext.training.options import AUTOCAST, CHANGEABLE, DTYPES, LR_SCHEDULES
 
 __all__ = ["add_parser", "run"]
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("change: belongs to --resume")
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        _, found = record.find(Path(options.out), report=lambda text: None)
+        _, found = run_options.find(Path(options.out), report=lambda text: None)
         given = _given(options.arguments, names)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]

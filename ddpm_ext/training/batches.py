@@ -68,7 +68,7 @@ class StepBatches(Dataset):
         The death of a worker interrupts the block wherever it is, not only where it awaits a batch: torch's handler of
         the signal raises an error there. It becomes a ChildProcessError, too.
         """
-        with _in_own_words(), closing(self.iterate(start, stop, device)) as read:
+        with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as read:
             yield read
 
     def iterate(self, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
@@ -89,16 +89,13 @@ class StepBatches(Dataset):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
-        with torch.device("cpu"), _in_own_words():  # the device where the loader draws its workers' seed
-            batches = iter(steps)
-        while True:
-            with _in_own_words():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        with _translate_loader_errors():
+            with torch.device("cpu"):  # where the loader draws its workers' seed
+                batches = iter(steps)
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
 
     def _read(self, step: int) -> Batch:
         options = self.options
@@ -155,25 +152,22 @@ class StepBatches(Dataset):
 
 
 @contextmanager
-def _in_own_words() -> Iterator[None]:
-    """Turns a DataLoader's own errors into what they mean."""
+def _translate_loader_errors() -> Iterator[None]:
+    """Raises TimeoutError or ChildProcessError, which say what to do, for a DataLoader's errors of its workers.
+
+    The DataLoader raises a plain RuntimeError for both, so its text decides; another RuntimeError passes unchanged.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        raise reason from error
-
-
-def _reason(error: RuntimeError) -> Exception | None:
-    """What a DataLoader's own error means, or None for any other."""
-    text = " ".join(str(error).split())
-    if text.startswith("DataLoader timed out"):
-        return TimeoutError(
-            f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
-            "enlarges it), expected more of it, or workers=0"
-        )
-    if text.startswith("DataLoader worker"):
-        return ChildProcessError(f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0")
-    return None
+        text = " ".join(str(error).split())
+        if text.startswith("DataLoader timed out"):
+            raise TimeoutError(
+                f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
+                "enlarges it), expected more of it, or workers=0"
+            ) from error
+        if text.startswith("DataLoader worker"):
+            raise ChildProcessError(
+                f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0"
+            ) from error
+        raise

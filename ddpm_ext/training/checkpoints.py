@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 
-__all__ = ["check_header", "header", "latest", "load", "newest", "part", "remove_leftovers", "save"]
+__all__ = ["check_header", "header", "latest", "load", "newest", "remove_leftovers", "save", "under"]
 
 _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -127,7 +127,7 @@ def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, d
     return None
 
 
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 

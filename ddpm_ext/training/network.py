@@ -18,7 +18,7 @@ from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_l
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
-from ddpm_ext.training.named import name_of
+from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.options import TrainOptions
 
 __all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
-from ddpm_ext.training.scores import Scores
+from ddpm_ext.training.score import Scores
 
 __all__ = ["TrainState"]
 
@@ -110,15 +110,15 @@ class TrainState:
             ValueError: it is the state of another model, or has weights that are not finite. The file is named.
         """
         try:
-            self.model.load_state_dict(checkpoints.part(tensors, "model."))
-            self.average.load_state_dict(checkpoints.part(tensors, "average."))
+            self.model.load_state_dict(checkpoints.under(tensors, "model."))
+            self.average.load_state_dict(checkpoints.under(tensors, "average."))
             for decay, average in self.extra.items():
-                average.load_state_dict(checkpoints.part(tensors, f"average {decay}."))
+                average.load_state_dict(checkpoints.under(tensors, f"average {decay}."))
             optimizer = self.optimizer.state_dict()
-            optimizer["state"] = self._slots(checkpoints.part(tensors, "optimizer."))
+            optimizer["state"] = self._slots(checkpoints.under(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
-            self.timestep_sampler.load_state_dict(checkpoints.part(tensors, "timestep_sampler."))
+            self.timestep_sampler.load_state_dict(checkpoints.under(tensors, "timestep_sampler."))
             self.scores.restore(numbers.get("scores"))
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

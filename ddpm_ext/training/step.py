@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.ops.noise import Philox
@@ -21,7 +21,7 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "part_of", "quarters_of"]
+__all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "quarters_of"]
 
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
 _LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
@@ -257,9 +257,3 @@ def learning_rate(options: TrainOptions, step: int) -> float:
     """The learning rate of a step: a linear rise over `warmup` steps, times the schedule's share of the highest."""
     rise = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * rise * LR_SCHEDULES[options.lr_schedule](step / options.steps)
-
-
-def part_of(samples: range, part: int, parts: int) -> range:
-    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
-    count = len(samples)
-    return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)

@@ -75,7 +75,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
     for name in ("model.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
     trained = training.load(tmp_path / "run", random_tiny())
-    average = checkpoints.part(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
+    average = checkpoints.under(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
     assert all(torch.equal(value, average[name]) for name, value in trained.model.state_dict().items())
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
     for path in (tmp_path / "run" / "checkpoints").iterdir():

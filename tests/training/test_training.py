@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_ext.models.folder import load_model
-from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, record, train
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, run_options, train
 
 for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
     pytest.importorskip(module)
@@ -212,8 +212,8 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
     train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
-    began = record.find(tmp_path / "run")[1]
-    record.save(tmp_path / "run", asdict(found), began["about"])
+    began = run_options.find(tmp_path / "run")[1]
+    run_options.save(tmp_path / "run", asdict(found), began["about"])
     taken = []
     monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
     more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]

@@ -25,11 +25,11 @@ from ddpm_ext.models.folder import (
 )
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.options import with_defaults_of
 
-__all__ = ["Trained", "class_of", "draw", "load"]
+__all__ = ["Trained", "draw", "load", "network_of"]
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
     return Trained(placed, parts.settings, parts.shape, parts.classes)
 
 
-def class_of(folder: Path) -> str | None:
+def network_of(folder: Path) -> str | None:
     """The class of a run's model, as "module:name" where it is known where it is defined; None: a UNet2DModel.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
     described = _described(folder)
-    kind = str(described.get("class") or record.find(folder, report=_discard)[1]["about"].get(f"{_OF_MODEL}class"))
+    kind = str(described.get("class") or run_options.find(folder, report=_discard)[1]["about"].get(f"{_OF_MODEL}class"))
     network = str(described.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
     return None if kind == _UNET else network if importable else kind
@@ -202,22 +202,22 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     settings = read_settings(read_json(scheduler), str(scheduler))
     shape = described.get("shape")
     if shape is None:  # a run from before it was written there
-        shape = record.find(folder, report=_discard)[1]["about"].get(SHAPE)
+        shape = run_options.find(folder, report=_discard)[1]["about"].get(SHAPE)
     config = {"class": described.get("class")}
     return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
 
 
 def _unfinished(folder: Path) -> _Parts:
     """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
-    path, begun = record.find(folder, report=_discard)
-    if path.name == record.OPTIONS:
+    path, begun = run_options.find(folder, report=_discard)
+    if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
     options, about = with_defaults_of(begun["options"], {}), begun["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
     settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
-    weights = checkpoints.part(checkpoints.load(path)[0], "average.")
+    weights = checkpoints.under(checkpoints.load(path)[0], "average.")
     config = {name.removeprefix(_OF_MODEL): value for name, value in about.items() if name.startswith(_OF_MODEL)}
     return _Parts(weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes, config)
 

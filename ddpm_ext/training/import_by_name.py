@@ -7,10 +7,10 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["find", "name_of"]
+__all__ = ["import_by_name", "name_of"]
 
 
-def find(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
+def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
     """The function or class that "module:name" names; its module is imported.
 
     Args:
