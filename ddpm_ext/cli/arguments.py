@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,15 +116,15 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float, expected: str, *, above: bool = False, below: float = math.inf) -> Callable[[str], float]:
-    """A parser of finite numbers less than `below`, and at least `low`, or with `above` more than `low`."""
+def number(low: float, expected: str, *, below: float = math.inf) -> Callable[[str], float]:
+    """A parser of finite numbers that are at least `low`, and less than `below`."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value < below:  # also for NaN
+        if not low <= value < below:  # also for NaN
             raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
         return value
 
@@ -143,9 +144,9 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(finite_number(part) for part in text.split(","))
 
 
-finite_number = number(-math.inf, "a finite number", above=True)
+finite_number = number(-sys.float_info.max, "a finite number")
 nonnegative_number = number(0, "a number >= 0")
-positive_number = number(0, "a number > 0", above=True)
+positive_number = number(math.ulp(0), "a number > 0")
 seed = whole_number(0, 2**64 - 1)
 steps = whole_number(1, 10**6)  # a table of many more takes the machine's memory
 samples = whole_number(1, 10**9)

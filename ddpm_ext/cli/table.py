@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from ddpm_ext.cli.arguments import (
     check_eta,
     endings_help,
     eta_of,
+    finite_number,
     nonnegative_number,
-    number,
     steps,
 )
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -66,12 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("of samplers and schedulers").add_argument
     add("--steps", type=steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
-    add(
-        "--mu",
-        type=number(-math.inf, "a number", above=True),
-        metavar="X",
-        help="the logarithm of a flow's shift, with use_dynamic_shifting",
-    )
+    shift = "the logarithm of a flow's shift, with use_dynamic_shifting"
+    add("--mu", type=finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
     add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
     add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
