@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError("change: belongs to --resume")
         chosen = training.TrainOptions(**{name: value for name, value in vars(options).items() if name in names})
     else:
-        _, found = run_options.find(Path(options.out), report=lambda text: None)
+        _, found = run_options.find(Path(options.out))
         given = _given(options.arguments, names)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]

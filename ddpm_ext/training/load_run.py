@@ -17,6 +17,7 @@ from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.folder import (
     SCHEDULER,
     build_unet,
+    check_architecture,
     check_finite,
     check_supported,
     load_model,
@@ -156,7 +157,9 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         config = {name: value for name, value in parts.config.items() if name != "class"}
         check_supported(config, parts.path)
         model = build_unet(config, str(parts.path))
-    _fill(model, parts.weights, parts.path)
+    check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
+    model.load_state_dict(parts.weights)
+    check_finite(model, parts.path)
     placed = nn.Module.to(model, device).eval().requires_grad_(False)
     return Trained(placed, parts.settings, parts.shape, parts.classes)
 
@@ -168,7 +171,7 @@ def network_of(folder: Path) -> str | None:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
     described = _described(folder)
-    kind = str(described.get("class") or run_options.find(folder, report=_discard)[1]["about"].get(f"{_OF_MODEL}class"))
+    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{_OF_MODEL}class"))
     network = str(described.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
     return None if kind == _UNET else network if importable else kind
@@ -202,14 +205,14 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     settings = read_settings(read_json(scheduler), str(scheduler))
     shape = described.get("shape")
     if shape is None:  # a run from before it was written there
-        shape = run_options.find(folder, report=_discard)[1]["about"].get(SHAPE)
+        shape = run_options.find(folder)[1]["about"].get(SHAPE)
     config = {"class": described.get("class")}
     return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
 
 
 def _unfinished(folder: Path) -> _Parts:
     """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
-    path, begun = run_options.find(folder, report=_discard)
+    path, begun = run_options.find(folder)
     if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
     options, about = with_defaults_of(begun["options"], {}), begun["about"]
@@ -226,20 +229,3 @@ def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:
     if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
         raise ValueError(f"run: {folder} has samples of shape {shape!r}, expected [channels, height, width]")
     return shape[0], shape[1], shape[2]
-
-
-def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies weights into a module; raises ValueError, naming the file, if they are those of another architecture."""
-    wanted = model.state_dict()
-    for name in sorted({*wanted, *weights}):
-        found, own = weights.get(name), wanted.get(name)
-        if found is None or own is None or found.shape != own.shape:
-            has = "no " + name if found is None else f"{name} of shape {tuple(found.shape)}"
-            needs = f"one of shape {tuple(own.shape)}" if own is not None else "none"
-            raise ValueError(f"model: {path} has {has}, and a {type(model).__name__} has {needs}, expected the same")
-    model.load_state_dict(weights)
-    check_finite(model, path)
-
-
-def _discard(text: str) -> None:
-    """A report that nobody reads."""

@@ -104,7 +104,7 @@ class Outputs:
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
         if resume:
-            run_options.find(folder, report=lambda text: None)
+            run_options.find(folder)
         files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))

@@ -26,7 +26,7 @@ def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
         raise OSError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
-def find(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
+def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> tuple[Path, dict[str, Any]]:
     """What a run is resumed from: its newest checkpoint that can be read, or options.json if it has none.
 
     `report` is called with a line of text for each checkpoint that is damaged.

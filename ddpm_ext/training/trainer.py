@@ -109,7 +109,7 @@ class Trainer:
         self.ranks = distributed.ranks()
         first = self.ranks.rank == 0
         self.progress = progress and first
-        self.report = _discard if not first else above_bar(report) if self.progress else report
+        self.report = checkpoints.discard if not first else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
                 expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
@@ -315,7 +315,3 @@ def _current_device(device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext(), torch.random.fork_rng([device] if cuda else []):
         yield
-
-
-def _discard(text: str) -> None:
-    """The report of a rank other than 0."""
