@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ddpm_ext.base import files
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_device",
     "check_ending",
     "check_eta",
+    "check_out",
     "endings_help",
     "eta_of",
     "finite_number",
@@ -198,3 +200,9 @@ def check_ending(out: str, endings: tuple[str, ...], name: str = "out") -> str:
     if ending not in endings:
         raise ValueError(f"{name}: got {out}, expected a name that {endings_help(endings)}")
     return ending
+
+
+def check_out(out: str, endings: tuple[str, ...], name: str = "out") -> None:
+    """Raises ValueError if a file's name doesn't end in one of `endings`, or can't be written there."""
+    check_ending(out, endings, name)
+    files.check_writable(out)

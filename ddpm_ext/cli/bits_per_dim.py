@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, samples
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_out, samples
 from ddpm_ext.cli.images import IMAGES, read_images, read_labels
 from ddpm_ext.cli.loop_inputs import add_clip, clip_of
 from ddpm_ext.cli.sampling import Loaded, load
@@ -64,8 +64,7 @@ def run(options: argparse.Namespace) -> None:
         MissingExtra: a package that the command needs is not installed.
     """
     if options.out is not None:
-        check_ending(options.out, (".npz",))
-        files.check_writable(options.out)
+        check_out(options.out, (".npz",))
     if options.no_classes and options.classes is not None:
         raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
     loaded = load(options)

@@ -15,8 +15,8 @@ from ddpm_ext.cli.arguments import (
     SPACING_NAMES,
     Subparsers,
     add_command,
-    check_ending,
     check_eta,
+    check_out,
     endings_help,
     eta_of,
     finite_number,
@@ -84,8 +84,7 @@ def run(options: argparse.Namespace) -> None:
     """
     for path, endings, name in ((options.save, (".json",), "save"), (options.plot, FIGURES, "plot")):
         if path is not None:
-            check_ending(path, endings, name)
-            files.check_writable(path)
+            check_out(path, endings, name)
     if options.plot is not None:
         require("matplotlib.figure", "drawing a table")
     source = options.sampler or options.scheduler
