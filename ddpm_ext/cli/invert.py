@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
     for first in range(0, len(images), options.batch_size):
         batch = images[first : first + options.batch_size]
         noise = loaded.last_samples(
+            loaded.model.unet,
             tuple(batch.shape),
             progress=not options.quiet,
             sampler=table,

@@ -45,22 +45,21 @@ class Loaded:
     chosen: tuple[int, ...]
     captured: dict[Hashable, tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
-    def last_samples(self, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
-        """The samples at the end of p_sample_loop with these options, which are the command's.
+    def last_samples(self, called: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
+        """The samples at the end of p_sample_loop with these options, which are the command's. called: the model.
 
         Where they ask for a CUDA graph, all loops of one shape and guidance have the same: of two such loops only rng,
         start, noise, the known images and the tensors in model_kwargs may differ.
         """
-        unet = self.model.unet
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
             if not options["graph"]:
-                drawn = self.diffusion.p_sample_loop(unet, shape, record="last", progress=progress, **options)
+                drawn = self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
                 assert isinstance(drawn, torch.Tensor)  # with record="last"
                 return drawn
             key = (shape, options.get("guidance"))
             if key not in self.captured:
-                self.captured[key] = self.diffusion.capture(unet, shape, **options), options
+                self.captured[key] = self.diffusion.capture(called, shape, **options), options
             loop, first = self.captured[key]
             if options.get("inpaint") is not None:  # the loop has its tensor, and not a copy
                 first["inpaint"].known.copy_(options["inpaint"].known)
@@ -205,23 +204,10 @@ def draw(
         "model_kwargs": prepared.model_kwargs(samples, guided=guidance is not None),
         "rng": Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
     }
-    shape, progress = (count, *model.shape), progress and not options.quiet
-    if recorder is None:
-        return prepared.last_samples(shape, progress=progress, **chosen)
-    with torch.no_grad():
-        drawn = prepared.diffusion.p_sample_loop(
-            recorder,
-            shape,
-            record="last",
-            x0=True,
-            callback=recorder.keep,
-            progress=progress,
-            device=prepared.device,
-            dtype=prepared.dtype,
-            **chosen,
-        )
-    assert isinstance(drawn, torch.Tensor)  # with record="last"
-    return drawn
+    called: Any = model.unet
+    if recorder is not None:
+        called, chosen = recorder, {**chosen, "x0": True, "callback": recorder.keep}
+    return prepared.last_samples(called, (count, *model.shape), progress=progress and not options.quiet, **chosen)
 
 
 def are_finite(samples: torch.Tensor) -> list[bool]:

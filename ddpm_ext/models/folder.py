@@ -119,14 +119,23 @@ def save_model(
         >>> digits = load_model("digits")
         >>> save_model(digits.unet, digits.settings, "copy-of-digits")
     """
-    save = require("safetensors.torch", "writing model files").save
     target = Path(folder)
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in unet.state_dict().items()}
-    files.write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_weights(unet, target / WEIGHTS, dtype)
     files.write_text(target / CONFIG, unet.to_json_string())
     files.write_json(target / SCHEDULER, settings.to_scheduler_config())
     if classes is not None:
         classes.save(target)
+
+
+def write_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Writes a module's state dict as safetensors, with floating-point tensors rounded to `dtype`."""
+    to_bytes = require("safetensors.torch", "writing model files").save
+    # safetensors refuses tensors that share memory, as tied weights do, so each is copied.
+    weights = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for name, value in module.state_dict().items()
+    }
+    files.write_bytes(path, to_bytes(weights, metadata={"format": "pt"}))
 
 
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.options import with_defaults_of
 
-__all__ = ["Trained", "draw", "load", "network_of"]
+__all__ = ["Trained", "load", "network_of"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Trained:
     settings: of its diffusion, which settings.diffusion() makes.
     shape: (channels, height, width) of one sample.
     classes: of a class-conditional model; None for another.
+    diffusion: the one to sample with; None: settings.diffusion().
 
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
@@ -52,6 +53,7 @@ class Trained:
     settings: DiffusionSettings
     shape: tuple[int, int, int]
     classes: Classes | None = None
+    diffusion: GaussianDiffusion | None = field(default=None, repr=False)
 
     def sample(self, count: int, *, seed: int = 0, first: int = 0, classes: Sequence[int] = (), **loop: Any) -> Tensor:
         """Samples from the model.
@@ -66,53 +68,24 @@ class Trained:
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device.
         """
-        device = next(self.model.parameters()).device
-        return draw(
-            self.settings.diffusion(),
-            self.model,
-            self.shape,
-            range(first, first + count),
-            classes=self.classes,
-            chosen=classes,
-            seed=seed,
-            device=device,
-            **loop,
-        )
-
-
-def draw(
-    diffusion: GaussianDiffusion,
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    samples: range,
-    *,
-    classes: Classes | None,
-    seed: int,
-    device: torch.device,
-    chosen: Sequence[int] = (),
-    **loop: Any,
-) -> Tensor:
-    """The samples with these ids, (samples, channels, height, width); classes and noise depend on the ids alone.
-
-    loop: further arguments of p_sample_loop.
-    """
-    kwargs = {}
-    if classes is not None:
-        guidance = loop.get("guidance")
-        # Without an unconditional model the model gets the batch twice.
-        twice = isinstance(guidance, Guidance) and guidance.unconditional is None
-        kwargs["labels"] = classes.model_kwargs(samples, chosen, guided=twice, device=device)["class_labels"]
-    options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
-    with torch.no_grad():
-        found = diffusion.p_sample_loop(
-            model if classes is None else lambda x, t, labels: model(x, t, labels),
-            (len(samples), *shape),
-            model_kwargs=kwargs,
-            rng=Philox(seed, sample_ids=samples.start),
-            **options,
-        )
-    assert isinstance(found, Tensor)  # the type for record="last"
-    return found
+        model, device, labels = self.model, next(self.model.parameters()).device, {}
+        if self.classes is not None:
+            guidance = loop.get("guidance")
+            # Without an unconditional model the model gets the batch twice.
+            twice = isinstance(guidance, Guidance) and guidance.unconditional is None
+            found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
+            labels = {"labels": found["class_labels"]}
+        options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
+        with torch.no_grad():
+            drawn = (self.diffusion or self.settings.diffusion()).p_sample_loop(
+                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
+                (count, *self.shape),
+                model_kwargs=labels,
+                rng=Philox(seed, sample_ids=first),
+                **options,
+            )
+        assert isinstance(drawn, Tensor)  # the type for record="last"
+        return drawn
 
 
 def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Trained:

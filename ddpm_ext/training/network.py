@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
+from ddpm_ext.models.folder import (
+    SCHEDULER,
+    build_unet,
+    check_supported,
+    one_line,
+    read_json,
+    save_model,
+    write_weights,
+)
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
@@ -169,10 +177,10 @@ def save_result(
     Returns:
         A sentence that says what can read the folder.
     """
+    scheduler = settings.to_scheduler_config()
+    files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
     if is_unet(model):
         save_model(model, settings, folder / "unet", dtype=dtype, classes=classes)
-        scheduler = settings.to_scheduler_config()
-        files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
         if classes is not None:
             return f"{folder} is for ddpm-ext sample; diffusers can read its parts, but has no pipeline for classes"
         parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
@@ -183,13 +191,7 @@ def save_result(
         if settings.variance == "learned":
             return f"{folder} is for ddpm-ext sample: diffusers has no variance that is learned as its logarithm"
         return f"{folder} is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read"
-    to_bytes = require("safetensors.torch", "writing model files").save
-    weights = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    files.write_bytes(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
-    files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
+    write_weights(model, folder / "model.safetensors", dtype)
     if classes is not None:
         classes.save(folder)
     kind = describe(model)["class"]

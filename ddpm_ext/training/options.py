@@ -231,7 +231,8 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
     """The options of a checkpoint, `was`, with those in `given` replaced."""
     known = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
-    return TrainOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()} | given)
+    chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()} | given
+    return TrainOptions(**chosen)
 
 
 def _require(name: str, value: object, good: bool, expected: str) -> None:

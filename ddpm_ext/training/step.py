@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,8 +135,9 @@ class TrainingStep:
         here = slice(part.start - self.samples.start, part.stop - self.samples.start)
         if self._captured is None:  # a graph that is being captured may not set a seed
             torch.manual_seed(self._dropout_seed(part.start))
-        last = part.stop == self.samples.stop
-        with nullcontext() if last or self.ranks.size == 1 else self._unsynchronised():
+        last, parallel = part.stop == self.samples.stop, self.parallel
+        # Gradients are averaged over the ranks in the backward pass of the last part alone.
+        with nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync():
             losses = self.diffusion.train_losses(
                 self._denoise,
                 x_start[here],
@@ -150,10 +151,6 @@ class TrainingStep:
             mean = (losses * weights[here]).sum() * (self.ranks.size / options.batch_size)
             state.scaler.scale(mean).backward()
         return losses.detach()
-
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        assert isinstance(self.parallel, DistributedDataParallel)
-        return self.parallel.no_sync()
 
     def _denoise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
         kind = self.options.autocast

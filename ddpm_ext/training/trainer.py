@@ -27,7 +27,7 @@ from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
-from ddpm_ext.training.load_run import draw
+from ddpm_ext.training.load_run import Trained
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
@@ -173,17 +173,9 @@ class Trainer:
 
     def _draw(self, samples: range) -> Tensor:
         """The samples with these ids."""
-        return draw(
-            self.diffusion,
-            self.state.average,
-            self.images.shape,
-            samples,
-            classes=self.classes,
-            seed=self.options.seed,
-            device=self.device,
-            sampler="ddim",
-            steps=self.options.sample_steps,
-        )
+        average = Trained(self.state.average, self.settings, self.images.shape, self.classes, self.diffusion)
+        steps, seed = self.options.sample_steps, self.options.seed
+        return average.sample(len(samples), first=samples.start, seed=seed, sampler="ddim", steps=steps)
 
     # --------------------------------------------------------------------------------------------------- the run
 
