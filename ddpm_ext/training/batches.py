@@ -17,7 +17,8 @@ from ddpm_ext.training.options import TrainOptions
 __all__ = ["Batch", "StepBatches"]
 
 _PREFETCHED = 4  # batches that a worker reads ahead
-_PATIENCE = 600  # seconds to wait for a batch: a worker that can't hand one over, for want of shared memory, lives on
+# Seconds to wait for a batch. A worker that finds no shared memory for its batch doesn't die, but waits, too.
+_PATIENCE = 600
 _SHARED = "shared memory in /dev/shm"
 
 
@@ -26,7 +27,8 @@ class Batch(NamedTuple):
 
     images: (samples, channels, height, width) float32.
     skipped: the errors of images that could not be read.
-    labels: (samples,) int64, the classes, of which a share is dropped: they are the null class. None: there are none.
+    labels: (samples,) int64, their classes, of which a random share, class_dropout, is replaced by the null class;
+        None for images without classes.
     """
 
     images: Tensor
@@ -63,10 +65,10 @@ class StepBatches(Dataset):
 
     @contextmanager
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
-        """iterate() for a block, with which the workers end.
+        """Opens iterate() for a `with` block, at whose end the worker processes are stopped.
 
-        The death of a worker interrupts the block wherever it is, not only where it awaits a batch: torch's handler of
-        the signal raises an error there. It becomes a ChildProcessError, too.
+        If a worker dies, torch's handler of the signal raises an error in whatever line of the block is running, not
+        only in one that awaits a batch. Here it becomes a ChildProcessError, as in iterate().
         """
         with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as read:
             yield read

@@ -37,9 +37,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint atomically; of those up to its step it leaves only the newest `keep`.
+    """Writes a checkpoint atomically, and then removes all checkpoints of earlier steps but the newest `keep` - 1.
 
-    Checkpoints of later steps are not counted: they are damaged, or the run would have continued from them.
+    Checkpoints of later steps stay and are not counted. A run has them only if they are damaged: it would have
+    continued from them otherwise.
 
     Args:
         folder: the run's folder.

@@ -33,6 +33,6 @@ def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable
 
 
 def name_of(given: Callable[..., Any]) -> str:
-    """The "module:name" of a function or a class, and of another object that of its class."""
+    """The "module:name" of a function or a class; of any other object, that of its class."""
     named = given if hasattr(given, "__qualname__") else type(given)
     return f"{named.__module__}:{named.__qualname__}"

@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 FINAL_STEPS = 500
-"""The final loss of a run is the mean over so many last steps."""
+"""The final loss of a run is the mean over this many steps, its last ones."""
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
-"""Names of the mean losses of the samples whose timestep is in each quarter; the first has the least noise."""
+"""Columns of losses.csv: the mean loss of the samples whose t is in the first quarter, of least noise, and so on."""
 _BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
 _HEADER = f"{_BEFORE_QUARTERS.rstrip()},{','.join(QUARTERS)}\n"
 

@@ -194,9 +194,9 @@ class TrainOptions:
 
 
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with.
+    """Raises ValueError, naming the first entry of `now` that differs from `then`, with which `path` was made.
 
-    An option that is not among the latter is newer than that run, which had what is its default now.
+    An option that `then` lacks is newer than the run, which did what is the option's default now.
 
     change: the names of options that may differ.
     """
@@ -219,7 +219,7 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
 
 
 def with_newer(was: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's files, with the defaults of options that are newer than the run; all as JSON has them."""
+    """The options in a run's files, as JSON has them. Options that are newer than the run have their defaults."""
     return as_json(TrainOptions()) | was
 
 

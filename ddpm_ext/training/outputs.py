@@ -170,7 +170,7 @@ class Outputs:
             self.log.pictures(samples, step)
 
     def _record_score(self, state: TrainState, score: float) -> None:
-        """Writes the averaged model to best/ if no step before had as good a score; tells it anyway."""
+        """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""
         scores, step = state.scores, state.step
         scores.of[step] = score
         self.log.score(step, score)
@@ -215,7 +215,7 @@ class Outputs:
         return result
 
     def _keep_training(self) -> bool:
-        """Whether training.json is there and tells of a run to this step; only the options in it are updated."""
+        """Puts the options into training.json if that tells of a run with as many steps; returns whether it does."""
         path = self.folder / "training.json"
         try:
             before = files.read_json(path)

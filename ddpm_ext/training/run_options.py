@@ -1,4 +1,4 @@
-"""What a run was started with, in its options.json: so that a resume finds it before the first checkpoint, too."""
+"""What a run was started with, in its options.json, which a resume finds before the first checkpoint, too."""
 
 from __future__ import annotations
 

@@ -18,12 +18,13 @@ Features = Callable[[Tensor], Any]
 """Of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device; returns (batch, features)."""
 
 _PIXELS = "pixels"
-_SIDE = 16  # of the images whose pixels are features: their covariance has the square of their number of entries
-_REFERENCE = 5000  # images of the training data, at most
+# Larger images are averaged to this side, because the covariance has the square of the pixels' number of entries.
+_SIDE = 16
+_REFERENCE = 5000  # as many training images, at most, are compared with
 
 
 Moments = tuple[Tensor, Tensor]
-"""A mean, (features,), and a matrix whose product with its own transpose from the left is the covariance."""
+"""A mean, (features,), and a matrix A, (rows, features), with A^T A = the covariance."""
 
 
 def moments(features: Tensor) -> Moments:
@@ -97,7 +98,7 @@ class Scorer:
         return frechet(drawn, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
-        """Those of the features of `count` images, which make(range) makes in parts."""
+        """The moments of the features of images 0 to count - 1, of which make(range) makes a part."""
         own = part_of(range(count), ranks.rank, ranks.size)
         most = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
         parts = [own[first : first + most] for first in range(0, len(own), most)]
@@ -144,7 +145,8 @@ class Scorer:
 class Scores:
     """The scores of a run by the step; the lowest is the best.
 
-    by: what they depend on besides the weights. Scores by other things can't be compared, and are forgotten.
+    by: the options that a score depends on besides the weights. Scores by others can't be compared, and are dropped
+        when a run is resumed.
     """
 
     def __init__(self, options: TrainOptions) -> None:

@@ -33,7 +33,7 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
-        # A CUDA graph reads the learning rate from memory.
+        # A tensor for a CUDA graph, which would repeat a number as it was at the capture.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -58,7 +58,7 @@ class TrainState:
         self._weights: list[Tensor] = list(self.parameters.values())
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets it, rounded to float32, as a GPU reads it from memory."""
+        """Sets the learning rate, rounded to float32, as a graph's tensor has it, so that the weights are the same."""
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -67,7 +67,7 @@ class TrainState:
                 group["lr"] = rounded
 
     def changing(self) -> list[Tensor]:
-        """The tensors that a step changes, besides the average: weights, buffers, the optimizer's."""
+        """The tensors that a step changes before the averages follow: weights, buffers, and the optimizer's state."""
         slots = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 

@@ -24,7 +24,8 @@ from ddpm_ext.training.state import TrainState
 __all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "quarters_of"]
 
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
-_LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
+# Of a float16 loss: gradients that overflow at a smaller scale would do so without a scale, too.
+_LEAST_SCALE = 1.0
 
 
 class _Pending(NamedTuple):
@@ -119,7 +120,10 @@ class TrainingStep:
     def _compute(
         self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Updates the weights; returns the losses without weights, and the gradient's norm. `draw`: the noise's."""
+        """Updates the model; returns the losses, not yet times `weights`, and the gradient's norm.
+
+        weights: of the losses, (samples,). draw: the number of the noise's draw.
+        """
         self.state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights, draw, labels) for part in self.parts])
         return losses, self._update()
@@ -130,7 +134,7 @@ class TrainingStep:
     def _backward(
         self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Adds the gradients of `part` of the samples; returns their losses without weights, (len(part),)."""
+        """Adds the gradients of `part` of the samples; returns their losses, (len(part),), not yet times `weights`."""
         state, options = self.state, self.options
         here = slice(part.start - self.samples.start, part.stop - self.samples.start)
         if self._captured is None:  # a graph that is being captured may not set a seed

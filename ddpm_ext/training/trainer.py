@@ -241,10 +241,10 @@ class Trainer:
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock, skipped = Clock(state.step), []
         each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
-        # The workers end before signals have their usual effects again, among which is an error for a killed worker.
+        # In this order the workers end first, while a signal's handler ignores their deaths.
         with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
             while state.step < options.steps:
-                # Other ranks would wait in their step for a rank that stops before it.
+                # Among several ranks none stops before a step: the others would wait for it in theirs.
                 batch = noted.next(read) if self.ranks.size == 1 else next(read)
                 if batch is not None:
                     step.take(batch.images, batch.labels)

@@ -170,7 +170,7 @@ BAD = [
     ("own_models:number", "network: own_models:number is a int, expected a class or a function"),
     ("own_models:nothing", r"network: own_models:nothing\(\) returns a int, expected a torch.nn.Module"),
     ("own_models:Wide", r"network: own_models:Wide\(\) fails \(.*missing 1 required positional argument: 'width'\), "),
-    ("own_models:Pets", "model: run.model.safetensors holds .* than the Pets: classes.weight is missing"),
+    ("own_models:Pets", "model: run.model.safetensors holds .* than the Pets: into.weight has shape"),
 ]
 
 
