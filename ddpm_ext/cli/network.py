@@ -29,11 +29,6 @@ class RunModel(LoadedModel):
     def shape(self) -> tuple[int, int, int]:
         return self.sample_shape
 
-    @property
-    def embeddings(self) -> int:
-        """How many classes the model tells apart, with the null class."""
-        return 0 if self.classes is None else self.classes.embeddings
-
 
 class _Called(nn.Module):
     """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""

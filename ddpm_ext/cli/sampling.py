@@ -169,7 +169,7 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
                 raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
-        count = model.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
+        count = classes.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
         if options.null_class >= count:
             raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
         classes = replace(classes, null=options.null_class)

@@ -55,10 +55,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
             raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
-    channels, height, width = shape
-    fits: dict[str, Any] = {"sample_size": height if height == width else [height, width], "in_channels": channels}
-    fits["out_channels"] = channels * VARIANCES[options.variance].channels
-    fits["num_class_embeds"] = classes
+    fits = _required(options, shape, classes)
     for key, value in fits.items():
         if given.get(key) not in (None, value):
             what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
@@ -71,7 +68,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
 def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
     """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width), and as many
     class embeddings as `classes`."""
-    channels, height, width = shape
+    _, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
         raise ValueError(
@@ -86,9 +83,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
             )
     return {
         "_class_name": "UNet2DModel",
-        "sample_size": height if height == width else [height, width],
-        "in_channels": channels,
-        "out_channels": channels * VARIANCES[options.variance].channels,
+        **_required(options, shape, classes),
         "block_out_channels": list(options.widths),
         "layers_per_block": options.layers,
         "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
@@ -96,6 +91,16 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         "norm_num_groups": options.groups,
         "attention_head_dim": _HEAD,
         "dropout": options.dropout,
+    }
+
+
+def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int | None) -> dict[str, Any]:
+    """What the images, their classes and the options require of any configuration."""
+    channels, height, width = shape
+    return {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": channels * VARIANCES[options.variance].channels,
         "num_class_embeds": classes,
     }
 

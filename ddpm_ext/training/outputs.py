@@ -167,13 +167,15 @@ class Outputs:
         if "sample_every" in due:
             samples = draw().cpu()
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
-            self.log.pictures(samples, step)
+            for tracker in self.log.trackers:
+                tracker.pictures(samples, step)
 
     def _record_score(self, state: TrainState, score: float) -> None:
         """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""
         scores, step = state.scores, state.step
         scores.of[step] = score
-        self.log.score(step, score)
+        for tracker in self.log.trackers:
+            tracker.numbers({"score": score}, step)
         lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
         at, best = scores.best or (step, score)
