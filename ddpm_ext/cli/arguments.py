@@ -76,13 +76,7 @@ Subparsers = Any  # argparse's type for them is private
 
 
 def add_command(
-    subparsers: Subparsers,
-    command: str,
-    summary: str,
-    description: str,
-    *,
-    takes: str = "",
-    epilog: str | None = None,
+    subparsers: Subparsers, command: str, summary: str, description: str, *, takes: str = "", epilog: str | None = None
 ) -> argparse.ArgumentParser:
     """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
 

@@ -69,12 +69,7 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
     return RunModel(
-        _Called(placed).eval(),
-        trained.settings,
-        folder,
-        trained.classes,
-        sample_shape=trained.shape,
-        sha256=sha256,
+        _Called(placed).eval(), trained.settings, folder, trained.classes, sample_shape=trained.shape, sha256=sha256
     )
 
 

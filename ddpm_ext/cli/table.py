@@ -105,12 +105,7 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
     """Raises ValueError where an option belongs to none of the sources."""
     samplers = [source for source in sources if source in SAMPLERS]
     schedulers = [source for source in sources if source not in SAMPLERS and not _is_table(source)]
-    for name, used in (
-        ("steps", samplers or schedulers),
-        ("mu", schedulers),
-        ("spacing", samplers),
-        ("eta", samplers),
-    ):
+    for name, used in (("steps", samplers or schedulers), ("mu", schedulers), ("spacing", samplers), ("eta", samplers)):
         if getattr(options, name) is not None and not used:
             kind = "scheduler" if name == "mu" else "sampler"
             raise ValueError(f"{name}: got {getattr(options, name)}, but there is no {kind} that it is for")

@@ -25,12 +25,7 @@ class CapturedStep:
         state: what `compute` changes.
     """
 
-    def __init__(
-        self,
-        compute: Callable[..., tuple[Tensor, Tensor]],
-        state: TrainState,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, compute: Callable[..., tuple[Tensor, Tensor]], state: TrainState, device: torch.device) -> None:
         self._compute, self._state, self._device = compute, state, device
         self._graphs = CudaGraphs(device)
         self._inputs: list[Tensor] = []

@@ -49,12 +49,7 @@ class TrainingStep:
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        diffusion: GaussianDiffusion,
-        options: TrainOptions,
-        ranks: Ranks,
-        device: torch.device,
+        self, state: TrainState, diffusion: GaussianDiffusion, options: TrainOptions, ranks: Ranks, device: torch.device
     ) -> None:
         self.state, self.diffusion, self.options, self.ranks, self.device = state, diffusion, options, ranks, device
         self.samples = part_of(range(options.batch_size), ranks.rank, ranks.size)

@@ -283,11 +283,7 @@ class Trainer:
         skipped.clear()
 
 
-def train(
-    options: TrainOptions,
-    out: str | os.PathLike[str],
-    **keywords: Any,
-) -> Result:
+def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -> Result:
     """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit().
 
     Examples:
