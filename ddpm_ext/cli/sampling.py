@@ -146,7 +146,6 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
     loop = LoopOptions(**_loop_options(inputs, options, range(1)))
-    loop.step_options(learned=False, reads_uncond=False)  # checks the clip
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
     rows = make_loop_rows(loaded.diffusion.process, loop)
