@@ -1,17 +1,16 @@
-// The loop of a step with optional arguments (core/options.h) over a run.
+// The loop of the step with options over a run.
 #pragma once
 
+#include "core/step_with_options.h"
 #include "cpu/kernels/normals.h"
 
 namespace ddpm_ext::DDPM_ISA {
 namespace {
 
 // The tensors of a run, as take_step in core/ reads and writes them.
-template <class Step, class X, class M>
+template <class X, class M>
 struct RunTensors {
-  using Role = typename Step::Role;
-  using Result = typename Step::Result;
-  const StepRun<Step>& run;
+  const StepRun& run;
   int64_t at;  // the offset of the first of four vectors
 
   DDPM_HD bool has(Role role) const { return run.inputs[static_cast<int>(role)] != nullptr; }
@@ -32,12 +31,12 @@ struct RunTensors {
   }
 };
 
-template <class Step, bool kDrawn, class X, class M>
-void step_run(const StepRun<Step>& run) {
-  const typename Step::Row row = *static_cast<const typename Step::Row*>(run.row);
-  const StepSample<Step> sample = run.sample;
+template <bool kDrawn, class X, class M>
+void step_with_options(const StepRun& run) {
+  const StepRow row = *static_cast<const StepRow*>(run.row);
+  const StepSample sample = run.sample;
   for_each_four<kDrawn ? Noise::drawn : Noise::none>(run, [&](int64_t i, F32(&z)[4]) {
-    RunTensors<Step, X, M> tensors{run, i};
+    RunTensors<X, M> tensors{run, i};
     take_step(row, sample, tensors, kDrawn, z);
   });
 }
