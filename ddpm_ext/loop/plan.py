@@ -50,7 +50,7 @@ def make_plan(
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
     rows = cache.get(process, options)
     step_options = options.step_options(
-        learned=process.variance_entry.learned, reads_uncond=any(kind.guided for kind in rows.kinds)
+        learned=process.variance_entry.learned, reads_uncond=any(kind.guided for kind in rows.needs)
     )
     _check_rows(rows, step_options)
     return Plan(process, model, shape, options, step_options, rows)

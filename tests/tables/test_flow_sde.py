@@ -69,8 +69,3 @@ def test_marginals_are_the_flows(variant, eta, schedule):
         errors.append(abs(end_variance(flow_sde(grid, prediction="x0", eta=eta, variant=variant), grid, 0.25) - 0.25))
     assert errors[-1] < 0.02
     assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
-
-
-def test_unknown_variant():
-    with pytest.raises(ValueError, match="variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"):
-        flow_sde(flow_grid(flow_sigmas(3)), variant="cps")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.gaussian import take
+from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
@@ -99,7 +99,7 @@ def test_learned_range_reaches_from_small_to_large(name):
     """-1 gives fixed_small's standard deviation and 1 gives fixed_large's. The logarithm is linear in between."""
     grid = full_grid(name)
     small, large, table = (ddpm(grid, variance=v) for v in ("fixed_small", "fixed_large", "learned_range"))
-    for column in ("timestep", "a", "b", "c0", "c1", "c2", "draw", "c3", "g0"):
+    for column in ("timestep", "a", "b", "c0", "c1", "c2", "draw", "g0"):
         assert torch.equal(getattr(table, column), getattr(small, column))
     for v, fixed in ((-1, small), (1, large)):
         learned = table.s * torch.exp(table.l0 + table.l1 * v)
@@ -117,13 +117,11 @@ def test_rows_of_learned_variances_have_their_columns():
     fixed = ddpm(grid)
     for variance in LEARNED:
         table = ddpm(grid, variance=variance)
-        assert table.extended == (variance != "learned_variance")  # the rows of other samplers do not have it
+        assert table.plain == (variance == "learned_variance")  # the rows of other samplers do not have l0 and l1
         assert table.s.tolist() == [1.0] * 49 + [0.0]
         assert table.g1.tolist() == [1.0] * 50
         assert fixed.diff(table).columns.keys() <= {"s", "l0", "l1", "g1"}
-    assert not fixed.extended
-    with pytest.raises(ValueError, match=r"variance is 'large', expected 'fixed_small' or .* 'learned_variance'"):
-        ddpm(grid, variance="large")
+    assert fixed.plain
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -141,8 +139,8 @@ def grids():
 def score_tables(grid, prediction):
     for name in SAMPLERS:
         table = SAMPLERS[name](grid, prediction=prediction)
-        if table.linear:  # the linear step takes no gradient, and a loop refuses one
-            assert not (table.g0.any() or table.g1.any())
+        if table.cu.any():  # the eps by which CFG++ renoises has no gradient
+            assert table.g0.any() and not table.g1.any()
         elif name != "ddpm":
             yield table
     yield ddim(grid, prediction=prediction, eta=0.6)
@@ -152,7 +150,8 @@ def score_tables(grid, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("grid", [*grids(), "up"], ids=["linspace", "trailing", "karras", "up"])
 def test_gradient_is_another_eps(grid, prediction):
-    """eps - sqrt(1 - a_t) g replaces eps, also for other predictions: Dhariwal & Nichol 2021, algorithm 2."""
+    """eps - sqrt(1 - a_t) g replaces eps, also for other predictions, and in what rows keep: Dhariwal & Nichol 2021,
+    algorithm 2."""
     if grid == "up":
         _, levels = schedule("scaled_linear")
         up = make_grid(levels, [0, 200, 400, 700], final=levels[999].item())
@@ -160,7 +159,7 @@ def test_gradient_is_another_eps(grid, prediction):
     else:
         tables = [*score_tables(grid, prediction)]
     for table in tables:
-        x, m, h, z, g = random(5, len(table), 3, seed=1)
+        x, m, h1, h2, h3, z, g = random(7, len(table), 3, seed=1)
         for i, row in enumerate(table):
             of_eps, of_x0 = -row.noise_now, (1 - row.signal_now**2) / row.signal_now
             shift = {
@@ -168,9 +167,11 @@ def test_gradient_is_another_eps(grid, prediction):
                 "x0": of_x0,
                 "v": row.signal_now * of_eps - row.noise_now * of_x0,
             }[prediction]
-            guided = take(row, x[i], m[i], h[i], z[i], g=g[i])
-            expected = take(row, x[i], m[i] + shift * g[i], h[i], z[i])
-            for here, there in zip(guided, expected, strict=True):
+            history, other = [h1[i], h2[i], h3[i]], m[i] + shift * g[i]
+            guided = take(row, x[i], m[i], z[i], g=g[i], history=history)
+            expected = take(row, x[i], other, z[i], history=history)
+            kept = [push(row, [], x0, x[i], m) for (x0, _), m in ((guided, m[i]), (expected, other))]
+            for here, there in zip((*guided, *kept[0]), (*expected, *kept[1]), strict=True):
                 assert here == pytest.approx(there, rel=1e-9, abs=1e-9)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, state_contents
-from ddpm_ext.ops.fused import ReverseStep
+from ddpm_ext.ops.fused import TableStep
 
 __all__ = ["Lane", "Loop", "Settings"]
 
@@ -75,7 +75,7 @@ class Lane(NamedTuple):
     address: int
     stride: int
     options: Mapping[str, Any]
-    quiet_step: ReverseStep | None
+    quiet_step: TableStep | None
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -179,8 +179,8 @@ def _take_step(
     if not extras:
         steps = tables.get("steps", device, torch.float32)
         return {"sample": ops.reverse_step(x, prediction, steps, at, clip=clip, **source)}
-    steps = tables.get("extended", device, torch.float32)
-    sample = ops.extended_step(x, needed, steps, at, clip=clip, **source, **extras)
+    steps = tables.get("steps", device, torch.float32)
+    sample = ops.step_with_options(x, needed, steps, at, clip=clip, **source, **extras)
     return {"sample": sample, "pred_xstart": extras["x0_out"]} if with_x0 else {"sample": sample}
 
 

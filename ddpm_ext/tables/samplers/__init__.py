@@ -7,7 +7,7 @@ for alphas_cumprod where it arrives.
 
 The rows also say how a classifier's gradient g = grad ln p(y | x_t) enters (Dhariwal & Nichol 2021). In ddpm's rows it
 moves the mean by the variance times g (algorithm 1). In all others, eps becomes eps - sqrt(1 - a_t) g (algorithm 2),
-and x0 changes with it, after the clip. Rows for the linear kernel, of samplers that keep a history, take no gradient.
+and x0 changes with it, after the clip; so does what rows keep of them. CFG++ renoises with an eps without it.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor
         c0=now,
         c1=of_x,
         s=s,
+        g0=coefficients.score(grid),
         **grid.levels,
         h1=h1,
         h2=h2,
@@ -135,6 +136,4 @@ def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
         h3=slope * h3,
         k0=k0,
         k1=k1,
-        g0=None,
-        g1=None,
     )

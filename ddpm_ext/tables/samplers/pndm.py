@@ -63,6 +63,7 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
         c0=half * there.k0,
         c1=1 + half * there.k1,
         h1=-half,
+        g0=there.g0,
         **dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True)),
     )
     rows = torch.arange(len(table), device="cpu")

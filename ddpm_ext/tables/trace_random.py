@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Run, Step
 
-__all__ = ["BATCH", "LINEAR", "Array", "Loop", "flat", "relative"]
+__all__ = ["BATCH", "LINEAR", "Array", "RandomRun", "flat", "relative"]
 
 Array = npt.NDArray[np.float64]
 
@@ -20,7 +20,7 @@ LINEAR = 1e-10  # the largest relative residual of a step
 ROUNDED = 1e-5  # the same where a sampler computes in float32, whatever it is given
 
 
-class Loop(NamedTuple):
+class RandomRun(NamedTuple):
     """A loop on random numbers: x and m are (steps, batch), the draws of each step (draws, batch)."""
 
     x: Array
@@ -31,7 +31,7 @@ class Loop(NamedTuple):
     steps: list[Step]
 
     @classmethod
-    def run(cls, run: Run, seed: int, *, follows: bool = True) -> Loop:
+    def of(cls, run: Run, seed: int, *, follows: bool = True) -> RandomRun:
         """A loop; where a step's samples are not to follow from the step before, they are random in each."""
         generator = torch.Generator().manual_seed(seed)
 

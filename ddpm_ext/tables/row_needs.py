@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["RowKind", "row_kinds"]
+__all__ = ["RowNeeds", "row_needs"]
 
 
-class RowKind(NamedTuple):
+class RowNeeds(NamedTuple):
     """What a step needs.
 
     Attributes:
@@ -34,8 +34,8 @@ class RowKind(NamedTuple):
     keeps_output: bool = False
 
 
-def row_kinds(table: StepTable, scales: Tensor | None = None) -> list[RowKind]:
-    """The kind of each row. scales: (rows,), those of classifier-free guidance; None: ones."""
+def row_needs(table: StepTable, scales: Tensor | None = None) -> list[RowNeeds]:
+    """What each row needs. scales: (rows,), those of classifier-free guidance; None: ones."""
     needs_output = (table.c2 != 0) | (table.cu != 0) | (table.k2 != 0)
     calls_model = (table.b != 0) | needs_output
     guided = table.cu != 0 if scales is None else (scales != 1) | (table.cu != 0)
@@ -44,19 +44,8 @@ def row_kinds(table: StepTable, scales: Tensor | None = None) -> list[RowKind]:
     keeps_output = (kept[:, 1] == 0) & torch.where(x0_is_output, kept[:, 0] + kept[:, 2], kept[:, 2]).eq(1)
     keeps_output &= x0_is_output | (kept[:, 0] == 0)
     history = torch.stack([table.h1, table.h2, table.h3], 1) != 0
-    columns = (
-        column.tolist()
-        for column in (
-            calls_model,
-            calls_model & guided,
-            needs_output,
-            table.s != 0,
-            history,
-            kept.ne(0).any(1),
-            keeps_output,
-        )
-    )
+    columns = (calls_model, calls_model & guided, needs_output, table.s != 0, history, kept.ne(0).any(1), keeps_output)
     return [
-        RowKind(calls, guide, output, noisy, tuple(read), keep, is_output)
-        for calls, guide, output, noisy, read, keep, is_output in zip(*columns, strict=True)
+        RowNeeds(calls, guide, output, noisy, tuple(read), keep, is_output)
+        for calls, guide, output, noisy, read, keep, is_output in zip(*(c.tolist() for c in columns), strict=True)
     ]
