@@ -60,7 +60,7 @@ class Process:
         schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
         magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
             which is 1 for clean data; ones for a schedule of betas.
-        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "extended", "x0"), and rows or
+        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "x0"), and rows or
             numbers for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
 
