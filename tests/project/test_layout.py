@@ -34,8 +34,10 @@ FLOORS = (
     {"cli", "demo"},
 )
 TOP = {"__main__"}  # runs the command line
-# These are forbidden although they lead downward: the tables are numbers and need no operators.
+# These are forbidden although they lead downward: the tables are numbers and need no operators, but for the order in
+# which these read a row.
 FORBIDDEN = {("tables", "ops")}
+ALLOWED = {"ddpm_ext.ops.row"}
 
 # Private names of other libraries that are used on purpose, because nothing public gives the same.
 FOREIGN = {
@@ -158,7 +160,7 @@ def test_packages_import_only_packages_below():
     for arrow in arrows():
         source, target = package_of(arrow.source), package_of(arrow.target)
         upward = source != target and floor(source) <= floor(target)
-        if upward or (source, target) in FORBIDDEN:
+        if upward or ((source, target) in FORBIDDEN and arrow.target not in ALLOWED):
             found.append(f"{arrow.source}:{arrow.line} imports {arrow.target}")
     report(found)
 
