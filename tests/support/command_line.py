@@ -8,10 +8,12 @@ import sys
 
 import torch
 
-from ddpm_ext import cli, models
+from ddpm_ext import GaussianDiffusion, cli, models
 from ddpm_ext.models import Classes
 from ddpm_ext.models.folder import CONFIG
 from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 TINY = {
     "sample_size": [8, 12],
@@ -67,6 +69,12 @@ def save_pets(folder):
     return folder
 
 
+def grid_of(steps, spacing="linspace", schedule="linear"):
+    """The grid of the step tables of 1,000 timesteps."""
+    gd = GaussianDiffusion(1000, schedule)
+    return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
+
+
 def not_finite(model, folder):
     """Copies a model to a folder, with a configuration that makes all its outputs NaN."""
     shutil.copytree(model, folder)
@@ -106,4 +114,5 @@ def in_forks(folder, runs):
 if __name__ == "__main__":
     from support import forks
 
-    forks.serve(as_process, "diffusers", "safetensors.torch", "tqdm.auto", "PIL.Image")
+    unet = ("diffusers", "diffusers.models.unets.unet_2d")
+    forks.serve(as_process, *unet, "ddpm_ext.cli.sample", "safetensors.torch", "tqdm.auto", "PIL.Image")

@@ -95,14 +95,6 @@ def test_labels_that_are_none(targets, message):
         labels_of(as_images(items))
 
 
-def test_labels_beyond_the_names():
-    images = TensorImages(torch.zeros(2, 1, 8, 8), Labels(torch.tensor([0, 2]), ("a", "b")))
-    with pytest.raises(ValueError, match="labels are 0 to 2, expected 0 to 1 for 2 classes"):
-        labels_of(images)
-    with pytest.raises(ValueError, match="a tensor of images has no labels, expected TensorDataset"):
-        labels_of(as_images(torch.zeros(2, 1, 8, 8)))
-
-
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
@@ -111,14 +103,14 @@ def batches(start, stop, images=None, **options):
     return StepBatches(images, TrainOptions(data="given", batch_size=8, **options), start, stop, labels_of(images))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.7])
 def test_a_share_of_the_labels_is_dropped(share):
-    """The others are those of their images. 1,600 labels: five standard deviations of a share are at most 0.06."""
+    """The others are those of their images. 800 labels: five standard deviations of a share are at most 0.09."""
     whole = batches(0, 8, class_dropout=share)
-    labels = torch.cat([whole[step].labels for step in range(200)])
-    images = torch.cat([whole[step].images for step in range(200)])
+    labels = torch.cat([whole[step].labels for step in range(100)])
+    images = torch.cat([whole[step].images for step in range(100)])
     dropped = labels == CLASSES
-    assert dropped.double().mean() == pytest.approx(share, abs=0.06 if share else 0)
+    assert dropped.double().mean() == pytest.approx(share, abs=0.09 if share else 0)
     assert torch.equal(labels[~dropped] / CLASSES, images[~dropped, 0, 0, 0])
 
 

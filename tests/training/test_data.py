@@ -194,20 +194,6 @@ def test_first_readable_item_decides_the_shape():
         as_images(Items([None, None]))
 
 
-def test_image_folder_of_torchvision(folder):
-    datasets = pytest.importorskip("torchvision.datasets")
-    from torchvision import transforms
-
-    change = transforms.Compose([transforms.RandomCrop(6), transforms.ToTensor(), lambda x: 2 * x - 1])
-    (folder / "b").mkdir()
-    (folder / "b.png").rename(folder / "b" / "b.png")
-    images = as_images(datasets.ImageFolder(folder, change))
-    assert (len(images), images.shape) == (2, (3, 6, 6))
-    both = [images.batch(torch.tensor([1]), [seed]) for seed in (7, 8, 7)]
-    assert torch.equal(both[0], both[2])
-    assert not torch.equal(both[0], both[1])
-
-
 def test_tensor_images_bad_input():
     for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
         with pytest.raises(ValueError, match="images: got"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import trainer_run
-from support.figure_contents import drawn, legend
+from support.figure_contents import drawn, legend, saved_figures
 from support.trainer_run import make
 
 from ddpm_ext.plots import save_loss_curve
@@ -84,12 +84,7 @@ def test_log_from_before_the_quarters_is_continued(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_curve_shows_them(tmp_path, monkeypatch):
-    import matplotlib.figure
-
-    made = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda figure, path, **_: (made.append(figure), path.write_bytes(b""))
-    )
+    made = saved_figures(monkeypatch)
     losses, generator = [1 / step for step in range(1, 301)], np.random.default_rng(0)
     quarters = generator.uniform(0.1, 1, (300, 4))
     quarters[generator.uniform(size=(300, 4)) < 0.4] = np.nan

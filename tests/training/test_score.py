@@ -45,12 +45,6 @@ def test_distance_is_the_papers(counts, features):
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
 
 
-def test_distance_of_known_gaussians():
-    """In one dimension: (m - n)^2 + (s - r)^2, here with the moments of two and three points."""
-    one, other = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[5.0], [6.0], [7.0]]).double()
-    assert frechet(moments(one), moments(other)) == pytest.approx((6 - 1) ** 2 + (2**0.5 - 1) ** 2)
-
-
 # Features
 
 
@@ -99,33 +93,6 @@ def test_score_is_the_distance_to_the_images():
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop], Ranks()) < 1e-12
     expected = frechet(moments(means(IMAGES * 0.5).double()), moments(means(IMAGES).double()))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop] * 0.5, Ranks()) == pytest.approx(expected)
-
-
-def test_ranks_have_the_score_of_one():
-    """Each draws its part of the samples, and reads its part of the images."""
-    told, drawn = [], []
-
-    class Second(Ranks):
-        def gather(self, value):
-            told.append(value)
-            return [value]
-
-    class First(Ranks):
-        def gather(self, value):
-            return [value, told.pop(0)]
-
-    def draw(samples):
-        drawn.append(samples)
-        return IMAGES[samples.start : samples.stop] * 0.5
-
-    options = TrainOptions(batch_size=4, score_count=7)
-    scores = [
-        Scorer(means, TensorImages(IMAGES), options, torch.device("cpu")).score(draw, ranks)
-        for ranks in (Ranks(), Second(1, 2), First(0, 2))
-    ]
-    assert scores[2] == pytest.approx(scores[0], rel=1e-9)
-    assert scores[1] != pytest.approx(scores[0], rel=1e-3)  # of a part alone
-    assert drawn == [range(4), range(4, 7), range(3, 5), range(5, 7), range(2), range(2, 3)]
 
 
 def test_damaged_images_are_left_out_of_the_reference():

@@ -178,15 +178,6 @@ def test_resume_of_no_run_is_refused(tmp_path, capsys):
     assert "options.json is damaged; remove it, and" in capsys.readouterr().err
 
 
-def test_folder_of_images(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    (tmp_path / "images").mkdir()
-    for index in range(3):
-        image.fromarray(np.full((9, 12, 3), 60 * index, np.uint8)).save(tmp_path / "images" / f"{index}.png")
-    run(tmp_path / "run", data=str(tmp_path / "images"), image_size=8, flip=True, steps=3)
-    assert json.loads((tmp_path / "run" / "unet" / "config.json").read_text())["in_channels"] == 3
-
-
 def test_learning_rate():
     options = TrainOptions(steps=1000, warmup=10, lr=1.0)
     assert learning_rate(options, 0) == pytest.approx(0.1) and learning_rate(replace(options, warmup=0), 0) == 1.0
