@@ -29,8 +29,8 @@ from ddpm_ext.models.folder import load_model
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.training.data import digits
-from ddpm_ext.training.frechet import frechet as distance
-from ddpm_ext.training.frechet import moments
+from ddpm_ext.training.score import frechet as distance
+from ddpm_ext.training.score import moments
 
 Array = npt.NDArray[np.float64]
 SPACING = "trailing"

@@ -16,7 +16,7 @@ from ddpm_ext.cli.arguments import (
     FIGURES,
     Subparsers,
     add_command,
-    check_ending,
+    check_out,
     endings_help,
     positive_number,
     steps,
@@ -30,7 +30,7 @@ from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
-from ddpm_ext.training.record import OPTIONS
+from ddpm_ext.training.run_options import OPTIONS
 
 __all__ = ["add_parser", "run"]
 
@@ -104,12 +104,8 @@ def run(options: argparse.Namespace) -> None:
         "losses": _draw_losses,
         "histogram": _draw_histogram,
     }
+    check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else FIGURES)
     print(f"{options.out}: {draw_kind[options.kind](options)}")
-
-
-def _check_out(out: str, endings: tuple[str, ...]) -> None:
-    check_ending(out, endings)
-    files.check_writable(out)
 
 
 # ------------------------------------------------------------------------------------------------------- schedules
@@ -130,7 +126,6 @@ def _schedule(name: str) -> str:
 
 
 def _draw_schedules(options: argparse.Namespace) -> str:
-    _check_out(options.out, FIGURES)
     names = options.names or tuple(SCHEDULES)
     levels = {name: GaussianDiffusion(options.timesteps, name).alphas_cumprod for name in names}
     plots.schedule_figure(levels, options.out)
@@ -152,7 +147,6 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_table(options: argparse.Namespace) -> str:
-    _check_out(options.out, FIGURES)
     table.check_options(options, options.sources)
     tables = {source: table.table_of(source, options) for source in options.sources}
     plots.step_table_figure(tables, options.out, against=options.against, panels=options.panels)
@@ -177,7 +171,6 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_grid(options: argparse.Namespace) -> str:
-    _check_out(options.out, _PICTURES)
     images = read_pixels(options.file)[: options.num]
     plots.save_picture(plots.grid(images, columns=options.columns, scale=options.scale), options.out)
     return f"{plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}"
@@ -192,7 +185,6 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_guidance(options: argparse.Namespace) -> str:
-    _check_out(options.out, _PICTURES)
     prepared = prepare(options, pictures=True)
     of_scale = argparse.Namespace(**vars(options))
     rows = []
@@ -214,7 +206,6 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_losses(options: argparse.Namespace) -> str:
-    _check_out(options.out, FIGURES)
     given = Path(options.run)
     path = given / "losses.csv" if given.is_dir() else given
     losses = read_losses(path)
@@ -239,7 +230,6 @@ def _add_histogram(parser: argparse.ArgumentParser) -> None:
 
 
 def _draw_histogram(options: argparse.Namespace) -> str:
-    _check_out(options.out, FIGURES)
     require("matplotlib", "drawing a histogram")
     prepared = prepare(options, pictures=False)
     if prepared.steps < 2:

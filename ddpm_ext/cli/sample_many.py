@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 
 from ddpm_ext import plots
-from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import has_bars
 from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
-from ddpm_ext.cli.arguments import check_device, check_ending, whole_number
+from ddpm_ext.cli.arguments import check_device, check_out, whole_number
 from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.settings import as_arrays, settings_of
 from ddpm_ext.plots.style import plural
@@ -50,8 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
         def check_outputs() -> None:
             if options.npz is not None:
-                check_ending(str(npz), (".npz",), "npz")
-                files.check_writable(npz)
+                check_out(str(npz), (".npz",), "npz")
             if options.png:
                 check_png_folder(shards, png)
 

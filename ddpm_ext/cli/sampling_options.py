@@ -18,12 +18,12 @@ from ddpm_ext.cli.arguments import (
     steps,
     whole_number,
 )
-from ddpm_ext.cli.loop_inputs import add_clip, add_images, add_running
+from ddpm_ext.cli.loop_inputs import add_clip, add_images
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["add_class", "add_device", "add_model", "add_sampling", "add_seed", "add_spacing"]
+__all__ = ["add_class", "add_model", "add_running", "add_sampling", "add_seed", "add_spacing"]
 
 
 def add_model(group: Any, default: str = "digits") -> None:
@@ -53,12 +53,31 @@ def add_spacing(group: Any) -> None:
     group.add_argument("--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {SPACING_NAMES}")
 
 
-def add_device(group: Any, *, by_ranks: bool = False) -> None:
-    """Adds --device, --dtype and --backend."""
-    group.add_argument("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
-    group.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
-    backend = "the compiled kernels, or plain torch"
-    group.add_argument("--backend", choices=tuple(BACKENDS), default="fused", help=backend)
+def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loop: bool = True) -> None:
+    """Adds how to run: where, how the model is called, in which batches.
+
+    Args:
+        batches: what a batch is, for the help; None: the command draws all at once, and records what the model does,
+            which can be neither compiled nor captured then.
+        by_ranks: whether several ranks can run the command.
+        loop: whether it runs a sampling loop.
+    """
+    add = parser.add_argument_group("how to run").add_argument
+    add("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
+    add("--backend", choices=tuple(BACKENDS), default="fused", help="the compiled kernels, or plain torch")
+    if loop:
+        add("--autocast", choices=("bfloat16", "float16"), help="lower precision of the model's arithmetic")
+        weights = "keep the model's weights in channels_last, for convolutions on a GPU"
+        add("--channels-last", action="store_true", help=weights)
+    if loop and batches is not None:
+        modes = "compile the model by torch.compile, or by this mode of it"
+        add("--compile", nargs="?", const=True, default=False, metavar="MODE", help=modes)
+        graphs = "take each step, or all of them, by a CUDA graph"
+        add("--graph", nargs="?", const="step", default=False, choices=("step", "loop"), help=graphs)
+    if batches is not None:
+        add("--batch-size", type=whole_number(1), default=64, metavar="N", help=batches)
+    add("--quiet", action="store_true", help="show no progress bar")
 
 
 def add_sampling(
@@ -119,14 +138,7 @@ def add_sampling(
     add_clip(group)
     add_images(parser)
 
-    group = parser.add_argument_group("how to run")
-    add_device(group, by_ranks=by_ranks)
-    add_running(group.add_argument, captured=by_ranks)
-    if by_ranks:
-        help_text = "samples at a time, on each rank"
-        group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help=help_text)
-    group.add_argument("--quiet", action="store_true", help="show no progress bar")
-
+    add_running(parser, batches="samples at a time, on each rank" if by_ranks else None, by_ranks=by_ranks)
     add = parser.add_argument_group("output").add_argument
     add("--out", default=out, metavar="FILE|FOLDER" if by_ranks else "FILE", help=out_help)
     return add

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from ddpm_ext.cli.arguments import (
     SPACING_NAMES,
     Subparsers,
     add_command,
-    check_ending,
     check_eta,
+    check_out,
     endings_help,
     eta_of,
+    finite_number,
     nonnegative_number,
-    number,
     steps,
 )
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -66,12 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("of samplers and schedulers").add_argument
     add("--steps", type=steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
-    add(
-        "--mu",
-        type=number(-math.inf, "a number", above=True),
-        metavar="X",
-        help="the logarithm of a flow's shift, with use_dynamic_shifting",
-    )
+    shift = "the logarithm of a flow's shift, with use_dynamic_shifting"
+    add("--mu", type=finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
     add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
     add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
@@ -89,8 +84,7 @@ def run(options: argparse.Namespace) -> None:
     """
     for path, endings, name in ((options.save, (".json",), "save"), (options.plot, FIGURES, "plot")):
         if path is not None:
-            check_ending(path, endings, name)
-            files.check_writable(path)
+            check_out(path, endings, name)
     if options.plot is not None:
         require("matplotlib.figure", "drawing a table")
     source = options.sampler or options.scheduler
@@ -111,12 +105,7 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
     """Raises ValueError where an option belongs to none of the sources."""
     samplers = [source for source in sources if source in SAMPLERS]
     schedulers = [source for source in sources if source not in SAMPLERS and not _is_table(source)]
-    for name, used in (
-        ("steps", samplers or schedulers),
-        ("mu", schedulers),
-        ("spacing", samplers),
-        ("eta", samplers),
-    ):
+    for name, used in (("steps", samplers or schedulers), ("mu", schedulers), ("spacing", samplers), ("eta", samplers)):
         if getattr(options, name) is not None and not used:
             kind = "scheduler" if name == "mu" else "sampler"
             raise ValueError(f"{name}: got {getattr(options, name)}, but there is no {kind} that it is for")

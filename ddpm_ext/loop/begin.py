@@ -15,7 +15,7 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import STREAM_START, Philox
 
-__all__ = ["Begin", "compiled", "rng_in_memory"]
+__all__ = ["InitialSamples", "compiled", "rng_in_memory"]
 
 
 def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
@@ -56,7 +56,7 @@ def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
     return Philox(seed.to(device, copy=True), ids.to(device, copy=True))
 
 
-class Begin:
+class InitialSamples:
     """Makes the samples before a loop's first step.
 
     Args:

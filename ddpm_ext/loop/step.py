@@ -116,7 +116,7 @@ class LoopStep:
         options = self.options
         first = _twice(x) if options.doubled else torch.cat([x])
         samples = [first, empty_like(first)]
-        has_x0 = options.returns_x0 or options.self_condition
+        has_x0 = options.x0 or options.self_condition
         clean = [torch.zeros_like(x), torch.zeros_like(x)] if has_x0 else [None, None]
         history = [torch.zeros_like(x) for _ in HISTORY] if any(needs.keeps for needs in rows.needs) else []
         constant: dict[str, Any] = {}

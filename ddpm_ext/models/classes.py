@@ -65,12 +65,7 @@ class Classes:
         return cycle[torch.arange(samples.start, samples.stop, device="cpu") % len(cycle)]
 
     def model_kwargs(
-        self,
-        samples: range,
-        chosen: Sequence[int] = (),
-        *,
-        guided: bool = False,
-        device: torch.device | str = "cpu",
+        self, samples: range, chosen: Sequence[int] = (), *, guided: bool = False, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """The model_kwargs with which p_sample_loop draws these samples, by a UNet2DModel: `class_labels`.
 

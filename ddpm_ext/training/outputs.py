@@ -17,7 +17,7 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.hub import push_to_hub
 from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.log import (
@@ -104,23 +104,23 @@ class Outputs:
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
         if resume:
-            record.find(folder, report=lambda text: None)
+            run_options.find(folder)
         files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
         step, path = 0, None
         if resume:
-            path, header = record.find(folder, self.report)
+            path, header = run_options.find(folder, self.report)
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
             step = header["step"]
             if step > self.options.steps:
                 raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
             self._report_changes(header["options"])
-            if path.name == record.OPTIONS:
+            if path.name == run_options.OPTIONS:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
-        record.save(folder, asdict(self.options), self.about)
+        run_options.save(folder, asdict(self.options), self.about)
         self.log = Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
         return path
@@ -167,13 +167,15 @@ class Outputs:
         if "sample_every" in due:
             samples = draw().cpu()
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
-            self.log.pictures(samples, step)
+            for tracker in self.log.trackers:
+                tracker.pictures(samples, step)
 
     def _record_score(self, state: TrainState, score: float) -> None:
-        """Writes the averaged model to best/ if no step before had as good a score; tells it anyway."""
+        """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""
         scores, step = state.scores, state.step
         scores.of[step] = score
-        self.log.score(step, score)
+        for tracker in self.log.trackers:
+            tracker.numbers({"score": score}, step)
         lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
         at, best = scores.best or (step, score)
@@ -215,7 +217,7 @@ class Outputs:
         return result
 
     def _keep_training(self) -> bool:
-        """Whether training.json is there and tells of a run to this step; only the options in it are updated."""
+        """Puts the options into training.json if that tells of a run with as many steps; returns whether it does."""
         path = self.folder / "training.json"
         try:
             before = files.read_json(path)

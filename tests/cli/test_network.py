@@ -139,7 +139,7 @@ def test_runs_that_go_on(here):
     goes_on = samples("--model", "unet", "--class", "1,0")
     assert abs(goes_on["arr_0"].astype(int) - finished["arr_0"]).max() <= 1
     assert goes_on["arr_1"].tolist() == [1, 0, 1, 0, 1]
-    average = checkpoints.part(checkpoints.load(checkpoints.newest(here / "unet"))[0], "average.")
+    average = checkpoints.under(checkpoints.load(checkpoints.newest(here / "unet"))[0], "average.")
     loaded = training.load("unet")
     assert all(torch.equal(value, average[name]) for name, value in loaded.model.state_dict().items())
 
@@ -170,7 +170,7 @@ BAD = [
     ("own_models:number", "network: own_models:number is a int, expected a class or a function"),
     ("own_models:nothing", r"network: own_models:nothing\(\) returns a int, expected a torch.nn.Module"),
     ("own_models:Wide", r"network: own_models:Wide\(\) fails \(.*missing 1 required positional argument: 'width'\), "),
-    ("own_models:Pets", "model: run.model.safetensors has no classes.weight, and a Pets has one of shape"),
+    ("own_models:Pets", "model: run.model.safetensors holds .* than the Pets: into.weight has shape"),
 ]
 
 

@@ -99,7 +99,7 @@ def test_table_between_timesteps(saved):
 
 def test_multistep_table_shows_its_history(saved):
     assert call("plot", "table", "dpmpp_2m", "--steps", 10) == 0
-    assert np.abs(np.array(columns(saved[0])["c3"])[:, 1]).max() > 0.01
+    assert np.abs(np.array(columns(saved[0])["h1"])[:, 1]).max() > 0.01
 
 
 def test_losses_of_a_run(saved, tmp_path, capsys):

@@ -77,8 +77,8 @@ def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
     assert call("table", "--sampler", "euler", "--steps", 4, "--diff", "dpmpp_2m", "--plot", tmp_path / "b.svg") == 0
     one, other = euler(grid_of(4)), dpmpp_2m(grid_of(4))
     assert drawn(saved[0].axes[0])["a"] == points(range(4), one.a)
-    last = next(axes for axes in saved[1].axes if axes.get_title().startswith("c3,"))
-    assert drawn(last) == {"euler": points(range(4), one.c3), "dpmpp_2m": points(range(4), other.c3)}
+    last = next(axes for axes in saved[1].axes if axes.get_title().startswith("h1,"))
+    assert drawn(last) == {"euler": points(range(4), one.h1), "dpmpp_2m": points(range(4), other.h1)}
     assert (tmp_path / "b.svg").read_text().startswith("<?xml")
 
 

@@ -167,8 +167,7 @@ def test_refusals():
 
     early = torch.zeros(STEPS, dtype=torch.float64)
     early[1] = 0.5
-    refused("row 1 has h2 0.5, but 1 rows before it keep a tensor", make_table(h2=early))
-    refused("c3, l0 or l1 beside rows with history", make_table(c3=early))
+    refused("row 1 has h2 0.5, but 1 rows of the loop before it keep a tensor", make_table(h2=early))
     refused("cond_fn is given, expected a sampler whose table says g0", make_table(), cond_fn=lambda x, t: x)
     refused("row 0 has h1", make_table()[2:])
     with pytest.raises(ValueError, match="has history"):

@@ -32,12 +32,11 @@ def test_step_table_draws_every_column():
 
 
 def test_history_is_drawn_where_there_is_some():
-    plain, multistep = (StepTable(**STEPS, c3=c3) for c3 in ([0, 0, 0], [0, -0.5, 0.25]))
-    assert "c3" not in drawn(plain.plot().axes[1]) and "h" not in plain.plot().axes[1].get_title().split()
-    axes = multistep.plot().axes[1]
-    assert drawn(axes)["c3"] == [[0, 0], [1, -0.5], [2, 0.25]]
-    assert "c3 h\n(h: x0 of the row before)" in axes.get_title()
-    assert legend(axes) == ["c0", "c1", "c2", "c3"]
+    plain, multistep = (StepTable(**STEPS, h1=h1) for h1 in ([0, 0, 0], [0, -0.5, 0.25]))
+    assert "history" not in plain.plot().axes[1].get_title()
+    following, read = multistep.plot().axes[1:3]
+    assert legend(following) == ["c0", "c1", "c2"] and "+ history" in following.get_title()
+    assert drawn(read) == {"h1": [[0, 0], [1, -0.5], [2, 0.25]]}
 
 
 def test_a_sampler_without_noise_has_no_panel_for_it():
@@ -58,7 +57,7 @@ def test_one_table_by_its_name_is_drawn_as_such():
 HISTORY = {"cu": [0, 0.1, 0], "h1": [0, -0.5, 0.2], "h2": [0, 0, 0.1], "k0": [1, 1, 0], "k2": [0, 0, 3]}
 
 
-def test_the_linear_step_has_panels_for_its_history():
+def test_history_has_panels_of_its_own():
     table = StepTable(**STEPS, **HISTORY)
     figure = table.plot()
     assert [bool(axes.lines) for axes in figure.axes] == [True] * 5 + [False]
@@ -122,7 +121,7 @@ def test_several_tables_have_a_panel_a_column():
         "long": StepTable(**STEPS, s=[0.5, 0.25, 0]),
         "short": StepTable(timestep=[7.5, 0], a=[30, 1], b=[-30, 0], c0=[0.5, 1], c1=[0, 0]),
     }
-    names = ("a", "b", "c0", "c1", "s", "timestep")  # c2 and c3 are 0 in both
+    names = ("a", "b", "c0", "c1", "s", "timestep")  # c2 and h1 are 0 in both
     for against, last in (("step", "timestep"), ("timestep", "step")):
         figure = step_table_figure(tables, against=against)
         assert len(figure.axes) == 6

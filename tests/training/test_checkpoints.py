@@ -26,7 +26,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert all(
         torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype for name, value in STATE.items()
     )
-    assert checkpoints.part(tensors, "a.").keys() == {"x", "y"}
+    assert checkpoints.under(tensors, "a.").keys() == {"x", "y"}
 
 
 def test_tensors_that_share_memory_are_saved_each(tmp_path):

@@ -16,9 +16,7 @@ from ddpm_ext import training
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import TrainOptions, checkpoints
 from ddpm_ext.training.data import DamagedImage, TensorImages
-from ddpm_ext.training.frechet import frechet, moments
-from ddpm_ext.training.score import Scorer, features_by_name, pixels
-from ddpm_ext.training.scores import Scores
+from ddpm_ext.training.score import Scorer, Scores, features_by_name, frechet, moments, pixels
 
 for module in ("safetensors", "matplotlib"):
     pytest.importorskip(module)
@@ -185,7 +183,7 @@ def test_best_model_is_kept(tmp_path):
     for step in found:
         model = Tiny()
         path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
-        averages[step] = checkpoints.part(checkpoints.load(path)[0], "average.")
+        averages[step] = checkpoints.under(checkpoints.load(path)[0], "average.")
         model.load_state_dict(averages[step])
         samples = training.Trained(model.eval(), trainer.settings, (1, 8, 8)).sample(12, sampler="ddim", steps=3)
         assert found[step] == pytest.approx(frechet(moments(means(samples).double()), reference), rel=1e-4)

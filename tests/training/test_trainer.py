@@ -93,8 +93,8 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
 
     found = final(tmp_path / "run")
     tolerance = {"rtol": 1e-4, "atol": 1e-6}
-    assert close(checkpoints.part(found, "model."), model.state_dict(), **tolerance)
-    assert close(checkpoints.part(found, "average."), average.state_dict(), **tolerance)
+    assert close(checkpoints.under(found, "model."), model.state_dict(), **tolerance)
+    assert close(checkpoints.under(found, "average."), average.state_dict(), **tolerance)
     assert close(trainer_run.weights(tmp_path / "run"), average.state_dict(), **tolerance)
     for row, wanted in zip(rows(tmp_path / "run"), expected, strict=True):
         assert row.pop("images_per_second") > 0
@@ -257,7 +257,7 @@ def test_grids_are_samples_of_the_averaged_model(tmp_path):
     make(tmp_path / "none", **options | {"sample_every": 0}).fit()
     assert close(trainer_run.weights(tmp_path / "run"), trainer_run.weights(tmp_path / "none"), rtol=0, atol=0)
     average = Tiny()
-    average.load_state_dict(checkpoints.part(checkpoints.load(_checkpoint(tmp_path / "short", 16))[0], "average."))
+    average.load_state_dict(checkpoints.under(checkpoints.load(_checkpoint(tmp_path / "short", 16))[0], "average."))
     drawn = trainer.diffusion.p_sample_loop(
         average.eval(), (6, 1, 8, 8), sampler="ddim", steps=5, rng=Philox(0), record="last", progress=False
     )

@@ -98,7 +98,7 @@ IMAGE = torch.zeros(1, 8, 8)
         ({"loss": "vlb", "weighting": "snr", "beta_schedule": "cosine"}, ValueError, "weighting is given beside loss"),
         ({"weighting": "min_snr"}, ValueError, "weighting is 'min_snr', but alphas_cumprod ends at 0"),
         ({"sample_every": 1, "sample_steps": 5, "data": torch.zeros(2, 2, 8, 8)}, ValueError, "images have 2 channels"),
-        ({"lr": -1.0}, ValueError, "lr: got -1.0, expected a positive number"),
+        ({"lr": -1.0}, ValueError, "lr: got -1.0, expected a number > 0"),
         ({"colour": "red"}, TypeError, "colour"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ddpm_ext.models.folder import load_model
-from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, record, train
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, run_options, train
 
 for module in ("diffusers", "safetensors", "sklearn", "matplotlib"):
     pytest.importorskip(module)
@@ -212,8 +212,8 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
 
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
     train(TrainOptions(**TINY | {"steps": 1}), tmp_path / "run", report=quiet)
-    began = record.find(tmp_path / "run")[1]
-    record.save(tmp_path / "run", asdict(found), began["about"])
+    began = run_options.find(tmp_path / "run")[1]
+    run_options.save(tmp_path / "run", asdict(found), began["about"])
     taken = []
     monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
     more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
@@ -342,7 +342,7 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
     [
         ({"steps": 0}, "steps: got 0, expected at least 1"),
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a number > 0"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
         ({"betas": (0.9,)}, "betas: got"),
@@ -358,13 +358,13 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
         ({"accumulate": 129}, "accumulate: got 129, expected at most the batch size, 128"),
         ({"clip": -1.0}, "clip: got -1.0, expected a number >= 0"),
         ({"clip": float("inf")}, "clip: got inf"),
-        ({"delta": 0.0}, "delta: got 0.0, expected a positive number"),
+        ({"delta": 0.0}, "delta: got 0.0, expected a number > 0"),
         ({"offset_noise": float("nan")}, "offset_noise: got nan"),
         ({"autocast": "float32"}, "autocast: got float32, expected one of none, bfloat16, float16"),
         ({"loss": "l2"}, "loss: got l2, expected one of mse, l1, huber"),
         ({"variance": "known"}, "variance: got known"),
         ({"weighting": "max_snr"}, "weighting: got max_snr"),
-        ({"logit_std": 0.0}, "logit_std: got 0.0, expected a positive number"),
+        ({"logit_std": 0.0}, "logit_std: got 0.0, expected a number > 0"),
         ({"mode_scale": 1.76}, r"mode_scale: got 1.76, expected in \[-1, 2 / \(pi - 2\)\]"),
         ({"timestep_sampler": "all"}, "timestep_sampler: got all, expected one of uniform, low_discrepancy"),
         ({"workers": -1}, "workers: got -1, expected at least 0"),

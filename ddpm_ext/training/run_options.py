@@ -1,4 +1,4 @@
-"""What a run was started with, in its options.json: so that a resume finds it before the first checkpoint, too."""
+"""What a run was started with, in its options.json, which a resume finds before the first checkpoint, too."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
         raise OSError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
-def find(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, dict[str, Any]]:
+def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> tuple[Path, dict[str, Any]]:
     """What a run is resumed from: its newest checkpoint that can be read, or options.json if it has none.
 
     `report` is called with a line of text for each checkpoint that is damaged.

@@ -1,23 +1,46 @@
-"""Levels between a schedule's timesteps, as sigmas."""
+"""Grids of steps: a schedule's own timesteps, levels between them as sigmas, and the shifted sigmas of flows."""
+
+import math
 
 import pytest
 import torch
 from support.choices import for_many
 
+from ddpm_ext import GaussianDiffusion
+from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, resolution_mu
+from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import (
     ALIGN_YOUR_STEPS,
     SIGMA_GRIDS,
     align_your_steps_grid,
-    beta_sigmas_grid,
     karras_grid,
     linear_quadratic,
     log_snr_grid,
     sgm_uniform_grid,
 )
+from ddpm_ext.tables.spacing import spaced_grid
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
 LOG_SIGMA = (1 / LEVELS - 1).sqrt().log()
+
+
+def test_grid_of_neighbours_has_the_schedules_betas():
+    betas = make_betas("linear", 1000)
+    levels = (1 - betas).cumprod(0)
+    grid = make_grid(levels, [999, 998, 500, 1, 0], betas=betas)
+    assert torch.equal(grid.betas[[0, 3, 4]], betas[[999, 1, 0]])
+    torch.testing.assert_close(grid.betas[[1, 2]], 1 - levels[[998, 500]] / levels[[500, 1]], rtol=1e-15, atol=0)
+    assert torch.equal(grid.alphas_cumprod, torch.cat([levels[[999, 998, 500, 1, 0]], levels.new_ones(1)]))
+    last = make_grid(levels, [1, 0], betas=betas, final=levels[0].item())
+    assert last.betas[-1] == 0  # the last step does not change the level
+
+
+def test_a_part_of_a_grid():
+    """It is the grid of some of the steps, which follow one on another."""
+    grid = make_grid(LEVELS, [4, 2, 1, 0])
+    part = grid[1:3]
+    assert part.timestep.tolist() == [2, 1] and torch.equal(part.alphas_cumprod, grid.alphas_cumprod[1:4])
 
 
 def log_sigma(grid):
@@ -103,18 +126,64 @@ def test_align_your_steps_of_a_video_model_needs_its_noise():
     torch.testing.assert_close((1 / grid.now - 1).sqrt(), torch.tensor(ALIGN_YOUR_STEPS["svd"][:-1:2]).double())
 
 
+# ------------------------------------------------------------------------------------------------------------ flows
+
+
+SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
+
+
+@for_many(50)
+def test_shifts_follow_one_another(choose):
+    """A shift multiplies sigma / (1 - sigma), so that two shifts are their product, and 1 / shift goes back."""
+    one, other = (2.0 ** choose.integer(-6, 6) * choose.integer(1, 9) for _ in range(2))
+    shifted = flow_shift(SIGMA, one)
+    torch.testing.assert_close((shifted / (1 - shifted))[1:], one * (SIGMA / (1 - SIGMA))[1:], rtol=1e-10, atol=0)
+    torch.testing.assert_close(flow_shift(shifted, other), flow_shift(SIGMA, one * other), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(flow_shift(shifted, 1 / one), SIGMA, rtol=1e-10, atol=1e-14)
+
+
+def test_stretched_ends_at_the_terminal():
+    sigma = flow_sigmas(7, mu=0.9)
+    ends = flow_sigmas(7, mu=0.9, terminal=0.1)
+    assert ends[0] == 1
+    assert ends[-1].item() == pytest.approx(0.1, rel=1e-12)
+    torch.testing.assert_close((1 - ends) / (1 - ends[-1]), (1 - sigma) / (1 - sigma[-1]), rtol=1e-12, atol=0)
+
+
+def test_mu_of_a_resolution():
+    """The two points of Flux's line, and one beyond."""
+    assert resolution_mu(256) == 0.5
+    assert resolution_mu(4096) == 1.15
+    assert resolution_mu(7936) == pytest.approx(1.8)
+    torch.testing.assert_close(flow_sigmas(9, mu=resolution_mu(4096)), flow_sigmas(9, shift=math.exp(1.15)))
+
+
+@for_many(50)
+def test_grids(choose):
+    options = {"terminal": choose.one_of([None, 0.1], "terminal"), "mu": choose.one_of([None, -0.5, 1.1], "mu")}
+    options["curve"] = choose.one_of([None, "karras", "exponential", "beta"], "curve")
+    steps = choose.integer(2, 40, "steps")
+    sigma = linear_quadratic(steps) if choose.integer(0, 5) == 0 else flow_sigmas(steps, **options)
+    grid = flow_grid(sigma, timesteps=500)
+    signal, noise = grid.pairs
+    torch.testing.assert_close(noise[:-1], sigma, rtol=1e-12, atol=0)
+    torch.testing.assert_close(signal + noise, torch.ones_like(signal), rtol=1e-12, atol=0)
+    assert noise[-1] == 0
+    torch.testing.assert_close(grid.timestep, 500 * sigma, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 6])
 @pytest.mark.parametrize(
-    "make, error, message",
+    "spacing, sigma",
     [
-        (lambda: karras_grid(LEVELS, 0), ValueError, "steps is 0"),
-        (lambda: karras_grid(LEVELS, 5, rho=0), ValueError, "rho is 0"),
-        (lambda: log_snr_grid(LEVELS.flip(0), 5), ValueError, "does not fall"),
-        (lambda: karras_grid(torch.tensor([0.5, 0.0]), 5), ValueError, "reaches 0 or 1"),
-        (lambda: beta_sigmas_grid(LEVELS, 5, alpha=0), ValueError, "alpha is 0, expected 0 < alpha <= 10"),
-        (lambda: align_your_steps_grid(LEVELS, 5, model="sd3"), ValueError, "model is 'sd3', expected 'sd15' or"),
-        (lambda: align_your_steps_grid(LEVELS, 5, model="svd"), ValueError, "reaches a sigma of 14.61, expected 700"),
+        ("sgm_uniform", lambda steps: torch.linspace(1, 1 / 50, steps + 1, dtype=torch.float64)[:-1]),
+        ("linear_quadratic", linear_quadratic),
     ],
 )
-def test_bad_sigma_grids(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
+def test_spacings_of_a_flow(spacing, sigma, steps):
+    """Their timesteps are those of the schedule that has level t / 50 at timestep t - 1, and lie in between."""
+    process = GaussianDiffusion(50, "flow").process
+    grid = spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)
+    torch.testing.assert_close(grid.pairs[1][:-1], sigma(steps), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grid.pairs[0], 1 - grid.pairs[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(grid.timestep, (50 * sigma(steps) - 1).clamp(min=0), rtol=1e-12, atol=1e-12)
