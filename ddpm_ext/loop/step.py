@@ -188,13 +188,16 @@ class LoopStep:
             inputs["uncond_output"] = u
         if options.denoised_fn is not None:
             guided = {name: inputs[name] for name in ("uncond_output", "guidance", "rescale") if name in inputs}
-            inputs["x_start"] = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
+            x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
+            checks.tensor("what denoised_fn returns", x_start)  # None would count as not given
+            inputs["x_start"] = x_start
             if not call.needs.needs_output:
                 m = None
                 for name in guided:
                     del inputs[name]
         if options.cond_fn is not None:
             inputs["gradient"] = options.cond_fn(x, once, **self._kwargs)
+            checks.tensor("what cond_fn returns", inputs["gradient"])
         call.step.take(x, m, row, index, call.out, **inputs)
 
     def _outputs(self, call: StepCall, t: Tensor, once: Tensor) -> tuple[Any, Any]:

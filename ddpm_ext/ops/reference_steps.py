@@ -54,7 +54,8 @@ def reverse_step(
     if clip is not None:
         x_start = x_start.clamp(*clip)
     # Where c2 is 0, an infinite m must not make a NaN of a result that the clip keeps finite.
-    prev = row.c0 * x_start + row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m)
+    # The terms are added in the order of step_with_options, whose bits these are.
+    prev = row.c0 * x_start + (row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m))
     if add_noise or noise is not None or rng is not None:
         prev = prev + row.s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
     return finish(prev, x_t, out)
