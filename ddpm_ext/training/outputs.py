@@ -19,7 +19,6 @@ from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
 from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.hub import push_to_hub
-from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.log import (
     FINAL_STEPS,
     Log,
@@ -189,7 +188,7 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(model, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
