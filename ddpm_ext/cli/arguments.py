@@ -184,7 +184,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def endings_help(endings: tuple[str, ...]) -> str:
+def endings_help(endings: tuple[str, ...] = FIGURES) -> str:
     return f"ends in {' or '.join(endings)}"
 
 
