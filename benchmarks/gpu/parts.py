@@ -109,8 +109,7 @@ def all_parts(*, dry: bool) -> list[Part]:
         script("speed", 40, "rest"),
         tests("costs", 25, CARD.format("_costs"), CARD.format("_graphs"), CARD.format("")),
         *([] if dry else [counters(15)]),
-        script("speed", 25, "variants"),
-        tests("suite", 35, *suite()),
+        tests("suite", 60, *suite()),
         *([] if dry else [sanitizer("memcheck", 20)]),
         *([] if dry else [sanitizer(check, 8) for check in ("racecheck", "initcheck", "synccheck")]),
     ]

@@ -1,6 +1,6 @@
 """How fast: beside a copy of the bytes that must be moved, beside eager code and beside torch.compile.
 
-    python -m benchmarks.gpu.speed steps|loop|rest|variants [--dry]
+    python -m benchmarks.gpu.speed steps|loop|rest [--dry]
 
 Prints a row of JSON for each operation, way, shape and dtype:
     cold, warm: the device's own time, from a CUDA graph of many launches. Cold, the launches take turns over so many
@@ -20,9 +20,7 @@ import gc
 import json
 import math
 import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +28,6 @@ from torch import Tensor
 
 from benchmarks.gpu.machine import clock
 from benchmarks.gpu.timing import Scale, Timer
-from benchmarks.gpu.variants import variants
 from benchmarks.gpu.ways import (
     GD,
     MOVED,
@@ -171,24 +168,7 @@ def rest(bench: Bench) -> Iterator[Job]:
     yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[2:])
 
 
-def trials(bench: Bench) -> Iterator[Job]:
-    """Of each variant of the step's kernel: whether it gives the operator's bits, and its times."""
-    ways = list(variants(None if bench.device.type == "cpu" else Path(tempfile.mkdtemp())))
-
-    def row(way: Way, shape: Shape, pair: Pair) -> Row:
-        (b,) = bench.batches(1, way, shape, pair)
-        got = way.call(b).clone()
-        if not torch.equal(got, GD.p_sample(lambda *_: b.m, b.x, T, rng=RNG)):
-            raise AssertionError(f"{way.way} gives other bits than p_sample")
-        return bench.row(way, shape, pair)
-
-    for shape in (*bench.shapes[1:2], *bench.shapes[3:], *bench.shapes[:1]):
-        for pair in ((F32, F32), (BF16, BF16)):
-            for way in ways:
-                yield functools.partial(row, way, shape, pair)
-
-
-GROUPS = {"steps": steps, "loop": loop, "rest": rest, "variants": trials}
+GROUPS = {"steps": steps, "loop": loop, "rest": rest}
 
 
 @torch.no_grad()

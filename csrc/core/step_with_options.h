@@ -107,6 +107,9 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
   }
 
   // Stores come last, so that a result may overwrite the tensors that it is computed from.
+  if (io.has(Result::x0_out)) {
+    DDPM_EACH io.template store<Result::x0_out>(i, x0[i]);
+  }
   if (io.has(Result::history_out)) {
     F kept[N];
     // -0 is the sum of nothing: adding a number to it gives that number, also 0 and -0.
@@ -114,9 +117,6 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
     add_values(row.k2, m, kept);
     add_values(row.k0, x0, kept);
     DDPM_EACH io.template store<Result::history_out>(i, kept[i]);
-  }
-  if (io.has(Result::x0_out)) {
-    DDPM_EACH io.template store<Result::x0_out>(i, x0[i]);
   }
   if (io.has(Result::out_copy)) {
     DDPM_EACH io.template store<Result::out_copy>(i, prev[i]);

@@ -179,8 +179,10 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 
     lower: accept float16 and bfloat16 as well where x is float32.
     """
-    tensor(name, y)
-    plain_layout(name, y)
+    if not isinstance(y, Tensor):
+        tensor(name, y)
+    if y.layout is not torch.strided or y.is_nested:
+        plain_layout(name, y)
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(y.shape)}, expected that of {x_name}, {tuple(x.shape)}")
     if y.device != x.device:

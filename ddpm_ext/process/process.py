@@ -185,14 +185,12 @@ class Process:
 
     # ------------------------------------------------------------------------------------------------- tables
 
-    def operator_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the tables that the operators take beside x; the fused ones take float32 alone."""
-        return checks.compute_dtype(x.dtype) if self.backend == "reference" else torch.float32
-
     def table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """The table of that name for an operator with samples x, on x's device."""
-        checks.tensor(x_name, x)
-        return self.tables.get(name, x.device, self.operator_dtype(x))
+        """The table of that name for an operator with samples x, on x's device; the fused ones take float32 alone."""
+        if not isinstance(x, Tensor):
+            checks.tensor(x_name, x)
+        dtype = torch.float32 if self.backend == "fused" else checks.compute_dtype(x.dtype)
+        return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         """The backend's TableStep by the rows of this process; kept for the next call where it is compiled and holds
@@ -235,7 +233,8 @@ class Process:
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
             t = self.tables.timesteps(x.device)[t.clamp(0, self.timesteps - 1)]
-        return unwrap(model(x, t, **kwargs) if kwargs else model(x, t))
+        output = model(x, t, **kwargs) if kwargs else model(x, t)
+        return output if isinstance(output, Tensor) else unwrap(output)
 
     # ---------------------------------------------------------------------------------------- forward process
 

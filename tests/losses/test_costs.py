@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 
 import pytest
 import torch
@@ -342,3 +343,34 @@ def test_nothing_is_read_back(on_fake_gpu, dtype, weighting, noise):
 def test_a_fake_gpu_refuses_to_be_read(on_fake_gpu, read):
     with pytest.raises(RuntimeError):
         on_fake_gpu(lambda x, t, output: read(x))
+
+
+FRAMES = {
+    "default": {},
+    "rng": {"rng": Philox(1)},
+    "noise": {"noise": X},
+    "weighting": {"weighting": "min_snr"},
+    "weights": {"weighting": WEIGHTS},
+    "loss": {"loss": "huber", "delta": 0.5, "reduction": "none"},
+    "bound": {"loss": "vlb"},
+    "one t": {"t": 500},
+}
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("how", FRAMES.values(), ids=FRAMES)
+def test_python_frames(prediction, how):
+    """Python's share of a step is most of what a small one takes."""
+    gd, output = diffusion(prediction=prediction), make_output()
+    frames = []
+
+    def step():
+        gd.train_losses(lambda x_t, t: output, X, **{"t": T} | how)
+
+    step()
+    sys.setprofile(lambda frame, event, _: frames.append(frame.f_code) if event == "call" else None)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    assert len(frames) - 2 <= 25, frames  # but for the model and this step itself

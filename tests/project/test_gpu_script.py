@@ -24,7 +24,6 @@ from benchmarks.gpu import build, logs, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
-from benchmarks.gpu.variants import BEHIND, VARIANTS
 from benchmarks.gpu.ways import ADD, MOVED, NEAR, REST, STEPS, WITH_OPTIONS
 
 WITHOUT_PYTEST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
@@ -261,7 +260,6 @@ def test_every_operation_and_way_is_timed():
     ways = {name: {row["way"] for row in rows if row["operation"] == name} for name in {r["operation"] for r in rows}}
     assert set(ways) == {*MOVED, "a step of a loop", "empty launch"}
     assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
-    assert ways[BEHIND] == {f"ddpm_ext, variant: {name}" for name in VARIANTS} <= ways["p_sample"]
     assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
     assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
     bytes_of = {
@@ -389,7 +387,7 @@ def test_the_order_is_that_of_value():
     names = [chosen.name for chosen in parts.all_parts(dry=False)]
     speeds = ["speed-steps", "speed-loop", "speed-rest"]
     checks = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert names == ["machine", "build", "bits", *speeds, "costs", "counters", "speed-variants", "suite", *checks]
+    assert names == ["machine", "build", "bits", *speeds, "costs", "counters", "suite", *checks]
 
 
 # ------------------------------------------------------------------------------------------------------ a cut-off

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ddpm_ext
 from ddpm_ext import Philox, ops
-from ddpm_ext.ops import fused
+from ddpm_ext.ops.extension import C
 
 # As DType of csrc/call.h numbers them, and then those of which only the bytes matter.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.float64)
@@ -110,7 +110,8 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
             own = drawn(seed, first, stream=2)
         yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **own}, {"out": expected})
         if noise == "drawn" and x.dtype == torch.float32:
-            both = dict(zip(("out", "noise"), fused.forward_process_and_noise(x, affine, t, **options), strict=True))
+            made = C.forward_process_and_noise(x, affine, t, 0, *rng["rng"].arguments(2))
+            both = dict(zip(("out", "noise"), made, strict=True))
             yield Call("affine and its noise", "affine", {"x": x, **rows_of(affine, t), **own}, both)
     if x.dtype == m.dtype:
         expected = ddpm_ext.randn(x.shape, Philox(7, 2**56 - 5, draw=2**32 - 1, stream=255), dtype=x.dtype)

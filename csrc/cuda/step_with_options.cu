@@ -1,7 +1,7 @@
-// The kernels of a step with optional arguments: take_step of core/ for every element. Which tensors a call has is
-// known only when it runs, so the kernels are made from the step's roles (core/options.h) and branch on null pointers,
-// which are the same for all threads. The usual sets of options have kernels of their own (option_sets.cuh).
-#pragma once
+// The step with options: take_step of core/ for every element. Which tensors a call has is known only when it runs, so
+// the kernels branch on null pointers, which are the same for all threads. The usual sets of options have kernels of
+// their own (option_sets.cuh).
+#include "core/step_with_options.h"
 
 #include <type_traits>
 #include <utility>
@@ -10,6 +10,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/normals.cuh"
+#include "cuda/operators.h"
 #include "cuda/option_sets.cuh"
 #include "cuda/sample.cuh"
 
@@ -17,26 +18,19 @@ namespace ddpm_ext::cuda {
 namespace {
 
 // How many elements of a sample a thread takes at once.
-template <Access kAccess, class X>
-constexpr int kStepItems = kAccess == Access::vector && sizeof(X) == 2 ? 8 : 4;
-
-// The blocks that a multiprocessor should hold. By words, a thread holds the noise of two blocks of Philox at once, and
-// 64 registers would spill some.
-template <Access kAccess, class Options>
-constexpr int kStepBlocks = kAccess == Access::words ? 3 : Options::kBlocks;
+template <Access kAccess, class Options, class X>
+constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
 
 // kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
 // issued before the first value is used.
-template <class Step, class Options, class X, class M, int kItems, class Index>
+template <class Options, class X, class M, int kItems, class Index>
 class VectorTensors {
  public:
-  using Role = typename Step::Role;
-  using Result = typename Step::Result;
-
   // Loads nothing if not `inside`.
-  __device__ __forceinline__ VectorTensors(const StepCall<Step>& call, Index b, Index j, bool inside = true)
+  __device__ __forceinline__ VectorTensors(const StepCall& call, Index b, Index j, bool inside = true)
       : call_(call), b_(b), j_(j), inside_(inside) {
-    fetch(std::make_integer_sequence<int, kRoles<Step>>());
+    make_opaque(b_);  // or the compiler would keep where each tensor's sample begins in registers
+    fetch(std::make_integer_sequence<int, kRoles>());
   }
 
   template <class Which>
@@ -50,11 +44,12 @@ class VectorTensors {
   }
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
-    narrow(value, results_[static_cast<int>(kResult)].pairs[first + i]);
+    Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
+    narrow(value, result.pairs[first + i]);
+    if (first + i + 1 < kItems / 2) return;
+    const TensorArg& tensor = call_[kResult];
+    result.store(static_cast<X*>(tensor.data) + offset(tensor));
   }
-
-  // Writes the results.
-  __device__ __forceinline__ void finish() const { put(std::make_integer_sequence<int, kResults<Step>>()); }
 
   int first = 0;  // the first pair of the four elements that load and store mean
 
@@ -62,7 +57,7 @@ class VectorTensors {
   template <Role kRole>
   __device__ __forceinline__ auto& get() const {
     if constexpr (of_model(kRole)) {
-      return of_model_[static_cast<int>(kRole) - kLikeX<Step>];
+      return of_model_[static_cast<int>(kRole) - kLikeX];
     } else {
       return like_x_[static_cast<int>(kRole)];
     }
@@ -78,40 +73,28 @@ class VectorTensors {
   }
   template <Role kRole>
   __device__ __forceinline__ void fetch_one() {
-    if constexpr ((Options::kMay & bit<Step>(kRole)) == 0) return;
+    if constexpr ((Options::kMay & bit(kRole)) == 0) return;
     using T = std::conditional_t<of_model(kRole), M, X>;
     const TensorArg& tensor = call_[kRole];
     const_cast<Vector<T, kItems>&>(get<kRole>())
         .load_if(inside_ && has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
   }
-  template <int... kEach>
-  __device__ __forceinline__ void put(std::integer_sequence<int, kEach...>) const {
-    (put_one<static_cast<Result>(kEach)>(), ...);
-  }
-  template <Result kResult>
-  __device__ __forceinline__ void put_one() const {
-    if (!has(kResult)) return;
-    const TensorArg& tensor = call_[kResult];
-    results_[static_cast<int>(kResult)].store(static_cast<X*>(tensor.data) + offset(tensor));
-  }
 
-  const StepCall<Step>& call_;
-  const Index b_, j_;
+  const StepCall& call_;
+  Index b_;
+  const Index j_;
   const bool inside_;
-  Vector<X, kItems> like_x_[kLikeX<Step>];
-  Vector<M, kItems> of_model_[kRoles<Step> - kLikeX<Step>];
-  Vector<X, kItems> results_[kResults<Step>];
+  Vector<X, kItems> like_x_[kLikeX];
+  Vector<M, kItems> of_model_[kRoles - kLikeX];
+  Vector<X, kItems> results_[kResults] = {};
 };
 
 // One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
 // of a pair whose second is not used.
-template <class Step, class Options, class X, class M, bool kContiguous>
+template <class Options, class X, class M, bool kContiguous>
 class ElementTensors {
  public:
-  using Role = typename Step::Role;
-  using Result = typename Step::Result;
-
-  __device__ __forceinline__ ElementTensors(const StepCall<Step>& call, const Dividers& dividers, int64_t b, int64_t j)
+  __device__ __forceinline__ ElementTensors(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j)
       : call_(call) {
     each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
     if constexpr (!kContiguous) {
@@ -140,39 +123,40 @@ class ElementTensors {
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) {
     DDPM_UNROLL
-    for (int i = 0; i < kRoles<Step>; ++i) visit(call_.inputs[i], inputs_[i]);
+    for (int i = 0; i < kRoles; ++i) visit(call_.inputs[i], inputs_[i]);
     DDPM_UNROLL
-    for (int i = 0; i < kResults<Step>; ++i) visit(call_.results[i], results_[i]);
+    for (int i = 0; i < kResults; ++i) visit(call_.results[i], results_[i]);
   }
 
-  const StepCall<Step>& call_;
-  int64_t inputs_[kRoles<Step>], results_[kResults<Step>];
+  const StepCall& call_;
+  int64_t inputs_[kRoles], results_[kResults];
 };
 
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
-template <Access kAccess, class Step, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
-    with_options(const __grid_constant__ StepCall<Step> call, const __grid_constant__ Dividers dividers,
-                 const int64_t pixels, const int64_t apart) {
+template <Access kAccess, class Options, class X, class M>
+__global__ void __launch_bounds__(kThreads, Options::kBlocks)
+    with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
+                 const int64_t apart) {
   constexpr bool kDense = kAccess != Access::strided;
   using Index = std::conditional_t<kDense, uint32_t, int64_t>;
-  constexpr int kItems = kStepItems<kAccess, X>;
-  using Vectors = VectorTensors<Step, Options, X, M, kItems, Index>;
+  constexpr int kItems = kStepItems<kAccess, Options, X>;
+  using Vectors = VectorTensors<Options, X, M, kItems, Index>;
   const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
   if (b >= static_cast<Index>(call.batch)) return;
 
-  const typename Step::Row row = static_cast<const typename Step::Row*>(call.table)[sample_row(call, b)];
-  StepSample<Step> sample = {call.clip_min, call.clip_max, {}, {}};
-  if constexpr (Options::kSettings) sample.settings = call.settings;
+  const StepRow row = static_cast<const StepRow*>(call.table)[sample_row(call, b)];
+  // A call that can't have the tensor has its variance from the row.
+  const bool learned = (Options::kMay & bit(Role::model_variance)) != 0;
+  StepSample sample = {call.clip_min, call.clip_max, {}, learned ? call.variance : Variance::of_row};
   DDPM_UNROLL
-  for (int i = 0; i < kFactors<Step>; ++i) {
-    const bool may = (Options::kMay & bit<Step>(static_cast<typename Step::Factor>(i))) != 0;
+  for (int i = 0; i < kFactors; ++i) {
+    const bool may = (Options::kMay & bit(static_cast<Factor>(i))) != 0;
     sample.factors[i] = may ? of_sample(call.factors[i], b) : 1.0f;
   }
-  const bool drawn = call.noise_kind == Noise::drawn && Step::draws(row, call);
+  const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
-  const PhiloxSample counter = sample_noise(call, keys, b, Step::draw(row));
+  const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
   // Takes up to four elements, from j on. z is the noise of the four that begin where j + phase is a multiple of 4.
   const auto by_element = [&](Index j, Index end, Index phase, const F2* z) {
 #pragma unroll 1
@@ -180,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
       const Index place = i + phase;
       const F2 half = place & 2 ? z[1] : z[0];
       F2 one[1] = {F2(place & 1 ? half.v.y : half.v.x)};
-      ElementTensors<Step, Options, X, M, kDense> tensors(call, dividers, b, i);
+      ElementTensors<Options, X, M, kDense> tensors(call, dividers, b, i);
       take_step(row, sample, tensors, drawn, one);
     }
   };
@@ -201,7 +185,6 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
         tensors.first = q / 2;
         take_step(row, sample, tensors, drawn, z);
       }
-      tensors.finish();
     }
     // The rest of a sample beyond its whole vectors, which one thread takes.
     for (; j < numel; j += 4) {
@@ -211,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
     }
   } else if constexpr (kAccess == Access::words) {
     // How far behind a word the sample begins. j counts from that word's begin.
-    const TensorArg& out = call[Step::Result::out];
+    const TensorArg& out = call[Result::out];
     const Index place = static_cast<Index>(reinterpret_cast<uintptr_t>(out.data) / sizeof(X));
     const Index phase = (place + static_cast<Index>(sample_start(out.batch_stride, b))) % 4;
 #pragma unroll 1
@@ -223,7 +206,6 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
       if (drawn) draw_normals(keys, counter, e, phase, z);
       if (whole) {
         take_step(row, sample, tensors, drawn, z);
-        tensors.finish();
       } else {
         by_element(j < phase ? 0 : e, end_of_four(e, numel), phase, z);
       }
@@ -238,21 +220,21 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<kAccess, Options>)
   }
 }
 
-template <Access kAccess, class Options, class X, class M, class Step>
-void launch(const StepCall<Step>& call, cudaStream_t stream) {
-  constexpr auto kKernel = with_options<kAccess, Step, Options, X, M>;
+template <Access kAccess, class Options, class X, class M>
+void launch(const StepCall& call, cudaStream_t stream) {
+  constexpr auto kKernel = with_options<kAccess, Options, X, M>;
   const int64_t pixels = call.numel / channels_in_turn(call);
   // A thread that takes the elements of several channels takes no other turns.
   const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
-  constexpr int kItems = kStepItems<kAccess, X>;
+  constexpr int kItems = kStepItems<kAccess, Options, X>;
   const Shape shape = launch_shape(call.batch, pixels, kItems, at_once);
   const int64_t step = int64_t{kItems} * shape.grid.x * shape.block.x;
   launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
 }
 
 // Launches the kernel of a usual set of options, if the call fits that.
-template <class Usual, class X, class M, class Step>
-bool launch_usual(const StepCall<Step>& call, bool vector, bool words, cudaStream_t stream) {
+template <class Usual, class X, class M>
+bool launch_usual(const StepCall& call, bool vector, bool words, cudaStream_t stream) {
   if (!fits<Usual>(call)) return false;
   if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
   if constexpr (Usual::kWords) {
@@ -261,24 +243,25 @@ bool launch_usual(const StepCall<Step>& call, bool vector, bool words, cudaStrea
   return false;
 }
 
-// Launches the kernel of the first of the usual sets of options that the call fits, or that for any.
-template <class... Usual, class Step>
-void step_with_options(const StepCall<Step>& call, int device) {
-  using Role = typename Step::Role;
-  on_device(device, [&](cudaStream_t stream) {
-    by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
-      using X = decltype(x);
-      using M = decltype(m);
-      const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
-      const bool done = (launch_usual<Usual, X, M>(call, vector, words, stream) || ...);
-      if (done) return;
-      if (vector)
-        launch<Access::vector, AnyOptions<Step>, X, M>(call, stream);
-      else
-        launch<Access::strided, AnyOptions<Step>, X, M>(call, stream);
-    });
+// Launches the kernel of the first of these sets of options that the call fits, or that for any.
+template <class... Usual>
+void launch_first(const StepCall& call, cudaStream_t stream) {
+  by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
+    using X = decltype(x);
+    using M = decltype(m);
+    const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
+    if ((launch_usual<Usual, X, M>(call, vector, words, stream) || ...)) return;
+    if (vector) return launch<Access::vector, AnyOptions, X, M>(call, stream);
+    launch<Access::strided, AnyOptions, X, M>(call, stream);
   });
 }
 
 }  // namespace
+
+void step_with_options(const StepCall& call, int device) {
+  on_device(device, [&](cudaStream_t stream) {
+    launch_first<Guided, WithX0, GuidedWithX0, WithHistory, LearnedVariance>(call, stream);
+  });
+}
+
 }  // namespace ddpm_ext::cuda
