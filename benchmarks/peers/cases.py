@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "cases"]
-
 STEPS = 20
 PIXELS, LATENTS = ((1, 3, 32, 32), (64, 3, 32, 32)), ((1, 4, 64, 64), (64, 4, 64, 64))
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

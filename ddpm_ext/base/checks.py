@@ -14,26 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "as_int",
-    "clip_range",
-    "compute_dtype",
-    "device",
-    "finite",
-    "integer",
-    "is_plain",
-    "like",
-    "nonnegative",
-    "one_of",
-    "per_sample",
-    "real",
-    "samples",
-    "shape",
-    "split_t",
-    "tensor",
-]
-
-
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)

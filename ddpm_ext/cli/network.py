@@ -15,8 +15,6 @@ from ddpm_ext.training import load, run_options
 from ddpm_ext.training.import_by_name import import_by_name
 from ddpm_ext.training.load_run import Trained, network_of
 
-__all__ = ["RunModel", "is_run", "load_run_model"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):

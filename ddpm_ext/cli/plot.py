@@ -22,8 +22,6 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.run_options import OPTIONS
 
-__all__ = ["add_parser", "run"]
-
 _PICTURES = (".png",)
 _HISTOGRAMS = 100  # about how many along the loop
 

@@ -16,8 +16,6 @@ from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.cli.settings import as_arrays, settings_of
 from ddpm_ext.plots.style import plural
 
-__all__ = ["add_parser", "run"]
-
 _ENDINGS = (".npz", ".png")
 _EXAMPLES = """examples:
   ddpm-ext sample --num 64 --out digits.png

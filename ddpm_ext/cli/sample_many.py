@@ -19,8 +19,6 @@ from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.settings import as_arrays, settings_of
 from ddpm_ext.plots.style import plural
 
-__all__ = ["add_options", "run"]
-
 
 def add_options(add: Callable[..., argparse.Action]) -> None:
     """Adds the options of the output that belong to --num-images."""

@@ -12,8 +12,6 @@ from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["add_class", "add_model", "add_running", "add_sampling", "add_seed", "add_spacing"]
-
 
 def add_model(group: Any, default: str = "digits") -> None:
     """Adds --model and --network to a group of options."""

@@ -17,8 +17,6 @@ from ddpm_ext.cli.sampling import Prepared
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.version import __version__
 
-__all__ = ["as_arrays", "model_hash", "settings_of"]
-
 
 def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
     """All that determines a sample besides its number."""

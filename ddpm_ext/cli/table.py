@@ -19,8 +19,6 @@ from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["SOURCES", "add_options", "add_parser", "check_options", "run", "table_of"]
-
 CONFIG = "scheduler_config.json"
 SOURCES = (
     f"{', '.join(SAMPLERS)}; a folder of diffusers with a {CONFIG}, or that file; or a .json file that "

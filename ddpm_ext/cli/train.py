@@ -20,8 +20,6 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training import run_options
 from ddpm_ext.training.options import CHANGEABLE, CHOICES, LIMITS
 
-__all__ = ["add_parser", "run"]
-
 _EXAMPLES = """examples:
   ddpm-ext train --out my-digits
   ddpm-ext train --data photos --image-size 32 --flip --widths 64,128,256 --groups 32 --device cuda --out my-run

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["Noted", "end", "noted_signals"]
-
 T = TypeVar("T")
 
 _BEHIND = 1.0  # seconds by which a signal to all processes of a run may reach this one later than a worker

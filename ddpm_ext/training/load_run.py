@@ -30,8 +30,6 @@ from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
 from ddpm_ext.training.run_options import OF_MODEL, SHAPE, settings_by
 
-__all__ = ["Trained", "load", "network_of"]
-
 
 @dataclass(frozen=True)
 class Trained:

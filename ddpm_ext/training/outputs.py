@@ -25,8 +25,6 @@ from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
 
-__all__ = ["BEST", "Outputs", "Result", "check_extras"]
-
 BEST = "best"
 """The folder in that of a run which has the averaged model with the best score."""
 _RESULTS = ("model_index.json", "model.json", "training.json")

@@ -35,8 +35,6 @@ from ddpm_ext.training.score import Features, Scorer, features_by_name
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
 
-__all__ = ["Trainer", "train"]
-
 _INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 
 
