@@ -11,7 +11,7 @@ import pytest
 from support.command_line import ENVIRONMENT, call, not_finite, run, save_tiny
 
 from ddpm_ext import models
-from ddpm_ext.cli.settings import model_hash
+from ddpm_ext.cli.sample import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 from ddpm_ext.models.scheduler import DiffusionSettings
 
