@@ -77,12 +77,12 @@ def _given(line: list[str], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in names and value is not absent}
 
 
-def _add_option(group: Any, name: str, help_text: str, **more: Any) -> None:
-    """Adds a field of TrainOptions to a group of options, with its default, and its limits or its choices.
+def _add_option(standard: training.TrainOptions, group: Any, name: str, help_text: str, **more: Any) -> None:
+    """Adds a field of TrainOptions to a group of options, with the standard default, and its limits or its choices.
 
     more: what argparse is told besides, or instead.
     """
-    default = getattr(training.TrainOptions(), name)
+    default = getattr(standard, name)
     if name in CHOICES:
         more = {"choices": CHOICES[name]} | more
     elif name in LIMITS:
@@ -103,7 +103,8 @@ def _add_option(group: Any, name: str, help_text: str, **more: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
-    add = partial(_add_option, parser.add_argument_group("data"))
+    standard = training.TrainOptions()
+    add = partial(_add_option, standard, parser.add_argument_group("data"))
     data = "scikit-learn's handwritten digits, coloured shapes, or your images"
     add("data", data, metavar="digits|shapes|FOLDER")
     size = "crop images to a square and resize them to N by N, or draw shapes of that size"
@@ -118,7 +119,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("skip_corrupt", "take the next image in place of one that can't be read")
     add("workers", "processes that read images ahead")
 
-    add = partial(_add_option, parser.add_argument_group("training"))
+    add = partial(_add_option, standard, parser.add_argument_group("training"))
     add("steps", "optimizer steps")
     add("batch_size", "images a step, of all ranks")
     add("accumulate", "parts that each rank divides its images into, to save memory; the weights are the same")
@@ -140,7 +141,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("device", arguments.DEVICES_OF_RANKS, default=None, metavar="NAME")
     add("graph", "take each step by a CUDA graph; the weights are the same")
 
-    add = partial(_add_option, parser.add_argument_group("model (diffusers' UNet2DModel)"))
+    add = partial(_add_option, standard, parser.add_argument_group("model (diffusers' UNet2DModel)"))
     add("model_config", "its config.json, in place of the next four options", metavar="FILE")
     add("widths", "channels, one number a level", type=arguments.whole_numbers, metavar="A,B,...")
     add("layers", "residual blocks a level")
@@ -148,13 +149,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("groups", "of the group norm")
     add("dropout", "in residual blocks")
 
-    add = partial(_add_option, parser.add_argument_group("diffusion"))
+    add = partial(_add_option, standard, parser.add_argument_group("diffusion"))
     add("timesteps", "steps of the schedule", type=arguments.steps)
     add("beta_schedule", "how fast the noise grows", choices=tuple(SCHEDULES))
     add("prediction", "what the model predicts", choices=SPACED_PREDICTIONS)
     add("variance", "of a reverse step; a learned one is half of the model's output")
 
-    add = partial(_add_option, parser.add_argument_group("loss"))
+    add = partial(_add_option, standard, parser.add_argument_group("loss"))
     add("loss", "of the prediction's error")
     add("delta", "error up to which huber is quadratic")
     add("weighting", "how much each timestep counts")
@@ -167,7 +168,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("input_perturbation", "strength of further noise on the model's input only")
 
     group = parser.add_argument_group("output")
-    add = partial(_add_option, group)
+    add = partial(_add_option, standard, group)
     group.add_argument(
         "--out", required=True, metavar="FOLDER", help="for the model, checkpoints and losses (required)"
     )

@@ -21,7 +21,7 @@ class _Interrupted(BaseException):
     """A signal came while a batch was awaited."""
 
 
-class Noted:
+class NotedSignal:
     """Which signal has come. number: its number; 0: none."""
 
     def __init__(self) -> None:
@@ -53,13 +53,13 @@ class Noted:
 
 
 @contextmanager
-def noted_signals() -> Iterator[Noted]:
+def noted_signals() -> Iterator[NotedSignal]:
     """Within the block the first Ctrl-C or SIGTERM is noted, and has no other effect.
 
     After it both have their usual effect again, so that a second one ends the run, and until the end of the block the
     death of a child process is ignored. Outside of the main thread, where Python allows no handlers, nothing changes.
     """
-    noted, before = Noted(), dict[signal.Signals, Any]()
+    noted, before = NotedSignal(), dict[signal.Signals, Any]()
 
     def restore() -> None:
         while before:
