@@ -11,8 +11,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import Philox
 
-__all__ = ["CalledTableStep"]
-
 # What take computes beside the step, by the names of its arguments.
 BOUND, SPREAD = ("quantile", "maximum"), ("guidance", "rescale")
 

@@ -28,8 +28,6 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-__all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
-
 KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 

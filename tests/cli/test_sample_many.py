@@ -11,7 +11,7 @@ from support.command_line import call, in_forks, not_finite, save_tiny
 from support.forks import said
 
 from ddpm_ext import models
-from ddpm_ext.cli.settings import model_hash
+from ddpm_ext.cli.sample import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 from ddpm_ext.models.scheduler import DiffusionSettings
 

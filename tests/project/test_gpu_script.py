@@ -246,8 +246,17 @@ def test_every_operation_and_way_is_timed(monkeypatch):
     assert set(ways) == {*MOVED, "a step of a loop", "empty launch"}
     assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
     assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
+    assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
+    bytes_of = {
+        row["operation"]: row["moved_bytes"] // (2 * 3 * 64 * 64)
+        for row in rows
+        if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
+    }
+    step = "step_with_options"
+    assert (bytes_of["p_sample"], bytes_of[f"{step}, unipc"], bytes_of[f"{step}, plms"]) == (12, 24, 28)
+    assert (bytes_of[f"{step}, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
     off_alignment = {row["operation"] for row in rows if row["shape"] == [2, 3, 63, 63]}
-    assert off_alignment == {"p_sample", "linear_step, unipc", *WITH_OPTIONS}
+    assert off_alignment == {"p_sample", f"{step}, unipc", *WITH_OPTIONS}
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
