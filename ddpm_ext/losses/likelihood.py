@@ -110,7 +110,7 @@ def vlb_terms(
         output = divergence()
 
     predicted = split_variance(x_t, model_output)[0] if process.variance_entry.learned else model_output
-    pred_xstart = process.ops.extended_step(
+    pred_xstart = process.ops.step_with_options(
         x_t.detach(), predicted.detach(), process.table("x0", "x_t", x_t), t, clip=clip, add_noise=False
     )
     return VlbTerms(output, pred_xstart)

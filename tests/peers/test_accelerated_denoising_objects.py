@@ -148,7 +148,7 @@ def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
         counts.append(launches(lambda: getattr(fast, loop)(SHAPE)))
     more = counts[1] - counts[0]
     drawn = {"aten::randn_like": 20, "aten::normal_": 20} if noise == "torch" else {}
-    operator = "ddpm_ext::extended_step" if self_condition else "ddpm_ext::reverse_step"
+    operator = "ddpm_ext::step_with_options" if self_condition else "ddpm_ext::reverse_step"
     assert {name: n for name, n in more.items() if name not in VIEWS | EMPTY} == {operator: 20, **drawn}
 
 
@@ -159,11 +159,11 @@ def test_a_step_alone_is_one_launch():
     fast.p_sample(x, 20)
     found = launches(lambda: fast.p_sample(x, 20))
     assert {name for name in found if name not in VIEWS | EMPTY} == {
-        "ddpm_ext::extended_step",
+        "ddpm_ext::step_with_options",
         "aten::full",
         "aten::fill_",
     }
-    assert found["ddpm_ext::extended_step"] == 1
+    assert found["ddpm_ext::step_with_options"] == 1
 
 
 @pytest.mark.parametrize(("objective", "noise"), [("pred_noise", "torch"), ("pred_v", "philox")])

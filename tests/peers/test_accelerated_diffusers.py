@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 from diffusers.utils import torch_utils
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.accelerated_diffusers import compare, launches, make, normal, seeded
+from support.accelerated_diffusers import compare, make, normal, seeded
 from support.accelerated_diffusers_cases import (
     ddim_configs,
     ddim_inverse_configs,
@@ -20,6 +20,7 @@ from support.accelerated_diffusers_cases import (
     in_schedule,
     mixes_halves,
 )
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers import scheduler as sched

@@ -10,10 +10,11 @@ pytest.importorskip("diffusers")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.accelerated_diffusers import Elsewhere, check, equal, exact, launches, normal, seeded
+from support.accelerated_diffusers import Elsewhere, check, equal, exact, normal, seeded
 from support.accelerated_diffusers import make as make_short
 from support.accelerated_diffusers_cases import given_tensors, seeds
 from support.diffusers_classes import TRACED, classes, make, set_timesteps
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers.forward import FORWARD

@@ -10,7 +10,8 @@ from support.warned import user_warnings
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import NAMES, SIGMA, compare, equal, launches, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, equal, make, normal, seeded
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 

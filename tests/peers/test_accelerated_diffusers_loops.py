@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import Elsewhere, launches, loop, make, model, normal, seeded
+from support.accelerated_diffusers import Elsewhere, loop, make, model, normal, seeded
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 

@@ -26,7 +26,6 @@ import diffusers
 from ddpm_ext.integrations import accelerated_class
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.ops.fused import ReverseStep
 from ddpm_ext.tables.trace_run import step_name
 
 CHECKOUT = os.environ.get("DDPM_EXT_DIFFUSERS")
@@ -93,8 +92,7 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        launching = [(RowStepper, "take", fused), (ReverseStep, "take", fused)]
-        for where, name, counter in ((plain, step_name(plain), own), *launching):
+        for where, name, counter in ((plain, step_name(plain), own), (RowStepper, "take", fused)):
             stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         run(case, method, scheduler, cls)
 
@@ -103,7 +101,7 @@ def counting(function, counter, key):
     @functools.wraps(function)
     def counted(*args, **options):
         # tracing runs diffusers' own objects
-        counter[key] += isinstance(args[0], Accelerated | RowStepper | ReverseStep)
+        counter[key] += isinstance(args[0], Accelerated | RowStepper)
         return function(*args, **options)
 
     return counted

@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
-from support.accelerated_diffusers import launches, make, normal, seeded
+from support.accelerated_diffusers import make, normal, seeded
 from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.models.folder import DIGITS

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import NAMES, SIGMA, compare, launches, loop, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, loop, make, normal, seeded
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler

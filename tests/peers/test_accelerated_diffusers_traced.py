@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import launches as counted_launches
 from support.diffusers_classes import (
     ALONE,
     SHAPE,
@@ -24,6 +23,7 @@ from support.diffusers_classes import (
     shape_of,
     step_of,
 )
+from support.launches import launches as counted_launches
 
 from ddpm_ext import accelerate
 from ddpm_ext.integrations import accelerated_class

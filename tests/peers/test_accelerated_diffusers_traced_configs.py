@@ -9,8 +9,9 @@ pytest.importorskip("diffusers")
 
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.accelerated_diffusers import FACTOR, launches
+from support.accelerated_diffusers import FACTOR
 from support.diffusers_classes import TRACED, check, classes, loop, make
+from support.launches import launches
 
 from ddpm_ext import accelerate
 

@@ -6,11 +6,13 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import launches, make, model, normal, seeded
+from support.accelerated_diffusers import make, model, normal, seeded
+from support.launches import launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ext import accelerate, ops
+from ddpm_ext import accelerate
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.row_stepper import RowStepper
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
@@ -47,13 +49,14 @@ def test_one_tensor_for_all_outputs(name, config, holds):
 def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, holds):
     """A step then writes the next sample alone."""
     written = []
-    own = ops.linear_step
+    own = RowStepper.take
 
-    def step(*args, history_out, **options):
-        written.append(history_out is not None)
-        return own(*args, history_out=history_out, **options)
+    def take(self, i, x, m, *args, **options):
+        prev, kept = own(self, i, x, m, *args, **options)
+        written.append(kept is not None and kept is not m)
+        return prev, kept
 
-    monkeypatch.setattr(ops, "linear_step", step)
+    monkeypatch.setattr(RowStepper, "take", take)
     loop(accelerate(make(name, **config)))
     assert any(written) != holds
 
@@ -85,34 +88,33 @@ def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise
 
 
 @pytest.mark.parametrize("name", ["DDIM", "UniPCMultistep"])
-def test_compiled_code_is_compiled_once(name):
+def test_compiled_code_is_compiled_once(name, monkeypatch):
     """Not for each timestep, nor for another number of steps. The compiler breaks its graph at a step, which is the
     same as elsewhere, with one launch."""
-    graphs, counts = [], []
+    graphs, counts, taken, own = [], [], [], RowStepper.take
+    monkeypatch.setattr(RowStepper, "take", lambda *args, **options: taken.append(1) or own(*args, **options))
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
 
-    def run(scheduler, steps, compiled):
+    def run(scheduler, steps, take):
         scheduler.set_timesteps(steps)
         x = normal(0, 2, 3, 4, 5)
-
-        def step(m, t, x):
-            return scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
-
-        take = compiled.setdefault("step", torch.compile(step, backend=backend)) if compiled is not None else step
-        with launches() as called:
-            for t in scheduler.timesteps:
-                x = take(normal(1, 2, 3, 4, 5), t, x)
-        assert len(called) == steps
+        for t in scheduler.timesteps:
+            x = take(normal(1, 2, 3, 4, 5), t, x)
         return x
 
-    ours, compiled = accelerate(make(name)), {}
+    ours, theirs = (accelerate(make(name)) for _ in range(2))
+    plain, compiled = (
+        lambda m, t, x, scheduler=scheduler: scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
+        for scheduler in (theirs, ours)
+    )
+    compiled = torch.compile(compiled, backend=backend)
     for steps in (10, 10, 7):
-        assert torch.equal(run(ours, steps, compiled), run(accelerate(make(name)), steps, None))
+        assert torch.equal(run(ours, steps, compiled), run(theirs, steps, plain))
         counts.append(len(graphs))
-    assert counts[0] == counts[2] <= 3
+    assert 0 < counts[0] == counts[2] <= 3 and len(taken) == 2 * (10 + 10 + 7)
 
 
 def test_compiled_add_noise():
@@ -150,4 +152,4 @@ def test_a_step_launches_nothing_else(name):
             x = scheduler.step(m, t, x, return_dict=False)[0]
         if i:  # the first step looks the loop up
             launched = [name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")]
-            assert launched in (["ddpm_ext::linear_step"], ["ddpm_ext::reverse_step"])
+            assert launched in (["ddpm_ext::step_with_options"], ["ddpm_ext::reverse_step"])

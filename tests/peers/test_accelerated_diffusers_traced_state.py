@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import launches
 from support.diffusers_classes import SHAPE, TRACED, loop, make
+from support.launches import launches
 from support.warned import user_warnings
 
 from ddpm_ext import accelerate

@@ -21,17 +21,6 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = [
-    "FusedRows",
-    "Scheduler",
-    "are_tensors",
-    "clip_of",
-    "imported",
-    "make_rows",
-    "result_dtype",
-    "tensor_contents",
-]
-
 Made = TypeVar("Made")
 OLDEST = (0, 32)
 UNFUSED = -1  # in place of a row
@@ -165,7 +154,7 @@ class Scheduler(Accelerated):
         place: int,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """The operators' arguments for the noise of a step of `sample`.
+        """The arguments of RowStepper.take for the noise of a step of `sample`.
 
         Unless it is made in the launch, it is drawn as diffusers draws it: of the shape of the model's output, `like`,
         and in `dtype`, or else in like's.
@@ -174,7 +163,7 @@ class Scheduler(Accelerated):
             place: where the step lies in a loop, a number that rises along it.
         """
         if not noisy:
-            return {"add_noise": False}
+            return {}
         rng = self.accelerated.rng_of_step(sample.size(0), place)
         if rng is not None:
             return {"rng": rng}

@@ -31,7 +31,6 @@ __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-QUIET = {"add_noise": False}
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop")
 EMPTY = inspect.Parameter.empty
 
@@ -158,15 +157,11 @@ class TracedScheduler(Forward):
         step = trace.steps[i]
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
-        quiet, x0, kept = of_loop.quiet[i], None, None
-        if quiet and repeated is not None and repeated.quiet_step is not None:
-            prev = repeated.quiet_step.take(x, m, None, i)
-        else:
-            tensors = [tensor.to(of_loop.computed) for tensor in tensors]
-            noise = QUIET if quiet else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
-            x0 = empty_like(x) if trace.second else None
-            history = [tensors[draw] for draw in trace.given[i]] or ring
-            prev, kept = rows.stepper.take(i, x, m, history, x0=x0, **noise)
+        tensors = [tensor.to(of_loop.computed) for tensor in tensors]
+        noise = {} if of_loop.quiet[i] else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
+        x0 = empty_like(x) if trace.second else None
+        history = [tensors[draw] for draw in trace.given[i]] or ring
+        prev, kept = rows.stepper.take(i, x, m, history, x0=x0, **noise)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
         is_last = i + 1 == len(rows.timesteps)
@@ -296,14 +291,14 @@ class TracedScheduler(Forward):
         x: Tensor,
         tensors: Sequence[Tensor],
     ) -> dict[str, Any]:
-        """The operators' arguments for the noise of row i, after all that diffusers draws there has been drawn.
+        """The arguments of RowStepper.take for the noise of row i, after all that diffusers draws there has been drawn.
 
         tensors: which the step was given.
         """
         used, place = rows.trace.noise[i], rows.first + i
-        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else QUIET
+        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
         if self.accelerated.noise == "philox":
-            return self._noise(used is not None, m, generator, x, place) if found is QUIET else found
+            return found or self._noise(used is not None, m, generator, x, place)
         for draw, dtype in enumerate(of_loop.draws[i][len(tensors) :], len(tensors)):
             if draw == used:
                 found = self._noise(True, m, generator, x, place, dtype)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
-from ddpm_ext.ops.fused import ReverseStep
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
@@ -63,7 +62,6 @@ class RepeatedCall(NamedTuple):
         shape, device: of output and sample.
         address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
         options: the other arguments, none of them a tensor.
-        quiet_step: takes rows without noise, where they are plain and give no clean sample.
     """
 
     of_loop: LoopDtypes
@@ -73,7 +71,6 @@ class RepeatedCall(NamedTuple):
     address: int
     stride: int
     options: Mapping[str, Any]
-    quiet_step: ReverseStep | None
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -93,9 +90,8 @@ class RepeatedCall(NamedTuple):
             return None
         stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
-        quiet_step = None if loop.rows.trace.second else loop.rows.stepper.quiet_step(x.device)
         dtypes = m.dtype, x.dtype, timestep.dtype
-        return cls(of_loop, dtypes, x.shape, x.device, address, stride, dict(options), quiet_step)
+        return cls(of_loop, dtypes, x.shape, x.device, address, stride, dict(options))
 
     def is_for(self, loop: LoopPosition, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
         """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""

@@ -17,7 +17,7 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.tables.trace import Traced, follow
+from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
 
 
@@ -77,7 +77,7 @@ class TracedRows(NamedTuple):
     """
 
     key: RowsKey
-    trace: Traced
+    trace: TraceResult
     stepper: RowStepper
     timesteps: list[Any]
     stateless: bool
@@ -151,7 +151,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
     stepper = RowStepper(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
-    stateless = not any(kind.keeps for kind in stepper.kinds) and not any(step.stores for step in trace.steps)
+    stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
