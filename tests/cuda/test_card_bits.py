@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
 from ddpm_ext.ops.input_kinds import Kind, names
 from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
+from torch import Tensor
+
+from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 
 CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
+from ddpm_ext.ops.input_kinds import Kind, names
+from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
-from ddpm_ext.ops.input_kinds import Kind, names
-from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
