@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -15,10 +15,9 @@ from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
 from ddpm_ext.loop.results import CapturedLoop, collect
 from ddpm_ext.loop.rows import LoopRowsCache
-from ddpm_ext.losses import likelihood
-from ddpm_ext.losses.likelihood import BitsPerDim, VlbTerms
+from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
-from ddpm_ext.losses.train_losses import LossOptions, train_losses
+from ddpm_ext.losses.train_losses import LossMethods
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process import reverse
 from ddpm_ext.process.process import Process
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["GaussianDiffusion"]
 
 
-class GaussianDiffusion(Process):
+class GaussianDiffusion(LossMethods, LikelihoodMethods):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
@@ -89,66 +88,6 @@ class GaussianDiffusion(Process):
     def process(self) -> Process:
         """Itself: what losses, loops and likelihoods take."""
         return self
-
-    # ----------------------------------------------------------------------------------------------- training
-
-    def train_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        *,
-        rng: Philox | None = None,
-        loss: str = "mse",
-        delta: float = 1.0,
-        weighting: str | Tensor = "simple",
-        vlb_weight: float = 0.001,
-        offset_noise: float = 0.0,
-        input_perturbation: float = 0.0,
-        reduction: str = "mean",
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
-        model's: one makes x_t, the other the loss and its gradient. On a GPU the loss draws the noise again; on a CPU
-        the noise stays in the memory that the gradient is then written to.
-
-        Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
-        mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.
-
-        Args:
-            model: model(x_t, t, **model_kwargs) -> (batch, ...).
-            x_start: (batch, ...), in [-1, 1] by custom.
-            t: int64 (batch,) or int, in [0, timesteps).
-            noise, rng: as in q_sample.
-            loss: "mse", "l1" or "huber"; or the variational bound alone, whose term moves the mean too: "vlb", in bits
-                per dimension, or "rescaled_vlb", `timesteps` times that. The mean of the latter over uniform t is the
-                bound without the prior's term, which no model changes.
-            delta: the difference up to which "huber" is quadratic, above 0.
-            weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.tables.weightings; or weights (timesteps,), which are read anew when torch has
-                written to them (writes by others go unseen).
-            vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
-            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, whatever
-                stream rng has), at least 0. The noise is made as a tensor then.
-            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever stream rng has),
-                relative to that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure
-                bias". It costs one launch more.
-            reduction: "mean" or "sum" of the samples' losses, or "none".
-
-        Returns:
-            A scalar loss, or (batch,), float32 (float64 for float64 samples).
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-
-        Examples:
-            >>> gd = GaussianDiffusion(1000)
-            >>> gd.train_losses(model, images, torch.tensor([0, 9, 500, 999]), loss="l1", reduction="none").shape
-            torch.Size([4])
-        """
-        options = LossOptions(loss, delta, weighting, vlb_weight, offset_noise, input_perturbation, reduction)
-        return train_losses(self, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
 
     # ---------------------------------------------------------------------------------------- reverse process
 
@@ -338,39 +277,3 @@ class GaussianDiffusion(Process):
             5
         """
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
-
-    # --------------------------------------------------------------------------------------------- likelihood
-
-    def vlb_terms(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: int | Tensor,
-        *,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        clip_denoised: bool | Clip = True,
-    ) -> VlbTerms:
-        """The variational bound's terms at t, in bits per dimension: see ddpm_ext.losses.likelihood.vlb_terms."""
-        return likelihood.vlb_terms(self, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
-
-    def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.losses.likelihood.prior_bpd."""
-        return likelihood.prior_bpd(self, x_start)
-
-    def bits_per_dim(
-        self,
-        model: Model,
-        x_start: Tensor,
-        *,
-        rng: Philox | None = None,
-        clip_denoised: bool | Clip = True,
-        progress: bool = False,
-    ) -> BitsPerDim:
-        """The bound of 8-bit images' negative log-likelihood, in bits per dimension, by one call of the model a
-        timestep: see ddpm_ext.losses.likelihood.bits_per_dim.
-
-        Examples:
-            >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
-        """
-        return likelihood.bits_per_dim(self, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress)
