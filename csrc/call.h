@@ -3,11 +3,10 @@
 
 #include <stdint.h>
 
-#include "core/extended.h"
-#include "core/linear.h"
 #include "core/loss.h"
 #include "core/quantile.h"
 #include "core/spread.h"
+#include "core/step_inputs.h"
 
 namespace ddpm_ext {
 
@@ -64,16 +63,11 @@ struct PerSample {
   int64_t stride = 0;
 };
 
-// A call of a step with optional arguments (core/options.h). Rows are Step::Row.
-template <class Step>
+// A call of the step with options. Rows are StepRow.
 struct StepCall : Call {
-  using Role = typename Step::Role;
-  using Result = typename Step::Result;
-  using Factor = typename Step::Factor;
-
-  TensorArg inputs[kRoles<Step>], results[kResults<Step>];
-  PerSample factors[kFactors<Step>];
-  typename Step::Settings settings;
+  TensorArg inputs[kRoles], results[kResults];
+  PerSample factors[kFactors];
+  Variance variance = Variance::of_row;
 
   DDPM_HD const TensorArg& operator[](Role role) const { return inputs[static_cast<int>(role)]; }
   DDPM_HD const TensorArg& operator[](Result result) const { return results[static_cast<int>(result)]; }
@@ -96,7 +90,7 @@ struct LossCall : Call {
   double total_factor = 1;
 };
 
-// A call of x_start_scale. Rows are ExtendedRow; without a table the magnitudes are those of x.
+// A call of x_start_scale. Rows are StepRow; without a table the magnitudes are those of x.
 struct XStartScaleCall : Call {
   TensorArg x, model_output, uncond_output;
   PerSample output_scale;

@@ -4,28 +4,26 @@ from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference import (
     check_reverse_step,
     diffusion_loss,
-    extended_step,
     forward_process,
-    linear_step,
     output_scale,
     posterior_mean,
     predict_start,
     randn,
     reverse_step,
+    step_with_options,
     x_start_scale,
 )
 
 __all__ = [
     "check_reverse_step",
     "diffusion_loss",
-    "extended_step",
     "forward_process",
-    "linear_step",
     "output_scale",
     "philox4x32",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "step_with_options",
     "x_start_scale",
 ]

@@ -39,7 +39,7 @@ def pytest(*arguments: str, dry: bool) -> tuple[str, ...]:
 
 CARD = "tests/cuda/test_card{}.py"
 # Words in the paths of test files: those with the first of these come first, those with a late one last.
-FIRST = ("graphs", "layouts", "special_values", "losses", "sampling", "extended", "loop")
+FIRST = ("graphs", "layouts", "special_values", "losses", "sampling", "with_options", "loop")
 LATE = ("bad_", "arguments", "refus")
 NOT_ON_A_CARD = ("cuda", "peers", "project", "support")  # folders
 DEVICE = re.compile(r"def \w+\([^)]*\b(device|normal|run|make_step_table)\b")  # the fixtures that need a device
@@ -109,8 +109,7 @@ def all_parts(*, dry: bool) -> list[Part]:
         script("speed", 40, "rest"),
         tests("costs", 25, CARD.format("_costs"), CARD.format("_graphs"), CARD.format("")),
         *([] if dry else [counters(15)]),
-        script("speed", 25, "variants"),
-        tests("suite", 35, *suite()),
+        tests("suite", 60, *suite()),
         *([] if dry else [sanitizer("memcheck", 20)]),
         *([] if dry else [sanitizer(check, 8) for check in ("racecheck", "initcheck", "synccheck")]),
     ]

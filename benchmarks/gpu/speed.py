@@ -1,6 +1,6 @@
 """How fast: beside a copy of the bytes that must be moved, beside eager code and beside torch.compile.
 
-    python -m benchmarks.gpu.speed steps|loop|rest|variants [--dry]
+    python -m benchmarks.gpu.speed steps|loop|rest [--dry]
 
 Prints a row of JSON for each operation, way, shape and dtype:
     cold, warm: the device's own time, from a CUDA graph of many launches. Cold, the launches take turns over so many
@@ -20,9 +20,7 @@ import gc
 import json
 import math
 import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +28,8 @@ from torch import Tensor
 
 from benchmarks.gpu.machine import clock
 from benchmarks.gpu.timing import Scale, Timer
-from benchmarks.gpu.variants import variants
 from benchmarks.gpu.ways import (
     GD,
-    LINEAR,
     MOVED,
     NEAR,
     OF_MODEL,
@@ -41,6 +37,7 @@ from benchmarks.gpu.ways import (
     RNG,
     STEPS,
     TRAINING,
+    WITH_HISTORY,
     WITH_OPTIONS,
     Batch,
     Shape,
@@ -157,37 +154,21 @@ def loop(bench: Bench) -> Iterator[Job]:
 def rest(bench: Bench) -> Iterator[Job]:
     both, large, others_too = [(F32, F32), (BF16, BF16)], bench.shapes[:1], [*others(), *compiled(bench.compiler)]
     yield from bench.jobs(STEPS[::2], both, bench.shapes[2:])
-    yield from bench.jobs([*LINEAR, *REST], both, large)
+    yield from bench.jobs([*WITH_HISTORY, *REST], both, large)
     # Of odd sides, so that nearly all samples begin off alignment.
     batch, channels, *sides = large[0]
     usual = [way for way in REST if way.operation in WITH_OPTIONS]
-    yield from bench.jobs([STEPS[0], *LINEAR[:1], *usual], both, [(batch, channels, *(side - 1 for side in sides))])
+    off_alignment = [(batch, channels, *(side - 1 for side in sides))]
+    yield from bench.jobs([STEPS[0], *WITH_HISTORY[:1], *usual], both, off_alignment)
     yield from bench.jobs([TRAINING], [(F32, F32)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.operation != "p_sample"], [(F32, F32)], large)
-    yield from bench.jobs([*LINEAR, *REST], [(F32, F32)], bench.shapes[1:])
+    yield from bench.jobs([*WITH_HISTORY, *REST], [(F32, F32)], bench.shapes[1:])
     yield from bench.jobs(STEPS[1:2], [(F32, F32)], bench.shapes)
     yield from bench.jobs(STEPS[:1], [(F16, F16), (F32, BF16)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[2:])
 
 
-def trials(bench: Bench) -> Iterator[Job]:
-    """Of each variant of the step's kernel: whether it gives the operator's bits, and its times."""
-    ways = list(variants(None if bench.device.type == "cpu" else Path(tempfile.mkdtemp())))
-
-    def row(way: Way, shape: Shape, pair: Pair) -> Row:
-        (b,) = bench.batches(1, way, shape, pair)
-        got = way.call(b).clone()
-        if not torch.equal(got, GD.p_sample(lambda *_: b.m, b.x, T, rng=RNG)):
-            raise AssertionError(f"{way.way} gives other bits than p_sample")
-        return bench.row(way, shape, pair)
-
-    for shape in (*bench.shapes[1:2], *bench.shapes[3:], *bench.shapes[:1]):
-        for pair in ((F32, F32), (BF16, BF16)):
-            for way in ways:
-                yield functools.partial(row, way, shape, pair)
-
-
-GROUPS = {"steps": steps, "loop": loop, "rest": rest, "variants": trials}
+GROUPS = {"steps": steps, "loop": loop, "rest": rest}
 
 
 @torch.no_grad()

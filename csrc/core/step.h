@@ -1,18 +1,28 @@
-// One element of the reverse step: x0 and then the next sample, by one row. The equation stands in the docstring of
-// ddpm_ext's StepTable; names here are its letters.
+// A row of a step table, and one element of the reverse step: x0 and then the next sample. The equation stands in the
+// docstring of ddpm_ext's StepTable; names here are its letters.
 #pragma once
 
 #include "core/scalar.h"
+#include "core/step_row.def"
 
 namespace ddpm_ext {
 
-// A row of a step table as it lies in memory: float32 (rows, 8). The seventh column holds the bits of an integer, and
-// only the extended step reads the last one.
+#define DDPM_ROW_NUMBER(name) float name;
+#define DDPM_ROW_BITS(name) uint32_t name;
+#define DDPM_QUOTED(name) #name,
+
+// A row as it lies in memory: float32 (rows, kRowWidth). The plain step reads its first seven numbers.
 struct alignas(16) StepRow {
-  float a, b, c0, c1, c2, s;
-  uint32_t draw;
-  float c3;
+  DDPM_STEP_ROW(DDPM_ROW_NUMBER, DDPM_ROW_BITS)
+  float unused[3];
 };
+
+constexpr const char* kRowNames[] = {DDPM_STEP_ROW(DDPM_QUOTED, DDPM_QUOTED)};
+constexpr int kRowWidth = sizeof(StepRow) / sizeof(float);
+static_assert(sizeof(kRowNames) / sizeof(kRowNames[0]) + sizeof(StepRow::unused) / sizeof(float) == kRowWidth);
+
+#undef DDPM_ROW_NUMBER
+#undef DDPM_ROW_BITS
 
 // The clean sample before it is clipped.
 template <class F>

@@ -31,20 +31,16 @@ struct Run {
 
 using RunKernel = void (*)(const Run&);
 
-// A run of a step with optional arguments (core/options.h).
-template <class Step>
+// A run of the step with options.
 struct StepRun {
-  void *inputs[kRoles<Step>], *results[kResults<Step>];  // null: the call does not have it
+  void *inputs[kRoles], *results[kResults];  // null: the call does not have it
   int64_t count;
-  const void* row;  // Step::Row
-  StepSample<Step> sample;
+  const void* row;  // StepRow
+  StepSample sample;
   const PhiloxKeys* keys;
   PhiloxSample counter;
   uint32_t block;
 };
-
-template <class Step>
-using StepRunKernel = void (*)(const StepRun<Step>&);
 
 // A run of the loss begins at the first element of a chunk.
 struct LossRun {
@@ -64,7 +60,7 @@ struct LossRun {
 struct MagnitudesRun {
   void *x, *model_output, *uncond_output;  // null: the call does not have it
   int64_t count;
-  const ExtendedRow* row;
+  const StepRow* row;
   float output_scale;
   float *sample_magnitudes, *magnitudes;  // where those of the sample begin, and those of the run
 };
@@ -95,8 +91,7 @@ struct Kernels {
   RunKernel affine[3][3][3];
   RunKernel randn[3];  // by the dtype of out
   // By whether noise is drawn, then by the dtypes as for reverse_step.
-  StepRunKernel<ExtendedStep> extended_step[2][3][3];
-  StepRunKernel<LinearStep> linear_step[2][3][3];
+  void (*step_with_options[2][3][3])(const StepRun&);
   // By Noise (none if the noise has no weight), by the dtype of x_start and noise, by the dtype of the model's output.
   LossRunKernel loss[3][3][3], variational_loss[3][3][3];
   // By the dtype of x, by the dtype of the model's output.

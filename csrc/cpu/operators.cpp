@@ -1,5 +1,6 @@
 #include "cpu/operators.h"
 
+#include "core/step_with_options.h"
 #include "cpu/runs.h"
 #include "cpu/strands.h"
 
@@ -23,29 +24,23 @@ void reverse_step(const ElementwiseCall& call) {
   for_each_sample<StepRow, Run>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, clip);
 }
 
-namespace {
-
-template <class Step>
-void step_with_options(const StepCall<Step>& call, const StepRunKernel<Step> (&table)[2][3][3]) {
-  using Role = typename Step::Role;
-  using Row = typename Step::Row;
+void step_with_options(const StepCall& call) {
+  const auto& table = kernels().step_with_options;
   const int x = index(call[Role::x_t].dtype), m = index(call[Role::model_output].dtype);
-  auto choose = [&](const Row* row) { return table[call.noise_kind == Noise::drawn && Step::draws(*row, call)][x][m]; };
-  auto fill = [&](StepRun<Step>& run, int64_t b) {
+  const bool masked = call[Role::mask].data != nullptr;
+  auto choose = [&](const StepRow* row) {
+    return table[call.noise_kind == Noise::drawn && draws_noise(*row, masked)][x][m];
+  };
+  auto fill = [&](StepRun& run, int64_t b) {
     run.sample.clip_min = call.clip_min, run.sample.clip_max = call.clip_max;
-    for (int i = 0; i < kFactors<Step>; ++i) {
+    for (int i = 0; i < kFactors; ++i) {
       const PerSample& values = call.factors[i];
       run.sample.factors[i] = values.data == nullptr ? 1.0f : values.data[b * values.stride];
     }
-    run.sample.settings = call.settings;
+    run.sample.variance = call.variance;
   };
-  for_each_sample<Row, StepRun<Step>>(call, choose, [](const Row* row, int64_t) { return Step::draw(*row); }, fill);
+  for_each_sample<StepRow, StepRun>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, fill);
 }
-
-}  // namespace
-
-void extended_step(const StepCall<ExtendedStep>& call) { step_with_options(call, kernels().extended_step); }
-void linear_step(const StepCall<LinearStep>& call) { step_with_options(call, kernels().linear_step); }
 
 void affine(const ElementwiseCall& call) {
   const int x = index(call.x.dtype), z = call.noise_kind == Noise::given ? index(call.noise.dtype) : x;

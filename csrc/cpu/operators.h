@@ -6,8 +6,7 @@
 namespace ddpm_ext::cpu {
 
 void reverse_step(const ElementwiseCall& call);
-void extended_step(const StepCall<ExtendedStep>& call);
-void linear_step(const StepCall<LinearStep>& call);
+void step_with_options(const StepCall& call);
 void affine(const ElementwiseCall& call);
 void loss(const LossCall& call);
 void output_scale(const OutputScaleCall& call);

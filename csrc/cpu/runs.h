@@ -32,11 +32,10 @@ inline std::array<Part, 4> parts_of(const ElementwiseCall& call, Run& run) {
            {&call.out, &run.out, true}}};
 }
 
-template <class Step>
-std::array<Part, kRoles<Step> + kResults<Step>> parts_of(const StepCall<Step>& call, StepRun<Step>& run) {
-  std::array<Part, kRoles<Step> + kResults<Step>> parts;
-  for (int i = 0; i < kRoles<Step>; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
-  for (int i = 0; i < kResults<Step>; ++i) parts[kRoles<Step> + i] = {&call.results[i], &run.results[i], true};
+inline std::array<Part, kRoles + kResults> parts_of(const StepCall& call, StepRun& run) {
+  std::array<Part, kRoles + kResults> parts;
+  for (int i = 0; i < kRoles; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
+  for (int i = 0; i < kResults; ++i) parts[kRoles + i] = {&call.results[i], &run.results[i], true};
   return parts;
 }
 

@@ -27,7 +27,7 @@ void fill_magnitudes(const XStartScaleCall& call, int64_t b, int64_t first, int6
                      int32_t* maxima) {
   const auto kernel = kernels().magnitudes[static_cast<int>(call.x.dtype)][static_cast<int>(call.model_output.dtype)];
   MagnitudesRun run{};
-  if (call.table != nullptr) run.row = static_cast<const ExtendedRow*>(call.table) + timestep(call, b);
+  if (call.table != nullptr) run.row = static_cast<const StepRow*>(call.table) + timestep(call, b);
   run.output_scale = call.output_scale.data == nullptr ? 1.0f : call.output_scale.data[b * call.output_scale.stride];
   run.sample_magnitudes = magnitudes;
   constexpr int64_t kStretch = 4 * kTile;  // what a core's first cache holds until its maxima are found

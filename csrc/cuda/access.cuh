@@ -10,7 +10,7 @@ namespace ddpm_ext::cuda {
 
 // How a kernel reaches memory. `vector` moves 128 bits at a time and counts a sample's elements with 32 bits. `strided`
 // moves one element at a time, by any strides, and counts with 64 bits. `words` moves four elements at a time of dense
-// samples that begin anywhere between two words, and their ends one by one: some kernels of steps_with_options.cuh do.
+// samples that begin anywhere between two words, and their ends one by one: some kernels of step_with_options.cu do.
 enum class Access { vector, strided, words };
 
 // How a kernel that goes over vectors or strides counts a sample's elements, and samples.
@@ -41,8 +41,7 @@ inline Access choose_access(const ElementwiseCall& call) {
   return choose_access(call, {&call.x, &call.model_output, &call.noise, &call.out});
 }
 
-template <class Step>
-Access choose_access(const StepCall<Step>& call) {
+inline Access choose_access(const StepCall& call) {
   bool vector = in_vectors(call);
   for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
   for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
@@ -52,10 +51,9 @@ Access choose_access(const StepCall<Step>& call) {
 
 // Whether a call allows Access::words: dense samples that begin at the same place between two words of four elements in
 // all of their tensors.
-template <class Step>
-bool in_words(const StepCall<Step>& call) {
+inline bool in_words(const StepCall& call) {
   constexpr int64_t k32 = int64_t{1} << 32;
-  const TensorArg& out = call[Step::Result::out];
+  const TensorArg& out = call[Result::out];
   const auto place = [](const TensorArg& tensor) {
     return reinterpret_cast<uintptr_t>(tensor.data) / (tensor.dtype == DType::float32 ? 4 : 2);
   };

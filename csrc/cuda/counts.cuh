@@ -1,4 +1,5 @@
-// Counts by which a launch's blocks learn which of them is the last.
+// The counters of a launch whose blocks add up together. Each block that has finished its part adds one, so the block
+// that brings the count to the number of blocks knows that it is the last: see comes_last in sums.cuh.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
@@ -13,13 +14,15 @@
 
 namespace ddpm_ext::cuda {
 
-// Zeros on a device for one launch on its current stream, which leaves them as zeros. A stream's launches come one
-// after the other, so they share a buffer and only the first one clears it. A launch that is captured has zeros of its
-// own, since graphs may run side by side.
+// `count` counters on a device for one launch on `stream`. They are zeros when the launch begins, and its blocks set
+// them back to zero, so that the next launch can use them as they are.
 //
-// Buffers stay until the process ends, also those that were outgrown, since another thread may be about to launch with
-// one. So they are no memory of torch's allocator: before torch.compile captures a graph, that draws from the graph's
-// pool, whose memory is given to others later.
+// The launches of a stream run one after the other, so they share one buffer. A launch that is captured in a CUDA graph
+// gets memory of its own, which the graph clears at each replay: several graphs may run at the same time.
+//
+// A shared buffer is never freed, even after a larger one has taken its place, since another thread may have read its
+// address and not yet launched. It is allocated by cudaMalloc and not by torch's allocator: while torch.compile warms
+// up for a capture, torch's allocator takes memory from the graph's pool, which other tensors use later.
 class Counts {
  public:
   Counts(int64_t count, int device, cudaStream_t stream) {
@@ -33,7 +36,8 @@ class Counts {
       int64_t count = 0;
     };
     static std::mutex mutex;
-    static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;  // it may outlive CUDA
+    // Never destroyed: at the end of the process CUDA may be gone before static objects are.
+    static auto& buffers = *new std::map<std::pair<int, cudaStream_t>, Buffer>;
     const std::lock_guard<std::mutex> lock(mutex);
     Buffer& buffer = buffers[{device, stream}];
     if (buffer.count < count) {
@@ -54,9 +58,11 @@ class Counts {
 
   static size_t bytes_of(int64_t count) { return static_cast<size_t>(count) * sizeof(uint32_t); }
 
-  // Memory on the current device. If there is none, torch's allocator gives back what it holds unused.
+  // Allocates on the current device. If there is not enough memory, torch's allocator frees the blocks that it holds
+  // for later, and the allocation is tried again.
   static void* allocate(int64_t count) {
-    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);  // others may be capturing
+    // In any other mode cudaMalloc fails while another thread captures a graph.
+    const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
     void* data = nullptr;
     if (cudaMalloc(&data, bytes_of(count)) == cudaSuccess) return data;
     cudaGetLastError();  // clears the error

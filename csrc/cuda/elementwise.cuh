@@ -3,8 +3,6 @@
 // threads are neighbours, so that an access of a warp is one stretch of memory. Grid and block are (elements, samples).
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/access.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
@@ -20,26 +18,6 @@ namespace ddpm_ext::cuda {
 //   draw(row, t)              the draw to use if the caller gave none
 //   mean(row, call, x, m)     its result without noise
 //   noisy(row, mean, x, z)    its result with noise
-// and, where it is a variant on trial, any of these:
-//   Call                      an ElementwiseCall with a `row` that all samples have, in place of those of the table
-//   kBlocks                   how many blocks a multiprocessor should hold
-//   kAhead                    that the launch may begin before the one before it has ended, and draws the noise of its
-//                             first turn, by what it is passed alone, before it waits for that
-template <class Op>
-struct CallOf {
-  using Type = ElementwiseCall;
-};
-template <class Op>
-  requires requires { typename Op::Call; }
-struct CallOf<Op> {
-  using Type = typename Op::Call;
-};
-template <class Op, int kDefault>
-struct BlocksOf : std::integral_constant<int, kDefault> {};
-template <class Op, int kDefault>
-  requires requires { Op::kBlocks; }
-struct BlocksOf<Op, kDefault> : std::integral_constant<int, Op::kBlocks> {};
-
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 class Elementwise {
  public:
@@ -54,12 +32,10 @@ class Elementwise {
   static constexpr int kItems = kParts * kRun;
   // The blocks that a multiprocessor should hold: 64 registers a thread, or 80 with the ten keys or with places in
   // registers as well.
-  static constexpr int kUsualBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
-  static constexpr int kBlocks = BlocksOf<Op, kUsualBlocks>::value;
-  using Call = typename CallOf<Op>::Type;
-  static constexpr bool kAhead = requires { Op::kAhead; };
+  static constexpr int kBlocks = kAccess == Access::strided || kDeviceSeed ? 3 : 4;
 
-  __device__ __forceinline__ Elementwise(const Call& call, const Dividers& dividers, const PhiloxKeys& keys, Index b)
+  __device__ __forceinline__ Elementwise(const ElementwiseCall& call, const Dividers& dividers, const PhiloxKeys& keys,
+                                         Index b)
       : call_(call),
         dividers_(dividers),
         keys_(keys),
@@ -77,15 +53,9 @@ class Elementwise {
       x_ = in_register(x_), m_ = in_register(m_), noise_ = in_register(noise_), out_ = in_register(out_);
       const Index whole = static_cast<Index>(call_.numel) / kRun * kRun;
       Inputs inputs;
-      Normals ahead = {};
-      if constexpr (kAhead) {
-        read_row();
-        if (noisy()) draw(ahead, first);
-        wait_for_launch_before();
-      }
       load(inputs, first, whole);  // before the row, which takes two loads one after the other
-      if constexpr (!kAhead) read_row();
-      vectors(inputs, ahead, first, step, whole);
+      read_row();
+      vectors(inputs, first, step, whole);
     } else {
       read_row();
       const int phase = call_.contiguous ? this->phase() : -1;
@@ -105,20 +75,12 @@ class Elementwise {
     Vector<Z, kRun> noise[kParts];
   };
 
-  using Normals = F2[kParts][kRun / 2];
-
   // Finds everything that the sample's elements share.
   __device__ __forceinline__ void read_row() {
     const int64_t t = sample_row(call_, b_);
-    if constexpr (!std::is_same_v<Call, ElementwiseCall>)
-      row_ = call_.row;
-    else if constexpr (!Op::kRowless)
-      row_ = static_cast<const Row*>(call_.table)[t];
+    if constexpr (!Op::kRowless) row_ = static_cast<const Row*>(call_.table)[t];
     if constexpr (kNoise == Noise::drawn) {
-      if constexpr (kAhead)  // by nothing that is in memory
-        counter_ = philox_sample(keys_, sample_counter(call_.first_id + b_, call_.stream, Op::draw(row_, t)));
-      else
-        counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
+      counter_ = sample_noise(call_, keys_, b_, Op::draw(row_, t));
       // or the compiler would compute them behind the branch around the noise, in every turn
       make_opaque(counter_.c3_key), make_opaque(counter_.c0_high);
       make_opaque(counter_.c1_key), make_opaque(counter_.c3);
@@ -145,19 +107,10 @@ class Elementwise {
     }
   }
 
-  // Draws the noise of a turn.
-  __device__ __forceinline__ void draw(Normals& z, Index j) const {
-    DDPM_UNROLL
-    for (int p = 0; p < kParts; ++p) {
-      DDPM_UNROLL
-      for (int i = 0; i < kRun / 2; i += 2) draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
-    }
-  }
-
   // Processes the runs at j and so on in steps of `step`, of which `inputs` has the first. As soon as a turn has used
   // its inputs it loads those of the next one, which are then under way while it draws its noise. Without the branch
   // around the noise, the compiler would move loads behind it, to where their values are used.
-  __device__ __forceinline__ void vectors(Inputs& inputs, Normals& ahead, Index j, Index step, Index whole) const {
+  __device__ __forceinline__ void vectors(Inputs& inputs, Index j, Index step, Index whole) const {
     const bool noisy = this->noisy();
     if (j < whole) {
 #pragma unroll 1
@@ -180,9 +133,7 @@ class Elementwise {
           for (int p = 0; p < kParts; ++p) {
             DDPM_UNROLL
             for (int i = 0; i < kRun / 2; ++i) {
-              if (kAhead)
-                z[p][i] = ahead[p][i];
-              else if (kNoise == Noise::drawn && i % 2 == 0)
+              if (kNoise == Noise::drawn && i % 2 == 0)
                 draw_normals(keys_, counter_, j + p * apart() + 2 * i, z[p] + i);
               out[p][i] = Op::noisy(row_, out[p][i], x[p][i], z[p][i]);
             }
@@ -196,9 +147,6 @@ class Elementwise {
           if (p == 0 || j + p * apart() < whole) stored.store(out_ + j + p * apart());
         }
         j += step;
-        if constexpr (kAhead) {
-          if (noisy && j < whole) draw(ahead, j);
-        }
       } while (j < whole);
     }
     // The rest of a sample beyond its whole runs, for the thread whose next run it would be.
@@ -289,7 +237,7 @@ class Elementwise {
     out_[o.out] = from_float<X>(out);
   }
 
-  const Call& call_;
+  const ElementwiseCall& call_;
   const Dividers& dividers_;
   const PhiloxKeys& keys_;
   const Index b_;
@@ -303,7 +251,7 @@ class Elementwise {
 
 template <class Op, Noise kNoise, bool kDeviceSeed, Access kAccess, class X, class M, class Z>
 __global__ void __launch_bounds__(kThreads, Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>::kBlocks)
-    elementwise(const __grid_constant__ typename CallOf<Op>::Type call, const __grid_constant__ Dividers dividers,
+    elementwise(const __grid_constant__ ElementwiseCall call, const __grid_constant__ Dividers dividers,
                 const __grid_constant__ PhiloxKeys host_keys) {
   using Body = Elementwise<Op, kNoise, kDeviceSeed, kAccess, X, M, Z>;
   using Index = typename Body::Index;

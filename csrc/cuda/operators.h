@@ -6,8 +6,7 @@
 namespace ddpm_ext::cuda {
 
 void reverse_step(const ElementwiseCall& call, int device);
-void extended_step(const StepCall<ExtendedStep>& call, int device);
-void linear_step(const StepCall<LinearStep>& call, int device);
+void step_with_options(const StepCall& call, int device);
 void affine(const ElementwiseCall& call, int device);
 void loss(const LossCall& call, int device);
 void output_scale(const OutputScaleCall& call, int device);

@@ -1,5 +1,5 @@
-// Which options a kernel is made for. One that knows which tensors its calls do not have takes fewer registers and
-// instructions than the one for all of them.
+// Which options a kernel of the step with options is made for. One that knows which tensors its calls do not have takes
+// fewer registers and instructions than the one for all of them.
 #pragma once
 
 #include <cstdint>
@@ -9,51 +9,87 @@
 namespace ddpm_ext::cuda {
 
 // The bit of a tensor or a factor in a set of them: inputs, then results, then factors.
-template <class Step>
-DDPM_HD constexpr uint32_t bit(typename Step::Role role) {
-  return 1u << static_cast<int>(role);
-}
-template <class Step>
-DDPM_HD constexpr uint32_t bit(typename Step::Result result) {
-  return 1u << (kRoles<Step> + static_cast<int>(result));
-}
-template <class Step>
-DDPM_HD constexpr uint32_t bit(typename Step::Factor factor) {
-  return 1u << (kRoles<Step> + kResults<Step> + static_cast<int>(factor));
-}
-template <class Step, class... Each>
+DDPM_HD constexpr uint32_t bit(Role role) { return 1u << static_cast<int>(role); }
+DDPM_HD constexpr uint32_t bit(Result result) { return 1u << (kRoles + static_cast<int>(result)); }
+DDPM_HD constexpr uint32_t bit(Factor factor) { return 1u << (kRoles + kResults + static_cast<int>(factor)); }
+
+template <class... Each>
 constexpr uint32_t set_of(Each... each) {
-  static_assert(kRoles<Step> + kResults<Step> + kFactors<Step> <= 32);
-  return (bit<Step>(each) | ...);
+  static_assert(kRoles + kResults + kFactors <= 32);
+  return (bit(each) | ...);
 }
+
+constexpr uint32_t kAlways = set_of(Role::x_t, Role::model_output, Result::out);
 
 // The options of the kernels that take any. Others derive from it, with sets of their own: all that a call must have,
 // and all that it may have.
-template <class Step>
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
-  static constexpr int kBlocks = 2;        // that a multiprocessor should hold, by their registers
-  static constexpr bool kWords = false;    // whether there is a kernel of Access::words
-  static constexpr bool kSettings = true;  // whether the call's settings are read; if not, they are the default
+  static constexpr int kBlocks = 2;      // that a multiprocessor should hold, by their registers
+  static constexpr bool kEight = false;  // whether a thread takes eight elements of 16 bits at once, or four
+  static constexpr bool kWords = false;  // whether there is a kernel of Access::words
+};
+
+// Classifier-free guidance. A loop that calls its model once for both halves has the copy.
+struct Guided : AnyOptions {
+  static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
+  static constexpr uint32_t kMay = kMust | set_of(Result::out_copy, Factor::output_scale);
+  static constexpr int kBlocks = 4;
+  static constexpr bool kEight = true;
+  static constexpr bool kWords = true;
+};
+
+// The predicted clean sample as a result or as what the step keeps, and what the step before kept.
+struct WithX0 : AnyOptions {
+  static constexpr uint32_t kMust = kAlways;
+  static constexpr uint32_t kMay = kMust | set_of(Role::history1, Result::x0_out, Result::history_out);
+  static constexpr int kBlocks = 4;
+  static constexpr bool kEight = true;
+};
+
+// Both, and the predicted clean sample off alignment.
+struct GuidedWithX0 : AnyOptions {
+  static constexpr uint32_t kMust = kAlways;
+  static constexpr uint32_t kMay = Guided::kMay | WithX0::kMay;
+  static constexpr int kBlocks = 4;
+  static constexpr bool kWords = true;
+};
+
+// What a loop without guidance has: the model's output, and history.
+struct WithHistory : AnyOptions {
+  static constexpr uint32_t kMust = kAlways;
+  static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
+  static constexpr int kBlocks = 3;
+  static constexpr bool kEight = true;
+  static constexpr bool kWords = true;
+};
+
+// A variance that the model returns. It is behind the output, so samples off alignment begin elsewhere in both halves
+// than the others, and words would not serve.
+struct LearnedVariance : AnyOptions {
+  static constexpr uint32_t kMust = kAlways | set_of(Role::model_variance);
+  static constexpr uint32_t kMay = kMust | set_of(Role::noise, Result::x0_out);
+  static constexpr int kBlocks = 4;
+  static constexpr bool kEight = true;
 };
 
 // Whether a call has a tensor. Where its kernel's options know, nothing is asked.
-template <class Options, class Step, class Which>
-DDPM_HD bool has(const StepCall<Step>& call, Which which) {
-  if ((Options::kMust & bit<Step>(which)) != 0) return true;
-  return (Options::kMay & bit<Step>(which)) != 0 && call[which].data != nullptr;
+template <class Options, class Which>
+DDPM_HD bool has(const StepCall& call, Which which) {
+  if ((Options::kMust & bit(which)) != 0) return true;
+  return (Options::kMay & bit(which)) != 0 && call[which].data != nullptr;
 }
 
 // Whether a kernel with these options can take a call.
-template <class Options, class Step>
-bool fits(const StepCall<Step>& call) {
+template <class Options>
+bool fits(const StepCall& call) {
   uint32_t given = 0;
-  for (int i = 0; i < kRoles<Step>; ++i)
-    if (call.inputs[i].data != nullptr) given |= bit<Step>(static_cast<typename Step::Role>(i));
-  for (int i = 0; i < kResults<Step>; ++i)
-    if (call.results[i].data != nullptr) given |= bit<Step>(static_cast<typename Step::Result>(i));
-  for (int i = 0; i < kFactors<Step>; ++i)
-    if (call.factors[i].data != nullptr) given |= bit<Step>(static_cast<typename Step::Factor>(i));
+  for (int i = 0; i < kRoles; ++i)
+    if (call.inputs[i].data != nullptr) given |= bit(static_cast<Role>(i));
+  for (int i = 0; i < kResults; ++i)
+    if (call.results[i].data != nullptr) given |= bit(static_cast<Result>(i));
+  for (int i = 0; i < kFactors; ++i)
+    if (call.factors[i].data != nullptr) given |= bit(static_cast<Factor>(i));
   return (Options::kMust & ~given) == 0 && (given & ~Options::kMay) == 0;
 }
 

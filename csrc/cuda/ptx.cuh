@@ -64,15 +64,6 @@ __device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uin
                : "memory");
 }
 
-// Waits until the launch before has ended and all that it wrote is seen, if this one was let begin before that; and
-// lets the one behind begin.
-__device__ __forceinline__ void wait_for_launch_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // Changes nothing, which the compiler does not know. So the value is computed before, and its uses come after.
 __device__ __forceinline__ void make_opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
 

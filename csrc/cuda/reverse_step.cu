@@ -1,8 +1,30 @@
-#include "cuda/reverse_step.cuh"
+// The reverse step: core/step.h for every element.
+#include "core/step.h"
 
+#include "cuda/elementwise.cuh"
 #include "cuda/operators.h"
 
 namespace ddpm_ext::cuda {
+namespace {
+
+struct ReverseStep {
+  using Row = StepRow;
+  static constexpr bool kX = true, kSecond = true, kRowless = false, kDraws = false;
+
+  static __device__ __forceinline__ bool draws(const Row& row) { return row.s != 0.0f; }
+  static __device__ __forceinline__ uint32_t draw(const Row& row, int64_t) { return row.draw; }
+
+  template <class F>
+  static __device__ __forceinline__ F mean(const Row& row, const ElementwiseCall& call, F x, F m) {
+    return step_mean(row, x, m, call.clip_min, call.clip_max);
+  }
+  template <class F>
+  static __device__ __forceinline__ F noisy(const Row& row, F mean, F, F z) {
+    return add_noise(row, mean, z);
+  }
+};
+
+}  // namespace
 
 void reverse_step(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {

@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads)
   if (b >= static_cast<Index>(call.batch)) return;
   clear(bins);
 
-  ExtendedRow row{};
+  StepRow row{};
   const bool predicts = call.table != nullptr;
-  if (predicts) row = static_cast<const ExtendedRow*>(call.table)[sample_row(call, b)];
+  if (predicts) row = static_cast<const StepRow*>(call.table)[sample_row(call, b)];
   const bool guided = call.uncond_output.data != nullptr && row.w != 1.0f;
   const F2 scale(of_sample(call.output_scale, b));
   uint32_t* const magnitudes = reinterpret_cast<uint32_t*>(call.scratch) + b * scratch_stride(call.numel);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
       DDPM_UNROLL
       for (int i = 0; i < 2; ++i) {
         if (guided) m[i] = guide(row.w, m[i], u[i]);
-        x[i] = unclipped_x_start(row.step.a, row.step.b, x[i], m[i] * scale);
+        x[i] = unclipped_x_start(row.a, row.b, x[i], m[i] * scale);
       }
     }
     uint32_t bits[4] = {ddpm_ext::float_to_bits(x[0].v.x), ddpm_ext::float_to_bits(x[0].v.y),

@@ -10,15 +10,16 @@
 #include <initializer_list>
 
 #include "core/philox.h"
+#include "core/step.h"
 #include "cpu/operators.h"
 #include "ops/block_pool.h"
 #include "ops/checks.h"
 #include "ops/direct_call.h"
-#include "ops/eager_reverse_step.h"
+#include "ops/eager_steps.h"
 #include "ops/fastcall.h"
 #include "ops/library.h"
 #include "ops/result_memory.h"
-#include "ops/reverse_step_class.h"
+#include "ops/table_step.h"
 
 namespace py = pybind11;
 namespace library = ddpm_ext::library;
@@ -30,24 +31,10 @@ using ddpm_ext::refuse_grad;
 
 namespace {
 
-#define DDPM_NAMED(name, ...) {#name, name},
-#define DDPM_STEP_WITH_OPTIONS(name, Step, LIST)                                                                   \
-  void name(DDPM_STEP_PARAMETERS(LIST)) {                                                                          \
-    const std::initializer_list<Named> tensors = {                                                                 \
-        {"x_t", x_t}, {"model_output", model_output}, {"noise", noise}, {"table", table},                          \
-        {"t", t},     {"sample_ids", sample_ids},     {"out", out},     DDPM_TENSORS(LIST, DDPM_NAMED)};           \
-    refuse_grad(#name, tensors, "it");                                                                             \
-    if (needs_dispatcher(#name, tensors)) {                                                                        \
-      static const auto op =                                                                                       \
-          c10::Dispatcher::singleton().findSchemaOrThrow("ddpm_ext::" #name, "").typed<decltype(library::name)>(); \
-      return op.call(DDPM_STEP_ARGUMENTS(LIST));                                                                   \
-    }                                                                                                              \
-    RECORD_FUNCTION("ddpm_ext::" #name, std::vector<c10::IValue>());                                               \
-    ddpm_ext::name(DDPM_STEP_CALL(Step, LIST));                                                                    \
-  }
-
-DDPM_STEP_WITH_OPTIONS(extended_step, ExtendedStep, DDPM_EXTRAS)
-DDPM_STEP_WITH_OPTIONS(linear_step, LinearStep, DDPM_LINEAR)
+void step_with_options(DDPM_STEP_PARAMETERS) {
+  using namespace ddpm_ext;
+  eager::step_with_options(DDPM_GIVEN, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT);
+}
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, const OptionalTensor& out) {
@@ -132,36 +119,6 @@ Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& ta
                                           t_index);
 }
 
-Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
-                     const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
-                     const OptionalTensor& uncond_output, const OptionalTensor& output_scale) {
-  const std::initializer_list<Named> tensors = {
-      {"x_t", x_t}, {"model_output", model_output},   {"table", table},
-      {"t", t},     {"uncond_output", uncond_output}, {"output_scale", output_scale}};
-  refuse_grad("x_start_scale", tensors, "it");
-  if (needs_dispatcher("x_start_scale", tensors)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ddpm_ext::x_start_scale", "")
-                               .typed<decltype(ddpm_ext::x_start_scale)>();
-    return op.call(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
-  }
-  RECORD_FUNCTION("ddpm_ext::x_start_scale", std::vector<c10::IValue>());
-  return ddpm_ext::x_start_scale(x_t, model_output, table, t, t_index, quantile, maximum, uncond_output, output_scale);
-}
-
-Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, double guidance, double rescale) {
-  const std::initializer_list<Named> tensors = {{"model_output", model_output}, {"uncond_output", uncond_output}};
-  refuse_grad("output_scale", tensors, "it");
-  if (needs_dispatcher("output_scale", tensors)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("ddpm_ext::output_scale", "")
-                               .typed<decltype(ddpm_ext::output_scale)>();
-    return op.call(model_output, uncond_output, guidance, rescale);
-  }
-  RECORD_FUNCTION("ddpm_ext::output_scale", std::vector<c10::IValue>());
-  return ddpm_ext::output_scale(model_output, uncond_output, guidance, rescale);
-}
-
 // The kernels' own Philox, for the tests with the published vectors.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
@@ -224,22 +181,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   using namespace ddpm_ext::fastcall;
-  ddpm_ext::define_reverse_step(m);
+  ddpm_ext::define_table_step(m);
   Function<&ddpm_ext::eager::reverse_step>::define(m, "reverse_step");
-  Function<&extended_step>::define(m, "extended_step");
-  Function<&linear_step>::define(m, "linear_step");
+  Function<&step_with_options>::define(m, "step_with_options");
+  Function<&ddpm_ext::eager::x_start_scale>::define(m, "x_start_scale");
+  Function<&ddpm_ext::eager::output_scale>::define(m, "output_scale");
   Function<&forward_process>::define(m, "forward_process");
   Function<&forward_process_and_noise>::define(m, "forward_process_and_noise");
   Function<&diffusion_loss>::define(m, "diffusion_loss");
   m.def("check_reverse_step", &ddpm_ext::eager::check_reverse_step);
-  m.def("x_start_scale", &x_start_scale, Unlocked());
-  m.def("output_scale", &output_scale, Unlocked());
   m.def("predict_start", &predict_start, Unlocked());
   m.def("posterior_mean", &posterior_mean, Unlocked());
   m.def("draw_seed", &ddpm_ext::draw_seed);
   // Torch 2.7 does not have this in Python.
   m.def("has_saved_tensors_hooks", [] { return at::SavedTensorDefaultHooks::get_hooks().has_value(); });
   m.def("philox4x32", &philox4x32);
+  m.def("row_names",
+        [] { return std::vector<std::string>(std::begin(ddpm_ext::kRowNames), std::end(ddpm_ext::kRowNames)); });
   m.def("build_info", &build_info);
   m.def("empty_result_like", &empty_result_like);
   m.def("result_memory", &result_memory);

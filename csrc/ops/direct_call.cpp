@@ -6,7 +6,7 @@
 namespace ddpm_ext {
 namespace {
 
-bool records_grad(std::initializer_list<Named> tensors) {
+bool records_grad(at::ArrayRef<Named> tensors) {
   if (!at::GradMode::is_enabled()) return false;
   for (const Named& t : tensors)
     if (t.tensor != nullptr && t.tensor->requires_grad()) return true;
@@ -14,7 +14,7 @@ bool records_grad(std::initializer_list<Named> tensors) {
 }
 
 // The dispatcher would silently ignore a tangent.
-void refuse_forward_mode(const char* op, std::initializer_list<Named> tensors) {
+void refuse_forward_mode(const char* op, at::ArrayRef<Named> tensors) {
   for (const Named& t : tensors) {
     if (t.tensor == nullptr || t.tensor->unsafeGetTensorImpl()->autograd_meta() == nullptr) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(!t.tensor->_fw_grad(0).defined(), op, ": ", t.name,
@@ -24,7 +24,7 @@ void refuse_forward_mode(const char* op, std::initializer_list<Named> tensors) {
 
 }  // namespace
 
-bool plain(std::initializer_list<Named> tensors) {
+bool plain(at::ArrayRef<Named> tensors) {
   using c10::DispatchKey;
   using c10::DispatchKeySet;
   constexpr DispatchKeySet modes({DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::Functionalize,
@@ -39,8 +39,8 @@ bool plain(std::initializer_list<Named> tensors) {
   return true;
 }
 
-void check_agreement(const char* op, std::initializer_list<Named> tensors) {
-  const Tensor& first = *tensors.begin()->tensor;
+void check_agreement(const char* op, at::ArrayRef<Named> tensors) {
+  const Tensor& first = *tensors[0].tensor;
   for (const Named& t : tensors) {
     if (t.tensor == nullptr) continue;
     TORCH_CHECK_VALUE(t.tensor->layout() == at::kStrided, op, ": ", t.name, " has layout ", t.tensor->layout(),
@@ -52,14 +52,14 @@ void check_agreement(const char* op, std::initializer_list<Named> tensors) {
   }
 }
 
-bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors) {
+bool needs_dispatcher(const char* op, at::ArrayRef<Named> tensors) {
   refuse_forward_mode(op, tensors);
   if (plain(tensors) && !records_grad(tensors)) return false;
   check_agreement(op, tensors);
   return true;
 }
 
-void refuse_grad(const char* op, std::initializer_list<Named> tensors, const char* recorder) {
+void refuse_grad(const char* op, at::ArrayRef<Named> tensors, const char* recorder) {
   if (!at::GradMode::is_enabled()) return;
   for (const Named& t : tensors) {
     TORCH_CHECK_VALUE(t.tensor == nullptr || !t.tensor->requires_grad(), op, ": ", t.name, " requires a gradient, but ",

@@ -3,8 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-
-#include <initializer_list>
+#include <c10/util/ArrayRef.h>
 
 #include "ops/operators.h"
 
@@ -21,16 +20,16 @@ struct Named {
 
 // Whether no mode is active and every tensor is an ordinary one of the CPU or of CUDA, so that a kernel may be called
 // directly.
-bool plain(std::initializer_list<Named> tensors);
+bool plain(at::ArrayRef<Named> tensors);
 
 // Checks that all tensors are strided and on the first one's device, by which the dispatcher chooses the kernel.
-void check_agreement(const char* op, std::initializer_list<Named> tensors);
+void check_agreement(const char* op, at::ArrayRef<Named> tensors);
 
 // Whether the dispatcher must be called. Raises NotImplementedError for forward-mode derivatives, and ValueError if the
 // dispatcher could not choose a kernel.
-bool needs_dispatcher(const char* op, std::initializer_list<Named> tensors);
+bool needs_dispatcher(const char* op, at::ArrayRef<Named> tensors);
 
 // Raises ValueError if a tensor requires a gradient that `recorder` would not record.
-void refuse_grad(const char* op, std::initializer_list<Named> tensors, const char* recorder = "out=");
+void refuse_grad(const char* op, at::ArrayRef<Named> tensors, const char* recorder = "out=");
 
 }  // namespace ddpm_ext

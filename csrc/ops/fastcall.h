@@ -107,9 +107,15 @@ inline void check_count(const char* name, Py_ssize_t count, Py_ssize_t expected)
   TORCH_CHECK_TYPE(count == expected, name, ": got ", count, " arguments, expected ", expected);
 }
 
-inline PyMethodDef definition(const char* name, PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+// How CPython calls a function: by position, and with names of the last arguments if it takes any.
+using ByPosition = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+using ByName = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+
+template <class Convention>
+PyMethodDef definition(const char* name, Convention function) {
   const auto detour = reinterpret_cast<void (*)()>(function);  // by which no compiler warns of the cast
-  return {name, reinterpret_cast<PyCFunction>(detour), METH_FASTCALL, nullptr};
+  const int names = std::is_same_v<Convention, ByName> ? METH_KEYWORDS : 0;
+  return {name, reinterpret_cast<PyCFunction>(detour), METH_FASTCALL | names, nullptr};
 }
 
 // An operator, whose first argument is a tensor, as a function of a module.

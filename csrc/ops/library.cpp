@@ -21,11 +21,9 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tenso
                          out);
 }
 
-void extended_step(DDPM_STEP_PARAMETERS(DDPM_EXTRAS)) {
-  ddpm_ext::extended_step(DDPM_STEP_CALL(ExtendedStep, DDPM_EXTRAS));
+void step_with_options(DDPM_STEP_PARAMETERS) {
+  ddpm_ext::step_with_options(DDPM_GIVEN, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT);
 }
-
-void linear_step(DDPM_STEP_PARAMETERS(DDPM_LINEAR)) { ddpm_ext::linear_step(DDPM_STEP_CALL(LinearStep, DDPM_LINEAR)); }
 
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS) {
@@ -60,11 +58,6 @@ Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong);
 #define DDPM_INPUT_SCHEMA(name) ", Tensor? " #name "=None"
 #define DDPM_FLAG_SCHEMA(name, default) ", bool " #name "=" #default
 #define DDPM_RESULT_SCHEMA(name, letter) ", Tensor(" #letter "!)? " #name "=None"
-#define DDPM_STEP_SCHEMA(LIST)                                                                                   \
-  "(Tensor x_t, Tensor? model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, float clip_max, " \
-  "Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out" LIST(                                 \
-      DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_FLAG_SCHEMA, DDPM_RESULT_SCHEMA) ") -> ()"
-
 TORCH_LIBRARY(ddpm_ext, m) {
   m.def(
       "reverse_step(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
@@ -72,8 +65,10 @@ TORCH_LIBRARY(ddpm_ext, m) {
   m.def(
       "reverse_step.out(Tensor x_t, Tensor model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
       "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out) -> ()");
-  m.def("extended_step" DDPM_STEP_SCHEMA(DDPM_EXTRAS));
-  m.def("linear_step" DDPM_STEP_SCHEMA(DDPM_LINEAR));
+  m.def(
+      "step_with_options(Tensor x_t, Tensor? model_output, Tensor table, Tensor? t, SymInt t_index, float clip_min, "
+      "float clip_max, Tensor? noise, bool draw_noise, " DDPM_RNG_SCHEMA ", *, Tensor(a!) out" DDPM_STEP_INPUTS(
+          DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_INPUT_SCHEMA, DDPM_FLAG_SCHEMA, DDPM_RESULT_SCHEMA) ") -> ()");
   m.def(
       "forward_process(Tensor x_start, Tensor table, Tensor? t, SymInt t_index, Tensor? noise, bool "
       "draw_noise, " DDPM_RNG_SCHEMA ") -> Tensor");
@@ -99,8 +94,7 @@ TORCH_LIBRARY(ddpm_ext, m) {
 static void register_kernels(torch::Library& m) {
   m.impl("reverse_step", ddpm_ext::library::reverse_step);
   m.impl("reverse_step.out", ddpm_ext::library::reverse_step_out);
-  m.impl("extended_step", ddpm_ext::library::extended_step);
-  m.impl("linear_step", ddpm_ext::library::linear_step);
+  m.impl("step_with_options", ddpm_ext::library::step_with_options);
   m.impl("forward_process", ddpm_ext::library::forward_process);
   m.impl("forward_process.out", ddpm_ext::library::forward_process_out);
   m.impl("diffusion_loss", ddpm_ext::library::diffusion_loss);
@@ -132,7 +126,7 @@ static void resolve_inputs(const c10::OperatorHandle& op, c10::DispatchKeySet ke
 
 template <c10::DispatchKey kKey>
 static void register_lazy_views(torch::Library& m) {
-  for (const char* name : {"reverse_step.out", "extended_step", "linear_step", "forward_process.out"})
+  for (const char* name : {"reverse_step.out", "step_with_options", "forward_process.out"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolve_inputs<kKey>>());
 }
 

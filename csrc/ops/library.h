@@ -1,5 +1,5 @@
-// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rng and Given are
-// spread over parameters.
+// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rng and
+// StepInputs are spread over parameters.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,35 +13,29 @@
   ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw, draw_data }
 #define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw, draw_data
 
-// The parameters of a step with the optional arguments of LIST (core/options.h), the same as arguments, and the
-// arguments of the operator of ops/operators.h.
+// The parameters of the step with options, and the same as arguments.
 #define DDPM_TENSOR_PARAMETER(name, ...) , const OptionalTensor& name
 #define DDPM_FLAG_PARAMETER(name, ...) , bool name
-#define DDPM_STEP_PARAMETERS(LIST)                                                                                     \
-  const Tensor &x_t, const OptionalTensor &model_output, const Tensor &table, const OptionalTensor &t,                 \
-      int64_t t_index, double clip_min, double clip_max, const OptionalTensor &noise, bool draw_noise,                 \
-      DDPM_RNG_PARAMETERS,                                                                                             \
-      const Tensor &out LIST(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_FLAG_PARAMETER, \
-                             DDPM_TENSOR_PARAMETER)
-#define DDPM_STEP_ARGUMENTS(LIST)                                                                  \
-  x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_ARGUMENTS, \
-      out DDPM_ALL(LIST, DDPM_COMMA_NAME)
-#define DDPM_GIVE_INPUT(name) given[Step::Role::name] = pointer(name);
-#define DDPM_GIVE_FACTOR(name) given[Step::Factor::name] = pointer(name);
-#define DDPM_GIVE_FLAG(name, ...) given.flags.name = name;
-#define DDPM_GIVE_RESULT(name, ...) given[Step::Result::name] = pointer(name);
-#define DDPM_STEP_CALL(AnyStep, LIST)                                                                        \
-  [&] {                                                                                                      \
-    using Step = ddpm_ext::AnyStep;                                                                          \
-    using ddpm_ext::pointer;                                                                                 \
-    ddpm_ext::Given<Step> given;                                                                             \
-    given[Step::Role::x_t] = &x_t;                                                                           \
-    given[Step::Result::out] = &out;                                                                         \
-    DDPM_GIVE_INPUT(model_output)                                                                            \
-    DDPM_GIVE_INPUT(noise)                                                                                   \
-    LIST(DDPM_GIVE_INPUT, DDPM_GIVE_INPUT, DDPM_GIVE_FACTOR, DDPM_GIVE_FLAG, DDPM_GIVE_RESULT) return given; \
-  }(),                                                                                                       \
-      table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT
+#define DDPM_STEP_PARAMETERS                                                                                  \
+  const Tensor &x_t, const OptionalTensor &model_output, const Tensor &table, const OptionalTensor &t,        \
+      int64_t t_index, double clip_min, double clip_max, const OptionalTensor &noise, bool draw_noise,        \
+      DDPM_RNG_PARAMETERS,                                                                                    \
+      const Tensor &out DDPM_STEP_INPUTS(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, \
+                                         DDPM_FLAG_PARAMETER, DDPM_TENSOR_PARAMETER)
+#define DDPM_GIVE_INPUT(name) given[Role::name] = pointer(name);
+#define DDPM_GIVE_FACTOR(name) given[Factor::name] = pointer(name);
+#define DDPM_GIVE_FLAG(name, ...) given.name = name;
+#define DDPM_GIVE_RESULT(name, ...) given[Result::name] = pointer(name);
+#define DDPM_GIVEN                                                                                         \
+  [&] {                                                                                                    \
+    StepInputs given;                                                                                      \
+    given[Role::x_t] = &x_t;                                                                               \
+    given[Result::out] = &out;                                                                             \
+    DDPM_GIVE_INPUT(model_output)                                                                          \
+    DDPM_GIVE_INPUT(noise)                                                                                 \
+    DDPM_STEP_INPUTS(DDPM_GIVE_INPUT, DDPM_GIVE_INPUT, DDPM_GIVE_FACTOR, DDPM_GIVE_FLAG, DDPM_GIVE_RESULT) \
+    return given;                                                                                          \
+  }()
 
 namespace ddpm_ext::library {
 
@@ -51,8 +45,7 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                       int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
                       DDPM_RNG_PARAMETERS, Tensor& out);
-void extended_step(DDPM_STEP_PARAMETERS(DDPM_EXTRAS));
-void linear_step(DDPM_STEP_PARAMETERS(DDPM_LINEAR));
+void step_with_options(DDPM_STEP_PARAMETERS);
 Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                        const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS);
 void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,

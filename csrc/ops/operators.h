@@ -7,8 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "core/extended.h"
-#include "core/linear.h"
+#include "core/step_inputs.h"
 
 namespace ddpm_ext {
 
@@ -30,7 +29,7 @@ struct Rng {
 };
 
 // Computes x_{t-1} from x_t (batch, ...) and the model's output of the same shape, by the rows of a step table, float32
-// (rows, 8). `t`, int64 (batch,), is used in place of t_index. Without noise and with draw_noise false this is the
+// (rows, 24). `t`, int64 (batch,), is used in place of t_index. Without noise and with draw_noise false this is the
 // mean.
 Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
                     int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
@@ -40,28 +39,23 @@ Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor&
 void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
                         const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
 
-// The tensors and flags of a step with optional arguments (core/options.h). Null: the caller did not give the tensor.
-template <class Step>
-struct Given {
-  const Tensor *inputs[kRoles<Step>] = {}, *factors[kFactors<Step>] = {}, *results[kResults<Step>] = {};
-  typename Step::Flags flags;
+// The tensors and flags of the step with options. Null: the caller did not give the tensor.
+struct StepInputs {
+  const Tensor *inputs[kRoles] = {}, *factors[kFactors] = {}, *results[kResults] = {};
+  DDPM_FLAGS(DDPM_BOOL)
 
-  const Tensor* operator[](typename Step::Role role) const { return inputs[static_cast<int>(role)]; }
-  const Tensor* operator[](typename Step::Factor factor) const { return factors[static_cast<int>(factor)]; }
-  const Tensor* operator[](typename Step::Result result) const { return results[static_cast<int>(result)]; }
-  const Tensor*& operator[](typename Step::Role role) { return inputs[static_cast<int>(role)]; }
-  const Tensor*& operator[](typename Step::Factor factor) { return factors[static_cast<int>(factor)]; }
-  const Tensor*& operator[](typename Step::Result result) { return results[static_cast<int>(result)]; }
+  const Tensor* operator[](Role role) const { return inputs[static_cast<int>(role)]; }
+  const Tensor* operator[](Factor factor) const { return factors[static_cast<int>(factor)]; }
+  const Tensor* operator[](Result result) const { return results[static_cast<int>(result)]; }
+  const Tensor*& operator[](Role role) { return inputs[static_cast<int>(role)]; }
+  const Tensor*& operator[](Factor factor) { return factors[static_cast<int>(factor)]; }
+  const Tensor*& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
 
-// Writes the next sample to `out`, by the rows of an extended table, float32 (rows, 16). A missing model_output counts
-// as 0. `noise` is the tensor of `given`.
-void extended_step(const Given<ExtendedStep>& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                   double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
-
-// The same by the rows of a linear table, float32 (rows, 16).
-void linear_step(const Given<LinearStep>& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                 double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
+// Writes the next sample to `out`, by the rows of a step table. A missing model_output counts as 0. `noise` is the
+// tensor of `given`. Where nothing is given that the plain step does not take, that is what runs.
+void step_with_options(const StepInputs& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
 
 // Computes k0 x_start + k1 noise by the rows of `table`, float32 (rows, 2). Without noise and with draw_noise false
 // this is k0 x_start.
@@ -88,8 +82,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
                                           bool want_slope, bool variational, bool detach_mean, bool overwrite_noise);
 
 // Computes 1 / bound of each sample, float32 (batch,): the x_start_scale of dynamic thresholding. The bound is the
-// quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of an extended step with these arguments, before
-// it is scaled and clipped; without model_output and table it is x_t.
+// quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of a step with these arguments, before it is
+// scaled and clipped; without model_output and table it is x_t.
 Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
                      const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
                      const OptionalTensor& uncond_output, const OptionalTensor& output_scale);

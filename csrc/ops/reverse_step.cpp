@@ -11,7 +11,7 @@ namespace {
 // Checks and sets everything but the model's output and the clip.
 void begin(ElementwiseCall& call, const StepArguments& arguments, const OptionalTensor& out) {
   constexpr const char* op = "reverse_step";
-  set_step(op, call, call.x, call.noise, call.out, sizeof(StepRow) / sizeof(float), arguments);
+  set_step(op, call, call.x, call.noise, call.out, kRowWidth, arguments);
   if (out.has_value())
     check_out(op, *out, "x_t", arguments.x_t,
               {&arguments.x_t, pointer(arguments.noise), &arguments.table, pointer(arguments.t),

@@ -34,11 +34,4 @@ inline Tensor finish(const Tensor& result, const OptionalTensor& out) {
   return result;
 }
 
-// The same for the results of a step with optional arguments.
-template <class Step>
-void finish(const Given<Step>& given) {
-  for (const Tensor* result : given.results)
-    if (result != nullptr && !result->is_inference()) result->unsafeGetTensorImpl()->bump_version();
-}
-
 }  // namespace ddpm_ext

@@ -23,9 +23,8 @@ from ddpm_ext.integrations.shared import Support, new
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.tables.on_device import StepDeviceTables
-
-__all__ = ["SUPPORT", "Denoising"]
+from ddpm_ext.ops.row import ROW
+from ddpm_ext.tables.on_device import KernelTables
 
 SUPPORT = tuple(
     Support("denoising_diffusion_pytorch", *row)
@@ -141,7 +140,7 @@ class Denoising(OwnTables):
     def _descend(
         self,
         method: str,
-        steps: StepDeviceTables,
+        steps: KernelTables,
         img: Tensor,
         rng: Philox | None,
         count: int,
@@ -159,9 +158,7 @@ class Denoising(OwnTables):
                 imgs.append(img)
         return img
 
-    def _loop(
-        self, method: str, steps: StepDeviceTables, shape: Any, count: int, all_steps: bool, **bar: Any
-    ) -> Tensor:
+    def _loop(self, method: str, steps: KernelTables, shape: Any, count: int, all_steps: bool, **bar: Any) -> Tensor:
         """The images of a loop that starts from noise."""
         rng = self.accelerated.whole_loop(shape[0])
         if rng is None:
@@ -207,13 +204,13 @@ class Denoising(OwnTables):
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def _steps_of_batch(self, x: Tensor, t: Any, noise: Tensor | None) -> StepDeviceTables:
+    def _steps_of_batch(self, x: Tensor, t: Any, noise: Tensor | None) -> KernelTables:
         """The rows for a training batch. Raises Fallback where there are none."""
         _check_pair(x, noise)
         check_timesteps(t, x)
         return self._fused_tables(x.dtype, x.device).steps
 
-    def _noised(self, steps: StepDeviceTables, x: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
+    def _noised(self, steps: KernelTables, x: Tensor, t: Tensor, source: dict[str, Any]) -> Tensor:
         if getattr(self, "immiscible", False):  # older versions don't have it
             noise = noise_itself(source, x)
             source = {"noise": noise[self.noise_assignment(x, noise)]}
@@ -278,7 +275,7 @@ class Denoising(OwnTables):
         return noise
 
     @with_fallback("p_losses")
-    def _predict_start(self, steps: StepDeviceTables, x: Tensor, t: Tensor) -> Tensor:
+    def _predict_start(self, steps: KernelTables, x: Tensor, t: Tensor) -> Tensor:
         """The predicted clean sample for self-conditioning, which is not clipped."""
         output = self.model(x, t, None)
         if self.objective == "pred_x0":
@@ -290,7 +287,7 @@ class Denoising(OwnTables):
 def _step(
     method: str,
     gd: Denoising,
-    steps: StepDeviceTables,
+    steps: KernelTables,
     row: int,
     x: Tensor,
     times: Tensor,
@@ -308,8 +305,8 @@ def _step(
         x_start = plain.model_predictions(x, times, clip_x_start=True).pred_x_start
         if row == 0:
             return x_start, x_start
-        c0, c1, _, s = steps.get("steps", torch.device("cpu"), torch.float64)[row, 2:6].tolist()
-        return c0 * x_start + c1 * x + s * torch.randn_like(x), x_start
+        numbers = dict(zip(ROW, steps.get("steps", torch.device("cpu"), torch.float64)[row].tolist(), strict=False))
+        return numbers["c0"] * x_start + numbers["c1"] * x + numbers["s"] * torch.randn_like(x), x_start
 
     # With the objective pred_x0, x_start has the output's dtype.
     check_output(x, output, own_step, allow_16_bits=gd.objective != "pred_x0")
@@ -319,8 +316,8 @@ def _step(
     if not with_x0:
         return ops.reverse_step(x, output, steps.get("steps", x.device, torch.float32), row, **noise), None
     x0 = empty_like(x)
-    rows = steps.get("extended", x.device, torch.float32)
-    return ops.extended_step(x, output, rows, row, x0_out=x0, **noise), x0
+    rows = steps.get("steps", x.device, torch.float32)
+    return ops.step_with_options(x, output, rows, row, x0_out=x0, **noise), x0
 
 
 # By the peer's method, under whose name a step's fallback is known.

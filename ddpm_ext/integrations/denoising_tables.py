@@ -13,11 +13,9 @@ from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["BUFFERS", "DTYPES", "LOW", "DenoisingTables"]
 
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
 LOW = (torch.float16, torch.bfloat16)
@@ -47,9 +45,9 @@ class DenoisingTables:
         in_float64 = [buffer.detach().to("cpu", torch.float64) for buffer in buffers]
         self._own = dict(zip(BUFFERS, in_float64, strict=True))
         self.steps = rows_of(self._own, prediction, "buffers")
-        self._ddim: BoundedCache[StepDeviceTables] = BoundedCache(CACHED)
+        self._ddim: BoundedCache[KernelTables] = BoundedCache(CACHED)
 
-    def ddim(self, timesteps: int, count: int, eta: float) -> StepDeviceTables:
+    def ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """ddim_sample's steps, the last one first. Raises Fallback where they have no fused form."""
         try:
             key = (timesteps, count, samplers.check_eta(eta))
@@ -57,7 +55,7 @@ class DenoisingTables:
         except (TypeError, ValueError) as error:
             raise Fallback(str(error)) from None
 
-    def _make_ddim(self, timesteps: int, count: int, eta: float) -> StepDeviceTables:
+    def _make_ddim(self, timesteps: int, count: int, eta: float) -> KernelTables:
         """The rows of samplers.ddim, whose noise is derived by sqrt_recipm1_alphas_cumprod; the last step ends at x_0.
 
         Raises ValueError where there are none.
@@ -78,4 +76,4 @@ class DenoisingTables:
             direction = made.c1 * (1 - now).sqrt()  # what pred_noise is multiplied by
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
             s[1:] = made.s
-        return StepDeviceTables(StepTable(t, a, b, c0, c1, s=s))
+        return KernelTables(StepTable(t, a, b, c0, c1, s=s))

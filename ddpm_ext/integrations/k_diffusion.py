@@ -182,9 +182,6 @@ def _own_table(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]
     signal, scale = (1 - sigmas, flow_scale) if flow else (torch.ones_like(sigmas), sigma_space)
     # What the model is called with is a level's sigma.
     table = _maker(name)(grid_of_levels(lambda _, noise: noise, signal, sigmas, scale=scale), **fixed, **options)
-    if not table.linear:  # the x0 of the row before is kept, as any history is
-        kept = torch.ones_like(table.a) if bool((table.c3 != 0).any()) else None
-        table = replace(table, c3=None, h1=table.c3, k0=kept)
     return replace(table, g0=None, g1=None, draw=torch.arange(len(table), device="cpu"))
 
 
@@ -266,7 +263,7 @@ def _sample(
     if sigmas.numel() < 2:  # no step
         return x
     plan = _plan_of(which, sigmas, options, model)
-    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in plan.rows.kinds)):
+    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in plan.rows.needs)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
     batches = plan.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
@@ -274,7 +271,7 @@ def _sample(
     for i in counter(len(plan.steps), None, disable):
         told = callback is None
         for number in plan.steps[i]:
-            kind, m = plan.rows.kinds[number], x
+            kind, m = plan.rows.needs[number], x
             if kind.calls_model:
                 m = model(x, batches[number], **(extra_args or {}))
                 checks.tensor("the model's output", m)

@@ -14,10 +14,8 @@ from torch import Tensor
 from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.shared import Accelerated
 from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["TABLES", "OwnTables", "check_output", "check_timesteps", "rows_of"]
 
 TABLES = (
     "sqrt_alphas_cumprod",
@@ -43,7 +41,7 @@ class OwnTables(Accelerated):
         return kept(self, CACHED, tuple(key), make, state)
 
 
-def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> StepDeviceTables:
+def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables") -> KernelTables:
     """The rows that an object's TABLES make, and its loss_weight if it has one.
 
     "steps": row t draws from q(x_{t-1} | x_t, x_0). "q_sample": the weights of x_0 and the noise in x_t. "start": a, b
@@ -67,7 +65,7 @@ def rows_of(tables: Mapping[str, Tensor], prediction: str, what: str = "tables")
         steps = StepTable(t, a, b, own["posterior_mean_coef1"], own["posterior_mean_coef2"], s=deviation)
     except ValueError as error:
         raise Fallback(f"its {what} make no rows: {error}") from None
-    return StepDeviceTables(
+    return KernelTables(
         steps,
         q_sample=torch.stack([signal, noise], 1),
         start=torch.stack([a, b], 1),

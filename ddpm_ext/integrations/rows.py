@@ -12,14 +12,12 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
-from ddpm_ext.ops.fused import ReverseStep
+from ddpm_ext.ops.fused import TableStep
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.tables.on_device import StepDeviceTables
-from ddpm_ext.tables.row_kinds import row_kinds
+from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["Rows"]
 
 HISTORY = ("history1", "history2", "history3")
 
@@ -36,7 +34,7 @@ class Rows:
 
     Attributes:
         table, clip, threshold: the arguments.
-        kinds: what each row needs.
+        needs: what each row needs.
     """
 
     def __init__(
@@ -47,20 +45,20 @@ class Rows:
         held: Sequence[bool] | None = None,
     ) -> None:
         self.table, self.clip, self.threshold = table, clip, threshold
-        self.kinds = row_kinds(table)
-        self._tables = StepDeviceTables(table)
-        self._quiet_steps: dict[torch.device, ReverseStep] = {}
+        self.needs = row_needs(table)
+        self._tables = KernelTables(table)
+        self._quiet_steps: dict[torch.device, TableStep] = {}
         self._linear = table.linear
-        self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.kinds]
+        self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.needs]
         self._keeps_output = [
-            kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.kinds)
+            kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.needs)
         ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without steps for devices that may not be there when they are unpickled."""
         return {**self.__dict__, "_quiet_steps": {}}
 
-    def quiet_step(self, device: torch.device) -> ReverseStep | None:
+    def quiet_step(self, device: torch.device) -> TableStep | None:
         """Takes rows without noise for float32 arithmetic on a device, as take does, with less of Python. None where
         rows need more than the plain step."""
         if self._linear or self.threshold is not None:
@@ -68,7 +66,7 @@ class Rows:
         step = self._quiet_steps.get(device)
         if step is None:
             table = self._tables.get("steps", device, torch.float32)
-            step = self._quiet_steps[device] = ReverseStep(table, clip=self.clip, add_noise=False)
+            step = self._quiet_steps[device] = TableStep(table, clip=self.clip, add_noise=False)
         return step
 
     def take(
@@ -101,15 +99,15 @@ class Rows:
             if x0 is None and self.threshold is None:
                 table = self._tables.get("steps", device, dtype)
                 return operators.reverse_step(x, m, table, i, clip=self.clip, **inputs), None
-            table = self._tables.get("extended", device, dtype)
-            return operators.extended_step(x, m, table, i, clip=self.clip, x0_out=x0, **inputs), None
+            table = self._tables.get("steps", device, dtype)
+            return operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, **inputs), None
         for k in self._reads[i]:
             read = history[k]
             inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
-        keeps, kept = self.kinds[i].keeps, None
+        keeps, kept = self.needs[i].keeps, None
         if keeps:
             kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
         out = None if kept is m else kept
-        table = self._tables.get("linear", device, dtype)
-        prev = operators.linear_step(x, m, table, i, clip=self.clip, x0_out=x0, history_out=out, **inputs)
+        table = self._tables.get("steps", device, dtype)
+        prev = operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, history_out=out, **inputs)
         return prev, kept

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, attempt
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
-from ddpm_ext.tables.on_device import StepDeviceTables
-
-__all__ = ["FusedMethods", "try_methods"]
+from ddpm_ext.ops.row import row_numbers
+from ddpm_ext.tables.on_device import KernelTables
 
 TOLERANCE = 1e-5  # relative to the terms of a sum in float32, added in any order
 
@@ -29,7 +28,7 @@ class FusedMethods(NamedTuple):
         grad_mode: the mode in which the object's p_sample runs: with gradients or without.
     """
 
-    tables: StepDeviceTables
+    tables: KernelTables
     differs: Mapping[str, str | None] = {}
     grad_mode: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -101,10 +100,10 @@ def try_methods(plain: Any, fast: Any, tables: Mapping[str, Any]) -> FusedMethod
         found = attempt(partial(result, size=size), name, *args)
         return found.reason if isinstance(found, Fallback) else None
 
-    a, b, c0, c1, _, s = steps[:, :6].abs().reshape(-1, 6, 1, 1, 1).unbind(1)
+    row = row_numbers(steps.abs(), t, x, steps.dtype)
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         m = model(x, t)
-    size = c0 * (a * x.abs() + b * m.abs()) + c1 * x.abs() + 5 * s
+    size = row.c0 * (row.a * x.abs() + row.b * m.abs()) + row.c1 * x.abs() + 5 * row.s
     for clip in (True, False):
         result("p_mean_variance", model, x, t, clip_denoised=clip, size=size)
         sample = result("p_sample", model, x, t, clip_denoised=clip, size=size)

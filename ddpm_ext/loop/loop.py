@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,11 +20,8 @@ from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.options import StepOptions
 from ddpm_ext.loop.rows import LoopRows
-from ddpm_ext.loop.step import LoopStep
+from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
-from ddpm_ext.tables.row_kinds import RowKind
-
-__all__ = ["Loop", "Record"]
 
 
 class Record(NamedTuple):
@@ -72,7 +69,8 @@ class Loop:
             }
             options = replace(options, model_kwargs=kwargs)
         self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
-        batch = len(self._step.state.x_twice)
+        self._position = 0  # of the next row
+        batch = len(self._step.calls[0].twice)
         self._timesteps = rows.device.timesteps(x.device)
         self._graphs = CudaGraphs(x.device) if options.graph else None
         self._whole = options.graph == "loop"
@@ -91,7 +89,8 @@ class Loop:
     @property
     def x(self) -> Tensor:
         """The samples, in a buffer that the next step but one overwrites."""
-        return self._step.state.x
+        calls, position = self._step.calls, self._position
+        return calls[position].x if position < len(calls) else calls[-1].out
 
     @property
     def doubled(self) -> bool:
@@ -127,60 +126,57 @@ class Loop:
         captured.sample_ids.copy_(new.sample_ids)
         for name, value in given.items():
             own[name].copy_(value)
-        self._step.state.restart(x)
+        self._step.restart(x)
+        self._position = 0
         if not self._whole:
             self._row.zero_()
 
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
         """The steps, each taken when it is asked for."""
-        state, returns_x0 = self._step.state, self._step.options.x0
-        timesteps, kinds = self.rows.timesteps, self.rows.kinds
-        brief = self._step.brief and self._graphs is None
-        for row in _steps(len(self), len(state.x), progress):
+        step, timesteps, returns_x0 = self._step, self.rows.timesteps, self._step.options.x0
+        for row in _steps(len(self), step.calls[0].x.size(0), progress):
+            call = step.calls[row]
             if copies is not None:
-                copies.before_overwriting(state.next_x)
-                if state.next_x0 is not None:
-                    copies.before_overwriting(state.next_x0)
-            if brief:
-                self._step.take_brief(row, self._timesteps_at[row])
+                copies.before_overwriting(call.out)
+                if "x0_out" in call.inputs:
+                    copies.before_overwriting(call.inputs["x0_out"])
+            if call.run is not None and self._graphs is None:  # which records no gradients
+                call.run(step.run_model, call.x, row, call.out, self._timesteps_at[row], **call.inputs)
             else:
                 # Not around the loop: what runs between two steps is the caller's.
                 recording = torch.is_grad_enabled()
                 try:
                     torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
-                    self._take(row)
+                    self._take(call, row)
                 finally:
                     torch._C._set_grad_enabled(recording)
-            state.advance(kinds[row])
-            yield Record(row, timesteps[row], state.x, state.x0 if returns_x0 else None)
+            self._position = row + 1
+            yield Record(row, timesteps[row], call.out, call.x0 if returns_x0 else None)
 
     @torch.no_grad()
     def run_whole(self) -> Tensor:
         """All steps in one graph; the samples."""
         assert self._graphs is not None
-        state, first_x = self._step.state, self._step.state.x.clone()
+        step, first_x = self._step, self._step.calls[0].x.clone()
 
-        def go(take: Callable[[RowKind, int, Tensor], None]) -> None:
-            state.rewind()
-            for row in range(len(self.rows)):
-                take(self.rows.kinds[row], row, self._timesteps_at[row])
-                state.advance(self.rows.kinds[row])
+        def take_all() -> None:
+            for row, call in enumerate(step.calls):
+                step.take(call, None, row, self._timesteps_at[row])
 
-        self._graphs.run("loop", lambda: go(self._step.take), lambda: state.restart(first_x))
-        go(lambda *_: None)  # a replayed graph runs no Python, so the buffers' order is brought up to date here
-        return state.x
+        self._graphs.run("loop", take_all, lambda: step.restart(first_x))
+        self._position = len(self)
+        return self.x
 
-    def _take(self, row: int) -> None:
-        kind, step = self.rows.kinds[row], self._step
+    def _take(self, call: StepCall, row: int) -> None:
         if self._graphs is None:
-            return step.take(kind, row, self._timesteps_at[row])
-        batch = len(step.state.x)
+            return self._step.take(call, None, row, self._timesteps_at[row])
+        batch = len(call.x)
 
         def take() -> None:
-            step.take(kind, self._row[:batch], self._timesteps.index_select(0, self._row))
+            self._step.take(call, self._row[:batch], 0, self._timesteps.index_select(0, self._row))
             self._row.add_(1)
 
-        self._graphs.run((kind, *step.state.addresses), take, lambda: self._row.sub_(1))
+        self._graphs.run(call, take, lambda: self._row.sub_(1))
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:

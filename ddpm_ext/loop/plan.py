@@ -12,8 +12,6 @@ from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows, LoopRowsCache
 from ddpm_ext.process.process import Process
 
-__all__ = ["Plan", "make_plan"]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,7 +46,7 @@ def make_plan(
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
     rows = cache.get(process, options)
-    reads_uncond = any(kind.guided for kind in rows.kinds)
+    reads_uncond = any(kind.guided for kind in rows.needs)
     step_options = options.step_options(learned=process.variance_entry.learned, reads_uncond=reads_uncond)
     _check_rows(rows, step_options)
     return Plan(process, model, shape, step_options, rows)

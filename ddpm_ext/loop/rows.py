@@ -14,13 +14,11 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import pure_noise
-from ddpm_ext.tables.on_device import StepDeviceTables
-from ddpm_ext.tables.row_kinds import RowKind, row_kinds
+from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.row_needs import RowNeeds, row_needs
 from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["LoopRows", "LoopRowsCache", "make_loop_rows"]
 
 CACHED = 8  # loops whose rows a GaussianDiffusion holds
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
@@ -31,26 +29,21 @@ class LoopRows:
     """The rows of the steps that a loop takes.
 
     table: as a StepTable. skipped: how many of the sampler's steps come before them, where the loop begins later than
-    with the first. device: for the kernels. kinds, timesteps: of each row, on the host. variance: how the rows
+    with the first. device: for the kernels. needs, timesteps: of each row, on the host. variance: how the rows
     read the model's variance output, "log" or "direct"; None where they don't. pure_noise: the standard deviation of
     drawn samples to begin from.
     """
 
     table: StepTable
     skipped: int
-    device: StepDeviceTables
-    kinds: list[RowKind]
+    device: KernelTables
+    needs: list[RowNeeds]
     timesteps: list[int | float]
     variance: str | None
     pure_noise: float
 
     def __len__(self) -> int:
-        return len(self.kinds)
-
-    @property
-    def reads_last_x0(self) -> bool:
-        """Whether a step reads the predicted clean samples of the step before."""
-        return bool((self.table.c3 != 0).any())
+        return len(self.needs)
 
 
 class LoopRowsCache:
@@ -115,7 +108,8 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     _check_beside_table(options)
     learned = False
     if isinstance(options.sampler, StepTable):
-        table, skipped = _last_rows(options.sampler, options.strength)
+        skipped = _skipped(len(options.sampler), options.strength)
+        table = options.sampler[skipped:]
     else:
         table, skipped = _sampler_table(process, options)
         learned = options.sampler == "ddpm" and process.variance_entry.learned
@@ -128,17 +122,6 @@ def _skipped(steps: int, strength: float) -> int:
     if taken == 0:
         raise ValueError(f"strength is {strength}, of {steps} steps not one, expected at least {1 / steps:.3g}")
     return steps - taken
-
-
-def _last_rows(table: StepTable, strength: float) -> tuple[StepTable, int]:
-    """The rows of a given table that the loop takes, and how many come before."""
-    skipped = _skipped(len(table), strength)
-    if skipped and table.c3[skipped] != 0:
-        raise ValueError(
-            f"strength begins with row {skipped}, which needs the step before (c3 is {table.c3[skipped]}), expected a "
-            "row with c3 0, or the sampler by its name"
-        )
-    return (table[skipped:] if skipped else table), skipped
 
 
 def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, int]:
@@ -155,7 +138,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
     arguments |= eta_argument(make, options.eta)
     grid = _grid(process, options.steps, options.spacing, options.timesteps)
     table, skipped = make(grid, **arguments), _skipped(len(grid), options.strength)
-    if skipped and len(table) == len(grid) and table.c3[skipped] == 0 and not table.linear:
+    if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
     elif skipped:
         # A sampler of higher order begins at first order, as k-diffusion's on sigmas[k:].
@@ -195,50 +178,38 @@ def _loop_rows(
     table = table.to("cpu")
     if jumps is not None:
         table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
-    if table.linear:
-        _check_history(table)
     scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
     if guidance is not None:
         guides = guidance.guides(table.timestep)
         scales[guides], unguided[guides] = float(guidance.scale), 0
     # Where there is no guidance, the unconditional output is the output.
     table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
-    kinds = row_kinds(table, scales)
-    _check_last_x0(table, kinds)
+    needs = row_needs(table, scales)
+    _check_history(table, needs, skipped)
     levels = _levels(process, table)
     others = {} if levels is None else {"start": levels}
     return LoopRows(
         table,
         skipped,
-        StepDeviceTables(table, scales, **others),
-        kinds,
+        KernelTables(table, scales, **others),
+        needs,
         table.timestep.tolist(),
         _variance(process, table, learned),
         1.0 if levels is None else pure_noise(*levels[0].tolist()),
     )
 
 
-def _check_history(table: StepTable) -> None:
-    """That every row that reads a tensor of history comes after as many that keep one, and that one kernel has all."""
-    if table.extended:
-        raise ValueError("sampler has rows with c3, l0 or l1 beside rows with history (h1 to k2), expected one kind")
+def _check_history(table: StepTable, needs: Sequence[RowNeeds], skipped: int) -> None:
+    """That every row that reads a tensor of history comes after as many that keep one."""
     kept = 0
-    for i, kind in enumerate(row_kinds(table)):
-        for slot, needed in enumerate(kind.history, start=1):
-            if needed and kept < slot:
+    for i, row in enumerate(needs):
+        for slot, reads in enumerate(row.history, start=1):
+            if reads and kept < slot:
                 raise ValueError(
-                    f"sampler's row {i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept} rows before it keep a "
-                    "tensor, expected 0"
+                    f"sampler's row {skipped + i} has h{slot} {getattr(table, f'h{slot}')[i]}, but {kept} rows of the "
+                    "loop before it keep a tensor, expected 0"
                 )
-        kept += kind.keeps
-
-
-def _check_last_x0(table: StepTable, kinds: list[RowKind]) -> None:
-    """That every row that reads the x0 of the step before comes after one that calls the model."""
-    for i, c3 in enumerate(table.c3.tolist()):
-        if c3 != 0 and not (i > 0 and kinds[i - 1].calls_model):
-            before = "the row before it does not call the model" if i else "there is no row before it"
-            raise ValueError(f"sampler's row {i} has c3 {c3}, but {before}, expected 0")
+        kept += row.keeps
 
 
 def _variance(process: Process, table: StepTable, learned: bool) -> str | None:

@@ -113,7 +113,7 @@ class LikelihoodMethods(Process):
             output = divergence()
 
         predicted = split_variance(x_t, model_output)[0] if self.variance_entry.learned else model_output
-        pred_xstart = self.ops.extended_step(
+        pred_xstart = self.ops.step_with_options(
             x_t.detach(), predicted.detach(), self.table("x0", "x_t", x_t), t, clip=clip, add_noise=False
         )
         return VlbTerms(output, pred_xstart)

@@ -69,8 +69,8 @@ class StepLogProb:
     ) -> None:
         if not isinstance(table, StepTable):
             raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
-        if table.extended or table.linear:
-            raise ValueError("table has rows with c3, l0, l1 or history, expected rows that read x and m alone")
+        if not table.plain:
+            raise ValueError("table has rows with l0, l1, cu or history, expected rows that read x and m alone")
         self.table = table.to("cpu")
         self.clip = as_fixed_clip(clip_denoised)
         self.reduction: str = checks.one_of("reduction", reduction, REDUCTIONS)

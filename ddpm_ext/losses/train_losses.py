@@ -18,8 +18,6 @@ from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.variances import Variance
 
-__all__ = ["LossMethods"]
-
 
 class LossMethods(Process):
     """What a model is trained by: a method of GaussianDiffusion."""

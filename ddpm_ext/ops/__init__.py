@@ -4,29 +4,29 @@ Eager calls go through pybind11, compiled ones through torch.ops.ddpm_ext; `fuse
 """
 
 from ddpm_ext.ops.fused import (
+    TableStep,
     check_reverse_step,
     diffusion_loss,
-    extended_step,
     forward_process,
-    linear_step,
     output_scale,
     posterior_mean,
     predict_start,
     randn,
     reverse_step,
+    step_with_options,
     x_start_scale,
 )
 
 __all__ = [
+    "TableStep",
     "check_reverse_step",
     "diffusion_loss",
-    "extended_step",
     "forward_process",
-    "linear_step",
     "output_scale",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "step_with_options",
     "x_start_scale",
 ]

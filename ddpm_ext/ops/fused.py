@@ -27,21 +27,21 @@ from ddpm_ext.ops.noise import (
     seed_in_memory,
 )
 from ddpm_ext.ops.scales import output_scale, x_start_scale
-from ddpm_ext.ops.steps_with_options import extended_step, linear_step, refuse_grad
+from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
+from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
     "LossStep",
-    "ReverseStep",
+    "TableStep",
     "check_reverse_step",
     "diffusion_loss",
-    "extended_step",
     "forward_process",
-    "linear_step",
     "output_scale",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "step_with_options",
     "x_start_scale",
 ]
 
@@ -65,7 +65,7 @@ def reverse_step(
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16.
         model_output: as x_t, or of a lower precision.
-        table: float32 (rows, 8): StepTable.packed.
+        table: float32 (rows, 24): StepTable.packed.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows). Values on a GPU are not read back to be
             checked: the kernel takes the nearest row.
         clip: range (low, high) that the predicted clean sample is clipped to, or None.
@@ -122,9 +122,9 @@ def check_reverse_step(
         C.check_reverse_step(x_t, table, row, index, *arguments, out)
 
 
-class ReverseStep:
-    """reverse_step with its table, clip and noise, for calls that come again or in two parts: what is done for these
-    arguments is done once. Without noise and rng each call draws a seed from torch's default generator.
+class TableStep(CalledTableStep):
+    """The steps of a table: reverse_step, or step_with_options where a call has its inputs. What is done for the table,
+    the clip and the noise is done once. Without noise and rng each call draws a seed from torch's default generator.
 
     Args:
         table, clip, noise, rng, add_noise: reverse_step's.
@@ -132,12 +132,25 @@ class ReverseStep:
             returned) -> its tensor. Both are for run.
 
     Attributes:
-        run: (model, x_t, t, out, timesteps) -> the next samples. It makes all checks, calls model(x_t, timesteps), and
-            takes the step, without recording gradients; timesteps None: those of t. run is None without the arguments
-            timesteps and unwrap, and where torch.compile or torch.jit.trace records.
+        check: (x_t, row, index, out=None) raises what take would raise for these arguments. `row` and `index` are
+            split_t's.
+        take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
+            those of step_with_options that are tensors or flags, of which None counts as not given, and a noise of
+            this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
+            for the output_scale, each computed in a launch before the step. With any input but noise no gradients are
+            recorded.
+        run: (model, x_t, t, out, timesteps=None, **inputs) -> the next samples. It makes all checks, calls
+            model(x_t, timesteps), and takes the step, without recording gradients; timesteps None: those of t. run is
+            None without the arguments timesteps and unwrap, and where torch.compile or torch.jit.trace records.
     """
 
-    __slots__ = ("_given", "_step", "_table", "run")
+    operators = {  # noqa: RUF012  declared as a ClassVar
+        "check_reverse_step": check_reverse_step,
+        "reverse_step": reverse_step,
+        "step_with_options": step_with_options,
+        "output_scale": output_scale,
+        "x_start_scale": x_start_scale,
+    }
 
     def __init__(
         self,
@@ -150,34 +163,18 @@ class ReverseStep:
         timesteps: Callable[[int, int, torch.device], Tensor] | None = None,
         unwrap: Callable[[Any], Tensor] | None = None,
     ) -> None:
-        checks.tensor("table", table)
-        self._table = table
-        self._given: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "add_noise": add_noise}
+        super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
         ends = checks.clip_range(clip) or NO_CLIP
         fresh = add_noise and noise is None and rng is None
         if fresh:
             arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
         else:
             arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
-        self._step, self.run = None, None
         if not _registration.is_recorded():
-            self._step = C.ReverseStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
+            step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
+            self.check, self.take = step.check, step.take  # type: ignore[method-assign]
             if timesteps is not None and unwrap is not None:
-                self.run = self._step.run
-
-    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
-        """Raises what take would raise for these arguments. `row` and `index` are split_t's."""
-        if self._step is not None:
-            self._step.check(x_t, row, index, out)
-
-    def take(
-        self, x_t: Tensor, model_output: Tensor, row: Tensor | None, index: int, out: Tensor | None = None
-    ) -> Tensor:
-        """As reverse_step. `row` and `index` are split_t's."""
-        if self._step is not None:
-            return self._step.take(x_t, model_output, row, index, out)
-        t = index if row is None else row
-        return reverse_step(x_t, model_output, self._table, t, **self._given, out=out)
+                self.run = step.run
 
 
 def forward_process(

@@ -19,24 +19,36 @@ from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
-from ddpm_ext.ops.reference_steps import ReverseStep, check_reverse_step, extended_step, linear_step, reverse_step
+from ddpm_ext.ops.reference_steps import check_reverse_step, reverse_step, step_with_options
+from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
     "LossStep",
-    "ReverseStep",
+    "TableStep",
     "check_reverse_step",
     "diffusion_loss",
-    "extended_step",
     "forward_process",
-    "linear_step",
     "output_scale",
     "philox4x32",
     "posterior_mean",
     "predict_start",
     "randn",
     "reverse_step",
+    "step_with_options",
     "x_start_scale",
 ]
+
+
+class TableStep(CalledTableStep):
+    """Twin of ops.TableStep."""
+
+    operators = {  # noqa: RUF012  declared as a ClassVar
+        "check_reverse_step": check_reverse_step,
+        "reverse_step": reverse_step,
+        "step_with_options": step_with_options,
+        "output_scale": output_scale,
+        "x_start_scale": x_start_scale,
+    }
 
 
 def forward_process(

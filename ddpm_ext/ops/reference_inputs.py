@@ -8,18 +8,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops.noise import Philox, check_randn, check_rng, fresh_rng
-from ddpm_ext.ops.philox import WORD, normals
-
-__all__ = [
-    "check_noise",
-    "check_samples",
-    "check_scale",
-    "columns",
-    "draws_of_rows",
-    "finish",
-    "randn",
-    "resolve_noise",
-]
+from ddpm_ext.ops.philox import normals
 
 
 def ids_of_samples(rng: Philox, batch: int, device: torch.device) -> Tensor:
@@ -98,13 +87,6 @@ def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
     """The columns of each sample's row, of shape (batch, 1, ...)."""
     rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
-
-
-def draws_of_rows(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-    """The draw of each sample's row, int64 (batch,)."""
-    draws = table.view(torch.int64 if table.dtype == torch.float64 else torch.int32)[:, 6].long() & WORD
-    row, index = split_t(t)
-    return draws[row] if row is not None else draws[index].expand(len(x))
 
 
 def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from ddpm_ext.ops import reference_scales
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.torch_library import is_recorded
 
-__all__ = ["output_scale", "x_start_scale"]
-
 
 def _need_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -34,17 +32,17 @@ def x_start_scale(
     """1 / bound of each sample: a step's x_start_scale for dynamic thresholding (Saharia et al. 2022, section 2.3).
 
     The bound is the quantile of |x0|, interpolated as torch.quantile does, but at least 1 and at most `maximum`. x0 is
-    that of an extended step with these arguments, in float32, before it is scaled and clipped. It is not stored. A
+    that of a step with these arguments, in float32, before it is scaled and clipped. It is not stored. A
     sample with a NaN has NaN. The bits are the same in every batch and on every device.
 
     Args:
         x_t: (batch, ...), float32, float16 or bfloat16, at least one element a sample.
         model_output: as x_t, or of a lower precision. None: the magnitudes are those of x_t itself.
-        table: float32 (rows, 16): StepTable.packed_extended; None without model_output.
+        table: float32 (rows, 24): StepTable.packed; None without model_output.
         t: row of each sample, int64 (batch,), or one int for all, in [0, rows).
         quantile: which quantile, in (0, 1].
         maximum: the largest bound, at least 1.
-        uncond_output, output_scale: extended_step's.
+        uncond_output, output_scale: step_with_options's.
 
     Returns:
         float32 (batch,). Differentiable, by torch's own operators, where an argument requires a gradient.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddpm_ext.base.torch_version import TORCH
 from ddpm_ext.ops import extension as _extension  # noqa: F401  the operators themselves
+from ddpm_ext.ops.row import row_numbers
 
 NO_CLIP = (-math.inf, math.inf)
 _lib = torch.library
@@ -48,11 +49,7 @@ def _(x_start: Tensor, *_: Any) -> Tensor:
 def _(*_: Any, out: Tensor) -> None: ...
 
 
-@_lib.register_fake("ddpm_ext::extended_step")
-def _(*_: Any, **__: Any) -> None: ...
-
-
-@_lib.register_fake("ddpm_ext::linear_step")
+@_lib.register_fake("ddpm_ext::step_with_options")
 def _(*_: Any, **__: Any) -> None: ...
 
 
@@ -157,9 +154,8 @@ def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x_t, model_output, table, t = ctx.saved_tensors
-    rows = table[t] if t is not None else table[ctx.index].expand(len(x_t), -1)
-    a, b, c0, c1, c2, s = rows[:, :6].reshape(len(x_t), 6, *[1] * (x_t.dim() - 1)).unbind(1)
-    clipped = c0 * grad
+    row = row_numbers(table, ctx.index if t is None else t, x_t, torch.float32)
+    clipped = row.c0 * grad
     if (ctx.clip_min, ctx.clip_max) != NO_CLIP:
         # The step's own operation, so that the gradient is 0 exactly where the step clipped.
         x_start = torch.ops.ddpm_ext.predict_start(x_t.float(), model_output, table[:, :2].contiguous(), t, ctx.index)
@@ -169,11 +165,11 @@ def _step_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         clipped = torch.where(inside, clipped, 0.0)
     grads: list[Any] = [None] * ctx.inputs
     if ctx.needs_input_grad[0]:
-        grads[0] = (a * clipped + c1 * grad).to(x_t.dtype)
+        grads[0] = (row.a * clipped + row.c1 * grad).to(x_t.dtype)
     if ctx.needs_input_grad[1]:
-        grads[1] = (b * clipped + c2 * grad).to(model_output.dtype)
+        grads[1] = (row.b * clipped + row.c2 * grad).to(model_output.dtype)
     if ctx.needs_input_grad[7]:
-        grads[7] = (s * grad).to(x_t.dtype)
+        grads[7] = (row.s * grad).to(x_t.dtype)
     return tuple(grads)
 
 

@@ -86,12 +86,9 @@ _SPREAD = "standard deviation\n(units of the sample)"
 
 
 # The terms of the next sample, by the columns that hold their factors, and those of what a row keeps.
-_TERMS = {
-    "c0": "x0", "c1": "x", "c2": "m", "s": "z", "c3": "h", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u",
-}  # fmt: skip
+_TERMS = {"c0": "x0", "c1": "x", "c2": "m", "s": "z", "h1": "H1", "h2": "H2", "h3": "H3", "cu": "u"}
 _KEPT = {"k0": "x0", "k1": "x", "k2": "m"}
 _MEANINGS = {
-    "c3": "h: x0 of the row before",
     "cu": "u: unconditional output",
     "h1": "H1: kept by the row before",
     "h2": "H2: two rows before",
@@ -117,7 +114,7 @@ def _drawn(tables: Iterable[StepTable], names: Iterable[str]) -> list[str]:
 
 def _one_table(label: str, table: StepTable, path: PathLike | None, against: str) -> Figure:
     noisy, noise = _column(table, "s").any(), "s exp(l0 + l1 v)" if _learned(table) else "s"
-    plain = ("c0", "c1", "c2", *_drawn([table], ("c3", "cu")))
+    plain = ("c0", "c1", "c2", *_drawn([table], ("cu",)))
     read, kept = _drawn([table], ("h1", "h2", "h3")), _drawn([table], _KEPT)
     more = f"{' + history' if read else ''}{'' if not noisy else ' + s z' if noise == 's' else ' + noise'}"
     following = f"{_sum(plain)}{more if len(plain) < 5 else f'{chr(10)}{more}'}{_explained(plain)}"
@@ -152,7 +149,6 @@ _TITLES = {
     "c0": "c0, of x0 in the next sample",
     "c1": "c1, of x in the next sample",
     "c2": "c2, of the output in the next sample",
-    "c3": "c3, of the previous x0 in the next sample",
     "cu": "cu, of the unconditional output",
     "h1": "h1, of what was kept last",
     "h2": "h2, of what was kept before that",

@@ -21,14 +21,12 @@ from ddpm_ext.ops.torch_library import is_recorded
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import timesteps_by
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers import ddpm
 from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
-
-__all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
 
 KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
@@ -60,7 +58,7 @@ class Process:
         schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
         magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
             which is 1 for clean data; ones for a schedule of betas.
-        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "extended", "x0"), and rows or
+        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "x0"), and rows or
             numbers for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
 
@@ -117,12 +115,12 @@ class Process:
             f"variance={self.variance!r}, backend={self.backend!r})"
         )
 
-    def _make_tables(self) -> StepDeviceTables:
+    def _make_tables(self) -> KernelTables:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
         fixed = self.variance_entry.schedule(self.betas, self.posterior_variance)
         signal, noise, r, before = self.schedule.signal, self.schedule.noise, self.magnitude, self.magnitude_before
         of_x, of_eps = PREDICTIONS["eps"].x0(self.levels)
-        return StepDeviceTables(
+        return KernelTables(
             self.for_model(descending)[::-1],  # row t is timestep t
             q_sample=torch.stack([signal, noise], 1),
             noise=torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(self.timesteps, 2),
@@ -193,7 +191,7 @@ class Process:
         return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
-        """The backend's ReverseStep by the rows of this process; kept for the next call where it is compiled and holds
+        """The backend's TableStep by the rows of this process; kept for the next call where it is compiled and holds
         no tensors of the caller's."""
         numbers: tuple[int | None, ...] | None = ()
         if rng is not None:
@@ -215,7 +213,7 @@ class Process:
         calls: dict[str, Any] = {}
         if not self.variance_entry.learned and self.schedule.timestep is None:
             calls = {"timesteps": self.tables.timestep, "unwrap": unwrap}
-        return self.ops.ReverseStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
+        return self.ops.TableStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:
         """A table's values at t, of shape (batch, 1, ...), float32 (float64 for float64 samples)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,9 @@ from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 
-__all__ = ["p_mean_variance", "p_sample"]
-
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
-# As ops.extended_step's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
+# As ops.step_with_options's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
 LOG_VARIANCE_RANGE, VARIANCE_RANGE = (-174.0, 176.0), (2.0**-100, 2.0**100)
 
 
@@ -76,9 +72,7 @@ def p_sample(
         if not variance.learned:
             return step.take(x_t, model_output, row, index, out)
         model_output, returned = split_variance(x_t, model_output)
-        table = process.table("extended", "x_t", x_t)
-        options: dict[str, Any] = {"clip": clip, "noise": noise, "rng": rng, "out": out}
-        options |= {"model_variance": returned, "log_variance": variance.logarithm}
-        return process.ops.extended_step(x_t, model_output, table, t, **options)
+        options = {"model_variance": returned, "log_variance": variance.logarithm}
+        return step.take(x_t, model_output, row, index, out, **options)
     finally:
         _set_grad_enabled(recording)

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
-from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["DeviceTables", "StepDeviceTables"]
 
 VIEWED = 4  # batches of which the timesteps' views are kept
 
@@ -45,14 +42,10 @@ class DeviceTables:
         return {**self.__dict__, "_tables": {key: table for key, table in self._tables.items() if key[1].type == "cpu"}}
 
 
-class StepDeviceTables(DeviceTables):
+class KernelTables(DeviceTables):
     """A step table's rows, packed, beside other tables.
 
-    "steps" are the plain kernel's, "extended" the extended kernel's, and "x0" is for the extended kernel, too: rows
-    whose next sample is the predicted clean sample.
-
-    Where the step table has history, "linear" has its rows for the linear kernel, and "unchanged" rows for the extended
-    kernel whose next sample is x itself, but for its known part.
+    "steps" are the rows, and "x0" rows whose next sample is the predicted clean sample.
 
     Args:
         steps: the step table.
@@ -68,16 +61,8 @@ class StepDeviceTables(DeviceTables):
         x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
-                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype)
-                self._tables["extended", cpu, dtype] = steps.packed_extended(cpu, dtype, guidance)
-                self._tables["x0", cpu, dtype] = x0.packed_extended(cpu, dtype, guidance)
-            if steps.linear:
-                ones = torch.ones_like(zeros)
-                levels = {name: getattr(steps, name) for name in LEVELS}
-                unchanged = StepTable(steps.timestep, zeros, zeros, zeros, ones, draw=steps.draw, **levels)
-                for dtype in (torch.float32, torch.float64):
-                    self._tables["linear", cpu, dtype] = steps.packed_linear(cpu, dtype, guidance)
-                    self._tables["unchanged", cpu, dtype] = unchanged.packed_extended(cpu, dtype)
+                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
+                self._tables["x0", cpu, dtype] = x0.packed(cpu, dtype, guidance)
             # What the model is called with: in float32 where timesteps lie between the schedule's own.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64

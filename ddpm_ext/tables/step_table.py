@@ -5,28 +5,23 @@ A row takes x, the sample at its timestep, to the next sample. With m the model'
     x0   = clip(a x + b m)                      predicted clean sample
     prev = c0 x0 + c1 x + c2 m + s z            next sample
 
-That is what the plain kernel computes. The extended kernel's rows also read h, the x0 of the loop's previous step; g, a
-classifier's gradient; and v, which the model returns beside m for its variance. A term whose tensor is not given falls
-away:
+That is the plain step. With options and history, a row also reads u, the model's unconditional output; g, a
+classifier's gradient; v, which the model returns beside m for its variance; and up to three tensors that earlier rows
+kept, H1 the latest. A term whose tensor is not given falls away:
 
     x0   = clip(a x + b m) + g0 g
-    prev = c0 x0 + c1 x + c2 m + c3 h + V g1 g + S z
+    prev = c0 x0 + c1 x + c2 m + cu u + h1 H1 + h2 H2 + h3 H3 + V g1 g + S z
+    kept = k0 x0 + k1 x + k2 m
 
     S = s              V = 1                    the variance is fixed
     S = s e            V = e^2                  it is learned, and its root is e = exp(l0 + l1 v)
     S = s sqrt(v)      V = v                    it is learned, and v is the variance itself
 
-The linear kernel's rows read up to three tensors that earlier rows kept, H1 the latest, and u, the model's
-unconditional output:
-
-    prev = c0 x0 + c1 x + c2 m + cu u + h1 H1 + h2 H2 + h3 H3 + s z
-    kept = k0 x0 + k1 x + k2 m
-
 A row in which k0, k1 or k2 is not 0 keeps `kept`: it is H1 for the rows after it, and what was H1 is H2. What a sampler
 keeps is its own choice: x0, eps, a slope.
 
 This is the only place that has the whole equation. What a step does that no row can say (guidance, dynamic
-thresholding, inpainting) is in the docstring of ops.extended_step.
+thresholding, inpainting) is in the docstring of ops.step_with_options.
 """
 
 from __future__ import annotations
@@ -44,22 +39,22 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import require
+from ddpm_ext.ops.row import ROW, WIDTH
 from ddpm_ext.tables import step_table_files, trace
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table_columns import (
-    EXTENDED,
-    HISTORY,
     NEEDED,
+    NOT_PLAIN,
     OPTIONAL,
     Column,
     Values,
     check_draws,
+    check_float32,
     check_levels,
     default_draws,
     numbers,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
-from ddpm_ext.tables.step_table_packed import EXTENDED_ROW, LINEAR_ROW, PLAIN_ROW, pack
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +76,7 @@ class StepTable:
         c2, s: real numbers, finite; None: zeros.
         draw: integers, 0 <= draw < 2^32: which noise each row draws. None: the timestep, plus visit * (largest
             timestep + 1) where it comes again; the row's number where any timestep is fractional or negative.
-        c3, l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
+        l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
         signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
 
@@ -109,7 +104,7 @@ class StepTable:
     """
 
     # The declaration of the columns. The names below, StepRow, checks, files and repr follow it; the kernels read those
-    # that step_table_packed lists.
+    # of ops.row.ROW.
     timestep: Column = NEEDED
     a: Column = NEEDED
     b: Column = NEEDED
@@ -119,22 +114,21 @@ class StepTable:
     s: Column = OPTIONAL
     draw: Column = OPTIONAL
     _: KW_ONLY
-    c3: Column = EXTENDED
-    l0: Column = EXTENDED
-    l1: Column = EXTENDED
+    l0: Column = NOT_PLAIN
+    l1: Column = NOT_PLAIN
     g0: Column = OPTIONAL
     g1: Column = OPTIONAL
     signal_now: Column = OPTIONAL
     noise_now: Column = OPTIONAL
     signal_after: Column = OPTIONAL
     noise_after: Column = OPTIONAL
-    cu: Column = HISTORY
-    h1: Column = HISTORY
-    h2: Column = HISTORY
-    h3: Column = HISTORY
-    k0: Column = HISTORY
-    k1: Column = HISTORY
-    k2: Column = HISTORY
+    cu: Column = NOT_PLAIN
+    h1: Column = NOT_PLAIN
+    h2: Column = NOT_PLAIN
+    h3: Column = NOT_PLAIN
+    k0: Column = NOT_PLAIN
+    k1: Column = NOT_PLAIN
+    k2: Column = NOT_PLAIN
 
     def __post_init__(self) -> None:
         steps = numbers("timestep", self.timestep)
@@ -207,13 +201,13 @@ class StepTable:
         return not self.diff(other)
 
     def __repr__(self) -> str:
-        """The rows, aligned: the extended and the linear kernel's own columns where not all of their numbers are 0; g0,
-        g1 and the levels are left out."""
+        """The rows, aligned. Columns beyond the plain step's are shown where not all of their numbers are 0; g0, g1 and
+        the levels are left out."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
             shown[SHOWN:-SHOWN] = [-1]
-        names = [*PLAIN, *(name for name in (*EXTENDED_ONLY, *LINEAR_ONLY) if (getattr(self, name) != 0).any())]
+        names = [*PLAIN, *(name for name in BEYOND_PLAIN if self._any(name))]
         lines = [["row", *names]]
         for i in shown:
             row = self[i]._asdict()
@@ -235,57 +229,49 @@ class StepTable:
         there = checks.device(device)
         return self._each(lambda column: column.to(there))
 
-    def packed(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The plain kernel's form, `dtype` (rows, 8) on `device`: a, b, c0, c1, c2, s, the draw's bits as an integer of
-        the width of `dtype` (float32, or float64 for the reference), and a zero.
-
-        Raises:
-            TypeError: another dtype. ValueError: not a device.
-        """
-        return pack(self._values(PLAIN_ROW), device, dtype)
-
-    def packed_extended(
+    def packed(
         self,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         guidance: Values | None = None,
     ) -> Tensor:
-        """The extended kernel's form, `dtype` (rows, 16) on `device`: seven columns as packed's, then c3, l0, l1, g0,
-        g1, signal_after, noise_after, the scale of classifier-free guidance, and a zero.
+        """The rows as the kernels read them, `dtype` (rows, WIDTH) on `device`: the numbers of ops.row.ROW, then zeros.
 
         Args:
-            guidance: (rows,), finite; None: ones.
+            dtype: float32, or float64 for the reference. The draw's bits are an integer of the same width.
+            guidance: (rows,), finite: the scale of classifier-free guidance, w; None: ones.
 
         Raises:
             TypeError: another dtype, or a guidance of other things than numbers.
-            ValueError: not a device, or a guidance of another length, or not finite.
+            ValueError: not a device; a number that `dtype` does not hold; a guidance of another length, or not finite.
         """
-        scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
-        return pack([*self._values(EXTENDED_ROW), ("w", torch.from_numpy(scale))], device, dtype)
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
+        there = checks.device(device)
+        w = torch.from_numpy(numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self)))
+        table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
+        integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
+        for i, name in enumerate(ROW):
+            values = w if name == "w" else getattr(self, name)
+            if name != "draw" and dtype == torch.float32:
+                check_float32(name, values)
+            # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.
+            (integers if name == "draw" else table)[:, i] = values
+        return table.to(there)
 
-    def packed_linear(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        guidance: Values | None = None,
-    ) -> Tensor:
-        """The linear kernel's form, `dtype` (rows, 16) on `device`: seven columns as packed's, then cu, h1, h2, h3, k0,
-        k1, k2, the scale of classifier-free guidance, and a zero.
-
-        Args, raises: as packed_extended's.
-        """
-        scale = numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self))
-        return pack([*self._values(LINEAR_ROW), ("w", torch.from_numpy(scale))], device, dtype)
+    def _any(self, *names: str) -> bool:
+        """Whether any number of these columns is not 0."""
+        return any(bool((getattr(self, name) != 0).any()) for name in names)
 
     @property
-    def linear(self) -> bool:
-        """Whether any of cu, h1, h2, h3, k0, k1 and k2 is not 0, so that only the linear kernel takes the rows."""
-        return any(bool((values != 0).any()) for _, values in self._values(LINEAR_ONLY))
+    def plain(self) -> bool:
+        """Whether the rows read x, m and z alone, without history or a learned variance: the plain step takes them."""
+        return not self._any(*BEYOND_PLAIN)
 
     @property
-    def extended(self) -> bool:
-        """Whether any c3, l0 or l1 is not 0, so that only the extended kernel takes the rows."""
-        return any(bool((values != 0).any()) for _, values in self._values(EXTENDED_ONLY))
+    def history(self) -> bool:
+        """Whether any row keeps a tensor for later ones, or reads one that was kept."""
+        return self._any(*HISTORY)
 
     def scaled(self, before: Tensor, after: Tensor) -> StepTable:
         """The rows for samples that are multiplied by `before` where a row starts, and by `after` where it arrives.
@@ -296,7 +282,7 @@ class StepTable:
             before, after: float64 (rows,), above 0, on the table's device.
         """
         rows = {
-            **dict.fromkeys(("c0", "c2", "c3", "cu", "h1", "h2", "h3", "s", "signal_after", "noise_after"), after),
+            **dict.fromkeys(("c0", "c2", "cu", "h1", "h2", "h3", "s", "signal_after", "noise_after"), after),
             **dict.fromkeys(("a", "k1"), 1 / before),
             **dict.fromkeys(("g0", "signal_now", "noise_now"), before),
             "c1": after / before,
@@ -316,7 +302,7 @@ class StepTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
-        """The table that `save` wrote to `path`, equal in every bit. Columns from c3 on may be missing: zeros.
+        """The table that `save` wrote to `path`, equal in every bit. Columns after draw may be missing: zeros.
 
         Raises:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
@@ -389,8 +375,8 @@ COLUMNS = tuple(field.name for field in fields(StepTable))
 PLAIN = tuple(field.name for field in fields(StepTable) if not field.kw_only)  # in every file and every repr
 ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
-EXTENDED_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is EXTENDED)
-LINEAR_ONLY = tuple(name for name in COLUMNS if vars(StepTable)[name] is HISTORY)
+BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
+HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")
 
 
 class StepRow(namedtuple("StepRow", COLUMNS, defaults=[0.0] * len(ADDED))):  # type: ignore[misc]

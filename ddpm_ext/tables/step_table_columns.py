@@ -7,27 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
-
-__all__ = [
-    "EXTENDED",
-    "HISTORY",
-    "NEEDED",
-    "OPTIONAL",
-    "Column",
-    "Values",
-    "check_draws",
-    "check_levels",
-    "default_draws",
-    "numbers",
-]
 
 Values = Tensor | npt.ArrayLike
 Array = npt.NDArray[Any]
 
 
 class Column:
-    """What a column of a StepTable is. The dataclass's fields have this type and one of the four values below.
+    """What a column of a StepTable is. The dataclass's fields have this type and one of the three values below.
 
     To type checkers it is a descriptor: Values where a column is given, a Tensor where it is read. At run time a column
     is an attribute like any other, and __get__ only gives the dataclass the field's default.
@@ -48,8 +36,7 @@ class Column:
 
 NEEDED = Column(needed=True)
 OPTIONAL = Column()  # None: zeros, but for draw
-EXTENDED = Column()  # optional; only the extended kernel takes a row in which it is not 0
-HISTORY = Column()  # optional; only the linear kernel takes a row in which it is not 0
+NOT_PLAIN = Column()  # None: zeros; the plain step takes no row in which it is not 0
 
 
 def numbers(name: str, values: Values, rows: int | None = None) -> Array:
@@ -127,3 +114,11 @@ def check_levels(name: str, levels: Array) -> None:
     if bad.any():
         i = int(np.argmax(bad))
         raise ValueError(f"{name}[{i}] is {levels[i]}, expected {name} >= 0")
+
+
+def check_float32(name: str, values: Tensor) -> None:
+    """Raises ValueError if a number is beyond float32."""
+    beyond = values.to(torch.float32).isinf()
+    if beyond.any():
+        i = int(beyond.nonzero()[0])
+        raise ValueError(f"{name}[{i}] is {values[i]:.6g}, expected numbers within float32 (backend='reference')")

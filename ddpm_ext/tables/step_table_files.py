@@ -12,10 +12,9 @@ import torch
 from ddpm_ext.base.files import read_json, write_text
 from ddpm_ext.tables.levels import unit_levels
 
-__all__ = ["read", "write"]
-
-# Version 1 had no columns of the linear step, cu to k2. Up to version 2, levels were alphas_cumprod, now and after.
-FORMAT, VERSION = "ddpm_ext.StepTable", 3
+# Version 1 had no columns cu to k2. Up to version 2, levels were alphas_cumprod, now and after. Up to version 3, c3 was
+# the factor of the x0 of the row before, which did not say that it keeps one.
+FORMAT, VERSION = "ddpm_ext.StepTable", 4
 OLD_LEVELS = ("now", "after")
 
 
@@ -42,7 +41,7 @@ def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[s
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _with_levels(_parse(found, needed, (*others, *OLD_LEVELS)))
+        return _with_kept_x0(_with_levels(_parse(found, needed, (*others, *OLD_LEVELS, "c3"))))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -83,3 +82,20 @@ def _with_levels(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
             signal, noise = unit_levels(torch.tensor(powers, dtype=torch.float64, device="cpu"))
             columns |= {f"signal_{name}": signal.tolist(), f"noise_{name}": noise.tolist()}
     return columns
+
+
+def _with_kept_x0(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns with h1, and k0 in the row before, in place of c3.
+
+    Raises ValueError where that row cannot keep its x0.
+    """
+    c3 = columns.pop("c3", [])
+    if not any(c3):
+        return columns
+    for i, factor in enumerate(c3[1:], start=1):
+        if factor and not any(columns.get(name, [0] * i)[i - 1] for name in ("b", "c2")):
+            raise ValueError(f"c3[{i}] is {factor}, but the row before it calls no model and has no x0, expected 0")
+    for name in ("h1", "h2", "h3", "k0", "k1", "k2"):
+        if any(columns.get(name, [])):
+            raise ValueError(f"c3 and {name} are not 0, so that a row before another can't keep its x0, expected one")
+    return columns | {"h1": c3, "k0": [*(int(factor != 0) for factor in c3[1:]), 0]}

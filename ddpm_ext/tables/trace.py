@@ -21,15 +21,13 @@ import numpy as np
 
 from ddpm_ext.tables.trace_function import observed_function
 from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
-from ddpm_ext.tables.trace_loop import BATCH, Array, Loop, relative
+from ddpm_ext.tables.trace_random import BATCH, Array, RandomRun, relative
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings, without_clip
-
-__all__ = ["Traced", "follow", "follow_function", "trace_columns"]
 
 Clip = tuple[float, float]
 
 
-class Traced(NamedTuple):
+class TraceResult(NamedTuple):
     """A scheduler's steps as rows, and what else is known of them.
 
     Attributes:
@@ -79,7 +77,7 @@ def follow(
     options: Mapping[str, Any] | None = None,
     second: Sequence[str] | None = None,
     dims: int = 4,
-) -> Traced:
+) -> TraceResult:
     """The rows of a scheduler's steps at `timesteps`, from the state that it is in.
 
     Where the scheduler takes no step at the last timestep, which is the end of the step before, it has no row.
@@ -98,13 +96,13 @@ def follow(
     plain, options = without_clip(scheduler), options or {}
     run = run_of(scheduler, timesteps, options, dims)
     try:
-        loop = Loop.run(run, seed=0)
+        loop = RandomRun.of(run, seed=0)
     except IndexError:
         if len(timesteps) == 1:
             raise
         timesteps = timesteps[:-1]
         run = run_of(scheduler, timesteps, options, dims)
-        loop = Loop.run(run, seed=0)
+        loop = RandomRun.of(run, seed=0)
     linear = Linear.of(run_of(plain, timesteps, options, dims), loop, second)
     if plain is scheduler or linear.error(loop) is None:  # nothing is clipped
         linear.prove(loop)
@@ -115,13 +113,13 @@ def follow(
     if linear.has_history() or not (linear.second or steps_to_clean):
         return _proven(_clipped_alone(linear, plain, options, loop), clip, linear, run, loop)
     # Samples that follow from a clipped one are not clipped again, so they do not follow.
-    loop = Loop.run(run, seed=0, follows=False)
+    loop = RandomRun.of(run, seed=0, follows=False)
     return _proven(_clipped(linear, loop, clip), clip, linear, run, loop, follows=False)
 
 
 def follow_function(
     sampler: Callable[..., Any], sigmas: Any, options: Mapping[str, Any], like: object = None
-) -> Traced:
+) -> TraceResult:
     """The rows of a function of k-diffusion's kind; the arguments and the errors are StepTable.trace's.
 
     like: the model, whose attributes the function may read.
@@ -143,29 +141,29 @@ def follow_function(
     return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
 
 
-def _traced(run: Run, second: Sequence[str] | None) -> Traced:
-    loop = Loop.run(run, seed=0)
+def _traced(run: Run, second: Sequence[str] | None) -> TraceResult:
+    loop = RandomRun.of(run, seed=0)
     linear = Linear.of(run, loop, second)
     linear.prove(loop)
     return _proven(linear.rows(), None, linear, run, loop)
 
 
 def _proven(
-    rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: Loop, *, follows: bool = True
-) -> Traced:
-    """What tracing found, once the rows have been tried on a loop of other numbers; follows: as for Loop.run."""
-    residual = _prove(rows, clip, linear, Loop.run(run, seed=1, follows=follows))
+    rows: Sequence[Row], clip: Clip | None, linear: Linear, run: Run, loop: RandomRun, *, follows: bool = True
+) -> TraceResult:
+    """What tracing found, once the rows have been tried on a loop of other numbers; follows: as for RandomRun.of."""
+    residual = _prove(rows, clip, linear, RandomRun.of(run, seed=1, follows=follows))
     times = np.array([float(t) for t in run.times])
     if run.unit == "timestep" and (times % 1 == 0).all():
         times = times.astype(np.int64)
     columns = {"timestep": times} | {name: np.array([row[name] for row in rows]) for name in NAMES}
-    return Traced(columns, clip, residual, loop.steps, linear.noise, linear.given, linear.second)
+    return TraceResult(columns, clip, residual, loop.steps, linear.noise, linear.given, linear.second)
 
 
 # ------------------------------------------------------------------------------------------------------------ clips
 
 
-def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
+def _clipped(linear: Linear, loop: RandomRun, clip: Clip) -> list[Row]:
     """The rows of steps that clip the predicted clean sample, which they return or step to, and have no history.
 
     linear: without the clip. loop: with it, on numbers that are clipped here and there. There the clipped clean sample
@@ -192,7 +190,7 @@ def _clipped(linear: Linear, loop: Loop, clip: Clip) -> list[Row]:
     return rows
 
 
-def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop: Loop) -> list[Row]:
+def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop: RandomRun) -> list[Row]:
     """The rows of steps that clip the predicted clean sample and do all else with that one alone.
 
     linear: without the clip, as `plain` is. Where the model returns the clean sample itself, the steps are what follows
@@ -214,7 +212,7 @@ def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop:
 # ------------------------------------------------------------------------------------------------------------ proof
 
 
-def _prove(rows: Sequence[Row], clip: Clip | None, linear: Linear, loop: Loop) -> float:
+def _prove(rows: Sequence[Row], clip: Clip | None, linear: Linear, loop: RandomRun) -> float:
     """The largest residual of the rows in a loop. Raises ValueError where one is too large."""
     largest, ring = 0.0, [np.zeros(BATCH)] * HISTORY
     for i, row in enumerate(rows):

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_loop import LINEAR, Array, Loop, flat, relative
+from ddpm_ext.tables.trace_random import LINEAR, Array, RandomRun, flat, relative
 from ddpm_ext.tables.trace_run import Run
-
-__all__ = ["HISTORY", "NAMES", "NEGLIGIBLE", "Linear", "Row", "at", "row_of"]
 
 HISTORY = 3  # tensors that a row may read
 NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
@@ -50,7 +48,7 @@ class Linear:
         self.n = len(run.times)
 
     @classmethod
-    def of(cls, run: Run, loop: Loop, second: Sequence[str] | None) -> Linear:
+    def of(cls, run: Run, loop: RandomRun, second: Sequence[str] | None) -> Linear:
         """The sums. loop: any of the same run. second: as for `follow`."""
         n = len(run.times)
         counts = [len(step.draws) for step in loop.steps]
@@ -112,13 +110,13 @@ class Linear:
                 return True
         return False
 
-    def prove(self, loop: Loop) -> None:
+    def prove(self, loop: RandomRun) -> None:
         """Raises ValueError where a step on random numbers is not the sum that it was on unit vectors."""
         error = self.error(loop)
         if error is not None:
             raise error
 
-    def error(self, loop: Loop) -> ValueError | None:
+    def error(self, loop: RandomRun) -> ValueError | None:
         """What `prove` raises."""
         inputs = np.concatenate([loop.x, loop.m, *loop.z])
         for i in range(self.n):

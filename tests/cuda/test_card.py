@@ -1,4 +1,4 @@
-"""What only a GPU has: streams, a second GPU, inductor's code, and timesteps that are not read back."""
+"""What only a GPU has: streams, a second GPU, and timesteps that are not read back; and inductor's code for a GPU."""
 
 from __future__ import annotations
 

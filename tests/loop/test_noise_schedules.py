@@ -72,7 +72,7 @@ def test_loops_are_the_variance_preserving_ones_scaled(choose):
         options["inpaint"] = Inpaint(known, mask, jump_length=2, jump_n_sample=jumps)
     taken = {name: value for name, value in options.items() if name != "progress"}
     rows = make_loop_rows(ours.process, LoopOptions(**taken))
-    table, asked = rows.table, [kind.calls_model for kind in rows.kinds]
+    table, asked = rows.table, [kind.calls_model for kind in rows.needs]
     before, after = (
         [math.hypot(*pair) for pair in zip(*(getattr(table, name).tolist() for name in names), strict=True)]
         for names in (LEVELS[:2], LEVELS[2:])
@@ -142,7 +142,7 @@ def test_models_are_called_with_the_timestep_of_the_level(schedule, spacing, tim
     """Also between the schedule's own levels, and above the greatest, where churn leads."""
     process = GaussianDiffusion(T, schedule, prediction="x0").process
     rows = make_loop_rows(process, LoopOptions(sampler=sampler, steps=6, spacing=spacing))
-    asked = torch.tensor([kind.calls_model for kind in rows.kinds])
+    asked = torch.tensor([kind.calls_model for kind in rows.needs])
     expected = timestep(rows.table.signal_now, rows.table.noise_now)
     torch.testing.assert_close(rows.table.timestep[asked], expected[asked], rtol=1e-9, atol=1e-9)
 

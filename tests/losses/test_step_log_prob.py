@@ -159,8 +159,8 @@ def test_one_launch(clip, expected):
     "make, error, message",
     [
         (lambda: StepLogProb("ddpm"), TypeError, "table is a str, expected a StepTable"),
-        (lambda: StepLogProb(dpmpp_2m(GRID)), ValueError, "table has rows with c3, l0, l1 or history"),
-        (lambda: StepLogProb(ddpm(GRID, variance="learned")), ValueError, "table has rows with c3, l0, l1 or history"),
+        (lambda: StepLogProb(dpmpp_2m(GRID)), ValueError, "table has rows with l0, l1, cu or history"),
+        (lambda: StepLogProb(ddpm(GRID, variance="learned")), ValueError, "table has rows with l0, l1, cu or history"),
         (lambda: StepLogProb(ddpm(GRID), reduction="none"), ValueError, "reduction is 'none', expected 'mean' or"),
         (lambda: StepLogProb(ddpm(GRID), backend="eager"), ValueError, "backend is 'eager'"),
         (lambda: call(row=4), ValueError, "row 4 has s 0.0"),

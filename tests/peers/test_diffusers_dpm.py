@@ -49,7 +49,7 @@ def normals(count, seed):
 def size(row, x, m, h, z):
     """The size of the terms that a step adds up."""
     x0 = abs(row.a * x) + abs(row.b * m)
-    terms = (row.c0 * x0, row.c1 * x, row.c2 * m, row.c3 * h, row.s * z)
+    terms = (row.c0 * x0, row.c1 * x, row.c2 * m, row.h1 * h, row.s * z)
     return sum(abs(term) for term in terms)
 
 
@@ -73,8 +73,8 @@ def test_dpm_solver(algorithm, steps, spacing, final, prediction, theirs):
         x, m, z = normals(3, i)
         expected = scheduler.step(m, t, x, variance_noise=z).prev_sample
         x, m, z = (value.double().numpy() for value in (x, m, z))
-        h = 0.0 if row.c3 == 0 else x0
-        x0, found = take(row, x, m, h, z)
+        h = 0.0 if row.h1 == 0 else x0
+        x0, found = take(row, x, m, z, history=[h])
         off = worst(found, expected, size(row, x, m, h, z))
         assert off <= RELATIVE, (i, off)
 
@@ -91,12 +91,12 @@ def test_heun(spacing, prediction, theirs):
         assert scheduler.timesteps.tolist() == table.timestep.tolist()
     for i, (row, t) in enumerate(zip(table, scheduler.timesteps, strict=True)):
         start, m = normals(2, i)
-        if row.c3 == 0:
+        if row.h1 == 0:
             x, h, scale, outer = start.double().numpy(), 0.0, 0.0, start / row.signal_now
         m64 = m.double().numpy()
         outer = scheduler.step(m, t, outer).prev_sample
         scale = scale + size(row, x, m64, h, 0.0)
-        h, x = take(row, x, m64, h)
+        h, x = take(row, x, m64, history=[h])
         off = worst(x, outer * row.signal_after, scale)
         assert off <= RELATIVE, (i, off)
 

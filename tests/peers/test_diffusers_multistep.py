@@ -158,7 +158,7 @@ def test_midpoints(monkeypatch, name, spacing, prediction):
     table = SAMPLERS[name](make_grid(LEVELS, timesteps), prediction=prediction, **arguments)
     assert table.timestep.tolist() == pytest.approx(scheduler.timesteps.tolist(), abs=2e-3)
     outputs = torch.randn(len(table) + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sample, x, before = outputs[-1] / table.signal_now[0], outputs[-1].numpy(), 0.0
+    sample, x, history = outputs[-1] / table.signal_now[0], outputs[-1].numpy(), []
     for row, t, m in zip(table, scheduler.timesteps, outputs, strict=False):
         z = torch.full(SHAPE, 0.5, dtype=torch.float64)
         if "Ancestral" in kind:
@@ -166,7 +166,8 @@ def test_midpoints(monkeypatch, name, spacing, prediction):
             monkeypatch.setattr(module, "randn_tensor", lambda *_, z=z, **__: z)
         scheduler.is_scale_input_called = True
         sample = scheduler.step(m, t, sample).prev_sample
-        before, x = take(row, x, m.numpy(), before, z.numpy())
+        x0, after = take(row, x, m.numpy(), z.numpy(), history=history)
+        history, x = push(row, history, x0, x, m.numpy()), after
         expected = sample.numpy() * row.signal_after
         assert abs(x - expected).max() < 5e-6 * max(1, abs(expected).max())  # measured 1.6e-6, factor 3
 

@@ -82,15 +82,14 @@ def test_whole_loop(monkeypatch, sampling, name, arguments, theirs, options, cli
         **({"noise_sampler": lambda sigma, after: noise[(arrive - after).abs().argmin()]} if "eta" in options else {}),
         **options,
     )
-    x, before, history, given, levels = start.numpy(), 0.0, [], iter(outputs.numpy()), []
+    x, history, given, levels = start.numpy(), [], iter(outputs.numpy()), []
     for row in table:
         asked = row.b != 0 or row.c2 != 0
         m = next(given) if asked else 0.0
         z = noise[(arrive - row.noise_after / row.signal_after).abs().argmin()].numpy()
-        x0, after = take(row, x, m, before, z, clip=clip, history=history)
+        x0, after = take(row, x, m, z, clip=clip, history=history)
         history, x = push(row, history, x0, x, m), after
         if asked:
-            before = x0
             levels.append(row.noise_now / row.signal_now)
     assert levels == pytest.approx(sigmas, rel=1e-12)
     largest = max(1.0, abs(outputs).max().item())

@@ -77,13 +77,13 @@ def read(table):
 
 
 def by_table(table, clip, x, outputs, noises):
-    """A loop of the table in float64, by the reference of the linear step."""
-    packed = table.packed_linear("cpu", torch.float64)
+    """A loop of the table in float64, by the reference of the step."""
+    packed = table.packed("cpu", torch.float64)
     ring = [torch.zeros_like(x) for _ in range(3)]
     for i, row in enumerate(table):
         kept = torch.empty_like(x)
         history = {f"history{1 + k}": ring[k] for k in range(3)}
-        x = reference.linear_step(
+        x = reference.step_with_options(
             x, outputs[i], packed, i, clip=clip, noise=noises[i], add_noise=False, history_out=kept, **history
         )
         if row.k0 or row.k1 or row.k2:
@@ -160,7 +160,7 @@ def test_dpm_solver_is_ours():
     torch.testing.assert_close((found.c1)[middle], (ours.c0 * ours.a + ours.c1)[middle], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((found.c2)[middle], (ours.c0 * ours.b)[middle], rtol=1e-4, atol=1e-5)
     kept = found.k1 / ours.a
-    torch.testing.assert_close((found.h1[1:] * kept[:-1])[:18], ours.c3[1:19], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((found.h1[1:] * kept[:-1])[:18], ours.h1[1:19], rtol=1e-4, atol=1e-5)
 
 
 def test_two_libraries_side_by_side():

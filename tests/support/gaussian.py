@@ -48,7 +48,7 @@ def exact_model(gd):
     return model
 
 
-def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
+def take(row, x, m, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=None, history=()):
     """x0 and the next sample by a StepRow without guidance, for floats or float64 arrays. `history`: H1, H2 and H3, as
     many as there are."""
     x0 = row.a * x + row.b * m
@@ -56,7 +56,7 @@ def take(row, x, m, h=0.0, z=0.0, *, g=0.0, v=None, v_is_variance=False, clip=No
         x0 = np.clip(x0, *clip)
     x0 = x0 + row.g0 * g
     root = 1.0 if v is None else np.sqrt(v) if v_is_variance else np.exp(row.l0 + row.l1 * v)
-    mean = row.c0 * x0 + row.c1 * x + (row.c2 + row.cu) * m + row.c3 * h
+    mean = row.c0 * x0 + row.c1 * x + (row.c2 + row.cu) * m
     mean = mean + sum(weight * kept for weight, kept in zip((row.h1, row.h2, row.h3), history, strict=False))
     return x0, mean + root**2 * row.g1 * g + row.s * root * z
 
@@ -68,22 +68,43 @@ def push(row, history, x0, x, m):
     return [row.k0 * x0 + row.k1 * x + row.k2 * m, *history[:2]]
 
 
-def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA):
+def calls_model(row):
+    return row.b != 0 or row.c2 + row.cu != 0
+
+
+def loop(table, x, model, noise=None, **options):
+    """Each row with its x0 and the next sample, by `take`. model(row, x) gives the output, of rows that call a model.
+
+    noise: an iterator of the z of rows that have one; None: zeros. options: take's, of every row.
+    """
+    history = []
+    for row in table:
+        m = model(row, x) if calls_model(row) else 0.0 * x
+        z = next(noise) if noise is not None and row.s else 0.0
+        x0, after = take(row, x, m, z, history=history, **options)
+        history, x = push(row, history, x0, x, m), after
+        yield row, x0, x
+
+
+def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA, model=None):
     """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
 
-    `levels` has alphas_cumprod by timestep; between these, the row's own level counts. A row that does not use the
-    model's output gets none.
+    `levels` has alphas_cumprod by timestep; between these, the row's own level counts. model: as loop's, in place of
+    the best prediction, affine in x. A row that does not use the model's output gets none.
     """
-    size = 5  # x, the previous x0, and three tensors of history
-    state, covariance = np.array([mean, *[0.0] * (size - 1)]), np.diag([variance, *[0.0] * (size - 1)])
+
+    def best(row, x):
+        return best_prediction(levels.get(row.timestep, row.signal_now**2), x, prediction, sigma)
+
+    size = 4  # x, and three tensors of history
+    state, covariance = np.array([mean, 0.0, 0.0, 0.0]), np.diag([variance, 0.0, 0.0, 0.0])
     for row in table:
 
         def step(before, row=row):
-            x, h, *history = before
-            asked = row.b != 0 or row.c2 + row.cu != 0
-            m = best_prediction(levels.get(row.timestep, row.signal_now**2), x, prediction, sigma) if asked else 0.0
-            x0, after = take(row, x, m, h, history=history)
-            return np.array([after, x0, *push(row, history, x0, x, m)])
+            x, *history = before
+            m = (model or best)(row, x) if calls_model(row) else 0.0
+            x0, after = take(row, x, m, history=history)
+            return np.array([after, *push(row, history, x0, x, m)])
 
         constant = step(np.zeros(size))
         slopes = np.stack([step(one) - constant for one in np.eye(size)], axis=1)

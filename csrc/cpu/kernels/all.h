@@ -5,8 +5,8 @@
 #include "cpu/kernels/loss.h"
 #include "cpu/kernels/quantile.h"
 #include "cpu/kernels/spread.h"
+#include "cpu/kernels/step_with_options.h"
 #include "cpu/kernels/steps.h"
-#include "cpu/kernels/steps_with_options.h"
 
 namespace ddpm_ext::DDPM_ISA {
 
@@ -23,13 +23,6 @@ namespace ddpm_ext::DDPM_ISA {
       {nullptr, kernel<noise, Float16, Float16>, nullptr},   \
       {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>}, \
   }
-#define DDPM_WITH_OPTIONS(Step, drawn)                                             \
-  {                                                                                \
-      {step_run<Step, drawn, float, float>, step_run<Step, drawn, float, Float16>, \
-       step_run<Step, drawn, float, BFloat16>},                                    \
-      {nullptr, step_run<Step, drawn, Float16, Float16>, nullptr},                 \
-      {nullptr, nullptr, step_run<Step, drawn, BFloat16, BFloat16>},               \
-  }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)
 
@@ -40,8 +33,7 @@ const Kernels kernels = {
     {DDPM_BY_ONE_DTYPE(affine_run, Noise::none), DDPM_BY_DTYPE(affine_run, Noise::given),
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
-    {DDPM_WITH_OPTIONS(ExtendedStep, false), DDPM_WITH_OPTIONS(ExtendedStep, true)},
-    {DDPM_WITH_OPTIONS(LinearStep, false), DDPM_WITH_OPTIONS(LinearStep, true)},
+    {DDPM_BY_DTYPE(step_with_options, false), DDPM_BY_DTYPE(step_with_options, true)},
     {DDPM_BY_DTYPE(loss_run, Noise::none), DDPM_BY_DTYPE(loss_run, Noise::given),
      DDPM_BY_DTYPE(loss_run, Noise::drawn)},
     {DDPM_BY_DTYPE(variational_run, Noise::none), DDPM_BY_DTYPE(variational_run, Noise::given),

@@ -17,7 +17,7 @@ void magnitudes(const MagnitudesRun& run) {
       store(to + i, bits_to_float(float_to_bits(x_start(i)) & U32(kMagnitude)));
   };
   if (run.row == nullptr) return each([&](int64_t i) { return load(x + i); });
-  const float a = run.row->step.a, b = run.row->step.b, w = run.row->w, scale = run.output_scale;
+  const float a = run.row->a, b = run.row->b, w = run.row->w, scale = run.output_scale;
   if (u == nullptr || w == 1.0f)
     return each([&](int64_t i) { return unclipped_x_start(a, b, load(x + i), load(m + i) * F32(scale)); });
   each(

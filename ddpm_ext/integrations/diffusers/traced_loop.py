@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, state_contents
-from ddpm_ext.ops.fused import ReverseStep
-
-__all__ = ["Lane", "Loop", "Settings"]
+from ddpm_ext.ops.fused import TableStep
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
@@ -75,7 +73,7 @@ class Lane(NamedTuple):
     address: int
     stride: int
     options: Mapping[str, Any]
-    quiet_step: ReverseStep | None
+    quiet_step: TableStep | None
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -17,11 +17,8 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.rows import Rows
 from ddpm_ext.tables.step_table import StepTable
-from ddpm_ext.tables.trace import Traced as Trace
-from ddpm_ext.tables.trace import follow
+from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
-
-__all__ = ["Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
 
 
 class Start(NamedTuple):
@@ -79,7 +76,7 @@ class Plan(NamedTuple):
     """
 
     start: Start
-    trace: Trace
+    trace: TraceResult
     rows: Rows
     timesteps: list[Any]
     stateless: bool
@@ -146,7 +143,7 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
     rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
-    stateless = not any(kind.keeps for kind in rows.kinds) and not any(step.stores for step in trace.steps)
+    stateless = not any(kind.keeps for kind in rows.needs) and not any(step.stores for step in trace.steps)
     return Plan(start, trace, rows, timesteps, stateless, scheduler, {}, {})
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_plan import Plan
-from ddpm_ext.tables.trace_loop import LINEAR, Array, flat, relative
-
-__all__ = ["HELD", "tensors_after"]
+from ddpm_ext.tables.trace_random import LINEAR, Array, flat, relative
 
 HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
 
@@ -70,7 +68,7 @@ def _ring(plan: Plan, i: int) -> list[Array]:
     ring: list[Array] = []
     table = plan.rows.table
     for j in range(i + 1):
-        if plan.rows.kinds[j].keeps:
+        if plan.rows.needs[j].keeps:
             x, m = _inputs(plan, j)
             x0 = table.a[j].item() * x + table.b[j].item() * m
             if plan.trace.clip is not None:

@@ -26,8 +26,6 @@ from ddpm_ext.integrations.tensors import (
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 
-__all__ = ["STEPS", "check_inputs", "split_output", "take_loop"]
-
 Function = Callable[..., Any]
 LOWER = (torch.float16, torch.bfloat16)
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
@@ -179,8 +177,8 @@ def _take_step(
     if not extras:
         steps = tables.get("steps", device, torch.float32)
         return {"sample": ops.reverse_step(x, prediction, steps, at, clip=clip, **source)}
-    steps = tables.get("extended", device, torch.float32)
-    sample = ops.extended_step(x, needed, steps, at, clip=clip, **source, **extras)
+    steps = tables.get("steps", device, torch.float32)
+    sample = ops.step_with_options(x, needed, steps, at, clip=clip, **source, **extras)
     return {"sample": sample, "pred_xstart": extras["x0_out"]} if with_x0 else {"sample": sample}
 
 

@@ -18,13 +18,11 @@ from ddpm_ext.integrations.fallback import Fallback, kept, result_of
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.on_device import StepDeviceTables
+from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
-
-__all__ = ["FusedTables", "tables_of", "timesteps_for"]
 
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
@@ -91,9 +89,9 @@ class FusedTables:
         q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
         self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)
 
-    def _on_device(self, steps: StepTable, **tables: Tensor) -> StepDeviceTables:
+    def _on_device(self, steps: StepTable, **tables: Tensor) -> KernelTables:
         for_peer = replace(steps, timestep=self._model_timesteps, draw=self._draws)
-        return StepDeviceTables(for_peer, predict=torch.stack([self._a, self._b], 1), **tables)
+        return KernelTables(for_peer, predict=torch.stack([self._a, self._b], 1), **tables)
 
     def get(self, name: str, device: torch.device) -> Tensor:
         """A table of timesteps' rows: "steps", p_sample's; "q_sample", the weights of x_start and of the noise in x_t;
@@ -104,7 +102,7 @@ class FusedTables:
         """(timesteps,), what a model gets for each timestep."""
         return self._ddpm.timesteps(device)
 
-    def rows(self, method: str, eta: object, x0_changes: bool) -> StepDeviceTables:
+    def rows(self, method: str, eta: object, x0_changes: bool) -> KernelTables:
         """The rows of a peer's method: row t is that of timestep t. Raises Fallback for an eta without a fused form.
 
         x0_changes: whether the predicted x_0 is changed (clipped, say) before the step goes on with it.
@@ -119,7 +117,7 @@ class FusedTables:
         make = self._inverse if inverse else self._ddim
         return kept(self, CACHED, (method, eta, keep_eps), lambda: make(eta, keep_eps))
 
-    def _ddim(self, eta: float, keep_eps: bool) -> StepDeviceTables:
+    def _ddim(self, eta: float, keep_eps: bool) -> KernelTables:
         if not 0 <= eta < math.inf:
             raise Fallback("its eta is negative or not finite")
         grid = self._process.grid()
@@ -128,7 +126,7 @@ class FusedTables:
             raise Fallback("its eta asks for more noise than there is")
         return self._on_device(steps[::-1])
 
-    def _inverse(self, eta: float, keep_eps: bool) -> StepDeviceTables:
+    def _inverse(self, eta: float, keep_eps: bool) -> KernelTables:
         if eta != 0:
             raise Fallback
         ascending = torch.arange(self._process.timesteps, device="cpu")

@@ -21,7 +21,7 @@ __all__ = ["dpmpp_2m_cfg_pp", "euler_ancestral_cfg_pp", "euler_cfg_pp"]
 def _renoised(grid: Grid | Jumps, prediction: str, sigma: Tensor) -> StepTable:
     """DDIM's rows with the model's own eps, which is that of the unconditional output."""
     table = implicit(grid, prediction, sigma, keep_eps=True)
-    return replace(table, c2=None, cu=table.c2, g0=None, g1=None)
+    return replace(table, c2=None, cu=table.c2, g1=None)
 
 
 @at_any_scale

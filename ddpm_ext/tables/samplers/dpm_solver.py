@@ -27,18 +27,10 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool
     onward[~onward.isfinite()] = 0
     if lower_order_final and len(grid) < multistep.FEW:
         onward[-1] = 0
-    a, b = coefficients.x0(grid, prediction)
-    return StepTable(
-        timestep=grid.timestep,
-        a=a,
-        b=b,
-        c0=towards_x0 * (1 + onward),
-        c1=((1 - after) / (1 - now)).sqrt() * torch.exp(-extra),
-        s=(1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt(),
-        c3=-towards_x0 * onward,
-        g0=coefficients.score(grid),
-        **grid.levels,
-    )
+    of_x = ((1 - after) / (1 - now)).sqrt() * torch.exp(-extra)
+    s = (1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
+    weights = torch.stack([towards_x0 * (1 + onward), -towards_x0 * onward], 1)
+    return multistep.of_x0(grid, prediction, of_x, weights.tolist(), s)
 
 
 @at_any_scale

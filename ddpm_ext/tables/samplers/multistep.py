@@ -19,8 +19,6 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["FEW", "SLOTS", "eps_slope", "extrapolated", "first_step", "lagrange_weights", "of_eps", "of_x0", "orders"]
-
 FEW = 15  # with fewer steps, the last one is of first order
 SLOTS = 4  # the value at a step and three before it
 
@@ -102,6 +100,7 @@ def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor
         c0=now,
         c1=of_x,
         s=s,
+        g0=coefficients.score(grid),
         **grid.levels,
         h1=h1,
         h2=h2,
@@ -135,6 +134,4 @@ def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
         h3=slope * h3,
         k0=k0,
         k1=k1,
-        g0=None,
-        g1=None,
     )

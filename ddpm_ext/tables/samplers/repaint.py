@@ -29,15 +29,15 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
 
     Raises:
         TypeError: `table` is not a StepTable, or `jump_length` or `jump_n_sample` is not an int.
-        ValueError: one of them is below 1; a table that does not descend from row to row, or has history (c3).
+        ValueError: one of them is below 1; a table that does not descend from row to row, or has history.
     """
     if not isinstance(table, StepTable):
         raise TypeError(f"table is a {type(table).__name__}, expected a StepTable")
     length = checks.integer("jump_length", jump_length, 2**31, "2^31", start=1)
     passes = checks.integer("jump_n_sample", jump_n_sample, 2**31, "2^31", start=1)
     table = table.to("cpu")
-    if (table.c3 != 0).any() or table.linear:
-        raise ValueError("table has history (c3 or h1 to k2), which a jump would make another step's, expected none")
+    if table.history:
+        raise ValueError("table has history (h1 to k2), which a jump would make another step's, expected none")
     falls = table.noise_now * table.signal_after > table.noise_after * table.signal_now
     goes_on = table.signal_now[1:].equal(table.signal_after[:-1]) and table.noise_now[1:].equal(table.noise_after[:-1])
     if not (falls.all() and goes_on):

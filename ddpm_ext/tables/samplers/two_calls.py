@@ -1,7 +1,7 @@
 """Rows of samplers whose steps are two calls of the model, and of noise between steps.
 
 The first row of a step is Euler's to a level in the middle. The second computes the end of the step from there and
-from the x0 of the first row, which it reads by c3; the sample before both rows follows from these two. A step may end
+from the x0 that the first row keeps; the sample before both rows follows from these two. A step may end
 at less noise than the next one starts with: the last of its rows then adds fresh noise up to that level, in the same
 launch.
 """
@@ -9,7 +9,7 @@ launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,7 @@ from ddpm_ext.tables.levels import unit_levels
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler, implicit
 from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, timestep_at
-from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["Correction", "jumps", "merged", "timesteps_of", "two_calls"]
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
 
 def timesteps_of(grid: Grid, sigma: Tensor) -> Tensor:
@@ -81,11 +79,12 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
             b=b,
             c0=signal * correction.of_x0,
             c1=signal / calls.now.sqrt() * correction.of_x,
-            c3=signal * correction.of_first,
+            h1=signal * correction.of_first,
             s=s[twice],
             g0=coefficients.score(calls),
             **jumps(calls.timestep, calls.now, steps.after[twice]).levels,
         )
+        first = replace(first, k0=torch.ones_like(first.a))
         parts += [(2 * number[twice], first), (2 * number[twice] + 1, second)]
     once = ~twice
     if once.any():
@@ -98,9 +97,5 @@ def merged(parts: Sequence[tuple[Tensor, StepTable]]) -> StepTable:
     """The rows of several tables as one, in the order of the keys, int64 (rows,) for each table."""
     order = torch.cat([keys for keys, _ in parts]).argsort()
     return StepTable(
-        **{
-            field.name: torch.cat([getattr(table, field.name) for _, table in parts])[order]
-            for field in fields(StepTable)
-            if field.name != "draw"
-        }
+        **{name: torch.cat([getattr(table, name) for _, table in parts])[order] for name in COLUMNS if name != "draw"}
     )

@@ -1,0 +1,128 @@
+// One element of the step with options: the reverse step (core/step.h) with guidance, a variance of the model's own, a
+// classifier's gradient, up to three tensors that earlier steps kept, and a known part of the sample.
+//
+// The equation stands in the docstring of ddpm_ext's StepTable, with the same letters: u is `uncond_output`, g is
+// `gradient`, v is `model_variance` and H1 is `history1`. The step also takes these arguments (core/step_inputs.def):
+// - `output_scale` multiplies the guided output m.
+// - `x_start` is used in place of a x + b m, and `x_start_scale` multiplies either before the clip.
+// - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
+// The term of a tensor that the call does not have is left out.
+#pragma once
+
+#include "core/exponential.h"
+#include "core/forward.h"
+#include "core/step.h"
+#include "core/step_inputs.h"
+
+namespace ddpm_ext {
+
+// Whether a step of this row needs noise that the kernel draws.
+DDPM_HD bool draws_noise(const StepRow& row, bool masked) {
+  return row.s != 0.0f || (masked && row.noise_after != 0.0f);
+}
+
+// The standard deviation divided by the row's s. The clamp keeps zero away from sqrt, which does not take it.
+template <class F>
+DDPM_HD F learned_deviation(const StepRow& row, Variance variance, F v) {
+  if (variance == Variance::log) return exponential(fma(F(row.l1), v, F(row.l0)));
+  return sqrt(clamp(v, F(0x1p-100f), F(0x1p100f)));
+}
+
+// Adds a term to each sum. A factor of 0 leaves the values out, since 0 times infinity would be NaN.
+template <int N, class F>
+DDPM_HD void add_values(float factor, const F (&values)[N], F (&sums)[N]) {
+  if (factor == 0.0f) return;
+  DDPM_UNROLL for (int i = 0; i < N; ++i) sums[i] = fma(F(factor), values[i], sums[i]);
+}
+
+// The same with the values of a tensor, if the call has it.
+template <Role kRole, int N, class F, class Io>
+DDPM_HD void add_tensor(float factor, const Io& io, F (&sums)[N]) {
+  if (!io.has(kRole) || factor == 0.0f) return;
+  DDPM_UNROLL for (int i = 0; i < N; ++i) sums[i] = fma(F(factor), io.template load<kRole>(i), sums[i]);
+}
+
+// Takes the step for N neighbouring elements at once, so that each question about the call is answered once for all of
+// them. Io reads and writes memory: has(role) and has(result) say whether the call has a tensor, load<role>(i) reads
+// element i, and store<result>(i, value) writes it. Tensors that the call does not have are neither read nor written.
+// z holds the elements' noise if `drawn`.
+template <int N, class F, class Io>
+DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, bool drawn, F (&z)[N]) {
+  const bool noisy = drawn || io.has(Role::noise);
+  F x[N], m[N], x0[N], prev[N];
+
+#define DDPM_EACH DDPM_UNROLL for (int i = 0; i < N; ++i)
+  DDPM_EACH x[i] = io.template load<Role::x_t>(i);
+  DDPM_EACH m[i] = F(0.0f);
+  if (io.has(Role::model_output)) {
+    DDPM_EACH m[i] = io.template load<Role::model_output>(i);
+  }
+  if (io.has(Role::uncond_output) && row.w != 1.0f) {
+    DDPM_EACH m[i] = guide(row.w, m[i], io.template load<Role::uncond_output>(i));
+  }
+  DDPM_EACH m[i] = m[i] * F(sample[Factor::output_scale]);
+
+  if (io.has(Role::x_start)) {
+    DDPM_EACH x0[i] = io.template load<Role::x_start>(i);
+  } else {
+    DDPM_EACH x0[i] = unclipped_x_start(row.a, row.b, x[i], m[i]);
+  }
+  DDPM_EACH x0[i] = clamp(x0[i] * F(sample[Factor::x_start_scale]), F(sample.clip_min), F(sample.clip_max));
+
+  DDPM_EACH prev[i] = F(row.c1) * x[i];
+  add_values(row.c2, m, prev);
+  add_tensor<Role::uncond_output>(row.cu, io, prev);
+  add_tensor<Role::history1>(row.h1, io, prev);
+  add_tensor<Role::history2>(row.h2, io, prev);
+  add_tensor<Role::history3>(row.h3, io, prev);
+
+  F deviation[N];
+  DDPM_EACH deviation[i] = F(1.0f);
+  if (sample.variance != Variance::of_row) {
+    DDPM_EACH deviation[i] = learned_deviation(row, sample.variance, io.template load<Role::model_variance>(i));
+  }
+  if (io.has(Role::gradient)) {
+    DDPM_EACH {
+      const F gradient = io.template load<Role::gradient>(i);
+      x0[i] = fma(F(row.g0), gradient, x0[i]);
+      prev[i] = fma(deviation[i] * deviation[i] * F(row.g1), gradient, prev[i]);
+    }
+  }
+  DDPM_EACH prev[i] = fma(F(row.c0), x0[i], prev[i]);
+
+  if (io.has(Role::noise)) {
+    DDPM_EACH z[i] = io.template load<Role::noise>(i);
+  }
+  // As in the plain step, given noise is added in every row, also where s is 0.
+  if (io.has(Role::noise) || (drawn && row.s != 0.0f)) {
+    DDPM_EACH prev[i] = fma(deviation[i] * F(row.s), z[i], prev[i]);
+  }
+  if (io.has(Role::mask)) {
+    DDPM_EACH {
+      const F mask = io.template load<Role::mask>(i);
+      const F known = io.template load<Role::known>(i);
+      const F noised = noisy ? affine({row.signal_after, row.noise_after}, known, z[i]) : F(row.signal_after) * known;
+      prev[i] = fma(mask, noised, fma(mask, F(-1.0f), F(1.0f)) * prev[i]);
+    }
+  }
+
+  // Stores come last, so that a result may overwrite the tensors that it is computed from.
+  if (io.has(Result::x0_out)) {
+    DDPM_EACH io.template store<Result::x0_out>(i, x0[i]);
+  }
+  if (io.has(Result::history_out)) {
+    F kept[N];
+    // -0 is the sum of nothing: adding a number to it gives that number, also 0 and -0.
+    DDPM_EACH kept[i] = row.k1 != 0.0f ? F(row.k1) * x[i] : F(-0.0f);
+    add_values(row.k2, m, kept);
+    add_values(row.k0, x0, kept);
+    DDPM_EACH io.template store<Result::history_out>(i, kept[i]);
+  }
+  if (io.has(Result::out_copy)) {
+    DDPM_EACH io.template store<Result::out_copy>(i, prev[i]);
+  }
+  DDPM_EACH io.template store<Result::out>(i, prev[i]);
+#undef DDPM_EACH
+}
+
+}  // namespace ddpm_ext

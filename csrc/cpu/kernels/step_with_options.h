@@ -1,0 +1,45 @@
+// The loop of the step with options over a run.
+#pragma once
+
+#include "core/step_with_options.h"
+#include "cpu/kernels/normals.h"
+
+namespace ddpm_ext::DDPM_ISA {
+namespace {
+
+// The tensors of a run, as take_step in core/ reads and writes them.
+template <class X, class M>
+struct RunTensors {
+  const StepRun& run;
+  int64_t at;  // the offset of the first of four vectors
+
+  DDPM_HD bool has(Role role) const { return run.inputs[static_cast<int>(role)] != nullptr; }
+  DDPM_HD bool has(Result result) const { return run.results[static_cast<int>(result)] != nullptr; }
+  template <Role kRole>
+  DDPM_HD F32 load(int i) const {
+    const void* data = run.inputs[static_cast<int>(kRole)];
+    if constexpr (of_model(kRole)) {
+      return ddpm_ext::DDPM_ISA::load(static_cast<const M*>(data) + at + i * F32::kLanes);
+    } else {
+      return ddpm_ext::DDPM_ISA::load(static_cast<const X*>(data) + at + i * F32::kLanes);
+    }
+  }
+  template <Result kResult>
+  DDPM_HD void store(int i, F32 value) const {
+    void* data = run.results[static_cast<int>(kResult)];
+    ddpm_ext::DDPM_ISA::store(static_cast<X*>(data) + at + i * F32::kLanes, value);
+  }
+};
+
+template <bool kDrawn, class X, class M>
+void step_with_options(const StepRun& run) {
+  const StepRow row = *static_cast<const StepRow*>(run.row);
+  const StepSample sample = run.sample;
+  for_each_four<kDrawn ? Noise::drawn : Noise::none>(run, [&](int64_t i, F32(&z)[4]) {
+    RunTensors<X, M> tensors{run, i};
+    take_step(row, sample, tensors, kDrawn, z);
+  });
+}
+
+}  // namespace
+}  // namespace ddpm_ext::DDPM_ISA

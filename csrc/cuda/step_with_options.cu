@@ -1,0 +1,267 @@
+// The step with options: take_step of core/ for every element. Which tensors a call has is known only when it runs, so
+// the kernels branch on null pointers, which are the same for all threads. The usual sets of options have kernels of
+// their own (option_sets.cuh).
+#include "core/step_with_options.h"
+
+#include <type_traits>
+#include <utility>
+
+#include "cuda/access.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/memory.cuh"
+#include "cuda/normals.cuh"
+#include "cuda/operators.h"
+#include "cuda/option_sets.cuh"
+#include "cuda/sample.cuh"
+
+namespace ddpm_ext::cuda {
+namespace {
+
+// How many elements of a sample a thread takes at once.
+template <Access kAccess, class Options, class X>
+constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
+
+// kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
+// issued before the first value is used.
+template <class Options, class X, class M, int kItems, class Index>
+class VectorTensors {
+ public:
+  // Loads nothing if not `inside`.
+  __device__ __forceinline__ VectorTensors(const StepCall& call, Index b, Index j, bool inside = true)
+      : call_(call), b_(b), j_(j), inside_(inside) {
+    make_opaque(b_);  // or the compiler would keep where each tensor's sample begins in registers
+    fetch(std::make_integer_sequence<int, kRoles>());
+  }
+
+  template <class Which>
+  __device__ __forceinline__ bool has(Which which) const {
+    return cuda::has<Options>(call_, which);
+  }
+
+  template <Role kRole>
+  __device__ __forceinline__ F2 load(int i) const {
+    return widen(get<kRole>().pairs[first + i]);
+  }
+  template <Result kResult>
+  __device__ __forceinline__ void store(int i, F2 value) {
+    Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
+    narrow(value, result.pairs[first + i]);
+    if (first + i + 1 < kItems / 2) return;
+    const TensorArg& tensor = call_[kResult];
+    result.store(static_cast<X*>(tensor.data) + offset(tensor));
+  }
+
+  int first = 0;  // the first pair of the four elements that load and store mean
+
+ private:
+  template <Role kRole>
+  __device__ __forceinline__ auto& get() const {
+    if constexpr (of_model(kRole)) {
+      return of_model_[static_cast<int>(kRole) - kLikeX];
+    } else {
+      return like_x_[static_cast<int>(kRole)];
+    }
+  }
+
+  __device__ __forceinline__ int64_t offset(const TensorArg& tensor) const {
+    return sample_start(tensor.batch_stride, b_) + j_;
+  }
+
+  template <int... kEach>
+  __device__ __forceinline__ void fetch(std::integer_sequence<int, kEach...>) {
+    (fetch_one<static_cast<Role>(kEach)>(), ...);
+  }
+  template <Role kRole>
+  __device__ __forceinline__ void fetch_one() {
+    if constexpr ((Options::kMay & bit(kRole)) == 0) return;
+    using T = std::conditional_t<of_model(kRole), M, X>;
+    const TensorArg& tensor = call_[kRole];
+    const_cast<Vector<T, kItems>&>(get<kRole>())
+        .load_if(inside_ && has(kRole), static_cast<const T*>(tensor.data) + offset(tensor));
+  }
+
+  const StepCall& call_;
+  Index b_;
+  const Index j_;
+  const bool inside_;
+  Vector<X, kItems> like_x_[kLikeX];
+  Vector<M, kItems> of_model_[kRoles - kLikeX];
+  Vector<X, kItems> results_[kResults] = {};
+};
+
+// One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
+// of a pair whose second is not used.
+template <class Options, class X, class M, bool kContiguous>
+class ElementTensors {
+ public:
+  __device__ __forceinline__ ElementTensors(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j)
+      : call_(call) {
+    each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
+    if constexpr (!kContiguous) {
+      for_each_index(call, dividers, j, [&](int d, int64_t index) {
+        each([&](const TensorArg& tensor, int64_t& offset) { offset += index * tensor.strides[d]; });
+      });
+    }
+  }
+
+  template <class Which>
+  __device__ __forceinline__ bool has(Which which) const {
+    return cuda::has<Options>(call_, which);
+  }
+
+  template <Role kRole>
+  __device__ __forceinline__ F2 load(int) const {
+    using T = std::conditional_t<of_model(kRole), M, X>;
+    return {to_float(static_cast<const T*>(call_[kRole].data)[inputs_[static_cast<int>(kRole)]]), 0.0f};
+  }
+  template <Result kResult>
+  __device__ __forceinline__ void store(int, F2 value) const {
+    static_cast<X*>(call_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
+  }
+
+ private:
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) {
+    DDPM_UNROLL
+    for (int i = 0; i < kRoles; ++i) visit(call_.inputs[i], inputs_[i]);
+    DDPM_UNROLL
+    for (int i = 0; i < kResults; ++i) visit(call_.results[i], results_[i]);
+  }
+
+  const StepCall& call_;
+  int64_t inputs_[kRoles], results_[kResults];
+};
+
+// By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
+template <Access kAccess, class Options, class X, class M>
+__global__ void __launch_bounds__(kThreads, Options::kBlocks)
+    with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
+                 const int64_t apart) {
+  constexpr bool kDense = kAccess != Access::strided;
+  using Index = std::conditional_t<kDense, uint32_t, int64_t>;
+  constexpr int kItems = kStepItems<kAccess, Options, X>;
+  using Vectors = VectorTensors<Options, X, M, kItems, Index>;
+  const Index b = static_cast<Index>(blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
+  if (b >= static_cast<Index>(call.batch)) return;
+
+  const StepRow row = static_cast<const StepRow*>(call.table)[sample_row(call, b)];
+  // A call that can't have the tensor has its variance from the row.
+  const bool learned = (Options::kMay & bit(Role::model_variance)) != 0;
+  StepSample sample = {call.clip_min, call.clip_max, {}, learned ? call.variance : Variance::of_row};
+  DDPM_UNROLL
+  for (int i = 0; i < kFactors; ++i) {
+    const bool may = (Options::kMay & bit(static_cast<Factor>(i))) != 0;
+    sample.factors[i] = may ? of_sample(call.factors[i], b) : 1.0f;
+  }
+  const bool drawn = call.noise_kind == Noise::drawn && draws_noise(row, has<Options>(call, Role::mask));
+  const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
+  const PhiloxKeys keys = philox_keys(seed);
+  const PhiloxSample counter = sample_noise(call, keys, b, row.draw);
+  // Takes up to four elements, from j on. z is the noise of the four that begin where j + phase is a multiple of 4.
+  const auto by_element = [&](Index j, Index end, Index phase, const F2* z) {
+#pragma unroll 1
+    for (Index i = j; i < end; ++i) {
+      const Index place = i + phase;
+      const F2 half = place & 2 ? z[1] : z[0];
+      F2 one[1] = {F2(place & 1 ? half.v.y : half.v.x)};
+      ElementTensors<Options, X, M, kDense> tensors(call, dividers, b, i);
+      take_step(row, sample, tensors, drawn, one);
+    }
+  };
+  const auto end_of_four = [](Index j, Index numel) { return numel - j < 4 ? numel : j + 4; };
+
+  const Index numel = static_cast<Index>(call.numel);
+  const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
+  Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
+  if constexpr (kAccess == Access::vector) {
+    const Index whole = numel / kItems * kItems;
+#pragma unroll 1
+    for (; j < whole; j += step) {
+      Vectors tensors(call, b, j);
+      DDPM_UNROLL
+      for (int q = 0; q < kItems; q += 4) {
+        F2 z[2] = {F2(0.0f), F2(0.0f)};
+        if (drawn) draw_normals(keys, counter, j + q, z);
+        tensors.first = q / 2;
+        take_step(row, sample, tensors, drawn, z);
+      }
+    }
+    // The rest of a sample beyond its whole vectors, which one thread takes.
+    for (; j < numel; j += 4) {
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, j, z);
+      by_element(j, end_of_four(j, numel), 0, z);
+    }
+  } else if constexpr (kAccess == Access::words) {
+    // How far behind a word the sample begins. j counts from that word's begin.
+    const TensorArg& out = call[Result::out];
+    const Index place = static_cast<Index>(reinterpret_cast<uintptr_t>(out.data) / sizeof(X));
+    const Index phase = (place + static_cast<Index>(sample_start(out.batch_stride, b))) % 4;
+#pragma unroll 1
+    for (; j < numel + phase; j += step) {
+      const Index e = j - phase;
+      const bool whole = j >= phase && e + 4 <= numel;
+      Vectors tensors(call, b, e, whole);
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, e, phase, z);
+      if (whole) {
+        take_step(row, sample, tensors, drawn, z);
+      } else {
+        by_element(j < phase ? 0 : e, end_of_four(e, numel), phase, z);
+      }
+    }
+  } else {
+    if (j >= pixels) return;
+    for (; j < numel; j += apart) {
+      F2 z[2] = {F2(0.0f), F2(0.0f)};
+      if (drawn) draw_normals(keys, counter, j, z);
+      by_element(j, end_of_four(j, numel), 0, z);
+    }
+  }
+}
+
+template <Access kAccess, class Options, class X, class M>
+void launch(const StepCall& call, cudaStream_t stream) {
+  constexpr auto kKernel = with_options<kAccess, Options, X, M>;
+  const int64_t pixels = call.numel / channels_in_turn(call);
+  // A thread that takes the elements of several channels takes no other turns.
+  const int64_t at_once = pixels < call.numel ? call.batch * call.numel : blocks_at_once<kKernel>(kThreads);
+  constexpr int kItems = kStepItems<kAccess, Options, X>;
+  const Shape shape = launch_shape(call.batch, pixels, kItems, at_once);
+  const int64_t step = int64_t{kItems} * shape.grid.x * shape.block.x;
+  launch_on<kKernel>(shape, stream, call, Dividers(call), pixels, pixels < call.numel ? pixels : step);
+}
+
+// Launches the kernel of a usual set of options, if the call fits that.
+template <class Usual, class X, class M>
+bool launch_usual(const StepCall& call, bool vector, bool words, cudaStream_t stream) {
+  if (!fits<Usual>(call)) return false;
+  if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
+  if constexpr (Usual::kWords) {
+    if (words) return launch<Access::words, Usual, X, M>(call, stream), true;
+  }
+  return false;
+}
+
+// Launches the kernel of the first of these sets of options that the call fits, or that for any.
+template <class... Usual>
+void launch_first(const StepCall& call, cudaStream_t stream) {
+  by_dtypes(call[Role::x_t].dtype, call[Role::model_output].dtype, [&](auto x, auto m) {
+    using X = decltype(x);
+    using M = decltype(m);
+    const bool vector = choose_access(call) == Access::vector, words = !vector && in_words(call);
+    if ((launch_usual<Usual, X, M>(call, vector, words, stream) || ...)) return;
+    if (vector) return launch<Access::vector, AnyOptions, X, M>(call, stream);
+    launch<Access::strided, AnyOptions, X, M>(call, stream);
+  });
+}
+
+}  // namespace
+
+void step_with_options(const StepCall& call, int device) {
+  on_device(device, [&](cudaStream_t stream) {
+    launch_first<Guided, WithX0, GuidedWithX0, WithHistory, LearnedVariance>(call, stream);
+  });
+}
+
+}  // namespace ddpm_ext::cuda

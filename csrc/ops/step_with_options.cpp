@@ -1,0 +1,121 @@
+#include "ops/checks.h"
+#include "ops/fill_call.h"
+#include "ops/operators.h"
+#include "ops/overlap.h"
+#include "ops/run_on_device.h"
+
+namespace ddpm_ext {
+namespace {
+
+constexpr const char* op = "step_with_options";
+
+// Sets the dtype of the model's tensors. The first one that is given decides, and the others must have the same.
+void set_model_dtypes(StepCall& call, const StepInputs& given) {
+  const Tensor& x_t = *given[Role::x_t];
+  DType dtype = call[Role::x_t].dtype;
+  const char* first_name = nullptr;
+  const Tensor* first = nullptr;
+  for (int i = kLikeX; i < kRoles; ++i) {
+    const char* name = kRoleNames[i];
+    const Tensor* tensor = given.inputs[i];
+    if (tensor == nullptr) continue;
+    const DType own = check_same_or_lower(op, name, *tensor, "x_t", x_t);
+    if (first == nullptr) first = tensor, first_name = name, dtype = own;
+    CHECK_TYPE(tensor->scalar_type() == first->scalar_type(), name, " has dtype ", tensor->scalar_type(),
+               ", expected that of ", first_name, ", ", first->scalar_type());
+  }
+  for (int i = kLikeX; i < kRoles; ++i) call.inputs[i].dtype = dtype;
+}
+
+void check_pair(const StepInputs& given, Role one, Role other) {
+  CHECK_VALUE(given[one] == nullptr || given[other] != nullptr, kRoleNames[static_cast<int>(one)], " is given without ",
+              kRoleNames[static_cast<int>(other)], ", expected both");
+}
+
+// Checks that each result has memory of its own. It may share memory only with a tensor that it is computed from
+// element by element, and then at the same places.
+void check_results(const StepInputs& given, const StepArguments& arguments) {
+  const Tensor* const others[] = {&arguments.table, pointer(arguments.t), pointer(arguments.rng.sample_ids),
+                                  pointer(arguments.rng.seed)};
+  for (int i = 0; i < kResults; ++i) {
+    const char* name = kResultNames[i];
+    const Tensor* result = given.results[i];
+    if (result == nullptr) continue;
+    CHECK_VALUE(!may_overlap_itself(*result), name, " has elements that share memory, expected one place an element");
+    for (const Tensor* input : given.inputs)
+      if (input != nullptr) check_overlap(op, name, *result, *input);
+    const auto check_apart = [&](const Tensor* input) {
+      CHECK_VALUE(input == nullptr || !may_overlap(*result, *input), name,
+                  " shares memory with an input, expected memory of its own");
+    };
+    for (const Tensor* input : others) check_apart(input);
+    for (const Tensor* factor : given.factors) check_apart(factor);
+    for (int j = 0; j < kResults; ++j) {
+      const Tensor* other = given.results[j];
+      CHECK_VALUE(other == nullptr || j == i || !may_overlap(*result, *other), name, " shares memory with ",
+                  kResultNames[j], ", expected memory of its own");
+    }
+    if (i != 0) result->mutable_data_ptr();  // gives it memory of its own if it was lazily shared
+  }
+}
+
+// Whether the call has nothing but what the plain step takes.
+bool is_plain(const StepCall& call) {
+  for (int i = 0; i < kRoles; ++i) {
+    const auto role = static_cast<Role>(i);
+    const bool of_plain = role == Role::x_t || role == Role::noise || role == Role::model_output;
+    if ((call.inputs[i].data != nullptr) > of_plain) return false;
+  }
+  for (int i = 1; i < kResults; ++i)
+    if (call.results[i].data != nullptr) return false;
+  for (const PerSample& factor : call.factors)
+    if (factor.data != nullptr) return false;
+  return call[Role::model_output].data != nullptr;
+}
+
+}  // namespace
+
+void step_with_options(const StepInputs& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
+                       double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng) {
+  const Tensor& x_t = *given[Role::x_t];
+  const Tensor& out = *given[Result::out];
+  const StepArguments arguments = {x_t, table, t, t_index, noise, draw_noise, rng};
+  StepCall call;
+  set_step(op, call, call[Role::x_t], call[Role::noise], call[Result::out], kRowWidth, arguments);
+  set_clip(op, call, clip_min, clip_max);
+  set_model_dtypes(call, given);
+  check_pair(given, Role::uncond_output, Role::model_output);
+  check_pair(given, Role::mask, Role::known);
+  check_pair(given, Role::known, Role::mask);
+
+  check_same(op, "out", out, "x_t", x_t);
+  for (int i = static_cast<int>(Role::noise) + 1; i < kLikeX; ++i)
+    if (given.inputs[i] != nullptr) call.inputs[i].dtype = check_same(op, kRoleNames[i], *given.inputs[i], "x_t", x_t);
+  for (int i = 1; i < kResults; ++i)
+    if (given.results[i] != nullptr)
+      call.results[i].dtype = check_same(op, kResultNames[i], *given.results[i], "x_t", x_t);
+  for (int i = 0; i < kFactors; ++i)
+    set_per_sample(op, kFactorNames[i], call.factors[i], given.factors[i], call, x_t.device());
+  check_results(given, arguments);
+
+  Bound bound[kRoles + kResults - 1];
+  int count = 0;
+  for (int i = 0; i < kRoles; ++i) bound[count++] = {given.inputs[i], &call.inputs[i]};
+  for (int i = 1; i < kResults; ++i) bound[count++] = {given.results[i], &call.results[i]};
+  bind(op, call, bound, out, call[Result::out]);
+
+  if (is_plain(call)) {
+    ElementwiseCall plain;
+    static_cast<Call&>(plain) = call;
+    plain.x = call[Role::x_t], plain.model_output = call[Role::model_output];
+    plain.noise = call[Role::noise], plain.out = call[Result::out];
+    DDPM_RUN(reverse_step, plain, x_t.device());
+  } else {
+    if (given[Role::model_variance] != nullptr) call.variance = given.log_variance ? Variance::log : Variance::direct;
+    DDPM_RUN(step_with_options, call, x_t.device());
+  }
+  for (const Tensor* result : given.results)
+    if (result != nullptr && !result->is_inference()) result->unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace ddpm_ext

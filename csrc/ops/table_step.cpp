@@ -1,0 +1,281 @@
+// The class ddpm_ext._C.TableStep: the steps of a table, with their clip and noise. Each call may have any of the
+// optional inputs (core/step_inputs.def) as keywords; without them it is the reverse step. `quantile` and `maximum`
+// compute x_start_scale, and `guidance` and `rescale` output_scale, in a launch before the step's.
+//
+// Its methods are called by CPython's own convention: to parse a call by pybind11 takes a small step longer than all of
+// its checks.
+#include "ops/table_step.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/GradMode.h>
+
+#include <limits>
+#include <vector>
+
+#include "ops/direct_call.h"
+#include "ops/eager_steps.h"
+#include "ops/fastcall.h"
+#include "ops/result_memory.h"
+
+namespace py = pybind11;
+
+namespace ddpm_ext {
+namespace {
+
+using fastcall::Argument;
+
+// Functions in Python, for what is rare.
+struct Callbacks {
+  py::object split_t;         // (t) -> (None, int), or the error that says what is wrong with t
+  py::object seed_in_memory;  // (device) -> a seed as a tensor, or None
+  py::object timesteps;       // (row, batch, device) -> what a model is called with for an int t
+  py::object unwrap;          // (what a model returned) -> its tensor
+};
+
+struct TableStep {
+  Tensor table;
+  double clip_min, clip_max;
+  OptionalTensor noise;
+  bool draw_noise;
+  Rng rng;
+  bool fresh;  // whether each call draws a seed of its own
+  Callbacks callbacks;
+  int64_t batch = -1;  // of the last call with an int t,
+  py::object by_row;   // and what models were called with for such a batch, by t
+};
+
+// One sample's row for all, or each sample's.
+struct Place {
+  OptionalTensor row;
+  int64_t index = 0;
+};
+
+const auto as_tensor = Argument<Tensor>::of;
+const auto as_optional_tensor = Argument<OptionalTensor>::of;
+const auto as_index = Argument<int64_t>::of;
+
+// The optional arguments of one call. Their tensors belong to the caller.
+struct Options {
+  StepInputs inputs;
+  std::optional<double> quantile, maximum;  // of x_start_scale
+  std::optional<double> guidance, rescale;  // of output_scale
+  bool any = false;                         // whether the call has any besides its noise
+};
+
+const Tensor* as_pointer(const char* name, PyObject* value) {
+  if (!THPVariable_Check(value)) Argument<Tensor>::of(name, value);  // raises
+  return &THPVariable_Unpack(value);
+}
+
+// A keyword, and what it sets.
+struct Keyword {
+  PyObject* name;  // interned, so that it is nearly always found by its address
+  void (*set)(Options&, PyObject*);
+};
+
+#define DDPM_INPUT_KEYWORD(name)      \
+  {PyUnicode_InternFromString(#name), \
+   [](Options& o, PyObject* value) { o.inputs[Role::name] = as_pointer(#name, value); }},
+#define DDPM_FACTOR_KEYWORD(name)     \
+  {PyUnicode_InternFromString(#name), \
+   [](Options& o, PyObject* value) { o.inputs[Factor::name] = as_pointer(#name, value); }},
+#define DDPM_RESULT_KEYWORD(name, ...) \
+  {PyUnicode_InternFromString(#name),  \
+   [](Options& o, PyObject* value) { o.inputs[Result::name] = as_pointer(#name, value); }},
+#define DDPM_FLAG_KEYWORD(name, ...)  \
+  {PyUnicode_InternFromString(#name), \
+   [](Options& o, PyObject* value) { o.inputs.name = Argument<bool>::of(#name, value); }},
+
+#define DDPM_NUMBER_KEYWORD(name) \
+  {PyUnicode_InternFromString(#name), [](Options& o, PyObject* value) { o.name = Argument<double>::of(#name, value); }},
+
+const std::vector<Keyword>& keywords() {
+  static const std::vector<Keyword> all = {DDPM_INPUT_KEYWORD(noise) DDPM_STEP_INPUTS(
+      DDPM_INPUT_KEYWORD, DDPM_INPUT_KEYWORD, DDPM_FACTOR_KEYWORD, DDPM_FLAG_KEYWORD, DDPM_RESULT_KEYWORD)
+                                               DDPM_NUMBER_KEYWORD(quantile) DDPM_NUMBER_KEYWORD(maximum)
+                                                   DDPM_NUMBER_KEYWORD(guidance) DDPM_NUMBER_KEYWORD(rescale)};
+  return all;
+}
+
+const Keyword& find_keyword(PyObject* name) {
+  for (const Keyword& keyword : keywords())
+    if (keyword.name == name) return keyword;
+  for (const Keyword& keyword : keywords())
+    if (PyUnicode_Compare(keyword.name, name) == 0) return keyword;
+  std::string known;
+  for (const Keyword& keyword : keywords()) known += (known.empty() ? "" : ", ") + std::string(py::str(keyword.name));
+  TORCH_CHECK_TYPE(false, "TableStep: unknown input ", std::string(py::str(name)), ", expected one of ", known);
+}
+
+// `values` follow the names in the tuple `names`, which is null if there are none. None counts as not given.
+Options read_options(PyObject* const* values, PyObject* names) {
+  Options options;
+  for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
+    if (values[i] == Py_None) continue;
+    const Keyword& keyword = find_keyword(PyTuple_GET_ITEM(names, i));
+    keyword.set(options, values[i]);
+    options.any = options.any || &keyword != &keywords().front();
+  }
+  return options;
+}
+
+// `t` is an int or a tensor. What else counts as an int, and the errors, are split_t's.
+Place place_of(const Callbacks& callbacks, PyObject* t) {
+  if (PyLong_CheckExact(t)) {
+    int overflow = 0;
+    const int64_t index = PyLong_AsLongLongAndOverflow(t, &overflow);
+    if (overflow == 0) return {std::nullopt, index};
+  } else if (THPVariable_Check(t)) {
+    return {THPVariable_Unpack(t)};
+  }
+  const py::tuple split = callbacks.split_t(py::handle(t));
+  return {std::nullopt, split[1].cast<int64_t>()};
+}
+
+void check_step(const TableStep& step, const Tensor& x_t, const Place& at, const OptionalTensor& out) {
+  const Rng& rng = step.rng;
+  eager::check_reverse_step(x_t, step.table, at.row, at.index, step.noise, step.draw_noise, rng.seed, rng.seed_value,
+                            rng.sample_ids, rng.first_id, rng.stream, rng.draw, rng.draw_data, out);
+}
+
+// A new reference to the result, which is `out` itself unless that is None.
+PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t, PyObject* model_output,
+                    const Place& at, PyObject* out, Options& options) {
+  StepInputs& given = options.inputs;
+  const OptionalTensor noise = given[Role::noise] == nullptr ? step.noise : OptionalTensor(*given[Role::noise]);
+  const bool draws = step.draw_noise && !(step.fresh && given[Role::noise] != nullptr);
+  Rng rng = step.rng;
+  if (step.fresh && draws) {
+    // A graph that is being captured, and modes and transforms of torch, may need one that torch's operators draw.
+    if (!x_t.is_cpu() || !plain({{"x_t", x_t}})) {
+      const py::object drawn = step.callbacks.seed_in_memory(py::handle(samples).attr("device"));
+      rng.seed = as_optional_tensor("seed", drawn.ptr());
+    }
+    if (!rng.seed.has_value()) rng.seed_value = draw_seed();
+  }
+  const bool with_options = options.any || model_output == Py_None;
+  OptionalTensor result = as_optional_tensor("out", out), output_scale, x_start_scale;
+  const OptionalTensor m = as_optional_tensor("model_output", model_output);
+  {
+    const fastcall::WithoutGil unlocked(!fastcall::is_brief(x_t));
+    if (with_options) {
+      if (!result.has_value())
+        result = plain({{"x_t", x_t}}) ? empty_result_like(x_t, x_t.scalar_type()) : at::empty_like(x_t);
+      given[Role::x_t] = &x_t, given[Role::model_output] = pointer(m), given[Role::noise] = pointer(noise);
+      given[Result::out] = &*result;
+      const Tensor* const u = given[Role::uncond_output];
+      if (options.guidance.has_value() || options.rescale.has_value()) {
+        TORCH_CHECK_VALUE(u != nullptr && m.has_value(), "TableStep: rescale is given without ",
+                          m.has_value() ? "uncond_output" : "model_output", ", expected both");
+        output_scale = eager::output_scale(*m, *u, options.guidance.value_or(1), options.rescale.value_or(0));
+        given[Factor::output_scale] = &*output_scale;
+      }
+      if (options.quantile.has_value() || options.maximum.has_value()) {
+        const double quantile = options.quantile.value_or(0);  // which is refused
+        const double maximum = options.maximum.value_or(std::numeric_limits<double>::infinity());
+        const OptionalTensor none, scale = eager::optional(given[Factor::output_scale]);
+        const Tensor* const x_start = given[Role::x_start];
+        x_start_scale = x_start != nullptr
+                            ? eager::x_start_scale(*x_start, none, none, none, 0, quantile, maximum, none, none)
+                            : eager::x_start_scale(x_t, m, step.table, at.row, at.index, quantile, maximum,
+                                                   eager::optional(u), scale);
+        given[Factor::x_start_scale] = &*x_start_scale;
+      }
+      eager::step_with_options(given, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws, rng);
+    } else {
+      result = eager::reverse_step(x_t, *m, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws,
+                                   rng.seed, rng.seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw,
+                                   rng.draw_data, result);
+    }
+  }
+  return out != Py_None ? Py_NewRef(out) : THPVariable_Wrap(std::move(*result));
+}
+
+// What a model is called with beside samples: t itself if it is a tensor.
+py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, const Place& at, PyObject* t) {
+  if (at.row.has_value()) return py::reinterpret_borrow<py::object>(t);
+  const int64_t batch = x_t.size(0);
+  if (step.batch != batch) step.by_row = py::dict(), step.batch = batch;
+  const py::object by_row = step.by_row;  // another thread's call may put one for another batch in its place
+  const py::int_ row(at.index);
+  if (PyObject* const found = PyDict_GetItemWithError(by_row.ptr(), row.ptr()))
+    return py::reinterpret_borrow<py::object>(found);
+  const py::object made = step.callbacks.timesteps(row, batch, py::handle(samples).attr("device"));
+  if (THPVariable_CheckExact(made.ptr()) && plain({{"t", THPVariable_Unpack(made.ptr())}})) by_row[row] = made;
+  return made;
+}
+
+// check(x_t, row, index, out): raises what take would raise.
+PyObject* check(TableStep& step, PyObject* const* args, Options&) {
+  const Tensor x_t = as_tensor("x_t", args[0]);
+  const Place at{as_optional_tensor("t", args[1]), as_index("t", args[2])};
+  check_step(step, x_t, at, as_optional_tensor("out", args[3]));
+  return Py_NewRef(Py_None);
+}
+
+// take(x_t, model_output, row, index, out, **options): the next samples.
+PyObject* take(TableStep& step, PyObject* const* args, Options& options) {
+  const Tensor x_t = as_tensor("x_t", args[0]);
+  const Place at{as_optional_tensor("t", args[2]), as_index("t", args[3])};
+  return take_step(step, args[0], x_t, args[1], at, args[4], options);
+}
+
+// run(model, x_t, t, out, timesteps, **options): the next samples by what model(x_t, timesteps) returns, all without
+// recording gradients. Wrong arguments are errors before the model is called. If timesteps is None, they follow from t.
+PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
+  const at::NoGradGuard no_grad;
+  PyObject *const samples = args[1], *const t = args[2], *const out = args[3];
+  const Tensor x_t = as_tensor("x_t", samples);
+  const Place at = place_of(step.callbacks, t);
+  check_step(step, x_t, at, as_optional_tensor("out", out));
+  const py::object timesteps =
+      args[4] == Py_None ? timesteps_of(step, samples, x_t, at, t) : py::reinterpret_borrow<py::object>(args[4]);
+  PyObject* of_model[] = {nullptr, samples, timesteps.ptr()};
+  auto output = py::reinterpret_steal<py::object>(
+      PyObject_Vectorcall(args[0], of_model + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  if (!output) throw py::error_already_set();
+  c10::GradMode::set_enabled(false);  // a model may have switched them on
+  if (!THPVariable_Check(output.ptr())) output = step.callbacks.unwrap(output);
+  return take_step(step, samples, x_t, output.ptr(), at, out, options);
+}
+
+TableStep make(const Tensor& table, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
+               DDPM_RNG_PARAMETERS, bool fresh, py::object split_t, py::object seed_in_memory, py::object timesteps,
+               py::object unwrap) {
+  Callbacks callbacks{std::move(split_t), std::move(seed_in_memory), std::move(timesteps), std::move(unwrap)};
+  return {table, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT, fresh, std::move(callbacks)};
+}
+
+using Method = PyObject*(TableStep&, PyObject* const*, Options&);
+
+// The last of kArguments may be left out, and is None then.
+template <Method* kMethod, Py_ssize_t kArguments>
+PyObject* called(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+  return fastcall::guarded([=] {
+    PyObject* positional[kArguments];
+    positional[kArguments - 1] = Py_None;
+    if (count != kArguments - 1) fastcall::check_count("TableStep", count, kArguments);
+    std::copy(args, args + count, positional);
+    void* const step = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder().value_ptr();
+    TORCH_CHECK_TYPE(step != nullptr, "TableStep: __init__ was not called");
+    Options options = read_options(args + count, names);
+    return kMethod(*static_cast<TableStep*>(step), positional, options);
+  });
+}
+
+}  // namespace
+
+void define_table_step(py::module_& m) {
+  static PyMethodDef methods[] = {fastcall::definition("check", called<check, 4>),
+                                  fastcall::definition("take", called<take, 5>),
+                                  fastcall::definition("run", called<run, 5>)};
+  py::class_<TableStep> type(m, "TableStep");
+  type.def(py::init(&make));
+  for (PyMethodDef& each : methods) {
+    auto* const of = reinterpret_cast<PyTypeObject*>(type.ptr());
+    type.attr(each.ml_name) = py::reinterpret_steal<py::object>(PyDescr_NewMethod(of, &each));
+  }
+}
+
+}  // namespace ddpm_ext

@@ -1,0 +1,66 @@
+"""The numbers of a step's row, in the order in which the kernels read them: Python's only list of it.
+
+csrc/core/step_row.def is the list of the C++ side, and a test holds the two to each other. Everything else takes a
+number by its name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.ops.philox import WORD
+
+
+class RowNumbers(NamedTuple):
+    """The numbers of each sample's row; the equation is in ddpm_ext.tables.step_table."""
+
+    a: Tensor
+    b: Tensor
+    c0: Tensor
+    c1: Tensor
+    c2: Tensor
+    s: Tensor
+    draw: Tensor  # packed as an integer's bits
+    w: Tensor  # the scale of classifier-free guidance
+    cu: Tensor
+    h1: Tensor
+    h2: Tensor
+    h3: Tensor
+    k0: Tensor
+    k1: Tensor
+    k2: Tensor
+    l0: Tensor
+    l1: Tensor
+    g0: Tensor
+    g1: Tensor
+    signal_after: Tensor
+    noise_after: Tensor
+
+
+ROW = RowNumbers._fields
+WIDTH = 24  # numbers of a packed row, of which those after ROW are zeros
+
+
+def row_numbers(table: Tensor, t: int | Tensor, x: Tensor, dtype: torch.dtype) -> RowNumbers:
+    """The numbers of each sample's row of a packed table, (rows, WIDTH), float32 or float64.
+
+    Args:
+        t: int64 (batch,), or one int for all.
+        x: the samples, (batch, ...).
+
+    Returns:
+        each number as `dtype` (batch, 1, ...), but the draw as int64 (batch,).
+
+    Raises:
+        ValueError: a table of another shape.
+    """
+    if table.dim() != 2 or table.shape[1] != WIDTH:
+        raise ValueError(f"table has shape {tuple(table.shape)}, expected (rows, {WIDTH})")
+    rows = table[t] if isinstance(t, Tensor) else table[t].expand(len(x), -1)
+    integers = torch.int64 if table.dtype == torch.float64 else torch.int32
+    each = [number.reshape(-1, *[1] * (x.dim() - 1)) for number in rows.to(dtype).unbind(1)]
+    each[ROW.index("draw")] = rows.view(integers)[:, ROW.index("draw")].long() & WORD
+    return RowNumbers(*each[: len(ROW)])

@@ -1,0 +1,44 @@
+"""The inputs and results of step_with_options beside those of a plain step, declared once for Python.
+
+A test holds the signatures of ops.step_with_options and of its twin in `reference`, and the compiled operator's schema,
+to this list; csrc/core/step_inputs.def is the list of the C++ side.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class InputKind(Enum):
+    """What a tensor must be like."""
+
+    LIKE_X = "x_t's shape and dtype"
+    OF_MODEL = "x_t's shape, the model output's dtype"
+    PER_SAMPLE = "float32 (batch,)"
+    RESULT = "written, x_t's shape and dtype"
+    FLAG = "a bool"
+
+
+# In the order of the compiled operator's arguments.
+STEP_INPUTS: dict[str, InputKind] = {
+    "uncond_output": InputKind.OF_MODEL,
+    "output_scale": InputKind.PER_SAMPLE,
+    "model_variance": InputKind.OF_MODEL,
+    "log_variance": InputKind.FLAG,
+    "x_start": InputKind.LIKE_X,
+    "x_start_scale": InputKind.PER_SAMPLE,
+    "history1": InputKind.LIKE_X,
+    "history2": InputKind.LIKE_X,
+    "history3": InputKind.LIKE_X,
+    "gradient": InputKind.LIKE_X,
+    "known": InputKind.LIKE_X,
+    "mask": InputKind.LIKE_X,
+    "out_copy": InputKind.RESULT,
+    "x0_out": InputKind.RESULT,
+    "history_out": InputKind.RESULT,
+}
+
+
+def names(*kinds: InputKind) -> tuple[str, ...]:
+    """The inputs of these kinds, in the operator's order."""
+    return tuple(name for name, kind in STEP_INPUTS.items() if kind in kinds)

@@ -1,0 +1,131 @@
+"""The step with optional tensors, whose inputs step_inputs.py lists."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.checks import split_t
+from ddpm_ext.base.types import Clip
+from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
+from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
+
+
+def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
+    """Makes a compiled call refuse what the C++ side refuses in an eager one."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires a gradient, but {recorder} records no gradients, expected none")
+
+
+def step_with_options(
+    x_t: Tensor,
+    model_output: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    clip: Clip | None = (-1.0, 1.0),
+    noise: Tensor | None = None,
+    rng: Philox | None = None,
+    add_noise: bool = True,
+    uncond_output: Tensor | None = None,
+    output_scale: Tensor | None = None,
+    model_variance: Tensor | None = None,
+    log_variance: bool = True,
+    x_start: Tensor | None = None,
+    x_start_scale: Tensor | None = None,
+    history1: Tensor | None = None,
+    history2: Tensor | None = None,
+    history3: Tensor | None = None,
+    gradient: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+    out_copy: Tensor | None = None,
+    x0_out: Tensor | None = None,
+    history_out: Tensor | None = None,
+) -> Tensor:
+    """reverse_step with every option of a loop and the history of multistep samplers, in one launch.
+
+    The row's equation is in ddpm_ext.tables.step_table; its u, v, g and H1 are uncond_output, model_variance, gradient
+    and history1. Around it, with w the row's scale of guidance, p the row's a x + b m or the given x_start, and
+    signal_after and noise_after the level at which the row arrives:
+
+        m    = output_scale (u + w (m - u))                               before the row
+        x0   = clip(x_start_scale p) + g0 g                               in place of the row's x0
+        prev = mask (signal_after known + noise_after z) + (1 - mask) prev     after the row
+
+    An input that isn't given is not read, and its term is left out. Where a number of the row is 0, or w is 1, the
+    tensor that it multiplies has no influence, even if it is infinite. A call with none of these inputs is the plain
+    step. What a history holds is the row's choice: k0 keeps the predicted clean sample, k2 the model's output, and so
+    on.
+
+    Args:
+        x_t: (batch, ...), float32, float16 or bfloat16.
+        model_output: as x_t, or of a lower precision. None counts as 0: for rows that don't need it, or with x_start.
+        table: float32 (rows, 24): StepTable.packed.
+        t, noise, rng, add_noise: as reverse_step's.
+        clip: range (low, high) that the predicted clean sample is clipped to, or None.
+        uncond_output: as model_output: u of classifier-free guidance (Ho & Salimans 2022, eq. 6, whose scale is w - 1).
+        output_scale: float32 (batch,), a factor of the guided output (Lin et al. 2024, section 3.4).
+        model_variance: as model_output: what the model returns for its variance.
+        log_variance: whether l0 + l1 v is the logarithm of the standard deviation, clamped to [-87, 88]; else v is the
+            variance itself, clamped to [2^-100, 2^100].
+        x_start: as x_t: the predicted clean sample before scale and clip, instead of a x + b m.
+        x_start_scale: float32 (batch,), a factor of the prediction before it is clipped: 1 / bound for dynamic
+            thresholding (Saharia et al. 2022, section 2.3).
+        history1, history2, history3: as x_t: what earlier steps wrote to their history_out, the latest first.
+        gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
+        known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
+        out: as x_t: where the result is written.
+        out_copy: as x_t: a second copy of the result is written here.
+        x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
+        history_out: as x_t: what the row keeps, k0 x0 + k1 x + k2 m, is written here.
+
+    Each of these four may be one of the arguments, element by element: history_out may be history3.
+
+    Returns:
+        x_{t-1}, as x_t. Gradients are not recorded.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
+            gradient; a mask without known or known without a mask; uncond_output without model_output.
+    """
+    inputs = {
+        "uncond_output": uncond_output,
+        "output_scale": output_scale,
+        "model_variance": model_variance,
+        "log_variance": log_variance,
+        "x_start": x_start,
+        "x_start_scale": x_start_scale,
+        "history1": history1,
+        "history2": history2,
+        "history3": history3,
+        "gradient": gradient,
+        "known": known,
+        "mask": mask,
+        "out_copy": out_copy,
+        "x0_out": x0_out,
+        "history_out": history_out,
+    }
+    tensors = {name: value for name, value in inputs.items() if name != "log_variance"}
+    tensors |= {"model_output": model_output, "out": out}
+    checks.tensor("x_t", x_t)
+    for name, value in tensors.items():
+        if value is not None:
+            checks.tensor(name, value)
+    checks.tensor("table", table)
+    row, index = split_t(t)
+    low, high = checks.clip_range(clip) or NO_CLIP
+    arguments = (row, index, low, high, *noise_arguments(noise, rng, add_noise, STREAM_REVERSE, x_t.device))
+    if out is None:
+        out = empty_like(x_t)
+    if not is_recorded():
+        C.step_with_options(x_t, model_output, table, *arguments, out, *inputs.values())
+        return out
+    refuse_grad("step_with_options", "it", x_t=x_t, noise=noise, **tensors)
+    torch.ops.ddpm_ext.step_with_options(x_t, model_output, table, *arguments, out=out, **inputs)
+    return out

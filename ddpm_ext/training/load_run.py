@@ -1,0 +1,200 @@
+"""Samples of a model that was trained here, whatever its class: a UNet2DModel or any other module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.loop.guidance import Guidance
+from ddpm_ext.models.classes import CLASSES, Classes
+from ddpm_ext.models.folder import (
+    SCHEDULER,
+    build_unet,
+    check_architecture,
+    check_finite,
+    check_supported,
+    load_model,
+    read_json,
+    read_weights,
+)
+from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.ops.noise import Philox
+from ddpm_ext.training import checkpoints, run_options
+from ddpm_ext.training.options import with_defaults_of
+from ddpm_ext.training.run_options import OF_MODEL, SHAPE, settings_by
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model that is ready to sample, with what it was trained for.
+
+    model: in evaluation mode, without gradients. It is called as model(x, t), or with classes as model(x, t, labels).
+    settings: of its diffusion, which settings.diffusion() makes.
+    shape: (channels, height, width) of one sample.
+    classes: of a class-conditional model; None for another.
+    diffusion: the one to sample with; None: settings.diffusion().
+
+    Examples:
+        >>> from ddpm_ext.models.scheduler import DiffusionSettings
+        >>> from ddpm_ext.training import Trained
+        >>> trained = Trained(torch.nn.Identity(), DiffusionSettings(timesteps=100), (3, 8, 8))
+    """
+
+    model: nn.Module
+    settings: DiffusionSettings
+    shape: tuple[int, int, int]
+    classes: Classes | None = None
+    diffusion: GaussianDiffusion | None = field(default=None, repr=False)
+
+    def sample(self, count: int, *, seed: int = 0, first: int = 0, classes: Sequence[int] = (), **loop: Any) -> Tensor:
+        """Samples from the model.
+
+        Args:
+            count: the number of samples.
+            seed, first: of the noise: the samples have the ids `first`, `first` + 1 and so on.
+            classes: numbers of the classes that samples have in turn, by their ids; empty: all classes.
+            loop: as in GaussianDiffusion.p_sample_loop: sampler, steps, spacing, eta and more. `guidance` uses the
+                null class unless it has an unconditional model of its own.
+
+        Returns:
+            (count, channels, height, width), about in [-1, 1], on the model's device.
+        """
+        model, device, labels = self.model, next(self.model.parameters()).device, {}
+        if self.classes is not None:
+            guidance = loop.get("guidance")
+            # Without an unconditional model the model gets the batch twice.
+            twice = isinstance(guidance, Guidance) and guidance.unconditional is None
+            found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
+            labels = {"labels": found["class_labels"]}
+        options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
+        with torch.no_grad():
+            drawn = (self.diffusion or self.settings.diffusion()).p_sample_loop(
+                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
+                (count, *self.shape),
+                model_kwargs=labels,
+                rng=Philox(seed, sample_ids=first),
+                **options,
+            )
+        assert isinstance(drawn, Tensor)  # the type for record="last"
+        return drawn
+
+
+def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Trained:
+    """Loads the averaged weights of a run.
+
+    Args:
+        run: the folder of the run. If the run is not finished, the weights are those of its newest checkpoint.
+        model: a module like the one that was trained, into which the weights are copied. None: the run's model is a
+            UNet2DModel, and is made as the folder or the checkpoint says.
+        device: where the model is placed.
+
+    Returns:
+        The model, its diffusion's settings, its samples' shape and its classes.
+
+    Raises:
+        ValueError: the folder holds no such model, or one of another architecture, or a file in it is damaged.
+        MissingExtra: diffusers or safetensors is not installed.
+
+    Examples:
+        >>> from ddpm_ext.training import TrainOptions, load, train
+        >>> options = TrainOptions(data="shapes", steps=2, batch_size=4, widths=(8, 8), attention=(), groups=4)
+        >>> result = train(options, "my-run")
+        17,899 parameters, 65,536 images of shape (3, 16, 16), on ...
+        step      2/2  loss ...
+        my-run is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read
+        >>> samples = load("my-run").sample(4, sampler="ddim", steps=5)  # a module of one's own: load("my-run", module)
+    """
+    folder = Path(run)
+    if not folder.is_dir():
+        raise ValueError(f"run: no such folder: {run}; expected the folder of a run")
+    if (folder / "unet").is_dir():
+        if model is not None:
+            raise ValueError(f"model: that of {folder} is a UNet2DModel, expected no model= beside it")
+        loaded = load_model(folder, device=device)
+        return Trained(loaded.unet, loaded.settings, loaded.shape, loaded.classes)
+    described = _described(folder)
+    parts = _finished(folder, described) if described else _unfinished(folder)
+    if model is None:
+        if parts.config["class"] != _UNET:
+            what = f"is a {parts.config['class']}, expected model=, a module like the one that was trained"
+            raise ValueError(f"model: that of {folder} {what}")
+        config = {name: value for name, value in parts.config.items() if name != "class"}
+        check_supported(config, parts.path)
+        model = build_unet(config, str(parts.path))
+    check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
+    model.load_state_dict(parts.weights)
+    check_finite(model, parts.path)
+    placed = nn.Module.to(model, device).eval().requires_grad_(False)
+    return Trained(placed, parts.settings, parts.shape, parts.classes)
+
+
+def network_of(folder: Path) -> str | None:
+    """The class of a run's model, as "module:name" where it is known where it is defined; None: a UNet2DModel.
+
+    Raises:
+        ValueError: the folder holds no run, or a file in it is damaged.
+    """
+    described = _described(folder)
+    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{OF_MODEL}class"))
+    network = str(described.get("network", ""))
+    importable = network and not network.startswith("__main__:") and "<" not in network
+    return None if kind == _UNET else network if importable else kind
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """What a finished run says of its module; empty for another."""
+    return read_json(folder / "model.json") if (folder / "model.json").is_file() else {}
+
+
+_UNET = "UNet2DModel"
+
+
+class _Parts(NamedTuple):
+    """What a model is made of. path: the file with its weights; config: its class, and the rest that is known of it."""
+
+    weights: dict[str, Tensor]
+    path: Path
+    settings: DiffusionSettings
+    shape: tuple[int, int, int]
+    classes: Classes | None
+    config: dict[str, Any]
+
+
+def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
+    """The weights, their file, and what a finished run says of its model."""
+    path = folder / "model.safetensors"
+    scheduler, names = folder / "scheduler" / SCHEDULER, folder / CLASSES
+    classes = Classes.read(read_json(names), str(names)) if names.is_file() else None
+    settings = read_settings(read_json(scheduler), str(scheduler))
+    shape = described.get("shape")
+    if shape is None:  # a run from before it was written there
+        shape = run_options.find(folder)[1]["about"].get(SHAPE)
+    config = {"class": described.get("class")}
+    return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
+
+
+def _unfinished(folder: Path) -> _Parts:
+    """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
+    path, begun = run_options.find(folder)
+    if path.name == run_options.OPTIONS:
+        raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
+    options, about = with_defaults_of(begun["options"], {}), begun["about"]
+    if options.beta_schedule == "given":
+        raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
+    classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
+    weights = checkpoints.under(checkpoints.load(path)[0], "average.")
+    config = {name.removeprefix(OF_MODEL): value for name, value in about.items() if name.startswith(OF_MODEL)}
+    return _Parts(weights, path, settings_by(options), _checked_shape(about.get(SHAPE), folder), classes, config)
+
+
+def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:
+    if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+        raise ValueError(f"run: {folder} has samples of shape {shape!r}, expected [channels, height, width]")
+    return shape[0], shape[1], shape[2]

@@ -1,0 +1,275 @@
+"""Samplers on normal data, whose exact flow and distributions are known: their orders, first rows and last rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.gaussian import MU, SIGMA, best_prediction, flow, loop, marginal, moments, push, take
+
+from ddpm_ext.tables.flow_grids import flow_grid, flow_shift
+from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
+from ddpm_ext.tables.levels import edm_timestep
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, dpmpp_2m_sde, euler
+from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
+
+LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
+ZERO_TERMINAL = torch.cat([LEVELS[:-1], torch.zeros(1, dtype=torch.float64)])
+TWO_CALLS = ("heun", "edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
+HISTORY = [
+    name
+    for name, sampler in SAMPLERS.items()
+    if (table := sampler(make_grid(LEVELS, [900, 600, 300]))).history and not table.cu.any() and name not in TWO_CALLS
+]
+WHOLE = {"lower_order_final": False}
+
+
+def even_in_log_sigma(steps):
+    """Down to the schedule's smallest sigma, from where rounding does not matter yet."""
+    grid = log_snr_grid(LEVELS, steps + 1)
+    return Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1], grid.schedule)
+
+
+def even_in_sigma(steps):
+    """From 3 to 0.5: steps of equal length, for which the weights of iPNDM and PLMS are made."""
+    levels = 1 / (1 + torch.linspace(3, 0.5, steps + 1, dtype=torch.float64) ** 2)
+    return Grid(torch.arange(steps, 0, -1), levels, 1 - levels[:-1] / levels[1:])
+
+
+def end(grid, table, *start, **options):
+    """Mean and variance at the end of a loop that begins with N(*start), or that of the grid's first level."""
+    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
+    return [*moments(table, levels, *(start or marginal(grid.now[0].item())), **options)][-1]
+
+
+def off_the_distribution(grid, table, rel=1e-11):
+    """The relative error of the variance at the end of a loop, whose mean is exact."""
+    mean, variance = end(grid, table)
+    exact_mean, exact_variance = marginal(grid.after[-1].item())
+    assert mean == pytest.approx(exact_mean, rel=rel)
+    return abs(variance / exact_variance - 1)
+
+
+def off_the_flow(table, start, exact, prediction):
+    """How far three samples end from where the probability flow takes them.
+
+    The first `exact` rows keep what they keep and leave the sample on the flow: a first step of first order would
+    otherwise leave an error of second order.
+    """
+    distances = []
+    for first in (-2.0, 0.5, 3.0):
+        x, history = first, []
+        for i, row in enumerate(table):
+            m = best_prediction(row.signal_now**2, x, prediction)
+            x0, after = take(row, x, m, history=history)
+            history = push(row, history, x0, x, m)
+            x = flow(first, start, row.signal_after**2) if i < exact else after
+        distances.append(abs(x - flow(first, start, table.signal_after[-1].item() ** 2)))
+    return max(distances)
+
+
+# The least order between 80 and 160 steps, and the largest error of samples whose standard deviation is 0.25. UniPC's
+# corrector adds one to the order of its predictor.
+ORDERS = [
+    ("ddim", {}, even_in_log_sigma, 0, 0.98, 0.008),
+    ("euler", {}, even_in_log_sigma, 0, 0.98, 0.008),
+    ("dpmpp_2m", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
+    ("heun", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
+    ("dpm_2", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
+    ("dpmpp_2s", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
+    ("unipc", {"order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("unipc", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 2.95, 4e-4),
+    ("unipc", {"order": 3, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
+    ("unipc", {"order": 3, "solver": "bh1", **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
+    ("dpm_solver_2m", WHOLE, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("dpmpp_3m", WHOLE, even_in_log_sigma, 0, 1.95, 4e-4),  # see its docstring
+    ("dpmpp_3m_sde", {"eta": 0.0, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("deis", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("deis", {"order": 3, **WHOLE}, even_in_log_sigma, 3, 2.8, 4e-4),
+    ("deis", {"order": 4, **WHOLE}, even_in_log_sigma, 3, 3.8, 4e-4),
+    ("sa_solver", {"eta": 0.0, "predictor_order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("sa_solver", {"eta": 0.0, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 4, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
+    ("lms", {"order": 2}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("lms", {"order": 3}, even_in_log_sigma, 3, 2.8, 4e-4),
+    ("lms", {}, even_in_log_sigma, 3, 3.7, 4e-4),
+    ("ipndm", {}, even_in_sigma, 3, 3.7, 4e-4),
+    ("plms", {}, even_in_log_sigma, 0, 1.95, 4e-4),  # whose weights are those of equal steps
+    ("plms", {}, even_in_sigma, 4, 3.7, 4e-4),
+]
+
+
+@pytest.mark.parametrize("name, arguments, make, exact, least, largest", ORDERS)
+def test_order_on_the_probability_flow(name, arguments, make, exact, least, largest):
+    """A sample must end where the probability flow takes its starting point, whatever is predicted."""
+    for prediction in ("eps", "x0", "v"):
+        grids = [make(steps) for steps in (80, 160)]
+        tables = [SAMPLERS[name](grid, prediction=prediction, **arguments) for grid in grids]
+        coarse, fine = (
+            off_the_flow(table, grid.now[0].item(), exact, prediction)
+            for grid, table in zip(grids, tables, strict=True)
+        )
+        assert coarse / fine >= 2**least, prediction
+        assert fine < largest
+
+
+@pytest.mark.parametrize(
+    "name, options, least, largest",
+    [
+        ("ddpm", {}, 0.93, 0.05),
+        ("euler_ancestral", {}, 0.93, 0.05),
+        ("dpmpp_2m_sde", {"eta": 0.5}, 1.95, 5e-4),
+        ("dpmpp_2m_sde", {}, 1.95, 5e-4),
+        ("dpmpp_3m_sde", {"eta": 0.5, **WHOLE}, 2, 5e-4),
+        ("dpmpp_3m_sde", WHOLE, 2, 5e-4),
+        ("dpmpp_2s", {"eta": 1.0}, 1.95, 1e-3),
+        ("dpm_2_ancestral", {"eta": 0.5}, 1.95, 1e-3),
+        ("dpm_2_ancestral", {}, 1.95, 1e-3),
+        ("edm", {"s_churn": 5.0, "s_tmax": 3.0, "s_noise": 1.0}, 1.95, 1e-3),
+        ("restart", {}, 1.95, 1e-3),
+    ],
+)
+def test_order_of_the_distribution(name, options, least, largest):
+    """With noise, from the distribution of x_T to that at the end."""
+    errors = []
+    for steps in (80, 160):
+        grid = even_in_log_sigma(steps)
+        if name == "restart":  # whose inner steps become shorter, too
+            options = {"intervals": ((steps // 5, 2, 0.3, 2.0), (steps // 8, 1, 1.0, 5.0))}
+        table = SAMPLERS[name](grid, **options)
+        if name == "ddpm":  # its last row adds no noise, at any level
+            grid, table = Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1]), table[:-1]
+        errors.append(off_the_distribution(grid, table))
+    assert errors[0] / errors[1] > 2**least
+    assert errors[1] < largest
+
+
+# ------------------------------------------------------------------------------------------------- between levels
+
+
+def flow_levels(steps):
+    """A grid, and how the level for which a model answers follows from its timestep."""
+    t = flow_shift(torch.linspace(0.97, 0.02, steps + 1, dtype=torch.float64), 1.7)
+    return flow_grid(t[:-1], final=t[-1].item()), lambda t: (1 - t / 1000, t / 1000)
+
+
+def sigma_space(steps):
+    """For a model that is called with EDM's c_noise."""
+    sigma = torch.linspace(20 ** (1 / 3), 0.2, steps + 1, dtype=torch.float64) ** 3
+    return grid_of_levels(edm_timestep, torch.ones_like(sigma), sigma), lambda t: (1.0, math.exp(4 * t))
+
+
+def straight_lines(steps):
+    """Levels of no name, which have a timestep of their own."""
+    noise = torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)
+    return grid_of_levels(lambda signal, noise: noise**2, 1 - 0.8 * noise, noise), lambda t: (1 - 0.8 * t**0.5, t**0.5)
+
+
+def distribution_at(signal, noise):
+    return signal * MU, (signal * SIGMA) ** 2 + noise**2
+
+
+@pytest.mark.parametrize("make", [flow_levels, sigma_space, straight_lines])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("heun", {}),
+        ("dpm_2", {}),
+        ("dpmpp_2s", {}),
+        ("dpmpp_2s", {"eta": 0.5}),
+        ("dpm_2_ancestral", {}),
+        ("edm", {"s_churn": 5.0, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.0}),
+        ("restart", {}),
+    ],
+)
+def test_order_between_given_levels(name, options, make):
+    """The model answers for the level that its timestep says."""
+    errors = []
+    for steps in (100, 200):
+        grid, levels_of = make(steps)
+        if name == "restart":
+            options = {"intervals": ((steps // 6, 2, 0.3, 0.6),)}
+        table = SAMPLERS[name](grid, prediction="x0", **options)
+
+        def model(row, x, levels_of=levels_of):
+            signal, noise = levels_of(row.timestep)
+            assert noise / signal == pytest.approx(row.noise_now / row.signal_now, rel=1e-10)
+            mean, variance = distribution_at(signal, noise)
+            return MU + signal * SIGMA**2 / variance * (x - mean)
+
+        start = distribution_at(*(level[0].item() for level in grid.pairs))
+        mean, variance = [*moments(table, {}, *start, model=model)][-1]
+        exact_mean, exact_variance = distribution_at(table.signal_after[-1].item(), table.noise_after[-1].item())
+        errors.append(abs(mean - exact_mean) + abs(variance / exact_variance - 1))
+    assert errors[0] / errors[1] > 2**1.8  # measured 1.86 to 2.06 for the exponent
+    assert errors[1] < 5e-3
+
+
+# ------------------------------------------------------------------------------------------- first and last rows
+
+
+def deterministic(name, grid):
+    return SAMPLERS[name](grid, **({"eta": 0.0} if name in WITH_ETA else {}))
+
+
+@pytest.mark.parametrize("name", HISTORY)
+@pytest.mark.parametrize("grid", [make_grid(LEVELS, [500]), make_grid(LEVELS, [700, 200]), karras_grid(LEVELS, 12)])
+def test_the_first_row_is_of_first_order(name, grid):
+    """It is DDIM's, and every row reads as much history as there is."""
+    table = deterministic(name, grid)
+    noisy = grid.after[0].item() < 1
+    for column in ("a", "b", "c0", "c1", "c2"):
+        expected = getattr(euler(grid), column)[0].item()
+        if noisy or column != "c1":
+            assert getattr(table, column)[0].item() == pytest.approx(expected, rel=1e-11, abs=1e-13)
+    kept = 0
+    for row in table:
+        assert all(weight == 0 for weight in (row.h1, row.h2, row.h3)[kept:])
+        kept += bool(row.k0 or row.k1)
+
+
+@pytest.mark.parametrize("name", [*HISTORY, *TWO_CALLS])
+def test_from_pure_noise(name):
+    """Sigma is infinite there: the first step is Euler's alone, and the next one begins as if it were the first."""
+    table = deterministic(name, make_grid(ZERO_TERMINAL, [999, 600, 300, 0]))
+    first, then = table[:1], deterministic(name, make_grid(ZERO_TERMINAL, [600, 300, 0]))
+    allowed = {"draw", "k0", "k1", "g1"}
+    if name == "edm":  # whose first row reaches the level of the second step's churn, which depends on their number
+        assert then.b[0] == 0 and table.signal_after[0] == then.signal_after[0]
+        assert first.timestep[0] == 999 and first.c0**2 + first.c1**2 > 0
+    else:
+        euler_row = euler(make_grid(ZERO_TERMINAL, [999, 600]))[:1]
+        if name == "restart":  # whose timesteps are floats
+            allowed |= {"timestep"}
+        assert first.diff(euler_row).columns.keys() <= allowed
+        assert table[1:].diff(then).columns.keys() <= {"draw"}
+
+
+def test_dpmpp_2m_sde_from_pure_noise():
+    first, after = dpmpp_2m_sde(make_grid(ZERO_TERMINAL, [999, 600, 0]))[0], LEVELS[600].item()
+    assert first.c0 == pytest.approx(after**0.5, rel=1e-14)
+    assert first.s == pytest.approx((1 - after) ** 0.5, rel=1e-14) and first.c1 == 0
+
+
+@pytest.mark.parametrize("name", [*HISTORY, "heun", "dpm_2", "dpmpp_2s"])
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_a_sample_of_clean_data(name, steps):
+    """The last step goes to x0 by whatever history, and ends nearer to the exact sample than first order does."""
+    grid = make_grid(LEVELS, spaced_timesteps(1000, steps, "trailing"))
+    tables, exact = [deterministic(sampler, grid) for sampler in (name, "euler")], flow(1.0, grid.now[0].item(), 1.0)
+    assert tables[0].signal_after[-1] == 1
+    higher, lower = (abs(end(grid, table, 1.0, 0.0)[0] - exact) for table in tables)
+    assert higher < lower
+
+
+@pytest.mark.parametrize("name", HISTORY)
+def test_a_thousand_steps(name):
+    """Differences of neighbouring levels lose digits, of which enough remain."""
+    grid = make_grid(LEVELS, spaced_timesteps(1000))
+    arguments = {"order": 3} if name in ("unipc", "deis") else {"eta": 0.0} if name in WITH_ETA else {}
+    table = SAMPLERS[name](grid, **arguments)
+    *_, (_, _, x) = loop(table, 0.5, lambda row, x: best_prediction(row.signal_now**2, x, "eps"))
+    assert x == pytest.approx(flow(0.5, grid.now[0].item(), 1.0), abs=2e-3)
