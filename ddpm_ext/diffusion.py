@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.base.types import Model
 from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, SampleKeywords
 from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions, lists_options_of
@@ -18,8 +18,6 @@ from ddpm_ext.loop.rows import LoopRowsCache
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossMethods
-from ddpm_ext.ops.noise import Philox
-from ddpm_ext.process import reverse
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 
@@ -86,58 +84,6 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     def process(self) -> Process:
         """Itself: what losses, loops and likelihoods take."""
         return self
-
-    # ---------------------------------------------------------------------------------------- reverse process
-
-    def p_mean_variance(
-        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
-
-        Args:
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-
-        Returns:
-            mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
-            (batch, 1, ...), or of x_t's where they are learned. A learned log-variance is clamped to [-174, 176], and a
-            variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
-            dtype's largest number.
-        """
-        return reverse.p_mean_variance(self, model, x_t, t, clip_denoised)
-
-    def p_sample(
-        self,
-        model: Model,
-        x_t: Tensor,
-        t: int | Tensor,
-        clip_denoised: bool | Clip = True,
-        *,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_{t-1} ~ p(x_{t-1} | x_t): one step of algorithm 2, in one launch after the model's call.
-
-        Args:
-            model: model(x_t, t) -> (batch, ...).
-            x_t: (batch, ...).
-            t: int64 (batch,) or int, in [0, timesteps).
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-            noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
-            out: as x_t: where the result is written; it may be x_t.
-
-        Returns:
-            x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-
-        Examples:
-            >>> gd, x = GaussianDiffusion(1000), x_t
-            >>> for t in reversed(range(1000)):
-            ...     x = gd.p_sample(model, x, t, rng=Philox(seed=0))
-        """
-        return reverse.p_sample(self, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
 
     @lists_options_of(LoopOptions)
     def p_sample_loop(

@@ -21,8 +21,7 @@ from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_k
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
-from ddpm_ext.process.process import Process
-from ddpm_ext.process.reverse import p_mean_variance
+from ddpm_ext.process.reverse import ReverseMethods
 from ddpm_ext.tables.levels import pure_noise
 
 __all__ = ["BitsPerDim", "LikelihoodMethods", "VlbTerms"]
@@ -58,7 +57,7 @@ def _mean_flat(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-class LikelihoodMethods(Process):
+class LikelihoodMethods(ReverseMethods):
     """The bound and its terms: methods of GaussianDiffusion."""
 
     def vlb_terms(
@@ -94,7 +93,7 @@ class LikelihoodMethods(Process):
         dtype = checks.compute_dtype(x_start.dtype)
         x_start, x_t = x_start.to(dtype), x_t.to(dtype)
 
-        mean, _, log_variance = p_mean_variance(self, lambda *_: model_output, x_t, t, clip_denoised)
+        mean, _, log_variance = self.p_mean_variance(lambda *_: model_output, x_t, t, clip_denoised)
         if not self.variance_entry.learned:
             log_variance = self.extract("finite_log_variance", t, x_t)
 

@@ -158,13 +158,13 @@ def test_nothing_is_held_after_a_call(normal):
 def test_wrong_calls_of_the_class_are_type_errors(normal):
     x = normal(2, 3, 4)
     run = run_of(GD, x)
-    for arguments in ((), (half, x, 7, None), (half, x, 7, None, None, None)):
+    for arguments in ((), (half, x, 7), (half, x, 7, None, None, None)):
         with pytest.raises(TypeError, match=f"got {len(arguments)} arguments, expected 5"):
             run(*arguments)
     with pytest.raises(TypeError):
-        C.ReverseStep.run(object(), half, x, 7, None, None)
+        C.TableStep.run(object(), half, x, 7, None, None)
     with pytest.raises(TypeError, match="__init__ was not called"):
-        C.ReverseStep.__new__(C.ReverseStep).run(half, x, 7, None, None)
+        C.TableStep.__new__(C.TableStep).run(half, x, 7, None, None)
     with pytest.raises(TypeError, match="x_t is a str, expected a tensor"):
         run(half, "x", 7, None, None)
     with pytest.raises(TypeError, match="the model's output is a NoneType"):
