@@ -29,12 +29,6 @@ def test_the_bound_is_torchs_quantile(device, shape, quantile):
             torch.testing.assert_close(1 / found.double(), expected, rtol=3e-7, atol=0)
 
 
-def test_a_view_has_the_same_bound(device):
-    x = given(0, PART, device, F32, (4, 3, 5, 7))
-    for view in (x.to(memory_format=torch.channels_last), x.expand(4, 3, 5, 7), torch.stack([x, x], -1)[..., 1]):
-        assert torch.equal(DynamicThreshold(0.9).x_start_scale(view), DynamicThreshold(0.9).x_start_scale(x))
-
-
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):

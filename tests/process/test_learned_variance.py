@@ -99,21 +99,6 @@ def test_loop_is_p_sample_again_and_again(device, backend, variance):
 
 
 @backends
-@pytest.mark.parametrize("v, fixed", [(-1.0, "fixed_small"), (1.0, "fixed_large")])
-@pytest.mark.parametrize("chosen", [None, list(TIMESTEPS)])
-def test_the_ends_of_a_learned_range_are_the_fixed_variances(device, backend, v, fixed, chosen):
-    learned, plain = (make_diffusion(backend=backend, variance=name) for name in ("learned_range", fixed))
-
-    def both(x, t):
-        return torch.cat([model(x, t), torch.full_like(x, v)], 1)
-
-    options = {"timesteps": chosen, "rng": Philox(2), "progress": False, "device": device}
-    one, other = learned.p_sample_loop(both, SHAPE, **options), plain.p_sample_loop(model, SHAPE, **options)
-    for x, y in zip(one, other, strict=True):
-        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
-
-
-@backends
 @variances
 def test_other_samplers_leave_the_variance_and_tables_take_it(device, backend, variance):
     """ddim uses the first half of the channels only; ddpm's own table is as its name."""
