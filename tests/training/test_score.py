@@ -14,7 +14,7 @@ from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import TrainOptions, checkpoints
 from ddpm_ext.training.data import DamagedImage, TensorImages
 from ddpm_ext.training.frechet import frechet, moments
-from ddpm_ext.training.score import Scorer, features_by_name, pixels
+from ddpm_ext.training.score import Scorer, pixels
 from ddpm_ext.training.scores import Scores
 
 SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
@@ -54,20 +54,6 @@ def test_pixels_are_averaged_to_16_by_16():
         pixels(images).view(2, 3, 16, 16), images.unflatten(3, (16, 3)).unflatten(2, (16, 2)).mean((3, 5))
     )
     assert torch.equal(pixels(images[..., :8, :8]), images[..., :8, :8].flatten(1))
-
-
-def test_features_by_name(tmp_path, monkeypatch):
-    (tmp_path / "own_features.py").write_text("def mean(images):\n    return images.mean((2, 3))\n\nnumber = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert features_by_name("own_features:mean")(torch.ones(2, 3, 4, 4)).shape == (2, 3)
-    for name, message in {
-        "own_features": "features: got own_features, expected pixels or module:function",
-        "own_features:sum": r"features: own_features:sum can't be imported \(module 'own_features' has no",
-        "no_such_module:mean": "features: no_such_module:mean can't be imported",
-        "own_features:number": "features: own_features:number is a int, expected a function",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            features_by_name(name)
 
 
 @pytest.mark.parametrize(
@@ -209,5 +195,3 @@ def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
     assert diffusers.DDPMPipeline.from_pretrained("run/best").unet.config.sample_size == 8
     assert cli.main(["train", *sizes, "--score-every=2", "--sample-steps=21", "--out", "other"]) == 2
     assert "sample_steps: got 21, expected at most 20" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="score_count: got 1, expected at least 2"):
-        TrainOptions(score_count=1)
