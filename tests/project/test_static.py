@@ -72,20 +72,6 @@ def test_width_of_an_access():
         assert (instruction.bits, instruction.global_bits) == (bits, 0)
 
 
-def test_successors():
-    k = kernel(STRAIGHT)
-    where = {i.opcode: number for number, i in reversed(list(enumerate(k.instructions)))}
-    assert k.successors(0) == [1]
-    assert k.successors(1) == [2]  # the path goes on after an EXIT with a predicate
-    assert k.successors(2) == [8, 3] and k.successors(4) == [7, 5]
-    assert k.successors(where["CALL.REL.NOINC"]) == [7]  # the call returns
-    assert k.successors(10) == [11] and k.successors(11) == []
-    loop = kernel("BRA.U !UP0, `(.L_x_0)", ".L_x_0:", "@P0| CALL.REL.NOINC `(.L_x_1)", "NOP", ".L_x_1:", "EXIT")
-    assert loop.successors(0) == [1, 1] and loop.successors(1) == [3, 2]
-    assert [i.calls for i in loop.instructions] == [False] * 4
-    assert sum(i.calls for i in k.instructions) == 1
-
-
 def test_way_through_straight_code():
     """The path draws the noise, and leaves out the call and the last elements."""
     way = path.hot_path(kernel(STRAIGHT))

@@ -26,9 +26,6 @@ def means(images):
     return images.flatten(1).unflatten(1, (2, -1)).mean(2)
 
 
-# The distance
-
-
 @pytest.mark.parametrize(("counts", "features"), [((40, 60), 5), ((6, 60), 9), ((7, 4), 9)])
 def test_distance_is_the_papers(counts, features):
     """By scipy's matrix square root; also of fewer samples than features, whose covariances are singular."""
@@ -43,9 +40,6 @@ def test_distance_is_the_papers(counts, features):
     found = frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(other)))
     assert found == pytest.approx(expected, rel=1e-5)
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
-
-
-# Features
 
 
 def test_pixels_are_averaged_to_16_by_16():
@@ -96,9 +90,6 @@ def test_damaged_images_are_left_out_of_the_reference():
     assert scorer(skip_corrupt=True).score(lambda samples: rest[samples.start : samples.stop], Ranks()) < 1e-12
     with pytest.raises(DamagedImage):
         scorer().score(lambda samples: rest, Ranks())
-
-
-# Runs
 
 
 def table(folder):
