@@ -228,6 +228,14 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
         ({"workers": -1}, "workers: got -1, expected at least 0"),
         ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),
         ({"flip": True}, "flip: digits"),
+        ({"random_crop": 1.5}, r"random_crop: got 1\.5, expected in \[0, 1\]"),
+        ({"extra_emas": (0.9, 0.9)}, r"extra_emas: got .*, expected different numbers in \[0, 1\)"),
+        ({"extra_emas": (1.0,)}, r"extra_emas: got .*, expected different numbers in \[0, 1\)"),
+        ({"score_count": 1}, "score_count: got 1, expected at least 2"),
+        ({"hub_private": True}, "hub_private: expected push_to_hub beside it"),
+        ({"graph": True, "gradient_checkpointing": True}, "graph: got gradient_checkpointing beside it"),
+        ({"graph": True, "accumulate": 2}, "graph: got accumulate 2 beside it, expected 1"),
+        ({"graph": True, "autocast": "float16"}, "graph: got autocast float16, .* expected another"),
     ],
 )
 def test_bad_options(changes, message):
