@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.cuda_host.calls import assert_same_bits, values
-from support.extended import make_table
+from support.step_inputs import make_table
 
 from ddpm_ext.ops.extension import C
 

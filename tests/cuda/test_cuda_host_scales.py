@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from support.cuda_host.calls import PAIRS, WIDE, assert_same_bits, values
-from support.extended import make_table
+from support.step_inputs import make_table
 
 from ddpm_ext.ops.extension import C
 

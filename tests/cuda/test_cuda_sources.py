@@ -11,7 +11,7 @@ from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
-from benchmarks.static.kernels import CSRC, EXTENDED, LINEAR, STEPS, TYPES, option_sets, sets_by_words
+from benchmarks.static.kernels import CSRC, STEP, TYPES, option_sets, sets_by_words
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
@@ -20,9 +20,7 @@ STATISTICS = ("x_start_scale", "output_scale")  # which no path by element descr
 BY_ELEMENT = [source for source in SOURCES if source not in STATISTICS]
 EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in BY_ELEMENT])
 EACH_STATISTIC = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in STATISTICS])
-EACH_SET = pytest.mark.parametrize(
-    ("source", "arch"), [(source, arch) for arch in ARCHS for source in ("extended_step", "linear_step")]
-)
+EACH_SET = pytest.mark.parametrize(("source", "arch"), [("step_with_options", arch) for arch in ARCHS])
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
@@ -73,8 +71,8 @@ def test_compiles(build, kernels, arch):
     assert f".target sm_{arch}" in build.ptx
     assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
-    op = kernels[0].variant.op
-    sets, by_words = (len(option_sets(op)), len(sets_by_words(op))) if op in STEPS else (0, 0)
+    of_step = kernels[0].variant.op == STEP
+    sets, by_words = (len(option_sets()), len(sets_by_words())) if of_step else (0, 0)
     assert by_access["vector"] == (1 + sets) * by_access["strided"] > 0
     assert by_access["words"] == by_words * by_access["strided"]
 
@@ -151,15 +149,13 @@ def fma_a_root() -> int:
 
 def fma_an_element(op: str, noise: str) -> int:
     """Written for every element, the noise aside."""
-    if op == EXTENDED:  # all of its options
-        exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
-        guide = code("core/step.h", "guide")
-        affine = code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
-        return fma_calls(code("core/extended.h") + exponential + guide + affine)
-    if op == LINEAR:
-        step = code("core/linear.h").split("void take_step")[1]
-        guide = code("core/step.h", "guide") + code("core/step.h", "unclipped_x_start")
-        return fma_calls(step + guide) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
+    if op == STEP:  # all of its options
+        step = code("core/step_with_options.h", "learned_deviation") + code("core/step_with_options.h", "take_step")
+        step += code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
+        step += (
+            code("core/step.h", "guide") + code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
+        )
+        return fma_calls(step) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
     mean = fma_calls(code("core/step.h", "unclipped_x_start") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
@@ -262,7 +258,7 @@ def test_arithmetic_contracts_nothing(kernels):
         issued, v = kernel.path.issued(1), kernel.variant
         assert roots(issued) == (kernel.items // 2 if v.noise == "drawn" else 0), named(kernel)
         written = roots(issued) * fma_a_root() + kernel.items * fma_an_element(v.op, v.noise)
-        if v.op in STEPS and v.options != "all options":
+        if v.op == STEP and v.options != "all options":
             assert roots(issued) * fma_a_root() < fused(issued) <= written, named(kernel)
             continue
         # what an x_start stands in for is branched past, or done and not used; 1 - mask may become an addition

@@ -267,10 +267,10 @@ def test_every_operation_and_way_is_timed():
         for row in rows
         if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
     }
-    assert (bytes_of["p_sample"], bytes_of["linear_step, unipc"], bytes_of["linear_step, plms"]) == (12, 24, 28)
-    assert (bytes_of["extended_step, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
+    assert (bytes_of["p_sample"], bytes_of["step, unipc"], bytes_of["step, plms"]) == (12, 24, 28)
+    assert (bytes_of["step, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
     off_alignment = {row["operation"] for row in rows if row["shape"] == [2, 3, 63, 63]}
-    assert off_alignment == {"p_sample", "linear_step, unipc", *WITH_OPTIONS}
+    assert off_alignment == {"p_sample", "step, unipc", *WITH_OPTIONS}
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]

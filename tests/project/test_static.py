@@ -389,21 +389,19 @@ def test_variants():
 
 
 def test_variants_with_options():
-    def named(step: str) -> str:
-        inner = f"(ddpm_ext::cuda::Access)0, ddpm_ext::{step}, float, __half"
-        return (
-            f"void ddpm_ext::cuda::(anonymous namespace)::with_options<{inner}>(ddpm_ext::StepCall<ddpm_ext::{step}>)"
-        )
+    def of(options: str):
+        inner = f"(ddpm_ext::cuda::Access)0, ddpm_ext::cuda::{options}, float, __half"
+        return kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::with_options<{inner}>(ddpm_ext::StepCall)")
 
-    v = kernels.variant(named("ExtendedStep"))
-    assert (v.title, v.access, v.dtypes) == ("ExtendedStep, all options", "vector", "float32 / float16")
-    # x, noise, x_start, history, gradient, known, mask; three outputs of the model; three results
-    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
-    linear = kernels.variant(named("LinearStep"))
-    assert (linear.title, linear.noise, linear.has_options) == ("LinearStep, all options", "drawn", True)
-    # x, noise, x_start, three of the history; two outputs of the model; four results
-    assert (linear.bytes_read, linear.bytes_written) == (6 * 4 + 2 * 2, 4 * 4)
-    assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
+    v = of("AnyOptions")
+    assert (v.title, v.access, v.dtypes) == ("StepWithOptions, all options", "vector", "float32 / float16")
+    # x, noise, x_start, three of the history, gradient, known, mask; three outputs of the model; four results
+    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (9 * 4 + 3 * 2, 4 * 4, 58)
+    some = of("GuidedWithX0")
+    assert (some.title, some.noise, some.has_options) == ("StepWithOptions, guided with x0", "drawn", True)
+    # x, history; two outputs of the model; the next sample and its copy, x0, what is kept
+    assert (some.bytes_read, some.bytes_written) == (2 * 4 + 2 * 2, 4 * 4)
+    assert not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
 
 
 def test_variants_that_add_up():

@@ -91,18 +91,6 @@ void launch(unsigned blocks, unsigned threads, void (*kernel)(Parameters...), Ar
 
 }  // namespace
 
-bool takes_vectors(const ddpm_ext::ElementwiseCall& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
 float radius(uint32_t w) { return ddpm_ext::radius(ddpm_ext::cuda::U2(w)).v.x; }
 
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads) {

@@ -6,14 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "call.h"
-
 namespace probe {
 
-// Whether the kernels would load and store whole vectors.
-bool takes_vectors(const ddpm_ext::ElementwiseCall& call);
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call);
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call);
 float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square root
 
 // Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
