@@ -6,16 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ddpm_ext.base.types import Clip, Model
-from ddpm_ext.loop.guidance import Guidance
-from ddpm_ext.loop.inpaint import Inpaint
-from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, SampleKeywords
 from ddpm_ext.loop.loop import Record
-from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
 from ddpm_ext.loop.results import CapturedLoop, collect
 from ddpm_ext.loop.rows import LoopRowsCache
@@ -25,18 +21,14 @@ from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossOptions, train_losses
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process import reverse
-from ddpm_ext.process.clip import DynamicThreshold
-from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
+from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
-from ddpm_ext.tables.step_table import StepTable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # torch needs typing_extensions, too
 
-__all__ = ["GaussianDiffusion"]
 
-
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
@@ -63,9 +55,6 @@ class GaussianDiffusion:
     posterior_mean_coef1 and posterior_mean_coef2, float64 (timesteps,), on the CPU. Where levels are no betas, they are
     those of x_t / sqrt(signal^2 + noise^2), while methods take x_t itself, and give the model the schedule's timesteps.
 
-    Attributes:
-        process: the schedule with its tables and operators, a ddpm_ext.process.process.Process.
-
     Raises:
         TypeError, ValueError: an argument of another type, an unknown name, or out of range.
 
@@ -82,20 +71,6 @@ class GaussianDiffusion:
         >>> bits = gd.vlb_terms(model, images, 500).output + gd.prior_bpd(images)  # (batch,)
     """
 
-    betas: Tensor
-    alphas: Tensor
-    alphas_cumprod: Tensor
-    alphas_cumprod_prev: Tensor
-    sqrt_alphas_cumprod: Tensor
-    sqrt_one_minus_alphas_cumprod: Tensor
-    log_one_minus_alphas_cumprod: Tensor
-    sqrt_recip_alphas_cumprod: Tensor
-    sqrt_recipm1_alphas_cumprod: Tensor
-    posterior_variance: Tensor
-    posterior_log_variance_clipped: Tensor
-    posterior_mean_coef1: Tensor
-    posterior_mean_coef2: Tensor
-
     def __init__(
         self,
         timesteps: int = 1000,
@@ -105,73 +80,13 @@ class GaussianDiffusion:
         variance: str = "fixed_small",
         backend: str = "fused",
     ) -> None:
-        self.process = process = Process(
-            timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend
-        )
-        self.timesteps, self.prediction = process.timesteps, process.prediction
-        self.variance, self.backend = process.variance, process.backend
-        for name in SCHEDULE_ATTRIBUTES:
-            setattr(self, name, getattr(process, name))
-        self._loss_rows = LossRows(process)
-        self._loop_rows = LoopRowsCache()
+        super().__init__(timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend)
+        self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache()
 
-    def __repr__(self) -> str:
-        return (
-            f"GaussianDiffusion(timesteps={self.timesteps}, prediction={self.prediction!r}, "
-            f"variance={self.variance!r}, backend={self.backend!r})"
-        )
-
-    # ---------------------------------------------------------------------------------------- forward process
-
-    def q_sample(
-        self,
-        x_start: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        *,
-        rng: Philox | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4), or the schedule's
-        own levels of signal and noise in their place.
-
-        Args:
-            x_start: (batch, ...), in [-1, 1] by custom.
-            t: int64 (batch,) or int, in [0, timesteps).
-            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
-            out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
-
-        Returns:
-            x_t, as x_start. Differentiable in x_start and noise.
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-        """
-        return self.process.q_sample(x_start, t, noise, rng=rng, out=out)
-
-    def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
-
-        Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...).
-        """
-        return self.process.q_mean_variance(x_start, t)
-
-    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
-
-        Returns:
-            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
-        """
-        return self.process.q_posterior_mean_variance(x_start, x_t, t)
-
-    def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
-
-        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), of which only the sign has a
-        meaning.
-        """
-        return self.process.predict_start_from_noise(x_t, t, noise)
+    @property
+    def process(self) -> Process:
+        """Itself: what losses, loops and likelihoods take."""
+        return self
 
     # ----------------------------------------------------------------------------------------------- training
 
@@ -231,7 +146,7 @@ class GaussianDiffusion:
             torch.Size([4])
         """
         options = LossOptions(loss, delta, weighting, vlb_weight, offset_noise, input_perturbation, reduction)
-        return train_losses(self.process, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
+        return train_losses(self, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
 
     # ---------------------------------------------------------------------------------------- reverse process
 
@@ -249,7 +164,7 @@ class GaussianDiffusion:
             variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
             dtype's largest number.
         """
-        return reverse.p_mean_variance(self.process, model, x_t, t, clip_denoised)
+        return reverse.p_mean_variance(self, model, x_t, t, clip_denoised)
 
     def p_sample(
         self,
@@ -283,38 +198,18 @@ class GaussianDiffusion:
             >>> for t in reversed(range(1000)):
             ...     x = gd.p_sample(model, x, t, rng=Philox(seed=0))
         """
-        return reverse.p_sample(self.process, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
+        return reverse.p_sample(self, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
 
+    @lists_options_of(LoopOptions)
     def p_sample_loop(
         self,
         model: Model,
         shape: tuple[int, ...],
         *,
-        sampler: str | StepTable = "ddpm",
-        steps: int | None = None,
-        spacing: str = "linspace",
-        timesteps: Sequence[int] | Tensor | None = None,
-        eta: float | None = None,
-        clip_denoised: bool | Clip | DynamicThreshold = True,
-        guidance: Guidance | float | None = None,
-        cond_fn: Callable[..., Tensor] | None = None,
-        denoised_fn: Callable[[Tensor], Tensor] | None = None,
-        inpaint: Inpaint | None = None,
-        self_condition: bool = False,
-        model_kwargs: Mapping[str, Any] | None = None,
-        start: Tensor | Interpolation | None = None,
-        strength: float = 1.0,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
         record: str | int | Sequence[int] = "all",
-        x0: bool = False,
         callback: Callable[[Record], object] | None = None,
         progress: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        compile: bool | str = False,
-        autocast: torch.dtype | None = None,
-        graph: bool | str = False,
+        **options: Unpack[ProgressiveKeywords],
     ) -> list[np.ndarray] | Tensor:
         """Samples from pure noise, by algorithm 2 or that of another sampler.
 
@@ -322,18 +217,18 @@ class GaussianDiffusion:
             model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels where the variance is learned.
                 Its inputs are buffers that later steps overwrite: it must copy what it wants to keep.
             shape: (batch, ...).
-            sampler: "ddpm", "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a StepTable, whose
-                rows are the steps.
+            sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a
+                StepTable, whose rows are the steps.
             steps: the number of timesteps to visit; None: all.
-            spacing: which timesteps: "linspace" (evenly, with both ends), "trailing" or another of
+            spacing: which timesteps: "linspace" (the default: evenly, with both ends), "trailing" or another of
                 ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or "karras" or another
                 of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's timesteps, so that the
                 model gets float32 timesteps.
             timesteps: these timesteps, int64, descending, instead of steps and spacing.
             eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
                 sampler's own, which is 0 for ddim and 1 for most others.
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step; or a range (low, high) to clip
-                it to; or a DynamicThreshold.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1] in each step, as it is by default; or a range
+                (low, high) to clip it to; or a DynamicThreshold.
             guidance: a Guidance, for classifier-free guidance, or its scale.
             cond_fn: cond_fn(x_t, t, **model_kwargs) -> (batch, ...), the gradient of a classifier's log-probability
                 (Dhariwal & Nichol 2021). It changes the mean of ddpm's step (algorithm 1) and the eps of every other
@@ -359,7 +254,7 @@ class GaussianDiffusion:
                 true.
             progress: whether to show a progress bar (where tqdm is installed).
             device: where to sample; None: where start or noise are, or the model's parameters, else the CPU.
-            dtype: of the samples.
+            dtype: of the samples; torch.float32 by default.
             compile: whether to compile the model by torch.compile; or the mode to compile it with.
             autocast: float16 or bfloat16, to which torch.autocast lowers the model's arithmetic; the steps' stays
                 float32.
@@ -377,32 +272,11 @@ class GaussianDiffusion:
             >>> gd.p_sample_loop(model, (4, 3, 8, 8), sampler="dpmpp_2m", steps=20, **options).shape
             torch.Size([4, 3, 8, 8])
         """
-        options = LoopOptions(
-            sampler=sampler,
-            steps=steps,
-            spacing=spacing,
-            timesteps=timesteps,
-            eta=eta,
-            clip_denoised=clip_denoised,
-            guidance=guidance,
-            cond_fn=cond_fn,
-            denoised_fn=denoised_fn,
-            inpaint=inpaint,
-            self_condition=self_condition,
-            model_kwargs=model_kwargs,
-            start=start,
-            strength=strength,
-            noise=noise,
-            rng=rng,
-            x0=x0 or (isinstance(record, str) and record == "x0"),
-            device=device,
-            dtype=dtype,
-            compile=compile,
-            autocast=autocast,
-            graph=graph,
-        )
+        if isinstance(record, str) and record == "x0":
+            options["x0"] = True
         return collect(self._plan(model, shape, options), record=record, callback=callback, progress=progress)
 
+    @lists_options_of(LoopOptions)
     def sample_progressive(
         self, model: Model, shape: tuple[int, ...], *, progress: bool = False, **options: Unpack[ProgressiveKeywords]
     ) -> Iterator[Record]:
@@ -421,11 +295,12 @@ class GaussianDiffusion:
             >>> [(record.step, record.timestep) for record in loop]
             [(0, 999), (1, 666), (2, 333), (3, 0)]
         """
-        plan = self._plan(model, shape, LoopOptions(**options))
+        plan = self._plan(model, shape, options)
         if plan.whole:
             raise ValueError("graph is 'loop', expected True or 'step': nothing is seen in between")
         return plan.make().run(progress)
 
+    @lists_options_of(LoopOptions, "x0")
     def capture(
         self, model: Model, shape: tuple[int, ...], *, graph: bool | str = True, **options: Unpack[CaptureKeywords]
     ) -> CapturedLoop:
@@ -444,12 +319,13 @@ class GaussianDiffusion:
         """
         if graph is False:
             raise ValueError("graph is False, expected True, 'step' or 'loop'")
-        plan = self._plan(model, shape, LoopOptions(graph=graph, **options))
+        plan = self._plan(model, shape, {**options, "graph": graph})
         return CapturedLoop(plan.make(), plan.whole)
 
-    def _plan(self, model: Model, shape: tuple[int, ...], options: LoopOptions) -> Plan:
-        return make_plan(self.process, self._loop_rows, model, shape, options)
+    def _plan(self, model: Model, shape: tuple[int, ...], options: ProgressiveKeywords) -> Plan:
+        return make_plan(self, self._loop_rows, model, shape, LoopOptions(**options))
 
+    @lists_options_of(p_sample_loop)
     def sample(
         self, model: Model, image_size: int, batch_size: int = 8, channels: int = 3, **options: Unpack[SampleKeywords]
     ) -> list[np.ndarray] | Tensor:
@@ -474,11 +350,11 @@ class GaussianDiffusion:
         clip_denoised: bool | Clip = True,
     ) -> VlbTerms:
         """The variational bound's terms at t, in bits per dimension: see ddpm_ext.losses.likelihood.vlb_terms."""
-        return likelihood.vlb_terms(self.process, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
+        return likelihood.vlb_terms(self, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
         """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.losses.likelihood.prior_bpd."""
-        return likelihood.prior_bpd(self.process, x_start)
+        return likelihood.prior_bpd(self, x_start)
 
     def bits_per_dim(
         self,
@@ -495,6 +371,4 @@ class GaussianDiffusion:
         Examples:
             >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
         """
-        return likelihood.bits_per_dim(
-            self.process, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress
-        )
+        return likelihood.bits_per_dim(self, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress)

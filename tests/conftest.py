@@ -187,19 +187,10 @@ def normal(device):
 
 @pytest.fixture(scope="session")
 def make_step_table(device):
-    """Makes a step table (rows, 8) of random numbers. Every third row has no c2, every fourth no noise."""
+    """Makes a table of random rows: step_inputs.make_table on the device."""
+    from support.step_inputs import make_table
 
-    def make(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        table = torch.randn(rows, 8, generator=generator, dtype=torch.float64).to(dtype)
-        table[::3, 4] = 0
-        table[::4, 5] = 0
-        draws = torch.randint(2**31, (rows,), generator=generator)
-        table.view(torch.int32 if dtype == torch.float32 else torch.int64)[:, 6] = draws
-        table[:, 7] = 0
-        return table.to(device)
-
-    return make
+    return lambda *arguments, **options: make_table(*arguments, **options).to(device)
 
 
 @pytest.fixture

@@ -158,9 +158,8 @@ def rest(bench: Bench) -> Iterator[Job]:
     # Of odd sides, so that nearly all samples begin off alignment.
     batch, channels, *sides = large[0]
     usual = [way for way in REST if way.operation in WITH_OPTIONS]
-    yield from bench.jobs(
-        [STEPS[0], *WITH_HISTORY[:1], *usual], both, [(batch, channels, *(side - 1 for side in sides))]
-    )
+    off_alignment = [(batch, channels, *(side - 1 for side in sides))]
+    yield from bench.jobs([STEPS[0], *WITH_HISTORY[:1], *usual], both, off_alignment)
     yield from bench.jobs([TRAINING], [(F32, F32)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.operation != "p_sample"], [(F32, F32)], large)
     yield from bench.jobs([*WITH_HISTORY, *REST], [(F32, F32)], bench.shapes[1:])

@@ -45,11 +45,11 @@ MOVED = {
     "q_sample": ("x", "out"),
     "q_sample, noise given": ("x", "noise", "out"),
     "randn": ("out",),
-    "step, learned variance": ("x", "m", "noise", "out"),
-    "step, guidance": ("x", "m", "u", "out"),
-    "step, x0 and history": ("x", "m", "history1", "out", "kept"),
-    "step, guidance, x0 and history": ("x", "m", "u", "history1", "out", "kept"),
-    "step, all": ("x", "m", "u", "noise", "history1", "history2", "history3", "out", "kept"),
+    "step_with_options": ("x", "m", "out"),
+    "step_with_options, learned variance": ("x", "m", "noise", "out"),
+    "step_with_options, guidance": ("x", "m", "u", "out"),
+    "step_with_options, x0 and history": ("x", "m", "history1", "out", "kept"),
+    "step_with_options, guidance and history": ("x", "m", "u", "history1", "out", "kept"),
     "x_start_scale": ("x", "m"),
     "output_scale": ("m", "u"),
     "loss and slope": ("x", "m", "m"),
@@ -66,21 +66,13 @@ class Way(NamedTuple):
     captured: bool = True
 
 
-# Rows of the tables: of a step with noise, history and guidance where they are given, and of the loss of a predicted v.
+# Of a step with noise, and with history, guidance, a learned variance and a known part where they are given.
 STEP_NUMBERS = {
-    "a": 1.1,
-    "b": -0.5,
-    "c0": 0.2,
-    "c1": 0.8,
-    "s": 0.1,
-    "w": 7.5,
-    "h1": 0.3,
-    "k0": 1.0,
-    "l0": -1.0,
-    "l1": 0.5,
+    **{"a": 1.1, "b": -0.5, "c0": 0.2, "c1": 0.8, "s": 0.1, "w": 7.5},
+    **{"h1": 0.3, "l0": -1.0, "l1": 0.5, "signal_after": 1.0},
 }
 STEP_ROW = tuple(STEP_NUMBERS.get(name, 0.0) for name in ROW) + (0.0,) * (WIDTH - len(ROW))
-LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)
+LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)  # of the loss of a predicted v
 
 
 @functools.cache
@@ -92,7 +84,7 @@ def p_sample(b: Batch, **options: Any) -> Tensor:
     return GD.p_sample(lambda *_: b.m, b.x, b.t, **options)
 
 
-def step(b: Batch, row: tuple[float, ...] = STEP_ROW, **options: Any) -> Tensor:
+def step_with_options(b: Batch, row: tuple[float, ...] = STEP_ROW, **options: Any) -> Tensor:
     return ops.step_with_options(b.x, b.m, table(row, b.x.device), b.t, rng=RNG, out=b.out, **options)
 
 
@@ -100,7 +92,7 @@ def x_start_scale(b: Batch) -> Tensor:
     return ops.x_start_scale(b.x, b.m, table(STEP_ROW, b.x.device), b.t, quantile=0.995)
 
 
-def sampler_ways() -> Iterator[Way]:
+def ways_with_history() -> Iterator[Way]:
     """A step in the middle of a loop, of one sampler for each set of tensors that steps with history read and write."""
     seen = set()
     for name in ("unipc", *SAMPLERS):
@@ -110,19 +102,14 @@ def sampler_ways() -> Iterator[Way]:
         kind = len(reads), bool(columns.s[middle] != 0)
         if reads and kind not in seen:
             seen.add(kind)
-            MOVED[f"step, {name}"] = ("x", "m", *reads, "out", "kept")
+            MOVED[f"step_with_options, {name}"] = ("x", "m", *reads, "out", "kept")
             row = tuple(columns.packed("cpu")[middle].tolist())
 
-            def call(b: Batch, row: tuple[float, ...] = row, reads: Sequence[str] = tuple(reads)) -> Tensor:
-                return step(b, row, history_out=b.kept, **{name: getattr(b, name) for name in reads})
+            def call(b: Batch, row: tuple[float, ...] = row, reads: Sequence[str] = reads) -> Tensor:
+                history = {each: getattr(b, each) for each in reads}
+                return step_with_options(b, row, **history, history_out=b.kept)
 
-            yield Way(f"step, {name}", "ddpm_ext, out=", call)
-
-
-def step_with_all(b: Batch) -> Tensor:
-    """By the kernel for any options."""
-    history = {"history1": b.history1, "history2": b.history2, "history3": b.history3, "history_out": b.kept}
-    return step(b, uncond_output=b.u, gradient=b.noise, **history)
+            yield Way(f"step_with_options, {name}", "ddpm_ext, out=", call)
 
 
 def loss_and_slope(b: Batch) -> Tensor:
@@ -149,29 +136,31 @@ STEPS = (
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
-WITH_HISTORY = tuple(sampler_ways())
-WITH_OPTIONS = (
-    "step, guidance",
-    "step, x0 and history",
-    "step, guidance, x0 and history",
-)  # that have kernels of their own
+WITH_HISTORY = tuple(ways_with_history())
+# That have kernels of their own.
+WITH_OPTIONS = tuple(f"step_with_options, {name}" for name in ("guidance", "x0 and history", "guidance and history"))
 # The most valuable first.
 REST = (
-    Way("step, guidance", "ddpm_ext, out=", lambda b: step(b, uncond_output=b.u)),
-    Way("step, x0 and history", "ddpm_ext, out=", lambda b: step(b, history1=b.history1, history_out=b.kept)),
+    Way("step_with_options, guidance", "ddpm_ext, out=", lambda b: step_with_options(b, uncond_output=b.u)),
     Way(
-        *("step, guidance, x0 and history", "ddpm_ext, out="),
-        lambda b: step(b, uncond_output=b.u, history1=b.history1, history_out=b.kept),
+        *("step_with_options, x0 and history", "ddpm_ext, out="),
+        lambda b: step_with_options(b, history1=b.history1, x0_out=b.kept),
+    ),
+    Way(
+        *("step_with_options, guidance and history", "ddpm_ext, out="),
+        lambda b: step_with_options(b, uncond_output=b.u, history1=b.history1, history_out=b.kept),
     ),
     Way("loss and slope", "ddpm_ext", loss_and_slope),
     Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),
     Way("x_start_scale", "ddpm_ext", x_start_scale),
     Way("output_scale", "ddpm_ext", lambda b: ops.output_scale(b.m, b.u, guidance=3.0, rescale=0.7)),
-    Way("step, learned variance", "ddpm_ext, out=", lambda b: step(b, model_variance=b.noise)),
+    Way(
+        "step_with_options, learned variance", "ddpm_ext, out=", lambda b: step_with_options(b, model_variance=b.noise)
+    ),
     Way("q_sample, noise given", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, noise=b.noise, out=b.out)),
     Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
     Way("randn", "ddpm_ext", lambda b: randn(b.x.shape, RNG, device=b.x.device, dtype=b.x.dtype)),
-    Way("step, all", "ddpm_ext, out=", step_with_all),
+    Way("step_with_options", "ddpm_ext, out=", step_with_options),
 )
 TRAINING = Way(
     *("train_losses", "ddpm_ext", trained(lambda m, b: GD.train_losses(lambda *_: m, b.x, b.t, rng=RNG))),

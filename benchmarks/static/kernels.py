@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-STEP, LOSS, BOUND = "StepWithOptions", "Loss", "Loss with bound"
+STEP, LOSS, BOUND = "step_with_options", "Loss", "Loss with bound"
 TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
 
 
@@ -25,7 +25,7 @@ class Variant(NamedTuple):
     device_seed: bool
     tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
-    options: str = "all options"  # of a step with options: those that the kernel is made for, all of which are counted
+    options: str = "all options"  # of step_with_options: those that the kernel may have, all of which are counted
 
     @property
     def has_options(self) -> bool:
@@ -81,35 +81,40 @@ def enum(name: str) -> list[str]:
 
 @cache
 def options(kind: str) -> list[str]:
-    """The optional arguments of the step that are of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULT."""
+    """The step's optional arguments that are of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULT."""
     declared = text_of("core/step_inputs.def").split("// clang-format off")[1].split("// clang-format on")[0]
     return re.findall(rf"^  {kind}\((\w+)", declared, re.MULTILINE)
 
 
 @cache
-def constants_of_sets() -> dict[str, dict[str, str]]:
-    """The constants in C++ of each set of options that has a kernel of its own: expressions, by their names."""
-    structs = re.findall(
-        r"^struct (\w+) : AnyOptions \{\n(.*?)^\};", text_of("cuda/option_sets.cuh"), re.DOTALL | re.MULTILINE
-    )
-    return {name: dict(re.findall(r"\b(k\w+) = ([^;]*?)(?=;|, k\w+ = )", body)) for name, body in structs}
+def structs_of_options() -> dict[str, str]:
+    """In C++, of each set of the step's options that has kernels of its own."""
+    text = text_of("cuda/option_sets.cuh")
+    return dict(re.findall(r"^struct (\w+) : AnyOptions \{\n(.*?)^\};", text, re.DOTALL | re.MULTILINE))
 
 
+@cache
 def option_sets() -> dict[str, frozenset[str]]:
-    """The sets of options that have a kernel of their own: all that a call of it may have."""
-    found = {"kAlways": frozenset({"x_t", "model_output", "out"})}
-    for name, constants in constants_of_sets().items():
-        for constant in ("kMust", "kMay"):
-            members = set(re.findall(r"(?:Role|Result|Factor)::(\w+)", constants[constant]))
-            for word in re.findall(r"(?:\w+::)?\bk\w+", constants[constant]):
-                members |= found.get(word) or found[f"{name}::{word}"]
-            found[f"{name}::{constant}"] = frozenset(members)
-    return {name: found[f"{name}::kMay"] for name in constants_of_sets()}
+    """The sets of the step's options that have kernels of their own: all that a call of one may have."""
+    found = re.search(r"\bkAlways = (.*?);", text_of("cuda/option_sets.cuh"))
+    if found is None:
+        raise ValueError("csrc/cuda/option_sets.cuh has no kAlways")
+    sets = {"kAlways": members(found[1], {})}
+    for name, body in structs_of_options().items():
+        for constant, value in re.findall(r"\b(kMust|kMay) = (.*?);", body, re.DOTALL):
+            sets[constant] = sets[f"{name}::{constant}"] = members(value, sets)
+    return {name: frozenset(sets[f"{name}::kMay"]) for name in structs_of_options()}
+
+
+def members(value: str, sets: dict[str, set[str]]) -> set[str]:
+    """What a set's C++ expression has: tensors and factors by name, and all of other sets."""
+    others = (sets[name] for name in re.findall(r"(?:\w+::)?\bk[A-Z]\w+", value))
+    return {*re.findall(r"(?:Role|Result|Factor)::(\w+)", value)}.union(*others)
 
 
 def sets_by_words() -> list[str]:
-    """Those of its option_sets that have a kernel for dense samples off alignment, too."""
-    return [name for name, constants in constants_of_sets().items() if constants.get("kWordBlocks", "0") != "0"]
+    """Those of option_sets that have a kernel for dense samples off alignment, too."""
+    return [name for name, body in structs_of_options().items() if re.search(r"kWordBlocks = [1-9]", body)]
 
 
 def in_words(name: str) -> str:

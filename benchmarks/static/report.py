@@ -188,7 +188,7 @@ def rates(archs: Sequence[str]) -> list[str]:
 METHOD = """Each source is compiled to a cubin with the flags of setup.py and disassembled. For every kernel with
 128-bit access the way of one thread is found by control flow alone: from entry to exit through the 128-bit stores,
 the noise drawn, every term of the arithmetic present, without calls and without the ragged end. What only an option
-needs counts where it stands under a predicate, not where a branch leads past it; of StepWithOptions, whose options
+needs counts where it stands under a predicate, not where a branch leads past it; of step_with_options, whose options
 are known when it runs, the way is that with all that a kernel may have, which nothing asks for at once. Of Loss it is
 that with x_start, slope and squared error, and with the bound not that of t = 0; some of a block's warps add up what
 all have, and count as the share that they are; the last block of a sample, which adds up the others' sums, is left

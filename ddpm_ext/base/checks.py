@@ -14,33 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "clip_range",
-    "compute_dtype",
-    "device",
-    "finite",
-    "integer",
-    "is_plain",
-    "like",
-    "nonnegative",
-    "one_of",
-    "per_sample",
-    "real",
-    "samples",
-    "shape",
-    "split_t",
-    "tensor",
-    "whole",
-]
-
-
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
 _REALS: Any = (float, int, numbers.Real)  # the first two alone are found without a call
 
 
-def whole(name: str, value: object) -> int:
+def as_int(name: str, value: object) -> int:
     """Returns `value` as an int. Raises TypeError unless it is one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
@@ -49,7 +29,7 @@ def whole(name: str, value: object) -> int:
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
     """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
-    value = whole(name, value)
+    value = as_int(name, value)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value
@@ -179,8 +159,10 @@ def like(name: str, y: Tensor, x_name: str, x: Tensor, *, lower: bool = False) -
 
     lower: accept float16 and bfloat16 as well where x is float32.
     """
-    tensor(name, y)
-    plain_layout(name, y)
+    if not isinstance(y, Tensor):
+        tensor(name, y)
+    if y.layout is not torch.strided or y.is_nested:
+        plain_layout(name, y)
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(y.shape)}, expected that of {x_name}, {tuple(x.shape)}")
     if y.device != x.device:

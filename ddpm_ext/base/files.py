@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
 from pathlib import Path
-from typing import Any, BinaryIO
-
-__all__ = ["atomic_path", "check_writable", "lock", "read_json", "write_bytes", "write_json", "write_text"]
+from typing import Any
 
 _LARGEST_JSON = 2**28
 
@@ -129,10 +127,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
-def _close(opened: BinaryIO) -> None:
-    opened.close()
-
-
 @contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Locks a file, which keeps a second run out of its folder. The lock ends with the process, even if it is killed.
@@ -141,7 +135,7 @@ def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     with open(path, "rb") as opened:
         # A worker that is forked later inherits the open file, and would hold the lock for seconds after a killed run.
-        register_after_fork(opened, _close)
+        register_after_fork(opened, type(opened).close)
         try:
             import fcntl
 

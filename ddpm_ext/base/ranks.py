@@ -16,10 +16,9 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import Module
-
-__all__ = ["Ranks", "join", "ranks"]
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -63,8 +62,6 @@ class Ranks:
                 box = [True, make()]
             except Exception as error:
                 failure = error
-        from torch import distributed
-
         with _lost_ranks():
             distributed.broadcast_object_list(box, group=self._talk)
         if failure is not None:
@@ -77,8 +74,6 @@ class Ranks:
         """Returns the values of all ranks, in their order, on each rank. Raises ConnectionError if a rank is lost."""
         if self.size == 1:
             return [value]
-        from torch import distributed
-
         values: list[Any] = [None] * self.size
         with _lost_ranks():
             distributed.all_gather_object(values, value, group=self._talk)
@@ -87,8 +82,6 @@ class Ranks:
     def total(self, values: Tensor) -> Tensor:
         """Sums a tensor on the CPU over all ranks, in place. Raises ConnectionError if a rank is lost."""
         if self.size > 1:
-            from torch import distributed
-
             with _lost_ranks():
                 distributed.all_reduce(values, group=self._talk)
         return values
@@ -97,8 +90,6 @@ class Ranks:
         """Returns the largest of the values of all ranks, on each rank. Raises ConnectionError if a rank is lost."""
         if self.size == 1:
             return value
-        from torch import distributed
-
         found = torch.tensor(value, device="cpu")
         with _lost_ranks():
             distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self._talk)
@@ -112,9 +103,6 @@ class Ranks:
         """
         if self.size == 1:
             return model
-        from torch import distributed
-        from torch.nn.parallel import DistributedDataParallel
-
         cuda = device.type == "cuda"
         with _lost_ranks():
             group = distributed.new_group(backend="nccl") if cuda else self._talk
@@ -137,8 +125,6 @@ class Ranks:
         """
         if self.size == 1:
             return
-        from torch import distributed
-
         with _lost_ranks():
             work = distributed.barrier(self._at_the_end, async_op=True)
         while not work.is_completed():
@@ -177,6 +163,12 @@ def _number(name: str, default: int | None, low: int, high: int) -> int:
     return int(text)
 
 
+def part_of(samples: range, part: int, parts: int) -> range:
+    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
+    count = len(samples)
+    return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)
+
+
 @contextmanager
 def join() -> Iterator[Ranks]:
     """Yields this process's rank. If there are several ranks, they have a process group while the block runs.
@@ -188,8 +180,6 @@ def join() -> Iterator[Ranks]:
     if here.size == 1:
         yield here
         return
-    from torch import distributed
-
     if distributed.is_initialized():  # by the caller, who also destroys it; it may be one for GPUs only
         talk, at_the_end = (distributed.new_group(backend="gloo", timeout=timeout) for timeout in (_MEETING, _WORK))
         yield replace(here, _talk=talk, _at_the_end=at_the_end)

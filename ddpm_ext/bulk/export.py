@@ -38,10 +38,7 @@ def write_npz(
     target = Path(path)
     _remove_leftovers(target)
     header = {"descr": "|u1", "fortran_order": False, "shape": (shards.count, *shards.shape)}
-    with (
-        files.atomic_path(target) as beside,
-        zipfile.ZipFile(beside, "w") as archive,
-    ):
+    with files.atomic_path(target) as beside, zipfile.ZipFile(beside, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as opened:
             np.lib.format.write_array_header_1_0(opened, header)
             for images in shards.images():

@@ -5,40 +5,16 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from ddpm_ext.base import files
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
-
-__all__ = [
-    "DEVICES",
-    "DEVICES_OF_RANKS",
-    "FIGURES",
-    "SPACING_NAMES",
-    "WRONG_INPUT",
-    "Formatter",
-    "Parser",
-    "add_command",
-    "check_device",
-    "check_ending",
-    "check_eta",
-    "endings_help",
-    "eta_of",
-    "finite_number",
-    "nonnegative_number",
-    "number",
-    "numbers",
-    "positive_number",
-    "samples",
-    "seed",
-    "steps",
-    "whole_number",
-    "whole_numbers",
-]
 
 WRONG_INPUT = 2  # the exit code
 FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
@@ -73,13 +49,7 @@ Subparsers = Any  # argparse's type for them is private
 
 
 def add_command(
-    subparsers: Subparsers,
-    command: str,
-    summary: str,
-    description: str,
-    *,
-    takes: str = "",
-    epilog: str | None = None,
+    subparsers: Subparsers, command: str, summary: str, description: str, *, takes: str = "", epilog: str | None = None
 ) -> argparse.ArgumentParser:
     """Adds a command, such as "sample" or "plot grid", to the parsers of commands or of a command's kinds.
 
@@ -115,15 +85,15 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def number(low: float, expected: str, *, above: bool = False, below: float = math.inf) -> Callable[[str], float]:
-    """A parser of finite numbers less than `below`, and at least `low`, or with `above` more than `low`."""
+def number(low: float, expected: str, *, below: float = math.inf) -> Callable[[str], float]:
+    """A parser of finite numbers that are at least `low`, and less than `below`."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (low < value if above else low <= value) or not value < below:  # also for NaN
+        if not low <= value < below:  # also for NaN
             raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
         return value
 
@@ -143,9 +113,9 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(finite_number(part) for part in text.split(","))
 
 
-finite_number = number(-math.inf, "a finite number", above=True)
+finite_number = number(-sys.float_info.max, "a finite number")
 nonnegative_number = number(0, "a number >= 0")
-positive_number = number(0, "a number > 0", above=True)
+positive_number = number(math.ulp(0), "a number > 0")
 seed = whole_number(0, 2**64 - 1)
 steps = whole_number(1, 10**6)  # a table of many more takes the machine's memory
 samples = whole_number(1, 10**9)
@@ -187,7 +157,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def endings_help(endings: tuple[str, ...]) -> str:
+def endings_help(endings: tuple[str, ...] = FIGURES) -> str:
     return f"ends in {' or '.join(endings)}"
 
 
@@ -197,3 +167,9 @@ def check_ending(out: str, endings: tuple[str, ...], name: str = "out") -> str:
     if ending not in endings:
         raise ValueError(f"{name}: got {out}, expected a name that {endings_help(endings)}")
     return ending
+
+
+def check_out(out: str, endings: tuple[str, ...], name: str = "out") -> None:
+    """Raises ValueError if a file's name doesn't end in one of `endings`, or can't be written there."""
+    check_ending(out, endings, name)
+    files.check_writable(out)

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, samples, whole_number
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_out, samples
 from ddpm_ext.cli.images import IMAGES, read_images, read_labels
 from ddpm_ext.cli.loop_inputs import add_clip, clip_of
 from ddpm_ext.cli.sampling import Loaded, load
-from ddpm_ext.cli.sampling_options import add_class, add_device, add_model, add_seed
+from ddpm_ext.cli.sampling_options import add_class, add_model, add_running, add_seed
 from ddpm_ext.losses.likelihood import BitsPerDim
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.style import plural
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.data import Shapes, digits
 from ddpm_ext.training.data.source import Labels
-
-__all__ = ["add_parser", "run"]
 
 _SHAPES_SEED = 1  # other shapes than the trainer draws
 _SHAPES = 256
@@ -50,10 +48,7 @@ def add_parser(commands: Subparsers) -> None:
     no_classes = "give a class-conditional model the null class, also where the data has classes"
     group.add_argument("--no-classes", action="store_true", help=no_classes)
     add_clip(group, threshold=False)
-    group = parser.add_argument_group("how to run")
-    add_device(group)
-    group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at a time")
-    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_running(parser, batches="images at a time", loop=False)
     add = parser.add_argument_group("output").add_argument
     arrays = "also write each image's total, prior, vlb, x_start_mse and mse; ends in .npz"
     add("--out", metavar="FILE", help=arrays)
@@ -67,8 +62,7 @@ def run(options: argparse.Namespace) -> None:
         MissingExtra: a package that the command needs is not installed.
     """
     if options.out is not None:
-        check_ending(options.out, (".npz",))
-        files.check_writable(options.out)
+        check_out(options.out, (".npz",))
     if options.no_classes and options.classes is not None:
         raise ValueError(f"no-classes: got class {options.classes} beside it, expected one of the two")
     loaded = load(options)

@@ -7,15 +7,13 @@ import argparse
 import numpy as np
 
 from ddpm_ext.base import files
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending, whole_number
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending
 from ddpm_ext.cli.images import IMAGES, read_images
-from ddpm_ext.cli.loop_inputs import add_clip, add_running, clip_of, running_of
+from ddpm_ext.cli.loop_inputs import add_clip, clip_of, running_of
 from ddpm_ext.cli.sampling import are_finite, load, refuse_not_finite
-from ddpm_ext.cli.sampling_options import add_class, add_device, add_model, add_spacing
+from ddpm_ext.cli.sampling_options import add_class, add_model, add_running, add_spacing
 from ddpm_ext.loop.inversion import inversion_table
 from ddpm_ext.plots.style import plural
-
-__all__ = ["add_parser", "run"]
 
 _EXAMPLES = """examples:
   ddpm-ext invert photo.png --model my-run --steps 100 --out noise.npy
@@ -36,11 +34,7 @@ def add_parser(commands: Subparsers) -> None:
     add_class(group, "all")
     add_spacing(group)
     add_clip(group, threshold=False, clips=False)
-    group = parser.add_argument_group("how to run")
-    add_device(group)
-    add_running(group.add_argument, captured=True)
-    group.add_argument("--batch-size", type=whole_number(1), default=64, metavar="N", help="images at a time")
-    group.add_argument("--quiet", action="store_true", help="show no progress bar")
+    add_running(parser, batches="images at a time")
     add = parser.add_argument_group("output").add_argument
     kinds = "ends in .npy: float32 (num, channels, height, width), which ddpm-ext sample --noise takes"
     add("--out", default="noise.npy", metavar="FILE", help=kinds)
@@ -62,6 +56,7 @@ def run(options: argparse.Namespace) -> None:
     for first in range(0, len(images), options.batch_size):
         batch = images[first : first + options.batch_size]
         noise = loaded.last_samples(
+            loaded.model.unet,
             tuple(batch.shape),
             progress=not options.quiet,
             sampler=table,

@@ -22,10 +22,6 @@ from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["LoopInputs", "add_clip", "add_images", "add_running", "clip_of", "guidance_of", "running_of"]
-
-_AUTOCAST = ("bfloat16", "float16")
-_GRAPHS = ("step", "loop")
 _TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpaint", "jump_n_sample": "inpaint"}
 
 
@@ -83,18 +79,6 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     add("--jump-n-sample", type=whole_number(1), metavar="N", help=passes)
     length = "with --inpaint: steps of such a stretch (default: 10)"
     add("--jump-length", type=whole_number(1), metavar="N", help=length)
-
-
-def add_running(add: Any, *, captured: bool) -> None:
-    """Adds how the model is called; with `captured` also what a loop needs whose model is not watched."""
-    add("--autocast", choices=_AUTOCAST, help="lower precision of the model's arithmetic")
-    weights = "keep the model's weights in channels_last, for convolutions on a GPU"
-    add("--channels-last", action="store_true", help=weights)
-    if captured:
-        modes = "compile the model by torch.compile, or by this mode of it"
-        add("--compile", nargs="?", const=True, default=False, metavar="MODE", help=modes)
-        graphs = "take each step, or all of them, by a CUDA graph"
-        add("--graph", nargs="?", const="step", default=False, choices=_GRAPHS, help=graphs)
 
 
 def running_of(options: argparse.Namespace) -> dict[str, Any]:

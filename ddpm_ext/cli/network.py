@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_ext.models.folder import CONFIG, DIGITS, SHAPES, LoadedModel, check_finite, one_line
-from ddpm_ext.training import load, named, record
-from ddpm_ext.training.trained import Trained, class_of
-
-__all__ = ["RunModel", "is_run", "load_run"]
+from ddpm_ext.training import load, run_options
+from ddpm_ext.training.import_by_name import import_by_name
+from ddpm_ext.training.load_run import Trained, network_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +27,8 @@ class RunModel(LoadedModel):
     def shape(self) -> tuple[int, int, int]:
         return self.sample_shape
 
-    @property
-    def embeddings(self) -> int:
-        """How many classes the model tells apart, with the null class."""
-        return 0 if self.classes is None else self.classes.embeddings
 
-
-class _Called(nn.Module):
+class _TakesClassLabels(nn.Module):
     """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,10 +44,10 @@ def is_run(model: str) -> bool:
     folder = Path(model)
     if model in (DIGITS.name, SHAPES.name) or (folder / "unet").is_dir() or (folder / CONFIG).is_file():
         return False
-    return any((folder / name).exists() for name in ("model.json", record.OPTIONS, "checkpoints"))
+    return any((folder / name).exists() for name in ("model.json", run_options.OPTIONS, "checkpoints"))
 
 
-def load_run(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
+def load_run_model(model: str, network: str | None, *, device: torch.device, dtype: torch.dtype) -> RunModel:
     """Loads the averaged weights of a run for which is_run is true.
 
     network: "module:name" of a class or function that makes the module; None: it is a UNet2DModel.
@@ -62,7 +56,7 @@ def load_run(model: str, network: str | None, *, device: torch.device, dtype: to
         ValueError: the name is missing or wrong, or as training.load.
     """
     folder = Path(model)
-    if network is None and (kind := class_of(folder)) is not None:
+    if network is None and (kind := network_of(folder)) is not None:
         name = kind if ":" in kind else f"MODULE:{kind}"
         raise ValueError(
             f"model: {model} is a run of a {kind.rpartition(':')[2]}, expected --network {name}, or another class or "
@@ -72,18 +66,12 @@ def load_run(model: str, network: str | None, *, device: torch.device, dtype: to
     sha256 = _sha256(trained)
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
-    return RunModel(
-        _Called(placed).eval(),
-        trained.settings,
-        folder,
-        trained.classes,
-        sample_shape=trained.shape,
-        sha256=sha256,
-    )
+    unet, shape = _TakesClassLabels(placed).eval(), trained.shape
+    return RunModel(unet, trained.settings, folder, trained.classes, sample_shape=shape, sha256=sha256)
 
 
 def _made(network: str) -> nn.Module:
-    make = named.find(network, "network", "MODULE:NAME", "a class or a function")
+    make = import_by_name(network, "network", "MODULE:NAME", "a class or a function")
     expected = "expected a class or a function without arguments that makes a module like the one that was trained"
     try:
         found = make()

@@ -14,7 +14,7 @@ import torch
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
-from ddpm_ext.cli.network import RunModel, is_run, load_run
+from ddpm_ext.cli.network import RunModel, is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.results import CapturedLoop
@@ -24,8 +24,6 @@ from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.training.options import DTYPES
-
-__all__ = ["Loaded", "Prepared", "are_finite", "draw", "load", "prepare", "refuse_not_finite"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +43,21 @@ class Loaded:
     chosen: tuple[int, ...]
     captured: dict[Hashable, tuple[CapturedLoop, dict[str, Any]]] = field(default_factory=dict)
 
-    def last_samples(self, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
-        """The samples at the end of p_sample_loop with these options, which are the command's.
+    def last_samples(self, called: Any, shape: tuple[int, ...], *, progress: bool, **options: Any) -> torch.Tensor:
+        """The samples at the end of p_sample_loop with these options, which are the command's. called: the model.
 
         Where they ask for a CUDA graph, all loops of one shape and guidance have the same: of two such loops only rng,
         start, noise, the known images and the tensors in model_kwargs may differ.
         """
-        unet = self.model.unet
         options |= {"device": self.device, "dtype": self.dtype}
         with torch.no_grad():
             if not options["graph"]:
-                drawn = self.diffusion.p_sample_loop(unet, shape, record="last", progress=progress, **options)
+                drawn = self.diffusion.p_sample_loop(called, shape, record="last", progress=progress, **options)
                 assert isinstance(drawn, torch.Tensor)  # with record="last"
                 return drawn
             key = (shape, options.get("guidance"))
             if key not in self.captured:
-                self.captured[key] = self.diffusion.capture(unet, shape, **options), options
+                self.captured[key] = self.diffusion.capture(called, shape, **options), options
             loop, first = self.captured[key]
             if options.get("inpaint") is not None:  # the loop has its tensor, and not a copy
                 first["inpaint"].known.copy_(options["inpaint"].known)
@@ -120,7 +117,7 @@ def _load_model(options: argparse.Namespace, device: torch.device, dtype: torch.
     if is_run(options.model):
         if options.network is not None and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # where the module of --network may lie
-        return load_run(options.model, options.network, device=device, dtype=dtype)
+        return load_run_model(options.model, options.network, device=device, dtype=dtype)
     loaded = load_model(options.model, device=device, dtype=dtype)
     if options.network is not None:
         needs = "which needs none; expected the folder of a run of another module"
@@ -147,7 +144,6 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
     loop = LoopOptions(**_loop_options(inputs, options, range(1)))
-    loop.step_options(learned=False, reads_uncond=False)  # checks the clip
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
     rows = make_loop_rows(loaded.diffusion.process, loop)
@@ -170,7 +166,7 @@ def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes |
                 raise ValueError(f"{option}: got {getattr(options, name)}, but {reason}")
         return None, ()
     if getattr(options, "null_class", None) is not None:
-        count = model.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
+        count = classes.embeddings if isinstance(model, RunModel) else model.unet.config.num_class_embeds
         if options.null_class >= count:
             raise ValueError(f"null-class: got {options.null_class}, expected 0 to {count - 1}, the model's classes")
         classes = replace(classes, null=options.null_class)
@@ -205,23 +201,10 @@ def draw(
         "model_kwargs": prepared.model_kwargs(samples, guided=guidance is not None),
         "rng": Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),
     }
-    shape, progress = (count, *model.shape), progress and not options.quiet
-    if recorder is None:
-        return prepared.last_samples(shape, progress=progress, **chosen)
-    with torch.no_grad():
-        drawn = prepared.diffusion.p_sample_loop(
-            recorder,
-            shape,
-            record="last",
-            x0=True,
-            callback=recorder.keep,
-            progress=progress,
-            device=prepared.device,
-            dtype=prepared.dtype,
-            **chosen,
-        )
-    assert isinstance(drawn, torch.Tensor)  # with record="last"
-    return drawn
+    called: Any = model.unet
+    if recorder is not None:
+        called, chosen = recorder, {**chosen, "x0": True, "callback": recorder.keep}
+    return prepared.last_samples(called, (count, *model.shape), progress=progress and not options.quiet, **chosen)
 
 
 def are_finite(samples: torch.Tensor) -> list[bool]:

@@ -15,8 +15,6 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import STREAM_START, Philox
 
-__all__ = ["Begin", "compiled", "rng_in_memory"]
-
 
 def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
     """The model as p_sample_loop's option `compile` asks for it."""
@@ -56,7 +54,7 @@ def rng_in_memory(rng: Philox, batch: int, device: torch.device) -> Philox:
     return Philox(seed.to(device, copy=True), ids.to(device, copy=True))
 
 
-class Begin:
+class InitialSamples:
     """Makes the samples before a loop's first step.
 
     Args:

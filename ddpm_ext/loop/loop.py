@@ -14,16 +14,14 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import counter
 from ddpm_ext.base.types import Model
-from ddpm_ext.loop.begin import Begin, compiled, rng_in_memory
+from ddpm_ext.loop.begin import InitialSamples, compiled, rng_in_memory
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.loop.host_copies import HostCopies
 from ddpm_ext.loop.interpolation import Interpolation
-from ddpm_ext.loop.options import LoopOptions, StepOptions
+from ddpm_ext.loop.options import StepOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
-
-__all__ = ["Loop", "Record"]
 
 
 class Record(NamedTuple):
@@ -48,7 +46,6 @@ class Loop:
         ops: the operators of the process.
         model, shape, options: as p_sample_loop's.
         rows: of the loop.
-        step_options: what a step does besides its row.
     """
 
     def __init__(
@@ -57,22 +54,21 @@ class Loop:
         model: Model,
         shape: tuple[int, ...],
         rows: LoopRows,
-        step_options: StepOptions,
-        options: LoopOptions,
+        options: StepOptions,
     ) -> None:
         self.rows = rows
-        self._begin = Begin(ops, model, shape, rows, options)
-        rng = rng_of_many(options.rng, self._begin.device)
-        x = self._begin.samples(rng, options.start, options.noise)
+        self._initial = InitialSamples(ops, model, shape, rows, options)
+        rng = rng_of_many(options.rng, self._initial.device)
+        x = self._initial.samples(rng, options.start, options.noise)
         ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), 0, rng=rng)
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
             kwargs = {
                 name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in step_options.model_kwargs.items()
+                for name, value in options.model_kwargs.items()
             }
-            step_options = replace(step_options, model_kwargs=kwargs)
-        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, step_options)
+            options = replace(options, model_kwargs=kwargs)
+        self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
         self._position = 0  # of the next row
         batch = len(self._step.calls[0].twice)
         self._timesteps = rows.device.timesteps(x.device)
@@ -112,8 +108,8 @@ class Loop:
         skipped = self.rows.skipped
         if start is None and skipped > 0:
             raise ValueError(f"start is None, expected one: the loop leaves out the first {skipped} steps")
-        rng = rng_of_many(rng, self._begin.device)
-        x = self._begin.samples(rng, start, noise)
+        rng = rng_of_many(rng, self._initial.device)
+        x = self._initial.samples(rng, start, noise)
         captured, new = self._step.rng, rng_in_memory(rng, len(x), x.device)
         assert captured.seed is not None and captured.sample_ids is not None and new.seed is not None
         assert new.sample_ids is not None
@@ -137,7 +133,7 @@ class Loop:
 
     def run(self, progress: bool = False, copies: HostCopies | None = None) -> Iterator[Record]:
         """The steps, each taken when it is asked for."""
-        step, timesteps, returns_x0 = self._step, self.rows.timesteps, self._step.options.returns_x0
+        step, timesteps, returns_x0 = self._step, self.rows.timesteps, self._step.options.x0
         for row in _steps(len(self), step.calls[0].x.size(0), progress):
             call = step.calls[row]
             if copies is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, signature
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,46 +19,14 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold, as_clip
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["LoopOptions", "StepOptions"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """What a step does besides its row: p_sample_loop's options of the same names, and what follows from them.
-
-    threshold: how to find each sample's own range for the clip, or None. returns_x0: whether a Record holds the
-    predicted clean samples. learned: whether the model returns a variance beside its prediction. reads_uncond: whether
-    a row reads the unconditional output.
-    """
-
-    clip: Clip | None
-    threshold: DynamicThreshold | None
-    guidance: Guidance | None
-    cond_fn: Callable[..., Tensor] | None
-    denoised_fn: Callable[[Tensor], Tensor] | None
-    inpaint: Inpaint | None
-    self_condition: bool
-    returns_x0: bool
-    learned: bool
-    reads_uncond: bool
-    model_kwargs: Mapping[str, Any]
-    autocast: torch.dtype | None
-
-    @property
-    def doubled(self) -> bool:
-        """Whether the model gets the batch twice, at a guided step."""
-        return self.doubled_kwargs and (self.guidance.scale != 1 or self.reads_uncond)  # type: ignore[union-attr]
-
-    @property
-    def doubled_kwargs(self) -> bool:
-        """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
-        half."""
-        return self.guidance is not None and self.guidance.unconditional is None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """The options of GaussianDiffusion.p_sample_loop, by the same names.
+    """The options of GaussianDiffusion.p_sample_loop, by the same names, with their defaults.
+
+    clip: the fixed range to clip to, or None. threshold: how to find each sample's own range for the clip, or None.
 
     Raises:
         TypeError, ValueError: an option of another type, or out of range, as far as it can be seen without the model
@@ -86,6 +55,8 @@ class LoopOptions:
     compile: bool | str = False
     autocast: torch.dtype | None = None
     graph: bool | str = False
+    clip: Clip | None = field(init=False)
+    threshold: DynamicThreshold | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("cond_fn", "denoised_fn"):
@@ -109,6 +80,10 @@ class LoopOptions:
                 f"compile is {self.compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
             )
         self._check_strength()
+        clip, threshold = as_clip(self.clip_denoised)
+        changed = {"clip": clip, "threshold": threshold, "guidance": as_guidance(self.guidance)}
+        for name, value in (changed | {"model_kwargs": dict(self.model_kwargs or {})}).items():
+            object.__setattr__(self, name, value)
 
     def _check_strength(self) -> None:
         strength = checks.real("strength", self.strength)
@@ -118,19 +93,54 @@ class LoopOptions:
             raise ValueError(f"strength is {strength} without a start, expected 1")
 
     def step_options(self, *, learned: bool, reads_uncond: bool) -> StepOptions:
-        """What a step needs of them."""
-        clip, threshold = as_clip(self.clip_denoised)
-        return StepOptions(
-            clip=clip,
-            threshold=threshold,
-            guidance=as_guidance(self.guidance),
-            cond_fn=self.cond_fn,
-            denoised_fn=self.denoised_fn,
-            inpaint=self.inpaint,
-            self_condition=self.self_condition,
-            returns_x0=self.x0,
-            learned=learned,
-            reads_uncond=reads_uncond,
-            model_kwargs=dict(self.model_kwargs or {}),
-            autocast=self.autocast,
-        )
+        """With what a step must know besides."""
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        return StepOptions(**given, learned=learned, reads_uncond=reads_uncond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(LoopOptions):
+    """A loop's options, and what a step must know besides its row.
+
+    learned: whether the model returns a variance beside its prediction. reads_uncond: whether a row reads the
+    unconditional output.
+    """
+
+    learned: bool
+    reads_uncond: bool
+    guidance: Guidance | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def doubled(self) -> bool:
+        """Whether the model gets the batch twice, at a guided step."""
+        return self.doubled_kwargs and (self.guidance.scale != 1 or self.reads_uncond)  # type: ignore[union-attr]
+
+    @property
+    def doubled_kwargs(self) -> bool:
+        """Whether tensors in model_kwargs have two rows a sample, of which a call with a single batch gets the second
+        half."""
+        return self.guidance is not None and self.guidance.unconditional is None
+
+
+def lists_options_of(source: Callable[..., Any], *without: str) -> Callable[[Method], Method]:
+    """Shows, in the signature of a method that takes **options, the keywords of `source` that it passes on, so that
+    help() lists them with their defaults. A type checker has them from loop/keywords.py.
+
+    Args:
+        source: what takes the options in the end.
+        without: those that the method refuses; its own arguments are left out, too.
+    """
+
+    def decorate(method: Method) -> Method:
+        own = signature(method)
+        given = [each for each in own.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+        names = {*without, *(each.name for each in given)}
+        passed = [each for each in signature(source).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
+        options = [each for each in passed if each.name not in names]
+        positional = sum(each.kind is not Parameter.KEYWORD_ONLY for each in given)
+        parameters = [*given[:positional], *options, *given[positional:]]
+        method.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return method
+
+    return decorate

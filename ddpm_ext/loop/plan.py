@@ -12,8 +12,6 @@ from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows, LoopRowsCache
 from ddpm_ext.process.process import Process
 
-__all__ = ["Plan", "make_plan"]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,8 +20,7 @@ class Plan:
     process: Process
     model: Model
     shape: tuple[int, ...]
-    options: LoopOptions
-    step_options: StepOptions
+    options: StepOptions
     rows: LoopRows
 
     @property
@@ -37,7 +34,7 @@ class Plan:
         return self.options.graph == "loop"
 
     def make(self) -> Loop:
-        return Loop(self.process.ops, self.model, self.shape, self.rows, self.step_options, self.options)
+        return Loop(self.process.ops, self.model, self.shape, self.rows, self.options)
 
 
 def make_plan(
@@ -49,11 +46,10 @@ def make_plan(
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
     rows = cache.get(process, options)
-    step_options = options.step_options(
-        learned=process.variance_entry.learned, reads_uncond=any(kind.guided for kind in rows.needs)
-    )
+    reads_uncond = any(kind.guided for kind in rows.needs)
+    step_options = options.step_options(learned=process.variance_entry.learned, reads_uncond=reads_uncond)
     _check_rows(rows, step_options)
-    return Plan(process, model, shape, options, step_options, rows)
+    return Plan(process, model, shape, step_options, rows)
 
 
 def _check_rows(rows: LoopRows, options: StepOptions) -> None:

@@ -20,8 +20,6 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.model_output import split_variance, unwrap
 from ddpm_ext.tables.row_needs import RowNeeds
 
-__all__ = ["LoopStep", "StepCall"]
-
 HISTORY = ("history1", "history2", "history3")
 
 
@@ -116,7 +114,7 @@ class LoopStep:
         options = self.options
         first = _twice(x) if options.doubled else torch.cat([x])
         samples = [first, empty_like(first)]
-        has_x0 = options.returns_x0 or options.self_condition
+        has_x0 = options.x0 or options.self_condition
         clean = [torch.zeros_like(x), torch.zeros_like(x)] if has_x0 else [None, None]
         history = [torch.zeros_like(x) for _ in HISTORY] if any(needs.keeps for needs in rows.needs) else []
         constant: dict[str, Any] = {}
@@ -188,13 +186,16 @@ class LoopStep:
             inputs["uncond_output"] = u
         if options.denoised_fn is not None:
             guided = {name: inputs[name] for name in ("uncond_output", "guidance", "rescale") if name in inputs}
-            inputs["x_start"] = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
+            x_start = options.denoised_fn(self._to_x0.take(x, m, row, index, self._x_start, **guided))
+            checks.tensor("what denoised_fn returns", x_start)  # None would count as not given
+            inputs["x_start"] = x_start
             if not call.needs.needs_output:
                 m = None
                 for name in guided:
                     del inputs[name]
         if options.cond_fn is not None:
             inputs["gradient"] = options.cond_fn(x, once, **self._kwargs)
+            checks.tensor("what cond_fn returns", inputs["gradient"])
         call.step.take(x, m, row, index, call.out, **inputs)
 
     def _outputs(self, call: StepCall, t: Tensor, once: Tensor) -> tuple[Any, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -13,23 +11,7 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-__all__ = ["ERROR_ALONE", "LossRows", "Terms"]
-
 CACHED = 8  # given weightings, with their factors of the bound
-
-
-class Terms(NamedTuple):
-    """Which terms a loss has.
-
-    error: whether it includes the weighted error of the prediction. bound: the factor of a timestep's term of the
-    variational bound in nats, or None.
-    """
-
-    error: bool = True
-    bound: float | None = None
-
-
-ERROR_ALONE = Terms()
 
 
 def _target(process: Process) -> Tensor:
@@ -70,11 +52,11 @@ def _rows(target: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([target, torch.stack([weight, torch.zeros_like(weight)], 1)], 1)
 
 
-def _with_bound(rows: Tensor, bound: Tensor, terms: Terms) -> Tensor:
+def _with_bound(rows: Tensor, bound_rows: Tensor, error: bool, bound: float) -> Tensor:
     """(timesteps, 8)"""
-    weight = rows[:, 2:3] if terms.error else torch.zeros_like(rows[:, 2:3])
+    weight = rows[:, 2:3] if error else torch.zeros_like(rows[:, 2:3])
     # The factor is multiplied, so that torch.compile makes one graph for all factors.
-    return torch.cat([rows[:, :2], weight, torch.ones_like(weight) * (terms.bound or 0.0), bound], 1)
+    return torch.cat([rows[:, :2], weight, torch.ones_like(weight) * bound, bound_rows], 1)
 
 
 class LossRows:
@@ -97,41 +79,55 @@ class LossRows:
         self._perturbed: BoundedCache[DeviceTables] = BoundedCache(1)
 
     def get(
-        self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, terms: Terms = ERROR_ALONE
+        self,
+        weighting: str | Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        error: bool = True,
+        bound: float | None = None,
     ) -> Tensor:
         """(timesteps, 4): k0, k1, the weight and a zero; or (timesteps, 8), with the bound's term.
+
+        Args:
+            error: whether the loss includes the weighted error of the prediction.
+            bound: the factor of a timestep's term of the variational bound in nats, or None.
 
         Raises TypeError and ValueError as weightings.weights.
         """
         if isinstance(weighting, Tensor):
             check_given(self._of[0], weighting)
-        named = isinstance(weighting, str) and weighting in self._names
-        if (named and terms.bound is None) or torch.compiler.is_compiling():
+        elif isinstance(weighting, str) and weighting in self._names and bound is None:
+            return self._named.get(weighting, device, dtype)
+        if torch.compiler.is_compiling():
             # A compiled graph can't see whether somebody has written to the weights.
-            return self._make(weighting, device, dtype, terms)
+            return self._make(weighting, device, dtype, error, bound)
         # Inference tensors count no versions, so that a later write to them would go unseen.
         if not isinstance(weighting, str) and (not isinstance(weighting, Tensor) or weighting.is_inference()):
-            return self._tables(weighting, terms).get("loss", device, dtype)
-        key = (weighting if isinstance(weighting, str) else (id(weighting), weighting._version), terms)
+            return self._tables(weighting, error, bound).get("loss", device, dtype)
+        key = (weighting if isinstance(weighting, str) else (id(weighting), weighting._version), error, bound)
         found = self._given.get(key)
         if found is not None:
             return found[0].get("loss", device, dtype)
-        tables = self._tables(weighting, terms)
+        tables = self._tables(weighting, error, bound)
         # What a function transform or a fake mode made is of no use after it.
         if is_plain(tables.get("loss", torch.device("cpu"), torch.float64)):
             tables = self._given.get_or_make(key, lambda: (tables, weighting))[0]
         return tables.get("loss", device, dtype)
 
-    def _tables(self, weighting: str | Tensor, terms: Terms) -> DeviceTables:
-        return DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, terms))
+    def _tables(self, weighting: str | Tensor, error: bool, bound: float | None) -> DeviceTables:
+        return DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, error, bound))
 
-    def _make(self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, terms: Terms) -> Tensor:
+    def _make(
+        self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, error: bool, bound: float | None
+    ) -> Tensor:
         if isinstance(weighting, str) and weighting in self._names:
             rows = self._named.get(weighting, device, dtype)
         else:
             target = self._named.get("simple", device, dtype)[:, :2]
             rows = _rows(target, weights(*self._of, weighting).to(device, dtype))
-        return rows if terms.bound is None else _with_bound(rows, self._named.get("bound", device, dtype), terms)
+        if bound is None:
+            return rows
+        return _with_bound(rows, self._named.get("bound", device, dtype), error, bound)
 
     def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(timesteps, 2): 1, and `scale` times the standard deviation of x_t's noise."""

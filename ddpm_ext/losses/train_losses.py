@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Model
-from ddpm_ext.losses.rows import ERROR_ALONE, LossRows, Terms
-from ddpm_ext.ops.loss import refuse_grad
+from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES, check_options
 from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_PERTURBATION, Philox, check_rng, fresh_rng
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
-
-__all__ = ["LossOptions", "train_losses"]
+from ddpm_ext.tables.variances import Variance
 
 
 class LossOptions(NamedTuple):
@@ -45,59 +43,50 @@ def train_losses(
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """See GaussianDiffusion.train_losses."""
-    kind, terms = kernel_loss(process, loss_rows, options)
-    check_options(kind, options.delta, options.reduction)
-    checks.nonnegative("offset_noise", options.offset_noise)
-    checks.nonnegative("input_perturbation", options.input_perturbation)
+    check_options(options.loss, options.delta, options.reduction, (*LOSSES, *BOUNDS))
+    for name in ("vlb_weight", "offset_noise", "input_perturbation"):
+        number = getattr(options, name)
+        if type(number) is not float or not 0 <= number < math.inf:
+            checks.nonnegative(name, number)
+    variance, ops = process.variance_entry, process.ops
+    kind, error, bound = options.loss, options.loss not in BOUNDS, None
+    if variance.learned or not error:
+        bound = bound_factor(process, variance, loss_rows, options)
+        kind = kind if error else "mse"
     table = process.table("q_sample", "x_start", x_start)
-    rows = loss_rows.get(options.weighting, x_start.device, process.operator_dtype(x_start), terms)
-    if noise is None and rng is None:
-        rng = fresh_rng(x_start.device)
-    elif rng is not None:
-        check_rng(rng)
+    rows = loss_rows.get(options.weighting, x_start.device, table.dtype, error, bound)
+    if noise is None and rng is None and (options.offset_noise or options.input_perturbation):
+        rng = fresh_rng(x_start.device)  # which several launches share
     source: dict[str, Any] = {"noise": noise, "rng": rng}
     if options.offset_noise:
-        source = {"noise": _offset_noise(process, x_start, t, noise, rng, options.offset_noise)}
-    drawn = noise is None and not options.offset_noise
-    if drawn and loss_rows.needs_noise and torch.is_grad_enabled() and not process.variance_entry.learned:
-        x_t, kept = process.ops.forward_process_and_noise(x_start, table, t, rng=rng)
-        if kept is not None:
-            # The gradient is written over it, so that it takes no more memory at the peak of these two launches.
-            source = {"noise": kept, "overwrite_noise": True}
-    else:
-        x_t = process.ops.forward_process(x_start, table, t, **source)
-    variational = terms.bound is not None
-    target = x_start if variational or loss_rows.needs_x_start else None
-    if process.backend == "fused":
-        refuse_grad(target, noise)
-    if options.input_perturbation:
-        perturbation = loss_rows.perturbation(options.input_perturbation, x_t.device, process.operator_dtype(x_t))
-        x_t = _perturbed(process, x_t, t, rng, perturbation)
-    model_output = process.call_model(model, x_t, t, model_kwargs)
-    mean = split_variance(x_start, model_output)[0] if process.variance_entry.learned else model_output
-    checks.like("model_output", mean, "x_start", x_start, lower=True)
-    return process.ops.diffusion_loss(
-        model_output,
-        target,
+        source = {"noise": _offset_noise(process, x_start, t, noise, rng, options.offset_noise), "rng": None}
+    variational = bound is not None
+    step = ops.LossStep(
+        x_start if variational or loss_rows.needs_x_start else None,
         rows,
         t,
+        x_start.device,
+        **source,
         loss=kind,
         delta=options.delta,
         reduction=options.reduction,
         variational=variational,
-        detach_mean=variational and terms.error,
-        **source,
+        detach_mean=variational and error,
     )
+    keep_noise = loss_rows.needs_noise and not variance.learned and torch.is_grad_enabled()
+    x_t = step.noised(x_start, table, keep_noise)
+    if options.input_perturbation:
+        perturbation = loss_rows.perturbation(options.input_perturbation, x_t.device, table.dtype)
+        x_t = _perturbed(process, x_t, t, rng, perturbation)
+    model_output = process.call_model(model, x_t, t, model_kwargs)
+    mean = split_variance(x_start, model_output)[0] if variance.learned else model_output
+    checks.like("model_output", mean, "x_start", x_start, lower=True)
+    return step.loss(model_output)
 
 
-def kernel_loss(process: Process, loss_rows: LossRows, options: LossOptions) -> tuple[str, Terms]:
-    """The name of the kernel's loss, and which terms it includes."""
+def bound_factor(process: Process, variance: Variance, loss_rows: LossRows, options: LossOptions) -> float:
+    """The factor of the variational bound's term, in nats, of a loss that includes it."""
     loss = options.loss
-    checks.one_of("loss", loss, (*LOSSES, *BOUNDS))
-    checks.nonnegative("vlb_weight", options.vlb_weight)
-    variance = process.variance_entry
-    if loss not in BOUNDS and not variance.learned:
-        return loss, ERROR_ALONE
     if not variance.bound:
         raise ValueError(f"variance is {process.variance!r}, expected 'learned' or 'learned_range', which have a loss")
     if not loss_rows.bounded:
@@ -106,10 +95,10 @@ def kernel_loss(process: Process, loss_rows: LossRows, options: LossOptions) -> 
             "schedule or prediction"
         )
     if loss not in BOUNDS:
-        return loss, Terms(bound=options.vlb_weight * process.timesteps / math.log(2))
+        return options.vlb_weight * process.timesteps / math.log(2)
     if not isinstance(options.weighting, str) or options.weighting != "simple":
         raise ValueError(f"weighting is given beside loss {loss!r}, expected 'simple'")
-    return "mse", Terms(error=False, bound=(process.timesteps if loss == "rescaled_vlb" else 1) / math.log(2))
+    return (process.timesteps if loss == "rescaled_vlb" else 1) / math.log(2)
 
 
 def _offset_noise(
@@ -118,6 +107,7 @@ def _offset_noise(
     """The noise of the forward process, plus one normal for each channel."""
     if noise is not None or rng is None:
         raise ValueError("offset_noise is given beside noise, expected noise that has its offset already")
+    check_rng(rng)
     if x.dim() < 2:
         raise ValueError(f"offset_noise: x_start has shape {tuple(x.shape)}, expected (batch, channels, ...)")
     table = process.table("noise", "x_start", x)

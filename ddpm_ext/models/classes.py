@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ddpm_ext.base import files
 
-__all__ = ["CLASSES", "Classes"]
-
 CLASSES = "classes.json"
 _SHOWN = 10  # how many names an error lists
 
@@ -65,12 +63,7 @@ class Classes:
         return cycle[torch.arange(samples.start, samples.stop, device="cpu") % len(cycle)]
 
     def model_kwargs(
-        self,
-        samples: range,
-        chosen: Sequence[int] = (),
-        *,
-        guided: bool = False,
-        device: torch.device | str = "cpu",
+        self, samples: range, chosen: Sequence[int] = (), *, guided: bool = False, device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
         """The model_kwargs with which p_sample_loop draws these samples, by a UNet2DModel: `class_labels`.
 

@@ -21,8 +21,6 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 
-__all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
-
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 DIGITS, SHAPES = (Path(__file__).resolve().parent / name for name in ("digits", "shapes"))
@@ -92,6 +90,8 @@ def load_model(
     weights = read_weights(inner / WEIGHTS)
     # On the meta device first: a configuration may ask for more memory than there is.
     check_architecture(build_unet(config, str(inner / CONFIG), "meta"), weights, inner / WEIGHTS)
+    if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
+        raise ValueError(f"model: {inner / WEIGHTS} holds weights that are not finite numbers")
     unet = build_unet(config, str(inner / CONFIG))
     unet.load_state_dict(weights)
     unet.requires_grad_(False)
@@ -117,14 +117,23 @@ def save_model(
         >>> digits = load_model("digits")
         >>> save_model(digits.unet, digits.settings, "copy-of-digits")
     """
-    save = require("safetensors.torch", "writing model files").save
     target = Path(folder)
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in unet.state_dict().items()}
-    files.write_bytes(target / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_weights(unet, target / WEIGHTS, dtype)
     files.write_text(target / CONFIG, unet.to_json_string())
     files.write_json(target / SCHEDULER, settings.to_scheduler_config())
     if classes is not None:
         classes.save(target)
+
+
+def write_weights(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Writes a module's state dict as safetensors, with floating-point tensors rounded to `dtype`."""
+    to_bytes = require("safetensors.torch", "writing model files").save
+    # safetensors refuses tensors that share memory, as tied weights do, so each is copied.
+    weights = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
+        for name, value in module.state_dict().items()
+    }
+    files.write_bytes(path, to_bytes(weights, metadata={"format": "pt"}))
 
 
 def build_unet(config: dict[str, Any], name: str = "config", device: str = "cpu") -> UNet2DModel:
@@ -160,21 +169,24 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"model: {path} is cut short or damaged ({one_line(error)})") from error
 
 
-def check_architecture(module: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's, and are finite."""
+def check_architecture(
+    module: torch.nn.Module, weights: dict[str, Tensor], path: Path, other: str = f"its {CONFIG}"
+) -> None:
+    """Raises ValueError, naming `path`, unless `weights` have the names and shapes of the module's.
+
+    other: what the module was made by, or what it is, for the message.
+    """
     wanted = module.state_dict()
-    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    other = sorted(name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape)
-    if missing or extra or other:
-        if other:
-            first = f"{other[0]} has shape {tuple(weights[other[0]].shape)}, expected {tuple(wanted[other[0]].shape)}"
-        elif missing:
-            first = f"{missing[0]} is missing"
+    for name in (*wanted, *sorted(weights.keys() - wanted.keys())):
+        if name not in wanted:
+            found = f"{name} is not part of the model"
+        elif name not in weights:
+            found = f"{name} is missing"
+        elif weights[name].shape != wanted[name].shape:
+            found = f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted[name].shape)}"
         else:
-            first = f"{extra[0]} is not part of the model"
-        raise ValueError(f"model: {path} holds weights of another architecture than its {CONFIG}: {first}")
-    if not all(value.is_floating_point() and bool(torch.isfinite(value).all()) for value in weights.values()):
-        raise ValueError(f"model: {path} holds weights that are not finite numbers")
+            continue
+        raise ValueError(f"model: {path} holds weights of another architecture than {other}: {found}")
 
 
 def check_finite(module: torch.nn.Module, path: Path) -> None:

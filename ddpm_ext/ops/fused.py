@@ -17,7 +17,7 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.loss import diffusion_loss
+from ddpm_ext.ops.loss import LossStep, diffusion_loss
 from ddpm_ext.ops.noise import (
     STREAM_FORWARD,
     STREAM_REVERSE,
@@ -31,11 +31,11 @@ from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
+    "LossStep",
     "TableStep",
     "check_reverse_step",
     "diffusion_loss",
     "forward_process",
-    "forward_process_and_noise",
     "output_scale",
     "posterior_mean",
     "predict_start",
@@ -221,26 +221,6 @@ def forward_process(
     refuse_grad("forward_process", x_start=x_start, noise=noise, out=out)
     torch.ops.ddpm_ext.forward_process.out(x_start, table, *arguments, out=out)
     return out
-
-
-def forward_process_and_noise(
-    x_start: Tensor, table: Tensor, t: int | Tensor, *, rng: Philox
-) -> tuple[Tensor, Tensor | None]:
-    """forward_process with the noise of `rng`, and this noise for a loss: one launch.
-
-    Returns:
-        x_t, as x_start. The noise, as x_start; None unless it is float32, on a CPU, where reading it takes less time
-        than drawing it again, and neither recorded nor differentiated.
-
-    Args, raises: as forward_process.
-    """
-    checks.tensor("x_start", x_start)
-    checks.tensor("table", table)
-    if _registration.is_recorded():
-        return forward_process(x_start, table, t, rng=rng), None
-    row, index = split_t(t)
-    _, _, *source = noise_arguments(None, rng, True, STREAM_FORWARD, x_start.device)
-    return C.forward_process_and_noise(x_start, table, row, index, *source)
 
 
 def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) -> Tensor:

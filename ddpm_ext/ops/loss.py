@@ -3,6 +3,7 @@ being stored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +14,7 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS, check_options
-from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, noise_arguments
-
-__all__ = ["diffusion_loss", "refuse_grad"]
+from ddpm_ext.ops.noise import NO_RNG, STREAM_FORWARD, Philox, fresh_arguments, noise_arguments
 
 
 def diffusion_loss(
@@ -65,38 +64,100 @@ def diffusion_loss(
         >>> of_the_noise = torch.tensor([[0.0, 1.0, 1.0, 0.0]])  # k0, k1, the weight, and a zero
         >>> loss = ops.diffusion_loss(model(x_t, 0), None, of_the_noise, 0, rng=Philox(seed=0))
     """
-    checks.tensor("model_output", model_output)
     check_options(loss, delta, reduction)
-    for name, given in (("x_start", x_start), ("noise", noise)):
-        if given is not None:
+    for name, given in (("model_output", model_output), ("table", table), ("x_start", x_start)):
+        if given is not None or name != "x_start":
             checks.tensor(name, given)
-    refuse_grad(x_start, noise)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    noise, _, *rng_arguments = noise_arguments(noise, rng, True, STREAM_FORWARD, model_output.device)
-    arguments = (model_output, x_start, table, row, index, LOSSES.index(loss), float(delta), noise, *rng_arguments)
-    want_slope = torch.is_grad_enabled() and model_output.requires_grad
-    how = {
-        "reduction": REDUCTIONS.index(reduction),
-        "want_slope": want_slope,
-        "variational": variational,
-        "detach_mean": detach_mean,
-    }
-    if _registration.is_recorded():
-        return torch.ops.ddpm_ext.diffusion_loss(*arguments, **how)[0]
-    return _DiffusionLoss.apply((*how.values(), overwrite_noise), *arguments)
+    how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
+    how |= {"variational": variational, "detach_mean": detach_mean}
+    step = LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how)
+    step.overwrite_noise = overwrite_noise
+    return step.loss(model_output)
 
 
-def refuse_grad(x_start: Tensor | None, noise: Tensor | None) -> None:
-    """Raises ValueError: the operator has no gradient in the tensors that its target is made of."""
-    if torch.is_grad_enabled():
-        for name, given in (("x_start", x_start), ("noise", noise)):
-            if given is not None and given.requires_grad:
-                raise ValueError(
-                    f"diffusion_loss: {name} requires a gradient, expected none (backend='reference' has it)"
-                )
+class LossStep:
+    """A training step's two launches, x_t of q(x_t | x_0) and diffusion_loss, with all that is known before the model's
+    call.
+
+    Args:
+        device: of the samples.
+        noise, rng: as diffusion_loss's; neither: a seed from torch's default generator.
+        loss, delta, reduction: as diffusion_loss's, and checked by check_options.
+        The others are diffusion_loss's.
+
+    Attributes:
+        noise: the given one, or one that is kept; None where it is drawn again.
+        overwrite_noise: diffusion_loss's.
+
+    Raises:
+        TypeError, ValueError: t, noise or rng is of another type or out of range; x_start or noise requires a gradient.
+    """
+
+    def __init__(
+        self,
+        x_start: Tensor | None,
+        table: Tensor,
+        t: int | Tensor,
+        device: torch.device,
+        *,
+        noise: Tensor | None,
+        rng: Philox | None,
+        loss: str,
+        delta: float,
+        reduction: str,
+        variational: bool,
+        detach_mean: bool,
+    ) -> None:
+        self._rows = x_start, table
+        self._t = (t, 0) if isinstance(t, Tensor) else split_t(t)
+        self._recorded = torch.compiler.is_compiling() or torch._C._is_tracing()
+        self.noise: Tensor | None = None
+        self._rng: Sequence[Any]
+        if noise is None and rng is None:
+            self._rng = fresh_arguments(STREAM_FORWARD, device, self._recorded)
+        else:
+            self.noise, _, *self._rng = noise_arguments(noise, rng, False, STREAM_FORWARD, device)
+        if torch.is_grad_enabled():
+            for name, given in (("x_start", x_start), ("noise", noise)):
+                if given is not None and given.requires_grad:
+                    raise ValueError(
+                        f"diffusion_loss: {name} requires a gradient, expected none (backend='reference' has it)"
+                    )
+        self._kind = LOSSES.index(loss), float(delta)
+        self._how = REDUCTIONS.index(reduction), variational, detach_mean
+        self.overwrite_noise = False
+
+    def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
+        """forward_process by the step's t and noise.
+
+        keep_noise: the noise of a float32 x_t that is made on a CPU, and neither recorded nor differentiated, stays in
+        memory, where reading it takes less time than drawing it again. The gradient is written over it, so that it
+        takes no more memory at the peak of the two launches.
+        """
+        if self._recorded:
+            return torch.ops.ddpm_ext.forward_process(
+                x_start, table, *self._t, self.noise, self.noise is None, *self._rng
+            )
+        if not (keep_noise and self.noise is None):
+            return C.forward_process(x_start, table, *self._t, self.noise, self.noise is None, *self._rng, None)
+        x_t, kept = C.forward_process_and_noise(x_start, table, *self._t, *self._rng)
+        if kept is not None:
+            self.noise, self._rng, self.overwrite_noise = kept, NO_RNG, True
+        return x_t
+
+    def loss(self, model_output: Tensor) -> Tensor:
+        """diffusion_loss of the model's output."""
+        arguments = (model_output, *self._rows, *self._t, *self._kind, self.noise, *self._rng)
+        reduction, variational, detach_mean = self._how
+        want_slope = torch.is_grad_enabled() and model_output.requires_grad
+        if not self._recorded:
+            how = (reduction, want_slope, variational, detach_mean, self.overwrite_noise)
+            return _DiffusionLoss.apply(how, *arguments)
+        return torch.ops.ddpm_ext.diffusion_loss(
+            *arguments, reduction=reduction, want_slope=want_slope, variational=variational, detach_mean=detach_mean
+        )[0]
 
 
 class _DiffusionLoss(torch.autograd.Function):

@@ -178,17 +178,19 @@ def stream_captures(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def seed_in_memory(device: torch.device) -> Tensor | None:
+def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None:
     """A fresh seed, int64 (), where an int would become a constant of a graph; elsewhere None.
 
     Compiled code draws it by an operator. In a CUDA graph that is being captured it is drawn on the device, by torch's
     default generator there, so that each replay draws another one.
+
+    recorded: False where the caller knows that neither torch.compile nor torch.jit.trace records.
     """
-    if torch.compiler.is_compiling():
+    if recorded and torch.compiler.is_compiling():
         return torch.ops.ddpm_ext.draw_seed()
-    if torch._C._is_tracing() or in_vmap():
+    if (recorded and torch._C._is_tracing()) or (get_interpreter_stack() is not None and in_vmap()):
         return _seed_of_torch()
-    if stream_captures(device):
+    if device.type == "cuda" and stream_captures(device):
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     return None
 
@@ -199,13 +201,13 @@ def fresh_rng(device: torch.device) -> Philox:
     return Philox(random_seed() if seed is None else seed)
 
 
-def fresh_arguments(stream: int, device: torch.device) -> RngArguments:
+def fresh_arguments(stream: int, device: torch.device, recorded: bool = True) -> RngArguments:
     """fresh_rng(device).arguments(stream), without the object."""
-    seed = seed_in_memory(device)
+    seed = seed_in_memory(device, recorded)
     return seed, C.draw_seed() if seed is None else 0, None, 0, stream, -1, None
 
 
-_NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
+NO_RNG: RngArguments = (None, 0, None, 0, 0, -1, None)
 
 
 def noise_arguments(
@@ -219,10 +221,10 @@ def noise_arguments(
         return None, True, *rng.arguments(stream)
     if noise is not None:
         checks.tensor("noise", noise)
-        return noise, False, *_NO_RNG
+        return noise, False, *NO_RNG
     if drawn:
         return None, True, *fresh_arguments(stream, device)
-    return None, False, *_NO_RNG
+    return None, False, *NO_RNG
 
 
 def check_randn(shape: object, draw: object, stream: object, dtype: object) -> tuple[int, ...]:

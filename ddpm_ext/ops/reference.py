@@ -7,13 +7,15 @@ float64 samples and float32 for all others; so are the tables.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
-from ddpm_ext.ops.noise import STREAM_FORWARD, Philox
+from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
@@ -21,11 +23,11 @@ from ddpm_ext.ops.reference_steps import check_reverse_step, reverse_step, step_
 from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
+    "LossStep",
     "TableStep",
     "check_reverse_step",
     "diffusion_loss",
     "forward_process",
-    "forward_process_and_noise",
     "output_scale",
     "philox4x32",
     "posterior_mean",
@@ -71,13 +73,6 @@ def forward_process(
     return finish(x_t, x_start, out)
 
 
-def forward_process_and_noise(
-    x_start: Tensor, table: Tensor, t: int | Tensor, *, rng: Philox
-) -> tuple[Tensor, Tensor | None]:
-    """Twin of ops.forward_process_and_noise, which leaves it to the loss to draw the noise again."""
-    return forward_process(x_start, table, t, rng=rng), None
-
-
 def _affine(x: Tensor, y: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
     dtype = checks.compute_dtype(x.dtype)
     k0, k1 = columns(table.to(dtype), t, x)
@@ -115,7 +110,56 @@ def diffusion_loss(
 
     It overwrites no noise.
     """
+    check_options(loss, delta, reduction)
+    if noise is None and rng is None:
+        raise ValueError("noise and rng are both None, expected the one that made the model's input")
     checks.tensor("model_output", model_output)
+    how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
+    how |= {"variational": variational, "detach_mean": detach_mean}
+    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how).loss(model_output)
+
+
+class LossStep:
+    """Twin of ops.loss.LossStep; it draws the noise again."""
+
+    def __init__(
+        self,
+        x_start: Tensor | None,
+        table: Tensor,
+        t: int | Tensor,
+        device: torch.device,
+        *,
+        noise: Tensor | None,
+        rng: Philox | None,
+        **how: Any,
+    ) -> None:
+        self._rows, self._t, self._how = (x_start, table), t, how
+        self._source: dict[str, Any] = {"noise": noise, "rng": rng}
+        if noise is None and rng is None:
+            self._source["rng"] = fresh_rng(device)
+
+    def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
+        return forward_process(x_start, table, self._t, **self._source)
+
+    def loss(self, model_output: Tensor) -> Tensor:
+        x_start, table = self._rows
+        return _loss(model_output, x_start, table, self._t, **self._source, **self._how)
+
+
+def _loss(
+    model_output: Tensor,
+    x_start: Tensor | None,
+    table: Tensor,
+    t: int | Tensor,
+    *,
+    loss: str,
+    delta: float,
+    noise: Tensor | None,
+    rng: Philox | None,
+    reduction: str,
+    variational: bool,
+    detach_mean: bool,
+) -> Tensor:
     variance = None
     if variational:
         if x_start is None:
@@ -126,12 +170,9 @@ def diffusion_loss(
     x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
     name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
     assert x is not None
-    check_options(loss, delta, reduction)
     others = {"model_output": model_output, "x_start": x_start, "noise": noise}
     check_samples(name, x, table, t, others, lower="model_output")
     check_noise(x, noise, rng)
-    if noise is None and rng is None:
-        raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)
     k0, k1, weight, *row = columns(table.to(dtype), t, x)
     draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)

@@ -14,8 +14,6 @@ from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scal
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import InputKind, names
 
-__all__ = ["check_reverse_step", "reverse_step", "step_with_options"]
-
 
 def check_reverse_step(
     x_t: Tensor,
@@ -54,7 +52,8 @@ def reverse_step(
     if clip is not None:
         x_start = x_start.clamp(*clip)
     # Where c2 is 0, an infinite m must not make a NaN of a result that the clip keeps finite.
-    prev = row.c0 * x_start + row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m)
+    # The terms are added in the order of step_with_options, whose bits these are.
+    prev = row.c0 * x_start + (row.c1 * x + torch.where(row.c2 == 0, 0.0, row.c2 * m))
     if add_noise or noise is not None or rng is not None:
         prev = prev + row.s * resolve_noise(x_t, noise, rng, STREAM_REVERSE, row.draw)
     return finish(prev, x_t, out)

@@ -121,12 +121,7 @@ def grid(images: Pixels, *, columns: int | None = None, scale: int | None = None
 
 
 def strips(
-    images: Sequence[Pixels],
-    labels: Sequence[str],
-    title: str,
-    *,
-    scale: int | None = None,
-    names: Sequence[str] = (),
+    images: Sequence[Pixels], labels: Sequence[str], title: str, *, scale: int | None = None, names: Sequence[str] = ()
 ) -> Pixels:
     """Shows how samples change: a row for each sample, a column for each step, labels above the columns.
 

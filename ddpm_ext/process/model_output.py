@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["split_variance", "unwrap"]
-
 
 def unwrap(model_output: Any) -> Tensor:
     """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""
@@ -27,7 +25,7 @@ def split_variance(x_t: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"x_t has shape {tuple(x_t.shape)}, expected (batch, channels, ...) where the variance is learned"
         )
-    expected = (len(x_t), 2 * channels, *x_t.shape[2:])
+    expected = (x_t.shape[0], 2 * channels, *x_t.shape[2:])
     if model_output.shape != expected:
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)}, expected {expected}, twice x_t's channels, where "

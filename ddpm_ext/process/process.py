@@ -28,8 +28,6 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-__all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
-
 KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
@@ -53,14 +51,14 @@ SCHEDULE_ATTRIBUTES = (
 class Process:
     """A schedule with its tables and operators: what steps, loops, losses and likelihoods are computed with.
 
-    Args: as GaussianDiffusion's.
+    Args: as GaussianDiffusion's, which adds methods for training and sampling.
 
     Attributes:
         timesteps, prediction, variance, backend: as given.
         schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
         magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
             which is 1 for clean data; ones for a schedule of betas.
-        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "extended", "x0"), and rows or
+        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "x0"), and rows or
             numbers for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
 
@@ -110,6 +108,12 @@ class Process:
 
         self.tables = self._make_tables()
         self._reverse_steps: BoundedCache[Any] = BoundedCache(KEPT_STEPS)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(timesteps={self.timesteps}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, backend={self.backend!r})"
+        )
 
     def _make_tables(self) -> KernelTables:
         descending = ddpm(self.grid(), prediction=self.prediction, variance=self.variance)
@@ -179,14 +183,12 @@ class Process:
 
     # ------------------------------------------------------------------------------------------------- tables
 
-    def operator_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype of the tables that the operators take beside x; the fused ones take float32 alone."""
-        return checks.compute_dtype(x.dtype) if self.backend == "reference" else torch.float32
-
     def table(self, name: str, x_name: str, x: Tensor) -> Tensor:
-        """The table of that name for an operator with samples x, on x's device."""
-        checks.tensor(x_name, x)
-        return self.tables.get(name, x.device, self.operator_dtype(x))
+        """The table of that name for an operator with samples x, on x's device; the fused ones take float32 alone."""
+        if not isinstance(x, Tensor):
+            checks.tensor(x_name, x)
+        dtype = torch.float32 if self.backend == "fused" else checks.compute_dtype(x.dtype)
+        return self.tables.get(name, x.device, dtype)
 
     def reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         """The backend's TableStep by the rows of this process; kept for the next call where it is compiled and holds
@@ -229,7 +231,8 @@ class Process:
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:
             t = self.tables.timesteps(x.device)[t.clamp(0, self.timesteps - 1)]
-        return unwrap(model(x, t, **kwargs) if kwargs else model(x, t))
+        output = model(x, t, **kwargs) if kwargs else model(x, t)
+        return output if isinstance(output, Tensor) else unwrap(output)
 
     # ---------------------------------------------------------------------------------------- forward process
 
@@ -242,17 +245,39 @@ class Process:
         rng: Philox | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """x_t ~ q(x_t | x_0), eq. (4): see GaussianDiffusion.q_sample."""
+        """x_t ~ q(x_t | x_0): sqrt(alphas_cumprod) x_start + sqrt(1 - alphas_cumprod) noise (eq. 4), or the schedule's
+        own levels of signal and noise in their place.
+
+        Args:
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+            out: as x_start: where the result is written; it may be x_start. Gradients are not recorded then.
+
+        Returns:
+            x_t, as x_start. Differentiable in x_start and noise.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
         table = self.table("q_sample", "x_start", x_start)
         return self.ops.forward_process(x_start, table, t, noise=noise, rng=rng, out=out)
 
     def q_mean_variance(self, x_start: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0), eq. (4): see GaussianDiffusion.q_mean_variance."""
+        """Mean, variance and log-variance of q(x_t | x_0) (eq. 4).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...).
+        """
         mean = self.ops.forward_process(x_start, self.table("q_sample", "x_start", x_start), t, add_noise=False)
         return mean, self.extract("q_variance", t, x_start), self.extract("q_log_variance", t, x_start)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q(x_{t-1} | x_t, x_0), eq. (6) and (7): see GaussianDiffusion.q_posterior_mean_variance."""
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (eq. 6 and 7).
+
+        Returns:
+            mean as x_start; variance and log-variance of shape (batch, 1, ...), the latter at least ln 1e-20.
+        """
         mean = self.ops.posterior_mean(x_start, x_t, self.table("posterior_mean", "x_start", x_start), t)
         return (
             mean,
@@ -261,5 +286,9 @@ class Process:
         )
 
     def predict_start_from_noise(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """x_0 of x_t and its noise, the inverse of eq. (4): see GaussianDiffusion.predict_start_from_noise."""
+        """The x_0 of which x_t is made with this noise: the inverse of q_sample.
+
+        Where alphas_cumprod is 0 there is none: the result is 2^100 (x_t - noise), of which only the sign has a
+        meaning.
+        """
         return self.ops.predict_start(x_t, noise, self.table("predict_start_from_noise", "x_t", x_t), t)

@@ -5,10 +5,10 @@ the noise and the dropout of a step depend on the seed and the step alone. So a 
 """
 
 from ddpm_ext.training.hub import push_to_hub
+from ddpm_ext.training.load_run import Trained, load
 from ddpm_ext.training.options import TrainOptions, with_defaults_of
 from ddpm_ext.training.outputs import Result
 from ddpm_ext.training.step import learning_rate
-from ddpm_ext.training.trained import Trained, load
 from ddpm_ext.training.trainer import Trainer, train
 
 __all__ = [

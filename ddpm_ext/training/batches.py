@@ -14,10 +14,9 @@ from ddpm_ext.base.seeds import generator, seed_for
 from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["Batch", "StepBatches"]
-
 _PREFETCHED = 4  # batches that a worker reads ahead
-_PATIENCE = 600  # seconds to wait for a batch: a worker that can't hand one over, for want of shared memory, lives on
+# Seconds to wait for a batch. A worker that finds no shared memory for its batch doesn't die, but waits, too.
+_PATIENCE = 600
 _SHARED = "shared memory in /dev/shm"
 
 
@@ -26,7 +25,8 @@ class Batch(NamedTuple):
 
     images: (samples, channels, height, width) float32.
     skipped: the errors of images that could not be read.
-    labels: (samples,) int64, the classes, of which a share is dropped: they are the null class. None: there are none.
+    labels: (samples,) int64, their classes, of which a random share, class_dropout, is replaced by the null class;
+        None for images without classes.
     """
 
     images: Tensor
@@ -63,12 +63,12 @@ class StepBatches(Dataset):
 
     @contextmanager
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:
-        """iterate() for a block, with which the workers end.
+        """Opens iterate() for a `with` block, at whose end the worker processes are stopped.
 
-        The death of a worker interrupts the block wherever it is, not only where it awaits a batch: torch's handler of
-        the signal raises an error there. It becomes a ChildProcessError, too.
+        If a worker dies, torch's handler of the signal raises an error in whatever line of the block is running, not
+        only in one that awaits a batch. Here it becomes a ChildProcessError, as in iterate().
         """
-        with _in_own_words(), closing(self.iterate(start, stop, device)) as read:
+        with _translate_loader_errors(), closing(self.iterate(start, stop, device)) as read:
             yield read
 
     def iterate(self, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
@@ -89,16 +89,13 @@ class StepBatches(Dataset):
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else the workers' seed would be drawn from the caller's generator
         )
-        with torch.device("cpu"), _in_own_words():  # the device where the loader draws its workers' seed
-            batches = iter(steps)
-        while True:
-            with _in_own_words():
-                batch = next(batches, None)
-            if batch is None:
-                return
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+        with _translate_loader_errors():
+            with torch.device("cpu"):  # where the loader draws its workers' seed
+                batches = iter(steps)
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
 
     def _read(self, step: int) -> Batch:
         options = self.options
@@ -155,25 +152,22 @@ class StepBatches(Dataset):
 
 
 @contextmanager
-def _in_own_words() -> Iterator[None]:
-    """Turns a DataLoader's own errors into what they mean."""
+def _translate_loader_errors() -> Iterator[None]:
+    """Raises TimeoutError or ChildProcessError, which say what to do, for a DataLoader's errors of its workers.
+
+    The DataLoader raises a plain RuntimeError for both, so its text decides; another RuntimeError passes unchanged.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        raise reason from error
-
-
-def _reason(error: RuntimeError) -> Exception | None:
-    """What a DataLoader's own error means, or None for any other."""
-    text = " ".join(str(error).split())
-    if text.startswith("DataLoader timed out"):
-        return TimeoutError(
-            f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
-            "enlarges it), expected more of it, or workers=0"
-        )
-    if text.startswith("DataLoader worker"):
-        return ChildProcessError(f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0")
-    return None
+        text = " ".join(str(error).split())
+        if text.startswith("DataLoader timed out"):
+            raise TimeoutError(
+                f"data: the workers gave no batch for {_PATIENCE} s; if the {_SHARED} is full (docker run --shm-size "
+                "enlarges it), expected more of it, or workers=0"
+            ) from error
+        if text.startswith("DataLoader worker"):
+            raise ChildProcessError(
+                f"data: a worker died ({text}); expected more memory or more {_SHARED}, or workers=0"
+            ) from error
+        raise

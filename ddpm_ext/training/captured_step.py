@@ -10,24 +10,20 @@ from torch import Tensor
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["CapturedStep"]
-
 
 class CapturedStep:
-    """Takes steps by a graph that reads the batch, the learning rate and the noise's draw from memory that stays.
+    """Takes training steps by replaying one CUDA graph.
+
+    A graph reads its inputs from the addresses that it was captured with. So each batch, and the number of the noise's
+    draw, are copied into tensors that this object keeps; the optimizer keeps such a tensor for the learning rate.
 
     Args:
-        compute: computes losses and the gradient's norm from (images, t, weights, draw) and, where images have them,
-            labels, and updates the weights; draw is int64 ().
+        compute: compute(images, t, weights, draw), or with a fifth argument, labels, for images that have classes. It
+            updates the model and returns the losses, (samples,), and the gradient's norm, (). draw is int64 ().
         state: what `compute` changes.
     """
 
-    def __init__(
-        self,
-        compute: Callable[..., tuple[Tensor, Tensor]],
-        state: TrainState,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, compute: Callable[..., tuple[Tensor, Tensor]], state: TrainState, device: torch.device) -> None:
         self._compute, self._state, self._device = compute, state, device
         self._graphs = CudaGraphs(device)
         self._inputs: list[Tensor] = []
@@ -36,9 +32,12 @@ class CapturedStep:
     def take(
         self, images: Tensor, t: Tensor, weights: Tensor, labels: Tensor | None, seed: int
     ) -> tuple[Tensor, Tensor]:
-        """The next step's losses and norm. `seed` is that of torch's generators, for dropout.
+        """Takes the next step; returns its losses, (samples,), and the gradient's norm, ().
 
-        The first step is taken by single calls, which make what the optimizer keeps. The second one is captured.
+        The first step is taken without a graph, because the optimizer allocates its state in it. The second step is
+        captured, and all later ones replay it.
+
+        seed: what torch's generators, from which dropout draws, are set to.
         """
         torch.manual_seed(seed)
         batch = [images, t, weights] if labels is None else [images, t, weights, labels]
@@ -60,7 +59,7 @@ class CapturedStep:
         self._draw.add_(1)
 
     def _restore(self, seed: int) -> Callable[[], None]:
-        """A function that undoes what a step changes."""
+        """Makes the function by which CudaGraphs undoes the step that it takes before it captures one."""
         changing = [] if self._captured else [*self._state.changing(), self._draw]
         before = [tensor.clone() for tensor in changing]
 

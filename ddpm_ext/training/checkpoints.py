@@ -14,8 +14,6 @@ from torch import Tensor
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 
-__all__ = ["check_header", "header", "latest", "load", "newest", "part", "remove_leftovers", "save"]
-
 _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
@@ -37,9 +35,10 @@ def newest(folder: Path) -> Path | None:
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint atomically; of those up to its step it leaves only the newest `keep`.
+    """Writes a checkpoint atomically, and then removes all checkpoints of earlier steps but the newest `keep` - 1.
 
-    Checkpoints of later steps are not counted: they are damaged, or the run would have continued from them.
+    Checkpoints of later steps stay and are not counted. A run has them only if they are damaged: it would have
+    continued from them otherwise.
 
     Args:
         folder: the run's folder.
@@ -79,6 +78,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with _opened(path) as (opened, found):
         names = opened.keys()
         return {name: opened.get_tensor(name) for name in names}, found
+
+
+def discard(text: str) -> None:
+    """A report that nobody reads."""
 
 
 @contextmanager
@@ -127,7 +130,7 @@ def latest(folder: Path, report: Callable[[str], None] = print) -> tuple[Path, d
     return None
 
 
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 

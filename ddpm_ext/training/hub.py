@@ -14,8 +14,6 @@ from ddpm_ext.models.classes import CLASSES
 from ddpm_ext.models.folder import SCHEDULER, one_line, read_json
 from ddpm_ext.training.network import is_unet
 
-__all__ = ["check_pushable", "push_to_hub"]
-
 
 def push_to_hub(
     run: str | os.PathLike[str],
@@ -49,9 +47,12 @@ def push_to_hub(
     folder = Path(run)
     if model is not None:
         check_pushable(model)
-        push: Callable[..., Any] = _method(model)
+        push: Callable[..., Any] = model.push_to_hub  # type: ignore[assignment]
     elif (folder / "unet").is_dir():
-        push = _push_parts(folder) if (folder / "unet" / CLASSES).is_file() else _push_pipeline(folder)
+        if (folder / "unet" / CLASSES).is_file():
+            push = _push_parts(folder)
+        else:
+            push = require("diffusers", "the upload").DDPMPipeline.from_pretrained(folder).push_to_hub
     else:
         raise ValueError(f"push_to_hub: {folder} has no unet/, expected the folder of a UNet2DModel, or model=")
     try:
@@ -65,19 +66,11 @@ def push_to_hub(
 
 def check_pushable(model: nn.Module) -> None:
     """Raises ValueError unless the model is a UNet2DModel or has a push_to_hub of its own, as diffusers' models do."""
-    if not is_unet(model) and not callable(_method(model)):
+    if not is_unet(model) and not callable(getattr(model, "push_to_hub", None)):
         raise ValueError(
             f"push_to_hub: a {type(model).__name__} has no method push_to_hub, expected a model of diffusers; "
             "hf upload REPO FOLDER uploads the run's files"
         )
-
-
-def _method(model: nn.Module) -> Any:
-    return getattr(model, "push_to_hub", None)
-
-
-def _push_pipeline(folder: Path) -> Callable[..., Any]:
-    return require("diffusers", "the upload").DDPMPipeline.from_pretrained(folder).push_to_hub
 
 
 def _push_parts(folder: Path) -> Callable[..., Any]:

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["Noted", "end", "noted_signals"]
-
 T = TypeVar("T")
 
-_BEHIND = 1.0  # seconds: how long a signal to all processes of a run may take from a worker to this one
+_BEHIND = 1.0  # seconds by which a signal to all processes of a run may reach this one later than a worker
 # Only these handlers are replaced: whoever set another one has plans of their own.
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -23,16 +21,17 @@ class _Interrupted(BaseException):
     """A signal came while a batch was awaited."""
 
 
-class Noted:
-    """The signal that has come. number: its number, or 0."""
+class NotedSignal:
+    """Which signal has come. number: its number; 0: none."""
 
     def __init__(self) -> None:
         self.number, self._waiting = 0, False
 
     def next(self, read: Iterator[T]) -> T | None:
-        """The next of `read`, or None if a signal comes before it: workers that the signal killed would give none.
+        """The next of `read`, or None if a signal comes first: it may have killed the workers, which then give none.
 
-        A worker's death, a ChildProcessError, is raised a moment later, since the signal that ended it may come then.
+        The ChildProcessError of a worker that died is raised only after a moment. If the worker died of a signal to all
+        processes of the run, the signal comes here meanwhile, and None is returned.
         """
         try:
             try:
@@ -54,13 +53,13 @@ class Noted:
 
 
 @contextmanager
-def noted_signals() -> Iterator[Noted]:
-    """Notes the first signal that comes in the block.
+def noted_signals() -> Iterator[NotedSignal]:
+    """Within the block the first Ctrl-C or SIGTERM is noted, and has no other effect.
 
-    After it both have their usual effect again, and the end of a child process has none. Outside of the main thread,
-    where Python allows no handlers, all have it all the time.
+    After it both have their usual effect again, so that a second one ends the run, and until the end of the block the
+    death of a child process is ignored. Outside of the main thread, where Python allows no handlers, nothing changes.
     """
-    noted, before = Noted(), dict[signal.Signals, Any]()
+    noted, before = NotedSignal(), dict[signal.Signals, Any]()
 
     def restore() -> None:
         while before:
@@ -68,7 +67,7 @@ def noted_signals() -> Iterator[Noted]:
 
     def note(number: int, frame: FrameType | None) -> None:
         restore()
-        # The workers of a DataLoader may get the signal, too. Its handler would raise an error for their end.
+        # The signal may also have killed a DataLoader's workers, for which torch's handler would raise an error.
         if hasattr(signal, "SIGCHLD"):
             before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or signal.SIG_DFL
         noted.note(number)

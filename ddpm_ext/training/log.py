@@ -12,30 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ddpm_ext.base import files
 from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
-__all__ = [
-    "FINAL_STEPS",
-    "QUARTERS",
-    "Log",
-    "LogRow",
-    "curve_title",
-    "final_loss",
-    "progress_line",
-    "quarter_means",
-    "read_losses",
-    "read_quarters",
-    "versions",
-]
-
 FINAL_STEPS = 500
-"""The final loss of a run is the mean over so many last steps."""
+"""The final loss of a run is the mean over this many steps, its last ones."""
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))
-"""Names of the mean losses of the samples whose timestep is in each quarter; the first has the least noise."""
+"""Columns of losses.csv: the mean loss of the samples whose t is in the first quarter, of least noise, and so on."""
 _BEFORE_QUARTERS = "step,loss,grad_norm,lr,images_per_second\n"
 _HEADER = f"{_BEFORE_QUARTERS.rstrip()},{','.join(QUARTERS)}\n"
 
@@ -81,7 +66,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
-        self.path, self._trackers = folder / "losses.csv", trackers
+        self.path, self.trackers = folder / "losses.csv", trackers
         earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
         with _errors_name(self.path):
             files.write_text(self.path, _HEADER + "".join(earlier))
@@ -106,21 +91,11 @@ class Log:
             "images per second": images_per_second,
             **{name: mean for name, mean in means.items() if not math.isnan(mean)},
         }
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.numbers(numbers, last.step)
 
-    def score(self, step: int, score: float) -> None:
-        """Tells the trackers the score of the averaged model."""
-        for tracker in self._trackers:
-            tracker.numbers({"score": score}, step)
-
-    def pictures(self, samples: Tensor, step: int) -> None:
-        """Gives the trackers samples, (count, channels, height, width) in [-1, 1]."""
-        for tracker in self._trackers:
-            tracker.pictures(samples, step)
-
     def close(self) -> None:
-        for tracker in self._trackers:
+        for tracker in self.trackers:
             tracker.close()
 
 

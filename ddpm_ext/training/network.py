@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
-from ddpm_ext.models.folder import SCHEDULER, build_unet, check_supported, one_line, read_json, save_model
+from ddpm_ext.models.folder import (
+    SCHEDULER,
+    build_unet,
+    check_supported,
+    one_line,
+    read_json,
+    save_model,
+    write_weights,
+)
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.process.model_output import unwrap
 from ddpm_ext.tables.variances import VARIANCES
-from ddpm_ext.training.named import name_of
+from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.options import TrainOptions
-
-__all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]
 
 _HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
@@ -47,10 +53,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
             raise ValueError(f"{name}: got {getattr(options, name)}, but the model's configuration decides it")
     name = "config" if isinstance(source, dict) else str(source)
     given = source if isinstance(source, dict) else read_json(Path(source))
-    channels, height, width = shape
-    fits: dict[str, Any] = {"sample_size": height if height == width else [height, width], "in_channels": channels}
-    fits["out_channels"] = channels * VARIANCES[options.variance].channels
-    fits["num_class_embeds"] = classes
+    fits = _required(options, shape, classes)
     for key, value in fits.items():
         if given.get(key) not in (None, value):
             what = f"images of shape {shape} " + (f"and {classes} classes" if classes else "without classes")
@@ -63,7 +66,7 @@ def make_unet(source: Any, options: TrainOptions, shape: tuple[int, int, int], c
 def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int | None = None) -> dict[str, Any]:
     """The configuration of a UNet2DModel by the options, for images of `shape`, (channels, height, width), and as many
     class embeddings as `classes`."""
-    channels, height, width = shape
+    _, height, width = shape
     smallest = 2 ** (len(options.widths) - 1)
     if height % smallest or width % smallest:
         raise ValueError(
@@ -78,9 +81,7 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
             )
     return {
         "_class_name": "UNet2DModel",
-        "sample_size": height if height == width else [height, width],
-        "in_channels": channels,
-        "out_channels": channels * VARIANCES[options.variance].channels,
+        **_required(options, shape, classes),
         "block_out_channels": list(options.widths),
         "layers_per_block": options.layers,
         "down_block_types": ["AttnDownBlock2D" if i in options.attention else "DownBlock2D" for i in levels],
@@ -88,6 +89,16 @@ def config_of(options: TrainOptions, shape: tuple[int, int, int], classes: int |
         "norm_num_groups": options.groups,
         "attention_head_dim": _HEAD,
         "dropout": options.dropout,
+    }
+
+
+def _required(options: TrainOptions, shape: tuple[int, int, int], classes: int | None) -> dict[str, Any]:
+    """What the images, their classes and the options require of any configuration."""
+    channels, height, width = shape
+    return {
+        "sample_size": height if height == width else [height, width],
+        "in_channels": channels,
+        "out_channels": channels * VARIANCES[options.variance].channels,
         "num_class_embeds": classes,
     }
 
@@ -169,10 +180,10 @@ def save_result(
     Returns:
         A sentence that says what can read the folder.
     """
+    scheduler = settings.to_scheduler_config()
+    files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
     if is_unet(model):
         save_model(model, settings, folder / "unet", dtype=dtype, classes=classes)
-        scheduler = settings.to_scheduler_config()
-        files.write_json(folder / "scheduler" / SCHEDULER, scheduler)
         if classes is not None:
             return f"{folder} is for ddpm-ext sample; diffusers can read its parts, but has no pipeline for classes"
         parts = {"scheduler": ["diffusers", scheduler["_class_name"]], "unet": ["diffusers", "UNet2DModel"]}
@@ -183,13 +194,7 @@ def save_result(
         if settings.variance == "learned":
             return f"{folder} is for ddpm-ext sample: diffusers has no variance that is learned as its logarithm"
         return f"{folder} is the folder of a DDPMPipeline, which ddpm-ext sample and diffusers can read"
-    to_bytes = require("safetensors.torch", "writing model files").save
-    weights = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype, copy=True).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    files.write_bytes(folder / "model.safetensors", to_bytes(weights, metadata={"format": "pt"}))
-    files.write_json(folder / "scheduler" / SCHEDULER, settings.to_scheduler_config())
+    write_weights(model, folder / "model.safetensors", dtype)
     if classes is not None:
         classes.save(folder)
     kind = describe(model)["class"]

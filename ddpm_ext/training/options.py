@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,6 @@ from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 from ddpm_ext.version import default_device
 
-__all__ = [
-    "AUTOCAST",
-    "CHANGEABLE",
-    "DTYPES",
-    "LR_SCHEDULES",
-    "SAMPLER_OPTIONS",
-    "TrainOptions",
-    "as_json",
-    "check_same",
-    "check_same_on_ranks",
-    "with_defaults_of",
-    "with_newer",
-]
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -40,79 +26,52 @@ LR_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
 }
 """The learning rate as a share of the highest, by the share of the steps that is done."""
-# The options that belong to one timestep sampler.
 SAMPLER_OPTIONS = {"logit_normal": ("logit_mean", "logit_std"), "mode": ("mode_scale",)}
+"""The options that belong to one timestep sampler."""
 
 # The options that may change when a run is resumed. They don't affect the weights, except for how sums are rounded;
 # apart from the number of steps, which is meant to change if it is given.
 # The data and the model are compared by what they are, not by the names of their files.
-_MAY_CHANGE = frozenset(
-    {
-        "accumulate",
-        "channels",
-        "checkpoint_every",
-        "data",
-        "device",
-        "features",
-        "gradient_checkpointing",
-        "graph",
-        "hub_private",
-        "image_size",
-        "keep",
-        "log_every",
-        "model_config",
-        "push_to_hub",
-        "sample_count",
-        "sample_every",
-        "sample_steps",
-        "score_count",
-        "score_every",
-        "skip_corrupt",
-        "steps",
-        "tensorboard",
-        "wandb",
-        "weights_dtype",
-        "workers",
-    }
+_MAY_CHANGE = frozenset[str]().union(
+    ("steps", "data", "image_size", "channels", "skip_corrupt", "workers", "model_config"),
+    ("accumulate", "device", "graph", "gradient_checkpointing", "checkpoint_every", "keep", "log_every"),
+    ("sample_every", "sample_steps", "sample_count", "score_every", "score_count", "features"),
+    ("tensorboard", "wandb", "weights_dtype", "push_to_hub", "hub_private"),
 )
 CHANGEABLE = (
-    "lr",
-    "lr_schedule",
-    "warmup",
-    "weight_decay",
-    "betas",
-    "adam_eps",
-    "clip",
-    "ema",
-    "batch_size",
-    "flip",
-    "random_crop",
-    "loss",
-    "delta",
-    "weighting",
-    "vlb_weight",
-    "offset_noise",
-    "input_perturbation",
+    *("lr", "lr_schedule", "warmup", "weight_decay", "betas", "adam_eps", "clip", "ema", "batch_size", "flip"),
+    *("random_crop", "loss", "delta", "weighting", "vlb_weight", "offset_noise", "input_perturbation"),
 )
 """The options that affect the weights and may all the same be changed at a resume, if that is said."""
-_ABOVE_0 = math.ulp(0)
-_LIMITS: tuple[tuple[str, float, float, str], ...] = (
-    ("lr", _ABOVE_0, math.inf, "a positive number"),
-    ("weight_decay", 0, math.inf, "a number >= 0"),
-    ("adam_eps", 0, math.inf, "a number >= 0"),
-    ("clip", 0, math.inf, "a number >= 0"),
-    ("ema", 0, 1, "in [0, 1)"),
-    ("dropout", 0, 1, "in [0, 1)"),
-    ("class_dropout", 0, 1, "in [0, 1)"),
-    ("random_crop", 0, math.nextafter(1, 2), "in [0, 1]"),
-    ("delta", _ABOVE_0, math.inf, "a positive number"),
-    ("vlb_weight", 0, math.inf, "a number >= 0"),
-    ("logit_mean", -sys.float_info.max, math.inf, "a finite number"),
-    ("logit_std", _ABOVE_0, math.inf, "a positive number"),
-    ("mode_scale", -1, math.nextafter(Mode.LARGEST, 2), "in [-1, 2 / (pi - 2)]"),
-    ("offset_noise", 0, math.inf, "a number >= 0"),
-    ("input_perturbation", 0, math.inf, "a number >= 0"),
+_AT_LEAST = (
+    (0, ("warmup", "workers", "sample_every", "score_every")),
+    (1, ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps")),
+    (1, ("checkpoint_every", "log_every", "keep", "sample_steps", "sample_count")),
+    (2, ("score_count",)),
 )
+_ABOVE_0 = math.ulp(0)
+LIMITS: dict[str, tuple[float, float, str]] = {
+    **{name: (low, math.inf, f"at least {low}") for low, names in _AT_LEAST for name in names},
+    **dict.fromkeys(("lr", "delta", "logit_std"), (_ABOVE_0, math.inf, "a number > 0")),
+    **dict.fromkeys(("weight_decay", "adam_eps", "clip", "vlb_weight"), (0, math.inf, "a number >= 0")),
+    **dict.fromkeys(("offset_noise", "input_perturbation"), (0, math.inf, "a number >= 0")),
+    **dict.fromkeys(("ema", "dropout", "class_dropout"), (0, 1, "in [0, 1)")),
+    "random_crop": (0, math.nextafter(1, 2), "in [0, 1]"),
+    "logit_mean": (-sys.float_info.max, math.inf, "a finite number"),
+    "mode_scale": (-1, math.nextafter(Mode.LARGEST, 2), "in [-1, 2 / (pi - 2)]"),
+    "seed": (0, 2**64, "in [0, 2^64)"),
+}
+"""The least value of an option that is a number, the least one above all that are allowed, and both in words."""
+CHOICES: dict[str, tuple[str, ...]] = {
+    "autocast": AUTOCAST,
+    "loss": (*LOSSES, *BOUNDS),
+    "lr_schedule": tuple(LR_SCHEDULES),
+    "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
+    "variance": TRAINABLE_VARIANCES,
+    "weighting": ("simple", *WEIGHTINGS),
+    "weights_dtype": tuple(DTYPES),
+}
+"""The values of an option that is one of several names."""
 
 
 @dataclass(frozen=True)
@@ -189,23 +148,14 @@ class TrainOptions:
     hub_private: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "layers", "groups", "timesteps", "checkpoint_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("log_every", "keep", "sample_steps", "sample_count"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "workers", "sample_every", "score_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        _require("score_count", self.score_count, self.score_count >= 2, "at least 2")
-        for name, low, below, expected in _LIMITS:
-            value = getattr(self, name)
-            _require(name, value, low <= value < below, expected)
+        for name, (low, below, expected) in LIMITS.items():
+            _require(name, getattr(self, name), low <= getattr(self, name) < below, expected)
+        for name, choices in CHOICES.items():
+            _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require("betas", self.betas, good, "two numbers in [0, 1)")
         good = all(0 <= decay < 1 for decay in self.extra_emas) and len({*self.extra_emas}) == len(self.extra_emas)
         _require("extra_emas", self.extra_emas, good, "different numbers in [0, 1)")
-        _require("seed", self.seed, 0 <= self.seed < 2**64, "in [0, 2^64)")
-        for name, choices in _CHOICES.items():
-            _require(name, getattr(self, name), getattr(self, name) in choices, "one of " + ", ".join(choices))
         _require("widths", self.widths, bool(self.widths) and min(self.widths) >= 1, "one positive number a level")
         for width in self.widths:
             _require("widths", width, width % self.groups == 0, f"multiples of groups, {self.groups}")
@@ -227,21 +177,10 @@ class TrainOptions:
             raise ValueError("flip: digits are not to be mirrored")
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "autocast": AUTOCAST,
-    "loss": (*LOSSES, *BOUNDS),
-    "lr_schedule": tuple(LR_SCHEDULES),
-    "timestep_sampler": tuple(TIMESTEP_SAMPLERS),
-    "variance": TRAINABLE_VARIANCES,
-    "weighting": ("simple", *WEIGHTINGS),
-    "weights_dtype": tuple(DTYPES),
-}
-
-
 def check_same(now: dict[str, Any], then: dict[str, Any], path: Path, change: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the first entry that differs from those that the checkpoint at `path` was made with.
+    """Raises ValueError, naming the first entry of `now` that differs from `then`, with which `path` was made.
 
-    An option that is not among the latter is newer than that run, which had what is its default now.
+    An option that `then` lacks is newer than the run, which did what is the option's default now.
 
     change: the names of options that may differ.
     """
@@ -264,7 +203,7 @@ def check_same_on_ranks(every: list[dict[str, Any]]) -> None:
 
 
 def with_newer(was: dict[str, Any]) -> dict[str, Any]:
-    """The options in a run's files, with the defaults of options that are newer than the run; all as JSON has them."""
+    """The options in a run's files, as JSON has them. Options that are newer than the run have their defaults."""
     return as_json(TrainOptions()) | was
 
 
@@ -275,12 +214,9 @@ def as_json(options: TrainOptions) -> dict[str, Any]:
 
 def with_defaults_of(was: dict[str, Any], given: dict[str, Any]) -> TrainOptions:
     """The options of a checkpoint, `was`, with those in `given` replaced."""
-    known = {field.name for field in fields(TrainOptions)}
-    return replace(TrainOptions(**{name: _plain(value) for name, value in was.items() if name in known}), **given)
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    known = {name: value for name, value in was.items() if name in TrainOptions.__dataclass_fields__}
+    chosen: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items()} | given
+    return TrainOptions(**chosen)
 
 
 def _require(name: str, value: object, good: bool, expected: str) -> None:

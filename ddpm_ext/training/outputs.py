@@ -17,27 +17,13 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints, record
+from ddpm_ext.training import checkpoints, log, run_options
 from ddpm_ext.training.hub import push_to_hub
-from ddpm_ext.training.inputs import SHAPE
-from ddpm_ext.training.log import (
-    FINAL_STEPS,
-    Log,
-    LogRow,
-    curve_title,
-    final_loss,
-    progress_line,
-    read_losses,
-    read_quarters,
-    versions,
-)
 from ddpm_ext.training.network import is_unet, save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
-
-__all__ = ["BEST", "Outputs", "Result", "check_extras"]
 
 BEST = "best"
 """The folder in that of a run which has the averaged model with the best score."""
@@ -72,8 +58,6 @@ class Outputs:
         change: the names of options that may differ from those of the run that is resumed.
     """
 
-    log: Log
-
     def __init__(
         self,
         folder: Path,
@@ -87,7 +71,7 @@ class Outputs:
         self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._since: list[LogRow] = []  # steps since the last progress line
+        self._since: list[log.LogRow] = []  # steps since the last progress line
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -104,24 +88,24 @@ class Outputs:
         if has_run and not resume:
             raise ValueError(f"out: {folder} holds a run already; resume it, or give another folder")
         if resume:
-            record.find(folder, report=lambda text: None)
+            run_options.find(folder)
         files.check_writable(folder / "training.json")  # makes the folder, so it comes after the checks above
         (folder / ".lock").touch()
         until_the_end.enter_context(files.lock(folder / ".lock"))
         checkpoints.remove_leftovers(folder)
         step, path = 0, None
         if resume:
-            path, header = record.find(folder, self.report)
+            path, header = run_options.find(folder, self.report)
             check_same(self.about | asdict(self.options), header["about"] | header["options"], path, self.change)
             step = header["step"]
             if step > self.options.steps:
                 raise ValueError(f"steps: got {self.options.steps}, expected at least {step}, which this run has taken")
             self._report_changes(header["options"])
-            if path.name == record.OPTIONS:
+            if path.name == run_options.OPTIONS:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
-        record.save(folder, asdict(self.options), self.about)
-        self.log = Log(folder, step, trackers_of(folder, step, asdict(self.options)))
+        run_options.save(folder, asdict(self.options), self.about)
+        self.log = log.Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
         return path
 
@@ -134,7 +118,7 @@ class Outputs:
     def record(
         self,
         state: TrainState,
-        rows: list[LogRow],
+        rows: list[log.LogRow],
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
@@ -157,7 +141,7 @@ class Outputs:
         self._since += rows
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
-            self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
+            self.report(log.progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
         if score is not None:  # before the checkpoint, which has the score
             self._record_score(state, score)
@@ -167,13 +151,15 @@ class Outputs:
         if "sample_every" in due:
             samples = draw().cpu()
             save_grid(samples, self.folder / "samples" / f"step-{step:08d}.png")
-            self.log.pictures(samples, step)
+            for tracker in self.log.trackers:
+                tracker.pictures(samples, step)
 
     def _record_score(self, state: TrainState, score: float) -> None:
-        """Writes the averaged model to best/ if no step before had as good a score; tells it anyway."""
+        """Logs and reports the score; writes the averaged model to best/ if no earlier step had as good a one."""
         scores, step = state.scores, state.step
         scores.of[step] = score
-        self.log.score(step, score)
+        for tracker in self.log.trackers:
+            tracker.numbers({"score": score}, step)
         lines = "".join(f"{at},{value:.9g}\n" for at, value in sorted(scores.of.items()))
         files.write_text(self.folder / "scores.csv", f"step,score\n{lines}")
         at, best = scores.best or (step, score)
@@ -187,7 +173,7 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(model, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
@@ -198,12 +184,12 @@ class Outputs:
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():
             self._save_model(average, self.folder / f"ema-{decay}")
-        losses = read_losses(self.log.path)
+        losses = log.read_losses(self.log.path)
         if losses:
-            title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
+            title, quarters = log.curve_title(asdict(self.options)), log.read_quarters(self.log.path)
             save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)
         parameters = sum(value.numel() for value in state.model.parameters())
-        result = Result(self.folder, parameters, final_loss(losses), seconds)
+        result = Result(self.folder, parameters, log.final_loss(losses), seconds)
         if state.scores.best is not None:
             about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
@@ -215,7 +201,7 @@ class Outputs:
         return result
 
     def _keep_training(self) -> bool:
-        """Whether training.json is there and tells of a run to this step; only the options in it are updated."""
+        """Puts the options into training.json if that tells of a run with as many steps; returns whether it does."""
         path = self.folder / "training.json"
         try:
             before = files.read_json(path)
@@ -232,10 +218,10 @@ class Outputs:
         content = {
             **about,
             "options": asdict(self.options),
-            "versions": versions(),
+            "versions": log.versions(),
             "parameters": result.parameters,
             "final_loss": final,
-            "final_loss_over_steps": min(FINAL_STEPS, self.options.steps),
+            "final_loss_over_steps": min(log.FINAL_STEPS, self.options.steps),
             "seconds": round(result.seconds, 1),
             "threads": torch.get_num_threads(),
         }

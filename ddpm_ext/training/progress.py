@@ -9,15 +9,13 @@ from typing import Any
 
 from ddpm_ext.base.optional import require
 
-__all__ = ["Bar", "Clock", "above_bar", "progress_bar"]
-
 _KEPT = 0.98  # of the smoothed loss in each step
 
 
 class Bar:
     """A progress bar over steps, with the smoothed loss behind it; without a bar of tqdm it shows nothing.
 
-    On a GPU or among several ranks the losses come when the log reads them: reading each step's would wait for it.
+    On a GPU or among several ranks the losses come when the log reads them, since reading one waits for its step.
     """
 
     def __init__(self, shown: Any = None) -> None:

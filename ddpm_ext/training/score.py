@@ -1,4 +1,4 @@
-"""How good the samples of a run are, from time to time: their Fréchet distance to the training images."""
+"""Scores of a run's samples: their Fréchet distance to the training images (Heusel et al. 2017, eq. 6)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
-from ddpm_ext.training import named
 from ddpm_ext.training.data import DamagedImage, ImageSource
-from ddpm_ext.training.frechet import Moments, frechet, moments
+from ddpm_ext.training.import_by_name import import_by_name
 from ddpm_ext.training.options import TrainOptions
-from ddpm_ext.training.step import part_of
-
-__all__ = ["Features", "Scorer", "features_by_name", "pixels"]
 
 Features = Callable[[Tensor], Any]
 """Of images, (batch, channels, height, width) float32 in [-1, 1] on the run's device; returns (batch, features)."""
 
 _PIXELS = "pixels"
-_SIDE = 16  # of the images whose pixels are features: their covariance has the square of their number of entries
-_REFERENCE = 5000  # images of the training data, at most
+# Larger images are averaged to this side, because the covariance has the square of the pixels' number of entries.
+_SIDE = 16
+_REFERENCE = 5000  # as many training images, at most, are compared with
+
+
+Moments = tuple[Tensor, Tensor]
+"""A mean, (features,), and a matrix A, (rows, features), with A^T A = the covariance."""
+
+
+def moments(features: Tensor) -> Moments:
+    """The mean of features, (count, features) float64 with count at least 2, and a factor of their covariance."""
+    count, size = features.shape
+    mean = features.mean(0)
+    factor = (features - mean) / (count - 1) ** 0.5
+    return mean, torch.linalg.qr(factor, mode="r").R if count > size else factor
+
+
+def frechet(one: Moments, other: Moments) -> float:
+    """The squared Fréchet distance of two Gaussians: |m - n|^2 + tr(C + D - 2 (C D)^(1/2)); 0 for the same ones.
+
+    With C = A^T A and D = B^T B the eigenvalues of C D are the squared singular values of A B^T. These are real
+    numbers whatever the rank, so that fewer samples than features are enough.
+    """
+    (mean, factor), (other_mean, other_factor) = one, other
+    traces = factor.square().sum() + other_factor.square().sum()
+    shared = torch.linalg.svdvals(factor @ other_factor.T).sum()
+    return max(0.0, float((mean - other_mean).square().sum() + traces - 2 * shared))
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -40,7 +61,7 @@ def features_by_name(name: str) -> Features:
     """
     if name == _PIXELS:
         return pixels
-    return named.find(name, "features", f"{_PIXELS} or module:function", "a function")
+    return import_by_name(name, "features", f"{_PIXELS} or module:function", "a function")
 
 
 class Scorer:
@@ -77,7 +98,7 @@ class Scorer:
         return frechet(drawn, self._reference)
 
     def _moments(self, count: int, make: Callable[[range], Tensor], ranks: Ranks) -> Moments:
-        """Those of the features of `count` images, which make(range) makes in parts."""
+        """The moments of the features of images 0 to count - 1, of which make(range) makes a part."""
         own = part_of(range(count), ranks.rank, ranks.size)
         most = max(1, self.options.batch_size // (ranks.size * self.options.accumulate))
         parts = [own[first : first + most] for first in range(0, len(own), most)]
@@ -119,3 +140,29 @@ class Scorer:
             except DamagedImage:
                 continue
         return torch.cat(found) if found else torch.empty(0, device="cpu")
+
+
+class Scores:
+    """The scores of a run by the step; the lowest is the best.
+
+    by: the options that a score depends on besides the weights. Scores by others can't be compared, and are dropped
+        when a run is resumed.
+    """
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.by = [options.features, options.score_count, options.sample_steps]
+        self.of: dict[int, float] = {}
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step of the lowest score, the first of several, and the score; None if there is none."""
+        return min(self.of.items(), key=lambda found: (found[1], found[0]), default=None)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"by": self.by, "of": list(self.of.items())}
+
+    def restore(self, found: Any) -> None:
+        """Takes what state() returned, or None of a run from before there were scores."""
+        same = found is not None and found["by"] == self.by
+        self.of = {int(step): float(score) for step, score in found["of"]} if same else {}

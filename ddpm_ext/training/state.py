@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from ddpm_ext.losses.timestep_samplers import make_timestep_sampler
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
-from ddpm_ext.training.scores import Scores
-
-__all__ = ["TrainState"]
+from ddpm_ext.training.score import Scores
 
 
 class TrainState:
@@ -33,7 +31,7 @@ class TrainState:
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         if not self.parameters:
             raise ValueError(f"model: a {type(model).__name__} has no parameters to train, expected at least one")
-        # A CUDA graph reads the learning rate from memory.
+        # A tensor for a CUDA graph, which would repeat a number as it was at the capture.
         lr = torch.tensor(options.lr, dtype=torch.float32, device=device) if options.graph else options.lr
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -58,7 +56,7 @@ class TrainState:
         self._weights: list[Tensor] = list(self.parameters.values())
 
     def set_learning_rate(self, rate: float) -> None:
-        """Sets it, rounded to float32, as a GPU reads it from memory."""
+        """Sets the learning rate, rounded to float32, as a graph's tensor has it, so that the weights are the same."""
         rounded = torch.tensor(rate, dtype=torch.float32, device="cpu").item()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -67,7 +65,7 @@ class TrainState:
                 group["lr"] = rounded
 
     def changing(self) -> list[Tensor]:
-        """The tensors that a step changes, besides the average: weights, buffers, the optimizer's."""
+        """The tensors that a step changes before the averages follow: weights, buffers, and the optimizer's state."""
         slots = [value for of_one in self.optimizer.state.values() for value in of_one.values()]
         return [*self._weights, *self.model.buffers(), *(value for value in slots if isinstance(value, Tensor))]
 
@@ -110,15 +108,15 @@ class TrainState:
             ValueError: it is the state of another model, or has weights that are not finite. The file is named.
         """
         try:
-            self.model.load_state_dict(checkpoints.part(tensors, "model."))
-            self.average.load_state_dict(checkpoints.part(tensors, "average."))
+            self.model.load_state_dict(checkpoints.under(tensors, "model."))
+            self.average.load_state_dict(checkpoints.under(tensors, "average."))
             for decay, average in self.extra.items():
-                average.load_state_dict(checkpoints.part(tensors, f"average {decay}."))
+                average.load_state_dict(checkpoints.under(tensors, f"average {decay}."))
             optimizer = self.optimizer.state_dict()
-            optimizer["state"] = self._slots(checkpoints.part(tensors, "optimizer."))
+            optimizer["state"] = self._slots(checkpoints.under(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
-            self.timestep_sampler.load_state_dict(checkpoints.part(tensors, "timestep_sampler."))
+            self.timestep_sampler.load_state_dict(checkpoints.under(tensors, "timestep_sampler."))
             self.scores.restore(numbers.get("scores"))
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

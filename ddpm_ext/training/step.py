@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm_ext.base.ranks import Ranks
+from ddpm_ext.base.ranks import Ranks, part_of
 from ddpm_ext.base.seeds import seed_for
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.ops.noise import Philox
@@ -21,10 +21,9 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "part_of", "quarters_of"]
-
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
-_LEAST_SCALE = 1.0  # of a float16 loss; gradients that overflow at a smaller scale overflow without one, too
+# Of a float16 loss: gradients that overflow at a smaller scale would do so without a scale, too.
+_LEAST_SCALE = 1.0
 
 
 class _Pending(NamedTuple):
@@ -48,12 +47,7 @@ class TrainingStep:
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        diffusion: GaussianDiffusion,
-        options: TrainOptions,
-        ranks: Ranks,
-        device: torch.device,
+        self, state: TrainState, diffusion: GaussianDiffusion, options: TrainOptions, ranks: Ranks, device: torch.device
     ) -> None:
         self.state, self.diffusion, self.options, self.ranks, self.device = state, diffusion, options, ranks, device
         self.samples = part_of(range(options.batch_size), ranks.rank, ranks.size)
@@ -119,7 +113,10 @@ class TrainingStep:
     def _compute(
         self, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Updates the weights; returns the losses without weights, and the gradient's norm. `draw`: the noise's."""
+        """Updates the model; returns the losses, not yet times `weights`, and the gradient's norm.
+
+        weights: of the losses, (samples,). draw: the number of the noise's draw.
+        """
         self.state.optimizer.zero_grad(set_to_none=True)
         losses = torch.cat([self._backward(part, x_start, t, weights, draw, labels) for part in self.parts])
         return losses, self._update()
@@ -130,13 +127,14 @@ class TrainingStep:
     def _backward(
         self, part: range, x_start: Tensor, t: Tensor, weights: Tensor, draw: int | Tensor, labels: Tensor | None
     ) -> Tensor:
-        """Adds the gradients of `part` of the samples; returns their losses without weights, (len(part),)."""
+        """Adds the gradients of `part` of the samples; returns their losses, (len(part),), not yet times `weights`."""
         state, options = self.state, self.options
         here = slice(part.start - self.samples.start, part.stop - self.samples.start)
         if self._captured is None:  # a graph that is being captured may not set a seed
             torch.manual_seed(self._dropout_seed(part.start))
-        last = part.stop == self.samples.stop
-        with nullcontext() if last or self.ranks.size == 1 else self._unsynchronised():
+        last, parallel = part.stop == self.samples.stop, self.parallel
+        # Gradients are averaged over the ranks in the backward pass of the last part alone.
+        with nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync():
             losses = self.diffusion.train_losses(
                 self._denoise,
                 x_start[here],
@@ -150,10 +148,6 @@ class TrainingStep:
             mean = (losses * weights[here]).sum() * (self.ranks.size / options.batch_size)
             state.scaler.scale(mean).backward()
         return losses.detach()
-
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        assert isinstance(self.parallel, DistributedDataParallel)
-        return self.parallel.no_sync()
 
     def _denoise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
         kind = self.options.autocast
@@ -257,9 +251,3 @@ def learning_rate(options: TrainOptions, step: int) -> float:
     """The learning rate of a step: a linear rise over `warmup` steps, times the schedule's share of the highest."""
     rise = min(1.0, (step + 1) / max(1, options.warmup))
     return options.lr * rise * LR_SCHEDULES[options.lr_schedule](step / options.steps)
-
-
-def part_of(samples: range, part: int, parts: int) -> range:
-    """One of `parts` parts of `samples`, whose sizes differ by at most 1."""
-    count = len(samples)
-    return range(samples.start + count * part // parts, samples.start + count * (part + 1) // parts)

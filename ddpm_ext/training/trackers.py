@@ -7,7 +7,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -15,23 +15,7 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import MissingExtra
 from ddpm_ext.plots import grid, to_uint8
 
-__all__ = ["TensorBoard", "Tracker", "WandB", "require_tensorboard", "require_wandb", "trackers_of"]
-
 _RUN = "wandb.json"
-
-
-class Tracker(Protocol):
-    """What the log writes to after each of its lines."""
-
-    def numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Writes numbers by their names, of the state after `step` steps."""
-        ...
-
-    def pictures(self, samples: Tensor, step: int) -> None:
-        """Writes samples, (count, channels, height, width) in [-1, 1]."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -95,6 +79,10 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = TensorBoard | WandB
+"""What the log writes to after each of its lines."""
 
 
 def _id_of(folder: Path) -> str:

@@ -24,18 +24,16 @@ from ddpm_ext.training import checkpoints, network
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images, labels_of
 from ddpm_ext.training.hub import check_pushable
-from ddpm_ext.training.inputs import inputs_of, with_settings
+from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.interruption import end, noted_signals
-from ddpm_ext.training.named import name_of
+from ddpm_ext.training.load_run import Trained
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
+from ddpm_ext.training.run_options import inputs_of, with_settings
 from ddpm_ext.training.score import Features, Scorer, features_by_name
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
-from ddpm_ext.training.trained import draw
-
-__all__ = ["Trainer", "train"]
 
 _INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 
@@ -109,7 +107,7 @@ class Trainer:
         self.ranks = distributed.ranks()
         first = self.ranks.rank == 0
         self.progress = progress and first
-        self.report = _discard if not first else above_bar(report) if self.progress else report
+        self.report = checkpoints.discard if not first else above_bar(report) if self.progress else report
         for name in change:
             if not resume or name not in CHANGEABLE:
                 expected = "resume=True beside it" if not resume else f"some of {', '.join(CHANGEABLE)}"
@@ -173,17 +171,9 @@ class Trainer:
 
     def _draw(self, samples: range) -> Tensor:
         """The samples with these ids."""
-        return draw(
-            self.diffusion,
-            self.state.average,
-            self.images.shape,
-            samples,
-            classes=self.classes,
-            seed=self.options.seed,
-            device=self.device,
-            sampler="ddim",
-            steps=self.options.sample_steps,
-        )
+        average = Trained(self.state.average, self.settings, self.images.shape, self.classes, self.diffusion)
+        steps, seed = self.options.sample_steps, self.options.seed
+        return average.sample(len(samples), first=samples.start, seed=seed, sampler="ddim", steps=steps)
 
     # --------------------------------------------------------------------------------------------------- the run
 
@@ -249,10 +239,10 @@ class Trainer:
         batches = StepBatches(self.images, options, step.samples.start, step.samples.stop, self.labels)
         clock, skipped = Clock(state.step), []
         each = self.progress and at_hand(self.device, self.ranks)  # the bar gets each step's loss
-        # The workers end before signals have their usual effects again, among which is an error for a killed worker.
+        # In this order the workers end first, while a signal's handler ignores their deaths.
         with noted_signals() as noted, batches.reading(state.step, options.steps, self.device) as read:
             while state.step < options.steps:
-                # Other ranks would wait in their step for a rank that stops before it.
+                # Among several ranks none stops before a step: the others would wait for it in theirs.
                 batch = noted.next(read) if self.ranks.size == 1 else next(read)
                 if batch is not None:
                     step.take(batch.images, batch.labels)
@@ -291,11 +281,7 @@ class Trainer:
         skipped.clear()
 
 
-def train(
-    options: TrainOptions,
-    out: str | os.PathLike[str],
-    **keywords: Any,
-) -> Result:
+def train(options: TrainOptions, out: str | os.PathLike[str], **keywords: Any) -> Result:
     """Trains as `ddpm-ext train` does: Trainer(out=out, options=options, **keywords).fit().
 
     Examples:
@@ -315,7 +301,3 @@ def _current_device(device: torch.device) -> Iterator[None]:
     cuda = device.type == "cuda"
     with torch.cuda.device(device) if cuda else nullcontext(), torch.random.fork_rng([device] if cuda else []):
         yield
-
-
-def _discard(text: str) -> None:
-    """The report of a rank other than 0."""

@@ -15,7 +15,7 @@ from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Phi
 
 BATCH, CHANNELS = 4, 2
 SHAPE = (BATCH, CHANNELS, 3, 5)
-PLAIN, EXTENDED = "ddpm_ext.reverse_step", "ddpm_ext.extended_step"
+PLAIN, STEP = "ddpm_ext.reverse_step", "ddpm_ext.step_with_options"
 X_START_SCALE, OUTPUT_SCALE = "ddpm_ext.x_start_scale", "ddpm_ext.output_scale"
 VIEWS = {
     "aten.select",
@@ -64,19 +64,19 @@ class Options:
             "ddim": ({"sampler": "ddim", "eta": 0.5}, {PLAIN: 1}, none),
             "clip range": ({"clip_denoised": (-0.5, 0.5)}, {PLAIN: 1}, none),
             "model_kwargs": ({"model_kwargs": {"y": self.y}}, {PLAIN: 1}, none),
-            "x0": ({"x0": True}, {EXTENDED: 1}, none),
-            "history": ({"sampler": "dpmpp_2m"}, {EXTENDED: 1}, none),
-            "guidance": ({"guidance": guidance}, {EXTENDED: 1}, none),
-            "guidance doubled": ({"guidance": 2.0}, {EXTENDED: 1}, none),
-            "cond_fn": ({"cond_fn": lambda *_, **__: self.g}, {EXTENDED: 1}, none),
-            "inpaint": ({"inpaint": Inpaint(**self.inpaint)}, {EXTENDED: 1}, none),
+            "x0": ({"x0": True}, {STEP: 1}, none),
+            "history": ({"sampler": "dpmpp_2m"}, {STEP: 1}, none),
+            "guidance": ({"guidance": guidance}, {STEP: 1}, none),
+            "guidance doubled": ({"guidance": 2.0}, {STEP: 1}, none),
+            "cond_fn": ({"cond_fn": lambda *_, **__: self.g}, {STEP: 1}, none),
+            "inpaint": ({"inpaint": Inpaint(**self.inpaint)}, {STEP: 1}, none),
             "inpaint jumps": (
                 {"inpaint": Inpaint(**self.inpaint, jump_length=2, jump_n_sample=3)},
-                {EXTENDED: 1},
+                {STEP: 1},
                 none,
             ),
-            "self_condition": ({"self_condition": True}, {EXTENDED: 1}, none),
-            "learned": ({"variance": "learned_range", "model": lambda *_: self.learned}, {EXTENDED: 1}, none),
+            "self_condition": ({"self_condition": True}, {STEP: 1}, none),
+            "learned": ({"variance": "learned_range", "model": lambda *_: self.learned}, {STEP: 1}, none),
             "most": (
                 {
                     **{"guidance": 2.0, "cond_fn": lambda *_, **__: self.g, "x0": True},
@@ -85,15 +85,15 @@ class Options:
                         "model_kwargs": {"y": self.y},
                     },
                 },
-                {EXTENDED: 1},
+                {STEP: 1},
                 none,
             ),
             # x0 is needed before the step, which costs one more launch; so does what all elements decide
-            "denoised_fn": ({"denoised_fn": lambda x0: self.x0}, {EXTENDED: 2}, none),
-            "threshold": ({"clip_denoised": DynamicThreshold(0.9)}, {X_START_SCALE: 1, EXTENDED: 1}, none),
+            "denoised_fn": ({"denoised_fn": lambda x0: self.x0}, {PLAIN: 1, STEP: 1}, none),
+            "threshold": ({"clip_denoised": DynamicThreshold(0.9)}, {X_START_SCALE: 1, STEP: 1}, none),
             "rescale": (
                 {"guidance": Guidance(2.0, lambda *_: self.u, rescale=0.7)},
-                {OUTPUT_SCALE: 1, EXTENDED: 1},
+                {OUTPUT_SCALE: 1, STEP: 1},
                 none,
             ),
         }[name]
@@ -130,7 +130,7 @@ def test_launches(walk, name):
         with Count() as count:
             next(steps)
         ours = Counter({op: n for op, n in count.names.items() if op.startswith("ddpm_ext.")})
-        asked_nothing = name in ("inpaint jumps", "most") and ours == {EXTENDED: 1}
+        asked_nothing = name in ("inpaint jumps", "most") and ours == {STEP: 1}
         assert ours == launches or asked_nothing
         assert set(count.names) - set(ours) <= VIEWS | others, count.names
         assert set(count.names) & others == others
@@ -192,7 +192,7 @@ def test_allocations(walk, name, device):
             for _ in range(8):
                 next(steps)
         count = sum(max(0, event.self_cpu_memory_usage) for event in profiler.events())
-    assert (count > 0) == bool(launches.keys() - {PLAIN, EXTENDED})
+    assert (count > 0) == bool(launches.keys() - {PLAIN, STEP})
 
 
 @pytest.mark.parametrize("name", ["plain", "guidance doubled", "most", "threshold"])

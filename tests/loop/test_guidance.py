@@ -260,11 +260,11 @@ def test_outputs_that_do_not_fit_are_refused(device, backend):
 
     with pytest.raises(ValueError, match=r"the model's output has 4 samples, expected 8: guidance without a function"):
         loop(guidance=2.0, model=lambda x, t: x[:4])
-    with pytest.raises(ValueError, match=r"uncond_output has shape \(3, 2, 3, 5\), expected that of x_t"):
+    with pytest.raises(ValueError, match=r"uncond_output has shape .3, 2, 3, 5., expected that of (x_t|model_output)"):
         loop(guidance=Guidance(2.0, lambda x, t: x[:3]))
     with pytest.raises(TypeError, match="the model's output is a list, expected a tensor"):
         loop(guidance=Guidance(2.0, lambda x, t: [x]))
-    with pytest.raises(ValueError, match=r"what cond_fn returns has shape \(4, 1\), expected that of x_t"):
+    with pytest.raises(ValueError, match="gradient has shape .4, 1., expected that of x_t"):
         loop(cond_fn=lambda x, t: x[:, :1, 0, 0])
     with pytest.raises(TypeError, match="what cond_fn returns is a NoneType, expected a tensor"):
         loop(cond_fn=lambda x, t: None)

@@ -154,7 +154,7 @@ def test_a_step_is_one_launch_and_allocates_nothing():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         next(loop)
     events = [event for event in profile.events() if event.name.startswith(("aten::", "ddpm_ext::"))]
-    assert [event.name for event in events if event.name.startswith("ddpm_ext::")] == ["ddpm_ext::linear_step"]
+    assert [event.name for event in events if event.name.startswith("ddpm_ext::")] == ["ddpm_ext::step_with_options"]
     assert not [event.name for event in events if event.cpu_memory_usage > 0]
 
 

@@ -10,6 +10,7 @@ from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.ops import fused
 
 ROWS = torch.tensor([[0.8, 0.6], [1.0, 0.0], [-0.3, 2.0]])
+OPTIONS = {"loss": "mse", "delta": 1.0, "reduction": "mean", "variational": False, "detach_mean": False}
 WEIGHTS = torch.linspace(0.5, 2, 1000)
 T = torch.tensor([0, 999, 500, 17])
 RNG = Philox(7, sample_ids=torch.tensor([5, 0, 9, 2]))
@@ -33,6 +34,26 @@ def normal(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def made(x, t):
+    """x_t and its noise."""
+    step = fused.LossStep(None, ROWS, t, x.device, noise=None, rng=RNG, **OPTIONS)
+    return step.noised(x, ROWS, True), step.noise
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Where the noise of each training step lies, or None."""
+    found, noised = [], fused.LossStep.noised
+
+    def record(step, *arguments):
+        x_t = noised(step, *arguments)
+        found.append(None if step.noise is None else step.noise.data_ptr())
+        return x_t
+
+    monkeypatch.setattr(fused.LossStep, "noised", record)
+    return found
+
+
 def value_and_gradient(gd, x, output, *, t=T, **options):
     leaf = output.detach().requires_grad_()
     loss = gd.train_losses(lambda *_: leaf, x, t, **options)
@@ -45,7 +66,7 @@ def value_and_gradient(gd, x, output, *, t=T, **options):
 def test_the_noise_is_that_of_x_t(shape, layout):
     x = LAYOUTS[layout](normal(*shape, seed=1))
     for t in (torch.tensor([0, 2, 1, 2]), 2):
-        x_t, noise = fused.forward_process_and_noise(x, ROWS, t, rng=RNG)
+        x_t, noise = made(x, t)
         assert x_t.equal(fused.forward_process(x, ROWS, t, rng=RNG))
         assert x_t.stride() == noise.stride() == torch.empty_like(x).stride()
         for i, draw in enumerate([t] * 4 if isinstance(t, int) else t.tolist()):
@@ -70,15 +91,7 @@ def test_same_bits_as_noise_that_is_drawn_again(shape, prediction):
                     assert got[1].stride() == expected[1].stride()
 
 
-def test_the_gradient_takes_the_memory_of_the_noise(monkeypatch):
-    kept, operator = [], fused.forward_process_and_noise
-
-    def record(*args, **options):
-        x_t, noise = operator(*args, **options)
-        kept.append(noise.data_ptr())
-        return x_t, noise
-
-    monkeypatch.setattr(fused, "forward_process_and_noise", record)
+def test_the_gradient_takes_the_memory_of_the_noise(kept):
     x = normal(4, 3, 16, 16, seed=1)
     for output in (x, x.contiguous(memory_format=torch.channels_last)):
         _, gradient = value_and_gradient(GaussianDiffusion(), x, output, rng=RNG)
@@ -110,27 +123,21 @@ def test_a_graph_that_is_kept_gives_the_gradient_again():
         ({"variance": "learned_range"}, False),  # the gradient has two halves, which do not fit in
     ],
 )
-def test_where_it_is_kept(monkeypatch, options, expected):
-    calls, operator = [], fused.forward_process_and_noise
-    monkeypatch.setattr(
-        fused, "forward_process_and_noise", lambda *args, **how: calls.append(1) or operator(*args, **how)
-    )
+def test_where_it_is_kept(kept, options, expected):
     x, halves = normal(4, 3, 16, 16, seed=1), 1 + ("variance" in options)
     gd, leaf = GaussianDiffusion(**options), normal(4, 3 * halves, 16, 16, seed=2).requires_grad_()
     gd.train_losses(lambda *_: leaf, x, T, rng=RNG)
-    assert bool(calls) is expected
-    calls.clear()
     with torch.no_grad():
         gd.train_losses(lambda *_: leaf, x, T, rng=RNG)
-    assert not calls
+    assert [noise is not None for noise in kept] == [expected, False]
 
 
 def test_what_is_not_kept():
     """Noise of 16 bits is not the noise that was drawn; and x_t may have a gradient in x_start."""
     x = normal(4, 3, 16, 16, seed=1)
     for other in (x.half(), x.bfloat16(), x.clone().requires_grad_()):
-        x_t, noise = fused.forward_process_and_noise(other, ROWS, 0, rng=RNG)
+        x_t, noise = made(other, 0)
         assert noise is None and x_t.equal(fused.forward_process(other, ROWS, 0, rng=RNG))
         assert x_t.requires_grad is other.requires_grad
     with Observed():
-        assert fused.forward_process_and_noise(x, ROWS, 0, rng=RNG)[1] is None
+        assert made(x, 0)[1] is None

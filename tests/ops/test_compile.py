@@ -7,17 +7,15 @@ import functools
 
 import pytest
 import torch
-from support import extended as extended_options
-from support import linear
 from support.devices import moved
-from support.extended import make_table
+from support.step_inputs import RESULTS, make_table, options
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox, ops
 
 GD = GaussianDiffusion(1000)
 SHAPE = (4, 3, 5)
-EXTENDED, LINEAR = make_table(1000), linear.make_table(1000)
+TABLE = make_table(1000)
 
 
 @pytest.fixture(autouse=True)
@@ -49,28 +47,17 @@ def inductor(device):
     return functools.partial(torch.compile, fullgraph=True)
 
 
-def extended(x, t, **options):
-    """One step into new tensors, and one in place."""
-    memory = 0.5 * x
-    prev = ops.extended_step(
-        x, model(x, t), EXTENDED.to(x.device), t, uncond_output=x + 1, history=memory, x0_out=memory, **options
-    )
-    return prev + memory
-
-
-def linear_steps(x, t, **options):
-    """Two steps in place, of which the second uses what the first kept."""
-    memory, x_t, table = 0.5 * x, x.clone(), LINEAR.to(x.device)
-    for _ in range(2):
-        ops.linear_step(
-            x_t, model(x, t), table, t, uncond_output=x + 1, history3=memory, history_out=memory, out=x_t, **options
-        )
+def steps(x, t, **options):
+    """A step into new tensors, and one in place that uses what the first kept."""
+    memory, table = 0.5 * x, TABLE.to(x.device)
+    given = {"uncond_output": x + 1, "history3": memory, "history_out": memory}
+    x_t = ops.step_with_options(x, model(x, t), table, t, **given, **options)
+    ops.step_with_options(x_t, model(x, t), table, t, **given, out=x_t, **options)
     return x_t + memory
 
 
 FUNCTIONS = {
-    "extended": extended,
-    "linear": linear_steps,
+    "steps": steps,
     "q_sample": lambda x, t, **o: GD.q_sample(x, t, **o),
     "p_sample": lambda x, t, **o: GD.p_sample(model, x, t, **o),
     "train_losses": lambda x, t, **o: GD.train_losses(model, x, t, **o),
@@ -131,26 +118,22 @@ def test_out(name, device):
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-@pytest.mark.parametrize("kind", [extended_options, linear], ids=lambda kind: kind.OPERATOR)
-def test_a_step_with_all_options(device, kind, drawn):
+def test_a_step_with_all_options(device, drawn):
     x, t = inputs(device)
-    given = moved(kind.options(SHAPE, torch.float32, torch.float32), device)
+    given = moved(options(SHAPE, torch.float32, torch.float32), device)
     how = {"rng": philox(device)} if drawn else {"noise": x.flip(0)}
-    table = {"extended_step": EXTENDED, "linear_step": LINEAR}[kind.OPERATOR].to(device)
+    table = TABLE.to(device)
 
     def step(x, t, given, results):
-        return getattr(ops, kind.OPERATOR)(x, x * 0.5, table, t, **how, **given, **results)
+        return ops.step_with_options(x, x * 0.5, table, t, **how, **given, **results)
 
-    expected, got = ({name: torch.empty_like(x) for name in kind.RESULTS} for _ in range(2))
+    expected, got = ({name: torch.empty_like(x) for name in RESULTS} for _ in range(2))
     step(x, t, given, expected)
     torch.compile(step, backend="aot_eager", fullgraph=True)(x, t, given, got)
-    assert all(torch.equal(got[name], expected[name]) for name in kind.RESULTS)
+    assert all(torch.equal(got[name], expected[name]) for name in RESULTS)
     # in place, as in a loop: the next sample over the sample, and what the step keeps over what it needs no more
-    result, history = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}[
-        kind.OPERATOR
-    ]
-    memory = {"out": x.clone(), result: given[history].clone()}
-    given[history] = memory[result]
+    memory = {"out": x.clone(), "history_out": given["history3"].clone()}
+    given["history3"] = memory["history_out"]
     torch.compile(step, backend="aot_eager", fullgraph=True)(memory["out"], t, given, memory)
     assert all(torch.equal(memory[name], expected[name]) for name in memory)
 
@@ -191,8 +174,7 @@ def everything(x, t, rng):
         GD.p_sample(model, x, t, rng=rng),
         GD.train_losses(model, x, t, rng=rng),
         ddpm_ext.randn(x.shape, rng, device=x.device),
-        extended(x, t, rng=rng),
-        linear_steps(x, t, rng=rng),
+        steps(x, t, rng=rng),
     )
 
 

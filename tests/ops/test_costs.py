@@ -4,8 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support import linear
-from support.extended import RESULTS, make_table, options
+from support.step_inputs import RESULTS, make_table, options
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +21,7 @@ GD = GaussianDiffusion(1000)
 X = torch.linspace(-1, 1, BYTES // 4).reshape(SHAPE)
 M = X.flip(0).contiguous()
 T = torch.arange(8) * 100
-TABLE, EXTRAS = make_table(8), options(SHAPE, torch.float32, torch.float32)
+TABLE, OPTIONS = make_table(8), options(SHAPE, torch.float32, torch.float32)
 
 
 def measure(function):
@@ -83,9 +82,9 @@ def test_int_t_makes_only_views(name):
         assert names == {operator: 1}
 
 
-ROWS, AFFINE = TABLE[:, :8].contiguous(), torch.linspace(-1, 1, 16).reshape(8, 2)
+AFFINE = torch.linspace(-1, 1, 16).reshape(8, 2)
 OPERATORS = {
-    "reverse_step": lambda t, **o: ops.reverse_step(X, M, ROWS, t, **o),
+    "reverse_step": lambda t, **o: ops.reverse_step(X, M, TABLE, t, **o),
     "forward_process": lambda t, **o: ops.forward_process(X, AFFINE, t, **o),
 }
 
@@ -130,44 +129,24 @@ DOUBLED = {
 }
 
 
-def extended_step(t, **changes):
-    given = {"model_output": M, **EXTRAS, **changes}
-    return ops.extended_step(X, given.pop("model_output"), TABLE, t, **given)
+def step_with_options(t, **changes):
+    given = {"model_output": M, **OPTIONS, **changes}
+    return ops.step_with_options(X, given.pop("model_output"), TABLE, t, **given)
 
 
 @noises
 @pytest.mark.parametrize("doubled", DOUBLED)
 @pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
-def test_an_extended_step_is_one_operator(noise, doubled, t):
+def test_a_step_with_options_is_one_operator(noise, doubled, t):
     """With every option, and with halves of a model's output that are not copied."""
     how = {**NOISE[noise](), **DOUBLED[doubled]}
-    names, allocated = measure(lambda: extended_step(t, **how))
-    assert names["ddpm_ext::extended_step"] == 1
-    assert set(names) <= {"ddpm_ext::extended_step"} | ALLOCATION, names
+    names, allocated = measure(lambda: step_with_options(t, **how))
+    assert names["ddpm_ext::step_with_options"] == 1
+    assert set(names) <= {"ddpm_ext::step_with_options"} | ALLOCATION, names
     assert allocated == BYTES
     results = {name: torch.empty_like(X) for name in RESULTS}
-    names, allocated = measure(lambda: extended_step(t, **how, **results))
-    assert names == {"ddpm_ext::extended_step": 1}
-    assert allocated == 0
-
-
-@noises
-@pytest.mark.parametrize("t", [3, torch.arange(8)], ids=["int", "tensor"])
-def test_a_linear_step_is_one_operator(noise, t):
-    """With every option."""
-    given = {"model_output": M, **linear.options(SHAPE, torch.float32, torch.float32), **NOISE[noise]()}
-    table = linear.make_table(8)
-
-    def step(**results):
-        return ops.linear_step(X, table=table, t=t, **given, **results)
-
-    names, allocated = measure(step)
-    assert names["ddpm_ext::linear_step"] == 1
-    assert set(names) <= {"ddpm_ext::linear_step"} | ALLOCATION, names
-    assert allocated == BYTES
-    results = {name: torch.empty_like(X) for name in linear.RESULTS}
-    names, allocated = measure(lambda: step(**results))
-    assert names == {"ddpm_ext::linear_step": 1}
+    names, allocated = measure(lambda: step_with_options(t, **how, **results))
+    assert names == {"ddpm_ext::step_with_options": 1}
     assert allocated == 0
 
 
@@ -191,20 +170,12 @@ def test_a_dispatch_mode_sees_one_operator(name):
     assert count.names == {operator.replace("::", ".") + ".default": 1}
 
 
-def test_a_dispatch_mode_sees_one_linear_step():
-    table, results = linear.make_table(8), {name: torch.empty_like(X) for name in linear.RESULTS}
-    with Count() as count:
-        ops.linear_step(X, M, table, 3, rng=Philox(1), **results)
-    assert count.names == {"ddpm_ext.linear_step.default": 1}
-    assert torch.equal(results["out"], ops.linear_step(X, M, table, 3, rng=Philox(1)))
-
-
-def test_a_dispatch_mode_sees_one_extended_step():
+def test_a_dispatch_mode_sees_one_step_with_options():
     results = {name: torch.empty_like(X) for name in RESULTS}
     with Count() as count:
-        extended_step(3, rng=Philox(1), **results)
-    assert count.names == {"ddpm_ext.extended_step.default": 1}
-    assert torch.equal(results["out"], extended_step(3, rng=Philox(1)))
+        step_with_options(3, rng=Philox(1), **results)
+    assert count.names == {"ddpm_ext.step_with_options.default": 1}
+    assert torch.equal(results["out"], step_with_options(3, rng=Philox(1)))
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

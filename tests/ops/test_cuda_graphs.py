@@ -5,8 +5,8 @@ By a faked torch.cuda; tests/cuda/test_card_graphs.py has the same on a GPU.
 
 import pytest
 import torch
-from support import fake_cuda, linear
-from support.extended import make_table
+from support import fake_cuda
+from support.step_inputs import make_table
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.integrations.acceleration import Acceleration
@@ -14,7 +14,7 @@ from ddpm_ext.ops.noise import fresh_rng
 
 GD = GaussianDiffusion(20)
 X, T = torch.linspace(-1, 1, 30).reshape(2, 3, 5), torch.tensor([3, 19])
-EXTENDED, LINEAR = make_table(20), linear.make_table(20)
+TABLE = make_table(20)
 
 
 def model(x, t):
@@ -26,8 +26,7 @@ FUNCTIONS = {
     "p_sample": lambda **o: GD.p_sample(model, X, T, **o),
     "train_losses": lambda **o: GD.train_losses(model, X, T, **o),
     "input perturbation": lambda **o: GD.train_losses(model, X, T, input_perturbation=0.1, **o),
-    "extended_step": lambda **o: ops.extended_step(X, X, EXTENDED, T, **o),
-    "linear_step": lambda **o: ops.linear_step(X, X, LINEAR, T, **o),
+    "step_with_options": lambda **o: ops.step_with_options(X, X, TABLE, T, history1=X, **o),
     "randn": lambda rng=None: randn((2, 3), rng),
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import extended, linear
 from support.devices import moved
+from support.step_inputs import RESULTS, make_row, options
 
 from ddpm_ext import Philox, ops, reference
+from ddpm_ext.ops.row import ROW
 
 OPS = torch.ops.ddpm_ext
 SHAPE = (3, 2, 5, 7)
@@ -46,17 +47,12 @@ def samples(make_step_table, normal, affine, rows, device):
     out, inf = torch.empty(SHAPE, device=device), float("inf")
     kind = {"dtype": torch.bfloat16, "device": device}
     loss_table, wanted = normal(3, 4, seed=5), {"want_slope": True}
-    rows_16, extras = (
-        extended.make_table(3).to(device),
-        moved(extended.options(SHAPE, torch.float32, torch.float16), device),
-    )
-    results = {name: torch.empty(SHAPE, device=device) for name in extended.RESULTS}
     narrow = half.detach()
-    linear_rows = linear.make_table(3).to(device)
-    every_option = moved(linear.options(SHAPE, torch.float32, torch.float16), device)
-    every_option |= {name: torch.empty(SHAPE, device=device) for name in linear.RESULTS}
+    every_option = moved(options(SHAPE, torch.float32, torch.float16), device)
+    every_option |= {name: torch.empty(SHAPE, device=device) for name in RESULTS}
     kept = {"x_start": last.detach(), "history2": plain[1], "history_out": plain[2].clone(), "out": out}
     later = {"x_start": last.detach(), "model_variance": plain[1], "log_variance": False, "x0_out": plain[2].clone()}
+    step = "step_with_options"
     return [
         ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
         ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
@@ -64,22 +60,10 @@ def samples(make_step_table, normal, affine, rows, device):
         ("reverse_step", "default", (last, m, table, rows, 0, -inf, inf, None, False), {}),
         ("reverse_step", "out", (*plain[:2], table, rows, 0, -1.0, 1.0, None, True, None, 7), {"out": out}),
         ("reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
-        (
-            "extended_step",
-            "default",
-            (plain[0], narrow, rows_16, rows, 0, -1.0, 1.0, None, True),
-            results | extras | ids,
-        ),
-        ("extended_step", "default", (*plain[:2], rows_16, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
-        ("extended_step", "default", (plain[0], None, rows_16, rows, 0, -inf, inf, None, False), {"out": out, **later}),
-        ("linear_step", "default", (plain[0], narrow, linear_rows, rows, 0, -1.0, 1.0, None, True), every_option | ids),
-        ("linear_step", "default", (*plain[:2], linear_rows, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
-        (
-            "linear_step",
-            "default",
-            (plain[0], None, linear_rows, rows, 0, -inf, inf, None, False),
-            {"out": out, **kept},
-        ),
+        (step, "default", (plain[0], narrow, table, rows, 0, -1.0, 1.0, None, True), every_option | ids),
+        (step, "default", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
+        (step, "default", (plain[0], None, table, rows, 0, -inf, inf, None, False), {"out": out, **later}),
+        (step, "default", (plain[0], None, table, rows, 0, -inf, inf, None, False), kept),
         ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
         ("forward_process", "default", (half, affine, None, 1, half, False), {}),
         ("forward_process", "default", (last, affine, rows, 0, None, False), ids),
@@ -97,7 +81,7 @@ def samples(make_step_table, normal, affine, rows, device):
     ]
 
 
-COUNT = 26
+COUNT = 24
 
 
 @pytest.mark.parametrize("i", range(COUNT))
@@ -152,7 +136,8 @@ def assert_gradients(fused, twin, tensors):
 def as_float64(table):
     """A step table in float64, as the reference reads it."""
     wide = table.double()
-    wide.view(torch.int64)[:, 6] = table.view(torch.int32)[:, 6].long()
+    draw = ROW.index("draw")
+    wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
     return wide
 
 
@@ -204,7 +189,7 @@ def test_reverse_step_in_16_bits(make_step_table, normal, rows, dtype):
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), None])
 def test_clip_holds_gradients_back_as_torchs(backend, clip, device):
     """Also at the edges, where versions of torch differ, and for NaN."""
-    table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
+    table = make_row(a=1.0, c0=1.0).to(device)
     special = [] if clip is None else [float("inf"), float("nan")]
     values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *special]], device=device)
     one = torch.ones(1, device=device)

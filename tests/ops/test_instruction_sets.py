@@ -24,15 +24,13 @@ PROGRAM = """
 import itertools, math, sys
 import torch
 import ddpm_ext
-from support import extended, linear
+from support.step_inputs import make_row, make_table, options
 from ddpm_ext import Philox, ops
 
 def normal(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-table = normal(4, 8, seed=0)
-table[::3, 4] = table[2, 5] = 0
-table.view(torch.int32)[:, 6] = torch.tensor([0, 9, 2**31 - 1, 77])
+table = make_table(4)
 affine, t = normal(4, 2, seed=1), torch.tensor([3, 0, 1, 2, 1])
 weighted = normal(4, 4, seed=5)
 
@@ -53,15 +51,15 @@ for shape in [(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)]:
         if a not in (b, "float32"):
             continue
         xs, ms, zs = x.to(x_dtype), m.to(m_dtype), z.to(x_dtype)
-        for noise, options in {
+        for noise, how in {
             "drawn": {"rng": Philox(2**64 - 3, 2**32 - 2)},
             "given": {"noise": zs},
             "none": {"add_noise": False},
         }.items():
             key = f"{shape} {a} {b} {noise}"
-            results[f"reverse_step {key}"] = ops.reverse_step(xs, ms, table, t, **options)
-            results[f"reverse_step unclipped {key}"] = ops.reverse_step(xs, ms, table, t, clip=None, **options)
-            results[f"forward_process {key}"] = ops.forward_process(xs, affine, t, **options)
+            results[f"reverse_step {key}"] = ops.reverse_step(xs, ms, table, t, **how)
+            results[f"reverse_step unclipped {key}"] = ops.reverse_step(xs, ms, table, t, clip=None, **how)
+            results[f"forward_process {key}"] = ops.forward_process(xs, affine, t, **how)
         results[f"predict_start {shape} {a} {b}"] = ops.predict_start(xs, ms, affine, t)
         noises = {"noise": zs}, {"rng": Philox(4)}
         for loss, target, noise in itertools.product(("mse", "l1", "huber"), (xs, None), noises):
@@ -77,7 +75,7 @@ results["randn long"] = ddpm_ext.randn((1, 2_000_003), Philox(1))
 
 # every 16-bit number there is, and float32 numbers all the way to overflow and underflow when rounded to 16 bits
 bits = torch.arange(2**16).to(torch.int32)
-whole = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+whole = make_row(a=1.0, c0=1.0)
 third = torch.tensor([[1 / 3, 0.0], [1.0, 0.0], [3.0, 0.0]])
 for name in ("float16", "bfloat16"):
     every = bits.to(torch.int16).view(dtypes[name]).view(1, -1)
@@ -96,7 +94,6 @@ for row in range(4):
         results[f"{loss} each {key}"], results[f"{loss} each slope {key}"] = value, slope
 
 # the factors that follow from statistics: of few elements and many, of all ranks, with guidance and without
-table = extended.make_table(4)
 for shape, dtype in itertools.product([(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096)], dtypes.values()):
     x, m, u = (2 * normal(*shape, seed=seed).to(dtype) for seed in (2, 3, 4))
     for quantile, given in itertools.product((0.2, 0.995, 1.0), ({}, {"uncond_output": u})):
@@ -105,9 +102,8 @@ for shape, dtype in itertools.product([(5, 1), (5, 67), (5, 3, 17, 19), (5, 4096
     if x[0].numel() > 1:
         results[f"output_scale {shape} {dtype}"] = ops.output_scale(m, u, guidance=3.0, rescale=0.7)
 
-# the extended step: its options one by one, all at once, and some of them
-table, t = extended.make_table(8), torch.tensor([3, 0, 1, 2, 7])
-linear_table = linear.make_table(8)
+# the step with options: its inputs one by one, all at once, and some of them
+table, t = make_table(8), torch.tensor([3, 0, 1, 2, 7])
 odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])
 for shape, (a, b) in itertools.product([(5, 67), (5, 3, 17, 19)], itertools.product(dtypes, dtypes)):
     if a not in (b, "float32"):
@@ -115,32 +111,23 @@ for shape, (a, b) in itertools.product([(5, 67), (5, 3, 17, 19)], itertools.prod
     x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
     x.view(-1)[: 11 * 30 : 11] = odd.repeat(6)[: len(x.view(-1)[: 11 * 30 : 11])]
     x, m, z = x.to(dtypes[a]), m.to(dtypes[b]), z.to(dtypes[a])
-    every = extended.options(shape, dtypes[a], dtypes[b])
+    every = options(shape, dtypes[a], dtypes[b])
     names = list(every)
-    for chosen in [0, -1, *(1 << i for i in range(len(names))), *(0x9E3779B1 * i >> 7 for i in range(12))]:
+    for chosen in [0, -1, *(1 << i for i in range(len(names))), *(0x9E3779B1 * i >> 7 for i in range(16))]:
         given = {name: every[name] for i, name in enumerate(names) if chosen >> i & 1}
         if ("known" in given) != ("mask" in given):
             given |= {name: every[name] for name in ("known", "mask")}
         noise = [{"rng": Philox(5, 2**33)}, {"noise": z}, {"add_noise": False}][chosen % 3]
-        x0 = torch.empty_like(x)
-        key = f"{shape} {a} {b} {list(given)}"
-        how = {**noise, **given, "log_variance": chosen % 5 < 3, "x0_out": x0}
-        results[f"extended {key}"] = ops.extended_step(x, m, table, t, **how)
-        results[f"x0 {key}"] = x0
-    every = linear.options(shape, dtypes[a], dtypes[b])  # the linear step in the same way
-    names = list(every)
-    for chosen in [0, -1, *(1 << i for i in range(len(names))), *(0x9E3779B1 * i >> 7 for i in range(12))]:
-        given = {name: every[name] for i, name in enumerate(names) if chosen >> i & 1}
-        noise = [{"rng": Philox(5, 2**33)}, {"noise": z}, {"add_noise": False}][chosen % 3]
         kept = {name: torch.empty_like(x) for name in ("x0_out", "history_out")}
-        key = f"linear {shape} {a} {b} {list(given)} {list(noise)}"
-        results[key] = ops.linear_step(x, m, linear_table, t, **noise, **given, **kept)
+        key = f"{shape} {a} {b} {list(given)} {list(noise)}"
+        how = {**noise, **given, "log_variance": chosen % 5 < 3, **kept}
+        results[f"step {key}"] = ops.step_with_options(x, m, table, t, **how)
         results |= {f"{name} {key}": result for name, result in kept.items()}
 v = torch.arange(-(2**31), 2**31, 30011).to(torch.int32).view(torch.float32).view(1, -1)
 for log in (True, False):
-    row = extended.make_row(s=1.0, l1=1.0)
     how = {"model_variance": v, "noise": torch.ones_like(v), "log_variance": log}
-    results[f"deviation {log}"] = ops.extended_step(torch.zeros_like(v), None, row, 0, **how)
+    row = make_row(s=1.0, l1=1.0)
+    results[f"deviation {log}"] = ops.step_with_options(torch.zeros_like(v), None, row, 0, **how)
 torch.save({key: result.clone() for key, result in results.items()}, sys.argv[1])
 print(ddpm_ext.build_info()["cpu"])
 """

@@ -53,12 +53,12 @@ def within_patience(check):
 def results(gd, x):
     m = torch.zeros(x.shape, requires_grad=True)
     gd.train_losses(lambda *_: m, x, 5).backward()
-    table = gd.process.table("extended", "x", x)
+    table = gd.process.table("steps", "x", x)
     return {
         "q_sample": gd.q_sample(x, 5),
         "p_sample": gd.p_sample(zeros_model, x, 5),
         "predict_start": gd.predict_start_from_noise(x, 5, x),
-        "extended_step": fused.extended_step(x, x, table, 5),
+        "step_with_options": fused.step_with_options(x, x, table, 5, history1=x),
         "randn": randn(x.shape, Philox(0)),
         "gradient": m.grad,
     }
@@ -70,14 +70,14 @@ def used_by(make):
     return memory_info()["used"] - before, kept_alive
 
 
-@pytest.mark.parametrize("name", ["q_sample", "p_sample", "predict_start", "extended_step", "randn"])
+@pytest.mark.parametrize("name", ["q_sample", "p_sample", "predict_start", "step_with_options", "randn"])
 def test_large_results_come_from_the_pool(name):
     gd, x = GaussianDiffusion(), torch.zeros(ONE_MIB)
     make = {
         "q_sample": lambda: gd.q_sample(x, 5),
         "p_sample": lambda: gd.p_sample(zeros_model, x, 5),
         "predict_start": lambda: gd.predict_start_from_noise(x, 5, x),
-        "extended_step": lambda: fused.extended_step(x, x, gd.process.table("extended", "x", x), 5),
+        "step_with_options": lambda: fused.step_with_options(x, x, gd.process.table("steps", "x", x), 5),
         "randn": lambda: randn(ONE_MIB, Philox(0)),
     }[name]
 
@@ -200,8 +200,8 @@ def test_inference_mode_and_subclasses():
         assert randn(ONE_MIB, Philox(0)).is_inference()
     gd, table = GaussianDiffusion(), None
     x = torch.nn.Parameter(torch.zeros(ONE_MIB), requires_grad=False)
-    table = gd.process.table("extended", "x", x)
-    assert type(fused.extended_step(x, x, table, 5)) is torch.Tensor
+    table = gd.process.table("steps", "x", x)
+    assert type(fused.step_with_options(x, x, table, 5, history1=x)) is torch.Tensor
 
 
 def test_the_profiler_sees_it():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.choices import for_many
-from support.extended import make_row, make_table
+from support.step_inputs import make_row, make_table
 from support.operators import Inputs, host
 
 from ddpm_ext import ops, reference
@@ -26,7 +26,7 @@ def x_starts(x, m, table, t, guided):
     """|x0| of each sample in float64, as float32 arithmetic makes it: 16-bit numbers are widened first, exactly."""
     wide = {name: value.float() for name, value in guided.items()}
     x0 = torch.empty_like(x, dtype=F32)
-    ops.extended_step(x.float(), m.float(), table, t, clip=None, add_noise=False, x0_out=x0, **wide)
+    ops.step_with_options(x.float(), m.float(), table, t, clip=None, add_noise=False, x0_out=x0, **wide)
     return flat(x0).abs()
 
 

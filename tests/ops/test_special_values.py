@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.step_inputs import make_row
 
 from ddpm_ext import Philox, ops, reference
 from ddpm_ext.tables.predictions import PREDICTIONS, Levels
@@ -20,7 +21,8 @@ VALUES = [0.0, -0.0, 1.0, -2.5, 1e-7, 1000.0, INF, -INF, NAN]
 
 def step_table(device: torch.device, *rows: tuple[float, ...]) -> torch.Tensor:
     """A step table with rows of a, b, c0, c1, c2 and s, all with draw 0."""
-    return torch.tensor([[*row, 0.0, 0.0] for row in rows], device=device)
+    names = ("a", "b", "c0", "c1", "c2", "s")
+    return torch.cat([make_row(**dict(zip(names, row, strict=True))) for row in rows]).to(device)
 
 
 def combinations(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -108,10 +110,9 @@ def test_infinities_stay_where_nothing_is_known(backend, device):
     x = torch.tensor([[INF, -INF, 2.0, INF, INF, NAN]], device=device)
     mask = torch.tensor([[0.0, 0.0, 0.25, 0.25, 1.0, 0.0]], device=device)
     known = torch.ones_like(x)
-    row = torch.zeros(1, 16, device=device)
-    row[0, 3], row[0, 12] = 1.0, 1.0  # c1 and k0
+    row = make_row(c1=1.0, signal_after=1.0).to(device)
     options = {"clip": None, "add_noise": False, "x_start": torch.zeros_like(x)}
-    got = backend.extended_step(x, None, row, 0, known=known, mask=mask, **options)
+    got = backend.step_with_options(x, None, row, 0, known=known, mask=mask, **options)
     torch.testing.assert_close(got, mask * known + (1 - mask) * x, rtol=0, atol=0, equal_nan=True)
     assert got.flatten().tolist()[:4] == [INF, -INF, 1.75, INF]
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.step_inputs import make_row
 
 from ddpm_ext import GaussianDiffusion, Philox, ops
 
-TABLES = {"reverse_step": 8, "forward_process": 2, "extended_step": 16, "linear_step": 16}
-NAMES = pytest.mark.parametrize("name", list(TABLES))
+NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process", "step_with_options"])
 
 
 def make_call(name, device):
     """call(x, m, **options) of an operator with a table that adds noise."""
-    row = [0.5] * TABLES[name]
-    if name != "forward_process":
-        row[6:8] = [0.0] * 2
-    if TABLES[name] == 16:
-        row[8:] = [0.0] * 8
-    table = torch.tensor([row], device=device)
+    halves = dict.fromkeys(("a", "b", "c0", "c1", "c2", "s"), 0.5)
+    table = torch.tensor([[0.5, 0.5]]) if name == "forward_process" else make_row(**halves)
+    table = table.to(device)
     operator = getattr(ops, name)
 
     def call(x, m, **options):
@@ -109,9 +106,8 @@ def test_vmap_over_randn_and_a_gradient(normal, device):
         torch.func.vmap(slope)(normal(3, 2, 8))
 
 
-@pytest.mark.parametrize("name", ["extended_step", "linear_step"])
 @pytest.mark.parametrize("options", [{}, {"rng": Philox(3)}])
-def test_vmap_is_refused_by_operators_that_write_to_arguments(normal, device, name, options):
-    call, x, ms = make_call(name, device), normal(2, 8), normal(3, 2, 8)
+def test_vmap_is_refused_by_operators_that_write_to_arguments(normal, device, options):
+    call, x, ms = make_call("step_with_options", device), normal(2, 8), normal(3, 2, 8)
     with pytest.raises(RuntimeError, match="Batching rule not implemented"):
         torch.func.vmap(lambda m: call(x, m, **options), randomness="different")(ms)

@@ -13,6 +13,7 @@ import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox, models, plots, training
 from ddpm_ext.integrations import k_diffusion
 from ddpm_ext.loop import interpolation, keywords
+from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.losses import step_log_prob, timestep_samplers
 from ddpm_ext.ops import fused
 from ddpm_ext.tables import grid, schedules, spacing
@@ -22,7 +23,10 @@ for module in ("matplotlib", "PIL", "safetensors"):
     pytest.importorskip(module)
 
 NAMES = {name: getattr(ddpm_ext, name) for name in ddpm_ext.__all__}
+# As Process has them.
+FORWARD = ("q_sample", "q_mean_variance", "q_posterior_mean_variance", "predict_start_from_noise")
 METHODS = {name: value for name, value in vars(GaussianDiffusion).items() if name[0] != "_" and callable(value)}
+METHODS |= {name: getattr(GaussianDiffusion, name) for name in FORWARD}
 PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, types.ModuleType)}
 PUBLIC |= {f"GaussianDiffusion.{name}": value for name, value in METHODS.items()}
 PUBLIC |= {f"plots.{name}": getattr(plots, name) for name in plots.__all__}
@@ -70,17 +74,26 @@ def test_examples_run(name, tmp_path, monkeypatch):
     assert result.attempted > 0 and result.failed == 0, "".join(told)
 
 
-def test_editors_see_the_loops_options():
-    """`sample` and its relatives declare p_sample_loop's options, with the same types, but for those they refuse."""
-    declared = inspect.signature(GaussianDiffusion.p_sample_loop).parameters
-    options = {name: given.annotation for name, given in declared.items() if given.kind is given.KEYWORD_ONLY}
-    fields = {each: vars(keywords)[each].__annotations__ for each in keywords.__all__}
-    typed = {each: {name: kind.__forward_arg__ for name, kind in of.items()} for each, of in fields.items()}
-    assert typed["SampleKeywords"] == options
-    without = {"record", "callback", "progress"}
-    assert typed["ProgressiveKeywords"] == {name: kind for name, kind in options.items() if name not in without}
-    without |= {"x0", "graph"}
-    assert typed["CaptureKeywords"] == {name: kind for name, kind in options.items() if name not in without}
-    for method, of in (("sample", "Sample"), ("sample_progressive", "Progressive"), ("capture", "Capture")):
-        passed = inspect.signature(METHODS[method]).parameters["options"]
-        assert (passed.kind, passed.annotation) == (passed.VAR_KEYWORD, f"Unpack[{of}Keywords]")
+def test_help_and_editors_see_the_loops_options():
+    """p_sample_loop and its relatives show the options with their defaults, and declare their types to type checkers,
+    but for those that they refuse."""
+    options = {each.name: each for each in inspect.signature(LoopOptions).parameters.values()}
+    own = {"record": "all", "callback": None, "progress": True}
+    assert options["sampler"].default == "ddpm" and options["dtype"].annotation == "torch.dtype"
+    of_all = {*options, *own}
+    for method, of, differs, refused in (
+        ("p_sample_loop", "Progressive", {}, set()),
+        ("sample", "Sample", {}, set()),
+        ("sample_progressive", "Progressive", {"progress": False}, {"record", "callback"}),
+        ("capture", "Capture", {"graph": True}, {*own, "x0"}),
+    ):
+        shown = inspect.signature(METHODS[method]).parameters
+        chosen = {name: each for name, each in shown.items() if each.kind is each.KEYWORD_ONLY}
+        assert set(chosen) == of_all - refused, method
+        for name, each in chosen.items():
+            assert each.default == differs.get(name, options[name].default if name in options else own[name]), name
+        hints = METHODS[method].__annotations__
+        assert hints["options"] == f"Unpack[{of}Keywords]"
+        typed = {name: kind.__forward_arg__ for name, kind in vars(keywords)[f"{of}Keywords"].__annotations__.items()}
+        declared = typed | {name: hints[name] for name in chosen if name in hints}
+        assert declared == {name: each.annotation for name, each in chosen.items()}

@@ -8,6 +8,7 @@ from support.choices import Choose
 from support.devices import moved
 
 from ddpm_ext import Philox, reference
+from ddpm_ext.ops.row import ROW
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # of the samples, and of the model's output (for predict_start and posterior_mean, the second tensor)
@@ -45,6 +46,13 @@ def columns(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> list[n
     """The columns of each sample's row, in float64, each of shape (batch, 1, ...)."""
     rows = host(table)[each(t, len(x))]
     return [column.reshape(-1, *[1] * (x.ndim - 1)) for column in rows.T]
+
+
+def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> dict[str, np.ndarray]:
+    """The numbers of each sample's row of a packed step table by their names, as `columns` gives them; no draw."""
+    found = dict(zip(ROW, columns(table, t, x), strict=False))
+    del found["draw"]
+    return found
 
 
 class Inputs:

@@ -82,7 +82,6 @@ ORDERS = [
     ("dpmpp_2s", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
     ("unipc", {"order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("unipc", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 2.95, 4e-4),
-    ("unipc", {"order": 2, "solver": "bh1", **WHOLE}, even_in_log_sigma, 0, 2.95, 4e-4),
     ("unipc", {"order": 3, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
     ("unipc", {"order": 3, "solver": "bh1", **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
     ("dpm_solver_2m", WHOLE, even_in_log_sigma, 0, 1.95, 4e-4),
@@ -93,14 +92,12 @@ ORDERS = [
     ("deis", {"order": 4, **WHOLE}, even_in_log_sigma, 3, 3.8, 4e-4),
     ("sa_solver", {"eta": 0.0, "predictor_order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("sa_solver", {"eta": 0.0, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
-    ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 3, **WHOLE}, even_in_log_sigma, 0, 2.8, 4e-4),
     ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 4, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
     ("lms", {"order": 2}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("lms", {"order": 3}, even_in_log_sigma, 3, 2.8, 4e-4),
     ("lms", {}, even_in_log_sigma, 3, 3.7, 4e-4),
-    ("ipndm", {}, even_in_log_sigma, 0, 1.95, 4e-4),  # whose weights are those of equal steps
     ("ipndm", {}, even_in_sigma, 3, 3.7, 4e-4),
-    ("plms", {}, even_in_log_sigma, 0, 1.95, 4e-4),
+    ("plms", {}, even_in_log_sigma, 0, 1.95, 4e-4),  # whose weights are those of equal steps
     ("plms", {}, even_in_sigma, 4, 3.7, 4e-4),
 ]
 
@@ -148,15 +145,6 @@ def test_order_of_the_distribution(name, options, least, largest):
         errors.append(off_the_distribution(grid, table))
     assert errors[0] / errors[1] > 2**least
     assert errors[1] < largest
-
-
-@pytest.mark.parametrize("make", [log_snr_grid, karras_grid])
-@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2m_sde", "heun"])
-def test_a_distribution_of_clean_data(name, make):
-    """Down to clean data, only the error of the last step remains, from the smallest sigma to 0."""
-    grid, first = make(LEVELS, 40), "ddpm" if name == "dpmpp_2m_sde" else "euler"
-    higher, lower = (off_the_distribution(grid, SAMPLERS[sampler](grid)) for sampler in (name, first))
-    assert higher < 0.02 < 0.06 < lower  # measured 0.005 to 0.011, and 0.088 to 0.18
 
 
 # ------------------------------------------------------------------------------------------------- between levels
@@ -266,7 +254,7 @@ def test_dpmpp_2m_sde_from_pure_noise():
     assert first.s == pytest.approx((1 - after) ** 0.5, rel=1e-14) and first.c1 == 0
 
 
-@pytest.mark.parametrize("name", HISTORY)
+@pytest.mark.parametrize("name", [*HISTORY, "heun", "dpm_2", "dpmpp_2s"])
 @pytest.mark.parametrize("steps", [5, 10, 20, 50])
 def test_a_sample_of_clean_data(name, steps):
     """The last step goes to x0 by whatever history, and ends nearer to the exact sample than first order does."""

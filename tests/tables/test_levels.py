@@ -13,7 +13,7 @@ from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import Jumps, grid_of_levels, make_grid
 from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
-from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm, euler
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm
 from ddpm_ext.tables.schedules import make_betas
 
 F64 = torch.float64
@@ -87,18 +87,6 @@ def test_edm_is_the_scale_of_its_networks_input():
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
-
-
-@pytest.mark.parametrize("name", [name for name in GRIDS if name != "curved"])
-def test_euler_is_a_step_along_the_line(name):
-    """x + (sigma' - sigma) (x - x0) / sigma: diffusers' flow matching, and k-diffusion's sigmas. Both have straight
-    levels, so that x0's weight is what noise is removed."""
-    levels = GRIDS[name]
-    rows = euler(levels, prediction="x0")
-    x, x0 = 1.75, -0.3
-    for i, row in enumerate(rows):
-        sigma, after = levels.pairs[1][i : i + 2].tolist()
-        assert take(row, x, x0)[1] == pytest.approx(x + (after - sigma) * (x - x0) / sigma, rel=1e-12, abs=1e-14)
 
 
 def walk(table, x, outputs, gradients, noises, before, after):

@@ -1,13 +1,10 @@
 """RePaint: the order of its steps, and the distributions, which no jump may change."""
 
-from collections import Counter
-
 import pytest
-import torch
 from support.choices import for_many
 from support.gaussian import SIGMA, marginal, moments
 
-from ddpm_ext import Philox, StepTable, ops, randn
+from ddpm_ext import StepTable
 from ddpm_ext.tables import levels
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, repaint
@@ -58,16 +55,6 @@ def test_order_is_repaints(choose):
     assert len(set(repainted.draw.tolist())) == len(repainted)
 
 
-def test_the_papers_setting():
-    """250 steps, jumps of 10, 10 times. Each step is taken 10 times, except the last one and about the first 9."""
-    table = make_table(250)
-    repainted = repaint(table)
-    taken = Counter(row.timestep for row in repainted if not is_jump(row))
-    assert [taken[t] for t in table.timestep.tolist()] == [1] * 9 + [10] * 240 + [1]
-    assert sum(map(is_jump, repainted)) == 24 * 9
-    assert len(repainted) == 250 + 24 * 9 * 11
-
-
 @for_many(30)
 def test_jump_is_the_forward_process(choose):
     rows, length = choose.integer(3, 30), choose.integer(1, 5)
@@ -77,20 +64,6 @@ def test_jump_is_the_forward_process(choose):
         assert row.a == row.b == row.c0 == row.c2 == row.l0 == row.l1 == row.g0 == row.g1 == 0
         assert row.c1**2 == pytest.approx(row.signal_after**2 / row.signal_now**2, rel=1e-14)
         assert row.c1**2 + row.s**2 == pytest.approx(1, rel=1e-14)
-
-
-def test_jump_in_the_kernel(device):
-    """A jump draws from q(x_t | x_s) and does not depend on the model's output."""
-    table = repaint(make_table(20), jump_length=4, jump_n_sample=2)
-    i = next(i for i, row in enumerate(table) if is_jump(row))
-    row = table[i]
-    x, z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)).to(device)
-    found = ops.reverse_step(x, torch.full_like(x, 5.0), table.packed(device), i, noise=z)
-    alpha = (row.signal_after / row.signal_now) ** 2
-    expected = alpha**0.5 * x.double() + (1 - alpha) ** 0.5 * z.double()
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-7)
-    drawn = ops.reverse_step(0 * x, x, table.packed(device), i, rng=Philox(3))
-    torch.testing.assert_close(drawn, row.s * randn((3, 7), Philox(3), draw=row.draw, device=device))
 
 
 def exact_table(rows):

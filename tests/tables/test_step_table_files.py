@@ -90,27 +90,16 @@ def test_failed_save_leaves_the_old_file(tmp_path):
         StepTable.load(tmp_path / "b.json")
 
 
-def test_columns_in_another_order(tmp_path):
-    changed(s=[0.5, 0.25, 0]).save(tmp_path / "a.json")
-    content = json.loads((tmp_path / "a.json").read_text())
-    for row in (content["columns"], *content["rows"]):
-        row.reverse()
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    assert StepTable.load(tmp_path / "a.json") == changed(s=[0.5, 0.25, 0])
-
-
 @for_many(20)
-def test_files_with_fewer_columns(choose, tmp_path_factory):
+def test_files_with_fewer_columns_in_another_order(choose, tmp_path_factory):
     """Columns that an older file lacks are zeros."""
     rows = any_rows(choose)
     path = tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
     content = json.loads(path.read_text())
     left_out = [name for name in ADDED if choose.one_of([False, True])]
-    for name in left_out:
-        at = content["columns"].index(name)
-        for row in (content["columns"], *content["rows"]):
-            del row[at]
+    kept = [i for i, name in enumerate(content["columns"]) if name not in left_out][:: choose.one_of([1, -1])]
+    content["columns"], *content["rows"] = ([row[i] for i in kept] for row in (content["columns"], *content["rows"]))
     path.write_text(json.dumps(content))
     zeros = dict.fromkeys(left_out, 0.0)
     assert bits(StepTable.load(path)) == bits(row._replace(**zeros) for row in rows)
@@ -163,13 +152,8 @@ def cell(row, column, value):
         (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 23 numbers"),
         (broken(rows=[{"a": 1}]), r"rows\[0\] is \{'a': 1\}"),
         (cell(1, "a", "x"), "a holds <U"),
-        (cell(1, "b", None), "b holds NoneType"),
-        (cell(1, "c0", True), "c0 holds a bool"),
         (cell(2, "c1", math.nan), r"c1\[2\] is nan, expected finite numbers"),
-        (cell(2, "c1", [1]), "c1 is not 1-dimensional"),
         (cell(0, "draw", 1.5), "draw holds float64, expected integers"),
-        (cell(0, "draw", -1), r"draw\[0\] is -1"),
-        (cell(0, "l1", "x"), "l1 holds <U"),
         (cell(0, "noise_now", -1.5), r"noise_now\[0\] is -1.5, expected noise_now >= 0"),
     ],
 )

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from support.gaussian import push, take
+from support.gaussian import loop
 
 from ddpm_ext import StepTable
 
@@ -76,30 +76,19 @@ def multistep(seed):
     return function
 
 
-def by_table(table, x, outputs, noise):
-    """A loop of the table's rows in numpy. outputs, noise: one for each row that has it, in order."""
-    history, outputs, noise = [], iter(outputs), iter(noise)
-    for row in table:
-        m = next(outputs) if row.b or row.c2 else 0 * x
-        x0, after = take(row, x, m, z=next(noise) if row.s else 0 * x, clip=None, history=history)
-        history, x = push(row, history, x0, x, m), after
-    return x
-
-
 def own_loop(function, x, outputs, drawn, used, monkeypatch):
-    """The function's own result, where `used` says which of its draws it uses."""
-    outputs, seen = iter(torch.from_numpy(outputs)), []
+    """The function's own result, and those of its draws that it uses, as `used` says."""
+    outputs, seen = iter(outputs), []
 
     def draw(*_):
-        seen.append(torch.from_numpy(drawn[len(seen)]))
+        seen.append(drawn[len(seen)])
         return seen[-1]
 
     monkeypatch.setattr(torch, "randn_like", draw)
     options = {"noise_sampler": draw} if "noise_sampler" in function.__code__.co_varnames else {}
     if "callback" in function.__code__.co_varnames:
         options["callback"] = lambda _: None
-    sigmas = torch.tensor(SIGMAS, dtype=torch.float64)
-    result = function(lambda x, sigma: next(outputs), torch.from_numpy(x), sigmas, **options)
+    result = function(lambda x, sigma: next(outputs), x, torch.tensor(SIGMAS, dtype=torch.float64), **options)
     return result.numpy(), [z.numpy() for i, z in enumerate(seen) if used(i)]
 
 
@@ -109,15 +98,12 @@ FUNCTIONS = [euler, churned, ancestral, two_calls, copies, multistep(0), multist
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_rows_are_the_function(function, monkeypatch):
     table = StepTable.trace(function, SIGMAS)
-    generator = np.random.default_rng(3)
-    x, outputs, drawn = (
-        generator.normal(size=(2, 3)),
-        generator.normal(size=(9, 2, 3)),
-        generator.normal(size=(20, 2, 3)),
-    )
+    x, *numbers = torch.randn(30, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     used = (lambda i: i % 2 == 1) if function is churned else (lambda i: True)
-    expected, noise = own_loop(function, x, outputs, drawn, used, monkeypatch)
-    np.testing.assert_allclose(by_table(table, x, outputs, noise), expected, rtol=1e-12, atol=1e-12)
+    expected, noise = own_loop(function, x, numbers[:9], numbers[9:], used, monkeypatch)
+    outputs = iter(numbers)
+    *_, (_, _, found) = loop(table, x.numpy(), lambda row, x: next(outputs).numpy(), iter(noise))
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     assert ((table.a == 0) & ((table.b == 1) | (table.b == 0))).all()  # the output is the clean sample
 
 
@@ -129,7 +115,7 @@ def test_columns_of_euler():
     expected |= {"signal_now": torch.ones(5), "noise_now": now, "signal_after": torch.ones(5), "noise_after": after}
     for name, values in expected.items():
         torch.testing.assert_close(getattr(table, name).double(), values.double(), rtol=1e-14, atol=1e-15)
-    assert not table.linear and not table.s.any()
+    assert table.plain and not table.s.any()
 
 
 def test_a_copy_for_the_model_costs_no_history():
@@ -137,33 +123,22 @@ def test_a_copy_for_the_model_costs_no_history():
         return euler(lambda x, sigma: model(x.clone(), sigma), x, sigmas)
 
     here, there = StepTable.trace(copied, SIGMAS), StepTable.trace(euler, SIGMAS)
-    assert not here.linear
+    assert here.plain
     for name in ("c0", "c1"):
         torch.testing.assert_close(getattr(here, name), getattr(there, name), rtol=1e-12, atol=1e-14)
 
 
-def test_whole_sigmas_have_rows_of_their_own_noise():
-    table = StepTable.trace(ancestral, [4, 2, 1, 0])
-    assert table.timestep.tolist() == [4.0, 2.0, 1.0] and table.draw.tolist() == [0, 1, 2]
-
-
 def test_noise_before_the_first_call_is_a_row_without_the_model():
     table = StepTable.trace(churned, SIGMAS)
-    assert len(table) == len(SIGMAS) and not table.linear
+    assert len(table) == len(SIGMAS) and table.plain
     first = table[0]
     assert (first.a, first.b, first.c0, first.c1, first.c2) == (0, 0, 0, 1, 0)
     assert first.s == pytest.approx(14 * 1.25**0.5, rel=1e-14) and first.noise_after == table[1].timestep == 21
     assert (table.s[:-1] > 0).all() and table.s[-1] == 0
+    whole = StepTable.trace(ancestral, [4, 2, 1, 0])
+    assert whole.timestep.tolist() == [4.0, 2.0, 1.0] and whole.draw.tolist() == [0, 1, 2]
     half = StepTable.trace(churned, SIGMAS, s_churn=0.2)  # further arguments are the function's
     assert half[1].timestep == pytest.approx(16.8)
-
-
-def test_the_generator_is_left_alone():
-    torch.manual_seed(0)
-    StepTable.trace(churned, SIGMAS)
-    drawn = torch.randn(3)
-    torch.manual_seed(0)
-    assert torch.equal(drawn, torch.randn(3))
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
@@ -218,34 +193,26 @@ def test_what_is_no_table(function, message):
         StepTable.trace(function, [*SIGMAS[:-1], 0.2, 0.1, 0.0])
 
 
-@pytest.mark.parametrize(
-    "sigmas, message",
-    [
+def test_arguments_are_checked():
+    for sigmas, message in (
         ([1.0], r"sigmas has shape \(1,\), expected \(levels,\) with at least 2"),
         ([[2.0, 1.0]], r"sigmas has shape \(1, 2\)"),
         ([1.0, float("nan")], "expected finite numbers >= 0"),
         ([1.0, -1.0], "sigmas reaches from -1.0 to 1.0"),
-    ],
-)
-def test_sigmas_are_checked(sigmas, message):
-    with pytest.raises(ValueError, match=message):
-        StepTable.trace(euler, sigmas)
-
-
-def test_what_is_no_sampler():
+    ):
+        with pytest.raises(ValueError, match=message):
+            StepTable.trace(euler, sigmas)
     with pytest.raises(TypeError, match=r"is a function of model, x, sigma_min .*, expected one of model, x and"):
         StepTable.trace(lambda model, x, sigma_min, sigma_max: x, SIGMAS)
     with pytest.raises(TypeError, match="scheduler is a int, expected an object with set_timesteps"):
         StepTable.trace(3, 10)
 
 
-def test_it_runs_on_the_cpu_whatever_the_default_device():
-    def function(model, x, sigmas):
-        for now, after in pairwise(sigmas):
-            denoised = model(x, now)
-            x = denoised + (x - denoised) * torch.tensor(0.5).item() * after / now
-        return x
-
-    expected = StepTable.trace(function, [3.0, 1.0, 0.0])
+def test_it_leaves_the_generator_alone_and_runs_on_the_cpu_whatever_the_default_device():
+    torch.manual_seed(0)
+    expected = StepTable.trace(churned, SIGMAS)
+    drawn = torch.randn(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.randn(3))
     with torch.device("meta"):
-        assert StepTable.trace(function, [3.0, 1.0, 0.0]) == expected
+        assert StepTable.trace(churned, SIGMAS) == expected

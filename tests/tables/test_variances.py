@@ -9,7 +9,7 @@ from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.schedules import SCHEDULES, make_betas
+from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.variances import VARIANCES
@@ -75,7 +75,7 @@ class Posterior:
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name, count", [("linear", 1000), ("cosine", 60), ("linear", 1)])
 def test_step_is_guided_diffusions(name, count, variance):
-    """With and without a gradient, over all timesteps and over a few of them."""
+    """With and without a gradient, over all timesteps, and over a few of them, whose steps are merged."""
     betas, levels = schedule(name, 1000)
     timesteps = spaced_timesteps(1000, count, "trailing")
     table = ddpm(make_grid(levels, timesteps, betas=betas), variance=variance)
@@ -92,24 +92,6 @@ def test_step_is_guided_diffusions(name, count, variance):
             assert found_x0 == pytest.approx(x0, rel=1e-9, abs=1e-9)
             expected = truth.step(variance, x0, x[i], v[i], z[i], gradient)
             assert found == pytest.approx(expected, rel=1e-8, abs=1e-8)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_learned_range_reaches_from_small_to_large(name):
-    """-1 gives fixed_small's standard deviation and 1 gives fixed_large's. The logarithm is linear in between."""
-    grid = full_grid(name)
-    small, large, table = (ddpm(grid, variance=v) for v in ("fixed_small", "fixed_large", "learned_range"))
-    for column in ("timestep", "a", "b", "c0", "c1", "c2", "draw", "g0"):
-        assert torch.equal(getattr(table, column), getattr(small, column))
-    for v, fixed in ((-1, small), (1, large)):
-        learned = table.s * torch.exp(table.l0 + table.l1 * v)
-        torch.testing.assert_close(learned, fixed.s, rtol=1e-13, atol=0)
-    middle = table.s * torch.exp(table.l0)
-    torch.testing.assert_close(middle, (small.s * large.s).sqrt(), rtol=1e-13, atol=0)
-    # The last row adds no noise, but it has a gradient and a likelihood. They use the variance of the step before.
-    assert (table.s == 1).tolist() == [True] * 999 + [False]
-    ends = [math.exp(2 * (table.l0[-1] + table.l1[-1] * v)) for v in (-1, 1)]
-    assert ends == pytest.approx([small.s[-2].item() ** 2, grid.betas[-1].item()], rel=1e-12)
 
 
 def test_rows_of_learned_variances_have_their_columns():
@@ -162,39 +144,11 @@ def test_gradient_is_another_eps(grid, prediction):
         x, m, h1, h2, h3, z, g = random(7, len(table), 3, seed=1)
         for i, row in enumerate(table):
             of_eps, of_x0 = -row.noise_now, (1 - row.signal_now**2) / row.signal_now
-            shift = {
-                "eps": of_eps,
-                "x0": of_x0,
-                "v": row.signal_now * of_eps - row.noise_now * of_x0,
-            }[prediction]
+            of_v = row.signal_now * of_eps - row.noise_now * of_x0
+            shift = {"eps": of_eps, "x0": of_x0, "v": of_v}[prediction]
             history, other = [h1[i], h2[i], h3[i]], m[i] + shift * g[i]
             guided = take(row, x[i], m[i], z[i], g=g[i], history=history)
             expected = take(row, x[i], other, z[i], history=history)
             kept = [push(row, [], x0, x[i], m) for (x0, _), m in ((guided, m[i]), (expected, other))]
             for here, there in zip((*guided, *kept[0]), (*expected, *kept[1]), strict=True):
                 assert here == pytest.approx(there, rel=1e-9, abs=1e-9)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("keep_eps", [False, True])
-def test_gradient_comes_after_the_clip(keep_eps, eta):
-    """As in guided-diffusion, whose eps follows from the clipped x0. The model's own eps is shifted by as much."""
-    grid = make_grid(schedule()[1], [999, 600, 250, 3])
-    x, m, z, g = random(4, 4, 50, seed=2)
-    for i, row in enumerate(ddim(grid, eta=eta, keep_eps=keep_eps)):
-        now, before = row.signal_now**2, row.signal_after**2
-        x0 = np.clip((x[i] - (1 - now) ** 0.5 * m[i]) / now**0.5, -1, 1)
-        eps = m[i] if keep_eps else (x[i] - now**0.5 * x0) / (1 - now) ** 0.5
-        eps = eps - (1 - now) ** 0.5 * g[i]
-        x0 = x0 + (1 - now) / now**0.5 * g[i]
-        sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
-        expected = before**0.5 * x0 + (1 - before - sigma**2) ** 0.5 * eps + sigma * z[i]
-        found_x0, found = take(row, x[i], m[i], z=z[i], g=g[i], clip=(-1, 1))
-        assert found_x0 == pytest.approx(x0, rel=1e-10, abs=1e-10)
-        assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
-
-
-def test_gradient_of_pure_noise_does_not_change_x0():
-    levels = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
-    for name in SAMPLERS:
-        assert SAMPLERS[name](make_grid(levels, [2, 1, 0])).g0[0] == 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback, kept, result_of
-from ddpm_ext.losses.rows import LossRows, Terms
+from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import KernelTables
@@ -23,8 +23,6 @@ from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
-
-__all__ = ["FusedTables", "tables_of", "timesteps_for"]
 
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
@@ -86,7 +84,7 @@ class FusedTables:
         self.with_error = loss is not None and loss[0]
         self.bound_factor = None if loss is None else loss[1](process.timesteps)
         loss_rows = partial(LossRows(process).get, "simple", timesteps.device, torch.float64)
-        bound = loss_rows(Terms(error=False, bound=(self.bound_factor or 0.0) / math.log(2))).clone()
+        bound = loss_rows(error=False, bound=(self.bound_factor or 0.0) / math.log(2)).clone()
         bound[0, 3:] = 0  # the peer computes t = 0 with its own normal CDF
         q_sample = torch.stack([process.sqrt_alphas_cumprod, process.sqrt_one_minus_alphas_cumprod], 1)
         self._ddpm = self._on_device(steps, q_sample=q_sample, error=loss_rows(), bound=bound)

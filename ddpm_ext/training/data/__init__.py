@@ -1,12 +1,10 @@
 """Images to train on: digits, shapes, folders of images, tensors and torch Datasets, all as float32 in [-1, 1]."""
 
-from ddpm_ext.training.data.choice import as_images, load_images
-from ddpm_ext.training.data.dataset import DatasetImages
+from ddpm_ext.training.data.choice import as_images, digits, load_images
+from ddpm_ext.training.data.dataset import DatasetImages, TensorImages
 from ddpm_ext.training.data.folder import FolderImages
 from ddpm_ext.training.data.shapes import Shapes
-from ddpm_ext.training.data.sklearn_digits import digits
 from ddpm_ext.training.data.source import DamagedImage, ImageSource, Labels, labels_of
-from ddpm_ext.training.data.tensor import TensorImages
 
 __all__ = [
     "DamagedImage",

@@ -13,12 +13,11 @@ from torch import Tensor
 from ddpm_ext import reference
 from ddpm_ext.training.data.source import Labels
 
-__all__ = ["SHAPES", "Shapes"]
-
 Array = npt.NDArray[np.float64]
 
 _WORD = 2**32
-_POINTS = 4  # along each side of a pixel, by which it is known how much of it the shape covers
+# Points along each side of a pixel; the share of them inside the shape is the share of the pixel that it covers.
+_POINTS = 4
 
 
 class Shapes:

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DamagedImage", "ImageSource", "Labels", "check_range", "digest", "labels_of"]
-
-_LARGEST = 1.001  # rounding may have made an image a little larger than 1
+_LARGEST = 1.001  # and not 1, because a pixel that a transform computed may be rounded to slightly more
 
 
 class DamagedImage(ValueError):
@@ -59,7 +57,10 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A text that changes with the images, as far as this shows without reading them all."""
+        """A text by which a resume sees whether the images are still those of the run.
+
+        It may be made without reading all of them, as a folder's from the names and sizes of its files.
+        """
         ...
 
 

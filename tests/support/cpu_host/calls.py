@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from support import extended, linear
+from support.step_inputs import RESULTS, make_table, options
 from torch import Tensor
 
 import ddpm_ext
 from ddpm_ext import Philox, ops
-from ddpm_ext.ops import fused
+from ddpm_ext.ops.extension import C
 
 # As DType of csrc/call.h numbers them, and then those of which only the bytes matter.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.float64)
@@ -90,27 +90,26 @@ def all_calls() -> Iterator[Call]:
 
 
 def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    table, t = normal(4, 8, seed=0), torch.tensor([3, 0, 1, 2, 1])
-    table[::3, 4] = table[2, 5] = 0
-    table.view(torch.int32)[:, 6] = torch.tensor([0, 9, 2**31 - 1, 77])
+    table, t = make_table(4), torch.tensor([3, 0, 1, 2, 1])
     affine, seed, first = normal(4, 2, seed=1), 2**64 - 3, 2**32 - 2
     rng = {"rng": Philox(seed, first)}
-    for noise, own, options in (
+    for noise, own, how in (
         ("drawn", drawn(seed, first), rng),
         ("given", {"noise": z}, {"noise": z}),
         ("none", {}, {"add_noise": False}),
     ):
-        expected = ops.reverse_step(x, m, table, t, **options)
+        expected = ops.reverse_step(x, m, table, t, **how)
         arguments = {"x": x, "model_output": m, **rows_of(table, t), **own}
         yield Call(f"reverse_step {noise}", "reverse_step", arguments, {"out": expected})
         if x.dtype != m.dtype:
             continue
-        expected = ops.forward_process(x, affine, t, **options)
+        expected = ops.forward_process(x, affine, t, **how)
         if own.get("stream") is not None:
             own = drawn(seed, first, stream=2)
         yield Call(f"affine {noise}", "affine", {"x": x, **rows_of(affine, t), **own}, {"out": expected})
         if noise == "drawn" and x.dtype == torch.float32:
-            both = dict(zip(("out", "noise"), fused.forward_process_and_noise(x, affine, t, **options), strict=True))
+            made = C.forward_process_and_noise(x, affine, t, 0, *rng["rng"].arguments(2))
+            both = dict(zip(("out", "noise"), made, strict=True))
             yield Call("affine and its noise", "affine", {"x": x, **rows_of(affine, t), **own}, both)
     if x.dtype == m.dtype:
         expected = ddpm_ext.randn(x.shape, Philox(7, 2**56 - 5, draw=2**32 - 1, stream=255), dtype=x.dtype)
@@ -119,27 +118,25 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    """The steps with options: none, each alone, all at once."""
-    for step in (extended, linear):
-        table, t = step.make_table(8), torch.tensor([3, 0, 1, 2, 7])
-        every = step.options(tuple(x.shape), x.dtype, m.dtype)
-        for i, names in enumerate([[], list(every), *([name] for name in every)]):
-            given = {name: every[name] for name in names}
-            if ("known" in given) != ("mask" in given):
-                given |= {name: every[name] for name in ("known", "mask")}
-            options, own = [
-                ({"rng": Philox(5, 2**33)}, drawn(5, 2**33)),
-                ({"noise": z}, {"noise": z}),
-                ({"add_noise": False}, {}),
-            ][i % 3]
-            results = {name: torch.empty_like(x) for name in step.RESULTS if name != "out"}
-            arguments = {"x_t": x, "model_output": m, **rows_of(table, t), **given, **own}
-            how = {**options, **given, **results}
-            if "model_variance" in given:
-                how["log_variance"] = i % 2 == 0
-                arguments["variance"] = integer(1 if i % 2 == 0 else 2)
-            results["out"] = getattr(ops, step.OPERATOR)(x, m, table, t, **how)
-            yield Call(f"{step.OPERATOR} {names}", step.OPERATOR, arguments, results)
+    """The step with options: none, each alone, all at once."""
+    table, t = make_table(8), torch.tensor([3, 0, 1, 2, 7])
+    every = options(tuple(x.shape), x.dtype, m.dtype)
+    for i, names in enumerate([[], list(every), *([name] for name in every)]):
+        given = {name: every[name] for name in names}
+        if ("known" in given) != ("mask" in given):
+            given |= {name: every[name] for name in ("known", "mask")}
+        how, own = [
+            ({"rng": Philox(5, 2**33)}, drawn(5, 2**33)),
+            ({"noise": z}, {"noise": z}),
+            ({"add_noise": False}, {}),
+        ][i % 3]
+        results = {name: torch.empty_like(x) for name in RESULTS if name != "out"}
+        arguments = {"x_t": x, "model_output": m, **rows_of(table, t), **given, **own}
+        if "model_variance" in given:
+            how = {**how, "log_variance": i % 2 == 0}
+            arguments["variance"] = integer(1 if i % 2 == 0 else 2)
+        results["out"] = ops.step_with_options(x, m, table, t, **how, **given, **results)
+        yield Call(f"step_with_options {names}", "step_with_options", arguments, results)
 
 
 def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
@@ -166,7 +163,7 @@ def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 def scale_calls(x: Tensor, m: Tensor, u: Tensor) -> Iterator[Call]:
     """The factors that follow from statistics: quantiles of all ranks, of x itself and of what a model predicts."""
-    table, t, u = extended.make_table(4), torch.tensor([3, 0, 1, 2, 1]), u.to(m.dtype)
+    table, t, u = make_table(4), torch.tensor([3, 0, 1, 2, 1]), u.to(m.dtype)
     factors = torch.tensor([0.5, 1.5, 2.0, -1.0, 0.0])
     for quantile, maximum in ((0.2, math.inf), (0.995, math.inf), (1.0, 3.0)):
         numbers = {"quantile": torch.tensor([quantile], dtype=torch.float64), "maximum": torch.tensor([maximum])}

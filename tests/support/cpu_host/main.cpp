@@ -113,19 +113,13 @@ ElementwiseCall elementwise(const Arrays& arrays) {
   return call;
 }
 
-void set(ExtendedStep::Settings& settings, const Arrays& arrays) {
-  settings.variance = static_cast<Variance>(arrays.number<int64_t>("variance", 0));
-}
-void set(LinearStep::Settings&, const Arrays&) {}
-
-template <class Step>
-StepCall<Step> step_with_options(const Arrays& arrays) {
-  StepCall<Step> call;
+StepCall step_with_options(const Arrays& arrays) {
+  StepCall call;
   fill(call, arrays);
-  for (int i = 0; i < kRoles<Step>; ++i) call.inputs[i] = arrays.tensor(Step::kRoleNames[i], call.numel);
-  for (int i = 0; i < kResults<Step>; ++i) call.results[i] = arrays.tensor(Step::kResultNames[i], call.numel);
-  for (int i = 0; i < kFactors<Step>; ++i) call.factors[i] = {arrays.data<float>(Step::kFactorNames[i]), 1};
-  set(call.settings, arrays);
+  for (int i = 0; i < kRoles; ++i) call.inputs[i] = arrays.tensor(kRoleNames[i], call.numel);
+  for (int i = 0; i < kResults; ++i) call.results[i] = arrays.tensor(kResultNames[i], call.numel);
+  for (int i = 0; i < kFactors; ++i) call.factors[i] = {arrays.data<float>(kFactorNames[i]), 1};
+  call.variance = static_cast<Variance>(arrays.number<int64_t>("variance", 0));
   return call;
 }
 
@@ -181,8 +175,7 @@ void run(const std::string& name, const Arrays& arrays) {
   if (name == "reverse_step") return cpu::reverse_step(elementwise(arrays));
   if (name == "affine") return cpu::affine(elementwise(arrays));
   if (name == "randn") return cpu::randn(elementwise(arrays));
-  if (name == "extended_step") return cpu::extended_step(step_with_options<ExtendedStep>(arrays));
-  if (name == "linear_step") return cpu::linear_step(step_with_options<LinearStep>(arrays));
+  if (name == "step_with_options") return cpu::step_with_options(step_with_options(arrays));
   if (name == "loss") return cpu::loss(loss(arrays));
   if (name == "x_start_scale") return x_start_scale(arrays);
   if (name == "output_scale") return output_scale(arrays);

@@ -7,10 +7,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["find", "name_of"]
 
-
-def find(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
+def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
     """The function or class that "module:name" names; its module is imported.
 
     Args:
@@ -33,6 +31,6 @@ def find(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]
 
 
 def name_of(given: Callable[..., Any]) -> str:
-    """The "module:name" of a function or a class, and of another object that of its class."""
+    """The "module:name" of a function or a class; of any other object, that of its class."""
     named = given if hasattr(given, "__qualname__") else type(given)
     return f"{named.__module__}:{named.__qualname__}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.folder import (
     SCHEDULER,
     build_unet,
+    check_architecture,
     check_finite,
     check_supported,
     load_model,
@@ -25,11 +26,9 @@ from ddpm_ext.models.folder import (
 )
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.ops.noise import Philox
-from ddpm_ext.training import checkpoints, record
-from ddpm_ext.training.inputs import SHAPE
+from ddpm_ext.training import checkpoints, run_options
 from ddpm_ext.training.options import with_defaults_of
-
-__all__ = ["Trained", "class_of", "draw", "load"]
+from ddpm_ext.training.run_options import OF_MODEL, SHAPE, settings_by
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Trained:
     settings: of its diffusion, which settings.diffusion() makes.
     shape: (channels, height, width) of one sample.
     classes: of a class-conditional model; None for another.
+    diffusion: the one to sample with; None: settings.diffusion().
 
     Examples:
         >>> from ddpm_ext.models.scheduler import DiffusionSettings
@@ -51,6 +51,7 @@ class Trained:
     settings: DiffusionSettings
     shape: tuple[int, int, int]
     classes: Classes | None = None
+    diffusion: GaussianDiffusion | None = field(default=None, repr=False)
 
     def sample(self, count: int, *, seed: int = 0, first: int = 0, classes: Sequence[int] = (), **loop: Any) -> Tensor:
         """Samples from the model.
@@ -65,53 +66,24 @@ class Trained:
         Returns:
             (count, channels, height, width), about in [-1, 1], on the model's device.
         """
-        device = next(self.model.parameters()).device
-        return draw(
-            self.settings.diffusion(),
-            self.model,
-            self.shape,
-            range(first, first + count),
-            classes=self.classes,
-            chosen=classes,
-            seed=seed,
-            device=device,
-            **loop,
-        )
-
-
-def draw(
-    diffusion: GaussianDiffusion,
-    model: nn.Module,
-    shape: tuple[int, int, int],
-    samples: range,
-    *,
-    classes: Classes | None,
-    seed: int,
-    device: torch.device,
-    chosen: Sequence[int] = (),
-    **loop: Any,
-) -> Tensor:
-    """The samples with these ids, (samples, channels, height, width); classes and noise depend on the ids alone.
-
-    loop: further arguments of p_sample_loop.
-    """
-    kwargs = {}
-    if classes is not None:
-        guidance = loop.get("guidance")
-        # Without an unconditional model the model gets the batch twice.
-        twice = isinstance(guidance, Guidance) and guidance.unconditional is None
-        kwargs["labels"] = classes.model_kwargs(samples, chosen, guided=twice, device=device)["class_labels"]
-    options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
-    with torch.no_grad():
-        found = diffusion.p_sample_loop(
-            model if classes is None else lambda x, t, labels: model(x, t, labels),
-            (len(samples), *shape),
-            model_kwargs=kwargs,
-            rng=Philox(seed, sample_ids=samples.start),
-            **options,
-        )
-    assert isinstance(found, Tensor)  # the type for record="last"
-    return found
+        model, device, labels = self.model, next(self.model.parameters()).device, {}
+        if self.classes is not None:
+            guidance = loop.get("guidance")
+            # Without an unconditional model the model gets the batch twice.
+            twice = isinstance(guidance, Guidance) and guidance.unconditional is None
+            found = self.classes.model_kwargs(range(first, first + count), classes, guided=twice, device=device)
+            labels = {"labels": found["class_labels"]}
+        options: dict[str, Any] = {"record": "last", "progress": False, "device": device} | loop
+        with torch.no_grad():
+            drawn = (self.diffusion or self.settings.diffusion()).p_sample_loop(
+                model if self.classes is None else lambda x, t, labels: model(x, t, labels),
+                (count, *self.shape),
+                model_kwargs=labels,
+                rng=Philox(seed, sample_ids=first),
+                **options,
+            )
+        assert isinstance(drawn, Tensor)  # the type for record="last"
+        return drawn
 
 
 def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Trained:
@@ -156,19 +128,21 @@ def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device:
         config = {name: value for name, value in parts.config.items() if name != "class"}
         check_supported(config, parts.path)
         model = build_unet(config, str(parts.path))
-    _fill(model, parts.weights, parts.path)
+    check_architecture(model, parts.weights, parts.path, f"the {type(model).__name__}")
+    model.load_state_dict(parts.weights)
+    check_finite(model, parts.path)
     placed = nn.Module.to(model, device).eval().requires_grad_(False)
     return Trained(placed, parts.settings, parts.shape, parts.classes)
 
 
-def class_of(folder: Path) -> str | None:
+def network_of(folder: Path) -> str | None:
     """The class of a run's model, as "module:name" where it is known where it is defined; None: a UNet2DModel.
 
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
     described = _described(folder)
-    kind = str(described.get("class") or record.find(folder, report=_discard)[1]["about"].get(f"{_OF_MODEL}class"))
+    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{OF_MODEL}class"))
     network = str(described.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
     return None if kind == _UNET else network if importable else kind
@@ -180,7 +154,6 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 _UNET = "UNet2DModel"
-_OF_MODEL = "model's "  # in what a run was started with, before what network.describe says
 
 
 class _Parts(NamedTuple):
@@ -202,44 +175,26 @@ def _finished(folder: Path, described: dict[str, Any]) -> _Parts:
     settings = read_settings(read_json(scheduler), str(scheduler))
     shape = described.get("shape")
     if shape is None:  # a run from before it was written there
-        shape = record.find(folder, report=_discard)[1]["about"].get(SHAPE)
+        shape = run_options.find(folder)[1]["about"].get(SHAPE)
     config = {"class": described.get("class")}
     return _Parts(read_weights(path), path, settings, _checked_shape(shape, folder), classes, config)
 
 
 def _unfinished(folder: Path) -> _Parts:
     """The average in the newest checkpoint that can be read, its file, and what the run was started with."""
-    path, begun = record.find(folder, report=_discard)
-    if path.name == record.OPTIONS:
+    path, begun = run_options.find(folder)
+    if path.name == run_options.OPTIONS:
         raise ValueError(f"run: {folder} has no model and no checkpoint yet, expected at least one")
     options, about = with_defaults_of(begun["options"], {}), begun["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
-    settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
-    weights = checkpoints.part(checkpoints.load(path)[0], "average.")
-    config = {name.removeprefix(_OF_MODEL): value for name, value in about.items() if name.startswith(_OF_MODEL)}
-    return _Parts(weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes, config)
+    weights = checkpoints.under(checkpoints.load(path)[0], "average.")
+    config = {name.removeprefix(OF_MODEL): value for name, value in about.items() if name.startswith(OF_MODEL)}
+    return _Parts(weights, path, settings_by(options), _checked_shape(about.get(SHAPE), folder), classes, config)
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:
     if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
         raise ValueError(f"run: {folder} has samples of shape {shape!r}, expected [channels, height, width]")
     return shape[0], shape[1], shape[2]
-
-
-def _fill(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copies weights into a module; raises ValueError, naming the file, if they are those of another architecture."""
-    wanted = model.state_dict()
-    for name in sorted({*wanted, *weights}):
-        found, own = weights.get(name), wanted.get(name)
-        if found is None or own is None or found.shape != own.shape:
-            has = "no " + name if found is None else f"{name} of shape {tuple(found.shape)}"
-            needs = f"one of shape {tuple(own.shape)}" if own is not None else "none"
-            raise ValueError(f"model: {path} has {has}, and a {type(model).__name__} has {needs}, expected the same")
-    model.load_state_dict(weights)
-    check_finite(model, path)
-
-
-def _discard(text: str) -> None:
-    """A report that nobody reads."""
