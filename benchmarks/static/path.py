@@ -139,7 +139,7 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     order, forward, back = walk(kernel)
     instructions = kernel.instructions
     widest = max((i.global_bits for i in instructions if i.name == "STG"), default=0)
-    wide = 64 if sums else max(64, min(widest, 128))
+    wide = 64 if sums or widest == 64 else 128
 
     def worth(i: int, stores: bool) -> Score:
         """`stores`: whether the way makes a 128-bit store from here on."""
