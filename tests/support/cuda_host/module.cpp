@@ -142,6 +142,7 @@ PYBIND11_MODULE(control, m) {
   m.def("radius_mismatches", &radius_mismatches);
   m.def("poison", [](uintptr_t p, size_t size) { standin::poison(reinterpret_cast<void*>(p), size); });
   m.def("unpoison", [](uintptr_t p, size_t size) { standin::unpoison(reinterpret_cast<void*>(p), size); });
+  m.def("roots_from_every_start", &probe::roots_from_every_start);
   m.def("block_sums", &probe::block_sums);
   m.def("order_of_threads", &probe::order_of_threads);
   m.def("run_kernel", &probe::run_kernel);

@@ -10,6 +10,11 @@ namespace probe {
 
 float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square root
 
+// Takes the kernels' square root of every mantissa and both parities of the exponent, from every start within 2^-22.9,
+// the error that the manual of rsqrt.approx allows. Returns how many starts there were and how many roots were not
+// correctly rounded, and both again for the starts within 2^-23.3.
+std::vector<int64_t> roots_from_every_start();
+
 // Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);
 
