@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.devices import moved
+from support.operators import as_float64
 from support.step_inputs import RESULTS, make_row, options
 
 from ddpm_ext import Philox, ops, reference
-from ddpm_ext.ops.row import ROW
 
 OPS = torch.ops.ddpm_ext
 SHAPE = (3, 2, 5, 7)
@@ -131,14 +131,6 @@ def assert_gradients(fused, twin, tensors):
         # measured worst: 0.3 of this bound in float32, 0.31 in the others
         tolerance = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[tensor.dtype]
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def as_float64(table):
-    """A step table in float64, as the reference reads it."""
-    wide = table.double()
-    draw = ROW.index("draw")
-    wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
-    return wide
 
 
 def away_from_the_clip(x, m, table, t, clip):
