@@ -27,8 +27,6 @@ from ddpm_ext.tables.schedules import NoiseSchedule
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # torch needs typing_extensions, too
 
-__all__ = ["GaussianDiffusion"]
-
 
 class GaussianDiffusion(Process):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).

@@ -8,8 +8,6 @@ import torch
 
 from ddpm_ext.ops.extension import BUILT, C
 
-__all__ = ["__version__", "build_info", "default_device"]
-
 
 def _version() -> str:
     """The version in the installed metadata, which is that of pyproject.toml when the package was installed.

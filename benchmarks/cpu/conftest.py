@@ -17,14 +17,11 @@ import pytest
 import torch
 
 import ddpm_ext
+from ddpm_ext.base.files import write_text
 
 SHAPES = [(1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32), (16, 3, 256, 256)]
-BASELINES = (
-    "eager",
-    "eager, chained",
-    "diffusers",
-    "guided-diffusion",
-)  # ratios are taken against the first of these that a group has
+# Ratios are taken against the first of these that a group has.
+BASELINES = ("eager", "eager, chained", "diffusers", "guided-diffusion")
 
 
 def pytest_addoption(parser):
@@ -101,7 +98,4 @@ def pytest_terminal_summary(terminalreporter, config):
     if path := config.getoption("--table"):
         command = "make bench"
         text = "\n".join(["# Benchmarks", "", *(f"- {line}" for line in machine()), f"- `{command}`", "", *rows, ""])
-        beside = Path(f"{path}.part")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text)
-        beside.replace(path)
+        write_text(path, text)

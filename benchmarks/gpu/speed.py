@@ -30,7 +30,6 @@ from benchmarks.gpu.machine import clock
 from benchmarks.gpu.timing import Scale, Timer
 from benchmarks.gpu.ways import (
     GD,
-    LINEAR,
     MOVED,
     NEAR,
     OF_MODEL,
@@ -38,6 +37,7 @@ from benchmarks.gpu.ways import (
     RNG,
     STEPS,
     TRAINING,
+    WITH_HISTORY,
     WITH_OPTIONS,
     Batch,
     Shape,
@@ -154,14 +154,15 @@ def loop(bench: Bench) -> Iterator[Job]:
 def rest(bench: Bench) -> Iterator[Job]:
     both, large, others_too = [(F32, F32), (BF16, BF16)], bench.shapes[:1], [*others(), *compiled(bench.compiler)]
     yield from bench.jobs(STEPS[::2], both, bench.shapes[2:])
-    yield from bench.jobs([*LINEAR, *REST], both, large)
+    yield from bench.jobs([*WITH_HISTORY, *REST], both, large)
     # Of odd sides, so that nearly all samples begin off alignment.
     batch, channels, *sides = large[0]
     usual = [way for way in REST if way.operation in WITH_OPTIONS]
-    yield from bench.jobs([STEPS[0], *LINEAR[:1], *usual], both, [(batch, channels, *(side - 1 for side in sides))])
+    off_alignment = [(batch, channels, *(side - 1 for side in sides))]
+    yield from bench.jobs([STEPS[0], *WITH_HISTORY[:1], *usual], both, off_alignment)
     yield from bench.jobs([TRAINING], [(F32, F32)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.operation != "p_sample"], [(F32, F32)], large)
-    yield from bench.jobs([*LINEAR, *REST], [(F32, F32)], bench.shapes[1:])
+    yield from bench.jobs([*WITH_HISTORY, *REST], [(F32, F32)], bench.shapes[1:])
     yield from bench.jobs(STEPS[1:2], [(F32, F32)], bench.shapes)
     yield from bench.jobs(STEPS[:1], [(F16, F16), (F32, BF16)], bench.shapes)
     yield from bench.jobs([way for way in others_too if way.way != NEAR], [(F32, F32)], bench.shapes[2:])

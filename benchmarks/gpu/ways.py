@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
 from ddpm_ext.demo.eager import EagerDiffusion
+from ddpm_ext.ops.row import ROW, WIDTH
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.spacing import spaced_grid
 
@@ -44,10 +45,10 @@ MOVED = {
     "q_sample": ("x", "out"),
     "q_sample, noise given": ("x", "noise", "out"),
     "randn": ("out",),
-    "extended_step": ("x", "m", "out"),
-    "extended_step, learned variance": ("x", "m", "noise", "out"),
-    "extended_step, guidance": ("x", "m", "u", "out"),
-    "extended_step, x0 and history": ("x", "m", "history1", "out", "kept"),
+    "step_with_options": ("x", "m", "out"),
+    "step_with_options, learned variance": ("x", "m", "noise", "out"),
+    "step_with_options, guidance": ("x", "m", "u", "out"),
+    "step_with_options, x0 and history": ("x", "m", "history1", "out", "kept"),
     "x_start_scale": ("x", "m"),
     "output_scale": ("m", "u"),
     "loss and slope": ("x", "m", "m"),
@@ -64,9 +65,13 @@ class Way(NamedTuple):
     captured: bool = True
 
 
-# Rows of the tables: of a step with noise, history and guidance where they are given, and of the loss of a predicted v.
-STEP_ROW = (1.1, -0.5, 0.2, 0.8, 0.0, 0.1, 0.0, 0.3, -1.0, 0.5, 0.0, 0.0, 1.0, 0.0, 7.5, 0.0)
-LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)
+# Of a step with noise, and with history, guidance, a learned variance and a known part where they are given.
+STEP_NUMBERS = {
+    **{"a": 1.1, "b": -0.5, "c0": 0.2, "c1": 0.8, "s": 0.1, "w": 7.5},
+    **{"h1": 0.3, "l0": -1.0, "l1": 0.5, "signal_after": 1.0},
+}
+STEP_ROW = tuple(STEP_NUMBERS.get(name, 0.0) for name in ROW) + (0.0,) * (WIDTH - len(ROW))
+LOSS_ROW = (-0.6, 0.8, 1.0, 0.0)  # of the loss of a predicted v
 
 
 @functools.cache
@@ -78,20 +83,15 @@ def p_sample(b: Batch, **options: Any) -> Tensor:
     return GD.p_sample(lambda *_: b.m, b.x, b.t, **options)
 
 
-def extended_step(b: Batch, **options: Any) -> Tensor:
-    return ops.extended_step(b.x, b.m, table(STEP_ROW, b.x.device), b.t, rng=RNG, out=b.out, **options)
+def step_with_options(b: Batch, row: tuple[float, ...] = STEP_ROW, **options: Any) -> Tensor:
+    return ops.step_with_options(b.x, b.m, table(row, b.x.device), b.t, rng=RNG, out=b.out, **options)
 
 
 def x_start_scale(b: Batch) -> Tensor:
     return ops.x_start_scale(b.x, b.m, table(STEP_ROW, b.x.device), b.t, quantile=0.995)
 
 
-def linear_step(row: tuple[float, ...], reads: Sequence[str], b: Batch) -> Tensor:
-    tensors = {name: getattr(b, name) for name in reads} | {"out": b.out, "history_out": b.kept}
-    return ops.linear_step(b.x, b.m, table(row, b.x.device), b.t, rng=RNG, **tensors)
-
-
-def linear_ways() -> Iterator[Way]:
+def ways_with_history() -> Iterator[Way]:
     """A step in the middle of a loop, of one sampler for each set of tensors that steps with history read and write."""
     seen = set()
     for name in ("unipc", *SAMPLERS):
@@ -101,9 +101,14 @@ def linear_ways() -> Iterator[Way]:
         kind = len(reads), bool(columns.s[middle] != 0)
         if reads and kind not in seen:
             seen.add(kind)
-            MOVED[f"linear_step, {name}"] = ("x", "m", *reads, "out", "kept")
-            row = tuple(columns.packed_linear("cpu")[middle].tolist())
-            yield Way(f"linear_step, {name}", "ddpm_ext, out=", functools.partial(linear_step, row, reads))
+            MOVED[f"step_with_options, {name}"] = ("x", "m", *reads, "out", "kept")
+            row = tuple(columns.packed("cpu")[middle].tolist())
+
+            def call(b: Batch, row: tuple[float, ...] = row, reads: Sequence[str] = reads) -> Tensor:
+                history = {each: getattr(b, each) for each in reads}
+                return step_with_options(b, row, **history, history_out=b.kept)
+
+            yield Way(f"step_with_options, {name}", "ddpm_ext, out=", call)
 
 
 def loss_and_slope(b: Batch) -> Tensor:
@@ -130,24 +135,26 @@ STEPS = (
     Way("p_sample", "ddpm_ext", lambda b: p_sample(b, rng=RNG)),
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
-LINEAR = tuple(linear_ways())
-WITH_OPTIONS = ("extended_step, guidance", "extended_step, x0 and history")  # that have kernels of their own
+WITH_HISTORY = tuple(ways_with_history())
+WITH_OPTIONS = ("step_with_options, guidance", "step_with_options, x0 and history")  # that have kernels of their own
 # The most valuable first.
 REST = (
-    Way("extended_step, guidance", "ddpm_ext, out=", lambda b: extended_step(b, uncond_output=b.u)),
+    Way("step_with_options, guidance", "ddpm_ext, out=", lambda b: step_with_options(b, uncond_output=b.u)),
     Way(
-        *("extended_step, x0 and history", "ddpm_ext, out="),
-        lambda b: extended_step(b, history=b.history1, x0_out=b.kept),
+        *("step_with_options, x0 and history", "ddpm_ext, out="),
+        lambda b: step_with_options(b, history1=b.history1, x0_out=b.kept),
     ),
     Way("loss and slope", "ddpm_ext", loss_and_slope),
     Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),
     Way("x_start_scale", "ddpm_ext", x_start_scale),
     Way("output_scale", "ddpm_ext", lambda b: ops.output_scale(b.m, b.u, guidance=3.0, rescale=0.7)),
-    Way("extended_step, learned variance", "ddpm_ext, out=", lambda b: extended_step(b, model_variance=b.noise)),
+    Way(
+        "step_with_options, learned variance", "ddpm_ext, out=", lambda b: step_with_options(b, model_variance=b.noise)
+    ),
     Way("q_sample, noise given", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, noise=b.noise, out=b.out)),
     Way("p_sample, noise given", "ddpm_ext, out=", lambda b: p_sample(b, noise=b.noise, out=b.out)),
     Way("randn", "ddpm_ext", lambda b: randn(b.x.shape, RNG, device=b.x.device, dtype=b.x.dtype)),
-    Way("extended_step", "ddpm_ext, out=", extended_step),
+    Way("step_with_options", "ddpm_ext, out=", step_with_options),
 )
 TRAINING = Way(
     *("train_losses", "ddpm_ext", trained(lambda m, b: GD.train_losses(lambda *_: m, b.x, b.t, rng=RNG))),

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ SHAPES = ((64, 3, 32, 32), (16, 3, 256, 256))
 OPERATIONS = ("noise", "step")
 ROUNDS, LEAST, T = 25, 0.02, 500
 
+Key = TypeVar("Key")
 Measured = Mapping[str, Mapping[str, float]]  # by heap; then microseconds by "operation, shape, way"
 
 
@@ -53,16 +54,16 @@ def ways(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def medians(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def medians(runs: Mapping[Key, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Key, float]:
     """Microseconds of each, in turns, so that other load on the machine slows all of them."""
-    repeats = {}
+    repeats: dict[Key, int] = {}
     for name, run in runs.items():
         run()
         begin = time.perf_counter()
         run()
         repeats[name] = max(1, int(LEAST / (time.perf_counter() - begin)))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
+    times: dict[Key, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
         for name, run in runs.items():
             begin = time.perf_counter()
             for _ in range(repeats[name]):

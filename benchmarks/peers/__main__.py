@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +12,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu.conftest import machine
+from benchmarks.overview.steps import medians
 from benchmarks.peers.cases import Case, cases
 from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
 
-ROUNDS, LEAST = 15, 0.02  # how often each way is timed, and for how many seconds at least
+ROUNDS = 15  # how often each way is timed
 
 
 class Count(TorchDispatchMode):
@@ -46,28 +45,10 @@ def counted(run: Callable[[], Any], steps: int) -> tuple[float, float]:
     return count.launches / steps, count.reads / steps
 
 
-def medians(runs: list[Callable[[], Any]]) -> list[float]:
-    """The seconds that each takes. They run in turn, so that other load on the machine slows all of them."""
-    repeats = []
-    for run in runs:
-        run()
-        begin = time.perf_counter()
-        run()
-        repeats.append(max(1, int(LEAST / (time.perf_counter() - begin))))
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
-        for run, repeat, of_run in zip(runs, repeats, times, strict=True):
-            begin = time.perf_counter()
-            for _ in range(repeat):
-                run()
-            of_run.append((time.perf_counter() - begin) / repeat)
-    return [statistics.median(of_run) for of_run in times]
-
-
 def row(case: Case, shape: tuple[int, ...]) -> str:
     objects = [case.obj, accelerate(case.obj), accelerate(case.obj, noise="philox", seed=0)]
     runs = [case.prepare(obj, shape) for obj in objects]
-    plain, *others = (seconds / case.steps * 1e6 for seconds in medians(runs))
+    plain, *others = (us / case.steps for us in medians(dict(enumerate(runs)), ROUNDS).values())
     counts = [counted(run, case.steps) for run in runs]
     cells = [case.library, case.what, f"{plain:.1f}"]
     for ours in others:

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Case", "cases"]
-
 STEPS = 20
 PIXELS, LATENTS = ((1, 3, 32, 32), (64, 3, 32, 32)), ((1, 4, 64, 64), (64, 4, 64, 64))
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
@@ -219,7 +217,7 @@ def _denoising(library: str) -> Iterator[Case]:
     options = {"image_size": 32, "beta_schedule": "cosine", "objective": "pred_noise"}
     whole = peer.GaussianDiffusion(Net(), timesteps=STEPS, **options).eval()
     some = peer.GaussianDiffusion(Net(), timesteps=1000, sampling_timesteps=STEPS, **options).eval()
-    yield Case(library, "p_sample", whole, lambda obj, shape: _denoising_step(obj, shape))
+    yield Case(library, "p_sample", whole, _denoising_step)
     yield Case(library, "p_sample_loop", whole, lambda obj, shape: lambda: obj.p_sample_loop(shape), STEPS)
     yield Case(library, "ddim_sample", some, lambda obj, shape: lambda: obj.ddim_sample(shape), STEPS)
     yield Case(library, "p_losses and backward", peer.GaussianDiffusion(Net(), **options), _denoising_training)

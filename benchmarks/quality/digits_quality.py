@@ -42,14 +42,15 @@ def classifiers() -> dict[str, Any]:
     }
 
 
-def draw(model: LoadedModel, count: int, seed: int, batch: int) -> torch.Tensor:
-    """Samples (count, 1, 8, 8) by DDPM with all steps of the schedule."""
+def draw(model: LoadedModel, count: int, seed: int, batch: int, **loop: Any) -> torch.Tensor:
+    """Samples (count, 1, 8, 8). loop: options of p_sample_loop, which by itself is DDPM with all steps."""
     diffusion = model.settings.diffusion()
     parts = []
     with torch.no_grad():
         for first in range(0, count, batch):
             shape = (min(batch, count - first), *model.shape)
-            parts.append(diffusion.p_sample_loop(model.unet, shape, rng=Philox(seed, sample_ids=first), record="last"))
+            rng = Philox(seed, sample_ids=first)
+            parts.append(diffusion.p_sample_loop(model.unet, shape, rng=rng, record="last", **loop))
     return torch.cat(parts)
 
 

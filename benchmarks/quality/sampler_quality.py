@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from digits_quality import SURE, classifiers
+from digits_quality import SURE, classifiers, draw
 from sklearn.neural_network import MLPClassifier
 
-from ddpm_ext import Philox
 from ddpm_ext.base.files import atomic_path, write_text
 from ddpm_ext.models.folder import load_model
 from ddpm_ext.tables.samplers import SAMPLERS
@@ -59,28 +58,13 @@ def frechet(x: Array, y: Array) -> float:
     return distance(*(moments(torch.from_numpy(z)) for z in (x, y)))
 
 
-def draw(sampler: str, steps: int, count: int, batch: int, keep: Path) -> torch.Tensor:
+def samples_of(sampler: str, steps: int, count: int, batch: int, keep: Path) -> torch.Tensor:
     """Samples (count, 1, 8, 8), from the folder if it has enough."""
     path = keep / f"{sampler}-{steps}.npy"
     if path.exists() and len(kept := np.load(path)) >= count:
         return torch.from_numpy(kept[:count])
-    model = load_model("digits")
-    diffusion, parts = model.settings.diffusion(), []
-    with torch.inference_mode():
-        for first in range(0, count, batch):
-            samples = diffusion.p_sample_loop(
-                model.unet,
-                (min(batch, count - first), *model.shape),
-                sampler=sampler,
-                steps=steps,
-                spacing=SPACING,
-                rng=Philox(0, sample_ids=first),
-                record="last",
-                progress=False,
-            )
-            assert isinstance(samples, torch.Tensor)
-            parts.append(samples)
-    drawn = torch.cat(parts)
+    loop = {"sampler": sampler, "steps": steps, "spacing": SPACING, "progress": False}
+    drawn = draw(load_model("digits"), count, 0, batch, **loop)
     keep.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as beside, open(beside, "wb") as opened:
         np.save(opened, drawn.numpy())
@@ -127,7 +111,7 @@ def main() -> None:
             cells.append(
                 ""
                 if options.kept_only and missing
-                else cell(draw(sampler, steps, options.num, options.batch_size, options.keep))
+                else cell(samples_of(sampler, steps, options.num, options.batch_size, options.keep))
             )
             print(f"{sampler}, {steps} steps: {cells[-1]} ({time.monotonic() - begin:.0f} s)", flush=True)
         cells.append(", ".join(f"{calls(sampler, steps):,}" for steps in options.steps))

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-EXTENDED, LINEAR, LOSS, BOUND = "ExtendedStep", "LinearStep", "Loss", "Loss with bound"
-STEPS = (EXTENDED, LINEAR)  # the steps with optional arguments
+STEP, LOSS, BOUND = "step_with_options", "Loss", "Loss with bound"
 TYPES = {"float": ("float32", 4), "__half": ("float16", 2), "__nv_bfloat16": ("bfloat16", 2)}
 
 
 class Variant(NamedTuple):
     """One instance of a kernel template: `elementwise` in csrc/cuda/elementwise.cuh, `with_options` in
-    steps_with_options.cuh, or `loss_of_samples` in loss.cu."""
+    step_with_options.cu, or `loss_of_samples` in loss.cu."""
 
     op: str
     noise: str  # one of the Noise enum: none, given, drawn
@@ -26,12 +25,12 @@ class Variant(NamedTuple):
     device_seed: bool
     tensors: tuple[str, ...]  # C++ types of the tensors that it reads and then of those that it writes
     written: int = 1
-    options: str = "all options"  # of a step with options: those that the kernel is made for, all of which are counted
+    options: str = "all options"  # of step_with_options: those that the kernel may have, all of which are counted
 
     @property
     def has_options(self) -> bool:
         """Whether its tensors are known only when it runs. Here all of them are counted, and its noise is drawn."""
-        return self.op in (*STEPS, LOSS, BOUND)
+        return self.op in (STEP, LOSS, BOUND)
 
     @property
     def adds_up(self) -> bool:
@@ -40,7 +39,7 @@ class Variant(NamedTuple):
 
     @property
     def title(self) -> str:
-        if self.op in STEPS:
+        if self.op == STEP:
             return f"{self.op}, {self.options}"
         noise = "" if self.noise == "none" else f", noise {self.noise}"
         return f"{self.op}{noise}{', device seed' if self.device_seed else ''}"
@@ -50,7 +49,7 @@ class Variant(NamedTuple):
         """The dtypes of x, the second tensor and given noise, as far as it reads them; one name if all are the same."""
         names = [TYPES[t][0] for t in self.tensors]
         read = names[: -self.written] or names
-        if self.op in STEPS:
+        if self.op == STEP:
             return " / ".join(dict.fromkeys(names))
         return read[0] if len(set(read)) == 1 else " / ".join(read)
 
@@ -81,31 +80,41 @@ def enum(name: str) -> list[str]:
 
 
 @cache
-def options(step: str, kind: str) -> list[str]:
-    """The optional arguments of a step that are of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULT."""
-    file = {EXTENDED: "core/extras.def", LINEAR: "core/linear.def"}[step]
-    declared = text_of(file).split("// clang-format off")[1].split("// clang-format on")[0]
+def options(kind: str) -> list[str]:
+    """The step's optional arguments that are of one kind: LIKE_X, OF_MODEL, PER_SAMPLE, FLAG or RESULT."""
+    declared = text_of("core/step_inputs.def").split("// clang-format off")[1].split("// clang-format on")[0]
     return re.findall(rf"^  {kind}\((\w+)", declared, re.MULTILINE)
 
 
 @cache
-def structs_of_options(step: str) -> dict[str, str]:
-    """In C++, of each set of options of a step that has a kernel of its own."""
-    file = {EXTENDED: "cuda/extended_step.cu", LINEAR: "cuda/linear_step.cu"}[step]
-    return dict(re.findall(r"^struct (\w+) : .*?\{\n(.*?)^\};", text_of(file), re.DOTALL | re.MULTILINE))
+def structs_of_options() -> dict[str, str]:
+    """In C++, of each set of the step's options that has kernels of its own."""
+    text = text_of("cuda/option_sets.cuh")
+    return dict(re.findall(r"^struct (\w+) : AnyOptions \{\n(.*?)^\};", text, re.DOTALL | re.MULTILINE))
 
 
-def option_sets(step: str) -> dict[str, frozenset[str]]:
-    """The sets of options of a step that have a kernel of their own: all that a call of it may have."""
-    return {
-        name: frozenset(re.findall(r"(?:Role|Result|Factor)::(\w+)", body))
-        for name, body in structs_of_options(step).items()
-    }
+@cache
+def option_sets() -> dict[str, frozenset[str]]:
+    """The sets of the step's options that have kernels of their own: all that a call of one may have."""
+    found = re.search(r"\bkAlways = (.*?);", text_of("cuda/option_sets.cuh"))
+    if found is None:
+        raise ValueError("csrc/cuda/option_sets.cuh has no kAlways")
+    sets = {"kAlways": members(found[1], {})}
+    for name, body in structs_of_options().items():
+        for constant, value in re.findall(r"\b(kMust|kMay) = (.*?);", body, re.DOTALL):
+            sets[constant] = sets[f"{name}::{constant}"] = members(value, sets)
+    return {name: frozenset(sets[f"{name}::kMay"]) for name in structs_of_options()}
 
 
-def sets_by_words(step: str) -> list[str]:
-    """Those of its option_sets that have a kernel for dense samples off alignment, too."""
-    return [name for name, body in structs_of_options(step).items() if "kWords = true" in body]
+def members(value: str, sets: dict[str, set[str]]) -> set[str]:
+    """What a set's C++ expression has: tensors and factors by name, and all of other sets."""
+    others = (sets[name] for name in re.findall(r"(?:\w+::)?\bk[A-Z]\w+", value))
+    return {*re.findall(r"(?:Role|Result|Factor)::(\w+)", value)}.union(*others)
+
+
+def sets_by_words() -> list[str]:
+    """Those of option_sets that have a kernel for dense samples off alignment, too."""
+    return [name for name, body in structs_of_options().items() if re.search(r"kWordBlocks = [1-9]", body)]
 
 
 def in_words(name: str) -> str:
@@ -160,16 +169,15 @@ def variant(demangled: str) -> Variant:
         if enumerator := re.fullmatch(r"\((?:\w+::)*(\w+)\)(\d+)", argument):
             values[enumerator[1]] = enum(enumerator[1])[int(enumerator[2])]
     if found[1] == "with_options":
-        step = arguments[1].split("::")[-1]
         x, model = [argument for argument in arguments if argument in TYPES]
         # x_t and the noise, the model's output, and the next sample are no options
-        like_x, of_model = ["x_t", "noise", *options(step, "LIKE_X")], ["model_output", *options(step, "OF_MODEL")]
-        results, title = ["out", *options(step, "RESULT")], "all options"
-        if (name := arguments[2].split("::")[-1]) in (sets := option_sets(step)):
+        like_x, of_model = ["x_t", "noise", *options("LIKE_X")], ["model_output", *options("OF_MODEL")]
+        results, title = ["out", *options("RESULT")], "all options"
+        if (name := arguments[1].split("::")[-1]) in (sets := option_sets()):
             like_x, of_model, results = ([n for n in names if n in sets[name]] for names in (like_x, of_model, results))
             title = in_words(name)
         tensors = (*[x] * len(like_x), *[model] * len(of_model), *[x] * len(results))
-        return Variant(step, "drawn", values["Access"], False, tensors, len(results), title)
+        return Variant(STEP, "drawn", values["Access"], False, tensors, len(results), title)
     given = values["Noise"] == "given"
     if found[1] == "loss_of_samples":
         x, model = [argument for argument in arguments if argument in TYPES]

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from benchmarks.static.cards import ASSUMED, CARDS, PIPES, PUBLISHED, RATES, Card
 from benchmarks.static.compiler import Build, Resources
-from benchmarks.static.kernels import BOUND, LOSS, STEPS, Variant, demangle, share_that_adds_up, variant
+from benchmarks.static.kernels import BOUND, LOSS, STEP, Variant, demangle, share_that_adds_up, variant
 from benchmarks.static.path import Path, hot_path, team_path
 from benchmarks.static.pipes import CLASSES, WIDE, classify
 from benchmarks.static.roofline import Roofline, roofline
@@ -74,7 +74,7 @@ CARD_ORDER = {card.arch: number for number, card in enumerate(CARDS)}
 
 
 def order(v: Variant):
-    noises, ops = ["drawn", "none", "given"], ["ReverseStep", *STEPS, "Affine", "Randn", LOSS, BOUND]
+    noises, ops = ["drawn", "none", "given"], ["ReverseStep", STEP, "Affine", "Randn", LOSS, BOUND]
     rank = ops.index(v.op) if v.op in ops else len(ops)
     return (v.access != VECTOR, v.device_seed, rank, noises.index(v.noise), v.dtypes != "float32", v.dtypes)
 
@@ -188,8 +188,8 @@ def rates(archs: Sequence[str]) -> list[str]:
 METHOD = """Each source is compiled to a cubin with the flags of setup.py and disassembled. For every kernel with
 128-bit access the way of one thread is found by control flow alone: from entry to exit through the 128-bit stores,
 the noise drawn, every term of the arithmetic present, without calls and without the ragged end. What only an option
-needs counts where it stands under a predicate, not where a branch leads past it; of ExtendedStep and LinearStep,
-whose options are known when they run, the way is that with all of them, which nothing asks for at once. Of Loss it is
+needs counts where it stands under a predicate, not where a branch leads past it; of step_with_options, whose options
+are known when it runs, the way is that with all that a kernel may have, which nothing asks for at once. Of Loss it is
 that with x_start, slope and squared error, and with the bound not that of t = 0; some of a block's warps add up what
 all have, and count as the share that they are; the last block of a sample, which adds up the others' sums, is left
 out. The innermost loop around the stores, if there is one, is a turn; the rest is issued once. Both count, over the

@@ -58,9 +58,9 @@ const auto as_index = Argument<int64_t>::of;
 // The optional arguments of one call. Their tensors belong to the caller.
 struct Options {
   StepInputs inputs;
-  double quantile = 0, maximum = std::numeric_limits<double>::infinity();  // of x_start_scale; quantile 0: none
-  double guidance = 1, rescale = 0;                                        // of output_scale; rescale 0: none
-  bool any = false;                                                        // whether the call has any besides its noise
+  std::optional<double> quantile, maximum;  // of x_start_scale
+  std::optional<double> guidance, rescale;  // of output_scale
+  bool any = false;                         // whether the call has any besides its noise
 };
 
 const Tensor* as_pointer(const char* name, PyObject* value) {
@@ -165,17 +165,21 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
       given[Role::x_t] = &x_t, given[Role::model_output] = pointer(m), given[Role::noise] = pointer(noise);
       given[Result::out] = &*result;
       const Tensor* const u = given[Role::uncond_output];
-      if (options.rescale > 0 && u != nullptr && m.has_value()) {
-        output_scale = eager::output_scale(*m, *u, options.guidance, options.rescale);
+      if (options.guidance.has_value() || options.rescale.has_value()) {
+        TORCH_CHECK_VALUE(u != nullptr && m.has_value(), "TableStep: rescale is given without ",
+                          m.has_value() ? "uncond_output" : "model_output", ", expected both");
+        output_scale = eager::output_scale(*m, *u, options.guidance.value_or(1), options.rescale.value_or(0));
         given[Factor::output_scale] = &*output_scale;
       }
-      if (options.quantile > 0) {
-        const Tensor* const scale = given[Factor::output_scale];
-        if (const Tensor* const x_start = given[Role::x_start])
-          x_start_scale = eager::x_start_scale(*x_start, {}, {}, {}, 0, options.quantile, options.maximum, {}, {});
-        else
-          x_start_scale = eager::x_start_scale(x_t, m, step.table, at.row, at.index, options.quantile, options.maximum,
-                                               eager::optional(u), eager::optional(scale));
+      if (options.quantile.has_value() || options.maximum.has_value()) {
+        const double quantile = options.quantile.value_or(0);  // which is refused
+        const double maximum = options.maximum.value_or(std::numeric_limits<double>::infinity());
+        const OptionalTensor none, scale = eager::optional(given[Factor::output_scale]);
+        const Tensor* const x_start = given[Role::x_start];
+        x_start_scale = x_start != nullptr
+                            ? eager::x_start_scale(*x_start, none, none, none, 0, quantile, maximum, none, none)
+                            : eager::x_start_scale(x_t, m, step.table, at.row, at.index, quantile, maximum,
+                                                   eager::optional(u), scale);
         given[Factor::x_start_scale] = &*x_start_scale;
       }
       eager::step_with_options(given, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws, rng);

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["BoundedCache"]
-
 Value = TypeVar("Value")
 
 

@@ -14,33 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "clip_range",
-    "compute_dtype",
-    "device",
-    "finite",
-    "integer",
-    "is_plain",
-    "like",
-    "nonnegative",
-    "one_of",
-    "per_sample",
-    "real",
-    "samples",
-    "shape",
-    "split_t",
-    "tensor",
-    "whole",
-]
-
-
 # A tuple, not a union, and loops in place of any() below, because older versions of torch.compile can trace these.
 _INTS = (int, torch.SymInt)
 _PAIRS = (tuple, list)
 _REALS: Any = (float, int, numbers.Real)  # the first two alone are found without a call
 
 
-def whole(name: str, value: object) -> int:
+def as_int(name: str, value: object) -> int:
     """Returns `value` as an int. Raises TypeError unless it is one."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}, expected an int")
@@ -49,7 +29,7 @@ def whole(name: str, value: object) -> int:
 
 def integer(name: str, value: object, stop: int, stop_name: str, start: int = 0) -> int:
     """Returns `value` as an int. Raises TypeError unless it is one, ValueError unless it is in [start, stop)."""
-    value = whole(name, value)
+    value = as_int(name, value)
     if not start <= value < stop:
         raise ValueError(f"{name} is {value}, expected {start} <= {name} < {stop_name}")
     return value

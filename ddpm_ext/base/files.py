@@ -13,8 +13,6 @@ from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_path", "check_writable", "lock", "read_json", "write_bytes", "write_json", "write_text"]
-
 _LARGEST_JSON = 2**28
 
 

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterable
 from types import ModuleType
 
-__all__ = ["ALL_EXTRAS", "MissingExtra", "counter", "has_bars", "require"]
-
 ALL_EXTRAS = ', or for all commands, in ddpm_ext\'s source folder, pip install --no-build-isolation ".[demo]"'
 _told = False  # that tqdm would show a progress bar
 _INSTALLS = {"sklearn": "scikit-learn", "PIL": "pillow"}

@@ -20,8 +20,6 @@ from torch import Tensor, distributed
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Ranks", "join", "part_of", "ranks"]
-
 T = TypeVar("T")
 
 _MEETING = timedelta(minutes=30)  # until all ranks must have started and loaded their models

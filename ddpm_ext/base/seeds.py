@@ -6,8 +6,6 @@ import hashlib
 
 import torch
 
-__all__ = ["generator", "seed_for"]
-
 
 def seed_for(seed: int, purpose: str, index: int = 0) -> int:
     """A number in [0, 2^63) that differs for every (seed, purpose, index)."""

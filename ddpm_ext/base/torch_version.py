@@ -2,6 +2,4 @@
 
 import torch
 
-__all__ = ["TORCH"]
-
 TORCH: tuple[int, int] = tuple(map(int, torch.__version__.split(".")[:2]))  # type: ignore[assignment]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Clip", "Model"]
-
 Clip = tuple[float, float]
 """The range (low, high) that the predicted clean sample is clipped to."""
 

@@ -16,33 +16,6 @@ from ddpm_ext.base import files
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
 
-__all__ = [
-    "DEVICES",
-    "DEVICES_OF_RANKS",
-    "FIGURES",
-    "SPACING_NAMES",
-    "WRONG_INPUT",
-    "Formatter",
-    "Parser",
-    "add_command",
-    "check_device",
-    "check_ending",
-    "check_eta",
-    "check_out",
-    "endings_help",
-    "eta_of",
-    "finite_number",
-    "nonnegative_number",
-    "number",
-    "numbers",
-    "positive_number",
-    "samples",
-    "seed",
-    "steps",
-    "whole_number",
-    "whole_numbers",
-]
-
 WRONG_INPUT = 2  # the exit code
 FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
 
@@ -184,7 +157,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def endings_help(endings: tuple[str, ...]) -> str:
+def endings_help(endings: tuple[str, ...] = FIGURES) -> str:
     return f"ends in {' or '.join(endings)}"
 
 

@@ -22,8 +22,6 @@ from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.data import Shapes, digits
 from ddpm_ext.training.data.source import Labels
 
-__all__ = ["add_parser", "run"]
-
 _SHAPES_SEED = 1  # other shapes than the trainer draws
 _SHAPES = 256
 _EXAMPLES = """examples:

@@ -15,8 +15,6 @@ from ddpm_ext.bulk.shards import Pixels
 from ddpm_ext.training.data.folder import SUFFIXES, FolderImages, image_paths, read_image
 from ddpm_ext.training.data.source import Labels
 
-__all__ = ["IMAGES", "read_images", "read_labels", "read_mask", "read_noise", "read_pixels"]
-
 IMAGES = "a picture, an .npz or .npy of samples, or a folder of pictures, which are cropped and resized as in training"
 _ARRAYS = (".npz", ".npy")
 

@@ -10,8 +10,6 @@ import torch
 from ddpm_ext.cli.arguments import Subparsers, add_command
 from ddpm_ext.version import build_info
 
-__all__ = ["add_parser", "run"]
-
 
 def add_parser(commands: Subparsers) -> None:
     """Adds `info` to the commands of ddpm-ext."""

@@ -15,8 +15,6 @@ from ddpm_ext.cli.sampling_options import add_class, add_model, add_running, add
 from ddpm_ext.loop.inversion import inversion_table
 from ddpm_ext.plots.style import plural
 
-__all__ = ["add_parser", "run"]
-
 _EXAMPLES = """examples:
   ddpm-ext invert photo.png --model my-run --steps 100 --out noise.npy
   ddpm-ext sample --noise noise.npy --no-clip --model my-run --sampler ddim --steps 100 --out again.png"""

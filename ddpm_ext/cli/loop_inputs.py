@@ -22,8 +22,6 @@ from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["LoopInputs", "add_clip", "add_images", "clip_of", "guidance_of", "running_of"]
-
 _TAKES = {"weight": "to", "mix": "to", "mask": "inpaint", "jump_length": "inpaint", "jump_n_sample": "inpaint"}
 
 

@@ -15,8 +15,6 @@ from ddpm_ext.cli import bits_per_dim, info, invert, plot, sample, table, train,
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.version import __version__, default_device
 
-__all__ = ["build_parser", "main"]
-
 _INTERRUPTED = 130
 _COMMANDS = {
     "sample": sample,

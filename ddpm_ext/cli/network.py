@@ -15,8 +15,6 @@ from ddpm_ext.training import load, run_options
 from ddpm_ext.training.import_by_name import import_by_name
 from ddpm_ext.training.load_run import Trained, network_of
 
-__all__ = ["RunModel", "is_run", "load_run_model"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):
@@ -30,7 +28,7 @@ class RunModel(LoadedModel):
         return self.sample_shape
 
 
-class _Called(nn.Module):
+class _TakesClassLabels(nn.Module):
     """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -68,9 +66,8 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
     sha256 = _sha256(trained)
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
-    return RunModel(
-        _Called(placed).eval(), trained.settings, folder, trained.classes, sample_shape=trained.shape, sha256=sha256
-    )
+    unet, shape = _TakesClassLabels(placed).eval(), trained.shape
+    return RunModel(unet, trained.settings, folder, trained.classes, sample_shape=shape, sha256=sha256)
 
 
 def _made(network: str) -> nn.Module:

@@ -11,17 +11,7 @@ import torch
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.cli import table, trajectory
-from ddpm_ext.cli.arguments import (
-    FIGURES,
-    Subparsers,
-    add_command,
-    check_out,
-    endings_help,
-    positive_number,
-    steps,
-    whole_number,
-)
+from ddpm_ext.cli import arguments, table, trajectory
 from ddpm_ext.cli.images import read_pixels
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.cli.sampling_options import add_sampling
@@ -31,8 +21,6 @@ from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.run_options import OPTIONS
-
-__all__ = ["add_parser", "run"]
 
 _PICTURES = (".png",)
 _HISTOGRAMS = 100  # about how many along the loop
@@ -61,9 +49,9 @@ _EXAMPLES = {
 }
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: arguments.Subparsers) -> None:
     """Adds `plot`, with its kinds of pictures, to the commands of ddpm-ext."""
-    plot = add_command(
+    plot = arguments.add_command(
         commands,
         "plot",
         "draw schedules, step tables, losses, samples and how they come about",
@@ -75,7 +63,7 @@ def add_parser(commands: Subparsers) -> None:
 
     def add(name: str, takes: str, summary: str) -> argparse.ArgumentParser:
         description = f"Draws {summary}."
-        return add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=_EXAMPLES[name])
+        return arguments.add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=_EXAMPLES[name])
 
     _add_schedules(add("schedules", "[NAME ...] ", "alphas_cumprod and the signal-to-noise ratio of schedules"))
     _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps"))
@@ -104,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         "losses": _draw_losses,
         "histogram": _draw_histogram,
     }
-    check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else FIGURES)
+    arguments.check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else arguments.FIGURES)
     print(f"{options.out}: {draw_kind[options.kind](options)}")
 
 
@@ -114,8 +102,8 @@ def run(options: argparse.Namespace) -> None:
 def _add_schedules(parser: argparse.ArgumentParser) -> None:
     every = ", ".join(SCHEDULES)
     parser.add_argument("names", nargs="*", type=_schedule, metavar="NAME", help=f"{every} (default: all)")
-    parser.add_argument("--timesteps", type=steps, default=1000, metavar="N", help="steps of the schedules")
-    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=endings_help(FIGURES))
+    parser.add_argument("--timesteps", type=arguments.steps, default=1000, metavar="N", help="steps of the schedules")
+    parser.add_argument("--out", default="schedules.png", metavar="FILE", help=arguments.endings_help())
 
 
 def _schedule(name: str) -> str:
@@ -143,7 +131,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
     add("--against", choices=("step", "timestep"), default="step", help="the horizontal axis")
     layout = "of several tables: a panel for each column, or for each table"
     add("--panels", choices=("columns", "tables"), default="columns", help=layout)
-    add("--out", default="table.png", metavar="FILE", help=endings_help(FIGURES))
+    add("--out", default="table.png", metavar="FILE", help=arguments.endings_help())
 
 
 def _draw_table(options: argparse.Namespace) -> str:
@@ -162,12 +150,12 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         "(num, channels, height, width) in [-1, 1]"
     )
     parser.add_argument("file", metavar="FILE", help=what)
-    parser.add_argument("--num", type=whole_number(1), metavar="N", help="the first N samples (default: all)")
+    parser.add_argument("--num", type=arguments.whole_number(1), metavar="N", help="the first N samples (default: all)")
     columns = "samples in a row (default: for a grid that is about square)"
-    parser.add_argument("--columns", type=whole_number(1), metavar="N", help=columns)
+    parser.add_argument("--columns", type=arguments.whole_number(1), metavar="N", help=columns)
     scale = "factor by which each pixel is enlarged (default: so that small images become visible)"
-    parser.add_argument("--scale", type=whole_number(1, 1000), metavar="N", help=scale)
-    parser.add_argument("--out", default="grid.png", metavar="FILE", help=endings_help(_PICTURES))
+    parser.add_argument("--scale", type=arguments.whole_number(1, 1000), metavar="N", help=scale)
+    parser.add_argument("--out", default="grid.png", metavar="FILE", help=arguments.endings_help(_PICTURES))
 
 
 def _draw_grid(options: argparse.Namespace) -> str:
@@ -202,7 +190,7 @@ def _draw_guidance(options: argparse.Namespace) -> str:
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="the folder of a training run, or its losses.csv")
-    parser.add_argument("--out", default="losses.png", metavar="FILE", help=endings_help(FIGURES))
+    parser.add_argument("--out", default="losses.png", metavar="FILE", help=arguments.endings_help())
 
 
 def _draw_losses(options: argparse.Namespace) -> str:
@@ -223,10 +211,10 @@ def _draw_losses(options: argparse.Namespace) -> str:
 
 
 def _add_histogram(parser: argparse.ArgumentParser) -> None:
-    add_sampling(parser, num=64, out="histogram.png", out_help=endings_help(FIGURES))
+    add_sampling(parser, num=64, out="histogram.png", out_help=arguments.endings_help())
     add = parser.add_argument_group("histogram").add_argument
-    add("--bins", type=whole_number(1, 10000), default=80, metavar="N", help="number of bins of the values")
-    add("--limit", type=positive_number, metavar="X", help="show values from -X to X (default: all)")
+    add("--bins", type=arguments.whole_number(1, 10000), default=80, metavar="N", help="number of bins of the values")
+    add("--limit", type=arguments.positive_number, metavar="X", help="show values from -X to X (default: all)")
 
 
 def _draw_histogram(options: argparse.Namespace) -> str:

@@ -1,22 +1,32 @@
-"""`ddpm-ext sample`: draws samples into one file with --num; with --num-images, sample_many.py does the work."""
+"""`ddpm-ext sample`: draws samples into one file with --num; with --num-images into a folder, by all ranks."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base import ranks as distributed
-from ddpm_ext.cli import sample_many
-from ddpm_ext.cli.arguments import Subparsers, add_command, check_ending
-from ddpm_ext.cli.sampling import are_finite, draw, prepare, refuse_not_finite
+from ddpm_ext.base.optional import has_bars
+from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
+from ddpm_ext.bulk.run import sample_many
+from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
+from ddpm_ext.cli.arguments import Subparsers, add_command, check_device, check_ending, check_out, eta_of, whole_number
+from ddpm_ext.cli.network import RunModel
+from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.sampling_options import add_sampling
-from ddpm_ext.cli.settings import as_arrays, settings_of
+from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.plots.style import plural
-
-__all__ = ["add_parser", "run"]
+from ddpm_ext.version import __version__
 
 _ENDINGS = (".npz", ".png")
 _EXAMPLES = """examples:
@@ -36,14 +46,19 @@ def add_parser(commands: Subparsers) -> None:
         "scripts write them, and the options by name; or .png: a grid (default: samples.npz); with --num-images a "
         "folder (default: samples)"
     )
-    add_output = add_sampling(parser, num=256, out=None, out_help=kinds, by_ranks=True)
-    sample_many.add_options(add_output)
+    add = add_sampling(parser, num=256, out=None, out_help=kinds, by_ranks=True)
+    npz = "also write an .npz, for guided-diffusion's evaluator (default: FOLDER/samples_NxHxWxC.npz)"
+    add("--npz", nargs="?", const="", metavar="FILE", help=f"with --num-images: {npz}")
+    png = "also write FOLDER/png/000000.png and so on, for torch-fidelity"
+    add("--png", action="store_true", help=f"with --num-images: {png}")
+    size = "samples in each file, and the most that a batch can have"
+    add("--shard-size", type=whole_number(1), default=SHARD_SIZE, metavar="N", help=f"with --num-images: {size}")
 
 
 def run(options: argparse.Namespace) -> None:
     """Writes `options.num` samples to the file `options.out`, or `options.num_images` to a folder."""
     if options.num_images is not None:
-        sample_many.run(options)
+        _run_many(options)
         return
     for name in ("npz", "png"):
         if getattr(options, name) not in (None, False):
@@ -74,3 +89,115 @@ def run(options: argparse.Namespace) -> None:
         plots.save_picture(plots.grid(images), out)
     print(f"{out}: {plural(len(images), 'sample')}, {'x'.join(map(str, images.shape[1:]))}")
     refuse_not_finite(wrong, len(images), out)
+
+
+def _run_many(options: argparse.Namespace) -> None:
+    """Draws what the folder `options.out` lacks of `options.num_images` samples, together with the other ranks."""
+    folder = Path(options.out or "samples")
+    if folder.suffix.lower() in (".npz", ".png"):
+        raise ValueError(f"out: got {folder}, expected a folder for --num-images; --npz and --png write files too")
+    with distributed.join() as ranks:
+        options.device = ranks.device(options.device)
+        if check_device(options.device).type == "cuda":
+            torch.cuda.set_device(options.device)  # a model's own kernels may launch on the current device
+        prepared = prepare(options, pictures=options.png)
+        settings = settings_of(options, prepared)
+        channels, height, width = prepared.model.shape
+        shards = Shards(folder, options.num_images, options.shard_size, (height, width, channels))
+        npz, png = _npz_path(options, shards), folder / "png"
+
+        def check_outputs() -> None:
+            if options.npz is not None:
+                check_out(str(npz), (".npz",), "npz")
+            if options.png:
+                check_png_folder(shards, png)
+
+        not_finite: set[int] = set()
+
+        def pixels(first: int, count: int) -> Pixels:
+            samples = draw(prepared, options, first, count, progress=False)
+            not_finite.update(first + i for i, finite in enumerate(are_finite(samples)) if not finite)
+            return plots.to_uint8(samples)
+
+        ranks.share(check_outputs)
+        result = sample_many(
+            shards,
+            settings,
+            pixels,
+            batch_size=options.batch_size,
+            ranks=ranks,
+            about={"model": options.model, "torch": torch.__version__},
+            progress=not options.quiet and has_bars(tell=ranks.rank == 0),
+            not_finite=not_finite,
+        )
+    if ranks.rank != 0:
+        return
+    done = f"{folder}: {plural(shards.count, 'sample')}, {_by(shards.shape)}"
+    if result.drawn:
+        done += f"; {result.drawn} drawn in {result.seconds:.1f} s, {result.drawn / result.seconds:.1f} images/s"
+        done += f" on {ranks.size} ranks" if ranks.size > 1 else ""
+    print(done, flush=True)
+    if options.npz is not None:
+        labels = prepared.labels(range(shards.count))
+        write_npz(shards, npz, None if labels is None else labels.numpy(), as_arrays(settings))
+        print(npz, flush=True)
+    if options.png:
+        write_pngs(shards, png)
+        print(png, flush=True)
+    refuse_not_finite(result.not_finite, shards.count, folder)
+
+
+def _npz_path(options: argparse.Namespace, shards: Shards) -> Path:
+    """The path given with --npz; by default inside the folder, with the name that guided-diffusion gives it."""
+    name = f"samples_{_by((shards.count, *shards.shape))}.npz"
+    return Path(options.npz) if options.npz else shards.folder / name
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+# ------------------------------------------------------------------------------------ what determines the samples
+
+
+def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, Any]:
+    """All that determines a sample besides its number."""
+    of_classes: dict[str, Any] = {}
+    if prepared.classes is not None:
+        of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
+        if options.guidance is not None:
+            of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
+    return {
+        "version": __version__,
+        "model_sha256": model_hash(prepared.model),
+        "sampler": options.sampler,
+        "steps": prepared.steps,
+        "spacing": options.spacing,
+        "eta": eta_of(options.sampler, options.eta),
+        "seed": options.seed,
+        "dtype": options.dtype,
+        "backend": options.backend,
+        **of_classes,
+        **prepared.inputs.settings(options),
+    }
+
+
+def model_hash(model: LoadedModel) -> str:
+    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
+    if isinstance(model, RunModel):
+        return model.sha256
+    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
+    inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
+    for name in (CONFIG, WEIGHTS):
+        with open(inner / name, "rb") as opened:
+            while block := opened.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def as_arrays(settings: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    """The settings as small arrays for an .npz: numbers and texts without dimensions, lists with one. None is left out.
+
+    No name is one that guided-diffusion's evaluator looks for (arr_0, mu, sigma, mu_s, sigma_s).
+    """
+    return {name: np.asarray(value) for name, value in settings.items() if value is not None}

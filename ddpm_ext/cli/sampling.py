@@ -25,8 +25,6 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.training.options import DTYPES
 
-__all__ = ["Loaded", "Prepared", "are_finite", "draw", "load", "prepare", "refuse_not_finite"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:

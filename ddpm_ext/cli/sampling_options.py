@@ -6,24 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ddpm_ext.cli.arguments import (
-    DEVICES,
-    DEVICES_OF_RANKS,
-    SPACING_NAMES,
-    finite_number,
-    nonnegative_number,
-    numbers,
-    samples,
-    seed,
-    steps,
-    whole_number,
-)
+from ddpm_ext.cli import arguments
 from ddpm_ext.cli.loop_inputs import add_clip, add_images
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.training.options import DTYPES
-
-__all__ = ["add_class", "add_model", "add_running", "add_sampling", "add_seed", "add_spacing"]
 
 
 def add_model(group: Any, default: str = "digits") -> None:
@@ -37,7 +24,7 @@ def add_model(group: Any, default: str = "digits") -> None:
 def add_seed(group: Any) -> None:
     """Adds --seed."""
     determines = "determines the noise, together with the number of each sample"
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help=determines)
+    group.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help=determines)
 
 
 def add_class(group: Any, default: str) -> None:
@@ -49,8 +36,10 @@ def add_class(group: Any, default: str) -> None:
 def add_spacing(group: Any) -> None:
     """Adds --steps and --spacing."""
     count = "steps of the loop (default: all timesteps of the model)"
-    group.add_argument("--steps", type=steps, metavar="N", help=count)
-    group.add_argument("--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {SPACING_NAMES}")
+    group.add_argument("--steps", type=arguments.steps, metavar="N", help=count)
+    group.add_argument(
+        "--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {arguments.SPACING_NAMES}"
+    )
 
 
 def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loop: bool = True) -> None:
@@ -63,7 +52,7 @@ def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loo
         loop: whether it runs a sampling loop.
     """
     add = parser.add_argument_group("how to run").add_argument
-    add("--device", metavar="NAME", help=DEVICES_OF_RANKS if by_ranks else DEVICES)
+    add("--device", metavar="NAME", help=arguments.DEVICES_OF_RANKS if by_ranks else arguments.DEVICES)
     add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
     add("--backend", choices=tuple(BACKENDS), default="fused", help="the compiled kernels, or plain torch")
     if loop:
@@ -76,7 +65,7 @@ def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loo
         graphs = "take each step, or all of them, by a CUDA graph"
         add("--graph", nargs="?", const="step", default=False, choices=("step", "loop"), help=graphs)
     if batches is not None:
-        add("--batch-size", type=whole_number(1), default=64, metavar="N", help=batches)
+        add("--batch-size", type=arguments.whole_number(1), default=64, metavar="N", help=batches)
     add("--quiet", action="store_true", help="show no progress bar")
 
 
@@ -107,13 +96,13 @@ def add_sampling(
     add_model(group, model)
     counts = group.add_mutually_exclusive_group()
     number = f"number of samples (default: {num}, or one for each image of the options below)"
-    counts.add_argument("--num", type=samples, metavar="N", help=number)
+    counts.add_argument("--num", type=arguments.samples, metavar="N", help=number)
     if by_ranks:
         into_folder = (
             "number of samples to draw into a folder, by all ranks of torchrun; if the run is killed, the same "
             "command continues it"
         )
-        counts.add_argument("--num-images", type=samples, metavar="N", help=into_folder)
+        counts.add_argument("--num-images", type=arguments.samples, metavar="N", help=into_folder)
     add_seed(group)
     add_class(group, "all")
 
@@ -121,20 +110,20 @@ def add_sampling(
     add = group.add_argument
     scale = "scale of classifier-free guidance: 1 for none, and further towards the class above 1"
     if scales is None:
-        add("--guidance", type=finite_number, metavar="X", help=scale)
+        add("--guidance", type=arguments.finite_number, metavar="X", help=scale)
     else:
-        add("--guidance", type=numbers, default=scales, metavar="X,...", help=f"{scale}; several")
+        add("--guidance", type=arguments.numbers, default=scales, metavar="X,...", help=f"{scale}; several")
     rescale = "share of the growth of the output's deviation that guidance takes back, 0 to 1; 0.7 is usual"
-    add("--guidance-rescale", type=finite_number, metavar="X", help=rescale)
+    add("--guidance-rescale", type=arguments.finite_number, metavar="X", help=rescale)
     interval = "the timesteps at which to guide, both included (default: all)"
-    add("--guidance-interval", type=finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add("--guidance-interval", type=arguments.finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
-    add("--null-class", type=whole_number(0), metavar="N", help=null)
+    add("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
     samplers = f"the reverse step: {', '.join(SAMPLERS)}"
     add("--sampler", choices=tuple(SAMPLERS), default="ddpm", metavar="NAME", help=samplers)
     add_spacing(group)
     eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
-    add("--eta", type=nonnegative_number, metavar="X", help=eta)
+    add("--eta", type=arguments.nonnegative_number, metavar="X", help=eta)
     add_clip(group)
     add_images(parser)
 

@@ -10,19 +10,7 @@ from typing import Any
 from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
-from ddpm_ext.cli.arguments import (
-    FIGURES,
-    SPACING_NAMES,
-    Subparsers,
-    add_command,
-    check_eta,
-    check_out,
-    endings_help,
-    eta_of,
-    finite_number,
-    nonnegative_number,
-    steps,
-)
+from ddpm_ext.cli import arguments
 from ddpm_ext.diffusion import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
@@ -30,8 +18,6 @@ from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.tables.step_table import StepTable
-
-__all__ = ["SOURCES", "add_options", "add_parser", "check_options", "run", "table_of"]
 
 CONFIG = "scheduler_config.json"
 SOURCES = (
@@ -44,11 +30,11 @@ _EXAMPLES = """examples:
   ddpm-ext table --scheduler FOLDER --steps 20 --diff OTHER_FOLDER"""
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: arguments.Subparsers) -> None:
     """Adds `table` to the commands of ddpm-ext."""
     description = "Prints one row of numbers for each step, with which the next sample is made."
     summary = "print, save, draw and compare step tables"
-    parser = add_command(commands, "table", summary, description, epilog=_EXAMPLES)
+    parser = arguments.add_command(commands, "table", summary, description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
     what.add_argument("--sampler", choices=tuple(SAMPLERS), metavar="NAME", help=", ".join(SAMPLERS))
     traced = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/; needs diffusers"
@@ -56,23 +42,23 @@ def add_parser(commands: Subparsers) -> None:
     add_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--save", metavar="FILE", help="writes the table, to be read by StepTable.load; ends in .json")
-    add("--plot", metavar="FILE", help=f"draws the table, with --diff both; {endings_help(FIGURES)}")
+    add("--plot", metavar="FILE", help=f"draws the table, with --diff both; {arguments.endings_help()}")
     add("--diff", metavar="OTHER", help=f"prints instead how the table differs from another: {SOURCES}")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options by which tables are made, which `plot table` has as well."""
     add = parser.add_argument_group("of samplers and schedulers").add_argument
-    add("--steps", type=steps, metavar="N", help="steps of the loop (default for a sampler: all)")
+    add("--steps", type=arguments.steps, metavar="N", help="steps of the loop (default for a sampler: all)")
     add = parser.add_argument_group("of schedulers").add_argument
     shift = "the logarithm of a flow's shift, with use_dynamic_shifting"
-    add("--mu", type=finite_number, metavar="X", help=shift)
+    add("--mu", type=arguments.finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
-    add("--spacing", metavar="NAME", help=f"which timesteps: {SPACING_NAMES} (default: linspace)")
-    add("--eta", type=nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
+    add("--spacing", metavar="NAME", help=f"which timesteps: {arguments.SPACING_NAMES} (default: linspace)")
+    add("--eta", type=arguments.nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
     add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=steps, default=1000, metavar="N", help="steps of the schedule")
+    add("--timesteps", type=arguments.steps, default=1000, metavar="N", help="steps of the schedule")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -82,9 +68,9 @@ def run(options: argparse.Namespace) -> None:
         TypeError, ValueError: an option is out of range, a file can't be read or written, or a scheduler is no table.
         MissingExtra: diffusers or matplotlib is needed, but not installed.
     """
-    for path, endings, name in ((options.save, (".json",), "save"), (options.plot, FIGURES, "plot")):
+    for path, endings, name in ((options.save, (".json",), "save"), (options.plot, arguments.FIGURES, "plot")):
         if path is not None:
-            check_out(path, endings, name)
+            arguments.check_out(path, endings, name)
     if options.plot is not None:
         require("matplotlib.figure", "drawing a table")
     source = options.sampler or options.scheduler
@@ -110,7 +96,7 @@ def check_options(options: argparse.Namespace, sources: list[str]) -> None:
             kind = "scheduler" if name == "mu" else "sampler"
             raise ValueError(f"{name}: got {getattr(options, name)}, but there is no {kind} that it is for")
     if samplers:
-        check_eta(options.eta, samplers)
+        arguments.check_eta(options.eta, samplers)
 
 
 def table_of(source: str, options: argparse.Namespace) -> StepTable:
@@ -122,7 +108,7 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
     """
     if source in SAMPLERS:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
-        spacing, eta = options.spacing or "linspace", eta_of(source, options.eta)
+        spacing, eta = options.spacing or "linspace", arguments.eta_of(source, options.eta)
         chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
         return make_loop_rows(diffusion.process, chosen).table
     path = Path(source)

@@ -14,24 +14,11 @@ from typing import Any
 from ddpm_ext import training
 from ddpm_ext.base import ranks as distributed
 from ddpm_ext.base.optional import has_bars
-from ddpm_ext.cli.arguments import (
-    DEVICES_OF_RANKS,
-    Parser,
-    Subparsers,
-    add_command,
-    check_device,
-    number,
-    numbers,
-    steps,
-    whole_number,
-    whole_numbers,
-)
+from ddpm_ext.cli import arguments
 from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
 from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training import run_options
 from ddpm_ext.training.options import CHANGEABLE, CHOICES, LIMITS
-
-__all__ = ["add_parser", "run"]
 
 _EXAMPLES = """examples:
   ddpm-ext train --out my-digits
@@ -41,15 +28,15 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m ddpm_ext train --data photos --image-size 64 --device cuda --out my-run"""
 
 
-def add_parser(commands: Subparsers) -> None:
+def add_parser(commands: arguments.Subparsers) -> None:
     """Adds `train` to the commands of ddpm-ext."""
     description = "Trains a denoiser. A run may be killed at any time and resumed."
-    _add_options(add_command(commands, "train", "train a model", description, epilog=_EXAMPLES))
+    _add_options(arguments.add_command(commands, "train", "train a model", description, epilog=_EXAMPLES))
 
 
 def run(options: argparse.Namespace) -> None:
     """Trains, or with --resume continues a run: then an option that is not given has the value that the run has."""
-    check_device(options.device)
+    arguments.check_device(options.device)
     names = set(training.TrainOptions.__dataclass_fields__)
     change: list[str] = []
     if not options.resume:
@@ -61,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         given = _given(options.arguments, names)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
-        check_device(chosen.device)
+        arguments.check_device(chosen.device)
     if chosen.score_every and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
@@ -80,33 +67,33 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _given(arguments: list[str], names: set[str]) -> dict[str, Any]:
+def _given(line: list[str], names: set[str]) -> dict[str, Any]:
     """Those of the named options that the command line has, without the defaults of the others."""
-    parser = Parser(prog="ddpm-ext train")
+    parser = arguments.Parser(prog="ddpm-ext train")
     _add_options(parser)
     absent = object()  # argparse sets a default only where the namespace has no value
     options = argparse.Namespace(**dict.fromkeys(names, absent))
-    parser.parse_args(arguments[arguments.index("train") + 1 :], options)
+    parser.parse_args(line[line.index("train") + 1 :], options)
     return {name: value for name, value in vars(options).items() if name in names and value is not absent}
 
 
-def _add_option(group: Any, name: str, help_text: str, **more: Any) -> None:
-    """Adds a field of TrainOptions to a group of options, with its default, and its limits or its choices.
+def _add_option(standard: training.TrainOptions, group: Any, name: str, help_text: str, **more: Any) -> None:
+    """Adds a field of TrainOptions to a group of options, with the standard default, and its limits or its choices.
 
     more: what argparse is told besides, or instead.
     """
-    default = getattr(training.TrainOptions(), name)
+    default = getattr(standard, name)
     if name in CHOICES:
         more = {"choices": CHOICES[name]} | more
     elif name in LIMITS:
         low, below, expected = LIMITS[name]
         if isinstance(default, int):
             more = {
-                "type": whole_number(int(low), None if below == math.inf else int(below) - 1),
+                "type": arguments.whole_number(int(low), None if below == math.inf else int(below) - 1),
                 "metavar": "N",
             } | more
         else:
-            more = {"type": number(low, expected, below=below), "metavar": "X"} | more
+            more = {"type": arguments.number(low, expected, below=below), "metavar": "X"} | more
     elif default is False:
         more = {"action": "store_true"} | more
     elif isinstance(default, tuple):
@@ -116,11 +103,12 @@ def _add_option(group: Any, name: str, help_text: str, **more: Any) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options, named as the fields of TrainOptions, and besides --out, --resume, --change, --quiet."""
-    add = partial(_add_option, parser.add_argument_group("data"))
+    standard = training.TrainOptions()
+    add = partial(_add_option, standard, parser.add_argument_group("data"))
     data = "scikit-learn's handwritten digits, coloured shapes, or your images"
     add("data", data, metavar="digits|shapes|FOLDER")
     size = "crop images to a square and resize them to N by N, or draw shapes of that size"
-    add("image_size", size, type=whole_number(1), metavar="N")
+    add("image_size", size, type=arguments.whole_number(1), metavar="N")
     add("channels", "grey or colour (default: 1 for digits, else 3)", type=int, choices=(1, 3))
     labels = "train a class-conditional model: labels are the sub-folders of a folder, or come with digits and shapes"
     add("classes", labels)
@@ -131,7 +119,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("skip_corrupt", "take the next image in place of one that can't be read")
     add("workers", "processes that read images ahead")
 
-    add = partial(_add_option, parser.add_argument_group("training"))
+    add = partial(_add_option, standard, parser.add_argument_group("training"))
     add("steps", "optimizer steps")
     add("batch_size", "images a step, of all ranks")
     add("accumulate", "parts that each rank divides its images into, to save memory; the weights are the same")
@@ -140,34 +128,34 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("warmup", "steps until the learning rate is reached")
     add("weight_decay", "of AdamW")
     averages = "decays of AdamW's averages of the gradient and of its square"
-    add("betas", averages, type=numbers, metavar="A,B")
+    add("betas", averages, type=arguments.numbers, metavar="A,B")
     add("adam_eps", "what AdamW adds to the root of the latter")
     add("clip", "largest norm of the gradient; 0 for no limit")
     add("ema", "decay of the weights' moving average")
     more = "decays of further moving averages, each written to FOLDER/ema-X"
-    add("extra_emas", more, type=numbers, default=argparse.SUPPRESS, metavar="A,B,...")
+    add("extra_emas", more, type=arguments.numbers, default=argparse.SUPPRESS, metavar="A,B,...")
     add("autocast", "lower precision of the model's arithmetic")
     again = "compute activations again in the backward pass, to save memory; the weights are the same"
     add("gradient_checkpointing", again)
     add("seed", "of weights, order, timesteps, noise and dropout")
-    add("device", DEVICES_OF_RANKS, default=None, metavar="NAME")
+    add("device", arguments.DEVICES_OF_RANKS, default=None, metavar="NAME")
     add("graph", "take each step by a CUDA graph; the weights are the same")
 
-    add = partial(_add_option, parser.add_argument_group("model (diffusers' UNet2DModel)"))
+    add = partial(_add_option, standard, parser.add_argument_group("model (diffusers' UNet2DModel)"))
     add("model_config", "its config.json, in place of the next four options", metavar="FILE")
-    add("widths", "channels, one number a level", type=whole_numbers, metavar="A,B,...")
+    add("widths", "channels, one number a level", type=arguments.whole_numbers, metavar="A,B,...")
     add("layers", "residual blocks a level")
-    add("attention", "levels that have attention", type=whole_numbers, metavar="I,...")
+    add("attention", "levels that have attention", type=arguments.whole_numbers, metavar="I,...")
     add("groups", "of the group norm")
     add("dropout", "in residual blocks")
 
-    add = partial(_add_option, parser.add_argument_group("diffusion"))
-    add("timesteps", "steps of the schedule", type=steps)
+    add = partial(_add_option, standard, parser.add_argument_group("diffusion"))
+    add("timesteps", "steps of the schedule", type=arguments.steps)
     add("beta_schedule", "how fast the noise grows", choices=tuple(SCHEDULES))
     add("prediction", "what the model predicts", choices=SPACED_PREDICTIONS)
     add("variance", "of a reverse step; a learned one is half of the model's output")
 
-    add = partial(_add_option, parser.add_argument_group("loss"))
+    add = partial(_add_option, standard, parser.add_argument_group("loss"))
     add("loss", "of the prediction's error")
     add("delta", "error up to which huber is quadratic")
     add("weighting", "how much each timestep counts")
@@ -180,7 +168,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("input_perturbation", "strength of further noise on the model's input only")
 
     group = parser.add_argument_group("output")
-    add = partial(_add_option, group)
+    add = partial(_add_option, standard, group)
     group.add_argument(
         "--out", required=True, metavar="FOLDER", help="for the model, checkpoints and losses (required)"
     )

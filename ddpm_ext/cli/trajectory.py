@@ -12,8 +12,6 @@ from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.recorder import Recorder
 from ddpm_ext.plots.style import plural
 
-__all__ = ["add_options", "add_parser", "run"]
-
 _ENDINGS = (".png", ".gif")
 _PICTURES = {".png": 10, ".gif": 60}  # about how many points of the loop are shown, unless --every says so
 _EXAMPLES = """examples:

@@ -20,8 +20,6 @@ from ddpm_ext.models.folder import load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
 
-__all__ = ["draw_shapes", "main", "step_costs"]
-
 _OF_EACH, _SHOWN, _PICTURES = 8, 5, 10
 _SCALES, _SCALE = (0.0, 1.0, 2.5, 5.0), 2.5
 _SHAPES = ((64, 1, 8, 8), (64, 3, 32, 32))

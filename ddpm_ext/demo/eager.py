@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EagerDiffusion"]
-
 
 class EagerDiffusion:
     """The steps of Ho et al. 2020, forward and reverse: linear schedule, fixed small variance, predicted noise."""

@@ -12,8 +12,6 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng_of_many, fresh_rng, random_seed
 
-__all__ = ["NOISES", "Acceleration"]
-
 NOISES = ("torch", "philox")
 BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
 

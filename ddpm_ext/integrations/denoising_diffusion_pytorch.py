@@ -26,8 +26,6 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.on_device import KernelTables
 
-__all__ = ["SUPPORT", "Denoising"]
-
 SUPPORT = tuple(
     Support("denoising_diffusion_pytorch", *row)
     for row in (

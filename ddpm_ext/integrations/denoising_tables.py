@@ -17,8 +17,6 @@ from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["BUFFERS", "DTYPES", "LOW", "DenoisingTables"]
-
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
 LOW = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *LOW)

@@ -16,8 +16,6 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.integrations.shared import peer_method
 
-__all__ = ["Fallback", "attempt", "kept", "made_outside_autograd", "result_of", "returning", "with_fallback"]
-
 Function = Callable[..., Any]
 Result = TypeVar("Result")
 

@@ -17,8 +17,6 @@ from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["TABLES", "OwnTables", "check_output", "check_timesteps", "rows_of"]
-
 TABLES = (
     "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod",

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from ddpm_ext.integrations.shared import Support, make_class, new, overrides, peer_class
 
-__all__ = ["KNOWN", "KnownClass", "accelerated_class", "support_table"]
-
 
 class KnownClass(NamedTuple):
     """A peer's class, by its module and name, and the mixin for it, by the module in this package and name.

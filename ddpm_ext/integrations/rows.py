@@ -19,8 +19,6 @@ from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["Rows"]
-
 HISTORY = ("history1", "history2", "history3")
 
 

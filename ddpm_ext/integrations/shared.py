@@ -17,18 +17,6 @@ from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
 
-__all__ = [
-    "Accelerated",
-    "Support",
-    "accelerated_copy",
-    "make_class",
-    "new",
-    "overrides",
-    "peer_class",
-    "peer_method",
-    "signature_text",
-]
-
 
 class Support(NamedTuple):
     """A row of the table that `python -m ddpm_ext.integrations` prints.

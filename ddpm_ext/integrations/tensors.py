@@ -11,19 +11,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.noise import randn
 
-__all__ = [
-    "TRANSFORMED",
-    "check_tensors",
-    "dtype_name",
-    "is_like",
-    "is_plain_tensor",
-    "noise_arguments",
-    "noise_itself",
-    "version",
-    "wants_gradient",
-    "written",
-]
-
 TRANSFORMED = "a transform of torch.func is at work"
 
 

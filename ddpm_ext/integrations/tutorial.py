@@ -27,8 +27,6 @@ from ddpm_ext.integrations.tutorial_trial import FusedMethods, try_methods
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES
 
-__all__ = ["SUPPORT", "Tutorial", "resembles"]
-
 METHODS = {  # their first parameters
     "q_sample": "x_start, t, noise=None",
     "p_mean_variance": "model, x_t, t, clip_denoised=True",

@@ -16,8 +16,6 @@ from ddpm_ext.integrations.own_tables import TABLES, rows_of
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.tables.on_device import KernelTables
 
-__all__ = ["FusedMethods", "try_methods"]
-
 TOLERANCE = 1e-5  # relative to the terms of a sum in float32, added in any order
 
 

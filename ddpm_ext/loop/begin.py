@@ -15,8 +15,6 @@ from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import STREAM_START, Philox
 
-__all__ = ["InitialSamples", "compiled", "rng_in_memory"]
-
 
 def compiled(model: Model, how: bool | str, device: torch.device) -> Model:
     """The model as p_sample_loop's option `compile` asks for it."""

@@ -14,8 +14,6 @@ from torch import nn
 
 from ddpm_ext.base.torch_version import TORCH
 
-__all__ = ["CudaGraphs"]
-
 # Up to torch 2.11, an allocator keeps the address of a graph whose capture failed.
 _FAILED: list[torch.cuda.CUDAGraph] = []
 _FAILURES_LEAVE_TRACES = TORCH < (2, 12)

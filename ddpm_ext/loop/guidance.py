@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["Guidance"]
-
 
 @dataclass(frozen=True)
 class Guidance:

@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["HostCopies"]
-
 
 def to_numpy(x: Tensor) -> np.ndarray:
     """A copy on the host; bfloat16, which numpy does not have, becomes float32."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["Inpaint"]
-
 
 @dataclass(frozen=True)
 class Inpaint:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["Interpolation", "slerp"]
-
 
 @dataclass(frozen=True)
 class Interpolation:

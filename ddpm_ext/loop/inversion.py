@@ -11,8 +11,6 @@ from ddpm_ext.tables.samplers import ddim_inverse
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["inversion_table"]
-
 
 def inversion_table(process: Process, steps: int | None = None, spacing: str = "linspace") -> StepTable:
     """The rows that lead an image to the samples from which "ddim", with the same steps and spacing, comes back to it.

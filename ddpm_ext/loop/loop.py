@@ -23,8 +23,6 @@ from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.loop.step import LoopStep, StepCall
 from ddpm_ext.ops.noise import Philox, rng_of_many
 
-__all__ = ["Loop", "Record"]
-
 
 class Record(NamedTuple):
     """A loop after one of its steps.

@@ -19,8 +19,6 @@ from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold, as_clip
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["LoopOptions", "StepOptions", "lists_options_of"]
-
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 

@@ -12,8 +12,6 @@ from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows, LoopRowsCache
 from ddpm_ext.process.process import Process
 
-__all__ = ["Plan", "make_plan"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -16,8 +16,6 @@ from ddpm_ext.loop.plan import Plan
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
 
-__all__ = ["CapturedLoop", "collect"]
-
 
 def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] | None:
     """Which steps to record; None for the last alone, as a tensor."""

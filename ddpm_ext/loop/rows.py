@@ -20,8 +20,6 @@ from ddpm_ext.tables.samplers import SAMPLERS, eta_argument, repaint
 from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["LoopRows", "LoopRowsCache", "make_loop_rows"]
-
 CACHED = 8  # loops whose rows a GaussianDiffusion holds
 Jumps = tuple[int, int]  # jump_length and jump_n_sample of RePaint's resampling
 

@@ -20,8 +20,6 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.model_output import split_variance, unwrap
 from ddpm_ext.tables.row_needs import RowNeeds
 
-__all__ = ["LoopStep", "StepCall"]
-
 HISTORY = ("history1", "history2", "history3")
 
 

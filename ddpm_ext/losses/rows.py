@@ -11,8 +11,6 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-__all__ = ["LossRows"]
-
 CACHED = 8  # given weightings, with their factors of the bound
 
 

@@ -18,8 +18,6 @@ from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.variances import Variance
 
-__all__ = ["LossOptions", "train_losses"]
-
 
 class LossOptions(NamedTuple):
     """The options of GaussianDiffusion.train_losses, by the same names. A tuple, since torch.compile traces those."""

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ddpm_ext.base import files
 
-__all__ = ["CLASSES", "Classes"]
-
 CLASSES = "classes.json"
 _SHOWN = 10  # how many names an error lists
 

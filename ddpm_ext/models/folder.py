@@ -21,8 +21,6 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 
-__all__ = ["LoadedModel", "build_unet", "check_supported", "load_model", "read_weights", "save_model"]
-
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
 DIGITS, SHAPES = (Path(__file__).resolve().parent / name for name in ("digits", "shapes"))

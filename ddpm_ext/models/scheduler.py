@@ -13,8 +13,6 @@ from ddpm_ext.tables import schedules
 from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.variances import peer_variances
 
-__all__ = ["DiffusionSettings", "read_settings"]
-
 # The names in GaussianDiffusion by diffusers' names
 _PREDICTIONS = peer_predictions("diffusers")
 _VARIANCES = peer_variances("diffusers")

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["BUILT", "C"]
-
 NAME = "ddpm_ext._C"
 FOLDER = Path(__file__).resolve().parents[1]  # the package's, where setup.py puts the module
 

@@ -16,8 +16,6 @@ from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS, check_options
 from ddpm_ext.ops.noise import NO_RNG, STREAM_FORWARD, Philox, fresh_arguments, noise_arguments
 
-__all__ = ["LossStep", "diffusion_loss"]
-
 
 def diffusion_loss(
     model_output: Tensor,

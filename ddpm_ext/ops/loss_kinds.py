@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from ddpm_ext.base import checks
 
-__all__ = ["BOUNDS", "LOSSES", "REDUCTIONS", "check_options"]
-
 LOSSES = ("mse", "l1", "huber")
 BOUNDS = ("vlb", "rescaled_vlb")  # of the variational bound alone
 REDUCTIONS = ("mean", "none", "sum")

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = ["WORD", "box_muller", "normals", "philox4x32"]
-
 WORD = 0xFFFFFFFF
 
 

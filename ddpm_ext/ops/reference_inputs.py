@@ -10,16 +10,6 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops.noise import Philox, check_randn, check_rng, fresh_rng
 from ddpm_ext.ops.philox import normals
 
-__all__ = [
-    "check_noise",
-    "check_samples",
-    "check_scale",
-    "columns",
-    "finish",
-    "randn",
-    "resolve_noise",
-]
-
 
 def ids_of_samples(rng: Philox, batch: int, device: torch.device) -> Tensor:
     """int64 (batch,) on device."""

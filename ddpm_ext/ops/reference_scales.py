@@ -12,8 +12,6 @@ from ddpm_ext.ops.reference_inputs import check_samples, check_scale
 from ddpm_ext.ops.reference_steps import guided_output
 from ddpm_ext.ops.row import row_numbers
 
-__all__ = ["output_scale", "x_start_scale"]
-
 
 def x_start_scale(
     x_t: Tensor,

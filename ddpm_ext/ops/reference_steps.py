@@ -14,8 +14,6 @@ from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scal
 from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import InputKind, names
 
-__all__ = ["check_reverse_step", "reverse_step", "step_with_options"]
-
 
 def check_reverse_step(
     x_t: Tensor,

@@ -21,8 +21,6 @@ from torch import Tensor
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.torch_library import is_recorded
 
-__all__ = ["empty_like", "memory_info", "release_memory"]
-
 VARIABLE = "DDPM_EXT_RESULT_MEMORY"
 SHARE = 8  # an eighth of memory
 # A container's bound, as control groups of version 2 and 1 have it.

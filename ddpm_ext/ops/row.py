@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ddpm_ext.ops.philox import WORD
 
-__all__ = ["ROW", "WIDTH", "RowNumbers", "row_numbers"]
-
 
 class RowNumbers(NamedTuple):
     """The numbers of each sample's row; the equation is in ddpm_ext.tables.step_table."""

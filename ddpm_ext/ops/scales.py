@@ -13,8 +13,6 @@ from ddpm_ext.ops import reference_scales
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.torch_library import is_recorded
 
-__all__ = ["output_scale", "x_start_scale"]
-
 
 def _need_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["STEP_INPUTS", "InputKind", "names"]
-
 
 class InputKind(Enum):
     """What a tensor must be like."""

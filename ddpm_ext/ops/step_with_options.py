@@ -13,8 +13,6 @@ from ddpm_ext.ops.noise import STREAM_REVERSE, Philox, noise_arguments
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.ops.torch_library import NO_CLIP, is_recorded
 
-__all__ = ["refuse_grad", "step_with_options"]
-
 
 def refuse_grad(op: str, recorder: str = "out=", **tensors: Tensor | None) -> None:
     """Makes a compiled call refuse what the C++ side refuses in an eager one."""

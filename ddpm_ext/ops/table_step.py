@@ -11,8 +11,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import Philox
 
-__all__ = ["CalledTableStep"]
-
 # What take computes beside the step, by the names of its arguments.
 BOUND, SPREAD = ("quantile", "maximum"), ("guidance", "rescale")
 
@@ -59,7 +57,11 @@ class CalledTableStep:
             given["noise"] = inputs.pop("noise")
         bound = {name: inputs.pop(name) for name in BOUND if name in inputs}
         spread = {name: inputs.pop(name) for name in SPREAD if name in inputs}
+        if spread and (model_output is None or "uncond_output" not in inputs):
+            missing = "model_output" if model_output is None else "uncond_output"
+            raise ValueError(f"TableStep: rescale is given without {missing}, expected both")
         if spread:
+            spread = {"guidance": 1.0, "rescale": 0.0} | spread
             inputs["output_scale"] = call["output_scale"](model_output, inputs["uncond_output"], **spread)
         if bound and "x_start" in inputs:
             inputs["x_start_scale"] = call["x_start_scale"](inputs["x_start"], **bound)

@@ -14,8 +14,6 @@ from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
 
-__all__ = ["DynamicThreshold"]
-
 
 @dataclass(frozen=True)
 class DynamicThreshold:

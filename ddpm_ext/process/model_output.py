@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["split_variance", "unwrap"]
-
 
 def unwrap(model_output: Any) -> Tensor:
     """A model's output as a tensor: itself, or its `.sample` (diffusers' models)."""

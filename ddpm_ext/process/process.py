@@ -28,8 +28,6 @@ from ddpm_ext.tables.schedules import NoiseSchedule, forward_levels
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import VARIANCES, Variance
 
-__all__ = ["SCHEDULE_ATTRIBUTES", "Process"]
-
 KEPT_STEPS = 8  # of which devices, clips and numbers of a Philox the step is kept
 BACKENDS: dict[str, ModuleType] = {"fused": fused, "reference": reference}
 
@@ -60,7 +58,7 @@ class Process:
         schedule: a ForwardLevels: the levels, what the model is called with at each, and the scale of samples.
         magnitude, magnitude_before: float64 (timesteps,), r of x_t = r x, with x variance preserving, and r of x_{t-1},
             which is 1 for clean data; ones for a schedule of betas.
-        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "extended", "x0"), and rows or
+        tables: what the kernels read, by name, on each device: the steps' rows ("steps", "x0"), and rows or
             numbers for each timestep.
         The names in SCHEDULE_ATTRIBUTES: float64 (timesteps,), on the CPU, of x / r.
 

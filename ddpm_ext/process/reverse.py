@@ -12,8 +12,6 @@ from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 
-__all__ = ["p_mean_variance", "p_sample"]
-
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 # As ops.step_with_options's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["beta_quantile"]
-
 LARGEST = 10.0  # beyond it the series' terms cancel
 TERMS, HALVINGS = 64, 80  # enough for float64, at an argument of at most 1/2
 

@@ -9,8 +9,6 @@ from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["DeviceTables", "KernelTables"]
-
 VIEWED = 4  # batches of which the timesteps' views are kept
 
 

@@ -15,16 +15,6 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 
-__all__ = [
-    "HUGE",
-    "PREDICTIONS",
-    "SPACED_PREDICTIONS",
-    "Levels",
-    "Prediction",
-    "edm",
-    "peer_predictions",
-]
-
 # Where alphas_cumprod is 0 (or nearly so) and the model predicts eps, the clipped x0 is the sign of x - m.
 # Its factors are a power of two near 1e30, so that both products are exact and x = m gives exactly 0.
 HUGE = 2.0**100

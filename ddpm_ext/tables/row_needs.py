@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["RowNeeds", "row_needs"]
-
 
 class RowNeeds(NamedTuple):
     """What a step needs.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -238,10 +239,6 @@ def align_your_steps_grid(alphas_cumprod: Tensor, steps: int, *, model: str = "s
     return _sigma_grid(alphas_cumprod, torch.lerp(known[below].log(), known[below + 1].log(), at - below).exp(), final)
 
 
-def _align_your_steps(model: str) -> Callable[[Tensor, int], Grid]:
-    return lambda alphas_cumprod, steps: align_your_steps_grid(alphas_cumprod, steps, model=model)
-
-
 # By the names that `spacing=` takes, beside those of spaced_timesteps.
 SIGMA_GRIDS: dict[str, Callable[[Tensor, int], Grid]] = {
     "karras": karras_grid,
@@ -250,7 +247,7 @@ SIGMA_GRIDS: dict[str, Callable[[Tensor, int], Grid]] = {
     "beta_sigmas": beta_sigmas_grid,
     "sgm_uniform": sgm_uniform_grid,
     "linear_quadratic": linear_quadratic_grid,
-    "align_your_steps": _align_your_steps("sd15"),
-    "align_your_steps_sdxl": _align_your_steps("sdxl"),
-    "align_your_steps_svd": _align_your_steps("svd"),
+    "align_your_steps": align_your_steps_grid,
+    "align_your_steps_sdxl": partial(align_your_steps_grid, model="sdxl"),
+    "align_your_steps_svd": partial(align_your_steps_grid, model="svd"),
 }

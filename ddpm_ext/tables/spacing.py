@@ -112,7 +112,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         raise _unknown(spacing, TIMESTEP_SPACINGS)
     if steps is None:
         steps = timesteps
-    steps = checks.whole("steps", steps)
+    steps = checks.as_int("steps", steps)
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps is {steps}, expected 1 to {timesteps}, the schedule's timesteps")
     return TIMESTEP_SPACINGS[spacing](timesteps, steps)

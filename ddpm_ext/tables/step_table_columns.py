@@ -10,19 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = [
-    "NEEDED",
-    "NOT_PLAIN",
-    "OPTIONAL",
-    "Column",
-    "Values",
-    "check_draws",
-    "check_float32",
-    "check_levels",
-    "default_draws",
-    "numbers",
-]
-
 Values = Tensor | npt.ArrayLike
 Array = npt.NDArray[Any]
 

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnDiff", "TableDiff", "aligned", "difference", "short"]
-
 
 class ColumnDiff(NamedTuple):
     """How two tables' columns differ.

@@ -12,8 +12,6 @@ import torch
 from ddpm_ext.base.files import read_json, write_text
 from ddpm_ext.tables.levels import unit_levels
 
-__all__ = ["read", "write"]
-
 # Version 1 had no columns cu to k2. Up to version 2, levels were alphas_cumprod, now and after. Up to version 3, c3 was
 # the factor of the x0 of the row before, which did not say that it keeps one.
 FORMAT, VERSION = "ddpm_ext.StepTable", 4

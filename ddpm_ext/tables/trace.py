@@ -24,8 +24,6 @@ from ddpm_ext.tables.trace_linear import HISTORY, NAMES, Linear, Row, at, row_of
 from ddpm_ext.tables.trace_random import BATCH, Array, RandomRun, relative
 from ddpm_ext.tables.trace_run import CLEAN_FIELDS, Run, Step, clip_of, run_of, setting, with_settings, without_clip
 
-__all__ = ["TraceResult", "follow", "follow_function", "trace_columns"]
-
 Clip = tuple[float, float]
 
 

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step
 
-__all__ = ["Function", "check_function", "checked_sigmas", "observed_function"]
-
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from ddpm_ext.tables.trace_random import LINEAR, Array, RandomRun, flat, relative
 from ddpm_ext.tables.trace_run import Run
 
-__all__ = ["HISTORY", "NAMES", "NEGLIGIBLE", "Linear", "Row", "at", "row_of"]
-
 HISTORY = 3  # tensors that a row may read
 NEGLIGIBLE = 1e-12  # a number below this part of those that it is made of is 0
 NAMES = ("a", "b", "c0", "c1", "c2", "s", "h1", "h2", "h3", "k0", "k1", "k2")

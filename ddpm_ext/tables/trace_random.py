@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ddpm_ext.tables.trace_run import Run, Step
 
-__all__ = ["BATCH", "LINEAR", "Array", "RandomRun", "flat", "relative"]
-
 Array = npt.NDArray[np.float64]
 
 BATCH = 48  # random samples

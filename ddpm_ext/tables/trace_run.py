@@ -18,24 +18,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = [
-    "CLEAN_FIELDS",
-    "GIVEN",
-    "INPUTS",
-    "Observed",
-    "Result",
-    "Run",
-    "Step",
-    "clip_of",
-    "input_names",
-    "observe",
-    "run_of",
-    "setting",
-    "step_name",
-    "with_settings",
-    "without_clip",
-]
-
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
 # Switches of a config that clip the predicted clean sample. One that divides it by a quantile clips it, too, where a

@@ -9,16 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "TRAINABLE_VARIANCES",
-    "VARIANCES",
-    "FixedVariance",
-    "NoiseColumns",
-    "Posterior",
-    "Variance",
-    "peer_variances",
-]
-
 LEAST = 1e-20  # a variance is clamped to this before its logarithm is taken
 
 

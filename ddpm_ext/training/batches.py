@@ -14,8 +14,6 @@ from ddpm_ext.base.seeds import generator, seed_for
 from ddpm_ext.training.data import DamagedImage, ImageSource, Labels
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["Batch", "StepBatches"]
-
 _PREFETCHED = 4  # batches that a worker reads ahead
 # Seconds to wait for a batch. A worker that finds no shared memory for its batch doesn't die, but waits, too.
 _PATIENCE = 600

@@ -10,8 +10,6 @@ from torch import Tensor
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["CapturedStep"]
-
 
 class CapturedStep:
     """Takes training steps by replaying one CUDA graph.

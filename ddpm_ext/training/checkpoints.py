@@ -14,8 +14,6 @@ from torch import Tensor
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 
-__all__ = ["check_header", "discard", "header", "latest", "load", "newest", "remove_leftovers", "save", "under"]
-
 _FORMAT = "ddpm-ext training state 2"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 

@@ -14,8 +14,6 @@ from ddpm_ext.models.classes import CLASSES
 from ddpm_ext.models.folder import SCHEDULER, one_line, read_json
 from ddpm_ext.training.network import is_unet
 
-__all__ = ["check_pushable", "push_to_hub"]
-
 
 def push_to_hub(
     run: str | os.PathLike[str],

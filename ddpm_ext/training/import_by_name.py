@@ -7,8 +7,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["import_by_name", "name_of"]
-
 
 def import_by_name(name: str, option: str, expected: str, kind: str) -> Callable[..., Any]:
     """The function or class that "module:name" names; its module is imported.

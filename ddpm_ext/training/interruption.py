@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-__all__ = ["Noted", "end", "noted_signals"]
-
 T = TypeVar("T")
 
 _BEHIND = 1.0  # seconds by which a signal to all processes of a run may reach this one later than a worker
@@ -23,7 +21,7 @@ class _Interrupted(BaseException):
     """A signal came while a batch was awaited."""
 
 
-class Noted:
+class NotedSignal:
     """Which signal has come. number: its number; 0: none."""
 
     def __init__(self) -> None:
@@ -55,13 +53,13 @@ class Noted:
 
 
 @contextmanager
-def noted_signals() -> Iterator[Noted]:
+def noted_signals() -> Iterator[NotedSignal]:
     """Within the block the first Ctrl-C or SIGTERM is noted, and has no other effect.
 
     After it both have their usual effect again, so that a second one ends the run, and until the end of the block the
     death of a child process is ignored. Outside of the main thread, where Python allows no handlers, nothing changes.
     """
-    noted, before = Noted(), dict[signal.Signals, Any]()
+    noted, before = NotedSignal(), dict[signal.Signals, Any]()
 
     def restore() -> None:
         while before:

@@ -27,10 +27,8 @@ from ddpm_ext.models.folder import (
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.training import checkpoints, run_options
-from ddpm_ext.training.inputs import SHAPE
 from ddpm_ext.training.options import with_defaults_of
-
-__all__ = ["Trained", "load", "network_of"]
+from ddpm_ext.training.run_options import OF_MODEL, SHAPE, settings_by
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def network_of(folder: Path) -> str | None:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
     described = _described(folder)
-    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{_OF_MODEL}class"))
+    kind = str(described.get("class") or run_options.find(folder)[1]["about"].get(f"{OF_MODEL}class"))
     network = str(described.get("network", ""))
     importable = network and not network.startswith("__main__:") and "<" not in network
     return None if kind == _UNET else network if importable else kind
@@ -156,7 +154,6 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 _UNET = "UNet2DModel"
-_OF_MODEL = "model's "  # in what a run was started with, before what network.describe says
 
 
 class _Parts(NamedTuple):
@@ -191,11 +188,10 @@ def _unfinished(folder: Path) -> _Parts:
     options, about = with_defaults_of(begun["options"], {}), begun["about"]
     if options.beta_schedule == "given":
         raise ValueError(f"run: {folder} is not finished, and only then has the schedule that it was given")
-    settings = DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
     classes = Classes.of_labels(about["the classes"], options.class_dropout) if options.classes else None
     weights = checkpoints.under(checkpoints.load(path)[0], "average.")
-    config = {name.removeprefix(_OF_MODEL): value for name, value in about.items() if name.startswith(_OF_MODEL)}
-    return _Parts(weights, path, settings, _checked_shape(about.get(SHAPE), folder), classes, config)
+    config = {name.removeprefix(OF_MODEL): value for name, value in about.items() if name.startswith(OF_MODEL)}
+    return _Parts(weights, path, settings_by(options), _checked_shape(about.get(SHAPE), folder), classes, config)
 
 
 def _checked_shape(shape: Any, folder: Path) -> tuple[int, int, int]:

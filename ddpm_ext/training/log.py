@@ -17,20 +17,6 @@ from ddpm_ext.base import files
 from ddpm_ext.training.trackers import Tracker
 from ddpm_ext.version import __version__
 
-__all__ = [
-    "FINAL_STEPS",
-    "QUARTERS",
-    "Log",
-    "LogRow",
-    "curve_title",
-    "final_loss",
-    "progress_line",
-    "quarter_means",
-    "read_losses",
-    "read_quarters",
-    "versions",
-]
-
 FINAL_STEPS = 500
 """The final loss of a run is the mean over this many steps, its last ones."""
 QUARTERS = tuple(f"loss_q{quarter}" for quarter in range(4))

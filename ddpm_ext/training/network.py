@@ -29,8 +29,6 @@ from ddpm_ext.tables.variances import VARIANCES
 from ddpm_ext.training.import_by_name import name_of
 from ddpm_ext.training.options import TrainOptions
 
-__all__ = ["config_of", "describe", "enable_checkpointing", "is_unet", "make_unet", "save_result", "try_out"]
-
 _HEAD = 8  # channels of a head of attention
 _WIDTHS = ("widths", "layers", "attention", "groups")
 

@@ -18,22 +18,6 @@ from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
 from ddpm_ext.version import default_device
 
-__all__ = [
-    "AUTOCAST",
-    "CHANGEABLE",
-    "CHOICES",
-    "DTYPES",
-    "LIMITS",
-    "LR_SCHEDULES",
-    "SAMPLER_OPTIONS",
-    "TrainOptions",
-    "as_json",
-    "check_same",
-    "check_same_on_ranks",
-    "with_defaults_of",
-    "with_newer",
-]
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AUTOCAST = ("none", "bfloat16", "float16")
 LR_SCHEDULES: dict[str, Callable[[float], float]] = {

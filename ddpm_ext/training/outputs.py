@@ -17,27 +17,13 @@ from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.scheduler import DiffusionSettings
 from ddpm_ext.plots import save_grid, save_loss_curve
-from ddpm_ext.training import checkpoints, run_options
+from ddpm_ext.training import checkpoints, log, run_options
 from ddpm_ext.training.hub import push_to_hub
-from ddpm_ext.training.inputs import SHAPE
-from ddpm_ext.training.log import (
-    FINAL_STEPS,
-    Log,
-    LogRow,
-    curve_title,
-    final_loss,
-    progress_line,
-    read_losses,
-    read_quarters,
-    versions,
-)
 from ddpm_ext.training.network import is_unet, save_result
 from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json, check_same, with_newer
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
-
-__all__ = ["BEST", "Outputs", "Result", "check_extras"]
 
 BEST = "best"
 """The folder in that of a run which has the averaged model with the best score."""
@@ -72,8 +58,6 @@ class Outputs:
         change: the names of options that may differ from those of the run that is resumed.
     """
 
-    log: Log
-
     def __init__(
         self,
         folder: Path,
@@ -87,7 +71,7 @@ class Outputs:
         self.settings, self.classes = settings, classes
         self.change = change
         self.folder, self.options, self.about, self.report = folder, options, about, report
-        self._since: list[LogRow] = []  # steps since the last progress line
+        self._since: list[log.LogRow] = []  # steps since the last progress line
 
     def open(self, until_the_end: ExitStack, *, resume: bool) -> Path | None:
         """Locks the folder for this run, until `until_the_end` closes, and opens the log.
@@ -121,7 +105,7 @@ class Outputs:
                 self.report(f"{folder} has no checkpoint yet, so its run starts again at step 0")
                 path = None
         run_options.save(folder, asdict(self.options), self.about)
-        self.log = Log(folder, step, trackers_of(folder, step, asdict(self.options)))
+        self.log = log.Log(folder, step, trackers_of(folder, step, asdict(self.options)))
         until_the_end.callback(self.log.close)
         return path
 
@@ -134,7 +118,7 @@ class Outputs:
     def record(
         self,
         state: TrainState,
-        rows: list[LogRow],
+        rows: list[log.LogRow],
         images_per_second: float,
         due: set[str],
         draw: Callable[[], Tensor],
@@ -157,7 +141,7 @@ class Outputs:
         self._since += rows
         if "log_every" in due:
             lr = learning_rate(options, step - 1)
-            self.report(progress_line(self._since, step, options.steps, lr, images_per_second))
+            self.report(log.progress_line(self._since, step, options.steps, lr, images_per_second))
             self._since = []
         if score is not None:  # before the checkpoint, which has the score
             self._record_score(state, score)
@@ -189,7 +173,7 @@ class Outputs:
 
     def _save_model(self, model: nn.Module, folder: Path) -> str:
         dtype = DTYPES[self.options.weights_dtype]
-        return save_result(model, self.settings, folder, dtype, self.about[SHAPE], self.classes)
+        return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
         """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
@@ -200,12 +184,12 @@ class Outputs:
         self.report(self._save_model(state.average, self.folder))
         for decay, average in state.extra.items():
             self._save_model(average, self.folder / f"ema-{decay}")
-        losses = read_losses(self.log.path)
+        losses = log.read_losses(self.log.path)
         if losses:
-            title, quarters = curve_title(asdict(self.options)), read_quarters(self.log.path)
+            title, quarters = log.curve_title(asdict(self.options)), log.read_quarters(self.log.path)
             save_loss_curve(losses, self.folder / "losses.png", title=title, quarters=quarters)
         parameters = sum(value.numel() for value in state.model.parameters())
-        result = Result(self.folder, parameters, final_loss(losses), seconds)
+        result = Result(self.folder, parameters, log.final_loss(losses), seconds)
         if state.scores.best is not None:
             about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
@@ -234,10 +218,10 @@ class Outputs:
         content = {
             **about,
             "options": asdict(self.options),
-            "versions": versions(),
+            "versions": log.versions(),
             "parameters": result.parameters,
             "final_loss": final,
-            "final_loss_over_steps": min(FINAL_STEPS, self.options.steps),
+            "final_loss_over_steps": min(log.FINAL_STEPS, self.options.steps),
             "seconds": round(result.seconds, 1),
             "threads": torch.get_num_threads(),
         }

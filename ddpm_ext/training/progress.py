@@ -9,8 +9,6 @@ from typing import Any
 
 from ddpm_ext.base.optional import require
 
-__all__ = ["Bar", "Clock", "above_bar", "progress_bar"]
-
 _KEPT = 0.98  # of the smoothed loss in each step
 
 

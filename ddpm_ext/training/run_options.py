@@ -1,17 +1,69 @@
-"""What a run was started with, in its options.json, which a resume finds before the first checkpoint, too."""
+"""What a run was started with: its options, and what its weights depend on besides; options.json has both."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddpm_ext.base import files
-from ddpm_ext.training import checkpoints
+from torch import nn
 
-__all__ = ["OPTIONS", "find", "save"]
+from ddpm_ext.base import files
+from ddpm_ext.diffusion import GaussianDiffusion
+from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.tables.predictions import SPACED_PREDICTIONS
+from ddpm_ext.training import checkpoints, network
+from ddpm_ext.training.data import ImageSource, Labels
+from ddpm_ext.training.data.source import digest
+from ddpm_ext.training.options import TrainOptions
 
 OPTIONS = "options.json"
+SHAPE = "the shape of images"
+OF_MODEL = "model's "  # before the names of what network.describe says
+
+
+def settings_by(options: TrainOptions) -> DiffusionSettings:
+    """The settings of the diffusion that the options describe."""
+    return DiffusionSettings(options.timesteps, options.beta_schedule, options.prediction, options.variance)
+
+
+def with_settings(
+    diffusion: GaussianDiffusion | None, options: TrainOptions
+) -> tuple[GaussianDiffusion, DiffusionSettings, TrainOptions]:
+    """The diffusion, given or by the options; its settings; and the options with these settings."""
+    if diffusion is not None and not isinstance(diffusion, GaussianDiffusion):
+        raise TypeError(f"diffusion is a {type(diffusion).__name__}, expected a GaussianDiffusion")
+    if diffusion is not None and diffusion.prediction not in SPACED_PREDICTIONS:
+        expected = ", ".join(map(repr, SPACED_PREDICTIONS))
+        raise ValueError(f"diffusion: its prediction is {diffusion.prediction!r}, expected one of {expected}")
+    settings = settings_by(options) if diffusion is None else DiffusionSettings.of(diffusion)
+    settings.to_scheduler_config()  # what cannot be written afterwards is refused at once
+    if diffusion is None:
+        return settings.diffusion(), settings, options
+    chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("timesteps", "prediction", "variance")}
+    return diffusion, settings, replace(options, beta_schedule="given", **chosen)
+
+
+def inputs_of(
+    model: nn.Module, images: ImageSource, labels: Labels | None, diffusion: GaussianDiffusion
+) -> dict[str, Any]:
+    """What the weights depend on besides the options, as JSON; the keys are parts of error messages."""
+    schedule = hashlib.blake2b(diffusion.betas.numpy().tobytes(), digest_size=8).hexdigest()
+    model_part = {f"{OF_MODEL}{name}": value for name, value in network.describe(model).items()}
+    of_classes: dict[str, Any] = {}
+    if labels is not None:
+        of_classes = {"the classes": list(labels.names), "the labels' hash": digest([labels.numbers.numpy().tobytes()])}
+    return {
+        **model_part,
+        **of_classes,
+        "the frozen parameters": [name for name, value in model.named_parameters() if not value.requires_grad],
+        "the schedule's hash": schedule,
+        "the number of images": len(images),
+        SHAPE: list(images.shape),
+        "the images' fingerprint": images.fingerprint(),
+    }
 
 
 def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:

@@ -14,8 +14,6 @@ from ddpm_ext.training import checkpoints
 from ddpm_ext.training.options import SAMPLER_OPTIONS, TrainOptions
 from ddpm_ext.training.score import Scores
 
-__all__ = ["TrainState"]
-
 
 class TrainState:
     """The model, its moving averages, the optimizer, the loss scale, the timestep sampler, the number of steps taken.

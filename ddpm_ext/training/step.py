@@ -21,8 +21,6 @@ from ddpm_ext.training.log import LogRow
 from ddpm_ext.training.options import DTYPES, LR_SCHEDULES, TrainOptions
 from ddpm_ext.training.state import TrainState
 
-__all__ = ["TrainingStep", "at_hand", "learning_rate", "loss_options", "quarters_of"]
-
 _SHOWN = 8  # how many timesteps the error about a loss that is not finite names
 # Of a float16 loss: gradients that overflow at a smaller scale would do so without a scale, too.
 _LEAST_SCALE = 1.0

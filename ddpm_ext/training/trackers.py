@@ -15,8 +15,6 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import MissingExtra
 from ddpm_ext.plots import grid, to_uint8
 
-__all__ = ["TensorBoard", "Tracker", "WandB", "require_tensorboard", "require_wandb", "trackers_of"]
-
 _RUN = "wandb.json"
 
 

@@ -25,17 +25,15 @@ from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import ImageSource, as_images, labels_of
 from ddpm_ext.training.hub import check_pushable
 from ddpm_ext.training.import_by_name import name_of
-from ddpm_ext.training.inputs import inputs_of, with_settings
 from ddpm_ext.training.interruption import end, noted_signals
 from ddpm_ext.training.load_run import Trained
 from ddpm_ext.training.options import CHANGEABLE, TrainOptions, check_same_on_ranks
 from ddpm_ext.training.outputs import Outputs, Result, check_extras
 from ddpm_ext.training.progress import Bar, Clock, above_bar, progress_bar
+from ddpm_ext.training.run_options import inputs_of, with_settings
 from ddpm_ext.training.score import Features, Scorer, features_by_name
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import TrainingStep, at_hand, loss_options
-
-__all__ = ["Trainer", "train"]
 
 _INTERVALS = ("log_every", "checkpoint_every", "sample_every", "score_every")
 

@@ -23,6 +23,9 @@ def test_writes_and_replaces(tmp_path):
 
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     path = tmp_path / "a.bin"
+    with pytest.raises(FileNotFoundError), files.atomic_path(path):
+        pass
+    assert not list(tmp_path.iterdir())
     files.write_bytes(path, b"old")
     with pytest.raises(RuntimeError, match="half way"), files.atomic_path(path) as beside:
         beside.write_bytes(b"ne")
@@ -32,51 +35,34 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.subprocess
-def test_killed_while_writing_keeps_the_old_file(tmp_path):
-    path = tmp_path / "a.bin"
-    files.write_bytes(path, b"old")
-    code = (
-        "import os, signal, sys\nfrom ddpm_ext.base import files\n"
-        "with files.atomic_path(sys.argv[1]) as beside:\n"
-        "    beside.write_bytes(b'ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, timeout=120)
-    assert done.returncode == -9, done.stderr
-    assert path.read_bytes() == b"old"
-
-
-@pytest.mark.subprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_lock_ends_with_its_process_not_with_its_workers(tmp_path):
+def test_killed_while_writing_keeps_the_old_file(tmp_path):
+    """A lock ends with its process, not with the process's workers."""
     pytest.importorskip("fcntl")
-    path = tmp_path / ".lock"
-    path.touch()
+    lock, path = tmp_path / ".lock", tmp_path / "a.bin"
+    lock.touch()
+    files.write_bytes(path, b"old")
     code = (
         "import multiprocessing, os, signal, sys, time\nfrom ddpm_ext.base import files\n"
         "def work(pipe):\n    pipe.send(os.getpid())\n    time.sleep(600)\n"
         "context = multiprocessing.get_context('fork')\nhere, there = context.Pipe()\n"
-        "with files.lock(sys.argv[1]):\n"
+        "with files.lock(sys.argv[1]), files.atomic_path(sys.argv[2]) as beside:\n"
         "    context.Process(target=work, args=(there,)).start()\n    print(here.recv(), flush=True)\n"
         "    try:\n        files.lock(sys.argv[1]).__enter__()\n"
         "    except ValueError:\n        print('locked', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    beside.write_bytes(b'ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     with open(tmp_path / "said", "w+") as said:
-        done = subprocess.run([sys.executable, "-c", code, str(path)], stdout=said, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code, str(lock), str(path)], stdout=said, timeout=120)
         said.seek(0)
         worker, locked = said.read().split()
     try:
         assert (done.returncode, locked) == (-signal.SIGKILL, "locked")
-        with files.lock(path):
+        assert path.read_bytes() == b"old"
+        with files.lock(lock):
             os.kill(int(worker), 0)  # the worker still runs
     finally:
         os.kill(int(worker), signal.SIGKILL)
-
-
-def test_nothing_written_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError), files.atomic_path(tmp_path / "a.bin"):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 def test_permissions_are_those_of_a_plain_file(tmp_path):

@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-from support.command_line import call
-
-for module in ("diffusers", "safetensors", "tqdm"):
-    pytest.importorskip(module)
+from support.command_line import call, check_refused
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
@@ -43,8 +40,5 @@ def test_noise_leads_back(tmp_path, monkeypatch, capsys, spacing):
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
-    assert call("invert", *options) == 2
-    written = capsys.readouterr()
-    assert message in written.err
-    assert (written.err.count("\n"), written.out) == (1, "")
+    check_refused(capsys, message, "invert", *options)
     assert not list(tmp_path.iterdir())

@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.command_line import call, save_tiny
+from support.command_line import call, check_refused, save_tiny
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox, models, plots
 from ddpm_ext.cli import loop_inputs
 from ddpm_ext.cli.main import build_parser
 
-for module in ("diffusers", "safetensors", "tqdm"):
-    pytest.importorskip(module)
 Image = pytest.importorskip("PIL.Image")
 
 SHAPE = (3, 8, 12)
@@ -39,9 +37,7 @@ def files(tmp_path_factory):
     np.save(folder / "nan.npy", np.full((1, *SHAPE), np.nan, np.float32))
     np.save(folder / "none.npy", np.zeros((0, *SHAPE), np.float32))
     (folder / "text.txt").touch()
-    (folder / "text.npz").write_text("no archive")
     (folder / "damaged.png").write_bytes(b"no picture")
-    (folder / "empty").mkdir()
     return folder
 
 
@@ -168,31 +164,18 @@ def test_guidance_with_its_options_and_no_clip():
 
 BAD = [
     (("--start", "folder", "--noise", "noise.npy"), "noise and start are both given, expected one of them"),
-    (("--strength", 0.5), "strength is 0.5 without a start, expected 1"),
     ((*START, "--strength", 2), "strength is 2.0, expected 0 < strength <= 1"),
-    (("--start", "nowhere.png"), "start: cannot read nowhere.png"),
     (("--start", "nowhere"), "start: got nowhere, expected a file or a folder that exists"),
     (("--start", "none.npy"), "start: none.npy holds no samples, expected at least 1"),
-    (("--start", "text.npz"), "start: text.npz is no .npz or .npy of samples (damaged, or of another format)"),
     (("--start", "text.txt"), "start: got text.txt, expected a picture, an .npz, an .npy or a folder"),
-    (("--start", "empty"), "start: no images in empty"),
     (("--start", "damaged.png"), "start: cannot read damaged.png"),
     (("--start", "small.npy"), "start: small.npy holds 1 samples of 3x4x4, expected 3x8x12"),
     (("--start", "nan.npy"), "start: nan.npy holds numbers that are not finite"),
     (("--to", "folder"), "to: got folder, expected --start beside it"),
-    (("--weight", 0.5), "weight: belongs to --to"),
-    ((*START, "--to", "folder", "--weight", 2), "weight is 2.0, expected 0 <= weight <= 1"),
-    (("--mask", "mask.png"), "mask: belongs to --inpaint"),
-    (("--inpaint", "folder"), "inpaint: got folder, expected --mask beside it"),
     (("--inpaint", "folder", "--mask", "noise.npy"), "mask: got noise.npy, expected a picture ending in"),
-    (("--jump-length", 2), "jump-length: belongs to --inpaint"),
     (("--noise", "images.npz"), "noise: images.npz holds uint8 of shape (3, 8, 12, 3), expected floats"),
-    (("--clip", 2, 1), "clip_denoised is (2.0, 1.0), expected low <= high"),
     (("--no-clip", "--clip", -1, 1), "not allowed with argument --no-clip"),
-    (("--threshold", 2), "quantile is 2.0, expected 0 < quantile <= 1"),
-    (("--threshold-max", 2), "threshold-max: belongs to --threshold"),
     (("--guidance-rescale", 1), "guidance-rescale: belongs to --guidance"),
-    (("--compile", "odd"), "compile is 'odd', expected a bool or a mode of torch.compile"),
     (("--graph", "--compile", "max-autotune"), "compile is 'max-autotune', which makes CUDA graphs itself"),
 ]
 
@@ -201,8 +184,5 @@ BAD = [
 def test_bad_input_is_one_sentence(files, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(files)
     out = tmp_path / "a.npz"
-    assert call("sample", "--model", "tiny", "--num", 2, "--steps", 2, "--quiet", "--out", out, *options) == 2
-    written = capsys.readouterr()
-    assert message in written.err
-    assert (written.err.count("\n"), written.out) == (1, "")
+    check_refused(capsys, message, "sample", "--model", "tiny", "--num", 2, "--steps", 2, "--out", out, *options)
     assert not out.exists()

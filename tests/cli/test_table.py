@@ -3,18 +3,12 @@
 import json
 
 import pytest
-from support.command_line import call
-from support.figure_contents import drawn, points
+from support.command_line import call, check_refused, grid_of
+from support.figure_contents import drawn, points, saved_figures
 
-from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext import StepTable
 from ddpm_ext.base.optional import ALL_EXTRAS
 from ddpm_ext.tables.samplers import ddim, dpmpp_2m, euler
-from ddpm_ext.tables.spacing import make_grid, spaced_timesteps
-
-
-def grid_of(steps, spacing="linspace", schedule="linear"):
-    gd = GaussianDiffusion(1000, schedule)
-    return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
 
 
 @pytest.fixture
@@ -70,9 +64,7 @@ def test_a_flow_is_shifted(tmp_path, capsys):
 
 
 def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
-    figures = pytest.importorskip("matplotlib.figure")
-    saved, save = [], figures.Figure.savefig
-    monkeypatch.setattr(figures.Figure, "savefig", lambda own, *args, **kwargs: (saved.append(own), save(own, *args)))
+    saved = saved_figures(monkeypatch)
     assert call("table", "--sampler", "euler", "--steps", 4, "--plot", tmp_path / "a.png") == 0
     assert call("table", "--sampler", "euler", "--steps", 4, "--diff", "dpmpp_2m", "--plot", tmp_path / "b.svg") == 0
     one, other = euler(grid_of(4)), dpmpp_2m(grid_of(4))
@@ -85,22 +77,14 @@ def test_tables_are_drawn(tmp_path, monkeypatch, capsys):
 BAD = [
     (("--steps", "3"), "one of the arguments --sampler --scheduler is required"),
     (("--sampler", "ddim", "--scheduler", "folder"), "not allowed with argument"),
-    (("--sampler", "dim"), "invalid choice: 'dim'"),
-    (("--sampler", "ddim", "--steps", "1001"), "steps is 1001, expected 1 to 1000"),
-    (("--sampler", "euler", "--eta", "1"), "eta: got 1.0, but it belongs to ddim"),
     (("--sampler", "euler", "--save", "a.txt"), "save: got a.txt, expected a name that ends in .json"),
     (("--sampler", "euler", "--plot", "a.json"), "plot: got a.json, expected a name that ends in .png or .svg or .pdf"),
     (("--sampler", "euler", "--diff", "nowhere"), "table: got nowhere, expected ddpm, ddim"),
-    (("--sampler", "euler", "--diff", "none.json"), "table: cannot read none.json: No such file"),
-    (("--scheduler", "nowhere"), "table: got nowhere, expected ddpm"),
-    (("--scheduler", "euler", "--steps", "20"), "table: got ./euler, expected ddpm"),
     (("--scheduler", "nowhere", "--steps", "20"), "table: got nowhere, expected ddpm"),
-    (("--scheduler", ".", "--steps", "20"), "table: . has no scheduler_config.json"),
     (("--sampler", "euler", "--mu", "1"), "mu: got 1.0, but there is no scheduler that it is for"),
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
     (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),
     (("--scheduler", "damaged", "--steps", "3"), "scheduler_config.json is no scheduler's config (KeyError"),
-    (("--scheduler", "damaged", "--steps", "3", "--eta", "1"), "eta: got 1.0, but there is no sampler that it is for"),
     (("--scheduler", "other", "--steps", "3"), "scheduler_config.json is for a MyScheduler, which diffusers"),
 ]
 
@@ -108,14 +92,10 @@ BAD = [
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    if "MyScheduler" in message:
-        pytest.importorskip("diffusers")
     for name, config in (("damaged", {"steps": 3}), ("other", {"_class_name": "MyScheduler"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scheduler_config.json").write_text(json.dumps(config))
-    assert call("table", *arguments) == 2
-    out, errors = capsys.readouterr()
-    assert not out and message in errors and errors.startswith("ddpm-ext table: ") and errors.count("\n") == 1
+    check_refused(capsys, message, "table", *arguments)
     assert {path.name for path in tmp_path.iterdir()} == {"damaged", "other"}
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.comparison import backends, float64, normals
-from support.refusals import Model, refuse
+from support.refusals import Model, raises, refuse
 from torch._dynamo.backends.debugging import aot_eager
 
-from ddpm_ext import GaussianDiffusion, Philox, reference
+from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossOptions, bound_factor
 from ddpm_ext.ops import loss as losses
@@ -130,79 +130,26 @@ def test_hybrid(backend, prediction, variance, loss, device):
         check(got, leaf, error + factor.get("vlb_weight", 0.001) * bound, wide)
 
 
-@backends
-@variances
-def test_reductions_and_draws(backend, variance, device):
-    """Mean and sum of the samples' losses and gradients, with the noise of the contract, also with one int for t."""
-    gd = GaussianDiffusion(1000, variance=variance, backend=backend)
-    x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
-    rng = Philox(3, 40)
-    seen = []
-    for how in losses.REDUCTIONS:
-        leaf = m.clone().requires_grad_()
-        loss = gd.train_losses(lambda *_, leaf=leaf: leaf, x, t, rng=rng, loss="vlb", reduction=how)
-        loss.sum().backward()
-        seen.append((loss.detach(), leaf.grad))
-    (mean, mean_slope), (each, slope), (total, total_slope) = seen
-    torch.testing.assert_close(mean, each.mean())
-    torch.testing.assert_close(total, each.sum())
-    torch.testing.assert_close(slope, total_slope, rtol=1e-5, atol=0)
-    torch.testing.assert_close(mean_slope, slope / 6, rtol=1e-5, atol=1e-9)
-    z = gd.process.ops.forward_process(torch.zeros_like(x), torch.tensor([[0.0, 1.0]] * 1000).to(device), t, rng=rng)
-    given = gd.train_losses(lambda *_: m, x, t, z, loss="vlb", reduction="none")
-    torch.testing.assert_close(given, each, rtol=2e-6, atol=0)
-    one = gd.train_losses(lambda *_: m, x, 400, z, loss="vlb", reduction="none")
-    assert torch.equal(one, gd.train_losses(lambda *_: m, x, 400 + 0 * t, z, loss="vlb", reduction="none"))
-
-
 @predictions
 @variances
-def test_all_timesteps_are_the_likelihoods_bound(prediction, variance, device):
-    """Term by term, with the same noise. bits_per_dim computes both means, train_losses their difference."""
-    gd = GaussianDiffusion(20, "cosine", prediction=prediction, variance=variance)
-    x, m = images(device), outputs(variance, device)
-    rng = Philox(9, 100)
-    expected = gd.bits_per_dim(lambda *_: m, x, rng=rng, clip_denoised=False).vlb
-    ask = functools.partial(gd.train_losses, lambda *_: m, x, rng=rng, reduction="none")
-    found = torch.stack([ask(t, loss="vlb") for t in range(20)], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-    rescaled = torch.stack([ask(t, loss="rescaled_vlb") for t in range(20)], 1).mean(1)
-    torch.testing.assert_close(rescaled, found.sum(1), rtol=1e-5, atol=0)
-
-
-@predictions
-@variances
-def test_a_samples_loss_is_the_same_in_every_batch(prediction, variance, device):
+def test_same_bits(prediction, variance, device):
+    """In every batch and layout: the two halves or the samples may lie apart in memory; and with one int for t."""
     gd = GaussianDiffusion(prediction=prediction, variance=variance)
     x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
 
-    def ask(index):
-        leaf = m[index].clone().requires_grad_()
-        options = {"loss": "rescaled_vlb", "reduction": "none", "rng": Philox(5, 100 + index.start)}
-        loss = gd.train_losses(lambda *_: leaf, x[index], t[index], **options)
-        return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
-
-    whole = ask(slice(0, 6))
-    parts = [ask(slice(0, 2)), ask(slice(2, 3)), ask(slice(3, 6))]
-    for expected, *found in zip(whole, *parts, strict=True):
-        assert torch.equal(torch.cat(found), expected)
-
-
-@variances
-def test_layouts(variance, device):
-    """The two halves or the samples may lie apart in memory."""
-    gd = GaussianDiffusion(variance=variance)
-    x, m, t = images(device), outputs(variance, device), TIMESTEPS.to(device)
-
-    def ask(m, x):
+    def ask(m, x, t=t, first=0):
         leaf = m.detach().requires_grad_()
-        loss = gd.train_losses(lambda *_: leaf, x, t, rng=Philox(1), reduction="none", loss="vlb")
+        options = {"loss": "rescaled_vlb", "reduction": "none", "rng": Philox(5, 100 + first)}
+        loss = gd.train_losses(lambda *_: leaf, x, t, **options)
         return loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]
 
     expected = ask(m, x)
+    parts = [ask(m[i:j], x[i:j], t[i:j], i) for i, j in ((0, 2), (2, 3), (3, 6))]
     last = functools.partial(torch.Tensor.contiguous, memory_format=torch.channels_last)
-    for other in (ask(last(m), x), ask(last(m), last(x)), ask(m, x.mT.contiguous().mT), ask(m.mT.contiguous().mT, x)):
-        assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+    others = [ask(last(m), x), ask(last(m), last(x)), ask(m, x.mT.contiguous().mT), ask(m.mT.contiguous().mT, x)]
+    for found in (tuple(map(torch.cat, zip(*parts, strict=True))), *others):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ask(m, x, 400), ask(m, x, 400 + 0 * t), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -300,29 +247,15 @@ def test_compiles_once_for_every_weight_of_the_bound(device):
     torch.compiler.reset()
 
 
-def bound_rows(gd, device, dtype, loss, vlb_weight):
-    """The rows that train_losses takes."""
-    loss_rows = LossRows(gd.process)
-    bound = bound_factor(gd, gd.variance_entry, loss_rows, LossOptions(loss=loss, vlb_weight=vlb_weight))
-    return loss_rows.get("simple", device, dtype, loss == "mse", bound)
-
-
-def test_gradcheck_of_the_reference():
-    gd = GaussianDiffusion(50, variance="learned_range", backend="reference")
-    x = images("cpu").double()[:4, :, :2, :2]
-    m = outputs("learned_range", "cpu").double()[:4, :, :2, :2].requires_grad_()
-    t, z = torch.tensor([0, 1, 30, 49]), torch.randn_like(x)
-    for loss in ("vlb", "mse"):
-        rows = bound_rows(gd, x.device, x.dtype, loss, 0.1)
-        assert torch.autograd.gradcheck(
-            lambda m, rows=rows: reference.diffusion_loss(m, x, rows, t, noise=z, variational=True), m
-        )
-
-
-def test_opcheck(device):
+@pytest.fixture
+def rows(device):
     gd = GaussianDiffusion(variance="learned_range")
+    bound = bound_factor(gd, gd.variance_entry, LossRows(gd), LossOptions())
+    return LossRows(gd).get("simple", device, torch.float32, True, bound)
+
+
+def test_opcheck(rows, device):
     x, m, t = images(device), outputs("learned_range", device).requires_grad_(), TIMESTEPS.to(device)
-    rows = bound_rows(gd, device, torch.float32, "mse", 0.001)
     for detach_mean in (True, False):
         torch.library.opcheck(
             torch.ops.ddpm_ext.diffusion_loss,
@@ -332,25 +265,24 @@ def test_opcheck(device):
 
 
 @backends
-def test_refusals(backend, device):
+def test_refusals(backend, rows, device):
     bad = functools.partial(refuse, "train_losses", backend, device)
     bad(ValueError, ["loss is 'kl'", "'vlb' or 'rescaled_vlb'"], loss="kl")
-    bad(ValueError, ["weighting is given beside loss 'vlb'", "'simple'"], loss="vlb", weighting="snr")
-    for weighting in (torch.ones(50), torch.ones(50).numpy(), None):
-        bad(ValueError, ["weighting is given beside loss 'vlb'"], loss="vlb", weighting=weighting)
+    for weighting in ("snr", torch.ones(50), torch.ones(50).numpy(), None):
+        bad(ValueError, ["weighting is given beside loss 'vlb'", "'simple'"], loss="vlb", weighting=weighting)
     for value, kind in ((-1, ValueError), (float("nan"), ValueError), (math.inf, ValueError), ("1", TypeError)):
         bad(kind, [f"vlb_weight is {value!r}"], vlb_weight=value)
     x, t = images(device), TIMESTEPS.to(device)
-    make = functools.partial(GaussianDiffusion, backend=backend)
-    with pytest.raises(ValueError, match="variance is 'learned_variance', expected 'learned' or 'learned_range'"):
-        make(variance="learned_variance").train_losses(Model(), x, t)
     zero = torch.cat([torch.full((49,), 0.1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
-    with pytest.raises(ValueError, match="alphas_cumprod ends at 0"):
-        make(beta_schedule=zero, timesteps=50, variance="learned_range").train_losses(Model(), x, t)
-    for shape in (SHAPE, (6, 5, 5, 7), (6, 6, 5, 8)):
-        with pytest.raises(ValueError, match=r"model_output has shape .*, expected \(6, 6, 5, 7\), twice"):
-            make(variance="learned").train_losses(lambda *_, shape=shape: torch.zeros(shape, device=device), x, t)
+    for options, output, message in (
+        ({"variance": "learned_variance"}, None, "variance is 'learned_variance', expected 'learned' or"),
+        ({"beta_schedule": zero, "timesteps": 50, "variance": "learned_range"}, None, "alphas_cumprod ends at 0"),
+        ({"variance": "learned"}, SHAPE, r"model_output has shape .*, expected \(6, 6, 5, 7\), twice"),
+        ({"variance": "learned"}, (6, 6, 5, 8), r"model_output has shape .*, expected \(6, 6, 5, 7\), twice"),
+    ):
+        model = Model(None if output is None else torch.zeros(output, device=device))
+        gd = GaussianDiffusion(backend=backend, **options)
+        raises(ValueError, [message], lambda gd=gd, model=model: gd.train_losses(model, x, t))
+        assert model.calls == (output is not None)
     with pytest.raises(ValueError, match="x_start is missing, expected one beside variational"):
-        gd = make(variance="learned")
-        rows = bound_rows(gd, device, torch.float32, "vlb", 0.0)
-        gd.process.ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)
+        gd.ops.diffusion_loss(outputs("learned", device), None, rows, t, rng=Philox(0), variational=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.comparison import backends, predictions, variances
 from support.gaussian import MU, SIGMA, best_prediction, exact_model, marginal
+from support.refusals import Model
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
@@ -166,26 +167,6 @@ def test_one_timestep_for_all(device, backend, variance):
             assert torch.equal(found, expected)
 
 
-def test_batches_do_not_matter(device):
-    gd, x_start = diffusion(), images(device=device)
-    seen = {}
-
-    def model(x, t):
-        for sample, moment in zip(x, t.tolist(), strict=True):
-            seen.setdefault(moment, []).append(sample.clone())
-        return noisy()(x, t)
-
-    whole = gd.bits_per_dim(model, x_start, rng=RNG)
-    of_whole, seen = seen, {}
-    parts = [gd.bits_per_dim(model, x_start[i : i + 2], rng=Philox(11, 1000 + i)) for i in range(0, len(x_start), 2)]
-    assert list(of_whole) == list(range(TIMESTEPS)) and list(map(len, seen.values())) == [len(x_start)] * TIMESTEPS
-    for t, samples in of_whole.items():
-        assert torch.equal(torch.stack(samples), torch.stack(seen[t]))
-        assert torch.equal(torch.stack(samples), gd.q_sample(x_start, t, rng=RNG))
-    for found, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("variance", ["fixed_small", "learned", "learned_range"])
 def test_gradients(variance):
     """The bound's gradients in the model's output are those of the float64 reference, also at t = 0."""
@@ -210,12 +191,6 @@ def test_gradients(variance):
     assert ((slopes[0] - slopes[1]).abs() <= 1e-4 * size).all()
 
 
-def test_no_gradients_of_a_whole_bound():
-    weight = torch.ones((), requires_grad=True)
-    found = diffusion().bits_per_dim(lambda x, t: x * weight, images(), rng=RNG)
-    assert not any(tensor.requires_grad for tensor in found)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_reaches_the_model_alone(device, dtype):
     gd, x_start = diffusion(), images(device=device, dtype=dtype)
@@ -230,14 +205,6 @@ def test_half_precision_reaches_the_model_alone(device, dtype):
     assert seen[0].dtype == dtype and found.output.dtype == found.pred_xstart.dtype == torch.float32
     with_same = gd.vlb_terms(lambda *_: noisy()(seen[0], t), x_start.float(), t, rng=RNG)
     torch.testing.assert_close(found.output[1:], with_same.output[1:], rtol=0.05, atol=0.05)
-
-
-def test_samples_of_one_number_each():
-    gd, x_start = diffusion(), images((6,))
-    found = gd.bits_per_dim(exact_model(gd), x_start, rng=RNG, clip_denoised=False)
-    wide = gd.bits_per_dim(exact_model(gd), x_start[:, None], rng=RNG, clip_denoised=False)
-    for one, other in zip(found, wide, strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "eps"])
@@ -269,47 +236,52 @@ def test_seeds_and_progress(capsys):
     assert f"{TIMESTEPS}/{TIMESTEPS}" in capsys.readouterr().err
 
 
+def test_batches_and_shapes_do_not_matter(device):
+    """And a whole bound has no gradients."""
+    gd, x_start, w = diffusion(), images(device=device), torch.ones((), requires_grad=True, device=device)
+    model = lambda x, t: w * noisy()(x, t)  # noqa: E731
+    whole = gd.bits_per_dim(model, x_start, rng=RNG)
+    parts = [gd.bits_per_dim(model, x_start[i : i + 2], rng=Philox(11, 1000 + i)) for i in range(0, len(x_start), 2)]
+    for found, expected in zip(map(torch.cat, zip(*parts, strict=True)), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+        assert not expected.requires_grad
+    flat = images((6,), device)
+    for one, other in zip(
+        gd.bits_per_dim(exact_model(gd), flat, rng=RNG),
+        gd.bits_per_dim(exact_model(gd), flat[:, None], rng=RNG),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+BYTES = {"x_start": torch.zeros(2, 3, dtype=torch.uint8)}
+
+
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
+    ("method", "change", "kind", "message"),
     [
-        ({"t": 40}, ValueError, "t is 40, expected 0 <= t < 40"),
-        ({"t": torch.tensor([0, 0])}, ValueError, r"t has shape \[2\], expected \[5\], one a sample"),
-        ({"x_start": None}, TypeError, "x_start is a NoneType, expected a tensor"),
-        ({"noise": torch.zeros(5, 3)}, ValueError, "noise has shape"),
-        ({"noise": torch.zeros(SHAPE), "rng": RNG}, ValueError, "noise and rng are both given, expected one of them"),
-        ({"rng": 3}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
-        ({"clip_denoised": 2}, TypeError, "clip_denoised is 2, expected a bool"),
+        ("vlb_terms", {"t": 40}, ValueError, "t is 40, expected 0 <= t < 40"),
+        ("vlb_terms", {"t": torch.tensor([0, 0])}, ValueError, r"t has shape \[2\], expected \[5\], one a sample"),
+        ("vlb_terms", {"x_start": None}, TypeError, "x_start is a NoneType, expected a tensor"),
+        ("vlb_terms", {"noise": torch.zeros(5, 3)}, ValueError, "noise has shape"),
+        ("vlb_terms", {"noise": torch.zeros(SHAPE), "rng": RNG}, ValueError, "noise and rng are both given"),
+        ("vlb_terms", {"rng": 3}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        ("vlb_terms", {"clip_denoised": 2}, TypeError, "clip_denoised is 2, expected a bool"),
+        ("bits_per_dim", {"rng": Philox(0, draw=3)}, ValueError, "expected one without a draw or a stream of its own"),
+        ("bits_per_dim", {"rng": Philox(0, stream=3)}, ValueError, "expected one without a draw or a stream"),
+        ("bits_per_dim", {"rng": 0}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
+        ("bits_per_dim", BYTES, TypeError, "x_start has dtype torch.uint8, expected a float"),
+        ("prior_bpd", BYTES, TypeError, "x_start has dtype torch.uint8, expected a float"),
     ],
 )
-def test_bad_arguments_never_reach_the_model(change, kind, message):
-    def model(*_):
-        raise AssertionError("called")
-
-    given = {"x_start": images(), "t": 3, **change}
+def test_bad_arguments_never_reach_the_model(method, change, kind, message):
+    model = Model()
+    given = {"vlb_terms": {"model": model, "t": 3}, "bits_per_dim": {"model": model, "rng": RNG}, "prior_bpd": {}}[
+        method
+    ]
     with pytest.raises(kind, match=message):
-        diffusion().vlb_terms(model, **given)
-
-
-@pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"rng": Philox(0, draw=3)}, ValueError, "expected one without a draw or a stream of its own: each step"),
-        ({"rng": Philox(0, stream=3)}, ValueError, "expected one without a draw or a stream of its own"),
-        ({"rng": 0}, TypeError, "rng is a int, expected a ddpm_ext.Philox"),
-        (
-            {"x_start": torch.zeros(2, 3, dtype=torch.uint8)},
-            TypeError,
-            "x_start has dtype torch.uint8, expected a float",
-        ),
-    ],
-)
-def test_bad_arguments_of_a_whole_bound(change, kind, message):
-    given = {"x_start": images(), "rng": RNG, **change}
-    with pytest.raises(kind, match=message):
-        diffusion().bits_per_dim(noisy(), **given)
-    if "x_start" in change:
-        with pytest.raises(kind, match=message):
-            diffusion().prior_bpd(change["x_start"])
+        getattr(diffusion(), method)(**given | {"x_start": images()} | change)
+    assert model.calls == 0
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned"])

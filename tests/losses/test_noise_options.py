@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
@@ -36,10 +35,10 @@ class Seen:
         self.x_t = x_t.detach().clone()
         return self.output
 
-
-def expected_x_t(gd, x, z, t):
-    a, s = gd.alphas_cumprod[t] ** 0.5, (1 - gd.alphas_cumprod[t]) ** 0.5
-    return a[:, None, None, None] * x.double() + s[:, None, None, None] * z
+    def check(self, gd, x, z, t):
+        levels = gd.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (x.dim() - 1))
+        expected = levels**0.5 * x.double().cpu() + (1 - levels) ** 0.5 * z
+        torch.testing.assert_close(self.x_t.cpu().double(), expected, rtol=1e-6, atol=2e-6)
 
 
 @backends
@@ -55,8 +54,7 @@ def test_offset_noise(backend, shape, device):
         loss = gd.train_losses(model, x, t, rng=RNG, offset_noise=0.3, reduction="none")
         levels = gd.alphas_cumprod[t.cpu()].reshape(-1, *[1] * (len(shape) - 1))
         x64, m64 = x.cpu().double(), m.cpu().double()
-        x_t = levels**0.5 * x64 + (1 - levels) ** 0.5 * z
-        torch.testing.assert_close(model.x_t.cpu().double(), x_t, rtol=1e-6, atol=2e-6)
+        model.check(gd, x, z, t)
         target = z if prediction == "eps" else levels**0.5 * z - (1 - levels) ** 0.5 * x64
         torch.testing.assert_close(loss.cpu().double(), ((m64 - target) ** 2).flatten(1).mean(1), rtol=2e-6, atol=0)
 
@@ -70,8 +68,7 @@ def test_input_perturbation(backend, device):
     z, more = drawn(SHAPE, each, 2), drawn(SHAPE, each, 5)
     for gamma in (0.1, 0.5, 0.1):
         loss = gd.train_losses(model, x, t, rng=RNG, input_perturbation=gamma, reduction="none")
-        x_t = expected_x_t(gd, x.cpu(), z + gamma * more, each)
-        torch.testing.assert_close(model.x_t.cpu().double(), x_t, rtol=1e-6, atol=2e-6)
+        model.check(gd, x, z + gamma * more, each)
         plain = gd.train_losses(model, x, t, rng=RNG, reduction="none")
         assert torch.equal(loss, plain)
     given = z.to(device, torch.float32)
@@ -104,14 +101,16 @@ def test_both_and_the_bound(backend, device):
 
 
 def test_gradients_reach_x_start(device):
-    """The gradients go through x_t, which must not be written in place then."""
-    gd, (x,), t = GaussianDiffusion(), normals(1, device), timesteps(device)
-    found = []
+    """The gradients go through x_t, which must not be written in place then; nor is x_start ever."""
+    (x,), t, found = normals(1, device), timesteps(device), []
+    before = x.clone()
     for backend in ("fused", "reference"):
         leaf = x.clone().requires_grad_()
         gd = GaussianDiffusion(backend=backend)
         gd.train_losses(lambda x_t, t: x_t**2, leaf, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1).backward()
         found.append(leaf.grad)
+        gd.train_losses(lambda x_t, t: x_t, x, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1)
+        assert torch.equal(x, before) and torch.equal(leaf, before)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
@@ -122,15 +121,7 @@ def test_own_streams_and_draws(backend, device):
     gd, model, rng = GaussianDiffusion(backend=backend), Seen(x), Philox(11, 2**40, stream=40, draw=9)
     gd.train_losses(model, x, t, rng=rng, offset_noise=0.3, input_perturbation=0.2)
     z, moves, more = (drawn(shape, [9] * 6, s) for shape, s in ((SHAPE, 40), (SHAPE[:2], 4), (SHAPE, 5)))
-    expected = expected_x_t(gd, x.cpu(), z + 0.3 * moves[..., None, None] + 0.2 * more, t.cpu())
-    torch.testing.assert_close(model.x_t.cpu().double(), expected, rtol=1e-6, atol=2e-6)
-
-
-def test_x_start_stays(device):
-    gd, (x,), t = GaussianDiffusion(prediction="v"), normals(1, device), timesteps(device)
-    before = x.clone()
-    gd.train_losses(lambda x_t, t: x_t, x, t, rng=RNG, input_perturbation=0.1, offset_noise=0.1)
-    assert torch.equal(x, before)
+    model.check(gd, x, z + 0.3 * moves[..., None, None] + 0.2 * more, t)
 
 
 def test_compiles_whole(device):
@@ -144,15 +135,25 @@ def test_compiles_whole(device):
     torch.compiler.reset()
 
 
+NOISE, FLAT = torch.ones(3, 2, 4), torch.ones(3)
+
+
 @backends
-def test_refusals(backend, device):
-    bad = functools.partial(refuse, "train_losses", backend, device)
-    for name in ("offset_noise", "input_perturbation"):
-        for value, kind in ((-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)):
-            bad(kind, [f"{name} is {value!r}", "number"], **{name: value})
-        bad(TypeError, [f"{name} is True", "a number"], **{name: True})
-    noise = torch.ones(3, 2, 4, device=device)
-    bad(ValueError, ["offset_noise is given beside noise", "has its offset already"], offset_noise=0.1, noise=noise)
-    bad(ValueError, ["noise and rng are both given"], noise=noise, rng=Philox(0), input_perturbation=0.1)
-    flat = torch.ones(3, device=device)
-    bad(ValueError, [r"offset_noise: x_start has shape \(3,\)", "channels"], offset_noise=0.1, x_start=flat)
+@pytest.mark.parametrize(
+    ("kind", "words", "change"),
+    [
+        (ValueError, ["offset_noise is -0.1", "number"], {"offset_noise": -0.1}),
+        (ValueError, ["offset_noise is nan", "number"], {"offset_noise": math.nan}),
+        (ValueError, ["offset_noise is inf", "number"], {"offset_noise": math.inf}),
+        (TypeError, ["offset_noise is '1'", "number"], {"offset_noise": "1"}),
+        (TypeError, ["offset_noise is True", "a number"], {"offset_noise": True}),
+        (ValueError, ["input_perturbation is -0.1", "number"], {"input_perturbation": -0.1}),
+        (TypeError, ["input_perturbation is True", "a number"], {"input_perturbation": True}),
+        (ValueError, ["offset_noise is given beside noise", "offset already"], {"offset_noise": 0.1, "noise": NOISE}),
+        (ValueError, ["both given"], {"noise": NOISE, "rng": Philox(0), "input_perturbation": 0.1}),
+        (ValueError, [r"offset_noise: x_start has shape \(3,\)"], {"offset_noise": 0.1, "x_start": FLAT}),
+        (TypeError, ["rng is a int", "Philox"], {"offset_noise": 0.1, "rng": 3}),
+    ],
+)
+def test_refusals(backend, kind, words, change, device):
+    refuse("train_losses", backend, device, kind, words, **change)

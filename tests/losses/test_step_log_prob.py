@@ -1,4 +1,4 @@
-"""The log-probability of a step against torch.distributions in float64, its gradient, its bits, and its use."""
+"""The log-probability of a step against torch.distributions in float64, its gradient, and its bits."""
 
 import pytest
 import torch
@@ -153,32 +153,6 @@ def test_one_launch(clip, expected):
     with Large() as large:
         log_prob(m.requires_grad_(), x, prev, row)
     assert [name for name in large.names if "detach" not in name] == [*expected, "ddpm_ext.diffusion_loss"]
-
-
-def test_policy_gradient_raises_the_reward():
-    """REINFORCE over a flow's steps, replayed in halves of the batch; the reward is the mean of the final sample."""
-    table = flow_sde(FLOW, prediction="x0", eta=0.7)
-    log_prob = StepLogProb(table, clip_denoised=False)
-    packed = table.packed("cpu")
-    gain, bias = (torch.tensor([value], requires_grad=True) for value in (0.5, 0.0))
-    optimizer = torch.optim.Adam([gain, bias], lr=0.05)
-    rewards = []
-    for iteration in range(15):
-        path = [randn((64, 1, 2, 2), Philox(iteration), stream=1)]
-        with torch.no_grad():
-            for row in range(len(table)):
-                output = gain * path[-1] + bias
-                path.append(ops.reverse_step(path[-1], output, packed, row, clip=None, rng=Philox(iteration)))
-        reward = path[-1].flatten(1).mean(1)
-        advantage = (reward - reward.mean()) / reward.std()
-        optimizer.zero_grad()
-        for half in (slice(0, 32), slice(32, 64)):
-            for row in range(len(table) - 1):
-                x, prev = path[row][half], path[row + 1][half]
-                (-advantage[half] * log_prob(gain * x + bias, x, prev, row)).mean().backward()
-        optimizer.step()
-        rewards.append(reward.mean().item())
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.4
 
 
 @pytest.mark.parametrize(

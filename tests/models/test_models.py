@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
+from support.command_line import TINY as OF_COLOURS
 
 from ddpm_ext import GaussianDiffusion, models
 from ddpm_ext.models.folder import CONFIG, DIGITS, SCHEDULER, WEIGHTS
@@ -16,17 +16,7 @@ from ddpm_ext.tables.variances import VARIANCES
 
 diffusers = pytest.importorskip("diffusers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "norm_num_groups": 4,
-}
+TINY = OF_COLOURS | {"sample_size": 8, "in_channels": 1, "out_channels": 1}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +78,7 @@ def test_dtype(saved, tmp_path, device):
     assert next(models.load_model(tmp_path / "half").unet.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.999])
 def test_cut_short(folder, share):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: int(len(whole) * share)])
@@ -97,8 +87,12 @@ def test_cut_short(folder, share):
 
 
 def test_another_architecture(folder):
-    edit(folder / CONFIG, block_out_channels=[8, 16])
+    """Sizes are checked before memory is taken."""
+    edit(folder / CONFIG, block_out_channels=[2**21, 2**21])  # 40 TB in one convolution
     with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
+        models.load_model(folder)
+    edit(folder / CONFIG, layers_per_block=100_000)
+    with pytest.raises(ValueError, match="layers_per_block 100000, expected 1 to 100"):
         models.load_model(folder)
     edit(folder / CONFIG, block_out_channels=[8, 8], layers_per_block=2)
     with pytest.raises(ValueError, match=r"another architecture .* is missing"):
@@ -108,36 +102,19 @@ def test_another_architecture(folder):
         models.load_model(folder)
 
 
-def test_sizes_are_checked_before_memory_is_taken(folder):
-    edit(folder / CONFIG, block_out_channels=[2**21, 2**21])  # 40 TB in one convolution
-    with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
-        models.load_model(folder)
-    edit(folder / CONFIG, layers_per_block=100_000)
-    with pytest.raises(ValueError, match="layers_per_block 100000, expected 1 to 100"):
-        models.load_model(folder)
-
-
 def test_weights_that_are_not_finite(folder):
-    weights = safetensors_torch.load_file(folder / WEIGHTS)
-    weights["conv_in.bias"][0] = torch.nan
-    safetensors_torch.save_file(weights, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="not finite"):
-        models.load_model(folder)
-
-
-def test_weights_beyond_the_dtype(folder):
-    """What is finite in the file may not be so where it is used."""
-    weights = safetensors_torch.load_file(folder / WEIGHTS)
-    wide = {name: value.double() for name, value in weights.items()}
-    wide["conv_in.bias"][0] = 1e300
-    safetensors_torch.save_file(wide, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float32, in conv_in.bias"):
-        models.load_model(folder)
-    weights["conv_in.bias"][0] = 1e5
-    safetensors_torch.save_file(weights, folder / WEIGHTS)
-    models.load_model(folder)
-    with pytest.raises(ValueError, match=r"model: .*safetensors holds weights beyond float16, in conv_in.bias"):
-        models.load_model(folder, dtype=torch.float16)
+    """What is finite in the file may not be so in the dtype in which it is used."""
+    for value, in_file, dtype, message in (
+        (torch.nan, torch.float32, torch.float32, "not finite"),
+        (1e300, torch.float64, torch.float32, "weights beyond float32, in conv_in.bias"),
+        (1e5, torch.float32, torch.float16, "weights beyond float16, in conv_in.bias"),
+        (1e5, torch.float32, torch.float32, None),
+    ):
+        weights = {name: value.to(in_file) for name, value in safetensors_torch.load_file(folder / WEIGHTS).items()}
+        weights["conv_in.bias"][0] = value
+        safetensors_torch.save_file(weights, folder / WEIGHTS)
+        with pytest.raises(ValueError, match=rf"model: .*safetensors .*{message}") if message else nullcontext():
+            models.load_model(folder, dtype=dtype)
 
 
 def test_unet_folder_of_a_pipeline_has_its_scheduler(folder, tmp_path):
@@ -156,11 +133,41 @@ def test_unet_folder_of_a_pipeline_has_its_scheduler(folder, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel, expected a UNet2DModel"),
+        ({"time_embedding_type": "fourier"}, "Fourier time embeddings"),
+        ({"out_channels": 3}, "3 output channels for 1 of input"),
+        ({"sample_size": None}, "sample_size None"),
+        ({"block_out_channels": "many"}, "can't make a UNet2DModel"),
+        ({"norm_num_groups": 7}, "can't make a UNet2DModel"),
+        ({"class_embed_type": "identity"}, "class_embed_type 'identity', expected null"),
+        ({"num_class_embeds": 0}, "num_class_embeds 0, expected 1 to"),
+        ({"num_class_embeds": True}, "num_class_embeds True, expected 1 to"),
+        ("", r"config\.json is not readable JSON"),
+        ("[]", r"config\.json holds a list"),
+        ("\udc80", r"config\.json is not readable JSON"),
+    ],
+)
+def test_unsupported_configs(folder, changes, message):
+    if isinstance(changes, str):
+        (folder / CONFIG).write_bytes(changes.encode("utf-8", "surrogateescape"))
+    else:
+        edit(folder / CONFIG, **changes)
+    with pytest.raises(ValueError, match=message):
+        models.load_model(folder)
+
+
 def test_missing_files(folder, tmp_path):
     with pytest.raises(ValueError, match='no such folder: nowhere; expected "digits", "shapes" or a folder'):
         models.load_model("nowhere")
     with pytest.raises(ValueError, match=r"; nothing is downloaded here: hf download some/small --local-dir small$"):
         models.load_model("some/small")
+    (folder / "vqvae").mkdir()
+    with pytest.raises(ValueError, match="latent space"):
+        models.load_model(folder)
+    (folder / "vqvae").rmdir()
     (folder / WEIGHTS).rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"no such file: .*\.safetensors"):
         models.load_model(folder)
@@ -173,40 +180,8 @@ def test_missing_files(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"_class_name": "UNet2DConditionModel"}, "describes a UNet2DConditionModel, expected a UNet2DModel"),
-        ({"time_embedding_type": "fourier"}, "Fourier time embeddings"),
-        ({"out_channels": 3}, "3 output channels for 1 of input"),
-        ({"sample_size": None}, "sample_size None"),
-        ({"block_out_channels": "many"}, "can't make a UNet2DModel"),
-        ({"norm_num_groups": 7}, "can't make a UNet2DModel"),
-        ({"down_block_types": ["NoBlock", "DownBlock2D"]}, "can't make a UNet2DModel"),
-    ],
-)
-def test_unsupported_configs(folder, changes, message):
-    edit(folder / CONFIG, **changes)
-    with pytest.raises(ValueError, match=message):
-        models.load_model(folder)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\udc80"])
-def test_config_that_is_not_json(folder, content):
-    (folder / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=r"config\.json (is not readable JSON|holds a list)"):
-        models.load_model(folder)
-
-
-def test_latent_models_are_refused(folder):
-    (folder / "vqvae").mkdir()
-    with pytest.raises(ValueError, match="latent space"):
-        models.load_model(folder)
-
-
-@pytest.mark.parametrize(
     "config",
     [
-        {},
         {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.03, "num_train_timesteps": 77},
         {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 50},
@@ -219,12 +194,6 @@ def test_schedules_are_diffusers(config):
     ours = torch.tensor(read_settings(config, "s").beta_schedule, dtype=torch.float64)
     theirs = diffusers.DDPMScheduler(**config).betas.double()  # 1 - alpha, rounded to float32
     assert torch.allclose(ours, theirs, rtol=2e-4, atol=1e-6)
-
-
-def test_predictions_and_variances():
-    config = {"prediction_type": "sample", "variance_type": "fixed_large_log"}
-    assert (read_settings(config, "s").prediction, read_settings(config, "s").variance) == ("x0", "fixed_large")
-    assert read_settings({"variance_type": "learned_range"}, "s").variance == "learned_range"
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -249,15 +218,13 @@ def test_variances_there_and_back(variance):
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "has shift 3.0, expected 1.0"),
         ({"clip_sample": False}, "has clip_sample false, expected true; pass clip_denoised=False"),
         ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
-        ({"prediction_type": "flow"}, "prediction_type 'flow', expected one of epsilon"),
         ({"prediction_type": ["epsilon"]}, r"prediction_type \['epsilon'\], expected one of epsilon"),
         ({"variance_type": {}}, "variance_type {}, expected one of fixed_small"),
-        ({"variance_type": "none"}, "variance_type 'none'"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
         ({"num_train_timesteps": 0}, "num_train_timesteps 0"),
         ({"num_train_timesteps": 20_000_000}, "num_train_timesteps 20000000, expected 1 to 1000000"),
         ({"beta_end": 2.0}, r"betas outside \(0, 1\]"),
-        ({"trained_betas": []}, r"betas outside"),
+        ({"trained_betas": []}, "betas outside"),
         ({"trained_betas": ["a"]}, "schedule that can't be read"),
         ({"beta_start": None}, "schedule that can't be read"),
     ],
@@ -273,17 +240,13 @@ def test_bad_scheduler_configs(config, message):
         DiffusionSettings(),
         DiffusionSettings(timesteps=40, beta_schedule="cosine", prediction="v", variance="fixed_large"),
         DiffusionSettings(timesteps=3, beta_schedule=(0.1, 0.2, 0.3), prediction="x0"),
-        DiffusionSettings(timesteps=40, beta_schedule="flow", prediction="flow"),
         DiffusionSettings(timesteps=40, beta_schedule="flow", prediction="flow", variance="learned_range"),
     ],
 )
 def test_settings_survive_writing(settings):
     found = read_settings(json.loads(json.dumps(settings.to_scheduler_config())), "s")
-    assert (found.timesteps, found.prediction, found.variance) == (
-        settings.timesteps,
-        settings.prediction,
-        settings.variance,
-    )
+    for name in ("timesteps", "prediction", "variance"):
+        assert getattr(found, name) == getattr(settings, name)
     ours, theirs = settings.diffusion(), found.diffusion()
     assert torch.allclose(theirs.betas, ours.betas, rtol=1e-14)
     assert torch.allclose(theirs.process.schedule.noise, ours.process.schedule.noise, rtol=1e-12)
@@ -296,33 +259,19 @@ def test_rectified_flow_is_a_scheduler_of_diffusers():
     sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config).sigmas
     ours = read_settings(config, "s").diffusion().process.schedule.noise
     torch.testing.assert_close(sigmas.double().flip(0), ours, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+    for settings, message in (
         (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"),
         (DiffusionSettings(prediction="flow"), "prediction is 'flow', expected 'flow' beside beta_schedule 'flow'"),
         (DiffusionSettings(prediction="edm"), "prediction is 'edm', expected one of eps"),
-    ],
-)
-def test_settings_without_a_scheduler(settings, message):
-    with pytest.raises(ValueError, match=message):
-        settings.to_scheduler_config()
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.to_scheduler_config()
     with pytest.raises(ValueError, match="diffusion has a NoiseSchedule, expected"):
         DiffusionSettings.of(GaussianDiffusion(2, sigma_space(torch.tensor([1.0, 2]))))
 
 
-def test_digits_model_is_in_the_package():
-    loaded = models.load_model("digits")
-    assert loaded.shape == (1, 8, 8)
-    assert loaded.settings.timesteps == 1000
-    assert (DIGITS / WEIGHTS).stat().st_size <= 2_000_000
-    tutorial = DiffusionSettings().diffusion()
-    assert torch.allclose(loaded.settings.diffusion().alphas_cumprod, tutorial.alphas_cumprod, rtol=1e-12)
-
-
 def test_digits_models_quality_as_recorded():
+    assert (DIGITS / WEIGHTS).stat().st_size <= 2_000_000
     quality = json.loads((DIGITS / "quality.json").read_text())
     for name, found in quality["classifiers"].items():
         assert found["sure_of_samples"] >= 0.9 * found["sure_of_held_out"], name
@@ -343,21 +292,10 @@ def test_digits_model_draws_digits(device):
             loaded.unet, (32, 1, 8, 8), sampler="ddim", steps=50, rng=Philox(3), record="last", progress=False
         )
     images, labels = digits("train")
-    assert drawn.device == device
+    assert drawn.device == device and loaded.settings.timesteps == 1000
     nearest = torch.cdist(drawn.cpu().flatten(1), images.flatten(1)).min(1)
     held_out = torch.cdist(digits("heldout")[0].flatten(1), images.flatten(1)).min(1)
     assert len(set(labels[nearest.indices].tolist())) >= 7
     # Random pixels with the mean and spread of each pixel are more than twice as far away.
     assert nearest.values.median() < 1.3 * held_out.values.median()
     assert nearest.values.median() > 0.7 * held_out.values.median()
-
-
-@pytest.mark.subprocess
-def test_core_imports_no_extra():
-    code = (
-        "import sys, ddpm_ext\n"
-        "extras = {'diffusers', 'matplotlib', 'PIL', 'safetensors', 'sklearn'}\n"
-        "print(sorted(extras & {name.partition('.')[0] for name in sys.modules if name.startswith(tuple(extras))}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

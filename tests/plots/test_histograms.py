@@ -35,8 +35,7 @@ def test_histogram_is_the_density():
     # each column reaches halfway to its neighbours
     assert mesh.get_coordinates()[0, :, 0].tolist() == [100, 80, 50, 20, 5, -5]
     assert np.allclose(mesh.get_coordinates()[:, 0, 1], edges)
-    left, right = over_time.get_xlim()
-    assert (left, right) == (100, -5)
+    assert over_time.get_xlim() == (100, -5)
     assert over_time.get_xlabel() == "timestep t" and over_time.get_ylabel()
     curves = drawn(beside)
     assert list(curves) == legend(beside) == ["t = 90", "samples", "N(0, 1)"]
@@ -64,28 +63,27 @@ def test_histogram_takes_either_order_and_all_values():
     assert np.allclose(meshes[0].get_array().sum(axis=0) * 2 * limit / 80, 1)  # nothing is lost
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0])
-def test_histogram_of_one_value(value, tmp_path):
-    figure = histogram_figure([np.full(4, value)] * 2, [1, 0], tmp_path / "a.png")
-    assert figure.axes[0].collections[0].get_array().count() == 2
+def test_histogram_of_one_value(tmp_path):
+    for value in (0.0, 3.0):
+        figure = histogram_figure([np.full(4, value)] * 2, [1, 0])
+        assert figure.axes[0].collections[0].get_array().count() == 2
     outside = histogram_figure([np.full(4, 9.0)] * 2, [1, 0], tmp_path / "a.png", limit=1)
     assert outside.axes[0].collections[0].get_array().count() == 0
 
 
 def test_histogram_bad_input():
     values, timesteps = shrinking_normals()
-    for changed, kind, message in (
-        ({"timesteps": timesteps[:3]}, ValueError, "timesteps: got 3 for 5 x_t"),
-        ({"x_t": values[:1], "timesteps": [0]}, ValueError, "expected as many, at least 2"),
-        ({"timesteps": [9, 7, 8, 2, 1]}, ValueError, "timesteps are not in order"),
-        ({"timesteps": [9, 7, 7, 2, 1]}, ValueError, "timesteps are not in order"),
-        ({"x_t": [*values[:4], values[0] * torch.nan]}, ValueError, r"x_t\[4\]: got values that are not"),
-        ({"x_t": [*values[:4], values[0][:0]]}, ValueError, r"x_t\[4\]: got none"),
-        ({"samples": torch.tensor([torch.inf])}, ValueError, "samples: got values that are not finite"),
-        ({"bins": 0}, ValueError, "bins is 0"),
-        ({"bins": 2.5}, TypeError, "bins is 2.5"),
-        ({"limit": 0}, ValueError, "limit is 0"),
-        ({"limit": float("nan")}, ValueError, "limit is nan"),
+    for changed, message in (
+        ({"timesteps": timesteps[:3]}, "timesteps: got 3 for 5 x_t"),
+        ({"x_t": values[:1], "timesteps": [0]}, "expected as many, at least 2"),
+        ({"timesteps": [9, 7, 8, 2, 1]}, "timesteps are not in order"),
+        ({"timesteps": [9, 7, 7, 2, 1]}, "timesteps are not in order"),
+        ({"x_t": [*values[:4], values[0] * torch.nan]}, r"x_t\[4\]: got values that are not"),
+        ({"x_t": [*values[:4], values[0][:0]]}, r"x_t\[4\]: got none"),
+        ({"samples": torch.tensor([torch.inf])}, "samples: got values that are not finite"),
+        ({"bins": 0}, "bins is 0"),
+        ({"bins": 2.5}, "bins is 2.5"),
+        ({"limit": float("nan")}, "limit is nan"),
     ):
-        with pytest.raises(kind, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             histogram_figure(**{"x_t": values, "timesteps": timesteps} | changed)

@@ -54,10 +54,10 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     table = StepTable(**STEPS)
     for draw, purpose in (
-        (table.plot, "drawing a StepTable"),
-        (lambda: plots.step_table_figure({"a": table, "b": table}), "drawing step tables"),
-        (lambda: plots.schedule_figure({"a": torch.ones(3)}), "drawing schedules"),
-        (lambda: plots.histogram_figure([torch.ones(4)] * 2, [1, 0]), "drawing a histogram"),
+        (table.plot, "a StepTable"),
+        (lambda: plots.step_table_figure({"a": table, "b": table}), "step tables"),
+        (lambda: plots.schedule_figure({"a": torch.ones(3)}), "schedules"),
+        (lambda: plots.histogram_figure([torch.ones(4)] * 2, [1, 0]), "a histogram"),
     ):
-        with pytest.raises(MissingExtra, match=f"{purpose} needs matplotlib: pip install"):
+        with pytest.raises(MissingExtra, match=f"drawing {purpose} needs matplotlib: pip install"):
             draw()

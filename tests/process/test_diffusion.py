@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from support.comparison import (
-    BACKENDS,
-    HALF_ULPS,
     SHAPE,
     backends,
     check,
@@ -58,132 +56,76 @@ def test_attributes(name):
     truth = Tutorial(gd.betas)
     for attribute in ATTRIBUTES:
         value = getattr(gd, attribute)
-        assert value.dtype == torch.float64
-        assert value.shape == (1000,)
-        assert value.device.type == "cpu"
+        assert (value.dtype, value.shape, value.device.type) == (torch.float64, (1000,), "cpu")
         # measured 6.3e-13, factor 5
         np.testing.assert_allclose(value.numpy(), expected[attribute], rtol=3e-12, atol=0, err_msg=attribute)
         np.testing.assert_allclose(value.numpy(), getattr(truth, attribute).numpy(), rtol=3e-12, err_msg=attribute)
     assert gd.timesteps == 1000
 
 
-def test_given_betas(device):
+def test_betas(device):
     betas = torch.linspace(0.01, 0.3, 20, device=device)
     gd = GaussianDiffusion(20, betas)
     assert torch.equal(gd.betas, float64(betas))
     betas.fill_(0.5)
     assert gd.betas[0] < 0.011
-
-
-def test_defaults_are_the_tutorials():
-    gd = GaussianDiffusion()
-    assert gd.timesteps == 1000
-    assert (gd.betas[0], gd.betas[-1]) == (1e-4, 0.02)
-    assert GaussianDiffusion(timesteps=50, beta_schedule="cosine").betas.shape == (50,)
+    assert GaussianDiffusion().betas[[0, -1]].tolist() == [1e-4, 0.02] and len(GaussianDiffusion().betas) == 1000
 
 
 # ---------------------------------------------------------------------------------------------------- methods
 
 
 @backends
-def test_q_sample(backend, device):
-    gd, truth = pair(backend=backend)
-    x, z = normals(2, device)
-    t = timesteps(device)
-    check(gd.q_sample(x, t, z), truth.q_sample(x, t, z), truth.q_sample(x.abs(), t, z.abs()), device)
-    assert torch.equal(gd.q_sample(x, t, noise=z), gd.q_sample(x, t, z))
-
-
-@backends
-def test_q_mean_variance(backend, device):
-    gd, truth = pair(backend=backend)
-    (x,) = normals(1, device)
-    t = timesteps(device)
-    mean, *rest = gd.q_mean_variance(x, t)
-    expected, *expected_rest = truth.q_mean_variance(x, t)
-    check(mean, expected, expected.abs(), device)
-    check_variances(rest, expected_rest, device)
-
-
-@backends
-def test_q_posterior_mean_variance(backend, device):
-    gd, truth = pair(backend=backend)
-    x_start, x_t = normals(2, device)
-    t = timesteps(device)
-    mean, *rest = gd.q_posterior_mean_variance(x_start, x_t, t)
-    expected, *expected_rest = truth.q_posterior_mean_variance(x_start, x_t, t)
-    check(mean, expected, truth.q_posterior_mean_variance(x_start.abs(), x_t.abs(), t)[0], device)
-    check_variances(rest, expected_rest, device)
-    assert rest[1][0].item() == pytest.approx(np.log(1e-20))
-
-
-@backends
-def test_predict_start_from_noise(backend, device):
-    gd, truth = pair(backend=backend)
-    x, z = normals(2, device)
-    t = timesteps(device)
-    expected = truth.predict_start_from_noise(x, t, z)
-    check(gd.predict_start_from_noise(x, t, z), expected, truth.predict_start_from_noise(x.abs(), t, -z.abs()), device)
-
-
-@backends
-def test_predict_start_from_noise_inverts_q_sample(backend, device):
+def test_forward_process(backend, device):
     gd, truth = pair(backend=backend)
     x, z = normals(2, device)
     t = timesteps(device)
     x_t = gd.q_sample(x, t, z)
+    check(x_t, truth.q_sample(x, t, z), truth.q_sample(x.abs(), t, z.abs()), device)
+    expected, magnitude = truth.predict_start_from_noise(x, t, z), truth.predict_start_from_noise(x.abs(), t, -z.abs())
+    check(gd.predict_start_from_noise(x, t, z), expected, magnitude, device)
     magnitude = truth.predict_start_from_noise(x_t.abs(), t, -z.abs())
-    check(gd.predict_start_from_noise(x_t, t, z), x.double().cpu(), 2 * magnitude, device)
+    check(gd.predict_start_from_noise(x_t, t, z), x.double().cpu(), 2 * magnitude, device)  # the inverse of q_sample
+    mean, *rest = gd.q_mean_variance(x, t)
+    expected, *expected_rest = truth.q_mean_variance(x, t)
+    check(mean, expected, expected.abs(), device)
+    check_variances(rest, expected_rest, device)
+    mean, *rest = gd.q_posterior_mean_variance(x, z, t)
+    expected, *expected_rest = truth.q_posterior_mean_variance(x, z, t)
+    check(mean, expected, truth.q_posterior_mean_variance(x.abs(), z.abs(), t)[0], device)
+    check_variances(rest, expected_rest, device)
+    assert rest[1][0].item() == pytest.approx(np.log(1e-20))
 
 
 @backends
 @variances
 @predictions
 @clips
-def test_p_mean_variance(backend, prediction, variance, clip, device):
+def test_reverse_process(backend, prediction, variance, clip, device):
     gd, truth = pair(prediction, variance, backend)
-    x, m = normals(2, device)
+    x, m, z = normals(3, device)
     t = timesteps(device)
 
     def model(x_t, told):
-        assert x_t is x
-        assert told is t
+        assert x_t is x and told is t
         return m
 
     mean, *rest = gd.p_mean_variance(model, x, t, clip)
     expected, *expected_rest = truth.p_mean_variance(model, x, t, clip)
     check(mean, expected, step_magnitude(truth, x, m, t), device)
     check_variances(rest, expected_rest, device)
-    keyword, *_ = gd.p_mean_variance(model, x, t, clip_denoised=clip)
-    assert torch.equal(keyword, mean)
+    result = gd.p_sample(model, x, t, clip, noise=z)
+    check(result, truth.p_sample(model, x, t, clip, noise=z), step_magnitude(truth, x, m, t, z), device)
+    assert torch.equal(result[0], mean[0])  # no noise at t = 0
+    assert torch.equal(gd.p_mean_variance(model, x, t, clip_denoised=clip)[0], mean)
     if clip:
         assert torch.equal(gd.p_mean_variance(model, x, t)[0], mean)
-
-
-@backends
-@variances
-@predictions
-@clips
-def test_p_sample(backend, prediction, variance, clip, device):
-    gd, truth = pair(prediction, variance, backend)
-    x, m, z = normals(3, device)
-    t = timesteps(device)
-
-    def model(x_t, t):
-        return m
-
-    expected = truth.p_sample(model, x, t, clip, noise=z)
-    result = gd.p_sample(model, x, t, clip, noise=z)
-    check(result, expected, step_magnitude(truth, x, m, t, z), device)
-    if clip:
         assert torch.equal(gd.p_sample(model, x, t, noise=z), result)
-    # no noise at t = 0
-    assert torch.equal(result[0], gd.p_mean_variance(model, x, t, clip)[0][0])
 
 
 @backends
 @pytest.mark.parametrize("name", ["cosine", "sigmoid", "scaled_linear"])
-def test_p_sample_other_schedules(backend, name, device):
+def test_other_schedules(backend, name, device):
     gd, truth = pair(backend=backend, schedule=name)
     x, m, z = normals(3, device)
     t = timesteps(device)
@@ -230,28 +172,6 @@ def test_any_number_of_dimensions(backend, shape, device):
     check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
     assert gd.q_mean_variance(x, t)[1].shape == (shape[0], *[1] * (len(shape) - 1))
     assert gd.q_sample(x, 5).shape == shape
-
-
-@backends
-@predictions
-@pytest.mark.parametrize("t", ["tensor", 0, 999])
-def test_train_losses_calls_the_model_with_x_t_and_t(backend, prediction, t, device):
-    """The values of the loss are tested in losses/test_train_losses.py."""
-    gd, _ = pair(prediction, backend=backend)
-    x, z = normals(2, device)
-    steps = timesteps(device) if t == "tensor" else torch.full((6,), t, device=device)
-    t = steps if t == "tensor" else t
-    seen = []
-
-    def model(x_t, t):
-        seen.append((x_t, t))
-        return 0.7 * x_t
-
-    loss = gd.train_losses(model, x, t, z)
-    assert loss.shape == ()
-    assert len(seen) == 1
-    assert torch.equal(seen[0][1], steps)
-    assert torch.equal(seen[0][0], gd.q_sample(x, t, z))
 
 
 # ---------------------------------------------------------------------------------------------- t, noise, out
@@ -311,38 +231,6 @@ def test_rng_draws_what_randn_gives(backend, device):
 
 
 @backends
-def test_manual_seed_repeats(backend, device):
-    gd, _ = pair(backend=backend)
-    x, m = normals(2, device)
-    t = timesteps(device)
-    for draw in (
-        lambda: gd.q_sample(x, t),
-        lambda: gd.p_sample(lambda *_: m, x, t),
-        lambda: gd.train_losses(lambda x_t, _: x_t, x, t),
-        lambda: gd.p_sample_loop(lambda *_: m, SHAPE, steps=2, record="last", progress=False, device=device),
-    ):
-        torch.manual_seed(1)
-        first, second = draw(), draw()
-        torch.manual_seed(1)
-        assert torch.equal(draw(), first)
-        assert not torch.equal(first, second)
-
-
-def test_backends_draw_the_same_noise(device):
-    fused, truth = pair()
-    reference, _ = pair(backend="reference")
-    x, m = normals(2, device)
-    t = timesteps(device)
-    for draw in (lambda gd: gd.q_sample(x, t), lambda gd: gd.p_sample(lambda *_: m, x, t)):
-        torch.manual_seed(2)
-        one = draw(fused)
-        torch.manual_seed(2)
-        other = draw(reference)
-        allowed = HALF_ULPS * 2 * step_magnitude(truth, x, m, t, torch.full_like(x, 5.0)) + 2e-6
-        assert (float64(one - other).abs() <= allowed).all()
-
-
-@backends
 def test_out(backend, device):
     gd, _ = pair(backend=backend)
     x, m, z = normals(3, device)
@@ -367,50 +255,58 @@ def test_out(backend, device):
 
 
 @backends
-def test_arguments_stay(backend, device):
+def test_seeds(backend, device):
+    """torch.manual_seed repeats the noise, which is the same for both backends."""
+    (gd, _), (other, _) = pair(backend=backend), pair()
+    x, m = normals(2, device)
+    t = timesteps(device)
+    options = {"steps": 2, "record": "last", "progress": False, "device": device}
+    for draw in (
+        lambda gd: gd.q_sample(x, t),
+        lambda gd: gd.p_sample(lambda *_: m, x, t),
+        lambda gd: gd.train_losses(lambda x_t, _: x_t, x, t),
+        lambda gd: gd.p_sample_loop(lambda *_: m, SHAPE, **options),
+    ):
+        torch.manual_seed(1)
+        first, second = draw(gd), draw(gd)
+        torch.manual_seed(1)
+        assert torch.equal(draw(gd), first) and not torch.equal(first, second)
+        torch.manual_seed(1)
+        torch.testing.assert_close(draw(other), first, rtol=1e-4, atol=1e-4)
+
+
+@backends
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: SimpleNamespace(sample=m)], ids=["tensor", "sample"])
+def test_the_models_call_and_arguments_that_stay(backend, wrap, device):
+    """It gets x_t and t, and returns a tensor, or an object that holds one as diffusers' models do."""
     gd, _ = pair(backend=backend)
     x, m, z = normals(3, device)
-    t = timesteps(device)
+    t, seen = timesteps(device), []
     copies = [v.clone() for v in (x, m, z, t)]
-    gd.q_sample(x, t, z)
-    gd.p_sample(lambda *_: m, x, t, noise=z)
-    gd.p_mean_variance(lambda *_: m, x, t)
+
+    def model(x_t, told):
+        seen.append((x_t.clone(), told))
+        return wrap(m)
+
+    plain = lambda *_: m  # noqa: E731
+    assert torch.equal(gd.p_sample(model, x, t, noise=z), gd.p_sample(plain, x, t, noise=z))
+    assert torch.equal(gd.p_mean_variance(model, x, t)[0], gd.p_mean_variance(plain, x, t)[0])
+    for at, steps in ((t, t), (0, torch.zeros_like(t)), (999, torch.full_like(t, 999))):
+        assert gd.train_losses(model, x, at, z) == gd.train_losses(plain, x, at, z)
+        assert torch.equal(seen[-1][0], gd.q_sample(x, at, z)) and torch.equal(seen[-1][1], steps)
+    options = {"steps": 2, "rng": Philox(0), "record": "last", "progress": False, "device": device}
+    assert torch.equal(gd.p_sample_loop(model, SHAPE, **options), gd.p_sample_loop(plain, SHAPE, **options))
     gd.q_posterior_mean_variance(x, z, t)
     gd.predict_start_from_noise(x, t, z)
-    gd.train_losses(lambda *_: m, x, t, z)
-    assert all(torch.equal(a, b) for a, b in zip((x, m, z, t), copies, strict=True))
+    assert len(seen) == 7 and all(torch.equal(a, b) for a, b in zip((x, m, z, t), copies, strict=True))
 
 
 @backends
-def test_model_output_with_sample(backend, device):
-    """The output of diffusers' models is an object with an attribute `sample`."""
-    gd, _ = pair(backend=backend)
-    x, m, z = normals(3, device)
-    t = timesteps(device)
-    plain, wrapped = (lambda *_: m), (lambda *_: SimpleNamespace(sample=m))
-    assert torch.equal(gd.p_sample(wrapped, x, t, noise=z), gd.p_sample(plain, x, t, noise=z))
-    assert torch.equal(gd.p_mean_variance(wrapped, x, t)[0], gd.p_mean_variance(plain, x, t)[0])
-    assert gd.train_losses(wrapped, x, t, z) == gd.train_losses(plain, x, t, z)
-    options = {"steps": 2, "rng": Philox(0), "record": "last", "progress": False, "device": device}
-    assert torch.equal(gd.p_sample_loop(wrapped, SHAPE, **options), gd.p_sample_loop(plain, SHAPE, **options))
-
-
-def test_zero_terminal_snr(device):
-    """If alphas_cumprod is 0, x_0 is the sign of x_t - m, even if the two are close."""
-    betas = torch.tensor([0.1, 0.2, 1.0])
-    x = torch.tensor([[0.5, -0.3, 1.0, -2.0, 3.0]], device=device)
-    m = torch.tensor([[0.25, 0.1, 1.0 - 2**-23, -2.0 - 2**-21, -3.0]], device=device)
-    for backend in BACKENDS:
-        gd = GaussianDiffusion(3, betas, backend=backend)
-        mean, _, _ = gd.p_mean_variance(lambda *_: m, x, 2)
-        # alphas[2] is 0: the mean is posterior_mean_coef1 * x_0 alone
-        expected = gd.posterior_mean_coef1[2] * float64(x - m).sign()
-        torch.testing.assert_close(float64(mean), expected, rtol=2.0**-22, atol=0)
-
-
-@backends
-def test_zero_terminal_snr_where_the_model_gives_x(backend, device):
+def test_zero_terminal_snr(backend, device):
+    """If alphas_cumprod is 0, x_0 is the sign of x_t - m, even if the two are close, and 0 if they are equal."""
+    x = torch.tensor([[0.5, -0.3, 1.0, -2.0, 3.0, 0.1]], device=device)
+    m = torch.tensor([[0.25, 0.1, 1.0 - 2**-23, -2.0 - 2**-21, -3.0, 0.1]], device=device)
     gd = GaussianDiffusion(3, torch.tensor([0.1, 0.2, 1.0]), backend=backend)
-    x = torch.tensor([[0.1, -0.7, 3.3]], device=device)
-    mean, _, _ = gd.p_mean_variance(lambda x_t, _: x_t.clone(), x, 2)
-    assert (mean == 0).all()  # the sign of 0 is 0
+    mean, _, _ = gd.p_mean_variance(lambda *_: m, x, 2)
+    # alphas[2] is 0: the mean is posterior_mean_coef1 * x_0 alone
+    torch.testing.assert_close(float64(mean), gd.posterior_mean_coef1[2] * float64(x - m).sign(), rtol=2.0**-22, atol=0)

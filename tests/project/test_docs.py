@@ -51,11 +51,6 @@ def test_commands_of_the_pages_are_right(root):
     assert seen > 40
 
 
-def test_every_loss_and_weighting_is_documented(root):
-    told = set(re.findall(r'`"(\w+)"`', (root / "docs" / "training.md").read_text()))
-    assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told
-
-
 def test_spacings_table(root):
     text = (root / "docs" / "sampling.md").read_text()
     rows = re.findall(r'^\| `"([a-z\d,]+)"` \| ([\d ]+\d)', text, re.MULTILINE)
@@ -65,20 +60,15 @@ def test_spacings_table(root):
         assert spaced_timesteps(1000, steps, spacing).tolist() == [int(t) for t in timesteps.split()]
 
 
-def test_every_spacing_is_documented(root):
-    text = (root / "docs" / "sampling.md").read_text()
-    table = text[text.index("| `spacing=`") :].partition("\n\n")[0]
-    told = set(re.findall(r'`"([\w,]+)"`', table))
-    assert told == {*SPACINGS, "ddim5", "2,3"}
+def test_every_choice_is_documented(root):
+    pages = {page: (root / "docs" / f"{page}.md").read_text() for page in ("sampling", "options", "training")}
+    table = pages["sampling"].partition("| `spacing=`")[2].partition("\n\n")[0]
+    assert set(re.findall(r'`"([\w,]+)"`', table)) == {*SPACINGS, "ddim5", "2,3"}
     assert all(name in SPACING_NAMES.split("; ")[0].split(", ") for name in SPACINGS)
-
-
-def test_every_sampler_and_variance_is_documented(root):
-    names = [
-        set(re.findall(r'`"(\w+)"`', (root / "docs" / page).read_text())) for page in ("sampling.md", "options.md")
-    ]
-    assert set(SAMPLERS) <= names[0]
-    assert {name for name in VARIANCES if name.startswith("learned")} <= names[1]
+    told = {page: set(re.findall(r'`"(\w+)"`', text)) for page, text in pages.items()}
+    assert {*LOSSES, *BOUNDS, "simple", *WEIGHTINGS, *TIMESTEP_SAMPLERS} <= told["training"]
+    assert set(SAMPLERS) <= told["sampling"]
+    assert {name for name in VARIANCES if name.startswith("learned")} <= told["options"]
 
 
 def test_paths_that_the_pages_name_exist(root):

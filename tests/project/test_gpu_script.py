@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
-import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,13 +19,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as script
-from benchmarks.gpu import build, logs, parts, speed, timing
+from benchmarks.gpu import logs, parts, speed, timing
 from benchmarks.gpu.logs import COUNTERS, CUT_OFF, FAIL, NOT_MEASURED, PASS
 from benchmarks.gpu.parts import ROOT, Part
 from benchmarks.gpu.report import bounds, markdown
-from benchmarks.gpu.ways import ADD, MOVED, NEAR, REST, STEPS, WITH_OPTIONS
-
-WITHOUT_PYTEST = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+from benchmarks.gpu.ways import ADD, MOVED, NEAR, STEPS, WITH_OPTIONS
 
 
 def part(name, code, seconds=1000.0, read=logs.read_rows):
@@ -35,6 +32,19 @@ def part(name, code, seconds=1000.0, read=logs.read_rows):
 
 def row(**values):
     return f"print({json.dumps(values)!r}, flush=True); "
+
+
+def main(monkeypatch, *arguments):
+    """The exit status of the script in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu", *map(str, arguments)])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return script.main()
+    except SystemExit as stopped:
+        return stopped.code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 MACHINE = part("machine", row(card="Card 1"))
@@ -77,33 +87,30 @@ def run(monkeypatch, folder, *chosen, grace=0.0):
     return status, results
 
 
-def command(*arguments, **environment):
-    arguments = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)]
-    return subprocess.run(arguments, cwd=ROOT, env=WITHOUT_PYTEST | environment, capture_output=True, text=True)
-
-
-# ----------------------------------------------------------------------------------------- one part after another
-
-
 def test_a_part_that_crashes_stops_no_other(monkeypatch, tmp_path):
+    """Each result is written, whole, before the next part begins. No paths of this machine are published."""
     crash = part("crash", row(n=1) + "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     missing = Part("missing", 100, ("no such program",), logs.read_rows)
-    raises = part("raises", "raise SystemExit('no memory')")
+    raises = part("raises", f"print({str(ROOT)!r}, {sys.prefix!r}); raise SystemExit('no memory in ' + {str(ROOT)!r})")
+    look = part("look", f"print(open({str(tmp_path / 'card-1.json')!r}).read().replace('\\n', ''))")
     not_installed = Part("not installed", 100, (), logs.read_rows)
-    chosen = (MACHINE, crash, missing, raises, not_installed, part("last", row(n=2)))
-    status, found = run(monkeypatch, tmp_path, *chosen)
+    status, found = run(monkeypatch, tmp_path, MACHINE, crash, missing, raises, not_installed, look)
     assert status == 1
     assert [p["verdict"] for p in found.values()] == [PASS, FAIL, FAIL, FAIL, NOT_MEASURED, PASS]
     assert found["crash"]["rows"] == [{"n": 1}] and "exit status -11" in found["crash"]["found"]
     assert "no such program" in found["missing"]["found"]
     assert "exit status 1" in found["raises"]["found"] and "no memory" in found["raises"]["found"]
-    assert found["last"]["rows"] == [{"n": 2}]
+    (seen,) = found["look"]["rows"]
+    assert list(seen["parts"]) == ["machine", "crash", "missing", "raises", "not installed"]
+    assert seen["parts"]["crash"]["rows"] == [{"n": 1}]
     log = (tmp_path / "card-1.log").read_text()
-    assert log.index("==== crash") < log.index("no memory") < log.index("==== last")
+    assert log.index("==== crash") < log.index("no memory") < log.index("==== look")
+    for path in tmp_path.iterdir():
+        assert str(ROOT) not in path.read_text() and sys.prefix not in path.read_text()
 
 
 def test_a_part_that_takes_too_long_loses_only_its_own_time(monkeypatch, tmp_path):
-    """And what it started ends with it, even if it does not listen."""
+    """What it started ends with it, even if it does not listen."""
     child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print('child', p.pid, flush=True); "
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     slow = part("slow", row(n=1) + child + "print('{\"n\": ', end='', flush=True); " + deaf + OVER)
@@ -139,16 +146,6 @@ def test_a_part_is_asked_before_it_is_ended(monkeypatch, tmp_path, ours):
     assert "how it failed" in (tmp_path / "card-1.log").read_text()
 
 
-def test_each_result_is_written_before_the_next_part_begins(monkeypatch, tmp_path):
-    """A part reads the results of the one before; a file is whole or not there."""
-    first = part("first", row(n=1))
-    look = part("look", f"print(open({str(tmp_path / 'card-1.json')!r}).read().replace('\\n', ''))")
-    _, found = run(monkeypatch, tmp_path, MACHINE, first, look)
-    (seen,) = found["look"]["rows"]
-    assert list(seen["parts"]) == ["machine", "first"]
-    assert seen["parts"]["first"]["rows"] == [{"n": 1}]
-
-
 def test_time_that_is_left_goes_to_the_next_parts(monkeypatch, tmp_path):
     clock, given = SimpleNamespace(now=7.0), []
 
@@ -165,51 +162,39 @@ def test_time_that_is_left_goes_to_the_next_parts(monkeypatch, tmp_path):
     assert budget <= 480
     shares = [sum(part.seconds for part in chosen[: i + 1]) for i in range(len(chosen))]
     assert given == pytest.approx([share - 0.5 * i for i, share in enumerate(shares)])
-
-
-def test_no_time_is_left(tmp_path):
+    monkeypatch.undo()
     found = script.result_of(part("late", row(n=1)), script.LEAST - 1, tmp_path / "log")
-    assert (found.verdict, found.found) == (NOT_MEASURED, "no time was left")
-    assert not list(tmp_path.iterdir())
+    assert found[:2] == (NOT_MEASURED, "no time was left") and not (tmp_path / "log").exists()
 
 
-def test_no_paths_of_this_machine_are_published(monkeypatch, tmp_path):
-    code = f"print({str(ROOT)!r}, {sys.prefix!r}); raise SystemExit({str(ROOT)!r})"
-    run(monkeypatch, tmp_path, MACHINE, part("paths", code))
-    for path in tmp_path.iterdir():
-        assert str(ROOT) not in path.read_text() and sys.prefix not in path.read_text()
-
-
-# ------------------------------------------------------------------------------------------------- the real parts
-
-
-def test_without_a_card(tmp_path):
+def test_what_cannot_be_run(monkeypatch, tmp_path, capsys):
     """It says why, and leaves nothing."""
-    done = command("--out", tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "finds no GPU" in done.stderr or "is built without CUDA" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("arguments, message", [(["--dry"], "--dry needs --out"), (["--only", "x"], "--only has 'x'")])
-def test_arguments_that_do_not_fit(arguments, message):
-    done = command(*arguments)
-    assert done.returncode == 2 and message in done.stderr
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for arguments, message in (
+        (["--dry"], "--dry needs --out"),
+        (["--only", "x"], "--only has 'x'"),
+        (["--out", tmp_path], "finds no GPU|is built without CUDA"),
+    ):
+        assert main(monkeypatch, *arguments) == 2
+        said = capsys.readouterr().err
+        assert re.search(message, said) and "Traceback" not in said
+        assert not list(tmp_path.iterdir())
 
 
 AMPLE = "--budget=100000"  # seconds: so that a busy machine cuts no part off
 
 
-def test_interrupted(tmp_path):
-    """By a machine that ends it, say: the results so far stay, and nothing runs on."""
-    arguments = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(tmp_path), "--only", "speed-rest", AMPLE]
-    with subprocess.Popen(arguments, cwd=ROOT, env=WITHOUT_PYTEST, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if "speed-rest" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 130
+def test_interrupted(monkeypatch, tmp_path):
+    """By a machine that ends it, say: the results so far stay."""
+    result_of = script.result_of
+
+    def interrupted(part, *arguments):
+        if part.name != "machine":
+            signal.raise_signal(signal.SIGTERM)
+        return result_of(part, *arguments)
+
+    monkeypatch.setattr(script, "result_of", interrupted)
+    assert main(monkeypatch, "--dry", "--out", tmp_path, "--only", "speed-rest", AMPLE) == 130
     assert list(json.loads((tmp_path / "none-dry-run.json").read_text())["parts"]) == ["machine"]
 
 
@@ -242,18 +227,18 @@ def test_a_part_starts_without_functions_for_forks():
     assert not came
 
 
-def test_a_dry_run(tmp_path):
-    done = command("--dry", "--out", tmp_path, "--only", "speed-loop", AMPLE)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_dry_run(monkeypatch, tmp_path):
+    assert main(monkeypatch, "--dry", "--out", tmp_path, "--only", "speed-loop", AMPLE) == 0
     found = json.loads((tmp_path / "none-dry-run.json").read_text())["parts"]
     assert {name: p["verdict"] for name, p in found.items()} == dict.fromkeys(["machine", "speed-loop"], PASS)
     ways = {row["way"] for row in found["speed-loop"]["rows"]}
-    assert {"ddpm_ext, no graph", "ddpm_ext, step graph", "ddpm_ext, loop graph"} == ways
+    assert ways == {f"ddpm_ext, {graph} graph" for graph in ("no", "step", "loop")}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")
-def test_every_operation_and_way_is_timed():
+def test_every_operation_and_way_is_timed(monkeypatch):
     """On the CPU, with tiny sizes."""
+    monkeypatch.setattr(speed, "clock", lambda: "1980")
     bench = speed.Bench(dry=True)
     rows = [speed.attempt(job) for group in speed.GROUPS.values() for job in group(bench)]
     assert not [row for row in rows if "error" in row]
@@ -267,26 +252,28 @@ def test_every_operation_and_way_is_timed():
         for row in rows
         if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
     }
-    assert (bytes_of["p_sample"], bytes_of["linear_step, unipc"], bytes_of["linear_step, plms"]) == (12, 24, 28)
-    assert (bytes_of["extended_step, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
+    step = "step_with_options"
+    assert (bytes_of["p_sample"], bytes_of[f"{step}, unipc"], bytes_of[f"{step}, plms"]) == (12, 24, 28)
+    assert (bytes_of[f"{step}, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
     off_alignment = {row["operation"] for row in rows if row["shape"] == [2, 3, 63, 63]}
-    assert off_alignment == {"p_sample", "linear_step, unipc", *WITH_OPTIONS}
+    assert off_alignment == {"p_sample", f"{step}, unipc", *WITH_OPTIONS}
     for row in rows:
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
     text = markdown({"speed-all": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": rows}})
     assert all(f"| {operation} |" in text for operation in ways)
+    assert "| call µs | MHz |" in text and " | 1980 |" in text
 
 
 def test_a_row_that_fails_loses_no_other(monkeypatch):
-    """Whether it raises, crashes or hangs, as a CUDA graph may."""
+    """Whether it raises, is killed or hangs, as a CUDA graph may."""
 
     def fails():
         raise ValueError("too large\nand more")
 
     monkeypatch.setattr(speed, "MOST_SECONDS", 1000)
-    jobs = (fails, lambda: os.kill(os.getpid(), signal.SIGSEGV), lambda: {"n": 1})
-    errors = "ValueError: too large", "exit status -11"
+    jobs = (fails, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: {"n": 1})
+    errors = "ValueError: too large", "exit status -9"
     assert [speed.apart(job) for job in jobs] == [*({"error": error} for error in errors), {"n": 1}]
     monkeypatch.setattr(speed, "MOST_SECONDS", 1)
     assert speed.apart(lambda: time.sleep(600)) == {"error": "it took longer than 1 s"}
@@ -314,28 +301,7 @@ def test_the_first_measurement_waits_for_the_clocks(monkeypatch):
     timer.each(lambda: calls.append(1))
     first = len(calls)
     timer.each(lambda: calls.append(1))
-    assert first >= 39 + 4 and len(calls) - first == 4
-    assert timing.Scale().warm_up > 0
-
-
-def test_a_row_has_its_clock(monkeypatch):
-    monkeypatch.setattr(speed, "clock", lambda: "1980")
-    job = next(speed.rest(speed.Bench(dry=True)))
-    row = speed.attempt(job)
-    assert row["mhz"] == "1980"
-    text = markdown({"speed-rest": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": [row]}})
-    assert "| call µs | MHz |" in text and text.rstrip().count("| 1980 |") == 1
-
-
-def test_the_build_finds_a_toolkit_that_is_not_on_path(monkeypatch, capsys):
-    ran = []
-    monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(build, "tool", lambda name: f"/toolkit/bin/{name}")
-    monkeypatch.setattr(build.subprocess, "run", lambda command, **how: ran.append(how))
-    build.main()
-    assert ran[0]["env"]["PATH"].split(os.pathsep) == [*os.environ["PATH"].split(os.pathsep), "/toolkit/bin"]
-    assert ran[0]["env"]["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert "toolkit" not in capsys.readouterr().out
+    assert first >= 39 + 4 and len(calls) - first == 4 and timing.Scale().warm_up > 0
 
 
 def test_tests_that_the_parts_run_are_there():
@@ -348,89 +314,25 @@ def test_tests_that_the_parts_run_are_there():
     assert "graphs" in suite[0] and any(word in suite[-1] for word in parts.LATE)
 
 
-def test_expected_times_follow_from_the_bytes():
-    """Those of the page that a card's column is for: a launch, or the bytes at 85 to 88 % of an H100's bandwidth."""
-    text = (
-        (ROOT / "docs" / "cuda.md")
-        .read_text("utf-8")
-        .split("| operation | shape | MB | expected µs | measured µs |")[1]
-    )
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n\n")[0].splitlines()[2:]]
-    assert {operation for operation, *_ in rows} >= {"reverse step", "linear step of UniPC"}
-    moved = {"reverse step": 12, "linear step of UniPC": 24, "extended step with guidance": 16}
-    for operation, shape, megabytes, expected, measured in rows:
-        size = moved[operation] * math.prod(map(int, shape.split("x")))
-        assert float(megabytes.replace(",", "")) == pytest.approx(size / 1e6, rel=0.1)
-        low, *high = map(float, expected.split(" to "))
-        bound = size / 3.35e6  # µs
-        if size > 1e8:
-            assert (low, *high) == pytest.approx((bound / 0.88, bound / 0.85), rel=0.01)
-        assert low >= max(2.4, bound) and (measured == "" or float(measured) > 0)
-
-
-def test_the_sanitizer_runs_under_each_tool(monkeypatch):
-    monkeypatch.setattr(parts, "tool", lambda name: name)
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        found = next(chosen.command for chosen in parts.all_parts(dry=False) if chosen.name == tool)
-        assert found[:3] == ("compute-sanitizer", "--tool", tool)
-        assert ("kns=ddpm_ext" in found) == (tool != "initcheck")
-    monkeypatch.setattr(parts, "tool", lambda name: None)
-    assert parts.sanitizer("memcheck", 9).command == parts.counters(9).command == ()
-
-
-def test_the_order_is_that_of_value():
-    """Of the parts, and of the operations: first what most loops and trainings take."""
-    operations = [way.operation for way in REST]
-    assert operations[: len(WITH_OPTIONS) + 1] == [*WITH_OPTIONS, "loss and slope"]
-    assert max(map(operations.index, ("x_start_scale", "output_scale"))) < operations.index("randn")
-    names = [chosen.name for chosen in parts.all_parts(dry=False)]
-    speeds = ["speed-steps", "speed-loop", "speed-rest"]
-    checks = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert names == ["machine", "build", "bits", *speeds, "costs", "counters", "suite", *checks]
-
-
-# ------------------------------------------------------------------------------------------------------ a cut-off
-
-NO_ERRORS = "========= ERROR SUMMARY: 0 errors\n"
 CALLS = "".join(json.dumps({"operation": name, "dtype": "float32"}) + "\n" for name in ("p_sample", "randn"))
-KERNELS = "==PROF== Disconnected\n" + "".join(
-    ",".join(f'"{cell}"' for cell in line) + "\n"
-    for line in (
-        ("ID", "Kernel Name", *COUNTERS.values()),
-        ("", "", *["unit"] * len(COUNTERS)),
-        ("0", "void ddpm_ext::f<a, b>(c)", *map(str, range(len(COUNTERS)))),
-        ("1", "void ddpm_ext::g(c)", *map(str, range(10, 10 + len(COUNTERS)))),
-    )
-)
+LINES = [("ID", "Kernel Name", *COUNTERS.values()), ("", "", *["unit"] * len(COUNTERS))]
+LINES += [(str(i), f"void ddpm_ext::f{i}<a, b>(c)", *map(str, range(10 * i, 10 * i + len(COUNTERS)))) for i in (0, 1)]
+KERNELS = "==PROF== Disconnected\n" + "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in LINES)
 TIMES = {"us": 1.0, "us_low": 0.5, "us_high": 2.0}
 TIMED = {"operation": "p_sample", "way": "eager", "shape": [1], "dtype": "float32", "moved_bytes": 12, "call": TIMES}
 WHOLE = {
     logs.read_rows: f"{json.dumps(TIMED)}\n" * 2,
     logs.read_pytest: "tests/a.py::test_a PASSED [ 50%]\ntests/a.py::test_b SKIPPED (why) [100%]\n",
-    logs.read_sanitizer: "========= COMPUTE-SANITIZER\ntests/a.py::test_a PASSED [100%]\n" + NO_ERRORS,
+    logs.read_sanitizer: "========= COMPUTE-SANITIZER\ntests/a.py::test_a PASSED [100%]\n"
+    "========= ERROR SUMMARY: 0 errors\n",
     logs.read_counters: CALLS + KERNELS,
 }
 
 
-@pytest.mark.parametrize("read", WHOLE, ids=lambda read: read.__name__)
-def test_a_log_may_end_anywhere(read):
-    for end in range(len(WHOLE[read]) + 1):
-        assert read(WHOLE[read][:end], None).verdict == CUT_OFF
-    assert read(WHOLE[read], 0).verdict == PASS
-
-
-def test_every_part_may_be_cut_off(monkeypatch, tmp_path):
-    """Each prints half of what it has to say and then hangs; the next one runs, and all that was printed is kept."""
-    monkeypatch.setattr(parts, "tool", lambda name: name)
-    chosen = [MACHINE]
-    for real in parts.all_parts(dry=False)[1:]:
-        log = WHOLE[real.read]
-        hang = f"print({log[: len(log) * 3 // 5]!r}, end='', flush=True); {OVER}"
-        chosen.append(dataclasses.replace(real, command=(sys.executable, "-c", hang), environment={}))
-    status, found = run(monkeypatch, tmp_path, *chosen)
-    assert status == 0
-    assert {name: p["verdict"] for name, p in found.items()} == {p.name: CUT_OFF for p in chosen} | {"machine": PASS}
-    assert found["speed-rest"]["rows"] == [TIMED] and found["suite"]["found"] == "1 passed"
+def test_a_log_may_end_anywhere():
+    for read, whole in WHOLE.items():
+        assert all(read(whole[:end], None).verdict == CUT_OFF for end in range(len(whole) + 1))
+        assert read(whole, 0).verdict == PASS
 
 
 def test_a_machine_part_that_is_cut_off_is_no_missing_card(monkeypatch, tmp_path):
@@ -440,9 +342,6 @@ def test_a_machine_part_that_is_cut_off_is_no_missing_card(monkeypatch, tmp_path
     assert script.run_all([slow, part("bits", row(n=1))], 1001, tmp_path) == 0
     results = json.loads((tmp_path / "unknown-card.json").read_text())["parts"]
     assert [results[name]["verdict"] for name in ("machine", "bits")] == [CUT_OFF, PASS]
-
-
-# ------------------------------------------------------------------------------------------------------ reading logs
 
 
 def test_counters_belong_to_their_calls():
@@ -474,58 +373,34 @@ def test_what_follows_from_the_times_of_others(us, of_copy, found):
 PASSED = "tests/a.py::test_a[cuda-x y] PASSED [ 50%]\n"
 SKIPPED = "tests/a.py::test_b SKIPPED (needs two GPUs) [ 75%]\n"
 FAILED = "tests/a.py::test_c FAILED [100%]\n"
-
-
-@pytest.mark.parametrize(
-    "log, status, verdict, found",
-    [
-        (PASSED + SKIPPED, 0, PASS, "1 passed, 1 skipped"),
-        (PASSED + FAILED, 1, FAIL, "first: tests/a.py::test_c"),
-        (PASSED, None, CUT_OFF, "1 passed"),
-        (PASSED + FAILED, None, FAIL, "first: tests/a.py::test_c"),
-        (PASSED + "tests/a.py::test_d Fatal Python error: Segmentation fault", -11, FAIL, "exit status -11, 1 passed"),
-        (SKIPPED, 0, NOT_MEASURED, "1 skipped"),
-        ("ERROR: --device is 'cuda', but torch finds no GPU", 4, FAIL, "torch finds no GPU"),
-    ],
-)
-def test_what_pytest_says(log, status, verdict, found):
-    result = logs.read_pytest(log, status)
-    assert result.verdict == verdict and found in result.found
-
-
-def test_pytest_says_it_like_that(tmp_path):
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_x(x): assert x == 'c'\n"
-        "@pytest.mark.skip(reason='why')\ndef test_y(): pass\n"
-        "@pytest.fixture\ndef f(): raise OSError\ndef test_z(f): pass\n"
-    )
-    arguments = [argument for argument in parts.pytest("test_it.py", dry=True) if argument not in ("--device", "cpu")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=WITHOUT_PYTEST, capture_output=True, text=True)
-    counts, failed = logs.outcomes(done.stdout)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
-    assert failed == ["test_it.py::test_x[a b]", "test_it.py::test_z"]
-
-
-INVALID = "========= Invalid __global__ read of size 4 bytes\n"
-OURS = INVALID + "=========     at void ddpm_ext::cuda::f()\n"
-THREE = "========= ERROR SUMMARY: 3 errors\n"
+NO_ERRORS, ERRORS = (f"========= ERROR SUMMARY: {count} errors\n" for count in (0, 3))
 HAZARD = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+OURS, THEIRS = (
+    f"========= Invalid __global__ read of size 4 bytes\n=========     at void {name}::f()\n"
+    for name in ("ddpm_ext::cuda", "at::native")
+)
 
 
 @pytest.mark.parametrize(
-    "status, log, verdict",
+    "read, log, status, verdict, found",
     [
-        (0, "========= COMPUTE-SANITIZER\n" + PASSED + "========= ERROR SUMMARY: 0 errors\n", PASS),
-        (0, PASSED + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", PASS),
-        (9, OURS + PASSED + THREE, FAIL),
-        (9, OURS + PASSED + HAZARD, FAIL),
-        (9, INVALID + "=========     at void at::native::f()\n" + PASSED + THREE, NOT_MEASURED),
-        (1, "========= Error: Device not supported\n========= ERROR SUMMARY: 0 errors\n", NOT_MEASURED),
-        (1, "Traceback\nImportError: no module\n", NOT_MEASURED),
-        (1, FAILED + "========= ERROR SUMMARY: 0 errors\n", FAIL),
-        (None, PASSED, CUT_OFF),
-        (None, OURS + PASSED, FAIL),
+        (logs.read_pytest, PASSED + SKIPPED, 0, PASS, "1 passed, 1 skipped"),
+        (logs.read_pytest, PASSED + FAILED, 1, FAIL, "first: tests/a.py::test_c"),
+        (logs.read_pytest, PASSED, None, CUT_OFF, "1 passed"),
+        (logs.read_pytest, PASSED + FAILED, None, FAIL, "first: tests/a.py::test_c"),
+        (logs.read_pytest, PASSED + "Fatal Python error: Segmentation fault", -11, FAIL, "exit status -11, 1 passed"),
+        (logs.read_pytest, SKIPPED, 0, NOT_MEASURED, "1 skipped"),
+        (logs.read_pytest, "ERROR: but torch finds no GPU", 4, FAIL, "torch finds no GPU"),
+        (logs.read_sanitizer, PASSED + NO_ERRORS, 0, PASS, ""),
+        (logs.read_sanitizer, OURS + PASSED + ERRORS, 9, FAIL, ""),
+        (logs.read_sanitizer, OURS + PASSED + HAZARD, 9, FAIL, ""),
+        (logs.read_sanitizer, THEIRS + PASSED + ERRORS, 9, NOT_MEASURED, ""),
+        (logs.read_sanitizer, "========= Error: Device not supported\n" + NO_ERRORS, 1, NOT_MEASURED, ""),
+        (logs.read_sanitizer, "Traceback\nImportError: no module\n", 1, NOT_MEASURED, ""),
+        (logs.read_sanitizer, FAILED + NO_ERRORS, 1, FAIL, ""),
+        (logs.read_sanitizer, OURS + PASSED, None, FAIL, ""),
     ],
 )
-def test_what_the_sanitizer_says(status, log, verdict):
-    assert logs.read_sanitizer(log, status).verdict == verdict
+def test_what_a_log_says(read, log, status, verdict, found):
+    result = read(log, status)
+    assert result.verdict == verdict and found in result.found

@@ -69,16 +69,13 @@ def test_cuda_home_comes_before_cuda_path_and_both_before_path(tmp_path):
     assert setup.find_toolkit(path) == setup.Toolkit(str(c), "13.3", ["7.5", "8.0", "9.0", "12.0"])
 
 
-@pytest.mark.parametrize("link", ["script", "symlink"])
-def test_nvcc_on_path_may_stand_in_for_one_elsewhere(tmp_path, link):
+def test_nvcc_on_path_may_stand_in_for_one_elsewhere(tmp_path):
     home = fake_toolkit(tmp_path / "real one" / "cuda")
-    outside = tmp_path / "bin"
-    outside.mkdir()
-    if link == "script":
-        script(outside / "nvcc", f'exec {shlex.quote(str(home / "bin" / "nvcc"))} "$@"\n')
-    else:
-        (outside / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert setup.find_toolkit(on_path(outside)).home == str(home)
+    script(tmp_path / "bin" / "nvcc", f'exec {shlex.quote(str(home / "bin" / "nvcc"))} "$@"\n')
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "nvcc").symlink_to(home / "bin" / "nvcc")
+    for outside in ("bin", "links"):
+        assert setup.find_toolkit(on_path(tmp_path / outside)).home == str(home)
 
 
 def test_what_is_wrong_with_nvcc_is_named(tmp_path):
@@ -110,15 +107,12 @@ def test_cuda_is_taken_where_torch_and_nvcc_agree(tmp_path):
         assert (plan.toolkit.home, plan.toolkit.version, plan.why_cpu) == (str(tmp_path), "13.0", "")
 
 
-def test_zero_leaves_cuda_out(tmp_path):
+def test_zero_leaves_cuda_out_and_other_values_are_refused(tmp_path):
     env = {"CUDA_HOME": str(fake_toolkit(tmp_path)), "DDPM_EXT_CUDA": "0"}
     assert setup.make_plan(env, "2.15.0+cu132", "13.2") == (None, "DDPM_EXT_CUDA=0")
-
-
-@pytest.mark.parametrize("value", ["2", "yes", "-1", "01"])
-def test_other_values_are_refused_by_name(value):
-    with pytest.raises(SystemExit, match=f"DDPM_EXT_CUDA={value} is unknown"):
-        setup.make_plan({"DDPM_EXT_CUDA": value}, "2.15.0", "13.2")
+    for value in ("2", "yes", "01"):
+        with pytest.raises(SystemExit, match=f"DDPM_EXT_CUDA={value} is unknown"):
+            setup.make_plan({"DDPM_EXT_CUDA": value}, "2.15.0", "13.2")
 
 
 @pytest.mark.parametrize(
@@ -180,11 +174,8 @@ def test_every_compiler_takes_the_flags(name, monkeypatch):
 @pytest.mark.parametrize(
     ("torch", "says"),
     [
-        ("None", "ddpm_ext: torch is needed to build; pip install torch "),
-        (
-            "types.SimpleNamespace(__version__='2.6.1+cu124')",
-            "ddpm_ext: torch 2.6.1+cu124 is too old; pip install 'torch>=2.7'",
-        ),
+        ("None", "torch is needed to build; pip install torch "),
+        ("types.SimpleNamespace(__version__='2.6.1+cu1')", "torch 2.6.1+cu1 is too old; pip install 'torch>=2.7'"),
     ],
 )
 def test_without_a_torch_that_will_do_the_build_ends_in_one_sentence(tmp_path, torch, says):
@@ -192,8 +183,7 @@ def test_without_a_torch_that_will_do_the_build_ends_in_one_sentence(tmp_path, t
     code += f"\nrunpy.run_path({str(ROOT / 'setup.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(says)
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"ddpm_ext: {says}") and done.stderr.count("\n") == 1
 
 
 # The compiled module
@@ -233,14 +223,10 @@ def import_error(root: Path, *path: Path) -> str:
 
 
 def test_without_a_module(tmp_path):
+    """In a source folder the command installs in place."""
     package = fake_package(tmp_path, "2.15.0", None)
-    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    assert f"no compiled module for Python {python} in {package}; run in" in import_error(tmp_path)
-
-
-def test_in_a_source_folder_the_command_installs_in_place(tmp_path):
-    fake_package(tmp_path, "2.15.0", None)
-    assert import_error(tmp_path).endswith("--no-deps .")
+    python, says = f"{sys.version_info[0]}.{sys.version_info[1]}", import_error(tmp_path)
+    assert f"no compiled module for Python {python} in {package}; run in" in says and says.endswith("--no-deps .")
     (tmp_path / "setup.py").touch()
     (tmp_path / "csrc").mkdir()
     assert import_error(tmp_path).endswith(f" -e {tmp_path}")
@@ -262,34 +248,22 @@ def test_a_source_folder_that_hides_what_is_installed_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("built", "now"),
+    ("built", "now", "fits"),
     [
-        (("2.14.0", None, None), ("2.15.0", None)),
-        (("2.15.0+cu132", "13.2", "13.0"), ("2.16.0+cu132", "13.2")),
-        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.0+cpu", None)),
-        (("2.15.0+cu128", "12.8", "12.8"), ("2.15.0+cu132", "13.2")),
+        (("2.14.0", None, None), ("2.15.0", None), False),
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.16.0+cu132", "13.2"), False),
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.0+cpu", None), False),
+        (("2.15.0+cu128", "12.8", "12.8"), ("2.15.0+cu132", "13.2"), False),
+        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.1+cu130", "13.0"), True),
+        (("2.15.0+cpu", None, None), ("2.15.0+cu132", "13.2"), True),
+        (("2.15.0+cu132", "13.2", None), ("2.15.0+cpu", None), True),
     ],
 )
-def test_a_module_for_another_torch(tmp_path, built, now):
-    package = fake_package(tmp_path, *now)
-    built_for(package, *built)
+def test_a_module_for_another_torch(tmp_path, built, now, fits):
+    built_for(fake_package(tmp_path, *now), *built)
     says = import_error(tmp_path)
-    assert f"compiled for torch {built[0]} " in says
-    assert f"this is torch {now[0]} " in says
-
-
-@pytest.mark.parametrize(
-    ("built", "now"),
-    [
-        (("2.15.0+cu132", "13.2", "13.0"), ("2.15.1+cu130", "13.0")),
-        (("2.15.0+cpu", None, None), ("2.15.0+cu132", "13.2")),
-        (("2.15.0+cu132", "13.2", None), ("2.15.0+cpu", None)),
-    ],
-)
-def test_a_module_that_fits(tmp_path, built, now):
-    package = fake_package(tmp_path, *now)
-    built_for(package, *built)
-    assert import_error(tmp_path) == ""
+    assert (says == "") == fits
+    assert fits or (f"compiled for torch {built[0]} " in says and f"this is torch {now[0]} " in says)
 
 
 def test_a_module_that_does_not_load(tmp_path):

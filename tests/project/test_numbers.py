@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, SPEED = ROOT / "benchmarks" / "results", ROOT / "docs" / "speed.md"
 Rows = dict[tuple[str, ...], list[str]]
 
 
@@ -35,23 +37,13 @@ def compare(told: list[str], measured: list[float]) -> None:
     assert len(told) == len(measured) and all(map(same, told, measured)), f"{told}, measured {measured}"
 
 
-@pytest.fixture
-def results(root) -> Path:
-    return root / "benchmarks" / "results"
-
-
-@pytest.fixture
-def speed(root) -> Path:
-    return root / "docs" / "speed.md"
-
-
 def numbers(cells: list[str]) -> list[float]:
     return [float(cell) for cell in cells]
 
 
-def test_a_step(speed, results):
-    measured = table_after(results / "cpu.md", keys=2)
-    told = table_after(speed, "one step without the model's call")
+def test_a_step():
+    measured = table_after(RESULTS / "cpu.md", keys=2)
+    told = table_after(SPEED, "one step without the model's call")
     assert len(told) == 4
     for (shape,), cells in told.items():
         ways = ("ddpm_ext", "eager", "torch.compile", "diffusers", "torch.add(out=)")
@@ -59,9 +51,9 @@ def test_a_step(speed, results):
         compare(cells, [*times, times[1] / times[0]])
 
 
-def test_options(speed, results):
-    measured = table_after(results / "options.md", keys=2)
-    told = table_after(speed, "## A step with options")
+def test_options():
+    measured = table_after(RESULTS / "options.md", keys=2)
+    told = table_after(SPEED, "## A step with options")
     assert len(told) == 7
     for (option,), cells in told.items():
         ours, theirs = (float(measured[f"a step of {option} 64x3x32x32", way][0]) for way in ("ddpm_ext", "diffusers"))
@@ -69,14 +61,14 @@ def test_options(speed, results):
         assert float(cells[2]) == pytest.approx(theirs / ours, abs=0.06)  # made of the times before their rounding
 
 
-def test_other_libraries(speed, results):
+def test_other_libraries():
     """`plain`, `noise="torch"` and its ratio, `noise="philox"` and its ratio."""
     names = {
         "UniPCMultistep": "UniPC",
         "DPMSolverMultistep, order 3": "DPM++ 3M",
         "FlowMatchEulerDiscrete": "FlowMatchEuler",
     }
-    told = table_after(speed, "## Other libraries' objects")
+    told = table_after(SPEED, "## Other libraries' objects")
     assert len(told) == 10
     for (row,), cells in told.items():
         library, what, shape = re.fullmatch(r"([\w-]+) `?([^`]+`.*|[^`]+)?, (\d[\dx]+)", row).groups()
@@ -86,22 +78,22 @@ def test_other_libraries(speed, results):
         else:
             kind = what.strip("`")
             key = (library.replace("-", "_"), f"{kind}, fixed_small" if library == "guided-diffusion" else kind)
-        measured = table_after(results / "peers.md", f"## {shape}", keys=2)
+        measured = table_after(RESULTS / "peers.md", f"## {shape}", keys=2)
         compare(cells, numbers(measured[key][:5]))
 
 
-def test_training(speed, results):
-    measured = table_after(results / "loss.md", keys=2)
-    told = table_after(speed, "| training, loss")
+def test_training():
+    measured = table_after(RESULTS / "loss.md", keys=2)
+    told = table_after(SPEED, "| training, loss")
     assert len(told) == 4
     for (row,), cells in told.items():
         ours, eager = (numbers(measured[row.replace(",", ""), way]) for way in ("ddpm_ext", "eager"))
         compare(cells, [ours[0], eager[0], ours[1], ours[2], eager[2], ours[3]])
 
 
-def test_chained(speed, results):
-    measured = table_after(results / "chained.md", keys=2)
-    told = table_after(speed, "| microseconds a step")
+def test_chained():
+    measured = table_after(RESULTS / "chained.md", keys=2)
+    told = table_after(SPEED, "| microseconds a step")
     assert len(told) == 2
     for (shape,), cells in told.items():
         model = f"p_sample behind a model {shape}"
@@ -122,32 +114,32 @@ def told_in(path: Path, sentence: str) -> list[str]:
     return list(found[0]) if isinstance(found[0], tuple) else found
 
 
-def test_sentences(root, results, speed):
-    readme, limits = root / "README.md", root / "docs" / "limits.md"
-    overview = table_after(results / "overview.md")
+def test_sentences():
+    readme, limits = ROOT / "README.md", ROOT / "docs" / "limits.md"
+    overview = table_after(RESULTS / "overview.md")
     ratios = {name: float(cells[-1]) for (name,), cells in overview.items()}
     shapes = ("64x3x32x32", "16x3x256x256")
     compare(told_in(readme, "drawn # and # times as fast"), [ratios[f"noise, {shape}"] for shape in shapes])
     compare(told_in(readme, "is # and # times as fast as in eager"), [ratios[f"step, {shape}"] for shape in shapes])
 
-    few, many = table_after(results / "samplers.md"), table_after(results / "samplers.md", "## In many steps")
+    few, many = table_after(RESULTS / "samplers.md"), table_after(RESULTS / "samplers.md", "## In many steps")
     distances = [cell.split("/ ")[1] for cell in (few["`dpmpp_2m`",][2], many["`ddpm`",][2])]
     assert told_in(readme, "1,000 steps of DDPM (# and # on") == distances
-    assert told_in(speed, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
+    assert told_in(SPEED, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
 
-    loops = table_after(results / "overview.md", "## Whole loops", keys=2)
+    loops = table_after(RESULTS / "overview.md", "## Whole loops", keys=2)
     large = next(model for model, _ in loops if "CIFAR-10" in model)
     seconds = [float(loops[large, f"{way}, ddpm"][1]) for way in ("ddpm_ext", "eager PyTorch")]
     compare(told_in(limits, "took # s here and # s in eager"), seconds)
 
-    chained = table_after(results / "chained.md", keys=2)
+    chained = table_after(RESULTS / "chained.md", keys=2)
     small = {way: float(chained["randn 1x3x32x32", way][0]) for way in ("ddpm_ext", "eager")}
     compare(told_in(limits, "`randn` is # times as fast"), [small["eager"] / small["ddpm_ext"]])
     step = float(chained["p_sample 1x3x32x32", "ddpm_ext"][0])
     compare(told_in(limits, "of a step's # µs"), [step])
-    compare(told_in(speed, "A step of a single 3x32x32 sample takes # µs"), [step])
+    compare(told_in(SPEED, "A step of a single 3x32x32 sample takes # µs"), [step])
     noise = [float(chained[f"randn {shape}", "ddpm_ext"][-1]) for shape in shapes]
-    compare(told_in(speed, "`randn` is # and # times as fast"), noise)
+    compare(told_in(SPEED, "`randn` is # and # times as fast"), noise)
 
-    peers = table_after(results / "peers.md", "## 1x4x64x64", keys=2)["diffusers", "FlowMatchEuler: loop"]
-    compare(told_in(speed, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), numbers(peers[:2]))
+    peers = table_after(RESULTS / "peers.md", "## 1x4x64x64", keys=2)["diffusers", "FlowMatchEuler: loop"]
+    compare(told_in(SPEED, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), numbers(peers[:2]))

@@ -18,20 +18,9 @@ import ddpm_ext
 from ddpm_ext import version as version_module
 
 # Files that a build makes, or private ones. No release may have them. The first six lie in folders that are included.
-STRAY = (
-    "csrc/core/step.o",
-    "ddpm_ext/_C.abi3.json",
-    "ddpm_ext/_C.abi3.so",
-    "docs/.DS_Store",
-    "tests/__pycache__/test_ops.cpython-311.pyc",
-    "tests/test_ops.py~",
-    ".env",
-    ".venv/pyvenv.cfg",
-    "build/lib/ddpm_ext/ops.py",
-    "dist/ddpm_ext-0.0.1.tar.gz",
-    "notes.txt",
-    "site/index.html",
-)
+STRAY = ("csrc/core/step.o", "ddpm_ext/_C.abi3.json", "ddpm_ext/_C.abi3.so", "docs/.DS_Store")
+STRAY += ("tests/__pycache__/test_ops.cpython-311.pyc", "tests/test_ops.py~", ".env", ".venv/pyvenv.cfg")
+STRAY += ("build/lib/ddpm_ext/ops.py", "dist/ddpm_ext-0.0.1.tar.gz", "notes.txt", "site/index.html")
 # What an sdist has besides its sources.
 ADDED = re.compile(r"PKG-INFO|setup\.cfg|ddpm_ext\.egg-info/.+")
 
@@ -100,9 +89,6 @@ def metadata(wheel):
         return Parser().parsestr(opened.read(name).decode())
 
 
-# The version
-
-
 def test_version_is_pyprojects(version):
     """If this fails after a change of pyproject.toml, `make build` installs the package again."""
     assert ddpm_ext.__version__ in (version, f"{version}+source")
@@ -137,9 +123,6 @@ def test_changelogs_newest_entry_is_this_version(root, version):
     assert all(date != "unreleased" for _, date in entries[1:])
 
 
-# The contents
-
-
 def test_sdist_has_what_git_has(root, contents):
     """The sdist then contains everything that its tests read."""
     if not (root / ".git").exists():
@@ -161,9 +144,6 @@ def test_wheel_has_the_package_alone(wheel, contents):
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert found == {name for name in contents if name.startswith("ddpm_ext/")}
     assert {"ddpm_ext/py.typed", "ddpm_ext/models/digits/config.json", "ddpm_ext/training/trainer.py"} <= found
-
-
-# The metadata
 
 
 def test_twine_finds_nothing_wrong(sdist, wheel, tmp_path):

@@ -84,9 +84,6 @@ def modules(page: Path) -> list[types.ModuleType]:
     return found
 
 
-# Names
-
-
 def test_every_public_name_has_its_place(pages):
     """Under the name of the package or of the module that defines it."""
     ids = set().union(*(page.ids for page in pages.values()))
@@ -130,9 +127,6 @@ def test_the_schedules_attributes_are_documented(pages):
     assert {"betas", "posterior_variance"} <= set(SCHEDULE_ATTRIBUTES) <= told
 
 
-# The site
-
-
 def test_no_link_is_dead(site, pages):
     """Each leads to a place in the site, which docs/site.py gives all that the pages link to outside docs/."""
     for name, page in pages.items():
@@ -146,15 +140,6 @@ def test_no_link_is_dead(site, pages):
             if parts.fragment and where.suffix == ".html":
                 assert parts.fragment in pages[where.relative_to(site).as_posix()].ids, f"{name}: {link}"
     assert len([name for name in pages if name.startswith("source/")]) > 60
-
-
-def test_code_is_coloured_and_tables_wrap(root, site, pages):
-    for page in (root / "docs").glob("*.md"):
-        blocks = page.read_text().count("```python\n")
-        assert (site / f"{page.stem}.html").read_text().count('class="highlight"') >= blocks
-    assert '<span style="color: ' in (site / "sampling.html").read_text()
-    assert "white-space: normal" in (site / "site.css").read_text()
-    assert "site.css" in pages["sampling.html"].links
 
 
 def test_every_option_of_training_has_its_group(root):
@@ -178,9 +163,6 @@ def test_code_of_the_first_page_runs(root, tmp_path, monkeypatch):
     names = paste(root / "docs" / "index.md")
     assert torch.equal(names["x"][3:], names["last"])
     assert not torch.equal(names["x"][2:3], names["last"])
-
-
-# Papers
 
 
 def rows(root: Path) -> dict[str, list[str]]:

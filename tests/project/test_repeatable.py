@@ -35,14 +35,13 @@ def test_what_a_test_draws_does_not_depend_on_the_tests_before(tmp_path):
     path.write_text(DRAWS)
     paths = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
     options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "conftest", "--rootdir", str(tmp_path)]
-    drawn = []
-    for names in ("ab", "ba", "b"):
-        chosen = [f"{path}::test_draws[{name}]" for name in names]
-        command = [sys.executable, "-m", "pytest", *options, *chosen]
-        environment = os.environ | {"PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        drawn.append({line.partition("drawn ")[2] for line in done.stdout.splitlines() if "drawn " in line})
+    runs = [[*options, *(f"{path}::test_draws[{name}]" for name in names)] for names in ("ab", "ba", "b")]
+    code = f"import pytest\nfor run in {runs!r}:\n    assert pytest.main(run) == 0\n    print('next')"
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = done.stdout.split("\nnext\n")[:-1]
+    drawn = [{line.partition("drawn ")[2] for line in part.splitlines() if "drawn " in line} for part in parts]
     assert len(drawn[0]) == 2
     assert drawn[0] == drawn[1] > drawn[2]
 

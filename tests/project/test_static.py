@@ -82,9 +82,6 @@ LOOP = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------- reading
-
-
 def test_parse():
     text = listing("@P0| IMAD.WIDE.U32 R4, R5.reuse, c[0x0][0x4], R2", ".L_x_7:", "@!UP1| UMOV UR4, URZ", name="one")
     first, second = sass.parse(text + "\n" + listing("EXIT", name="two"))
@@ -95,24 +92,15 @@ def test_parse():
     assert (move.address, move.guard, move.name) == (16, "!UP1", "UMOV")
 
 
-def test_a_line_that_cannot_be_read_is_an_error():
-    with pytest.raises(ValueError, match="can't read"):
-        sass.parse(listing("EXIT") + "\n        /*0010*/        { imad r0 } ;")
-
-
-@pytest.mark.parametrize(
-    ("opcode", "bits"),
-    [("LDG.E.128", 128), ("STG.E.64", 64), ("LDG.E", 32), ("LDG.E.U16.CONSTANT", 16), ("STG.E.U8", 8), ("LDC.64", 0)],
-)
-def test_width_of_an_access(opcode, bits):
-    instruction = sass.Instruction(0, "", opcode, "R0, R2")
-    assert instruction.bits == instruction.global_bits == bits
-
-
-@pytest.mark.parametrize(("opcode", "bits"), [("STS.128", 128), ("LDS.64", 64), ("LDS", 32), ("STS.U8", 8)])
-def test_width_of_an_access_to_shared_memory(opcode, bits):
-    instruction = sass.Instruction(0, "", opcode, "R0, [R2]")
-    assert (instruction.bits, instruction.global_bits) == (bits, 0)
+def test_width_of_an_access():
+    """To global memory and to shared memory."""
+    widths = {"LDG.E.128": 128, "STG.E.64": 64, "LDG.E": 32, "LDG.E.U16.CONSTANT": 16, "STG.E.U8": 8, "LDC.64": 0}
+    for opcode, bits in widths.items():
+        instruction = sass.Instruction(0, "", opcode, "R0, R2")
+        assert instruction.bits == instruction.global_bits == bits
+    for opcode, bits in {"STS.128": 128, "LDS": 32, "STS.U8": 8}.items():
+        instruction = sass.Instruction(0, "", opcode, "R0, [R2]")
+        assert (instruction.bits, instruction.global_bits) == (bits, 0)
 
 
 def test_successors():
@@ -127,16 +115,6 @@ def test_successors():
     assert loop.successors(0) == [1, 1] and loop.successors(1) == [3, 2]
     assert [i.calls for i in loop.instructions] == [False] * 4
     assert sum(i.calls for i in k.instructions) == 1
-
-
-def test_control_that_it_cannot_follow_is_an_error():
-    with pytest.raises(ValueError, match="can't follow BRX"):
-        path.hot_path(kernel("BRX R0 -0x10", "STG.E.128 desc[UR4][R6.64], R8", "EXIT"))
-    with pytest.raises(ValueError, match="no target"):
-        path.hot_path(kernel("BRA `(.L_x_9)", "STG.E.128 desc[UR4][R6.64], R8", "EXIT"))
-
-
-# ----------------------------------------------------------------------------------------------------- the way
 
 
 def test_way_through_straight_code():
@@ -167,61 +145,73 @@ def test_way_through_a_loop():
     assert sum(issued.values()) == len(way.once) + 7 * 4
 
 
-def test_loop_that_is_left_from_its_middle():
-    """ptxas closes loops for sm_80 like this. The part that leads back to the head belongs to an iteration."""
-    way = path.hot_path(
-        kernel(
-            *("MOV R0, RZ", ".L_x_0:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"),
-            *("@P0| CALL.REL.NOINC `(.L_x_1)", "NOP", "BRA `(.L_x_0)", ".L_x_1:", "EXIT"),
-        )
-    )
-    assert way.loops
-    assert opcodes(way.once) == ["MOV", "EXIT"]
-    assert opcodes(way.turn) == ["FADD", "STG.E.128", "CALL.REL.NOINC", "NOP", "BRA"]
+STORE, LOAD, ADD = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]", "FADD R0, R1, R2"
+# Listings, the instructions of a turn and those of once; a path without a loop has no second.
+WAYS = {
+    # ptxas closes loops for sm_80 like this. The part that leads back to the head belongs to an iteration.
+    "left from its middle": (
+        f"MOV R0, RZ; .L_x_0:; {ADD}; {STORE}; @P0| CALL.REL.NOINC `(.L_x_1); NOP; BRA `(.L_x_0); .L_x_1:; EXIT",
+        "FADD STG.E.128 CALL.REL.NOINC NOP BRA",
+        "MOV EXIT",
+    ),
+    # Whether a turn ends with the loads of the next decides a branch around them or a predicate.
+    "loads of the next": (
+        f".L_x_0:; {ADD}; {STORE}; @P0| BRA `(.L_x_1); {LOAD}; .L_x_1:; @!P0| BRA `(.L_x_0); EXIT",
+        "FADD STG.E.128 BRA LDG.E.128 BRA",
+        "EXIT",
+    ),
+    "innermost": (
+        f".L_x_0:; MOV R0, RZ; .L_x_1:; {ADD}; {STORE}; @P0| BRA `(.L_x_1); @P1| BRA `(.L_x_0); EXIT",
+        "FADD STG.E.128 BRA",
+        "MOV BRA EXIT",
+    ),
+    "one copy of an unrolled loop": (
+        f"@P0| BRA `(.L_x_1); .L_x_0:; {STORE}; {STORE}; @P1| BRA `(.L_x_0); .L_x_1:; @P2| EXIT; {ADD}; {STORE}; EXIT",
+        "BRA EXIT FADD STG.E.128 EXIT",
+        "",
+    ),
+    # The last way back to the head and out from there is counted once a thread.
+    "left by its head": (
+        f"MOV R0, RZ; .L_x_0:; @P0| EXIT; {ADD}; {STORE}; BRA `(.L_x_0)",
+        "EXIT FADD STG.E.128 BRA",
+        "MOV EXIT",
+    ),
+}
 
 
-def test_a_turn_ends_with_the_loads_of_the_next():
-    """Whether it has one decides a branch around them or a predicate."""
-    store, load = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
-    around = [".L_x_0:", "FADD R0, R1, R2", store, "@P0| BRA `(.L_x_1)", load, ".L_x_1:", "@!P0| BRA `(.L_x_0)", "EXIT"]
-    assert opcodes(path.hot_path(kernel(*around)).turn) == ["FADD", "STG.E.128", "BRA", "LDG.E.128", "BRA"]
-
-
-def test_the_innermost_loop_is_the_turn():
-    loop = [".L_x_0:", "MOV R0, RZ", ".L_x_1:", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8"]
-    way = path.hot_path(kernel(*loop, "@P0| BRA `(.L_x_1)", "@P1| BRA `(.L_x_0)", "EXIT"))
-    assert opcodes(way.turn) == ["FADD", "STG.E.128", "BRA"] and opcodes(way.once) == ["MOV", "BRA", "EXIT"]
-
-
-def test_way_takes_one_copy_of_an_unrolled_loop():
-    store = "STG.E.128 desc[UR4][R6.64], R8"
-    unrolled = ["@P0| BRA `(.L_x_1)", ".L_x_0:", *[store] * 4, "@P1| BRA `(.L_x_0)", ".L_x_1:", "@P2| EXIT"]
-    way = path.hot_path(kernel(*unrolled, "FADD R0, R1, R2", store, "EXIT"))
-    assert opcodes(way.turn).count("STG.E.128") == 1 and not way.loops
-
-
-def test_loop_that_leaves_by_its_head():
-    """The last way back to the head and out from there is counted once a thread."""
-    way = path.hot_path(
-        kernel(
-            "MOV R0, RZ", ".L_x_0:", "@P0| EXIT", "FADD R0, R1, R2", "STG.E.128 desc[UR4][R6.64], R8", "BRA `(.L_x_0)"
-        )
-    )
-    assert way.loops
-    assert opcodes(way.turn) == ["EXIT", "FADD", "STG.E.128", "BRA"] and opcodes(way.once) == ["MOV", "EXIT"]
+@pytest.mark.parametrize("name", WAYS)
+def test_ways(name):
+    code, turn, once = WAYS[name]
+    way = path.hot_path(kernel(*code.split("; ")))
+    assert (opcodes(way.turn), opcodes(way.once), way.loops) == (turn.split(), once.split(), bool(once))
 
 
 def test_way_with_all_options():
     """The path takes the loads and stores that branches may skip, and the more expensive of two alternatives."""
-    store, option = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]"
-    k = kernel(
-        *("@P0| BRA `(.L_x_0)", option, ".L_x_0:", "@P1| BRA `(.L_x_1)", "FFMA R4, R2, R3, R4"),
-        *("FFMA R4, R2, R3, R4", "BRA `(.L_x_2)", ".L_x_1:", "MUFU.RSQ R2, R3", ".L_x_2:", store),
-        *("@P2| BRA `(.L_x_3)", store, ".L_x_3:", "@P3| EXIT", "STG.E desc[UR4][R6.64], R8", "EXIT"),
+    code = (
+        f"@P0| BRA `(.L_x_0); {LOAD}; .L_x_0:; @P1| BRA `(.L_x_1); FFMA R4, R2, R3, R4; FFMA R4, R2, R3, R4; "
+        f"BRA `(.L_x_2); .L_x_1:; MUFU.RSQ R2, R3; .L_x_2:; {STORE}; @P2| BRA `(.L_x_3); {STORE}; .L_x_3:; "
+        "@P3| EXIT; STG.E desc[UR4][R6.64], R8; EXIT"
     )
+    k = kernel(*code.split("; "))
     way = opcodes(path.hot_path(k, has_options=True).turn)
     assert way == ["BRA", "LDG.E.128", "BRA", "FFMA", "FFMA", "BRA", "STG.E.128", "BRA", "STG.E.128", "EXIT"]
     assert opcodes(path.hot_path(k).turn) == ["BRA", "BRA", "MUFU.RSQ", "STG.E.128", "BRA", "EXIT"]
+
+
+def test_what_cannot_be_read_is_an_error():
+    with pytest.raises(ValueError, match="can't read"):
+        sass.parse(listing("EXIT") + "\n        /*0010*/        { imad r0 } ;")
+    for lines, message in (
+        (["BRX R0 -0x10", STORE, "EXIT"], "can't follow BRX"),
+        (["BRA `(.L_x_9)", STORE, "EXIT"], "no target"),
+        (["STG.E desc[UR4][R6.64], R8", "EXIT"], "128-bit store"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            path.hot_path(kernel(*lines))
+    (instruction,) = kernel("QUUX.32 R0, R1").instructions
+    with pytest.raises(ValueError, match=r"QUUX\.32"):
+        pipes.load(instruction, "90")
 
 
 # The threads of a block store four derivatives and their losses. The first warp adds up the losses, and its first
@@ -272,49 +262,23 @@ def test_way_of_a_block_that_adds_up():
     assert issued["ATOMG.E.ADD.STRONG.GPU"] == 1 / 4 and issued["S2R"] == 1
 
 
-def test_no_way_without_vectors():
-    with pytest.raises(ValueError, match="128-bit store"):
-        path.hot_path(kernel("STG.E desc[UR4][R6.64], R8", "EXIT"))
+CLASSES = {
+    "integer": "IADD3 R0, R1, R2, RZ; IMAD.MOV.U32 R0, RZ, RZ, R1; IMAD.SHL.U32 R0, R1, 0x4, RZ; "
+    "IMAD.U32 R5, RZ, RZ, UR53; HFMA2.MMA R8, -RZ, RZ, 0, 0",
+    "multiply": "IMAD.WIDE.U32 R0, R1, R2, RZ; IMAD R0, R1, R2, RZ",
+    "float": "FFMA2 R0, R2.F32x2.HI_LO, R4.F32x2.HI_LO, R6.F32x2.HI_LO; FMNMX.NAN R0, R1, R2, !PT; DADD R0, R2, R4",
+    "convert": "HADD2.F32 R0, -RZ, R10.H0_H0; F2F.F64.F32 R0, R2; F2FP.BF16.F32.PACK_AB R0, R1, R2; MUFU.RSQ R0, R1",
+    "memory": "SHFL.DOWN PT, R0, R1, 0x10, 0x1f; LDC.64 R0, c[0x0][0x10]",
+    "other": "CGAERRBAR; LDCU.64 UR4, c[0x0][0x10]; UIADD3 UR4, UR4, 0x1, URZ",
+}
 
 
-# ------------------------------------------------------------------------------------------------------- pipes
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("IADD3 R0, R1, R2, RZ", "integer"),
-        ("IMAD.MOV.U32 R0, RZ, RZ, R1", "integer"),
-        ("IMAD.SHL.U32 R0, R1, 0x4, RZ", "integer"),
-        ("IMAD.U32 R5, RZ, RZ, UR53", "integer"),
-        ("HFMA2.MMA R8, -RZ, RZ, 0, 0", "integer"),
-        ("IMAD.WIDE.U32 R0, R1, R2, RZ", "multiply"),
-        ("IMAD R0, R1, R2, RZ", "multiply"),
-        ("FFMA2 R0, R2.F32x2.HI_LO, R4.F32x2.HI_LO, R6.F32x2.HI_LO", "float"),
-        ("FMNMX.NAN R0, R1, R2, !PT", "float"),
-        ("HADD2.F32 R0, -RZ, R10.H0_H0", "convert"),
-        ("F2F.F64.F32 R0, R2", "convert"),
-        ("DADD R0, R2, R4", "float"),
-        ("SHFL.DOWN PT, R0, R1, 0x10, 0x1f", "memory"),
-        ("CGAERRBAR", "other"),
-        ("F2FP.BF16.F32.PACK_AB R0, R1, R2", "convert"),
-        ("MUFU.RSQ R0, R1", "convert"),
-        ("LDC.64 R0, c[0x0][0x10]", "memory"),
-        ("LDCU.64 UR4, c[0x0][0x10]", "other"),
-        ("UIADD3 UR4, UR4, 0x1, URZ", "other"),
-    ],
-)
-def test_classes(text, kind):
-    (instruction,) = kernel(text).instructions
-    assert pipes.classify(instruction) == kind
-    for arch in ARCHS:
-        assert pipes.load(instruction, arch).keys() <= RATES[arch].keys()
-
-
-def test_an_unknown_instruction_is_an_error():
-    (instruction,) = kernel("QUUX.32 R0, R1").instructions
-    with pytest.raises(ValueError, match=r"QUUX\.32"):
-        pipes.load(instruction, "90")
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes(kind):
+    for instruction in kernel(*CLASSES[kind].split("; ")).instructions:
+        assert pipes.classify(instruction) == kind, instruction
+        for arch in ARCHS:
+            assert pipes.load(instruction, arch).keys() <= RATES[arch].keys()
 
 
 def test_turns_of_pipes():
@@ -338,12 +302,9 @@ def test_turns_of_pipes():
         assert pipes.load(shared, arch) == {"issue": 1, "lsu": 4}
 
 
-# ---------------------------------------------------------------------------------------------------- roofline
-
-
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_cards_reach_their_published_tflops(card):
-    assert 2 * RATES[card.arch]["fma"] * card.sms * card.clock * 1e-3 == pytest.approx(card.tflops, rel=0.01)
+def test_cards_reach_their_published_tflops():
+    for card in CARDS:
+        assert 2 * RATES[card.arch]["fma"] * card.sms * card.clock * 1e-3 == pytest.approx(card.tflops, rel=0.01), card
 
 
 def test_roofline_by_hand():
@@ -369,9 +330,6 @@ def test_roofline_by_hand():
     assert fast.memory == pytest.approx(2) and fast.bound == "lsu" and fast.floor == pytest.approx(3.125)
 
 
-# ----------------------------------------------------------------------------------------------------- kernels
-
-
 def demangled(op: str, noise: int, seed: str, access: int, *types: str) -> str:
     inner = f"ddpm_ext::cuda::(anonymous namespace)::{op}, (ddpm_ext::Noise){noise}, {seed}"
     return f"void ddpm_ext::cuda::elementwise<{inner}, (ddpm_ext::cuda::Access){access}, {', '.join(types)}>(int, int)"
@@ -389,20 +347,11 @@ def test_variants():
 
 
 def test_variants_with_options():
-    def named(step: str) -> str:
-        inner = f"(ddpm_ext::cuda::Access)0, ddpm_ext::{step}, float, __half"
-        return (
-            f"void ddpm_ext::cuda::(anonymous namespace)::with_options<{inner}>(ddpm_ext::StepCall<ddpm_ext::{step}>)"
-        )
-
-    v = kernels.variant(named("ExtendedStep"))
-    assert (v.title, v.access, v.dtypes) == ("ExtendedStep, all options", "vector", "float32 / float16")
-    # x, noise, x_start, history, gradient, known, mask; three outputs of the model; three results
-    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (7 * 4 + 3 * 2, 3 * 4, 46)
-    linear = kernels.variant(named("LinearStep"))
-    assert (linear.title, linear.noise, linear.has_options) == ("LinearStep, all options", "drawn", True)
-    # x, noise, x_start, three of the history; two outputs of the model; four results
-    assert (linear.bytes_read, linear.bytes_written) == (6 * 4 + 2 * 2, 4 * 4)
+    inner = "(ddpm_ext::cuda::Access)0, ddpm_ext::cuda::AnyOptions, float, __half"
+    v = kernels.variant(f"void ddpm_ext::cuda::(anonymous namespace)::with_options<{inner}>(ddpm_ext::StepCall)")
+    assert (v.title, v.access, v.dtypes) == ("step_with_options, all options", "vector", "float32 / float16")
+    # x, noise, x_start, three of the history, gradient, known, mask; three outputs of the model; four results
+    assert (v.bytes_read, v.bytes_written, v.bytes_an_element) == (9 * 4 + 3 * 2, 4 * 4, 58)
     assert v.has_options and not kernels.variant(demangled("Randn", 2, "true", 1, *["float"] * 3)).has_options
 
 

@@ -1,16 +1,19 @@
-"""Runs `ddpm-ext` in a process of its own or in this one, and makes a tiny model for it."""
+"""Runs `ddpm-ext` in this process or in forks of another, and makes tiny models for it."""
 
+import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import torch
 
-from ddpm_ext import cli, models
+from ddpm_ext import GaussianDiffusion, cli, models
+from ddpm_ext.models import Classes
 from ddpm_ext.models.folder import CONFIG
 from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.tables.grid import make_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 TINY = {
     "sample_size": [8, 12],
@@ -33,18 +36,20 @@ def _on_cpu(arguments):
     return [str(argument) for argument in (*arguments, *more)]
 
 
-def run(*arguments, cwd=None, timeout=300):
-    """Runs the command in a process of its own, for up to `timeout` seconds."""
-    command = [sys.executable, "-m", "ddpm_ext", *_on_cpu(arguments)]
-    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-
-
 def call(*arguments):
     """Runs the command in this process, which is faster, and returns its exit code."""
     try:
         return cli.main(_on_cpu(arguments))
     except SystemExit as stopped:
         return stopped.code
+
+
+def check_refused(capsys, message, *arguments):
+    """The command ends with exit code 2 and one sentence that has the message."""
+    assert call(*arguments) == 2
+    written = capsys.readouterr()
+    assert message in written.err
+    assert (written.err.count("\n"), written.out) == (1, "")
 
 
 def save_tiny(folder):
@@ -54,9 +59,60 @@ def save_tiny(folder):
     return folder
 
 
+def save_pets(folder):
+    """Saves a model like it with three classes and the null class, whose embeddings make a difference."""
+    torch.manual_seed(1)
+    unet = models.build_unet(TINY | {"num_class_embeds": 4})
+    with torch.no_grad():
+        unet.class_embedding.weight.mul_(5)
+    models.save_model(unet, DiffusionSettings(timesteps=20), folder, classes=Classes(("cat", "dog", "hen"), 3))
+    return folder
+
+
+def grid_of(steps, spacing="linspace", schedule="linear"):
+    """The grid of the step tables of 1,000 timesteps."""
+    gd = GaussianDiffusion(1000, schedule)
+    return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
+
+
 def not_finite(model, folder):
     """Copies a model to a folder, with a configuration that makes all its outputs NaN."""
     shutil.copytree(model, folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"norm_eps": -1e9}))
     return folder
+
+
+def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False, kill_at=None):
+    """A command of its own as a fork: see forks.in_forks.
+
+    full, gone: the streams, 1 or 2, that lead to a full disk or to a pipe that nobody reads. unbuffered: as by
+    PYTHONUNBUFFERED. kill_at: see exact_run.kill_at.
+    """
+    from support import exact_run, forks
+
+    reads, writes = os.pipe()
+    os.close(reads)
+    for number in full:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    for number in gone:
+        os.dup2(writes, number)
+    if unbuffered:
+        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2))
+    if kill_at:
+        exact_run.kill_at(*kill_at)
+    raise forks.Leave(call(*arguments))
+
+
+def in_forks(folder, runs):
+    """The exit codes of commands, each given by its name and the options of as_process for each of its ranks."""
+    from support import forks
+
+    return forks.in_forks(__file__, folder, runs)
+
+
+if __name__ == "__main__":
+    from support import forks
+
+    unet = ("diffusers", "diffusers.models.unets.unet_2d")
+    forks.serve(as_process, *unet, "ddpm_ext.cli.sample", "safetensors.torch", "tqdm.auto", "PIL.Image")

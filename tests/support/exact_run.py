@@ -1,8 +1,8 @@
 """ddpm_ext.bulk with a model whose arithmetic is exact: a sample has the same bits in every batch.
 
-As a process this is one rank of a run: `exact_run.py FOLDER '{"batch_size": 3, ...}'`. The options are those of `run`;
-"by rank" holds further options for single ranks. "die_at", two numbers: the process is killed when it has written so
-many shards, and so many are in the folder.
+As a process this is one rank of a run, `exact_run.py FOLDER '{"batch_size": 3, ...}'`, or the parent of ranks for
+forks.in_forks. The options are those of `run` and of `as_rank`. die_at, two numbers: the process is killed when it has
+written so many shards, and so many are in the folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from support import forks
 
 from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.base import ranks as distributed
@@ -63,7 +64,7 @@ def joined(shards):
     return np.concatenate(list(shards.images()))
 
 
-def die_at(own: int, all_shards: int) -> None:
+def kill_at(own: int, all_shards: int) -> None:
     """Kills this process when it has written `own` shards and the folder has `all_shards`, for which it waits."""
     write, written = Shards.write, []
 
@@ -78,14 +79,19 @@ def die_at(own: int, all_shards: int) -> None:
     Shards.write = then_die
 
 
-if __name__ == "__main__":
-    options = json.loads(sys.argv[2])
-    for name in ("_PATIENCE", "_VISIBLE_WITHIN"):
-        if name in options:
-            setattr(bulk_run, name, options.pop(name))
+def as_rank(folder, *, patience=None, visible_within=None, elsewhere=None, die_at=None, **options) -> None:
+    """One rank of a run."""
+    bulk_run._PATIENCE = patience or bulk_run._PATIENCE
+    bulk_run._VISIBLE_WITHIN = visible_within or bulk_run._VISIBLE_WITHIN
     with distributed.join() as ranks:
-        options |= options.pop("by rank", {}).get(str(ranks.rank), {})
-        if "die_at" in options:
-            die_at(*options.pop("die_at"))
-        run(options.pop("folder", sys.argv[1]), ranks, **options)
+        if die_at:
+            kill_at(*die_at)
+        run(elsewhere or folder, ranks, **options)
     print("done", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == forks.FORKS:
+        forks.serve(as_rank)
+    else:
+        as_rank(sys.argv[1], **json.loads(sys.argv[2]))

@@ -20,3 +20,12 @@ def points(x, y):
 def looks(axes):
     """Colour and dashes of each line."""
     return [(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in axes.lines]
+
+
+def saved_figures(monkeypatch):
+    """The figures that are written from now on."""
+    from matplotlib.figure import Figure
+
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda own, *args, **how: (kept.append(own), save(own, *args, **how)))
+    return kept

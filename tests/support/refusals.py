@@ -54,19 +54,31 @@ def call(method, backend, device, /, **changes):
     return gd, model, moved({**arguments, **changes}, device)
 
 
-def refuse(method, backend, device, error, words, /, **changes):
-    """The call raises `error`, and its message matches each pattern of `words`. DEVICE stands for the device."""
+def spread(cases, names):
+    """(name, case): all cases with the first name, two with each other one, in turns: one place decides for all."""
+    many = list(cases) * 2
+    return [(names[0], case) for case in cases] + [
+        (name, case) for i, name in enumerate(names[1:]) for case in many[2 * i % len(cases) :][:2]
+    ]
+
+
+def raises(error, words, call, device=CPU):
+    """Calling `call` raises `error`, and its message matches each pattern of `words`. DEVICE stands for the device."""
+    with pytest.raises(error) as info:
+        call()
+    assert type(info.value) in (TypeError, ValueError)
+    message = str(info.value)
+    for word in ("expected", *words):
+        word = word.replace("DEVICE", str(device))
+        assert re.search(word, message), f"{word!r} is not in {message!r}"
+    assert "\n" not in message
+
+
+def refuse(method, backend, device, error, words, /, calls=0, **changes):
+    """The call raises `error` as in `raises`, changes no argument, and calls the model so many times."""
     gd, model, arguments = call(method, backend, device, **changes)
     tensors = {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.device != META}
     copies = {k: v.clone() for k, v in tensors.items()}
-    with pytest.raises(error) as info:
-        getattr(gd, method)(**arguments)
-    assert type(info.value) in (TypeError, ValueError)
-    message = str(info.value)
-    for word in words:
-        word = word.replace("DEVICE", str(device))
-        assert re.search(word, message), f"{word!r} is not in {message!r}"
-    assert "expected" in message
-    assert "\n" not in message
-    assert model.calls == 0
+    raises(error, words, lambda: getattr(gd, method)(**arguments), device)
+    assert getattr(arguments.get("model"), "calls", 0) == calls
     assert all(torch.equal(tensors[k], copies[k]) for k in tensors)

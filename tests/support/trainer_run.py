@@ -1,23 +1,21 @@
-"""A tiny module and a tiny dataset to train on, in this process or in others that are killed or are ranks.
+"""Tiny models and tiny datasets to train on, in this process or in others that are killed or are ranks.
 
-in_forks starts this file as a process, which imports once and then forks: imports are slow.
+in_forks starts this file as a process, which forks.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
+import csv
+import functools
 import os
 import random
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from support.command_line import ENVIRONMENT
-from support.ports import reserved_port
+from support import forks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -26,6 +24,9 @@ from ddpm_ext.training.step import TrainingStep
 
 SIZES = {"steps": 60, "batch_size": 6, "timesteps": 20, "warmup": 4, "checkpoint_every": 10, "log_every": 7}
 SIZES |= {"device": "cpu"}
+# A UNet2DModel's options, and images that fit.
+UNET = {"batch_size": 4, "widths": (8,), "attention": (), "groups": 4, "timesteps": 20, "steps": 2, "device": "cpu"}
+IMAGES = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
 
 
 class Tiny(nn.Module):
@@ -77,21 +78,49 @@ def make(out, *, dropout=0.1, width=6, squares=11, model=None, data=None, report
     return Trainer(model, None, Squares(squares) if data is None else data, out, report=report, **options)
 
 
+def make_unet(out, data=IMAGES, *, report=_do_nothing, **options):
+    """A Trainer of a tiny UNet2DModel."""
+    return Trainer(None, None, data, out, report=report, **UNET | options)
+
+
+def as_arguments(options):
+    """The options of `ddpm-ext train` that are these of TrainOptions."""
+    texts = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()}
+    return [f"--{name.replace('_', '-')}={text}" for name, text in texts.items()]
+
+
 def before_steps(act) -> None:
     """Calls act(step, images) before each step of this process, and trains on the images that it returns."""
     take = TrainingStep.take
     TrainingStep.take = lambda self, images, labels: take(self, act(self.state.step, images), labels)
 
 
-def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, **options) -> None:
+def die_after(monkeypatch, steps) -> None:
+    """A run in this process ends after so many steps and writes nothing more, as one that is killed."""
+    take = TrainingStep.take
+
+    def die(self, images, labels):
+        if self.state.step == steps:
+            raise SystemExit(9)
+        take(self, images, labels)
+
+    monkeypatch.setattr(TrainingStep, "take", die)
+
+
+def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
     """Trains.
 
     Args:
+        arguments: of `ddpm-ext train`, which then runs in place of a Trainer of the tiny module.
         die_at: the process is killed after so many steps.
         nan_at: the images of the step after so many are NaN.
         signal_at: the process gets SIGTERM after so many steps.
         own_group: the backend of a process group that exists before training.
     """
+    if arguments is not None:
+        from ddpm_ext import cli
+
+        sys.exit(cli.main(["train", *arguments, "--out", str(folder)]))
     if own_group:
         torch.distributed.init_process_group(own_group)
 
@@ -112,58 +141,28 @@ def weights(folder):
     """The weights that a run of `make` wrote."""
     from safetensors.torch import load_file
 
-    return load_file(Path(folder) / "model.safetensors")
+    path = Path(folder) / "model.safetensors"
+    return load_file(path if path.exists() else Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def _fork(folder: Path, rank: int, size: int, port: int, options: dict) -> int:
-    """Starts a process that trains in `folder`/run and writes its output beside it; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
-        if size > 1:
-            ours = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in ours.items()})
-        run(folder / "run", report=print, **options)
-        code = 0
-    except SystemExit as stopped:
-        code = stopped.code
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def assert_same(found, expected) -> None:
+    """Tensors by name, or the folders of runs, whose weights they are, have the same names and bits."""
+    found, expected = (given if isinstance(given, dict) else weights(given) for given in (found, expected))
+    assert found.keys() == expected.keys()
+    differ = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not differ
 
 
-def _codes(folder: Path, by_rank: list[dict]) -> list[int]:
-    """The exit code of each rank of a run, or minus the signal that killed it."""
-    folder.mkdir(exist_ok=True)
-    with reserved_port() as port:
-        children = [_fork(folder, rank, len(by_rank), port, options) for rank, options in enumerate(by_rank)]
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def rows(folder):
+    """The lines of a run's losses.csv as numbers."""
+    with open(Path(folder) / "losses.csv") as opened:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
-def in_forks(folder: Path, runs: dict[str, list[dict]], timeout: float = 1200) -> dict[str, list[int]]:
-    """Trains runs one after the other, each given by a name and the options of its ranks.
-
-    The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err.
-
-    Returns:
-        The exit codes of the ranks by name, as _codes.
-    """
-    command = [sys.executable, __file__, str(folder), json.dumps(runs)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def in_forks(folder: Path, runs: forks.Runs) -> dict[str, list[int]]:
+    """Trains as forks.in_forks says; the options are those of `run`."""
+    return forks.in_forks(__file__, folder, runs)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for module in ("torch._dynamo", "torch.distributed", "matplotlib.figure", "safetensors.torch"):
-        importlib.import_module(module)  # a run imports them; here once for all forks
-    wanted = json.loads(sys.argv[2])
-    print(json.dumps({name: _codes(Path(sys.argv[1]) / name, by_rank) for name, by_rank in wanted.items()}))
+    forks.serve(functools.partial(run, report=print), "torch._dynamo", "matplotlib.figure", "safetensors.torch")

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from support.trainer_run import assert_same
 
 from ddpm_ext.base import files
 from ddpm_ext.training import checkpoints
@@ -23,24 +24,18 @@ def test_what_is_saved_is_loaded(tmp_path):
     tensors, header = checkpoints.load(path)
     assert header == checkpoints.header(path) == {"step": 12, "note": "a \U0001f600", "list": [1, None]}
     assert tensors.keys() == {*STATE, "step"}
-    assert all(
-        torch.equal(tensors[name], value) and tensors[name].dtype == value.dtype for name, value in STATE.items()
-    )
+    assert_same({name: tensors[name] for name in STATE}, STATE)
     assert checkpoints.under(tensors, "a.").keys() == {"x", "y"}
 
 
 def test_tensors_that_share_memory_are_saved_each(tmp_path):
     base = torch.arange(8.0)
-    path = checkpoints.save(
-        tmp_path, 1, {"one": base, "two": base, "part": base[2:4], "turned": base.view(2, 4).T}, {}, 1
-    )
-    found = checkpoints.load(path)[0]
-    assert torch.equal(found["two"], base)
-    assert torch.equal(found["part"], base[2:4])
-    assert torch.equal(found["turned"], base.view(2, 4).T)
+    shared = {"one": base, "two": base, "part": base[2:4], "turned": base.view(2, 4).T}
+    assert_same(checkpoints.load(checkpoints.save(tmp_path, 1, shared, {}, 1))[0], shared)
 
 
 def test_the_newest_are_kept_by_number(tmp_path):
+    assert checkpoints.newest(tmp_path) is None and checkpoints.latest(tmp_path) is None
     for step in (99_999_998, 7, 100_000_001, 99_999_999):
         save(tmp_path, step, keep=9)
     assert checkpoints.newest(tmp_path).name == "step-100000001.safetensors"
@@ -61,12 +56,7 @@ def test_later_ones_are_not_kept_in_place_of_what_was_written(tmp_path):
     assert names == ["step-00000014.safetensors", "step-00000020.safetensors"]
 
 
-def test_none_at_all(tmp_path):
-    assert checkpoints.newest(tmp_path) is None
-    assert checkpoints.latest(tmp_path) is None
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.999])
 def test_damaged_newest_falls_back(tmp_path, share):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -92,29 +82,22 @@ def test_all_damaged(tmp_path):
     assert paths[1].read_bytes() == b""
 
 
-@pytest.mark.parametrize("what", ["write_bytes", "fsync", "replace"])
-def test_full_disk(tmp_path, monkeypatch, what):
+@pytest.mark.parametrize(("owner", "what"), [(files.Path, "write_bytes"), (os, "fsync"), (os, "replace")])
+def test_full_disk(tmp_path, monkeypatch, owner, what):
     first = save(tmp_path, 1)
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    if what == "write_bytes":
-        monkeypatch.setattr(files.Path, "write_bytes", full)
-    else:
-        monkeypatch.setattr(os, what, full)
+    monkeypatch.setattr(owner, what, full)
     message = f"checkpoint: cannot write {tmp_path}/checkpoints/step-00000002.safetensors: No space left on device; "
     with pytest.raises(OSError) as info:
         save(tmp_path, 2, keep=1)
     assert str(info.value) == f"{message}the newest is still {first}"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
     assert checkpoints.load(first)[1] == {"step": 1}
-
-
-def test_full_disk_at_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full; no checkpoint was written before"):
-        save(tmp_path, 2)
+    with pytest.raises(OSError, match="No space left on device; no checkpoint was written before"):
+        save(tmp_path / "new", 2)
 
 
 def test_leftovers_of_a_killed_writer(tmp_path):
@@ -128,9 +111,7 @@ def test_leftovers_of_a_killed_writer(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"step": 1, "about": {}}, "has no options in its header"),
         ({"step": 1, "options": [], "about": {}}, "has no options in its header"),
-        ({"step": float("inf"), "options": {}, "about": {}}, "has step inf, expected an int, at least 0"),
         ({"step": -5, "options": {}, "about": {}}, "has step -5, expected an int, at least 0"),
         ({"options": {}, "about": {}}, "has step None, expected an int, at least 0"),
     ],

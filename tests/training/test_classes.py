@@ -12,18 +12,11 @@ from torch.utils.data import Subset, TensorDataset
 
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
 from ddpm_ext.models import Classes, load_model
-from ddpm_ext.training import TrainOptions, captured_step, train
+from ddpm_ext.training import TrainOptions, captured_step, checkpoints, train
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import DamagedImage, Labels, Shapes, TensorImages, as_images, labels_of, load_images
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
 COUNT, CLASSES = 11, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
 
 
 class Conditional(Tiny):
@@ -82,20 +75,10 @@ def test_labels_of_datasets():
     assert (found.numbers.tolist(), found.names) == ([3, 0], ("a", "b", "c", "d"))
 
 
-def test_labels_of_digits():
-    pytest.importorskip("sklearn")
-    from ddpm_ext.training.data import digits
-
-    found = labels_of(load_images("digits"))
-    assert torch.equal(found.numbers, digits("train")[1])
-    assert found.names == tuple("0123456789")
-
-
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         (None, "classes: a Items has no labels, expected its attribute targets"),
-        ([0.5] * 3, "targets of a Items are torch.float32, expected whole numbers"),
         (["a"] * 3, "targets of a Items are no whole numbers"),
         ([0, 1], r"labels are torch.int64 of shape \(2,\), expected int64 of shape \(3,\), one an image"),
         ([0, -1, 0], "labels are -1 to 0, expected 0 to 0 for 1 classes"),
@@ -112,14 +95,6 @@ def test_labels_that_are_none(targets, message):
         labels_of(as_images(items))
 
 
-def test_labels_beyond_the_names():
-    images = TensorImages(torch.zeros(2, 1, 8, 8), Labels(torch.tensor([0, 2]), ("a", "b")))
-    with pytest.raises(ValueError, match="labels are 0 to 2, expected 0 to 1 for 2 classes"):
-        labels_of(images)
-    with pytest.raises(ValueError, match="a tensor of images has no labels, expected TensorDataset"):
-        labels_of(as_images(torch.zeros(2, 1, 8, 8)))
-
-
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
@@ -128,14 +103,14 @@ def batches(start, stop, images=None, **options):
     return StepBatches(images, TrainOptions(data="given", batch_size=8, **options), start, stop, labels_of(images))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("share", [0.0, 0.7])
 def test_a_share_of_the_labels_is_dropped(share):
-    """The others are those of their images. 1,600 labels: five standard deviations of a share are at most 0.06."""
+    """The others are those of their images. 800 labels: five standard deviations of a share are at most 0.09."""
     whole = batches(0, 8, class_dropout=share)
-    labels = torch.cat([whole[step].labels for step in range(200)])
-    images = torch.cat([whole[step].images for step in range(200)])
+    labels = torch.cat([whole[step].labels for step in range(100)])
+    images = torch.cat([whole[step].images for step in range(100)])
     dropped = labels == CLASSES
-    assert dropped.double().mean() == pytest.approx(share, abs=0.06 if share else 0)
+    assert dropped.double().mean() == pytest.approx(share, abs=0.09 if share else 0)
     assert torch.equal(labels[~dropped] / CLASSES, images[~dropped, 0, 0, 0])
 
 
@@ -181,55 +156,39 @@ def test_accumulated_captured_and_resumed_runs_are_the_whole(tmp_path, monkeypat
     run(tmp_path / "parts", dropout=0.0, accumulate=3, **options)
     parts = trainer_run.weights(tmp_path / "parts")
     assert all(torch.allclose(parts[name], value, atol=1e-6) for name, value in expected.items() if name != "calls")
-    newest = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
-    newest.unlink()
+    checkpoints.newest(tmp_path / "whole").unlink()
     run(tmp_path / "whole", dropout=0.0, resume=True, **options)
     fake_cuda.install(monkeypatch)
     monkeypatch.setattr(captured_step, "CudaGraphs", lambda device: CudaGraphs(torch.device("cuda")))
     run(tmp_path / "captured", dropout=0.0, graph=True, **options)
     for name in ("whole", "captured"):
-        found = trainer_run.weights(tmp_path / name)
-        assert all(torch.equal(found[key], value) for key, value in expected.items()), name
+        trainer_run.assert_same(tmp_path / name, expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_does_not_fit(tmp_path):
+    run(tmp_path / "run", steps=2)
+    images, numbers = labelled().tensors
+    for changes, message in (
         ({"class_dropout": 0.2}, "resume: class_dropout is 0.2, but .* was made with 0.1$"),
         ({"classes": False, "model": Tiny()}, "resume: model's class is Tiny"),
-        ({"data": 1}, "resume: the labels' hash is"),
-        ({"data": None}, "classes: a Unlabelled has no labels"),
+        ({"data": TensorDataset(images, numbers.flip(0))}, "resume: the labels' hash is"),
+        ({"data": images}, "classes: a tensor of images has no labels"),
         ({"model": Tiny()}, "model: it fails for images of shape .* and their labels, its third argument"),
-    ],
-)
-def test_what_does_not_fit(tmp_path, changes, message):
-    run(tmp_path / "run", steps=2)
-    data = labelled()
-    if changes.get("data") == 1:
-        data = TensorDataset(data.tensors[0], data.tensors[1].flip(0))
-    elif "data" in changes:
-        data = type("Unlabelled", (list,), {})(data.tensors[0])
-    model = changes.get("model") or Conditional()
-    options = {"steps": 2, "classes": True} | {
-        name: value for name, value in changes.items() if name not in ("data", "model")
-    }
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path / "run", model=model, data=data, resume=True, **options).fit()
+    ):
+        given = {"model": Conditional(), "data": labelled(), "steps": 2, "classes": True} | changes
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "run", resume=True, **given).fit()
 
 
 def test_unet_is_conditional_and_can_be_loaded(tmp_path):
     pytest.importorskip("diffusers")
-    options = TrainOptions(
-        data="shapes", image_size=8, classes=True, steps=2, batch_size=4, widths=(8,), attention=(), device="cpu"
-    )
+    options = TrainOptions(**trainer_run.UNET, data="shapes", image_size=8, classes=True)
     train(options, tmp_path / "run", report=lambda text: None)
     loaded = load_model(tmp_path / "run")
     assert loaded.unet.config.num_class_embeds == 11
     assert loaded.classes == load_model(tmp_path / "run" / "unet").classes
     assert (loaded.classes.names[0], loaded.classes.null) == ("arrow", 10)
     assert not (tmp_path / "run" / "model_index.json").exists()  # no pipeline of diffusers gives a class
-    with pytest.raises(ValueError, match=r"out: .* holds a run already"):
-        train(options, tmp_path / "run", report=lambda text: None)
 
 
 # ----------------------------------------------------------------------------------------------------------- shapes
@@ -238,10 +197,8 @@ def test_unet_is_conditional_and_can_be_loaded(tmp_path):
 def test_shapes_depend_on_seed_and_number_alone():
     shapes = Shapes(16, seed=2**63 + 5)
     whole = shapes.batch(torch.arange(20))
-    assert whole.shape == (20, 3, 16, 16)
-    assert whole.dtype == torch.float32
-    assert -1 <= whole.min() < -0.8
-    assert 0.5 < whole.max() <= 1
+    assert whole.shape == (20, 3, 16, 16) and whole.dtype == torch.float32
+    assert -1 <= whole.min() < -0.8 and 0.5 < whole.max() <= 1
     assert torch.equal(shapes.batch(torch.tensor([17, 3])), whole[[17, 3]])
     assert not torch.equal(Shapes(16).batch(torch.tensor([3]))[0], whole[3])
     assert labels_of(shapes).numbers[:12].tolist() == [*range(10), 0, 1]
@@ -256,14 +213,10 @@ def test_shapes_are_the_same_at_any_size():
     assert (pooled - coarse).abs().amax() < 0.35
 
 
-@pytest.mark.parametrize(
-    ("make_one", "message"),
-    [
-        (lambda: Shapes(4), "image size: got 4, expected at least 8"),
-        (lambda: Shapes(count=0), "count: got 0"),
-        (lambda: load_images("shapes", channels=1), "channels: got 1, but shapes have 3"),
-    ],
-)
-def test_shapes_bad_input(make_one, message):
-    with pytest.raises(ValueError, match=message):
-        make_one()
+def test_shapes_bad_input():
+    with pytest.raises(ValueError, match="image size: got 4, expected at least 8"):
+        Shapes(4)
+    with pytest.raises(ValueError, match="count: got 0"):
+        Shapes(count=0)
+    with pytest.raises(ValueError, match="channels: got 1, but shapes have 3"):
+        load_images("shapes", channels=1)

@@ -4,15 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_ext.training.data import (
-    DamagedImage,
-    DatasetImages,
-    FolderImages,
-    TensorImages,
-    as_images,
-    digits,
-    load_images,
-)
+from ddpm_ext.training.data import DamagedImage, FolderImages, TensorImages, as_images, digits, labels_of, load_images
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn")
@@ -38,9 +30,6 @@ def test_digits_are_scikit_learns():
     images, labels = digits()
     assert np.array_equal((images.squeeze(1).numpy() + 1) * 8, load_digits().images)
     assert np.array_equal(labels.numpy(), load_digits().target)
-
-
-def test_digits_bad_part():
     with pytest.raises(ValueError, match="part: got 'test', expected one of train, heldout, all"):
         digits("test")
 
@@ -49,6 +38,8 @@ def test_load_digits_is_the_training_part():
     images = load_images("digits")
     assert (len(images), images.shape) == (1541, (1, 8, 8))
     assert torch.equal(images.batch(torch.tensor([5, 0])), digits("train")[0][[5, 0]])
+    assert torch.equal(labels_of(images).numbers, digits("train")[1])
+    assert labels_of(images).names == tuple("0123456789")
     with pytest.raises(ValueError, match="image size: got 16, but digits are 8 by 8"):
         load_images("digits", 16)
     with pytest.raises(ValueError, match="channels: got 3"):
@@ -76,13 +67,7 @@ def test_folder(folder):
     assert torch.allclose(grey, torch.full((3, 5, 5), 128 / 127.5 - 1), atol=1e-6)
     middle = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1)
     assert torch.equal(green[:, :, 2], middle.expand(3, 5))  # cropped to the middle square, not squeezed
-    assert torch.equal(images.batch(torch.tensor([1])), images.batch(torch.tensor([1])))
-
-
-def test_folder_in_grey(folder):
-    images = load_images(str(folder), 4, 1)
-    assert images.shape == (1, 4, 4)
-    assert images.batch(torch.tensor([1, 0])).shape == (2, 1, 4, 4)
+    assert load_images(str(folder), 4, 1).batch(torch.tensor([1, 0])).shape == (2, 1, 4, 4)
 
 
 def test_folder_turns_by_exif(tmp_path):
@@ -133,7 +118,7 @@ def test_only_the_formats_of_the_endings_are_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about damaged tags
-@pytest.mark.parametrize("ending", ["png", "jpg", "bmp", "webp", "tif", "ppm"])
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
 def test_damage_anywhere_is_reported_or_harmless(tmp_path, ending):
     """Whatever Pillow's decoders raise for a file that was cut or overwritten becomes DamagedImage."""
     generator = np.random.default_rng(0)
@@ -182,7 +167,6 @@ def test_dataset():
             return torch.full((2, 4, 5), index / 3, dtype=torch.float64), "label"
 
     images = as_images(Pairs())
-    assert isinstance(images, DatasetImages)
     assert (len(images), images.shape, images.fingerprint()) == (3, (2, 4, 5), f"{Pairs.__qualname__} 3 (2, 4, 5)")
     batch = images.batch(torch.tensor([2, 0]))
     assert batch.dtype == torch.float32
@@ -210,37 +194,11 @@ def test_first_readable_item_decides_the_shape():
         as_images(Items([None, None]))
 
 
-def test_image_folder_of_torchvision(folder):
-    datasets = pytest.importorskip("torchvision.datasets")
-    from torchvision import transforms
-
-    change = transforms.Compose(
-        [transforms.RandomCrop(6), transforms.ToTensor(), transforms.Lambda(lambda x: 2 * x - 1)]
-    )
-    (folder / "b").mkdir()
-    (folder / "b.png").rename(folder / "b" / "b.png")
-    images = as_images(datasets.ImageFolder(folder, change))
-    assert (len(images), images.shape) == (2, (3, 6, 6))
-    both = [images.batch(torch.tensor([1]), [seed]) for seed in (7, 8, 7)]
-    assert torch.equal(both[0], both[2])
-    assert not torch.equal(both[0], both[1])
-
-
 def test_tensor_images_bad_input():
     for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
         with pytest.raises(ValueError, match="images: got"):
             TensorImages(images)
-    for images, found in (
-        (torch.full((2, 1, 2, 2), 255.0), "255 to 255"),
-        (torch.full((1, 1, 1, 1), torch.nan), "nan"),
-    ):
-        with pytest.raises(
-            ValueError, match=rf"images: the tensor has values from {found}.*, expected them in \[-1, 1"
-        ):
-            TensorImages(images)
-
-
-def test_tensor_with_a_gradient_is_detached():
-    images = TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True))
-    assert not images.batch(torch.tensor([0])).requires_grad
-    assert images.fingerprint() == TensorImages(torch.zeros(2, 1, 2, 2)).fingerprint()
+    for value, found in ((255.0, "255 to 255"), (torch.nan, "nan")):
+        with pytest.raises(ValueError, match=rf"the tensor has values from {found}.*, expected them in \[-1, 1"):
+            TensorImages(torch.full((2, 1, 2, 2), value))
+    assert not TensorImages(torch.zeros(2, 1, 2, 2, requires_grad=True)).batch(torch.tensor([0])).requires_grad

@@ -5,24 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.trainer_run import Tiny, make
+from support.trainer_run import IMAGES, UNET, Tiny, as_arguments, assert_same, make, make_unet
 
-from ddpm_ext import training
 from ddpm_ext.models import load_model
 from ddpm_ext.training import TrainOptions, push_to_hub
 
 diffusers = pytest.importorskip("diffusers")
-for module in ("safetensors", "matplotlib", "huggingface_hub"):
-    pytest.importorskip(module)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {"batch_size": 4, "widths": (8,), "attention": (), "groups": 4, "timesteps": 20, "steps": 2, "device": "cpu"}
-IMAGES = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
-
-
-@pytest.fixture
-def one_thread(threads):
-    threads(1)
+pytest.importorskip("huggingface_hub")
 
 
 @pytest.fixture
@@ -39,18 +28,14 @@ def pushed(monkeypatch):
     return calls
 
 
-def train_unet(out, data=IMAGES, **options):
-    return training.Trainer(None, None, data, out, **{"report": len} | SMALL | options).fit()
-
-
 def test_unet_is_pushed_as_its_pipeline(tmp_path, pushed):
     lines = []
-    train_unet(tmp_path / "run", push_to_hub="me/flowers", hub_private=True, report=lines.append)
+    make_unet(tmp_path / "run", push_to_hub="me/flowers", hub_private=True, report=lines.append).fit()
     ((pipeline, repo, given),) = pushed
     assert (type(pipeline).__name__, repo) == ("DDPMPipeline", "me/flowers")
     assert given == {"private": True, "token": None}
     expected = load_model(tmp_path / "run").unet.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in pipeline.unet.state_dict().items())
+    assert_same(pipeline.unet.state_dict(), expected)
     assert pipeline.scheduler.config.num_train_timesteps == 20
     assert lines[-1] == "uploaded to https://example.org/me/flowers"
     assert push_to_hub(tmp_path / "run", "again", token="secret") == "https://example.org/again"
@@ -63,13 +48,11 @@ def test_class_conditional_unet_is_pushed_with_its_classes(tmp_path, pushed, mon
     files = []
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", lambda self, **given: files.append((self.token, given)))
     data = torch.utils.data.TensorDataset(IMAGES, torch.arange(6) % 3)
-    train_unet(tmp_path / "run", data, classes=True)
+    make_unet(tmp_path / "run", data, classes=True).fit()
     assert pushed == []
     push_to_hub(tmp_path / "run", "flowers", token="secret")
-    assert [(type(pushed_one).__name__, given["subfolder"]) for pushed_one, _, given in pushed] == [
-        ("UNet2DModel", "unet"),
-        ("DDPMScheduler", "scheduler"),
-    ]
+    parts = [(type(part).__name__, given["subfolder"]) for part, _, given in pushed]
+    assert parts == [("UNet2DModel", "unet"), ("DDPMScheduler", "scheduler")]
     assert pushed[0][0].config.num_class_embeds == 4
     ((token, given),) = files
     assert (token, given["path_in_repo"], given["repo_id"]) == ("secret", "unet/classes.json", "flowers")
@@ -98,19 +81,14 @@ def test_upload_that_fails_leaves_the_model(tmp_path, monkeypatch):
         raise RuntimeError("401 Client Error:\nUnauthorized")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "push_to_hub", fail)
-    message = (
-        r"push_to_hub: flowers can't be written \(401 Client Error: Unauthorized\); .*run has the model, and ddpm_"
-    )
-    with pytest.raises(ConnectionError, match=message):
-        train_unet(tmp_path / "run", push_to_hub="flowers")
+    with pytest.raises(ConnectionError, match=r"flowers can't be written \(401 Client Error: Unauthorized\); .*run"):
+        make_unet(tmp_path / "run", push_to_hub="flowers").fit()
     assert (tmp_path / "run" / "training.json").is_file()
     assert load_model(tmp_path / "run").shape == (1, 8, 8)
 
 
 def test_refusals_come_before_training(tmp_path):
-    with pytest.raises(
-        ValueError, match="push_to_hub: a Tiny has no method push_to_hub, expected a model of diffusers"
-    ):
+    with pytest.raises(ValueError, match="push_to_hub: a Tiny has no method push_to_hub, expected a model of diff"):
         make(tmp_path / "run", push_to_hub="flowers")
     assert not (tmp_path / "run").exists()
     make(tmp_path / "run", steps=2).fit()
@@ -124,17 +102,8 @@ def test_command_line_has_it(tmp_path, pushed, capsys):
     pytest.importorskip("sklearn")
     from ddpm_ext import cli
 
-    sizes = [
-        "--widths=8",
-        "--attention=",
-        "--groups=4",
-        "--timesteps=20",
-        "--steps=2",
-        "--batch-size=4",
-        "--device=cpu",
-    ]
     folder = str(tmp_path / "run")
-    assert cli.main(["train", *sizes, "--quiet", "--out", folder, "--push-to-hub", "flowers"]) == 0
+    assert cli.main(["train", *as_arguments(UNET), "--quiet", "--out", folder, "--push-to-hub", "flowers"]) == 0
     assert "uploaded to https://example.org/flowers" in capsys.readouterr().out
     assert len(pushed) == 1
     # A resume of the finished run pushes again, since its options say so.

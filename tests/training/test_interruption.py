@@ -7,7 +7,6 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import torch
 from support import trainer_run
 from support.trainer_run import make
 
@@ -16,15 +15,8 @@ from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.interruption import noted_signals
 from ddpm_ext.training.step import TrainingStep
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 OPTIONS = {"steps": 20, "checkpoint_every": 50, "log_every": 50}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +32,21 @@ def usual_handlers():
         signal.signal(number, handler)
 
 
+def at(monkeypatch, step, act, owner=TrainingStep, name="take"):
+    """Calls act() before a method when so many steps have been taken."""
+    before = getattr(owner, name)
+
+    def method(self, *arguments):
+        if (self.state.step if owner is TrainingStep else arguments[0]) == step:
+            act()
+        return before(self, *arguments)
+
+    monkeypatch.setattr(owner, name, method)
+
+
 def send_at(monkeypatch, step, *numbers):
     """This process gets the signals while the step after so many steps is taken."""
-    take = TrainingStep.take
-
-    def taken(self, images, labels):
-        for number in numbers if self.state.step == step else ():
-            signal.raise_signal(number)
-        take(self, images, labels)
-
-    monkeypatch.setattr(TrainingStep, "take", taken)
+    at(monkeypatch, step, lambda: [signal.raise_signal(number) for number in numbers])
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -67,27 +64,23 @@ def test_first_signal_saves_the_step(tmp_path, monkeypatch, number, raised):
     monkeypatch.undo()
     make(folder, resume=True, **OPTIONS).fit()
     make(tmp_path / "straight", **OPTIONS).fit()
-    found, expected = (trainer_run.weights(run) for run in (folder, tmp_path / "straight"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    trainer_run.assert_same(folder, tmp_path / "straight")
 
 
 @pytest.mark.subprocess
 def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
     """A signal to the whole process group, as batch systems send it."""
-    take = TrainingStep.take
 
-    def kill_all(self, images, labels):
-        take(self, images, labels)
-        if self.state.step == 12:
-            signal.raise_signal(signal.SIGTERM)
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, signal.SIGKILL)
-                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    def kill_all():
+        signal.raise_signal(signal.SIGTERM)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
-    monkeypatch.setattr(TrainingStep, "take", kill_all)
+    at(monkeypatch, 12, kill_all)
     with pytest.raises(SystemExit):
         make(tmp_path / "run", workers=2, **OPTIONS).fit()
-    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000013.safetensors"
     assert multiprocessing.active_children() == []
     # Else a worker's death is not noticed any more: torch sets its handler once in a process.
     assert callable(signal.getsignal(signal.SIGCHLD))
@@ -95,40 +88,35 @@ def test_workers_that_the_signal_kills_are_no_error(tmp_path, monkeypatch):
 
 def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeypatch):
     """As after 12 steps, without the batch that would never come."""
-    read = StepBatches._read
 
-    def never(self, step):
-        if step == 12:
-            signal.raise_signal(signal.SIGTERM)
-            pytest.fail("still waiting")
-        return read(self, step)
+    def never():
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("still waiting")
 
-    monkeypatch.setattr(StepBatches, "_read", never)
+    at(monkeypatch, 12, never, StepBatches, "_read")
     with pytest.raises(SystemExit) as info:
         make(tmp_path / "run", **OPTIONS).fit()
     assert info.value.code == 143
     assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
     monkeypatch.undo()
     make(tmp_path / "run", resume=True, **OPTIONS).fit()
-    assert len((tmp_path / "run" / "losses.csv").read_text().splitlines()) == 1 + 20
+    assert len(trainer_run.rows(tmp_path / "run")) == 20
 
 
 @pytest.mark.parametrize("comes", [True, False])
 def test_signal_that_a_worker_got_first(tmp_path, monkeypatch, comes):
     """The worker's death is the first that this process learns of it."""
-    read, waited = StepBatches._read, []
+    waited = []
 
-    def dies(self, step):
-        if step == 12:
-            raise ChildProcessError("data: a worker died")
-        return read(self, step)
+    def dies():
+        raise ChildProcessError("data: a worker died")
 
     def sleep(seconds):
         waited.append(seconds)
         if comes:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(StepBatches, "_read", dies)
+    at(monkeypatch, 12, dies, StepBatches, "_read")
     monkeypatch.setattr(interruption, "time", SimpleNamespace(sleep=sleep))
     with pytest.raises(SystemExit if comes else ChildProcessError):
         make(tmp_path / "run", **OPTIONS).fit()
@@ -138,25 +126,20 @@ def test_signal_that_a_worker_got_first(tmp_path, monkeypatch, comes):
 
 
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
+    """One that comes in the last step changes nothing."""
     send_at(monkeypatch, 12, signal.SIGTERM, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", **OPTIONS).fit()
     assert checkpoints.newest(tmp_path / "run") is None
-
-
-def test_signal_in_the_last_step_finishes(tmp_path, monkeypatch):
+    monkeypatch.undo()
     send_at(monkeypatch, 19, signal.SIGTERM)
     make(tmp_path / "run", **OPTIONS).fit()
     assert (tmp_path / "run" / "training.json").exists()
 
 
-def test_handlers_of_others_stay():
+def test_handlers_of_others_stay_and_other_threads_have_none():
     came = []
-
-    def own(number, frame):
-        came.append(number)
-
-    signal.signal(signal.SIGTERM, own)
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
         with noted_signals() as noted:
             signal.raise_signal(signal.SIGTERM)
@@ -164,15 +147,11 @@ def test_handlers_of_others_stay():
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-
-def test_other_threads_train_without_handlers():
-    found = []
-
     def block():
         with noted_signals() as noted:
-            found.append(noted.number)
+            came.append(noted.number)
 
     thread = threading.Thread(target=block)
     thread.start()
     thread.join()
-    assert found == [0]
+    assert came == [signal.SIGTERM, 0]

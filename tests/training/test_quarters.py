@@ -1,29 +1,19 @@
 """The loss by quarter of the timesteps: in losses.csv, in the line of the log, in TensorBoard's events, in the plot."""
 
-import csv
 import math
 
 import numpy as np
 import pytest
 import torch
 from support import trainer_run
-from support.figure_contents import drawn, legend
+from support.figure_contents import drawn, legend, saved_figures
 from support.trainer_run import make
 
 from ddpm_ext.plots import save_loss_curve
 from ddpm_ext.training.log import QUARTERS, read_losses, read_quarters
 from ddpm_ext.training.step import TrainingStep
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TIMESTEPS = trainer_run.SIZES["timesteps"]
-
-
-@pytest.fixture
-def one_thread(threads):
-    threads(1)
 
 
 def watch(monkeypatch):
@@ -49,33 +39,29 @@ def expected_means(t, losses):
 
 @pytest.mark.parametrize("sampler", ["uniform", "loss_second_moment"])
 def test_log_has_the_losses_of_each_quarter(tmp_path, monkeypatch, sampler):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     seen, lines = watch(monkeypatch), []
-    make(tmp_path / "run", steps=30, accumulate=2, timestep_sampler=sampler, report=lines.append).fit()
-    with open(tmp_path / "run" / "losses.csv") as opened:
-        found = list(csv.DictReader(opened))
-    assert len(found) == len(seen) == 30
+    options = {"steps": 15, "accumulate": 2, "timestep_sampler": sampler, "report": lines.append}
+    make(tmp_path / "run", tensorboard=True, **options).fit()
+    found = trainer_run.rows(tmp_path / "run")
+    assert len(found) == len(seen) == 15
     for row in found:
-        t, losses = seen[int(row["step"])]
-        np.testing.assert_allclose([float(row[name]) for name in QUARTERS], expected_means(t, losses), rtol=1e-5)
-        assert float(row["loss"]) == pytest.approx(losses.mean().item(), rel=1e-6)
+        t, losses = seen[row["step"]]
+        np.testing.assert_allclose([row[name] for name in QUARTERS], expected_means(t, losses), rtol=1e-5)
+        assert row["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
     assert any(math.isnan(value) for own in read_quarters(tmp_path / "run" / "losses.csv") for value in own)
     # A line is of all samples since the last one.
     first = next(line for line in lines if line.startswith("step "))
     t, losses = (torch.cat([seen[step][part] for step in range(1, 8)]) for part in (0, 1))
-    assert " (" + " ".join(f"{mean:.4f}" for mean in expected_means(t, losses)) + ") " in first
-
-
-def test_tensorboard_has_them(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    seen = watch(monkeypatch)
-    make(tmp_path / "run", steps=7, tensorboard=True).fit()
+    means = expected_means(t, losses)
+    assert " (" + " ".join(f"{mean:.4f}" for mean in means) + ") " in first
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    t, losses = (torch.cat([seen[step][part] for step in range(1, 8)]) for part in (0, 1))
-    for name, mean in zip(QUARTERS, expected_means(t, losses), strict=True):
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [(7, pytest.approx(mean, rel=1e-5))]
+    for name, mean in zip(QUARTERS, means, strict=True):
+        event = events.Scalars(name)[0]
+        assert (event.step, event.value) == (7, pytest.approx(mean, rel=1e-5))
 
 
 def test_log_from_before_the_quarters_is_continued(tmp_path):
@@ -88,10 +74,9 @@ def test_log_from_before_the_quarters_is_continued(tmp_path):
     assert len(losses) == 10
     assert all(math.isnan(value) for own in read_quarters(path) for value in own)
     make(tmp_path / "run", steps=20, resume=True).fit()
-    with open(path) as opened:
-        found = list(csv.DictReader(opened))
-    assert [float(row["loss"]) for row in found[:10]] == losses
-    assert found[9]["loss_q0"] == "nan" and len(found) == 20
+    found = trainer_run.rows(tmp_path / "run")
+    assert [row["loss"] for row in found[:10]] == losses
+    assert math.isnan(found[9]["loss_q0"]) and len(found) == 20
     assert not all(math.isnan(value) for value in read_quarters(path)[15])
     path.write_text(path.read_text()[:-2])
     assert len(read_quarters(path)) == 19
@@ -99,12 +84,7 @@ def test_log_from_before_the_quarters_is_continued(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_curve_shows_them(tmp_path, monkeypatch):
-    import matplotlib.figure
-
-    made = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda figure, path, **_: (made.append(figure), path.write_bytes(b""))
-    )
+    made = saved_figures(monkeypatch)
     losses, generator = [1 / step for step in range(1, 301)], np.random.default_rng(0)
     quarters = generator.uniform(0.1, 1, (300, 4))
     quarters[generator.uniform(size=(300, 4)) < 0.4] = np.nan

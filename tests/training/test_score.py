@@ -1,9 +1,6 @@
 """Scores of a run's samples: the Fréchet distance, whose features, and the best model that is kept."""
 
-import csv
 import json
-import os
-import signal
 import sys
 
 import numpy as np
@@ -18,17 +15,8 @@ from ddpm_ext.training import TrainOptions, checkpoints
 from ddpm_ext.training.data import DamagedImage, TensorImages
 from ddpm_ext.training.score import Scorer, Scores, features_by_name, frechet, moments, pixels
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
 IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
-
-
-@pytest.fixture
-def one_thread(threads):
-    threads(1)
 
 
 def means(images):
@@ -53,12 +41,6 @@ def test_distance_is_the_papers(counts, features):
     found = frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(other)))
     assert found == pytest.approx(expected, rel=1e-5)
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
-
-
-def test_distance_of_known_gaussians():
-    """In one dimension: (m - n)^2 + (s - r)^2, here with the moments of two and three points."""
-    one, other = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[5.0], [6.0], [7.0]]).double()
-    assert frechet(moments(one), moments(other)) == pytest.approx((6 - 1) ** 2 + (2**0.5 - 1) ** 2)
 
 
 # Features
@@ -104,42 +86,11 @@ def test_wrong_features_are_refused(features, message):
 
 def test_score_is_the_distance_to_the_images():
     """The images themselves have the score 0; numpy's arrays are features, too."""
-    scorer = Scorer(
-        lambda images: means(images).numpy(),
-        TensorImages(IMAGES),
-        TrainOptions(batch_size=4, score_count=9),
-        torch.device("cpu"),
-    )
+    options = TrainOptions(batch_size=4, score_count=9)
+    scorer = Scorer(lambda images: means(images).numpy(), TensorImages(IMAGES), options, torch.device("cpu"))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop], Ranks()) < 1e-12
     expected = frechet(moments(means(IMAGES * 0.5).double()), moments(means(IMAGES).double()))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop] * 0.5, Ranks()) == pytest.approx(expected)
-
-
-def test_ranks_have_the_score_of_one():
-    """Each draws its part of the samples, and reads its part of the images."""
-    told, drawn = [], []
-
-    class Second(Ranks):
-        def gather(self, value):
-            told.append(value)
-            return [value]
-
-    class First(Ranks):
-        def gather(self, value):
-            return [value, told.pop(0)]
-
-    def draw(samples):
-        drawn.append(samples)
-        return IMAGES[samples.start : samples.stop] * 0.5
-
-    options = TrainOptions(batch_size=4, score_count=7)
-    scores = [
-        Scorer(means, TensorImages(IMAGES), options, torch.device("cpu")).score(draw, ranks)
-        for ranks in (Ranks(), Second(1, 2), First(0, 2))
-    ]
-    assert scores[2] == pytest.approx(scores[0], rel=1e-9)
-    assert scores[1] != pytest.approx(scores[0], rel=1e-3)  # of a part alone
-    assert drawn == [range(4), range(4, 7), range(3, 5), range(5, 7), range(2), range(2, 3)]
 
 
 def test_damaged_images_are_left_out_of_the_reference():
@@ -163,8 +114,9 @@ def test_damaged_images_are_left_out_of_the_reference():
 
 
 def table(folder):
-    with open(folder / "scores.csv") as opened:
-        return {int(row["step"]): float(row["score"]) for row in csv.DictReader(opened)}
+    lines = (folder / "scores.csv").read_text().splitlines()
+    assert lines[0] == "step,score"
+    return {int(step): float(score) for step, score in (line.split(",") for line in lines[1:])}
 
 
 def test_best_model_is_kept(tmp_path):
@@ -174,11 +126,8 @@ def test_best_model_is_kept(tmp_path):
     trainer.fit()
     found = table(folder)
     assert list(found) == [8, 16, 20]
-    reference = moments(
-        means(
-            trainer.images.batch(torch.arange(11), [training.score.seed_for(0, "reference", i) for i in range(11)])
-        ).double()
-    )
+    seeds = [training.score.seed_for(0, "reference", i) for i in range(11)]
+    reference = moments(means(trainer.images.batch(torch.arange(11), seeds)).double())
     averages = {}
     for step in found:
         model = Tiny()
@@ -188,8 +137,7 @@ def test_best_model_is_kept(tmp_path):
         samples = training.Trained(model.eval(), trainer.settings, (1, 8, 8)).sample(12, sampler="ddim", steps=3)
         assert found[step] == pytest.approx(frechet(moments(means(samples).double()), reference), rel=1e-4)
     best = min(found, key=found.get)
-    kept = training.load(folder / "best", Tiny()).model.state_dict()
-    assert all(torch.equal(kept[name], averages[best][name]) for name in kept)
+    trainer_run.assert_same(folder / "best", averages[best])
     said = json.loads((folder / "best" / "score.json").read_text())
     assert said == {
         "step": best,
@@ -203,8 +151,7 @@ def test_best_model_is_kept(tmp_path):
     assert f"score {found[8]:.4f} at step 8, the best so far: {folder / 'best'} has the model" == told[0]
     assert len(told) == 3
     make(tmp_path / "plain", steps=20).fit()
-    weights, plain = (trainer_run.weights(path) for path in (folder, tmp_path / "plain"))
-    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+    trainer_run.assert_same(folder, tmp_path / "plain")
 
 
 def test_a_worse_score_leaves_the_best(tmp_path, monkeypatch):
@@ -217,15 +164,15 @@ def test_a_worse_score_leaves_the_best(tmp_path, monkeypatch):
     assert "score 1.0000 at step 32; the best is 1.0000 at step 16" in lines
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
-def test_killed_and_resumed_run_has_the_same_best(tmp_path):
-    """It is killed after a score that is in no checkpoint yet."""
-    ended = trainer_run.in_forks(tmp_path, {"killed": [{**SCORED, "steps": 40, "die_at": 28}]})
-    assert ended == {"killed": [-signal.SIGKILL]}
-    folder, straight = tmp_path / "killed" / "run", tmp_path / "straight"
+def test_killed_and_resumed_run_has_the_same_best(tmp_path, monkeypatch):
+    """It ends after a score that is in no checkpoint yet."""
+    folder, straight = tmp_path / "killed", tmp_path / "straight"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        trainer_run.die_after(patch, 28)
+        make(folder, steps=40, **SCORED).fit()
     assert list(table(folder)) == [8, 16, 24]
-    trainer_run.make(folder, resume=True, steps=40, **SCORED).fit()
-    trainer_run.make(straight, steps=40, **SCORED).fit()
+    make(folder, resume=True, steps=40, **SCORED).fit()
+    make(straight, steps=40, **SCORED).fit()
     assert table(folder) == table(straight) and list(table(straight)) == [8, 16, 24, 32, 40]
     for name in ("score.json", "model.safetensors"):
         assert (folder / "best" / name).read_bytes() == (straight / "best" / name).read_bytes()
@@ -253,15 +200,7 @@ def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     (tmp_path / "features_of_mine.py").write_text("def mean(images):\n    return images.mean(3).flatten(1)\n")
-    sizes = [
-        "--widths=8",
-        "--attention=",
-        "--groups=4",
-        "--timesteps=20",
-        "--steps=4",
-        "--batch-size=4",
-        "--device=cpu",
-    ]
+    sizes = trainer_run.as_arguments(trainer_run.UNET | {"steps": 4})
     scored = ["--score-every=2", "--score-count=6", "--sample-steps=2", "--features=features_of_mine:mean"]
     assert cli.main(["train", *sizes, *scored, "--quiet", "--out", "run"]) == 0
     assert "at step 2, the best so far: run/best has the model" in capsys.readouterr().out

@@ -1,6 +1,5 @@
 """What the log gives to TensorBoard and to Weights & Biases, here a module that stands in for its package."""
 
-import csv
 import json
 import math
 import sys
@@ -8,31 +7,18 @@ import types
 
 import numpy as np
 import pytest
-from support.trainer_run import make
+from support.trainer_run import make, rows
 
 from ddpm_ext import plots
 from ddpm_ext.training.log import QUARTERS
-
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def one_thread(threads):
-    threads(1)
-
-
-def rows(folder):
-    with open(folder / "losses.csv") as opened:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
 def test_tensorboard_events(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    make(tmp_path / "run", steps=14, tensorboard=True, sample_every=10, sample_steps=2).fit()
+    options = {"sample_every": 10, "sample_steps": 2, "score_every": 14, "score_count": 4}
+    make(tmp_path / "run", steps=14, tensorboard=True, **options).fit()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     found = rows(tmp_path / "run")
@@ -41,6 +27,9 @@ def test_tensorboard_events(tmp_path):
         for start, stop in ((0, 7), (7, 10), (10, 14))
     ]
     assert [event.step for event in events.Images("samples")] == [10]
+    (event,) = events.Scalars("score")
+    score = (tmp_path / "run" / "scores.csv").read_text().splitlines()[1].split(",")
+    assert (event.step, event.value) == (int(score[0]), pytest.approx(float(score[1]), rel=1e-6))
 
 
 def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
@@ -138,16 +127,3 @@ def test_wandb_that_does_not_start_is_named(tmp_path, wandb_runs, monkeypatch):
         ConnectionError, match=r"wandb: cannot start a run of flowers \(no API key configured\); wandb login"
     ):
         make(tmp_path / "run", wandb="flowers").fit()
-
-
-def test_both_trackers_get_the_scores(tmp_path, wandb_runs):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    scored = {"score_every": 5, "score_count": 4, "sample_steps": 2}
-    make(tmp_path / "run", steps=5, tensorboard=True, wandb="flowers", **scored).fit()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    (event,) = events.Scalars("score")
-    (told,) = [values for values in wandb_runs[0].logged if "score" in values]
-    assert (event.step, event.value) == (told["step"], pytest.approx(told["score"], rel=1e-6))

@@ -4,22 +4,13 @@ import json
 
 import pytest
 import torch
-from support.trainer_run import SIZES, Tiny, make
+from support.trainer_run import IMAGES, SIZES, Squares, Tiny, assert_same, make, make_unet
 from torch import nn
 
 from ddpm_ext import GaussianDiffusion, Guidance, Philox, training
 from ddpm_ext.training import checkpoints
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LOOP = {"sampler": "ddim", "steps": 5}
-
-
-@pytest.fixture
-def one_thread(threads):
-    threads(1)
 
 
 class WithClasses(Tiny):
@@ -62,9 +53,11 @@ def test_module_samples_as_its_trainer_does(tmp_path):
 
 def test_given_diffusion_is_the_runs(tmp_path):
     diffusion = GaussianDiffusion(5, torch.linspace(0.1, 0.5, 5), prediction="x0", variance="fixed_large")
-    training.Trainer(
-        Tiny(), diffusion, torch.zeros(3, 1, 8, 8), tmp_path / "run", steps=2, batch_size=2, report=len
-    ).fit()
+    trainer = training.Trainer(Tiny(), diffusion, Squares(), tmp_path / "run", steps=2, batch_size=2, report=len)
+    trainer.fit()
+    assert trainer.diffusion is diffusion and trainer.options.timesteps == 5
+    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["trained_betas"] == pytest.approx(diffusion.betas.tolist())
     loaded = training.load(tmp_path / "run", Tiny()).settings.diffusion()
     assert torch.equal(loaded.betas, diffusion.betas)
     assert (loaded.prediction, loaded.variance) == ("x0", "fixed_large")
@@ -76,7 +69,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
         (tmp_path / "run" / name).unlink()
     trained = training.load(tmp_path / "run", random_tiny())
     average = checkpoints.under(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
-    assert all(torch.equal(value, average[name]) for name, value in trained.model.state_dict().items())
+    assert_same(dict(trained.model.state_dict()), average)
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
@@ -85,8 +78,10 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
 
 
 def test_classes_of_a_module(tmp_path):
-    images = torch.utils.data.TensorDataset(torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), torch.arange(6) % 3)
-    trainer = make(tmp_path / "run", model=WithClasses(), data=images, classes=True, steps=10, sample_steps=5)
+    """Guidance is with the null class, unless it has an unconditional model of its own."""
+    images = torch.utils.data.TensorDataset(IMAGES, torch.arange(6) % 3)
+    options = {"data": images, "classes": True, "steps": 10, "sample_steps": 5}
+    trainer = make(tmp_path / "run", model=WithClasses(), **options)
     trainer.fit()
     for _ in range(2):
         trained = training.load(tmp_path / "run", WithClasses())
@@ -96,28 +91,18 @@ def test_classes_of_a_module(tmp_path):
         assert torch.allclose(one[1], trainer.sample()[1], atol=1e-5)  # the sample of id 1 has class 1 there, too
         assert not torch.allclose(one[0], trainer.sample()[0], atol=1e-3)
         (tmp_path / "run" / "model.json").unlink(missing_ok=True)  # then from the checkpoint
-
-
-def test_guidance_of_classes(tmp_path):
-    """With the null class, unless the guidance has an unconditional model of its own."""
-    images = torch.utils.data.TensorDataset(torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), torch.arange(6) % 3)
-    options = {"data": images, "classes": True, "steps": 10}
-    make(tmp_path / "run", model=WithClasses(), **options).fit()
-    trained = training.load(tmp_path / "run", WithClasses())
     null = Guidance(3.0, lambda x, t: trained.model(x, t, torch.full((len(x),), 3)))
     found = [trained.sample(4, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), null, None)]
     assert torch.allclose(found[0], found[1], atol=1e-5)
     assert not torch.allclose(found[0], found[2], atol=1e-3)
-    make(tmp_path / "without", model=WithClasses(), class_dropout=0.0, **options).fit()
+    make(tmp_path / "without", model=WithClasses(), class_dropout=0.0, **options | {"steps": 2}).fit()
     with pytest.raises(ValueError, match="guidance: the model has no null class"):
         training.load(tmp_path / "without", WithClasses()).sample(4, guidance=Guidance(3.0), **LOOP)
 
 
 def test_unet_needs_no_module(tmp_path):
     pytest.importorskip("diffusers")
-    options = {"batch_size": 4, "widths": (8,), "attention": (), "groups": 4, "timesteps": 20, "device": "cpu"}
-    data = torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8)
-    trainer = training.Trainer(None, None, data, tmp_path / "run", steps=3, sample_steps=5, report=len, **options)
+    trainer = make_unet(tmp_path / "run", sample_steps=5)
     trainer.fit()
     trained = training.load(tmp_path / "run")
     assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)

@@ -1,6 +1,5 @@
 """Trainer on a module and a dataset: its steps against a plain loop, and the files that it writes."""
 
-import csv
 import json
 import math
 import random
@@ -11,29 +10,17 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import trainer_run
-from support.trainer_run import Squares, Tiny, make
+from support.command_line import TINY
+from support.trainer_run import Squares, Tiny, make, rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.losses.timestep_samplers import LogitNormal, Mode
-from ddpm_ext.training import Trainer, TrainOptions, checkpoints, learning_rate
+from ddpm_ext.training import Trainer, TrainOptions, checkpoints
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
 from ddpm_ext.training.log import QUARTERS
 from ddpm_ext.training.step import TrainingStep, part_of
-
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
-
-
-def rows(folder):
-    with open(folder / "losses.csv") as opened:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(opened)]
 
 
 def final(folder):
@@ -102,44 +89,36 @@ def test_steps_are_those_of_a_plain_loop(tmp_path, clip):
         assert row == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 6])
-def test_accumulated_parts_are_the_whole_batch(tmp_path, accumulate):
-    for name, parts in (("whole", 1), ("parts", accumulate)):
-        make(tmp_path / name, dropout=0.0, steps=15, accumulate=parts, loss="l1").fit()
+def test_accumulated_parts_are_the_whole_batch(tmp_path):
+    """Of six samples in four parts."""
+    for name, parts in (("whole", 1), ("parts", 4)):
+        make(tmp_path / name, dropout=0.0, steps=10, accumulate=parts, loss="l1").fit()
     whole, parts = final(tmp_path / "whole"), final(tmp_path / "parts")
     for name in ("model.calls", "average.calls"):
-        assert parts.pop(name) == accumulate * whole.pop(name)
+        assert parts.pop(name) == 4 * whole.pop(name)
     assert close(parts, whole, rtol=1e-4, atol=1e-6)
     for row, other in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole"), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+CHANGES = [("loss", "huber"), ("loss", "vlb"), ("weighting", "min_snr"), ("offset_noise", 0.3), ("seed", 9)]
+CHANGES += [("input_perturbation", 0.3), ("timestep_sampler", "uniform"), ("autocast", "bfloat16"), ("flip", True)]
+CHANGES += [("autocast", "float16"), ("prediction", "x0"), ("beta_schedule", "cosine"), ("clip", 0.1)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("loss", "huber"),
-        ("loss", "vlb"),
-        ("weighting", "min_snr"),
-        ("offset_noise", 0.3),
-        ("input_perturbation", 0.3),
-        ("timestep_sampler", "uniform"),
-        ("autocast", "bfloat16"),
-        ("autocast", "float16"),
-        ("prediction", "x0"),
-        ("beta_schedule", "cosine"),
-        ("clip", 0.1),
-        ("seed", 9),
-        ("flip", True),
-    ],
-)
-def test_options_reach_the_weights(tmp_path, option, value):
-    base = {"steps": 6, "prediction": "v", "beta_schedule": "sigmoid"}
-    for name, options in (("plain", base), ("other", base | {option: value})):
-        make(tmp_path / name, **options).fit()
-    plain, other = (trainer_run.weights(tmp_path / name) for name in ("plain", "other"))
-    assert not close(plain, other, rtol=1e-6)
-    assert close(plain, other, atol=0.2)  # after a few steps
+def test_options_reach_the_weights(tmp_path):
+    """Each moves them, and by little after a few steps."""
+
+    def trained(**options):
+        folder = tmp_path / str(options)
+        make(folder, **{"steps": 4, "prediction": "v", "beta_schedule": "sigmoid"} | options).fit()
+        return trainer_run.weights(folder)
+
+    plain = trained()
+    for option, value in CHANGES:
+        other = trained(**{option: value})
+        assert not close(plain, other, rtol=1e-6) and close(plain, other, atol=0.2), option
 
 
 def test_float16_skips_a_step_that_overflows(tmp_path):
@@ -248,16 +227,15 @@ def test_grids_are_samples_of_the_averaged_model(tmp_path):
     image = pytest.importorskip("PIL.Image")
     from ddpm_ext import plots
 
-    options = {"sample_every": 8, "sample_steps": 5, "sample_count": 6, "steps": 20}
+    options = {"sample_every": 8, "sample_steps": 5, "sample_count": 6, "steps": 20, "checkpoint_every": 8}
     trainer = make(tmp_path / "run", **options)
     trainer.fit()
     folder = tmp_path / "run" / "samples"
     assert [path.name for path in sorted(folder.iterdir())] == ["step-00000008.png", "step-00000016.png"]
-    make(tmp_path / "short", **options | {"checkpoint_every": 16}).fit()
     make(tmp_path / "none", **options | {"sample_every": 0}).fit()
-    assert close(trainer_run.weights(tmp_path / "run"), trainer_run.weights(tmp_path / "none"), rtol=0, atol=0)
-    average = Tiny()
-    average.load_state_dict(checkpoints.under(checkpoints.load(_checkpoint(tmp_path / "short", 16))[0], "average."))
+    trainer_run.assert_same(tmp_path / "run", tmp_path / "none")
+    average, path = Tiny(), tmp_path / "run" / "checkpoints" / "step-00000016.safetensors"
+    average.load_state_dict(checkpoints.under(checkpoints.load(path)[0], "average."))
     drawn = trainer.diffusion.p_sample_loop(
         average.eval(), (6, 1, 8, 8), sampler="ddim", steps=5, rng=Philox(0), record="last", progress=False
     )
@@ -265,41 +243,17 @@ def test_grids_are_samples_of_the_averaged_model(tmp_path):
         assert np.array_equal(np.asarray(opened), plots.grid(plots.to_uint8(drawn.detach())))
 
 
-def _checkpoint(folder, step):
-    return folder / "checkpoints" / f"step-{step:08d}.safetensors"
-
-
 def test_files_of_a_run_with_a_module(tmp_path):
     lines = []
     result = make(tmp_path / "run", steps=3, report=lines.append, command="by hand").fit()
-    assert {path.name for path in result.folder.iterdir()} == {
-        ".lock",
-        "checkpoints",
-        "losses.csv",
-        "losses.png",
-        "model.json",
-        "model.safetensors",
-        "options.json",
-        "scheduler",
-        "training.json",
-    }
+    files = {".lock", "losses.csv", "losses.png", "model.json", "model.safetensors", "options.json", "training.json"}
+    assert {path.name for path in result.folder.iterdir()} == files | {"checkpoints", "scheduler"}
     assert "but no pipeline: the model is no UNet2DModel" in lines[-1]
     assert json.loads((result.folder / "model.json").read_text())["class"] == "Tiny"
     made = json.loads((result.folder / "training.json").read_text())
     assert (made["command"], made["ranks"], made["images"], made["skipped"]) == ("by hand", 1, 11, [])
     assert made["options"]["data"] == "Squares"
     assert result.parameters == sum(value.numel() for value in Tiny().parameters())
-
-
-def test_given_diffusion_is_used(tmp_path):
-    diffusion = GaussianDiffusion(5, torch.linspace(0.1, 0.5, 5), prediction="x0")
-    trainer = Trainer(Tiny(), diffusion, Squares(), tmp_path / "run", steps=3, batch_size=2, report=len)
-    trainer.fit()
-    assert trainer.diffusion is diffusion
-    assert trainer.options.timesteps == 5
-    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
-    assert config["trained_betas"] == pytest.approx(torch.linspace(0.1, 0.5, 5).tolist())
-    assert config["prediction_type"] == "sample"
 
 
 def test_frozen_weights_stay(tmp_path):
@@ -313,32 +267,18 @@ def test_frozen_weights_stay(tmp_path):
     make(tmp_path / "run", model=model, steps=5, resume=True).fit()
 
 
-@pytest.mark.parametrize("given", ["file", "dict", "option"])
-def test_configuration_of_a_unet(tmp_path, given):
+def test_configuration_of_a_unet(tmp_path):
+    """As a file's path, as a dictionary, and as an option."""
     pytest.importorskip("diffusers")
     from ddpm_ext.models.folder import load_model
 
-    config = {
-        "block_out_channels": [8, 8],
-        "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 4,
-        "dropout": 0.25,
-    }
+    config = {name: value for name, value in TINY.items() if "channels" not in name and name != "sample_size"}
+    config |= {"block_out_channels": [8, 8], "dropout": 0.25}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    options = {"steps": 2, "batch_size": 2, "timesteps": 20, "report": len}
-    model = {"file": path, "dict": config, "option": None}[given]
-    if given == "option":
-        options["model_config"] = str(path)
-    Trainer(model, None, torch.zeros(3, 1, 8, 8), tmp_path / "run", **options).fit()
-    loaded = load_model(tmp_path / "run")
-    assert loaded.unet.config.block_out_channels == [8, 8]
-    assert loaded.unet.config.dropout == 0.25
-    assert loaded.shape == (1, 8, 8)
-
-
-def test_learning_rate_is_reached():
-    options = TrainOptions(steps=100, warmup=0, lr=1.0)
-    assert learning_rate(options, 0) == 1.0
+    options = {"steps": 1, "batch_size": 2, "timesteps": 20, "report": len}
+    for number, (model, more) in enumerate(((path, {}), (config, {}), (None, {"model_config": str(path)}))):
+        Trainer(model, None, torch.zeros(3, 1, 8, 8), tmp_path / f"{number}", **options, **more).fit()
+        loaded = load_model(tmp_path / f"{number}")
+        assert (loaded.unet.config.block_out_channels, loaded.unet.config.dropout) == ([8, 8], 0.25)
+        assert loaded.shape == (1, 8, 8)

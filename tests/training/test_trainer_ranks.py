@@ -5,20 +5,16 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from support import trainer_run
-from support.command_line import ENVIRONMENT
+from support.forks import said
 
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import checkpoints
 from ddpm_ext.training.step import TrainingStep
 
-for module in ("safetensors", "matplotlib"):
-    pytest.importorskip(module)
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 STEPS = {"steps": 20, "dropout": 0.0, "batch_size": 7}
@@ -35,11 +31,6 @@ DIFFERENT = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    threads(1)
-
-
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """Runs of several ranks by name: the folder, and the exit codes."""
@@ -52,13 +43,10 @@ def ended(tmp_path_factory):
     runs["group"] = [STEPS | {"own_group": "gloo"}] * 2
     runs["group of GPUs"] = [SAME["two"][1] | {"own_group": "cuda:gloo"}] * 2
     runs["three killed"] = [SAME["three"][1] | {"checkpoint_every": 5, "die_at": 7}] * 3
+    runs["command"] = [{"arguments": [*trainer_run.as_arguments(trainer_run.UNET), "--quiet"]}] * 2
     runs["not a number"] = [STEPS, STEPS | {"nan_at": 8}]
     codes = trainer_run.in_forks(folder, runs)
     return {name: (folder / name, codes[name]) for name in runs}
-
-
-def said(folder, rank, where="err"):
-    return (folder / f"{rank}.{where}").read_text()
 
 
 def alike(found, expected):
@@ -112,10 +100,8 @@ def test_three_ranks_resume_a_run_of_three_bit_for_bit(ended, tmp_path):
     again = [SAME["three"][1] | {"checkpoint_every": 5, "resume": True}] * 3
     assert trainer_run.in_forks(tmp_path, {"three": again}) == {"three": [0] * 3}
     assert "resumed at step 5 " in said(tmp_path / "three", 0, "out")
-    found, expected = (
-        checkpoints.load(checkpoints.newest(folder / "run"))[0] for folder in (tmp_path / "three", ended["three"][0])
-    )
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    folders = tmp_path / "three" / "run", ended["three"][0] / "run"
+    trainer_run.assert_same(*(checkpoints.load(checkpoints.newest(folder))[0] for folder in folders))
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -189,16 +175,12 @@ def test_process_group_of_the_caller_is_used_and_not_closed(ended, name):
     assert said(folder, 1, "out") == "the group still exists\n"
 
 
-def test_command_under_torchrun(tmp_path):
-    pytest.importorskip("diffusers")
-    pytest.importorskip("sklearn")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ddpm_ext"]
-    tiny = ["--steps=2", "--batch-size=4", "--widths=8", "--attention=", "--groups=4", "--timesteps=20", "--quiet"]
-    command = [*launcher, "train", *tiny, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("final loss") == 1
-    assert (tmp_path / "run" / "model_index.json").is_file()
+def test_command_of_two_ranks(ended):
+    """test_several_ranks.py has one under torchrun."""
+    folder, codes = ended["command"]
+    assert codes == [0, 0], said(folder, 0)
+    assert said(folder, 0, "out").count("final loss") == 1 and said(folder, 1, "out") == ""
+    assert (folder / "run" / "model_index.json").is_file()
 
 
 def test_too_many_ranks_for_the_batch(tmp_path, monkeypatch):

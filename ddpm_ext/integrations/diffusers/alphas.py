@@ -32,8 +32,6 @@ from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.variances import peer_variances
 
-__all__ = ["DDIM", "DDPM", "SUPPORT", "DDIMInverse"]
-
 PREDICTIONS = peer_predictions("diffusers")
 # "learned_log" is what ddpm_ext writes for its "learned", and no type of diffusers, which rejects it.
 VARIANCES = {name: own for name, own in peer_variances("diffusers").items() if name != "learned_log"}

@@ -19,8 +19,6 @@ from ddpm_ext.integrations.shared import new, peer_class
 from ddpm_ext.integrations.tensors import check_tensors
 from ddpm_ext.tables.on_device import DeviceTables
 
-__all__ = ["FORWARD", "Forward"]
-
 # The methods, and their parameters.
 FORWARD = {
     "add_noise": ["original_samples", "noise", "timesteps"],

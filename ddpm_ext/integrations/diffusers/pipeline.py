@@ -10,8 +10,6 @@ from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.traced import is_scheduler
 from ddpm_ext.ops.noise import STREAM_REVERSE, STREAMS_REVERSE_MORE
 
-__all__ = ["accelerated_pipeline", "is_pipeline"]
-
 STREAMS = (STREAM_REVERSE, *STREAMS_REVERSE_MORE)
 BASES = {
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),

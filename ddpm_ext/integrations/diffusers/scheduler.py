@@ -21,17 +21,6 @@ from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = [
-    "FusedRows",
-    "Scheduler",
-    "are_tensors",
-    "clip_of",
-    "imported",
-    "make_rows",
-    "result_dtype",
-    "tensor_contents",
-]
-
 Made = TypeVar("Made")
 OLDEST = (0, 32)
 UNFUSED = -1  # in place of a row

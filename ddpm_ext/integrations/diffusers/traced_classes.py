@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from ddpm_ext.integrations.shared import Support
 
-__all__ = ["OF_THREE_CHANNELS", "OWN", "SUPPORT", "is_scheduler"]
-
 # Of an output with a variance beside the mean, they read the mean alone: the first three channels.
 OF_THREE_CHANNELS = (
     "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",

@@ -11,8 +11,6 @@ from torch import Tensor
 from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, state_contents
 from ddpm_ext.ops.fused import TableStep
 
-__all__ = ["Lane", "Loop", "Settings"]
-
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
 

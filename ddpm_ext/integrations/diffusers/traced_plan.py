@@ -20,8 +20,6 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
 
-__all__ = ["Kinds", "Plan", "Start", "kinds_of", "make_plan", "state_contents"]
-
 
 class Start(NamedTuple):
     """Which steps a plan is for.

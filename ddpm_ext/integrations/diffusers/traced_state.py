@@ -13,8 +13,6 @@ from torch import Tensor
 from ddpm_ext.integrations.diffusers.traced_plan import Plan
 from ddpm_ext.tables.trace_random import LINEAR, Array, flat, relative
 
-__all__ = ["HELD", "tensors_after"]
-
 HELD = 4  # what as many rows kept is held, one more than rows read: as many as any of diffusers' schedulers reads
 
 

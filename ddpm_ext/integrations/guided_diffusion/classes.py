@@ -18,8 +18,6 @@ from ddpm_ext.integrations.guided_diffusion.tables import tables_of, timesteps_f
 from ddpm_ext.integrations.shared import Accelerated, peer_method, signature_text
 from ddpm_ext.integrations.tensors import noise_itself, wants_gradient
 
-__all__ = ["Guided", "Improved", "ImprovedSpaced", "Spaced"]
-
 OPTIONS = "clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None"
 STEP = f"model, x, t, {OPTIONS}"
 LOOP = f"model, shape, noise=None, {OPTIONS}, device=None, progress=False"

@@ -26,8 +26,6 @@ from ddpm_ext.integrations.tensors import (
 from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 
-__all__ = ["STEPS", "check_inputs", "split_output", "take_loop"]
-
 Function = Callable[..., Any]
 LOWER = (torch.float16, torch.bfloat16)
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step

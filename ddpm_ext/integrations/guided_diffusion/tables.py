@@ -24,8 +24,6 @@ from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
 
-__all__ = ["FusedTables", "tables_of", "timesteps_for"]
-
 PREDICTIONS = peer_predictions("guided-diffusion")
 VARIANCES = peer_variances("guided-diffusion")
 # Of each loss_type: whether it includes the squared error, and the factor of the variational term in bits, as a

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ddpm_ext.tables.samplers.adams_bashforth import deis, ipndm, lms, plms
 from ddpm_ext.tables.samplers.cfg_pp import dpmpp_2m_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from ddpm_ext.tables.samplers.consistency import lcm, tcd
 from ddpm_ext.tables.samplers.ddim import ddim, ddim_inverse, euler, euler_ancestral
 from ddpm_ext.tables.samplers.ddpm import ddpm
-from ddpm_ext.tables.samplers.deis import deis
 from ddpm_ext.tables.samplers.dpm_solver import dpm_solver_2m, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, dpmpp_3m_sde
 from ddpm_ext.tables.samplers.edm import edm
 from ddpm_ext.tables.samplers.eta import check_eta, eta_argument, takes_eta
 from ddpm_ext.tables.samplers.flow_sde import flow_sde
 from ddpm_ext.tables.samplers.heun import heun
-from ddpm_ext.tables.samplers.lms import lms
-from ddpm_ext.tables.samplers.pndm import ipndm, plms
 from ddpm_ext.tables.samplers.repaint import repaint
 from ddpm_ext.tables.samplers.restart import restart
 from ddpm_ext.tables.samplers.sa_solver import sa_solver

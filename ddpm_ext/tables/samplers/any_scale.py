@@ -9,8 +9,6 @@ from typing import Any
 from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["at_any_scale"]
-
 
 def at_any_scale(sampler: Callable[..., StepTable]) -> Callable[..., StepTable]:
     """A sampler for grids of any scale, by one that makes rows for variance-preserving samples."""

@@ -13,8 +13,6 @@ from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
 
-__all__ = ["check_between", "eps", "half_log_snr", "posterior", "prediction_entry", "score", "sigma", "x0"]
-
 
 def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
     """q(x_s | x_t, x_0): the weights of x_0 and x_t in its mean, and its variance (Ho et al. 2020, eq. 7)."""

@@ -19,8 +19,6 @@ from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["FEW", "SLOTS", "eps_slope", "extrapolated", "first_step", "lagrange_weights", "of_eps", "of_x0", "orders"]
-
 FEW = 15  # with fewer steps, the last one is of first order
 SLOTS = 4  # the value at a step and three before it
 

@@ -22,8 +22,6 @@ from ddpm_ext.tables.samplers.ddim import euler, implicit
 from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, timestep_at
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
-__all__ = ["Correction", "jumps", "merged", "timesteps_of", "two_calls"]
-
 
 def timesteps_of(grid: Grid, sigma: Tensor) -> Tensor:
     """The timesteps of sigmas between those of the grid, float64.

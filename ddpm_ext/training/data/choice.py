@@ -14,8 +14,6 @@ from ddpm_ext.training.data.folder import FolderImages
 from ddpm_ext.training.data.shapes import Shapes
 from ddpm_ext.training.data.source import ImageSource, Labels
 
-__all__ = ["as_images", "digits", "load_images"]
-
 _PARTS = ("train", "heldout", "all")
 # Each seventh image is held out. The digits repeat in cycles of ten, which has no factor in common with seven, so each
 # digit is about equally frequent in both parts.

@@ -14,8 +14,6 @@ from torch.utils.data import Subset, TensorDataset
 
 from ddpm_ext.training.data.source import DamagedImage, Labels, check_range, digest
 
-__all__ = ["DatasetImages", "TensorImages"]
-
 
 class TensorImages:
     """An ImageSource in memory.

@@ -16,8 +16,6 @@ from torch import Tensor
 from ddpm_ext.base.optional import require
 from ddpm_ext.training.data.source import DamagedImage, Labels, digest
 
-__all__ = ["SUFFIXES", "FolderImages", "image_paths", "read_image"]
-
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Their formats, whatever the ending says. Pillow knows many more, and starts other programs for some.
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")

@@ -13,8 +13,6 @@ from torch import Tensor
 from ddpm_ext import reference
 from ddpm_ext.training.data.source import Labels
 
-__all__ = ["SHAPES", "Shapes"]
-
 Array = npt.NDArray[np.float64]
 
 _WORD = 2**32

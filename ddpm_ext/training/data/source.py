@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DamagedImage", "ImageSource", "Labels", "check_range", "digest", "labels_of"]
-
 _LARGEST = 1.001  # and not 1, because a pixel that a transform computed may be rounded to slightly more
 
 

@@ -1,18 +1,21 @@
-"""Adams-Bashforth's weights on DDIM's step: PLMS of PNDM, and iPNDM."""
+"""Samplers along a polynomial through the last eps, Adams and Bashforth's method, in several measures of time."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.levels import LEVELS
-from ddpm_ext.tables.samplers import multistep
+from ddpm_ext.tables.samplers import coefficients, multistep
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.two_calls import merged
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = ["ipndm", "plms"]
+__all__ = ["deis", "ipndm", "lms", "plms"]
 
+ORDERS = multistep.SLOTS + 1  # above the highest order
 # Adams and Bashforth's weights of the first to fourth order, for steps of equal length.
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -20,6 +23,50 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+
+
+@at_any_scale
+def lms(grid: Grid, *, prediction: str = "eps", order: int = 4) -> StepTable:
+    """Adams and Bashforth's method for steps of any length, for the probability flow in sigma, as k-diffusion's.
+
+    The slope of x / sqrt(alphas_cumprod) by sigma is eps (Karras et al. 2022, eq. 3); the step is the exact integral of
+    the polynomial in sigma through the last `order` slopes. The first steps have as many slopes as there are.
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        order: 1 to 4.
+
+    Raises:
+        TypeError: `order` is not an int.
+        ValueError: an unknown `prediction`, or an `order` out of range.
+    """
+    order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
+    sigma = (1 / grid.alphas_cumprod - 1).sqrt().tolist()
+    used = multistep.orders(grid, order, lower_order_final=False, lower_order_clean=False)
+    return multistep.of_eps(grid, prediction, multistep.extrapolated(sigma, used))
+
+
+@at_any_scale
+def deis(grid: Grid, *, prediction: str = "eps", order: int = 2, lower_order_final: bool = True) -> StepTable:
+    """tAB-DEIS: Zhang & Chen 2023, section 3.3, with the polynomial in log sigma, as diffusers' "logrho".
+
+    The step is the exact integral over sigma of the polynomial through the last `order` eps.
+
+    Args:
+        grid: descending.
+        prediction: as for ddpm.
+        order: 1 to 3 as in diffusers, or 4.
+        lower_order_final: whether the last of fewer than 15 steps is of first order, and the one before of second.
+
+    The first step is of first order, and so is a last step that arrives at clean data, where log sigma is infinite.
+
+    Raises: as for lms.
+    """
+    order = checks.integer("order", order, ORDERS, str(ORDERS), start=1)
+    log_sigma = (-coefficients.half_log_snr(grid)).tolist()
+    used = multistep.orders(grid, order, lower_order_final=lower_order_final)
+    return multistep.of_eps(grid, prediction, multistep.extrapolated(log_sigma, used, np.exp))
 
 
 @at_any_scale

@@ -1,0 +1,98 @@
+"""Runs of several ranks as forks of one process, which has imported what they need: imports are slow."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.command_line import ENVIRONMENT
+from support.ports import reserved_port
+
+FORKS = "--forks"
+Runs = dict[str, list[dict[str, Any]]]
+
+
+class Leave(SystemExit):
+    """Ends a fork as a process of its own would end, with all that Python does at the end."""
+
+
+def in_forks(script: str, folder: Path, runs: Runs, timeout: float = 1200) -> dict[str, list[int]]:
+    """Runs one after the other, each given by a name and the options of its ranks.
+
+    The folder of a run is `folder`/name/run; the output of rank 0 is in `folder`/name/0.out and 0.err. A rank whose
+    options have "stuck" is killed when the ranks before it have ended.
+
+    Returns:
+        The exit codes of the ranks by name, or minus the signals that killed them.
+    """
+    command = [sys.executable, script, FORKS, str(folder), json.dumps(runs, default=str)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def said(folder: Path, rank: int, where: str = "err") -> str:
+    """What a rank of a run has written."""
+    return (folder / f"{rank}.{where}").read_text()
+
+
+def serve(act: Callable[..., None], *modules: str) -> None:
+    """What a script does that in_forks starts: act(folder, **options) in forks that have the modules."""
+    torch.set_num_threads(1)
+    for module in ("torch.distributed", *modules):
+        importlib.import_module(module)
+    folder, runs = Path(sys.argv[2]), json.loads(sys.argv[3])
+    print(json.dumps({name: _codes(folder / name, by_rank, act) for name, by_rank in runs.items()}))
+
+
+def _codes(folder: Path, by_rank: list[dict], act: Callable[..., None]) -> list[int]:
+    folder.mkdir(exist_ok=True)
+    codes = []
+    with reserved_port() as port:
+        stuck = [options.pop("stuck", False) for options in by_rank]
+        children = [_fork(folder, rank, len(by_rank), port, act, options) for rank, options in enumerate(by_rank)]
+        for child, is_stuck in zip(children, stuck, strict=True):
+            if is_stuck:
+                os.kill(child, signal.SIGKILL)
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return codes
+
+
+def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None], options: dict) -> int:
+    """Starts a process that runs in `folder`/run and writes its output beside it; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    code, kept, leaves = 1, None, False
+    try:
+        for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+            os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
+        if size > 1:
+            ours = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in ours.items()})
+        act(folder / "run", **options)
+        code = 0
+    except Leave:
+        leaves = True
+        raise
+    except SystemExit as stopped:
+        code = stopped.code
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        kept = error  # what its frames hold may wait for other ranks when it is freed
+    except Exception:
+        traceback.print_exc()
+    finally:
+        if not leaves:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if kept is None else 1)
