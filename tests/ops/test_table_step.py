@@ -221,7 +221,7 @@ def test_run_refuses_before_it_calls_the_model(device, tensors, run):
         with pytest.raises(TypeError):
             call(*good, None, **inputs)
     assert not called
-    with pytest.raises(TypeError, match="the model's output is a NoneType, expected a tensor or one as .sample"):
+    with pytest.raises(TypeError, match="the model's output is a NoneType, expected a tensor"):
         call(*good)
     assert ops.TableStep(TABLE).run is None and reference.TableStep(TABLE).run is None
 
@@ -232,7 +232,10 @@ def test_run_refuses_before_it_calls_the_model(device, tensors, run):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"history4": None, "histories": torch.zeros(SHAPE)}, "unknown input histories, expected one of noise, uncond_"),
+        (
+            {"history4": None, "histories": torch.zeros(SHAPE)},
+            "unknown input histories, expected one of noise, uncond_",
+        ),
         ({"history1": [0.0]}, "history1 is a list, expected a tensor"),
         ({"output_scale": 2.0}, "output_scale is a float, expected a tensor"),
         ({"x0_out": "x"}, "x0_out is a str, expected a tensor"),
