@@ -211,7 +211,7 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps: got 0, expected at least 1"),
-        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a number > 0"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
         ({"ema": 1.0}, r"ema: got 1.0, expected in \[0, 1\)"),
