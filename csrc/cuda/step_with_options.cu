@@ -96,6 +96,7 @@ class ElementTensors {
  public:
   __device__ __forceinline__ ElementTensors(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j)
       : call_(call) {
+    make_opaque(b);
     each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
     if constexpr (!kContiguous) {
       for_each_index(call, dividers, j, [&](int d, int64_t index) {
@@ -134,7 +135,7 @@ class ElementTensors {
 
 // By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
 template <Access kAccess, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, Options::kBlocks)
+__global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::kWordBlocks : Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
                  const int64_t apart) {
   constexpr bool kDense = kAccess != Access::strided;
@@ -237,7 +238,7 @@ template <class Usual, class X, class M>
 bool launch_usual(const StepCall& call, bool vector, bool words, cudaStream_t stream) {
   if (!fits<Usual>(call)) return false;
   if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
-  if constexpr (Usual::kWords) {
+  if constexpr (Usual::kWordBlocks != 0) {
     if (words) return launch<Access::words, Usual, X, M>(call, stream), true;
   }
   return false;
