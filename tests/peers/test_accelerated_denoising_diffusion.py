@@ -16,7 +16,6 @@ from support.accelerated_denoising import (
     SHAPE,
     Given,
     Net,
-    check,
     has,
     in64,
     make,
@@ -29,6 +28,7 @@ from support.accelerated_denoising import (
     seeded,
     states,
 )
+from support.accelerated_tutorial import check
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, randn

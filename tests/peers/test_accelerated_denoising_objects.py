@@ -14,7 +14,6 @@ from support.accelerated_denoising import (
     SHAPE,
     Given,
     Net,
-    check,
     in64,
     make,
     normals,
@@ -24,6 +23,7 @@ from support.accelerated_denoising import (
     seeded,
     states,
 )
+from support.accelerated_tutorial import check
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
