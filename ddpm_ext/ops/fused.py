@@ -27,7 +27,7 @@ from ddpm_ext.ops.noise import (
     seed_in_memory,
 )
 from ddpm_ext.ops.scales import output_scale, x_start_scale
-from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
+from ddpm_ext.ops.step_options import refuse_grad, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
