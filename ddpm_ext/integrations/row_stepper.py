@@ -90,16 +90,17 @@ class RowStepper:
             kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
             if kept is not m:
                 inputs["history_out"] = kept
-        device, dtype = x.device, checks.compute_dtype(x.dtype)
-        step = self._quiet_steps.get((device, dtype)) if rng is None else None
+        if x0 is not None:
+            inputs["x0_out"] = x0
+        step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
         if step is None:
-            step = self._step(device, dtype, rng)
-        return step.take(x, m, None, i, out, x0_out=x0, **self._bound, **inputs), kept
+            step = self._step(x.device, x.dtype, rng)
+        return step.take(x, m, None, i, out, **self._bound, **inputs), kept
 
     def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
-        known = dtype is not torch.float64 and device.type in ("cpu", "cuda")
-        table = self._tables.get("steps", device, dtype)
-        step = (ops if known else reference).TableStep(table, clip=self.clip, rng=rng, add_noise=rng is not None)
+        operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
+        table = self._tables.get("steps", device, checks.compute_dtype(dtype))
+        step = operators.TableStep(table, clip=self.clip, rng=rng, add_noise=rng is not None)
         if rng is None:
             self._quiet_steps[device, dtype] = step
         return step

@@ -117,7 +117,7 @@ def test_one_launch_a_row(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 6e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 5e-2)])
 def test_dtypes(name, dtype, tolerance):
     x = start(dtype)
     found = sampler(name)(lambda x, sigma: bend(x.double(), sigma.double()).to(dtype), x, SIGMAS, rng=Philox(1))

@@ -69,23 +69,6 @@ def test_ddpm_pipeline(several):
     assert all(map(torch.equal, states, after))
 
 
-@pytest.mark.parametrize("eta, clipped", [(0.0, None), (1.0, None), (0.5, True)])
-def test_ddim_pipeline(eta, clipped):
-    plain = of_pixels(make("DDIM"), ddim=True)
-    images = [
-        pipeline(
-            batch_size=2,
-            generator=seeded(0),
-            eta=eta,
-            num_inference_steps=10,
-            use_clipped_model_output=clipped,
-            output_type="np",
-        ).images
-        for pipeline in (plain, accelerate(plain))
-    ]
-    close(*reversed(images))
-
-
 def test_the_scheduler_alone_and_pil():
     plain = of_pixels(make("DDIM"), ddim=True)
     images = []
@@ -201,30 +184,6 @@ def test_image_to_image(sd, name, config):
             )
     close(*reversed(images))
     assert len(called) - called.count("forward_process") == 6
-
-
-def test_inpaint(sd):
-    """In each step, noise is added to the known part."""
-    from diffusers import StableDiffusionInpaintPipeline
-
-    images = []
-    for pipeline in with_scheduler(sd, "EulerAncestralDiscrete", {}):
-        other = quiet(StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False))
-        mask = torch.zeros(2, 1, 16, 16)
-        mask[..., 8:] = 1
-        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt", "height", "width")}
-        images.append(
-            other(
-                **options,
-                image=normal(4, 2, 3, 16, 16).sigmoid(),
-                mask_image=mask,
-                strength=0.8,
-                num_inference_steps=8,
-                generator=seeded(3),
-                output_type="latent",
-            ).images
-        )
-    close(*reversed(images))
 
 
 # -------------------------------------------------------------------------------------------------- what it is

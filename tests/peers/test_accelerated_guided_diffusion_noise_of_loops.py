@@ -74,11 +74,3 @@ def test_loops_of_all_kinds_in_turn(library):
         found.append(diffusion.q_sample(x, torch.full((len(x),), 24)))
         found.append(sampled(diffusion, "ddim_sample_loop", noise=torch.ones(SHAPE)))
     unrelated(found)
-
-
-@libraries
-def test_one_step_again_and_again(library):
-    """Also at a timestep of each sample's own."""
-    diffusion, x = made(library, None, seed=9), torch.zeros(SHAPE)
-    for t in (torch.full((len(x),), 20), torch.arange(20, 30)):
-        unrelated([diffusion.p_sample(pointwise, x, t)["sample"] for _ in range(3)])

@@ -157,16 +157,18 @@ class TracedScheduler(Forward):
         step = trace.steps[i]
         if x.dtype is not of_loop.computed:
             x = x.to(of_loop.computed)
-        tensors = [tensor.to(of_loop.computed) for tensor in tensors]
+        if tensors:
+            tensors = [tensor.to(of_loop.computed) for tensor in tensors]
         noise = {} if of_loop.quiet[i] else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
         x0 = empty_like(x) if trace.second else None
-        history = [tensors[draw] for draw in trace.given[i]] or ring
+        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
         prev, kept = rows.stepper.take(i, x, m, history, x0=x0, **noise)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
         is_last = i + 1 == len(rows.timesteps)
         self.__dict__.update(step.state)
-        self._hold(rows, step, None if is_last else x)
+        if step.tensors:
+            self._hold(rows, step, None if is_last else x)
         if kept is not None:
             ring = (kept, *ring[:2])
         self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated)

@@ -58,16 +58,13 @@ class RepeatedCall(NamedTuple):
 
     Attributes:
         of_loop: the dtypes of the loop.
-        dtypes: of output, sample and timestep.
-        shape, device: of output and sample.
+        tensors: dtypes, shapes and devices of output and sample, and the timestep's dtype.
         address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
         options: the other arguments, none of them a tensor.
     """
 
     of_loop: LoopDtypes
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    shape: torch.Size
-    device: torch.device
+    tensors: tuple[Any, ...]
     address: int
     stride: int
     options: Mapping[str, Any]
@@ -90,17 +87,15 @@ class RepeatedCall(NamedTuple):
             return None
         stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
-        dtypes = m.dtype, x.dtype, timestep.dtype
-        return cls(of_loop, dtypes, x.shape, x.device, address, stride, dict(options))
+        tensors = m.dtype, x.shape, x.device, x.dtype, x.shape, x.device, timestep.dtype
+        return cls(of_loop, tensors, address, stride, dict(options))
 
     def is_for(self, loop: LoopPosition, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
         """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""
         m, timestep, x = args
-        if type(x) is not Tensor or type(m) is not Tensor or type(timestep) is not Tensor:
+        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return False
-        if (m.dtype, x.dtype, timestep.dtype) != self.dtypes or timestep.dim():
-            return False
-        if x.shape != self.shape or m.shape != self.shape or x.device != self.device or m.device != self.device:
+        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device, timestep.dtype) != self.tensors:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
             return False
