@@ -28,6 +28,7 @@ __all__ = [
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
 STREAMS_REVERSE_MORE = range(6, 16)  # the reverse steps of a pipeline's second scheduler, of its third, ...
+CAPTURING = ("cuda",)  # the types of devices whose calls a graph can capture
 
 
 # seed, seed_value, sample_ids, first_id, stream, draw, draw_data, as the operators take them
@@ -172,10 +173,10 @@ def _seed_of_torch() -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
-def stream_captures(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the device's current stream."""
+def stream_captures() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
     # The second question raises an error where there is no driver, as for a fake tensor of a GPU.
-    return device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None:
@@ -190,7 +191,7 @@ def seed_in_memory(device: torch.device, recorded: bool = True) -> Tensor | None
         return torch.ops.ddpm_ext.draw_seed()
     if (recorded and torch._C._is_tracing()) or (get_interpreter_stack() is not None and in_vmap()):
         return _seed_of_torch()
-    if device.type == "cuda" and stream_captures(device):
+    if device.type in CAPTURING and stream_captures():
         return torch.empty((), dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     return None
 

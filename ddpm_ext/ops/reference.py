@@ -110,56 +110,7 @@ def diffusion_loss(
 
     It overwrites no noise.
     """
-    check_options(loss, delta, reduction)
-    if noise is None and rng is None:
-        raise ValueError("noise and rng are both None, expected the one that made the model's input")
     checks.tensor("model_output", model_output)
-    how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
-    how |= {"variational": variational, "detach_mean": detach_mean}
-    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how).loss(model_output)
-
-
-class LossStep:
-    """Twin of ops.loss.LossStep; it draws the noise again."""
-
-    def __init__(
-        self,
-        x_start: Tensor | None,
-        table: Tensor,
-        t: int | Tensor,
-        device: torch.device,
-        *,
-        noise: Tensor | None,
-        rng: Philox | None,
-        **how: Any,
-    ) -> None:
-        self._rows, self._t, self._how = (x_start, table), t, how
-        self._source: dict[str, Any] = {"noise": noise, "rng": rng}
-        if noise is None and rng is None:
-            self._source["rng"] = fresh_rng(device)
-
-    def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
-        return forward_process(x_start, table, self._t, **self._source)
-
-    def loss(self, model_output: Tensor) -> Tensor:
-        x_start, table = self._rows
-        return _loss(model_output, x_start, table, self._t, **self._source, **self._how)
-
-
-def _loss(
-    model_output: Tensor,
-    x_start: Tensor | None,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    loss: str,
-    delta: float,
-    noise: Tensor | None,
-    rng: Philox | None,
-    reduction: str,
-    variational: bool,
-    detach_mean: bool,
-) -> Tensor:
     variance = None
     if variational:
         if x_start is None:
@@ -170,9 +121,12 @@ def _loss(
     x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
     name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
     assert x is not None
+    check_options(loss, delta, reduction)
     others = {"model_output": model_output, "x_start": x_start, "noise": noise}
     check_samples(name, x, table, t, others, lower="model_output")
     check_noise(x, noise, rng)
+    if noise is None and rng is None:
+        raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)
     k0, k1, weight, *row = columns(table.to(dtype), t, x)
     draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
@@ -192,6 +146,31 @@ def _loss(
         values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), *row)
     losses = values.flatten(1).mean(1) if x.dim() > 1 else values
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+class LossStep:
+    """Twin of ops.loss.LossStep; it draws the noise again."""
+
+    def __init__(
+        self,
+        x_start: Tensor | None,
+        table: Tensor,
+        t: int | Tensor,
+        device: torch.device,
+        *,
+        noise: Tensor | None,
+        rng: Philox | None,
+        **how: Any,
+    ) -> None:
+        source = {"noise": noise, "rng": fresh_rng(device) if noise is None and rng is None else rng}
+        self._forward: dict[str, Any] = {"t": t, **source}
+        self._given: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **how}
+
+    def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
+        return forward_process(x_start, table, **self._forward)
+
+    def loss(self, model_output: Tensor) -> Tensor:
+        return diffusion_loss(model_output, **self._given)
 
 
 def _bound(

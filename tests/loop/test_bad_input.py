@@ -158,7 +158,12 @@ def test_ids_that_run_past_the_end_in_a_loop(backend, device):
     "what, changes, error, message",
     [
         ("denoised_fn", lambda x0: x0[:2], ValueError, "x_start has shape .2, 2, 4., expected that of x_t"),
-        ("denoised_fn", lambda x0: x0.half(), TypeError, "x_start has dtype (torch.float16|Half), expected that of x_t"),
+        (
+            "denoised_fn",
+            lambda x0: x0.half(),
+            TypeError,
+            "x_start has dtype (torch.float16|Half), expected that of x_t",
+        ),
         ("denoised_fn", lambda x0: None, TypeError, "what denoised_fn returns is a NoneType, expected a tensor"),
         ("cond_fn", lambda x, t: x.double(), TypeError, "gradient has dtype (torch.float64|Double), expected"),
         ("cond_fn", lambda x, t: None, TypeError, "what cond_fn returns is a NoneType, expected a tensor"),

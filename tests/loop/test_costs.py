@@ -1,9 +1,11 @@
-"""What a step of a loop launches, allocates and reads back, with each of the loop's options.
+"""What a step of a loop launches, allocates, reads back and runs in Python, with each of the loop's options.
 
 The functions that are passed to the loop return tensors that exist already, so that they launch and allocate nothing.
 """
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ class Options:
         self.y = make(7, BATCH)
 
     def model(self, x, t, *_, **__):
-        return self.both if len(x) == 2 * BATCH else self.m
+        return self.both if x.shape[0] == 2 * BATCH else self.m
 
     def find(self, name):
         """p_sample_loop's options, the launches of a step, and the operators besides those and views."""
@@ -134,6 +136,62 @@ def test_launches(walk, name):
         assert ours == launches or asked_nothing
         assert set(count.names) - set(ours) <= VIEWS | others, count.names
         assert set(count.names) & others == others
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_3m", "unipc", "deis", "lms", "sa_solver", "plms", "dpmpp_2m_cfg_pp"])
+@pytest.mark.parametrize("name", ["x0", "guidance", "cond_fn", "inpaint", "self_condition", "threshold", "rescale"])
+def test_history_costs_an_option_no_launch(walk, sampler, name):
+    """Of rows that call the model; those that don't take one."""
+    steps, launches, _ = walk(name, sampler=sampler)
+    found = []
+    for _ in range(6):
+        with Count() as count:
+            next(steps)
+        found.append({op: n for op, n in count.names.items() if op.startswith("ddpm_ext.")})
+    assert launches in found and all(each in (launches, {STEP: 1}) for each in found)
+    assert sampler in ("plms", "dpmpp_2m_cfg_pp") or found == [launches] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "most"),
+    [
+        *(("plain", {}, 6), ("ddim", {}, 6), ("x0", {"sampler": "ddim"}, 6), ("threshold", {}, 6)),
+        *(("history", {}, 6), ("inpaint", {}, 6), ("inpaint", {"sampler": "unipc"}, 6)),
+        *(("guidance", {}, 15), ("guidance doubled", {}, 15), ("rescale", {}, 15), ("learned", {}, 15)),
+        *(("cond_fn", {}, 15), ("self_condition", {}, 15), ("denoised_fn", {}, 15), ("most", {}, 15)),
+    ],
+    ids=str,
+)
+def test_python_frames(name, more, most):
+    """How many functions of Python run from one call of the model to the next, but for the model's and the callbacks'
+    own: measured 2 where the compiled module calls the model, else 8 to 12."""
+    made, seen, calls = Options("cpu"), [], []
+    options, _, _ = made.find(name)
+    gd = GaussianDiffusion(100, variance=options.pop("variance", "fixed_small"))
+    of_case = options.pop("model", made.model)
+
+    def model(*arguments, **kwargs):
+        calls.append(len(seen))
+        return of_case(*arguments, **kwargs)
+
+    def watch(frame, event, _):
+        if event == "call" and Path(frame.f_code.co_filename) != Path(__file__):
+            seen.append(frame.f_code.co_name)
+
+    def loop():
+        calls.clear()
+        gd.p_sample_loop(model, SHAPE, steps=12, rng=Philox(1), record="last", progress=False, **options, **more)
+
+    loop()  # makes the tables
+    try:
+        sys.setprofile(watch)
+        loop()
+    finally:
+        sys.setprofile(None)
+    begin, *middle, _ = calls[4:-2]
+    for end in middle:
+        assert end - begin <= most, seen[begin:end]
+        begin = end
 
 
 class Draws(TorchDispatchMode):

@@ -264,7 +264,7 @@ def test_outputs_that_do_not_fit_are_refused(device, backend):
         loop(guidance=Guidance(2.0, lambda x, t: x[:3]))
     with pytest.raises(TypeError, match="the model's output is a list, expected a tensor"):
         loop(guidance=Guidance(2.0, lambda x, t: [x]))
-    with pytest.raises(ValueError, match="gradient has shape .4, 1., expected that of x_t"):
+    with pytest.raises(ValueError, match=r"gradient has shape .4, 1., expected that of x_t"):
         loop(cond_fn=lambda x, t: x[:, :1, 0, 0])
     with pytest.raises(TypeError, match="what cond_fn returns is a NoneType, expected a tensor"):
         loop(cond_fn=lambda x, t: None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from support.devices import moved
+from support.operators import as_float64
 from support.step_inputs import RESULTS, make_row, options
 
 from ddpm_ext import Philox, ops, reference
-from ddpm_ext.ops.row import ROW
 
 OPS = torch.ops.ddpm_ext
 SHAPE = (3, 2, 5, 7)
@@ -133,14 +133,6 @@ def assert_gradients(fused, twin, tensors):
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def as_float64(table):
-    """A step table in float64, as the reference reads it."""
-    wide = table.double()
-    draw = ROW.index("draw")
-    wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
-    return wide
-
-
 def away_from_the_clip(x, m, table, t, clip):
     """m, changed where the predicted x0 is so near the clip's edge that rounding decides on which side it lies."""
     a, b = table.double()[t].expand(len(x), -1)[:, :2].reshape(len(x), 2, *[1] * (x.dim() - 1)).unbind(1)
@@ -211,10 +203,10 @@ def test_forward_process(normal, affine, t, dtype):
         lambda x, z: reference.forward_process(x, wide, t, noise=z),
         [x, z],
     )
-    for options in ({"rng": Philox(0)}, {"add_noise": False}):
+    for how in ({"rng": Philox(0)}, {"add_noise": False}):
         assert_gradients(
-            lambda x, options=options: ops.forward_process(x, affine, t, **options),
-            lambda x, options=options: reference.forward_process(x, wide, t, **options),
+            lambda x, how=how: ops.forward_process(x, affine, t, **how),
+            lambda x, how=how: reference.forward_process(x, wide, t, **how),
             [x],
         )
 
@@ -228,27 +220,6 @@ def test_affine(normal, affine, name, t, x_dtype, y_dtype):
         lambda x, y: getattr(reference, name)(x, y, affine.double(), t),
         [x, y],
     )
-
-
-@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
-@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
-def test_diffusion_loss(normal, t, loss, reduction):
-    """test_loss.py tests it more closely."""
-    table, (m, x) = normal(3, 4, seed=5), normal(2, *SHAPE).unbind()
-    for options in ({"rng": Philox(0)}, {"noise": normal(*SHAPE, seed=1)}):
-        options |= {"loss": loss, "reduction": reduction}
-
-        def spread(backend, table, m, options=options):
-            """As assert_gradients weights it, in a sample's shape."""
-            got = backend.diffusion_loss(m, x.to(table.dtype), table, t, **options)
-            return got.reshape(-1, 1, 1, 1).expand(SHAPE)
-
-        wide = {k: v.double() if k == "noise" else v for k, v in options.items()}
-        assert_gradients(
-            lambda m, spread=spread: spread(ops, table, m),
-            lambda m, spread=spread, wide=wide: spread(reference, table.double(), m, wide),
-            [m],
-        )
 
 
 @pytest.mark.parametrize("memory", ["channels_last", "sliced", "expanded"])

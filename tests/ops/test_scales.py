@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from support.choices import for_many
-from support.step_inputs import make_row, make_table
 from support.operators import Inputs, host
+from support.step_inputs import make_row, make_table
 
 from ddpm_ext import ops, reference
 

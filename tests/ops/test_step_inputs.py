@@ -10,7 +10,7 @@ import torch
 
 from ddpm_ext import StepTable, ops, reference
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.row import ROW, WIDTH
+from ddpm_ext.ops.row import ROW, WIDTH, row_numbers
 from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind, names
 
 PLAIN = ["x_t", "model_output", "table", "t", "clip", "noise", "rng", "add_noise", "out"]
@@ -24,6 +24,15 @@ def test_the_rows_numbers_are_one_list():
     draw = packed.view(torch.int32)[0, ROW.index("draw")].item()
     packed[0, ROW.index("draw")] = draw
     assert packed[0, : len(ROW)].tolist() == list(range(1, len(ROW) + 1))
+
+
+def test_the_reference_takes_numbers_by_their_names():
+    values = torch.randn(5, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    table, x = StepTable(range(2), *values, draw=[2**32 - 1, 7], k1=[3.0, 4.0]), torch.zeros(3, 2, 5)
+    for dtype in (torch.float32, torch.float64):
+        row = row_numbers(table.packed("cpu", dtype), torch.tensor([1, 0, 1]), x, torch.float64)
+        assert row._fields == ROW and row.draw.tolist() == [7, 2**32 - 1, 7]
+        assert row.k1.shape == (3, 1, 1) and row.k1.dtype == torch.float64 and row.k1.flatten().tolist() == [4, 3, 4]
 
 
 @pytest.mark.parametrize("module", [ops, reference], ids=["fused", "reference"])

@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import MODULES, compare, launches, loop, make, normal
+from support.accelerated_diffusers import MODULES, compare, loop, make, normal
+from support.launches import launches
 
 from ddpm_ext import accelerate, integrations
 from ddpm_ext.integrations import registry
@@ -59,7 +60,7 @@ def test_a_loop_is_a_launch_a_step():
     with launches() as called:
         for scheduler in (plain, fast):
             found.append(loop(scheduler, normal(0, *SHAPE)))
-    assert called == ["extended_step"] * 9 and fast.accelerated.fallbacks == {}
+    assert called == ["step_with_options"] * 9 and fast.accelerated.fallbacks == {}
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 

@@ -119,8 +119,8 @@ def test_condition_mean(inputs, prediction, variance, clip):
         lambda *_: told.double(), x.double(), t, clip, cond_fn=lambda *_, **__: g, model_kwargs={}
     )["sample"]
     halves = told.chunk(2, 1) if told.shape != SHAPE else (told, None)
-    found = ops.extended_step(
-        x, halves[0], gd.process.table("extended", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
+    found = ops.step_with_options(
+        x, halves[0], gd.process.table("steps", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
         model_variance=halves[1], gradient=g,
     )  # fmt: skip
     spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
@@ -140,9 +140,9 @@ def test_ddim_sample(inputs, device, prediction, clip, guided, eta):
     cond_fn = (lambda *_, **__: g.double()) if guided else None
     expected = theirs.ddim_sample(lambda *_: m.double(), x.double(), t, clip, cond_fn=cond_fn, model_kwargs={}, eta=eta)
     grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
-    table = ddim(grid, prediction=prediction, eta=eta, keep_eps=False)[::-1].packed_extended(device)
+    table = ddim(grid, prediction=prediction, eta=eta, keep_eps=False)[::-1].packed(device)
     x0 = torch.empty_like(x)
-    found = ops.extended_step(
+    found = ops.step_with_options(
         x, m, table, t, clip=(-1, 1) if clip else None, noise=z, gradient=g if guided else None, x0_out=x0
     )
     size = sizes(gd, x, m, t)[0]
@@ -165,8 +165,8 @@ def test_ddim_reverse_sample(inputs, device, prediction, clip):
     expected = theirs.ddim_reverse_sample(lambda *_: m.double(), x.double(), t, clip)["sample"]
     levels = gd.alphas_cumprod
     grid = make_grid(levels, torch.arange(999), betas=gd.betas, final=levels[-1].item())
-    table = ddim_inverse(grid, prediction=prediction, keep_eps=False).packed_extended(device)
-    found = ops.extended_step(x, m, table, t, clip=(-1, 1) if clip else None, add_noise=False)
+    table = ddim_inverse(grid, prediction=prediction, keep_eps=False).packed(device)
+    found = ops.step_with_options(x, m, table, t, clip=(-1, 1) if clip else None, add_noise=False)
     size = sizes(gd, x, m, t)[0]
     close(
         found,

@@ -169,7 +169,8 @@ def install(monkeypatch):
     CUDAGraph.instances.clear()
     Current.stream, Current.captures, GENERATOR.broken = DEFAULT, False, False
     Current.allocates.clear()
-    monkeypatch.setattr(noise, "stream_captures", lambda device: Current.captures)
+    monkeypatch.setattr(noise, "CAPTURING", ("cpu", "cuda"))
+    monkeypatch.setattr(noise, "stream_captures", lambda: Current.captures)
     monkeypatch.setattr(torch._C, cuda_graphs.END_ALLOCATE, end_allocate_to_pool, raising=False)
     fakes = {
         "Stream": Stream,

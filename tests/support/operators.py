@@ -55,6 +55,13 @@ def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> di
     return found
 
 
+def as_float64(table: torch.Tensor) -> torch.Tensor:
+    """A packed step table in float64, as the reference reads it."""
+    wide, draw = table.double(), ROW.index("draw")
+    wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
+    return wide
+
+
 class Inputs:
     """An operator's arguments, made by choices."""
 
