@@ -113,6 +113,17 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ),
         ({"sampler": dpmpp_2m(GRID)[1:], "steps": None}, ValueError, ["row 0 has h1"]),
         ({"sampler": ddim(GRID), "steps": 3}, ValueError, ["steps is 3 beside a StepTable"]),
+        (
+            {"sampler": ddim(GRID), "steps": None, "spacing": "leading"},
+            ValueError,
+            ["spacing is 'leading' beside a St"],
+        ),
+        (
+            {"sampler": ddim(GRID), "steps": None, "timesteps": [3]},
+            ValueError,
+            [r"timesteps is \[3\] beside a StepTab"],
+        ),
+        ({"sampler": ddim(GRID), "steps": None, "eta": 0.0}, ValueError, ["eta is 0.0 beside a StepTable"]),
         ({"x0": "yes"}, TypeError, ["x0 is 'yes'", "a bool"]),
         ({"compile": 1}, TypeError, ["compile is 1", "a bool or a mode"]),
         ({"compile": "faster"}, ValueError, ["compile is 'faster'", "a mode of torch.compile"]),

@@ -1,7 +1,6 @@
 """Inpainting, interpolation, and loops that begin with an image: from an image to noise and back."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
@@ -23,13 +22,8 @@ F32, F64 = torch.float32, torch.float64
 
 
 @backends
-@pytest.mark.parametrize(
-    "sampler, passes",
-    [
-        *product(["ddpm", "ddim", "euler_ancestral"], [1, 2]),
-        ("heun", 1),
-        ("dpmpp_2m", 1),
-    ],  # jumps cannot be combined with history
+@pytest.mark.parametrize(  # jumps cannot be combined with history
+    "sampler, passes", [("ddpm", 1), ("ddpm", 2), ("ddim", 2), ("euler_ancestral", 2), ("heun", 1), ("dpmpp_2m", 1)]
 )
 def test_known_pixels_are_in_the_result(run, device, backend, sampler, passes):
     """The known pixels are in the result bit for bit. After each step they have the noise of its level."""
@@ -107,8 +101,9 @@ def test_the_callers_image_and_mask_stay(device):
 # -------------------------------------------------------------------------------------------- image to image
 
 
-@pytest.mark.parametrize("strength, taken", [(1.0, 8), (0.5, 4), (0.13, 1)])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "rederived"])
+@pytest.mark.parametrize(
+    "sampler, strength, taken", [("ddpm", 1.0, 8), ("ddim", 0.5, 4), ("rederived", 0.13, 1), ("ddpm", 0.5, 4)]
+)
 @backends
 def test_from_an_image(device, backend, sampler, strength, taken):
     gd, dtype = make_diffusion(backend=backend), {"fused": F32, "reference": F64}[backend]
@@ -230,41 +225,19 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
     "changes, error, message",
     [
         ({"known": [1.0]}, TypeError, "known is a list, expected a tensor"),
-        (
-            {"known": torch.zeros(SHAPE, dtype=torch.int64)},
-            TypeError,
-            "known has dtype torch.int64, expected a floating",
-        ),
+        ({"known": torch.zeros(SHAPE).long()}, TypeError, "known has dtype torch.int64, expected a floating"),
         ({"known": torch.tensor(1.0)}, ValueError, "known is 0-dimensional, expected"),
         ({"mask": 1}, TypeError, "mask is a int, expected a tensor"),
         ({"mask": torch.ones(SHAPE, dtype=torch.uint8)}, TypeError, "mask has dtype torch.uint8, expected bool or"),
         ({"mask": torch.ones(7)}, ValueError, r"mask has shape \(7,\), expected one that broadcasts to known's"),
-        (
-            {"mask": torch.ones(2, *SHAPE)},
-            ValueError,
-            r"mask has shape \(2, 4, 2, 3, 5\), expected one that broadcasts",
-        ),
+        ({"mask": torch.ones(2, *SHAPE)}, ValueError, r"mask has shape \(2, 4, 2, 3, 5\), expected one that broad"),
         ({"mask": torch.ones(SHAPE, device="meta")}, ValueError, "mask is on meta, expected known's device, cpu"),
-        (
-            {"mask": torch.full((5,), 255.0)},
-            ValueError,
-            "mask reaches from 255.0 to 255.0, expected all in 0 <= mask <= 1",
-        ),
+        ({"mask": torch.full((5,), 255.0)}, ValueError, "mask reaches from 255.0 to 255.0, expected all in 0 <="),
         ({"mask": torch.tensor([float("nan")])}, ValueError, "mask reaches from nan to nan, expected"),
         ({"jump_length": 0}, ValueError, "jump_length is 0, expected 1 <= jump_length"),
         ({"jump_length": 2.0}, TypeError, "jump_length is 2.0, expected an int"),
         ({"jump_n_sample": 0}, ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
         ({"jump_n_sample": True}, TypeError, "jump_n_sample is True, expected an int"),
-    ],
-)
-def test_inpaint_refuses(changes, error, message):
-    with pytest.raises(error, match=message):
-        Inpaint(**{"known": torch.zeros(SHAPE), "mask": torch.ones(SHAPE), **changes})
-
-
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
         ({"first": None}, TypeError, "first is a NoneType, expected a tensor"),
         ({"second": torch.zeros(3)}, ValueError, r"second has shape \(3,\), expected that of first"),
         ({"second": torch.zeros(SHAPE).half()}, TypeError, "second has dtype torch.float16, expected that of first"),
@@ -274,22 +247,18 @@ def test_inpaint_refuses(changes, error, message):
         ({"weight": float("nan")}, ValueError, "weight is nan, expected 0 <= weight <= 1"),
         ({"weight": "0.5"}, TypeError, "weight is '0.5', expected a float or a tensor"),
         ({"weight": True}, TypeError, "weight is True, expected a float or a tensor"),
-        (
-            {"weight": torch.zeros(3)},
-            ValueError,
-            r"weight has shape \(3,\) and dtype torch.float32, expected a floating \(4,",
-        ),
-        (
-            {"weight": torch.zeros(4).long()},
-            ValueError,
-            "weight has shape .* and dtype torch.int64, expected a floating",
-        ),
+        ({"weight": torch.zeros(3)}, ValueError, r"weight has shape \(3,\) and dtype torch.float32, expected a fl"),
+        ({"weight": torch.zeros(4).long()}, ValueError, "weight has shape .* and dtype torch.int64, expected a fl"),
         ({"weight": torch.tensor([0, 0, 0, 1.1])}, ValueError, "weight is tensor.*expected 0 <= weight <= 1"),
     ],
 )
-def test_interpolation_refuses(changes, error, message):
+def test_inpaint_and_interpolation_refuse(changes, error, message):
+    zeros = torch.zeros(SHAPE)
+    of_inpaint = {"known", "mask", "jump_length", "jump_n_sample"} & changes.keys()
+    make, good = (Inpaint, {"known": zeros, "mask": zeros + 1}) if of_inpaint else (Interpolation, {})
+    good = good or {"first": zeros, "second": zeros}
     with pytest.raises(error, match=message):
-        Interpolation(**{"first": torch.zeros(SHAPE), "second": torch.zeros(SHAPE), **changes})
+        make(**{**good, **changes})
 
 
 def test_an_image_of_another_shape_is_refused(device):

@@ -88,23 +88,6 @@ def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
         assert torch.equal(by_table, by_name)
 
 
-@pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
-def test_a_table_excludes_the_options_of_samplers(option):
-    gd = diffusion()
-    table = SAMPLERS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):
-        gd.p_sample_loop(exact_model(gd), (4, 5), sampler=table, progress=False, **option)
-
-
-def test_record_of_chosen_steps(run):
-    gd = diffusion()
-    every = run(gd, steps=10, record="all")
-    for steps in ([0], [9], (7, 2, 3), []):
-        some = run(gd, steps=10, record=steps)
-        assert len(some) == len(steps)
-        assert all(np.array_equal(x, every[i]) for x, i in zip(some, sorted(steps), strict=True))
-
-
 def test_callback_sees_each_step_and_may_end_the_loop(run, device):
     gd, seen = diffusion(), []
     every = run(gd, steps=10, record="all")
@@ -177,7 +160,7 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
 
 @backends
 @pytest.mark.parametrize("sampler", OF_HIGHER_ORDER)
-@pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.5, 5), (0.4, 4), (0.1, 1)])
+@pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.4, 4), (0.1, 1)])
 def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler, strength, taken):
     """As if the sampler's timesteps were the last ones alone. Strength counts steps: each of heun's has two rows, and
     so has the first of plms."""
