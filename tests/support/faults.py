@@ -203,7 +203,11 @@ def try_fault(folder: Path, fault: Fault) -> Outcome:
 
 def red_without_fault(folder: Path, tests: list[str]) -> set[str]:
     """Those of the tests that fail in the copy as it is."""
-    _, text = pytest(folder, tests, {}, CONTROL) if tests else (None, "")
+    if not tests:
+        return set()
+    outcome, text = pytest(folder, tests, {}, CONTROL)
+    if outcome.ending not in ("green", "red"):
+        sys.exit(f"without a fault the tests end with: {outcome.ending}")
     return set(FIRST_RED.findall(text))
 
 
@@ -222,12 +226,13 @@ def run(folder: Path, record: Path, only: list[str]) -> None:
         found[fault.name] = {"file": fault.file, **outcome._asdict()}
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{fault.number:3} {fault.name}: {outcome.ending} {outcome.test} ({outcome.seconds} s)", flush=True)
-    reds = [str(entry["test"]) for entry in found.values() if entry["test"]]
-    for test in red_without_fault(folder, list(dict.fromkeys(reds))):
-        for name, entry in found.items():
-            if entry["test"] == test:
-                entry["ending"] = "red without it"
-                print(f"{name}: {test} fails without the fault, too")
+    unchecked = {name: str(entry["test"]) for name, entry in found.items() if entry["test"] and "checked" not in entry}
+    also_red = red_without_fault(folder, list(dict.fromkeys(unchecked.values())))
+    for name, test in unchecked.items():
+        found[name]["checked"] = True
+        if test in also_red:
+            found[name]["ending"] = "red without it"
+            print(f"{name}: {test} fails without the fault, too")
     path.write_text(json.dumps(found, indent=1) + "\n")
     record.with_suffix(".md").write_text(as_table(found))
 
