@@ -19,13 +19,7 @@ SHAPE, TIMESTEPS, STEPS = (3, 2, 5, 4), 50, 7
 RNG = Philox(5)
 GRID = make_grid(GaussianDiffusion(TIMESTEPS).alphas_cumprod, range(TIMESTEPS - 1, -1, -8))
 HISTORY = [name for name, sampler in SAMPLERS.items() if sampler(GRID).history]
-NOISY = (
-    "edm",
-    "restart",
-    "dpmpp_2s",
-    "lcm",
-    "tcd",
-)  # some of whose rows do not call the model, or call it twice a step
+NOISY = ("edm", "restart", "dpmpp_2s", "lcm", "tcd")  # some call the model twice a step, or add noise between steps
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 # Relative to the largest number that a loop has met, 1 or more. Measured worst of 800 loops: 1.5e-5.
 CLOSE = 5e-5
