@@ -68,15 +68,16 @@ def test_outside_its_interval_the_model_is_called_once(device, backend):
     # the interval contains no timestep
     options = ours(gd, "plain", guidance=Guidance(3.0, free, interval=(41, 60)), device=device)
     assert torch.equal(
-        gd.p_sample_loop(**options, record="last"),
-        gd.p_sample_loop(**ours(gd, "plain", device=device), record="last"),
+        gd.p_sample_loop(**options, record="last"), gd.p_sample_loop(**ours(gd, "plain", device=device), record="last")
     )
     assert len(free.asked) == 3
 
 
 @backends
-@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-@pytest.mark.parametrize("options", [{}, {"rescale": 0.6}, {"interval": (20, 80)}], ids=str)
+@pytest.mark.parametrize(
+    ("variance", "options"),
+    [("fixed_small", {}), ("learned_range", {"rescale": 0.6}), ("fixed_small", {"interval": (20, 80)})],
+)
 def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
     """The bits are the same in every step."""
     gd = make_diffusion(backend=backend, variance=variance)
@@ -142,15 +143,11 @@ def test_cfg_pp(device, backend, prediction, scale, interval, sampler, eta):
         torch.testing.assert_close(torch.from_numpy(ours_).double(), x, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "name, plain, eta",
-    [("euler_cfg_pp", "ddim", 0.0), ("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)],
-)
-def test_cfg_pp_without_guidance(run, name, plain, eta):
+def test_cfg_pp_without_guidance(run):
     """It is the sampler that CFG++ was put on."""
-    gd = diffusion()
-    found, expected = (run(gd, sampler, eta, steps=17, record="last") for sampler in (name, plain))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
+    for name, plain, eta in (("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)):
+        found, expected = (run(diffusion(), sampler, eta, steps=17, record="last") for sampler in (name, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
 
 
 @backends
@@ -200,23 +197,6 @@ def model_of(gd, mean, sigma=SIGMA):
     return model
 
 
-@pytest.mark.parametrize(
-    "backend, prediction, sampler",
-    [("fused", "eps", "ddpm"), ("fused", "x0", "ddim"), ("fused", "v", "ddpm"), ("reference", "eps", "ddim")],
-)
-def test_guidance_extrapolates_the_mean(run, backend, prediction, sampler):
-    """Two normal distributions with the same variance: the guided model belongs to a third, beyond the first."""
-    gd, scale = diffusion(prediction=prediction, backend=backend), 2.5
-    # plain torch is slower and gets fewer numbers, too few for the mean
-    options = {"shape": (16, 512) if backend == "fused" else (2, 16), "record": "last"}
-    guided = run(gd, sampler, model=model_of(gd, 0.3), guidance=Guidance(scale, model_of(gd, 0.1)), **options)
-    expected = run(gd, sampler, model=model_of(gd, 0.1 + scale * 0.2), **options)
-    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
-    if backend == "fused":
-        assert abs(guided.mean().item() - 0.6) < 0.02
-        assert abs(guided.std().item() - SIGMA) < 0.03
-
-
 @backends
 @pytest.mark.parametrize("sampler, options", [("ddim", {}), ("euler", {}), ("dpmpp_2m", {"steps": 20})])
 def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sampler, options):
@@ -244,13 +224,11 @@ def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sam
     "arguments, error, message",
     [
         ({"scale": "2"}, TypeError, "guidance scale is '2', expected a number"),
-        ({"scale": True}, TypeError, "guidance scale is True, expected a number"),
         ({"scale": float("inf")}, ValueError, "guidance scale is inf, expected a finite number"),
         ({"unconditional": 3}, TypeError, "unconditional is 3, expected a function"),
         ({"rescale": 1.5}, ValueError, "guidance rescale is 1.5, expected 0 <= rescale <= 1"),
         ({"rescale": None}, TypeError, "guidance rescale is None, expected a number"),
         ({"interval": 5}, TypeError, r"guidance interval is 5, expected \(low, high\)"),
-        ({"interval": (1, 2, 3)}, TypeError, r"guidance interval is \(1, 2, 3\), expected"),
         ({"interval": (5, 1)}, ValueError, r"guidance interval is \(5, 1\), expected low <= high"),
         ({"interval": (0, "9")}, TypeError, "guidance interval is '9', expected a number"),
     ],
@@ -262,6 +240,7 @@ def test_refused(arguments, error, message):
 
 @backends
 def test_outputs_that_do_not_fit_are_refused(device, backend):
+    """See also test_bad_input.py."""
     gd = make_diffusion(backend=backend)
 
     def loop(**options):
@@ -273,10 +252,6 @@ def test_outputs_that_do_not_fit_are_refused(device, backend):
         loop(guidance=Guidance(2.0, lambda x, t: x[:3]))
     with pytest.raises(TypeError, match="the model's output is a list, expected a tensor"):
         loop(guidance=Guidance(2.0, lambda x, t: [x]))
-    with pytest.raises(ValueError, match=r"gradient has shape .4, 1., expected that of x_t"):
-        loop(cond_fn=lambda x, t: x[:, :1, 0, 0])
-    with pytest.raises(TypeError, match="what cond_fn returns is a NoneType, expected a tensor"):
-        loop(cond_fn=lambda x, t: None)
     with pytest.raises(ValueError, match=r"guidance rescale is 0\.7, expected 0 for samples of one element"):
         options = {"shape": (3, 1), "rng": Philox(0), "progress": False, "device": device}
         gd.p_sample_loop(exact_model(gd), guidance=Guidance(2.0, exact_model(gd), rescale=0.7), **options)

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from support.choices import Choose, for_many
-from support.operators import CLIPS, DTYPES, Inputs, assert_near, columns, each, host, row_numbers
+from support.operators import CLIPS, Inputs, assert_near, columns, each, host, row_numbers
 
 from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.row import ROW
-from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import ddpm
 from ddpm_ext.tables.step_table import StepTable
 
 
@@ -78,41 +76,6 @@ def test_affine(name, device, choose):
         assert_near(got, [k0 * x, k1 * y])
 
 
-@pytest.mark.parametrize(("x_dtype", "y_dtype"), DTYPES)
-def test_thousand_rows(device, x_dtype, y_dtype):
-    """Every row of a real table, one for each sample."""
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    timestep = torch.arange(999, -1, -1)
-    table = ddpm(make_grid((1 - betas).cumprod(0), timestep, betas=betas)).packed(device)
-    generator = torch.Generator().manual_seed(0)
-    x_t = torch.randn(1000, 3, 11, generator=generator).to(device, x_dtype)
-    model_output = torch.randn(1000, 3, 11, generator=generator).to(device, y_dtype)
-    rng, t = Philox(9, 2**40), torch.arange(1000, device=device)
-    x, m = host(x_t), host(model_output)
-    row = row_numbers(table, t, x)
-    z = reference.randn(x.shape, rng, draw=timestep, stream=0, dtype=torch.float64).numpy()
-    parts, s = (row["a"] * x, row["b"] * m), row["s"]
-    start_size = row["c0"] * sum(map(np.abs, parts))
-    terms = [row["c0"] * np.clip(sum(parts), -1, 1), row["c1"] * x, s * z, start_size, -start_size]
-    assert (s[:-1] > 0).all() and s[-1] == 0
-    got = ops.reverse_step(x_t, model_output, table, t, rng=rng)
-    assert_near(got, terms, s)
-    for row in (0, 500, 999):
-        one = ops.reverse_step(x_t[row : row + 1], model_output[row : row + 1], table, row, rng=Philox(9, 2**40 + row))
-        assert torch.equal(one[0], got[row])
-
-
-@pytest.mark.parametrize("backend", [ops, reference])
-def test_row_without_noise_and_drawn_noise(backend, make_step_table, normal):
-    table = make_step_table(4)
-    x, m = normal(2, 2, 9).unbind()
-    assert table[0, ROW.index("s")] == 0 and table[1, ROW.index("s")] != 0
-    step = [backend.reverse_step(x, m, table, row, rng=Philox(0)) for row in (0, 1)]
-    mean = [backend.reverse_step(x, m, table, row, add_noise=False) for row in (0, 1)]
-    assert torch.equal(step[0], mean[0])
-    assert not torch.equal(step[1], mean[1])
-
-
 @pytest.mark.parametrize("backend", [ops, reference])
 def test_draws_of_32_bits(backend, device):
     """The draw in a row is an unsigned number."""
@@ -122,16 +85,3 @@ def test_draws_of_32_bits(backend, device):
         for t in (0, torch.tensor([0, 0], device=device)):
             z = backend.reverse_step(zeros, zeros, table, t, rng=Philox(5))
             assert torch.equal(z, backend.randn((2, 9), Philox(5), draw=draw, stream=0, device=device))
-
-
-@pytest.mark.parametrize("backend", [ops, reference])
-def test_no_rng_means_torchs_generator(backend, make_step_table, device):
-    table, affine = make_step_table(4), torch.tensor([[0.5, 2.0]], device=device)
-    x = torch.zeros(2, 9, device=device)
-    for call in (lambda: backend.reverse_step(x, x, table, 1), lambda: backend.forward_process(x, affine, 0)):
-        torch.manual_seed(1)
-        first, second = call(), call()
-        torch.manual_seed(1)
-        assert torch.equal(call(), first)
-        assert torch.equal(call(), second)
-        assert not torch.equal(first, second)
