@@ -38,11 +38,10 @@ def added(monkeypatch):
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("dtype", "shift"), [(torch.float32, 1.0), (torch.bfloat16, 3.0)])
 def test_its_steps(stochastic, dtype, shift):
     """Against diffusers in float64: the first, one in between, the last."""
-    for step, seed in itertools.product((0, 3, 6), range(5)):
+    for step, seed in itertools.product((0, 3, 6), range(2)):
         scheduler = make(NAME, shift=shift, stochastic_sampling=stochastic)
         scheduler.set_timesteps(7)
         scheduler._step_index = step
