@@ -60,7 +60,7 @@ class Loop:
         self._initial = InitialSamples(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng, self._initial.device)
         x = self._initial.samples(rng, options.start, options.noise)
-        ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), 0, rng=rng)
+        ops.TableStep(rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), rng=rng).check(x, None, 0)
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
             kwargs = {

@@ -33,7 +33,6 @@ from ddpm_ext.ops.table_step import CalledTableStep
 __all__ = [
     "LossStep",
     "TableStep",
-    "check_reverse_step",
     "diffusion_loss",
     "forward_process",
     "output_scale",
@@ -102,26 +101,6 @@ def reverse_step(
     return out
 
 
-def check_reverse_step(
-    x_t: Tensor,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    out: Tensor | None = None,
-) -> None:
-    """Raises what reverse_step would raise for these arguments, before a model is called with them."""
-    checks.tensor("x_t", x_t)
-    if out is not None:
-        checks.tensor("out", out)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, x_t.device)
-    if not _registration.is_recorded():
-        C.check_reverse_step(x_t, table, row, index, *arguments, out)
-
-
 class TableStep(CalledTableStep):
     """The steps of a table: reverse_step, or step_with_options where a call has its inputs. What is done for the table,
     the clip and the noise is done once. Without noise and rng each call draws a seed from torch's default generator.
@@ -132,8 +111,8 @@ class TableStep(CalledTableStep):
             returned) -> its tensor. Both are for run.
 
     Attributes:
-        check: (x_t, row, index, out=None) raises what take would raise for these arguments. `row` and `index` are
-            split_t's.
+        check: (x_t, row, index, out=None) raises what take would raise for these arguments, before a model is called;
+            nothing where torch.compile or torch.jit.trace records. `row` and `index` are split_t's.
         take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
             those of step_with_options that are tensors or flags, of which None counts as not given, and a noise of
             this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
@@ -145,7 +124,6 @@ class TableStep(CalledTableStep):
     """
 
     operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
         "reverse_step": reverse_step,
         "step_with_options": step_with_options,
         "output_scale": output_scale,

@@ -19,13 +19,12 @@ from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
-from ddpm_ext.ops.reference_steps import check_reverse_step, reverse_step, step_with_options
+from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
 
 __all__ = [
     "LossStep",
     "TableStep",
-    "check_reverse_step",
     "diffusion_loss",
     "forward_process",
     "output_scale",
@@ -43,12 +42,15 @@ class TableStep(CalledTableStep):
     """Twin of ops.TableStep."""
 
     operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
         "reverse_step": reverse_step,
         "step_with_options": step_with_options,
         "output_scale": output_scale,
         "x_start_scale": x_start_scale,
     }
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        noise, rng = self._given["noise"], self._given["rng"]
+        check_plain_step(x_t, self._table, index if row is None else row, noise, rng, out)
 
 
 def forward_process(
