@@ -17,32 +17,13 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.loss import LossStep, diffusion_loss
-from ddpm_ext.ops.noise import (
-    STREAM_FORWARD,
-    STREAM_REVERSE,
-    Philox,
-    noise_arguments,
-    randn,
-    seed_in_memory,
-)
+from ddpm_ext.ops.loss import LossStep as LossStep
+from ddpm_ext.ops.loss import diffusion_loss as diffusion_loss
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, seed_in_memory
+from ddpm_ext.ops.noise import randn as randn
 from ddpm_ext.ops.scales import output_scale, x_start_scale
 from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
-
-__all__ = [
-    "LossStep",
-    "TableStep",
-    "diffusion_loss",
-    "forward_process",
-    "output_scale",
-    "posterior_mean",
-    "predict_start",
-    "randn",
-    "reverse_step",
-    "step_with_options",
-    "x_start_scale",
-]
 
 NO_CLIP = _registration.NO_CLIP
 

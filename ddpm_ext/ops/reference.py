@@ -16,26 +16,11 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
-from ddpm_ext.ops.philox import philox4x32
-from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
+from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, resolve_noise
+from ddpm_ext.ops.reference_inputs import randn as randn
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
 from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
-
-__all__ = [
-    "LossStep",
-    "TableStep",
-    "diffusion_loss",
-    "forward_process",
-    "output_scale",
-    "philox4x32",
-    "posterior_mean",
-    "predict_start",
-    "randn",
-    "reverse_step",
-    "step_with_options",
-    "x_start_scale",
-]
 
 
 class TableStep(CalledTableStep):
