@@ -187,13 +187,7 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
 
     Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
     """
-    checks.tensor("x_t", x_t)
-    checks.tensor("noise", noise)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    if _registration.is_recorded():
-        return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
-    return C.predict_start(x_t, noise, table, row, index)
+    return _affine("predict_start", {"x_t": x_t, "noise": noise}, table, t)
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
@@ -201,10 +195,11 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
 
     Args, raises: as reverse_step. Differentiable in x_start and x_t.
     """
-    checks.tensor("x_start", x_start)
-    checks.tensor("x_t", x_t)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    if _registration.is_recorded():
-        return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
-    return C.posterior_mean(x_start, x_t, table, row, index)
+    return _affine("posterior_mean", {"x_start": x_start, "x_t": x_t}, table, t)
+
+
+def _affine(op: str, tensors: dict[str, Tensor], table: Tensor, t: int | Tensor) -> Tensor:
+    for name, tensor in (tensors | {"table": table}).items():
+        checks.tensor(name, tensor)
+    call = getattr(torch.ops.ddpm_ext if _registration.is_recorded() else C, op)
+    return call(*tensors.values(), table, *split_t(t))

@@ -55,8 +55,7 @@ def forward_process(
     k0, k1 = columns(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
     if add_noise or noise is not None or rng is not None:
-        draw = t if isinstance(t, Tensor) else torch.full((len(x_start),), t, device=x_start.device)
-        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, draw)
+        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, t)
     return finish(x_t, x_start, out)
 
 
@@ -116,8 +115,7 @@ def diffusion_loss(
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)
     k0, k1, weight, *row = columns(table.to(dtype), t, x)
-    draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, draw)
+    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, t)
     if x_start is not None:
         target = target + k0 * x_start.to(dtype)
     d = model_output.to(dtype) - target
