@@ -42,6 +42,7 @@ class VectorTensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
+  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
     Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
@@ -86,6 +87,7 @@ class VectorTensors {
   const bool inside_;
   Vector<X, kItems> like_x_[kLikeX];
   Vector<M, kItems> of_model_[kRoles - kLikeX];
+  // Set, or ptxas would keep the registers that a branch writes to through the whole loop.
   Vector<X, kItems> results_[kResults] = {};
 };
 
@@ -133,7 +135,8 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
+// By strides, a thread takes four of a sample's first `pixels` elements and goes on by `apart`: to the same pixels of
+// the next channel (channels_in_turn), or to its next turn.
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::kWordBlocks : Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,

@@ -99,7 +99,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   Function<&eager::forward_process>::define(m, "forward_process");
   Function<&eager::forward_process_and_noise>::define(m, "forward_process_and_noise");
   Function<&eager::diffusion_loss>::define(m, "diffusion_loss");
-  Function<&eager::check_reverse_step>::define(m, "check_reverse_step");
   Function<&eager::predict_start>::define(m, "predict_start");
   Function<&eager::posterior_mean>::define(m, "posterior_mean");
   m.def("draw_seed", &ddpm_ext::draw_seed);

@@ -24,7 +24,7 @@ from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.reverse import ReverseMethods
 from ddpm_ext.tables.levels import pure_noise
 
-__all__ = ["BitsPerDim", "LikelihoodMethods", "VlbTerms"]
+__all__ = ["BitsPerDim", "VlbTerms"]
 
 
 class VlbTerms(NamedTuple):

@@ -16,39 +16,26 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
-from ddpm_ext.ops.philox import philox4x32
-from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
+from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, resolve_noise
+from ddpm_ext.ops.reference_inputs import randn as randn
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
-from ddpm_ext.ops.reference_steps import check_reverse_step, reverse_step, step_with_options
+from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
-
-__all__ = [
-    "LossStep",
-    "TableStep",
-    "check_reverse_step",
-    "diffusion_loss",
-    "forward_process",
-    "output_scale",
-    "philox4x32",
-    "posterior_mean",
-    "predict_start",
-    "randn",
-    "reverse_step",
-    "step_with_options",
-    "x_start_scale",
-]
 
 
 class TableStep(CalledTableStep):
     """Twin of ops.TableStep."""
 
     operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
         "reverse_step": reverse_step,
         "step_with_options": step_with_options,
         "output_scale": output_scale,
         "x_start_scale": x_start_scale,
     }
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        noise, rng = self._given["noise"], self._given["rng"]
+        check_plain_step(x_t, self._table, index if row is None else row, noise, rng, out)
 
 
 def forward_process(
@@ -68,8 +55,7 @@ def forward_process(
     k0, k1 = columns(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
     if add_noise or noise is not None or rng is not None:
-        draw = t if isinstance(t, Tensor) else torch.full((len(x_start),), t, device=x_start.device)
-        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, draw)
+        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, t)
     return finish(x_t, x_start, out)
 
 
@@ -129,8 +115,7 @@ def diffusion_loss(
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
     dtype = checks.compute_dtype(x.dtype)
     k0, k1, weight, *row = columns(table.to(dtype), t, x)
-    draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, draw)
+    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, t)
     if x_start is not None:
         target = target + k0 * x_start.to(dtype)
     d = model_output.to(dtype) - target

@@ -35,9 +35,8 @@ class ReverseMethods(Process):
             variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
             dtype's largest number.
         """
-        table = self.table("steps", "x_t", x_t)
-        self.ops.check_reverse_step(x_t, table, t)
-        clip = as_fixed_clip(clip_denoised)
+        table, clip = self.table("steps", "x_t", x_t), as_fixed_clip(clip_denoised)
+        self.reverse_step(x_t, clip, None, None).check(x_t, *checks.split_t(t))
         model_output = self.call_model(model, x_t, t)
         variance = self.variance_entry
         returned = None

@@ -401,14 +401,6 @@ def test_dense_samples_off_alignment_move_by_words(host, variant):
 
 
 @not_sanitized
-def test_all_of_more_samples_than_a_grid_has_rows(host):
-    batch = 65535 * 256 + 65537
-    call = make_call(("forward_process", "none", PAIRS[3]), 1, 1, t=None, t_index=0)
-    x = torch.arange(batch).to(torch.int16).view(torch.float16).view(batch, 1)
-    host.check(replace(call, tensors={"x_t": x}), expected={"out": (x.float() * call.table[0, 0]).half()})
-
-
-@not_sanitized
 @pytest.mark.parametrize("variant", LARGE, ids=name)
 def test_more_samples_than_two_grids_have_rows(one_host, windows, variant):
     twice, word = 2 * 65535, 16 // variant[2][0].itemsize

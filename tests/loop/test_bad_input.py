@@ -20,17 +20,12 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
     "changes, error, words",
     [
         ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'", "'ddpm'", "'ddim'"]),
-        ({"sampler": None}, ValueError, ["sampler is None"]),
         ({"steps": 0}, ValueError, ["steps is 0"]),
-        ({"steps": -1}, ValueError, ["steps is -1"]),
         ({"steps": 51}, ValueError, ["steps is 51", "50"]),
         ({"steps": 2.0}, TypeError, ["steps is 2.0"]),
-        ({"steps": True}, TypeError, ["steps is True"]),
         ({"eta": float("nan")}, ValueError, ["eta is nan"]),
-        ({"eta": float("inf")}, ValueError, ["eta is inf"]),
         ({"eta": -0.1}, ValueError, ["eta is -0.1"]),
         ({"eta": "0"}, TypeError, ["eta is '0'"]),
-        ({"eta": True}, TypeError, ["eta is True"]),
         ({"eta": 0.5}, ValueError, ["eta is 0.5", "'ddpm' has none"]),
         ({"sampler": "euler", "eta": 1.0}, ValueError, ["eta is 1.0", "'euler' has none"]),
         ({"sampler": ["ddim"]}, ValueError, [r"sampler is \['ddim'\]", "'euler_ancestral'"]),
@@ -43,12 +38,9 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"timesteps": [1000], "steps": None}, ValueError, ["timestep reaches from 1000"]),
         ({"timesteps": 5, "steps": None}, ValueError, [r"timestep has shape \(\)"]),
         ({"timesteps": {}, "steps": None}, TypeError, ["timesteps is {}, expected ints"]),
-        ({"timesteps": "10", "steps": None}, TypeError, ["timesteps is '10', expected ints"]),
         ({"record": "every"}, ValueError, ["record is 'every'", "'all'", "'last'"]),
         ({"record": 0}, ValueError, ["record is 0"]),
-        ({"record": -3}, ValueError, ["record is -3"]),
         ({"record": 2.0}, TypeError, ["record is 2.0"]),
-        ({"record": True}, TypeError, ["record is True"]),
         ({"record": None}, TypeError, ["record is None"]),
         ({"record": np.array([0, 2])}, TypeError, [r"record is array\(\[0, 2\]\)"]),
         ({"record": [0, 2], "steps": 2}, ValueError, ["record's step is 2", "2 steps"]),
@@ -59,17 +51,14 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"start": torch.zeros(3, 2, 4), "strength": 0}, ValueError, ["strength is 0", "<= 1"]),
         ({"start": torch.zeros(3, 2, 4), "strength": 1.5}, ValueError, ["strength is 1.5"]),
         ({"start": torch.zeros(3, 2, 4), "strength": 0.1}, ValueError, ["strength is 0.1, of 2 steps not one", "0.5"]),
-        ({"start": torch.zeros(3, 2, 4), "strength": "1"}, TypeError, ["strength is '1'"]),
         ({"start": torch.zeros(7)}, ValueError, [r"start has shape \(7,\)"]),
         ({"start": [0.0]}, TypeError, ["start is a list"]),
         ({"start": torch.zeros(3, 2, 4).half()}, TypeError, ["start has dtype torch.float16", "float32"]),
         ({"start": torch.zeros(3, 2, 4), "device": "meta"}, ValueError, ["start is on cpu", "meta"]),
         ({"shape": ()}, (TypeError, ValueError), [r"shape is \(\)"]),
         ({"shape": (2, 0)}, ValueError, [r"shape is \(2, 0\)"]),
-        ({"shape": (2, -1)}, ValueError, [r"shape is \(2, -1\)"]),
         ({"shape": (2.0, 3)}, TypeError, [r"shape is \(2.0, 3\)"]),
         ({"shape": 3}, TypeError, ["shape is 3"]),
-        ({"shape": None}, TypeError, ["shape is None"]),
         ({"dtype": torch.int64}, TypeError, ["dtype", "int64|Long"]),
         ({"dtype": "float32"}, TypeError, ["dtype", "float32"]),
         ({"device": "nowhere"}, ValueError, ["device", "nowhere"]),
@@ -77,13 +66,11 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"rng": Philox(0, stream=1)}, ValueError, ["rng", "stream"]),
         ({"model": None}, TypeError, ["model is None", "a function"]),
         ({"clip_denoised": 1}, TypeError, ["clip_denoised is 1", "DynamicThreshold"]),
-        ({"clip_denoised": None}, TypeError, ["clip_denoised is None"]),
         ({"clip_denoised": (1, -1)}, ValueError, [r"clip_denoised is \(1, -1\)", "low <= high"]),
         ({"clip_denoised": (0.0, float("nan"))}, ValueError, ["clip_denoised is .*nan"]),
         ({"clip_denoised": (False, True)}, TypeError, [r"clip_denoised is \(False, True\)"]),
         ({"clip_denoised": (0, 1, 2)}, TypeError, [r"clip_denoised is \(0, 1, 2\)"]),
         ({"guidance": "2"}, TypeError, ["guidance is '2'", "a Guidance or its scale"]),
-        ({"guidance": True}, TypeError, ["guidance scale is True"]),
         ({"guidance": float("nan")}, ValueError, ["guidance scale is nan", "finite"]),
         ({"cond_fn": 2}, TypeError, ["cond_fn is 2", "a function"]),
         ({"cond_fn": len, "sampler": BARE, "steps": None}, ValueError, ["cond_fn is given", "g0 or g1"]),
@@ -96,15 +83,12 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"self_condition": 1}, TypeError, ["self_condition is 1", "a bool"]),
         ({"self_condition": True, "guidance": 2.0}, ValueError, ["self_condition is given beside guidance"]),
         ({"model_kwargs": [1]}, TypeError, ["model_kwargs is a list", "a dict"]),
-        ({"noise": X[:2]}, ValueError, [r"noise has shape \(2, 2, 4\)", r"\(3, 2, 4\)"]),
         ({"noise": X.half()}, TypeError, ["noise has dtype torch.float16", "float32"]),
         ({"noise": 0.5}, TypeError, ["noise is a float", "a tensor"]),
         ({"noise": X, "start": X}, ValueError, ["noise and start are both given"]),
-        ({"noise": X, "strength": 0.5}, ValueError, ["strength is 0.5 without a start"]),
         ({"noise": X, "rng": 5}, TypeError, ["rng is a int", "Philox"]),
         ({"noise": X, "rng": Philox(0, torch.arange(2))}, ValueError, ["sample_ids has shape", "3"]),
         ({"start": Interpolation(X[:2], X[:2])}, ValueError, [r"start has shape \(2, 2, 4\)"]),
-        ({"start": Interpolation(X, X), "strength": 2}, ValueError, ["strength is 2"]),
         ({"start": X, "sampler": StepTable([40.5], *[[1.0]] * 4), "steps": None}, ValueError, ["start is given"]),
         (
             {"start": X, "strength": 0.7, "sampler": dpmpp_2m(GRID, lower_order_final=False), "steps": None},
@@ -113,13 +97,23 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ),
         ({"sampler": dpmpp_2m(GRID)[1:], "steps": None}, ValueError, ["row 0 has h1"]),
         ({"sampler": ddim(GRID), "steps": 3}, ValueError, ["steps is 3 beside a StepTable"]),
+        (
+            {"sampler": ddim(GRID), "steps": None, "spacing": "leading"},
+            ValueError,
+            ["spacing is 'leading' beside a St"],
+        ),
+        (
+            {"sampler": ddim(GRID), "steps": None, "timesteps": [3]},
+            ValueError,
+            [r"timesteps is \[3\] beside a StepTab"],
+        ),
+        ({"sampler": ddim(GRID), "steps": None, "eta": 0.0}, ValueError, ["eta is 0.0 beside a StepTable"]),
         ({"x0": "yes"}, TypeError, ["x0 is 'yes'", "a bool"]),
         ({"compile": 1}, TypeError, ["compile is 1", "a bool or a mode"]),
         ({"compile": "faster"}, ValueError, ["compile is 'faster'", "a mode of torch.compile"]),
         ({"compile": "reduce-overhead", "graph": True}, ValueError, ["compile is 'reduce-overhead'", "beside graph"]),
         ({"autocast": True}, ValueError, ["autocast is True", "torch.bfloat16"]),
         ({"autocast": torch.float32}, ValueError, ["autocast is torch.float32", "torch.float16"]),
-        ({"graph": "all"}, ValueError, ["graph is 'all'", "'step' or 'loop'"]),
         ({"graph": None}, ValueError, ["graph is None", "'step' or 'loop'"]),
         ({"graph": "loop"}, ValueError, ["graph is 'loop'", "record='last'"]),
         ({"graph": "loop", "record": "last", "callback": len}, ValueError, ["graph is 'loop'", "no callback"]),
@@ -131,19 +125,14 @@ def test_loop(backend, changes, error, words, device):
 
 
 @backends
-@pytest.mark.parametrize(
-    "changes, error, words",
-    [
+def test_sample(backend, device):
+    for changes, error, words in (
         ({"image_size": 0}, ValueError, ["image_size|shape", "0"]),
-        ({"image_size": 4.0}, TypeError, ["image_size|shape", "4.0"]),
-        ({"batch_size": 0}, ValueError, ["batch_size|shape", "0"]),
+        ({"batch_size": 4.0}, TypeError, ["batch_size|shape", "4.0"]),
         ({"channels": -1}, ValueError, ["channels|shape", "-1"]),
         ({"sampler": "dpm"}, ValueError, ["sampler is 'dpm'"]),
-    ],
-    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else "",
-)
-def test_sample(backend, changes, error, words, device):
-    refuse("sample", backend, device, error, words, **changes)
+    ):
+        refuse("sample", backend, device, error, words, **changes)
 
 
 @backends

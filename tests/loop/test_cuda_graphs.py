@@ -76,25 +76,22 @@ def test_captured_loops_are_loops(device, quiet, case, graph):
     captured_is_uncaptured(case, device, graph)
 
 
-@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])
+@pytest.mark.parametrize("variance", ["learned_range", "learned_variance"])
 def test_captured_learned_variances(device, quiet, variance):
     captured_is_uncaptured("plain", device, "step", gd=make_diffusion(variance=variance), model=with_variance(variance))
 
 
-@graphs
-@pytest.mark.parametrize(
-    "options", [{}, {"callback": lambda _: None}, {"record": [0, 5]}], ids=["all", "callback", "some"]
-)
-def test_graph_as_an_option(device, quiet, graph, options):
+def test_graph_as_an_option(device, quiet):
     gd = make_diffusion()
     arguments = ours(gd, "inpaint jumps", device=device)
-    if graph == "loop":
-        found = gd.p_sample_loop(**arguments, graph=graph, record="last")
-        assert torch.equal(found, gd.p_sample_loop(**arguments, record="last"))
-        return
-    found, expected = gd.p_sample_loop(**arguments, graph=graph, **options), gd.p_sample_loop(**arguments, **options)
-    assert len(found) == len(expected)
-    assert all(map(np.array_equal, found, expected))
+    last = gd.p_sample_loop(**arguments, record="last")
+    assert torch.equal(gd.p_sample_loop(**arguments, graph="loop", record="last"), last)
+    for options in ({}, {"callback": lambda _: None}, {"record": [0, 5]}):
+        found, expected = (
+            gd.p_sample_loop(**arguments, graph="step", **options),
+            gd.p_sample_loop(**arguments, **options),
+        )
+        assert len(found) == len(expected) and all(map(np.array_equal, found, expected))
 
 
 @graphs
@@ -109,23 +106,13 @@ def test_captured_from_another_start(device, quiet, graph):
         expected = gd.p_sample_loop(**arguments, rng=rng, start=start, strength=0.5, record="last", progress=False)
         assert torch.equal(captured(rng, start=start), expected)
     captured = gd.capture(**arguments, graph=graph)
-    expected = gd.p_sample_loop(**arguments, rng=rng, noise=images[1], record="last", progress=False)
-    assert torch.equal(captured(rng, noise=images[1]), expected)
-    expected = gd.p_sample_loop(**arguments, rng=rng, record="last", progress=False)
-    assert torch.equal(captured(rng), expected)
-
-
-@graphs
-def test_captured_draws_a_seed_by_itself(device, quiet, graph):
-    gd = make_diffusion()
-    arguments = ours(gd, "plain", device=device)
-    del arguments["progress"], arguments["rng"]
-    captured = gd.capture(**arguments, graph=graph)
+    for how in ({"noise": images[1]}, {}):
+        expected = gd.p_sample_loop(**arguments, rng=rng, **how, record="last", progress=False)
+        assert torch.equal(captured(rng, **how), expected)
     torch.manual_seed(3)
-    first, second = captured(), captured()
+    first, second = captured(), captured()  # it draws a seed by itself
     torch.manual_seed(3)
-    assert torch.equal(captured(), first)
-    assert not torch.equal(first, second)
+    assert torch.equal(captured(), first) and not torch.equal(first, second)
 
 
 def test_captured_with_what_does_not_fit_is_refused(device, quiet):
@@ -185,18 +172,11 @@ def test_memory_stays_and_nothing_is_read(device, quiet, case, graph):
         with Watch():
             run()
         assert not [name for name, _, _ in seen if name.startswith(fake_cuda.FORBIDDEN)]
+        tensors = [(name, [*args, *kwargs.values()]) for name, args, kwargs in seen if is_step(name)]
         addresses.append(
             [
-                (
-                    name,
-                    [
-                        a.data_ptr()
-                        for a in [*args, *kwargs.values()]
-                        if isinstance(a, torch.Tensor) and a.is_contiguous()
-                    ],
-                )
-                for name, args, kwargs in seen
-                if is_step(name)
+                (name, [a.data_ptr() for a in each if isinstance(a, torch.Tensor) and a.is_contiguous()])
+                for name, each in tensors
             ]
         )
         numbers = [[a for a in args if isinstance(a, int | float)] for name, args, _ in seen if is_step(name)]

@@ -41,11 +41,10 @@ def test_a_scale_of_1_is_no_guidance(device, backend, sampler):
         assert never.asked == []
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_scale_of_1_takes_the_second_half_of_doubled_arguments(device, sampler):
+def test_a_scale_of_1_takes_the_second_half_of_doubled_arguments(device):
     gd, y = make_diffusion(), torch.arange(8.0, device=device) / 8
     single, doubled = (
-        ours(gd, "plain", sampler, model=model, device=device, **options)
+        ours(gd, "plain", model=model, device=device, **options)
         for options in ({"model_kwargs": {"y": y[4:]}}, {"model_kwargs": {"y": y}, "guidance": 1.0})
     )
     assert torch.equal(gd.p_sample_loop(**single, record="last"), gd.p_sample_loop(**doubled, record="last"))
@@ -69,15 +68,16 @@ def test_outside_its_interval_the_model_is_called_once(device, backend):
     # the interval contains no timestep
     options = ours(gd, "plain", guidance=Guidance(3.0, free, interval=(41, 60)), device=device)
     assert torch.equal(
-        gd.p_sample_loop(**options, record="last"),
-        gd.p_sample_loop(**ours(gd, "plain", device=device), record="last"),
+        gd.p_sample_loop(**options, record="last"), gd.p_sample_loop(**ours(gd, "plain", device=device), record="last")
     )
     assert len(free.asked) == 3
 
 
 @backends
-@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-@pytest.mark.parametrize("options", [{}, {"rescale": 0.6}, {"interval": (20, 80)}], ids=str)
+@pytest.mark.parametrize(
+    ("variance", "options"),
+    [("fixed_small", {}), ("learned_range", {"rescale": 0.6}), ("fixed_small", {"interval": (20, 80)})],
+)
 def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
     """The bits are the same in every step."""
     gd = make_diffusion(backend=backend, variance=variance)
@@ -100,8 +100,16 @@ def test_a_doubled_batch_is_two_functions(device, backend, variance, options):
 
 @backends
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("scale, interval", [(0.6, None), (1.0, None), (0.0, None), (2.5, (30, 70)), (1.0, (30, 70))])
-@pytest.mark.parametrize("sampler, eta", [("euler_cfg_pp", 0.0), ("euler_ancestral_cfg_pp", 0.7)])
+@pytest.mark.parametrize(
+    "scale, interval, sampler, eta",
+    [
+        (0.6, None, "euler_cfg_pp", 0.0),
+        (1.0, None, "euler_ancestral_cfg_pp", 0.7),
+        (0.0, None, "euler_cfg_pp", 0.0),
+        (2.5, (30, 70), "euler_ancestral_cfg_pp", 0.7),
+        (1.0, (30, 70), "euler_cfg_pp", 0.0),
+    ],
+)
 def test_cfg_pp(device, backend, prediction, scale, interval, sampler, eta):
     """Chung et al. 2024, algorithm 2: x0 by the guided output, the noise by the unconditional one, also at a scale of
     1. Outside the interval, both are by the output. The batch may be doubled in place of a second function."""
@@ -135,20 +143,17 @@ def test_cfg_pp(device, backend, prediction, scale, interval, sampler, eta):
         torch.testing.assert_close(torch.from_numpy(ours_).double(), x, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "name, plain, eta",
-    [("euler_cfg_pp", "ddim", 0.0), ("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)],
-)
-def test_cfg_pp_without_guidance(run, name, plain, eta):
+def test_cfg_pp_without_guidance(run):
     """It is the sampler that CFG++ was put on."""
-    gd = diffusion()
-    found, expected = (run(gd, sampler, eta, steps=17, record="last") for sampler in (name, plain))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
+    for name, plain, eta in (("euler_ancestral_cfg_pp", "ddim", 0.7), ("dpmpp_2m_cfg_pp", "dpmpp_2m", None)):
+        found, expected = (run(diffusion(), sampler, eta, steps=17, record="last") for sampler in (name, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if plain == "ddim" else 3e-6)
 
 
 @backends
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("scale, interval", [(0.6, None), (1.0, None), (2.5, (30, 70))])
+@pytest.mark.parametrize(
+    "prediction, scale, interval", [("eps", 0.6, None), ("x0", 1.0, None), ("v", 2.5, (30, 70)), ("eps", 2.5, (30, 70))]
+)
 def test_cfg_pp_of_second_order(device, backend, prediction, scale, interval):
     """The authors' step on y = x / sqrt(alphas_cumprod), whose slope is from the guided x0 to the unconditional one of
     the step before."""
@@ -193,22 +198,6 @@ def model_of(gd, mean, sigma=SIGMA):
 
 
 @backends
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_guidance_extrapolates_the_mean(run, backend, prediction, sampler):
-    """Two normal distributions with the same variance: the guided model belongs to a third, beyond the first."""
-    gd, scale = diffusion(prediction=prediction, backend=backend), 2.5
-    # plain torch is slower and gets fewer numbers, too few for the mean
-    options = {"shape": (16, 512) if backend == "fused" else (2, 16), "record": "last"}
-    guided = run(gd, sampler, model=model_of(gd, 0.3), guidance=Guidance(scale, model_of(gd, 0.1)), **options)
-    expected = run(gd, sampler, model=model_of(gd, 0.1 + scale * 0.2), **options)
-    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
-    if backend == "fused":
-        assert abs(guided.mean().item() - 0.6) < 0.02
-        assert abs(guided.std().item() - SIGMA) < 0.03
-
-
-@backends
 @pytest.mark.parametrize("sampler, options", [("ddim", {}), ("euler", {}), ("dpmpp_2m", {"steps": 20})])
 def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sampler, options):
     """y is the sample with noise of standard deviation r. log p(y | x_t) is then quadratic, and p(x_0 | y) normal."""
@@ -235,13 +224,11 @@ def test_a_classifiers_gradient_leads_to_the_posterior(run, device, backend, sam
     "arguments, error, message",
     [
         ({"scale": "2"}, TypeError, "guidance scale is '2', expected a number"),
-        ({"scale": True}, TypeError, "guidance scale is True, expected a number"),
         ({"scale": float("inf")}, ValueError, "guidance scale is inf, expected a finite number"),
         ({"unconditional": 3}, TypeError, "unconditional is 3, expected a function"),
         ({"rescale": 1.5}, ValueError, "guidance rescale is 1.5, expected 0 <= rescale <= 1"),
         ({"rescale": None}, TypeError, "guidance rescale is None, expected a number"),
         ({"interval": 5}, TypeError, r"guidance interval is 5, expected \(low, high\)"),
-        ({"interval": (1, 2, 3)}, TypeError, r"guidance interval is \(1, 2, 3\), expected"),
         ({"interval": (5, 1)}, ValueError, r"guidance interval is \(5, 1\), expected low <= high"),
         ({"interval": (0, "9")}, TypeError, "guidance interval is '9', expected a number"),
     ],
@@ -253,6 +240,7 @@ def test_refused(arguments, error, message):
 
 @backends
 def test_outputs_that_do_not_fit_are_refused(device, backend):
+    """See also test_bad_input.py."""
     gd = make_diffusion(backend=backend)
 
     def loop(**options):
@@ -264,10 +252,6 @@ def test_outputs_that_do_not_fit_are_refused(device, backend):
         loop(guidance=Guidance(2.0, lambda x, t: x[:3]))
     with pytest.raises(TypeError, match="the model's output is a list, expected a tensor"):
         loop(guidance=Guidance(2.0, lambda x, t: [x]))
-    with pytest.raises(ValueError, match=r"gradient has shape .4, 1., expected that of x_t"):
-        loop(cond_fn=lambda x, t: x[:, :1, 0, 0])
-    with pytest.raises(TypeError, match="what cond_fn returns is a NoneType, expected a tensor"):
-        loop(cond_fn=lambda x, t: None)
     with pytest.raises(ValueError, match=r"guidance rescale is 0\.7, expected 0 for samples of one element"):
         options = {"shape": (3, 1), "rng": Philox(0), "progress": False, "device": device}
         gd.p_sample_loop(exact_model(gd), guidance=Guidance(2.0, exact_model(gd), rescale=0.7), **options)

@@ -19,6 +19,7 @@ SHAPE, TIMESTEPS, STEPS = (3, 2, 5, 4), 50, 7
 RNG = Philox(5)
 GRID = make_grid(GaussianDiffusion(TIMESTEPS).alphas_cumprod, range(TIMESTEPS - 1, -1, -8))
 HISTORY = [name for name, sampler in SAMPLERS.items() if sampler(GRID).history]
+NOISY = ("edm", "restart", "dpmpp_2s", "lcm", "tcd")  # some call the model twice a step, or add noise between steps
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 # Relative to the largest number that a loop has met, 1 or more. Measured worst of 800 loops: 1.5e-5.
 CLOSE = 5e-5
@@ -116,7 +117,7 @@ def check(gd, table, device, expected, **options):
 @backends
 @for_many(60)
 def test_any_option_beside_any_history(device, backend, choose: Choose):
-    sampler = choose.one_of([*HISTORY, "random rows", "random rows"], "sampler")
+    sampler = choose.one_of([*HISTORY, *NOISY, "random rows", "random rows"], "sampler")
     prediction = choose.one_of(["eps", "x0", "v"], "prediction") if sampler != "random rows" else "eps"
     table = make_table() if sampler == "random rows" else SAMPLERS[sampler](GRID, prediction=prediction)
     how, ours, variance, of_loop = {}, {}, "fixed_small", model

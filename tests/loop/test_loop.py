@@ -1,11 +1,9 @@
 """The loop's options: given step tables, what it records, and where it starts."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
-from support.gaussian import MU, SIGMA, TIMESTEPS, diffusion, exact_model, flow
+from support.gaussian import TIMESTEPS, diffusion, exact_model, flow
 
 import ddpm_ext
 from ddpm_ext import GaussianDiffusion, Philox
@@ -88,23 +86,6 @@ def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
         assert torch.equal(by_table, by_name)
 
 
-@pytest.mark.parametrize("option", [{"steps": 3}, {"spacing": "leading"}, {"timesteps": [3]}, {"eta": 0.0}])
-def test_a_table_excludes_the_options_of_samplers(option):
-    gd = diffusion()
-    table = SAMPLERS["ddim"](make_grid(gd.alphas_cumprod, [50, 0]))
-    with pytest.raises(ValueError, match=f"{next(iter(option))} is .* beside a StepTable"):
-        gd.p_sample_loop(exact_model(gd), (4, 5), sampler=table, progress=False, **option)
-
-
-def test_record_of_chosen_steps(run):
-    gd = diffusion()
-    every = run(gd, steps=10, record="all")
-    for steps in ([0], [9], (7, 2, 3), []):
-        some = run(gd, steps=10, record=steps)
-        assert len(some) == len(steps)
-        assert all(np.array_equal(x, every[i]) for x, i in zip(some, sorted(steps), strict=True))
-
-
 def test_callback_sees_each_step_and_may_end_the_loop(run, device):
     gd, seen = diffusion(), []
     every = run(gd, steps=10, record="all")
@@ -177,7 +158,7 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
 
 @backends
 @pytest.mark.parametrize("sampler", OF_HIGHER_ORDER)
-@pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.5, 5), (0.4, 4), (0.1, 1)])
+@pytest.mark.parametrize("strength, taken", [(0.9, 9), (0.4, 4), (0.1, 1)])
 def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler, strength, taken):
     """As if the sampler's timesteps were the last ones alone. Strength counts steps: each of heun's has two rows, and
     so has the first of plms."""
@@ -216,18 +197,6 @@ def test_start_of_no_signal_is_pure_noise(run, device):
     start = torch.full((4, 6), 0.7, device=device)
     loops = [gd.p_sample_loop(lambda x, t: 0.5 * x, (4, 6), start=s, **options) for s in (None, start)]
     assert torch.equal(*loops)
-
-
-def test_weak_start_stays_near_its_image(run, device):
-    gd = diffusion()
-    start = torch.full((64, 128), 2.0 * SIGMA + MU, device=device)  # far from the mean of the data
-    ends = [
-        run(gd, shape=(64, 128), start=start, strength=strength, record="last").mean().item()
-        for strength in (0.02, 0.1, 0.3, 1.0)
-    ]
-    assert abs(ends[0] - start[0, 0].item()) < 0.05
-    assert all(a > b for a, b in pairwise(ends))
-    assert abs(ends[-1] - MU) < 0.02
 
 
 def test_start_between_timesteps(run, device):

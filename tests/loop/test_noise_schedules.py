@@ -116,13 +116,13 @@ def test_pure_noise_has_the_first_levels_deviation(device, schedule, deviation):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "flow", "edm"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_from_a_level_without_signal(device, sampler, prediction):
+def test_from_a_level_without_signal(device, prediction):
     """Flow begins there. Nothing is infinite, whatever is predicted."""
     gd = GaussianDiffusion(T, "flow", prediction=prediction)
-    options = {"sampler": sampler, "steps": 6, "progress": False, "record": "last", "rng": Philox(1), "device": device}
-    x = gd.p_sample_loop(lambda x, t: torch.sin(x), SHAPE, **options)
-    assert x.isfinite().all() and x.abs().max() < 20
+    options = {"steps": 6, "progress": False, "record": "last", "rng": Philox(1), "device": device}
+    for sampler in SAMPLERS:
+        x = gd.p_sample_loop(lambda x, t: torch.sin(x), SHAPE, sampler=sampler, **options)
+        assert x.isfinite().all() and x.abs().max() < 20, sampler
 
 
 # --------------------------------------------------------------------------------------------------- between levels

@@ -10,6 +10,7 @@ from support.devices import moved
 from support.step_inputs import make_table
 
 from ddpm_ext import Philox, ops, reference
+from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops.row import WIDTH
 
 X, TABLE, AFFINE, T = torch.zeros(4, 6), make_table(5), torch.zeros(5, 2), torch.tensor([0, 1, 2, 4])
@@ -49,18 +50,13 @@ NOISY = ["reverse_step", "forward_process"]
 # refused by both backends: operators, arguments, error, message
 COMMON = [
     (ALL, {"x": X.long(), "y": X.long()}, TypeError, "{x} has dtype"),
-    (ALL, {"x": X.to(torch.complex64), "y": X.to(torch.complex64)}, TypeError, "{x} has dtype"),
     (ALL, {"x": X.bool()}, TypeError, "{x} has dtype"),
     (ALL, {"x": X[0, 0], "y": X[0, 0], "t": 0}, ValueError, "{x} is 0-dimensional"),
     (TWO, {"y": X[:, :5]}, ValueError, "{y} has shape .*4, 5.* expected .*4, 6"),
-    (TWO, {"y": X[:1]}, ValueError, "{y} has shape"),
-    (TWO, {"y": X[:, :1]}, ValueError, "{y} has shape"),
     (TWO, {"y": X[..., None]}, ValueError, "{y} has shape"),
     (TWO, {"y": X.long()}, TypeError, "{y} has dtype"),
     (ALL, {"t": T.int()}, TypeError, "t has dtype"),
-    (ALL, {"t": T.float()}, TypeError, "t has dtype"),
     (ALL, {"t": T[:3]}, ValueError, "t has shape .*3.* expected .*4"),
-    (ALL, {"t": T[:1]}, ValueError, "t has shape"),
     (ALL, {"t": T[:, None]}, ValueError, "t has shape"),
     (ALL, {"t": T[0]}, ValueError, "t has shape"),
     (ALL, {"t": 5}, ValueError, "t is 5, expected 0 <= t < 5"),
@@ -70,12 +66,9 @@ COMMON = [
     (ALL, {"t": None}, TypeError, "t is a NoneType"),
     (ALL, {"t": [0, 1, 2, 3]}, TypeError, "t is a list"),
     (NOISY, {"noise": X[:, :5]}, ValueError, "noise has shape"),
-    (NOISY, {"noise": X[:1]}, ValueError, "noise has shape"),
     (NOISY, {"noise": X.half()}, TypeError, "noise has dtype"),
-    (NOISY, {"noise": X.double()}, TypeError, "noise has dtype"),
     (NOISY, {"noise": X, "rng": Philox(0)}, ValueError, "noise and rng are both given"),
     (NOISY, {"rng": 0}, TypeError, "rng is a int"),
-    (NOISY, {"rng": torch.Generator()}, TypeError, "rng is a Generator"),
     (NOISY, {"rng": Philox(0, IDS[:3])}, ValueError, "sample_ids has shape"),
     (NOISY, {"rng": Philox(0, 2**56 - 3)}, ValueError, "sample_ids"),
     (ALL, {"table": None}, TypeError, "table is a NoneType, expected a tensor"),
@@ -85,7 +78,6 @@ COMMON = [
     (["reverse_step"], {"clip": (1.0, -1.0)}, ValueError, r"clip is \(1.0, -1.0\), expected low <= high"),
     (["reverse_step"], {"clip": (math.nan, 1.0)}, ValueError, "clip is .*nan.*, expected low <= high"),
     (NOISY, {"out": X[:, :5].clone()}, ValueError, "out has shape"),
-    (NOISY, {"out": X[:1].clone()}, ValueError, "out has shape"),
     (NOISY, {"out": X.half()}, TypeError, "out has dtype"),
 ]
 # refused by both backends, on the CPU only: values in tensors, which are not read back from a GPU
@@ -98,7 +90,6 @@ VALUES = [
 # refused by the kernels only
 FUSED = [
     (ALL, {"x": X.double(), "y": X.double()}, TypeError, "{x} has dtype Double.*backend"),
-    (TWO, {"y": X.double()}, TypeError, "{y} has dtype"),
     (TWO, {"x": X.half()}, TypeError, "{y} has dtype Float, expected that of {x}, Half"),
     (TWO, {"x": X.half(), "y": X.bfloat16()}, TypeError, "{y} has dtype"),
     (ALL, {"table": torch.zeros(5, WIDTH, dtype=torch.float64)}, TypeError, "table has dtype"),
@@ -192,6 +183,10 @@ def test_second_tensor_on_another_device_is_refused(name, device):
         call(ops, name, {"y": X.to("meta")}, device)
 
 
+def check_step(x, table, t, out=None, **source):
+    ops.TableStep(table, **source).check(x, *split_t(t), out)
+
+
 def check_step_is_refused(listed, device):
     for names, arguments, error, message in listed:
         if "reverse_step" not in names or "clip" in arguments:
@@ -203,16 +198,16 @@ def check_step_is_refused(listed, device):
         if given["x"].dtype == torch.half:
             continue  # only together with the model's output
         with pytest.raises(error, match=message.format(x="x_t", y="")):
-            ops.check_reverse_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
+            check_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
 
 
-def test_check_reverse_step_says_what_reverse_step_would(device):
+def test_the_check_of_a_step_says_what_the_step_would(device):
     check_step_is_refused(COMMON + FUSED, device)
     x, table, t = moved((X, TABLE, T), device)
-    assert ops.check_reverse_step(x, table, t, noise=x, out=x.clone()) is None
+    check_step(x, table, t, noise=x, out=x.clone())
 
 
-def test_check_reverse_step_sees_values_on_the_cpu():
+def test_the_check_of_a_step_sees_values_on_the_cpu():
     check_step_is_refused(VALUES, CPU)
 
 

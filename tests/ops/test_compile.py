@@ -66,16 +66,11 @@ FUNCTIONS = {
 functions = pytest.mark.parametrize("name", FUNCTIONS)
 
 
-@pytest.mark.parametrize(
-    "name, noise",
-    [
-        (name, noise)
-        for name in FUNCTIONS
-        for noise in ("default generator", "rng", "given")
-        if (name, noise) != ("randn", "given")
-    ],
-)
+@pytest.mark.parametrize("noise", ["default generator", "rng", "given"])
+@functions
 def test_aot_eager(name, noise, device):
+    if (name, noise) == ("randn", "given"):
+        return
     function = FUNCTIONS[name]
     x, t = inputs(device)
     options = {"default generator": {}, "rng": {"rng": philox(device)}, "given": {"noise": x.flip(0)}}[noise]
@@ -88,8 +83,7 @@ def test_aot_eager(name, noise, device):
     assert torch.equal(*expected) == (noise != "default generator")  # the seed is not a constant of the graph
 
 
-@pytest.mark.parametrize("t", [-1, 1000])
-@pytest.mark.parametrize("name", ["q_sample", "p_sample", "train_losses"])
+@pytest.mark.parametrize(("name", "t"), [("q_sample", -1), ("p_sample", 1000), ("train_losses", -1)])
 def test_int_t_out_of_range(name, t):
     compiled = torch.compile(lambda x: FUNCTIONS[name](x, t), backend="eager")
     with pytest.raises(ValueError, match=f"t is {t}, expected 0 <= t < 1000"):
@@ -97,24 +91,17 @@ def test_int_t_out_of_range(name, t):
 
 
 @functions
-@pytest.mark.parametrize("t", [0, 7])
-def test_int_t(name, t, device):
-    x, _ = inputs(device)
-    function = FUNCTIONS[name]
-    compiled = torch.compile(lambda x: function(x, t, rng=philox(device)), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), function(x, t, rng=philox(device)))
-
-
-@pytest.mark.parametrize("name", ["q_sample", "p_sample"])
-def test_out(name, device):
-    x, t = inputs(device)
-    function = FUNCTIONS[name]
-    compiled = torch.compile(
-        lambda x, t, out: function(x, t, rng=philox(device), out=out), backend="aot_eager", fullgraph=True
-    )
-    buffer = torch.empty_like(x)
-    assert torch.equal(compiled(x, t, buffer), function(x, t, rng=philox(device)))
-    assert torch.equal(buffer, function(x, t, rng=philox(device)))
+def test_int_t(name, device):
+    """Into new memory, and where the function takes some, into that."""
+    (x, _), function = inputs(device), FUNCTIONS[name]
+    results = [{}, {"out": torch.empty_like(x)}] if name in ("q_sample", "p_sample") else [{}]
+    for t, out in zip((7, 0), (*results, {}), strict=False):
+        compiled = torch.compile(
+            lambda x, out, t=t: function(x, t, rng=philox(device), **out), backend="aot_eager", fullgraph=True
+        )
+        expected = function(x, t, rng=philox(device))
+        assert torch.equal(compiled(x, out), expected)
+        assert not out or torch.equal(out["out"], expected)
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -136,14 +123,6 @@ def test_a_step_with_all_options(device, drawn):
     given["history3"] = memory["history_out"]
     torch.compile(step, backend="aot_eager", fullgraph=True)(memory["out"], t, given, memory)
     assert all(torch.equal(memory[name], expected[name]) for name in memory)
-
-
-def test_reference_backend_agrees(device):
-    """The compiled fused operators agree with the reference in eager mode."""
-    x, t = inputs(device)
-    truth = GaussianDiffusion(1000, backend="reference")
-    compiled = torch.compile(lambda x, t: GD.q_sample(x, t, x), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, t), truth.q_sample(x, t, x), rtol=0, atol=1e-6)  # measured 2.4e-7, factor 4
 
 
 @pytest.mark.parametrize("noise", ["rng", "given"])

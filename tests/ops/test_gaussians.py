@@ -73,7 +73,7 @@ def likelihood(x, mean, log_scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(levels, offsets, log_scales)
 @example(100, ("sigmas", 50.0), -4.0)
 @example(100, ("sigmas", -50.0), -7.0)
@@ -114,14 +114,6 @@ def test_levels_share_all_of_the_probability():
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-7)
 
 
-def test_mirrored():
-    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    mean = torch.linspace(-0.4, 0.9, 256, dtype=torch.float64)
-    for log_scale in (-9, -4, 0):
-        found = discretized_gaussian_log_likelihood(x, mean=mean, log_scale=log_scale)
-        assert torch.equal(found, discretized_gaussian_log_likelihood(-x, mean=-mean, log_scale=log_scale))
-
-
 def test_half_precision_counts_as_float32():
     x, mean = torch.tensor([-1.0, 0.5, 1.0]).bfloat16(), torch.tensor([-0.5, 0.25, 0.5]).half()
     found = discretized_gaussian_log_likelihood(x, mean=mean, log_scale=-3)
@@ -142,7 +134,7 @@ def exact_kl(mean1, log_variance1, mean2, log_variance2):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(
     st.floats(-2, 2),
     st.one_of(st.floats(-1, 1), st.floats(-1e-6, 1e-6)),
@@ -168,17 +160,6 @@ def test_divergence(dtype, mean, distance, log_variance, d):
         assert slope.item() == pytest.approx(value, rel=2 * ulps * torch.finfo(dtype).eps, abs=1e-30)
     in_last = (1 - first - difference**2 * second) / 2
     assert slopes[3].item() == pytest.approx(in_last, rel=1e-5, abs=1e-5)
-
-
-def test_divergence_is_torchs():
-    generator = torch.Generator().manual_seed(0)
-    mean1, log_variance1, mean2, log_variance2 = torch.randn(4, 5, 7, generator=generator, dtype=torch.float64)
-    normals = [
-        torch.distributions.Normal(mean, (log_variance / 2).exp())
-        for mean, log_variance in ((mean1, log_variance1), (mean2, log_variance2))
-    ]
-    expected = torch.distributions.kl_divergence(*normals)
-    torch.testing.assert_close(normal_kl(mean1, log_variance1, mean2, log_variance2), expected, rtol=1e-12, atol=0)
 
 
 def test_divergence_broadcasts():

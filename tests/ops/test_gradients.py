@@ -13,6 +13,7 @@ from ddpm_ext import Philox, ops, reference
 OPS = torch.ops.ddpm_ext
 SHAPE = (3, 2, 5, 7)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EDGES = (-1.0, 1.0)
 
 
 @pytest.fixture(scope="session")
@@ -44,30 +45,29 @@ def samples(make_step_table, normal, affine, rows, device):
     ids = {"seed": torch.tensor(5), "sample_ids": torch.tensor([4, 9, 2], device=device), "stream": 3}
     ids |= {"draw_data": torch.tensor(1)}
     plain = [v.detach() for v in (x, m, z)]
-    out, inf = torch.empty(SHAPE, device=device), float("inf")
+    out, inf = {"out": torch.empty(SHAPE, device=device)}, float("inf")
     kind = {"dtype": torch.bfloat16, "device": device}
     loss_table, wanted = normal(3, 4, seed=5), {"want_slope": True}
-    narrow = half.detach()
-    every_option = moved(options(SHAPE, torch.float32, torch.float16), device)
-    every_option |= {name: torch.empty(SHAPE, device=device) for name in RESULTS}
-    kept = {"x_start": last.detach(), "history2": plain[1], "history_out": plain[2].clone(), "out": out}
+    every = moved(options(SHAPE, torch.float32, torch.float16), device)
+    every |= {name: torch.empty(SHAPE, device=device) for name in RESULTS}
+    kept = {"x_start": last.detach(), "history2": plain[1], "history_out": plain[2].clone()} | out
     later = {"x_start": last.detach(), "model_variance": plain[1], "log_variance": False, "x0_out": plain[2].clone()}
     step = "step_with_options"
     return [
-        ("reverse_step", "default", (x, m, table, rows, 0, -1.0, 1.0, None, True, None, 7), {}),
-        ("reverse_step", "default", (x, m, table, None, 1, -1.0, 1.0, z, False), {}),
-        ("reverse_step", "default", (x, half, table, rows, 0, -1.0, 1.0, None, True), ids),
+        ("reverse_step", "default", (x, m, table, rows, 0, *EDGES, None, True, None, 7), {}),
+        ("reverse_step", "default", (x, m, table, None, 1, *EDGES, z, False), {}),
+        ("reverse_step", "default", (x, half, table, rows, 0, *EDGES, None, True), ids),
         ("reverse_step", "default", (last, m, table, rows, 0, -inf, inf, None, False), {}),
-        ("reverse_step", "out", (*plain[:2], table, rows, 0, -1.0, 1.0, None, True, None, 7), {"out": out}),
-        ("reverse_step", "out", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
-        (step, "default", (plain[0], narrow, table, rows, 0, -1.0, 1.0, None, True), every_option | ids),
-        (step, "default", (*plain[:2], table, None, 1, -1.0, 1.0, plain[2], False), {"out": out}),
-        (step, "default", (plain[0], None, table, rows, 0, -inf, inf, None, False), {"out": out, **later}),
+        ("reverse_step", "out", (*plain[:2], table, rows, 0, *EDGES, None, True, None, 7), out),
+        ("reverse_step", "out", (*plain[:2], table, None, 1, *EDGES, plain[2], False), out),
+        (step, "default", (plain[0], half.detach(), table, rows, 0, *EDGES, None, True), every | ids),
+        (step, "default", (*plain[:2], table, None, 1, *EDGES, plain[2], False), out),
+        (step, "default", (plain[0], None, table, rows, 0, -inf, inf, None, False), out | later),
         (step, "default", (plain[0], None, table, rows, 0, -inf, inf, None, False), kept),
         ("forward_process", "default", (x, affine, rows, 0, None, True, None, 7), {}),
         ("forward_process", "default", (half, affine, None, 1, half, False), {}),
         ("forward_process", "default", (last, affine, rows, 0, None, False), ids),
-        ("forward_process", "out", (plain[0], affine, rows, 0, None, True, None, 7), {"out": out}),
+        ("forward_process", "out", (plain[0], affine, rows, 0, None, True, None, 7), out),
         ("predict_start", "default", (x, m, affine, rows, 0), {}),
         ("predict_start", "default", (x, half, affine, None, 2), {}),
         ("posterior_mean", "default", (x, m, affine, rows, 0), {}),
@@ -87,8 +87,8 @@ COUNT = 24
 @pytest.mark.parametrize("i", range(COUNT))
 def test_opcheck(samples, i):
     assert len(samples) == COUNT
-    name, overload, arguments, options = samples[i]
-    torch.library.opcheck(getattr(getattr(OPS, name), overload), arguments, options)
+    name, overload, arguments, keywords = samples[i]
+    torch.library.opcheck(getattr(getattr(OPS, name), overload), arguments, keywords)
 
 
 def test_opcheck_draw_seed():
@@ -103,12 +103,9 @@ def test_opcheck_draw_seed():
 
 
 def test_every_operator_is_checked(samples):
-    checked = {"ddpm_ext::draw_seed"} | {
-        f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}" for name, overload, *_ in samples
-    }
-    checked |= {"ddpm_ext::x_start_scale", "ddpm_ext::output_scale"}  # by test_scales.py
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ddpm_ext::")}
-    assert registered == checked
+    checked = {f"ddpm_ext::{name}{'' if overload == 'default' else '.' + overload}" for name, overload, *_ in samples}
+    checked |= {f"ddpm_ext::{name}" for name in ("draw_seed", "x_start_scale", "output_scale")}  # by test_scales.py
+    assert {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ddpm_ext::")} == checked
 
 
 # ----------------------------------------------------------------------------------------------- gradients
@@ -121,11 +118,22 @@ def gradients(function, tensors, weight):
     return torch.autograd.grad((result * weight.to(result.dtype)).sum(), leaves)
 
 
-def assert_gradients(fused, twin, tensors):
-    """The gradients are those of `twin` in float64, but for the rounding to the dtypes of the tensors."""
+def assert_gradients(name, tensors, table, t, options=None, noise=None):
+    """The gradients of an operator of `tensors` are those of its twin in float64, but for the rounding to the dtypes
+    of the tensors. `noise` comes behind them."""
+    options, tensors = options or {}, tensors if noise is None else [*tensors, noise]
     weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(tensors[0])
-    got = gradients(fused, tensors, weight)
-    truth = gradients(twin, [tensor.double() for tensor in tensors], weight)
+    wide = as_float64(table) if table.shape[1] > 2 else table.double()
+
+    def of(backend, table):
+        def call(*given):
+            z = {} if noise is None else {"noise": given[-1]}
+            return getattr(backend, name)(*given[: len(given) - len(z)], table, t, **options, **z)
+
+        return call
+
+    got = gradients(of(ops, table), tensors, weight)
+    truth = gradients(of(reference, wide), [tensor.double() for tensor in tensors], weight)
     for gradient, expected, tensor in zip(got, truth, tensors, strict=True):
         assert gradient.dtype == tensor.dtype and gradient.shape == tensor.shape
         # measured worst: 0.3 of this bound in float32, 0.31 in the others
@@ -133,7 +141,7 @@ def assert_gradients(fused, twin, tensors):
         torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def away_from_the_clip(x, m, table, t, clip):
+def away_from_the_clip(x, m, table, t, clip=EDGES):
     """m, changed where the predicted x0 is so near the clip's edge that rounding decides on which side it lies."""
     a, b = table.double()[t].expand(len(x), -1)[:, :2].reshape(len(x), 2, *[1] * (x.dim() - 1)).unbind(1)
     start = a * x.double() + b * m.double()
@@ -146,86 +154,51 @@ def away_from_the_clip(x, m, table, t, clip):
     return moved
 
 
-@pytest.mark.parametrize("clip", [(-1.0, 1.0), (-0.5, 2.0), None])
-@pytest.mark.parametrize("m_dtype", DTYPES)
-def test_reverse_step(make_step_table, normal, t, clip, m_dtype):
+@pytest.mark.parametrize(
+    ("dtype", "m_dtype", "clip"),
+    [
+        *((torch.float32, torch.float32, clip) for clip in ((-1.0, 1.0), (-0.5, 2.0), None)),
+        *((torch.float32, torch.float16, (-1.0, 1.0)), (torch.float32, torch.bfloat16, None)),
+        *((dtype, dtype, (-1.0, 1.0)) for dtype in DTYPES[1:]),
+    ],
+)
+def test_reverse_step(make_step_table, normal, t, dtype, m_dtype, clip):
     table = make_step_table(3, seed=2)
-    x, m, z = normal(*SHAPE), normal(*SHAPE, seed=1, dtype=m_dtype), normal(*SHAPE, seed=2)
+    x, m, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=m_dtype), normal(*SHAPE, seed=2, dtype=dtype)
     if clip is not None:
         m = away_from_the_clip(x, m, table, t, clip)
-    assert_gradients(
-        lambda x, m, z: ops.reverse_step(x, m, table, t, clip=clip, noise=z),
-        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), t, clip=clip, noise=z),
-        [x, m, z],
-    )
-    assert_gradients(
-        lambda x, m: ops.reverse_step(x, m, table, t, clip=clip, rng=Philox(0)),
-        lambda x, m: reference.reverse_step(x, m, as_float64(table), t, clip=clip, rng=Philox(0)),
-        [x, m],
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_reverse_step_in_16_bits(make_step_table, normal, rows, dtype):
-    table = make_step_table(3, seed=2)
-    x, m, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype), normal(*SHAPE, seed=2, dtype=dtype)
-    m = away_from_the_clip(x, m, table, rows, (-1.0, 1.0))
-    assert_gradients(
-        lambda x, m, z: ops.reverse_step(x, m, table, rows, noise=z),
-        lambda x, m, z: reference.reverse_step(x, m, as_float64(table), rows, noise=z),
-        [x, m, z],
-    )
+    assert_gradients("reverse_step", [x, m], table, t, {"clip": clip}, z)
+    assert_gradients("reverse_step", [x, m], table, t, {"clip": clip, "rng": Philox(0)})
 
 
 @pytest.mark.parametrize("backend", [ops, reference])
 @pytest.mark.parametrize("clip", [(-1.0, 1.0), None])
 def test_clip_holds_gradients_back_as_torchs(backend, clip, device):
     """Also at the edges, where versions of torch differ, and for NaN."""
-    table = make_row(a=1.0, c0=1.0).to(device)
+    table, one = make_row(a=1.0, c0=1.0).to(device), torch.ones(1, device=device)
     special = [] if clip is None else [float("inf"), float("nan")]
     values = torch.tensor([[-2.0, -1.0, -0.5, 1.0, 1.5, *special]], device=device)
-    one = torch.ones(1, device=device)
     (truth,) = gradients(lambda x: x if clip is None else x.clamp(*clip), [values], one)
     (got,) = gradients(
-        lambda x: backend.reverse_step(x, torch.zeros_like(x), table, 0, clip=clip, add_noise=False),
-        [values],
-        one,
+        lambda x: backend.reverse_step(x, torch.zeros_like(x), table, 0, clip=clip, add_noise=False), [values], one
     )
     assert got.tolist() == truth.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_process(normal, affine, t, dtype):
-    x, z = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)
-    wide = affine.double()
-    assert_gradients(
-        lambda x, z: ops.forward_process(x, affine, t, noise=z),
-        lambda x, z: reference.forward_process(x, wide, t, noise=z),
-        [x, z],
-    )
+def test_affine_operators(normal, affine, t, dtype):
+    x, y = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype)
+    assert_gradients("forward_process", [x], affine, t, noise=y)
     for how in ({"rng": Philox(0)}, {"add_noise": False}):
-        assert_gradients(
-            lambda x, how=how: ops.forward_process(x, affine, t, **how),
-            lambda x, how=how: reference.forward_process(x, wide, t, **how),
-            [x],
-        )
-
-
-@pytest.mark.parametrize("name", ["predict_start", "posterior_mean"])
-@pytest.mark.parametrize(("x_dtype", "y_dtype"), [(d, d) for d in DTYPES] + [(torch.float32, d) for d in DTYPES[1:]])
-def test_affine(normal, affine, name, t, x_dtype, y_dtype):
-    x, y = normal(*SHAPE, dtype=x_dtype), normal(*SHAPE, seed=1, dtype=y_dtype)
-    assert_gradients(
-        lambda x, y: getattr(ops, name)(x, y, affine, t),
-        lambda x, y: getattr(reference, name)(x, y, affine.double(), t),
-        [x, y],
-    )
+        assert_gradients("forward_process", [x], affine, t, how)
+    for name in ("predict_start", "posterior_mean"):
+        assert_gradients(name, [x, y], affine, t)
+        assert_gradients(name, [x.float(), y], affine, t)
 
 
 @pytest.mark.parametrize("memory", ["channels_last", "sliced", "expanded"])
 def test_memory_layouts(make_step_table, normal, affine, rows, memory):
-    table, m = make_step_table(3), normal(*SHAPE, seed=1)
-    x = normal(*SHAPE)
+    table, m, x = make_step_table(3), normal(*SHAPE, seed=1), normal(*SHAPE)
     x = {
         "channels_last": lambda: x.to(memory_format=torch.channels_last),
         "sliced": lambda: torch.stack([x, x], -1)[..., 0],
@@ -255,20 +228,14 @@ NAMES = pytest.mark.parametrize("name", ["reverse_step", "forward_process", "pre
 
 
 @NAMES
-def test_gradcheck_of_the_reference(make_step_table, normal, affine, rows, name):
-    table = make_step_table(3, seed=2, dtype=torch.float64)
-    x, y = (normal(3, 4, seed=i, dtype=torch.float64, grad=True) for i in range(2))
-    function = operators(reference, table, affine.double(), rows)[name]
-    assert torch.autograd.gradcheck(function, (x, y))
-    assert torch.autograd.gradgradcheck(function, (x, y))
-
-
-@NAMES
 def test_second_derivatives(make_step_table, normal, affine, rows, name):
-    """The operators are affine, so that their cube is differentiated."""
+    """The operators are affine, so that their cube is differentiated. The reference's are those of torch."""
     table = make_step_table(3, seed=2)
-    x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
-    y = away_from_the_clip(x, y, table, rows, (-1.0, 1.0))
+    x, y = (normal(3, 4, seed=i, dtype=torch.float64, grad=True) for i in range(2))
+    function = operators(reference, as_float64(table), affine.double(), rows)[name]
+    assert torch.autograd.gradcheck(function, (x, y)) and torch.autograd.gradgradcheck(function, (x, y))
+    x = normal(*SHAPE)
+    y = away_from_the_clip(x, normal(*SHAPE, seed=1), table, rows)
 
     def second(function, tensors):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -276,8 +243,7 @@ def test_second_derivatives(make_step_table, normal, affine, rows, name):
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
     got = second(operators(ops, table, affine, rows)[name], [x, y])
-    truth = second(operators(reference, as_float64(table), affine.double(), rows)[name], [x.double(), y.double()])
-    for gradient, expected in zip(got, truth, strict=True):
+    for gradient, expected in zip(got, second(function, [x.double(), y.double()]), strict=True):
         scale = expected.abs().max()
         assert (gradient.double() - expected).abs().max() <= 1e-6 * scale  # measured worst 2.9e-7
 
@@ -302,20 +268,14 @@ def test_out_is_refused_where_gradients_are_needed(make_step_table, normal, affi
             assert backend_call().grad_fn is None
 
 
-def test_results_need_gradients_where_an_argument_does(make_step_table, normal, affine, rows):
-    table = make_step_table(3)
+@NAMES
+def test_a_graph_is_made_where_an_argument_needs_one(make_step_table, normal, affine, rows, name):
+    """It changes no bits."""
+    function = operators(ops, make_step_table(3), affine, rows)[name]
     leaf, plain = normal(*SHAPE, grad=True), normal(*SHAPE, seed=1)
     for x, y in ((leaf, plain), (plain, leaf)):
-        for function in operators(ops, table, affine, rows).values():
-            assert function(x, y).requires_grad
-            with torch.no_grad():
-                assert not function(x, y).requires_grad
-    for function in operators(ops, table, affine, rows).values():
-        assert not function(plain, plain).requires_grad
-
-
-@NAMES
-def test_the_graph_changes_no_bits(make_step_table, normal, affine, rows, name):
-    function = operators(ops, make_step_table(3), affine, rows)[name]
-    x, y = normal(*SHAPE), normal(*SHAPE, seed=1)
-    assert torch.equal(function(x.clone().requires_grad_(), y), function(x, y))
+        assert function(x, y).requires_grad
+        with torch.no_grad():
+            assert not function(x, y).requires_grad
+        assert torch.equal(function(x, y), function(x.detach(), y.detach()))
+    assert not function(plain, plain).requires_grad

@@ -151,22 +151,17 @@ calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
 @calls
-@pytest.mark.parametrize("shape", [(5, 3, 7, 19), (3, 2, 130, 130)])
-@pytest.mark.parametrize("dtype", [F32, F16])
-def test_bits_do_not_depend_on_the_batch_the_layout_or_the_threads(device, call, shape, dtype):
+@pytest.mark.parametrize(("shape", "dtype"), [((5, 3, 7, 19), F16), ((3, 2, 130, 130), F32)])
+def test_bits_do_not_depend_on_the_batch_the_layout_or_the_threads(device, threads, call, shape, dtype):
     tensors = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1)).to(device, dtype).unbind()
     whole = call(*tensors)
     assert torch.equal(torch.cat([call(*(x[i : i + 1] for x in tensors)) for i in range(len(whole))]), whole)
     last = [x.to(memory_format=torch.channels_last) for x in tensors]
     mixed = last[0], tensors[1], torch.stack([tensors[2], tensors[0]], -1)[..., 0]
     assert torch.equal(call(*last), whole) and torch.equal(call(*mixed), whole)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):  # fewer than there are samples, and more
-            torch.set_num_threads(count)
-            assert torch.equal(call(*tensors), whole)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):  # fewer than there are samples, and more
+        threads(count)
+        assert torch.equal(call(*tensors), whole)
 
 
 @calls
@@ -198,16 +193,11 @@ def test_gradients_are_torchs(device):
         assert not ops.output_scale(m, u, guidance=3.0, rescale=0.7).requires_grad
 
 
-def bad(name, **changes):
-    x = torch.zeros(2, 6)
-    given = {
-        "x_start_scale": {
-            **{"x_t": x, "model_output": x, "table": TABLE, "t": 0, "quantile": 0.9, "uncond_output": x},
-            "output_scale": torch.ones(2),
-        },
-        "output_scale": {"model_output": x, "uncond_output": x, "guidance": 2.0, "rescale": 0.7},
-    }[name]
-    return {**given, **changes}
+X = torch.zeros(2, 6)
+GOOD = {
+    "x_start_scale": {"x_t": X, "model_output": X, "table": TABLE, "t": 0, "quantile": 0.9, "uncond_output": X},
+    "output_scale": {"model_output": X, "uncond_output": X, "guidance": 2.0, "rescale": 0.7},
+}
 
 
 @pytest.mark.parametrize(
@@ -221,10 +211,10 @@ def bad(name, **changes):
         ("x_start_scale", {"model_output": None, "table": None}, ValueError, "given without model_output"),
         ("x_start_scale", {"t": 3}, ValueError, "t is 3, expected 0 <= t < 3"),
         ("x_start_scale", {"model_output": torch.zeros(2, 5)}, ValueError, "model_output has shape"),
-        ("x_start_scale", {"uncond_output": torch.zeros(2, 6).half()}, TypeError, "uncond_output has dtype"),
+        ("x_start_scale", {"uncond_output": X.half()}, TypeError, "uncond_output has dtype"),
         ("x_start_scale", {"output_scale": torch.ones(3)}, ValueError, "output_scale has shape"),
         ("output_scale", {"uncond_output": torch.zeros(2, 5)}, ValueError, "uncond_output has shape"),
-        ("output_scale", {"uncond_output": torch.zeros(2, 6).half()}, TypeError, "uncond_output has dtype"),
+        ("output_scale", {"uncond_output": X.half()}, TypeError, "uncond_output has dtype"),
         ("output_scale", {"guidance": INF}, ValueError, "guidance is inf, expected a finite number"),
         ("output_scale", {"rescale": 1.5}, ValueError, "rescale is 1.5, expected 0 <= rescale <= 1"),
     ],
@@ -232,7 +222,7 @@ def bad(name, **changes):
 @BACKENDS
 def test_refused(backend, name, changes, error, message):
     with pytest.raises(error, match=message):
-        getattr(backend, name)(**bad(name, **changes))
+        getattr(backend, name)(**GOOD[name] | changes)
 
 
 def test_float64_is_for_the_reference():

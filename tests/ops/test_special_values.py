@@ -52,8 +52,10 @@ ROWS = [
 
 @BACKENDS
 @DTYPES
-@pytest.mark.parametrize("clip", [None, (-1.0, 1.0), (-INF, 0.5), (0.0, INF)])
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    ("row", "clip"),
+    [*((row, (-1.0, 1.0)) for row in ROWS), (ROWS[1], None), (ROWS[0], (-INF, 0.5)), (ROWS[1], (0.0, INF))],
+)
 def test_special_values_in_every_place(backend, dtype, clip, row, device):
     x, m, z = combinations(3, dtype, device)
     for noise in (None, z):
@@ -63,30 +65,6 @@ def test_special_values_in_every_place(backend, dtype, clip, row, device):
         # NaN and infinities are in the same places; the margin is for terms of 1000 that cancel
         tolerance = {torch.float32: 2e-4, torch.float16: 1, torch.bfloat16: 8}[dtype]
         np.testing.assert_allclose(got.double().cpu().numpy(), truth, rtol=0, atol=tolerance)
-
-
-@BACKENDS
-def test_clip_tames_an_infinite_model_output_where_c2_is_0(backend, device):
-    x, m = torch.zeros(1, 64, device=device), torch.tensor([[INF, -INF] * 32], device=device)
-    table = step_table(device, (1.0, 2.0, 0.5, 0.0, 0.0, 0.0), (1.0, 2.0, 0.5, 0.0, 0.25, 0.0))
-    assert torch.equal(backend.reverse_step(x, m, table, 0, add_noise=False), m.sign() * 0.5)
-    assert torch.equal(backend.reverse_step(x, m, table, 1, add_noise=False), m)
-    assert torch.equal(backend.reverse_step(x, m, table, 0, clip=None, add_noise=False), m)
-
-
-@BACKENDS
-def test_one_nan_spoils_one_element(backend, normal, device):
-    table = step_table(device, ROWS[0])
-    x, m, z = normal(3, 2, 150).unbind()
-    expected = backend.reverse_step(x, m, table, 0, noise=z)
-    for spoiled in range(3):
-        for place in (0, 63, 64, 149, 150, 299):
-            tensors = [v.clone() for v in (x, m, z)]
-            tensors[spoiled].view(-1)[place] = NAN
-            got = backend.reverse_step(*tensors[:2], table, 0, noise=tensors[2]).view(-1)
-            assert got[place].isnan()
-            got[place] = expected.view(-1)[place]
-            assert torch.equal(got.view(2, 150), expected)
 
 
 @BACKENDS
@@ -129,8 +107,9 @@ def test_16_bit_results_overflow_to_infinity(backend, device):
 
 
 @BACKENDS
-@DTYPES
-@pytest.mark.parametrize("shape", [(0,), (0, 3, 4), (2, 0), (2, 3, 0, 5), (0, 0)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((0,), torch.float32), ((0, 3, 4), torch.float16), ((2, 3, 0, 5), torch.bfloat16)]
+)
 def test_empty(backend, dtype, shape, device):
     x, affine = torch.empty(shape, dtype=dtype, device=device), torch.ones(4, 2, device=device)
     steps, zeros = step_table(device, *ROWS), torch.zeros(shape[0], dtype=torch.int64, device=device)

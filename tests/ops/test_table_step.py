@@ -115,19 +115,13 @@ def test_each_call_takes_the_launches_of_its_inputs(tensors):
         ({"quantile": 0.9}, ["x_start_scale", *with_options]),
     ):
         assert launches(lambda inputs=inputs: step.take(x, m, None, 1, **inputs)) == expected, list(inputs)
-    assert launches(lambda: step.take(x, None, None, 1)) == with_options
+    assert launches(lambda: step.take(x, None, None, 1)) == with_options  # a row that asks no model
+    zeros = torch.zeros_like(x)
+    assert torch.equal(step.take(x, None, None, 1), ops.reverse_step(x, zeros, TABLE, 1, add_noise=False))
     out = torch.empty_like(x)
     assert step.take(x, m, None, 1, out) is out
     assert torch.equal(out, ops.reverse_step(x, m, TABLE, 1, add_noise=False))
     assert torch.equal(out, ops.step_with_options(x, m, TABLE, 1, add_noise=False))
-
-
-@BACKENDS
-def test_a_row_without_a_model(device, tensors, backend):
-    x, table = tensors()["x_t"], TABLE.to(device)
-    got = backend.TableStep(table, clip=None, rng=Philox(4)).take(x, None, None, 1)
-    expected = backend.reverse_step(x, torch.zeros_like(x), table, 1, clip=None, rng=Philox(4))
-    assert torch.equal(got, expected)
 
 
 @BACKENDS

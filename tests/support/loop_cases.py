@@ -111,14 +111,8 @@ CASES = {
     "no clip": (constant(clip_denoised=False), constant(clip=None)),
     "clip range": (constant(clip_denoised=(-0.5, 0.25)), constant(clip=(-0.5, 0.25))),
     "x0": (constant(x0=True), constant()),
-    "guidance": (
-        constant(guidance=Guidance(2.5, unconditional)),
-        constant(scale=2.5, unconditional=unconditional),
-    ),
-    "guidance doubled": (
-        constant(guidance=2.5, model=doubled),
-        constant(scale=2.5, unconditional=unconditional),
-    ),
+    "guidance": (constant(guidance=Guidance(2.5, unconditional)), constant(scale=2.5, unconditional=unconditional)),
+    "guidance doubled": (constant(guidance=2.5, model=doubled), constant(scale=2.5, unconditional=unconditional)),
     "guidance interval": (
         constant(guidance=Guidance(2.5, unconditional, interval=(9, 61))),
         constant(scale=2.5, unconditional=unconditional, interval=(9, 61)),
@@ -129,10 +123,7 @@ CASES = {
     ),
     "cond_fn": (constant(cond_fn=cond_fn), constant(cond_fn=cond_fn)),
     "denoised_fn": (constant(denoised_fn=denoised_fn), constant(denoised_fn=denoised_fn)),
-    "threshold": (
-        constant(clip_denoised=DynamicThreshold(0.8)),
-        constant(quantile=0.8),
-    ),
+    "threshold": (constant(clip_denoised=DynamicThreshold(0.8)), constant(quantile=0.8)),
     "threshold maximum": (
         constant(clip_denoised=DynamicThreshold(0.95, maximum=1.25)),
         constant(quantile=0.95, maximum=1.25),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from support.choices import Choose
@@ -25,7 +27,7 @@ CLIPS = [None, (-1.0, 1.0), (-0.25, 1.5), (0.5, 0.5)]
 
 def host(x: torch.Tensor) -> np.ndarray:
     """In float64."""
-    return x.double().cpu().numpy()
+    return x.detach().double().cpu().numpy()
 
 
 def assert_near(got: torch.Tensor, terms: list[np.ndarray], noise_scale: np.ndarray | float = 0.0) -> None:
@@ -55,11 +57,41 @@ def row_numbers(table: torch.Tensor, t: int | torch.Tensor, x: np.ndarray) -> di
     return found
 
 
+def layouts(x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """x's values in other memory layouts."""
+    reverse = list(reversed(range(x.dim())))
+    yield "transposed", x.transpose(1, -1).contiguous().transpose(1, -1)
+    yield "batch last", x.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield "reversed", x.permute(reverse).contiguous().permute(reverse)
+    yield "sliced inside", torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]
+    yield "sliced batch", torch.stack([x, x + 1], 1).flatten(0, 1)[::2]
+    yield "offset", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    yield "padded", torch.nn.functional.pad(x, (3, 2))[..., 3:-2]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is not None:
+        yield "channels last", x.to(memory_format=last)
+
+
 def as_float64(table: torch.Tensor) -> torch.Tensor:
     """A packed step table in float64, as the reference reads it."""
     wide, draw = table.double(), ROW.index("draw")
     wide.view(torch.int64)[:, draw] = table.view(torch.int32)[:, draw].long()
     return wide
+
+
+def in_some_memory(x: torch.Tensor, dtype: torch.dtype, choose: Choose) -> torch.Tensor:
+    """x's values in some memory layout, or those of one place along an axis, expanded."""
+    kind = choose.one_of(["contiguous", "permuted", "sliced", "offset", "expanded"], "memory")
+    if kind == "permuted":
+        order = choose.order(x.dim(), "order")
+        return x.permute(order).to(dtype).contiguous().permute(np.argsort(order).tolist())
+    if kind == "sliced":
+        return torch.stack([x, x + 1], -1).to(dtype)[..., 0]
+    if kind == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()]).to(dtype)[1:].view(x.shape)
+    if kind == "expanded" and x.numel():
+        return x.narrow(choose.integer(0, x.dim() - 1, "axis"), 0, 1).to(dtype).expand(x.shape)
+    return x.to(dtype)
 
 
 class Inputs:
@@ -77,20 +109,7 @@ class Inputs:
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """Random numbers in some memory layout."""
-        shape = self.shape
-        x = torch.randn(shape, generator=self.generator).to(self.device)
-        kind = self.choose.one_of(["contiguous", "permuted", "sliced", "offset", "expanded"], "memory")
-        if kind == "permuted":
-            order = self.choose.order(len(shape), "order")
-            return x.permute(order).to(dtype).contiguous().permute(np.argsort(order).tolist())
-        if kind == "sliced":
-            return torch.stack([x, x + 1], -1).to(dtype)[..., 0]
-        if kind == "offset":
-            return torch.cat([x.new_zeros(1), x.flatten()]).to(dtype)[1:].view(shape)
-        if kind == "expanded" and 0 not in shape:
-            axis = self.choose.integer(0, len(shape) - 1, "axis")
-            return x.narrow(axis, 0, 1).to(dtype).expand(shape)
-        return x.to(dtype)
+        return in_some_memory(torch.randn(self.shape, generator=self.generator).to(self.device), dtype, self.choose)
 
     def row(self) -> int:
         return self.choose.integer(0, self.rows - 1, "row")

@@ -56,7 +56,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     if noise is not None and (not is_like(noise, x) or noise.dtype != x.dtype):
         raise Fallback("its noise is no plain float32 tensor on the samples' device")
     try:
-        ops.check_reverse_step(x, tables.get("steps", x.device), t)
+        ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
     except (TypeError, ValueError):
         raise Fallback from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from support.step_inputs import RESULTS, make_table, options
+from support.step_inputs import RESULTS, make_row, make_table, options
 from torch import Tensor
 
 import ddpm_ext
@@ -78,15 +78,20 @@ def drawn(seed: int, first_id: int, stream: int = 0) -> dict[str, Tensor]:
 
 
 def all_calls() -> Iterator[Call]:
-    """Every operator with every dtype, with noise that is drawn, given and absent."""
+    """Every operator with every dtype, with noise that is drawn, given and absent; then special numbers."""
     pairs = [(a, b) for a, b in itertools.product(DTYPES[:3], DTYPES[:3]) if a in (b, torch.float32)]
-    for shape, (a, b) in itertools.product(SHAPES, pairs):
-        sizes = {"batch": integer(shape[0]), "numel": integer(math.prod(shape[1:]))}
-        x, m, z = (2 * normal(*shape, seed=seed) for seed in (2, 3, 4))
-        x, m, z = x.to(a), m.to(b), z.to(a)
+    values = {str(shape): [2 * normal(*shape, seed=seed) for seed in (2, 3, 4)] for shape in SHAPES}
+    odd = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -3e38]).repeat(20)
+    values["odd"] = [each.view(5, 28) for each in (odd, odd.flip(0), odd.roll(3))]
+    for (name, tensors), (a, b) in itertools.product(values.items(), pairs):
+        x, m, z = (each.to(dtype) for each, dtype in zip(tensors, (a, b, a), strict=True))
+        sizes = {"batch": integer(len(x)), "numel": integer(x[0].numel())}
         calls = (make(x, m, z) for make in (simple_calls, option_calls, loss_calls, scale_calls))
         for call in itertools.chain.from_iterable(calls):
-            yield call._replace(what=f"{call.what} {shape} {a} {b}", arguments={**sizes, **call.arguments})
+            yield call._replace(what=f"{call.what} {name} {a} {b}", arguments={**sizes, **call.arguments})
+    for call in special_calls():
+        sizes = {"batch": integer(1), "numel": integer(next(iter(call.arguments.values())).numel())}
+        yield call._replace(arguments={**sizes, **call.arguments})
 
 
 def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
@@ -118,10 +123,11 @@ def simple_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
 
 
 def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
-    """The step with options: none, each alone, all at once."""
+    """The step with options: none, each alone, all at once, and some of them."""
     table, t = make_table(8), torch.tensor([3, 0, 1, 2, 7])
     every = options(tuple(x.shape), x.dtype, m.dtype)
-    for i, names in enumerate([[], list(every), *([name] for name in every)]):
+    some = [[name for i, name in enumerate(every) if 0x9E3779B1 * k >> 7 + i & 1] for k in range(1, 9)]
+    for i, names in enumerate([[], list(every), *([name] for name in every), *some]):
         given = {name: every[name] for name in names}
         if ("known" in given) != ("mask" in given):
             given |= {name: every[name] for name in ("known", "mask")}
@@ -136,7 +142,29 @@ def option_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
             how = {**how, "log_variance": i % 2 == 0}
             arguments["variance"] = integer(1 if i % 2 == 0 else 2)
         results["out"] = ops.step_with_options(x, m, table, t, **how, **given, **results)
-        yield Call(f"step_with_options {names}", "step_with_options", arguments, results)
+        yield Call(f"step_with_options {i} {names}", "step_with_options", arguments, results)
+
+
+def special_calls() -> Iterator[Call]:
+    """Every number of 16 bits, and float32 numbers of all sizes as a variance."""
+    one, row = torch.tensor([0]), make_row(a=1.0, c0=1.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype).view(1, -1)
+        every = torch.where(every.isnan(), torch.zeros_like(every), every)
+        expected = ops.reverse_step(every, every, row, 0, add_noise=False)
+        arguments = {"x": every, "model_output": every, **rows_of(row, one)}
+        yield Call(f"clipped {dtype}", "reverse_step", arguments, {"out": expected})
+        for factor in (1 / 3, 1.0, 3.0):
+            affine = torch.tensor([[factor, 0.0]])
+            expected = ops.forward_process(every, affine, 0, add_noise=False)
+            yield Call(f"times {factor} {dtype}", "affine", {"x": every, **rows_of(affine, one)}, {"out": expected})
+    v = torch.arange(-(2**31), 2**31, 30011).to(torch.int32).view(torch.float32).view(1, -1)
+    row, x, z = make_row(s=1.0, l1=1.0), torch.zeros_like(v), torch.ones_like(v)
+    for log in (True, False):
+        expected = ops.step_with_options(x, None, row, 0, model_variance=v, noise=z, log_variance=log)
+        arguments = {"x_t": x, "model_variance": v, "noise": z, "variance": integer(1 if log else 2)}
+        arguments |= rows_of(row, one)
+        yield Call(f"deviation {log}", "step_with_options", arguments, {"out": expected})
 
 
 def loss_calls(x: Tensor, m: Tensor, z: Tensor) -> Iterator[Call]:
