@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from ddpm_ext.base.types import Clip, Model
+from ddpm_ext.base.types import Model
 from ddpm_ext.loop.keywords import CaptureKeywords, ProgressiveKeywords, SampleKeywords
 from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
 from ddpm_ext.loop.results import CapturedLoop, collect
 from ddpm_ext.loop.rows import LoopRowsCache
-from ddpm_ext.losses import likelihood
-from ddpm_ext.losses.likelihood import BitsPerDim, VlbTerms
+from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
-from ddpm_ext.losses.train_losses import LossOptions, train_losses
-from ddpm_ext.ops.noise import Philox
-from ddpm_ext.process import reverse
+from ddpm_ext.losses.train_losses import LossMethods
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # torch needs typing_extensions, too
 
 
-class GaussianDiffusion(Process):
+class GaussianDiffusion(LossMethods, LikelihoodMethods):
     """A Gaussian diffusion over `timesteps` steps: forward process, reverse process and loss (Ho et al. 2020).
 
     Args:
@@ -87,118 +84,6 @@ class GaussianDiffusion(Process):
     def process(self) -> Process:
         """Itself: what losses, loops and likelihoods take."""
         return self
-
-    # ----------------------------------------------------------------------------------------------- training
-
-    def train_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: int | Tensor,
-        noise: Tensor | None = None,
-        *,
-        rng: Philox | None = None,
-        loss: str = "mse",
-        delta: float = 1.0,
-        weighting: str | Tensor = "simple",
-        vlb_weight: float = 0.001,
-        offset_noise: float = 0.0,
-        input_perturbation: float = 0.0,
-        reduction: str = "mean",
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
-        model's: one makes x_t, the other the loss and its gradient. On a GPU the loss draws the noise again; on a CPU
-        the noise stays in the memory that the gradient is then written to.
-
-        Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
-        mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.
-
-        Args:
-            model: model(x_t, t, **model_kwargs) -> (batch, ...).
-            x_start: (batch, ...), in [-1, 1] by custom.
-            t: int64 (batch,) or int, in [0, timesteps).
-            noise, rng: as in q_sample.
-            loss: "mse", "l1" or "huber"; or the variational bound alone, whose term moves the mean too: "vlb", in bits
-                per dimension, or "rescaled_vlb", `timesteps` times that. The mean of the latter over uniform t is the
-                bound without the prior's term, which no model changes.
-            delta: the difference up to which "huber" is quadratic, above 0.
-            weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
-                another of ddpm_ext.tables.weightings; or weights (timesteps,), which are read anew when torch has
-                written to them (writes by others go unseen).
-            vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
-            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, whatever
-                stream rng has), at least 0. The noise is made as a tensor then.
-            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever stream rng has),
-                relative to that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure
-                bias". It costs one launch more.
-            reduction: "mean" or "sum" of the samples' losses, or "none".
-
-        Returns:
-            A scalar loss, or (batch,), float32 (float64 for float64 samples).
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-
-        Examples:
-            >>> gd = GaussianDiffusion(1000)
-            >>> gd.train_losses(model, images, torch.tensor([0, 9, 500, 999]), loss="l1", reduction="none").shape
-            torch.Size([4])
-        """
-        options = LossOptions(loss, delta, weighting, vlb_weight, offset_noise, input_perturbation, reduction)
-        return train_losses(self, self._loss_rows, model, x_start, t, noise, rng, options, model_kwargs)
-
-    # ---------------------------------------------------------------------------------------- reverse process
-
-    def p_mean_variance(
-        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
-
-        Args:
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-
-        Returns:
-            mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
-            (batch, 1, ...), or of x_t's where they are learned. A learned log-variance is clamped to [-174, 176], and a
-            variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
-            dtype's largest number.
-        """
-        return reverse.p_mean_variance(self, model, x_t, t, clip_denoised)
-
-    def p_sample(
-        self,
-        model: Model,
-        x_t: Tensor,
-        t: int | Tensor,
-        clip_denoised: bool | Clip = True,
-        *,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """x_{t-1} ~ p(x_{t-1} | x_t): one step of algorithm 2, in one launch after the model's call.
-
-        Args:
-            model: model(x_t, t) -> (batch, ...).
-            x_t: (batch, ...).
-            t: int64 (batch,) or int, in [0, timesteps).
-            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
-            noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
-            out: as x_t: where the result is written; it may be x_t.
-
-        Returns:
-            x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
-
-        Raises:
-            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-
-        Examples:
-            >>> gd, x = GaussianDiffusion(1000), x_t
-            >>> for t in reversed(range(1000)):
-            ...     x = gd.p_sample(model, x, t, rng=Philox(seed=0))
-        """
-        return reverse.p_sample(self, model, x_t, t, clip_denoised, noise=noise, rng=rng, out=out)
 
     @lists_options_of(LoopOptions)
     def p_sample_loop(
@@ -336,39 +221,3 @@ class GaussianDiffusion(Process):
             5
         """
         return self.p_sample_loop(model, (batch_size, channels, image_size, image_size), **options)
-
-    # --------------------------------------------------------------------------------------------- likelihood
-
-    def vlb_terms(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: int | Tensor,
-        *,
-        noise: Tensor | None = None,
-        rng: Philox | None = None,
-        clip_denoised: bool | Clip = True,
-    ) -> VlbTerms:
-        """The variational bound's terms at t, in bits per dimension: see ddpm_ext.losses.likelihood.vlb_terms."""
-        return likelihood.vlb_terms(self, model, x_start, t, noise=noise, rng=rng, clip_denoised=clip_denoised)
-
-    def prior_bpd(self, x_start: Tensor) -> Tensor:
-        """The prior's term of the bound, (batch,), in bits per dimension: see ddpm_ext.losses.likelihood.prior_bpd."""
-        return likelihood.prior_bpd(self, x_start)
-
-    def bits_per_dim(
-        self,
-        model: Model,
-        x_start: Tensor,
-        *,
-        rng: Philox | None = None,
-        clip_denoised: bool | Clip = True,
-        progress: bool = False,
-    ) -> BitsPerDim:
-        """The bound of 8-bit images' negative log-likelihood, in bits per dimension, by one call of the model a
-        timestep: see ddpm_ext.losses.likelihood.bits_per_dim.
-
-        Examples:
-            >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
-        """
-        return likelihood.bits_per_dim(self, model, x_start, rng=rng, clip_denoised=clip_denoised, progress=progress)

@@ -2,7 +2,6 @@
 
 from ddpm_ext.ops.philox import philox4x32
 from ddpm_ext.ops.reference import (
-    check_reverse_step,
     diffusion_loss,
     forward_process,
     output_scale,
@@ -15,7 +14,6 @@ from ddpm_ext.ops.reference import (
 )
 
 __all__ = [
-    "check_reverse_step",
     "diffusion_loss",
     "forward_process",
     "output_scale",

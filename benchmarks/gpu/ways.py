@@ -49,6 +49,7 @@ MOVED = {
     "step_with_options, learned variance": ("x", "m", "noise", "out"),
     "step_with_options, guidance": ("x", "m", "u", "out"),
     "step_with_options, x0 and history": ("x", "m", "history1", "out", "kept"),
+    "step_with_options, guidance and history": ("x", "m", "u", "history1", "out", "kept"),
     "x_start_scale": ("x", "m"),
     "output_scale": ("m", "u"),
     "loss and slope": ("x", "m", "m"),
@@ -136,13 +137,18 @@ STEPS = (
     Way("p_sample", ADD, lambda b: torch.add(b.x, b.m, out=b.out)),
 )
 WITH_HISTORY = tuple(ways_with_history())
-WITH_OPTIONS = ("step_with_options, guidance", "step_with_options, x0 and history")  # that have kernels of their own
+# That have kernels of their own.
+WITH_OPTIONS = tuple(f"step_with_options, {name}" for name in ("guidance", "x0 and history", "guidance and history"))
 # The most valuable first.
 REST = (
     Way("step_with_options, guidance", "ddpm_ext, out=", lambda b: step_with_options(b, uncond_output=b.u)),
     Way(
         *("step_with_options, x0 and history", "ddpm_ext, out="),
         lambda b: step_with_options(b, history1=b.history1, x0_out=b.kept),
+    ),
+    Way(
+        *("step_with_options, guidance and history", "ddpm_ext, out="),
+        lambda b: step_with_options(b, uncond_output=b.u, history1=b.history1, history_out=b.kept),
     ),
     Way("loss and slope", "ddpm_ext", loss_and_slope),
     Way("q_sample", "ddpm_ext, out=", lambda b: GD.q_sample(b.x, b.t, rng=RNG, out=b.out)),

@@ -119,7 +119,7 @@ class Path(NamedTuple):
 
 
 def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
-    """Of a kernel with 128-bit stores, for full vectors.
+    """Of a kernel with 128-bit stores, or 64-bit ones where it has no wider, for full vectors.
 
     Of all ways from entry to exit that make 128-bit stores and go round no loop twice, the one with the fewest calls,
     the fewest such stores (ptxas may unroll a loop over vectors), the fewest narrower ones (the ragged end), the most
@@ -138,6 +138,8 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
     """
     order, forward, back = walk(kernel)
     instructions = kernel.instructions
+    widest = max((i.global_bits for i in instructions if i.name == "STG"), default=0)
+    wide = 64 if sums or widest == 64 else 128
 
     def worth(i: int, stores: bool) -> Score:
         """`stores`: whether the way makes a 128-bit store from here on."""
@@ -162,7 +164,7 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
         )
 
     def is_wide(i: int) -> bool:
-        return instructions[i].name == "STG" and instructions[i].global_bits >= (64 if sums else 128)
+        return instructions[i].name == "STG" and instructions[i].global_bits >= wide
 
     def longer(node: int, way: Way, stores: bool = False) -> Way:
         score, steps = way
@@ -185,7 +187,7 @@ def hot_path(kernel: Kernel, has_options: bool = False, sums: int = 0) -> Path:
             if ways:
                 best[node] = longer(node, max(ways, key=lambda way: way[0]), best is storing)
     if 0 not in storing:
-        raise ValueError(f"{kernel.name}: no way from its entry to an EXIT makes a 128-bit store")
+        raise ValueError(f"{kernel.name}: no way from its entry to an EXIT makes a {wide}-bit store")
     path: list[int] = []
     steps = storing[0][1]
     while steps is not None:

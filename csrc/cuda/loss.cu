@@ -214,8 +214,10 @@ class LossOfSample {
 // `counts` are batch + 1 zeros, of the blocks that have finished their part of a sample and of the samples that are
 // finished. The launch leaves them as zeros.
 //
-// The blocks share a sample's first `apart` turns, and each goes on in steps of `apart`, and then of the grid. So where
-// channels are last (channels_in_turn), a block comes at once to all that it fetches of a few pixels.
+// By strides, a sample's turns are taken in stretches of `apart`, one for each channel where channels_in_turn says so,
+// else one for all. A block begins with turn blockIdx.x of the first stretch, takes that of the other stretches, and
+// then goes on in the first one by the number of blocks. So where channels are last, it takes all channels of a few
+// pixels before the next pixels, while the L1 cache still holds them.
 template <class Row, Noise kNoise, Access kAccess, bool kHostKeys, class X, class M>
 __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAccess, kHostKeys, X, M>::kBlocks)
     loss_of_samples(const __grid_constant__ LossCall call, const __grid_constant__ Dividers dividers,
@@ -268,8 +270,8 @@ __global__ void __launch_bounds__(kLossThreads, LossOfSample<Row, kNoise, kAcces
   if (threadIdx.x == 0) *call.total = static_cast<float>(total * call.total_factor);
 }
 
-// As channels_in_turn(call), by whole chunks, and wherever the device has enough blocks without those of other
-// channels.
+// As channels_in_turn(call), of a block and its chunks: where the pixels are whole chunks, and one channel alone has
+// enough blocks for the device.
 int64_t channels_in_turn(const LossCall& call, int64_t at_once) {
   const bool apart = call.dims == 2 && call.sizes[0] <= kMaxChannelsInTurn && call.sizes[1] % kLossChunk == 0;
   return apart && call.batch * (call.sizes[1] / kLossChunk) >= at_once ? call.sizes[0] : 1;

@@ -1,5 +1,4 @@
-// The seam between kernels and noise on a GPU: a Philox block's normals, two at a time. On the CPU this is
-// cpu/kernels/normals.h.
+// The noise of a GPU's kernels: the normals of a Philox block, two at a time. On the CPU this is cpu/kernels/normals.h.
 #pragma once
 
 #include "core/box_muller.h"
@@ -29,7 +28,8 @@ __device__ __forceinline__ void draw_normals(const PhiloxKeys& keys, const Philo
   draw_normals(keys, sample, j + phase - 4, before);
   const float all[8] = {before[0].v.x, before[0].v.y, before[1].v.x, before[1].v.y,
                         z[0].v.x,      z[0].v.y,      z[1].v.x,      z[1].v.y};
-  float shifted[5], four[4];  // by 4 - phase, which is by two and by one
+  // The four begin at all[4 - phase]: the first shift is by two places or none, the second by one or none.
+  float shifted[5], four[4];
   DDPM_UNROLL
   for (int i = 0; i < 5; ++i) shifted[i] = phase < 3 ? all[i + 2] : all[i];
   DDPM_UNROLL

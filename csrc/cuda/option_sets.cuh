@@ -25,18 +25,18 @@ constexpr uint32_t kAlways = set_of(Role::x_t, Role::model_output, Result::out);
 // and all that it may have.
 struct AnyOptions {
   static constexpr uint32_t kMust = 0, kMay = ~0u;
-  static constexpr int kBlocks = 2;      // that a multiprocessor should hold, by their registers
+  // The blocks that a multiprocessor should hold, by their registers, and those of the kernel of Access::words, where 0
+  // says that there is none.
+  static constexpr int kBlocks = 2, kWordBlocks = 0;
   static constexpr bool kEight = false;  // whether a thread takes eight elements of 16 bits at once, or four
-  static constexpr bool kWords = false;  // whether there is a kernel of Access::words
 };
 
 // Classifier-free guidance. A loop that calls its model once for both halves has the copy.
 struct Guided : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
   static constexpr uint32_t kMay = kMust | set_of(Result::out_copy, Factor::output_scale);
-  static constexpr int kBlocks = 4;
+  static constexpr int kBlocks = 4, kWordBlocks = 4;
   static constexpr bool kEight = true;
-  static constexpr bool kWords = true;
 };
 
 // The predicted clean sample as a result or as what the step keeps, and what the step before kept.
@@ -50,18 +50,16 @@ struct WithX0 : AnyOptions {
 // Both, and the predicted clean sample off alignment.
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
-  static constexpr uint32_t kMay = Guided::kMay | WithX0::kMay;
-  static constexpr int kBlocks = 4;
-  static constexpr bool kWords = true;
+  static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::out_copy);
+  static constexpr int kBlocks = 4, kWordBlocks = 3;
 };
 
 // What a loop without guidance has: the model's output, and history.
 struct WithHistory : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
-  static constexpr int kBlocks = 3;
+  static constexpr int kBlocks = 3, kWordBlocks = 3;
   static constexpr bool kEight = true;
-  static constexpr bool kWords = true;
 };
 
 // A variance that the model returns. It is behind the output, so samples off alignment begin elsewhere in both halves

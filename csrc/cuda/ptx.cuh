@@ -66,5 +66,6 @@ __device__ __forceinline__ void load_word_if(bool condition, const uint2* p, uin
 
 // Changes nothing, which the compiler does not know. So the value is computed before, and its uses come after.
 __device__ __forceinline__ void make_opaque(uint32_t& word) { asm volatile("" : "+r"(word)); }
+__device__ __forceinline__ void make_opaque(int64_t& word) { asm volatile("" : "+l"(word)); }
 
 }  // namespace ddpm_ext::cuda

@@ -42,6 +42,7 @@ class VectorTensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
+  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
     Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
@@ -86,6 +87,7 @@ class VectorTensors {
   const bool inside_;
   Vector<X, kItems> like_x_[kLikeX];
   Vector<M, kItems> of_model_[kRoles - kLikeX];
+  // Set, or ptxas would keep the registers that a branch writes to through the whole loop.
   Vector<X, kItems> results_[kResults] = {};
 };
 
@@ -96,6 +98,7 @@ class ElementTensors {
  public:
   __device__ __forceinline__ ElementTensors(const StepCall& call, const Dividers& dividers, int64_t b, int64_t j)
       : call_(call) {
+    make_opaque(b);
     each([&](const TensorArg& tensor, int64_t& offset) { offset = b * tensor.batch_stride + (kContiguous ? j : 0); });
     if constexpr (!kContiguous) {
       for_each_index(call, dividers, j, [&](int d, int64_t index) {
@@ -132,9 +135,10 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// By strides, the threads share a sample's first `pixels` elements, and each goes on in steps of `apart`.
+// By strides, a thread takes four of a sample's first `pixels` elements and goes on by `apart`: to the same pixels of
+// the next channel (channels_in_turn), or to its next turn.
 template <Access kAccess, class Options, class X, class M>
-__global__ void __launch_bounds__(kThreads, Options::kBlocks)
+__global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::kWordBlocks : Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
                  const int64_t apart) {
   constexpr bool kDense = kAccess != Access::strided;
@@ -237,7 +241,7 @@ template <class Usual, class X, class M>
 bool launch_usual(const StepCall& call, bool vector, bool words, cudaStream_t stream) {
   if (!fits<Usual>(call)) return false;
   if (vector) return launch<Access::vector, Usual, X, M>(call, stream), true;
-  if constexpr (Usual::kWords) {
+  if constexpr (Usual::kWordBlocks != 0) {
     if (words) return launch<Access::words, Usual, X, M>(call, stream), true;
   }
   return false;

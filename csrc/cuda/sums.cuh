@@ -25,14 +25,14 @@ __device__ __forceinline__ double sum_of_lanes(const float* values) {
   return sum;
 }
 
-// A number that another block wrote before this one came last.
+// Reads a number that another block wrote, after comes_last. It is volatile, or the compiler might read it before.
 template <class T>
 __device__ __forceinline__ T of_others(const T* p) {
   return *static_cast<const volatile T*>(p);
 }
 
-// Adds up value(0) to value(count - 1) by all threads of a block, which all have the sum. If only the first one had it,
-// the compiler might let all read it, without a barrier.
+// Adds up value(0) to value(count - 1) by all threads of a block. All of them return the sum, behind a barrier: if only
+// the first one did, the compiler might let the others read strands[0] too, at a time when nobody waits for them.
 template <class Value>
 __device__ __forceinline__ double sum_by_strands(int64_t count, Value value, double* strands) {
   double strand = 0;

@@ -10,13 +10,13 @@ namespace {
 
 // k0 x + k1 y. Error messages use the names that the operators give to x and y.
 Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const char* y_name, const Tensor& y,
-                  const Tensor& table, const OptionalTensor& t, int64_t t_index) {
+                  const Rows& rows) {
   ElementwiseCall call;
   call.x.dtype = call.out.dtype = check_sample(op, x_name, x);
   call.noise.dtype = check_same_or_lower(op, y_name, y, x_name, x);
   call.batch = x.size(0);
   call.noise_kind = Noise::given;
-  set_table(op, call, table, sizeof(AffineRow) / sizeof(float), t, t_index, x.device());
+  set_table(op, call, rows, sizeof(AffineRow) / sizeof(float), x.device());
   const Tensor result = empty_result_like(x, x.scalar_type());
   bind(op, call, {{&x, &call.x}, {&y, &call.noise}}, result, call.out);
   DDPM_RUN(affine, call, x.device());
@@ -25,14 +25,12 @@ Tensor run_affine(const char* op, const char* x_name, const Tensor& x, const cha
 
 }  // namespace
 
-Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
-                     int64_t t_index) {
-  return run_affine("predict_start", "x_t", x_t, "noise", noise, table, t, t_index);
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Rows& rows) {
+  return run_affine("predict_start", "x_t", x_t, "noise", noise, rows);
 }
 
-Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
-                      int64_t t_index) {
-  return run_affine("posterior_mean", "x_start", x_start, "x_t", x_t, table, t, t_index);
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Rows& rows) {
+  return run_affine("posterior_mean", "x_start", x_start, "x_t", x_t, rows);
 }
 
 }  // namespace ddpm_ext

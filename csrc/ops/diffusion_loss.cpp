@@ -11,10 +11,10 @@
 
 namespace ddpm_ext {
 
-std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
-                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
-                                          double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope, bool variational, bool detach_mean, bool overwrite_noise) {
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start, const Rows& rows,
+                                          int64_t kind, double delta, const OptionalTensor& noise, const Rng& rng,
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean,
+                                          bool overwrite_noise) {
   constexpr const char* op = "diffusion_loss";
   constexpr int64_t kMean = 0, kNone = 1;
   const at::Device device = model_output.device();
@@ -30,9 +30,8 @@ std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const Opti
   call.model_output.dtype = check_same_or_lower(op, "model_output", mean, x_name, x);
   call.variance.dtype = call.model_output.dtype;
   call.batch = x.size(0);
-  set_table(op, call, table, (variational ? sizeof(VariationalRow) : sizeof(LossRow)) / sizeof(float), t, t_index,
-            device);
-  set_noise(op, call, call.noise, x, x_name, noise, !noise.has_value(), rng);
+  set_table(op, call, rows, (variational ? sizeof(VariationalRow) : sizeof(LossRow)) / sizeof(float), device);
+  set_noise(op, call, call.noise, x, x_name, {noise, !noise.has_value(), rng});
   CHECK_VALUE(0 <= kind && kind <= 2, "kind", " is ", kind, ", expected 0, 1 or 2");
   CHECK_VALUE(0 <= reduction && reduction <= 2, "reduction", " is ", reduction, ", expected 0, 1 or 2");
   call.kind = static_cast<Loss>(kind);

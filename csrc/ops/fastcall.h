@@ -81,6 +81,33 @@ struct Argument<OptionalTensor> {
   }
 };
 
+// The arguments that follow one another, the next one each time. A struct takes as many as it has fields.
+struct Arguments {
+  PyObject* const* next;
+
+  template <class T>
+  T take() {
+    if constexpr (std::is_same_v<T, Rng>)
+      return {take<OptionalTensor>(), take<int64_t>(), take<OptionalTensor>(), take<int64_t>(),
+              take<int64_t>(),        take<int64_t>(), take<OptionalTensor>()};
+    else if constexpr (std::is_same_v<T, Rows>)
+      return {take<Tensor>(), take<OptionalTensor>(), take<int64_t>()};
+    else if constexpr (std::is_same_v<T, NoiseSource>)
+      return {take<OptionalTensor>(), take<bool>(), take<Rng>()};
+    else
+      return Argument<T>::of("an argument", *next++);
+  }
+};
+
+template <class T>
+constexpr size_t kFields = 1;
+template <>
+inline constexpr size_t kFields<Rng> = 7;
+template <>
+inline constexpr size_t kFields<Rows> = 3;
+template <>
+inline constexpr size_t kFields<NoiseSource> = 2 + kFields<Rng>;
+
 // New references to results of C++.
 inline PyObject* result(Tensor tensor) { return THPVariable_Wrap(std::move(tensor)); }
 
@@ -124,31 +151,28 @@ struct Function;
 
 template <class Result, class First, class... Rest, Result (*kOperator)(First, Rest...)>
 struct Function<kOperator> {
-  using Arguments = std::tuple<std::decay_t<First>, std::decay_t<Rest>...>;
-  static constexpr size_t kCount = 1 + sizeof...(Rest);
+  static constexpr size_t kCount = (kFields<std::decay_t<First>> + ... + kFields<std::decay_t<Rest>>);
 
   static inline PyMethodDef method = {};
 
   static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return guarded([=] {
       check_count(method.ml_name, count, kCount);
-      return call_with(args, std::make_index_sequence<kCount>());
+      Arguments each{args};
+      // Braces, since they take the arguments in their order.
+      const std::tuple<std::decay_t<First>, std::decay_t<Rest>...> arguments{each.take<std::decay_t<First>>(),
+                                                                             each.take<std::decay_t<Rest>>()...};
+      const auto run = [&] {
+        const WithoutGil unlocked(!is_brief(std::get<0>(arguments)));
+        return std::apply(*kOperator, arguments);
+      };
+      if constexpr (std::is_void_v<Result>) {
+        run();
+        return Py_NewRef(Py_None);
+      } else {
+        return result(run());
+      }
     });
-  }
-
-  template <size_t... kIs>
-  static PyObject* call_with(PyObject* const* args, std::index_sequence<kIs...>) {
-    const Arguments arguments{Argument<std::tuple_element_t<kIs, Arguments>>::of("an argument", args[kIs])...};
-    const auto run = [&] {
-      const WithoutGil unlocked(!is_brief(std::get<0>(arguments)));
-      return kOperator(std::get<kIs>(arguments)...);
-    };
-    if constexpr (std::is_void_v<Result>) {
-      run();
-      return Py_NewRef(Py_None);
-    } else {
-      return result(run());
-    }
   }
 
   static void define(py::module_& m, const char* name) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/step.h"
 #include "ops/checks.h"
 
 namespace ddpm_ext {
@@ -28,8 +29,8 @@ const int64_t* number_in_memory(const char* op, const char* name, const Optional
 
 }  // namespace
 
-void set_table(const char* op, Call& call, const Tensor& table, int64_t columns, const OptionalTensor& t,
-               int64_t t_index, at::Device device) {
+void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at::Device device) {
+  const auto& [table, t, t_index] = rows;
   CHECK_TYPE(table.scalar_type() == at::kFloat, "table", " has dtype ", table.scalar_type(), ", expected float32");
   CHECK_VALUE(table.dim() == 2 && table.size(0) >= 1 && table.size(1) == columns && table.is_contiguous(), "table",
               " has shape ", table.sizes(), ", expected a contiguous [rows, ", columns, "]");
@@ -74,7 +75,8 @@ void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
 }
 
 void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, const char* x_name,
-               const OptionalTensor& noise, bool draw_noise, const Rng& rng) {
+               const NoiseSource& source) {
+  const auto& [noise, draw_noise, rng] = source;
   CHECK_VALUE(!(noise.has_value() && draw_noise), "noise", " is given together with rng, expected one of them");
   if (noise.has_value()) {
     arg.dtype = check_same(op, "noise", *noise, x_name, x);
@@ -102,12 +104,12 @@ void set_per_sample(const char* op, const char* name, PerSample& factor, const T
   factor = {given->const_data_ptr<float>(), given->stride(0)};
 }
 
-void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, int64_t columns,
-              const StepArguments& arguments) {
-  x.dtype = out.dtype = check_sample(op, "x_t", arguments.x_t);
-  call.batch = arguments.x_t.size(0);
-  set_table(op, call, arguments.table, columns, arguments.t, arguments.t_index, arguments.x_t.device());
-  set_noise(op, call, noise, arguments.x_t, "x_t", arguments.noise, arguments.draw_noise, arguments.rng);
+void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, const Tensor& x_t,
+              const Rows& rows, const NoiseSource& source) {
+  x.dtype = out.dtype = check_sample(op, "x_t", x_t);
+  call.batch = x_t.size(0);
+  set_table(op, call, rows, kRowWidth, x_t.device());
+  set_noise(op, call, noise, x_t, "x_t", source);
 }
 
 void bind(const char* op, Call& call, at::ArrayRef<Bound> inputs, const Tensor& out, TensorArg& out_arg) {

@@ -10,30 +10,18 @@
 namespace ddpm_ext {
 
 // These check against call.batch, which must have been set.
-void set_table(const char* op, Call& call, const Tensor& table, int64_t columns, const OptionalTensor& t,
-               int64_t t_index, at::Device device);
+void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at::Device device);
 void set_rng(const char* op, Call& call, const Rng& rng, at::Device device);
 void set_noise(const char* op, Call& call, TensorArg& arg, const Tensor& x, const char* x_name,
-               const OptionalTensor& noise, bool draw_noise, const Rng& rng);
+               const NoiseSource& source);
 void set_clip(const char* op, Call& call, double clip_min, double clip_max);
 // `given` is float32 (batch,), or null.
 void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
                     at::Device device);
 
-// The arguments that all steps have in common, without the model's output and the clip.
-struct StepArguments {
-  const Tensor& x_t;
-  const Tensor& table;
-  const OptionalTensor& t;
-  int64_t t_index;
-  const OptionalTensor& noise;
-  bool draw_noise;
-  const Rng& rng;
-};
-
-// Sets the batch, the table, the noise and the dtypes of x_t, noise and out.
-void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, int64_t columns,
-              const StepArguments& arguments);
+// Sets the batch, the rows of a step table, the noise and the dtypes of x_t, noise and out.
+void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, const Tensor& x_t,
+              const Rows& rows, const NoiseSource& source);
 
 struct Bound {
   const Tensor* tensor;  // null: the call does not have it

@@ -7,44 +7,43 @@
 
 namespace ddpm_ext::library {
 
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                    DDPM_RNG_PARAMETERS) {
-  return ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise,
-                                DDPM_RNG_STRUCT, std::nullopt);
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                    double clip_max, DDPM_SOURCE_PARAMETERS) {
+  return ddpm_ext::reverse_step(x_t, model_output, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE, {});
 }
 
-void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                      DDPM_RNG_PARAMETERS, Tensor& out) {
-  ddpm_ext::reverse_step(x_t, model_output, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT,
-                         out);
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                      double clip_max, DDPM_SOURCE_PARAMETERS, Tensor& out) {
+  ddpm_ext::reverse_step(x_t, model_output, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE, out);
 }
 
 void step_with_options(DDPM_STEP_PARAMETERS) {
-  ddpm_ext::step_with_options(DDPM_GIVEN, table, t, t_index, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT);
+  ddpm_ext::step_with_options(DDPM_GIVEN, DDPM_ROWS, clip_min, clip_max, DDPM_SOURCE);
 }
 
-Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS) {
-  return ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, std::nullopt);
+Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS) {
+  return ddpm_ext::forward_process(x_start, DDPM_ROWS, DDPM_SOURCE, {});
 }
 
-void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out) {
-  ddpm_ext::forward_process(x_start, table, t, t_index, noise, draw_noise, DDPM_RNG_STRUCT, out);
+void forward_process_out(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, Tensor& out) {
+  ddpm_ext::forward_process(x_start, DDPM_ROWS, DDPM_SOURCE, out);
+}
+
+template <auto* kAffine>
+Tensor affine(const Tensor& x, const Tensor& y, DDPM_ROWS_PARAMETERS) {
+  return kAffine(x, y, DDPM_ROWS);
 }
 
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device) {
-  return ddpm_ext::randn(size, DDPM_RNG_STRUCT, dtype, device);
+  return ddpm_ext::randn(size, DDPM_RNG, dtype, device);
 }
 
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
-                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
-                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean) {
-  return ddpm_ext::diffusion_loss(model_output, x_start, table, t, t_index, kind, delta, noise, DDPM_RNG_STRUCT,
-                                  reduction, want_slope, variational, detach_mean, false);
+                                          DDPM_ROWS_PARAMETERS, int64_t kind, double delta, const OptionalTensor& noise,
+                                          DDPM_RNG_PARAMETERS, int64_t reduction, bool want_slope, bool variational,
+                                          bool detach_mean) {
+  return ddpm_ext::diffusion_loss(model_output, x_start, DDPM_ROWS, kind, delta, noise, DDPM_RNG, reduction, want_slope,
+                                  variational, detach_mean, false);
 }
 
 Tensor draw_seed() { return at::scalar_tensor(ddpm_ext::draw_seed(), at::kLong); }
@@ -100,8 +99,8 @@ static void register_kernels(torch::Library& m) {
   m.impl("diffusion_loss", ddpm_ext::library::diffusion_loss);
   m.impl("x_start_scale", ddpm_ext::x_start_scale);
   m.impl("output_scale", ddpm_ext::output_scale);
-  m.impl("predict_start", ddpm_ext::predict_start);
-  m.impl("posterior_mean", ddpm_ext::posterior_mean);
+  m.impl("predict_start", ddpm_ext::library::affine<ddpm_ext::predict_start>);
+  m.impl("posterior_mean", ddpm_ext::library::affine<ddpm_ext::posterior_mean>);
 }
 
 // For operators that write to arguments and return nothing: what torch does itself for views that are negated or

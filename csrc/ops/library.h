@@ -1,4 +1,4 @@
-// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rng and
+// The operators with the signatures that torch's dispatcher calls. A schema has no structs, so Rows, NoiseSource and
 // StepInputs are spread over parameters.
 #pragma once
 
@@ -6,21 +6,32 @@
 
 #include "ops/operators.h"
 
+#define DDPM_ROWS_PARAMETERS const Tensor &table, const OptionalTensor &t, int64_t t_index
 #define DDPM_RNG_PARAMETERS                                                                                           \
   const OptionalTensor &seed, int64_t seed_value, const OptionalTensor &sample_ids, int64_t first_id, int64_t stream, \
       int64_t draw, const OptionalTensor &draw_data
-#define DDPM_RNG_STRUCT \
-  ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw, draw_data }
-#define DDPM_RNG_ARGUMENTS seed, seed_value, sample_ids, first_id, stream, draw, draw_data
+#define DDPM_SOURCE_PARAMETERS const OptionalTensor &noise, bool draw_noise, DDPM_RNG_PARAMETERS
 
-// The parameters of the step with options, and the same as arguments.
+// The structs that these parameters make,
+#define DDPM_ROWS \
+  ddpm_ext::Rows { table, t, t_index }
+#define DDPM_RNG \
+  ddpm_ext::Rng { seed, seed_value, sample_ids, first_id, stream, draw, draw_data }
+#define DDPM_SOURCE \
+  ddpm_ext::NoiseSource { noise, draw_noise, DDPM_RNG }
+
+// and the arguments that structs of these names make.
+#define DDPM_OF_ROWS rows.table, rows.t, rows.t_index
+#define DDPM_OF_RNG(rng) rng.seed, rng.seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw, rng.draw_data
+#define DDPM_OF_SOURCE source.noise, source.draw_noise, DDPM_OF_RNG(source.rng)
+
+// The optional parameters of the step with options.
 #define DDPM_TENSOR_PARAMETER(name, ...) , const OptionalTensor& name
 #define DDPM_FLAG_PARAMETER(name, ...) , bool name
-#define DDPM_STEP_PARAMETERS                                                                                  \
-  const Tensor &x_t, const OptionalTensor &model_output, const Tensor &table, const OptionalTensor &t,        \
-      int64_t t_index, double clip_min, double clip_max, const OptionalTensor &noise, bool draw_noise,        \
-      DDPM_RNG_PARAMETERS,                                                                                    \
-      const Tensor &out DDPM_STEP_INPUTS(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, \
+#define DDPM_STEP_PARAMETERS                                                                                     \
+  const Tensor &x_t, const OptionalTensor &model_output, DDPM_ROWS_PARAMETERS, double clip_min, double clip_max, \
+      DDPM_SOURCE_PARAMETERS,                                                                                    \
+      const Tensor &out DDPM_STEP_INPUTS(DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER, DDPM_TENSOR_PARAMETER,    \
                                          DDPM_FLAG_PARAMETER, DDPM_TENSOR_PARAMETER)
 #define DDPM_GIVE_INPUT(name) given[Role::name] = pointer(name);
 #define DDPM_GIVE_FACTOR(name) given[Factor::name] = pointer(name);
@@ -32,29 +43,24 @@
     given[Role::x_t] = &x_t;                                                                               \
     given[Result::out] = &out;                                                                             \
     DDPM_GIVE_INPUT(model_output)                                                                          \
-    DDPM_GIVE_INPUT(noise)                                                                                 \
     DDPM_STEP_INPUTS(DDPM_GIVE_INPUT, DDPM_GIVE_INPUT, DDPM_GIVE_FACTOR, DDPM_GIVE_FLAG, DDPM_GIVE_RESULT) \
     return given;                                                                                          \
   }()
 
 namespace ddpm_ext::library {
 
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                    DDPM_RNG_PARAMETERS);
-void reverse_step_out(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                      int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                      DDPM_RNG_PARAMETERS, Tensor& out);
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                    double clip_max, DDPM_SOURCE_PARAMETERS);
+void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_PARAMETERS, double clip_min,
+                      double clip_max, DDPM_SOURCE_PARAMETERS, Tensor& out);
 void step_with_options(DDPM_STEP_PARAMETERS);
-Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS);
-void forward_process_out(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                         const OptionalTensor& noise, bool draw_noise, DDPM_RNG_PARAMETERS, Tensor& out);
+Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS);
+void forward_process_out(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, Tensor& out);
 Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
-                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
-                                          double delta, const OptionalTensor& noise, DDPM_RNG_PARAMETERS,
-                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean);
+                                          DDPM_ROWS_PARAMETERS, int64_t kind, double delta, const OptionalTensor& noise,
+                                          DDPM_RNG_PARAMETERS, int64_t reduction, bool want_slope, bool variational,
+                                          bool detach_mean);
 Tensor draw_seed();
 
 }  // namespace ddpm_ext::library

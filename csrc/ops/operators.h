@@ -28,16 +28,29 @@ struct Rng {
   OptionalTensor draw_data;
 };
 
+// The rows of a table, float32 (rows, columns), that the samples take: `t`, int64 (batch,), is used in place of
+// t_index.
+struct Rows {
+  Tensor table;
+  OptionalTensor t;
+  int64_t t_index = 0;
+};
+
+// Noise that is given, or drawn from `rng` if draw_noise is true; none of both means that there is no noise.
+struct NoiseSource {
+  OptionalTensor noise;
+  bool draw_noise;
+  Rng rng;
+};
+
 // Computes x_{t-1} from x_t (batch, ...) and the model's output of the same shape, by the rows of a step table, float32
 // (rows, 24). `t`, int64 (batch,), is used in place of t_index. Without noise and with draw_noise false this is the
 // mean.
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                    const Rng& rng, const OptionalTensor& out);
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
+                    const NoiseSource& source, const OptionalTensor& out);
 
 // Checks these arguments of reverse_step, so that an error comes before a model is called.
-void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out);
 
 // The tensors and flags of the step with options. Null: the caller did not give the tensor.
 struct StepInputs {
@@ -52,20 +65,17 @@ struct StepInputs {
   const Tensor*& operator[](Result result) { return results[static_cast<int>(result)]; }
 };
 
-// Writes the next sample to `out`, by the rows of a step table. A missing model_output counts as 0. `noise` is the
-// tensor of `given`. Where nothing is given that the plain step does not take, that is what runs.
-void step_with_options(const StepInputs& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng);
+// Writes the next sample to `out`, by the rows of a step table. A missing model_output counts as 0. The noise is
+// that of `source`. Where nothing is given that the plain step does not take, that is what runs.
+void step_with_options(StepInputs given, const Rows& rows, double clip_min, double clip_max, const NoiseSource& source);
 
 // Computes k0 x_start + k1 noise by the rows of `table`, float32 (rows, 2). Without noise and with draw_noise false
 // this is k0 x_start.
-Tensor forward_process(const Tensor& x_start, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out);
+Tensor forward_process(const Tensor& x_start, const Rows& rows, const NoiseSource& source, const OptionalTensor& out);
 
 // Computes the same with drawn noise. Returns it with the noise where both are float32 on a CPU, else with an undefined
 // tensor.
-std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Tensor& table,
-                                                     const OptionalTensor& t, int64_t t_index, const Rng& rng);
+std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, const Rows& rows, const Rng& rng);
 
 // Computes the training loss of each sample and its slope by the model's output. The loss compares the model's output
 // with k0 x_start + k1 noise, by the rows of `table`, float32 (rows, 4), and is multiplied by the row's weight; without
@@ -76,10 +86,10 @@ std::tuple<Tensor, Tensor> forward_process_and_noise(const Tensor& x_start, cons
 // x_start must be given, and the model's output may have twice the channels of x_start, the second half for the
 // variance. With `detach_mean` the bound's term adds nothing to the slope of the first half. With `overwrite_noise` the
 // slope takes the memory of a given noise that has its dtype and layout, on a CPU.
-std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
-                                          const Tensor& table, const OptionalTensor& t, int64_t t_index, int64_t kind,
-                                          double delta, const OptionalTensor& noise, const Rng& rng, int64_t reduction,
-                                          bool want_slope, bool variational, bool detach_mean, bool overwrite_noise);
+std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start, const Rows& rows,
+                                          int64_t kind, double delta, const OptionalTensor& noise, const Rng& rng,
+                                          int64_t reduction, bool want_slope, bool variational, bool detach_mean,
+                                          bool overwrite_noise);
 
 // Computes 1 / bound of each sample, float32 (batch,): the x_start_scale of dynamic thresholding. The bound is the
 // quantile of |x0|, but at least 1 and at most `maximum`. x0 is that of a step with these arguments, before it is
@@ -93,12 +103,10 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
 Tensor output_scale(const Tensor& model_output, const Tensor& uncond_output, double guidance, double rescale);
 
 // Computes k0 x_t + k1 noise.
-Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Tensor& table, const OptionalTensor& t,
-                     int64_t t_index);
+Tensor predict_start(const Tensor& x_t, const Tensor& noise, const Rows& rows);
 
 // Computes k0 x_start + k1 x_t.
-Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Tensor& table, const OptionalTensor& t,
-                      int64_t t_index);
+Tensor posterior_mean(const Tensor& x_start, const Tensor& x_t, const Rows& rows);
 
 // Draws the noise contract's standard normals, of shape (batch, ...).
 Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Device device);

@@ -8,35 +8,34 @@
 namespace ddpm_ext {
 namespace {
 
+constexpr const char* op = "reverse_step";
+
 // Checks and sets everything but the model's output and the clip.
-void begin(ElementwiseCall& call, const StepArguments& arguments, const OptionalTensor& out) {
-  constexpr const char* op = "reverse_step";
-  set_step(op, call, call.x, call.noise, call.out, kRowWidth, arguments);
+void begin(ElementwiseCall& call, const Tensor& x_t, const Rows& rows, const NoiseSource& source,
+           const OptionalTensor& out) {
+  set_step(op, call, call.x, call.noise, call.out, x_t, rows, source);
   if (out.has_value())
-    check_out(op, *out, "x_t", arguments.x_t,
-              {&arguments.x_t, pointer(arguments.noise), &arguments.table, pointer(arguments.t),
-               pointer(arguments.rng.sample_ids), pointer(arguments.rng.seed)});
+    check_out(op, *out, "x_t", x_t,
+              {&x_t, pointer(source.noise), &rows.table, pointer(rows.t), pointer(source.rng.sample_ids),
+               pointer(source.rng.seed)});
 }
 
 }  // namespace
 
-void check_reverse_step(const Tensor& x_t, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                        const OptionalTensor& noise, bool draw_noise, const Rng& rng, const OptionalTensor& out) {
+void check_reverse_step(const Tensor& x_t, const Rows& rows, const NoiseSource& source, const OptionalTensor& out) {
   ElementwiseCall call;
-  begin(call, {x_t, table, t, t_index, noise, draw_noise, rng}, out);
+  begin(call, x_t, rows, source, out);
 }
 
-Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Tensor& table, const OptionalTensor& t,
-                    int64_t t_index, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-                    const Rng& rng, const OptionalTensor& out) {
-  constexpr const char* op = "reverse_step";
+Tensor reverse_step(const Tensor& x_t, const Tensor& model_output, const Rows& rows, double clip_min, double clip_max,
+                    const NoiseSource& source, const OptionalTensor& out) {
   ElementwiseCall call;
-  begin(call, {x_t, table, t, t_index, noise, draw_noise, rng}, out);
+  begin(call, x_t, rows, source, out);
   call.model_output.dtype = check_same_or_lower(op, "model_output", model_output, "x_t", x_t);
   if (out.has_value()) check_overlap(op, "out", *out, model_output);
   set_clip(op, call, clip_min, clip_max);
   const Tensor result = out.has_value() ? *out : empty_result_like(x_t, x_t.scalar_type());
-  bind(op, call, {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(noise), &call.noise}}, result,
+  bind(op, call, {{&x_t, &call.x}, {&model_output, &call.model_output}, {pointer(source.noise), &call.noise}}, result,
        call.out);
   DDPM_RUN(reverse_step, call, x_t.device());
   return finish(result, out);

@@ -34,9 +34,8 @@ void check_pair(const StepInputs& given, Role one, Role other) {
 
 // Checks that each result has memory of its own. It may share memory only with a tensor that it is computed from
 // element by element, and then at the same places.
-void check_results(const StepInputs& given, const StepArguments& arguments) {
-  const Tensor* const others[] = {&arguments.table, pointer(arguments.t), pointer(arguments.rng.sample_ids),
-                                  pointer(arguments.rng.seed)};
+void check_results(const StepInputs& given, const Rows& rows, const Rng& rng) {
+  const Tensor* const others[] = {&rows.table, pointer(rows.t), pointer(rng.sample_ids), pointer(rng.seed)};
   for (int i = 0; i < kResults; ++i) {
     const char* name = kResultNames[i];
     const Tensor* result = given.results[i];
@@ -75,13 +74,13 @@ bool is_plain(const StepCall& call) {
 
 }  // namespace
 
-void step_with_options(const StepInputs& given, const Tensor& table, const OptionalTensor& t, int64_t t_index,
-                       double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise, const Rng& rng) {
+void step_with_options(StepInputs given, const Rows& rows, double clip_min, double clip_max,
+                       const NoiseSource& source) {
+  given[Role::noise] = pointer(source.noise);
   const Tensor& x_t = *given[Role::x_t];
   const Tensor& out = *given[Result::out];
-  const StepArguments arguments = {x_t, table, t, t_index, noise, draw_noise, rng};
   StepCall call;
-  set_step(op, call, call[Role::x_t], call[Role::noise], call[Result::out], kRowWidth, arguments);
+  set_step(op, call, call[Role::x_t], call[Role::noise], call[Result::out], x_t, rows, source);
   set_clip(op, call, clip_min, clip_max);
   set_model_dtypes(call, given);
   check_pair(given, Role::uncond_output, Role::model_output);
@@ -96,7 +95,7 @@ void step_with_options(const StepInputs& given, const Tensor& table, const Optio
       call.results[i].dtype = check_same(op, kResultNames[i], *given.results[i], "x_t", x_t);
   for (int i = 0; i < kFactors; ++i)
     set_per_sample(op, kFactorNames[i], call.factors[i], given.factors[i], call, x_t.device());
-  check_results(given, arguments);
+  check_results(given, rows, source.rng);
 
   Bound bound[kRoles + kResults - 1];
   int count = 0;

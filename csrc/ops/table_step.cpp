@@ -14,8 +14,9 @@
 #include <vector>
 
 #include "ops/direct_call.h"
-#include "ops/eager_steps.h"
+#include "ops/eager.h"
 #include "ops/fastcall.h"
+#include "ops/library.h"
 #include "ops/result_memory.h"
 
 namespace py = pybind11;
@@ -36,19 +37,11 @@ struct Callbacks {
 struct TableStep {
   Tensor table;
   double clip_min, clip_max;
-  OptionalTensor noise;
-  bool draw_noise;
-  Rng rng;
+  NoiseSource source;
   bool fresh;  // whether each call draws a seed of its own
   Callbacks callbacks;
   int64_t batch = -1;  // of the last call with an int t,
   py::object by_row;   // and what models were called with for such a batch, by t
-};
-
-// One sample's row for all, or each sample's.
-struct Place {
-  OptionalTensor row;
-  int64_t index = 0;
 };
 
 const auto as_tensor = Argument<Tensor>::of;
@@ -121,38 +114,33 @@ Options read_options(PyObject* const* values, PyObject* names) {
 }
 
 // `t` is an int or a tensor. What else counts as an int, and the errors, are split_t's.
-Place place_of(const Callbacks& callbacks, PyObject* t) {
+Rows rows_of(const TableStep& step, PyObject* t) {
   if (PyLong_CheckExact(t)) {
     int overflow = 0;
     const int64_t index = PyLong_AsLongLongAndOverflow(t, &overflow);
-    if (overflow == 0) return {std::nullopt, index};
+    if (overflow == 0) return {step.table, {}, index};
   } else if (THPVariable_Check(t)) {
-    return {THPVariable_Unpack(t)};
+    return {step.table, THPVariable_Unpack(t)};
   }
-  const py::tuple split = callbacks.split_t(py::handle(t));
-  return {std::nullopt, split[1].cast<int64_t>()};
-}
-
-void check_step(const TableStep& step, const Tensor& x_t, const Place& at, const OptionalTensor& out) {
-  const Rng& rng = step.rng;
-  eager::check_reverse_step(x_t, step.table, at.row, at.index, step.noise, step.draw_noise, rng.seed, rng.seed_value,
-                            rng.sample_ids, rng.first_id, rng.stream, rng.draw, rng.draw_data, out);
+  const py::tuple split = step.callbacks.split_t(py::handle(t));
+  return {step.table, {}, split[1].cast<int64_t>()};
 }
 
 // A new reference to the result, which is `out` itself unless that is None.
 PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t, PyObject* model_output,
-                    const Place& at, PyObject* out, Options& options) {
+                    const Rows& rows, PyObject* out, Options& options) {
   StepInputs& given = options.inputs;
-  const OptionalTensor noise = given[Role::noise] == nullptr ? step.noise : OptionalTensor(*given[Role::noise]);
-  const bool draws = step.draw_noise && !(step.fresh && given[Role::noise] != nullptr);
-  Rng rng = step.rng;
-  if (step.fresh && draws) {
+  NoiseSource source = step.source;
+  if (given[Role::noise] != nullptr) {
+    source.noise = *given[Role::noise];
+    source.draw_noise = source.draw_noise && !step.fresh;
+  } else if (step.fresh) {
     // A graph that is being captured, and modes and transforms of torch, may need one that torch's operators draw.
     if (!x_t.is_cpu() || !plain({{"x_t", x_t}})) {
       const py::object drawn = step.callbacks.seed_in_memory(py::handle(samples).attr("device"));
-      rng.seed = as_optional_tensor("seed", drawn.ptr());
+      source.rng.seed = as_optional_tensor("seed", drawn.ptr());
     }
-    if (!rng.seed.has_value()) rng.seed_value = draw_seed();
+    if (!source.rng.seed.has_value()) source.rng.seed_value = draw_seed();
   }
   const bool with_options = options.any || model_output == Py_None;
   OptionalTensor result = as_optional_tensor("out", out), output_scale, x_start_scale;
@@ -162,7 +150,7 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
     if (with_options) {
       if (!result.has_value())
         result = plain({{"x_t", x_t}}) ? empty_result_like(x_t, x_t.scalar_type()) : at::empty_like(x_t);
-      given[Role::x_t] = &x_t, given[Role::model_output] = pointer(m), given[Role::noise] = pointer(noise);
+      given[Role::x_t] = &x_t, given[Role::model_output] = pointer(m);
       given[Result::out] = &*result;
       const Tensor* const u = given[Role::uncond_output];
       if (options.guidance.has_value() || options.rescale.has_value()) {
@@ -178,27 +166,25 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
         const Tensor* const x_start = given[Role::x_start];
         x_start_scale = x_start != nullptr
                             ? eager::x_start_scale(*x_start, none, none, none, 0, quantile, maximum, none, none)
-                            : eager::x_start_scale(x_t, m, step.table, at.row, at.index, quantile, maximum,
+                            : eager::x_start_scale(x_t, m, rows.table, rows.t, rows.t_index, quantile, maximum,
                                                    eager::optional(u), scale);
         given[Factor::x_start_scale] = &*x_start_scale;
       }
-      eager::step_with_options(given, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws, rng);
+      eager::step_with_options(given, rows, step.clip_min, step.clip_max, source);
     } else {
-      result = eager::reverse_step(x_t, *m, step.table, at.row, at.index, step.clip_min, step.clip_max, noise, draws,
-                                   rng.seed, rng.seed_value, rng.sample_ids, rng.first_id, rng.stream, rng.draw,
-                                   rng.draw_data, result);
+      result = eager::reverse_step(x_t, *m, rows, step.clip_min, step.clip_max, source, result);
     }
   }
   return out != Py_None ? Py_NewRef(out) : THPVariable_Wrap(std::move(*result));
 }
 
 // What a model is called with beside samples: t itself if it is a tensor.
-py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, const Place& at, PyObject* t) {
-  if (at.row.has_value()) return py::reinterpret_borrow<py::object>(t);
+py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, const Rows& rows, PyObject* t) {
+  if (rows.t.has_value()) return py::reinterpret_borrow<py::object>(t);
   const int64_t batch = x_t.size(0);
   if (step.batch != batch) step.by_row = py::dict(), step.batch = batch;
   const py::object by_row = step.by_row;  // another thread's call may put one for another batch in its place
-  const py::int_ row(at.index);
+  const py::int_ row(rows.t_index);
   if (PyObject* const found = PyDict_GetItemWithError(by_row.ptr(), row.ptr()))
     return py::reinterpret_borrow<py::object>(found);
   const py::object made = step.callbacks.timesteps(row, batch, py::handle(samples).attr("device"));
@@ -209,16 +195,16 @@ py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, c
 // check(x_t, row, index, out): raises what take would raise.
 PyObject* check(TableStep& step, PyObject* const* args, Options&) {
   const Tensor x_t = as_tensor("x_t", args[0]);
-  const Place at{as_optional_tensor("t", args[1]), as_index("t", args[2])};
-  check_step(step, x_t, at, as_optional_tensor("out", args[3]));
+  const Rows rows{step.table, as_optional_tensor("t", args[1]), as_index("t", args[2])};
+  eager::check_reverse_step(x_t, rows, step.source, as_optional_tensor("out", args[3]));
   return Py_NewRef(Py_None);
 }
 
 // take(x_t, model_output, row, index, out, **options): the next samples.
 PyObject* take(TableStep& step, PyObject* const* args, Options& options) {
   const Tensor x_t = as_tensor("x_t", args[0]);
-  const Place at{as_optional_tensor("t", args[2]), as_index("t", args[3])};
-  return take_step(step, args[0], x_t, args[1], at, args[4], options);
+  const Rows rows{step.table, as_optional_tensor("t", args[2]), as_index("t", args[3])};
+  return take_step(step, args[0], x_t, args[1], rows, args[4], options);
 }
 
 // run(model, x_t, t, out, timesteps, **options): the next samples by what model(x_t, timesteps) returns, all without
@@ -227,24 +213,23 @@ PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
   const at::NoGradGuard no_grad;
   PyObject *const samples = args[1], *const t = args[2], *const out = args[3];
   const Tensor x_t = as_tensor("x_t", samples);
-  const Place at = place_of(step.callbacks, t);
-  check_step(step, x_t, at, as_optional_tensor("out", out));
+  const Rows rows = rows_of(step, t);
+  eager::check_reverse_step(x_t, rows, step.source, as_optional_tensor("out", out));
   const py::object timesteps =
-      args[4] == Py_None ? timesteps_of(step, samples, x_t, at, t) : py::reinterpret_borrow<py::object>(args[4]);
+      args[4] == Py_None ? timesteps_of(step, samples, x_t, rows, t) : py::reinterpret_borrow<py::object>(args[4]);
   PyObject* of_model[] = {nullptr, samples, timesteps.ptr()};
   auto output = py::reinterpret_steal<py::object>(
       PyObject_Vectorcall(args[0], of_model + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   if (!output) throw py::error_already_set();
   c10::GradMode::set_enabled(false);  // a model may have switched them on
   if (!THPVariable_Check(output.ptr())) output = step.callbacks.unwrap(output);
-  return take_step(step, samples, x_t, output.ptr(), at, out, options);
+  return take_step(step, samples, x_t, output.ptr(), rows, out, options);
 }
 
-TableStep make(const Tensor& table, double clip_min, double clip_max, const OptionalTensor& noise, bool draw_noise,
-               DDPM_RNG_PARAMETERS, bool fresh, py::object split_t, py::object seed_in_memory, py::object timesteps,
-               py::object unwrap) {
+TableStep make(const Tensor& table, double clip_min, double clip_max, DDPM_SOURCE_PARAMETERS, bool fresh,
+               py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap) {
   Callbacks callbacks{std::move(split_t), std::move(seed_in_memory), std::move(timesteps), std::move(unwrap)};
-  return {table, clip_min, clip_max, noise, draw_noise, DDPM_RNG_STRUCT, fresh, std::move(callbacks)};
+  return {table, clip_min, clip_max, DDPM_SOURCE, fresh, std::move(callbacks)};
 }
 
 using Method = PyObject*(TableStep&, PyObject* const*, Options&);

@@ -31,7 +31,7 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
               ", expected it together with model_output");
   if (model_output.has_value()) {
     call.model_output.dtype = check_same_or_lower(op, "model_output", *model_output, "x_t", x_t);
-    set_table(op, call, *table, kRowWidth, t, t_index, x_t.device());
+    set_table(op, call, {*table, t, t_index}, kRowWidth, x_t.device());
   }
   const auto with_output = [&](const char* name, const OptionalTensor& given) {
     CHECK_VALUE(!given.has_value() || model_output.has_value(), name, " is given without model_output, expected both");

@@ -29,6 +29,8 @@ _LOST = (
     "another rank ended before the work was done (its own message, if it had one, says why); "
     "what was finished is kept: run the same command again to go on"
 )
+# Barriers that another rank never reached, with their groups: to free them would wait for that rank.
+_UNFINISHED: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,13 @@ class Ranks:
             return
         with _lost_ranks():
             work = distributed.barrier(self._at_the_end, async_op=True)
-        while not work.is_completed():
-            meanwhile()
-            time.sleep(_POLL)
+        try:
+            while not work.is_completed():
+                meanwhile()
+                time.sleep(_POLL)
+        except BaseException:
+            _UNFINISHED.append((self, work))
+            raise
         with _lost_ranks():
             work.wait()
 

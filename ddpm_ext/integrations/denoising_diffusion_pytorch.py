@@ -19,6 +19,7 @@ from ddpm_ext import ops
 from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, LOW, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
+from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import Support, new
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, noise_itself, wants_gradient
 from ddpm_ext.ops.noise import STREAM_OFFSET, STREAM_START, Philox, randn
@@ -310,14 +311,11 @@ def _step(
 
     # With the objective pred_x0, x_start has the output's dtype.
     check_output(x, output, own_step, allow_16_bits=gd.objective != "pred_x0")
-    noise: dict[str, Any] = {"add_noise": False}
+    noise: dict[str, Any] = {}
     if row > 0:
         noise = noise_arguments(torch.randn_like(x), x) if rng is None else {"rng": rng}
-    if not with_x0:
-        return ops.reverse_step(x, output, steps.get("steps", x.device, torch.float32), row, **noise), None
-    x0 = empty_like(x)
-    rows = steps.get("steps", x.device, torch.float32)
-    return ops.step_with_options(x, output, rows, row, x0_out=x0, **noise), x0
+    x0 = empty_like(x) if with_x0 else None
+    return take_step(steps, x, output, row, x0_out=x0, **noise), x0
 
 
 # By the peer's method, under whose name a step's fallback is known.

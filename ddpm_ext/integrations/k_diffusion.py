@@ -24,7 +24,7 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
-from ddpm_ext.integrations.rows import Rows
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
@@ -56,23 +56,23 @@ ROUNDED = 1e-9  # how far a level is from its sigma, relatively
 CACHED = 32
 
 
-class Plan(NamedTuple):
+class SigmaRows(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        rows: in order.
+        stepper: takes them, in order.
         sigma: float64 (rows,), what the model is called with.
         arrives: float64 (rows,), the sigma where each row arrives.
         steps: the rows of each step.
     """
 
-    rows: Rows
+    stepper: RowStepper
     sigma: Tensor
     arrives: Tensor
     steps: list[list[int]]
 
 
-_plans: BoundedCache[Plan] = BoundedCache(CACHED)
+_kept: BoundedCache[SigmaRows] = BoundedCache(CACHED)
 
 
 def sampler(which: str | Sampler) -> Sampler:
@@ -202,7 +202,7 @@ def _churned_table(name: str, sigmas: Tensor, hat: Tensor, options: Mapping[str,
     return StepTable(**columns, draw=torch.arange(len(columns["a"]), device="cpu"))
 
 
-def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> Plan:
+def _own_rows(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any]) -> SigmaRows:
     parameters = inspect.signature(_maker(name)).parameters
     own = {key: value for key, value in options.items() if key in parameters}
     added = ADDED | {key: value for key, value in options.items() if key not in parameters}
@@ -226,16 +226,16 @@ def _own_plan(name: str, sigmas: Tensor, flow: bool, options: Mapping[str, Any])
     for row, is_first in enumerate((moves & calls).tolist()):
         if is_first and len(begins) < len(now) and table.timestep[row] == hat[len(begins)]:
             begins.append(row)
-    return _plan(replace(table, s=table.s * added["s_noise"]), begins)
+    return _sigma_rows(replace(table, s=table.s * added["s_noise"]), begins)
 
 
-def _plan(table: StepTable, begins: list[int]) -> Plan:
+def _sigma_rows(table: StepTable, begins: list[int]) -> SigmaRows:
     """begins: the row with which each step begins; rows before the first belong to it."""
     if (table.cu != 0).any():
         raise ValueError("the sampler reads the model's unconditional output, which a denoiser does not return")
     ends = [*begins[1:], len(table)]
     steps = [list(range(first, end)) for first, end in zip([0, *begins[1:]], ends, strict=True)]
-    return Plan(Rows(table), table.timestep, table.noise_after, steps)
+    return SigmaRows(RowStepper(table), table.timestep, table.noise_after, steps)
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -262,16 +262,16 @@ def _sample(
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step
         return x
-    plan = _plan_of(which, sigmas, options, model)
-    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in plan.rows.needs)):
+    rows = _rows_of(which, sigmas, options, model)
+    if noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
-    called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (plan.sigma, plan.arrives))
-    batches = plan.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
+    called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (rows.sigma, rows.arrives))
+    batches = rows.sigma.to(x.device, x.dtype)[:, None].repeat(1, len(x))
     ring: tuple[Tensor, ...] = ()
-    for i in counter(len(plan.steps), None, disable):
+    for i in counter(len(rows.steps), None, disable):
         told = callback is None
-        for number in plan.steps[i]:
-            kind, m = plan.rows.needs[number], x
+        for number in rows.steps[i]:
+            kind, m = rows.stepper.needs[number], x
             if kind.calls_model:
                 m = model(x, batches[number], **(extra_args or {}))
                 checks.tensor("the model's output", m)
@@ -279,23 +279,23 @@ def _sample(
                     hat = called_with[number]
                     callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": hat, "denoised": m})
                     told = True
-            noise: dict[str, Any] = {"add_noise": False}
+            noise: dict[str, Any] = {}
             x = x.to(torch.promote_types(x.dtype, m.dtype))
             if kind.noisy:
                 noise = {"rng": rng}
                 if noise_sampler is not None:
                     noise = {"noise": noise_sampler(called_with[number], arrives[number]).to(x.dtype)}
-            x, kept = plan.rows.take(number, x, m, ring, **noise)
+            x, kept = rows.stepper.take(number, x, m, ring, **noise)
             ring = ring if kept is None else (kept, *ring[:2])
     return x
 
 
-def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], model: object) -> Plan:
+def _rows_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], model: object) -> SigmaRows:
     """The rows of a loop, found in the cache where the same loop was taken before."""
     levels = checked_sigmas(sigmas)
     key: object = (which, tuple(levels.tolist()), tuple(sorted(options.items())))
     try:
-        found = _plans.get(key)
+        found = _kept.get(key)
     except TypeError:  # an option that has no hash
         key, found = None, None
     if found is not None:
@@ -303,11 +303,11 @@ def _plan_of(which: str | Sampler, sigmas: Tensor, options: dict[str, Any], mode
     with torch.inference_mode(False):
         if isinstance(which, str):
             own = dict(options)
-            plan = _own_plan(which, levels, own.pop("flow"), own)
+            rows = _own_rows(which, levels, own.pop("flow"), own)
         else:
             traced = follow_function(which, levels, options, model)
             table = StepTable(**traced.columns)
-            plan = _plan(table, list(traced.begins) or list(range(len(table))))
+            rows = _sigma_rows(table, list(traced.begins) or list(range(len(table))))
             if traced.asks:  # the rows may be others for another model
-                return plan
-    return plan if key is None else _plans.get_or_make(key, lambda: plan)
+                return rows
+    return rows if key is None else _kept.get_or_make(key, lambda: rows)

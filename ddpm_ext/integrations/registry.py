@@ -41,7 +41,7 @@ KNOWN = (
 )
 # Mixins for classes of any name: the module, the mixin, and the module's function that tests a class. A class that is
 # not in KNOWN is tested by each in turn.
-RECOGNISED = (("diffusers.traced", "Traced", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
+RECOGNISED = (("diffusers.traced", "TracedScheduler", "is_scheduler"), ("tutorial", "Tutorial", "resembles"))
 
 
 def _integration(name: str) -> Any:

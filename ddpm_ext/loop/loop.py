@@ -60,14 +60,12 @@ class Loop:
         self._initial = InitialSamples(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng, self._initial.device)
         x = self._initial.samples(rng, options.start, options.noise)
-        ops.check_reverse_step(x, rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), 0, rng=rng)
+        ops.TableStep(rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), rng=rng).check(x, None, 0)
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
-            kwargs = {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in options.model_kwargs.items()
-            }
-            options = replace(options, model_kwargs=kwargs)
+            given = options.model_kwargs.items()
+            own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given}
+            options = replace(options, model_kwargs=own)
         self._step = LoopStep(ops, compiled(model, options.compile, x.device), rows, x, rng, options)
         self._position = 0  # of the next row
         batch = len(self._step.calls[0].twice)

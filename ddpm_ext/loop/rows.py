@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
-from ddpm_ext.loop.guidance import Guidance, as_guidance
+from ddpm_ext.loop.guidance import as_guidance
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.process.process import Process
 from ddpm_ext.tables.grid import Grid, make_grid
@@ -90,8 +90,6 @@ def _jumps(options: LoopOptions) -> Jumps | None:
 
 def _check_beside_table(options: LoopOptions) -> None:
     """A StepTable says all that these options would."""
-    if not isinstance(options.sampler, StepTable):
-        return
     spacing = None if options.spacing == "linspace" else options.spacing
     chosen = {"steps": options.steps, "spacing": spacing, "timesteps": options.timesteps, "eta": options.eta}
     for name, value in chosen.items():
@@ -105,15 +103,28 @@ def make_loop_rows(process: Process, options: LoopOptions) -> LoopRows:
     Raises:
         TypeError, ValueError: an option that is unknown, out of range, or does not fit the process.
     """
-    _check_beside_table(options)
-    learned = False
+    guidance, jumps, learned = as_guidance(options.guidance), _jumps(options), False
     if isinstance(options.sampler, StepTable):
+        _check_beside_table(options)
         skipped = _skipped(len(options.sampler), options.strength)
         table = options.sampler[skipped:]
     else:
         table, skipped = _sampler_table(process, options)
         learned = options.sampler == "ddpm" and process.variance_entry.learned
-    return _loop_rows(process, table, skipped, as_guidance(options.guidance), _jumps(options), learned)
+    table = table.to("cpu")
+    if jumps is not None:
+        table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
+    scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
+    if guidance is not None:
+        guides = guidance.guides(table.timestep)
+        scales[guides], unguided[guides] = float(guidance.scale), 0
+    # Where there is no guidance, the unconditional output is the output.
+    table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
+    needs, levels = row_needs(table, scales), _levels(process, table)
+    _check_history(table, needs, skipped)
+    device = KernelTables(table, scales, **({} if levels is None else {"start": levels}))
+    start = 1.0 if levels is None else pure_noise(*levels[0].tolist())
+    return LoopRows(table, skipped, device, needs, table.timestep.tolist(), _variance(process, table, learned), start)
 
 
 def _skipped(steps: int, strength: float) -> int:
@@ -136,7 +147,7 @@ def _sampler_table(process: Process, options: LoopOptions) -> tuple[StepTable, i
         arguments["variance"] = process.variance
     make = SAMPLERS[sampler]
     arguments |= eta_argument(make, options.eta)
-    grid = _grid(process, options.steps, options.spacing, options.timesteps)
+    grid = _grid(process, options)
     table, skipped = make(grid, **arguments), _skipped(len(grid), options.strength)
     if skipped and len(table) == len(grid) and not table.history:
         table = table[skipped:]
@@ -164,38 +175,6 @@ def _for_schedule_steps(process: Process, table: StepTable) -> StepTable:
         c1=table.c1 + (table.c2 + table.cu) * of_x,
         c2=table.c2 * of_m,
         cu=table.cu * of_m,
-    )
-
-
-def _loop_rows(
-    process: Process,
-    table: StepTable,
-    skipped: int,
-    guidance: Guidance | None,
-    jumps: Jumps | None,
-    learned: bool,
-) -> LoopRows:
-    table = table.to("cpu")
-    if jumps is not None:
-        table = repaint(table, jump_length=jumps[0], jump_n_sample=jumps[1])
-    scales, unguided = torch.ones_like(table.a), torch.ones_like(table.a)
-    if guidance is not None:
-        guides = guidance.guides(table.timestep)
-        scales[guides], unguided[guides] = float(guidance.scale), 0
-    # Where there is no guidance, the unconditional output is the output.
-    table = replace(table, c2=table.c2 + unguided * table.cu, cu=(1 - unguided) * table.cu)
-    needs = row_needs(table, scales)
-    _check_history(table, needs, skipped)
-    levels = _levels(process, table)
-    others = {} if levels is None else {"start": levels}
-    return LoopRows(
-        table,
-        skipped,
-        KernelTables(table, scales, **others),
-        needs,
-        table.timestep.tolist(),
-        _variance(process, table, learned),
-        1.0 if levels is None else pure_noise(*levels[0].tolist()),
     )
 
 
@@ -238,11 +217,12 @@ def _levels(process: Process, table: StepTable) -> Tensor | None:
     return process.tables.get("q_sample", t.device, torch.float64)[t] if own else None
 
 
-def _grid(process: Process, steps: int | None, spacing: str, timesteps: Sequence[int] | Tensor | None) -> Grid:
-    if timesteps is not None:
+def _grid(process: Process, options: LoopOptions) -> Grid:
+    steps, spacing = options.steps, options.spacing
+    if options.timesteps is not None:
         if steps is not None or spacing != "linspace":
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
-        grid = process.scaled(make_grid(process.alphas_cumprod, timesteps, betas=process.betas))
+        grid = process.scaled(make_grid(process.alphas_cumprod, options.timesteps, betas=process.betas))
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():
             raise ValueError("timesteps do not descend, expected each below the one before")
         return grid

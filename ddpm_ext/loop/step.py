@@ -71,13 +71,8 @@ class LoopStep:
         self, ops: ModuleType, model: Model, rows: LoopRows, x: Tensor, rng: Philox, options: StepOptions
     ) -> None:
         self.model, self.options, self.rng = model, options, rng
-        guidance = options.guidance
-        if (
-            guidance is not None
-            and guidance.rescale > 0
-            and x.numel() < 2 * len(x)
-            and any(n.guided for n in rows.needs)
-        ):
+        guidance, guides = options.guidance, any(needs.guided for needs in rows.needs)
+        if guidance is not None and guidance.rescale > 0 and guides and x.numel() < 2 * len(x):
             raise ValueError(f"guidance rescale is {guidance.rescale}, expected 0 for samples of one element")
         self._batch, self._variance = len(x), rows.variance
         # For a call with a single batch: the conditional half of each doubled model_kwarg.
@@ -92,16 +87,9 @@ class LoopStep:
             self._x_start = empty_like(x)
         # A row without noise takes the kernels without: they have less to find out, and hold fewer registers. A known
         # part of the samples has noise of its own.
-        quiet, noisy = (
-            ops.TableStep(
-                tables.get("steps", x.device, dtype),
-                clip=options.clip,
-                timesteps=tables.timestep,
-                unwrap=unwrap,
-                **source,
-            )
-            for source in ({"add_noise": False}, {"rng": rng})
-        )
+        steps, how = tables.get("steps", x.device, dtype), {"timesteps": tables.timestep, "unwrap": unwrap}
+        quiet = ops.TableStep(steps, clip=options.clip, add_noise=False, **how)
+        noisy = ops.TableStep(steps, clip=options.clip, rng=rng, **how)
         # Python has to do with the model's output, or with what the model is called with.
         by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
         in_python = any(each is not None for each in by_hand) or options.learned or options.doubled

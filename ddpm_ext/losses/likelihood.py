@@ -21,11 +21,10 @@ from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood, normal_k
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
-from ddpm_ext.process.process import Process
-from ddpm_ext.process.reverse import p_mean_variance
+from ddpm_ext.process.reverse import ReverseMethods
 from ddpm_ext.tables.levels import pure_noise
 
-__all__ = ["BitsPerDim", "VlbTerms", "bits_per_dim", "prior_bpd", "vlb_terms"]
+__all__ = ["BitsPerDim", "VlbTerms"]
 
 
 class VlbTerms(NamedTuple):
@@ -58,116 +57,121 @@ def _mean_flat(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-def vlb_terms(
-    process: Process,
-    model: Model,
-    x_start: Tensor,
-    t: int | Tensor,
-    *,
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    clip_denoised: bool | Clip = True,
-) -> VlbTerms:
-    """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
+class LikelihoodMethods(ReverseMethods):
+    """The bound and its terms: methods of GaussianDiffusion."""
 
-    At t = 0, a "fixed_small" variance is replaced by that of t = 1, so that the log-likelihood is finite.
+    def vlb_terms(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: int | Tensor,
+        *,
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+        clip_denoised: bool | Clip = True,
+    ) -> VlbTerms:
+        """The bound's term at t, estimated by one call of the model at x_t ~ q(x_t | x_0).
 
-    Args:
-        model: as everywhere in GaussianDiffusion.
-        x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype; only the model computes in 16 bits.
-        t: int64 (batch,) or int, in [0, timesteps).
-        noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
-        clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
+        At t = 0, a "fixed_small" variance is replaced by that of t = 1, so that the log-likelihood is finite.
 
-    Returns:
-        VlbTerms; its output is differentiable through the model.
+        Args:
+            model: as everywhere in GaussianDiffusion.
+            x_start: (batch, ...), 8-bit images in [-1, 1], of any float dtype; only the model computes in 16 bits.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise: as x_start; None: drawn by `rng` (stream 2, draw t), or by a seed from torch's default generator.
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
 
-    Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-    """
-    clip = as_fixed_clip(clip_denoised)
-    x_t = process.q_sample(x_start, t, noise, rng=rng)
-    model_output = process.call_model(model, x_t, t)
-    dtype = checks.compute_dtype(x_start.dtype)
-    x_start, x_t = x_start.to(dtype), x_t.to(dtype)
+        Returns:
+            VlbTerms; its output is differentiable through the model.
 
-    mean, _, log_variance = p_mean_variance(process, lambda *_: model_output, x_t, t, clip_denoised)
-    if not process.variance_entry.learned:
-        log_variance = process.extract("finite_log_variance", t, x_t)
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+        """
+        clip = as_fixed_clip(clip_denoised)
+        x_t = self.q_sample(x_start, t, noise, rng=rng)
+        model_output = self.call_model(model, x_t, t)
+        dtype = checks.compute_dtype(x_start.dtype)
+        x_start, x_t = x_start.to(dtype), x_t.to(dtype)
 
-    def divergence() -> Tensor:
-        true_mean, _, true_log_variance = process.q_posterior_mean_variance(x_start, x_t, t)
-        return _mean_bits(normal_kl(true_mean, true_log_variance, mean, log_variance))
+        mean, _, log_variance = self.p_mean_variance(lambda *_: model_output, x_t, t, clip_denoised)
+        if not self.variance_entry.learned:
+            log_variance = self.extract("finite_log_variance", t, x_t)
 
-    def decoder() -> Tensor:
-        return -_mean_bits(discretized_gaussian_log_likelihood(x_start, mean=mean, log_scale=log_variance / 2))
+        def divergence() -> Tensor:
+            true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+            return _mean_bits(normal_kl(true_mean, true_log_variance, mean, log_variance))
 
-    if isinstance(t, Tensor):
-        output = torch.where(t == 0, decoder(), divergence())
-    elif t == 0:
-        output = decoder()
-    else:
-        output = divergence()
+        def decoder() -> Tensor:
+            return -_mean_bits(discretized_gaussian_log_likelihood(x_start, mean=mean, log_scale=log_variance / 2))
 
-    predicted = split_variance(x_t, model_output)[0] if process.variance_entry.learned else model_output
-    pred_xstart = process.ops.step_with_options(
-        x_t.detach(), predicted.detach(), process.table("x0", "x_t", x_t), t, clip=clip, add_noise=False
-    )
-    return VlbTerms(output, pred_xstart)
+        if isinstance(t, Tensor):
+            output = torch.where(t == 0, decoder(), divergence())
+        elif t == 0:
+            output = decoder()
+        else:
+            output = divergence()
 
+        predicted = split_variance(x_t, model_output)[0] if self.variance_entry.learned else model_output
+        pred_xstart = self.ops.step_with_options(
+            x_t.detach(), predicted.detach(), self.table("x0", "x_t", x_t), t, clip=clip, add_noise=False
+        )
+        return VlbTerms(output, pred_xstart)
 
-def prior_bpd(process: Process, x_start: Tensor) -> Tensor:
-    """The prior's term, (batch,): how far the last x_t is from the pure noise that a loop begins from, in bits per
-    dimension.
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """The prior's term, (batch,): how far the last x_t is from the pure noise that a loop begins from, in bits per
+        dimension.
 
-    Args:
-        x_start: (batch, ...), of any float dtype.
+        Args:
+            x_start: (batch, ...), of any float dtype.
 
-    Raises:
-        TypeError, ValueError: x_start is of another type or dtype.
-    """
-    checks.samples("x_start", x_start)
-    x_start = x_start.to(checks.compute_dtype(x_start.dtype))
-    mean, _, log_variance = process.q_mean_variance(x_start, process.timesteps - 1)
-    prior = pure_noise(process.schedule.signal[-1].item(), process.schedule.noise[-1].item())
-    return _mean_bits(normal_kl(mean, log_variance, 0.0, 2 * math.log(prior)))
+        Raises:
+            TypeError, ValueError: x_start is of another type or dtype.
+        """
+        checks.samples("x_start", x_start)
+        x_start = x_start.to(checks.compute_dtype(x_start.dtype))
+        mean, _, log_variance = self.q_mean_variance(x_start, self.timesteps - 1)
+        prior = pure_noise(self.schedule.signal[-1].item(), self.schedule.noise[-1].item())
+        return _mean_bits(normal_kl(mean, log_variance, 0.0, 2 * math.log(prior)))
 
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        model: Model,
+        x_start: Tensor,
+        *,
+        rng: Philox | None = None,
+        clip_denoised: bool | Clip = True,
+        progress: bool = False,
+    ) -> BitsPerDim:
+        """The whole bound of each sample's negative log-likelihood, in bits per dimension, by one call of the model a
+        timestep; without gradients.
 
-@torch.no_grad()
-def bits_per_dim(
-    process: Process,
-    model: Model,
-    x_start: Tensor,
-    *,
-    rng: Philox | None = None,
-    clip_denoised: bool | Clip = True,
-    progress: bool = False,
-) -> BitsPerDim:
-    """The whole bound of each sample, by one call of the model for each timestep; without gradients.
+        A sample's bound depends on the seed and on its id, and not on the batch that it is in.
 
-    A sample's bound depends on the seed and on its id, and not on the batch that it is in.
+        Args:
+            model, x_start, clip_denoised: as vlb_terms'.
+            rng: seed and sample ids (stream 2, draw t); None: a seed from torch's default generator. One with a draw or
+                a stream of its own is refused: it would give each timestep the same noise.
+            progress: whether to show a progress bar (where tqdm is installed).
 
-    Args:
-        model, x_start, clip_denoised: as vlb_terms'.
-        rng: seed and sample ids (stream 2, draw t); None: a seed from torch's default generator. One with a draw or a
-            stream of its own is refused: it would give each timestep the same noise.
-        progress: whether to show a progress bar (where tqdm is installed).
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
 
-    Raises:
-        TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
-    """
-    prior = prior_bpd(process, x_start)
-    rng = rng_of_many(rng, x_start.device)
-    levels = process.alphas_cumprod
-    vlb, x_start_mse, mse = [], [], []
-    count = process.timesteps
-    for t in counter(count, "bits per dimension, timestep") if progress else range(count):
-        output, pred_xstart = vlb_terms(process, model, x_start, t, rng=rng, clip_denoised=clip_denoised)
-        error = pred_xstart - x_start
-        vlb.append(output)
-        x_start_mse.append(_mean_flat(error**2))
-        # x_t is made of x_start and noise, so the noise's error is that of x_0 times the root of their ratio.
-        mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
-    terms = torch.stack(vlb, 1)
-    total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)
-    return BitsPerDim(total, prior, terms, torch.stack(x_start_mse, 1), torch.stack(mse, 1))
+        Examples:
+            >>> bits = GaussianDiffusion(20).bits_per_dim(model, images, rng=Philox(seed=0)).total  # (batch,)
+        """
+        prior = self.prior_bpd(x_start)
+        rng = rng_of_many(rng, x_start.device)
+        levels = self.alphas_cumprod
+        vlb, x_start_mse, mse = [], [], []
+        count = self.timesteps
+        for t in counter(count, "bits per dimension, timestep") if progress else range(count):
+            output, pred_xstart = self.vlb_terms(model, x_start, t, rng=rng, clip_denoised=clip_denoised)
+            error = pred_xstart - x_start
+            vlb.append(output)
+            x_start_mse.append(_mean_flat(error**2))
+            # x_t is made of x_start and noise, so the noise's error is that of x_0 times the root of their ratio.
+            mse.append(_mean_flat((error * math.sqrt(levels[t] / (1 - levels[t]))) ** 2))
+        terms = torch.stack(vlb, 1)
+        total = prior + terms.sum(1, dtype=torch.float64).to(prior.dtype)
+        return BitsPerDim(total, prior, terms, torch.stack(x_start_mse, 1), torch.stack(mse, 1))

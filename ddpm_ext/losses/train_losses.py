@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,86 +19,120 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.variances import Variance
 
 
-class LossOptions(NamedTuple):
-    """The options of GaussianDiffusion.train_losses, by the same names. A tuple, since torch.compile traces those."""
+class LossMethods(Process):
+    """What a model is trained by: a method of GaussianDiffusion."""
 
-    loss: str = "mse"
-    delta: float = 1.0
-    weighting: str | Tensor = "simple"
-    vlb_weight: float = 0.001
-    offset_noise: float = 0.0
-    input_perturbation: float = 0.0
-    reduction: str = "mean"
+    _loss_rows: LossRows
 
+    def train_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: int | Tensor,
+        noise: Tensor | None = None,
+        *,
+        rng: Philox | None = None,
+        loss: str = "mse",
+        delta: float = 1.0,
+        weighting: str | Tensor = "simple",
+        vlb_weight: float = 0.001,
+        offset_noise: float = 0.0,
+        input_perturbation: float = 0.0,
+        reduction: str = "mean",
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The error of the model's prediction at x_t ~ q(x_t | x_0) (L_simple, eq. 14), in two launches beside the
+        model's: one makes x_t, the other the loss and its gradient. On a GPU the loss draws the noise again; on a CPU
+        the noise stays in the memory that the gradient is then written to.
 
-def train_losses(
-    process: Process,
-    loss_rows: LossRows,
-    model: Model,
-    x_start: Tensor,
-    t: int | Tensor,
-    noise: Tensor | None,
-    rng: Philox | None,
-    options: LossOptions,
-    model_kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:
-    """See GaussianDiffusion.train_losses."""
-    check_options(options.loss, options.delta, options.reduction, (*LOSSES, *BOUNDS))
-    for name in ("vlb_weight", "offset_noise", "input_perturbation"):
-        number = getattr(options, name)
-        if type(number) is not float or not 0 <= number < math.inf:
-            checks.nonnegative(name, number)
-    variance, ops = process.variance_entry, process.ops
-    kind, error, bound = options.loss, options.loss not in BOUNDS, None
-    if variance.learned or not error:
-        bound = bound_factor(process, variance, loss_rows, options)
-        kind = kind if error else "mse"
-    table = process.table("q_sample", "x_start", x_start)
-    rows = loss_rows.get(options.weighting, x_start.device, table.dtype, error, bound)
-    if noise is None and rng is None and (options.offset_noise or options.input_perturbation):
-        rng = fresh_rng(x_start.device)  # which several launches share
-    source: dict[str, Any] = {"noise": noise, "rng": rng}
-    if options.offset_noise:
-        source = {"noise": _offset_noise(process, x_start, t, noise, rng, options.offset_noise), "rng": None}
-    variational = bound is not None
-    step = ops.LossStep(
-        x_start if variational or loss_rows.needs_x_start else None,
-        rows,
-        t,
-        x_start.device,
-        **source,
-        loss=kind,
-        delta=options.delta,
-        reduction=options.reduction,
-        variational=variational,
-        detach_mean=variational and error,
-    )
-    keep_noise = loss_rows.needs_noise and not variance.learned and torch.is_grad_enabled()
-    x_t = step.noised(x_start, table, keep_noise)
-    if options.input_perturbation:
-        perturbation = loss_rows.perturbation(options.input_perturbation, x_t.device, table.dtype)
-        x_t = _perturbed(process, x_t, t, rng, perturbation)
-    model_output = process.call_model(model, x_t, t, model_kwargs)
-    mean = split_variance(x_start, model_output)[0] if variance.learned else model_output
-    checks.like("model_output", mean, "x_start", x_start, lower=True)
-    return step.loss(model_output)
+        Where the variance is learned, a term of the variational bound is added, L_simple + vlb_weight L_vlb with the
+        mean detached (Nichol & Dhariwal 2021, eq. 16); `model` then returns twice the channels.
 
+        Args:
+            model: model(x_t, t, **model_kwargs) -> (batch, ...).
+            x_start: (batch, ...), in [-1, 1] by custom.
+            t: int64 (batch,) or int, in [0, timesteps).
+            noise, rng: as in q_sample.
+            loss: "mse", "l1" or "huber"; or the variational bound alone, whose term moves the mean too: "vlb", in bits
+                per dimension, or "rescaled_vlb", `timesteps` times that. The mean of the latter over uniform t is the
+                bound without the prior's term, which no model changes.
+            delta: the difference up to which "huber" is quadratic, above 0.
+            weighting: how much each timestep's error counts: "simple" (all the same), "min_snr" (Hang et al. 2023) or
+                another of ddpm_ext.tables.weightings; or weights (timesteps,), which are read anew when torch has
+                written to them (writes by others go unseen).
+            vlb_weight: of the bound, in bits per dimension, where the variance is learned; at least 0.
+            offset_noise: standard deviation of the noise that all elements of a channel share (stream 4, whatever
+                stream rng has), at least 0. The noise is made as a tensor then.
+            input_perturbation: standard deviation of further noise in x_t alone (stream 5, whatever stream rng has),
+                relative to that of its noise, at least 0: Ning et al. 2023, "Input perturbation reduces exposure
+                bias". It costs one launch more.
+            reduction: "mean" or "sum" of the samples' losses, or "none".
 
-def bound_factor(process: Process, variance: Variance, loss_rows: LossRows, options: LossOptions) -> float:
-    """The factor of the variational bound's term, in nats, of a loss that includes it."""
-    loss = options.loss
-    if not variance.bound:
-        raise ValueError(f"variance is {process.variance!r}, expected 'learned' or 'learned_range', which have a loss")
-    if not loss_rows.bounded:
-        raise ValueError(
-            "alphas_cumprod ends at 0, where eps says nothing of x_0 and the bound is infinite, expected another "
-            "schedule or prediction"
+        Returns:
+            A scalar loss, or (batch,), float32 (float64 for float64 samples).
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+        Examples:
+            >>> gd = GaussianDiffusion(1000)
+            >>> gd.train_losses(model, images, torch.tensor([0, 9, 500, 999]), loss="l1", reduction="none").shape
+            torch.Size([4])
+        """
+        check_options(loss, delta, reduction, (*LOSSES, *BOUNDS))
+        numbers = {"vlb_weight": vlb_weight, "offset_noise": offset_noise, "input_perturbation": input_perturbation}
+        for name, number in numbers.items():
+            if type(number) is not float or not 0 <= number < math.inf:
+                checks.nonnegative(name, number)
+        variance, ops = self.variance_entry, self.ops
+        kind, error, bound = loss, loss not in BOUNDS, None
+        if variance.learned or not error:
+            bound = self._bound_factor(variance, loss, weighting, vlb_weight)
+            kind = kind if error else "mse"
+        table = self.table("q_sample", "x_start", x_start)
+        rows = self._loss_rows.get(weighting, x_start.device, table.dtype, error, bound)
+        if noise is None and rng is None and (offset_noise or input_perturbation):
+            rng = fresh_rng(x_start.device)  # which several launches share
+        source: dict[str, Any] = {"noise": noise, "rng": rng}
+        if offset_noise:
+            source = {"noise": _offset_noise(self, x_start, t, noise, rng, offset_noise), "rng": None}
+        variational = bound is not None
+        step = ops.LossStep(
+            x_start if variational or self._loss_rows.needs_x_start else None,
+            rows,
+            t,
+            x_start.device,
+            **source,
+            loss=kind,
+            delta=delta,
+            reduction=reduction,
+            variational=variational,
+            detach_mean=variational and error,
         )
-    if loss not in BOUNDS:
-        return options.vlb_weight * process.timesteps / math.log(2)
-    if not isinstance(options.weighting, str) or options.weighting != "simple":
-        raise ValueError(f"weighting is given beside loss {loss!r}, expected 'simple'")
-    return (process.timesteps if loss == "rescaled_vlb" else 1) / math.log(2)
+        keep_noise = self._loss_rows.needs_noise and not variance.learned and torch.is_grad_enabled()
+        x_t = step.noised(x_start, table, keep_noise)
+        if input_perturbation:
+            perturbation = self._loss_rows.perturbation(input_perturbation, x_t.device, table.dtype)
+            x_t = _perturbed(self, x_t, t, rng, perturbation)
+        model_output = self.call_model(model, x_t, t, model_kwargs)
+        mean = split_variance(x_start, model_output)[0] if variance.learned else model_output
+        checks.like("model_output", mean, "x_start", x_start, lower=True)
+        return step.loss(model_output)
+
+    def _bound_factor(self, variance: Variance, loss: str, weighting: str | Tensor, vlb_weight: float) -> float:
+        """The factor of the variational bound's term, in nats, of a loss that includes it."""
+        if not variance.bound:
+            raise ValueError(f"variance is {self.variance!r}, expected 'learned' or 'learned_range', which have a loss")
+        if not self._loss_rows.bounded:
+            raise ValueError(
+                "alphas_cumprod ends at 0, where eps says nothing of x_0 and the bound is infinite, expected another "
+                "schedule or prediction"
+            )
+        if loss not in BOUNDS:
+            return vlb_weight * self.timesteps / math.log(2)
+        if not isinstance(weighting, str) or weighting != "simple":
+            raise ValueError(f"weighting is given beside loss {loss!r}, expected 'simple'")
+        return (self.timesteps if loss == "rescaled_vlb" else 1) / math.log(2)
 
 
 def _offset_noise(

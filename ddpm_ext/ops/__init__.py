@@ -5,7 +5,6 @@ Eager calls go through pybind11, compiled ones through torch.ops.ddpm_ext; `fuse
 
 from ddpm_ext.ops.fused import (
     TableStep,
-    check_reverse_step,
     diffusion_loss,
     forward_process,
     output_scale,
@@ -19,7 +18,6 @@ from ddpm_ext.ops.fused import (
 
 __all__ = [
     "TableStep",
-    "check_reverse_step",
     "diffusion_loss",
     "forward_process",
     "output_scale",

@@ -17,33 +17,13 @@ from ddpm_ext.base.checks import split_t
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import torch_library as _registration
 from ddpm_ext.ops.extension import C
-from ddpm_ext.ops.loss import LossStep, diffusion_loss
-from ddpm_ext.ops.noise import (
-    STREAM_FORWARD,
-    STREAM_REVERSE,
-    Philox,
-    noise_arguments,
-    randn,
-    seed_in_memory,
-)
+from ddpm_ext.ops.loss import LossStep as LossStep
+from ddpm_ext.ops.loss import diffusion_loss as diffusion_loss
+from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arguments, seed_in_memory
+from ddpm_ext.ops.noise import randn as randn
 from ddpm_ext.ops.scales import output_scale, x_start_scale
-from ddpm_ext.ops.step_with_options import refuse_grad, step_with_options
+from ddpm_ext.ops.step_options import refuse_grad, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
-
-__all__ = [
-    "LossStep",
-    "TableStep",
-    "check_reverse_step",
-    "diffusion_loss",
-    "forward_process",
-    "output_scale",
-    "posterior_mean",
-    "predict_start",
-    "randn",
-    "reverse_step",
-    "step_with_options",
-    "x_start_scale",
-]
 
 NO_CLIP = _registration.NO_CLIP
 
@@ -102,26 +82,6 @@ def reverse_step(
     return out
 
 
-def check_reverse_step(
-    x_t: Tensor,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    out: Tensor | None = None,
-) -> None:
-    """Raises what reverse_step would raise for these arguments, before a model is called with them."""
-    checks.tensor("x_t", x_t)
-    if out is not None:
-        checks.tensor("out", out)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, x_t.device)
-    if not _registration.is_recorded():
-        C.check_reverse_step(x_t, table, row, index, *arguments, out)
-
-
 class TableStep(CalledTableStep):
     """The steps of a table: reverse_step, or step_with_options where a call has its inputs. What is done for the table,
     the clip and the noise is done once. Without noise and rng each call draws a seed from torch's default generator.
@@ -132,8 +92,8 @@ class TableStep(CalledTableStep):
             returned) -> its tensor. Both are for run.
 
     Attributes:
-        check: (x_t, row, index, out=None) raises what take would raise for these arguments. `row` and `index` are
-            split_t's.
+        check: (x_t, row, index, out=None) raises what take would raise for these arguments, before a model is called;
+            nothing where torch.compile or torch.jit.trace records. `row` and `index` are split_t's.
         take: (x_t, model_output, row, index, out=None, **inputs) -> the next samples, as reverse_step. The inputs are
             those of step_with_options that are tensors or flags, of which None counts as not given, and a noise of
             this call. `quantile` and `maximum` stand for the x_start_scale that they make, `guidance` and `rescale`
@@ -145,7 +105,6 @@ class TableStep(CalledTableStep):
     """
 
     operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
         "reverse_step": reverse_step,
         "step_with_options": step_with_options,
         "output_scale": output_scale,
@@ -228,13 +187,7 @@ def predict_start(x_t: Tensor, noise: Tensor, table: Tensor, t: int | Tensor) ->
 
     Args, raises: as reverse_step, noise as its model_output. Differentiable in x_t and noise.
     """
-    checks.tensor("x_t", x_t)
-    checks.tensor("noise", noise)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    if _registration.is_recorded():
-        return torch.ops.ddpm_ext.predict_start(x_t, noise, table, row, index)
-    return C.predict_start(x_t, noise, table, row, index)
+    return _affine("predict_start", {"x_t": x_t, "noise": noise}, table, t)
 
 
 def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor) -> Tensor:
@@ -242,10 +195,11 @@ def posterior_mean(x_start: Tensor, x_t: Tensor, table: Tensor, t: int | Tensor)
 
     Args, raises: as reverse_step. Differentiable in x_start and x_t.
     """
-    checks.tensor("x_start", x_start)
-    checks.tensor("x_t", x_t)
-    checks.tensor("table", table)
-    row, index = split_t(t)
-    if _registration.is_recorded():
-        return torch.ops.ddpm_ext.posterior_mean(x_start, x_t, table, row, index)
-    return C.posterior_mean(x_start, x_t, table, row, index)
+    return _affine("posterior_mean", {"x_start": x_start, "x_t": x_t}, table, t)
+
+
+def _affine(op: str, tensors: dict[str, Tensor], table: Tensor, t: int | Tensor) -> Tensor:
+    for name, tensor in (tensors | {"table": table}).items():
+        checks.tensor(name, tensor)
+    call = getattr(torch.ops.ddpm_ext if _registration.is_recorded() else C, op)
+    return call(*tensors.values(), table, *split_t(t))

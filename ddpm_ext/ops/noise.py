@@ -11,19 +11,6 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from ddpm_ext.base import checks
 from ddpm_ext.ops.extension import C
 
-__all__ = [
-    "STREAMS_REVERSE_MORE",
-    "STREAM_FORWARD",
-    "STREAM_OFFSET",
-    "STREAM_PERTURBATION",
-    "STREAM_REVERSE",
-    "STREAM_START",
-    "STREAM_TIMESTEPS",
-    "Philox",
-    "randn",
-    "random_seed",
-]
-
 # What noise is for. 16 and up are the caller's.
 STREAM_REVERSE, STREAM_START, STREAM_FORWARD = 0, 1, 2
 STREAM_TIMESTEPS, STREAM_OFFSET, STREAM_PERTURBATION = 3, 4, 5
@@ -96,15 +83,17 @@ class Philox:
         self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
 
     def __repr__(self) -> str:
-        seed = self.seed_value % 2**64 if self.seed is None else self.seed
-        ids = self.first_id if self.sample_ids is None else self.sample_ids
+        seed, ids = self._given()
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
     def of(self, stream: int, draw: int | Tensor | None) -> Philox:
         """The same seed and sample ids, with this stream and draw."""
+        return Philox(*self._given(), stream=stream, draw=draw)
+
+    def _given(self) -> tuple[int | Tensor, int | Tensor]:
+        """seed and sample_ids, as they were given."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
-        ids = self.first_id if self.sample_ids is None else self.sample_ids
-        return Philox(seed, ids, stream=stream, draw=draw)
+        return seed, self.first_id if self.sample_ids is None else self.sample_ids
 
     def numbers(self) -> tuple[int | None, ...] | None:
         """What its noise follows from; None where a tensor is among it, whose values may change."""
@@ -117,12 +106,9 @@ class Philox:
         """What the operators take. The object's own stream and draw take precedence over the arguments."""
         if self.stream is not None:
             stream = self.stream
-        draw_data = None
-        if self.draw is not None:
-            if isinstance(self.draw, Tensor):
-                draw_data = self.draw
-            else:
-                draw = self.draw
+        draw_data = self.draw if isinstance(self.draw, Tensor) else None
+        if self.draw is not None and not isinstance(self.draw, Tensor):
+            draw = self.draw
         draw = -1 if draw is None else draw
         return self.seed, self.seed_value, self.sample_ids, self.first_id, stream, draw, draw_data
 
@@ -142,18 +128,16 @@ def check_rng(rng: object) -> None:
 
 def rng_of_many(rng: Philox | None, device: torch.device) -> Philox:
     """The rng of a loop, which draws at every step; None: a fresh one. Raises TypeError and ValueError."""
-    if rng is None:
-        return fresh_rng(device)
-    check_rng_of_many(rng)
-    return rng
+    return fresh_rng(device) if rng is None else check_rng_of_many(rng)
 
 
-def check_rng_of_many(rng: object) -> None:
-    """TypeError unless rng is a Philox; ValueError if it has a draw or a stream of its own."""
+def check_rng_of_many(rng: object) -> Philox:
+    """Returns rng. TypeError unless it is a Philox; ValueError if it has a draw or a stream of its own."""
     check_rng(rng)
     assert isinstance(rng, Philox)
     if rng.draw is not None or rng.stream is not None:
         raise ValueError(f"rng is {rng}, expected one without a draw or a stream of its own: each step has its own")
+    return rng
 
 
 def random_seed() -> int:

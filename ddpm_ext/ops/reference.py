@@ -16,39 +16,26 @@ from ddpm_ext.base import checks
 from ddpm_ext.ops.gaussians import discretized_gaussian_log_likelihood
 from ddpm_ext.ops.loss_kinds import check_options
 from ddpm_ext.ops.noise import STREAM_FORWARD, Philox, fresh_rng
-from ddpm_ext.ops.philox import philox4x32
-from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, randn, resolve_noise
+from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, finish, resolve_noise
+from ddpm_ext.ops.reference_inputs import randn as randn
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
-from ddpm_ext.ops.reference_steps import check_reverse_step, reverse_step, step_with_options
+from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
 from ddpm_ext.ops.table_step import CalledTableStep
-
-__all__ = [
-    "LossStep",
-    "TableStep",
-    "check_reverse_step",
-    "diffusion_loss",
-    "forward_process",
-    "output_scale",
-    "philox4x32",
-    "posterior_mean",
-    "predict_start",
-    "randn",
-    "reverse_step",
-    "step_with_options",
-    "x_start_scale",
-]
 
 
 class TableStep(CalledTableStep):
     """Twin of ops.TableStep."""
 
     operators = {  # noqa: RUF012  declared as a ClassVar
-        "check_reverse_step": check_reverse_step,
         "reverse_step": reverse_step,
         "step_with_options": step_with_options,
         "output_scale": output_scale,
         "x_start_scale": x_start_scale,
     }
+
+    def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
+        noise, rng = self._given["noise"], self._given["rng"]
+        check_plain_step(x_t, self._table, index if row is None else row, noise, rng, out)
 
 
 def forward_process(
@@ -68,8 +55,7 @@ def forward_process(
     k0, k1 = columns(table.to(dtype), t, x_start)
     x_t = k0 * x_start.to(dtype)
     if add_noise or noise is not None or rng is not None:
-        draw = t if isinstance(t, Tensor) else torch.full((len(x_start),), t, device=x_start.device)
-        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, draw)
+        x_t = x_t + k1 * resolve_noise(x_start, noise, rng, STREAM_FORWARD, t)
     return finish(x_t, x_start, out)
 
 
@@ -110,13 +96,41 @@ def diffusion_loss(
 
     It overwrites no noise.
     """
+    checks.tensor("model_output", model_output)
+    variance = None
+    if variational:
+        if x_start is None:
+            raise ValueError("x_start is missing, expected one beside variational")
+        checks.tensor("x_start", x_start)
+        if model_output.dim() > 1 and x_start.dim() > 1 and model_output.shape[1] == 2 * x_start.shape[1]:
+            model_output, variance = model_output.chunk(2, 1)
+    x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
+    name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
+    assert x is not None
     check_options(loss, delta, reduction)
+    others = {"model_output": model_output, "x_start": x_start, "noise": noise}
+    check_samples(name, x, table, t, others, lower="model_output")
+    check_noise(x, noise, rng)
     if noise is None and rng is None:
         raise ValueError("noise and rng are both None, expected the one that made the model's input")
-    checks.tensor("model_output", model_output)
-    how: dict[str, Any] = {"loss": loss, "delta": delta, "reduction": reduction}
-    how |= {"variational": variational, "detach_mean": detach_mean}
-    return LossStep(x_start, table, t, model_output.device, noise=noise, rng=rng, **how).loss(model_output)
+    dtype = checks.compute_dtype(x.dtype)
+    k0, k1, weight, *row = columns(table.to(dtype), t, x)
+    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, t)
+    if x_start is not None:
+        target = target + k0 * x_start.to(dtype)
+    d = model_output.to(dtype) - target
+    if loss == "mse":
+        values = d**2
+    elif loss == "l1":
+        values = d.abs()
+    else:
+        values = torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction="none", delta=delta)
+    values = weight * values
+    if variational:
+        d = d.detach() if detach_mean else d
+        values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), *row)
+    losses = values.flatten(1).mean(1) if x.dim() > 1 else values
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 
 class LossStep:
@@ -133,65 +147,15 @@ class LossStep:
         rng: Philox | None,
         **how: Any,
     ) -> None:
-        self._rows, self._t, self._how = (x_start, table), t, how
-        self._source: dict[str, Any] = {"noise": noise, "rng": rng}
-        if noise is None and rng is None:
-            self._source["rng"] = fresh_rng(device)
+        source = {"noise": noise, "rng": fresh_rng(device) if noise is None and rng is None else rng}
+        self._forward: dict[str, Any] = {"t": t, **source}
+        self._given: dict[str, Any] = {"x_start": x_start, "table": table, **self._forward, **how}
 
     def noised(self, x_start: Tensor, table: Tensor, keep_noise: bool) -> Tensor:
-        return forward_process(x_start, table, self._t, **self._source)
+        return forward_process(x_start, table, **self._forward)
 
     def loss(self, model_output: Tensor) -> Tensor:
-        x_start, table = self._rows
-        return _loss(model_output, x_start, table, self._t, **self._source, **self._how)
-
-
-def _loss(
-    model_output: Tensor,
-    x_start: Tensor | None,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    loss: str,
-    delta: float,
-    noise: Tensor | None,
-    rng: Philox | None,
-    reduction: str,
-    variational: bool,
-    detach_mean: bool,
-) -> Tensor:
-    variance = None
-    if variational:
-        if x_start is None:
-            raise ValueError("x_start is missing, expected one beside variational")
-        checks.tensor("x_start", x_start)
-        if model_output.dim() > 1 and x_start.dim() > 1 and model_output.shape[1] == 2 * x_start.shape[1]:
-            model_output, variance = model_output.chunk(2, 1)
-    x = model_output if x_start is None and noise is None else noise if x_start is None else x_start
-    name = "model_output" if x is model_output else "noise" if x_start is None else "x_start"
-    assert x is not None
-    others = {"model_output": model_output, "x_start": x_start, "noise": noise}
-    check_samples(name, x, table, t, others, lower="model_output")
-    check_noise(x, noise, rng)
-    dtype = checks.compute_dtype(x.dtype)
-    k0, k1, weight, *row = columns(table.to(dtype), t, x)
-    draw = t if isinstance(t, Tensor) else torch.full((len(x),), t, device=x.device)
-    target = k1 * resolve_noise(x, noise, rng, STREAM_FORWARD, draw)
-    if x_start is not None:
-        target = target + k0 * x_start.to(dtype)
-    d = model_output.to(dtype) - target
-    if loss == "mse":
-        values = d**2
-    elif loss == "l1":
-        values = d.abs()
-    else:
-        values = torch.nn.functional.huber_loss(d, torch.zeros_like(d), reduction="none", delta=delta)
-    values = weight * values
-    if variational:
-        d = d.detach() if detach_mean else d
-        values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), *row)
-    losses = values.flatten(1).mean(1) if x.dim() > 1 else values
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+        return diffusion_loss(model_output, **self._given)
 
 
 def _bound(

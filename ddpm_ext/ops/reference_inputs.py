@@ -89,19 +89,13 @@ def columns(table: Tensor, t: int | Tensor, x: Tensor) -> list[Tensor]:
     return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in rows.unbind(1)]
 
 
-def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: Tensor) -> Tensor:
+def resolve_noise(x: Tensor, noise: Tensor | None, rng: Philox | None, stream: int, draw: int | Tensor) -> Tensor:
+    dtype = checks.compute_dtype(x.dtype)
     if noise is not None:
-        return noise.to(checks.compute_dtype(x.dtype))
-    if rng is None:
-        rng = fresh_rng(x.device)
-    return randn(
-        x.shape,
-        rng,
-        draw=draw if rng.draw is None else None,
-        stream=stream if rng.stream is None else None,
-        device=x.device,
-        dtype=checks.compute_dtype(x.dtype),
-    )
+        return noise.to(dtype)
+    rng = fresh_rng(x.device) if rng is None else rng
+    own_draw, own_stream = draw if rng.draw is None else None, stream if rng.stream is None else None
+    return randn(x.shape, rng, draw=own_draw, stream=own_stream, device=x.device, dtype=dtype)
 
 
 def finish(result: Tensor, x: Tensor, out: Tensor | None) -> Tensor:

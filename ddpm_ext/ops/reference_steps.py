@@ -15,16 +15,10 @@ from ddpm_ext.ops.row import row_numbers
 from ddpm_ext.ops.step_inputs import InputKind, names
 
 
-def check_reverse_step(
-    x_t: Tensor,
-    table: Tensor,
-    t: int | Tensor,
-    *,
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    out: Tensor | None = None,
+def check_plain_step(
+    x_t: Tensor, table: Tensor, t: int | Tensor, noise: Tensor | None, rng: Philox | None, out: Tensor | None
 ) -> None:
-    """Twin of ops.check_reverse_step."""
+    """Checks the arguments of reverse_step that are known before a model is called."""
     check_samples("x_t", x_t, table, t, {"noise": noise, "out": out})
     check_noise(x_t, noise, rng)
 
@@ -43,7 +37,7 @@ def reverse_step(
 ) -> Tensor:
     """Twin of ops.reverse_step."""
     checks.clip_range(clip)
-    check_reverse_step(x_t, table, t, noise=noise, rng=rng, out=out)
+    check_plain_step(x_t, table, t, noise, rng, out)
     checks.like("model_output", model_output, "x_t", x_t, lower=True)
     dtype = checks.compute_dtype(x_t.dtype)
     row = row_numbers(table, t, x_t, dtype)

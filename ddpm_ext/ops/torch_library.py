@@ -25,36 +25,23 @@ def is_recorded() -> bool:
 # ------------------------------------------------------------------------------------------ shapes without data
 
 
-@_lib.register_fake("ddpm_ext::reverse_step")
-def _(x_t: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x_t)
+def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.empty_like(x)
 
 
-@_lib.register_fake("ddpm_ext::forward_process")
-def _(x_start: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.empty_like(x_start)
+def _written(*_: Any, **__: Any) -> None: ...
 
 
-@_lib.register_fake("ddpm_ext::predict_start")
-def _(x_t: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_t)
+def _by_sample(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
-@_lib.register_fake("ddpm_ext::posterior_mean")
-def _(x_start: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x_start)
-
-
-@_lib.register_fake("ddpm_ext::reverse_step.out")
-def _(*_: Any, out: Tensor) -> None: ...
-
-
-@_lib.register_fake("ddpm_ext::step_with_options")
-def _(*_: Any, **__: Any) -> None: ...
-
-
-@_lib.register_fake("ddpm_ext::forward_process.out")
-def _(*_: Any, out: Tensor) -> None: ...
+for _name in ("reverse_step", "forward_process", "predict_start", "posterior_mean"):
+    _lib.register_fake(f"ddpm_ext::{_name}", _like_first)
+for _name in ("reverse_step.out", "forward_process.out", "step_with_options"):
+    _lib.register_fake(f"ddpm_ext::{_name}", _written)
+for _name in ("x_start_scale", "output_scale"):
+    _lib.register_fake(f"ddpm_ext::{_name}", _by_sample)
 
 
 @_lib.register_fake("ddpm_ext::randn")
@@ -68,16 +55,6 @@ def _(model_output: Tensor, *_: Any, reduction: int = 0, want_slope: bool = Fals
     float32 = torch.float32
     slope = torch.empty_like(model_output, dtype=float32) if want_slope else model_output.new_empty((0,), dtype=float32)
     return loss, slope
-
-
-@_lib.register_fake("ddpm_ext::x_start_scale")
-def _(x_t: Tensor, *_: Any) -> Tensor:
-    return x_t.new_empty(x_t.shape[:1], dtype=torch.float32)
-
-
-@_lib.register_fake("ddpm_ext::output_scale")
-def _(model_output: Tensor, *_: Any) -> Tensor:
-    return model_output.new_empty(model_output.shape[:1], dtype=torch.float32)
 
 
 @_lib.register_fake("ddpm_ext::draw_seed")
@@ -106,11 +83,9 @@ def _scale(grad: Tensor, table: Tensor, t: Tensor | None, index: int) -> Tensor:
 
 def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     table, t = ctx.saved_tensors
-    grad_x = grad_y = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _scale(grad, table, t, ctx.index)
-    if ctx.needs_input_grad[1]:
-        grad_y = _scale(grad, table.flip(1), t, ctx.index).to(ctx.y_dtype)
+    needs_x, needs_y, *_ = ctx.needs_input_grad
+    grad_x = _scale(grad, table, t, ctx.index) if needs_x else None
+    grad_y = _scale(grad, table.flip(1), t, ctx.index).to(ctx.y_dtype) if needs_y else None
     return grad_x, grad_y, None, None, None
 
 

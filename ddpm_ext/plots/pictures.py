@@ -21,18 +21,6 @@ from ddpm_ext.base.optional import require
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "grid",
-    "save_gif",
-    "save_grid",
-    "save_picture",
-    "save_strips",
-    "strips",
-    "to_uint8",
-    "trajectory",
-    "trajectory_frames",
-]
-
 Pixels = npt.NDArray[np.uint8]
 Images = torch.Tensor | npt.NDArray[np.floating]
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ddpm_ext.loop.loop import Record
 
-__all__ = ["Recorder"]
-
 Array = npt.NDArray[np.float32]
 
 

@@ -22,8 +22,6 @@ from ddpm_ext.base.optional import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "Array", "PathLike", "Values", "line_style", "new_figure", "plural", "to_array"]
-
 Array = npt.NDArray[np.float64]
 Values = torch.Tensor | npt.NDArray[np.floating]
 PathLike = str | os.PathLike[str]

@@ -18,61 +18,92 @@ _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_
 LOG_VARIANCE_RANGE, VARIANCE_RANGE = (-174.0, 176.0), (2.0**-100, 2.0**100)
 
 
-def p_mean_variance(
-    process: Process, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See GaussianDiffusion.p_mean_variance."""
-    table = process.table("steps", "x_t", x_t)
-    process.ops.check_reverse_step(x_t, table, t)
-    clip = as_fixed_clip(clip_denoised)
-    model_output = process.call_model(model, x_t, t)
-    variance = process.variance_entry
-    returned = None
-    if variance.learned:
-        model_output, returned = split_variance(x_t, model_output)
-    mean = process.ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
-    if returned is None:
-        return mean, process.extract("p_variance", t, x_t), process.extract("p_log_variance", t, x_t)
-    returned = returned.to(checks.compute_dtype(x_t.dtype))
-    if not variance.logarithm:
-        returned = returned.clamp(*VARIANCE_RANGE)
-        if process.schedule.scale is not None:  # the model's is that of a variance-preserving sample
-            returned = returned * process.extract("variance_before", t, x_t)
-        return mean, returned, returned.log()
-    columns = process.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
-    constant, slope = (process.at(column, t, x_t) for column in columns)
-    log_variance = (constant + slope * returned).clamp(*LOG_VARIANCE_RANGE)
-    return mean, log_variance.exp().clamp(max=torch.finfo(log_variance.dtype).max), log_variance
+class ReverseMethods(Process):
+    """A step of the reverse process: methods of GaussianDiffusion."""
 
+    def p_mean_variance(
+        self, model: Model, x_t: Tensor, t: int | Tensor, clip_denoised: bool | Clip = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), by the model's prediction.
 
-def p_sample(
-    process: Process,
-    model: Model,
-    x_t: Tensor,
-    t: int | Tensor,
-    clip_denoised: bool | Clip = True,
-    *,
-    noise: Tensor | None = None,
-    rng: Philox | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See GaussianDiffusion.p_sample."""
-    clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
-    step = process.reverse_step(x_t, clip, noise, rng)
-    if step.run is not None:
-        return step.run(model, x_t, t, out, None)
-    recording = _is_grad_enabled()
-    try:
-        # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
-        _set_grad_enabled(False)
-        row, index = checks.split_t(t)
-        step.check(x_t, row, index, out)
-        model_output = process.call_model(model, x_t, t)
-        variance = process.variance_entry
-        if not variance.learned:
-            return step.take(x_t, model_output, row, index, out)
-        model_output, returned = split_variance(x_t, model_output)
-        options = {"model_variance": returned, "log_variance": variance.logarithm}
-        return step.take(x_t, model_output, row, index, out, **options)
-    finally:
-        _set_grad_enabled(recording)
+        Args:
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
+
+        Returns:
+            mean as x_t, differentiable in x_t and through the model; variance and log-variance of shape
+            (batch, 1, ...), or of x_t's where they are learned. A learned log-variance is clamped to [-174, 176], and a
+            variance that the model returns to [2^-100, 2^100], as in p_sample; the variance itself saturates at the
+            dtype's largest number.
+        """
+        table, clip = self.table("steps", "x_t", x_t), as_fixed_clip(clip_denoised)
+        self.reverse_step(x_t, clip, None, None).check(x_t, *checks.split_t(t))
+        model_output = self.call_model(model, x_t, t)
+        variance = self.variance_entry
+        returned = None
+        if variance.learned:
+            model_output, returned = split_variance(x_t, model_output)
+        mean = self.ops.reverse_step(x_t, model_output, table, t, clip=clip, add_noise=False)
+        if returned is None:
+            return mean, self.extract("p_variance", t, x_t), self.extract("p_log_variance", t, x_t)
+        returned = returned.to(checks.compute_dtype(x_t.dtype))
+        if not variance.logarithm:
+            returned = returned.clamp(*VARIANCE_RANGE)
+            if self.schedule.scale is not None:  # the model's is that of a variance-preserving sample
+                returned = returned * self.extract("variance_before", t, x_t)
+            return mean, returned, returned.log()
+        columns = self.tables.get("learned_log_variance", x_t.device, checks.compute_dtype(x_t.dtype)).unbind(1)
+        constant, slope = (self.at(column, t, x_t) for column in columns)
+        log_variance = (constant + slope * returned).clamp(*LOG_VARIANCE_RANGE)
+        return mean, log_variance.exp().clamp(max=torch.finfo(log_variance.dtype).max), log_variance
+
+    def p_sample(
+        self,
+        model: Model,
+        x_t: Tensor,
+        t: int | Tensor,
+        clip_denoised: bool | Clip = True,
+        *,
+        noise: Tensor | None = None,
+        rng: Philox | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """x_{t-1} ~ p(x_{t-1} | x_t): one step of algorithm 2, in one launch after the model's call.
+
+        Args:
+            model: model(x_t, t) -> (batch, ...).
+            x_t: (batch, ...).
+            t: int64 (batch,) or int, in [0, timesteps).
+            clip_denoised: whether the predicted x_0 is clipped to [-1, 1], or a range (low, high) to clip it to.
+            noise: as x_t; None: drawn by `rng` (stream 0, draw t), or by a seed from torch's default generator.
+            out: as x_t: where the result is written; it may be x_t.
+
+        Returns:
+            x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
+
+        Raises:
+            TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+
+        Examples:
+            >>> gd, x = GaussianDiffusion(1000), x_t
+            >>> for t in reversed(range(1000)):
+            ...     x = gd.p_sample(model, x, t, rng=Philox(seed=0))
+        """
+        clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
+        step = self.reverse_step(x_t, clip, noise, rng)
+        if step.run is not None:
+            return step.run(model, x_t, t, out, None)
+        recording = _is_grad_enabled()
+        try:
+            # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
+            _set_grad_enabled(False)
+            row, index = checks.split_t(t)
+            step.check(x_t, row, index, out)
+            model_output = self.call_model(model, x_t, t)
+            variance = self.variance_entry
+            if not variance.learned:
+                return step.take(x_t, model_output, row, index, out)
+            model_output, returned = split_variance(x_t, model_output)
+            options = {"model_variance": returned, "log_variance": variance.logarithm}
+            return step.take(x_t, model_output, row, index, out, **options)
+        finally:
+            _set_grad_enabled(recording)

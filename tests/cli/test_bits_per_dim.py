@@ -100,17 +100,3 @@ def test_classes_that_the_model_does_not_know(pets, tmp_path, capsys):
         ("photos", ("--no-classes", "--class", "cat"), "no-classes: got class cat beside it, expected one of the two"),
     ):
         check_refused(capsys, message, "bits-per-dim", tmp_path / data, "--model", pets, *options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "required: DATA"),
-        (("digits", "--out", "a.npy"), "out: got a.npy, expected a name that ends in .npz"),
-        (("nowhere",), "data: got nowhere, expected a file or a folder that exists"),
-        (("shapes",), "data: shapes are 3x8x8, expected 1x8x8, as digits has"),
-    ],
-)
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, message):
-    monkeypatch.chdir(tmp_path)
-    check_refused(capsys, message, "bits-per-dim", *options)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.command_line import call, check_refused
+from support.command_line import call
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
@@ -26,19 +26,3 @@ def test_noise_leads_back(tmp_path, monkeypatch, capsys, spacing):
     np.save("noise.npy", noise[::-1])
     assert call("sample", *back) == 0
     assert abs(np.load("b.npz")["arr_0"] - images).mean() > 20
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "required: FILES"),
-        (("a.png", "--out", "noise.png"), "out: got noise.png, expected a name that ends in .npy"),
-        (("nowhere.png",), "images: cannot read nowhere.png"),
-        (("a.npz", "--spacing", "ddim5", "--steps", 5), "steps is 5 beside spacing 'ddim5'"),
-        (("a.npz", "--spacing", "leading", "--steps", 1), "steps is 1 with spacing 'leading', which begins at"),
-    ],
-)
-def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, options, message):
-    monkeypatch.chdir(tmp_path)
-    check_refused(capsys, message, "invert", *options)
-    assert not list(tmp_path.iterdir())

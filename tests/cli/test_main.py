@@ -109,6 +109,15 @@ BAD = [
     (("train", "--steps", "1"), "required: --out"),
     (("train", "--out", "run", "--widths", "a,b"), "--widths: got a,b"),
     (("train", "--out", "run", "--data", ".", "--image-size", "8"), "data: no images in ., expected files ending in"),
+    (("bits-per-dim",), "required: DATA"),
+    (("bits-per-dim", "digits", "--out", "a.npy"), "out: got a.npy, expected a name that ends in .npz"),
+    (("bits-per-dim", "nowhere"), "data: got nowhere, expected a file or a folder that exists"),
+    (("bits-per-dim", "shapes"), "data: shapes are 3x8x8, expected 1x8x8, as digits has"),
+    (("invert",), "required: FILES"),
+    (("invert", "a.png", "--out", "noise.png"), "out: got noise.png, expected a name that ends in .npy"),
+    (("invert", "nowhere.png"), "images: cannot read nowhere.png"),
+    (("invert", "a.npz", "--spacing", "ddim5", "--steps", 5), "steps is 5 beside spacing 'ddim5'"),
+    (("invert", "a.npz", "--spacing", "leading", "--steps", 1), "steps is 1 with spacing 'leading', which begins at"),
     (("paint",), "invalid choice: 'paint'"),
 ]
 

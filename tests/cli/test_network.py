@@ -95,18 +95,6 @@ def test_samples_are_those_of_load(here):
             assert again["model_sha256"] == found["model_sha256"]
 
 
-def test_weights_settings_and_dtype_decide(here):
-    make("run", model=own("wide"), steps=4).fit()
-    make("other", model=own("wide"), steps=5).fit()
-    make("predicts-v", model=own("wide"), steps=4, prediction="v").fit()
-    found = [samples("--model", name, "--network", "own_models:wide") for name in ("run", "other", "predicts-v")]
-    assert len({str(one["model_sha256"]) for one in found}) == 3
-    assert not np.array_equal(found[0]["arr_0"], found[2]["arr_0"])
-    low = samples("--model", "run", "--network", "own_models:wide", "--dtype", "bfloat16")
-    assert low["model_sha256"] == found[0]["model_sha256"]
-    assert 0 < abs(low["arr_0"].astype(int) - found[0]["arr_0"]).mean() < 10
-
-
 def test_classes_and_guidance(here):
     make("run", model=own("Pets"), data=labelled(), classes=True, steps=4).fit()
     named = ("--model", "run", "--network", "own_models:Pets")

@@ -28,18 +28,6 @@ def test_sample_writes_guided_diffusions_npz(tiny, tmp_path, monkeypatch, capsys
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.npz"]
 
 
-def test_samples_do_not_depend_on_the_batch_size(tiny, tmp_path):
-    found = []
-    for batch in (1, 3, 64):
-        options = ("--num", 4, "--batch-size", batch, "--out", tmp_path / "a.npz", "--quiet")
-        assert call("sample", "--model", tiny, *options) == 0
-        found.append(np.load(tmp_path / "a.npz")["arr_0"].astype(int))
-    # The noise has the same bits; the model's sums may be rounded differently in a batch of another size.
-    assert abs(found[0] - found[1]).max() <= 1
-    assert abs(found[0] - found[2]).max() <= 1
-    assert len(np.unique(found[0].reshape(4, -1), axis=0)) == 4
-
-
 def test_seed_and_sampler_decide(tiny, tmp_path):
     def drawn(*more):
         assert call("sample", "--model", tiny, "--num", 2, "--out", tmp_path / "a.npz", "--quiet", *more) == 0

@@ -28,7 +28,7 @@ def test_trajectory(tiny, tmp_path, ending, device):
         (("--spacing", "ddim5"), 5),
         (("--spacing", "2,4", "--every", 4), 3),
         (("--sampler", "heun", "--steps", 3), 4),
-        (("--spacing", "karras", "--steps", 4), 4),
+        (("--model", "digits", "--spacing", "karras", "--steps", 4), 4),
     ],
 )
 def test_trajectory_ends_with_the_last_step(tiny, tmp_path, options, frames):

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
-from ddpm_ext.ops.input_kinds import Kind, names
-from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
+from ddpm_ext.ops.row import ROW, WIDTH
+from ddpm_ext.ops.step_inputs import InputKind, names
 
 CPU = torch.device("cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -33,23 +32,21 @@ SEED, FIRST_ID = 2**63 + 5, 2**32 - 2  # the seed's highest bit is set; the ids 
 ROWS, T = 12, 5  # T stands for all samples where t is an int: a row with noise and with the model's eps
 
 OPERATORS = (
-    *("reverse_step", "extended_step", "linear_step", "forward_process", "predict_start", "posterior_mean", "randn"),
+    *("reverse_step", "step_with_options", "forward_process", "predict_start", "posterior_mean", "randn"),
     "diffusion_loss",
 )
-# The tensors that the steps with options read: of the sample's dtype, of the model output's, or one number a sample.
-INPUTS = {"extended_step": EXTENDED_INPUTS, "linear_step": LINEAR_INPUTS}
-OPTIONS = {op: names(inputs, Kind.LIKE_X, Kind.OF_MODEL, Kind.PER_SAMPLE) for op, inputs in INPUTS.items()}
-PER_SAMPLE = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.PER_SAMPLE)
-OF_MODEL = names(EXTENDED_INPUTS | LINEAR_INPUTS, Kind.OF_MODEL)
-# For each step the result that may take the place of an input, and that input.
-KEPT = {"extended_step": ("x0_out", "history"), "linear_step": ("history_out", "history3")}
-OPTION_SETS = {
-    "extended_step": (
-        *((name,) for name in OPTIONS["extended_step"] if name not in ("known", "mask")),
-        *(("known", "mask"), OPTIONS["extended_step"]),
-    ),
-    "linear_step": (*((name,) for name in OPTIONS["linear_step"]), OPTIONS["linear_step"]),
-}
+# The tensors that the step with options reads: of the sample's dtype, of the model output's, or one number a sample.
+OF_MODEL, PER_SAMPLE = names(InputKind.OF_MODEL), names(InputKind.PER_SAMPLE)
+OPTIONS = names(InputKind.LIKE_X, InputKind.OF_MODEL, InputKind.PER_SAMPLE)
+# Each option, those of the sets that have kernels of their own, and all.
+OPTION_SETS = (
+    *((name,) for name in OPTIONS if name not in ("known", "mask")),
+    *(("known", "mask"), ("uncond_output", "output_scale"), ("uncond_output", "history1")),
+    *(("history1", "history2", "history3"), OPTIONS),
+)
+# Which of the results besides the next sample a call with these options has, where it hasn't all.
+RESULTS = {("uncond_output", "output_scale"): ("out_copy",), ("history1", "history2", "history3"): ("history_out",)}
+RESULTS |= {("history1",): ("history_out", "x0_out"), ("model_variance",): ("x0_out",)}
 LOSS_OPTIONS = (
     *(("mse", "x_start"), ("l1", "x_start"), ("huber", "x_start"), ("mse",), ("huber", "x_start", "no gradient")),
     *(("mse", "x_start", "bound"), ("mse", "x_start", "bound", "learned")),
@@ -106,21 +103,20 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 @functools.cache
 def rows(columns: int) -> Tensor:
     """Random numbers as the rows of an operator's table: 2 columns of the forward process and the predictions, 4 of the
-    loss, 5 of the loss with the variational bound, 8 of the reverse step, 16 of the extended and the linear step. Each
-    factor that switches something off is 0 in some rows."""
+    loss, 5 of the loss with the variational bound, 24 of the steps. Each factor that switches something off is 0 in
+    some rows."""
     width = 8 if columns == 5 else columns
     table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(columns))
     if columns in (4, 5):
         table[::3, 0] = table[1::4, 1] = 0
         table[:, -1] = (torch.arange(ROWS) % 4 == 2).float() if columns == 5 else 0  # rows of the decoder
-    if columns in (8, 16):
-        table[::3, 4] = table[::4, 5] = 0
-        table.view(torch.int32)[:, 6] = torch.arange(ROWS, dtype=torch.int32) - 6  # draws are read as unsigned
-        table[:, 7] = 0
-    if columns == 16:
-        table[:, 7] = (torch.arange(ROWS) % 3 != 1) * 0.7
-        table[::5, 13] = 0
-        table[::2, 14] = 1  # no guidance
+    if columns == WIDTH:
+        for i, number in enumerate(("c2", "s", "cu", "h1", "h2", "h3", "k0", "k1", "k2", "noise_after")):
+            table[i % 3 :: 3 + i % 2, ROW.index(number)] = 0
+        table[T, ROW.index("c2")] = table[T, ROW.index("s")] = 0.7
+        table[::2, ROW.index("w")] = 1  # no guidance
+        # draws are read as unsigned
+        table.view(torch.int32)[:, ROW.index("draw")] = torch.arange(ROWS, dtype=torch.int32) - 6
     return table
 
 
@@ -167,19 +163,17 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
         return loss_and_gradient(case, x, t, how, of_others)
     how["clip"] = None if case.layout == "padded" else (-1.0, 1.0)
     if case.op == "reverse_step":
-        return ops.reverse_step(x, tensor(1, case.second), rows(8).to(device), t, **how)
-    for seed, option in enumerate(OPTIONS[case.op], start=10):
+        return ops.reverse_step(x, tensor(1, case.second), rows(WIDTH).to(device), t, **how)
+    for seed, option in enumerate(OPTIONS, start=10):
         if option in case.options and option in PER_SAMPLE:
             how[option] = values((batch,), F32, "normal", seed).to(device)
         elif option in case.options:
             how[option] = tensor(seed, case.second if option in OF_MODEL else case.dtype)
-    result, history = KEPT[case.op]
-    results = {name: torch.empty_like(x) for name in dict.fromkeys(("out_copy", "x0_out", result))}
-    if case.in_place and history in how:
-        results[result] = how[history] = how[history].clone()
-    if case.op == "extended_step":
-        how["log_variance"] = case.fill == "normal"
-    prev = getattr(ops, case.op)(x, tensor(1, case.second), rows(16).to(device), t, **how, **results)
+    results = {name: torch.empty_like(x) for name in RESULTS.get(case.options, names(InputKind.RESULT))}
+    if case.in_place and "history3" in how and "history_out" in results:
+        results["history_out"] = how["history3"] = how["history3"].clone()
+    how["log_variance"] = case.fill == "normal"
+    prev = ops.step_with_options(x, tensor(1, case.second), rows(WIDTH).to(device), t, **how, **results)
     return torch.stack([prev, *results.values()])
 
 
@@ -210,9 +204,9 @@ def operands(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
             continue
         for noise in NOISES:
             drawn, one_dtype = noise.startswith("drawn"), second == dtype
-            if op in OPTIONS:
-                yield Case(op, shape, dtype, second, noise, options=OPTIONS[op])
-            if op in ("reverse_step", *OPTIONS) or (op == "forward_process" and one_dtype):
+            if op == "step_with_options":
+                yield Case(op, shape, dtype, second, noise, options=OPTIONS)
+            if op in ("reverse_step", "step_with_options") or (op == "forward_process" and one_dtype):
                 yield Case(op, shape, dtype, second, noise)
             if op == "randn" and one_dtype and drawn:
                 yield Case(op, shape, dtype, second, noise)
@@ -225,9 +219,9 @@ def cases(op: str, shape: tuple[int, ...]) -> Iterator[Case]:
     for case in operands(op, shape):
         for layout in ("contiguous",) if op == "randn" else LAYOUTS:
             yield case._replace(layout=layout)
-        if op in ("reverse_step", *OPTIONS, "forward_process"):
+        if op in ("reverse_step", "step_with_options", "forward_process"):
             yield case._replace(in_place=True)
-        sets = {**OPTION_SETS, "diffusion_loss": LOSS_OPTIONS[1:]}.get(op, ())
+        sets = {"step_with_options": OPTION_SETS, "diffusion_loss": LOSS_OPTIONS[1:]}.get(op, ())
         if case.noise == "drawn":
             yield from (case._replace(options=options) for options in sets)
 
@@ -343,7 +337,7 @@ def test_one_bit_is_a_difference():
     assert count_different(x[:2], x) == 4
 
 
-@pytest.mark.parametrize("op", ["reverse_step", "extended_step", "linear_step", "diffusion_loss"])
+@pytest.mark.parametrize("op", ["reverse_step", "step_with_options", "diffusion_loss"])
 def test_another_result_is_noticed(monkeypatch, op):
     right = call
 

@@ -17,9 +17,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
-from ddpm_ext.ops.extended_inputs import EXTENDED_INPUTS
-from ddpm_ext.ops.input_kinds import Kind, names
-from ddpm_ext.ops.linear_inputs import LINEAR_INPUTS
+from ddpm_ext.ops.row import WIDTH
+from ddpm_ext.ops.step_inputs import InputKind, names
 
 SHAPE = (8, 3, 16, 16)
 BYTES = 8 * 3 * 16 * 16 * 4  # a multiple of the 512 bytes to which torch rounds a block on a GPU
@@ -147,23 +146,21 @@ class Inputs(NamedTuple):
     t: Tensor
     seed: Tensor
     table: Tensor
-    options: dict[str, Tensor]  # of the extended step
-    linear: dict[str, Tensor]  # of the linear step
+    options: dict[str, Tensor]
 
 
 @pytest.fixture(scope="session")
 def inputs(device) -> Inputs:
     x = torch.linspace(-1, 1, BYTES // 4, device=device).reshape(SHAPE)
     m = x.flip(0).contiguous()
-    options, linear = (
-        dict.fromkeys(names(inputs, Kind.LIKE_X, Kind.OF_MODEL), m)
-        | dict.fromkeys(names(inputs, Kind.PER_SAMPLE), x.flatten()[:8])
-        | {name: torch.empty_like(x) for name in names(inputs, Kind.RESULT)}
-        for inputs in (EXTENDED_INPUTS, LINEAR_INPUTS)
+    options = (
+        dict.fromkeys(names(InputKind.LIKE_X, InputKind.OF_MODEL), m)
+        | dict.fromkeys(names(InputKind.PER_SAMPLE), x.flatten()[:8])
+        | {name: torch.empty_like(x) for name in names(InputKind.RESULT)}
     )
-    table = torch.linspace(-1, 1, 16).repeat(1000, 1).to(device)
+    table = torch.linspace(-1, 1, WIDTH).repeat(1000, 1).to(device)
     t, seed = torch.arange(8, device=device) * 100, torch.tensor(5, device=device)
-    return Inputs(x, m, torch.empty_like(x), t, seed, table, options, linear)
+    return Inputs(x, m, torch.empty_like(x), t, seed, table, options)
 
 
 NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
@@ -175,8 +172,7 @@ NOISES: dict[str, Callable[[Inputs], dict[str, Any]]] = {
 STEPS: dict[str, Callable[..., Tensor]] = {
     "p_sample": lambda i, t, **o: GD.p_sample(lambda *_: i.m, i.x, t, **o),
     "q_sample": lambda i, t, **o: GD.q_sample(i.x, t, **o),
-    "extended_step, all options": lambda i, t, **o: ops.extended_step(i.x, i.m, i.table, t, **i.options, **o),
-    "linear_step, all options": lambda i, t, **o: ops.linear_step(i.x, i.m, i.table, t, **i.linear, **o),
+    "step_with_options, all": lambda i, t, **o: ops.step_with_options(i.x, i.m, i.table, t, **i.options, **o),
 }
 
 

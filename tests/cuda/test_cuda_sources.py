@@ -10,8 +10,8 @@ import pytest
 from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
-from benchmarks.static.compiler import SOURCES, Build, Missing, build_all, find_tools
-from benchmarks.static.kernels import CSRC, EXTENDED, LINEAR, STEPS, TYPES, option_sets, sets_by_words
+from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools
+from benchmarks.static.kernels import BOUND, CSRC, LOSS, STEP, TYPES, option_sets, sets_by_words
 from benchmarks.static.pipes import is_move
 from benchmarks.static.report import Finding, findings
 from benchmarks.static.sass import Instruction
@@ -19,10 +19,10 @@ from benchmarks.static.sass import Instruction
 STATISTICS = ("x_start_scale", "output_scale")  # which no path by element describes
 BY_ELEMENT = [source for source in SOURCES if source not in STATISTICS]
 EACH = pytest.mark.parametrize(("source", "arch"), [(source, arch) for arch in ARCHS for source in BY_ELEMENT])
-EACH_STATISTIC = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in STATISTICS])
-EACH_SET = pytest.mark.parametrize(
-    ("source", "arch"), [(source, arch) for arch in ARCHS for source in ("extended_step", "linear_step")]
-)
+EACH_SOURCE = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in EVERY_SOURCE])
+EACH_SUM = pytest.mark.parametrize(("source", "arch"), [(s, arch) for arch in ARCHS for s in (*STATISTICS, "loss")])
+EACH_LOSS = pytest.mark.parametrize(("source", "arch"), [("loss", arch) for arch in ARCHS])
+EACH_SET = pytest.mark.parametrize(("source", "arch"), [("step_with_options", arch) for arch in ARCHS])
 EACH_RANDN = pytest.mark.parametrize(("source", "arch"), [("randn", arch) for arch in ARCHS])
 
 
@@ -53,7 +53,7 @@ def builds() -> dict[tuple[str, str], Build]:
         tools = find_tools()
     except Missing as missing:
         pytest.skip(str(missing))
-    return {(build.source, build.arch): build for build in build_all(tools, SOURCES, tools.archs)}
+    return {(build.source, build.arch): build for build in build_all(tools, EVERY_SOURCE, tools.archs)}
 
 
 @pytest.fixture
@@ -73,21 +73,13 @@ def test_compiles(build, kernels, arch):
     assert f".target sm_{arch}" in build.ptx
     assert {kernel.name for kernel in build.kernels} == build.resources.keys() == bodies(build).keys()
     by_access = Counter(kernel.variant.access for kernel in kernels)
-    op = kernels[0].variant.op
-    sets, by_words = (len(option_sets(op)), len(sets_by_words(op))) if op in STEPS else (0, 0)
+    of_step = kernels[0].variant.op == STEP
+    sets, by_words = (len(option_sets()), len(sets_by_words())) if of_step else (0, 0)
     assert by_access["vector"] == (1 + sets) * by_access["strided"] > 0
     assert by_access["words"] == by_words * by_access["strided"]
 
 
-@EACH_STATISTIC
-def test_statistics_spill_nothing(build):
-    assert build.kernels
-    for kernel in build.kernels:
-        used = build.resources[kernel.name]
-        assert (used.spill_stores, used.spill_loads, used.stack, used.local) == (0, 0, 0, 0), kernel.name
-
-
-@EACH_STATISTIC
+@EACH_SUM
 def test_threads_read_what_is_everybodys_behind_a_barrier(build):
     assert "bar.sync" in build.ptx
     assert not reads_before_a_barrier(build.ptx)
@@ -105,6 +97,13 @@ def test_no_library_headers_but_the_runtimes(build):
 # ----------------------------------------------------------------------------------------------------- PTX
 
 
+def floating_point(ptx: str) -> set[str]:
+    """Its floating-point instructions, without the estimate that a square root starts from."""
+    instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.MULTILINE)
+    assert len(instructions) > 1000
+    return {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
+
+
 def bodies(build: Build) -> dict[str, str]:
     """PTX by mangled names."""
     parts = re.split(r"^\s*(?:\.visible|\.weak)?\s*\.entry\s+(\w+)", build.ptx, flags=re.MULTILINE)
@@ -115,10 +114,7 @@ def bodies(build: Build) -> dict[str, str]:
 def test_arithmetic_is_that_of_the_source(build):
     """Float32 operations rounded to nearest, none that ptxas could contract, flush or approximate, but for the one
     estimate that the square root starts from; no float64."""
-    ptx = build.ptx
-    instructions = re.findall(r"^\s+(?:@!?%\w+\s+)?([a-z]\w*(?:\.\w+)*)", ptx, re.MULTILINE)
-    assert len(instructions) > 1000
-    floating = {i for i in instructions if re.search(r"\.(f32|f64|f16|bf16)", i)} - {"rsqrt.approx.ftz.f32"}
+    floating = floating_point(build.ptx)
     assert floating & {"fma.rn.f32", "fma.rn.f32x2"}
     bad = {i for i in floating if re.search(r"\.(ftz|approx|full|f64|sat)\b", i)}
     arithmetic = {
@@ -151,15 +147,14 @@ def fma_a_root() -> int:
 
 def fma_an_element(op: str, noise: str) -> int:
     """Written for every element, the noise aside."""
-    if op == EXTENDED:  # all of its options
-        exponential = code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
-        guide = code("core/step.h", "guide")
-        affine = code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
-        return fma_calls(code("core/extended.h") + exponential + guide + affine)
-    if op == LINEAR:
-        step = code("core/linear.h").split("void take_step")[1]
-        guide = code("core/step.h", "guide") + code("core/step.h", "unclipped_x_start")
-        return fma_calls(step + guide) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
+    if op == STEP:  # all of its options
+        step = code("core/step_with_options.h").split("void take_step")[1]
+        step += code("core/step_with_options.h", "learned_deviation")
+        step += code("core/exponential.h", "exponential_parts") + code("core/exponential.h", "exponential")
+        step += (
+            code("core/step.h", "guide") + code("core/forward.h", "affine") + code("core/step.h", "unclipped_x_start")
+        )
+        return fma_calls(step) + len(re.findall(r"\badd_(?:values|tensor)\b", step))
     mean = fma_calls(code("core/step.h", "unclipped_x_start") + code("core/step.h", "step_mean"))
     drawn = {
         "ReverseStep": mean + fma_calls(code("core/step.h", "add_noise")),
@@ -167,17 +162,6 @@ def fma_an_element(op: str, noise: str) -> int:
         "Randn": 0,
     }
     return drawn[op] if noise != "none" else {"ReverseStep": mean, "Affine": 0}[op]
-
-
-@EACH_RANDN
-def test_normals_contract_nothing_in_ptx(build):
-    """As many fma beside each square root as the sources write."""
-    randn = {name: body for name, body in bodies(build).items() if "Randn" in name}
-    assert randn
-    for name, body in randn.items():
-        roots = body.count("rsqrt.approx.ftz.f32")
-        assert roots > 0, name
-        assert body.count("fma.rn.f32 ") + 2 * body.count("fma.rn.f32x2 ") == roots * fma_a_root(), name
 
 
 # ------------------------------------------------------------------------------------------- machine code
@@ -204,13 +188,19 @@ def offenders(kernels: list[Finding], wrong) -> dict[str, list[str]]:
     return {name: instructions for name, instructions in found.items() if instructions}
 
 
-@EACH
-def test_nothing_spills(kernels):
-    """No stack, no local memory, nor shared."""
-    for kernel in kernels:
-        _, *bytes_used = kernel.resources
-        assert not any(bytes_used), (named(kernel), kernel.resources)
-    assert not offenders(kernels, lambda i: i.name in ("LDL", "STL"))
+@EACH_SOURCE
+def test_nothing_spills(build, source):
+    """No stack and no local memory; shared memory only for sums. That of the loss holds the losses of one or two chunks
+    in this turn and the last one, the strands, and whether a block is the last; CUDA keeps 1 KiB on newer cards."""
+    for kernel in build.kernels:
+        used = build.resources[kernel.name]
+        assert not (used.stack or used.local or used.spill_stores or used.spill_loads), (kernel.name, used)
+        assert not [i for i in kernel.instructions if i.name in ("LDL", "STL")], kernel.name
+        if source == "loss":
+            shared = 2 * (2 if "6AccessE0E" in kernel.name else 1) * 512 * 4 + 128 * 8 + 1
+            assert used.shared in (shared, shared + 1024), (kernel.name, used)
+        elif source not in STATISTICS:
+            assert used.shared == 0, (kernel.name, used)
 
 
 @EACH
@@ -262,7 +252,7 @@ def test_arithmetic_contracts_nothing(kernels):
         issued, v = kernel.path.issued(1), kernel.variant
         assert roots(issued) == (kernel.items // 2 if v.noise == "drawn" else 0), named(kernel)
         written = roots(issued) * fma_a_root() + kernel.items * fma_an_element(v.op, v.noise)
-        if v.op in STEPS and v.options != "all options":
+        if v.op == STEP and v.options != "all options":
             assert roots(issued) * fma_a_root() < fused(issued) <= written, named(kernel)
             continue
         # what an x_start stands in for is branched past, or done and not used; 1 - mask may become an addition
@@ -325,7 +315,57 @@ def test_wide_loads_and_stores(kernels):
         assert kernel.path.loops, named(kernel)
         read = kernel.variant.tensors[: -kernel.variant.written]
         bits = [8 * kernel.items * TYPES[tensor][1] for tensor in kernel.variant.tensors]
-        parts = max(bits) // 128
+        # Of four elements of 16 bits, which kernels with many tensors take at once, a word is the half.
+        word = 64 if max(bits) == 64 and kernel.variant.options in ("all options", "guided with x0") else 128
+        parts = max(bits) // word
         loads = Counter(b // parts for b in bits[: len(read)] for _ in range(parts))
         assert kernel.widths("LDG") == loads, named(kernel)
-        assert kernel.widths("STG").keys() == {128}, named(kernel)
+        assert kernel.widths("STG").keys() == {word}, named(kernel)
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+# Its kernels differ from the others by their sums in float64.
+
+
+@EACH_LOSS
+def test_every_loss(kernels):
+    """Without the bound and with it, noise given or drawn, by vectors or strides, of five pairs of dtypes; and without
+    the bound, drawn, by vectors with keys that are constants."""
+    assert len(kernels) == len({named(kernel) for kernel in kernels}) == (2 * 2 * 2 + 1) * 5
+    assert {kernel.variant.op for kernel in kernels} == {LOSS, BOUND}
+
+
+@EACH_LOSS
+def test_no_loss_calls(kernels):
+    """But for CUDA's own shuffle, for a warp that has come apart, which older cards have as a subroutine."""
+    for kernel in kernels:
+        most = 128 if kernel.variant.access != "vector" else 80 if kernel.variant.op == BOUND else 64
+        assert kernel.resources.registers <= most, named(kernel)
+        called = {i.operands for i in kernel.kernel.instructions if i.calls}
+        assert all("shflsync_down" in operands for operands in called), (named(kernel), called)
+        assert called or not any(i.name == "RET" for i in kernel.kernel.instructions), named(kernel)
+
+
+@EACH_LOSS
+def test_arithmetic_of_a_loss(build, kernels):
+    """Nothing approximate but the start of a root, nothing flushed; float64 is added, multiplied and converted."""
+    floating = floating_point(build.ptx)
+    assert not {i for i in floating if re.search(r"\.(ftz|approx|full|sat)\b", i)}
+    double = {i for i in floating if ".f64" in i}
+    allowed = r"(add|mul)(\.rn)?\.f64|cvt\.(f64\.f32|rn\.f32\.f64)|(ld|st)\.[\w.]+|mov\.f64|selp\.f64"
+    assert double and not {i for i in double if not re.fullmatch(allowed, i)}
+    assert not offenders(kernels, lambda i: i.name == "MUFU" and i.opcode != "MUFU.RSQ")
+
+
+@EACH_LOSS
+def test_wide_loads_and_stores_of_a_loss(kernels):
+    """Of each tensor, in both of a turn's chunks: 128 bits of float32, 64 of 16 bits."""
+    vector = [kernel for kernel in kernels if kernel.variant.access == "vector"]
+    assert len(vector) == (2 * 2 + 1) * 5
+    for kernel in vector:
+        *read, slope = kernel.variant.tensors[: len(kernel.variant.tensors) - kernel.variant.written + 1]
+        assert slope == "float"
+        assert kernel.widths("LDG") == Counter(32 * TYPES[tensor][1] for tensor in read for _ in range(2)), named(
+            kernel
+        )
+        assert kernel.widths("STG")[128] == 2 * kernel.variant.written, named(kernel)

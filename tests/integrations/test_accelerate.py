@@ -15,7 +15,7 @@ from support.warned import user_warnings
 from torch import nn
 
 import ddpm_ext
-from ddpm_ext import Philox, randn
+from ddpm_ext import Philox
 from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated_class, support_table
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.registry import KNOWN
@@ -28,29 +28,16 @@ X = torch.zeros(3, 2)
 # ------------------------------------------------------------------------------------------------------- arguments
 
 
-def test_names():
-    assert ddpm_ext.accelerate is accelerate
-    assert "accelerate" in ddpm_ext.__all__
-
-
 @pytest.mark.parametrize(
     "options, kind, message",
     [
         ({"noise": "gaussian"}, ValueError, "noise is 'gaussian', expected"),
-        ({"noise": None}, (TypeError, ValueError), "noise is None"),
         ({"seed": 3}, ValueError, "seed is 3 beside noise 'torch', whose draws are the peer's: expected None"),
-        ({"seed": 0}, ValueError, "seed is 0 beside noise 'torch'"),
         ({"sample_ids": 3}, ValueError, "sample_ids is 3 beside noise 'torch', which has no sample ids: expected 0"),
         ({"sample_ids": torch.arange(2)}, ValueError, "beside noise 'torch'"),
         ({"noise": "philox", "seed": -1}, ValueError, "seed is -1"),
-        ({"noise": "philox", "seed": 2**64}, ValueError, "seed is 18446744073709551616"),
-        ({"noise": "philox", "seed": 1.5}, TypeError, "seed is 1.5"),
-        ({"noise": "philox", "seed": True}, TypeError, "seed is True"),
         ({"noise": "philox", "seed": 0, "sample_ids": -1}, ValueError, "sample_ids is -1"),
         ({"noise": "philox", "seed": 0, "sample_ids": 2**56}, ValueError, "sample_ids is 72057594037927936"),
-        ({"noise": "philox", "seed": 0, "sample_ids": "0"}, TypeError, "sample_ids is '0'"),
-        ({"noise": "philox", "seed": 0, "sample_ids": torch.zeros(2)}, TypeError, "dtype torch.float32"),
-        ({"noise": "philox", "seed": 0, "sample_ids": torch.zeros(2, 1).long()}, TypeError, r"shape \(2, 1\)"),
     ],
 )
 def test_bad_arguments_are_reported_before_a_bad_object(options, kind, message):
@@ -69,32 +56,17 @@ def test_other_objects_are_refused(obj):
     assert said.endswith("a pipeline of diffusers; or a class with the tutorial's p_sample, q_sample and tables")
 
 
-def test_a_class_of_a_known_name_elsewhere_is_refused():
-    """A class is known by its module, too."""
+def test_other_ways_to_call_it():
+    """A class is known by its module, too; and only the object is given by position."""
     impostor = type("DDPMScheduler", (), {"step": lambda self: None})
     with pytest.raises(TypeError, match=rf"obj is a {re.escape(__name__)}\.DDPMScheduler"):
         accelerate(impostor())
-
-
-def test_only_the_object_is_given_by_position():
     with pytest.raises(TypeError, match="positional"):
         accelerate(object(), "philox")
+    assert ddpm_ext.accelerate is accelerate
 
 
 # -------------------------------------------------------------------------------------------------------- settings
-
-
-def test_without_a_seed_one_is_drawn_from_torchs_generator():
-    """It is drawn where it is first needed."""
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first, second, again = (Acceleration.of("philox", None, 0) for _ in range(3))
-    assert "rng=None" in repr(first) and torch.equal(torch.get_rng_state(), before)
-    seeds = [settings.rng.seed_value for settings in (first, second)]
-    assert not torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(1)
-    assert again.rng.seed_value == seeds[0] != seeds[1]
-    assert [settings.rng.seed_value for settings in (first, second)] == seeds
 
 
 def test_noise_torch_draws_no_seed():
@@ -107,17 +79,6 @@ def test_noise_torch_draws_no_seed():
     )
     assert settings.rng_of_step(3, 0) is None and settings.rng_of_step_at(torch.arange(3), 9) is None
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("ids", [5, torch.tensor([9, 2**50, 4])])
-def test_the_noise_of_training(ids):
-    """Training uses stream 2, with another draw each time."""
-    settings = Acceleration.of("philox", 2**64 - 1, ids)
-    plain = Philox(2**64 - 1, ids)
-    drawn = [settings.next_forward(torch.device("cpu")) for _ in range(3)]
-    for draw, rng in enumerate(drawn):
-        assert torch.equal(randn((3, 4), rng), randn((3, 4), plain, stream=2, draw=draw))
-    assert settings.iteration == 3
 
 
 def test_settings_are_shown_and_copied():
@@ -230,16 +191,13 @@ def test_what_was_attempted_can_be_kept():
         assert found.value.reason == "x is 5" and kept.__traceback__ is None
 
 
-@pytest.mark.parametrize("name", ["step", "helper"])
-def test_a_subclass_that_changes_it_is_refused(name):
-    changed = type("Changed", (Peer,), {name: lambda self, *args: 0})
-    further = type("Further", (changed,), {})
-    for cls in (changed, further):
-        with pytest.raises(TypeError, match=f"{cls.__name__}, which has a {name} of its own, expected Peer's"):
-            make_class(Mixin, cls, Peer, restore)
-
-
-def test_a_subclass_that_changes_something_else_is_taken():
+def test_subclasses():
+    """One that changes what is replaced, or what that relies on, is refused; another one is taken."""
+    for name in ("step", "helper"):
+        changed = type("Changed", (Peer,), {name: lambda self, *args: 0})
+        for cls in (changed, type("Further", (changed,), {})):
+            with pytest.raises(TypeError, match=f"{cls.__name__}, which has a {name} of its own, expected Peer's"):
+                make_class(Mixin, cls, Peer, restore)
     cls = type("Changed", (Peer,), {"other": lambda self: 3, "scale": 5.0})
     found = peer_of(cls)
     assert isinstance(found, cls)

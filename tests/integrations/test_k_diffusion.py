@@ -9,11 +9,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support.launches import launches
 
 from ddpm_ext import Philox, randn
 from ddpm_ext.integrations import k_diffusion
 from ddpm_ext.integrations.k_diffusion import NAMES, sampler
-from ddpm_ext.ops import fused
 from ddpm_ext.tables.samplers import SAMPLERS
 
 SHAPE = (3, 2, 5)
@@ -109,17 +109,15 @@ def test_callbacks_and_calls(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_launch_a_row(name, monkeypatch):
-    launches, calls = [], []
-    for operator in ("reverse_step", "extended_step", "linear_step"):
-        own = getattr(fused, operator)
-        monkeypatch.setattr(f"ddpm_ext.ops.{operator}", lambda *a, own=own, **k: launches.append(1) or own(*a, **k))
-    sampler(name)(lambda x, sigma: calls.append(1) or bend(x, sigma), start(), SIGMAS, disable=True)
-    assert len(launches) == len(calls)
+def test_one_launch_a_row(name):
+    calls = []
+    with launches() as launched:
+        sampler(name)(lambda x, sigma: calls.append(1) or bend(x, sigma), start(), SIGMAS, disable=True)
+    assert len(launched) == len(calls)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 6e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 5e-2)])
 def test_dtypes(name, dtype, tolerance):
     x = start(dtype)
     found = sampler(name)(lambda x, sigma: bend(x.double(), sigma.double()).to(dtype), x, SIGMAS, rng=Philox(1))

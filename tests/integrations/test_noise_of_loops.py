@@ -37,20 +37,16 @@ def test_with_a_seed_a_loop_has_the_ids_after_the_last_ones():
     assert shown(*found) == shown(Philox(9, 5), Philox(9, 69), Philox(9, 133), Philox(9, 135))
 
 
-def test_without_a_seed_a_loop_draws_one_of_torchs():
-    settings = of(None, 5)
+def test_a_seed_of_torchs_or_ids_in_a_tensor():
+    """Without a seed each loop draws one; ids in a tensor are every loop's."""
+    settings, ids = of(None, 5), torch.tensor([4, 2])
     torch.manual_seed(1)
     found = [settings.whole_loop(64) for _ in range(3)]
     assert len({rng.seed_value for rng in found}) == 3 and {rng.first_id for rng in found} == {5}
     torch.manual_seed(1)
     assert shown(*[settings.whole_loop(8) for _ in range(3)]) == shown(*found)
-
-
-def test_ids_in_a_tensor_are_every_loops():
-    ids = torch.tensor([4, 2])
-    settings = of(9, ids)
-    assert shown(*[settings.whole_loop(2) for _ in range(2)]) == shown(*[Philox(9, ids)] * 2)
-    drawn = of(None, ids)
+    given, drawn = of(9, ids), of(None, ids)
+    assert shown(*[given.whole_loop(2) for _ in range(2)]) == shown(*[Philox(9, ids)] * 2)
     first, second = (drawn.whole_loop(2) for _ in range(2))
     assert first.sample_ids is second.sample_ids is ids and first.seed_value != second.seed_value
 
@@ -118,14 +114,6 @@ def test_a_step_back_begins_a_loop():
     found = [settings.rng_of_step(4, place) for place in places]
     expected = [0, 0, 0, 4, 4, 8, 12]  # the last takes the next ids at a timestep
     assert [rng.first_id for rng in found] == expected
-
-
-def test_parts_of_a_batch_have_the_ids_of_the_whole():
-    settings = of(9, 100)
-    for place in range(3):
-        found = [settings.rng_of_step(batch, place).first_id for batch in (4, 4, 2)]
-        assert found == [100, 104, 108]
-    assert settings.rng_of_step(4, 0).first_id == 110
 
 
 def test_begin_loop_and_whole_loops_between_steps():
@@ -246,12 +234,3 @@ def test_parts_of_the_tutorials_batch(loop):
 def test_loops_and_steps_of_the_tutorials_class_in_turn():
     gd = tutorial(seed=9)
     unrelated([sampled(gd), by_hand(gd), sampled(gd), by_hand(gd)])
-
-
-def test_copies_of_an_accelerated_object():
-    gd = tutorial(seed=9)
-    sampled(gd)
-    copies = [copy.copy(gd), copy.deepcopy(gd), pickle.loads(pickle.dumps(gd))]
-    expected = sampled(gd)
-    assert all(torch.equal(sampled(copied), expected) for copied in copies)
-    assert all(copied.accelerated is not gd.accelerated for copied in copies)

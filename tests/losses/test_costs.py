@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from support.large import Large
 from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,7 +132,7 @@ def test_peak_without_gradients_is_x_t(keeps):
     with torch.no_grad():
         peak, kept = held(step, make_output)
         output = make_output()
-        with Large() as large:
+        with Large(NUMEL) as large:
             step(output)
     assert BATCH <= peak <= BATCH + SMALL and kept == 4
     assert large.names == OURS
@@ -162,7 +163,7 @@ def test_peak_of_a_lower_precision(dtype):
     assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
     assert kept == BATCH / 2, kept / BATCH
     output = make_narrow_output()
-    with Large() as large:
+    with Large(NUMEL) as large:
         train(step, output)
     assert large.names == [*OURS, "aten._to_copy"]
 
@@ -170,24 +171,9 @@ def test_peak_of_a_lower_precision(dtype):
 # --------------------------------------------------------------------------------------------------- operations
 
 
-class Large(TorchDispatchMode):
-    """Records the operators, except views, that read or return tensors of a batch's size, in their order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
-        if not function.is_view and any(tensor.numel() >= NUMEL for tensor in tensors):
-            self.names.append(str(function.overloadpacket))
-        return found
-
-
 def large_operators(step, halves=1):
     output = make_output(halves)
-    with Large() as large:
+    with Large(NUMEL) as large:
         train(step, output)
     return large.names
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext import GaussianDiffusion, Philox
 from ddpm_ext.ops import fused
 
 ROWS = torch.tensor([[0.8, 0.6], [1.0, 0.0], [-0.3, 2.0]])
@@ -62,20 +62,6 @@ def value_and_gradient(gd, x, output, *, t=T, **options):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_noise_is_that_of_x_t(shape, layout):
-    x = LAYOUTS[layout](normal(*shape, seed=1))
-    for t in (torch.tensor([0, 2, 1, 2]), 2):
-        x_t, noise = made(x, t)
-        assert x_t.equal(fused.forward_process(x, ROWS, t, rng=RNG))
-        assert x_t.stride() == noise.stride() == torch.empty_like(x).stride()
-        for i, draw in enumerate([t] * 4 if isinstance(t, int) else t.tolist()):
-            assert noise[i : i + 1].equal(
-                randn((1, *shape[1:]), Philox(7, int(RNG.sample_ids[i])), draw=draw, stream=2)
-            )
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
 def test_same_bits_as_noise_that_is_drawn_again(shape, prediction):
     gd = GaussianDiffusion(prediction=prediction)
@@ -104,14 +90,6 @@ def test_a_given_noise_stays(shape):
     before = noise.clone()
     _, gradient = value_and_gradient(GaussianDiffusion(), x, x, noise=noise)
     assert noise.equal(before) and gradient.data_ptr() != noise.data_ptr()
-
-
-def test_a_graph_that_is_kept_gives_the_gradient_again():
-    x = normal(4, 3, 16, 16, seed=1)
-    leaf = x.clone().requires_grad_()
-    loss = GaussianDiffusion().train_losses(lambda *_: leaf, x, T, rng=RNG)
-    first = torch.autograd.grad(loss * 3, leaf, retain_graph=True)[0].clone()
-    assert torch.autograd.grad(loss * 3, leaf)[0].equal(first) and bool(first.any())
 
 
 @pytest.mark.parametrize(

@@ -157,12 +157,6 @@ def test_shaped_densities_are_continuous_quantiles_of_the_same_draws():
     assert LogitNormal(1000, 0.5, 2.0).sample(**asked)[0].tolist() == expected
 
 
-def test_importance_is_what_was_asked():
-    torch.testing.assert_close(Importance(DENSITY).probabilities(), DENSITY.double() / DENSITY.double().sum())
-    huge = Importance(torch.tensor([1e308, 1e308, 0.5e308], dtype=torch.float64)).probabilities()
-    torch.testing.assert_close(huge, torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64))
-
-
 @each
 @pytest.mark.parametrize("parts", [[24], [12, 12], [5, 0, 12, 7], [1] * 24])
 def test_ranks_do_not_matter(make, parts):
@@ -184,28 +178,24 @@ def test_other_seeds_iterations_and_places_get_other_timesteps(make):
         assert not torch.equal(first, make().sample(64, seed=seed, iteration=iteration, first=place)[0])
 
 
-def test_generators_of_torch_are_left_alone(device):
-    state = torch.get_rng_state()
-    t, weights = Uniform(10).sample(4, seed=0, iteration=0, device=device)
-    assert t.device == weights.device == device
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @each
-def test_defaults_of_torch_do_not_matter(make):
-    sampler, before = make(), torch.get_default_dtype()
-    expected = sampler.sample(6, seed=0, iteration=1)
+def test_defaults_and_generators_of_torch_are_left_alone(make, device):
+    sampler, before, state = make(), torch.get_default_dtype(), torch.get_rng_state()
+    expected = sampler.sample(6, seed=0, iteration=1, device=device)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            found = sampler.sample(6, seed=0, iteration=1)
+            found = sampler.sample(6, seed=0, iteration=1, device=device)
             made = LossSecondMoment(2, history=1)
             made.update(torch.tensor([0, 1], device="cpu"), torch.tensor([1.0, 3.0], device="cpu"))
             assert made.probabilities()[1] > 0.7
     finally:
         torch.set_default_dtype(before)
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a.device == device and a.dtype == b.dtype and torch.equal(a, b)
+    assert torch.equal(state, torch.get_rng_state())
+    huge = Importance(torch.tensor([1e308, 1e308, 0.5e308], dtype=torch.float64)).probabilities()
+    torch.testing.assert_close(huge, torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------------ second moment

@@ -86,8 +86,8 @@ def test_cut_short(folder, share):
         models.load_model(folder)
 
 
-def test_another_architecture(folder):
-    """Sizes are checked before memory is taken."""
+def test_sizes_are_checked_before_memory_is_taken(folder):
+    """And with them, what another architecture has."""
     edit(folder / CONFIG, block_out_channels=[2**21, 2**21])  # 40 TB in one convolution
     with pytest.raises(ValueError, match=r"another architecture .* has shape .*, expected"):
         models.load_model(folder)
@@ -102,7 +102,7 @@ def test_another_architecture(folder):
         models.load_model(folder)
 
 
-def test_weights_that_are_not_finite(folder):
+def test_weights_beyond_the_dtype(folder):
     """What is finite in the file may not be so in the dtype in which it is used."""
     for value, in_file, dtype, message in (
         (torch.nan, torch.float32, torch.float32, "not finite"),
@@ -199,6 +199,7 @@ def test_schedules_are_diffusers(config):
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_variances_there_and_back(variance):
     """In diffusers "learned" is the variance itself; it has no name for the logarithm, and refuses its channels."""
+    assert read_settings({"variance_type": "fixed_large_log"}, "s").variance == "fixed_large"
     config = DiffusionSettings(variance=variance).to_scheduler_config()
     assert read_settings(config, "s").variance == variance
     scheduler = diffusers.DDPMScheduler.from_config(config)

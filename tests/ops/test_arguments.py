@@ -10,6 +10,7 @@ from support.devices import moved
 from support.step_inputs import make_table
 
 from ddpm_ext import Philox, ops, reference
+from ddpm_ext.base.checks import split_t
 from ddpm_ext.ops.row import WIDTH
 
 X, TABLE, AFFINE, T = torch.zeros(4, 6), make_table(5), torch.zeros(5, 2), torch.tensor([0, 1, 2, 4])
@@ -182,6 +183,10 @@ def test_second_tensor_on_another_device_is_refused(name, device):
         call(ops, name, {"y": X.to("meta")}, device)
 
 
+def check_step(x, table, t, out=None, **source):
+    ops.TableStep(table, **source).check(x, *split_t(t), out)
+
+
 def check_step_is_refused(listed, device):
     for names, arguments, error, message in listed:
         if "reverse_step" not in names or "clip" in arguments:
@@ -193,16 +198,16 @@ def check_step_is_refused(listed, device):
         if given["x"].dtype == torch.half:
             continue  # only together with the model's output
         with pytest.raises(error, match=message.format(x="x_t", y="")):
-            ops.check_reverse_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
+            check_step(given.pop("x"), given.pop("table"), given.pop("t"), **given)
 
 
-def test_check_reverse_step_says_what_reverse_step_would(device):
+def test_the_check_of_a_step_says_what_the_step_would(device):
     check_step_is_refused(COMMON + FUSED, device)
     x, table, t = moved((X, TABLE, T), device)
-    assert ops.check_reverse_step(x, table, t, noise=x, out=x.clone()) is None
+    check_step(x, table, t, noise=x, out=x.clone())
 
 
-def test_check_reverse_step_sees_values_on_the_cpu():
+def test_the_check_of_a_step_sees_values_on_the_cpu():
     check_step_is_refused(VALUES, CPU)
 
 

@@ -165,9 +165,12 @@ def test_negated_view_is_refused(normal, device, name, result, dispatched):
             results = {"out": torch.empty_like(x), result: negated}
             getattr(getattr(torch.ops.ddpm_ext, name), overload)(*given, table, None, 0, *clip, None, False, **results)
     assert not negated.any()
-    if name == "reverse_step":
-        with pytest.raises(ValueError, match="reverse_step: out is a negated view"):
-            ops.check_reverse_step(x, table, 0, out=negated)
+
+
+def test_negated_view_is_refused_before_the_model_is_called(normal, device, make_step_table):
+    negated = torch.zeros(2, 8, dtype=torch.cfloat, device=device).conj().imag
+    with pytest.raises(ValueError, match="reverse_step: out is a negated view"):
+        ops.TableStep(make_step_table(4)).check(normal(2, 8), None, 1, negated)
 
 
 def test_negated_inputs_are_read_as_torch_reads_them(normal, make_step_table):

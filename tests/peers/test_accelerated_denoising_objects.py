@@ -18,14 +18,12 @@ from support.accelerated_denoising import (
     in64,
     make,
     normals,
-    objectives,
     peer,
     record_bars,
     same_states,
     seeded,
     states,
 )
-from support.warned import user_warnings
 from torch.profiler import ProfilerActivity, profile
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
@@ -79,8 +77,9 @@ def test_philox_images_belong_to_their_ids(loop, device):
     assert not torch.equal(whole[0], whole[1])
 
 
-@objectives
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize(
+    ("objective", "sampler"), [("pred_noise", "ddpm"), ("pred_v", "ddpm"), ("pred_x0", "ddim"), ("pred_v", "ddim")]
+)
 def test_philox_images_are_ours(objective, sampler, device):
     """They are those of GaussianDiffusion's loop with the same seed and schedule."""
     plain = make(objective, device=device, auto_normalize=False, ddim_sampling_eta=0.7)
@@ -98,17 +97,7 @@ def test_philox_images_are_ours(objective, sampler, device):
     torch.testing.assert_close(loop(SHAPE), expected, rtol=0, atol=1e-4)
 
 
-def test_philox_step_is_ours(device):
-    """The number of its draw is the timestep."""
-    x = torch.rand(SHAPE, device=device)
-    plain = make("pred_noise", device=device)
-    gd = GaussianDiffusion(50, peer.sigmoid_beta_schedule(50))
-    expected = gd.p_sample(plain.model, x, 31, rng=Philox(9, 2))
-    torch.testing.assert_close(philox(plain, 2).p_sample(x, 31)[0], expected, rtol=1e-5, atol=1e-5)
-
-
-@objectives
-@pytest.mark.parametrize("strength", [0.0, 0.3])
+@pytest.mark.parametrize(("objective", "strength"), [("pred_noise", 0.0), ("pred_v", 0.3)])
 def test_philox_training_noise_is_another_one_each_time(objective, strength, device):
     """It is that of GaussianDiffusion's train_losses; torch draws no noise."""
     plain = make(objective, device=device, offset_noise_strength=strength)
@@ -124,15 +113,6 @@ def test_philox_training_noise_is_another_one_each_time(objective, strength, dev
     assert same_states(states(device), before)
 
 
-def test_philox_offset_of_given_noise(device):
-    plain = make("pred_noise", device=device)
-    x, t = torch.rand(SHAPE, device=device), torch.arange(4, device=device)
-    noise = torch.rand(SHAPE, device=device)
-    expected = noise + 0.5 * randn(SHAPE[:2], Philox(9, draw=0, stream=4), device=device)[:, :, None, None]
-    philox(plain).p_losses(x, t, noise, 0.5)
-    assert torch.equal(noise, expected)
-
-
 def test_philox_interpolates_between_two_draws_of_the_starting_noise(device):
     plain = make(device=device)
     x1, x2, t = *torch.rand(2, *SHAPE, device=device), torch.zeros(4, dtype=torch.int64, device=device)
@@ -141,20 +121,6 @@ def test_philox_interpolates_between_two_draws_of_the_starting_noise(device):
         for draw, x in enumerate((x1, x2))
     )
     torch.testing.assert_close(philox(plain).interpolate(x1, x2, t=0, lam=0.3), 0.7 * first + 0.3 * second)
-
-
-def test_an_rng_set_anew():
-    fast = philox(make())
-    first = fast.sample(4)
-    fast.accelerated.rng = Philox(10)
-    assert not torch.equal(fast.sample(4), first)
-    fast.accelerated.rng = Philox(9)
-    assert torch.equal(fast.sample(4), first)
-    for wrong in (Philox(9, draw=3), Philox(9, stream=16)):
-        with pytest.raises(ValueError, match="draw or a stream of its own"):
-            fast.accelerated.rng = wrong
-    fast.accelerated.rng = Philox(9, 2)
-    assert torch.equal(fast.sample(2), first[2:])
 
 
 # --------------------------------------------------------------------------------------------------------------- costs
@@ -171,8 +137,7 @@ def launches(call):
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
-@pytest.mark.parametrize("self_condition", [False, True])
-@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize(("self_condition", "noise"), [(False, "torch"), (True, "philox"), (False, "philox")])
 def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
     """Besides, there are the peer's noise and a view of the timesteps."""
     fast = accelerate(make(model=Given(torch.zeros(SHAPE), self_condition), ddim_sampling_eta=1.0), noise=noise)
@@ -183,7 +148,7 @@ def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
         counts.append(launches(lambda: getattr(fast, loop)(SHAPE)))
     more = counts[1] - counts[0]
     drawn = {"aten::randn_like": 20, "aten::normal_": 20} if noise == "torch" else {}
-    operator = "ddpm_ext::extended_step" if self_condition else "ddpm_ext::reverse_step"
+    operator = "ddpm_ext::step_with_options" if self_condition else "ddpm_ext::reverse_step"
     assert {name: n for name, n in more.items() if name not in VIEWS | EMPTY} == {operator: 20, **drawn}
 
 
@@ -194,15 +159,14 @@ def test_a_step_alone_is_one_launch():
     fast.p_sample(x, 20)
     found = launches(lambda: fast.p_sample(x, 20))
     assert {name for name in found if name not in VIEWS | EMPTY} == {
-        "ddpm_ext::extended_step",
+        "ddpm_ext::step_with_options",
         "aten::full",
         "aten::fill_",
     }
-    assert found["ddpm_ext::extended_step"] == 1
+    assert found["ddpm_ext::step_with_options"] == 1
 
 
-@objectives
-@pytest.mark.parametrize("noise", ["torch", "philox"])
+@pytest.mark.parametrize(("objective", "noise"), [("pred_noise", "torch"), ("pred_v", "philox")])
 def test_a_loss_is_two_launches(objective, noise):
     fast = accelerate(make(objective, Given(torch.zeros(SHAPE).requires_grad_())), noise=noise)
     x, t = torch.zeros(SHAPE), torch.arange(4)
@@ -297,8 +261,7 @@ def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
     assert (rows[:, 1].abs() / lost - 1).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@objectives
+@pytest.mark.parametrize(("dtype", "objective"), [(torch.float16, "pred_v"), (torch.bfloat16, "pred_x0")])
 def test_half(objective, dtype, device):
     """With a model, buffers and samples of 16 bits, the rows are those of the rounded buffers, computed in float32."""
     plain = make(objective, Given(torch.randn(SHAPE)), device=device).to(dtype)
@@ -394,19 +357,17 @@ def test_samples_in_float64_are_the_peers(method):
 
 @own_code
 @pytest.mark.parametrize("method", OUTPUT)
-@objectives
-@pytest.mark.parametrize("output", [X.double() * 2, X[:, :1] * 2], ids=["float64", "shape"])
+@pytest.mark.parametrize(
+    ("output", "objective"), [(X.double() * 2, "pred_noise"), (X[:, :1] * 2, "pred_v"), (X.double() * 2, "pred_x0")]
+)
 def test_a_models_output_that_does_not_fit(method, output, objective):
     """The model is called once, noise is drawn once, and so is the number that decides on self-conditioning."""
     plain = make(objective, Given(output.clone(), self_condition=True), ddim_sampling_eta=0.5, timesteps=50)
     plain.sampling_timesteps = 5
     if method == "p_sample_loop" and objective == "pred_x0":
         plain.model.forward = lambda *_: output.clone()  # they clamp it in place
-    if method == "p_losses":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's of broadcasts
-            ours, theirs, drawn, fallbacks = both(OUTPUT[method], plain)
-    else:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of broadcasts
         ours, theirs, drawn, fallbacks = both(OUTPUT[method], plain)
     assert ours.dtype == theirs.dtype and drawn
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -433,6 +394,7 @@ def test_other_reasons_to_run_the_peers_code():
         "its tensors have different shapes": lambda gd: gd.q_sample(X, T, X[:1]),
         "whose noise is more than a step ends with": lambda gd: gd.ddim_sample(SHAPE).isnan().any(),
         "eta is -1.0": lambda gd: gd.ddim_sample(SHAPE),
+        "it is being compiled": lambda gd: torch.compile(lambda: gd.p_losses(X, T, X), backend="eager")(),
         "a transform of torch.func": lambda gd: torch.func.grad(lambda x: gd.q_sample(x, T).sum())(X),
     }
     plain.sampling_timesteps = 5
@@ -440,7 +402,8 @@ def test_other_reasons_to_run_the_peers_code():
         plain.ddim_sampling_eta = {"whose noise": 3.0, "eta is -1.0": -1.0}.get(why[:11], 0.0)
         ours, theirs, drawn, fallbacks = both(call, plain)
         assert why in " ".join(fallbacks.values())
-        assert torch.equal(ours, theirs) and drawn, why
+        torch.testing.assert_close(ours, theirs, rtol=1e-6 if "compiled" in why else 0, atol=0)
+        assert drawn, why
     assert plain.ddim_sampling_eta == 0
     half = make(model=Given(X)).half()
     ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X.bfloat16(), 20)[0], half)
@@ -449,33 +412,6 @@ def test_other_reasons_to_run_the_peers_code():
     inf.posterior_mean_coef1[3] = torch.inf
     ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X, 20)[0], inf)
     assert torch.equal(ours, theirs) and "its buffers make no rows" in fallbacks["p_sample"]
-
-
-def test_a_gradient_by_images_flows_through_q_sample():
-    leaf = X.clone().requires_grad_()
-    fast = accelerate(make())
-    fast.q_sample(leaf, T).sum().backward()
-    torch.testing.assert_close(leaf.grad, fast.sqrt_alphas_cumprod[T].reshape(-1, 1, 1, 1).expand(SHAPE))
-
-
-def test_a_compiled_loss_is_the_peers():
-    plain = make()
-    fast = accelerate(plain)
-    with pytest.warns(UserWarning, match="it is being compiled"):
-        ours = torch.compile(lambda: fast.p_losses(X, T, X), backend="eager")()
-    torch.testing.assert_close(ours, plain.p_losses(X, T, X))
-
-
-def test_a_reason_is_warned_of_once():
-    fast = accelerate(make(model=Given(X)))
-    with pytest.warns(UserWarning) as told:
-        for _ in range(3):
-            fast.p_sample(X.double(), 20)
-            fast.p_sample(X.double(), 21)
-    assert [str(w.message) for w in user_warnings(told)] == [
-        "p_sample runs the own code of denoising-diffusion-pytorch: its samples are float64"
-    ]
-    assert fast.accelerated.fallbacks == {"p_sample": "its samples are float64"}
 
 
 def test_a_second_derivative_is_refused():

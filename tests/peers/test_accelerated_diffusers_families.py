@@ -7,9 +7,10 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import launches, make, normal, seeded
+from support.accelerated_diffusers import make, normal, seeded
 from support.accelerated_diffusers_pipelines import quiet
 from support.diffusers_families import BOTH, FAMILIES, OF_16, deep_floyd, embeds, kandinsky, upscaler, wan_parts
+from support.launches import launches
 from support.noise_of_loops import unrelated
 
 from ddpm_ext import Philox, accelerate

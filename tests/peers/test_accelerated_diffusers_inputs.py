@@ -1,4 +1,4 @@
-"""The inputs of an accelerated diffusers scheduler's step: dtypes, timesteps, gradients, and what is refused."""
+"""The inputs of an accelerated diffusers scheduler's step: what runs diffusers' own code, and what is refused."""
 
 import copy
 import warnings
@@ -10,7 +10,8 @@ from support.warned import user_warnings
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import NAMES, SIGMA, compare, equal, launches, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, compare, equal, make, normal, seeded
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
 
@@ -18,12 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
 SHAPE = (2, 3, 4, 5)
 X, M, Z = (normal(i, *SHAPE) for i in range(3))
-EULER = ("EulerDiscrete", "EulerAncestralDiscrete")
 OWN = "step runs the own code of diffusers: "
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 
 names = pytest.mark.parametrize("name", NAMES)
 of_alphas = pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse"])
-euler = pytest.mark.parametrize("name", EULER)
 
 
 def at_third(name, **config):
@@ -39,221 +39,69 @@ def given(name):
     return {} if name == "DDIMInverse" else {"generator": seeded(1)}
 
 
-# ----------------------------------------------------------------------------------------------------------- dtypes
+def outcome(call):
+    """The type and the text of the error that it raises."""
+    with pytest.raises(Exception) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()
+    return caught.type, str(caught.value)
 
 
-@names
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("of_sample", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("of_model", [torch.float32, torch.float16, torch.bfloat16])
-def test_16_bits_in_and_out(name, prediction, of_sample, of_model):
-    """Results have diffusers' dtypes. A predicted clean sample may be the model's output, in the output's dtype."""
-    if name == "EulerAncestralDiscrete" and prediction == "sample":
-        pytest.skip("it has none")
-    plain, t = at_third(name, prediction_type=prediction)
-    _, fused = compare(name, plain, M.to(of_model), t, X.to(of_sample))
-    assert fused == ({of_model, of_sample} != {torch.float16, torch.bfloat16})
-
-
-@names
-def test_float64_samples_run_the_own_code(name):
-    plain, t = at_third(name)
-    scheduler, fused = compare(name, plain, M.double(), t, X.double())
-    assert not fused
-    assert scheduler.accelerated.fallbacks == {"step": "its samples are float64"}
-
-
-@names
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
-def test_a_models_output_of_another_dtype_runs_the_own_code(name, dtype):
-    plain, t = at_third(name)
-    if name in ("DDPM", "EulerAncestralDiscrete") and dtype == torch.int64:
-        with pytest.raises(NotImplementedError), pytest.warns(UserWarning):  # there is no such noise
-            accelerate(plain).step(M.to(dtype), t, X)
-        return
-    scheduler, fused = compare(name, plain, M.to(dtype), t, X)
-    assert not fused
-    assert scheduler.accelerated.fallbacks == {"step": f"the model's output is {str(dtype)[6:]}"}
-
-
-@pytest.mark.parametrize("of_noise", [torch.float64, torch.float32, torch.float16, torch.int64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_variance_noise_of_another_dtype(of_noise, dtype):
-    """The result has the wider dtype, but the predicted clean sample doesn't."""
-    plain, t = at_third("DDIM")
-    z = (3 * Z).to(of_noise)
-    scheduler, fused = compare("DDIM", plain, M.to(dtype), t, X.to(dtype), noise=z, eta=0.5)
-    assert fused == (of_noise.is_floating_point and torch.promote_types(of_noise, dtype) == dtype)
-    assert fused or scheduler.accelerated.fallbacks == {"step": f"variance_noise is {str(of_noise)[6:]}"}
-
-
-@pytest.mark.parametrize("of_noise", [torch.float64, torch.float32, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_variance_noise_of_another_dtype_in_an_sde(of_noise, dtype):
-    plain, t = at_third("DPMSolverMultistep", algorithm_type="sde-dpmsolver++")
-    scheduler, fused = compare("DPMSolverMultistep", plain, M.to(dtype), t, X.to(dtype), noise=Z.to(of_noise))
-    assert fused == (torch.promote_types(of_noise, dtype) == dtype)
-    assert fused or scheduler.accelerated.fallbacks == {"step": f"variance_noise is {str(of_noise)[6:]}"}
+# ------------------------------------------------------------------------------------------ what runs the own code
 
 
 @pytest.mark.parametrize(
-    "name, why",
+    "name, config, inputs, why",
     [
-        ("DDIM", "its tensors have different shapes"),
-        ("DPMSolverMultistep", "it is called with variance_noise of shape (1, 3, 4, 5)"),
+        ("DDIM", {}, {"m": M.double(), "x": X.double()}, "its samples are float64"),
+        ("EulerDiscrete", {}, {"m": M.double(), "x": X.double()}, "its samples are float64"),
+        ("DDPM", {}, {"m": M.double()}, "the model's output is float64"),
+        ("DDIMInverse", {}, {"m": M.long()}, "the model's output is int64"),
+        ("DDIM", {}, {"m": M[0, 0, 0], "x": X[0, 0, 0]}, "its samples have no channels"),
+        ("EulerAncestralDiscrete", {}, {"m": M[0, 0, 0], "x": X[0, 0, 0]}, "its samples have no channels"),
+        # diffusers looks up tensors with a dimension by it, which promote 16 bits to float32
+        (
+            "DDIM",
+            {},
+            {"m": M.half(), "x": X.half(), "t": torch.tensor([700])},
+            "its timestep has dimensions, and its samples 16 bits",
+        ),
+        ("DDIM", {}, {"noise": Z.double(), "eta": 0.5}, "variance_noise is float64"),
+        ("DDIM", {}, {"noise": (3 * Z).long(), "eta": 0.5}, "variance_noise is int64"),
+        ("DDIM", {}, {"noise": Z[:1], "eta": 1.0}, "its tensors have different shapes"),
+        ("DPMSolverMultistep", SDE, {"noise": Z.double()}, "variance_noise is float64"),
+        ("DPMSolverMultistep", SDE, {"noise": Z[:1]}, "it is called with variance_noise of shape (1, 3, 4, 5)"),
+        ("DDIM", {}, {"eta": 1.2}, "eta is 1.2"),
+        ("DDIM", {}, {"eta": -0.5}, "eta is -0.5"),
+        ("DDIM", {}, {"eta": float("nan")}, "eta is nan"),
+        ("DDIM", {"clip_sample_range": -0.5}, {}, "clip_sample_range is -0.5"),
+        # diffusers takes the square root of a logarithm
+        ("DDPM", {"variance_type": "fixed_large_log"}, {}, "variance_type is 'fixed_large_log'"),
+        *(
+            (
+                "DDIM",
+                {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": most},
+                {},
+                f"dynamic_thresholding_ratio is {ratio}, sample_max_value is {most}",
+            )
+            for ratio, most in ((0.5, 0.7), (0.9, float("nan")), (0.0, 1.0))
+        ),
     ],
 )
-def test_variance_noise_that_is_broadcast_runs_the_own_code(name, why):
-    config = {"algorithm_type": "sde-dpmsolver++"} if name == "DPMSolverMultistep" else {}
+def test_what_runs_the_own_code(name, config, inputs, why):
+    """With a result of diffusers' bits, and its draws."""
     plain, t = at_third(name, **config)
-    scheduler, fused = compare(name, plain, M, t, X, noise=Z[:1], **({"eta": 1.0} if name == "DDIM" else {}))
-    assert not fused
-    assert scheduler.accelerated.fallbacks == {"step": why}
+    inputs = {"m": M, "t": t, "x": X} | inputs
+    scheduler, fused = compare(name, plain, inputs.pop("m"), inputs.pop("t"), inputs.pop("x"), **inputs)
+    assert not fused and scheduler.accelerated.fallbacks == {"step": why}
 
 
-@names
-def test_no_samples(name):
-    plain, t = at_third(name)
-    scheduler = accelerate(plain)
-    assert scheduler.step(M[:0], t, X[:0], **given(name))[0].shape == (0, *SHAPE[1:])
-
-
-@pytest.mark.parametrize("name", ["DDIM", "DDIMInverse", "DPMSolverMultistep", *EULER])
-def test_samples_without_channels_run_the_own_code(name):
-    plain, t = at_third(name)
-    scheduler, fused = compare(name, plain, M[0, 0, 0], t, X[0, 0, 0])
-    assert not fused
-    assert scheduler.accelerated.fallbacks == {"step": "its samples have no channels"}
-
-
-# -------------------------------------------------------------------------------------------------------- timesteps
-
-
-@of_alphas
-@pytest.mark.parametrize("kind", [int, np.int64, np.int32, torch.tensor, lambda t: torch.tensor(t, dtype=torch.int32)])
-def test_kinds_of_timesteps(name, kind):
-    plain, t = at_third(name)
-    assert compare(name, plain, M, kind(int(t)), X)[1]
-
-
-@of_alphas
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
-def test_a_timestep_with_a_dimension(name, dtype, prediction):
-    """diffusers looks up tensors with a dimension by it, which promote 16 bits to float32."""
-    plain, t = at_third(name, prediction_type=prediction)
-    scheduler, fused = compare(name, plain, M.to(dtype), t.reshape(1), X.to(dtype))
-    assert fused == (dtype == torch.float32)
-    assert fused or scheduler.accelerated.fallbacks == {"step": "its timestep has dimensions, and its samples 16 bits"}
-
-
-@of_alphas
-@pytest.mark.parametrize("t", [1000, torch.tensor(1000), 2.5, torch.tensor(2.5), None, "3"])
-def test_bad_timesteps_are_refused_as_there(name, t):
-    plain, _ = at_third(name)
-    with pytest.raises(Exception) as theirs:
-        plain.step(M, t, X)
-    scheduler = accelerate(plain)
-    with pytest.raises(type(theirs.value)) as mine:
-        scheduler.step(M, t, X)
-    assert str(mine.value) == str(theirs.value)
-    assert not scheduler.accelerated.fallbacks
-
-
-@pytest.mark.parametrize("name", ["DDIM", "DDIMInverse"])
-def test_a_timestep_counted_from_the_end(name):
-    plain, _ = at_third(name)
-    assert not compare(name, plain, M, -100, X)[1]
-
-
-@euler
-def test_integers_are_refused(name):
-    plain, _ = at_third(name)
-    for t in (3, torch.tensor(3)):
-        with pytest.raises(ValueError, match="Passing integer indices"):
-            accelerate(plain).step(M, t, X)
-
-
-@euler
-def test_without_scale_model_input(name):
-    """The step is the same; diffusers logs a warning of it."""
-    plain, t = at_third(name)
-    plain.is_scale_input_called = False
-    assert compare(name, plain, M, t, X)[1]
-
-
-@pytest.mark.parametrize("name", SIGMA)
-def test_past_the_last_step_is_refused_as_there(name):
-    plain, t = at_third(name)
-    plain._step_index = 10
-    for scheduler in (plain, accelerate(plain)):
-        with pytest.raises(IndexError):
-            scheduler.step(M, t, X, generator=seeded(1))
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
-
-
-@names
-def test_before_set_timesteps(name):
-    plain = make(name)
-    if name in ("DDIM", "DPMSolverMultistep"):
-        with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
-            accelerate(plain).step(M, 5, X)
-    elif name == "DDPM":
-        assert compare(name, plain, M, 5, X)[1]
-    elif name == "DDIMInverse":
-        with pytest.raises(TypeError):
-            accelerate(plain).step(M, 5, X)
-    else:
-        scheduler = accelerate(plain)
-        scheduler.scale_model_input(X, torch.tensor(5.0))
-        assert scheduler.step(M, torch.tensor(5.0), X, generator=seeded(1))[0].shape == SHAPE
-
-
-@names
-def test_a_prediction_type_of_another_name_is_refused(name):
-    plain, t = at_third(name)
-    scheduler = accelerate(plain)
-    scheduler.config.prediction_type = "x0"
-    with pytest.raises(ValueError, match="prediction_type given as x0 must be one of"):
-        scheduler.step(M, t, X, **given(name))
-    assert not scheduler.accelerated.fallbacks or name in EULER
-
-
-def test_euler_ancestral_has_no_sample_prediction():
-    plain, t = at_third("EulerAncestralDiscrete", prediction_type="sample")
-    with pytest.raises(NotImplementedError):
-        accelerate(plain).step(M, t, X)
-
-
-@names
-def test_shapes_that_do_not_fit_are_refused_as_there(name):
-    plain, t = at_third(name)
-    with pytest.raises(RuntimeError, match="must match the size"), pytest.warns(UserWarning, match="different shapes"):
-        accelerate(plain).step(normal(1, 2, 3, 4, 4), t, X, **given(name))
-
-
-@pytest.mark.parametrize("kind", ["learned", "learned_range"])
-def test_ddpm_without_the_variance_is_refused_as_there(kind):
-    plain, t = at_third("DDPM", variance_type=kind)
-    with pytest.raises(TypeError):
-        accelerate(plain).step(M, t, X)
-
-
-def test_ddpm_without_the_variance_at_0_needs_none():
-    plain, _ = at_third("DDPM", variance_type="learned")
-    assert not compare("DDPM", plain, M, 0, X)[1]
-
-
-@names
-def test_no_tensor_is_refused(name):
-    plain, t = at_third(name)
-    with pytest.raises((AttributeError, TypeError)):
-        accelerate(plain).step([1.0], t, X)
-
-
-# ------------------------------------------------------------------------------------------------------- gradients
+def test_a_variance_that_is_set_beside_the_config():
+    """diffusers reads the attribute in one place and the config in another."""
+    plain, t = at_third("DDPM")
+    plain.variance_type = "fixed_small_log"
+    scheduler, fused = compare("DDPM", plain, M, t, X)
+    assert not fused and scheduler.accelerated.fallbacks == {"step": "variance_type is not its config's"}
 
 
 @names
@@ -268,9 +116,6 @@ def test_gradients_through_a_step_run_the_own_code(name, of):
         result[0].square().sum().backward()
         gradients.append((m if of == "model_output" else x).grad)
     assert torch.equal(*gradients)
-    m = M.clone().requires_grad_()
-    with pytest.warns(UserWarning, match=OWN + "a gradient is asked for"):
-        scheduler.step(m, t, X, **given(name))
 
 
 @names
@@ -285,16 +130,16 @@ def test_without_gradients_they_are_fused(name, mode):
         if name in SIGMA:
             scheduler._step_index = 2
         scheduler.step(m, t, X, **given(name))
-    assert called
-    with launches() as called:
         scheduler.step(M, t, X, **given(name))
-        if hasattr(scheduler, "add_noise") and name != "DPMSolverMultistep":
-            noisy = scheduler.add_noise(X.clone().requires_grad_(), Z, scheduler.timesteps[:2])
-            noisy.sum().backward()
-    assert called
-
-
-# -------------------------------------------------------------------------------------------------------- warnings
+        assert len(called) == 2
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(X, t)
+    if hasattr(scheduler, "add_noise"):
+        x = X.clone().requires_grad_()
+        with launches() as called:
+            noisy = scheduler.add_noise(scheduler.scale_model_input(x, t), Z, scheduler.timesteps[:2])
+        noisy.sum().backward()
+        assert called and x.grad is not None
 
 
 def test_a_reason_is_warned_of_once_and_recorded():
@@ -312,9 +157,6 @@ def test_a_reason_is_warned_of_once_and_recorded():
         "add_noise runs the own code of diffusers: its tensors have different shapes",
     ]
     assert scheduler.accelerated.fallbacks == {"step": "eta is 2.0", "add_noise": "its tensors have different shapes"}
-
-
-def test_with_philox_the_warning_mentions_the_noise():
     scheduler = accelerate(at_third("DDIM")[0], noise="philox", seed=0)
     with pytest.warns(UserWarning, match="step runs the own code and noise of diffusers: eta is 2.0"):
         scheduler.step(M, 300, X, eta=2.0)
@@ -322,9 +164,95 @@ def test_with_philox_the_warning_mentions_the_noise():
 
 def test_results_of_the_own_code_are_its():
     plain, t = at_third("DDIM")
-    ours = accelerate(plain)
     with pytest.warns(UserWarning):
-        found = ours.step(M.double(), t, X)
+        found = accelerate(plain).step(M.double(), t, X)
     expected = plain.step(M.double(), t, X)
     assert type(found) is type(expected)
     equal(found.values(), expected.values())
+
+
+# ------------------------------------------------------------------------------------------- odd inputs that fit
+
+
+@names
+def test_no_samples(name):
+    plain, t = at_third(name)
+    assert accelerate(plain).step(M[:0], t, X[:0], **given(name))[0].shape == (0, *SHAPE[1:])
+
+
+@of_alphas
+@pytest.mark.parametrize(
+    "kind", [int, np.int32, lambda t: torch.tensor(t, dtype=torch.int32), lambda t: torch.tensor([t])]
+)
+def test_kinds_of_timesteps(name, kind):
+    plain, t = at_third(name)
+    assert compare(name, plain, M, kind(int(t)), X)[1]
+
+
+@pytest.mark.parametrize("name", SIGMA)
+def test_without_scale_model_input(name):
+    """The step is the same; diffusers logs a warning of it."""
+    plain, t = at_third(name)
+    plain.is_scale_input_called = False
+    assert compare(name, plain, M, t, X)[1]
+
+
+def test_before_set_timesteps():
+    assert compare("DDPM", make("DDPM"), M, 5, X)[1]
+    scheduler = accelerate(make("EulerDiscrete"))
+    scheduler.scale_model_input(X, torch.tensor(5.0))
+    assert scheduler.step(M, torch.tensor(5.0), X)[0].shape == SHAPE
+
+
+def test_steps_of_the_own_code_without_a_warning():
+    """What diffusers takes in its own way: a timestep counted from the end; no variance where none is read."""
+    plain, _ = at_third("DDIM")
+    assert not compare("DDIM", plain, M, -100, X)[1]
+    plain, _ = at_third("DDPM", variance_type="learned")
+    assert not compare("DDPM", plain, M, 0, X)[1]
+
+
+# ------------------------------------------------------------------------------------------- refused as there
+
+
+@of_alphas
+@pytest.mark.parametrize("t", [1000, torch.tensor(1000), 2.5, torch.tensor(2.5), None, "3"])
+def test_bad_timesteps(name, t):
+    plain, _ = at_third(name)
+    scheduler = accelerate(plain)
+    assert outcome(lambda: scheduler.step(M, t, X)) == outcome(lambda: plain.step(M, t, X))
+    assert not scheduler.accelerated.fallbacks
+
+
+@pytest.mark.parametrize(
+    "name, config, change, inputs",
+    [
+        *((name, {}, None, {"t": t}) for name in SIGMA for t in (3, torch.tensor(3))),
+        *((name, {}, {"_step_index": 10}, {}) for name in SIGMA),
+        ("EulerAncestralDiscrete", {"prediction_type": "sample"}, None, {}),
+        *((name, {}, None, {"m": normal(1, 2, 3, 4, 4)}) for name in NAMES),
+        *((name, {}, None, {"m": [1.0]}) for name in NAMES),
+        ("DDPM", {}, None, {"m": M.long()}),  # there is no such noise
+        ("DDPM", {"variance_type": "learned"}, None, {}),
+        ("DDPM", {"variance_type": "learned_range"}, None, {}),
+        ("DDPM", {}, None, {"t": 401}),  # between its timesteps
+        ("DDIM", {}, {"num_inference_steps": None}, {}),
+        ("DDIMInverse", {}, {"num_inference_steps": None}, {}),
+        ("DDIM", {}, None, {"eta": 1.0, "variance_noise": Z, "generator": seeded(1)}),
+    ],
+)
+def test_what_is_refused(name, config, change, inputs):
+    plain, t = at_third(name, **config)
+    vars(plain).update(change or {})
+    inputs = {"m": M, "t": t, "x": X} | inputs
+    m, t, x = (inputs.pop(key) for key in "mtx")
+    ours = accelerate(plain)
+    assert outcome(lambda: ours.step(m, t, x, **inputs)) == outcome(lambda: plain.step(m, t, x, **inputs))
+
+
+@names
+def test_a_prediction_type_of_another_name(name):
+    plain, t = at_third(name)
+    scheduler = accelerate(plain)
+    scheduler.config.prediction_type = "x0"
+    assert "prediction_type given as x0 must be one of" in outcome(lambda: scheduler.step(M, t, X))[1]

@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
-from support.accelerated_diffusers import launches, make, normal, seeded
-from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion, stable_diffusion_xl
+from support.accelerated_diffusers import make, normal, seeded
+from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion
+from support.launches import launches
 
 from ddpm_ext.integrations import accelerate, accelerated_class
 from ddpm_ext.models.folder import DIGITS
@@ -22,13 +23,10 @@ pytestmark = pytest.mark.filterwarnings(
 LATENT = {"beta_schedule": "scaled_linear"}
 SCHEDULERS = [
     ("DDIM", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
-    ("DDPM", {"clip_sample": False}),
-    ("DPMSolverMultistep", {}),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
-    ("EulerDiscrete", {"timestep_spacing": "leading", "steps_offset": 1}),
     ("EulerAncestralDiscrete", {"timestep_spacing": "trailing"}),
 ]
-schedulers = pytest.mark.parametrize("name, config", SCHEDULERS, ids=[f"{n}{i}" for i, (n, _) in enumerate(SCHEDULERS)])
+schedulers = pytest.mark.parametrize("name, config", SCHEDULERS, ids=[name for name, _ in SCHEDULERS])
 
 
 @pytest.fixture(autouse=True)
@@ -52,60 +50,35 @@ def close(found, expected, within=1e-4):
 # ---------------------------------------------------------------------------------------------------- unconditional
 
 
-@pytest.mark.parametrize("steps", [3, 20])
 @pytest.mark.parametrize("several", [False, True], ids=["generator", "generators"])
-def test_ddpm_pipeline(steps, several):
+def test_ddpm_pipeline(several):
     plain = of_pixels(make("DDPM"))
     ours = accelerate(plain)
     assert type(ours) is DDPMPipeline and ours.unet is plain.unet
 
     def run(pipeline):
         generator = [seeded(i) for i in range(2)] if several else seeded(0)
-        found = pipeline(batch_size=2, generator=generator, num_inference_steps=steps, output_type="np")
+        found = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np")
         return found.images, [g.get_state() for g in (generator if several else [generator])]
 
     expected, states = run(plain)
     with launches() as called:
         found, after = run(ours)
     close(found, expected)
-    assert called == ["extended_step"] * steps
+    assert len(called) == 20
     assert all(map(torch.equal, states, after))
 
 
-@pytest.mark.parametrize("eta, clipped", [(0.0, None), (1.0, None), (0.5, True)])
-def test_ddim_pipeline(eta, clipped):
+def test_the_scheduler_alone_and_pil():
     plain = of_pixels(make("DDIM"), ddim=True)
-    images = [
-        pipeline(
-            batch_size=2,
-            generator=seeded(0),
-            eta=eta,
-            num_inference_steps=10,
-            use_clipped_model_output=clipped,
-            output_type="np",
-        ).images
-        for pipeline in (plain, accelerate(plain))
-    ]
-    close(*reversed(images))
-
-
-def test_pil():
-    plain = of_pixels(make("DDPM"))
-    images = [
-        pipeline(generator=seeded(0), num_inference_steps=5, return_dict=False)[0]
-        for pipeline in (plain, accelerate(plain))
-    ]
+    images = []
+    for scheduler in (plain.scheduler, accelerate(plain.scheduler)):
+        plain.scheduler = scheduler
+        with launches() as called:
+            images.append(plain(generator=seeded(0), num_inference_steps=10, return_dict=False)[0])
+    assert len(called) == 10
     assert type(images[1][0]).__module__.startswith("PIL")
     close(*images, within=1 / 255)
-
-
-def test_the_scheduler_alone():
-    plain = of_pixels(make("DDIM"), ddim=True)
-    expected = plain(generator=seeded(0), num_inference_steps=10, output_type="np").images
-    plain.scheduler = accelerate(plain.scheduler)
-    with launches() as called:
-        close(plain(generator=seeded(0), num_inference_steps=10, output_type="np").images, expected)
-    assert len(called) == 10
 
 
 def test_the_digits_model():
@@ -136,19 +109,9 @@ def test_philox_in_batches():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def sd(tmp_path_factory):
     pytest.importorskip("transformers")
-    return tmp_path_factory.mktemp("tokenizer")
-
-
-@pytest.fixture(scope="module")
-def sd(folder):
-    return stable_diffusion(make("DDIM", **LATENT), folder)
-
-
-@pytest.fixture(scope="module")
-def sdxl(folder):
-    return stable_diffusion_xl(make("EulerDiscrete", **LATENT), folder)
+    return stable_diffusion(make("DDIM", **LATENT), tmp_path_factory.mktemp("tokenizer"))
 
 
 def with_scheduler(pipeline, name, config):
@@ -190,22 +153,12 @@ def test_stable_diffusion(sd, name, config):
     with launches() as called:
         found, seen = run(ours)
     close(found, expected)
-    assert called in (["extended_step"] * steps, ["linear_step"] * steps)
+    assert len(called) == steps
     assert [(i, t) for i, t, _ in seen] == [(i, t) for i, t, _ in theirs]
     for (_, _, mine), (_, _, other) in zip(seen, theirs, strict=True):
         close(mine, other)
     close(run(ours, "np")[0], run(plain, "np")[0], within=1e-3)  # through the decoder
     close(run(ours, "pil")[0], run(plain, "pil")[0], within=1 / 255)
-
-
-@schedulers
-def test_stable_diffusion_xl(sdxl, name, config):
-    plain, ours = with_scheduler(sdxl, name, config)
-    images = [
-        pipeline(**PROMPT, num_inference_steps=5, guidance_scale=4.0, generator=seeded(3), output_type="latent").images
-        for pipeline in (plain, ours)
-    ]
-    close(*reversed(images))
 
 
 @schedulers
@@ -230,32 +183,7 @@ def test_image_to_image(sd, name, config):
                 ).images
             )
     close(*reversed(images))
-    assert called.count("extended_step") + called.count("linear_step") == 6
-
-
-@pytest.mark.parametrize("name", ["DDIM", "EulerAncestralDiscrete"])
-def test_inpaint(sd, name):
-    """In each step, noise is added to the known part."""
-    from diffusers import StableDiffusionInpaintPipeline
-
-    images = []
-    for pipeline in with_scheduler(sd, name, {}):
-        other = quiet(StableDiffusionInpaintPipeline(**pipeline.components, requires_safety_checker=False))
-        mask = torch.zeros(2, 1, 16, 16)
-        mask[..., 8:] = 1
-        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt", "height", "width")}
-        images.append(
-            other(
-                **options,
-                image=normal(4, 2, 3, 16, 16).sigmoid(),
-                mask_image=mask,
-                strength=0.8,
-                num_inference_steps=8,
-                generator=seeded(3),
-                output_type="latent",
-            ).images
-        )
-    close(*reversed(images))
+    assert len(called) - called.count("forward_process") == 6
 
 
 # -------------------------------------------------------------------------------------------------- what it is
@@ -295,18 +223,6 @@ def test_to_another_pipeline(sd):
     _, ours = with_scheduler(sd, "DDIM", {})
     other = StableDiffusionImg2ImgPipeline.from_pipe(ours)
     assert type(other.scheduler) is accelerated_class(type(make("DDIM")))
-
-
-@pytest.mark.parametrize("name", ["PNDM", "UniPCMultistep", "LMSDiscrete", "DEISMultistep", "LCM", "HeunDiscrete"])
-def test_any_other_scheduler(sd, name):
-    """Each is traced."""
-    plain, ours = with_scheduler(sd, name, {"skip_prk_steps": True} if name == "PNDM" else {})
-    found = [
-        pipeline(**PROMPT, num_inference_steps=6, generator=seeded(0), output_type="latent").images
-        for pipeline in (plain, ours)
-    ]
-    assert ours.scheduler.accelerated.fallbacks == {}
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[0].abs().max()))
 
 
 def test_in_inference_mode_and_half(sd):

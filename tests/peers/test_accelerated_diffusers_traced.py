@@ -1,10 +1,8 @@
 """Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
 
 import contextlib
-import copy
 import importlib.util
 import inspect
-import pickle
 import warnings
 
 import pytest
@@ -13,23 +11,30 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import launches as counted_launches
-from support.diffusers_classes import SHAPE, check, classes, loop, make, set_timesteps, shape_of, step_of
+from support.diffusers_classes import (
+    ALONE,
+    SHAPE,
+    TRACED,
+    check,
+    classes,
+    loop,
+    make,
+    set_timesteps,
+    shape_of,
+    step_of,
+)
+from support.launches import launches as counted_launches
 
-from ddpm_ext import Philox, accelerate, randn
+from ddpm_ext import accelerate
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.diffusers import traced_plan
-from ddpm_ext.integrations.diffusers.traced import OWN, Traced
+from ddpm_ext.integrations.diffusers import traced_rows
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
 from ddpm_ext.integrations.registry import KNOWN
 
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
 NEED_TORCHSDE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
 MISSING = NEED_TORCHSDE if importlib.util.find_spec("torchsde") is None else set()
-UNLISTED = {f"{name}Scheduler" for names in OWN.values() for name in names}
-ALONE = [name for name in classes() if name in UNLISTED]  # these run their own code
-OTHERS = [name for name in classes() if name not in UNLISTED | FUSED]  # these are traced
-
 VECTORS = ("DDPMWuerstchenScheduler", "ScoreSdeVpScheduler", "ScoreSdeVeScheduler")  # they take one for each sample
 
 
@@ -42,24 +47,29 @@ def launches():
 def test_every_class_is_accounted_for():
     """As the printed table says. A class of another diffusers is tried as a traced one below."""
     for name, cls in classes().items():
-        assert issubclass(accelerated_class(cls), Traced) == (name not in FUSED)
+        assert issubclass(accelerated_class(cls), TracedScheduler) == (name not in FUSED)
     if diffusers.__version__ == "0.42.1":
-        assert set(classes()) == FUSED | set(OTHERS) | UNLISTED - MISSING
-        assert len(FUSED) + len(OTHERS) == 38
+        assert {*classes()} == {*FUSED, *TRACED, *ALONE}
+        assert len(FUSED) + len(TRACED) == 38
 
 
-@pytest.mark.parametrize("steps", [8, 20])
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", TRACED)
 @pytest.mark.filterwarnings("error:step runs the own code")
-def test_a_loop_is_the_same(name, steps, launches):
-    theirs = loop(make(name), steps)
-    ours = accelerate(make(name))
-    check(loop(ours, steps), theirs, 1e-5)
+def test_a_loop_is_the_same(name, launches):
+    """Its results, their order, and the state that it leaves behind. Loops of any configuration, of fewer steps, are in
+    test_accelerated_diffusers_traced_configs.py."""
+    plain, ours = make(name), accelerate(make(name))
+    theirs = loop(plain, 20)
+    check(loop(ours, 20), theirs, 1e-5)
     assert ours.accelerated.fallbacks == {} and len(launches) == len(theirs[0])
-    check(loop(ours, steps, return_dict=False), loop(make(name), steps, return_dict=False), 1e-5)
+    for attribute, value in vars(plain).items():
+        if value is None or isinstance(value, bool | int | float | str):
+            assert getattr(ours, attribute) == value or isinstance(vars(ours)[attribute], torch.Tensor), attribute
+    assert inspect.signature(step_of(ours)) == inspect.signature(step_of(plain))
+    check(loop(ours, 20, return_dict=False), loop(plain, 20, return_dict=False), 1e-5)
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", TRACED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_a_loop_of_16_bits(name, dtype, launches):
@@ -78,7 +88,7 @@ def test_a_loop_of_16_bits(name, dtype, launches):
                     assert (x - z).abs().max() <= 2 * (y - z).abs().max() + 2 * ulp
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name not in VECTORS and "CogVideoX" not in name])
+@pytest.mark.parametrize("name", [name for name in TRACED if name not in VECTORS and "CogVideoX" not in name])
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_a_timestep_with_a_dimension(name, launches):
     """Of shape (1,), which some pipelines make of it. CogVideoX's schedulers return float64 then."""
@@ -99,23 +109,12 @@ def test_a_timestep_with_a_dimension(name, launches):
     assert launches
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if hasattr(classes()[name], "set_begin_index")])
+@pytest.mark.parametrize("name", [name for name in TRACED if hasattr(classes()[name], "set_begin_index")])
 @pytest.mark.filterwarnings("error:step runs the own code")
 def test_a_loop_from_the_middle(name, launches):
     theirs = loop(make(name), 12, start=4)
     check(loop(accelerate(make(name)), 12, start=4), theirs, 1e-5)
     assert len(launches) == len(theirs[0])
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_state_is_as_diffusers_leaves_it(name):
-    plain, ours = make(name), accelerate(make(name))
-    loop(plain, 8), loop(ours, 8)
-    for attribute, value in vars(plain).items():
-        if value is None or isinstance(value, bool | int | float | str):
-            assert getattr(ours, attribute) == value or isinstance(vars(ours)[attribute], torch.Tensor), attribute
-    assert inspect.signature(step_of(ours)) == inspect.signature(step_of(plain))
-    assert inspect.signature(ours.set_timesteps) == inspect.signature(plain.set_timesteps)
 
 
 @contextlib.contextmanager
@@ -213,16 +212,15 @@ def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
 UNTHRESHOLDED = ("EDMDPMSolverMultistepScheduler", "LCMScheduler")
 
 
-@pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize(
-    "name", [name for name in OTHERS if "thresholding" in make(name).config and name not in UNTHRESHOLDED]
+    "name", [name for name in TRACED if "thresholding" in make(name).config and name not in UNTHRESHOLDED]
 )
 @pytest.mark.filterwarnings("error:step runs the own code")
-def test_thresholding(name, steps, launches):
+def test_thresholding(name, launches):
     """The quantile takes a launch of its own. A small one, so that many numbers are clipped."""
     config = {"thresholding": True, "dynamic_thresholding_ratio": 0.6, "sample_max_value": 1.5}
-    theirs = loop(make(name, **config), steps)
-    check(loop(accelerate(make(name, **config)), steps), theirs, 1e-5)
+    theirs = loop(make(name, **config), 6)
+    check(loop(accelerate(make(name, **config)), 6), theirs, 1e-5)
     assert len(launches) == 2 * len(theirs[0]) or name == "TCDScheduler"  # which has the option, and no use for it
 
 
@@ -293,46 +291,7 @@ def test_options_that_change_at_every_step(launches):
     assert len(launches) == 6
 
 
-# ----------------------------------------------------------------------------------------------------------- noise
-
-
-@pytest.mark.parametrize("name", ["LCMScheduler", "KDPM2AncestralDiscreteScheduler", "FlowMatchLCMScheduler"])
-def test_philox_noise(name):
-    """A step touches no generator, and samples do not depend on how they are split into batches."""
-    shape = (4, 3, 4, 4)
-    start, outputs = randn(shape, Philox(3)), randn((8, *shape), Philox(4))
-
-    def last(ids, part):
-        scheduler = accelerate(make(name), noise="philox", seed=7, sample_ids=ids)
-        scheduler.set_timesteps(8)
-        x, before = start[part], torch.get_rng_state()
-        for i, t in enumerate(scheduler.timesteps):
-            scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else None
-            x = scheduler.step(outputs[i % 8][part], t, x).prev_sample
-        assert torch.equal(before, torch.get_rng_state())
-        return x
-
-    whole = last(0, slice(4))
-    assert torch.equal(whole[:2], last(0, slice(2))) and torch.equal(whole[2:], last(2, slice(2, 4)))
-
-
-# ---------------------------------------------------------------------------------------------------------- objects
-
-
-@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "PNDMScheduler", "LCMScheduler"])
-def test_copies_in_the_middle_of_a_loop(name):
-    ours = accelerate(make(name))
-    ours.set_timesteps(6)
-    x, m = torch.randn(SHAPE), torch.randn(SHAPE)
-    for t in ours.timesteps[:3]:
-        x = ours.step(m, t, x).prev_sample
-    found = []
-    for scheduler in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        y, _ = x, torch.manual_seed(0)
-        for t in scheduler.timesteps[3:]:
-            y = scheduler.step(m, t, y).prev_sample
-        found.append(y)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+# --------------------------------------------------------------------------------------------------------- objects
 
 
 def test_a_subclass_with_a_step_of_its_own(launches):
@@ -355,8 +314,8 @@ def test_a_subclass_with_a_step_of_its_own(launches):
 def test_a_setting_is_traced_once(monkeypatch):
     """Loops of the same setting share the rows, whatever object they are of."""
     calls = []
-    own = traced_plan.follow
-    monkeypatch.setattr(traced_plan, "follow", lambda *args, **options: calls.append(args) or own(*args, **options))
+    own = traced_rows.follow
+    monkeypatch.setattr(traced_rows, "follow", lambda *args, **options: calls.append(args) or own(*args, **options))
     config = {"num_train_timesteps": 991}
     counts = []
     for _ in range(3):
@@ -367,30 +326,3 @@ def test_a_setting_is_traced_once(monkeypatch):
     assert counts == [2, 2, 2]  # a loop leaves numbers behind that a new object does not have
     loop(ours, 9)
     assert len(calls) == 3
-
-
-def zeros_loop(scheduler, steps=4):
-    """The samples before the last step of a loop whose model returns zeros: noise alone."""
-    scheduler.set_timesteps(steps)
-    x, samples = torch.zeros(2, 1, 4, 4), []
-    for t in scheduler.timesteps:
-        x = scheduler.step(0 * x, t, x).prev_sample
-        samples.append(x)
-    return samples[-2]
-
-
-@pytest.mark.parametrize("seed", [None, 3])
-def test_two_loops_share_no_noise(seed):
-    scheduler = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
-    first, second = zeros_loop(scheduler), zeros_loop(scheduler)
-    assert not scheduler.accelerated.fallbacks
-    assert not (first == second).any()
-    again = accelerate(diffusers.LCMScheduler(), noise="philox", seed=seed)
-    assert torch.equal(zeros_loop(again), first) == (seed is not None)
-
-
-def test_a_loop_without_noise_draws_no_seed():
-    scheduler, before = accelerate(diffusers.UniPCMultistepScheduler(), noise="philox"), torch.random.get_rng_state()
-    zeros_loop(scheduler, 6)
-    assert not scheduler.accelerated.fallbacks
-    assert torch.equal(torch.random.get_rng_state(), before)

@@ -6,11 +6,13 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from support.accelerated_diffusers import launches, make, model, normal, seeded
+from support.accelerated_diffusers import make, model, normal, seeded
+from support.launches import launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_ext import accelerate, ops
-from ddpm_ext.integrations.diffusers.traced import Traced
+from ddpm_ext import accelerate
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.row_stepper import RowStepper
 
 pytestmark = [pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
               pytest.mark.filterwarnings("error:.*runs the own code")]  # fmt: skip
@@ -47,29 +49,30 @@ def test_one_tensor_for_all_outputs(name, config, holds):
 def test_an_output_that_is_held_is_not_written_again(monkeypatch, name, config, holds):
     """A step then writes the next sample alone."""
     written = []
-    own = ops.linear_step
+    own = RowStepper.take
 
-    def step(*args, history_out, **options):
-        written.append(history_out is not None)
-        return own(*args, history_out=history_out, **options)
+    def take(self, i, x, m, *args, **options):
+        prev, kept = own(self, i, x, m, *args, **options)
+        written.append(kept is not None and kept is not m)
+        return prev, kept
 
-    monkeypatch.setattr(ops, "linear_step", step)
+    monkeypatch.setattr(RowStepper, "take", take)
     loop(accelerate(make(name, **config)))
     assert any(written) != holds
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "EulerDiscrete", "LCM", "DPMSolverMultistep"])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", "LCM", "DPMSolverMultistep"])
 @pytest.mark.parametrize("noise", ["torch", "philox"])
 def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise):
     """While they are of the same kinds: a step costs little more than its launch. Another generator is another kind."""
     looks = []
-    own = Traced._traced_step
+    own = TracedScheduler._traced_step
 
     def looked(self, loop, args, kwargs):
         looks.append(0 if loop is None else loop.at)
         return own(self, loop, args, kwargs)
 
-    monkeypatch.setattr(Traced, "_traced_step", looked)
+    monkeypatch.setattr(TracedScheduler, "_traced_step", looked)
     scheduler = accelerate(make(name), noise=noise)
     first, second = seeded(1), seeded(2)
     for _ in range(2):
@@ -84,48 +87,34 @@ def test_a_steps_arguments_are_looked_at_once_in_a_loop(monkeypatch, name, noise
         assert looks == [0, 3, 6]
 
 
-def test_the_compiler_breaks_its_graph_at_a_step():
-    """And the step is the same as elsewhere, with one launch."""
-    found = []
-    for compiled in (False, True):
-        scheduler = accelerate(make("UniPCMultistep"))
-
-        def step(m, t, x, scheduler=scheduler):
-            return scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
-
-        scheduler.set_timesteps(10)
-        x, take = normal(0, 2, 3, 4, 5), torch.compile(step, backend="eager") if compiled else step
-        with launches() as called:
-            for t in scheduler.timesteps:
-                x = take(normal(1, 2, 3, 4, 5), t, x)
-        assert called == ["linear_step"] * 10
-        found.append(x)
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "UniPCMultistep"])
-def test_compiled_code_is_compiled_once(name):
-    """Not for each timestep, nor for another number of steps; and the steps are fused."""
-    scheduler, graphs = accelerate(make(name)), []
+@pytest.mark.parametrize("name", ["DDIM", "UniPCMultistep"])
+def test_compiled_code_is_compiled_once(name, monkeypatch):
+    """Not for each timestep, nor for another number of steps. The compiler breaks its graph at a step, which is the
+    same as elsewhere, with one launch."""
+    graphs, counts, taken, own = [], [], [], RowStepper.take
+    monkeypatch.setattr(RowStepper, "take", lambda *args, **options: taken.append(1) or own(*args, **options))
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
 
-    @torch.compile(backend=backend)
-    def step(m, t, x):
-        return scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
-
-    counts = []
-    for steps in (10, 10, 7):
+    def run(scheduler, steps, take):
         scheduler.set_timesteps(steps)
         x = normal(0, 2, 3, 4, 5)
-        with launches() as called:
-            for t in scheduler.timesteps:
-                x = step(normal(1, 2, 3, 4, 5), t, x)
-        assert len(called) == steps
+        for t in scheduler.timesteps:
+            x = take(normal(1, 2, 3, 4, 5), t, x)
+        return x
+
+    ours, theirs = (accelerate(make(name)) for _ in range(2))
+    plain, compiled = (
+        lambda m, t, x, scheduler=scheduler: scheduler.step(m.tanh(), t, x, return_dict=False)[0] * 1.0
+        for scheduler in (theirs, ours)
+    )
+    compiled = torch.compile(compiled, backend=backend)
+    for steps in (10, 10, 7):
+        assert torch.equal(run(ours, steps, compiled), run(theirs, steps, plain))
         counts.append(len(graphs))
-    assert counts[0] == counts[2] <= 3
+    assert 0 < counts[0] == counts[2] <= 3 and len(taken) == 2 * (10 + 10 + 7)
 
 
 def test_compiled_add_noise():
@@ -163,4 +152,4 @@ def test_a_step_launches_nothing_else(name):
             x = scheduler.step(m, t, x, return_dict=False)[0]
         if i:  # the first step looks the loop up
             launched = [name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")]
-            assert launched in (["ddpm_ext::linear_step"], ["ddpm_ext::reverse_step"])
+            assert launched in (["ddpm_ext::step_with_options"], ["ddpm_ext::reverse_step"])

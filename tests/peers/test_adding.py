@@ -12,7 +12,8 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import MODULES, compare, launches, loop, make, normal
+from support.accelerated_diffusers import MODULES, compare, loop, make, normal
+from support.launches import launches
 
 from ddpm_ext import accelerate, integrations
 from ddpm_ext.integrations import registry
@@ -37,11 +38,10 @@ def added(monkeypatch):
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("dtype", "shift"), [(torch.float32, 1.0), (torch.bfloat16, 3.0)])
 def test_its_steps(stochastic, dtype, shift):
     """Against diffusers in float64: the first, one in between, the last."""
-    for step, seed in itertools.product((0, 3, 6), range(5)):
+    for step, seed in itertools.product((0, 3, 6), range(2)):
         scheduler = make(NAME, shift=shift, stochastic_sampling=stochastic)
         scheduler.set_timesteps(7)
         scheduler._step_index = step
@@ -59,7 +59,7 @@ def test_a_loop_is_a_launch_a_step():
     with launches() as called:
         for scheduler in (plain, fast):
             found.append(loop(scheduler, normal(0, *SHAPE)))
-    assert called == ["extended_step"] * 9 and fast.accelerated.fallbacks == {}
+    assert called == ["step_with_options"] * 9 and fast.accelerated.fallbacks == {}
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 

@@ -37,7 +37,7 @@ def test_align_your_steps(model, theirs):
     assert list(ALIGN_YOUR_STEPS["svd"][:-1]) == diffusers.schedulers.AysSchedules["StableDiffusionVideoSigmas"][:-1]
 
 
-@pytest.mark.parametrize("steps", [2, 3, 8, 25, 64])
+@pytest.mark.parametrize("steps", [2, 3, 25])
 def test_linear_quadratic(steps):
     mochi = pytest.importorskip("diffusers.pipelines.mochi.pipeline_mochi")
     for threshold in (0.025, 0.1):

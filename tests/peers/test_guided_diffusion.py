@@ -1,12 +1,15 @@
-"""guided-diffusion's steps in float64, given the same noise. Its tables are float64, and so is its arithmetic here."""
+"""guided-diffusion's steps in float64, given the same noise. Its tables are float64, and so is its arithmetic here.
+
+Gradients, DDIM and its inverse are in test_accelerated_guided_diffusion.py, whose objects take their steps by our rows.
+"""
 
 import pytest
 import torch
 from support.choices import for_many
 
-from ddpm_ext import GaussianDiffusion, Philox, ops, randn
+from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.samplers import ddim, ddpm
 from ddpm_ext.tables.spacing import section_timesteps
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
@@ -38,12 +41,12 @@ def options(betas, prediction="eps", variance="fixed_small"):
 
 @pytest.fixture
 def inputs(device, monkeypatch):
-    """x, m, v, z, gradient of SHAPE, and t. guided-diffusion, computing in float64, draws z."""
-    values = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
-    x, m, v, z, g = values.unbind(0)
+    """x, m, v and z of SHAPE, and t. guided-diffusion, computing in float64, draws z."""
+    values = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    x, m, v, z = values.unbind(0)
     monkeypatch.setattr(peer.th, "randn_like", lambda _: z.double())
     monkeypatch.setattr(peer, "_extract_into_tensor", lambda values, t, shape: wide(values, t).expand(shape))
-    return x, m, v, z, 0.3 * g, torch.tensor(T, device=device)
+    return x, m, v, z, torch.tensor(T, device=device)
 
 
 def output(variance, m, v):
@@ -79,7 +82,7 @@ def sizes(gd, x, m, t):
 @variances
 @predictions
 def test_p_mean_variance(inputs, prediction, variance, clip):
-    x, m, v, _, _, t = inputs
+    x, m, v, _, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
     theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
     told = output(variance, m, v)
@@ -98,81 +101,13 @@ def test_p_mean_variance(inputs, prediction, variance, clip):
 @variances
 @predictions
 def test_p_sample(inputs, prediction, variance, clip):
-    x, m, v, z, _, t = inputs
+    x, m, v, z, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
     theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
     told = output(variance, m, v)
     expected = theirs.p_sample(lambda *_: told.double(), x.double(), t, clip)["sample"]
     spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
     close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, sizes(gd, x, m, t)[1] + 20 * spread * z.abs())
-
-
-@clips
-@variances
-@predictions
-def test_condition_mean(inputs, prediction, variance, clip):
-    x, m, v, z, g, t = inputs
-    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
-    told = output(variance, m, v)
-    expected = theirs.p_sample(
-        lambda *_: told.double(), x.double(), t, clip, cond_fn=lambda *_, **__: g, model_kwargs={}
-    )["sample"]
-    halves = told.chunk(2, 1) if told.shape != SHAPE else (told, None)
-    found = ops.extended_step(
-        x, halves[0], gd.process.table("extended", "x_t", x), t, clip=(-1, 1) if clip else None, noise=z,
-        model_variance=halves[1], gradient=g,
-    )  # fmt: skip
-    spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
-    size = sizes(gd, x, m, t)[1] + 20 * spread * (z.abs() + spread * g.abs())
-    close(found, expected, size)
-
-
-@clips
-@predictions
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_ddim_sample(inputs, device, prediction, clip, guided, eta):
-    """With condition_score where there is a gradient."""
-    x, m, _, z, g, t = inputs
-    gd = GaussianDiffusion(1000, prediction=prediction)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction))
-    cond_fn = (lambda *_, **__: g.double()) if guided else None
-    expected = theirs.ddim_sample(lambda *_: m.double(), x.double(), t, clip, cond_fn=cond_fn, model_kwargs={}, eta=eta)
-    grid = make_grid(gd.alphas_cumprod, torch.arange(999, -1, -1), betas=gd.betas)
-    table = ddim(grid, prediction=prediction, eta=eta, keep_eps=False)[::-1].packed_extended(device)
-    x0 = torch.empty_like(x)
-    found = ops.extended_step(
-        x, m, table, t, clip=(-1, 1) if clip else None, noise=z, gradient=g if guided else None, x0_out=x0
-    )
-    size = sizes(gd, x, m, t)[0]
-    if guided:  # eps, and x0 again of that
-        lost = (1 - at(gd.alphas_cumprod, t)) / at(gd.sqrt_alphas_cumprod, t)
-        size = 4 * size + 4 * at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + lost * g.abs()
-    close(x0, expected["pred_xstart"], size)
-    # their eps is a difference of numbers of x's and x0's size, over the root of 1 / alphas_cumprod - 1
-    eps = (at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + size) / at(gd.sqrt_recipm1_alphas_cumprod, t)
-    close(found, expected["sample"], size + eps + z.abs())
-
-
-@clips
-@predictions
-def test_ddim_reverse_sample(inputs, device, prediction, clip):
-    x, m, _, _, _, _ = inputs
-    t = torch.tensor([0, 1, 17, 500, 998], device=device)
-    gd = GaussianDiffusion(1000, prediction=prediction)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction))
-    expected = theirs.ddim_reverse_sample(lambda *_: m.double(), x.double(), t, clip)["sample"]
-    levels = gd.alphas_cumprod
-    grid = make_grid(levels, torch.arange(999), betas=gd.betas, final=levels[-1].item())
-    table = ddim_inverse(grid, prediction=prediction, keep_eps=False).packed_extended(device)
-    found = ops.extended_step(x, m, table, t, clip=(-1, 1) if clip else None, add_noise=False)
-    size = sizes(gd, x, m, t)[0]
-    close(
-        found,
-        expected,
-        size + (at(gd.sqrt_recip_alphas_cumprod, t) * x.abs() + size) / at(gd.sqrt_recipm1_alphas_cumprod, t),
-    )
 
 
 def both(x, t, **_):

@@ -55,8 +55,7 @@ def truth(monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 @pytest.mark.parametrize("prediction", OBJECTIVES)
-@pytest.mark.parametrize("min_snr", [False, True])
-@pytest.mark.parametrize("noise", ["given", "drawn"])
+@pytest.mark.parametrize(("min_snr", "noise"), [(False, "given"), (True, "drawn")])
 def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
     """Without min_snr, an error of eps counts the same at all timesteps, whatever the model predicts."""
     x, t = make_inputs(device)

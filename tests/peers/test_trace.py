@@ -22,38 +22,23 @@ FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shi
 SCHEDULERS = [
     ("DDIM", {"clip_sample": False}, 0),
     ("DDIM", {"clip_sample": True}, 0),
-    ("DDIMParallel", {"clip_sample": True, "clip_sample_range": 0.5}, 0),
-    ("DDPM", {"clip_sample": True}, 0),
     ("DDPM", {"clip_sample": False, "prediction_type": "v_prediction"}, 0),
-    ("DDPM", {"clip_sample": True, "prediction_type": "sample"}, 0),
     ("DDPM", {"clip_sample": True, "prediction_type": "sample", "clip_sample_range": 20.0}, 0),
-    ("DEISMultistep", {"solver_order": 2}, 1),
     ("DEISMultistep", {"solver_order": 3}, 2),
-    ("DPMSolverMultistep", {"solver_order": 2}, 1),
     ("DPMSolverMultistep", {"solver_order": 3}, 2),
     ("DPMSolverMultistep", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, 1),
     ("DPMSolverMultistep", {"algorithm_type": "dpmsolver", "solver_order": 2, "final_sigmas_type": "sigma_min"}, 1),
-    ("DPMSolverSinglestep", {"solver_order": 2}, 1),
     ("DPMSolverSinglestep", {"solver_order": 3}, 2),
-    ("EDMDPMSolverMultistep", {}, 1),
-    ("EDMEuler", {}, 0),
-    ("EulerDiscrete", {}, 0),
     ("EulerAncestralDiscrete", {}, 0),
-    ("FlowMatchEulerDiscrete", {"shift": 3.0}, 0),
     ("FlowMatchEulerDiscrete", {"stochastic_sampling": True}, 0),
-    ("FlowMatchHeunDiscrete", {}, 1),
     ("HeunDiscrete", {}, 1),
     ("IPNDM", {}, 3),
-    ("KDPM2Discrete", {}, 1),
-    ("KDPM2AncestralDiscrete", {}, 1),
     ("LCM", {}, 0),
     ("LMSDiscrete", {}, 3),
     ("PNDM", {"skip_prk_steps": True, "steps_offset": 1, **STABLE}, 3),
     ("SASolver", {}, 2),
     ("TCD", {}, 0),
-    ("UnCLIP", {}, 0),
     ("UnCLIP", {"prediction_type": "sample", "clip_sample_range": 5.0}, 0),  # of the priors of Kandinsky and unCLIP
-    ("UniPCMultistep", {"solver_order": 2}, 2),
     ("UniPCMultistep", {"solver_order": 2, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}, 2),
     ("UniPCMultistep", {"solver_order": 3}, 3),
     ("UniPCMultistep", FLOW, 2),
@@ -91,18 +76,17 @@ def by_table(table, clip, x, outputs, noises):
     return x
 
 
-@pytest.mark.parametrize("steps", [8, 20])
 @schedulers
-def test_rows_are_the_scheduler(monkeypatch, name, config, history, steps):
+def test_rows_are_the_scheduler(monkeypatch, name, config, history):
     """Over a whole loop, of numbers that a clean sample is clipped for: as near as a scheduler that computes in float32
     can be to itself in float64."""
     scheduler = make(name, config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(12)
     traced = follow(scheduler, list(scheduler.timesteps))
     assert traced.residual <= 1e-12
     table = StepTable(**traced.columns)
     assert read(table) == history
-    assert table == StepTable.trace(make(name, config), steps) or name == "TCD"
+    assert table == StepTable.trace(make(name, config), 12) or name == "TCD"
     assert (traced.clip is not None) == (config.get("clip_sample", name == "UnCLIP"))
 
     drawn = []
@@ -137,15 +121,6 @@ def test_ddim_is_ours(prediction, theirs):
     # Sample and output are one for a scheduler that predicts the clean sample.
     for column in ("a", "b", "c0", "c1", "c2", "s", "draw"):
         torch.testing.assert_close(getattr(found, column), getattr(ours, column), rtol=3e-5, atol=3e-5)
-
-
-@pytest.mark.parametrize("clip", [False, True])
-def test_a_config_that_is_edited_by_its_attributes(clip):
-    """diffusers' steps read the attributes, which an edit leaves different from the config's items."""
-    edited = diffusers.DDIMScheduler(clip_sample=not clip)
-    edited.config.clip_sample, edited.config.prediction_type, edited.config.clip_sample_range = clip, "v_prediction", 2
-    made = diffusers.DDIMScheduler(clip_sample=clip, prediction_type="v_prediction", clip_sample_range=2)
-    assert StepTable.trace(edited, 10) == StepTable.trace(made, 10)
 
 
 def test_dpm_solver_is_ours():
@@ -261,13 +236,10 @@ def test_what_has_no_steps(monkeypatch, steps, returned, message):
         StepTable.trace(Own(lambda _, m, x: x - m), steps)
 
 
-def test_a_threshold_is_not_linear():
+def test_what_of_diffusers_is_no_table():
+    """PNDM's Runge-Kutta steps keep more than rows can."""
     with pytest.raises(ValueError, match="thresholding divides by a quantile of the sample, which is not linear"):
         StepTable.trace(diffusers.DDIMScheduler(thresholding=True, clip_sample=False), 8)
-
-
-def test_columns_of_a_history_of_four():
-    """PNDM's Runge-Kutta steps keep more than rows can."""
     with pytest.raises(ValueError, match="reads more of the steps before it than the 3 tensors that rows keep"):
         StepTable.trace(diffusers.PNDMScheduler(), 20)
 

@@ -232,19 +232,14 @@ def test_gif_holds_frames_and_durations(tmp_path):
         content = (tmp_path / "a.gif").read_bytes()
         plots.save_gif(frames, tmp_path / "a.gif", seconds=seconds)
         assert (tmp_path / "a.gif").read_bytes() == content
+    ramp = np.linspace(0, 255, 40).astype(np.uint8)
+    many = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(50)), 2)  # colours: they are only near
+    plots.save_gif([many], tmp_path / "a.gif")
+    assert abs(read_gif(tmp_path / "a.gif")[0][0].astype(int) - many).mean() < 8
     frames = [np.full((4, 4, 3), value, np.uint8) for value in (1, 1, 1, 2, 3)]  # of which equal ones become one
     plots.save_gif(frames, tmp_path / "a.gif", seconds=1)
     found, durations, _ = read_gif(tmp_path / "a.gif")
     assert ([frame[0, 0, 0] for frame in found], durations) == ([1, 2, 3], [600, 200, 2000])
-
-
-def test_gif_of_many_colours_is_near(tmp_path):
-    ramp = np.linspace(0, 255, 40).astype(np.uint8)
-    frame = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(50)), 2)
-    plots.save_gif([frame], tmp_path / "a.gif")
-    found = read_gif(tmp_path / "a.gif")[0][0]
-    assert len(np.unique(found.reshape(-1, 3), axis=0)) > 100
-    assert abs(found.astype(int) - frame).mean() < 8
 
 
 def test_gif_bad_input(tmp_path):

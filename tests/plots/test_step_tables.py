@@ -30,6 +30,9 @@ def test_step_table_draws_every_column():
         assert axes.get_yscale() == ("asinh" if "a" in lines else "linear")
     assert found == {name: points(range(3), getattr(table, name)) for name in COLUMNS}
     assert [axes.get_xlabel() for axes in figure.axes[2:]] == ["step of the loop"] * 2
+    fixed, learned = (StepTable(**STEPS, s=[1, 1, 0], l1=[l1] * 3).plot().axes[2] for l1 in (0, 0.5))
+    assert fixed.get_ylabel().startswith("standard deviation")
+    assert learned.get_ylabel().startswith("s\n") and "exp(l0 + l1 v)" in learned.get_title()
     plain = step_table_figure({"ddim": StepTable(**STEPS)})
     assert len([axes for axes in plain.axes if axes.lines]) == 3 and plain.get_suptitle() == "ddim, 3 rows"
 
@@ -86,12 +89,6 @@ def test_a_panel_for_each_table():
         assert "H1: kept by the row before, u: unconditional output" in found.get_title().get_text()
         first, second = (dict(zip(drawn(axes), looks(axes), strict=True)) for axes in figure.axes[:2])
         assert first["c1"] == second["c1"] and len({*map(str, (first | second).values())}) == 5
-
-
-def test_learned_deviations_are_not_called_deviations():
-    fixed, learned = (StepTable(**STEPS, s=[1, 1, 0], l1=l1).plot().axes[2] for l1 in ([0, 0, 0], [0.5, 0.5, 0.5]))
-    assert fixed.get_ylabel().startswith("standard deviation")
-    assert learned.get_ylabel().startswith("s\n") and "exp(l0 + l1 v)" in learned.get_title()
 
 
 def test_several_tables_have_a_panel_a_column():

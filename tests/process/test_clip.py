@@ -29,12 +29,6 @@ def test_the_bound_is_torchs_quantile(device, shape, quantile):
             torch.testing.assert_close(1 / found.double(), expected, rtol=3e-7, atol=0)
 
 
-def test_a_view_has_the_same_bound(device):
-    x = given(0, PART, device, F32, (4, 3, 5, 7))
-    for view in (x.to(memory_format=torch.channels_last), x.expand(4, 3, 5, 7), torch.stack([x, x], -1)[..., 1]):
-        assert torch.equal(DynamicThreshold(0.9).x_start_scale(view), DynamicThreshold(0.9).x_start_scale(x))
-
-
 @pytest.mark.parametrize("backend", ["fused", "reference"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_a_maximum_of_1_is_the_plain_clip(device, backend, sampler):
@@ -55,14 +49,10 @@ def test_saturated_pixels_move_inwards(device):
         greatest = np.abs(x0).reshape(4, -1)
         np.testing.assert_allclose(greatest.max(1), 1.0, rtol=0, atol=1e-6)
         assert ((greatest > 0.999).sum(1) == 1).all()  # all others are smaller than they would be after the clip
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 1), (2, 7)])
-def test_samples_of_few_elements(device, shape):
-    gd = make_diffusion(prediction="x0")
-    options = {"clip_denoised": DynamicThreshold(0.9), "record": "x0", "progress": False, "steps": 3, "device": device}
-    for x0 in gd.p_sample_loop(lambda x, t: 3 * x, shape, rng=Philox(0), **options):
-        assert x0.shape == shape and np.abs(x0).max() <= 1
+    for shape in ((3,), (3, 1), (2, 7)):
+        options = {"record": "x0", "progress": False, "steps": 3, "device": device, "rng": Philox(0)}
+        for x0 in gd.p_sample_loop(lambda x, t: 3 * x, shape, clip_denoised=DynamicThreshold(0.9), **options):
+            assert x0.shape == shape and np.abs(x0).max() <= 1
 
 
 def test_in_low_precision(device):

@@ -205,16 +205,6 @@ def test_input_perturbation_is_relative_to_the_noise():
 # -------------------------------------------------------------------------------------------------------- schedules
 
 
-def test_attributes_are_of_the_normalised_samples():
-    gd = GaussianDiffusion(T, "flow")
-    sigma = torch.arange(1, T + 1, dtype=F64) / T
-    kept = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
-    torch.testing.assert_close(gd.alphas_cumprod, kept, rtol=1e-14, atol=0)
-    torch.testing.assert_close(gd.alphas.cumprod(0), kept, rtol=1e-11, atol=1e-16)
-    assert gd.betas[-1] == 1
-    assert GaussianDiffusion(1, "flow").betas.tolist() == [1.0]
-
-
 @pytest.mark.parametrize("name", [*SCHEDULES, "integers"])
 def test_what_the_model_is_called_with(name):
     """The schedule's own numbers, in single steps, in losses and in loops; elsewhere the timesteps, as integers."""
@@ -238,27 +228,22 @@ def test_what_the_model_is_called_with(name):
     assert torch.stack(told[3:])[:, 0].tolist() == torch.stack([*first, own[5], own[0], own[0]]).tolist()
 
 
+TWO, PAIR = torch.ones(2), torch.tensor([2.0, 3])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: NoiseSchedule([1.0], [1.0]), TypeError, "signal is a list, expected a tensor"),
-        (lambda: NoiseSchedule(torch.ones(2), torch.ones(3)), ValueError, r"noise has shape \(3,\)"),
-        (
-            lambda: sigma_space(SIGMAS, lambda signal, noise: noise[1:]),
-            ValueError,
-            r"timestep returns a tensor of shape",
-        ),
-        (lambda: NoiseSchedule(torch.ones(2), -torch.ones(2)), ValueError, "noise reaches from -1.0"),
-        (
-            lambda: NoiseSchedule(torch.ones(2), torch.tensor([0.0, 1])),
-            ValueError,
-            r"noise\[0\] is 0.0 beside a signal",
-        ),
-        (lambda: NoiseSchedule(torch.ones(2), torch.tensor([2.0, 1])), ValueError, r"noise\[1\] is 1.0 beside"),
-        (lambda: sigma_space(torch.tensor([2.0, 3]), torch.arange(3)), ValueError, r"timestep has shape \(3,\)"),
-        (lambda: edm(torch.tensor([2.0, 3]), 0), ValueError, "sigma_data is 0, expected sigma_data > 0"),
-        (lambda: edm(torch.tensor([2.0, 3]), "a"), TypeError, "sigma_data is 'a'"),
-        (lambda: GaussianDiffusion(3, sigma_space(torch.tensor([2.0, 3]))), ValueError, "has 2 levels, expected 3"),
+        (lambda: NoiseSchedule(TWO, torch.ones(3)), ValueError, r"noise has shape \(3,\)"),
+        (lambda: sigma_space(SIGMAS, lambda _, noise: noise[1:]), ValueError, "timestep returns a tensor of shape"),
+        (lambda: NoiseSchedule(TWO, -TWO), ValueError, "noise reaches from -1.0"),
+        (lambda: NoiseSchedule(TWO, torch.tensor([0.0, 1])), ValueError, r"noise\[0\] is 0.0 beside a signal"),
+        (lambda: NoiseSchedule(TWO, torch.tensor([2.0, 1])), ValueError, r"noise\[1\] is 1.0 beside"),
+        (lambda: sigma_space(PAIR, torch.arange(3)), ValueError, r"timestep has shape \(3,\)"),
+        (lambda: edm(PAIR, 0), ValueError, "sigma_data is 0, expected sigma_data > 0"),
+        (lambda: edm(PAIR, "a"), TypeError, "sigma_data is 'a'"),
+        (lambda: GaussianDiffusion(3, sigma_space(PAIR)), ValueError, "has 2 levels, expected 3"),
         (lambda: GaussianDiffusion(T, "flow", prediction="x_prev"), ValueError, "prediction is 'x_prev' beside levels"),
         (lambda: GaussianDiffusion(3, 5), TypeError, "beta_schedule is a int, expected .* a NoiseSchedule"),
     ],

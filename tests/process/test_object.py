@@ -39,32 +39,6 @@ def test_a_kept_step_draws_by_the_philox_that_it_is_given(backend, device):
     assert torch.equal(step(gd, first), expected[1])
 
 
-@backends
-def test_first_use_in_inference_mode_leaves_nothing_behind(backend, device):
-    gd = GaussianDiffusion(50, backend=backend)
-    x = torch.randn(3, 4, device=device)
-    w = torch.ones((), requires_grad=True, device=device)
-    steps = torch.tensor([0, 7, 49], device=device)
-    with torch.inference_mode():
-        for t in (3, steps):
-            gd.p_sample(lambda x, t: x, x, t)
-            gd.q_sample(x, t)
-            gd.p_mean_variance(lambda x, t: x, x, t)
-    for t in (3, steps):
-        gd.train_losses(lambda x, t: w * x + w * t[:, None], x, t).backward()
-        gd.p_mean_variance(lambda x, t: w * x, x, t)[0].sum().backward()
-    assert w.grad.isfinite()
-
-
-def test_first_use_in_a_function_transform_leaves_nothing_behind(device):
-    gd = GaussianDiffusion(50)
-    x, t = torch.randn(3, 4, device=device), torch.tensor([0, 7, 49], device=device)
-    outputs = torch.vmap(lambda scale: gd.q_sample(scale * x, 3, noise=x))(torch.ones(2, device=device))
-    assert torch.equal(outputs[0], gd.q_sample(x, 3, noise=x))
-    assert gd.q_sample(x, t, rng=Philox(0)).isfinite().all()
-    assert gd.p_sample(lambda x, t: x, x, 3).isfinite().all()
-
-
 def test_forward_mode_is_refused_and_not_zero(device):
     gd = GaussianDiffusion(50)
     x, zeros = torch.randn(3, 4, device=device), torch.zeros(3, 4, device=device)
@@ -105,19 +79,34 @@ def test_numpy_integers_are_integers(device):
 
 
 @backends
+def test_first_use_in_a_mode_leaves_nothing_behind(backend, device):
+    x, w = torch.randn(3, 4, device=device), torch.ones((), requires_grad=True, device=device)
+    steps = (3, torch.tensor([0, 7, 49], device=device))
+    gd = GaussianDiffusion(50, backend=backend)
+    with torch.inference_mode():
+        for t in steps:
+            gd.p_sample(lambda x, t: x, x, t)
+            gd.q_sample(x, t)
+            gd.p_mean_variance(lambda x, t: x, x, t)
+    for t in steps:
+        gd.train_losses(lambda x, t: w * x + w * t[:, None], x, t).backward()
+        gd.p_mean_variance(lambda x, t: w * x, x, t)[0].sum().backward()
+    assert w.grad.isfinite()
+    gd = GaussianDiffusion(50, backend=backend)
+    outputs = torch.vmap(lambda scale: gd.q_sample(scale * x, 3, noise=x))(torch.ones(2, device=device))
+    assert torch.equal(outputs[0], gd.q_sample(x, 3, noise=x))
+    assert gd.q_sample(x, steps[1], rng=Philox(0)).isfinite().all()
+    assert gd.p_sample(lambda x, t: x, x, 3).isfinite().all()
+
+
+@backends
 @pytest.mark.parametrize("betas", [torch.full((100,), 0.9), torch.full((3,), 1 - 1e-15, dtype=torch.float64)])
-def test_extreme_betas_stay_finite(backend, betas, device):
+def test_extreme_numbers(backend, betas, device):
     gd = GaussianDiffusion(len(betas), betas, backend=backend)
     result = gd.p_sample_loop(lambda x, t: 0.5 * x, (2, 3), rng=Philox(0), record="last", progress=False, device=device)
     assert result.isfinite().all()
-
-
-def test_betas_too_small_for_float64_are_refused():
+    x = torch.full((2, 4), torch.inf, device=device)  # does not spoil the target, which has none of it
+    if backend == "fused":
+        assert gd.train_losses(lambda x, t: torch.zeros_like(x), x, 2, torch.zeros(2, 4, device=device)) == 0
     with pytest.raises(ValueError, match=r"betas\[0\] is 1e-20, expected"):
         GaussianDiffusion(5, torch.full((5,), 1e-20, dtype=torch.float64))
-
-
-def test_infinite_samples_do_not_spoil_the_target(device):
-    gd = GaussianDiffusion(50)
-    x = torch.full((2, 4), torch.inf, device=device)
-    assert gd.train_losses(lambda x, t: torch.zeros_like(x), x, 3, torch.zeros(2, 4, device=device)) == 0

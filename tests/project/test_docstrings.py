@@ -23,10 +23,10 @@ for module in ("matplotlib", "PIL", "safetensors"):
     pytest.importorskip(module)
 
 NAMES = {name: getattr(ddpm_ext, name) for name in ddpm_ext.__all__}
-# As Process has them.
-FORWARD = ("q_sample", "q_mean_variance", "q_posterior_mean_variance", "predict_start_from_noise")
+OF_BASES = ("q_sample", "q_mean_variance", "q_posterior_mean_variance", "predict_start_from_noise")
+OF_BASES += ("p_mean_variance", "p_sample", "train_losses", "vlb_terms", "prior_bpd", "bits_per_dim")
 METHODS = {name: value for name, value in vars(GaussianDiffusion).items() if name[0] != "_" and callable(value)}
-METHODS |= {name: getattr(GaussianDiffusion, name) for name in FORWARD}
+METHODS |= {name: getattr(GaussianDiffusion, name) for name in OF_BASES}
 PUBLIC = {name: value for name, value in NAMES.items() if not isinstance(value, types.ModuleType)}
 PUBLIC |= {f"GaussianDiffusion.{name}": value for name, value in METHODS.items()}
 PUBLIC |= {f"plots.{name}": getattr(plots, name) for name in plots.__all__}

@@ -16,11 +16,10 @@ from unittest import mock
 
 import diffusers
 import torch
+from support.launches import launches
 from torch import Tensor
 
-from ddpm_ext import ops
 from ddpm_ext.integrations import accelerate
-from ddpm_ext.ops.fused import ReverseStep
 
 FACTOR, ULPS = 4, 4
 MANY = 100
@@ -134,23 +133,6 @@ def draws(name: str) -> Iterator[list[torch.dtype]]:
 
 
 # --------------------------------------------------------------------------------------------------------- compared
-
-
-@contextlib.contextmanager
-def launches() -> Iterator[list[str]]:
-    """The names of the fused operators that are called."""
-    called: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for name in ("reverse_step", "extended_step", "linear_step", "forward_process", "x_start_scale"):
-            for where, attribute in ((ops, name), *([(ReverseStep, "take")] if name == "reverse_step" else [])):
-                fused = getattr(where, attribute)
-
-                def counted(*args, fused=fused, name=name, **options):
-                    called.append(name)
-                    return fused(*args, **options)
-
-                stack.enter_context(mock.patch.object(where, attribute, counted))
-        yield called
 
 
 def error(found: Tensor, truth: Tensor) -> float:

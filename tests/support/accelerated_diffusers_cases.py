@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from support.accelerated_diffusers import SIGMA, make, normal
+from support.accelerated_diffusers import make, normal
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +36,6 @@ threshold = {
     "dynamic_thresholding_ratio": st.sampled_from([0.995, 0.9, 0.5, 1.0]),
     "sample_max_value": st.sampled_from([1.0, 1.5, 100.0, 0.7]),
 }
-sigmas = st.sampled_from([{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}])
 
 ddpm_configs = some(
     **common,
@@ -51,46 +50,6 @@ ddim_configs = some(**common, **clipped, **threshold, set_alpha_to_one=flag)
 ddim_inverse_configs = some(
     **{**common, "timestep_spacing": st.sampled_from(["leading", "trailing"])}, **clipped, set_alpha_to_one=flag
 )
-
-
-@st.composite
-def dpm_configs(draw: st.DrawFn) -> dict[str, Any]:
-    config = draw(
-        some(
-            **common,
-            **threshold,
-            solver_order=st.sampled_from([1, 2, 2, 3]),
-            solver_type=st.sampled_from(["midpoint", "midpoint", "heun"]),
-            lower_order_final=flag,
-            euler_at_final=flag,
-            variance_type=st.sampled_from([None, "learned", "learned_range"]),
-        )
-    )
-    algorithm = draw(st.sampled_from(["dpmsolver++", "dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"]))
-    plus = algorithm.endswith("++")
-    if algorithm == "sde-dpmsolver" and config.get("solver_order") == 3:
-        config["solver_order"] = 2  # it has none of third order
-    config["algorithm_type"] = algorithm
-    config["final_sigmas_type"] = draw(st.sampled_from(["zero", "sigma_min"])) if plus else "sigma_min"
-    return {**config, **draw(sigmas)}
-
-
-@st.composite
-def euler_configs(draw: st.DrawFn) -> dict[str, Any]:
-    config = draw(
-        some(
-            **common,
-            final_sigmas_type=st.sampled_from(["zero", "sigma_min"]),
-            timestep_type=st.sampled_from(["discrete", "continuous"]),
-        )
-    )
-    chosen = draw(sigmas)
-    if not chosen:
-        config["interpolation_type"] = draw(st.sampled_from(["linear", "log_linear"]))
-    return {**config, **chosen}
-
-
-euler_ancestral_configs = some(**{**common, "prediction_type": st.sampled_from(["epsilon", "v_prediction"])})
 
 
 # --------------------------------------------------------------------------------------------------------- samples
@@ -148,4 +107,4 @@ def in_schedule(name: str, config: dict[str, Any], steps: int) -> Any:
         return None
     scheduler.set_timesteps(steps)
     inside = bool(((scheduler.timesteps >= 0) & (scheduler.timesteps < train)).all())
-    return scheduler if inside or name in SIGMA else None
+    return scheduler if inside else None

@@ -12,7 +12,6 @@ from diffusers import (
     DDIMPipeline,
     DDPMPipeline,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -118,22 +117,5 @@ def stable_diffusion(scheduler: Any, folder: Path) -> Any:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-        )
-    )
-
-
-def stable_diffusion_xl(scheduler: Any, folder: Path) -> Any:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    parts = latent_parts(**XL)
-    return quiet(
-        StableDiffusionXLPipeline(
-            **parts,
-            text_encoder=CLIPTextModel(text_config()).eval(),
-            text_encoder_2=CLIPTextModelWithProjection(text_config()).eval(),
-            tokenizer=tokenizer(folder),
-            tokenizer_2=tokenizer(folder),
-            scheduler=scheduler,
-            add_watermarker=False,
         )
     )

@@ -13,6 +13,10 @@ import diffusers.schedulers
 import torch
 from torch import Tensor
 
+from ddpm_ext.integrations import accelerated_class
+from ddpm_ext.integrations.diffusers.traced import TracedScheduler
+from ddpm_ext.integrations.diffusers.traced_classes import OWN
+
 SHAPE = (2, 3, 4, 5)
 # What makes an object of a class where it needs arguments, or a configuration that pipelines use in place of its own.
 CONFIGS = {
@@ -45,6 +49,13 @@ def classes() -> dict[str, type]:
             if is_own and issubclass(cls, diffusers.SchedulerMixin) and cls is not diffusers.SchedulerMixin:
                 found[name] = cls
     return dict(sorted(found.items()))
+
+
+# Those that run their own code, and those whose rows are traced.
+ALONE = [name for name in classes() if name.removesuffix("Scheduler") in sum(OWN.values(), ())]
+TRACED = [
+    name for name, cls in classes().items() if name not in ALONE and issubclass(accelerated_class(cls), TracedScheduler)
+]
 
 
 def make(name: str, **config: Any) -> Any:
@@ -93,6 +104,7 @@ def loop(
     *,
     return_dict: bool = True,
     start: int = 0,
+    stop: int | None = None,
     rounded: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[list[tuple[Any, ...]], Tensor]:
@@ -105,7 +117,7 @@ def loop(
         return torch.randn(shape_of(scheduler), generator=generator).to(rounded or dtype).to(dtype)
 
     generator = torch.Generator().manual_seed(0)
-    timesteps = set_timesteps(scheduler, steps)
+    timesteps = set_timesteps(scheduler, steps)[:stop]
     if start:
         scheduler.set_begin_index(start)
     parameters = inspect.signature(step_of(scheduler)).parameters

@@ -72,7 +72,7 @@ def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None
     child = os.fork()
     if child:
         return child
-    code, kept, leaves = 1, None, False
+    code, leaves = 1, False
     try:
         for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
             os.dup2(os.open(folder / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), stream.fileno())
@@ -87,12 +87,11 @@ def _fork(folder: Path, rank: int, size: int, port: int, act: Callable[..., None
     except SystemExit as stopped:
         code = stopped.code
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        kept = error  # what its frames hold may wait for other ranks when it is freed
+        print(error, file=sys.stderr)  # and frees it, with all that its frames hold
     except Exception:
         traceback.print_exc()
     finally:
         if not leaves:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code if kept is None else 1)
+            os._exit(code)

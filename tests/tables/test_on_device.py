@@ -1,4 +1,4 @@
-"""Step tables as the kernels read them, on each device."""
+"""Step tables as the kernels read them, on each device, and what their rows need."""
 
 import math
 import pickle
@@ -11,6 +11,7 @@ from support.rows import any_float, any_rows, changed, of
 from ddpm_ext.ops.extension import C
 from ddpm_ext.ops.row import ROW, WIDTH
 from ddpm_ext.tables.on_device import KernelTables
+from ddpm_ext.tables.row_needs import row_needs
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, StepRow, StepTable
 
 
@@ -105,3 +106,21 @@ def test_kernel_tables(device):
     for other in (device, torch.device("meta")):
         assert tables.get("steps", other, torch.float32) is tables.get("steps", other, torch.float32)
     assert {key[1].type for key in pickle.loads(pickle.dumps(tables))._tables} == {"cpu"}
+
+
+@for_many(60)
+def test_what_each_row_needs(choose):
+    """By the row's own numbers: of the model, of the noise and of what earlier rows kept."""
+    columns = {name: [choose.one_of([0.0, 1.0, 0.5]) for _ in range(4)] for name in (*FACTORS, *ADDED)}
+    table, scales = StepTable(range(4), **columns), [choose.one_of([1.0, 2.0]) for _ in range(4)]
+    for row, scale, needs in zip(table, scales, row_needs(table, torch.tensor(scales)), strict=True):
+        reads_output = bool(row.c2 or row.cu or row.k2)
+        calls = bool(row.b) or reads_output
+        assert (needs.calls_model, needs.needs_output) == (calls, reads_output)
+        assert needs.guided == (calls and (scale != 1 or row.cu != 0))
+        assert needs.noisy == (row.s != 0) and needs.history == (row.h1 != 0, row.h2 != 0, row.h3 != 0)
+        assert needs.keeps == bool(row.k0 or row.k1 or row.k2)
+        x_and_m = row.k0 * row.a + row.k1, row.k0 * row.b + row.k2  # what is kept, where nothing is clipped
+        own = row.k0 == 0 or (row.a, row.b) == (0, 1)
+        assert needs.keeps_output == (own and x_and_m == (0, 1))
+    assert [needs.guided for needs in row_needs(table)] == [row.cu != 0 for row in table]

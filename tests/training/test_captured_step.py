@@ -8,7 +8,7 @@ from support import fake_cuda
 from support.trainer_run import assert_same, make
 
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
-from ddpm_ext.training import TrainOptions, captured_step
+from ddpm_ext.training import captured_step
 
 OPTIONS = {"steps": 9, "checkpoint_every": 4}
 
@@ -81,11 +81,7 @@ def test_on_a_card(device, tmp_path):
         torch.testing.assert_close(runs[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_what_does_not_fit(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="graph: got accumulate 2 beside it, expected 1"):
-        TrainOptions(graph=True, accumulate=2)
-    with pytest.raises(ValueError, match=r"graph: got autocast float16, .* expected another"):
-        TrainOptions(graph=True, autocast="float16")
+def test_several_ranks(monkeypatch, tmp_path):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="graph: got 2 ranks, expected 1"):

@@ -47,9 +47,6 @@ def run(folder, *, dropout=0.1, **options):
     return trainer
 
 
-# ----------------------------------------------------------------------------------------------------------- labels
-
-
 def test_labels_of_a_folder_are_its_sub_folders(tmp_path):
     image = pytest.importorskip("PIL.Image")
     for path in ("b/1.png", "a/deep/2.png", "a/3.png"):
@@ -95,9 +92,6 @@ def test_labels_that_are_none(targets, message):
         labels_of(as_images(items))
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
-
-
 def batches(start, stop, images=None, **options):
     images = as_images(labelled()) if images is None else images
     return StepBatches(images, TrainOptions(data="given", batch_size=8, **options), start, stop, labels_of(images))
@@ -132,9 +126,6 @@ def test_image_in_place_of_a_damaged_one_has_its_own_label():
     found = batches(0, 8, images, skip_corrupt=True, class_dropout=0)[0]
     assert sorted(found.labels.tolist()) == [1, 1, 2, 4, 4, 5, 7, 7]
     assert torch.equal(found.images[:, 0, 0, 0], found.labels / 8)
-
-
-# ------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_module_gets_the_labels_of_its_images(tmp_path):
@@ -189,9 +180,6 @@ def test_unet_is_conditional_and_can_be_loaded(tmp_path):
     assert loaded.classes == load_model(tmp_path / "run" / "unet").classes
     assert (loaded.classes.names[0], loaded.classes.null) == ("arrow", 10)
     assert not (tmp_path / "run" / "model_index.json").exists()  # no pipeline of diffusers gives a class
-
-
-# ----------------------------------------------------------------------------------------------------------- shapes
 
 
 def test_shapes_depend_on_seed_and_number_alone():

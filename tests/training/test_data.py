@@ -49,6 +49,8 @@ def test_load_digits_is_the_training_part():
 @pytest.fixture
 def folder(tmp_path):
     """A wide red image with a green middle, a tall grey one in a folder below, and a text file."""
+    tmp_path = tmp_path / "images"
+    tmp_path.mkdir()
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[..., 0] = 255
     wide[:, 10:20] = (0, 255, 0)
@@ -149,7 +151,10 @@ def test_fingerprints(folder):
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes() + b"\0")
     longer = FolderImages(folder, 5).fingerprint()
     (folder / "b.png").rename(folder / "c.png")
-    assert len({before, longer, FolderImages(folder, 5).fingerprint()}) == 3
+    last = FolderImages(folder, 5).fingerprint()
+    assert len({before, longer, last}) == 3
+    elsewhere = folder.rename(folder.parent / "elsewhere")
+    assert FolderImages(elsewhere, 5).fingerprint() == last
     images = torch.zeros(2, 1, 3, 3)
     other = images.clone()
     other[1, 0, 2, 2] = 1e-7

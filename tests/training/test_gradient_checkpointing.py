@@ -1,12 +1,9 @@
 """Gradient checkpointing: the same weights, with fewer activations kept; an error for a module that has none."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from support.trainer_run import Tiny, assert_same, make, make_unet
 
-from ddpm_ext.training import TrainOptions
 from ddpm_ext.training.step import TrainingStep
 
 pytest.importorskip("diffusers")
@@ -51,8 +48,6 @@ def test_refusals(tmp_path):
     message = "a Tiny has no method enable_gradient_checkpointing, expected a model of diffusers"
     with pytest.raises(ValueError, match=f"gradient_checkpointing: {message}"):
         make(tmp_path / "run", gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="graph: got gradient_checkpointing beside it"):
-        replace(TrainOptions(), graph=True, gradient_checkpointing=True)
 
     class Unable(Tiny):
         def enable_gradient_checkpointing(self):

@@ -8,7 +8,7 @@ import torch
 from support.trainer_run import IMAGES, UNET, Tiny, as_arguments, assert_same, make, make_unet
 
 from ddpm_ext.models import load_model
-from ddpm_ext.training import TrainOptions, push_to_hub
+from ddpm_ext.training import push_to_hub
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("huggingface_hub")
@@ -94,8 +94,6 @@ def test_refusals_come_before_training(tmp_path):
     make(tmp_path / "run", steps=2).fit()
     with pytest.raises(ValueError, match="run has no unet/, expected the folder of a UNet2DModel, or model="):
         push_to_hub(tmp_path / "run", "flowers")
-    with pytest.raises(ValueError, match="hub_private: expected push_to_hub beside it"):
-        TrainOptions(hub_private=True)
 
 
 def test_command_line_has_it(tmp_path, pushed, capsys):

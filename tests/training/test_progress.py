@@ -6,7 +6,6 @@ from support.trainer_run import make, rows
 
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import step, trainer
-from ddpm_ext.training.progress import Bar, progress_bar
 
 pytest.importorskip("tqdm")
 
@@ -60,14 +59,6 @@ def test_losses_are_at_hand_on_the_cpu_of_one_process():
     assert step.at_hand(torch.device("cpu"), Ranks())
     assert not step.at_hand(torch.device("cuda", 0), Ranks())
     assert not step.at_hand(torch.device("cpu"), Ranks(1, 2))
-
-
-def test_bar_without_tqdm_shows_nothing(shown):
-    with progress_bar(5, 0, shown=False) as bar:
-        bar.advance()
-        bar.show([1.0])
-    Bar().show([])
-    assert shown == []
 
 
 def test_bar_waits_for_no_step(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from ddpm_ext import training
 from ddpm_ext.base.ranks import Ranks
 from ddpm_ext.training import TrainOptions, checkpoints
 from ddpm_ext.training.data import DamagedImage, TensorImages
-from ddpm_ext.training.score import Scorer, Scores, features_by_name, frechet, moments, pixels
+from ddpm_ext.training.score import Scorer, Scores, frechet, moments, pixels
 
 SCORED = {"score_every": 8, "score_count": 12, "sample_steps": 3}
 IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
@@ -22,9 +22,6 @@ IMAGES = torch.linspace(-1, 1, 9 * 64).view(9, 1, 8, 8)
 def means(images):
     """Two features: the mean of each half."""
     return images.flatten(1).unflatten(1, (2, -1)).mean(2)
-
-
-# The distance
 
 
 @pytest.mark.parametrize(("counts", "features"), [((40, 60), 5), ((6, 60), 9), ((7, 4), 9)])
@@ -43,29 +40,12 @@ def test_distance_is_the_papers(counts, features):
     assert frechet(moments(torch.from_numpy(one)), moments(torch.from_numpy(one))) < 1e-9 * np.trace(c)
 
 
-# Features
-
-
 def test_pixels_are_averaged_to_16_by_16():
     images = torch.rand(2, 3, 32, 48)
     assert torch.allclose(
         pixels(images).view(2, 3, 16, 16), images.unflatten(3, (16, 3)).unflatten(2, (16, 2)).mean((3, 5))
     )
     assert torch.equal(pixels(images[..., :8, :8]), images[..., :8, :8].flatten(1))
-
-
-def test_features_by_name(tmp_path, monkeypatch):
-    (tmp_path / "own_features.py").write_text("def mean(images):\n    return images.mean((2, 3))\n\nnumber = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert features_by_name("own_features:mean")(torch.ones(2, 3, 4, 4)).shape == (2, 3)
-    for name, message in {
-        "own_features": "features: got own_features, expected pixels or module:function",
-        "own_features:sum": r"features: own_features:sum can't be imported \(module 'own_features' has no",
-        "no_such_module:mean": "features: no_such_module:mean can't be imported",
-        "own_features:number": "features: own_features:number is a int, expected a function",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            features_by_name(name)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +88,6 @@ def test_damaged_images_are_left_out_of_the_reference():
     assert scorer(skip_corrupt=True).score(lambda samples: rest[samples.start : samples.stop], Ranks()) < 1e-12
     with pytest.raises(DamagedImage):
         scorer().score(lambda samples: rest, Ranks())
-
-
-# Runs
 
 
 def table(folder):
@@ -207,5 +184,3 @@ def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
     assert diffusers.DDPMPipeline.from_pretrained("run/best").unet.config.sample_size == 8
     assert cli.main(["train", *sizes, "--score-every=2", "--sample-steps=21", "--out", "other"]) == 2
     assert "sample_steps: got 21, expected at most 20" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="score_count: got 1, expected at least 2"):
-        TrainOptions(score_count=1)

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -32,44 +33,20 @@ def test_tensorboard_events(tmp_path):
     assert (event.step, event.value) == (int(score[0]), pytest.approx(float(score[1]), rel=1e-6))
 
 
-def test_missing_tensorboard_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"tensorboard: .* pip install tensorboard"):
-        make(tmp_path / "run", tensorboard=True)
-    assert not (tmp_path / "run").exists()
-
-
-# Weights & Biases
-
-
-class Run:
-    """What wandb.init returns, as far as it is used."""
-
-    def __init__(self, given):
-        self.given, self.metrics, self.logged, self.finished = given, [], [], 0
-
-    def define_metric(self, name, step_metric):
-        self.metrics.append((name, step_metric))
-
-    def log(self, values):
-        assert not self.finished
-        self.logged.append(values)
-
-    def finish(self):
-        self.finished += 1
-
-
 @pytest.fixture
 def wandb_runs(monkeypatch):
+    """What wandb.init returned: objects that note the calls."""
     runs, module = [], types.ModuleType("wandb")
-
-    def init(**given):
-        runs.append(Run(given))
-        return runs[-1]
-
-    module.init, module.Image = init, lambda pixels: ("image", pixels)
+    module.init = lambda **given: runs.append(Mock(given=given)) or runs[-1]
+    module.Image = lambda pixels: ("image", pixels)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return runs
+
+
+def logged(run, name):
+    """What a run has logged under a name, by the step."""
+    every = [called.args[0] for called in run.log.call_args_list]
+    return {values["step"]: values[name] for values in every if name in values}
 
 
 def test_wandb_gets_the_numbers_and_pictures(tmp_path, wandb_runs):
@@ -81,21 +58,21 @@ def test_wandb_gets_the_numbers_and_pictures(tmp_path, wandb_runs):
     (run,) = wandb_runs
     assert (run.given["project"], run.given["name"], run.given["dir"]) == ("flowers", "run", str(folder))
     assert run.given["config"]["batch_size"] == 6 and run.given["resume"] == "allow"
-    assert run.metrics == [("*", "step")] and run.finished == 1
-    lines, found = [values for values in run.logged if "loss" in values], rows(folder)
-    assert [values["step"] for values in lines] == [7, 10, 14]
-    for values, start in zip(lines, (0, 7, 10), strict=True):
-        own = found[start : values["step"]]
-        assert values["loss"] == pytest.approx(np.mean([row["loss"] for row in own]), rel=1e-6)
-        assert values["learning rate"] == pytest.approx(own[-1]["lr"], rel=1e-4)
-        assert values["gradient norm"] == pytest.approx(own[-1]["grad_norm"], rel=1e-4)
-        assert {name for name in QUARTERS if name in values} == {
-            name for name in QUARTERS if not all(math.isnan(row[name]) for row in own)
-        }
+    run.define_metric.assert_called_once_with("*", step_metric="step")
+    run.finish.assert_called_once_with()
+    assert run.mock_calls[-1] == call.finish()
+    found, losses = rows(folder), logged(run, "loss")
+    assert list(losses) == [7, 10, 14]
+    for stop, start in zip(losses, (0, 7, 10), strict=True):
+        own = found[start:stop]
+        assert losses[stop] == pytest.approx(np.mean([row["loss"] for row in own]), rel=1e-6)
+        assert logged(run, "learning rate")[stop] == pytest.approx(own[-1]["lr"], rel=1e-4)
+        assert logged(run, "gradient norm")[stop] == pytest.approx(own[-1]["grad_norm"], rel=1e-4)
+        for name in QUARTERS:
+            assert (stop in logged(run, name)) == (not all(math.isnan(row[name]) for row in own))
     scores = dict(line.split(",") for line in (folder / "scores.csv").read_text().splitlines()[1:])
-    told = {values["step"]: values["score"] for values in run.logged if "score" in values}
-    assert told == {int(step): pytest.approx(float(score), rel=1e-6) for step, score in scores.items()}
-    ((kind, pixels),) = [values["samples"] for values in run.logged if "samples" in values]
+    assert logged(run, "score") == {int(step): pytest.approx(float(score), rel=1e-6) for step, score in scores.items()}
+    ((kind, pixels),) = logged(run, "samples").values()
     assert kind == "image" and pixels.dtype == np.uint8
     assert pixels.shape == plots.grid(plots.to_uint8(trainer.sample())).shape
 
@@ -107,23 +84,23 @@ def test_resumed_run_has_the_same_id(tmp_path, wandb_runs):
     first, again, other = (run.given["id"] for run in wandb_runs)
     assert first == again != other
     assert json.loads((tmp_path / "run" / "wandb.json").read_text()) == {"id": first}
-    assert [values["step"] for values in wandb_runs[1].logged if "loss" in values] == [14, 20]
+    assert list(logged(wandb_runs[1], "loss")) == [14, 20]
 
 
-def test_wandb_is_imported_only_if_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    make(tmp_path / "run", steps=2).fit()
-    with pytest.raises(ImportError, match=r"wandb: logging to Weights & Biases needs wandb: pip install wandb"):
-        make(tmp_path / "other", wandb="flowers")
-    assert not (tmp_path / "other").exists()
-
-
-def test_wandb_that_does_not_start_is_named(tmp_path, wandb_runs, monkeypatch):
+def test_trackers_that_cannot_be_used_are_named(tmp_path, wandb_runs, monkeypatch):
     def fail(**given):
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", fail)
-    with pytest.raises(
-        ConnectionError, match=r"wandb: cannot start a run of flowers \(no API key configured\); wandb login"
-    ):
+    with pytest.raises(ConnectionError, match=r"cannot start a run of flowers \(no API key configured\); wandb login"):
         make(tmp_path / "run", wandb="flowers").fit()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for options, message in (
+        ({"tensorboard": True}, "tensorboard: .* pip install tensorboard"),
+        ({"wandb": "flowers"}, "wandb: logging to Weights & Biases needs wandb: pip install wandb"),
+    ):
+        with pytest.raises(ImportError, match=message):
+            make(tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
+    make(tmp_path / "other", steps=2).fit()  # they are imported only if they are asked for

@@ -289,21 +289,6 @@ def test_resumed_with_something_else(done, options, message):
     assert {path.name for path in changed} <= {".lock"}
 
 
-def test_resumed_on_a_changed_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    (tmp_path / "images").mkdir()
-    for name in "ab":
-        image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "images" / f"{name}.png")
-    options = {"image_size": 8, "channels": 1, "steps": 3}
-    make(tmp_path / "run", data=str(tmp_path / "images"), **options).fit()
-    (tmp_path / "images").rename(tmp_path / "elsewhere")
-    options["data"] = str(tmp_path / "elsewhere")
-    make(tmp_path / "run", resume=True, **options).fit()  # the same images in another place are the same data
-    (tmp_path / "elsewhere" / "b.png").rename(tmp_path / "elsewhere" / "c.png")
-    with pytest.raises(ValueError, match="resume: the images' fingerprint is"):
-        make(tmp_path / "run", resume=True, **options).fit()
-
-
 def test_damaged_newest_checkpoint(done, copied):
     lines, newest = [], checkpoints.newest(copied)
     newest.write_bytes(newest.read_bytes()[:-9])

@@ -11,7 +11,7 @@ from support import trainer_run
 
 from ddpm_ext import cli, training
 from ddpm_ext.models import load_model
-from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, outputs, record, train
+from ddpm_ext.training import TrainOptions, checkpoints, learning_rate, outputs, run_options, train
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("sklearn")
@@ -115,8 +115,8 @@ def test_new_options_are_checked_with_those_of_the_checkpoint(tmp_path, monkeypa
     """Not with the defaults of the options that are not given."""
     found = TrainOptions(**TINY | {"batch_size": 256, "timesteps": 2000})
     run(tmp_path / "run", steps=1)
-    began = record.find(tmp_path / "run")[1]
-    record.save(tmp_path / "run", asdict(found), began["about"])
+    began = run_options.find(tmp_path / "run")[1]
+    run_options.save(tmp_path / "run", asdict(found), began["about"])
     taken = []
     monkeypatch.setattr(training, "train", lambda options, *a, **k: taken.append(options) or sys.exit(7))
     more = ["--accumulate=200", "--sample-every=5", "--sample-steps=1500", "--quiet"]
@@ -211,7 +211,7 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"steps": 0}, "steps: got 0, expected at least 1"),
-        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a number > 0"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), expected two numbers in \[0, 1\)"),
         ({"ema": 1.0}, r"ema: got 1.0, expected in \[0, 1\)"),
@@ -228,6 +228,14 @@ def test_changes_at_a_resume_on_the_command_line(tmp_path, capsys):
         ({"workers": -1}, "workers: got -1, expected at least 0"),
         ({"sample_every": 5, "timesteps": 20}, "sample_steps: got 50, expected at most 20"),
         ({"flip": True}, "flip: digits"),
+        ({"random_crop": 1.5}, r"random_crop: got 1\.5, expected in \[0, 1\]"),
+        ({"extra_emas": (0.9, 0.9)}, r"extra_emas: got .*, expected different numbers in \[0, 1\)"),
+        ({"extra_emas": (1.0,)}, r"extra_emas: got .*, expected different numbers in \[0, 1\)"),
+        ({"score_count": 1}, "score_count: got 1, expected at least 2"),
+        ({"hub_private": True}, "hub_private: expected push_to_hub beside it"),
+        ({"graph": True, "gradient_checkpointing": True}, "graph: got gradient_checkpointing beside it"),
+        ({"graph": True, "accumulate": 2}, "graph: got accumulate 2 beside it, expected 1"),
+        ({"graph": True, "autocast": "float16"}, "graph: got autocast float16, .* expected another"),
     ],
 )
 def test_bad_options(changes, message):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
-from ddpm_ext.integrations.rows import Rows
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated, peer_method
 from ddpm_ext.integrations.tensors import check_tensors, dtype_name, noise_arguments, wants_gradient, written
 from ddpm_ext.ops.result_memory import empty_like
@@ -42,7 +42,7 @@ class FusedRows(NamedTuple):
         row: the row of each timestep, or UNFUSED.
     """
 
-    rows: Rows | None
+    rows: RowStepper | None
     row: dict[int, int]
 
 
@@ -154,7 +154,7 @@ class Scheduler(Accelerated):
         place: int,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Any]:
-        """The operators' arguments for the noise of a step of `sample`.
+        """The arguments of RowStepper.take for the noise of a step of `sample`.
 
         Unless it is made in the launch, it is drawn as diffusers draws it: of the shape of the model's output, `like`,
         and in `dtype`, or else in like's.
@@ -163,7 +163,7 @@ class Scheduler(Accelerated):
             place: where the step lies in a loop, a number that rises along it.
         """
         if not noisy:
-            return {"add_noise": False}
+            return {}
         rng = self.accelerated.rng_of_step(sample.size(0), place)
         if rng is not None:
             return {"rng": rng}
@@ -237,7 +237,7 @@ def make_rows(
     if clip is not None and not clip[0] <= clip[1]:
         raise Fallback(f"clip_sample_range is {clip[1]}")
     row |= {t: i for i, t in enumerate(steps.timestep.tolist())}
-    return FusedRows(Rows(steps, clip, threshold), row)
+    return FusedRows(RowStepper(steps, clip, threshold), row)
 
 
 def clip_of(config: Any) -> tuple[Clip | None, DynamicThreshold | None]:

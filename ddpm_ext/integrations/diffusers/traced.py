@@ -17,30 +17,27 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
-from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, OWN, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import Lane, Loop, Settings
-from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, Start, kinds_of, make_plan, state_contents
-from ddpm_ext.integrations.diffusers.traced_state import HELD, tensors_after
+from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
+from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, RepeatedCall, Settings
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsKey, TracedRows, state_contents, trace_rows
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.shared import new, peer_class
-from ddpm_ext.integrations.tensors import dtype_name, version
+from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.tables.trace_run import GIVEN, INPUTS, input_names, step_name
+from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
 
-__all__ = ["OWN", "SUPPORT", "Traced", "is_scheduler"]
+__all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-QUIET = {"add_noise": False}
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop")
 EMPTY = inspect.Parameter.empty
 
+_rows: BoundedCache[TracedRows | Fallback] = BoundedCache(CACHED)
 
-_plans: BoundedCache[Plan | Fallback] = BoundedCache(CACHED)
 
-
-class Traced(Forward):
+class TracedScheduler(Forward):
     """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
     set_timesteps."""
 
@@ -50,7 +47,7 @@ class Traced(Forward):
     _are_known: bool  # whether these are such names, by which tracing calls it
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
-    _traced_loop: Loop | bool | None = None
+    _traced_loop: LoopPosition | bool | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -72,10 +69,17 @@ class Traced(Forward):
 
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         loop = self._traced_loop
-        if isinstance(loop, Loop) and not loop.is_over():
-            self._catch_up(loop)
+        if isinstance(loop, LoopPosition):
+            self._hold(loop.rows, loop.rows.trace.steps[loop.at - 1], None)
         self._traced_loop = None  # not deleted: pipelines of views put each one's attributes back by update
         return super()._set_timesteps(*args, **kwargs)
+
+    def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
+        """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
+        whether there is one; None: what was there before the loop."""
+        for name, held in step.tensors.items():
+            if isinstance(held, Tensor):
+                self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -85,9 +89,9 @@ class Traced(Forward):
         if loop is False:
             raise Fallback
         if loop is not None:
-            lane = loop.lane
-            if lane is not None and len(args) == 3 and lane.is_for(loop, args, kwargs, self):
-                return self._take_row(loop, lane.kinds, args[0], args[2], (), kwargs, lane)
+            repeated = loop.repeated
+            if repeated is not None and len(args) == 3 and repeated.is_for(loop, args, kwargs, self):
+                return self._take_row(loop, repeated.of_loop, args[0], args[2], (), kwargs, repeated)
         try:
             return self._traced_step(loop, args, kwargs)
         except Fallback as fallback:
@@ -96,32 +100,18 @@ class Traced(Forward):
 
     _step_pred = _step
 
-    def _leave(self, loop: Loop | None, fallback: Fallback) -> None:
-        """Diffusers' own code takes over, until set_timesteps is called; for this step alone where none holds anything
-        of the steps before. Raises RuntimeError where what it would hold of them is unknown, and the loop goes on."""
-        is_alone = loop is not None and loop.at > 0 and loop.plan.stateless
-        if loop is not None and not is_alone and not self._catch_up(loop) and not loop.is_over():
+    def _leave(self, loop: LoopPosition | None, fallback: Fallback) -> None:
+        """Diffusers' own code takes all steps until set_timesteps is called; in the middle of a loop this one alone.
+        Raises RuntimeError there where the scheduler is without the tensors that this code would have stored."""
+        if loop is not None and not loop.rows.stateless:
             raise RuntimeError(
                 f"step {loop.at} of the loop has no fused form ({fallback.reason or 'as its arguments are'}), and "
                 "the steps before it left the scheduler without the tensors that its own code reads: call every "
-                "step of a loop with the same options and kinds of tensors"
+                "step of a loop with the same options and kinds of tensors, and set_timesteps before another loop"
             ) from None
-        self._traced_loop = None if is_alone else False
+        self._traced_loop = False if loop is None else None
 
-    def _catch_up(self, loop: Loop) -> bool:
-        """Gives the scheduler the tensors that its own code would hold now. False where not all are known."""
-        if loop.last is None:
-            return True
-        tensors, versions = loop.last
-        # Somebody has written to one of them; but a copy of the scheduler has copies of them, which count anew.
-        if any(id(x) == key[0] and version(x) != key for x, key in zip(tensors, versions, strict=True)):
-            return False
-        with torch.no_grad():
-            found, complete = tensors_after(loop.plan, loop.at - 1, *tensors, loop.ring)
-        vars(self).update(found)
-        return complete
-
-    def _traced_step(self, loop: Loop | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _traced_step(self, loop: LoopPosition | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A step whose arguments are looked at."""
         given = self._given(args, kwargs)
         m, timestep, x = (given.pop(name) for name in self._inputs)
@@ -139,62 +129,54 @@ class Traced(Forward):
         loop = self._located(loop, timestep, has_dim, x.dim(), options)
         if loop.ring and loop.ring[0].shape != x.shape:
             raise Fallback("its samples have another shape than those of the step before")
-        kinds, lane = kinds_of(loop.plan, m.dtype, x.dtype), None
+        of_loop, repeated = loop.rows.dtypes_of(m.dtype, x.dtype), None
         are_usual = self._are_first and len(args) == 3 and args[0] is m and args[1] is timestep
-        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.plan.first + loop.at:
-            lane = Lane.of(loop, kinds, args, kwargs, self.timesteps)
-        return self._take_row(loop, kinds, m, x, tensors, others, lane)
+        if are_usual and isinstance(timestep, Tensor) and self._index_of(timestep) == loop.rows.first + loop.at:
+            repeated = RepeatedCall.of(loop, of_loop, args, kwargs, self.timesteps)
+        return self._take_row(loop, of_loop, m, x, tensors, others, repeated)
 
     def _take_row(
         self,
-        loop: Loop,
-        kinds: Kinds,
+        loop: LoopPosition,
+        of_loop: LoopDtypes,
         m: Tensor,
         x: Tensor,
         tensors: Sequence[Tensor],
         others: Mapping[str, Any],
-        lane: Lane | None,
+        repeated: RepeatedCall | None,
     ) -> Any:
         """The loop's next step.
 
         Args:
             tensors: those of the step's options.
             others: the generator and whether to return an object, if they are given.
-            lane: for the step after it.
+            repeated: for the step after it.
         """
-        plan, i, ring, last = loop.plan, loop.at, loop.ring, None
-        trace = plan.trace
-        step, state = trace.steps[i], self.__dict__
-        if x.dtype is not kinds.computed:
-            x = x.to(kinds.computed)
-        quiet, x0, kept = kinds.quiet[i], None, None
-        if quiet and lane is not None and lane.quiet_step is not None:
-            prev = lane.quiet_step.take(x, m, None, i)
-        else:
-            tensors = [tensor.to(kinds.computed) for tensor in tensors]
-            noise = QUIET if quiet else self._drawn(plan, kinds, i, m, others.get("generator"), x, tensors)
-            x0 = empty_like(x) if trace.second else None
-            history = [tensors[draw] for draw in trace.given[i]] or ring
-            prev, kept = plan.rows.take(i, x, m, history, x0=x0, **noise)
-        if prev.dtype is not kinds.prev:
-            prev = prev.to(kinds.prev)
-        # The scheduler's attributes are then its numbers, and the sample in place of each tensor that it would store,
-        # since its other methods look whether there is one. After the last row there are those from before the first.
-        state.update(step.state)
-        is_last = i + 1 == len(plan.timesteps)
-        for name, held in step.tensors.items():
-            if isinstance(held, Tensor):
-                state[name] = vars(plan.scheduler).get(name) if is_last else x
+        rows, i, ring = loop.rows, loop.at, loop.ring
+        trace = rows.trace
+        step = trace.steps[i]
+        if x.dtype is not of_loop.computed:
+            x = x.to(of_loop.computed)
+        if tensors:
+            tensors = [tensor.to(of_loop.computed) for tensor in tensors]
+        noise = {} if of_loop.quiet[i] else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
+        x0 = empty_like(x) if trace.second else None
+        history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
+        prev, kept = rows.stepper.take(i, x, m, history, x0=x0, **noise)
+        if prev.dtype is not of_loop.prev:
+            prev = prev.to(of_loop.prev)
+        is_last = i + 1 == len(rows.timesteps)
+        self.__dict__.update(step.state)
+        if step.tensors:
+            self._hold(rows, step, None if is_last else x)
         if kept is not None:
-            ring = (kept, *ring[: HELD - 1])
-        if not plan.stateless:
-            last = (x, m, prev), [version(x), version(m), version(prev)]
-        state["_traced_loop"] = Loop(plan, loop.settings, i + 1, ring, last, None if is_last else lane)
-        if x0 is not None and kinds.second is not None and x0.dtype is not kinds.second:
-            x0 = x0.to(kinds.second)
+            ring = (kept, *ring[:2])
+        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated)
+        if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
+            x0 = x0.to(of_loop.second)
         result = step.result
         if not others.get("return_dict", True) or result.cls is tuple:
-            return (prev,) if kinds.second is None else (prev, x0)
+            return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
         return result.cls(prev_sample=prev, **second)
 
@@ -227,7 +209,7 @@ class Traced(Forward):
         }
 
     def _options(self, given: dict[str, Any], x: Tensor, m: Tensor) -> tuple[tuple[tuple[str, Any], ...], list[Tensor]]:
-        """A step's options as a plan's Start has them, and the tensors in place of those that are GIVEN, in their
+        """A step's options as RowsKey has them, and the tensors in place of those that are GIVEN, in their
         order."""
         options = []
         tensors = []
@@ -256,8 +238,8 @@ class Traced(Forward):
         return self._rows(Tensor.tolist, self.timesteps)
 
     def _located(
-        self, loop: Loop | None, timestep: Any, has_dim: bool, dims: int, options: tuple[tuple[str, Any], ...]
-    ) -> Loop:
+        self, loop: LoopPosition | None, timestep: Any, has_dim: bool, dims: int, options: tuple[tuple[str, Any], ...]
+    ) -> LoopPosition:
         """The loop, at the row that this step takes. A timestep that is a view of the scheduler's own is not read."""
         own, alone = self.timesteps, False
         if not isinstance(own, Tensor) or own.dim() != 1:
@@ -266,51 +248,60 @@ class Traced(Forward):
         index = self._index_of(timestep) if is_tensor else None
         value = timestep.item() if is_tensor and index is None else timestep
         if loop is not None:
-            plan, over = loop.plan, loop.is_over()
+            rows, over = loop.rows, loop.is_over()
             settings: Settings | None = loop.settings
             if not loop.settings.are_those_of(self):
-                settings = loop.settings.renewed(self, vars(plan.scheduler))
-            if settings is not None and not over and options == plan.start.options:
-                at = float(plan.timesteps[loop.at]) if index is None else plan.first + loop.at
+                settings = loop.settings.renewed(self, vars(rows.scheduler))
+            if settings is not None and not over and options == rows.key.options:
+                at = float(rows.timesteps[loop.at]) if index is None else rows.first + loop.at
                 if at == (float(value) if index is None else index):
                     return loop._replace(settings=settings)
-            if not plan.stateless and not over:
+            if over and not rows.stateless:
+                raise Fallback("the loop is over")
+            if not rows.stateless:
                 raise Fallback("a step is out of turn, or its options or settings are not those of the step before")
-            self._catch_up(loop)  # what is unknown, and is NaN then, is mostly not read by a loop after the last one
-            alone = settings is not None and (not over or len(plan.timesteps) == 1)
+            alone = settings is not None and (not over or len(rows.timesteps) == 1)
         if index is not None:
             value = timestep if own.is_cpu else self._times()[index]
         elif value in self._times():
             index = self._times().index(value)
-        # Where options change from step to step, a plan for more than one of them would be of no use.
+        # Where options change from step to step, rows for more than one of them would be of no use.
         kind = timestep.dtype if is_tensor else type(timestep)
-        start = Start(options, index, float(value), kind, has_dim, alone, dims)
+        key = RowsKey(options, index, float(value), kind, has_dim, alone, dims)
         if alone and loop is not None:
-            known = loop.plan.after.get((loop.at, start))
+            known = loop.rows.after.get((loop.at, key))
             if known is not None:
-                return Loop(known, loop.settings)
+                return LoopPosition(known, loop.settings)
         cls = peer_class(type(self))
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        key = cls, torch.get_default_dtype(), state_contents(state), start
-        plan = result_of(_plans.get_or_make(key, lambda: made_outside_autograd(make_plan, new(cls), state, start)))
+        of_state = cls, torch.get_default_dtype(), state_contents(state), key
+        found = _rows.get_or_make(of_state, lambda: made_outside_autograd(trace_rows, new(cls), state, key))
+        rows = result_of(found)
         if alone and loop is not None:
-            loop.plan.after[loop.at, start] = plan
-        return Loop(plan, Settings.of(self))
+            loop.rows.after[loop.at, key] = rows
+        return LoopPosition(rows, Settings.of(self))
 
     # ------------------------------------------------------------------------------------------------------- noise
 
     def _drawn(
-        self, plan: Plan, kinds: Kinds, i: int, m: Tensor, generator: Any, x: Tensor, tensors: Sequence[Tensor]
+        self,
+        rows: TracedRows,
+        of_loop: LoopDtypes,
+        i: int,
+        m: Tensor,
+        generator: Any,
+        x: Tensor,
+        tensors: Sequence[Tensor],
     ) -> dict[str, Any]:
-        """The operators' arguments for the noise of row i, after all that diffusers draws there has been drawn.
+        """The arguments of RowStepper.take for the noise of row i, after all that diffusers draws there has been drawn.
 
         tensors: which the step was given.
         """
-        used, place = plan.trace.noise[i], plan.first + i
-        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else QUIET
+        used, place = rows.trace.noise[i], rows.first + i
+        found = {"noise": tensors[used]} if used is not None and used < len(tensors) else {}
         if self.accelerated.noise == "philox":
-            return self._noise(used is not None, m, generator, x, place) if found is QUIET else found
-        for draw, dtype in enumerate(kinds.draws[i][len(tensors) :], len(tensors)):
+            return found or self._noise(used is not None, m, generator, x, place)
+        for draw, dtype in enumerate(of_loop.draws[i][len(tensors) :], len(tensors)):
             if draw == used:
                 found = self._noise(True, m, generator, x, place, dtype)
             else:

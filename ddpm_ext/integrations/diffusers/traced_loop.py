@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.integrations.diffusers.traced_plan import Kinds, Plan, state_contents
-from ddpm_ext.ops.fused import TableStep
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
@@ -52,36 +51,31 @@ class Settings(NamedTuple):
         return found if found[1:] == self[1:] and contents[0] == contents[1] else None
 
 
-class Lane(NamedTuple):
+class RepeatedCall(NamedTuple):
     """The arguments of a loop's last step. A step with arguments of the same kinds needs no other look at them.
 
     Copies and pickles have none.
 
     Attributes:
-        kinds: of the loop's results.
-        dtypes: of output, sample and timestep.
-        shape, device: of output and sample.
+        of_loop: the dtypes of the loop.
+        tensors: dtypes, shapes and devices of output and sample, and the timestep's dtype.
         address, stride: where the timestep of the loop's first row lies in memory, and how many bytes lie between two.
         options: the other arguments, none of them a tensor.
-        quiet_step: takes rows without noise, where they are plain and give no clean sample.
     """
 
-    kinds: Kinds
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    shape: torch.Size
-    device: torch.device
+    of_loop: LoopDtypes
+    tensors: tuple[Any, ...]
     address: int
     stride: int
     options: Mapping[str, Any]
-    quiet_step: TableStep | None
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
     @classmethod
     def of(
-        cls, loop: Loop, kinds: Kinds, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
-    ) -> Lane | None:
+        cls, loop: LoopPosition, of_loop: LoopDtypes, args: Sequence[Any], options: Mapping[str, Any], timesteps: Tensor
+    ) -> RepeatedCall | None:
         """For the steps after the loop's next one, which has these arguments; None where they may need another look.
 
         timesteps: the scheduler's, of which the given one is an element.
@@ -93,18 +87,15 @@ class Lane(NamedTuple):
             return None
         stride = timesteps.stride(0) * timestep.element_size()
         address = timestep.data_ptr() - loop.at * stride
-        quiet_step = None if loop.plan.trace.second else loop.plan.rows.quiet_step(x.device)
-        dtypes = m.dtype, x.dtype, timestep.dtype
-        return cls(kinds, dtypes, x.shape, x.device, address, stride, dict(options), quiet_step)
+        tensors = m.dtype, x.shape, x.device, x.dtype, x.shape, x.device, timestep.dtype
+        return cls(of_loop, tensors, address, stride, dict(options))
 
-    def is_for(self, loop: Loop, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
+    def is_for(self, loop: LoopPosition, args: Sequence[Any], options: Mapping[str, Any], scheduler: Any) -> bool:
         """Whether a step with these arguments is the loop's next one, and of the same kinds as the last one."""
         m, timestep, x = args
-        if type(x) is not Tensor or type(m) is not Tensor or type(timestep) is not Tensor:
+        if not (type(m) is type(x) is type(timestep) is Tensor) or timestep.dim():
             return False
-        if (m.dtype, x.dtype, timestep.dtype) != self.dtypes or timestep.dim():
-            return False
-        if x.shape != self.shape or m.shape != self.shape or x.device != self.device or m.device != self.device:
+        if (m.dtype, m.shape, m.device, x.dtype, x.shape, x.device, timestep.dtype) != self.tensors:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
             return False
@@ -121,22 +112,19 @@ class Lane(NamedTuple):
         return loop.settings.are_those_of(scheduler)
 
 
-class Loop(NamedTuple):
+class LoopPosition(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
 
     Attributes:
         settings: the scheduler's when the loop began.
-        last: the last row's sample, output and result, and the `version` of each, where diffusers would keep some of
-            them.
-        lane: None where the next step's arguments are to be looked at, whatever they are.
+        repeated: None where the next step's arguments are to be looked at, whatever they are.
     """
 
-    plan: Plan
+    rows: TracedRows
     settings: Settings
     at: int = 0
     ring: tuple[Tensor, ...] = ()
-    last: tuple[tuple[Tensor, Tensor, Tensor], list[tuple[int, int]]] | None = None
-    lane: Lane | None = None
+    repeated: RepeatedCall | None = None
 
     def is_over(self) -> bool:
-        return self.at == len(self.plan.timesteps)
+        return self.at == len(self.rows.timesteps)

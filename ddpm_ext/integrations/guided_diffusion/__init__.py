@@ -22,15 +22,13 @@ SUPPORT = tuple(
             "other dtypes; torch.func; gradients through a step; alphas_cumprod that reach 0; tables other than the "
             "betas'; a denoised_fn or cond_fn whose result has another shape, or the former's another dtype",
         ),
-        ("p_sample_loop", "as p_sample", "as p_sample"),
-        ("p_sample_loop_progressive", "as p_sample", "as p_sample"),
+        ("p_sample_loop, p_sample_loop_progressive", "as p_sample", "as p_sample"),
         (
             "ddim_sample",
             "as p_sample; eta from 0 on",
             "as p_sample; an eta that is negative, or asks for more noise than there is; float64 from a cond_fn",
         ),
-        ("ddim_sample_loop", "as ddim_sample", "as ddim_sample"),
-        ("ddim_sample_loop_progressive", "as ddim_sample", "as ddim_sample"),
+        ("ddim_sample_loop, ddim_sample_loop_progressive", "as ddim_sample", "as ddim_sample"),
         ("ddim_reverse_sample", "as p_sample", "as p_sample"),
         (
             "training_losses",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -148,20 +148,17 @@ def _fused(own: Callable[..., Any]) -> Callable[..., Any]:
     defaults = [parameter.default for parameter in parameters if parameter.default is not parameter.empty]
     bind: Any = namedtuple("bind", [parameter.name for parameter in parameters], defaults=defaults)  # type: ignore[misc]
 
-    def step(self: Any, given: Any) -> dict[str, Tensor]:
-        return take_step(self, given, given.x, given.t)
+    is_loop, progressive = "loop" in method, method.endswith("_progressive")
 
-    def progressive_loop(self: Any, given: Any) -> Iterator[dict[str, Tensor]]:
-        return take_loop(self, of_step, given)
-
-    def loop(self: Any, given: Any) -> Tensor:
-        for found in take_loop(self, of_step, given, with_x0=False):
+    def fused(self: Any, given: Any) -> Any:
+        if not is_loop:
+            return take_step(self, given, given.x, given.t)
+        steps = take_loop(self, of_step, given, with_x0=progressive)
+        if progressive:
+            return steps
+        for found in steps:
             sample = found["sample"]
         return sample
-
-    fused: Callable[..., Any] = step
-    if "loop" in method:
-        fused = progressive_loop if method.endswith("_progressive") else loop
 
     @functools.wraps(own)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

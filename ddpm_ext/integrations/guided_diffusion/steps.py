@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ddpm_ext import ops
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of, timesteps_for
+from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import peer_method
 from ddpm_ext.integrations.tensors import (
     check_tensors,
@@ -55,7 +56,7 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
     if noise is not None and (not is_like(noise, x) or noise.dtype != x.dtype):
         raise Fallback("its noise is no plain float32 tensor on the samples' device")
     try:
-        ops.check_reverse_step(x, tables.get("steps", x.device), t)
+        ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
     except (TypeError, ValueError):
         raise Fallback from None
 
@@ -166,20 +167,14 @@ def _take_step(
     if draws and noise is None:
         noise = torch.randn_like(x)
 
-    source: dict[str, Any] = {"add_noise": False}
     if ddpm or (method == "ddim_sample" and eta > 0):
         if noise is not None:
-            source = noise_arguments(noise, x)
+            extras |= noise_arguments(noise, x)
         else:
-            source = {"rng": peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng}
-    if with_x0:
-        extras["x0_out"] = empty_like(x)
-    if not extras:
-        steps = tables.get("steps", device, torch.float32)
-        return {"sample": ops.reverse_step(x, prediction, steps, at, clip=clip, **source)}
-    steps = tables.get("steps", device, torch.float32)
-    sample = ops.step_with_options(x, needed, steps, at, clip=clip, **source, **extras)
-    return {"sample": sample, "pred_xstart": extras["x0_out"]} if with_x0 else {"sample": sample}
+            extras["rng"] = peer.accelerated.rng_of_step_at(t, peer.num_timesteps) if rng is None else rng
+    x0 = empty_like(x) if with_x0 else None
+    sample = take_step(tables, x, needed, at, clip, x0_out=x0, **extras)
+    return {"sample": sample} if x0 is None else {"sample": sample, "pred_xstart": x0}
 
 
 def _take_own_step(method: str, peer: Any, given: Any, x: Tensor, t: Tensor, *_: Any) -> dict[str, Tensor]:

@@ -103,15 +103,8 @@ def plms(grid: Grid, *, prediction: str = "eps") -> StepTable:
         return table
     half = multistep.eps_slope(grid)[first : first + 1] / 2
     there = table[first + 1 : first + 2]
-    again = StepTable(
-        there.timestep,
-        there.a,
-        there.b,
-        c0=half * there.k0,
-        c1=1 + half * there.k1,
-        h1=-half,
-        g0=there.g0,
-        **dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True)),
-    )
+    levels = dict(zip(LEVELS, (there.signal_now, there.noise_now) * 2, strict=True))
+    c0, c1 = half * there.k0, 1 + half * there.k1
+    again = StepTable(there.timestep, there.a, there.b, c0, c1, h1=-half, g0=there.g0, **levels)
     rows = torch.arange(len(table), device="cpu")
     return merged([(2 * rows, table), (2 * rows[first : first + 1] + 1, again)])

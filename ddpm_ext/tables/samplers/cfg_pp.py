@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.tables.grid import Grid, Jumps
+from ddpm_ext.tables.levels import level_columns
 from ddpm_ext.tables.samplers import coefficients, multistep
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.ddim import ancestral_sigma, implicit
-from ddpm_ext.tables.samplers.two_calls import jumps, merged
+from ddpm_ext.tables.samplers.two_calls import merged
 from ddpm_ext.tables.sigma_grids import sigmas_of
 from ddpm_ext.tables.step_table import StepTable
 
@@ -80,15 +81,6 @@ def dpmpp_2m_cfg_pp(grid: Grid, *, prediction: str = "eps") -> StepTable:
     number, signal, none = torch.arange(len(grid), device="cpu"), grid.after[twice].sqrt(), torch.zeros_like(h[twice])
     if not len(signal):
         return first_rows
-    second_rows = StepTable(
-        timestep=grid.timestep[twice],
-        a=none,
-        b=none,
-        c0=none,
-        c1=-signal * ratio[twice],
-        h1=signal,
-        h2=-signal * onward[twice],
-        k1=none + 1,
-        **jumps(grid.timestep[twice], none + 1, grid.after[twice]).levels,
-    )
+    c1, h2, levels = -signal * ratio[twice], -signal * onward[twice], level_columns(none + 1, grid.after[twice])
+    second_rows = StepTable(grid.timestep[twice], none, none, none, c1, h1=signal, h2=h2, k1=none + 1, **levels)
     return merged([(2 * number, first_rows), (2 * number[twice] + 1, second_rows)])

@@ -12,6 +12,7 @@ from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid, Jumps
 from ddpm_ext.tables.predictions import HUGE, PREDICTIONS, Levels, Prediction
 from ddpm_ext.tables.samplers.eta import check_eta
+from ddpm_ext.tables.step_table import StepTable
 
 
 def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,6 +69,13 @@ def score(grid: Grid | Jumps) -> Tensor:
     """
     root = grid.now.sqrt()
     return torch.where(root < 1 / HUGE, 0.0, (1 - grid.now) / root)
+
+
+def rows(grid: Grid | Jumps, prediction: str, **columns: Tensor | None) -> StepTable:
+    """The rows of these steps: those columns, and beside them the timesteps and the levels, a and b by the prediction,
+    and g0 by `score`, unless they are among those."""
+    a, b = x0(grid, prediction)
+    return StepTable(grid.timestep, a, b, **{"g0": score(grid), **grid.levels, **columns})
 
 
 def sigma(grid: Grid | Jumps, eta: float) -> Tensor:

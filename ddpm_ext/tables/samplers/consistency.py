@@ -31,21 +31,11 @@ def lcm(grid: Grid | Jumps, *, prediction: str = "eps", timestep_scaling: float 
     Raises:
         ValueError: an unknown `prediction`.
     """
-    a, b = coefficients.x0(grid, prediction)
     scaled = timestep_scaling * grid.timestep.double()
     total = scaled**2 + SIGMA_DATA**2
     skip, out = SIGMA_DATA**2 / total, scaled / total.sqrt()
-    signal = grid.after.sqrt()
-    return StepTable(
-        grid.timestep,
-        a,
-        b,
-        c0=signal * out,
-        c1=signal * skip,
-        s=(1 - grid.after).sqrt(),
-        g0=coefficients.score(grid),
-        **grid.levels,
-    )
+    signal, s = grid.after.sqrt(), (1 - grid.after).sqrt()
+    return coefficients.rows(grid, prediction, c0=signal * out, c1=signal * skip, s=s)
 
 
 @at_any_scale

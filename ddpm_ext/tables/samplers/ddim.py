@@ -21,15 +21,13 @@ def implicit(
     now, after = grid.now, grid.after
     if direction is None:
         direction = (1 - after - sigma**2).clamp(min=0).sqrt()
-    a, b = coefficients.x0(grid, prediction)
     if keep_eps:
         p, q = coefficients.eps(grid, prediction)
         c0, c1, c2, g1 = after.sqrt(), direction * p, direction * q, -direction * (1 - now).sqrt()
     else:
         c1 = direction / (1 - now).sqrt()
-        c0, c2, g1 = after.sqrt() - c1 * now.sqrt(), torch.zeros_like(a), torch.zeros_like(a)
-    guided = {"g0": coefficients.score(grid), "g1": g1}
-    return StepTable(grid.timestep, a, b, c0, c1, c2, sigma, **grid.levels, **guided)
+        c0, c2, g1 = after.sqrt() - c1 * now.sqrt(), None, None
+    return coefficients.rows(grid, prediction, c0=c0, c1=c1, c2=c2, s=sigma, g1=g1)
 
 
 @at_any_scale

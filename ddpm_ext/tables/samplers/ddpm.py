@@ -40,19 +40,7 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
     entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
     has_end = isinstance(grid, Grid)
     of_x0, of_x, posterior_variance = coefficients.posterior(grid)
-    a, b = coefficients.x0(grid, prediction)
     s, l0, l1, weight = entry.columns(Posterior(posterior_variance, grid.betas, has_end))
     if has_end:
         s[-1] = 0
-    return StepTable(
-        timestep=grid.timestep,
-        a=a,
-        b=b,
-        c0=of_x0,
-        c1=of_x,
-        s=s,
-        l0=l0,
-        l1=l1,
-        g1=weight,
-        **grid.levels,
-    )
+    return coefficients.rows(grid, prediction, c0=of_x0, c1=of_x, s=s, l0=l0, l1=l1, g0=None, g1=weight)

@@ -9,6 +9,7 @@ import torch
 
 from ddpm_ext.base import checks
 from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.levels import level_columns
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.any_scale import at_any_scale
 from ddpm_ext.tables.samplers.heun import heun_steps
@@ -65,7 +66,7 @@ def edm(
     if churned[0]:
         kept = start[:1] / grid.now[:1]
         zero = torch.zeros_like(kept)
-        levels = jumps(grid.timestep[:1], grid.now[:1], start[:1]).levels
+        levels = level_columns(grid.now[:1], start[:1])
         noised = StepTable(grid.timestep[:1], zero, zero, c0=zero, c1=kept.sqrt(), s=(1 - kept).sqrt(), **levels)
         rows = torch.arange(1 + len(table), device="cpu")
         table = merged([(rows[:1], noised), (rows[1:], table)])

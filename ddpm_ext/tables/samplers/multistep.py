@@ -91,22 +91,9 @@ def _columns(weights: Weights) -> list[Tensor]:
 
 def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor | None = None) -> StepTable:
     """Rows of prev = of_x x + w0 x0 + w1 X1 + w2 X2 + w3 X3 + s z, where X1 is the x0 of the step before."""
-    a, b = coefficients.x0(grid, prediction)
     now, h1, h2, h3 = _columns(weights)
-    return StepTable(
-        timestep=grid.timestep,
-        a=a,
-        b=b,
-        c0=now,
-        c1=of_x,
-        s=s,
-        g0=coefficients.score(grid),
-        **grid.levels,
-        h1=h1,
-        h2=h2,
-        h3=h3,
-        k0=torch.ones_like(a),
-    )
+    k0 = torch.ones_like(of_x)
+    return coefficients.rows(grid, prediction, c0=now, c1=of_x, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
 
 
 def eps_slope(grid: Grid) -> Tensor:
@@ -125,13 +112,5 @@ def of_eps(grid: Grid, prediction: str, weights: Weights) -> StepTable:
     k0, k1 = -(grid.now / (1 - grid.now)).sqrt(), (1 - grid.now).rsqrt()
     now, h1, h2, h3 = _columns(weights)
     more = slope * (now - 1)
-    return replace(
-        start,
-        c0=start.c0 + more * k0,
-        c1=start.c1 + more * k1,
-        h1=slope * h1,
-        h2=slope * h2,
-        h3=slope * h3,
-        k0=k0,
-        k1=k1,
-    )
+    c0, c1 = start.c0 + more * k0, start.c1 + more * k1
+    return replace(start, c0=c0, c1=c1, h1=slope * h1, h2=slope * h2, h3=slope * h3, k0=k0, k1=k1)

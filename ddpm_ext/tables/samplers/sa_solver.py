@@ -53,13 +53,8 @@ def sa_solver(
         ValueError: `eta` is negative or not finite, an unknown `prediction`, or an order out of range.
     """
     eta = check_eta(eta)
-    most = [
-        checks.integer(name, order, stop, str(stop), start=1)
-        for name, order, stop in (
-            ("predictor_order", predictor_order, SLOTS),
-            ("corrector_order", corrector_order, SLOTS + 1),
-        )
-    ]
+    predictor_order = checks.integer("predictor_order", predictor_order, SLOTS, str(SLOTS), start=1)
+    corrector_order = checks.integer("corrector_order", corrector_order, SLOTS + 1, str(SLOTS + 1), start=1)
     tau = torch.full_like(grid.now, eta)
     if interval is not None:
         for end in interval:
@@ -70,13 +65,11 @@ def sa_solver(
     extra = torch.where(tau > 0, tau**2 * lam.diff(), 0.0)  # 0 even where a step is infinite
     of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
     levels, signal = lam.tolist(), grid.alphas_cumprod.sqrt().tolist()
-    predictors, correctors = (
-        [min(own, steps - i + late) for i, own in enumerate(used)] if lower_order_final else used
-        for used, late in (
-            (multistep.orders(grid, most[0], lower_order_final=False), 0),
-            (multistep.orders(grid, most[1], lower_order_final=False, lower_order_clean=False), 2),
-        )
-    )
+    predictors = multistep.orders(grid, predictor_order, lower_order_final=False)
+    correctors = multistep.orders(grid, corrector_order, lower_order_final=False, lower_order_clean=False)
+    if lower_order_final:
+        predictors = [min(own, steps - i) for i, own in enumerate(predictors)]
+        correctors = [min(own, steps - i + 2) for i, own in enumerate(correctors)]
     weights = []
     for i in range(steps):
         step = signal[i + 1] * _weights(levels, i, i, predictors[i], rate[i])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.tables.grid import Grid, Jumps
-from ddpm_ext.tables.levels import unit_levels
+from ddpm_ext.tables.levels import level_columns, unit_levels
 from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.samplers.ddim import euler, implicit
 from ddpm_ext.tables.sigma_grids import alphas_cumprod_of, timestep_at
@@ -72,17 +72,14 @@ def two_calls(prediction: str, steps: Jumps, s: Tensor, twice: Tensor, correctio
     if twice.any():
         calls, signal = correction.calls, steps.after[twice].sqrt()
         first = euler(jumps(steps.timestep[twice], steps.now[twice], calls.now), prediction=prediction)
-        a, b = coefficients.x0(calls, prediction)
-        second = StepTable(
-            timestep=calls.timestep,
-            a=a,
-            b=b,
+        second = coefficients.rows(
+            calls,
+            prediction,
             c0=signal * correction.of_x0,
             c1=signal / calls.now.sqrt() * correction.of_x,
             h1=signal * correction.of_first,
             s=s[twice],
-            g0=coefficients.score(calls),
-            **jumps(calls.timestep, calls.now, steps.after[twice]).levels,
+            **level_columns(calls.now, steps.after[twice]),
         )
         first = replace(first, k0=torch.ones_like(first.a))
         parts += [(2 * number[twice], first), (2 * number[twice] + 1, second)]

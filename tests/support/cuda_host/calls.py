@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from support.cuda_host import library
-from support.cuda_host.guarded import Placed
+from support.cuda_host.guarded import Placed, extent
+from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_table
 from torch import Tensor
 
 from ddpm_ext.ops.extension import C
+from ddpm_ext.ops.step_inputs import STEP_INPUTS
 
 WIDE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-OPERATORS = ("reverse_step", "forward_process", "predict_start", "posterior_mean", "randn")
-# dtypes of x and of the second tensor: the model's output, the noise
-PAIRS = [(WIDE, WIDE), (WIDE, HALF), (WIDE, BRAIN), (HALF, HALF), (BRAIN, BRAIN)]
-SAMPLES = ("x", "second", "noise")
+Pair = tuple[torch.dtype, torch.dtype]
+# dtypes of x_t and of the second tensor: the model's output, the noise
+PAIRS: list[Pair] = [(WIDE, WIDE), (WIDE, HALF), (WIDE, BRAIN), (HALF, HALF), (BRAIN, BRAIN)]
 SPECIAL = [0.0, -0.0, 1e-40, -3e38, 6e4, math.inf, -math.inf, math.nan]
+STEP = "step_with_options"
+OPTIONS = (*LIKE_X, *OF_MODEL, *PER_SAMPLE)
 
-Variant = tuple[str, str, tuple[torch.dtype, torch.dtype]]
-# (operator, where its noise is from, dtypes): every variant of the kernels. A seed may be read from memory by a GPU.
+# The kinds of noise that each operator has kernels for. A seed may be read from memory by a GPU.
+SEED_IN_MEMORY = "drawn by a seed in memory"
+NOISES = {
+    "reverse_step": ("none", "given", "drawn", SEED_IN_MEMORY),
+    "forward_process": ("none", "given", "drawn", SEED_IN_MEMORY),
+    "predict_start": ("none",),
+    "posterior_mean": ("none",),
+    "randn": ("drawn", SEED_IN_MEMORY),
+    STEP: ("none", "given", "drawn"),
+}
+TAKE_OUT = ("reverse_step", "forward_process", STEP)  # the operators that write to a tensor of the caller's
+
+Variant = tuple[str, str, Pair]
+# (operator, where its noise is from, dtypes): every variant of the kernels, and the step with all of its options.
 VARIANTS: list[Variant] = [
     (op, noise, pair)
-    for op in OPERATORS
-    for noise in {
-        "reverse_step": ("none", "given", "drawn", "drawn by a seed in memory"),
-        "forward_process": ("none", "given", "drawn", "drawn by a seed in memory"),
-        "randn": ("drawn", "drawn by a seed in memory"),
-    }.get(op, ("none",))
+    for op, noises in NOISES.items()
+    for noise in noises
     for pair in PAIRS
     if pair[0] == pair[1] or op not in ("forward_process", "randn")
 ]
@@ -47,37 +58,8 @@ def values(*shape: int, seed: int = 0, dtype: torch.dtype = WIDE, special: bool 
     return x.to(dtype)
 
 
-def step_table() -> Tensor:
-    """(8, 8): rows with and without c2 and noise, draws up to 2^31."""
-    generator = torch.Generator().manual_seed(2)
-    table = torch.randn(8, 8, generator=generator)
-    table[::3, 4] = 0
-    table[::4, 5] = 0
-    table.view(torch.int32)[:, 6] = torch.randint(2**31, (8,), generator=generator)
-    return table
-
-
+ROWS = make_table(8)  # with and without what the model's output, noise, guidance and history add
 AFFINE = torch.tensor([[0.75, -1.5], [-2.0, 0.5], [1 / 3, 0.0], [0.0, 1.0]])
-
-
-def make_call(variant: Variant, *shape: int, special: bool = True, **changes: Any) -> tuple[Call, dict[str, Tensor]]:
-    """A call of a variant of the kernels, and what only a GPU reads."""
-    op, noise, (x_dtype, dtype) = variant
-    x = values(*shape, dtype=x_dtype, special=special)
-    call = Call(op, x, step_table() if op == "reverse_step" else AFFINE, seed=-3, first_id=2**32 - 2)
-    if op in ("reverse_step", "predict_start", "posterior_mean"):
-        call = replace(call, second=values(*shape, seed=1, dtype=dtype, special=special))
-    if noise == "given":
-        call = replace(call, noise=values(*shape, seed=2, dtype=x_dtype, special=special))
-    if op != "randn":
-        call = replace(call, t=torch.arange(shape[0]) % len(call.table))
-    call = replace(call, drawn=noise.startswith("drawn"), **changes)
-    return call, {"seed": torch.tensor(call.seed)} if noise.endswith("memory") else {}
-
-
-def hide_seed(call: Call, gpu: Mapping[str, Tensor]) -> Call:
-    """The seed by value must not be what is used, where a GPU has it in memory."""
-    return replace(call, seed=~call.seed) if "seed" in gpu else call
 
 
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
@@ -91,48 +73,92 @@ def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments as ddpm_ext.ops takes them; `second` is a model's output, or predict_start's and posterior_mean's."""
+    """Arguments as ddpm_ext.ops takes them.
+
+    Tensors and results have the names of step_with_options; `model_output` is also the second tensor of predict_start
+    and posterior_mean, and randn's result has the shape and dtype of `x_t`.
+    """
 
     op: str
-    x: Tensor  # randn: of its result's shape and dtype
+    tensors: Mapping[str, Tensor]
     table: Tensor
-    second: Tensor | None = None
-    noise: Tensor | None = None
+    results: tuple[str, ...] = ("out",)
+    log_variance: bool = True
     drawn: bool = False
     t: Tensor | None = None
     t_index: int = 0
     clip: tuple[float, float] = (-1.0, 1.0)
     seed: int = 0
+    seed_in_memory: bool = False  # a GPU reads it there, and the seed by value is another
     ids: Tensor | None = None
     first_id: int = 0
     stream: int = 0
     draw: int = -1
 
-    def arguments(self, out: Tensor | None) -> tuple[Any, ...]:
+    @property
+    def x(self) -> Tensor:
+        return self.tensors["x_t"]
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The tensors like x_t that its kernel reads."""
+        return () if self.op == "randn" else tuple(name for name in self.tensors if name not in PER_SAMPLE)
+
+    def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """As the compiled modules take them; randn's for torch.ops."""
+        given = {**self.tensors, **results, "log_variance": self.log_variance}
+        x, second, noise, out = map(given.get, ("x_t", "model_output", "noise", "out"))
         rng = (None, self.seed, self.ids, self.first_id, self.stream, self.draw, None)
         row = (self.table, self.t, self.t_index)
         if self.op == "randn":
-            return list(self.x.shape), *rng
-        if self.op == "reverse_step":
-            return self.x, self.second, *row, *self.clip, self.noise, self.drawn, *rng, out
+            return list(x.shape), *rng
         if self.op == "forward_process":
-            return self.x, *row, self.noise, self.drawn, *rng, out
-        return self.x, self.second, *row
+            return x, *row, noise, self.drawn, *rng, out
+        if self.op not in TAKE_OUT:
+            return x, second, *row
+        options = map(given.get, STEP_INPUTS) if self.op == STEP else ()
+        return x, second, *row, *self.clip, noise, self.drawn, *rng, out, *options
 
     def __str__(self) -> str:
-        layouts = {n: (t.dtype, tuple(t.shape), t.stride()) for n in SAMPLES if (t := getattr(self, n)) is not None}
-        return f"{self.op} of {layouts}"
+        layouts = {name: (t.dtype, tuple(t.shape), t.stride()) for name, t in self.tensors.items()}
+        return f"{self.op} of {layouts}, drawn {self.drawn}, log_variance {self.log_variance}, {self.results}"
 
-    def on_cpu(self) -> Tensor:
+    def on_cpu(self) -> dict[str, Tensor]:
         if self.op == "randn":
-            return torch.ops.ddpm_ext.randn(*self.arguments(None), dtype=self.x.dtype, device="cpu")
-        return getattr(C, self.op)(*self.arguments(None))
+            return {"out": torch.ops.ddpm_ext.randn(*self.arguments({}), dtype=self.x.dtype, device="cpu")}
+        results = {name: torch.empty_like(self.x) for name in self.results} if self.op == STEP else {}
+        found = getattr(C, self.op)(*self.arguments(results))
+        return results or {"out": found}
 
-    def with_tensors(self, change: Any) -> Call:
-        """change(name, tensor) in place of each of the samples' tensors."""
-        names = [name for name in SAMPLES if getattr(self, name) is not None]
-        return replace(self, **{name: change(name, getattr(self, name)) for name in names})
+    def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Call:
+        """change(name, tensor) in place of each that is like x_t."""
+        return replace(self, tensors={n: t if n in PER_SAMPLE else change(n, t) for n, t in self.tensors.items()})
+
+
+def make_call(
+    variant: Variant,
+    *shape: int,
+    options: Iterable[str] = OPTIONS,
+    without: tuple[str, ...] = (),
+    special: bool = True,
+    **changes: Any,
+) -> Call:
+    """A call of a variant; of the step, with these options and all results, but for those that are given."""
+    op, noise, pair = variant
+    names = ["x_t", *["model_output"] * (op not in ("forward_process", "randn")), *["noise"] * (noise == "given")]
+    tensors = {}
+    for i, name in enumerate(n for n in (*names, *(options if op == STEP else ())) if n not in without):
+        dtype = pair[name in ("model_output", *OF_MODEL)]
+        tensors[name] = values(*shape, seed=i, dtype=dtype, special=special)
+        if name in PER_SAMPLE:
+            tensors[name] = values(shape[0], seed=40 + i, special=False)
+        elif name == "mask":
+            tensors[name] = values(*shape, seed=60, special=False).sigmoid().to(dtype)
+    table = ROWS if op in ("reverse_step", STEP) else AFFINE
+    how = {"drawn": noise.startswith("drawn"), "seed_in_memory": noise == SEED_IN_MEMORY, "seed": -3}
+    how |= {"first_id": 2**32 - 2, "t": None if op == "randn" else torch.arange(shape[0]) % len(table)}
+    how |= {"results": RESULTS} if op == STEP else {}
+    return Call(op, tensors, **{"table": table, **how, **changes})
 
 
 @dataclass
@@ -147,69 +173,69 @@ class Host:
         self.operators = library.load(self.path, "operators")
         self.control = library.load(self.path, "control")
 
+    def launch(self, call: Call, results: Mapping[str, Tensor], gpu: Mapping[str, Tensor] | None = None) -> None:
+        """Runs the kernels. gpu: "t", "sample_ids", "seed" or "draw" that only a GPU's kernel reads, unchecked."""
+        gpu = dict(gpu or {})
+        if call.seed_in_memory:
+            gpu["seed"], call = torch.tensor(call.seed), replace(call, seed=~call.seed)
+        out = None if call.op in TAKE_OUT else results["out"]
+        self.control.instead(*map(gpu.get, ("t", "sample_ids", "seed")), out, gpu.get("draw"))
+        try:
+            if call.op == "randn":
+                self.control.randn(*call.arguments({}), call.x.dtype)
+            else:
+                getattr(self.operators, call.op)(*call.arguments(results))
+        finally:
+            self.control.instead(None, None, None, None, None)
+
     def run(
         self,
         call: Call,
         places: Mapping[str, str] | str = "front",
         *,
-        out: Tensor | None = None,
-        in_place: bool = False,
+        like: Tensor | None = None,
+        instead: Mapping[str, str] | None = None,
         gpu: Mapping[str, Tensor] | None = None,
-        place_gpu: bool = True,
-    ) -> Tensor:
-        """The call's result, its tensors put into guarded memory, their strides kept.
+    ) -> dict[str, Tensor]:
+        """The results by name, all tensors put into guarded memory, their strides kept; not those too far apart.
 
         Args:
             places: where each tensor lies, by name, or all.
-            out: whose strides the result has; None: x's.
-            in_place: the result goes where x is.
-            gpu: "t", "sample_ids" or "seed" that only a GPU's kernel reads, unchecked.
-            place_gpu: False: these stay where they are.
+            like: whose strides the results have; None: x_t's.
+            instead: results that go where an argument is.
+            gpu: as launch's.
         """
         placed: dict[str, Placed] = {}
 
-        def place(name: str, tensor: Tensor) -> Tensor:
+        def place(name: str, tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or extent(tensor) > 2**26:
+                return tensor
             where = places if isinstance(places, str) else places.get(name, "front")
-            if name == "table":
-                where = "back"  # rows are read 128 bits at a time
-            placed[name] = Placed(tensor, where, self.control)
+            # A table lies up to the last byte, since rows are read 128 bits at a time.
+            placed[name] = Placed(tensor, "back" if name == "table" else where, self.control)
             return placed[name].tensor
 
+        if like is None:
+            like = torch.empty_like(call.x, memory_format=torch.contiguous_format if call.op == "randn" else None)
         if call.op != "randn":
-            call = call.with_tensors(place)
+            call = replace(call, tensors={name: place(name, tensor) for name, tensor in call.tensors.items()})
             call = replace(call, table=place("table", call.table))
-        for name in ("t", "ids"):
-            if getattr(call, name) is not None:
-                call = replace(call, **{name: place(name, getattr(call, name))})
-        instead = dict(gpu or {})
-        if place_gpu:
-            instead = {name: place(f"gpu {name}", tensor) for name, tensor in instead.items()}
-        if in_place:
-            result = call.x
-        else:
-            fresh = torch.empty_like(call.x, memory_format=torch.contiguous_format if call.op == "randn" else None)
-            like = fresh if out is None else out
-            whole = torch.int32 if like.dtype == WIDE else torch.int16
-            nothing = torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
-            result = place("out", nothing)
-        takes_out = call.op in ("reverse_step", "forward_process")
-        self.control.instead(
-            *map(instead.get, ("t", "sample_ids", "seed")), None if takes_out else result, instead.get("draw")
-        )
-        try:
-            if call.op == "randn":
-                self.control.randn(*call.arguments(None), call.x.dtype)
-            else:
-                getattr(self.operators, call.op)(*call.arguments(result))
-        finally:
-            self.control.instead(None, None, None, None, None)
-        written = "x" if in_place else "out"
-        return {name: p.done(name == written) for name, p in placed.items()}[written]
+        call = replace(call, t=place("t", call.t), ids=place("ids", call.ids))
+        where = {name: (instead or {}).get(name, name) for name in call.results}
+        whole = torch.int32 if like.dtype == WIDE else torch.int16
+        nothing = torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
+        results = {name: place(name, nothing) if at == name else call.tensors[at] for name, at in where.items()}
+        self.launch(call, results, {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()})
+        found = {name: p.done(name in where.values()) for name, p in placed.items()}
+        return {name: found[at] for name, at in where.items()}
 
-    def check(self, call: Call, *args: Any, expected: Tensor | None = None, **options: Any) -> None:
+    def check(self, call: Call, *args: Any, expected: Mapping[str, Tensor] | None = None, **options: Any) -> None:
         """That both give the same bits."""
         expected = call.on_cpu() if expected is None else expected
-        assert_same_bits(self.run(call, *args, **options), expected, f"{call} {args} {options}")
+        got = self.run(call, *args, **options)
+        assert got.keys() == expected.keys()
+        for name, result in got.items():
+            assert_same_bits(result, expected[name], f"{name} of {call} {args} {options}")
 
 
 @functools.cache

@@ -39,6 +39,10 @@ struct Control {
 
 inline Control control;
 
+// Counts in control.sectors what the threads of the block that has ended noted, if control.counts_sectors is set. The
+// n-th loads of a warp's threads are one access, and so are the n-th stores.
+void count_sectors();
+
 // Under AddressSanitizer, forbids instrumented code to touch these bytes, or allows it again. Without it, does nothing.
 void poison(void* p, size_t size);
 void unpoison(void* p, size_t size);

@@ -6,6 +6,8 @@
 
 #include <new>
 
+#include "control.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -37,6 +39,18 @@ void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_
 [[noreturn, gnu::noinline]] void go(Place to) { __builtin_longjmp(to, 1); }
 
 }  // namespace
+
+void poison([[maybe_unused]] void* p, [[maybe_unused]] size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(p, size);
+#endif
+}
+
+void unpoison([[maybe_unused]] void* p, [[maybe_unused]] size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(p, size);
+#endif
+}
 
 Fiber::Fiber(void (*body)(Fiber*)) : body_(body) {
   const size_t page = sysconf(_SC_PAGESIZE);  // a guard page below the stack, so that an overflow is a fault
@@ -95,9 +109,7 @@ void Fiber::leave() {
 void Fiber::abandon() {
   prepared_ = false;
   ended_ = true;
-#ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stack_, kStack);
-#endif
+  unpoison(stack_, kStack);
 }
 
 }  // namespace standin

@@ -27,14 +27,9 @@ GIVEN = os.environ.get(GIVEN_BY, "")
 SANITIZED = Path(GIVEN).parent.name == "sanitized"
 
 KERNELS = [*sorted((CSRC / "cuda").glob("*.cu")), FOLDER / "probe.cu"]
-RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "control.cpp", "sectors.cpp")]
+RUNTIME = [FOLDER / name for name in ("scheduler.cpp", "fiber.cpp", "faults.cpp", "sectors.cpp")]
 # Without library.cpp, since a process can register its operators only once and ddpm_ext's own module has done so.
-TORCH = [
-    *sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"),
-    FOLDER / "module.cpp",
-    FOLDER / "loss_module.cpp",
-    FOLDER / "scales_module.cpp",
-]
+TORCH = [*sorted(p for p in CSRC.glob("ops/*.cpp") if p.name != "library.cpp"), FOLDER / "module.cpp"]
 
 # Of undefined behaviour, all that g++ can look for; the instruction of a trap is a fault, which the stand-in catches.
 TRAPS = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]

@@ -12,6 +12,7 @@
 #include "control.h"
 #include "core/box_muller.h"
 #include "cpu/operators.h"
+#include "cuda/access.cuh"
 #include "cuda/operators.h"
 #include "cuda/ptx.cuh"
 #include "ops/operators.h"
@@ -47,7 +48,7 @@ void run(void (*kernels)(const AnyCall&, int), AnyCall call) {
       call.out.batch_stride = instead.out->stride(0);
     }
   }
-  took_vectors = probe::takes_vectors(call);
+  took_vectors = ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
   kernels(call, 0);
 }
 
@@ -104,10 +105,13 @@ std::vector<float> normals(uint64_t seed, uint64_t id, uint32_t stream, uint32_t
 namespace ddpm_ext::cpu {
 
 void reverse_step(const ElementwiseCall& call) { run(cuda::reverse_step, call); }
-void extended_step(const StepCall<ExtendedStep>& call) { run(cuda::extended_step, call); }
-void linear_step(const StepCall<LinearStep>& call) { run(cuda::linear_step, call); }
+void step_with_options(const StepCall& call) { run(cuda::step_with_options, call); }
 void affine(const ElementwiseCall& call) { run(cuda::affine, call); }
 void randn(const ElementwiseCall& call) { run(cuda::randn, call); }
+void loss(const LossCall& call) { cuda::loss(call, 0); }
+void output_scale(const OutputScaleCall& call) { cuda::output_scale(call, 0); }
+void x_start_scale(const XStartScaleCall& call) { cuda::x_start_scale(call, 0); }
+int64_t x_start_scale_scratch(int64_t batch, int64_t numel) { return cuda::x_start_scale_scratch(batch, numel); }
 const char* instruction_set() { return "cuda"; }
 
 }  // namespace ddpm_ext::cpu
@@ -138,6 +142,7 @@ PYBIND11_MODULE(control, m) {
   m.def("radius_mismatches", &radius_mismatches);
   m.def("poison", [](uintptr_t p, size_t size) { standin::poison(reinterpret_cast<void*>(p), size); });
   m.def("unpoison", [](uintptr_t p, size_t size) { standin::unpoison(reinterpret_cast<void*>(p), size); });
+  m.def("roots_from_every_start", &probe::roots_from_every_start);
   m.def("block_sums", &probe::block_sums);
   m.def("order_of_threads", &probe::order_of_threads);
   m.def("run_kernel", &probe::run_kernel);

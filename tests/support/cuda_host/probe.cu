@@ -1,5 +1,6 @@
 #include "probe.h"
 
+#include <cmath>
 #include <map>
 
 #include "core/box_muller.h"
@@ -91,19 +92,25 @@ void launch(unsigned blocks, unsigned threads, void (*kernel)(Parameters...), Ar
 
 }  // namespace
 
-bool takes_vectors(const ddpm_ext::ElementwiseCall& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call) {
-  return ddpm_ext::cuda::choose_access(call) == ddpm_ext::cuda::Access::vector;
-}
-
 float radius(uint32_t w) { return ddpm_ext::radius(ddpm_ext::cuda::U2(w)).v.x; }
+
+std::vector<int64_t> roots_from_every_start() {
+  int64_t starts = 0, wrong = 0, near = 0, near_wrong = 0;
+  const double allowed = std::exp2(-22.9), least = std::exp2(-23.3);
+  for (uint32_t bits = ddpm_ext::float_to_bits(1.0f); bits < ddpm_ext::float_to_bits(4.0f); ++bits) {
+    const float x = ddpm_ext::bits_to_float(bits), expected = std::sqrt(x);
+    const double exact = 1 / std::sqrt(static_cast<double>(x));
+    for (uint32_t start = ddpm_ext::float_to_bits(static_cast<float>(exact)) - 5, i = 0; i <= 10; ++i) {
+      const float y = ddpm_ext::bits_to_float(start + i);
+      const double error = std::fabs(y / exact - 1);
+      if (error > allowed) continue;
+      const bool ok = ddpm_ext::cuda::newton_root(ddpm_ext::cuda::F2(x), ddpm_ext::cuda::F2(y)).v.x == expected;
+      ++starts, wrong += !ok;
+      if (error <= least) ++near, near_wrong += !ok;
+    }
+  }
+  return {starts, wrong, near, near_wrong};
+}
 
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads) {
   const unsigned blocks = static_cast<unsigned>(numbers.size()) / threads;

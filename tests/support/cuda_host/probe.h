@@ -6,15 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "call.h"
-
 namespace probe {
 
-// Whether the kernels would load and store whole vectors.
-bool takes_vectors(const ddpm_ext::ElementwiseCall& call);
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::ExtendedStep>& call);
-bool takes_vectors(const ddpm_ext::StepCall<ddpm_ext::LinearStep>& call);
 float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square root
+
+// Takes the kernels' square root of every mantissa and both parities of the exponent, from every start within 2^-22.9,
+// the error that the manual of rsqrt.approx allows. Returns how many starts there were and how many roots were not
+// correctly rounded, and both again for the starts within 2^-23.3.
+std::vector<int64_t> roots_from_every_start();
 
 // Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
 std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);

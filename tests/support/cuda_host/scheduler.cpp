@@ -12,7 +12,6 @@
 #include "control.h"
 #include "faults.h"
 #include "fiber.h"
-#include "sectors.h"
 #include "standin/launch.h"
 #include "standin/threads.h"
 

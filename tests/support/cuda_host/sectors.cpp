@@ -1,5 +1,3 @@
-#include "sectors.h"
-
 #include <map>
 #include <set>
 #include <utility>

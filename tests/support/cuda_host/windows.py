@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from support.cuda_host.calls import SAMPLES, Call, Host, Variant, assert_same_bits, make_call, values
+from support.cuda_host.calls import Call, Host, Variant, assert_same_bits, make_call, values
 from support.cuda_host.guarded import Sparse
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def around(samples: Iterable[int], numbers: Iterable[int], numel: int) -> list[t
 
 class Windows:
     def __init__(self) -> None:
-        self.rooms = {name: Sparse(2**34 + 64) for name in (*SAMPLES, "out")}
+        self.rooms = {name: Sparse(2**34 + 64) for name in ("x_t", "model_output", "noise", "out")}
 
     def check(
         self,
@@ -55,38 +55,34 @@ class Windows:
         are not named; offsets, where a tensor begins, too.
         """
         changes = {"t": None, "t_index": 1, "draw": 2**32 - 9, "first_id": 2**55}
-        call, gpu = make_call(variant, 1, 1, **changes)
+        call = make_call(variant, 1, 1, **changes)
+        like = {**call.tensors, "out": call.x}
         tensors = {
-            name: room.tensor(tensor.dtype, shape, strides.get(name, strides["out"]), offsets.get(name, 0))
-            for name, room in self.rooms.items()
-            if (tensor := call.x if name == "out" else getattr(call, name)) is not None
+            name: self.rooms[name].tensor(tensor.dtype, shape, strides.get(name, strides["out"]), offsets.get(name, 0))
+            for name, tensor in like.items()
         }
-        call = call.with_tensors(lambda name, _: tensors[name])
+        out = tensors.pop("out")
+        call = replace(call, tensors=tensors)
         expected = []
         for b, begin, end in places:
             where = index(shape, b, torch.arange(begin, end))
-            tensors["out"][where] = math.nan
-            small = self.small(host, make_call(variant, 1, end - begin, **changes)[0], b, begin)
-            for name in SAMPLES:
-                if name in tensors:
-                    tensors[name][where] = getattr(small, name)[0].to(tensors[name].dtype)
-            expected.append((where, small.on_cpu()[0].to(call.x.dtype)))
+            out[where] = math.nan
+            small = self.small(host, make_call(variant, 1, end - begin, **changes), b, begin)
+            for name, tensor in tensors.items():
+                tensor[where] = small.tensors[name][0].to(tensor.dtype)
+            expected.append((where, small.on_cpu()["out"][0].to(call.x.dtype)))
 
-        arguments = replace(call, seed=~call.seed if gpu else call.seed).arguments(tensors["out"])
-        run = getattr(host.operators, call.op)
-        host.control.instead(None, None, gpu.get("seed"), None, None)
         try:
             host.control.take_launches()
             host.control.set_blocks([])
-            run(*arguments)
+            host.launch(call, {"out": out})
             (launch,) = host.control.take_launches()
             host.control.set_blocks(self.blocks(launch, places))
-            run(*arguments)
+            host.launch(call, {"out": out})
         finally:
-            host.control.instead(None, None, None, None, None)
             host.control.set_blocks(None)
         for where, truth in expected:
-            assert_same_bits(tensors["out"][where], truth, f"{call} {launch} {offsets}")
+            assert_same_bits(out[where], truth, f"{call} {launch} {offsets}")
 
     @staticmethod
     def small(host: Host, call: Call, b: int, begin: int) -> Call:
@@ -96,8 +92,8 @@ class Windows:
         if not call.drawn:
             return call
         z = host.control.normals(call.seed % 2**64, call.first_id + b, 0, call.draw, begin // 4, n // 4 + 2)
-        noise = torch.tensor(z)[begin % 4 :][:n].view(1, n)
-        return replace(call, x=call.x.float(), noise=noise, drawn=False)
+        tensors = {**call.tensors, "x_t": call.x.float(), "noise": torch.tensor(z)[begin % 4 :][:n].view(1, n)}
+        return replace(call, tensors=tensors, drawn=False)
 
     @staticmethod
     def blocks(launch: tuple[Sequence[int], Sequence[int]], places: Sequence[tuple[int, int, int]]) -> list[int]:

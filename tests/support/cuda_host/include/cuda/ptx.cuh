@@ -79,7 +79,7 @@ void load_word_if(bool condition, const Word* p, Word& word) {
 }
 
 inline void make_opaque(uint32_t&) {}
-inline void wait_for_launch_before() {}  // launches come one after the other
+inline void make_opaque(int64_t&) {}
 
 template <class T>
 T* in_register(T* p) {

@@ -12,8 +12,9 @@ from ddpm_ext import ops
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip
 from ddpm_ext.ops import reference
-from ddpm_ext.ops.fused import TableStep
+from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.ops.table_step import CalledTableStep
 from ddpm_ext.process.clip import DynamicThreshold
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.row_needs import row_needs
@@ -22,7 +23,7 @@ from ddpm_ext.tables.step_table import StepTable
 HISTORY = ("history1", "history2", "history3")
 
 
-class Rows:
+class RowStepper:
     """The rows of a step table.
 
     Args:
@@ -47,27 +48,16 @@ class Rows:
         self.table, self.clip, self.threshold = table, clip, threshold
         self.needs = row_needs(table)
         self._tables = KernelTables(table)
-        self._quiet_steps: dict[torch.device, TableStep] = {}
-        self._linear = table.linear
-        self._reads = [[k for k, is_read in enumerate(kind.history) if is_read] for kind in self.needs]
+        self._quiet_steps: dict[tuple[torch.device, torch.dtype], CalledTableStep] = {}
+        self._bound = {} if threshold is None else {"quantile": threshold.quantile, "maximum": threshold.maximum}
+        self._reads = [[k for k, is_read in enumerate(needs.history) if is_read] for needs in self.needs]
         self._keeps_output = [
-            kind.keeps_output and clip is None and (held is None or held[i]) for i, kind in enumerate(self.needs)
+            needs.keeps_output and clip is None and (held is None or held[i]) for i, needs in enumerate(self.needs)
         ]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without steps for devices that may not be there when they are unpickled."""
         return {**self.__dict__, "_quiet_steps": {}}
-
-    def quiet_step(self, device: torch.device) -> TableStep | None:
-        """Takes rows without noise for float32 arithmetic on a device, as take does, with less of Python. None where
-        rows need more than the plain step."""
-        if self._linear or self.threshold is not None:
-            return None
-        step = self._quiet_steps.get(device)
-        if step is None:
-            table = self._tables.get("steps", device, torch.float32)
-            step = self._quiet_steps[device] = TableStep(table, clip=self.clip, add_noise=False)
-        return step
 
     def take(
         self,
@@ -77,6 +67,8 @@ class Rows:
         history: Sequence[Tensor] = (),
         *,
         x0: Tensor | None = None,
+        rng: Philox | None = None,
+        out: Tensor | None = None,
         **inputs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Row i in one launch: the next sample, and what the row keeps. A threshold takes two.
@@ -86,28 +78,46 @@ class Rows:
         Args:
             history: what earlier rows kept, the newest first.
             x0: is filled with the predicted clean sample.
-            inputs: further ones of the operators, such as noise.
+            rng: draws the row's noise; without it and without `noise`, none is added.
+            out: where the next sample is written.
+            inputs: further ones of a TableStep, such as noise.
         """
-        device, dtype = x.device, x.dtype
-        known = dtype is not torch.float64 and (x.is_cpu or x.is_cuda)
-        operators, dtype = ops if known else reference, checks.compute_dtype(dtype)
-        if self.threshold is not None:
-            to_x0 = self._tables.get("x0", device, dtype)
-            bound = {"quantile": self.threshold.quantile, "maximum": self.threshold.maximum}
-            inputs["x_start_scale"] = operators.x_start_scale(x, m, to_x0, i, **bound)
-        if not self._linear:
-            if x0 is None and self.threshold is None:
-                table = self._tables.get("steps", device, dtype)
-                return operators.reverse_step(x, m, table, i, clip=self.clip, **inputs), None
-            table = self._tables.get("steps", device, dtype)
-            return operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, **inputs), None
         for k in self._reads[i]:
             read = history[k]
             inputs[HISTORY[k]] = read if read.dtype is x.dtype else read.to(x.dtype)
-        keeps, kept = self.needs[i].keeps, None
-        if keeps:
+        kept = None
+        if self.needs[i].keeps:
             kept = m if self._keeps_output[i] and m.dtype is x.dtype else empty_like(x)
-        out = None if kept is m else kept
-        table = self._tables.get("steps", device, dtype)
-        prev = operators.step_with_options(x, m, table, i, clip=self.clip, x0_out=x0, history_out=out, **inputs)
-        return prev, kept
+            if kept is not m:
+                inputs["history_out"] = kept
+        if x0 is not None:
+            inputs["x0_out"] = x0
+        step = self._quiet_steps.get((x.device, x.dtype)) if rng is None else None
+        if step is None:
+            step = self._step(x.device, x.dtype, rng)
+        return step.take(x, m, None, i, out, **self._bound, **inputs), kept
+
+    def _step(self, device: torch.device, dtype: torch.dtype, rng: Philox | None) -> CalledTableStep:
+        operators = ops if dtype is not torch.float64 and device.type in ("cpu", "cuda") else reference
+        table = self._tables.get("steps", device, checks.compute_dtype(dtype))
+        step = operators.TableStep(table, clip=self.clip, rng=rng, add_noise=rng is not None)
+        if rng is None:
+            self._quiet_steps[device, dtype] = step
+        return step
+
+
+def take_step(
+    tables: KernelTables,
+    x: Tensor,
+    m: Tensor | None,
+    t: int | Tensor,
+    clip: Clip | None = (-1.0, 1.0),
+    *,
+    rng: Philox | None = None,
+    out: Tensor | None = None,
+    **inputs: Any,
+) -> Tensor:
+    """A step by the rows t of tables, for one of a kind; the other arguments are those of RowStepper.take."""
+    table = tables.get("steps", x.device, torch.float32)
+    step = ops.TableStep(table, clip=clip, rng=rng, add_noise=rng is not None)
+    return step.take(x, m, *checks.split_t(t), out, **inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,7 @@ def step_with_options(
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range, or that requires a
             gradient; a mask without known or known without a mask; uncond_output without model_output.
     """
-    inputs = {
+    inputs: dict[str, Any] = {
         "uncond_output": uncond_output,
         "output_scale": output_scale,
         "model_variance": model_variance,

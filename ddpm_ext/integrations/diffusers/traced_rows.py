@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
-from ddpm_ext.integrations.rows import Rows
+from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
 
 
-class Start(NamedTuple):
-    """Which steps a plan is for.
+class RowsKey(NamedTuple):
+    """Which steps the rows are for.
 
     Attributes:
         options: what step is called with, beside the model's output, the timestep and the sample: numbers, strings and
@@ -44,7 +44,7 @@ class Start(NamedTuple):
     dims: int
 
 
-class Kinds(NamedTuple):
+class LoopDtypes(NamedTuple):
     """The dtypes of a loop, and which rows draw nothing.
 
     Attributes:
@@ -61,40 +61,48 @@ class Kinds(NamedTuple):
     quiet: list[bool]
 
 
-class Plan(NamedTuple):
+class TracedRows(NamedTuple):
     """The rows of a loop.
 
     Attributes:
-        start: which they are.
+        key: which they are.
         trace: what tracing found.
-        rows: in order.
+        stepper: takes them, in order.
         timesteps: of each row.
-        stateless: whether the scheduler may go on with its own code in the middle of the loop.
+        stateless: whether diffusers' own code, or other rows, may take a step in the middle of the loop: the scheduler
+            holds nothing but numbers of the steps before.
         scheduler: as it was when the loop began, on the CPU.
-        kinds: by the dtypes of output and sample.
-        after: the plans of single steps that came after a row, by that row and their start.
+        dtypes: by the dtypes of output and sample.
+        after: the rows of single steps that came after a row, by that row and their key.
     """
 
-    start: Start
+    key: RowsKey
     trace: TraceResult
-    rows: Rows
+    stepper: RowStepper
     timesteps: list[Any]
     stateless: bool
     scheduler: Any
-    kinds: dict[tuple[torch.dtype, torch.dtype], Kinds | Fallback]
-    after: dict[tuple[int, Start], Plan]
+    dtypes: dict[tuple[torch.dtype, torch.dtype], LoopDtypes | Fallback]
+    after: dict[tuple[int, RowsKey], TracedRows]
 
-    def __deepcopy__(self, memo: object) -> Plan:
+    def __deepcopy__(self, memo: object) -> TracedRows:
         return self
 
     @property
     def first(self) -> int:
         """The place of the first row among the scheduler's timesteps; 0 where it is none of them."""
-        return self.start.first or 0
+        return self.key.first or 0
+
+    def dtypes_of(self, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
+        """Those of the loop's results and draws, found by running it on few numbers of these dtypes."""
+        found = self.dtypes.get((output, sample))
+        if found is None:
+            found = self.dtypes[output, sample] = made_outside_autograd(_make_dtypes, self, output, sample)
+        return result_of(found)
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors by their values, and functions by their identity: where a scheduler holds a lambda, so does its plan."""
+    """Tensors by their values, and functions by their identity: where a scheduler holds a lambda, so do its rows."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):
@@ -112,24 +120,24 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
+def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
     """The rows from a step on. Raises Fallback where they are none.
 
     scheduler: an object of diffusers' class without its state.
     """
     for name, value in state.items():
         scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
-    own, first = scheduler.timesteps, start.first
+    own, first = scheduler.timesteps, key.first
     if first is None:
-        times = torch.as_tensor(start.timestep, device="cpu")[None]
+        times = torch.as_tensor(key.timestep, device="cpu")[None]
     else:
-        times = own[first : first + 1 if start.alone else None]
-    if isinstance(start.kind, torch.dtype):
-        timesteps = list((times[:, None] if start.has_dim else times).to(start.kind))
+        times = own[first : first + 1 if key.alone else None]
+    if isinstance(key.kind, torch.dtype):
+        timesteps = list((times[:, None] if key.has_dim else times).to(key.kind))
     else:
-        timesteps = [start.kind(t) for t in times.tolist()]
+        timesteps = [key.kind(t) for t in times.tolist()]
     try:
-        trace = follow(scheduler, timesteps, dict(start.options), dims=start.dims)
+        trace = follow(scheduler, timesteps, dict(key.options), dims=key.dims)
         timesteps = timesteps[: len(trace.steps)]
         draws = None
         if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
@@ -142,9 +150,11 @@ def make_plan(scheduler: Any, state: Mapping[str, Any], start: Start) -> Plan:
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
-    rows = Rows(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
-    stateless = not any(kind.keeps for kind in rows.needs) and not any(step.stores for step in trace.steps)
-    return Plan(start, trace, rows, timesteps, stateless, scheduler, {}, {})
+    stepper = RowStepper(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
+    stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
+    if first is None and not stateless:  # nobody knows at which timestep the next step is
+        raise Fallback("its timestep is none of the scheduler's")
+    return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
 
 
 def _holds_output(step: Step) -> bool:
@@ -153,24 +163,16 @@ def _holds_output(step: Step) -> bool:
     return any(value is step.output for values in lists for value in values)
 
 
-def kinds_of(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
-    """The dtypes of the loop's results and draws, found by running it on few numbers of these dtypes."""
-    found = plan.kinds.get((output, sample))
-    if found is None:
-        found = plan.kinds[output, sample] = made_outside_autograd(_make_kinds, plan, output, sample)
-    return result_of(found)
-
-
-def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
-    probe = plan.trace.steps[0].sample
+def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
+    probe = rows.trace.steps[0].sample
     assert probe is not None
     x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
-    step = getattr(plan.scheduler, step_name(plan.scheduler))
+    step = getattr(rows.scheduler, step_name(rows.scheduler))
     tuples = "return_dict" in inspect.signature(step).parameters
-    options = dict(plan.start.options) | ({"return_dict": False} if tuples else {})
+    options = dict(rows.key.options) | ({"return_dict": False} if tuples else {})
     try:
         steps = observe(
-            plan.scheduler, plan.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
+            rows.scheduler, rows.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
             wide=False,
         )  # fmt: skip
     except Exception as error:
@@ -180,6 +182,6 @@ def _make_kinds(plan: Plan, output: torch.dtype, sample: torch.dtype) -> Kinds:
     if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
     draws = [[dtype for _, dtype in step.draws] for step in steps]
-    quiet = [used is None and not drawn for used, drawn in zip(plan.trace.noise, draws, strict=True)]
+    quiet = [used is None and not drawn for used, drawn in zip(rows.trace.noise, draws, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    return Kinds(torch.promote_types(computed, second or computed), prev, second, draws, quiet)
+    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws, quiet)
