@@ -201,9 +201,10 @@ def test_bad_arguments(given, kind, message):
         normal_kl(*given)
 
 
-@pytest.mark.parametrize("x", [0.5, torch.zeros(2, dtype=torch.uint8)])
-def test_x_must_be_a_float_tensor(x):
-    with pytest.raises(
-        TypeError, match=r"x (is a float, expected a tensor|has dtype torch.uint8, expected a floating)"
+def test_x_must_be_a_float_tensor():
+    for x, message in (
+        (0.5, "x is a float, expected a tensor"),
+        (torch.zeros(2).byte(), "x has dtype torch.uint8, ex"),
     ):
-        discretized_gaussian_log_likelihood(x, mean=torch.zeros(2), log_scale=-1.0)
+        with pytest.raises(TypeError, match=message):
+            discretized_gaussian_log_likelihood(x, mean=torch.zeros(2), log_scale=-1.0)

@@ -121,21 +121,9 @@ def test_output_scale_of_outliers(device):
     expected = m.std(1) / guided.std(1)
     scale = ops.output_scale(m.to(device, F32), u.to(device, F32), guidance=3.0, rescale=1.0)
     torch.testing.assert_close(scale.double().cpu(), expected, rtol=2e-6, atol=0)
-
-
-def test_output_scale_takes_the_spread_back(device):
-    """Each sample is rescaled by itself, by the share `rescale`. A sample that is no number has none."""
-    m, u = torch.randn(2, 3, 4, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
-    guided = u + 5.0 * (m - u)
-    for backend, dtype, phi in ((reference, torch.float64, 1.0), (ops, F32, 1.0), (ops, F32, 0.3), (ops, F16, 1.0)):
-        scale = backend.output_scale(m.to(dtype), u.to(dtype), guidance=5.0, rescale=phi)
-        assert scale.dtype == (torch.float64 if dtype == torch.float64 else F32)
-        rescaled = (scale.reshape(-1, 1, 1) * guided).std((1, 2))
-        expected = phi * m.std((1, 2)) + (1 - phi) * guided.std((1, 2))
-        torch.testing.assert_close(rescaled.double(), expected, rtol=1e-4 if dtype == F16 else 3e-7, atol=0)
-    m[1, 2, 7] = INF
-    scale = ops.output_scale(m.float(), u.float(), guidance=5.0, rescale=0.7)
-    assert scale[1].isnan() and scale[[0, 2]].isfinite().all()
+    m[1, 7] = INF  # a sample that is no number has no scale
+    scale = ops.output_scale(m.to(device, F32), u.to(device, F32), guidance=5.0, rescale=0.7)
+    assert scale[1].isnan() and scale[[0, 2, 3]].isfinite().all()
     same = torch.ones(2, 9, device=device)
     assert ops.output_scale(same, same, guidance=2.0, rescale=1.0).isnan().all()  # 0 / 0
 

@@ -20,7 +20,7 @@ F32 = torch.float32
 BACKENDS = pytest.mark.parametrize("backend", [ops, reference], ids=["fused", "reference"])
 PAIRS = pytest.mark.parametrize(("dtype", "model_dtype"), DTYPES)
 # The error is counted in roundings of the sum of the terms' absolute values, as in test_ops.py. Measured worst of
-# 3,000 examples: fused ROUNDED, reference ROUNDED.
+# 3,000 examples: fused 2.20, reference 2.29; the margin is 2.2.
 ROUNDINGS = 5
 INF, NAN = math.inf, math.nan
 SHAPE = (8, 3, 5, 7)

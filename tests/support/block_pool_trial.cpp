@@ -63,7 +63,7 @@ void threads(BlockPool& pool) {
   for (unsigned char n = 0; n < 6; ++n)
     all.emplace_back([&pool, &shelf, n] {
       std::mt19937 random(n);
-      for (int i = 0; i < 300; ++i) {
+      for (int i = 0; i < 120; ++i) {
         give(pool, shelf.swap(take(pool, kSizes[random() % 5], n), random()));
         if (random() % 50 == 0) pool.release();
       }
@@ -104,7 +104,7 @@ void forks(BlockPool& pool) {
   std::thread other([&] {
     while (!done) give(pool, take(pool, kSizes[2], 7));
   });
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 8; ++i) {
     const Held mine = take(pool, kSizes[3], 9);
     const pid_t child = fork();
     if (child == 0) {
