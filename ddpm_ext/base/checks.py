@@ -89,6 +89,17 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
 
 
+def floats(name: str, values: Tensor, shape: str) -> Tensor:
+    """Returns numbers as float64 (n,) on the CPU. Raises TypeError unless it is a floating tensor, ValueError unless it
+    has one dimension and a number at least, with `shape` as what is expected."""
+    tensor(name, values)
+    if not values.is_floating_point():
+        raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
+    if values.dim() != 1 or len(values) == 0:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {shape}")
+    return values.detach().to("cpu", torch.float64)
+
+
 def plain_layout(name: str, x: Tensor) -> None:
     """Raises ValueError unless a tensor is strided and not nested."""
     if x.layout is not torch.strided:

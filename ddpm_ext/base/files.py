@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,12 @@ def _beside(target: Path) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     """Flushes a rename to the disk, on systems that can."""
-    try:
+    with suppress(OSError):  # Windows opens no folders, and some network file systems flush none
         opened = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(opened)
-    except OSError:  # some network file systems
-        pass
-    finally:
-        os.close(opened)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 @contextmanager

@@ -36,9 +36,7 @@ def require(module: str, purpose: str) -> ModuleType:
 def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:
     """range(count), with a progress bar labelled `what` if tqdm is installed; disable is tqdm's, None: not on a
     terminal alone."""
-    if disable:
-        return range(count)
-    if not has_bars(tell=disable is False):
+    if disable or not has_bars(tell=disable is False):
         return range(count)
     from tqdm.auto import tqdm
 

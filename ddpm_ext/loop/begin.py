@@ -119,8 +119,7 @@ def _device(options: LoopOptions, model: Any) -> torch.device:
     """The one that is given; else that of start or noise, else of the model's parameters, else the CPU."""
     if options.device is not None:
         return checks.device(options.device)
-    given = [x for x in (options.start, options.noise) if x is not None]
-    image = given[0] if given else None
+    image = options.noise if options.start is None else options.start
     image = image.first if isinstance(image, Interpolation) else image
     if isinstance(image, Tensor):
         return image.device

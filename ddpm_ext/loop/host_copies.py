@@ -25,9 +25,8 @@ class HostCopies:
         self._arrays: list[np.ndarray] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: list[Tensor] = []
-        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = (
-            deque()
-        )  # an address, the buffer for its copy, and when that is done
+        # An address, the buffer for its copy, and when that is done
+        self._under_way: deque[tuple[int, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, x: Tensor) -> None:
         if self._stream is None:

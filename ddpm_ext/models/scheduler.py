@@ -141,9 +141,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
             f"model: {name} has clip_sample_range {config['clip_sample_range']}, expected 1.0; pass "
             "clip_denoised=(low, high) to p_sample_loop instead"
         )
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in tuple(_PREDICTIONS):
-        raise ValueError(f"model: {name} has prediction_type {prediction!r}, expected one of {', '.join(_PREDICTIONS)}")
+    prediction = _ours(config, name, "prediction_type", "epsilon", _PREDICTIONS)
     variance, schedule = _variance(config, name), config.get("beta_schedule", "linear")
     if schedule not in _SCHEDULES and config.get("trained_betas") is None:
         raise ValueError(f"model: {name} has beta_schedule {schedule!r}, expected one of {', '.join(_SCHEDULES)}")
@@ -154,7 +152,7 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
         raise ValueError(f"model: {name} has a schedule that can't be read ({error})") from error
     if not len(betas) or not bool(((betas > 0) & (betas <= 1)).all()):
         raise ValueError(f"model: {name} makes betas outside (0, 1]")
-    return DiffusionSettings(len(betas), tuple(betas.tolist()), _PREDICTIONS[prediction], variance)
+    return DiffusionSettings(len(betas), tuple(betas.tolist()), prediction, variance)
 
 
 def _read_flow(config: dict[str, Any], name: str) -> DiffusionSettings:
@@ -172,10 +170,14 @@ def _count(config: dict[str, Any], name: str) -> int:
 
 
 def _variance(config: dict[str, Any], name: str) -> str:
-    variance = config.get("variance_type", "fixed_small")
-    if variance not in tuple(_VARIANCES):
-        raise ValueError(f"model: {name} has variance_type {variance!r}, expected one of {', '.join(_VARIANCES)}")
-    return _VARIANCES[variance]
+    return _ours(config, name, "variance_type", "fixed_small", _VARIANCES)
+
+
+def _ours(config: dict[str, Any], name: str, entry: str, default: str, known: dict[str, str]) -> str:
+    theirs = config.get(entry, default)
+    if theirs not in tuple(known):
+        raise ValueError(f"model: {name} has {entry} {theirs!r}, expected one of {', '.join(known)}")
+    return known[theirs]
 
 
 def _betas(config: dict[str, Any], schedule: str, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, noise_arg
 from ddpm_ext.ops.noise import randn as randn
 from ddpm_ext.ops.scales import output_scale, x_start_scale
 from ddpm_ext.ops.step_options import refuse_grad, step_with_options
-from ddpm_ext.ops.table_step import CalledTableStep
+from ddpm_ext.ops.table_step import CalledTableStep, operators_by_name
 
 NO_CLIP = _registration.NO_CLIP
 
@@ -104,12 +104,7 @@ class TableStep(CalledTableStep):
             None without the arguments timesteps and unwrap, and where torch.compile or torch.jit.trace records.
     """
 
-    operators = {  # noqa: RUF012  declared as a ClassVar
-        "reverse_step": reverse_step,
-        "step_with_options": step_with_options,
-        "output_scale": output_scale,
-        "x_start_scale": x_start_scale,
-    }
+    operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
 
     def __init__(
         self,

@@ -266,15 +266,7 @@ def randn(
     for name, number in (("seed", seed), ("draw", draw_data)):
         if number is not None and number.device.type not in ("cpu", device.type):
             raise ValueError(f"{name} is on {number.device}, expected cpu or {device}")
-    return torch.ops.ddpm_ext.randn(
-        list(sizes),
-        seed,
-        seed_value,
-        ids,
-        first_id,
-        own_stream if stream is None else stream,
-        max(own_draw, 0) if draw is None else draw,
-        draw_data if draw is None else None,
-        dtype=dtype,
-        device=device,
-    )
+    stream = own_stream if stream is None else stream
+    draw, draw_data = (max(own_draw, 0), draw_data) if draw is None else (draw, None)
+    source = (seed, seed_value, ids, first_id, stream, draw, draw_data)
+    return torch.ops.ddpm_ext.randn(list(sizes), *source, dtype=dtype, device=device)

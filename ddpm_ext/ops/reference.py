@@ -20,18 +20,13 @@ from ddpm_ext.ops.reference_inputs import check_noise, check_samples, columns, f
 from ddpm_ext.ops.reference_inputs import randn as randn
 from ddpm_ext.ops.reference_scales import output_scale, x_start_scale
 from ddpm_ext.ops.reference_steps import check_plain_step, reverse_step, step_with_options
-from ddpm_ext.ops.table_step import CalledTableStep
+from ddpm_ext.ops.table_step import CalledTableStep, operators_by_name
 
 
 class TableStep(CalledTableStep):
     """Twin of ops.TableStep."""
 
-    operators = {  # noqa: RUF012  declared as a ClassVar
-        "reverse_step": reverse_step,
-        "step_with_options": step_with_options,
-        "output_scale": output_scale,
-        "x_start_scale": x_start_scale,
-    }
+    operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
 
     def check(self, x_t: Tensor, row: Tensor | None, index: int, out: Tensor | None = None) -> None:
         noise, rng = self._given["noise"], self._given["rng"]

@@ -53,21 +53,12 @@ def reverse_step(
     return finish(prev, x_t, out)
 
 
-def _check_step(
-    x_t: Tensor,
-    model_output: Tensor | None,
-    table: Tensor,
-    t: int | Tensor,
-    noise: Tensor | None,
-    rng: Philox | None,
-    out: Tensor | None,
-    inputs: Mapping[str, Tensor | None],
-) -> None:
-    """Checks the arguments of step_with_options, whose `inputs` are by name."""
-    like_x = {"noise": noise, "out": out}
-    like_x |= {name: inputs[name] for name in names(InputKind.LIKE_X, InputKind.RESULT)}
-    check_samples("x_t", x_t, table, t, like_x)
-    check_noise(x_t, noise, rng)
+def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
+    """Checks the arguments that step_with_options has beyond reverse_step's, by their names."""
+    for name in names(InputKind.LIKE_X, InputKind.RESULT):
+        given = inputs[name]
+        if given is not None:
+            checks.like(name, given, "x_t", x_t)
     of_model = {"model_output": model_output} | {name: inputs[name] for name in names(InputKind.OF_MODEL)}
     first, *others = [(name, given) for name, given in of_model.items() if given is not None] or [("x_t", x_t)]
     checks.like(*first, "x_t", x_t, lower=True)
@@ -150,7 +141,8 @@ def step_with_options(
         "history_out": history_out,
     }
     checks.clip_range(clip)
-    _check_step(x_t, model_output, table, t, noise, rng, out, inputs)
+    check_plain_step(x_t, table, t, noise, rng, out)
+    _check_inputs(x_t, model_output, inputs)
     dtype = checks.compute_dtype(x_t.dtype)
     row = row_numbers(table, t, x_t, dtype)
     x, zero = x_t.to(dtype), torch.zeros((), dtype=dtype, device=x_t.device)

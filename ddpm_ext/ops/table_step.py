@@ -15,6 +15,10 @@ from ddpm_ext.ops.noise import Philox
 BOUND, SPREAD = ("quantile", "maximum"), ("guidance", "rescale")
 
 
+def operators_by_name(*operators: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {operator.__name__: operator for operator in operators}
+
+
 class CalledTableStep:
     """A TableStep that calls `operators`, functions by their names. See ops.fused.TableStep."""
 

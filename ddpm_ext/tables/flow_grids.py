@@ -44,11 +44,13 @@ FLOW_SPACINGS: dict[str, Callable[[float, float, int], Tensor]] = {
     "karras": karras_sigmas,
     "exponential": exponential_sigmas,
     "beta_sigmas": beta_sigmas,
-    "sgm_uniform": lambda greatest, least, steps: torch.linspace(
-        greatest, least, steps + 1, dtype=torch.float64, device="cpu"
-    )[:-1],
+    "sgm_uniform": lambda greatest, least, steps: _even(greatest, least, steps + 1)[:-1],
     "linear_quadratic": lambda greatest, least, steps: greatest * linear_quadratic(steps),
 }
+
+
+def _even(greatest: float, least: float, steps: int) -> Tensor:
+    return torch.linspace(greatest, least, steps, dtype=torch.float64, device="cpu")
 
 
 def flow_shift(sigma: Tensor, shift: float) -> Tensor:
@@ -130,8 +132,7 @@ def flow_sigmas(
         if shift != 1:
             raise ValueError(f"mu is {mu} beside shift {shift}, expected one of the two")
         shift = math.exp(checks.finite("mu", mu))
-    sigma = torch.linspace(1, 1 / steps if least is None else least, steps, dtype=torch.float64, device="cpu")
-    sigma = flow_shift(sigma, shift)
+    sigma = flow_shift(_even(1, 1 / steps if least is None else least, steps), shift)
     if terminal is not None:
         sigma = stretched(sigma, terminal)
     if curve is not None:
@@ -150,13 +151,8 @@ def flow_grid(sigma: Tensor, *, timesteps: int = 1000, final: float = 0.0) -> Gr
     Raises:
         TypeError, ValueError: an argument of another type, shape or dtype, or out of range.
     """
-    checks.tensor("sigma", sigma)
+    own = checks.floats("sigma", sigma, "(steps,)")
     checks.integer("timesteps", timesteps, 2**31, "2^31", start=1)
-    if not sigma.is_floating_point():
-        raise TypeError(f"sigma has dtype {sigma.dtype}, expected a floating one")
-    if sigma.dim() != 1 or len(sigma) == 0:
-        raise ValueError(f"sigma has shape {tuple(sigma.shape)}, expected (steps,)")
-    own = sigma.detach().to("cpu", torch.float64)
     path = torch.cat([own, own.new_tensor([final])])
     if not (path[0] <= 1 and (path[1:] < path[:-1]).all() and final >= 0):
         raise ValueError(f"sigma and final are {path.tolist()}, expected falling numbers from 1 to 0")

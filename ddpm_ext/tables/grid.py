@@ -145,12 +145,7 @@ class Jumps:
 
 def checked_levels(alphas_cumprod: Tensor) -> Tensor:
     """alphas_cumprod, checked, as float64 (timesteps,) on the CPU, in [0, 1]."""
-    checks.tensor("alphas_cumprod", alphas_cumprod)
-    if not alphas_cumprod.is_floating_point():
-        raise TypeError(f"alphas_cumprod has dtype {alphas_cumprod.dtype}, expected a floating one")
-    if alphas_cumprod.dim() != 1 or len(alphas_cumprod) == 0:
-        raise ValueError(f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}, expected (timesteps,)")
-    levels = alphas_cumprod.detach().to("cpu", torch.float64)
+    levels = checks.floats("alphas_cumprod", alphas_cumprod, "(timesteps,)")
     if not ((levels >= 0) & (levels <= 1)).all():
         raise ValueError(f"alphas_cumprod reaches from {levels.min()} to {levels.max()}, expected all in [0, 1]")
     return levels

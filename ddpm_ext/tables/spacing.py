@@ -21,8 +21,6 @@ __all__ = ["SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", 
 
 
 def _linspace(timesteps: int, steps: int) -> Tensor:
-    if steps == 1:
-        return torch.tensor([timesteps - 1], device="cpu")
     return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64, device="cpu").round().long()
 
 

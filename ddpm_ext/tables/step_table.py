@@ -48,11 +48,10 @@ from ddpm_ext.tables.step_table_columns import (
     OPTIONAL,
     Column,
     Values,
-    check_draws,
     check_float32,
-    check_levels,
     default_draws,
     numbers,
+    refuse,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
 
@@ -139,9 +138,10 @@ class StepTable:
                 values = np.zeros(len(steps))
             columns[name] = numbers(name, values, len(steps)).astype(np.float64)
         columns["draw"] = default_draws(steps) if self.draw is None else numbers("draw", self.draw, len(steps))
-        check_draws(columns["draw"])
+        draw = columns["draw"]
+        refuse("draw", draw, (draw < 0) | (draw >= 2**32), "0 <= draw < 2^32")
         for name in LEVELS:
-            check_levels(name, columns[name])
+            refuse(name, columns[name], columns[name] < 0, f"{name} >= 0")
         # Inference tensors could not be saved for a backward pass later on.
         with torch.inference_mode(False):
             for name, array in columns.items():
@@ -156,10 +156,7 @@ class StepTable:
         return table
 
     def _columns(self) -> dict[str, Tensor]:
-        return dict(self._values(COLUMNS))
-
-    def _values(self, names: tuple[str, ...]) -> list[tuple[str, Tensor]]:
-        return [(name, getattr(self, name)) for name in names]
+        return {name: getattr(self, name) for name in COLUMNS}
 
     # -------------------------------------------------------------------------------------------- as a sequence
 

@@ -72,10 +72,15 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
     if array.dtype.kind == "u" and (array > 2**63 - 1).any():
         raise ValueError(f"{name} holds {array.max()}, expected numbers below 2^63")
     array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-    if not np.isfinite(array).all():
-        i = int(np.argmin(np.isfinite(array)))
-        raise ValueError(f"{name}[{i}] is {array[i]}, expected finite numbers")
+    refuse(name, array, ~np.isfinite(array), "finite numbers")
     return array
+
+
+def refuse(name: str, values: Array, bad: Array, expected: str) -> None:
+    """Raises ValueError with the first of the values that are bad, if any is."""
+    if bad.any():
+        i = int(np.argmax(bad))
+        raise ValueError(f"{name}[{i}] is {values[i]}, expected {expected}")
 
 
 def default_draws(timestep: Array) -> Array:
@@ -98,22 +103,6 @@ def default_draws(timestep: Array) -> Array:
             f"timestep[{i}] is {timestep[i]}, which would draw noise {draws[i]}, expected 0 <= draw < 2^32: give draw"
         )
     return np.array(draws, dtype=np.int64)
-
-
-def check_draws(draw: Array) -> None:
-    """Raises ValueError unless 0 <= draw < 2^32."""
-    bad = (draw < 0) | (draw >= 2**32)
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"draw[{i}] is {draw[i]}, expected 0 <= draw < 2^32")
-
-
-def check_levels(name: str, levels: Array) -> None:
-    """Raises ValueError unless all are at least 0."""
-    bad = levels < 0
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"{name}[{i}] is {levels[i]}, expected {name} >= 0")
 
 
 def check_float32(name: str, values: Tensor) -> None:

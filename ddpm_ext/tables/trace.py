@@ -103,7 +103,7 @@ def follow(
         timesteps = timesteps[:-1]
         run = run_of(scheduler, timesteps, options, dims)
         loop = RandomRun.of(run, seed=0)
-    linear = Linear.of(run_of(plain, timesteps, options, dims), loop, second)
+    linear = Linear(run_of(plain, timesteps, options, dims), loop, second)
     if plain is scheduler or linear.error(loop) is None:  # nothing is clipped
         linear.prove(loop)
         return _proven(linear.rows(), None, linear, run, loop)
@@ -143,7 +143,7 @@ def follow_function(
 
 def _traced(run: Run, second: Sequence[str] | None) -> TraceResult:
     loop = RandomRun.of(run, seed=0)
-    linear = Linear.of(run, loop, second)
+    linear = Linear(run, loop, second)
     linear.prove(loop)
     return _proven(linear.rows(), None, linear, run, loop)
 
@@ -197,7 +197,7 @@ def _clipped_alone(linear: Linear, plain: Any, options: Mapping[str, Any], loop:
     on the clip. The proof shows whether they are the same for other outputs.
     """
     of_clean = with_settings(plain, prediction_type="sample")
-    steps = Linear.of(run_of(of_clean, linear.run.times, options, linear.run.dims), loop, ())
+    steps = Linear(run_of(of_clean, linear.run.times, options, linear.run.dims), loop, ())
     rows = []
     for i, row in enumerate(steps.rows()):
         own = [i, linear.n + i]

@@ -40,20 +40,13 @@ class Linear:
         second: whether each step's second tensor is a x + b m.
     """
 
-    def __init__(self, run: Run, prev: Array, clean: Array, noise: list[int | None], first: Array):
-        self.run, self.prev, self.clean, self.noise = run, prev, clean, noise
-        self.given: list[list[int]] = []
-        self.first_draw = first  # of each step, among the inputs
-        self.second = False
-        self.n = len(run.times)
-
-    @classmethod
-    def of(cls, run: Run, loop: RandomRun, second: Sequence[str] | None) -> Linear:
-        """The sums. loop: any of the same run. second: as for `follow`."""
-        n = len(run.times)
+    def __init__(self, run: Run, loop: RandomRun, second: Sequence[str] | None) -> None:
+        """loop: any of the same run. second: as for `follow`."""
+        self.run, n = run, len(run.times)
+        self.n = n
         counts = [len(step.draws) for step in loop.steps]
-        first = 2 * n + np.concatenate([[0], np.cumsum(counts)]).astype(int)
-        inputs = int(first[-1])
+        self.first_draw = 2 * n + np.concatenate([[0], np.cumsum(counts)]).astype(int)  # of each step, among the inputs
+        inputs = int(self.first_draw[-1])
         ones = loop.steps[0].result.prev.shape[1:]
 
         def unit(i: int) -> Tensor:  # the last sample of the batch is all zeros
@@ -64,8 +57,9 @@ class Linear:
         draws = iter(range(2 * n, inputs))
         steps = run.observe(lambda i, _: unit(i), lambda i: unit(n + i), lambda: unit(next(draws)))
         prev = np.array([flat(step.result.prev) for step in steps])
-        clean, is_second = np.zeros((n, 2)), [False] * n
-        self = cls(run, prev[:, :-1], clean, [None] * n, first)
+        self.prev, self.clean, is_second = prev[:, :-1], np.zeros((n, 2)), [False] * n
+        self.noise: list[int | None] = []
+        self.given: list[list[int]] = []
         for i, step in enumerate(steps):
             if not np.isfinite(prev[i]).all():
                 raise ValueError(f"{at(self, i)}, is not linear: its result is infinite or no number")
@@ -76,11 +70,11 @@ class Linear:
                 factors = flat(found)
                 own = factors[[i, n + i]]
                 if np.abs(np.delete(factors, [i, n + i])).max() <= LINEAR * np.abs(own).max():
-                    clean[i], is_second[i] = own, True
-            self.noise[i], given = self._draws_of(i, counts[i], step.given)
+                    self.clean[i], is_second[i] = own, True
+            z, given = self._draws_of(i, counts[i], step.given)
+            self.noise.append(z)
             self.given.append(given)
         self.second = all(is_second)
-        return self
 
     def _draws_of(self, i: int, draws: int, given: int) -> tuple[int | None, list[int]]:
         """The draw that is a step's z, and the others that it reads, all among the first `given`."""

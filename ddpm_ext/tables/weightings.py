@@ -120,16 +120,15 @@ def weights(alphas_cumprod: Tensor, prediction: str, weighting: str | Tensor) ->
     if not isinstance(weighting, str):
         raise TypeError(f"weighting is a {type(weighting).__name__}, expected a name or a tensor")
     checks.one_of("weighting", weighting, ("simple", *WEIGHTINGS))
-    if weighting not in names(alphas_cumprod, prediction):
-        if PREDICTIONS[prediction].error is not None:
-            raise ValueError(
-                f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps does not determine x_0, expected "
-                "'simple' or a tensor"
-            )
-        raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
     if weighting == "simple":
         return torch.ones_like(alphas_cumprod)
     error = PREDICTIONS[prediction].error
-    assert error is not None  # A prediction without has no names.
+    if error is None:
+        raise ValueError(f"weighting is {weighting!r} beside prediction {prediction!r}, expected 'simple' or a tensor")
+    if weighting not in names(alphas_cumprod, prediction):
+        raise ValueError(
+            f"weighting is {weighting!r}, but alphas_cumprod ends at 0, where eps does not determine x_0, expected "
+            "'simple' or a tensor"
+        )
     ratio = alphas_cumprod / (1 - alphas_cumprod)
     return WEIGHTINGS[weighting](ratio) / error(ratio)
