@@ -129,11 +129,7 @@ SPACED = [
     (lambda: spaced_timesteps(100, None, "10,95"), ValueError, "section 1 is to give 95 timesteps, expected 1 to 50"),
 ]
 ARGUMENTS = [
-    (
-        lambda: ddpm(GRID, variance="large"),
-        ValueError,
-        "variance is 'large', expected 'fixed_small' or .* 'learned_v",
-    ),
+    (lambda: ddpm(GRID, variance="large"), ValueError, "variance is 'large', expected 'fixed_small' or .* 'learned_v"),
     (lambda: ddim_inverse(GRID), ValueError, "grid does not ascend"),
     (lambda: ddim_inverse(GRID, prediction="x_prev"), ValueError, r"prediction is 'x_prev'.*expected another"),
     (lambda: tcd(GRID, eta=1.5), ValueError, r"eta is 1.5, expected 0 <= eta <= 1"),
