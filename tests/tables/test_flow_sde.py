@@ -38,8 +38,7 @@ def test_steps(name, step, steps, eta):
         expected = step(x, v, z, sigma[i], sigma[i + 1], eta, sigma[1])
         assert take(row, x, v, z=z)[1] == pytest.approx(expected, rel=1e-11, abs=1e-12)
     clean = flow_sde(grid, prediction="x0", eta=eta, variant=name)
-    assert clean.s[-1] == 0
-    assert take(clean[len(clean) - 1], x, 0.125)[1] == pytest.approx(0.125)
+    assert clean.s[-1] == 0 and take(clean[len(clean) - 1], x, 0.125)[1] == pytest.approx(0.125)
     if eta == 0:
         for row, other in zip(clean, euler(grid, prediction="x0"), strict=True):
             assert take(row, x, 0.125)[1] == pytest.approx(take(other, x, 0.125)[1], rel=1e-12)
@@ -67,5 +66,4 @@ def test_marginals_are_the_flows(variant, eta, schedule):
         else:
             grid = make_grid(levels, torch.arange(3999, -1, -4000 // steps))
         errors.append(abs(end_variance(flow_sde(grid, prediction="x0", eta=eta, variant=variant), 0.25) - 0.25))
-    assert errors[-1] < 0.02
-    assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
+    assert errors[-1] < 0.02 and errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]

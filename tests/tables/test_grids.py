@@ -36,13 +36,6 @@ def test_grid_of_neighbours_has_the_schedules_betas():
     assert last.betas[-1] == 0  # the last step does not change the level
 
 
-def test_a_part_of_a_grid():
-    """It is the grid of some of the steps, which follow one on another."""
-    grid = make_grid(LEVELS, [4, 2, 1, 0])
-    part = grid[1:3]
-    assert part.timestep.tolist() == [2, 1] and torch.equal(part.alphas_cumprod, grid.alphas_cumprod[1:4])
-
-
 def log_sigma(grid):
     return (1 / grid.now - 1).sqrt().log()
 
@@ -61,8 +54,7 @@ def test_karras_sigmas(rho):
     torch.testing.assert_close(sigma[[0, -1]], known[[-1, 0]], rtol=1e-9, atol=0)
     even = sigma ** (1 / rho)
     torch.testing.assert_close(even.diff(), even.diff()[:1].expand(14), rtol=1e-9, atol=0)
-    assert (grid.timestep.diff() < 0).all()
-    assert abs(grid.timestep[0] - 999) < 1e-9
+    assert (grid.timestep.diff() < 0).all() and abs(grid.timestep[0] - 999) < 1e-9
     assert abs(grid.timestep[-1]) < 1e-12
 
 
@@ -80,9 +72,7 @@ def test_timesteps_are_where_the_levels_are(choose):
     name = choose.one_of([name for name in SIGMA_GRIDS if name != "align_your_steps_svd"], "name")
     steps = choose.integer(1, 60)
     grid = SIGMA_GRIDS[name](LEVELS, steps)
-    assert len(grid) == steps
-    assert (grid.alphas_cumprod.diff() > 0).all()
-    assert grid.after[-1] == 1
+    assert len(grid) == steps and (grid.alphas_cumprod.diff() > 0).all() and grid.after[-1] == 1
     below = grid.timestep.long().clamp(max=998)
     expected = torch.lerp(LOG_SIGMA[below], LOG_SIGMA[below + 1], grid.timestep - below)
     inside = (log_sigma(grid) > LOG_SIGMA[0]) & (log_sigma(grid) < LOG_SIGMA[-1])
@@ -118,15 +108,9 @@ def test_align_your_steps(model):
     torch.testing.assert_close(log_sigma(align_your_steps_grid(LEVELS, 10, model=model)), published[:-1])
     between = torch.stack([published[:-1], (published[:-1] + published[1:]) / 2], 1).flatten()
     torch.testing.assert_close(log_sigma(align_your_steps_grid(LEVELS, 20, model=model)), between)
-
-
-def test_align_your_steps_of_a_video_model_needs_its_noise():
-    sigma = torch.logspace(-3, 3, 500, dtype=torch.float64)
-    grid = align_your_steps_grid(1 / (1 + sigma**2), 5, model="svd")
-    torch.testing.assert_close((1 / grid.now - 1).sqrt(), torch.tensor(ALIGN_YOUR_STEPS["svd"][:-1:2]).double())
-
-
-# ------------------------------------------------------------------------------------------------------------ flows
+    noisy = 1 / (1 + torch.logspace(-3, 3, 500, dtype=torch.float64) ** 2)  # as a video model needs it
+    video = torch.tensor(ALIGN_YOUR_STEPS["svd"][:-1:2], dtype=torch.float64)
+    torch.testing.assert_close(log_sigma(align_your_steps_grid(noisy, 5, model="svd")), video.log())
 
 
 SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
@@ -145,15 +129,13 @@ def test_shifts_follow_one_another(choose):
 def test_stretched_ends_at_the_terminal():
     sigma = flow_sigmas(7, mu=0.9)
     ends = flow_sigmas(7, mu=0.9, terminal=0.1)
-    assert ends[0] == 1
-    assert ends[-1].item() == pytest.approx(0.1, rel=1e-12)
+    assert ends[0] == 1 and ends[-1].item() == pytest.approx(0.1, rel=1e-12)
     torch.testing.assert_close((1 - ends) / (1 - ends[-1]), (1 - sigma) / (1 - sigma[-1]), rtol=1e-12, atol=0)
 
 
 def test_mu_of_a_resolution():
     """The two points of Flux's line, and one beyond."""
-    assert resolution_mu(256) == 0.5
-    assert resolution_mu(4096) == 1.15
+    assert resolution_mu(256) == 0.5 and resolution_mu(4096) == 1.15
     assert resolution_mu(7936) == pytest.approx(1.8)
     torch.testing.assert_close(flow_sigmas(9, mu=resolution_mu(4096)), flow_sigmas(9, shift=math.exp(1.15)))
 

@@ -1,7 +1,5 @@
 """Levels of signal and noise: rows for samples of any scale, and the scales of flow, sigma space and EDM."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -34,9 +32,6 @@ GRIDS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------- the grid
-
-
 @pytest.mark.parametrize(("signal", "noise"), [(1 - FLOW, FLOW), (torch.ones_like(SIGMAS), SIGMAS), CURVED])
 def test_grid_of_levels(signal, noise):
     """It holds the levels; alphas_cumprod is the signal's share of the power, and beta what a step adds."""
@@ -60,9 +55,6 @@ def test_timesteps_by_a_function():
     torch.testing.assert_close(part.unscaled().timestep_of(*unit_levels(part.now)), part.timestep, rtol=1e-10, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- scales
-
-
 @pytest.mark.parametrize("make", [flow, sigma_space])
 def test_levels_between_lie_on_the_line(make):
     """Flow and sigma space are lines, so known levels of them give all others, also beyond the outermost."""
@@ -84,9 +76,6 @@ def test_edm_is_the_scale_of_its_networks_input():
         torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
         torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
         assert (signal * r)[-1] == 1  # clean data is as the data set has it
-
-
-# ------------------------------------------------------------------------------------------------------------ rows
 
 
 def walk(table, x, outputs, gradients, noises, before, after):

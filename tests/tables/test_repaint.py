@@ -51,8 +51,7 @@ def test_order_is_repaints(choose):
         else:
             assert row._replace(draw=0) == table[rows - 1 - at]._replace(draw=0)
             times.append(at - 1)
-    assert times == visited(rows, length, passes)
-    assert len(set(repainted.draw.tolist())) == len(repainted)
+    assert times == visited(rows, length, passes) and len(set(repainted.draw.tolist())) == len(repainted)
 
 
 @for_many(30)
@@ -101,5 +100,4 @@ def test_other_tables():
     assert repaint(table, jump_n_sample=1) == table
     before = [*table]
     jumping = repaint(table, jump_length=5, jump_n_sample=3)
-    assert [*table] == before
-    assert len(jumping) == 12 + 2 * 2 * 6
+    assert [*table] == before and len(jumping) == 12 + 2 * 2 * 6

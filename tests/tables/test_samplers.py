@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from support.gaussian import take
+from support.sampler_grids import PREDICTIONS, grids, schedule
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import (
@@ -23,10 +24,8 @@ from ddpm_ext.tables.samplers import (
     tcd,
 )
 from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
-PREDICTIONS = ("eps", "x0", "v")
 STOCHASTIC = ("ddim", "dpmpp_2s", "sa_solver", "tcd")  # have eta, as those with "ancestral" or "sde" in their names
 # They call the model between the grid's timesteps: tests/tables/test_two_calls.py.
 BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
@@ -34,11 +33,6 @@ BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
 def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-
-
-def schedule(name, timesteps=1000):
-    betas = make_betas(name, timesteps)
-    return betas, (1 - betas).cumprod(0)
 
 
 def bayes(alpha, level_before):
@@ -151,15 +145,6 @@ def test_alphas_cumprod_zero(sampler):
 def sigmas(grid):
     """Sigma where each step starts and where it ends: the noise's standard deviation for a signal of scale 1."""
     return (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
-
-
-def grids():
-    _, levels = schedule("scaled_linear")
-    return [
-        make_grid(levels, spaced_timesteps(1000, 25)),
-        make_grid(levels, spaced_timesteps(1000, 10, "trailing"), final=levels[0].item()),
-        karras_grid(levels, 12),
-    ]
 
 
 @pytest.mark.parametrize("clip", [False, True])

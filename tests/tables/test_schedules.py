@@ -12,8 +12,7 @@ LENGTHS = (20, 50, 1000)
 
 
 def check_betas(betas, expected, rtol):
-    assert betas.dtype == torch.float64
-    assert betas.device.type == "cpu"
+    assert betas.dtype == torch.float64 and betas.device.type == "cpu"
     np.testing.assert_allclose(betas.numpy(), expected, rtol=rtol, atol=0)
 
 
@@ -61,10 +60,8 @@ def test_sigmoid(timesteps):
 @pytest.mark.parametrize("timesteps", [1, 20, 21, 4000])
 def test_betas_in_range(name, timesteps):
     betas = make_betas(name, timesteps)
-    assert betas.shape == (timesteps,)
-    assert betas.min() > 0
-    assert betas.max() <= (0.999 if name in ("cosine", "sigmoid") else 1)
-    assert (betas.diff() > 0).all()
+    assert betas.shape == (timesteps,) and betas.min() > 0
+    assert betas.max() <= (0.999 if name in ("cosine", "sigmoid") else 1) and (betas.diff() > 0).all()
     assert betas[-1] == 1 or (name, timesteps) != ("linear", 20)  # it takes no fewer
 
 
@@ -76,9 +73,7 @@ def test_given(device, choose):
         values[-1] = 1.0
     given_betas = torch.tensor(values, dtype=dtype, device=device, requires_grad=True)
     betas = make_betas(given_betas, len(values))
-    assert betas.dtype == torch.float64
-    assert betas.device.type == "cpu"
-    assert betas.tolist() == values
+    assert betas.dtype == torch.float64 and betas.device.type == "cpu" and betas.tolist() == values
     assert not betas.requires_grad
     with torch.no_grad():
         given_betas.fill_(0.5)

@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 import torch
 from support.gaussian import push, take
+from support.sampler_grids import PREDICTIONS, grids, schedule
 
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddim_inverse, ddpm
-from ddpm_ext.tables.schedules import make_betas
-from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.variances import VARIANCES
 
 LEARNED = ("learned", "learned_range", "learned_variance")
-PREDICTIONS = ("eps", "x0", "v")
-
-
-def schedule(name="linear", timesteps=1000):
-    betas = make_betas(name, timesteps)
-    return betas, (1 - betas).cumprod(0)
 
 
 def full_grid(name="linear", timesteps=1000):
@@ -69,9 +62,6 @@ class Posterior:
         return self.of_x0 * x0 + self.of_x * x + variance * g + noise
 
 
-# --------------------------------------------------------------------------------------------------- variances
-
-
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("name, count", [("linear", 1000), ("cosine", 60), ("linear", 1)])
 def test_step_is_guided_diffusions(name, count, variance):
@@ -100,22 +90,9 @@ def test_rows_of_learned_variances_have_their_columns():
     for variance in LEARNED:
         table = ddpm(grid, variance=variance)
         assert table.plain == (variance == "learned_variance")  # the rows of other samplers do not have l0 and l1
-        assert table.s.tolist() == [1.0] * 49 + [0.0]
-        assert table.g1.tolist() == [1.0] * 50
+        assert table.s.tolist() == [1.0] * 49 + [0.0] and table.g1.tolist() == [1.0] * 50
         assert fixed.diff(table).columns.keys() <= {"s", "l0", "l1", "g1"}
     assert fixed.plain
-
-
-# ---------------------------------------------------------------------------------------------------- gradients
-
-
-def grids():
-    _, levels = schedule("scaled_linear")
-    return [
-        make_grid(levels, spaced_timesteps(1000, 20)),
-        make_grid(levels, spaced_timesteps(1000, 9, "trailing"), final=levels[0].item()),
-        karras_grid(levels, 12),
-    ]
 
 
 def score_tables(grid, prediction):
