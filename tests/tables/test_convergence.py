@@ -78,7 +78,6 @@ ORDERS = [
     ("heun", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
     ("dpm_2", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
     ("dpmpp_2s", {}, even_in_log_sigma, 0, 1.97, 1.5e-4),
-    ("unipc", {"order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("unipc", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 2.95, 4e-4),
     ("unipc", {"order": 3, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
     ("unipc", {"order": 3, "solver": "bh1", **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
@@ -88,10 +87,8 @@ ORDERS = [
     ("deis", {"order": 2, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("deis", {"order": 3, **WHOLE}, even_in_log_sigma, 3, 2.8, 4e-4),
     ("deis", {"order": 4, **WHOLE}, even_in_log_sigma, 3, 3.8, 4e-4),
-    ("sa_solver", {"eta": 0.0, "predictor_order": 1, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("sa_solver", {"eta": 0.0, **WHOLE}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("sa_solver", {"eta": 0.0, "predictor_order": 3, "corrector_order": 4, **WHOLE}, even_in_log_sigma, 0, 3.8, 4e-4),
-    ("lms", {"order": 2}, even_in_log_sigma, 0, 1.95, 4e-4),
     ("lms", {"order": 3}, even_in_log_sigma, 3, 2.8, 4e-4),
     ("lms", {}, even_in_log_sigma, 3, 3.7, 4e-4),
     ("ipndm", {}, even_in_sigma, 3, 3.7, 4e-4),
@@ -210,8 +207,7 @@ def deterministic(name, grid):
 @pytest.mark.parametrize("grid", [make_grid(LEVELS, [500]), make_grid(LEVELS, [700, 200]), karras_grid(LEVELS, 12)])
 def test_the_first_row_is_of_first_order(name, grid):
     """It is DDIM's, and every row reads as much history as there is."""
-    table = deterministic(name, grid)
-    noisy = grid.after[0].item() < 1
+    table, noisy = deterministic(name, grid), grid.after[0].item() < 1
     for column in ("a", "b", "c0", "c1", "c2"):
         expected = getattr(euler(grid), column)[0].item()
         if noisy or column != "c1":
@@ -235,22 +231,10 @@ def test_from_pure_noise(name):
         euler_row = euler(make_grid(ZERO_TERMINAL, [999, 600]))[:1]
         if name == "restart":  # whose timesteps are floats
             allowed |= {"timestep"}
-        assert first.diff(euler_row).columns.keys() <= allowed
-        assert table[1:].diff(then).columns.keys() <= {"draw"}
+        assert first.diff(euler_row).columns.keys() <= allowed and table[1:].diff(then).columns.keys() <= {"draw"}
     if name == "dpmpp_2m":  # with noise, too
         first, after = dpmpp_2m_sde(make_grid(ZERO_TERMINAL, [999, 600, 0]))[0], LEVELS[600].item()
         assert (first.c0, first.s, first.c1) == pytest.approx((after**0.5, (1 - after) ** 0.5, 0), rel=1e-14)
-
-
-@pytest.mark.parametrize("name", [*HISTORY, "heun", "dpm_2", "dpmpp_2s"])
-@pytest.mark.parametrize("steps", [5, 10, 20, 50])
-def test_a_sample_of_clean_data(name, steps):
-    """The last step goes to x0 by whatever history, and ends nearer to the exact sample than first order does."""
-    grid = make_grid(LEVELS, spaced_timesteps(1000, steps, "trailing"))
-    tables, exact = [deterministic(sampler, grid) for sampler in (name, "euler")], flow(1.0, grid.now[0].item(), 1.0)
-    assert tables[0].signal_after[-1] == 1
-    higher, lower = (abs(end(grid, table, 1.0, 0.0)[0] - exact) for table in tables)
-    assert higher < lower
 
 
 @pytest.mark.parametrize("name", HISTORY)

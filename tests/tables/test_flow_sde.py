@@ -14,8 +14,7 @@ from ddpm_ext.tables.schedules import make_betas
 
 def flow_grpo(x, v, z, sigma, after, eta, first_after):
     """Liu et al. 2025: x and the velocity v, and noise of standard deviation d sqrt(-dt)."""
-    dt = after - sigma
-    d = eta * math.sqrt(sigma / (1 - (first_after if sigma == 1 else sigma)))
+    dt, d = after - sigma, eta * math.sqrt(sigma / (1 - (first_after if sigma == 1 else sigma)))
     return x + (v + d**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt + d * math.sqrt(-dt) * z
 
 
@@ -58,8 +57,7 @@ def end_variance(table, variance):
 @pytest.mark.parametrize("schedule", ["flow", "variance preserving"])
 def test_marginals_are_the_flows(variant, eta, schedule):
     """In the limit of short steps: the error of the variance is of first order in the number of steps."""
-    levels = (1 - make_betas("scaled_linear", 4000)).cumprod(0)
-    errors = []
+    levels, errors = (1 - make_betas("scaled_linear", 4000)).cumprod(0), []
     for steps in (100, 200, 400):
         if schedule == "flow":
             grid = flow_grid(flow_sigmas(steps, shift=3.0))

@@ -71,8 +71,7 @@ def test_edm_is_the_scale_of_its_networks_input():
     sigma = torch.tensor([80.0, 1.0, 0.002, 0.0], dtype=F64)
     signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
     for sigma_data in (0.5, 1.7):
-        c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
-        r = edm(signal, noise, sigma_data)
+        c_in, r = 1 / (sigma**2 + sigma_data**2).sqrt(), edm(signal, noise, sigma_data)
         torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
         torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
         assert (signal * r)[-1] == 1  # clean data is as the data set has it
@@ -94,8 +93,7 @@ def walk(table, x, outputs, gradients, noises, before, after):
 def test_every_sampler_at_any_scale(choose):
     """With samples multiplied by r, and a classifier's gradient divided by it, a loop reaches the samples of the
     variance-preserving loop, multiplied by r."""
-    name = choose.one_of(list(GRIDS), "levels")
-    levels = GRIDS[name]
+    levels = GRIDS[choose.one_of(list(GRIDS), "levels")]
     levels = replace(levels, schedule=levels.alphas_cumprod.flip(0))
     sampler = choose.one_of(list(SAMPLERS), "sampler")
     prediction = choose.one_of(["eps", "x0", "v"], "prediction")
@@ -110,11 +108,9 @@ def test_every_sampler_at_any_scale(choose):
             (table.signal_after.tolist(), table.noise_after.tolist()),
         )
     ]
-    ones = np.ones(len(table))
-    x = rng.normal()
+    ones, x = np.ones(len(table)), rng.normal()
     expected = walk(unit, x, *values, ones, ones) * powers[1]
-    found = walk(table, x, *values, *powers)
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(walk(table, x, *values, *powers), expected, rtol=1e-9, atol=1e-9)
     for column in LEVELS:
         own = getattr(unit, column).numpy() * powers[column.endswith("after")]
         np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
@@ -146,12 +142,7 @@ def test_learned_variances_are_of_the_variance_preserving_samples(variance):
 
 def test_variance_preserving_rows_keep_their_bits():
     """Without a scale nothing is multiplied; steps that do not follow one on another have levels, too."""
-    betas = make_betas("linear", 1000)
-    alphas_cumprod = (1 - betas).cumprod(0)
-    steps = make_grid(alphas_cumprod, [900, 500, 0])
-    jumps = Jumps(steps.timestep, steps.now, steps.after, steps.alphas)
-    table = ddim(jumps)
-    assert table == ddim(steps)
-    assert table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
-    unit = ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal)))
-    assert unit == table
+    steps = make_grid((1 - make_betas("linear", 1000)).cumprod(0), [900, 500, 0])
+    table = ddim(Jumps(steps.timestep, steps.now, steps.after, steps.alphas))
+    assert table == ddim(steps) and table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
+    assert ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal))) == table

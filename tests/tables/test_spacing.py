@@ -28,8 +28,7 @@ def test_spaced_timesteps(choose):
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999, 1000])
 def test_spacings_are_diffusers(spacing, steps):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
     scheduler.set_timesteps(steps)
     # With one step diffusers starts from timestep 0, where there is no noise to remove.
     if spacing == "linspace" and steps == 1:
@@ -42,8 +41,7 @@ def test_spacings_are_diffusers(spacing, steps):
 def test_beta_and_simple(steps):
     """As ComfyUI has both: Lee et al. 2024 by scipy's quantiles, and k-diffusion's rounding. But where some of its
     timesteps are equal, ComfyUI takes fewer steps, while "beta" takes the next timesteps."""
-    simple = [999 - int(i * (1000 / steps)) for i in range(steps)]
-    assert spaced_timesteps(1000, steps, "simple").tolist() == simple
+    assert spaced_timesteps(1000, steps, "simple").tolist() == [999 - int(i * (1000 / steps)) for i in range(steps)]
     ideal = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), 0.6, 0.6) * 999)
     beta = spaced_timesteps(1000, steps, "beta")
     if steps <= 100:
@@ -55,8 +53,7 @@ def test_beta_and_simple(steps):
 def test_quadratic(steps):
     """tau_i = floor(c i^2) up to 0.8 T (Song et al. 2021, appendix), or the next timestep that is not taken yet."""
     spaced = spaced_timesteps(1000, steps, "quadratic").flip(0).double()
-    i = torch.arange(steps, dtype=torch.float64)
-    exact = 800 * (i / max(1, steps - 1)) ** 2
+    exact = 800 * (torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)) ** 2
     assert (spaced.diff() >= 1).all()
     free = (spaced - exact).abs() < 1 + 1e-9
     assert (free | (spaced > exact)).all() and (free[1:] | (spaced.diff() == 1)).all() and free[0]
@@ -66,8 +63,7 @@ def test_quadratic(steps):
 @for_many(100)
 def test_sections(choose):
     """Each section has its count of timesteps, evenly spaced, with both of its ends."""
-    timesteps = choose.integer(10, 2000)
-    number = choose.integer(1, 5)
+    timesteps, number = choose.integer(10, 2000), choose.integer(1, 5)
     counts = [choose.integer(1, timesteps // number) for _ in range(number)]
     taken = section_timesteps(timesteps, counts).flip(0)
     assert torch.equal(taken, spaced_timesteps(timesteps, None, ",".join(map(str, counts))).flip(0))
@@ -76,8 +72,7 @@ def test_sections(choose):
     for i, count in enumerate(counts):
         length = timesteps // number + (i < timesteps % number)
         section = taken[(taken >= start) & (taken < start + length)]
-        assert len(section) == count and section[0] == start
-        assert count == 1 or section[-1] == start + length - 1
+        assert len(section) == count and section[0] == start and (count == 1 or section[-1] == start + length - 1)
         start += length
     assert 149 in section_timesteps(300, [10, 15, 20])  # where the position is 149.5, the stride's sum decides
     assert spaced_timesteps(1000, None, "ddim25").tolist() == list(range(960, -1, -40))

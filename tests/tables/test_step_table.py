@@ -176,8 +176,7 @@ def test_replace():
     table = changed(s=[1, 2, 3], h1=[0, 1, 0], draw=[7, 8, 9])
     other = dataclasses.replace(table, s=[3, 2, 1], g0=torch.ones(3))
     assert set(table.diff(other).columns) == {"s", "g0"}
-    assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3]
-    assert other.a.data_ptr() != table.a.data_ptr()
+    assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3] and other.a.data_ptr() != table.a.data_ptr()
     refused(ValueError, r"noise_now\[0\] is -2", dataclasses.replace, table, noise_now=[-2, 0, 0])
     for at in (1.0, None, [0, 1], torch.tensor([0, 1])):
         with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
@@ -193,10 +192,9 @@ def test_copies_are_equal_and_frozen():
     refused(TypeError, "unhashable", hash, table)
 
 
-@pytest.mark.parametrize("count", [1, 2, 11, 12, 1000])
+@pytest.mark.parametrize("count", [1, 11, 12])
 def test_repr_is_an_aligned_table(count):
-    generator = torch.Generator().manual_seed(count)
-    columns = torch.randn(6, count, generator=generator, dtype=torch.float64).exp() ** 9
+    columns = torch.randn(6, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).exp() ** 9
     table = StepTable(torch.arange(count - 1, -1, -1), *columns)
     title, head, *lines = repr(table).splitlines()
     assert title == f"StepTable of {count} row{'' if count == 1 else 's'}" and head.split() == ["row", *PLAIN]
@@ -208,14 +206,3 @@ def test_repr_is_an_aligned_table(count):
             assert set(cells) == {"..."}
         else:
             assert [float(cell) for cell in cells] == pytest.approx([i, *table[i][:8]], rel=1e-5)
-
-
-@pytest.mark.parametrize("shown", [["h1"], ["l0", "l1"], ["l1", "cu", "k2"]])
-def test_repr_beyond_the_plain_columns(shown):
-    values = {name: [0.0, 0.125, -2.5] for name in shown}
-    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", *LEVELS)}
-    table = changed(**values, **hidden)
-    title, head, *lines = repr(table).splitlines()
-    assert title == "StepTable of 3 rows" and head.split() == ["row", *PLAIN, *shown]
-    for i, line in enumerate(lines):
-        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in head.split()[9:]]]

@@ -26,8 +26,7 @@ def test_diff(choose):
     for _ in range(choose.integer(0, 4)):
         column = COLUMNS.index(choose.one_of([name for name in (*FACTORS, *ADDED) if name not in LEVELS]))
         other[choose.integer(0, len(rows) - 1)][column] = any_float(choose)
-    found = of(rows).diff(of(other))
-    expected = {}
+    found, expected = of(rows).diff(of(other)), {}
     for name, here, there in zip(COLUMNS, zip(*rows, strict=True), zip(*other, strict=True), strict=True):
         apart = [i for i, (x, y) in enumerate(zip(here, there, strict=True)) if x != y]
         if apart:
@@ -54,8 +53,7 @@ def test_diff_of_integers():
 def test_diff_of_lengths_and_dtypes():
     table, longer = changed(), StepTable(*(4 * [[3, 2, 1, 0]]), [0] * 4)
     for here, there, words in ((table, longer, "rows: 3 here, 4 there"), (longer, table, "rows: 4 here, 3 there")):
-        assert here != there and words in str(here.diff(there))
-        assert here.diff(there).rows == (len(here), len(there))
+        assert here != there and words in str(here.diff(there)) and here.diff(there).rows == (len(here), len(there))
     found = longer[:2].diff(longer)
     assert found and not found.columns
     found = table.diff(changed(timestep=[2.0, 1.0, 0.0]))

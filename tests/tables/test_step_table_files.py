@@ -15,11 +15,9 @@ from ddpm_ext.tables.step_table import ADDED, COLUMNS
 
 @for_many(60)
 def test_files_preserve_every_bit(choose, tmp_path_factory):
-    rows = any_rows(choose)
-    path = tmp_path_factory.mktemp("tables") / "a.json"
+    rows, path = any_rows(choose), tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
-    loaded = StepTable.load(str(path))
-    assert bits(loaded) == bits(rows)
+    assert bits(StepTable.load(str(path))) == bits(rows)
     content = json.loads(path.read_text())
     assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 4)
     assert content["columns"] == list(COLUMNS) and bits(content["rows"]) == bits(rows)
@@ -68,8 +66,7 @@ def test_files_with_the_x0_of_the_row_before_are_read(tmp_path):
     for c3, k0 in (([0, 0.5, 0], [1, 0, 0]), ([0, -1, 2.5], [1, 1, 0]), ([2, 0, 0], [0, 0, 0])):
         assert StepTable.load(with_c3(path, c3, cu=[0, 0, 1])) == changed(h1=c3, k0=k0, cu=[0, 0, 1])
     assert StepTable.load(with_c3(path, [0, 0, 0], h2=[0, 0, 1], k1=[1, 1, 1])) == changed(h2=[0, 0, 1], k1=[1, 1, 1])
-    with pytest.raises(ValueError, match=r"a.json: c3\[2\] is 0.5, but the row before it calls no model"):
-        StepTable.load(with_c3(path, [0, 0, 0.5], b=[1, 0, 1]))
+    refused(ValueError, r"a.json: c3\[2\] is 0.5, but the row", StepTable.load, with_c3(path, [0, 0, 0.5], b=[1, 0, 1]))
     for name in NEWER[1:]:
         with pytest.raises(ValueError, match=f"a.json: c3 and {name} are not 0, so that"):
             StepTable.load(with_c3(path, [0, 0, 0.5], **{name: [0, 1, 0]}))
@@ -89,11 +86,9 @@ def test_failed_save_leaves_the_old_file(tmp_path):
 @for_many(20)
 def test_files_with_fewer_columns_in_another_order(choose, tmp_path_factory):
     """Columns that an older file lacks are zeros."""
-    rows = any_rows(choose)
-    path = tmp_path_factory.mktemp("tables") / "a.json"
+    rows, path = any_rows(choose), tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
-    content = json.loads(path.read_text())
-    left_out = [name for name in ADDED if choose.one_of([False, True])]
+    content, left_out = json.loads(path.read_text()), [name for name in ADDED if choose.one_of([False, True])]
     kept = [i for i, name in enumerate(content["columns"]) if name not in left_out][:: choose.one_of([1, -1])]
     content["columns"], *content["rows"] = ([row[i] for i in kept] for row in (content["columns"], *content["rows"]))
     path.write_text(json.dumps(content))

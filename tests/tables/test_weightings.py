@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.losses.rows import CACHED, LossRows
@@ -95,46 +94,6 @@ def rows(of, weighting, dtype=torch.float64):
     return (of if isinstance(of, LossRows) else LossRows(of.process)).get(weighting, CPU, dtype)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
-def test_rows(prediction):
-    """A row has the target's coefficients, the weight and a zero. In float32 it is the float64 row, rounded."""
-    gd = GaussianDiffusion(100, "cosine", prediction=prediction)
-    own = torch.linspace(-1, 3, 100)
-    for weighting in ("simple", own) if prediction == "x_prev" else (*NAMES, own):
-        got = rows(gd, weighting)
-        x_start, noise = torch.tensor([0.7, -1.3], dtype=torch.float64)
-        x_t = gd.sqrt_alphas_cumprod * x_start + gd.sqrt_one_minus_alphas_cumprod * noise
-        target = {
-            "eps": noise.expand(100),
-            "x0": x_start.expand(100),
-            "v": gd.sqrt_alphas_cumprod * noise - gd.sqrt_one_minus_alphas_cumprod * x_start,
-            "x_prev": gd.posterior_mean_coef1 * x_start + gd.posterior_mean_coef2 * x_t,
-        }[prediction]
-        torch.testing.assert_close(got[:, 0] * x_start + got[:, 1] * noise, target, rtol=1e-12, atol=1e-14)
-        assert torch.equal(got[:, 2], weights(gd.alphas_cumprod, prediction, weighting)) and not got[:, 3].any()
-        assert torch.equal(rows(gd, weighting, torch.float32), got.float())
-
-
-class Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
-def test_rows_are_made_once(device):
-    loss_rows, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
-    for weighting in (*NAMES, own):
-        first = loss_rows.get(weighting, device, torch.float32)
-        with Operations() as operations:
-            assert loss_rows.get(weighting, device, torch.float32) is first
-        assert operations.count == 0 and first.device == device
-    for i in range(3 * CACHED):
-        rows(loss_rows, torch.full((50,), float(i)))
-    assert len(loss_rows._given) == CACHED
-
-
 def test_weights_that_are_written_to_are_read_again():
     gd, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
     for value in (2.0, 3.0):
@@ -154,8 +113,7 @@ def test_copies_have_no_given_weights(remake):
     """They may lie on a device that is missing here, or belong to a graph, and cannot be copied then. And a copy does
     not recognise other weights by an address that some had for the original."""
     gd, first = GaussianDiffusion(50), LossRows(GaussianDiffusion(50).process)
-    size = len(pickle.dumps(gd))
-    of_a_graph = torch.ones(50, requires_grad=True) * 2
+    size, of_a_graph = len(pickle.dumps(gd)), torch.ones(50, requires_grad=True) * 2
     with torch.no_grad():
         rows(gd, of_a_graph)
         assert (rows(remake(gd), of_a_graph)[:, 2] == 2).all()
