@@ -125,7 +125,6 @@ def test_json_that_is_none(tmp_path, monkeypatch):
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), OSError("9 requested and 2 written")]
 )
 def test_a_full_disk_names_the_path(tmp_path, error):
-    """Neither what Python raises in write() nor what numpy does says where."""
     with pytest.raises(OSError) as info, files.atomic_path(tmp_path / "a.npz"):
         raise error
     assert info.value.filename == str(tmp_path / "a.npz") and info.value.errno == (error.errno or errno.EIO)

@@ -40,7 +40,6 @@ def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys, mo
     monkeypatch.setattr(fuzz, "PATIENCE", 2.0)
     assert fuzz.run(f"{path}::test_hangs", 7, 0.1).failure == "hangs"
     monkeypatch.undo()
-
     path.write_text(CASES.partition("@for_many()\ndef test_crashes")[0].replace("test_holds", "holds"))
     assert fuzz.main(["1", str(path), "--seed", "1000"]) == 1
     said = capsys.readouterr().out

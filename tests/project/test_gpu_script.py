@@ -107,7 +107,6 @@ def test_a_part_that_crashes_stops_no_other(monkeypatch, tmp_path):
 
 
 def test_a_part_that_takes_too_long_loses_only_its_own_time(monkeypatch, tmp_path):
-    """What it started ends with it, even if it does not listen."""
     child = "import subprocess; p = subprocess.Popen(['sleep', '600']); print('child', p.pid, flush=True); "
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     slow = part("slow", row(n=1) + child + "print('{\"n\": ', end='', flush=True); " + deaf + OVER)
@@ -209,11 +208,8 @@ def test_every_operation_and_way_is_timed(monkeypatch):
     assert {"ddpm_ext, out=", "eager", "eager, tables on the device", "torch.compile of eager"} <= ways["p_sample"]
     assert {"ddpm_ext", "eager", "torch.compile of eager"} <= ways["train_losses"]
     assert {"ddpm_ext", "torch.randn"} <= ways["randn"]
-    bytes_of = {
-        row["operation"]: row["moved_bytes"] // (2 * 3 * 64 * 64)
-        for row in rows
-        if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"
-    }
+    of_float32 = [row for row in rows if row["shape"] == [2, 3, 64, 64] and row["dtype"] == "float32"]
+    bytes_of = {row["operation"]: row["moved_bytes"] // (2 * 3 * 64 * 64) for row in of_float32}
     step = "step_with_options"
     assert (bytes_of["p_sample"], bytes_of[f"{step}, unipc"], bytes_of[f"{step}, plms"]) == (12, 24, 28)
     assert (bytes_of[f"{step}, guidance"], bytes_of["x_start_scale"], bytes_of["output_scale"]) == (16, 8, 8)
@@ -223,12 +219,10 @@ def test_every_operation_and_way_is_timed(monkeypatch):
         for found in (row[name] for name in ("cold", "warm", "call") if name in row):
             assert 0 <= found["us_low"] <= found["us"] <= found["us_high"]
     text = markdown({"speed-all": {"verdict": PASS, "seconds": 1.0, "found": "", "rows": rows}})
-    assert all(f"| {operation} |" in text for operation in ways)
-    assert "| call µs | MHz |" in text and " | 1980 |" in text
+    assert all(f"| {operation} |" in text for operation in ways) and " | 1980 |" in text
 
 
 def test_a_row_that_fails_loses_no_other(monkeypatch):
-    """Whether it raises, is killed or hangs, as a CUDA graph may."""
 
     def fails():
         raise ValueError("too large\nand more")

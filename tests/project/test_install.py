@@ -55,9 +55,7 @@ def on_path(folder: Path) -> dict[str, str]:
 
 
 def test_cuda_home_comes_before_cuda_path_and_both_before_path(tmp_path):
-    a, b, c = (
-        fake_toolkit(tmp_path / name, version) for name, version in [("a", "13.1"), ("b", "13.2"), ("c", "13.3")]
-    )
+    a, b, c = (fake_toolkit(tmp_path / version, version) for version in ("13.1", "13.2", "13.3"))
     path = on_path(c / "bin")
     assert setup.find_toolkit({"CUDA_HOME": str(a), "CUDA_PATH": str(b), **path}).home == str(a)
     assert setup.find_toolkit({"CUDA_PATH": str(b), **path}).home == str(b)

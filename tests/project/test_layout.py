@@ -39,18 +39,10 @@ FORBIDDEN = {("tables", "ops")}
 ALLOWED = {"ddpm_ext.ops.row"}
 
 # Private names of other libraries that are used on purpose, because nothing public gives the same.
-FOREIGN = {
-    "argparse._SubParsersAction",  # the type of what add_subparsers returns
-    "sys._getframe",
-    "torch._C",
-    "torch._foreach_lerp_",
-    "effects._EffectType",  # of torch._higher_order_ops
-    "effects._register_effectful_op",
-    # Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
-    "peer._scale_timesteps",
-    "peer._vb_terms_bpd",
-    "peer._wrap_model",
-}
+FOREIGN = {"argparse._SubParsersAction", "sys._getframe", "torch._C", "torch._foreach_lerp_"}
+FOREIGN |= {"effects._EffectType", "effects._register_effectful_op"}  # of torch._higher_order_ops
+# Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
+FOREIGN |= {"peer._scale_timesteps", "peer._vb_terms_bpd", "peer._wrap_model"}
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}
 
 
@@ -108,12 +100,8 @@ def targets(module: str, node: ast.AST) -> Iterator[str]:
 
 @functools.cache
 def arrows() -> tuple[Arrow, ...]:
-    return tuple(
-        Arrow(module.name, target, node.lineno)
-        for module in modules().values()
-        for node in ast.walk(module.tree)
-        for target in targets(module.name, node)
-    )
+    nodes = [(name, node) for name, module in modules().items() for node in ast.walk(module.tree)]
+    return tuple(Arrow(name, target, node.lineno) for name, node in nodes for target in targets(name, node))
 
 
 def report(violations: list[str]) -> None:

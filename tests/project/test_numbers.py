@@ -97,17 +97,14 @@ def test_sentences():
     shapes = ("64x3x32x32", "16x3x256x256")
     compare(told_in(readme, "drawn # and # times as fast"), [ratios[f"noise, {shape}"] for shape in shapes])
     compare(told_in(readme, "is # and # times as fast as in eager"), [ratios[f"step, {shape}"] for shape in shapes])
-
     few, many = table_after(RESULTS / "samplers.md"), table_after(RESULTS / "samplers.md", "## In many steps")
     distances = [cell.split("/ ")[1] for cell in (few["`dpmpp_2m`",][2], many["`ddpm`",][2])]
     assert told_in(readme, "1,000 steps of DDPM (# and # on") == distances
     assert told_in(SPEED, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
-
     loops = table_after(RESULTS / "overview.md", "## Whole loops", keys=2)
     large = next(model for model, _ in loops if "CIFAR-10" in model)
     seconds = [float(loops[large, f"{way}, ddpm"][1]) for way in ("ddpm_ext", "eager PyTorch")]
     compare(told_in(limits, "took # s here and # s in eager"), seconds)
-
     chained = table_after(RESULTS / "chained.md", keys=2)
     small = {way: float(chained["randn 1x3x32x32", way][0]) for way in ("ddpm_ext", "eager")}
     compare(told_in(limits, "`randn` is # times as fast"), [small["eager"] / small["ddpm_ext"]])
@@ -116,6 +113,5 @@ def test_sentences():
     compare(told_in(SPEED, "A step of a single 3x32x32 sample takes # µs"), [step])
     noise = [float(chained[f"randn {shape}", "ddpm_ext"][-1]) for shape in shapes]
     compare(told_in(SPEED, "`randn` is # and # times as fast"), noise)
-
     peers = table_after(RESULTS / "peers.md", "## 1x4x64x64", keys=2)["diffusers", "FlowMatchEuler: loop"]
     compare(told_in(SPEED, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), numbers(peers[:2]))

@@ -92,12 +92,8 @@ def test_every_name_of_a_modules_page_is_on_it(root, pages):
         for module in modules(path):
             names = {f"{module.__name__}.{name}": name for name in module.__all__}
             homes = {name: getattr(getattr(module, name), "__module__", None) for name in module.__all__}
-            missing = [
-                full
-                for full, name in names.items()
-                if not {full, f"ddpm_ext.{name}", f"{homes[name]}.{name}"} & page.ids and name not in page.code
-            ]
-            assert missing == [], path.name
+            places = {full: {full, f"ddpm_ext.{name}", f"{homes[name]}.{name}"} for full, name in names.items()}
+            assert [f for f in names if not places[f] & page.ids and names[f] not in page.code] == [], path.name
             seen += len(names)
     assert seen > 100
     # The site keeps the last of the names that an entry of a docstring has, unless docs/site.py takes them apart.
@@ -127,10 +123,8 @@ def test_every_option_of_training_has_its_group(root):
 def test_site_has_pages_and_pictures_and_no_script(root, site, pages):
     docs = root / "docs"
     assert {path.relative_to(docs).with_suffix(".html").as_posix() for path in docs.rglob("*.md")} <= set(pages)
-    assert {path.name for path in (docs / "pictures").iterdir()} == {
-        path.name for path in (site / "pictures").iterdir()
-    }
-    assert list(site.rglob("*.py")) == []
+    theirs, ours = ({path.name for path in (folder / "pictures").iterdir()} for folder in (docs, site))
+    assert theirs == ours and list(site.rglob("*.py")) == []
     for page in pages.values():
         assert not [link for link in page.links if re.search(r"^(https?:)?//.*\.(js|css|woff2?)$", link)]
 
@@ -143,9 +137,8 @@ def test_code_of_the_first_page_runs(root, tmp_path, monkeypatch):
 
 def rows(root: Path) -> dict[str, list[str]]:
     """The papers in the table, with the files that the table names for each."""
-    table = re.findall(
-        r"^\| (\w.*? \d{4}.*?) \|.*\| (\[.*) \|$", (root / "docs" / "papers.md").read_text(), re.MULTILINE
-    )
+    line = re.compile(r"^\| (\w.*? \d{4}.*?) \|.*\| (\[.*) \|$", re.MULTILINE)
+    table = line.findall((root / "docs" / "papers.md").read_text())
     return {paper: re.findall(r"\]\(\.\./(.+?)\)", files) for paper, files in table}
 
 
@@ -155,12 +148,7 @@ def test_every_paper_that_is_cited_is_in_the_table(root):
     sources += [path for path in (root / "docs").rglob("*.md") if path.name != "papers.md"]
     cited = {(*found, path.name) for path in sources for found in CITED.findall(path.read_text())}
     assert len(cited) > 40
-    unknown = [
-        f"{path}: {author} {year}"
-        for author, year, path in sorted(cited)
-        if not any(paper.startswith(author) and year in paper for paper in papers)
-    ]
-    assert unknown == []
+    assert [c for c in sorted(cited) if not any(paper.startswith(c[0]) and c[1] in paper for paper in papers)] == []
 
 
 def test_the_files_that_the_table_names_cite_the_paper(root):

@@ -176,9 +176,8 @@ def test_classes():
 
 
 def test_turns_of_pipes():
-    wide, add, half, vector = kernel(
-        "IMAD.WIDE.U32 R0, R1, R2, RZ", "IADD3 R0, R1, R2, RZ", "HADD2.F32 R0, -RZ, R1.H0_H0", "LDG.E.128 R0, [R2.64]"
-    ).instructions
+    code = "IMAD.WIDE.U32 R0, R1, R2, RZ; IADD3 R0, R1, R2, RZ; HADD2.F32 R0, -RZ, R1.H0_H0; LDG.E.128 R0, [R2.64]"
+    wide, add, half, vector = kernel(code).instructions
     assert pipes.load(wide, "80") == {"issue": 1, "fma": 2}
     assert pipes.load(wide, "90") == {"issue": 1, "fma": 2, "heavy": 2}
     assert pipes.load(add, "100") == {"issue": 1, "alu": 1} and pipes.load(add, "120") == {"issue": 1, "fma": 1}
@@ -242,13 +241,9 @@ def test_variants():
 
 
 def test_resources():
-    usage = """Fatbin elf code:
- Function one:
-  REG:40 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:1104 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-    remarks = """ptxas info    : Function properties for one
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-"""
+    usage = " Function one:\n  REG:40 STACK:8 SHARED:16 LOCAL:0 CONSTANT[0]:1104 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    remarks = "ptxas info    : Function properties for one\n"
+    remarks += "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
     found = compiler.resources(usage, remarks)
     assert found == {"one": compiler.Resources(40, stack=8, local=0, shared=16, spill_stores=4, spill_loads=12)}
 

@@ -106,12 +106,6 @@ def test_shifts_follow_one_another(choose):
     torch.testing.assert_close(flow_shift(shifted, 1 / one), SIGMA, rtol=1e-10, atol=1e-14)
 
 
-def test_stretched_ends_at_the_terminal():
-    sigma, ends = flow_sigmas(7, mu=0.9), flow_sigmas(7, mu=0.9, terminal=0.1)
-    assert ends[0] == 1 and ends[-1].item() == pytest.approx(0.1, rel=1e-12)
-    torch.testing.assert_close((1 - ends) / (1 - ends[-1]), (1 - sigma) / (1 - sigma[-1]), rtol=1e-12, atol=0)
-
-
 @for_many(50)
 def test_grids(choose):
     options = {"terminal": choose.one_of([None, 0.1], "terminal"), "mu": choose.one_of([None, -0.5, 1.1], "mu")}

@@ -1,17 +1,17 @@
-"""Levels of signal and noise: rows for samples of any scale, and the scales of flow, sigma space and EDM."""
+"""Levels of signal and noise in grids and rows, and the scales of flow and sigma space.
+
+Whole loops at any scale, and EDM's, are in tests/loop and tests/process, each in test_noise_schedules.py.
+"""
 
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from support.choices import for_many
-from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import Jumps, grid_of_levels, make_grid
-from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
-from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm
+from ddpm_ext.tables.levels import flow, sigma_space, straight, unit_levels
+from ddpm_ext.tables.samplers import SAMPLERS, ddim
 from ddpm_ext.tables.schedules import make_betas
 
 F64 = torch.float64
@@ -66,57 +66,6 @@ def test_levels_between_lie_on_the_line(make):
     torch.testing.assert_close(one, make(*known)[:1].expand(5), rtol=1e-15, atol=0)
 
 
-def test_edm_is_the_scale_of_its_networks_input():
-    """c_in = 1 / sqrt(sigma^2 + sigma_data^2) times x0 + sigma eps: Karras et al. 2022, table 1."""
-    sigma = torch.tensor([80.0, 1.0, 0.002, 0.0], dtype=F64)
-    signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
-    for sigma_data in (0.5, 1.7):
-        c_in, r = 1 / (sigma**2 + sigma_data**2).sqrt(), edm(signal, noise, sigma_data)
-        torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
-        torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
-        assert (signal * r)[-1] == 1  # clean data is as the data set has it
-
-
-def walk(table, x, outputs, gradients, noises, before, after):
-    """x after each row, for samples that are multiplied by `before` where a row starts; floats."""
-    history, reached = [], []
-    for i, row in enumerate(table):
-        scaled, m, g = x * before[i], outputs[i], gradients[i] / before[i]
-        x0, x_next = take(row, scaled, m, noises[i], g=g, clip=(-1, 1), history=history)
-        history = push(row, history, x0, scaled, m)
-        reached.append(x_next)
-        x = x_next / after[i]
-    return np.array(reached)
-
-
-@for_many(60)
-def test_every_sampler_at_any_scale(choose):
-    """With samples multiplied by r, and a classifier's gradient divided by it, a loop reaches the samples of the
-    variance-preserving loop, multiplied by r."""
-    levels = GRIDS[choose.one_of(list(GRIDS), "levels")]
-    levels = replace(levels, schedule=levels.alphas_cumprod.flip(0))
-    sampler = choose.one_of(list(SAMPLERS), "sampler")
-    prediction = choose.one_of(["eps", "x0", "v"], "prediction")
-    unit = SAMPLERS[sampler](levels.unscaled(), prediction=prediction)
-    table = SAMPLERS[sampler](levels, prediction=prediction)
-    rng = np.random.default_rng(choose.integer(0, 1000, "seed"))
-    values = rng.normal(size=(3, len(table)))
-    powers = [
-        [math.hypot(*pair) for pair in zip(*columns, strict=True)]
-        for columns in (
-            (table.signal_now.tolist(), table.noise_now.tolist()),
-            (table.signal_after.tolist(), table.noise_after.tolist()),
-        )
-    ]
-    ones, x = np.ones(len(table)), rng.normal()
-    expected = walk(unit, x, *values, ones, ones) * powers[1]
-    np.testing.assert_allclose(walk(table, x, *values, *powers), expected, rtol=1e-9, atol=1e-9)
-    for column in LEVELS:
-        own = getattr(unit, column).numpy() * powers[column.endswith("after")]
-        np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
-    assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
-
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_rows_have_levels_of_the_grids_kind(sampler):
     """Those in the middle of a step, too: signal and noise of flow sum to 1, and sigma space has a signal of 1."""
@@ -125,19 +74,6 @@ def test_rows_have_levels_of_the_grids_kind(sampler):
         table = SAMPLERS[sampler](replace(levels, schedule=levels.alphas_cumprod.flip(0)))
         for signal, noise in ((table.signal_now, table.noise_now), (table.signal_after, table.noise_after)):
             torch.testing.assert_close(signal + of_noise * noise, torch.ones_like(signal), rtol=1e-10, atol=0)
-
-
-@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])
-def test_learned_variances_are_of_the_variance_preserving_samples(variance):
-    levels = GRIDS["flow"]
-    unit = ddpm(levels.unscaled(), prediction="x0", variance=variance)
-    table = ddpm(levels, prediction="x0", variance=variance)
-    r = [math.hypot(row.signal_after, row.noise_after) for row in table]
-    for i in range(len(table)):
-        given = {"v": 0.25, "v_is_variance": variance == "learned_variance", "z": 1.5}
-        before = math.hypot(table[i].signal_now, table[i].noise_now)
-        expected = take(unit[i], 0.5, 0.75, **given)[1] * r[i]
-        assert take(table[i], 0.5 * before, 0.75, **given)[1] == pytest.approx(expected, rel=1e-12)
 
 
 def test_variance_preserving_rows_keep_their_bits():

@@ -142,6 +142,10 @@ def test_refused(call, error, message):
 @pytest.mark.parametrize("eta, error", [(-1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError)])
 def test_eta_as_an_option(eta, error):
     assert dpmpp_2m_sde(GRID, eta=0.0) == SAMPLERS["dpmpp_2m"](GRID)
+    over = samplers.euler_ancestral(GRID, eta=40.0)  # all the noise that there is
+    assert over.c1.abs().max() < 1e-6 and torch.allclose(over.s**2, 1 - GRID.after)
+    assert samplers.euler_ancestral(GRID, eta=0.0) == samplers.euler(GRID)
+    assert samplers.lcm(GRID, timestep_scaling=0.01) != samplers.lcm(GRID)
     for name, sampler in SAMPLERS.items():
         assert sampler.__name__ == name  # which error messages show
         has_one = "ancestral" in name or "sde" in name or name in ("ddim", "dpmpp_2s", "sa_solver", "tcd")

@@ -30,25 +30,19 @@ def test_numbers_stay_what_they_are(choose):
         assert getattr(table, name).dtype == torch.float64 and getattr(table, name).shape == (len(rows),)
 
 
-KINDS = {
-    "list": list,
-    "tuple": tuple,
-    "float32": lambda values: torch.tensor(values, dtype=torch.float32),
-    "integers": torch.tensor,
-    "a parameter": lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
-    "long doubles": lambda values: np.array(values, np.longdouble),
-    "big-endian": lambda values: np.array(values, ">f8"),
-    "backwards": lambda values: np.array(values[::-1])[::-1],
-}
+KINDS = (
+    *(list, tuple, torch.tensor),
+    lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
+    lambda values: np.array(values, np.longdouble),
+    lambda values: np.array(values, ">f8"),
+    lambda values: np.array(values[::-1])[::-1],
+)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_kinds_of_columns(kind):
-    column = changed(a=kind([3, 2, 0])).a
-    assert column.tolist() == [3.0, 2.0, 0.0] and column.dtype == torch.float64 and not column.requires_grad
-
-
-def test_kinds_of_draws():
+def test_kinds_of_columns():
+    for kind in KINDS:
+        column = changed(a=kind([3, 2, 0])).a
+        assert column.tolist() == [3.0, 2.0, 0.0] and column.dtype == torch.float64 and not column.requires_grad
     for draw in ([0, 1, 2], range(3), torch.arange(3, dtype=torch.int32), np.arange(3, dtype=np.uint32)):
         assert changed(draw=draw).draw.tolist() == [0, 1, 2] and changed(draw=draw).draw.dtype == torch.int64
 
@@ -89,9 +83,8 @@ def test_under_modes():
         assert part[::-1] == table == pickle.loads(pickle.dumps(table))
 
 
-@pytest.mark.parametrize(
-    "columns, error, message",
-    [
+def test_refused():
+    for columns, error, message in (
         ({"timestep": []}, ValueError, r"timestep has shape \(0,\), expected \(rows,\) with at least 1 row"),
         ({"timestep": 3}, ValueError, r"timestep has shape \(\), expected \(rows,\)"),
         ({"timestep": [True, False, True]}, TypeError, "timestep holds a bool"),
@@ -109,10 +102,8 @@ def test_under_modes():
         ({"draw": [0, 1, -1]}, ValueError, r"draw\[2\] is -1, expected 0 <= draw < 2\^32"),
         ({"draw": [0, 2**64, 1]}, ValueError, "draw holds 18446744073709551616, expected numbers below"),
         ({"signal_now": [0, 2, -0.1]}, ValueError, r"signal_now\[2\] is -0.1, expected signal_now >= 0"),
-    ],
-)
-def test_refused(columns, error, message):
-    refused(error, message, changed, **columns)
+    ):
+        refused(error, message, changed, **columns)
 
 
 @for_many(100)
@@ -134,7 +125,7 @@ def test_draws_between_the_timesteps_are_the_rows():
     assert changed(timestep=[2**32 - 1, 1, 0]).draw.tolist() == [2**32 - 1, 1, 0]
 
 
-@pytest.mark.parametrize("draw", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("draw", [1, 2**31, 2**32 - 1])
 def test_kernel_draws_what_the_row_says(draw, device):
     table = StepTable([5], a=[0], b=[0], c0=[0], c1=[0], s=[1], draw=[draw])
     zeros, rng = torch.zeros(2, 9, device=device), Philox(3, 4)
@@ -172,7 +163,6 @@ def test_indices_and_slices_are_a_lists(choose):
 
 
 def test_replace():
-    """dataclasses.replace changes some columns, which are checked, and leaves the others."""
     table = changed(s=[1, 2, 3], h1=[0, 1, 0], draw=[7, 8, 9])
     other = dataclasses.replace(table, s=[3, 2, 1], g0=torch.ones(3))
     assert set(table.diff(other).columns) == {"s", "g0"}

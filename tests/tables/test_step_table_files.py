@@ -73,9 +73,8 @@ def test_files_with_the_x0_of_the_row_before_are_read(tmp_path):
 
 
 def test_failed_save_leaves_the_old_file(tmp_path):
-    path, table = tmp_path / "a.json", changed()
+    path, table, broken = tmp_path / "a.json", changed(), changed()
     table.save(path)
-    broken = changed()
     broken.a[1] = math.nan
     refused(ValueError, "not JSON compliant", broken.save, path)
     assert StepTable.load(path) == table
@@ -85,7 +84,6 @@ def test_failed_save_leaves_the_old_file(tmp_path):
 
 @for_many(20)
 def test_files_with_fewer_columns_in_another_order(choose, tmp_path_factory):
-    """Columns that an older file lacks are zeros."""
     rows, path = any_rows(choose), tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
     content, left_out = json.loads(path.read_text()), [name for name in ADDED if choose.one_of([False, True])]

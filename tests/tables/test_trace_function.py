@@ -156,9 +156,8 @@ def uniform(model, x, sigmas):
     return model(x, sigmas[:1]) + torch.rand_like(x)
 
 
-@pytest.mark.parametrize(
-    "function, message",
-    [
+def test_what_is_no_table():
+    for function, message in (
         (with_square, "step 2, at sigma 2.5, is not linear: .* differ by"),
         (four, "step 5, at sigma 0.2, reads more of the steps before it than the 3 tensors"),
         (until_small, "the model is called (more|less) than .* times for other samples, on which the steps depend"),
@@ -166,10 +165,8 @@ def uniform(model, x, sigmas):
         (lambda model, x, sigmas: (model(x, sigmas[:1]), 3), "the function returns a tuple, expected the samples"),
         (confides, "the model is called with report, expected no arguments but those of extra_args"),
         (uniform, "draws other random numbers than torch.randn's, by rand_like"),
-    ],
-)
-def test_what_is_no_table(function, message):
-    refused(ValueError, message, StepTable.trace, function, [*SIGMAS[:-1], 0.2, 0.1, 0.0])
+    ):
+        refused(ValueError, message, StepTable.trace, function, [*SIGMAS[:-1], 0.2, 0.1, 0.0])
 
 
 def test_arguments_are_checked():

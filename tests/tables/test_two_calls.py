@@ -54,7 +54,6 @@ def assert_follows(table, grid, clip, algorithm, near=1e-10):
     x, sigmas = outputs[-1], (1 / grid.alphas_cumprod - 1).sqrt().tolist()
     denoise = Denoiser(outputs, clip)
     expected = algorithm(denoise, x / grid.now[0].item() ** 0.5, sigmas, iter(noise))
-
     given = iter(outputs)
     rows, _, reached = zip(*loop(table, x, lambda row, x: next(given), iter(noise), clip=clip), strict=True)
     x, calls = reached[-1], [row for row in rows if calls_model(row)]
