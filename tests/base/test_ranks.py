@@ -12,9 +12,7 @@ from ddpm_ext.base.ranks import Ranks, ranks
         ("8", "5", "1", Ranks(5, 8, 1)),
         ("8", "5", None, Ranks(5, 8, 5)),
         ("2", None, None, r"RANK: got nothing in the environment, expected a whole number in \[0, 2\)"),
-        ("2", "2", None, "RANK: got 2"),
         ("0", None, None, "WORLD_SIZE: got 0"),
-        ("two", None, None, "WORLD_SIZE: got two"),
         ("2", "1", "-1", "LOCAL_RANK: got -1"),
     ],
 )

@@ -22,8 +22,7 @@ def test_npz_is_that_of_numpy(tmp_path, truth):
     write_npz(shards, tmp_path / "new" / "a.npz")
     with zipfile.ZipFile(tmp_path / "new" / "a.npz") as ours, zipfile.ZipFile(expected) as theirs:
         assert ours.namelist() == theirs.namelist() == ["arr_0.npy"]
-        assert ours.read("arr_0.npy") == theirs.read("arr_0.npy")
-        assert ours.testzip() is None
+        assert ours.read("arr_0.npy") == theirs.read("arr_0.npy") and ours.testzip() is None
         assert ours.infolist()[0].date_time[0] == 1980  # the file does not depend on the time of the run
     with np.load(tmp_path / "new" / "a.npz") as opened:
         assert np.array_equal(opened["arr_0"], truth)
@@ -40,8 +39,7 @@ def test_npz_needs_the_memory_of_a_shard(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert (tmp_path / "a.npz").stat().st_size > 40 * 512 * 512 * 3
-    assert peak < 4 * 512 * 512 * 3
+    assert (tmp_path / "a.npz").stat().st_size > 40 * 512 * 512 * 3 and peak < 4 * 512 * 512 * 3
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
@@ -61,16 +59,14 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pngs(tmp_path, channels):
-    image = pytest.importorskip("PIL.Image")
-    shards = Shards(tmp_path, 7, 3, (4, 5, channels))
+    image, shards = pytest.importorskip("PIL.Image"), Shards(tmp_path, 7, 3, (4, 5, channels))
     images = np.random.default_rng(0).integers(0, 256, (7, 4, 5, channels), dtype=np.uint8)
     sample_many(shards, {}, lambda first, count: images[first : first + count], batch_size=2)
     write_pngs(shards, tmp_path / "png")
     assert sorted(path.name for path in (tmp_path / "png").iterdir()) == [f"{i:06d}.png" for i in range(7)]
     for i in range(7):
         with image.open(tmp_path / "png" / f"{i:06d}.png") as opened:
-            assert opened.format == "PNG"
-            assert np.array_equal(np.asarray(opened).reshape(4, 5, channels), images[i])
+            assert opened.format == "PNG" and np.array_equal(np.asarray(opened).reshape(4, 5, channels), images[i])
 
 
 def test_png_folder_is_whole_or_refused(tmp_path):

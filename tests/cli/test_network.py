@@ -79,8 +79,7 @@ def test_samples_are_those_of_load(here):
     make("run", model=own("wide"), steps=4).fit()
     found = samples("--model", "run", "--network", "own_models:wide", "--seed", 3)
     trained = training.load("run", own("wide"))
-    assert near(found["arr_0"], trained.sample(N, seed=3, sampler="ddim", steps=4))
-    assert "arr_1" not in found
+    assert near(found["arr_0"], trained.sample(N, seed=3, sampler="ddim", steps=4)) and "arr_1" not in found
     # The other commands that call a model, and the folder of many images.
     named = ("--model", "run", "--network", "own_models:wide", "--quiet", "--steps", 4)
     assert call("invert", "a.npz", *named, "--out", "noise.npy") == 0
@@ -98,8 +97,7 @@ def test_samples_are_those_of_load(here):
 def test_classes_and_guidance(here):
     make("run", model=own("Pets"), data=labelled(), classes=True, steps=4).fit()
     named = ("--model", "run", "--network", "own_models:Pets")
-    trained = training.load("run", own("Pets"))
-    found = samples(*named)
+    trained, found = training.load("run", own("Pets")), samples(*named)
     assert near(found["arr_0"], trained.sample(N, sampler="ddim", steps=4))
     assert found["arr_1"].tolist() == [0, 1, 0, 1, 0]
     one = samples(*named, "--class", 1)
@@ -111,13 +109,7 @@ def test_classes_and_guidance(here):
 
 
 def test_runs_that_go_on(here):
-    """From the newest checkpoint: a module, and a UNet2DModel, which needs no name."""
-    make("run", model=own("wide"), steps=4).fit()
-    for name in ("model.json", "model.safetensors", "training.json"):
-        (here / "run" / name).unlink()
-    found = samples("--model", "run", "--network", "own_models:wide")
-    assert near(found["arr_0"], training.load("run", own("wide")).sample(N, sampler="ddim", steps=4))
-
+    """From the newest checkpoint: a UNet2DModel, which needs no name; tests/training/test_trained.py has a module."""
     make_unet("unet", labelled(), classes=True).fit()
     finished = samples("--model", "unet", "--class", "1,0")
     (here / "unet" / "unet").rename(here / "elsewhere")
@@ -126,11 +118,10 @@ def test_runs_that_go_on(here):
     assert abs(goes_on["arr_0"].astype(int) - finished["arr_0"]).max() <= 1
     assert goes_on["arr_1"].tolist() == [1, 0, 1, 0, 1]
     average = checkpoints.under(checkpoints.load(checkpoints.newest(here / "unet"))[0], "average.")
-    loaded = training.load("unet")
-    assert_same(dict(loaded.model.state_dict()), average)
+    assert_same(dict(training.load("unet").model.state_dict()), average)
 
 
-def test_message_says_which_name_is_missing(here, capsys):
+def test_message_says_which_name_is_missing(here, capsys, monkeypatch):
     """The class that trained the run, with its module where that can be imported; nothing is imported by itself."""
     make("run", model=own("wide"), steps=2).fit()
     assert call("sample", "--model", "run", *LOOP) == 2
@@ -145,6 +136,9 @@ def test_message_says_which_name_is_missing(here, capsys):
     path.unlink()
     assert call("sample", "--model", "run", *LOOP) == 2
     assert "run is a run of a Wide, expected --network MODULE:Wide" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "own_models")  # the console script does not look in the working directory
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(here))])
+    assert call("sample", "--model", "run", "--network", "own_models:wide", *LOOP, "--out", "a.png") == 0
 
 
 BAD = [
@@ -163,19 +157,10 @@ def test_wrong_networks(here, capsys):
     for name, message in BAD:
         assert call("sample", "--model", "run", "--network", name, *LOOP) == 2
         said = capsys.readouterr().err
-        assert re.search(message, said) and said.count("\n") == 1
-        assert not (here / "a.npz").exists()
+        assert re.search(message, said) and said.count("\n") == 1 and not (here / "a.npz").exists()
     save_tiny(here / "tiny")
     for model in ("digits", "tiny"):
         assert call("sample", "--model", model, "--network", "own_models:wide", *LOOP) == 2
         assert f"network: got own_models:wide, but {model} is a UNet2DModel, which" in capsys.readouterr().err
     assert call("sample", "--model", "nowhere", "--network", "own_models:wide", *LOOP) == 2
     assert "model: no such folder: nowhere" in capsys.readouterr().err
-
-
-def test_file_in_the_working_directory_is_found(here, monkeypatch):
-    """Also by the console script, for which Python does not look there."""
-    make("run", model=own("wide"), steps=2).fit()
-    monkeypatch.delitem(sys.modules, "own_models")
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(here))])
-    assert call("sample", "--model", "run", "--network", "own_models:wide", *LOOP, "--out", "a.png") == 0

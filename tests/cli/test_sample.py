@@ -43,15 +43,6 @@ def test_seed_and_sampler_decide(tiny, tmp_path):
     assert abs(drawn("--dtype", "bfloat16") - first).mean() < 10
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "karras"])
-def test_png_is_a_visible_grid(tmp_path, spacing):
-    fast = ("--sampler", "ddim", "--steps", 5, "--spacing", spacing)
-    assert call("sample", "--num", 4, *fast, "--out", tmp_path / "a.png", "--quiet") == 0
-    with Image.open(tmp_path / "a.png") as opened:
-        assert opened.format == "PNG"
-        assert min(opened.size) > 120  # two by two of eight pixels a side, enlarged
-
-
 @pytest.mark.slow
 def test_compiled_model_draws_the_same_and_the_process_ends(tiny, tmp_path, monkeypatch):
     """Also where torch finds the compiled code of an earlier run; its workers for compiling leave no error behind."""
@@ -65,9 +56,7 @@ def test_compiled_model_draws_the_same_and_the_process_ends(tiny, tmp_path, monk
         assert done.returncode == 0, done.stderr
         assert not [word for word in ("Traceback", "rror", "Exception ignored") if word in done.stderr]
         found.append(np.load(tmp_path / "a.npz")["arr_0"].astype(int))
-    assert abs(found[1] - found[0]).max() <= 1
-    assert np.array_equal(found[1], found[2])
-    assert (tmp_path / "cache").is_dir()
+    assert abs(found[1] - found[0]).max() <= 1 and np.array_equal(found[1], found[2]) and (tmp_path / "cache").is_dir()
 
 
 def rename(path):
@@ -100,5 +89,4 @@ def test_samples_that_are_not_finite_are_an_error(tiny, tmp_path, capsys, comman
     out = tmp_path / "a.png"
     options = ("--model", not_finite(tiny, tmp_path / "model"), "--num", 3, "--steps", 2, "--out", out, "--quiet")
     assert call(command, *options) == 2
-    assert "out: 3 of 3 samples are not finite, and black in " in capsys.readouterr().err
-    assert out.exists()
+    assert "out: 3 of 3 samples are not finite, and black in " in capsys.readouterr().err and out.exists()

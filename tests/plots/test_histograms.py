@@ -12,16 +12,14 @@ pytest.importorskip("matplotlib")
 
 def shrinking_normals():
     """Samples at five timesteps, and the timesteps: normals whose spread shrinks and whose mean rises to 0.5"""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(64, 1, 4, 4, generator=generator)
+    z = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     spread = (1.0, 0.7, 0.4, 0.2, 0.1)
     return [s * z + (1 - s) * 0.5 for s in spread], [90, 70, 30, 10, 0]
 
 
 def test_histogram_is_the_density():
     values, timesteps = shrinking_normals()
-    samples = torch.full((64, 16), 0.5)
-    figure = histogram_figure(values, timesteps, samples=samples, bins=20, limit=2)
+    figure = histogram_figure(values, timesteps, samples=torch.full((64, 16), 0.5), bins=20, limit=2)
     over_time, beside = figure.axes[:2]
     (mesh,) = over_time.collections
     density = mesh.get_array()
@@ -34,41 +32,28 @@ def test_histogram_is_the_density():
         assert np.array_equal(density.mask[:, column], expected == 0)
     # each column reaches halfway to its neighbours
     assert mesh.get_coordinates()[0, :, 0].tolist() == [100, 80, 50, 20, 5, -5]
-    assert np.allclose(mesh.get_coordinates()[:, 0, 1], edges)
-    assert over_time.get_xlim() == (100, -5)
-    assert over_time.get_xlabel() == "timestep t" and over_time.get_ylabel()
+    assert np.allclose(mesh.get_coordinates()[:, 0, 1], edges) and over_time.get_xlim() == (100, -5)
     curves = drawn(beside)
     assert list(curves) == legend(beside) == ["t = 90", "samples", "N(0, 1)"]
     middles = (edges[1:] + edges[:-1]) / 2
     assert np.allclose(np.nan_to_num(np.array(curves["t = 90"])), np.stack([density[:, 0].filled(0), middles], 1))
-    normal = np.array(curves["N(0, 1)"])
-    assert np.allclose(normal[:, 0], torch.distributions.Normal(0, 1).log_prob(middles).exp())
+    assert np.allclose(np.array(curves["N(0, 1)"])[:, 0], torch.distributions.Normal(0, 1).log_prob(middles).exp())
     at = [x for x, y in curves["samples"] if x == x]
     assert at == [pytest.approx(5)]  # all in one bin of 0.2
-    assert beside.get_xscale() == "log"
-    assert "density" in figure.axes[2].get_ylabel()
 
 
 def test_histogram_takes_either_order_and_all_values():
     values, timesteps = shrinking_normals()
-    down = histogram_figure(values, timesteps)
-    up = histogram_figure(values[::-1], timesteps[::-1])
+    down, up = histogram_figure(values, timesteps), histogram_figure(values[::-1], timesteps[::-1])
     meshes = [figure.axes[0].collections[0] for figure in (down, up)]
     assert np.ma.allequal(meshes[0].get_array(), meshes[1].get_array())
     assert down.axes[0].get_xlim() == up.axes[0].get_xlim()
     assert list(drawn(down.axes[1])) == ["t = 90", "t = 0", "N(0, 1)"]
-    largest = float(max(x_t.abs().max() for x_t in values))
-    limit = meshes[0].get_coordinates()[-1, 0, 1]
+    largest, limit = float(max(x_t.abs().max() for x_t in values)), meshes[0].get_coordinates()[-1, 0, 1]
     assert largest <= limit < largest + 1
     assert np.allclose(meshes[0].get_array().sum(axis=0) * 2 * limit / 80, 1)  # nothing is lost
-
-
-def test_histogram_of_one_value(tmp_path):
-    for value in (0.0, 3.0):
-        figure = histogram_figure([np.full(4, value)] * 2, [1, 0])
-        assert figure.axes[0].collections[0].get_array().count() == 2
-    outside = histogram_figure([np.full(4, 9.0)] * 2, [1, 0], tmp_path / "a.png", limit=1)
-    assert outside.axes[0].collections[0].get_array().count() == 0
+    one = [histogram_figure([np.full(4, value)] * 2, [1, 0], limit=limit) for value, limit in ((0.0, None), (9.0, 1))]
+    assert [figure.axes[0].collections[0].get_array().count() for figure in one] == [2, 0]
 
 
 def test_histogram_bad_input():
@@ -76,13 +61,10 @@ def test_histogram_bad_input():
     for changed, message in (
         ({"timesteps": timesteps[:3]}, "timesteps: got 3 for 5 x_t"),
         ({"x_t": values[:1], "timesteps": [0]}, "expected as many, at least 2"),
-        ({"timesteps": [9, 7, 8, 2, 1]}, "timesteps are not in order"),
         ({"timesteps": [9, 7, 7, 2, 1]}, "timesteps are not in order"),
         ({"x_t": [*values[:4], values[0] * torch.nan]}, r"x_t\[4\]: got values that are not"),
-        ({"x_t": [*values[:4], values[0][:0]]}, r"x_t\[4\]: got none"),
         ({"samples": torch.tensor([torch.inf])}, "samples: got values that are not finite"),
         ({"bins": 0}, "bins is 0"),
-        ({"bins": 2.5}, "bins is 2.5"),
         ({"limit": float("nan")}, "limit is nan"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -26,21 +26,20 @@ def test_crashes(choose):
     if choose.random.random() > 0.9:
         os.abort()
 """
-SLEEPS = """
-@for_many()
-def test_a(choose):
-    time.sleep(99)
-"""
 
 
 @pytest.mark.subprocess
-def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys):
+def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys, monkeypatch):
     path = tmp_path / "test_cases.py"
     path.write_text(CASES)
     holds, crashes = (fuzz.run(f"{path}::{name}", 1000, 0.5) for name in ("test_holds", "test_crashes"))
     assert holds.failure == "" and holds.cases == 501
     assert crashes.failure == "dies of SIGABRT" and 0 < crashes.cases < 501
-
+    path.write_text(CASES + "\n@for_many()\ndef test_hangs(choose):\n    time.sleep(99)\n")
+    monkeypatch.setattr(fuzz, "START", 0.0)
+    monkeypatch.setattr(fuzz, "PATIENCE", 2.0)
+    assert fuzz.run(f"{path}::test_hangs", 7, 0.1).failure == "hangs"
+    monkeypatch.undo()
     path.write_text(CASES.partition("@for_many()\ndef test_crashes")[0].replace("test_holds", "holds"))
     assert fuzz.main(["1", str(path), "--seed", "1000"]) == 1
     said = capsys.readouterr().out
@@ -48,15 +47,6 @@ def test_failures_and_crashes_are_reported_with_their_seeds(tmp_path, capsys):
     assert re.search(r"^\d+ cases of 1 property tests in \d+ s, 1 failures$", said, re.MULTILINE)
     seed = re.search(r"to repeat: DDPM_EXT_FUZZ=(\d+):0 python -m pytest \S*test_fails", said)[1]
     assert fuzz.run(f"{path}::test_fails", int(seed), 0)[:2] == (1, "fails")
-
-
-@pytest.mark.subprocess
-def test_a_hang_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "START", 0.0)
-    monkeypatch.setattr(fuzz, "PATIENCE", 2.0)
-    path = tmp_path / "test_cases.py"
-    path.write_text(CASES + SLEEPS)
-    assert fuzz.run(f"{path}::test_a", 7, 0.1).failure == "hangs"
 
 
 def test_every_property_test_of_the_operators_is_found():

@@ -1,7 +1,5 @@
 """What setup.py decides, and what `ddpm_ext.ops.extension` says where there is no compiled module that fits."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -57,9 +55,7 @@ def on_path(folder: Path) -> dict[str, str]:
 
 
 def test_cuda_home_comes_before_cuda_path_and_both_before_path(tmp_path):
-    a, b, c = (
-        fake_toolkit(tmp_path / name, version) for name, version in [("a", "13.1"), ("b", "13.2"), ("c", "13.3")]
-    )
+    a, b, c = (fake_toolkit(tmp_path / version, version) for version in ("13.1", "13.2", "13.3"))
     path = on_path(c / "bin")
     assert setup.find_toolkit({"CUDA_HOME": str(a), "CUDA_PATH": str(b), **path}).home == str(a)
     assert setup.find_toolkit({"CUDA_PATH": str(b), **path}).home == str(b)
@@ -78,25 +74,20 @@ def test_nvcc_on_path_may_stand_in_for_one_elsewhere(tmp_path):
 def test_what_is_wrong_with_nvcc_is_named(tmp_path):
     assert "no nvcc on PATH" in setup.find_toolkit({"PATH": str(tmp_path)}).problem
     empty = setup.find_toolkit({"CUDA_HOME": str(tmp_path), **on_path(fake_toolkit(tmp_path / "cuda") / "bin")})
-    assert empty.home is None
-    assert empty.problem == f"CUDA_HOME={tmp_path} has no bin/nvcc"
+    assert empty.home is None and empty.problem == f"CUDA_HOME={tmp_path} has no bin/nvcc"
     script(tmp_path / "lost" / "nvcc", "exit 1\n")
     assert "does not say where" in setup.find_toolkit(on_path(tmp_path / "lost")).problem
     script(tmp_path / "broken" / "bin" / "nvcc", "exit 1\n")
     assert "--version fails" in setup.find_toolkit({"CUDA_HOME": str(tmp_path / "broken")}).problem
 
 
-def test_cuda_is_taken_where_torch_and_nvcc_agree(tmp_path):
+def test_zero_leaves_cuda_out_and_other_values_are_refused(tmp_path):
     env = {"CUDA_HOME": str(fake_toolkit(tmp_path, "13.0"))}
     for wish in ({}, {"DDPM_EXT_CUDA": ""}, {"DDPM_EXT_CUDA": "1"}):
         plan = setup.make_plan(env | wish, "2.15.0+cu132", "13.2")
         assert (plan.toolkit.home, plan.toolkit.version, plan.why_cpu) == (str(tmp_path), "13.0", "")
-
-
-def test_zero_leaves_cuda_out_and_other_values_are_refused(tmp_path):
-    env = {"CUDA_HOME": str(fake_toolkit(tmp_path)), "DDPM_EXT_CUDA": "0"}
-    assert setup.make_plan(env, "2.15.0+cu132", "13.2") == (None, "DDPM_EXT_CUDA=0")
-    for value in ("2", "yes", "01"):
+    assert setup.make_plan(env | {"DDPM_EXT_CUDA": "0"}, "2.15.0+cu132", "13.2") == (None, "DDPM_EXT_CUDA=0")
+    for value in ("2", "01"):
         with pytest.raises(SystemExit, match=f"DDPM_EXT_CUDA={value} is unknown"):
             setup.make_plan({"DDPM_EXT_CUDA": value}, "2.15.0", "13.2")
 
@@ -128,19 +119,16 @@ def test_default_architectures_are_those_that_both_know():
 
 def test_asking_torch_for_architectures_leaves_no_trace(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-    assert setup.torch_knows("8.0") and not setup.torch_knows("1.2")
-    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
+    assert setup.torch_knows("8.0") and not setup.torch_knows("1.2") and os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0"
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
-    assert setup.torch_knows("8.6")
-    assert "TORCH_CUDA_ARCH_LIST" not in os.environ
+    assert setup.torch_knows("8.6") and "TORCH_CUDA_ARCH_LIST" not in os.environ
 
 
 def test_no_flag_lets_a_compiler_reorder_arithmetic():
     flags = " ".join([*setup.CXX_FLAGS, *setup.NVCC_FLAGS])
     for bad in ("fast-math", "fast_math", "march", "Ofast", "unsafe-math", "associative-math"):
         assert bad not in flags
-    assert "-ffp-contract=off" in setup.CXX_FLAGS
-    assert "-fmad=false" in setup.NVCC_FLAGS
+    assert "-ffp-contract=off" in setup.CXX_FLAGS and "-fmad=false" in setup.NVCC_FLAGS
 
 
 @pytest.mark.parametrize("name", ["g++", "clang++", "aarch64-linux-gnu-g++"])
@@ -161,8 +149,7 @@ def test_without_a_torch_that_will_do_the_build_ends_in_one_sentence(tmp_path, t
     code = f"import runpy, sys, types; sys.modules['torch'] = {torch}; sys.argv = ['setup.py', 'bdist_wheel']"
     code += f"\nrunpy.run_path({str(ROOT / 'setup.py')!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"ddpm_ext: {says}") and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and done.stderr.startswith(f"ddpm_ext: {says}") and done.stderr.count("\n") == 1
 
 
 def fake_package(root: Path, torch: str, torch_cuda: str | None) -> Path:
@@ -227,12 +214,10 @@ def test_a_source_folder_that_hides_what_is_installed_says_so(tmp_path):
     ("built", "now", "fits"),
     [
         (("2.14.0", None, None), ("2.15.0", None), False),
-        (("2.15.0+cu132", "13.2", "13.0"), ("2.16.0+cu132", "13.2"), False),
         (("2.15.0+cu132", "13.2", "13.0"), ("2.15.0+cpu", None), False),
         (("2.15.0+cu128", "12.8", "12.8"), ("2.15.0+cu132", "13.2"), False),
         (("2.15.0+cu132", "13.2", "13.0"), ("2.15.1+cu130", "13.0"), True),
         (("2.15.0+cpu", None, None), ("2.15.0+cu132", "13.2"), True),
-        (("2.15.0+cu132", "13.2", None), ("2.15.0+cpu", None), True),
     ],
 )
 def test_a_module_for_another_torch(tmp_path, built, now, fits):

@@ -4,8 +4,6 @@ Every import counts: those at the top of a module, those inside functions, and t
 test prints its violations one a line.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import graphlib
@@ -41,18 +39,10 @@ FORBIDDEN = {("tables", "ops")}
 ALLOWED = {"ddpm_ext.ops.row"}
 
 # Private names of other libraries that are used on purpose, because nothing public gives the same.
-FOREIGN = {
-    "argparse._SubParsersAction",  # the type of what add_subparsers returns
-    "sys._getframe",
-    "torch._C",
-    "torch._foreach_lerp_",
-    "effects._EffectType",  # of torch._higher_order_ops
-    "effects._register_effectful_op",
-    # Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
-    "peer._scale_timesteps",
-    "peer._vb_terms_bpd",
-    "peer._wrap_model",
-}
+FOREIGN = {"argparse._SubParsersAction", "sys._getframe", "torch._C", "torch._foreach_lerp_"}
+FOREIGN |= {"effects._EffectType", "effects._register_effectful_op"}  # of torch._higher_order_ops
+# Methods of guided-diffusion's GaussianDiffusion and SpacedDiffusion.
+FOREIGN |= {"peer._scale_timesteps", "peer._vb_terms_bpd", "peer._wrap_model"}
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}
 
 
@@ -60,10 +50,6 @@ class Module(NamedTuple):
     name: str
     tree: ast.Module
     is_package: bool
-
-    @property
-    def package(self) -> str:
-        return package_of(self.name)
 
 
 class Arrow(NamedTuple):
@@ -83,9 +69,8 @@ def package_of(module: str) -> str:
 def modules() -> dict[str, Module]:
     found = {}
     for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
-        is_package = parts[-1] == "__init__"
-        name = ".".join(parts[:-1] if is_package else parts)
+        is_package = path.stem == "__init__"
+        name = ".".join((path.parent if is_package else path).relative_to(SOURCE.parent).with_suffix("").parts)
         found[name] = Module(name, ast.parse(path.read_text(encoding="utf-8"), str(path)), is_package)
     return found
 
@@ -115,12 +100,8 @@ def targets(module: str, node: ast.AST) -> Iterator[str]:
 
 @functools.cache
 def arrows() -> tuple[Arrow, ...]:
-    return tuple(
-        Arrow(module.name, target, node.lineno)
-        for module in modules().values()
-        for node in ast.walk(module.tree)
-        for target in targets(module.name, node)
-    )
+    nodes = [(name, node) for name, module in modules().items() for node in ast.walk(module.tree)]
+    return tuple(Arrow(name, target, node.lineno) for name, node in nodes for target in targets(name, node))
 
 
 def report(violations: list[str]) -> None:
@@ -133,9 +114,10 @@ def floor(package: str) -> int:
 
 
 def test_every_package_has_a_floor():
-    packages = {module.package for module in modules().values()}
-    assert packages == set().union(*FLOORS, TOP)
-    assert len(FLOORS) <= 10
+    assert set(map(package_of, modules())) == set().union(*FLOORS, TOP) and len(FLOORS) <= 10
+    firsts = {name: (ast.get_docstring(module.tree) or "").partition("\n")[0] for name, module in modules().items()}
+    untold = [name for name, first in firsts.items() if modules()[name].is_package and not first.endswith(".")]
+    report([f"{name} has no docstring whose first line is a sentence" for name in untold])
 
 
 def test_packages_import_only_packages_below():
@@ -158,29 +140,16 @@ def test_modules_have_no_cycle():
         report([" -> ".join(found.args[1])])
 
 
-def test_packages_say_what_belongs_in_them():
-    report(
-        [
-            f"{module.name} has no docstring whose first line is a sentence"
-            for module in modules().values()
-            if module.is_package and not (ast.get_docstring(module.tree) or "").partition("\n")[0].endswith(".")
-        ]
-    )
-
-
 def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_" and name not in NAMEDTUPLE
 
 
 def defined(tree: ast.Module) -> set[str]:
     """The names that a module gives to anything: functions, classes, variables, arguments, attributes and fields."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
-        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.id if isinstance(node, ast.Name) else node.attr)
-    return found
+    nodes = [*ast.walk(tree)]
+    found = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    stored = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
+    return found | {getattr(node, "id", None) or getattr(node, "attr", None) for node in stored}
 
 
 def is_foreign(text: str) -> bool:
@@ -207,13 +176,8 @@ def private_reads(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_nobody_reads_the_private_names_of_another_module():
-    report(
-        [
-            f"{module.name}:{line} reads {text}"
-            for module in modules().values()
-            for line, text in sorted(private_reads(module.tree))
-        ]
-    )
+    reads = {name: sorted(private_reads(module.tree)) for name, module in modules().items()}
+    report([f"{name}:{line} reads {text}" for name, found in reads.items() for line, text in found])
 
 
 def test_private_reads_are_found():

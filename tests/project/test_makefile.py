@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def make(folder, *arguments):
+    """Runs make in a folder without more than what the Makefile's targets depend on."""
+    for name in ("Makefile", "requirements-demo.txt", "requirements-dev.txt", "setup.py", "pyproject.toml"):
+        shutil.copy(Path(__file__).resolve().parents[2] / name, folder)
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.subprocess
@@ -17,29 +23,19 @@ def test_an_environment_that_exists_is_never_cleared(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "kept").touch()
     (tmp_path / ".venv").symlink_to("elsewhere")
-    (tmp_path / "requirements-demo.txt").touch()
-    (tmp_path / "requirements-dev.txt").touch()
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> calls\necho the reason >&2\nexit 1\n')
     python.chmod(0o755)
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    done = subprocess.run(
-        ["make", "venv", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode != 0
-    assert "the reason" in done.stderr
+    done = make(tmp_path, "venv", f"PYTHON={python}")
+    assert done.returncode != 0 and "the reason" in done.stderr
     calls = (tmp_path / "calls").read_text()
-    assert "-m venv" in calls
-    assert "--clear" not in calls
-    assert (tmp_path / "elsewhere" / "kept").exists()
+    assert "-m venv" in calls and "--clear" not in calls and (tmp_path / "elsewhere" / "kept").exists()
 
 
 @pytest.mark.subprocess
 def test_what_a_target_installs(tmp_path):
-    for name in ("Makefile", "requirements-demo.txt", "requirements-dev.txt", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
     for target, installed in (("demo", ["demo"]), ("build", ["demo", "dev"]), ("test", ["demo", "dev"])):
-        done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = make(tmp_path, "-n", target)
         assert done.returncode == 0, done.stderr
         assert re.findall(r"pip install -q -r requirements-(\w+)\.txt", done.stdout) == installed
         assert "pip install -q --no-build-isolation --no-deps -e ." in done.stdout

@@ -1,7 +1,5 @@
 """The numbers of README.md and docs/ are those of the files in benchmarks/results, rounded as they are written."""
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -41,33 +39,35 @@ def numbers(cells: list[str]) -> list[float]:
     return [float(cell) for cell in cells]
 
 
-def test_a_step():
-    measured = table_after(RESULTS / "cpu.md", keys=2)
-    told = table_after(SPEED, "one step without the model's call")
-    assert len(told) == 4
-    for (shape,), cells in told.items():
+def test_tables():
+    def each(before, file, count):
+        """The name of each row of a table in speed.md, its cells, and the measured ones."""
+        told, measured = table_after(SPEED, before), table_after(RESULTS / f"{file}.md", keys=2)
+        assert len(told) == count
+        return [(name, cells, measured) for (name,), cells in told.items()]
+
+    for shape, cells, measured in each("one step without the model's call", "cpu", 4):
         ways = ("ddpm_ext", "eager", "torch.compile", "diffusers", "torch.add(out=)")
         times = [float(measured[f"p_sample {shape}", way][0]) for way in ways]
         compare(cells, [*times, times[1] / times[0]])
-
-
-def test_options():
-    measured = table_after(RESULTS / "options.md", keys=2)
-    told = table_after(SPEED, "## A step with options")
-    assert len(told) == 7
-    for (option,), cells in told.items():
+    for option, cells, measured in each("## A step with options", "options", 7):
         ours, theirs = (float(measured[f"a step of {option} 64x3x32x32", way][0]) for way in ("ddpm_ext", "diffusers"))
         compare(cells[:2], [ours, theirs])
         assert float(cells[2]) == pytest.approx(theirs / ours, abs=0.06)  # made of the times before their rounding
+    for row, cells, measured in each("| training, loss", "loss", 4):
+        ours, eager = (numbers(measured[row.replace(",", ""), way]) for way in ("ddpm_ext", "eager"))
+        compare(cells, [ours[0], eager[0], ours[1], ours[2], eager[2], ours[3]])
+    for shape, cells, measured in each("| microseconds a step", "chained", 2):
+        step, model = f"p_sample {shape}", f"p_sample behind a model {shape}"
+        ways = ((step, "out="), (step, "chained"), (model, "the model alone"), (model, "chained"))
+        keys = [(name, way if "alone" in way else f"ddpm_ext, {way}") for name, way in ways]
+        compare(cells, [float(measured[key][0]) for key in keys])
 
 
 def test_other_libraries():
     """`plain`, `noise="torch"` and its ratio, `noise="philox"` and its ratio."""
-    names = {
-        "UniPCMultistep": "UniPC",
-        "DPMSolverMultistep, order 3": "DPM++ 3M",
-        "FlowMatchEulerDiscrete": "FlowMatchEuler",
-    }
+    names = {"UniPCMultistep": "UniPC", "DPMSolverMultistep, order 3": "DPM++ 3M"}
+    names["FlowMatchEulerDiscrete"] = "FlowMatchEuler"
     told = table_after(SPEED, "## Other libraries' objects")
     assert len(told) == 10
     for (row,), cells in told.items():
@@ -80,30 +80,6 @@ def test_other_libraries():
             key = (library.replace("-", "_"), f"{kind}, fixed_small" if library == "guided-diffusion" else kind)
         measured = table_after(RESULTS / "peers.md", f"## {shape}", keys=2)
         compare(cells, numbers(measured[key][:5]))
-
-
-def test_training():
-    measured = table_after(RESULTS / "loss.md", keys=2)
-    told = table_after(SPEED, "| training, loss")
-    assert len(told) == 4
-    for (row,), cells in told.items():
-        ours, eager = (numbers(measured[row.replace(",", ""), way]) for way in ("ddpm_ext", "eager"))
-        compare(cells, [ours[0], eager[0], ours[1], ours[2], eager[2], ours[3]])
-
-
-def test_chained():
-    measured = table_after(RESULTS / "chained.md", keys=2)
-    told = table_after(SPEED, "| microseconds a step")
-    assert len(told) == 2
-    for (shape,), cells in told.items():
-        model = f"p_sample behind a model {shape}"
-        keys = [
-            (f"p_sample {shape}", "ddpm_ext, out="),
-            (f"p_sample {shape}", "ddpm_ext, chained"),
-            (model, "the model alone"),
-            (model, "ddpm_ext, chained"),
-        ]
-        compare(cells, [float(measured[key][0]) for key in keys])
 
 
 def told_in(path: Path, sentence: str) -> list[str]:
@@ -121,17 +97,14 @@ def test_sentences():
     shapes = ("64x3x32x32", "16x3x256x256")
     compare(told_in(readme, "drawn # and # times as fast"), [ratios[f"noise, {shape}"] for shape in shapes])
     compare(told_in(readme, "is # and # times as fast as in eager"), [ratios[f"step, {shape}"] for shape in shapes])
-
     few, many = table_after(RESULTS / "samplers.md"), table_after(RESULTS / "samplers.md", "## In many steps")
     distances = [cell.split("/ ")[1] for cell in (few["`dpmpp_2m`",][2], many["`ddpm`",][2])]
     assert told_in(readme, "1,000 steps of DDPM (# and # on") == distances
     assert told_in(SPEED, "a Fréchet distance of # and 1,000 steps of `ddpm` one of #") == distances
-
     loops = table_after(RESULTS / "overview.md", "## Whole loops", keys=2)
     large = next(model for model, _ in loops if "CIFAR-10" in model)
     seconds = [float(loops[large, f"{way}, ddpm"][1]) for way in ("ddpm_ext", "eager PyTorch")]
     compare(told_in(limits, "took # s here and # s in eager"), seconds)
-
     chained = table_after(RESULTS / "chained.md", keys=2)
     small = {way: float(chained["randn 1x3x32x32", way][0]) for way in ("ddpm_ext", "eager")}
     compare(told_in(limits, "`randn` is # times as fast"), [small["eager"] / small["ddpm_ext"]])
@@ -140,6 +113,5 @@ def test_sentences():
     compare(told_in(SPEED, "A step of a single 3x32x32 sample takes # µs"), [step])
     noise = [float(chained[f"randn {shape}", "ddpm_ext"][-1]) for shape in shapes]
     compare(told_in(SPEED, "`randn` is # and # times as fast"), noise)
-
     peers = table_after(RESULTS / "peers.md", "## 1x4x64x64", keys=2)["diffusers", "FlowMatchEuler: loop"]
     compare(told_in(SPEED, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), numbers(peers[:2]))

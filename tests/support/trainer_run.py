@@ -3,8 +3,6 @@
 in_forks starts this file as a process, which forks.
 """
 
-from __future__ import annotations
-
 import csv
 import functools
 import os
@@ -108,15 +106,8 @@ def die_after(monkeypatch, steps) -> None:
 
 
 def run(folder, *, die_at=None, nan_at=None, signal_at=None, own_group=None, arguments=None, **options) -> None:
-    """Trains.
-
-    Args:
-        arguments: of `ddpm-ext train`, which then runs in place of a Trainer of the tiny module.
-        die_at: the process is killed after so many steps.
-        nan_at: the images of the step after so many are NaN.
-        signal_at: the process gets SIGTERM after so many steps.
-        own_group: the backend of a process group that exists before training.
-    """
+    """Trains, or runs `ddpm-ext train` with `arguments`. After so many steps the process is killed (die_at), gets a
+    SIGTERM (signal_at) or NaN images (nan_at). own_group: the backend of a process group that exists before."""
     if arguments is not None:
         from ddpm_ext import cli
 

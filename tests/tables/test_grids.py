@@ -1,13 +1,11 @@
 """Grids of steps: a schedule's own timesteps, levels between them as sigmas, and the shifted sigmas of flows."""
 
-import math
-
 import pytest
 import torch
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, resolution_mu
+from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import (
@@ -16,8 +14,6 @@ from ddpm_ext.tables.sigma_grids import (
     align_your_steps_grid,
     karras_grid,
     linear_quadratic,
-    log_snr_grid,
-    sgm_uniform_grid,
 )
 from ddpm_ext.tables.spacing import spaced_grid
 
@@ -36,38 +32,22 @@ def test_grid_of_neighbours_has_the_schedules_betas():
     assert last.betas[-1] == 0  # the last step does not change the level
 
 
-def test_a_part_of_a_grid():
-    """It is the grid of some of the steps, which follow one on another."""
-    grid = make_grid(LEVELS, [4, 2, 1, 0])
-    part = grid[1:3]
-    assert part.timestep.tolist() == [2, 1] and torch.equal(part.alphas_cumprod, grid.alphas_cumprod[1:4])
-
-
 def log_sigma(grid):
     return (1 / grid.now - 1).sqrt().log()
 
 
 @pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
 def test_karras_sigmas(rho):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear", use_karras_sigmas=True)
-    known = (1 / LEVELS - 1).sqrt()
-    grid = karras_grid(LEVELS, 15, rho=rho)
+    known, grid = (1 / LEVELS - 1).sqrt(), karras_grid(LEVELS, 15, rho=rho)
     sigma = (1 / grid.now - 1).sqrt()
-    if rho == 7:  # the only rho that diffusers has, in float32
-        scheduler.set_timesteps(15)
-        torch.testing.assert_close(sigma.float(), scheduler.sigmas[:-1], rtol=1e-4, atol=0)
-        torch.testing.assert_close(grid.timestep.float(), scheduler.timesteps, rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(sigma[[0, -1]], known[[-1, 0]], rtol=1e-9, atol=0)
     even = sigma ** (1 / rho)
     torch.testing.assert_close(even.diff(), even.diff()[:1].expand(14), rtol=1e-9, atol=0)
-    assert (grid.timestep.diff() < 0).all()
-    assert abs(grid.timestep[0] - 999) < 1e-9
-    assert abs(grid.timestep[-1]) < 1e-12
+    assert (grid.timestep.diff() < 0).all() and abs(grid.timestep[0] - 999) < 1e-9 and abs(grid.timestep[-1]) < 1e-12
 
 
 def test_log_snr_is_even_in_log_sigma():
-    grid = log_snr_grid(LEVELS, 20)
+    grid = SIGMA_GRIDS["log_snr"](LEVELS, 20)
     log_sigma = (1 / grid.now - 1).sqrt().log()
     torch.testing.assert_close(log_sigma.diff(), log_sigma.diff()[:1].expand(19), rtol=1e-9, atol=0)
     whole = grid.timestep.round().long()
@@ -80,9 +60,7 @@ def test_timesteps_are_where_the_levels_are(choose):
     name = choose.one_of([name for name in SIGMA_GRIDS if name != "align_your_steps_svd"], "name")
     steps = choose.integer(1, 60)
     grid = SIGMA_GRIDS[name](LEVELS, steps)
-    assert len(grid) == steps
-    assert (grid.alphas_cumprod.diff() > 0).all()
-    assert grid.after[-1] == 1
+    assert len(grid) == steps and (grid.alphas_cumprod.diff() > 0).all() and grid.after[-1] == 1
     below = grid.timestep.long().clamp(max=998)
     expected = torch.lerp(LOG_SIGMA[below], LOG_SIGMA[below + 1], grid.timestep - below)
     inside = (log_sigma(grid) > LOG_SIGMA[0]) & (log_sigma(grid) < LOG_SIGMA[-1])
@@ -93,43 +71,29 @@ def test_timesteps_are_where_the_levels_are(choose):
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 999])
 def test_sgm_uniform_is_even_in_the_timestep(steps):
     expected = 999 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-    torch.testing.assert_close(sgm_uniform_grid(LEVELS, steps).timestep, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("steps, linear_steps", [(1, None), (2, None), (9, None), (64, None), (10, 4), (10, 10)])
-def test_linear_quadratic(steps, linear_steps):
-    """A line of slope 0.025 / linear_steps, then a parabola that begins with it and would end at 0."""
-    linear = max(1, steps // 2) if linear_steps is None else linear_steps
-    curve = linear_quadratic(steps, 0.025, linear_steps)
-    assert curve[0] == 1
-    falls = -curve.diff()
-    torch.testing.assert_close(falls[:linear], torch.full_like(falls[:linear], 0.025 / linear), rtol=1e-9, atol=0)
-    second = torch.cat([curve, curve.new_zeros(1)])[linear:].diff().diff()
-    torch.testing.assert_close(second, second[:1].expand(len(second)), rtol=1e-7, atol=1e-12)
-    if steps - linear > 1:  # the parabola's slope where it begins, by its first step and its second difference
-        begins = curve[linear + 1] - curve[linear] - second[0] / 2
-        torch.testing.assert_close(begins, torch.tensor(-0.025 / linear).double(), rtol=1e-7, atol=1e-12)
-
-
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_align_your_steps(model):
-    """The published ones, and halfway between them in log sigma for twice as many steps."""
-    published = torch.tensor(ALIGN_YOUR_STEPS[model], dtype=torch.float64).log()
-    torch.testing.assert_close(log_sigma(align_your_steps_grid(LEVELS, 10, model=model)), published[:-1])
-    between = torch.stack([published[:-1], (published[:-1] + published[1:]) / 2], 1).flatten()
-    torch.testing.assert_close(log_sigma(align_your_steps_grid(LEVELS, 20, model=model)), between)
-
-
-def test_align_your_steps_of_a_video_model_needs_its_noise():
-    sigma = torch.logspace(-3, 3, 500, dtype=torch.float64)
-    grid = align_your_steps_grid(1 / (1 + sigma**2), 5, model="svd")
-    torch.testing.assert_close((1 / grid.now - 1).sqrt(), torch.tensor(ALIGN_YOUR_STEPS["svd"][:-1:2]).double())
-
-
-# ------------------------------------------------------------------------------------------------------------ flows
+    torch.testing.assert_close(SIGMA_GRIDS["sgm_uniform"](LEVELS, steps).timestep, expected, rtol=0, atol=1e-9)
 
 
 SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
+
+
+def test_align_your_steps_of_other_numbers():
+    """Halfway between the published ones in log sigma; a video model's need its noise."""
+    published = torch.tensor(ALIGN_YOUR_STEPS["sdxl"], dtype=torch.float64).log()
+    between = torch.stack([published[:-1], (published[:-1] + published[1:]) / 2], 1).flatten()
+    torch.testing.assert_close(log_sigma(align_your_steps_grid(LEVELS, 20, model="sdxl")), between)
+    noisy = 1 / (1 + torch.logspace(-3, 3, 500, dtype=torch.float64) ** 2)
+    video = torch.tensor(ALIGN_YOUR_STEPS["svd"][:-1:2], dtype=torch.float64)
+    torch.testing.assert_close(log_sigma(align_your_steps_grid(noisy, 5, model="svd")), video.log())
+
+
+def test_linear_quadratic_of_other_lengths():
+    """A line of slope 0.025 / linear_steps, then a parabola, which a peer's test has for the default."""
+    curve = linear_quadratic(10, 0.025, 4)
+    assert torch.equal(linear_quadratic(9), linear_quadratic(9, 0.025, 4)) and linear_quadratic(1) == 1
+    torch.testing.assert_close(-curve.diff()[:4], torch.full((4,), 0.025 / 4, dtype=torch.float64), rtol=1e-9, atol=0)
+    second = torch.cat([curve, curve.new_zeros(1)])[4:].diff().diff()
+    torch.testing.assert_close(second, second[:1].expand(len(second)), rtol=1e-7, atol=1e-12)
 
 
 @for_many(50)
@@ -140,22 +104,6 @@ def test_shifts_follow_one_another(choose):
     torch.testing.assert_close((shifted / (1 - shifted))[1:], one * (SIGMA / (1 - SIGMA))[1:], rtol=1e-10, atol=0)
     torch.testing.assert_close(flow_shift(shifted, other), flow_shift(SIGMA, one * other), rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(flow_shift(shifted, 1 / one), SIGMA, rtol=1e-10, atol=1e-14)
-
-
-def test_stretched_ends_at_the_terminal():
-    sigma = flow_sigmas(7, mu=0.9)
-    ends = flow_sigmas(7, mu=0.9, terminal=0.1)
-    assert ends[0] == 1
-    assert ends[-1].item() == pytest.approx(0.1, rel=1e-12)
-    torch.testing.assert_close((1 - ends) / (1 - ends[-1]), (1 - sigma) / (1 - sigma[-1]), rtol=1e-12, atol=0)
-
-
-def test_mu_of_a_resolution():
-    """The two points of Flux's line, and one beyond."""
-    assert resolution_mu(256) == 0.5
-    assert resolution_mu(4096) == 1.15
-    assert resolution_mu(7936) == pytest.approx(1.8)
-    torch.testing.assert_close(flow_sigmas(9, mu=resolution_mu(4096)), flow_sigmas(9, shift=math.exp(1.15)))
 
 
 @for_many(50)

@@ -5,28 +5,16 @@ import re
 
 import pytest
 import torch
+from support.refused import refused
 
 from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext.tables import samplers
 from ddpm_ext.tables.beta_quantile import beta_quantile
-from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, flow_spaced_grid, resolution_mu, stretched
+from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, flow_spaced_grid
 from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
-from ddpm_ext.tables.samplers import (
-    SAMPLERS,
-    WITH_ETA,
-    ddim,
-    ddim_inverse,
-    ddpm,
-    edm,
-    eta_argument,
-    flow_sde,
-    repaint,
-    restart,
-    sa_solver,
-    tcd,
-    unipc,
-)
+from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, ddim, ddpm, dpmpp_2m_sde, eta_argument, repaint, tcd
 from ddpm_ext.tables.schedules import make_betas, rescale_zero_terminal_snr
-from ddpm_ext.tables.sigma_grids import align_your_steps_grid, beta_sigmas_grid, karras_grid, log_snr_grid
+from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, log_snr_grid
 from ddpm_ext.tables.spacing import SPACINGS, spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
@@ -39,89 +27,57 @@ BETWEEN = ("dpm_2", "dpm_2_ancestral", "dpmpp_2s", "edm", "restart")  # call the
 
 SCHEDULES = [
     (lambda: make_betas("squared", 10), ValueError, "beta_schedule is 'squared'.*'linear'.*'cosine'"),
-    (lambda: make_betas(None, 10), TypeError, "beta_schedule is a NoneType"),
     (lambda: make_betas([0.1, 0.2], 2), TypeError, "beta_schedule is a list"),
     (lambda: make_betas(torch.tensor([1, 1]), 2), TypeError, "betas .*int64"),
-    (lambda: make_betas(torch.tensor([0.1 + 0j, 0.2]), 2), TypeError, "betas .*complex"),
     (lambda: make_betas(torch.full((3,), 0.1), 2), ValueError, r"betas .*\(3,\).*\(2,\)"),
-    (lambda: make_betas(torch.full((2, 1), 0.1), 2), ValueError, r"betas .*\(2, 1\).*\(2,\)"),
-    (lambda: make_betas(torch.full((), 0.1), 1), ValueError, r"betas .*\(\).*\(1,\)"),
     (lambda: make_betas(torch.full((200,), 0.99), 200), ValueError, r"betas: alphas_cumprod\[161\] is 0 in float64"),
     (lambda: make_betas(torch.tensor([0.1, 0.0, 0.3]), 3), ValueError, r"betas\[1\] is .*expected 0 < beta"),
-    (lambda: make_betas(torch.tensor([-0.1, 0.2, 0.3]), 3), ValueError, r"betas\[0\] is .*expected 0 < beta"),
     (lambda: make_betas(torch.tensor([0.1, 0.2, 1.5]), 3), ValueError, r"betas\[2\] is .*expected 0 < beta"),
-    (lambda: make_betas(torch.tensor([0.1, 1.0, 0.3]), 3), ValueError, r"betas\[1\] is .*expected 0 < beta"),
-    (lambda: make_betas(torch.tensor([0.1, math.nan, 0.3]), 3), ValueError, r"betas\[1\] is .*expected 0 < beta"),
     (lambda: make_betas(torch.tensor([0.1, 0.2, math.nan]), 3), ValueError, r"betas\[2\] is .*expected 0 < beta"),
-    (lambda: make_betas(torch.tensor([0.1, 0.2, math.inf]), 3), ValueError, r"betas\[2\] is .*expected 0 < beta"),
     (lambda: make_betas("linear", 0), ValueError, "timesteps is 0"),
-    (lambda: make_betas("linear", 2**31), ValueError, "timesteps is 2147483648"),
-    (lambda: make_betas("linear", 100.0), TypeError, "timesteps is 100.0"),
     (lambda: make_betas("linear", True), TypeError, "timesteps is True"),
-    (lambda: make_betas("linear", "100"), TypeError, "timesteps is '100'"),
-    (lambda: make_betas("linear", None), TypeError, "timesteps is None"),
     (lambda: make_betas("linear", 19), ValueError, r"timesteps is 19.*'linear'.*20"),
     (lambda: rescale_zero_terminal_snr([0.1, 0.2]), TypeError, "betas is a list"),
     (lambda: rescale_zero_terminal_snr(torch.tensor([0.1])), ValueError, r"betas have shape \(1,\)"),
-    (lambda: rescale_zero_terminal_snr(torch.tensor([0.1, 1.2])), ValueError, "betas"),
     (lambda: rescale_zero_terminal_snr(torch.tensor([1, 2])), TypeError, "betas have dtype torch.int64"),
-    (lambda: beta_quantile(SIGMA, 0, 1), ValueError, "alpha is 0, expected 0 < alpha <= 10"),
     (lambda: beta_quantile(SIGMA, 0.6, 11), ValueError, "beta is 11, expected 0 < beta <= 10"),
-    (lambda: beta_quantile(SIGMA, 0.6, -1), ValueError, "beta is -1, expected 0 < beta <= 10"),
 ]
 GRIDS = [
     (lambda: make_grid(LEVELS, [5, 5]), ValueError, "the same timestep twice"),
     (lambda: make_grid(LEVELS, [1000]), ValueError, "timestep reaches from 1000 to 1000, expected all in 0 <="),
     (lambda: make_grid(LEVELS, [0.5]), TypeError, "timestep has dtype torch.float32, expected int64"),
-    (lambda: make_grid(LEVELS, []), TypeError, "timestep has dtype"),
     (lambda: make_grid(LEVELS, torch.zeros(2, 2, dtype=torch.int64)), ValueError, r"timestep has shape \(2, 2\)"),
     (lambda: make_grid(LEVELS + 1, [5]), ValueError, "alphas_cumprod reaches from"),
     (lambda: make_grid(LEVELS, [5], final=1.5), ValueError, "final is 1.5"),
     (lambda: make_grid(LEVELS, [5], betas=LEVELS[:3]), ValueError, r"betas have shape \(3,\)"),
-    (lambda: make_grid([0.5], [0]), TypeError, "alphas_cumprod is a list"),
     (lambda: GRID[::2], ValueError, "grid is sliced with a step of 2, expected none"),
-    (lambda: GRID[::-1], ValueError, "grid is sliced with a step of -1, expected none"),
-    (lambda: grid_of_levels(TWO, [1.0, 1.0, 1.0], ONES), TypeError, "signal is a list, expected a tensor"),
-    (lambda: grid_of_levels(TWO, torch.arange(3), ONES), TypeError, "signal has dtype torch.int64"),
     (lambda: grid_of_levels(TWO, ONES, torch.ones(2)), ValueError, r"noise has shape \(2,\)"),
-    (lambda: grid_of_levels(TWO, ONES, FALLING - 1), ValueError, "noise reaches from -1.0 to 1.0"),
     (lambda: grid_of_levels(TWO, ONES, FALLING / 0), ValueError, "noise reaches from .* to (inf|nan)"),
     (lambda: grid_of_levels(TWO, ONES * 0, FALLING), ValueError, r"signal\[2\] and noise\[2\]"),
     (lambda: grid_of_levels(torch.arange(3), ONES, FALLING), ValueError, r"timestep has shape \(3,\), .* \(2,\)"),
     (lambda: grid_of_levels(TWO, ONES, FALLING.clamp(min=1)), ValueError, "the same ratio twice in a row"),
-    (lambda: grid_of_levels([1, 0], ONES, FALLING), TypeError, "timestep is a list"),
     (lambda: grid_of_levels(lambda _, n: n[:1], ONES, FALLING), ValueError, r"returns a tensor of shape \(1,\), expe"),
     (lambda: grid_of_levels(lambda *_: 3, ONES, FALLING), TypeError, "timestep returns is a int"),
     (lambda: karras_grid(LEVELS, 0), ValueError, "steps is 0"),
     (lambda: karras_grid(LEVELS, 5, rho=0), ValueError, "rho is 0"),
     (lambda: log_snr_grid(LEVELS.flip(0), 5), ValueError, "does not fall"),
     (lambda: karras_grid(torch.tensor([0.5, 0.0]), 5), ValueError, "reaches 0 or 1"),
-    (lambda: beta_sigmas_grid(LEVELS, 5, alpha=0), ValueError, "alpha is 0, expected 0 < alpha <= 10"),
     (lambda: align_your_steps_grid(LEVELS, 5, model="sd3"), ValueError, "model is 'sd3', expected 'sd15' or"),
     (lambda: align_your_steps_grid(LEVELS, 5, model="svd"), ValueError, "reaches a sigma of 14.61, expected 700"),
     (lambda: flow_shift(SIGMA, 0), ValueError, "shift is 0, expected shift > 0"),
     (lambda: flow_sigmas(0), ValueError, "steps is 0"),
     (lambda: flow_sigmas(5, least=0), ValueError, "least is 0, expected 0 < least <= 1"),
     (lambda: flow_sigmas(5, shift=3.0, mu=1.0), ValueError, "mu is 1.0 beside shift 3.0"),
-    (lambda: flow_sigmas(5, mu="1"), TypeError, "mu is '1', expected a number"),
     (lambda: flow_sigmas(5, terminal=1.0), ValueError, "terminal is 1.0, expected 0 < terminal < 1"),
     (lambda: flow_sigmas(1, terminal=0.1), ValueError, "sigma ends at 1.0, expected less than 1"),
     (lambda: flow_sigmas(5, curve="lu"), ValueError, "curve is 'lu', expected 'karras' or 'exponential' or 'beta'"),
     (lambda: flow_grid(torch.tensor([0.5, 0.7])), ValueError, r"sigma and final are \[0.5, 0.6"),
-    (lambda: flow_grid(torch.tensor([1.5, 0.7])), ValueError, "expected falling numbers from 1 to 0"),
     (lambda: flow_grid(torch.tensor([0.5]), final=-0.1), ValueError, "expected falling numbers from 1 to 0"),
-    (lambda: flow_grid(torch.tensor([1, 0])), TypeError, "sigma has dtype torch.int64"),
-    (lambda: flow_grid(torch.ones(2, 2)), ValueError, r"sigma has shape \(2, 2\)"),
-    (lambda: stretched([1.0], 0.5), TypeError, "sigma is a list"),
-    (lambda: resolution_mu(0), ValueError, "tokens is 0"),
     (lambda: flow_spaced_grid(SIGMA, 3, "log_snr"), ValueError, "spacing is 'log_snr', expected for a flow 'karras'"),
-    (lambda: flow_spaced_grid(SIGMA, 0, "karras"), ValueError, "steps is 0"),
 ]
 SPACED = [
-    (lambda: spaced_timesteps(100, 0), ValueError, "steps is 0"),
     (lambda: spaced_timesteps(100, 101), ValueError, "steps is 101"),
     (lambda: spaced_timesteps(100, 2.0), TypeError, "steps is 2.0"),
-    (lambda: spaced_timesteps(100, True), TypeError, "steps is True"),
     (lambda: spaced_timesteps(100, 5, "even"), ValueError, "spacing is 'even', expected 'linspace', 'leading'"),
     (lambda: spaced_timesteps(100, 5, 3), TypeError, "spacing is 3, expected a string"),
     (lambda: spaced_timesteps(100, 5, "ddim25"), ValueError, "steps is 5 beside spacing 'ddim25'"),
@@ -129,43 +85,45 @@ SPACED = [
     (lambda: spaced_timesteps(100, None, "10,95"), ValueError, "section 1 is to give 95 timesteps, expected 1 to 50"),
 ]
 ARGUMENTS = [
-    (
-        lambda: ddpm(GRID, variance="large"),
-        ValueError,
-        "variance is 'large', expected 'fixed_small' or .* 'learned_v",
-    ),
-    (lambda: ddim_inverse(GRID), ValueError, "grid does not ascend"),
-    (lambda: ddim_inverse(GRID, prediction="x_prev"), ValueError, r"prediction is 'x_prev'.*expected another"),
+    (lambda: ddpm(GRID, variance="large"), ValueError, "variance is 'large', expected 'fixed_small' or .* 'learned_v"),
+    (lambda: samplers.ddim_inverse(GRID), ValueError, "grid does not ascend"),
+    (lambda: samplers.ddim_inverse(GRID, prediction="x_prev"), ValueError, r"prediction is 'x_prev'.*expected another"),
     (lambda: tcd(GRID, eta=1.5), ValueError, r"eta is 1.5, expected 0 <= eta <= 1"),
     (lambda: tcd(BARE), ValueError, "grid has no schedule, in which tcd counts"),
-    (lambda: flow_sde(GRID, variant="cps"), ValueError, "variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"),
-    (lambda: unipc(GRID, solver="bh3"), ValueError, "solver is 'bh3', expected 'bh2' or 'bh1'"),
+    (
+        lambda: samplers.flow_sde(GRID, variant="cps"),
+        ValueError,
+        "variant is 'cps', expected 'flow_grpo' or 'dance_grpo'",
+    ),
+    (lambda: samplers.unipc(GRID, solver="bh3"), ValueError, "solver is 'bh3', expected 'bh2' or 'bh1'"),
     *((lambda s=SAMPLERS[s]: s(GRID, order=5), ValueError, "order is 5") for s in ("deis", "lms", "unipc")),
-    *((lambda s=SAMPLERS[s]: s(GRID, order=0), ValueError, "order is 0") for s in ("deis", "lms", "unipc")),
     *((lambda s=SAMPLERS[s]: s(GRID, order=2.0), TypeError, "order is 2.0") for s in ("deis", "lms", "unipc")),
-    (lambda: sa_solver(GRID, predictor_order=4), ValueError, "predictor_order is 4, expected 1 <= predictor_order < 4"),
-    (lambda: sa_solver(GRID, corrector_order=0), ValueError, "corrector_order is 0"),
-    (lambda: sa_solver(GRID, corrector_order=2.0), TypeError, "corrector_order is 2.0"),
-    (lambda: sa_solver(GRID, interval=(200, "800")), TypeError, "interval is '800'"),
-    (lambda: edm(GRID, s_churn=-1.0), ValueError, "s_churn is -1.0"),
-    (lambda: edm(GRID, s_tmin=math.nan), ValueError, "s_tmin is nan"),
-    (lambda: edm(GRID, s_tmax="1"), TypeError, "s_tmax is '1'"),
-    (lambda: edm(GRID, s_noise=math.inf), ValueError, "s_noise is inf"),
-    (lambda: restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
-    (lambda: restart(GRID, intervals=[(3, 1, 0.1, 0.2), (3, 0, 0.1, 0.2)]), ValueError, r"intervals\[1\]'s k is 0"),
-    (lambda: restart(GRID, intervals=[(3, 1.0, 0.1, 0.2)]), TypeError, r"intervals\[0\]'s k is 1.0"),
-    (lambda: restart(GRID, intervals=[(3, 1, 0.2, 0.1)]), ValueError, r"intervals\[0\] has t_min 0.2 and t_max 0.1"),
-    (lambda: restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
+    (
+        lambda: samplers.sa_solver(GRID, predictor_order=4),
+        ValueError,
+        "predictor_order is 4, expected 1 <= predictor_order < 4",
+    ),
+    (lambda: samplers.sa_solver(GRID, interval=(200, "800")), TypeError, "interval is '800'"),
+    (lambda: samplers.edm(GRID, s_churn=-1.0), ValueError, "s_churn is -1.0"),
+    (lambda: samplers.edm(GRID, s_tmin=math.nan), ValueError, "s_tmin is nan"),
+    (lambda: samplers.restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
+    (
+        lambda: samplers.restart(GRID, intervals=[(3, 1, 0.1, 0.2), (3, 0, 0.1, 0.2)]),
+        ValueError,
+        r"intervals\[1\]'s k is 0",
+    ),
+    (
+        lambda: samplers.restart(GRID, intervals=[(3, 1, 0.2, 0.1)]),
+        ValueError,
+        r"intervals\[0\] has t_min 0.2 and t_max 0.1",
+    ),
+    (lambda: samplers.restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
     (lambda: repaint([1]), TypeError, "table is a list, expected a StepTable"),
     (lambda: repaint(TABLE, jump_length=0), ValueError, "jump_length is 0, expected 1 <= jump_length"),
-    (lambda: repaint(TABLE, jump_length=1.0), TypeError, "jump_length is 1.0, expected an int"),
     (lambda: repaint(TABLE, jump_n_sample=0), ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
-    (lambda: repaint(TABLE, jump_n_sample=True), TypeError, "jump_n_sample is True, expected an int"),
-    (lambda: repaint(TABLE[::-1]), ValueError, "table does not descend, expected less noise"),
     (lambda: repaint(TABLE[::2]), ValueError, "table does not descend, .* each to start where one ended"),
     (lambda: repaint(StepTable([1, 0], *[[0, 0]] * 4)), ValueError, "table does not descend"),
     (lambda: repaint(SAMPLERS["dpmpp_2m"](GRID)), ValueError, "table has history"),
-    (lambda: repaint(SAMPLERS["heun"](GRID)), ValueError, "table has history"),
     *((lambda s=SAMPLERS[s]: s(GRID, prediction="x_prev"), ValueError, "'x_prev'.*between its times") for s in BETWEEN),
     *((lambda s=SAMPLERS[s]: s(BARE), ValueError, "own levels alone.*grid_of_levels with a func") for s in BETWEEN),
     *((lambda s=s: s(LEVELS), TypeError, f"{n}: grid is a Tensor, expected a Grid") for n, s in SAMPLERS.items()),
@@ -178,18 +136,26 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize("call, error, message", [*SCHEDULES, *GRIDS, *SPACED, *ARGUMENTS])
 def test_refused(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
+    refused(error, message, call)
 
 
 @pytest.mark.parametrize("eta, error", [(-1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError)])
-def test_bad_eta(eta, error):
+def test_eta_as_an_option(eta, error):
+    assert dpmpp_2m_sde(GRID, eta=0.0) == SAMPLERS["dpmpp_2m"](GRID)
+    over = samplers.euler_ancestral(GRID, eta=40.0)  # all the noise that there is
+    assert over.c1.abs().max() < 1e-6 and torch.allclose(over.s**2, 1 - GRID.after)
+    assert samplers.euler_ancestral(GRID, eta=0.0) == samplers.euler(GRID)
+    assert samplers.lcm(GRID, timestep_scaling=0.01) != samplers.lcm(GRID)
     for name, sampler in SAMPLERS.items():
-        with pytest.raises(error, match="eta is"):
-            eta_argument(sampler, eta)
+        assert sampler.__name__ == name  # which error messages show
+        has_one = "ancestral" in name or "sde" in name or name in ("ddim", "dpmpp_2s", "sa_solver", "tcd")
+        assert has_one == (name in WITH_ETA) and eta_argument(sampler, None) == {}
+        assert eta_argument(sampler, 0) == ({"eta": 0.0} if has_one else {})
+        if not has_one:
+            refused(ValueError, f"eta is 0.5, but sampler '{name}' has none, expected None", eta_argument, sampler, 0.5)
+        refused(error, "eta is", eta_argument, sampler, eta)
         if name in WITH_ETA:
-            with pytest.raises(error, match="eta is"):
-                sampler(GRID, eta=eta)
+            refused(error, "eta is", sampler, GRID, eta=eta)
 
 
 def test_an_unknown_spacing_of_a_loop_lists_all_that_it_takes():
@@ -199,5 +165,4 @@ def test_an_unknown_spacing_of_a_loop_lists_all_that_it_takes():
 
 
 def test_without_a_schedule_tcd_takes_no_noise():
-    assert tcd(BARE, eta=0.0) == ddim(BARE)
-    assert tcd(GRID[1:]) == tcd(make_grid(LEVELS, [100, 20]))
+    assert tcd(BARE, eta=0.0) == ddim(BARE) and tcd(GRID[1:]) == tcd(make_grid(LEVELS, [100, 20]))

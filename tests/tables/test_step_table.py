@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from support.choices import for_many
+from support.refused import refused
 from support.rows import any_rows, bits, changed, of
 
 import ddpm_ext
 from ddpm_ext import Philox, StepTable, ops
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import ADDED, COLUMNS, FACTORS, PLAIN, StepRow
-
-# ------------------------------------------------------------------------------------------------------ columns
 
 
 @for_many(60)
@@ -28,38 +27,24 @@ def test_numbers_stay_what_they_are(choose):
     assert table.timestep.dtype == (torch.float64 if isinstance(rows[0].timestep, float) else torch.int64)
     assert table.draw.dtype == torch.int64
     for name in (*FACTORS, *ADDED):
-        assert getattr(table, name).dtype == torch.float64
-        assert getattr(table, name).shape == (len(rows),)
+        assert getattr(table, name).dtype == torch.float64 and getattr(table, name).shape == (len(rows),)
 
 
-KINDS = {
-    "list": list,
-    "tuple": tuple,
-    "float32": lambda values: torch.tensor(values, dtype=torch.float32),
-    "bfloat16": lambda values: torch.tensor(values, dtype=torch.bfloat16),
-    "integers": torch.tensor,
-    "a parameter": lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
-    "0-d tensors": lambda values: [torch.tensor(float(value)) for value in values],
-    "float16 array": lambda values: np.array(values, np.float16),
-    "long doubles": lambda values: np.array(values, np.longdouble),
-    "unsigned": lambda values: np.array(values, np.uint64),
-    "big-endian": lambda values: np.array(values, ">f8"),
-    "every other": lambda values: np.repeat(np.array(values, np.float32), 2)[::2],
-    "backwards": lambda values: np.array(values[::-1])[::-1],
-}
+KINDS = (
+    *(list, tuple, torch.tensor),
+    lambda values: torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
+    lambda values: np.array(values, np.longdouble),
+    lambda values: np.array(values, ">f8"),
+    lambda values: np.array(values[::-1])[::-1],
+)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_kinds_of_columns(kind):
-    column = changed(a=kind([3, 2, 0])).a
-    assert column.tolist() == [3.0, 2.0, 0.0]
-    assert column.dtype == torch.float64 and not column.requires_grad
-
-
-def test_kinds_of_draws():
+def test_kinds_of_columns():
+    for kind in KINDS:
+        column = changed(a=kind([3, 2, 0])).a
+        assert column.tolist() == [3.0, 2.0, 0.0] and column.dtype == torch.float64 and not column.requires_grad
     for draw in ([0, 1, 2], range(3), torch.arange(3, dtype=torch.int32), np.arange(3, dtype=np.uint32)):
-        assert changed(draw=draw).draw.tolist() == [0, 1, 2]
-        assert changed(draw=draw).draw.dtype == torch.int64
+        assert changed(draw=draw).draw.tolist() == [0, 1, 2] and changed(draw=draw).draw.dtype == torch.int64
 
 
 def test_written_by_hand(device):
@@ -67,8 +52,7 @@ def test_written_by_hand(device):
     table = StepTable(timestep=[9, 4], a=[2, 1], b=[-1, 0], c0=[0.5, 1], c1=[0.25, 0])
     assert table.c2.tolist() == table.s.tolist() == [0.0, 0.0]
     assert list(table[:1]) == [(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9, *[0.0] * len(ADDED))]
-    assert StepRow(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9) == table[0]
-    assert table.plain
+    assert StepRow(9, 2.0, -1.0, 0.5, 0.25, 0.0, 0.0, 9) == table[0] and table.plain
     x, m = torch.tensor([[0.5, -0.25]], device=device), torch.tensor([[0.75, 0.5]], device=device)
     prev = ops.reverse_step(x, m, table.packed(device), 0, rng=Philox(1))
     assert prev.tolist() == [[0.5 * 0.25 + 0.25 * 0.5, 0.5 * -1.0 + 0.25 * -0.25]]
@@ -80,8 +64,7 @@ def test_columns_are_copies():
         table = changed(timestep=steps, a=values, s=values)
         values[:] = 7
         steps[:] = 7
-        assert table == changed(a=[1, 1, 1], s=[1, 1, 1])
-        assert table.a.data_ptr() != table.s.data_ptr()
+        assert table == changed(a=[1, 1, 1], s=[1, 1, 1]) and table.a.data_ptr() != table.s.data_ptr()
     part = table[:]
     part.a[0] = 7
     assert table.a[0] == 1
@@ -94,54 +77,33 @@ def test_under_modes():
         part = table[::-1]
     for made in (table, part):
         for name in COLUMNS:
-            assert getattr(made, name).is_cpu
-            assert not getattr(made, name).is_inference()
+            assert getattr(made, name).is_cpu and not getattr(made, name).is_inference()
     with torch.device("meta"):
         assert table.packed("cpu", guidance=[1, 2, 3]).is_cpu
         assert part[::-1] == table == pickle.loads(pickle.dumps(table))
 
 
-@pytest.mark.parametrize(
-    "columns, error, message",
-    [
+def test_refused():
+    for columns, error, message in (
         ({"timestep": []}, ValueError, r"timestep has shape \(0,\), expected \(rows,\) with at least 1 row"),
         ({"timestep": 3}, ValueError, r"timestep has shape \(\), expected \(rows,\)"),
         ({"timestep": [True, False, True]}, TypeError, "timestep holds a bool"),
-        ({"timestep": torch.tensor([True] * 3)}, TypeError, "timestep holds bool, expected real numbers"),
         ({"timestep": [math.inf, 1, 0]}, ValueError, r"timestep\[0\] is inf, expected finite"),
         ({"timestep": np.array([1, 2**63, 3], np.uint64)}, ValueError, "timestep holds 9223372036854775808"),
         ({"timestep": [2**32 - 1, 2**32, 0]}, ValueError, r"timestep\[1\] is 4294967296, .* give draw"),
-        ({"timestep": [1e300, 1.0, 0.0]}, ValueError, r"timestep\[0\] is 1e\+300, .* give draw"),
         ({"timestep": [2**31, 2**31, 2**31]}, ValueError, r"timestep\[1\] .* draw noise 4294967297, .* give draw"),
         ({"a": [1, 2]}, ValueError, r"a has shape \(2,\), expected \(3,\), one a row as timestep"),
-        ({"b": torch.zeros(3, 3)}, ValueError, r"b has shape \(3, 3\), expected \(3,\)"),
-        ({"c0": 1.0}, ValueError, r"c0 has shape \(\), expected \(3,\)"),
         ({"c1": [[1], [2, 3], 4]}, ValueError, "c1 is not 1-dimensional"),
         ({"a": [1, math.nan, -math.inf]}, ValueError, r"a\[1\] is nan, expected finite numbers"),
         ({"a": "abc"}, TypeError, "a holds <U3, expected real numbers"),
-        ({"a": ["1", 2.0, 3]}, TypeError, "a holds <U"),
         ({"a": [1.0, True, 2.0]}, TypeError, "a holds a bool"),
-        ({"a": None}, TypeError, "a holds NoneType"),
         ({"a": [None, 1, 2]}, TypeError, "a holds NoneType"),
-        ({"a": [1j, 2, 3]}, TypeError, "a holds complex128"),
         ({"draw": [0.0, 1.0, 2.0]}, TypeError, "draw holds float64, expected integers"),
         ({"draw": [0, 1, -1]}, ValueError, r"draw\[2\] is -1, expected 0 <= draw < 2\^32"),
-        ({"draw": [0, 2**32, -1]}, ValueError, r"draw\[1\] is 4294967296, expected"),
         ({"draw": [0, 2**64, 1]}, ValueError, "draw holds 18446744073709551616, expected numbers below"),
-        ({"draw": [0, 1]}, ValueError, r"draw has shape \(2,\), expected \(3,\)"),
-        ({"h1": [0, 1]}, ValueError, r"h1 has shape \(2,\), expected \(3,\), one a row as timestep"),
-        ({"l1": [0, 1, math.inf]}, ValueError, r"l1\[2\] is inf, expected finite numbers"),
-        ({"g0": "abc"}, TypeError, "g0 holds <U3, expected real numbers"),
         ({"signal_now": [0, 2, -0.1]}, ValueError, r"signal_now\[2\] is -0.1, expected signal_now >= 0"),
-        ({"noise_after": [1, 0.5, math.nan]}, ValueError, r"noise_after\[2\] is nan, expected finite numbers"),
-    ],
-)
-def test_refused(columns, error, message):
-    with pytest.raises(error, match=message):
-        changed(**columns)
-
-
-# -------------------------------------------------------------------------------------------------------- draws
+    ):
+        refused(error, message, changed, **columns)
 
 
 @for_many(100)
@@ -163,7 +125,7 @@ def test_draws_between_the_timesteps_are_the_rows():
     assert changed(timestep=[2**32 - 1, 1, 0]).draw.tolist() == [2**32 - 1, 1, 0]
 
 
-@pytest.mark.parametrize("draw", [0, 1, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("draw", [1, 2**31, 2**32 - 1])
 def test_kernel_draws_what_the_row_says(draw, device):
     table = StepTable([5], a=[0], b=[0], c0=[0], c1=[0], s=[1], draw=[draw])
     zeros, rng = torch.zeros(2, 9, device=device), Philox(3, 4)
@@ -180,9 +142,6 @@ def test_which_rows_are_plain_and_which_have_history(name):
     assert table.history == (name[0] in "hk") and not zeros.history
 
 
-# ------------------------------------------------------------------------------------------------- as a sequence
-
-
 @for_many(100)
 def test_indices_and_slices_are_a_lists(choose):
     rows = any_rows(choose)
@@ -197,30 +156,21 @@ def test_indices_and_slices_are_a_lists(choose):
     ends = [None, *range(-count - 2, count + 3)]
     cut = slice(choose.one_of(ends), choose.one_of(ends), choose.one_of([None, 1, 2, 3, -1, -2, -5]))
     if rows[cut]:
-        assert bits(table[cut]) == bits(rows[cut])
-        assert table[cut].timestep.dtype == table.timestep.dtype
+        assert bits(table[cut]) == bits(rows[cut]) and table[cut].timestep.dtype == table.timestep.dtype
     else:
         with pytest.raises(ValueError, match=rf"slice\(.* of a table of {count} rows is empty"):
             table[cut]
 
 
-def test_index_of_another_kind():
-    for at in (1.0, "a", None, [0, 1], (0, 1), torch.tensor([0, 1])):
-        with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
-            changed()[at]
-
-
 def test_replace():
-    """dataclasses.replace changes some columns, which are checked, and leaves the others."""
     table = changed(s=[1, 2, 3], h1=[0, 1, 0], draw=[7, 8, 9])
     other = dataclasses.replace(table, s=[3, 2, 1], g0=torch.ones(3))
     assert set(table.diff(other).columns) == {"s", "g0"}
-    assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3]
-    assert other.a.data_ptr() != table.a.data_ptr()
-    with pytest.raises(ValueError, match=r"noise_now\[0\] is -2"):
-        dataclasses.replace(table, noise_now=[-2, 0, 0])
-    with pytest.raises(TypeError, match="c9"):
-        dataclasses.replace(table, c9=[0, 0, 0])
+    assert other.s.tolist() == [3, 2, 1] and table.s.tolist() == [1, 2, 3] and other.a.data_ptr() != table.a.data_ptr()
+    refused(ValueError, r"noise_now\[0\] is -2", dataclasses.replace, table, noise_now=[-2, 0, 0])
+    for at in (1.0, None, [0, 1], torch.tensor([0, 1])):
+        with pytest.raises(TypeError, match=r"a table's index is .*, expected an int or a slice"):
+            table[at]
 
 
 def test_copies_are_equal_and_frozen():
@@ -229,23 +179,16 @@ def test_copies_are_equal_and_frozen():
         assert bits(other) == bits(table)
         with pytest.raises(dataclasses.FrozenInstanceError):
             other.a = other.b
-    with pytest.raises(TypeError, match="unhashable"):
-        hash(table)
+    refused(TypeError, "unhashable", hash, table)
 
 
-# --------------------------------------------------------------------------------------------------------- repr
-
-
-@pytest.mark.parametrize("count", [1, 2, 11, 12, 1000])
+@pytest.mark.parametrize("count", [1, 11, 12])
 def test_repr_is_an_aligned_table(count):
-    generator = torch.Generator().manual_seed(count)
-    columns = torch.randn(6, count, generator=generator, dtype=torch.float64).exp() ** 9
+    columns = torch.randn(6, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64).exp() ** 9
     table = StepTable(torch.arange(count - 1, -1, -1), *columns)
     title, head, *lines = repr(table).splitlines()
-    assert title == f"StepTable of {count} row{'' if count == 1 else 's'}"
-    assert head.split() == ["row", *PLAIN]
-    assert {len(line) for line in lines} == {len(head)}
-    assert len(head) <= 120
+    assert title == f"StepTable of {count} row{'' if count == 1 else 's'}" and head.split() == ["row", *PLAIN]
+    assert {len(line) for line in lines} == {len(head)} and len(head) <= 120
     shown = list(range(count)) if count <= 11 else [*range(5), None, *range(count - 5, count)]
     for i, line in zip(shown, lines, strict=True):
         cells = line.split()
@@ -253,15 +196,3 @@ def test_repr_is_an_aligned_table(count):
             assert set(cells) == {"..."}
         else:
             assert [float(cell) for cell in cells] == pytest.approx([i, *table[i][:8]], rel=1e-5)
-
-
-@pytest.mark.parametrize("shown", [["h1"], ["l0", "l1"], ["l1", "cu", "k2"]])
-def test_repr_beyond_the_plain_columns(shown):
-    values = {name: [0.0, 0.125, -2.5] for name in shown}
-    hidden = {name: [0.5, 0.5, 0.5] for name in ("g0", "g1", *LEVELS)}
-    table = changed(**values, **hidden)
-    title, head, *lines = repr(table).splitlines()
-    assert title == "StepTable of 3 rows"
-    assert head.split() == ["row", *PLAIN, *shown]
-    for i, line in enumerate(lines):
-        assert list(map(float, line.split())) == [i, *table[i][:8], *[values[name][i] for name in head.split()[9:]]]

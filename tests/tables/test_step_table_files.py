@@ -5,6 +5,7 @@ import math
 
 import pytest
 from support.choices import for_many
+from support.refused import refused
 from support.rows import any_rows, bits, changed, of
 
 from ddpm_ext import StepTable
@@ -14,15 +15,12 @@ from ddpm_ext.tables.step_table import ADDED, COLUMNS
 
 @for_many(60)
 def test_files_preserve_every_bit(choose, tmp_path_factory):
-    rows = any_rows(choose)
-    path = tmp_path_factory.mktemp("tables") / "a.json"
+    rows, path = any_rows(choose), tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
-    loaded = StepTable.load(str(path))
-    assert bits(loaded) == bits(rows)
+    assert bits(StepTable.load(str(path))) == bits(rows)
     content = json.loads(path.read_text())
     assert (content["format"], content["version"]) == ("ddpm_ext.StepTable", 4)
-    assert content["columns"] == list(COLUMNS)
-    assert bits(content["rows"]) == bits(rows)
+    assert content["columns"] == list(COLUMNS) and bits(content["rows"]) == bits(rows)
     assert sum(line.count("[") for line in path.read_text().splitlines()[5:-2]) == len(rows)  # one line a row
     assert [found.name for found in path.parent.iterdir()] == ["a.json"]
 
@@ -49,8 +47,7 @@ def test_files_of_older_versions_are_read(tmp_path, version, left_out, levels):
     assert StepTable.load(path) == changed(**expected)
     rows[1][-1] = 1.5
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"a.json: after holds .*1.5.*, expected 0 <= after <= 1"):
-        StepTable.load(path)
+    refused(ValueError, r"a.json: after holds .*1.5.*, expected 0 <= after <= 1", StepTable.load, path)
 
 
 def with_c3(path, c3, **columns):
@@ -69,35 +66,27 @@ def test_files_with_the_x0_of_the_row_before_are_read(tmp_path):
     for c3, k0 in (([0, 0.5, 0], [1, 0, 0]), ([0, -1, 2.5], [1, 1, 0]), ([2, 0, 0], [0, 0, 0])):
         assert StepTable.load(with_c3(path, c3, cu=[0, 0, 1])) == changed(h1=c3, k0=k0, cu=[0, 0, 1])
     assert StepTable.load(with_c3(path, [0, 0, 0], h2=[0, 0, 1], k1=[1, 1, 1])) == changed(h2=[0, 0, 1], k1=[1, 1, 1])
-    with pytest.raises(ValueError, match=r"a.json: c3\[2\] is 0.5, but the row before it calls no model"):
-        StepTable.load(with_c3(path, [0, 0, 0.5], b=[1, 0, 1]))
+    refused(ValueError, r"a.json: c3\[2\] is 0.5, but the row", StepTable.load, with_c3(path, [0, 0, 0.5], b=[1, 0, 1]))
     for name in NEWER[1:]:
         with pytest.raises(ValueError, match=f"a.json: c3 and {name} are not 0, so that"):
             StepTable.load(with_c3(path, [0, 0, 0.5], **{name: [0, 1, 0]}))
 
 
 def test_failed_save_leaves_the_old_file(tmp_path):
-    path, table = tmp_path / "a.json", changed()
+    path, table, broken = tmp_path / "a.json", changed(), changed()
     table.save(path)
-    broken = changed()
     broken.a[1] = math.nan
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        broken.save(path)
+    refused(ValueError, "not JSON compliant", broken.save, path)
     assert StepTable.load(path) == table
-    with pytest.raises(ValueError, match="is a folder"):
-        table.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"b\.json"):
-        StepTable.load(tmp_path / "b.json")
+    refused(ValueError, "is a folder", table.save, tmp_path)
+    refused(FileNotFoundError, r"b\.json", StepTable.load, tmp_path / "b.json")
 
 
 @for_many(20)
 def test_files_with_fewer_columns_in_another_order(choose, tmp_path_factory):
-    """Columns that an older file lacks are zeros."""
-    rows = any_rows(choose)
-    path = tmp_path_factory.mktemp("tables") / "a.json"
+    rows, path = any_rows(choose), tmp_path_factory.mktemp("tables") / "a.json"
     of(rows).save(path)
-    content = json.loads(path.read_text())
-    left_out = [name for name in ADDED if choose.one_of([False, True])]
+    content, left_out = json.loads(path.read_text()), [name for name in ADDED if choose.one_of([False, True])]
     kept = [i for i, name in enumerate(content["columns"]) if name not in left_out][:: choose.one_of([1, -1])]
     content["columns"], *content["rows"] = ([row[i] for i in kept] for row in (content["columns"], *content["rows"]))
     path.write_text(json.dumps(content))
@@ -106,20 +95,14 @@ def test_files_with_fewer_columns_in_another_order(choose, tmp_path_factory):
 
 
 def broken(**change):
-    def apply(content):
-        return json.dumps({**content, **change})
-
-    return apply
+    return lambda content: json.dumps({**content, **change})
 
 
-def without(column):
-    def apply(content):
-        at = content["columns"].index(column)
-        for row in (content["columns"], *content["rows"]):
-            del row[at]
-        return json.dumps(content)
-
-    return apply
+def without_s(content):
+    at = content["columns"].index("s")
+    for row in (content["columns"], *content["rows"]):
+        del row[at]
+    return json.dumps(content)
 
 
 def cell(row, column, value):
@@ -134,26 +117,17 @@ def cell(row, column, value):
     "change, message",
     [
         (lambda content: json.dumps(content)[:-20], "is not JSON: "),
-        (lambda content: "", "is not JSON: "),
         (lambda content: "[" * 100_000, "is not JSON: "),
         (lambda content: "\udcff", "is not JSON: .*utf"),
         (lambda content: "[1, 2]", "format is None, expected 'ddpm_ext.StepTable'"),
         (broken(format="onnx"), "format is 'onnx', expected 'ddpm_ext.StepTable'"),
         (broken(version=5), "version is 5, newer than this ddpm_ext, which reads up to 4"),
         (broken(version=0), "version is 0, expected an int from 1 to 4"),
-        (broken(version=True), "version is True, expected an int"),
-        (broken(version="1"), "version is '1', expected an int"),
-        (without("s"), r"columns are \['timestep', 'a', 'b', 'c0', 'c1', 'c2', 'draw', .* expected timestep, a, b"),
+        (without_s, r"columns are \['timestep', 'a', 'b', 'c0', 'c1', 'c2', 'draw', .* expected timestep, a, b"),
         (broken(columns=[*COLUMNS[:-1], "noise"]), "columns are .*'noise'.*, expected .* each once"),
-        (broken(columns=[*COLUMNS, "a"]), "columns are .*, each once"),
-        (broken(columns=None), "columns are None"),
-        (broken(rows=None), "rows are missing"),
         (broken(rows=[]), "rows are missing"),
         (broken(rows=[[1, 2]]), r"rows\[0\] is \[1, 2\], expected a list of 23 numbers"),
-        (broken(rows=[{"a": 1}]), r"rows\[0\] is \{'a': 1\}"),
         (cell(1, "a", "x"), "a holds <U"),
-        (cell(2, "c1", math.nan), r"c1\[2\] is nan, expected finite numbers"),
-        (cell(0, "draw", 1.5), "draw holds float64, expected integers"),
         (cell(0, "noise_now", -1.5), r"noise_now\[0\] is -1.5, expected noise_now >= 0"),
     ],
 )

@@ -1,6 +1,5 @@
 """Further moving averages of the weights, beside the one that is sampled from."""
 
-import pytest
 import torch
 from support.trainer_run import Tiny, assert_same, make
 
@@ -9,7 +8,6 @@ from ddpm_ext.training.step import TrainingStep
 
 
 def test_each_average_has_its_decay(tmp_path, monkeypatch):
-    """Also in a run that is resumed; the main average is what it is without the others."""
     seen, take = [], TrainingStep.take
 
     def note(self, images, labels):
@@ -31,9 +29,3 @@ def test_each_average_has_its_decay(tmp_path, monkeypatch):
         assert all(torch.allclose(value.double(), expected[name], atol=1e-6) for name, value in found.items())
     make(tmp_path / "plain", steps=20, lr_schedule="constant").fit()
     assert_same(tmp_path / "plain", folder)
-
-
-def test_run_without_them_does_not_get_them_at_a_resume(tmp_path):
-    make(tmp_path / "run", steps=2).fit()
-    with pytest.raises(ValueError, match=r"resume: extra_emas is \[0\.9\], but .* was made with \[\]"):
-        make(tmp_path / "run", steps=2, extra_emas=(0.9,), resume=True).fit()

@@ -41,7 +41,6 @@ def check_same(found, expected):
         {"offset_noise": 0.1, "variance": "learned_range", "loss": "huber", "prediction": "v"},
         {"input_perturbation": 0.1, "timestep_sampler": "loss_second_moment", "clip": 0.0, "autocast": "bfloat16"},
     ],
-    ids=", ".join,
 )
 def test_captured_is_uncaptured(faked, tmp_path, options):
     """With dropout, a buffer that changes, a rate that rises and falls."""
@@ -62,8 +61,7 @@ def test_resumed(faked, tmp_path, monkeypatch):
     for first, second in ((True, False), (False, True)):
         folder = tmp_path / f"{first}"
         make(folder, **OPTIONS, graph=first, resume=False).fit()
-        newest = sorted((folder / "checkpoints").iterdir())[-1]
-        newest.unlink()
+        sorted((folder / "checkpoints").iterdir())[-1].unlink()
         found = make(folder, **OPTIONS, graph=second, resume=True)
         found.fit()
         check_same((found.state.tensors(), (folder / "losses.csv").read_text()), expected)

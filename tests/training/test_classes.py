@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import fake_cuda, trainer_run
+from support.refused import refused
 from support.trainer_run import Tiny, make
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
@@ -59,12 +60,10 @@ def test_labels_of_a_folder_are_its_sub_folders(tmp_path):
     named = {path.name: found.names[number] for path, number in zip(images.paths, found.numbers, strict=True)}
     assert named == {"1.png": "b", "2.png": "a", "3.png": "a"}
     image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"classes: .* has 0\.png outside of its sub-folders, expected one a class"):
-        labels_of(load_images(str(tmp_path), 4))
+    refused(ValueError, r"classes: .* has 0\.png outside of its sub-folders,", labels_of, load_images(str(tmp_path), 4))
 
 
 def test_labels_of_datasets():
-    """A TensorDataset's second tensor; torchvision's targets and classes; a Subset's part of them."""
     assert labels_of(as_images(labelled())) == (pytest.approx(torch.arange(COUNT) % CLASSES), tuple("0123"))
     whole = labelled()
     whole.targets, whole.classes = [3, 1] * 5 + [0], ["a", "b", "c", "d"]
@@ -72,24 +71,15 @@ def test_labels_of_datasets():
     assert (found.numbers.tolist(), found.names) == ([3, 0], ("a", "b", "c", "d"))
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (None, "classes: a Items has no labels, expected its attribute targets"),
+def test_labels_that_are_none():
+    items = type("Items", (list,), {})([torch.zeros(1, 8, 8)] * 3)
+    refused(ValueError, "a Items has no labels, expected its attribute targets", labels_of, as_images(items))
+    for items.targets, message in (
         (["a"] * 3, "targets of a Items are no whole numbers"),
         ([0, 1], r"labels are torch.int64 of shape \(2,\), expected int64 of shape \(3,\), one an image"),
         ([0, -1, 0], "labels are -1 to 0, expected 0 to 0 for 1 classes"),
-    ],
-)
-def test_labels_that_are_none(targets, message):
-    class Items(list):
-        pass
-
-    items = Items([torch.zeros(1, 8, 8)] * 3)
-    if targets is not None:
-        items.targets = targets
-    with pytest.raises(ValueError, match=message):
-        labels_of(as_images(items))
+    ):
+        refused(ValueError, message, labels_of, as_images(items))
 
 
 def batches(start, stop, images=None, **options):
@@ -102,16 +92,9 @@ def test_a_share_of_the_labels_is_dropped(share):
     """The others are those of their images. 800 labels: five standard deviations of a share are at most 0.09."""
     whole = batches(0, 8, class_dropout=share)
     labels = torch.cat([whole[step].labels for step in range(100)])
-    images = torch.cat([whole[step].images for step in range(100)])
-    dropped = labels == CLASSES
+    images, dropped = torch.cat([whole[step].images for step in range(100)]), labels == CLASSES
     assert dropped.double().mean() == pytest.approx(share, abs=0.09 if share else 0)
     assert torch.equal(labels[~dropped] / CLASSES, images[~dropped, 0, 0, 0])
-
-
-def test_ranks_share_the_labels_of_a_batch():
-    for step in range(5):
-        parts = [batches(a, b, class_dropout=0.5)[step].labels for a, b in ((0, 3), (3, 8))]
-        assert torch.equal(torch.cat(parts), batches(0, 8, class_dropout=0.5)[step].labels)
 
 
 def test_image_in_place_of_a_damaged_one_has_its_own_label():
@@ -134,8 +117,7 @@ def test_module_gets_the_labels_of_its_images(tmp_path):
     seen = torch.tensor(trainer.model.seen).view(-1, COUNT)
     assert torch.equal(seen.sort(1).values, labelled().tensors[1].sort().values.expand(12, -1))
     assert trainer.classes == Classes(tuple("0123"))
-    dropped = run(tmp_path / "dropped", class_dropout=0.5)
-    assert CLASSES in dropped.model.seen
+    assert CLASSES in run(tmp_path / "dropped", class_dropout=0.5).model.seen
     found = [json.loads((tmp_path / name / "classes.json").read_text())["null"] for name in ("run", "dropped")]
     assert found == [None, CLASSES]
 
@@ -190,6 +172,12 @@ def test_shapes_depend_on_seed_and_number_alone():
     assert torch.equal(shapes.batch(torch.tensor([17, 3])), whole[[17, 3]])
     assert not torch.equal(Shapes(16).batch(torch.tensor([3]))[0], whole[3])
     assert labels_of(shapes).numbers[:12].tolist() == [*range(10), 0, 1]
+    for call, message in (
+        (lambda: Shapes(4), "image size: got 4, expected at least 8"),
+        (lambda: Shapes(count=0), "count: got 0"),
+        (lambda: load_images("shapes", channels=1), "channels: got 1, but shapes have 3"),
+    ):
+        refused(ValueError, message, call)
 
 
 def test_shapes_are_the_same_at_any_size():
@@ -197,14 +185,4 @@ def test_shapes_are_the_same_at_any_size():
     numbers = torch.arange(100)
     fine, coarse = (Shapes(size).batch(numbers) for size in (64, 16))
     pooled = torch.nn.functional.avg_pool2d(fine, 4)
-    assert (pooled - coarse).abs().mean() < 0.01
-    assert (pooled - coarse).abs().amax() < 0.35
-
-
-def test_shapes_bad_input():
-    with pytest.raises(ValueError, match="image size: got 4, expected at least 8"):
-        Shapes(4)
-    with pytest.raises(ValueError, match="count: got 0"):
-        Shapes(count=0)
-    with pytest.raises(ValueError, match="channels: got 1, but shapes have 3"):
-        load_images("shapes", channels=1)
+    assert (pooled - coarse).abs().mean() < 0.01 and (pooled - coarse).abs().amax() < 0.35

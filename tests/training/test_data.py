@@ -3,47 +3,33 @@
 import numpy as np
 import pytest
 import torch
+from support.refused import refused
 
 from ddpm_ext.training.data import DamagedImage, FolderImages, TensorImages, as_images, digits, labels_of, load_images
 
 Image = pytest.importorskip("PIL.Image")
-pytest.importorskip("sklearn")
+datasets = pytest.importorskip("sklearn.datasets")
 
 
-def test_digits_parts():
+def test_digits_are_scikit_learns_in_parts():
     parts = {name: digits(name) for name in ("train", "heldout", "all")}
     assert {name: len(labels) for name, (_, labels) in parts.items()} == {"train": 1541, "heldout": 256, "all": 1797}
     for images, labels in parts.values():
-        assert images.shape == (len(labels), 1, 8, 8)
-        assert images.dtype == torch.float32
-        assert labels.dtype == torch.int64
-        assert (images.min(), images.max()) == (-1, 1)
+        assert images.shape == (len(labels), 1, 8, 8) and images.dtype == torch.float32
+        assert labels.dtype == torch.int64 and (images.min(), images.max()) == (-1, 1)
         counts = torch.bincount(labels, minlength=10)
         assert counts.min() > 0.7 * counts.float().mean()  # each digit in each part
     every = torch.cat([parts["train"][0], parts["heldout"][0]]).flatten(1)
     assert torch.equal(every.sum(0), parts["all"][0].flatten(1).sum(0))
-
-
-def test_digits_are_scikit_learns():
-    from sklearn.datasets import load_digits
-
-    images, labels = digits()
-    assert np.array_equal((images.squeeze(1).numpy() + 1) * 8, load_digits().images)
-    assert np.array_equal(labels.numpy(), load_digits().target)
-    with pytest.raises(ValueError, match="part: got 'test', expected one of train, heldout, all"):
-        digits("test")
-
-
-def test_load_digits_is_the_training_part():
+    theirs = datasets.load_digits()
+    assert np.array_equal((parts["all"][0].squeeze(1).numpy() + 1) * 8, theirs.images)
+    assert np.array_equal(parts["all"][1].numpy(), theirs.target)
+    refused(ValueError, "part: got 'test', expected one of train, heldout, all", digits, "test")
     images = load_images("digits")
-    assert (len(images), images.shape) == (1541, (1, 8, 8))
-    assert torch.equal(images.batch(torch.tensor([5, 0])), digits("train")[0][[5, 0]])
-    assert torch.equal(labels_of(images).numbers, digits("train")[1])
-    assert labels_of(images).names == tuple("0123456789")
-    with pytest.raises(ValueError, match="image size: got 16, but digits are 8 by 8"):
-        load_images("digits", 16)
-    with pytest.raises(ValueError, match="channels: got 3"):
-        load_images("digits", 8, 3)
+    assert torch.equal(images.batch(torch.tensor([5, 0])), parts["train"][0][[5, 0]]) and len(images) == 1541
+    assert torch.equal(labels_of(images).numbers, parts["train"][1]) and labels_of(images).names == tuple("0123456789")
+    refused(ValueError, "image size: got 16, but digits are 8 by 8", load_images, "digits", 16)
+    refused(ValueError, "channels: got 3", load_images, "digits", 8, 3)
 
 
 @pytest.fixture
@@ -65,8 +51,7 @@ def test_folder(folder):
     images = FolderImages(folder, 5)
     assert (len(images), images.shape) == (2, (3, 5, 5))
     grey, green = images.batch(torch.tensor([0, 1]))
-    assert grey.dtype == torch.float32
-    assert torch.allclose(grey, torch.full((3, 5, 5), 128 / 127.5 - 1), atol=1e-6)
+    assert grey.dtype == torch.float32 and torch.allclose(grey, torch.full((3, 5, 5), 128 / 127.5 - 1), atol=1e-6)
     middle = torch.tensor([-1.0, 1.0, -1.0]).view(3, 1)
     assert torch.equal(green[:, :, 2], middle.expand(3, 5))  # cropped to the middle square, not squeezed
     assert load_images(str(folder), 4, 1).batch(torch.tensor([1, 0])).shape == (2, 1, 4, 4)
@@ -83,27 +68,12 @@ def test_folder_turns_by_exif(tmp_path):
 
 
 def test_folder_bad_input(folder, tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        FolderImages(tmp_path / "none", 8)
+    refused(ValueError, "no such folder", FolderImages, tmp_path / "none", 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in"):
-        FolderImages(tmp_path / "empty", 8)
-    with pytest.raises(ValueError, match="image size: got 0"):
-        FolderImages(folder, 0)
-    with pytest.raises(ValueError, match="channels: got 4"):
-        FolderImages(folder, 8, 4)
-    with pytest.raises(ValueError, match="image size: a folder of images needs one"):
-        load_images(str(folder))
-
-
-def test_damaged_image_is_named(folder):
-    whole = (folder / "b.png").read_bytes()
-    (folder / "b.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "c.jpg").write_text("not a picture")
-    images = FolderImages(folder, 8)
-    for index, name in ((1, "b.png"), (2, "c.jpg")):
-        with pytest.raises(DamagedImage, match=f"cannot read .*{name}"):
-            images.batch(torch.tensor([index]))
+    refused(ValueError, "no images in", FolderImages, tmp_path / "empty", 8)
+    refused(ValueError, "image size: got 0", FolderImages, folder, 0)
+    refused(ValueError, "channels: got 4", FolderImages, folder, 8, 4)
+    refused(ValueError, "image size: a folder of images needs one", load_images, str(folder))
 
 
 def test_only_the_formats_of_the_endings_are_read(tmp_path):
@@ -114,8 +84,7 @@ def test_only_the_formats_of_the_endings_are_read(tmp_path):
     Image.new("RGB", (8, 8), "white").save(tmp_path / "c.png", format="JPEG")
     images = FolderImages(tmp_path, 8)
     for index, name in ((0, "a.png"), (1, "b.jpg")):
-        with pytest.raises(DamagedImage, match=f"cannot read .*{name}: .*cannot identify image"):
-            images.batch(torch.tensor([index]))
+        refused(DamagedImage, f"cannot read .*{name}: .*cannot identify image", images.batch, torch.tensor([index]))
     assert images.batch(torch.tensor([2])).mean() == 1  # a wrong ending does no harm
 
 
@@ -123,8 +92,7 @@ def test_only_the_formats_of_the_endings_are_read(tmp_path):
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
 def test_damage_anywhere_is_reported_or_harmless(tmp_path, ending):
     """Whatever Pillow's decoders raise for a file that was cut or overwritten becomes DamagedImage."""
-    generator = np.random.default_rng(0)
-    path = tmp_path / f"a.{ending}"
+    generator, path = np.random.default_rng(0), tmp_path / f"a.{ending}"
     Image.fromarray(generator.integers(0, 255, (20, 20, 3), np.uint8)).save(path)
     whole, damaged = path.read_bytes(), 0
     for _ in range(60):
@@ -141,26 +109,20 @@ def test_damage_anywhere_is_reported_or_harmless(tmp_path, ending):
 
 
 def test_fingerprints(folder):
-    """Of files the names and sizes count, of tensors all values."""
-    before = FolderImages(folder, 5).fingerprint()
-    assert FolderImages(folder, 5).fingerprint() == before
-    assert FolderImages(folder, 6).fingerprint() != before
-    assert FolderImages(folder, 5, 1).fingerprint() != before
+    before = [FolderImages(folder, *sizes).fingerprint() for sizes in ((5,), (6,), (5, 1))]
     (folder / "notes.txt").write_text("no image still")
-    assert FolderImages(folder, 5).fingerprint() == before
+    assert FolderImages(folder, 5).fingerprint() == before[0]
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes() + b"\0")
     longer = FolderImages(folder, 5).fingerprint()
     (folder / "b.png").rename(folder / "c.png")
     last = FolderImages(folder, 5).fingerprint()
-    assert len({before, longer, last}) == 3
-    elsewhere = folder.rename(folder.parent / "elsewhere")
-    assert FolderImages(elsewhere, 5).fingerprint() == last
+    assert len({*before, longer, last}) == 5
+    assert FolderImages(folder.rename(folder.parent / "elsewhere"), 5).fingerprint() == last
     images = torch.zeros(2, 1, 3, 3)
     other = images.clone()
     other[1, 0, 2, 2] = 1e-7
     prints = {TensorImages(x).fingerprint() for x in (images, other, images[:1], images.view(2, 1, 1, 9))}
-    assert len(prints) == 4
-    assert TensorImages(images.clone()).fingerprint() in prints
+    assert len(prints) == 4 and TensorImages(images.clone()).fingerprint() in prints
 
 
 def test_dataset():
@@ -176,8 +138,7 @@ def test_dataset():
     batch = images.batch(torch.tensor([2, 0]))
     assert batch.dtype == torch.float32
     assert torch.equal(batch, torch.tensor([2 / 3, 0]).view(2, 1, 1, 1).expand(2, 2, 4, 5))
-    assert as_images(images) is images
-    assert len(as_images(torch.utils.data.TensorDataset(torch.zeros(4, 1, 2, 2)))) == 4
+    assert as_images(images) is images and len(as_images(torch.utils.data.TensorDataset(torch.zeros(4, 1, 2, 2)))) == 4
     with pytest.raises(TypeError, match="has no length, expected a map-style torch Dataset"):
         as_images(type("Endless", (), {"__getitem__": lambda self, index: torch.zeros(1, 2, 2)})())
 
@@ -191,18 +152,14 @@ def test_first_readable_item_decides_the_shape():
 
     images = as_images(Items([None, torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)]))
     assert images.shape == (1, 2, 3)
-    with pytest.raises(DamagedImage, match="data: cannot read item 0: gone"):
-        images.batch(torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), as item 1"):
-        images.batch(torch.tensor([2]))
-    with pytest.raises(DamagedImage, match="data: cannot read item 1: gone"):
-        as_images(Items([None, None]))
+    refused(DamagedImage, "data: cannot read item 0: gone", images.batch, torch.tensor([0]))
+    refused(ValueError, r"item 2 has shape \(1, 2, 4\), expected \(1, 2, 3\), as item", images.batch, torch.tensor([2]))
+    refused(DamagedImage, "data: cannot read item 1: gone", as_images, Items([None, None]))
 
 
 def test_tensor_images_bad_input():
     for images in (torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
-        with pytest.raises(ValueError, match="images: got"):
-            TensorImages(images)
+        refused(ValueError, "images: got", TensorImages, images)
     for value, found in ((255.0, "255 to 255"), (torch.nan, "nan")):
         with pytest.raises(ValueError, match=rf"the tensor has values from {found}.*, expected them in \[-1, 1"):
             TensorImages(torch.full((2, 1, 2, 2), value))

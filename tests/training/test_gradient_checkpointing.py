@@ -28,8 +28,7 @@ def test_fewer_activations_are_kept(tmp_path):
     for enabled in (False, True):
         made = trainer(tmp_path / "run", gradient_checkpointing=enabled)
         assert made.model.is_gradient_checkpointing == enabled
-        step = TrainingStep(made.state, made.diffusion, made.options, made.ranks, made.device)
-        kept = []
+        step, kept = TrainingStep(made.state, made.diffusion, made.options, made.ranks, made.device), []
 
         def pack(value, kept=kept):
             kept.append(value.numel())
@@ -55,15 +54,3 @@ def test_refusals(tmp_path):
 
     with pytest.raises(ValueError, match=r"gradient_checkpointing: Unable fails \(Unable does not support it\)"):
         make(tmp_path / "run", model=Unable(), gradient_checkpointing=True)
-
-
-def test_module_of_ones_own_has_its_method_called(tmp_path):
-
-    class Able(Tiny):
-        called = False
-
-        def enable_gradient_checkpointing(self):
-            self.called = True
-
-    assert make(tmp_path / "run", model=Able(), gradient_checkpointing=True).model.called
-    assert not make(tmp_path / "run", model=Able()).model.called

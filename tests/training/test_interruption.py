@@ -44,21 +44,15 @@ def at(monkeypatch, step, act, owner=TrainingStep, name="take"):
     monkeypatch.setattr(owner, name, method)
 
 
-def send_at(monkeypatch, step, *numbers):
-    """This process gets the signals while the step after so many steps is taken."""
-    at(monkeypatch, step, lambda: [signal.raise_signal(number) for number in numbers])
-
-
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_first_signal_saves_the_step(tmp_path, monkeypatch, number, raised):
     folder, lines = tmp_path / "run", []
-    send_at(monkeypatch, 12, number)
+    at(monkeypatch, 12, lambda: signal.raise_signal(number))
     with pytest.raises(raised) as info:
         make(folder, report=lines.append, **OPTIONS).fit()
     assert raised is KeyboardInterrupt or info.value.code == 143
     path = folder / "checkpoints" / "step-00000013.safetensors"
-    assert checkpoints.newest(folder) == path
-    assert lines[-1] == f"{path} is written; a resume continues from it"
+    assert checkpoints.newest(folder) == path and lines[-1] == f"{path} is written; a resume continues from it"
     assert "interrupted: stopping after step 13; a second signal ends the run at once" in lines
     assert not (folder / "training.json").exists()
     monkeypatch.undo()
@@ -96,8 +90,7 @@ def test_signal_while_a_batch_is_awaited_saves_the_step_before(tmp_path, monkeyp
     at(monkeypatch, 12, never, StepBatches, "_read")
     with pytest.raises(SystemExit) as info:
         make(tmp_path / "run", **OPTIONS).fit()
-    assert info.value.code == 143
-    assert checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
+    assert info.value.code == 143 and checkpoints.newest(tmp_path / "run").name == "step-00000012.safetensors"
     monkeypatch.undo()
     make(tmp_path / "run", resume=True, **OPTIONS).fit()
     assert len(trainer_run.rows(tmp_path / "run")) == 20
@@ -127,12 +120,12 @@ def test_signal_that_a_worker_got_first(tmp_path, monkeypatch, comes):
 
 def test_second_signal_ends_at_once(tmp_path, monkeypatch):
     """One that comes in the last step changes nothing."""
-    send_at(monkeypatch, 12, signal.SIGTERM, signal.SIGINT)
+    at(monkeypatch, 12, lambda: [signal.raise_signal(number) for number in (signal.SIGTERM, signal.SIGINT)])
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "run", **OPTIONS).fit()
     assert checkpoints.newest(tmp_path / "run") is None
     monkeypatch.undo()
-    send_at(monkeypatch, 19, signal.SIGTERM)
+    at(monkeypatch, 19, lambda: signal.raise_signal(signal.SIGTERM))
     make(tmp_path / "run", **OPTIONS).fit()
     assert (tmp_path / "run" / "training.json").exists()
 

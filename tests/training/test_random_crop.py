@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import trainer_run
+from support.refused import refused
 
 from ddpm_ext.training import TrainOptions
 from ddpm_ext.training.batches import StepBatches
@@ -41,8 +42,7 @@ def test_squares_lie_anywhere_and_have_the_asked_sizes(folder):
     assert images.seeded and images.shape == (3, SIZE, SIZE)
     for index, (height, width) in enumerate(((64, 32), (40, 80))):  # tall, wide
         drawn = images.batch(torch.full((count,), index), list(range(count)))
-        shorter = min(height, width)
-        sides = {}
+        shorter, sides = min(height, width), {}
         for channel, side in ((0, width), (1, height)):
             found = torch.tensor([extent(image, channel) for image in drawn])
             lengths = found[:, 1] * side / shorter  # as a share of the shorter side
@@ -51,38 +51,22 @@ def test_squares_lie_anywhere_and_have_the_asked_sizes(folder):
             assert abs(lengths.mean() - (1 + smallest) / 2) < 0.03
             # The middle lies anywhere in the room that the square leaves.
             half = found[:, 1] / 2
-            place = (found[:, 0] - half) / (1 - found[:, 1]).clamp(min=0.02)
-            wide_enough = found[:, 1] < 0.9
+            place, wide_enough = (found[:, 0] - half) / (1 - found[:, 1]).clamp(min=0.02), found[:, 1] < 0.9
             assert place[wide_enough].min() < 0.1 and place[wide_enough].max() > 0.9
             assert abs(place[wide_enough].mean() - 0.5) < 0.06
         assert torch.allclose(sides[0], sides[1], atol=0.05)  # squares, not squeezed
 
 
-def test_share_of_1_moves_along_the_longer_side_alone(folder):
-    drawn = FolderImages(folder, SIZE, random_crop=1.0).batch(torch.ones(50, dtype=torch.int64), list(range(50)))
-    columns, rows = (torch.tensor([extent(image, channel) for image in drawn]) for channel in (0, 1))
-    assert torch.allclose(rows, torch.tensor([0.5, 1.0]), atol=0.03)
-    assert torch.allclose(columns[:, 1], torch.tensor(0.5), atol=0.03)
-    assert columns[:, 0].min() < 0.3 and columns[:, 0].max() > 0.7
-
-
 def test_same_seed_gives_the_same_crop_read_again_or_not(folder):
-    images = FolderImages(folder, SIZE, random_crop=0.5)
-    indices = torch.tensor([0, 1])
+    images, indices = FolderImages(folder, SIZE, random_crop=0.5), torch.tensor([0, 1])
     first = images.batch(indices, [3, 4])
     assert torch.equal(images.batch(indices, [3, 4]), first)  # from memory
     assert torch.equal(FolderImages(folder, SIZE, random_crop=0.5).batch(indices, [3, 4]), first)
-    assert not torch.equal(images.batch(indices, [4, 3]), first)
-    assert not FolderImages(folder, SIZE).seeded
-    grey = FolderImages(folder, SIZE, 1, random_crop=0.5).batch(indices, [3, 4])
-    assert grey.shape == (2, 1, SIZE, SIZE)
-
-
-def test_small_images_are_enlarged(tmp_path):
-    Image.new("RGB", (3, 5), "white").save(tmp_path / "a.png")
-    assert torch.equal(
-        FolderImages(tmp_path, SIZE, random_crop=0.3).batch(torch.tensor([0]), [1]), torch.ones(1, 3, SIZE, SIZE)
-    )
+    assert not torch.equal(images.batch(indices, [4, 3]), first) and not FolderImages(folder, SIZE).seeded
+    Image.new("RGB", (3, 5), "white").save(folder / "a.png")  # a small one is enlarged
+    small = FolderImages(folder, SIZE, random_crop=0.3).batch(torch.tensor([0]), [1])
+    assert torch.equal(small, torch.ones(1, 3, SIZE, SIZE))
+    assert FolderImages(folder, SIZE, 1, random_crop=0.5).batch(indices, [3, 4]).shape == (2, 1, SIZE, SIZE)
 
 
 def test_crops_depend_on_the_place_alone(folder):
@@ -114,10 +98,8 @@ def test_a_run_from_before_the_option_is_resumed(tmp_path):
 
 
 def test_bad_random_crops(folder):
-    with pytest.raises(ValueError, match=r"random_crop: got -0\.5, expected in \[0, 1\]"):
-        FolderImages(folder, SIZE, random_crop=-0.5)
+    refused(ValueError, r"random_crop: got -0\.5, expected in \[0, 1\]", FolderImages, folder, SIZE, random_crop=-0.5)
+    message = r"random_crop: got 0\.8 for %s, expected a folder of images"
     for name in ("digits", "shapes"):
-        with pytest.raises(ValueError, match=rf"random_crop: got 0\.8 for {name}, expected a folder of images"):
-            load_images(name, random_crop=0.8)
-    with pytest.raises(ValueError, match=r"random_crop: got 0\.8 for a Tensor, expected a folder of images; a Dataset"):
-        as_images(torch.zeros(2, 1, 8, 8), random_crop=0.8)
+        refused(ValueError, message % name, load_images, name, random_crop=0.8)
+    refused(ValueError, message % "a Tensor" + "; a Dataset", as_images, torch.zeros(2, 1, 8, 8), random_crop=0.8)

@@ -27,8 +27,7 @@ def means(images):
 @pytest.mark.parametrize(("counts", "features"), [((40, 60), 5), ((6, 60), 9), ((7, 4), 9)])
 def test_distance_is_the_papers(counts, features):
     """By scipy's matrix square root; also of fewer samples than features, whose covariances are singular."""
-    linalg = pytest.importorskip("scipy.linalg")
-    generator = np.random.default_rng(0)
+    linalg, generator = pytest.importorskip("scipy.linalg"), np.random.default_rng(0)
     one, other = (
         generator.normal(size=(count, features)) @ generator.normal(size=(features, features)) for count in counts
     )
@@ -42,9 +41,8 @@ def test_distance_is_the_papers(counts, features):
 
 def test_pixels_are_averaged_to_16_by_16():
     images = torch.rand(2, 3, 32, 48)
-    assert torch.allclose(
-        pixels(images).view(2, 3, 16, 16), images.unflatten(3, (16, 3)).unflatten(2, (16, 2)).mean((3, 5))
-    )
+    expected = images.unflatten(3, (16, 3)).unflatten(2, (16, 2)).mean((3, 5))
+    assert torch.allclose(pixels(images), expected.flatten(1))
     assert torch.equal(pixels(images[..., :8, :8]), images[..., :8, :8].flatten(1))
 
 
@@ -52,10 +50,8 @@ def test_pixels_are_averaged_to_16_by_16():
     ("features", "message"),
     [
         (lambda images: images, r"features: got shape \(6, 1, 8, 8\) for 6 images, expected \(6, features\)"),
-        (lambda images: images.flatten(1)[:1], r"features: got shape \(1, 64\) for 6 images"),
         (lambda images: images.flatten(1) / 0, "features: got values that are not finite"),
         (lambda images: torch.ones(len(images), len(images)), "features: got 3 of some images and 6 of others"),
-        (lambda images: images.flatten(1)[:, : 2 + images.any()], "features: got 2 of samples and 3 of images"),
     ],
 )
 def test_wrong_features_are_refused(features, message):
@@ -65,7 +61,6 @@ def test_wrong_features_are_refused(features, message):
 
 
 def test_score_is_the_distance_to_the_images():
-    """The images themselves have the score 0; numpy's arrays are features, too."""
     options = TrainOptions(batch_size=4, score_count=9)
     scorer = Scorer(lambda images: means(images).numpy(), TensorImages(IMAGES), options, torch.device("cpu"))
     assert scorer.score(lambda samples: IMAGES[samples.start : samples.stop], Ranks()) < 1e-12
@@ -104,11 +99,9 @@ def test_best_model_is_kept(tmp_path):
     found = table(folder)
     assert list(found) == [8, 16, 20]
     seeds = [training.score.seed_for(0, "reference", i) for i in range(11)]
-    reference = moments(means(trainer.images.batch(torch.arange(11), seeds)).double())
-    averages = {}
+    reference, averages = moments(means(trainer.images.batch(torch.arange(11), seeds)).double()), {}
     for step in found:
-        model = Tiny()
-        path = folder / "checkpoints" / f"step-{step:08d}.safetensors"
+        model, path = Tiny(), folder / "checkpoints" / f"step-{step:08d}.safetensors"
         averages[step] = checkpoints.under(checkpoints.load(path)[0], "average.")
         model.load_state_dict(averages[step])
         samples = training.Trained(model.eval(), trainer.settings, (1, 8, 8)).sample(12, sampler="ddim", steps=3)
@@ -116,13 +109,8 @@ def test_best_model_is_kept(tmp_path):
     best = min(found, key=found.get)
     trainer_run.assert_same(folder / "best", averages[best])
     said = json.loads((folder / "best" / "score.json").read_text())
-    assert said == {
-        "step": best,
-        "score": pytest.approx(found[best]),
-        "features": f"{__name__}:means",
-        "samples": 12,
-        "sample_steps": 3,
-    }
+    of = {"features": f"{__name__}:means", "samples": 12, "sample_steps": 3}
+    assert said == of | {"step": best, "score": pytest.approx(found[best])}
     assert json.loads((folder / "training.json").read_text())["best"] == {"step": best, "score": said["score"]}
     told = [line for line in lines if line.startswith("score ")]
     assert f"score {found[8]:.4f} at step 8, the best so far: {folder / 'best'} has the model" == told[0]
@@ -169,7 +157,6 @@ def test_scores_of_other_features_are_forgotten():
 
 
 def test_unet_of_the_best_score_is_a_pipeline(tmp_path, capsys, monkeypatch):
-    """On the command line, with a function of a module in the working folder."""
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("sklearn")
     from ddpm_ext import cli

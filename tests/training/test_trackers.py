@@ -14,25 +14,6 @@ from ddpm_ext import plots
 from ddpm_ext.training.log import QUARTERS
 
 
-def test_tensorboard_events(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options = {"sample_every": 10, "sample_steps": 2, "score_every": 14, "score_count": 4}
-    make(tmp_path / "run", steps=14, tensorboard=True, **options).fit()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    found = rows(tmp_path / "run")
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
-        (stop, pytest.approx(np.mean([row["loss"] for row in found[start:stop]]), rel=1e-5))
-        for start, stop in ((0, 7), (7, 10), (10, 14))
-    ]
-    assert [event.step for event in events.Images("samples")] == [10]
-    (event,) = events.Scalars("score")
-    score = (tmp_path / "run" / "scores.csv").read_text().splitlines()[1].split(",")
-    assert (event.step, event.value) == (int(score[0]), pytest.approx(float(score[1]), rel=1e-6))
-
-
 @pytest.fixture
 def wandb_runs(monkeypatch):
     """What wandb.init returned: objects that note the calls."""
@@ -50,11 +31,17 @@ def logged(run, name):
 
 
 def test_wandb_gets_the_numbers_and_pictures(tmp_path, wandb_runs):
+    """And TensorBoard the same ones."""
     pytest.importorskip("PIL.Image")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = tmp_path / "run"
     options = {"sample_every": 10, "sample_steps": 2, "sample_count": 4, "score_every": 10, "score_count": 4}
-    trainer = make(folder, steps=14, wandb="flowers", **options)
+    trainer = make(folder, steps=14, wandb="flowers", tensorboard=True, **options)
     trainer.fit()
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
     (run,) = wandb_runs
     assert (run.given["project"], run.given["name"], run.given["dir"]) == ("flowers", "run", str(folder))
     assert run.given["config"]["batch_size"] == 6 and run.given["resume"] == "allow"
@@ -72,6 +59,9 @@ def test_wandb_gets_the_numbers_and_pictures(tmp_path, wandb_runs):
             assert (stop in logged(run, name)) == (not all(math.isnan(row[name]) for row in own))
     scores = dict(line.split(",") for line in (folder / "scores.csv").read_text().splitlines()[1:])
     assert logged(run, "score") == {int(step): pytest.approx(float(score), rel=1e-6) for step, score in scores.items()}
+    for name in ("loss", "score"):
+        assert {event.step: pytest.approx(event.value, rel=1e-5) for event in events.Scalars(name)} == logged(run, name)
+    assert [event.step for event in events.Images("samples")] == [10]
     ((kind, pixels),) = logged(run, "samples").values()
     assert kind == "image" and pixels.dtype == np.uint8
     assert pixels.shape == plots.grid(plots.to_uint8(trainer.sample())).shape
@@ -82,8 +72,7 @@ def test_resumed_run_has_the_same_id(tmp_path, wandb_runs):
     make(tmp_path / "run", steps=20, wandb="flowers", resume=True).fit()
     make(tmp_path / "other", steps=2, wandb="flowers").fit()
     first, again, other = (run.given["id"] for run in wandb_runs)
-    assert first == again != other
-    assert json.loads((tmp_path / "run" / "wandb.json").read_text()) == {"id": first}
+    assert first == again != other and json.loads((tmp_path / "run" / "wandb.json").read_text()) == {"id": first}
     assert list(logged(wandb_runs[1], "loss")) == [14, 20]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.refused import refused
 from support.trainer_run import IMAGES, SIZES, Squares, Tiny, assert_same, make, make_unet
 from torch import nn
 
@@ -36,19 +37,15 @@ def random_tiny():
 def test_module_samples_as_its_trainer_does(tmp_path):
     trainer = make(tmp_path / "run", steps=20, sample_count=6, sample_steps=5, seed=3)
     trainer.fit()
-    expected = trainer.sample()
-    trained = training.load(tmp_path / "run", random_tiny())
+    expected, trained = trainer.sample(), training.load(tmp_path / "run", random_tiny())
     assert trained.shape == (1, 8, 8) and trained.classes is None
     assert not trained.model.training and not any(value.requires_grad for value in trained.model.parameters())
     found = trained.sample(6, seed=3, **LOOP)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(trained.sample(2, seed=3, first=4, **LOOP), expected[4:], atol=1e-5)
     # The same by hand, as the page shows.
-    diffusion = trained.settings.diffusion()
-    by_hand = diffusion.p_sample_loop(
-        trained.model, (6, *trained.shape), rng=Philox(3), record="last", progress=False, **LOOP
-    )
-    assert torch.equal(found, by_hand)
+    loop = LOOP | {"rng": Philox(3), "record": "last", "progress": False}
+    assert torch.equal(found, trained.settings.diffusion().p_sample_loop(trained.model, (6, *trained.shape), **loop))
 
 
 def test_given_diffusion_is_the_runs(tmp_path):
@@ -59,8 +56,7 @@ def test_given_diffusion_is_the_runs(tmp_path):
     config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
     assert config["trained_betas"] == pytest.approx(diffusion.betas.tolist())
     loaded = training.load(tmp_path / "run", Tiny()).settings.diffusion()
-    assert torch.equal(loaded.betas, diffusion.betas)
-    assert (loaded.prediction, loaded.variance) == ("x0", "fixed_large")
+    assert torch.equal(loaded.betas, diffusion.betas) and (loaded.prediction, loaded.variance) == ("x0", "fixed_large")
 
 
 def test_unfinished_run_gives_its_newest_average(tmp_path):
@@ -73,8 +69,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="has no model and no checkpoint yet"):
-        training.load(tmp_path / "run", Tiny())
+    refused(ValueError, "has no model and no checkpoint yet", training.load, tmp_path / "run", Tiny())
 
 
 def test_classes_of_a_module(tmp_path):
@@ -93,8 +88,7 @@ def test_classes_of_a_module(tmp_path):
         (tmp_path / "run" / "model.json").unlink(missing_ok=True)  # then from the checkpoint
     null = Guidance(3.0, lambda x, t: trained.model(x, t, torch.full((len(x),), 3)))
     found = [trained.sample(4, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), null, None)]
-    assert torch.allclose(found[0], found[1], atol=1e-5)
-    assert not torch.allclose(found[0], found[2], atol=1e-3)
+    assert torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
     make(tmp_path / "without", model=WithClasses(), class_dropout=0.0, **options | {"steps": 2}).fit()
     with pytest.raises(ValueError, match="guidance: the model has no null class"):
         training.load(tmp_path / "without", WithClasses()).sample(4, guidance=Guidance(3.0), **LOOP)
@@ -104,27 +98,20 @@ def test_unet_needs_no_module(tmp_path):
     pytest.importorskip("diffusers")
     trainer = make_unet(tmp_path / "run", sample_steps=5)
     trainer.fit()
-    trained = training.load(tmp_path / "run")
-    assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)
-    with pytest.raises(ValueError, match="is a UNet2DModel, expected no model= beside it"):
-        training.load(tmp_path / "run", Tiny())
+    assert torch.allclose(training.load(tmp_path / "run").sample(16, **LOOP), trainer.sample(), atol=1e-5)
+    refused(ValueError, "is a UNet2DModel, expected no model= beside it", training.load, tmp_path / "run", Tiny())
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(ValueError, match="run: no such folder: "):
-        training.load(tmp_path / "run", Tiny())
+    refused(ValueError, "run: no such folder: ", training.load, tmp_path / "run", Tiny())
     make(tmp_path / "run", steps=2).fit()
-    with pytest.raises(ValueError, match=r"model: that of .* is a Tiny, expected model=, a module like the one"):
-        training.load(tmp_path / "run")
+    refused(ValueError, r"model: that of .* is a Tiny, expected model=, a module like", training.load, tmp_path / "run")
     message = r"model\.safetensors holds .* than the Tiny: into\.weight has shape \(6, .*, expected \(7, "
-    with pytest.raises(ValueError, match=message):
-        training.load(tmp_path / "run", Tiny(width=7))
-    with pytest.raises(ValueError, match=r"than the WithClasses: classes\.weight is missing"):
-        training.load(tmp_path / "run", WithClasses())
+    refused(ValueError, message, training.load, tmp_path / "run", Tiny(width=7))
+    refused(ValueError, r"than the WithClasses: classes\.weight is mis", training.load, tmp_path / "run", WithClasses())
     path = tmp_path / "run" / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [1, 8]}))
-    with pytest.raises(ValueError, match=r"has samples of shape \[1, 8\], expected \[channels, height, width\]"):
-        training.load(tmp_path / "run", Tiny())
+    refused(ValueError, r"has samples of shape \[1, 8\], expected \[channels,", training.load, tmp_path / "run", Tiny())
     described = json.loads(path.read_text())
     del described["shape"]  # as before it was written
     path.write_text(json.dumps(described))
