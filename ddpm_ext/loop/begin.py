@@ -64,12 +64,7 @@ class InitialSamples:
     """
 
     def __init__(
-        self,
-        ops: ModuleType,
-        model: Model,
-        shape: tuple[int, ...],
-        rows: LoopRows,
-        options: LoopOptions,
+        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: LoopOptions
     ) -> None:
         self._ops, self._rows = ops, rows
         self._shape, self._dtype = checks.shape(shape, least=1), options.dtype

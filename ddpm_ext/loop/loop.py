@@ -49,12 +49,7 @@ class Loop:
     """
 
     def __init__(
-        self,
-        ops: ModuleType,
-        model: Model,
-        shape: tuple[int, ...],
-        rows: LoopRows,
-        options: StepOptions,
+        self, ops: ModuleType, model: Model, shape: tuple[int, ...], rows: LoopRows, options: StepOptions
     ) -> None:
         self.rows = rows
         self._initial = InitialSamples(ops, model, shape, rows, options)
@@ -178,9 +173,7 @@ class Loop:
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:
-    if not progress:
-        return range(count)
-    bar = counter(count, "sampling loop time step")
+    bar = counter(count, "sampling loop time step", disable=not progress)
     return bar if isinstance(bar, range) else _with_rate(bar, count, batch)
 
 

@@ -36,11 +36,7 @@ def _recorded_steps(record: str | int | Sequence[int], steps: int) -> set[int] |
 
 
 def collect(
-    plan: Plan,
-    *,
-    record: str | int | Sequence[int],
-    callback: Callable[[Record], object] | None,
-    progress: bool,
+    plan: Plan, *, record: str | int | Sequence[int], callback: Callable[[Record], object] | None, progress: bool
 ) -> list[np.ndarray] | Tensor:
     """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop."""
     chosen = _recorded_steps(record, plan.steps)

@@ -120,10 +120,8 @@ class TableStep(CalledTableStep):
         super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
         ends = checks.clip_range(clip) or NO_CLIP
         fresh = add_noise and noise is None and rng is None
-        if fresh:
-            arguments = (None, True, *Philox(0).arguments(STREAM_REVERSE))  # each call has a seed in place of this one
-        else:
-            arguments = noise_arguments(noise, rng, False, STREAM_REVERSE, table.device)
+        source = Philox(0) if fresh else rng  # each call has a fresh seed in place of this one
+        arguments = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
         if not _registration.is_recorded():
             step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
             self.check, self.take = step.check, step.take  # type: ignore[method-assign]

@@ -149,9 +149,7 @@ def _log_tail(z: Tensor) -> Tensor:
     far = z > 1
     beyond = torch.where(far, z, 1.0)
     return torch.where(
-        far,
-        _log_erfcx(beyond) - math.log(2) - beyond**2 / 2,
-        torch.log1p(-_tail(-torch.where(far, 0.0, z))),
+        far, _log_erfcx(beyond) - math.log(2) - beyond**2 / 2, torch.log1p(-_tail(-torch.where(far, 0.0, z)))
     )
 
 

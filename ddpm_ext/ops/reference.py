@@ -7,6 +7,7 @@ float64 samples and float32 for all others; so are the tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def diffusion_loss(
     values = weight * values
     if variational:
         d = d.detach() if detach_mean else d
-        values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), *row)
+        values = values + _bound(x.to(dtype), d, 0.0 if variance is None else variance.to(dtype), row)
     losses = values.flatten(1).mean(1) if x.dim() > 1 else values
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
@@ -153,18 +154,10 @@ class LossStep:
         return diffusion_loss(model_output, **self._given)
 
 
-def _bound(
-    x_start: Tensor,
-    d: Tensor,
-    v: Tensor | float,
-    weight: Tensor,
-    l0: Tensor,
-    l1: Tensor,
-    scale: Tensor,
-    decoder: Tensor,
-) -> Tensor:
-    """`weight` times an element's term of the variational bound, eq. (5) of Ho et al. 2020; in the decoder's row,
-    eq. (13)."""
+def _bound(x_start: Tensor, d: Tensor, v: Tensor | float, row: Sequence[Tensor]) -> Tensor:
+    """The row's weight times an element's term of the variational bound, eq. (5) of Ho et al. 2020; in the decoder's
+    row, eq. (13)."""
+    weight, l0, l1, scale, decoder = row
     log_variance = l0 + l1 * v  # relative to the posterior's, except in the decoder's row
     g = -log_variance.clamp(-88, 87)
     divergence = (g.expm1() - g + g.exp() * scale * d**2) / 2

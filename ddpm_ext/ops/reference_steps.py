@@ -12,7 +12,7 @@ from ddpm_ext.base.types import Clip
 from ddpm_ext.ops.noise import STREAM_REVERSE, Philox
 from ddpm_ext.ops.reference_inputs import check_noise, check_samples, check_scale, finish, resolve_noise
 from ddpm_ext.ops.row import row_numbers
-from ddpm_ext.ops.step_inputs import InputKind, names
+from ddpm_ext.ops.step_inputs import STEP_INPUTS, InputKind, names
 
 
 def check_plain_step(
@@ -81,11 +81,7 @@ def _factor(given: Tensor | None, x_t: Tensor) -> Tensor | float:
 
 
 def guided_output(
-    x_t: Tensor,
-    model_output: Tensor | None,
-    uncond_output: Tensor | None,
-    output_scale: Tensor | None,
-    w: Tensor,
+    x_t: Tensor, model_output: Tensor | None, uncond_output: Tensor | None, output_scale: Tensor | None, w: Tensor
 ) -> Tensor:
     """output_scale (u + w (m - u))."""
     dtype = checks.compute_dtype(x_t.dtype)
@@ -124,22 +120,7 @@ def step_with_options(
     history_out: Tensor | None = None,
 ) -> Tensor:
     """Twin of ops.step_with_options, whose docstring has the equations."""
-    inputs = {
-        "uncond_output": uncond_output,
-        "output_scale": output_scale,
-        "model_variance": model_variance,
-        "x_start": x_start,
-        "x_start_scale": x_start_scale,
-        "history1": history1,
-        "history2": history2,
-        "history3": history3,
-        "gradient": gradient,
-        "known": known,
-        "mask": mask,
-        "out_copy": out_copy,
-        "x0_out": x0_out,
-        "history_out": history_out,
-    }
+    inputs = {name: given for name, given in locals().items() if name in STEP_INPUTS and name != "log_variance"}
     checks.clip_range(clip)
     check_plain_step(x_t, table, t, noise, rng, out)
     _check_inputs(x_t, model_output, inputs)

@@ -51,16 +51,11 @@ def x_start_scale(
         TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
     """
     checks.tensor("x_t", x_t)
-    for name, value in (
-        ("model_output", model_output),
-        ("table", table),
-        ("uncond_output", uncond_output),
-        ("output_scale", output_scale),
-    ):
+    options = {"uncond_output": uncond_output, "output_scale": output_scale}
+    for name, value in {"model_output": model_output, "table": table, **options}.items():
         if value is not None:
             checks.tensor(name, value)
     if _need_grad(x_t, model_output, uncond_output, output_scale):
-        options = {"uncond_output": uncond_output, "output_scale": output_scale}
         return reference_scales.x_start_scale(
             x_t, model_output, table, t, quantile=quantile, maximum=maximum, **options
         )

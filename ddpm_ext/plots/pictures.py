@@ -149,8 +149,7 @@ def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixe
     """As grid, and below each image its name; the images stand so far apart that the longest fits. No names: grid."""
     if not names:
         return grid(images, scale=scale)
-    image = require("PIL.Image", "drawing")
-    draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
+    image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
     small = font.load_default(size=_LABEL)
     large = _enlarged(images, scale)
     count, height, width, _ = large.shape
@@ -169,8 +168,7 @@ def _named_grid(images: Pixels, names: Sequence[str], scale: int | None) -> Pixe
 def _headed(body: Pixels, title: str, labels: Sequence[str] = (), names: Sequence[str] = ()) -> Pixels:
     """The picture with a title above it, and below the title the labels, evenly spread over the width of `body`; left
     of it the names, evenly spread over its height."""
-    image = require("PIL.Image", "drawing")
-    draw, font = require("PIL.ImageDraw", "drawing"), require("PIL.ImageFont", "drawing")
+    image, draw, font = (require(f"PIL.{name}", "drawing") for name in ("Image", "ImageDraw", "ImageFont"))
     large, small = font.load_default(size=_TITLE), font.load_default(size=_LABEL)
     head = 56 if labels else 32
     left = max((math.ceil(small.getlength(name)) + 2 * _GAP for name in names), default=0)

@@ -66,9 +66,8 @@ class KernelTables(DeviceTables):
             # What the model is called with: in float32 where timesteps lie between the schedule's own.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64
-            self._tables["timesteps", cpu, self._timestep_dtype] = steps.timestep.to(
-                cpu, self._timestep_dtype, copy=True
-            )
+            timestep = steps.timestep.to(cpu, self._timestep_dtype, copy=True)
+            self._tables["timesteps", cpu, self._timestep_dtype] = timestep
 
     def __len__(self) -> int:
         """How many rows the step table has."""

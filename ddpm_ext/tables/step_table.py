@@ -227,10 +227,7 @@ class StepTable:
         return self._each(lambda column: column.to(there))
 
     def packed(
-        self,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        guidance: Values | None = None,
+        self, device: torch.device | str, dtype: torch.dtype = torch.float32, guidance: Values | None = None
     ) -> Tensor:
         """The rows as the kernels read them, `dtype` (rows, WIDTH) on `device`: the numbers of ops.row.ROW, then zeros.
 

@@ -104,8 +104,12 @@ def follow(
         run = run_of(scheduler, timesteps, options, dims)
         loop = RandomRun.of(run, seed=0)
     linear = Linear(run_of(plain, timesteps, options, dims), loop, second)
-    if plain is scheduler or linear.error(loop) is None:  # nothing is clipped
+    try:
         linear.prove(loop)
+    except ValueError:
+        if plain is scheduler:
+            raise
+    else:  # nothing is clipped
         return _proven(linear.rows(), None, linear, run, loop)
     clip = clip_of(scheduler)
     # A scheduler of one prediction that returns no clean sample, such as a consistency model's, steps to the clean one.

@@ -106,20 +106,13 @@ class Linear:
 
     def prove(self, loop: RandomRun) -> None:
         """Raises ValueError where a step on random numbers is not the sum that it was on unit vectors."""
-        error = self.error(loop)
-        if error is not None:
-            raise error
-
-    def error(self, loop: RandomRun) -> ValueError | None:
-        """What `prove` raises."""
         inputs = np.concatenate([loop.x, loop.m, *loop.z])
         for i in range(self.n):
             parts = np.abs(self.prev[i]) @ np.abs(inputs)
             error = np.abs(loop.prev[i] - self.prev[i] @ inputs)
             worst = relative(error, parts)
             if not worst <= loop.bound():
-                return ValueError(f"{at(self, i)}, is not linear: random numbers differ by {worst:.1e}, relatively")
-        return None
+                raise ValueError(f"{at(self, i)}, is not linear: random numbers differ by {worst:.1e}, relatively")
 
     # ------------------------------------------------------------------------------------------------------ rows
 

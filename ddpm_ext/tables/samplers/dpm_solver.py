@@ -17,8 +17,7 @@ __all__ = ["dpm_solver_2m", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_3m_sd
 
 def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(2M) for the probability flow (eta 0), for the SDE (eta 1), or in between."""
-    now, after = grid.now, grid.after
-    h = coefficients.half_log_snr(grid).diff()
+    after, h = grid.after, coefficients.half_log_snr(grid).diff()
     extra = eta * h if eta else torch.zeros_like(h)  # 0 even where h is infinite
     towards_x0 = -after.sqrt() * torch.expm1(-h - extra)
     # x0 is extrapolated to the middle of the step by this multiple of its change over the step before.
@@ -27,8 +26,7 @@ def _dpm_solver(grid: Grid, prediction: str, eta: float, lower_order_final: bool
     onward[~onward.isfinite()] = 0
     if lower_order_final and len(grid) < multistep.FEW:
         onward[-1] = 0
-    of_x = ((1 - after) / (1 - now)).sqrt() * torch.exp(-extra)
-    s = (1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
+    of_x, s = multistep.of_sde(grid, extra)
     weights = torch.stack([towards_x0 * (1 + onward), -towards_x0 * onward], 1)
     return multistep.of_x0(grid, prediction, of_x, weights.tolist(), s)
 
@@ -72,7 +70,7 @@ def dpmpp_2m_sde(grid: Grid, *, prediction: str = "eps", eta: float = 1.0, lower
 
 def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: bool) -> StepTable:
     """DPM-Solver++(3M) for the probability flow (eta 0), for the SDE (eta 1), or in between."""
-    now, after, steps = grid.now, grid.after, coefficients.half_log_snr(grid).diff()
+    after, steps = grid.after, coefficients.half_log_snr(grid).diff()
     extra = eta * steps if eta else torch.zeros_like(steps)  # 0 even where a step is infinite
     h = steps.tolist()
     weights = []
@@ -90,8 +88,7 @@ def _third_order(grid: Grid, prediction: str, eta: float, lower_order_final: boo
                 newer = phi_2 - older
             row = [row[0] + newer / latest, older / before - newer / latest, -older / before]
         weights.append([after[i].sqrt().item() * weight for weight in row])
-    of_x = ((1 - after) / (1 - now)).sqrt() * torch.exp(-extra)
-    s = (1 - after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
+    of_x, s = multistep.of_sde(grid, extra)
     return multistep.of_x0(grid, prediction, of_x, weights, s)
 
 

@@ -96,6 +96,16 @@ def of_x0(grid: Grid, prediction: str, of_x: Tensor, weights: Weights, s: Tensor
     return coefficients.rows(grid, prediction, c0=now, c1=of_x, s=s, h1=h1, h2=h2, h3=h3, k0=k0)
 
 
+def of_sde(grid: Grid, extra: Tensor) -> tuple[Tensor, Tensor]:
+    """Each step's factor of x and standard deviation of the noise, of an SDE in its form for predicted clean samples.
+
+    Args:
+        extra: (rows,), the step in lambda times the square of how much noise there is; 0 for the probability flow.
+    """
+    of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
+    return of_x, (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
+
+
 def eps_slope(grid: Grid) -> Tensor:
     """By how much eps moves the next sample: sqrt(1 - a_s) - sqrt(a_s (1 - a_t) / a_t); 0 from pure noise."""
     now, after = grid.now, grid.after

@@ -24,11 +24,7 @@ Interval = tuple[int, int, float, float]
 
 @at_any_scale
 def restart(
-    grid: Grid,
-    *,
-    prediction: str = "eps",
-    intervals: Sequence[Interval] = ((3, 2, 0.06, 0.30),),
-    s_noise: float = 1.0,
+    grid: Grid, *, prediction: str = "eps", intervals: Sequence[Interval] = ((3, 2, 0.06, 0.30),), s_noise: float = 1.0
 ) -> StepTable:
     """Restart sampling: Xu et al. 2023, section 3, with Heun's steps.
 

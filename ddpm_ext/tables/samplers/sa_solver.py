@@ -63,7 +63,7 @@ def sa_solver(
     rate = (1 + tau**2).tolist()
     lam, steps, first = coefficients.half_log_snr(grid), len(grid), multistep.first_step(grid)
     extra = torch.where(tau > 0, tau**2 * lam.diff(), 0.0)  # 0 even where a step is infinite
-    of_x = ((1 - grid.after) / (1 - grid.now)).sqrt() * torch.exp(-extra)
+    of_x, s = multistep.of_sde(grid, extra)
     levels, signal = lam.tolist(), grid.alphas_cumprod.sqrt().tolist()
     predictors = multistep.orders(grid, predictor_order, lower_order_final=False)
     correctors = multistep.orders(grid, corrector_order, lower_order_final=False, lower_order_clean=False)
@@ -78,7 +78,6 @@ def sa_solver(
             before = np.roll(_weights(levels, i - 1, i - 1, predictors[i - 1], rate[i - 1]), 1)
             step += of_x[i].item() * signal[i] * (corrected - before)
         weights.append(step.tolist())
-    s = (1 - grid.after).sqrt() * (-torch.expm1(-2 * extra)).sqrt()
     return multistep.of_x0(grid, prediction, of_x, weights, s)
 
 
