@@ -112,8 +112,10 @@ def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, monkeypatch
     with torch.no_grad():
         samples = model.settings.diffusion().p_sample_loop(model.unet, (4, *model.shape), rng=Philox(5), **loop)
     assert timesteps[0] == 19 and len(x_t) == 6 and (given["bins"], given["limit"]) == (10, 3)
-    assert torch.equal(x_t[0], randn(x_t[0].shape, Philox(5), stream=1)) and torch.equal(given["samples"], samples)
+    assert np.array_equal(x_t[0], randn(x_t[0].shape, Philox(5), stream=1)) and np.allclose(given["samples"], samples)
     assert capsys.readouterr().out == "histogram.png: 4 samples at 6 of 6 steps\n"
+    assert call("plot", "histogram", "--model", tiny, "--num", 2, "--sampler", "heun", "--steps", 5, "--quiet") == 0
+    assert seen[1][0][1] == [19, 14, 10, 5, 0]  # the first visit of a sampler that comes twice to a timestep
 
 
 BAD = [
