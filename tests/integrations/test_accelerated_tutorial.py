@@ -115,6 +115,16 @@ def test_a_models_output_of_16_bits(dtype, device):
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_draw_of_somebody_elses_is_not_written_to(monkeypatch, device):
+    """Who replaces torch's function may keep what it returned."""
+    z = torch.randn(SHAPE, device=device)
+    before, x, t = z.clone(), torch.rand(SHAPE, device=device), torch.tensor([0, 5, 50, 99], device=device)
+    fast = accelerate(GaussianDiffusion(100))
+    monkeypatch.setattr(torch, "randn_like", lambda like: z)
+    fast.p_sample(Given(x), x, t)
+    assert torch.equal(z, before)
+
+
 def test_a_second_derivative_is_refused():
     model = Net()
     loss = accelerate(GaussianDiffusion(100)).train_losses(model, torch.rand(SHAPE), torch.tensor([0, 5, 50, 99]))

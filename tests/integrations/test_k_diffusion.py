@@ -77,6 +77,12 @@ def test_calls_without_a_seed_never_share_noise():
     assert torch.equal(sample(bend, x, SIGMAS, disable=True), first)
 
 
+def test_churn_has_both_ends_of_its_range():
+    seen, options = [], {"s_churn": 5.0, "s_tmin": 2.5, "s_tmax": 2.5}
+    sampler("euler")(bend, start(), SIGMAS, callback=seen.append, disable=True, **options)
+    assert [bool(step["sigma_hat"] > step["sigma"]) for step in seen] == [False, False, True, False, False]
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
 def test_samplers_without_noise_draw_none(name):
     torch.manual_seed(0)

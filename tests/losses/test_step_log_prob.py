@@ -11,6 +11,7 @@ from ddpm_ext.tables.flow_grids import flow_grid, flow_sigmas
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, dpmpp_2m, euler, euler_ancestral, flow_sde
 from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.step_table import StepTable
 
 LEVELS = (1 - make_betas("linear", 1000)).cumprod(0)
 GRID = make_grid(LEVELS, [999, 700, 420, 150, 20])
@@ -149,6 +150,7 @@ def test_one_launch(clip, expected):
         (lambda: call(row=4), ValueError, "row 4 has s 0.0"),
         (lambda: call(row=torch.tensor([0, 4])), ValueError, "row 4 has s 0.0"),
         (lambda: call(table=euler(GRID), row=0), ValueError, "row 0 has s 0.0"),
+        (lambda: call(table=StepTable([5], [1.0], [0.0], [1.0], [0.0], s=[0.5])), ValueError, "a weight of m of 0.0"),
         (lambda: call(row=5), ValueError, "row is 5, expected 0 <= row < 5"),
         (lambda: call(row=torch.tensor([0])), ValueError, r"row has shape \(1,\)"),
         (lambda: call(x=torch.zeros(2, 3).requires_grad_()), ValueError, "x requires a gradient, expected none"),

@@ -257,6 +257,13 @@ def compiled_as_eager(gd, backend, device, **options):
             assert torch.equal(compiled(x, t, own), 2 * before)
 
 
+def test_weights_may_be_written_to_between_calls(device):
+    gd, own, (x, m) = GaussianDiffusion(1000), torch.linspace(0.5, 2, 1000), normals(2, device)
+    before = gd.train_losses(lambda *_: m, x, 5, rng=Philox(3), weighting=own)
+    own.mul_(2)
+    assert torch.equal(gd.train_losses(lambda *_: m, x, 5, rng=Philox(3), weighting=own), 2 * before)
+
+
 @pytest.mark.slow
 @predictions
 @pytest.mark.parametrize("loss", LOSSES)

@@ -82,6 +82,13 @@ def test_special_values_of_affine(backend, device):
     torch.testing.assert_close(without, 0.5 * x, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.0, -0.0), (0.0, 0.0)])
+def test_a_bound_of_zero_leaves_zeros_their_sign(clip, device):
+    x = torch.tensor([[0.0, -0.0] * 20], device=device)
+    got = ops.reverse_step(x, x, step_table(device, (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)), 0, clip=clip, add_noise=False)
+    assert torch.equal(got.signbit(), x.signbit())
+
+
 @BACKENDS
 def test_infinities_stay_where_nothing_is_known(backend, device):
     """mask known + (1 - mask) x, as torch computes it."""
