@@ -165,6 +165,13 @@ def test_a_sampler_that_calls_the_model_between_levels():
     assert [(info["i"], info["sigma"]) for info in told] == [(0, 9.0), (1, 4.0)]
 
 
+def test_churn_is_between_two_sigmas_and_at_both():
+    told = []
+    churn = {"s_churn": 1.0, "s_tmin": 1.0, "s_tmax": 6.0}
+    sampler("euler")(bend, start(), SIGMAS, callback=told.append, disable=True, rng=Philox(0), **churn)
+    assert [bool(info["sigma_hat"] > info["sigma"]) for info in told] == [1.0 <= s <= 6.0 for s in SIGMAS[:-1]]
+
+
 # --------------------------------------------------------------------------------------------------------------- flow
 
 
