@@ -288,11 +288,11 @@ def test_an_infinite_output_that_the_clip_makes_finite(step, device, backend):
 # --------------------------------------------------------------------------------------------------- a model's variance
 
 
-def deviations(v, device, **how):
+def deviations(v, device, backend=ops, **how):
     """The standard deviations that a step uses for the variances v: (count,) -> (count,)."""
     v = v.view(1, -1).to(device)
     zeros, ones, row = torch.zeros_like(v), torch.ones_like(v), make_row(s=1.0, l1=1.0).to(device)
-    return ops.step_with_options(zeros, None, row, 0, model_variance=v, noise=ones, **how)[0].cpu()
+    return backend.step_with_options(zeros, None, row, 0, model_variance=v, noise=ones, **how)[0].cpu()
 
 
 def test_exponential(device):
@@ -305,8 +305,12 @@ def test_exponential(device):
     assert ((deviations(v, device).double() - truth).abs() / truth).max() <= 1.3 * 2.0**-24
     assert len(v) > 4_000_000
     beyond = torch.tensor([INF, 1e30, 88.1, -87.1, -1e30, -INF])
-    assert torch.equal(deviations(beyond, device), deviations(torch.tensor([88.0] * 3 + [-87.0] * 3), device))
-    assert deviations(torch.tensor([NAN]), device).isnan().all()
+    ends = torch.tensor([88.0] * 3 + [-87.0] * 3)
+    for backend in (ops, reference):
+        got = deviations(beyond, device, backend)
+        assert torch.equal(got, deviations(ends, device, backend))
+        torch.testing.assert_close(got.double(), ends.double().exp(), rtol=1e-6, atol=0)
+        assert deviations(torch.tensor([NAN]), device, backend).isnan().all()
 
 
 def test_square_root(device):
@@ -319,8 +323,9 @@ def test_square_root(device):
     assert torch.equal(deviations(v, device, log_variance=False).double(), v.double().sqrt().float().double())
     beyond = torch.tensor([0.0, -0.0, -1.0, 1e-40, 2.0**-101, 2.0**101, INF, -INF])
     ends = torch.tensor([2.0**-50] * 5 + [2.0**50] * 2 + [2.0**-50])
-    assert torch.equal(deviations(beyond, device, log_variance=False), ends)
-    assert deviations(torch.tensor([NAN]), device, log_variance=False).isnan().all()
+    for backend in (ops, reference):
+        assert torch.equal(deviations(beyond, device, backend, log_variance=False), ends)
+        assert deviations(torch.tensor([NAN]), device, backend, log_variance=False).isnan().all()
 
 
 # -------------------------------------------------------------------------------------------------- layouts and threads
