@@ -105,8 +105,8 @@ const Keyword& find_keyword(PyObject* name) {
 Options read_options(PyObject* const* values, PyObject* names) {
   Options options;
   for (Py_ssize_t i = 0; names != nullptr && i < PyTuple_GET_SIZE(names); ++i) {
-    if (values[i] == Py_None) continue;
     const Keyword& keyword = find_keyword(PyTuple_GET_ITEM(names, i));
+    if (values[i] == Py_None) continue;
     keyword.set(options, values[i]);
     options.any = options.any || &keyword != &keywords().front();
   }

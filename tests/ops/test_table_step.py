@@ -226,10 +226,8 @@ def test_run_refuses_before_it_calls_the_model(device, tensors, run):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (
-            {"history4": None, "histories": torch.zeros(SHAPE)},
-            "unknown input histories, expected one of noise, uncond_",
-        ),
+        ({"histories": torch.zeros(SHAPE)}, "unknown input histories, expected one of noise, uncond_"),
+        ({"history4": None}, "unknown input history4"),
         ({"history1": [0.0]}, "history1 is a list, expected a tensor"),
         ({"output_scale": 2.0}, "output_scale is a float, expected a tensor"),
         ({"x0_out": "x"}, "x0_out is a str, expected a tensor"),
