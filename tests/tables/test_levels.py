@@ -1,17 +1,19 @@
-"""Levels of signal and noise in grids and rows, and the scales of flow and sigma space.
+"""Levels of signal and noise: rows for samples of any scale, and the scales of flow, sigma space and EDM."""
 
-Whole loops at any scale, and EDM's, are in tests/loop and tests/process, each in test_noise_schedules.py.
-"""
+from __future__ import annotations
 
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from support.choices import for_many
+from support.gaussian import push, take
 
 from ddpm_ext.tables.grid import Jumps, grid_of_levels, make_grid
-from ddpm_ext.tables.levels import flow, sigma_space, straight, unit_levels
-from ddpm_ext.tables.samplers import SAMPLERS, ddim
+from ddpm_ext.tables.levels import LEVELS, edm, flow, sigma_space, straight, unit_levels
+from ddpm_ext.tables.samplers import SAMPLERS, ddim, ddpm
 from ddpm_ext.tables.schedules import make_betas
 
 F64 = torch.float64
@@ -30,6 +32,9 @@ GRIDS = {
     "sigma": grid(torch.ones_like(SIGMAS), SIGMAS),
     "curved": grid(CURVED[0], CURVED[1]),
 }
+
+
+# -------------------------------------------------------------------------------------------------------- the grid
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1 - FLOW, FLOW), (torch.ones_like(SIGMAS), SIGMAS), CURVED])
@@ -55,6 +60,9 @@ def test_timesteps_by_a_function():
     torch.testing.assert_close(part.unscaled().timestep_of(*unit_levels(part.now)), part.timestep, rtol=1e-10, atol=0)
 
 
+# ---------------------------------------------------------------------------------------------------------- scales
+
+
 @pytest.mark.parametrize("make", [flow, sigma_space])
 def test_levels_between_lie_on_the_line(make):
     """Flow and sigma space are lines, so known levels of them give all others, also beyond the outermost."""
@@ -64,6 +72,64 @@ def test_levels_between_lie_on_the_line(make):
     torch.testing.assert_close(straight(*between, nodes=nodes), make(*between), rtol=1e-12, atol=0)
     one = straight(*between, nodes=tuple(level[:1] for level in nodes))
     torch.testing.assert_close(one, make(*known)[:1].expand(5), rtol=1e-15, atol=0)
+
+
+def test_edm_is_the_scale_of_its_networks_input():
+    """c_in = 1 / sqrt(sigma^2 + sigma_data^2) times x0 + sigma eps: Karras et al. 2022, table 1."""
+    sigma = torch.tensor([80.0, 1.0, 0.002, 0.0], dtype=F64)
+    signal, noise = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    for sigma_data in (0.5, 1.7):
+        c_in = 1 / (sigma**2 + sigma_data**2).sqrt()
+        r = edm(signal, noise, sigma_data)
+        torch.testing.assert_close((signal * r)[:-1], c_in[:-1], rtol=1e-14, atol=0)
+        torch.testing.assert_close((noise * r)[:-1], (sigma * c_in)[:-1], rtol=1e-14, atol=0)
+        assert (signal * r)[-1] == 1  # clean data is as the data set has it
+
+
+# ------------------------------------------------------------------------------------------------------------ rows
+
+
+def walk(table, x, outputs, gradients, noises, before, after):
+    """x after each row, for samples that are multiplied by `before` where a row starts; floats."""
+    history, reached = [], []
+    for i, row in enumerate(table):
+        scaled, m, g = x * before[i], outputs[i], gradients[i] / before[i]
+        x0, x_next = take(row, scaled, m, noises[i], g=g, clip=(-1, 1), history=history)
+        history = push(row, history, x0, scaled, m)
+        reached.append(x_next)
+        x = x_next / after[i]
+    return np.array(reached)
+
+
+@for_many(60)
+def test_every_sampler_at_any_scale(choose):
+    """With samples multiplied by r, and a classifier's gradient divided by it, a loop reaches the samples of the
+    variance-preserving loop, multiplied by r."""
+    name = choose.one_of(list(GRIDS), "levels")
+    levels = GRIDS[name]
+    levels = replace(levels, schedule=levels.alphas_cumprod.flip(0))
+    sampler = choose.one_of(list(SAMPLERS), "sampler")
+    prediction = choose.one_of(["eps", "x0", "v"], "prediction")
+    unit = SAMPLERS[sampler](levels.unscaled(), prediction=prediction)
+    table = SAMPLERS[sampler](levels, prediction=prediction)
+    rng = np.random.default_rng(choose.integer(0, 1000, "seed"))
+    values = rng.normal(size=(3, len(table)))
+    powers = [
+        [math.hypot(*pair) for pair in zip(*columns, strict=True)]
+        for columns in (
+            (table.signal_now.tolist(), table.noise_now.tolist()),
+            (table.signal_after.tolist(), table.noise_after.tolist()),
+        )
+    ]
+    ones = np.ones(len(table))
+    x = rng.normal()
+    expected = walk(unit, x, *values, ones, ones) * powers[1]
+    found = walk(table, x, *values, *powers)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+    for column in LEVELS:
+        own = getattr(unit, column).numpy() * powers[column.endswith("after")]
+        np.testing.assert_allclose(getattr(table, column), own, rtol=1e-12, atol=1e-14)
+    assert torch.equal(table.timestep, unit.timestep) and torch.equal(table.draw, unit.draw)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -76,9 +142,27 @@ def test_rows_have_levels_of_the_grids_kind(sampler):
             torch.testing.assert_close(signal + of_noise * noise, torch.ones_like(signal), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "learned_variance"])
+def test_learned_variances_are_of_the_variance_preserving_samples(variance):
+    levels = GRIDS["flow"]
+    unit = ddpm(levels.unscaled(), prediction="x0", variance=variance)
+    table = ddpm(levels, prediction="x0", variance=variance)
+    r = [math.hypot(row.signal_after, row.noise_after) for row in table]
+    for i in range(len(table)):
+        given = {"v": 0.25, "v_is_variance": variance == "learned_variance", "z": 1.5}
+        before = math.hypot(table[i].signal_now, table[i].noise_now)
+        expected = take(unit[i], 0.5, 0.75, **given)[1] * r[i]
+        assert take(table[i], 0.5 * before, 0.75, **given)[1] == pytest.approx(expected, rel=1e-12)
+
+
 def test_variance_preserving_rows_keep_their_bits():
     """Without a scale nothing is multiplied; steps that do not follow one on another have levels, too."""
-    steps = make_grid((1 - make_betas("linear", 1000)).cumprod(0), [900, 500, 0])
-    table = ddim(Jumps(steps.timestep, steps.now, steps.after, steps.alphas))
-    assert table == ddim(steps) and table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
-    assert ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal))) == table
+    betas = make_betas("linear", 1000)
+    alphas_cumprod = (1 - betas).cumprod(0)
+    steps = make_grid(alphas_cumprod, [900, 500, 0])
+    jumps = Jumps(steps.timestep, steps.now, steps.after, steps.alphas)
+    table = ddim(jumps)
+    assert table == ddim(steps)
+    assert table.noise_now.tolist() == [math.sqrt(1 - power) for power in steps.now.tolist()]
+    unit = ddim(replace(steps, scale=lambda signal, noise: torch.ones_like(signal)))
+    assert unit == table

@@ -1,8 +1,11 @@
-"""RePaint: the order of its steps, and its jumps, which are the forward process."""
+"""RePaint: the order of its steps, and the distributions, which no jump may change."""
 
 import pytest
 from support.choices import for_many
+from support.gaussian import SIGMA, marginal, moments
 
+from ddpm_ext import StepTable
+from ddpm_ext.tables import levels
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import ddim, ddpm, repaint
 from ddpm_ext.tables.schedules import make_betas
@@ -38,7 +41,8 @@ def is_jump(row):
 def test_order_is_repaints(choose):
     rows, length, passes = choose.integer(1, 40), choose.integer(1, 12), choose.integer(1, 4)
     table = make_table(rows)
-    repainted, times = repaint(table, jump_length=length, jump_n_sample=passes), [rows - 1]
+    repainted = repaint(table, jump_length=length, jump_n_sample=passes)
+    times = [rows - 1]
     for row in repainted:
         at = rows - 1 - table.timestep.tolist().index(row.timestep)
         assert at == times[-1]
@@ -47,7 +51,8 @@ def test_order_is_repaints(choose):
         else:
             assert row._replace(draw=0) == table[rows - 1 - at]._replace(draw=0)
             times.append(at - 1)
-    assert times == visited(rows, length, passes) and len(set(repainted.draw.tolist())) == len(repainted)
+    assert times == visited(rows, length, passes)
+    assert len(set(repainted.draw.tolist())) == len(repainted)
 
 
 @for_many(30)
@@ -61,8 +66,40 @@ def test_jump_is_the_forward_process(choose):
         assert row.c1**2 + row.s**2 == pytest.approx(1, rel=1e-14)
 
 
+def exact_table(rows):
+    """ddpm's table with the variance for normal data of standard deviation SIGMA. Each row's distribution is exact."""
+    table = make_table(rows)
+    columns = {name: getattr(table, name) for name in ("timestep", "a", "b", "c0", "c1", *levels.LEVELS)}
+    now, after = table.signal_now**2, table.signal_after**2
+    of_x0 = SIGMA**2 * (1 - now) / marginal(now)[1]  # the variance of x0, given x_t
+    posterior = (1 - after) * (1 - now / after) / (1 - now)
+    return StepTable(**columns, s=(posterior + table.c0**2 * of_x0).sqrt())
+
+
+@pytest.mark.parametrize("length, passes", [(1, 2), (3, 4), (10, 10)])
+@pytest.mark.parametrize("spread", [0.0, SIGMA])
+def test_distribution_stays(spread, length, passes):
+    """At each level, the samples have the distribution of that level, however often the loop was there before.
+
+    For data without variance ddpm's own rows are exact.
+    """
+    table = exact_table(40) if spread else make_table(40)
+    levels = dict(zip(table.timestep.tolist(), (table.signal_now**2).tolist(), strict=True))
+    repainted = repaint(table, jump_length=length, jump_n_sample=passes)
+    start = marginal((table.signal_now[0] ** 2).item(), spread)
+    reached = moments(repainted, levels, *start, sigma=spread)
+    for row, found in zip(repainted, reached, strict=True):
+        if row.signal_after == 1 and not spread:
+            assert found == pytest.approx((0.4, 0.0), abs=1e-11)
+        else:
+            assert found == pytest.approx(marginal(row.signal_after**2, spread), rel=1e-9)
+
+
 def test_other_tables():
     """Jumps can be added to any descending table, which keeps its columns. jump_n_sample = 1 changes nothing."""
     table = ddim(make_grid(LEVELS, spaced_timesteps(1000, 12)), eta=0.5)
     assert repaint(table, jump_n_sample=1) == table
-    assert [*table] == [*table] and len(repaint(table, jump_length=5, jump_n_sample=3)) == 12 + 2 * 2 * 6
+    before = [*table]
+    jumping = repaint(table, jump_length=5, jump_n_sample=3)
+    assert [*table] == before
+    assert len(jumping) == 12 + 2 * 2 * 6

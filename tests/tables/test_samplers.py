@@ -1,50 +1,199 @@
-"""The samplers' rows at a level without signal, and by every prediction, in float64.
+"""The samplers' rows against Bayes' rule and the papers' formulas, in float64."""
 
-tests/peers has the steps themselves: test_diffusers*.py, test_k_diffusion*.py.
-"""
+import math
+from functools import partial
 
 import pytest
 import torch
-from support.sampler_grids import PREDICTIONS, grids
+from support.gaussian import take
 
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import SAMPLERS, ddpm
+from ddpm_ext.tables.samplers import (
+    SAMPLERS,
+    WITH_ETA,
+    ddim,
+    ddim_inverse,
+    ddpm,
+    dpmpp_2m,
+    dpmpp_2m_sde,
+    eta_argument,
+    euler,
+    euler_ancestral,
+    lcm,
+    tcd,
+)
 from ddpm_ext.tables.schedules import make_betas
+from ddpm_ext.tables.sigma_grids import karras_grid
+from ddpm_ext.tables.spacing import spaced_timesteps
 
+PREDICTIONS = ("eps", "x0", "v")
+STOCHASTIC = ("ddim", "dpmpp_2s", "sa_solver", "tcd")  # have eta, as those with "ancestral" or "sde" in their names
 # They call the model between the grid's timesteps: tests/tables/test_two_calls.py.
 BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
 
+def close(actual, expected, rtol=2e-13, atol=0.0):  # measured 4.5e-14 (cosine), factor 4
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def schedule(name, timesteps=1000):
+    betas = make_betas(name, timesteps)
+    return betas, (1 - betas).cumprod(0)
+
+
 def bayes(alpha, level_before):
-    """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), by completing the square.
+    """Weights of x0 and x_t in the mean of q(x_prev | x_t, x0), and its variance, by completing the square.
 
     x_prev | x0 ~ N(sqrt(level_before) x0, 1 - level_before) and x_t | x_prev ~ N(sqrt(alpha) x_prev, 1 - alpha).
     """
     if level_before == 1:
-        return 1.0, 0.0
+        return 1.0, 0.0, 0.0
     precision = 1 / (1 - level_before) + alpha / (1 - alpha)
-    return level_before**0.5 / (1 - level_before) / precision, alpha**0.5 / (1 - alpha) / precision
+    return level_before**0.5 / (1 - level_before) / precision, alpha**0.5 / (1 - alpha) / precision, 1 / precision
 
 
-def apply(table, x, m, z, h=0.0):
+def apply(table, x, m, z, clip=True, h=0.0):
     """Takes one step by each row."""
-    x0 = (table.a * x + table.b * m).clamp(-1, 1)
+    x0 = table.a * x + table.b * m
+    x0 = x0.clamp(-1, 1) if clip else x0
     return table.c0 * x0 + table.c1 * x + (table.c2 + table.cu) * m + (table.h1 + table.h2 + table.h3) * h + table.s * z
+
+
+def ddim_step(x, m, z, now, before, prediction, eta, clip):
+    """Song et al. 2021, eq. (12) and (16), with the model's own eps."""
+    root, coroot = now**0.5, (1 - now) ** 0.5
+    if prediction == "eps":
+        eps, x0 = m, (x - coroot * m) / root
+    elif prediction == "x0":
+        eps, x0 = (x - root * m) / coroot, m
+    else:
+        eps, x0 = coroot * x + root * m, root * x - coroot * m
+    if clip:
+        x0 = max(-1.0, min(1.0, x0))
+    sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+    return before**0.5 * x0 + max(0.0, 1 - before - sigma**2) ** 0.5 * eps + sigma * z
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_is_the_formula(prediction, eta, clip):
+    for name, steps in (("linear", 1000), ("cosine", 37), ("scaled_linear", 1)):
+        _, levels = schedule(name)
+        timestep = spaced_timesteps(1000, steps)
+        table = ddim(make_grid(levels, timestep), prediction=prediction, eta=eta)
+        x, m, z = torch.randn(3, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        now = levels[timestep].tolist()
+        expected = [
+            ddim_step(*values, prediction, eta, clip)
+            for values in zip(x.tolist(), m.tolist(), z.tolist(), now, [*now[1:], 1.0], strict=True)
+        ]
+        close(apply(table, x, m, z, clip), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-10)
+        if eta == 0:
+            assert (table.s == 0).all()
+
+
+def dpm_step(x, x0, before, z, levels, eta):
+    """The papers' step from x at levels[1] to levels[2]. `before` is the x0 predicted at levels[0].
+
+    Lu et al. 2022b: alpha^2 = alphas_cumprod, sigma^2 = 1 - alpha^2, lambda = ln(alpha / sigma), D = D_0 + D_1 / (2 r).
+    """
+    alpha, sigma = [level**0.5 for level in levels], [(1 - level) ** 0.5 for level in levels]
+    lam = [math.log(a / s) for a, s in zip(alpha, sigma, strict=True)]
+    h = lam[2] - lam[1]
+    d = x0 if before is None else x0 + (x0 - before) / (2 * (lam[1] - lam[0]) / h)
+    mean = sigma[2] / sigma[1] * math.exp(-eta * h) * x + alpha[2] * (1 - math.exp(-(1 + eta) * h)) * d
+    return mean + sigma[2] * math.sqrt(1 - math.exp(-2 * eta * h)) * z
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 2.0])
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("steps", [2, 14, 15, 30])
+def test_dpmpp_2m_is_the_formula(steps, clean, eta):
+    """The first step is of first order, and so is the last if it ends at clean data or there are fewer than 15."""
+    levels = schedule("scaled_linear")[1]
+    final = 1.0 if clean else levels[0].item()
+    grid = make_grid(levels, spaced_timesteps(1001, steps + 1)[:-1] - 1, final=final)
+    table = dpmpp_2m(grid) if eta == 0 else dpmpp_2m_sde(grid, eta=eta)
+    assert len(table) == steps
+    path = [math.nan, *grid.alphas_cumprod.tolist()]
+    x, m, h, z = torch.randn(4, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).numpy()
+    for i, row in enumerate(table):
+        x0, found = take(row, x[i], m[i], z[i], clip=(-1, 1), history=[h[i]])
+        assert (row.k0, row.k1, row.k2, row.h2, row.h3) == (1, 0, 0, 0, 0)
+        if i == steps - 1 and clean:
+            assert (found, row.c0, row.c1, row.h1, row.s) == (x0, 1, 0, 0, 0)
+            break
+        first_order = i == 0 or (i == steps - 1 and steps < 15)
+        assert (row.h1 == 0) == first_order
+        expected = dpm_step(x[i], x0, None if first_order else h[i], z[i], path[i : i + 3], eta)
+        assert found == pytest.approx(expected, rel=1e-11, abs=1e-11)
+    assert dpmpp_2m_sde(grid, eta=0.0) == dpmpp_2m(grid)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_alphas_cumprod_zero(sampler):
     betas = make_betas(torch.tensor([0.1, 0.2, 1.0]), 3)
-    levels, descending = (1 - betas).cumprod(0), torch.tensor([2, 1, 0])
+    levels = (1 - betas).cumprod(0)
+    descending = torch.tensor([2, 1, 0])
     for prediction in PREDICTIONS:
         table = SAMPLERS[sampler](make_grid(levels, descending, betas=betas), prediction=prediction)
         assert table.signal_now[0] == table.g0[0] == 0
-        assert (table.a[0], table.b[0]) == {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
+        first = {"eps": (2.0**100, -(2.0**100)), "x0": (0, 1), "v": (0, -1)}[prediction]
+        assert (table.a[0], table.b[0]) == first
         # The float64 columns are finite, or there would be no table.
         assert table.packed("cpu").isfinite().all()
     table = ddpm(make_grid(levels, descending, betas=betas))
     x, m = torch.tensor([0.5, -0.25, 1e-3]).double(), torch.tensor([0.25, 0.5, 2e-3]).double()
     assert torch.equal((table.a[0] * x + table.b[0] * m).clamp(-1, 1), (x - m).sign())
+
+
+def sigmas(grid):
+    """Sigma where each step starts and where it ends: the noise's standard deviation for a signal of scale 1."""
+    return (1 / grid.now - 1).sqrt(), (1 / grid.after - 1).sqrt()
+
+
+def grids():
+    _, levels = schedule("scaled_linear")
+    return [
+        make_grid(levels, spaced_timesteps(1000, 25)),
+        make_grid(levels, spaced_timesteps(1000, 10, "trailing"), final=levels[0].item()),
+        karras_grid(levels, 12),
+    ]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 40.0])
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_eulers_methods_are_k_diffusions(grid, eta, clip):
+    """On x / sqrt(alphas_cumprod), the derivative by sigma is (x - x0) / sigma: Karras et al. 2022, eq. (4) and (5)."""
+    table = euler_ancestral(grid, eta=eta)
+    x, m, z = torch.randn(3, len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    sigma, after = sigmas(grid)
+    up = torch.minimum(after, eta * (after**2 * (sigma**2 - after**2) / sigma**2).sqrt())
+    down = (after**2 - up**2).clamp(min=0).sqrt()
+    x0 = table.a * x + table.b * m
+    x0 = x0.clamp(-1, 1) if clip else x0
+    outer = x / grid.now.sqrt()
+    expected = (outer + (down - sigma) * (outer - x0) / sigma + up * z) * grid.after.sqrt()
+    # With noise, the root of a difference of numbers near 1, if one step removes nearly all of it.
+    tolerance = 1e-11 if eta == 0 else 1e-7
+    close(apply(table, x, m, z, clip), expected, rtol=tolerance, atol=tolerance)
+    assert eta or table == euler(grid)
+
+
+@pytest.mark.parametrize("keep_eps", [False, True])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_inverts(prediction, keep_eps):
+    """A step up and, with the prediction at its end, a step down give x again, up to float64 rounding."""
+    _, levels = schedule("linear")
+    up = ddim_inverse(make_grid(levels, [200], final=levels[300].item()), prediction=prediction, keep_eps=keep_eps)
+    down = ddim(make_grid(levels, [300], final=levels[200].item()), keep_eps=keep_eps)
+    assert torch.equal(up.s, torch.zeros(1, dtype=torch.float64))
+    x, m = torch.randn(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    eps = (x - levels[200].sqrt() * (up.a * x + up.b * m)) / (1 - levels[200]).sqrt()
+    noisier = apply(up, x, m, 0, clip=False)
+    close(apply(down, noisier, eps, 0, clip=False), x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -66,12 +215,75 @@ def test_predictions_agree(name, grid):
     }
     if "x_prev" in predictions:
         at = torch.tensor([grid.timestep.tolist().index(t) for t in tables["eps"].timestep.tolist()])
-        weights = [bayes(1 - b, k) for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
+        weights = [bayes(1 - b, k)[:2] for b, k in zip(grid.betas.tolist(), grid.after.tolist(), strict=True)]
         of_x0, of_x = torch.tensor(weights, dtype=torch.float64)[at].T
         outputs["x_prev"] = of_x0 * x0 + of_x * x
     kept = tables["x0"].k0 * x0 + tables["x0"].k1 * x
     results = [apply(tables[p], x, m, 0.25, h=0.125) for p, m in outputs.items()]
-    assert len(set(tables["eps"].draw.tolist())) == len(root)
     for (p, m), other in zip(outputs.items(), results, strict=True):
-        torch.testing.assert_close(other, results[0], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(tables[p].k0 * x0 + tables[p].k1 * x + tables[p].k2 * m, kept, rtol=1e-9, atol=1e-9)
+        close(other, results[0], rtol=1e-9, atol=1e-9)
+        close(tables[p].k0 * x0 + tables[p].k1 * x + tables[p].k2 * m, kept, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in (*BETWEEN, "dpmpp_2m_cfg_pp")])
+@pytest.mark.parametrize("grid", grids(), ids=["linspace", "trailing", "karras"])
+def test_rows_have_the_levels_where_they_start_and_end(name, grid):
+    """A row starts at its timestep's level and ends at the next one's. The last row ends at the grid's end."""
+    table = SAMPLERS[name](grid)
+    path = torch.stack([grid.alphas_cumprod.sqrt(), (1 - grid.alphas_cumprod).sqrt()], 1)
+    place = {t: i for i, t in enumerate(grid.timestep.tolist())}
+    now = path[[place[t] for t in table.timestep.tolist()]]
+    after = torch.cat([now[1:], path[-1:]])
+    assert table.timestep.dtype == grid.timestep.dtype
+    # torch's root of a vector can differ in its last bit by where in the vector a number stands.
+    assert_close = partial(torch.testing.assert_close, rtol=4e-16, atol=0)
+    assert_close(torch.stack([table.signal_now, table.noise_now], 1), now)
+    assert_close(torch.stack([table.signal_after, table.noise_after], 1), after)
+    assert len(set(table.draw.tolist())) == len(table)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_eta_as_an_option(name):
+    sampler = SAMPLERS[name]
+    assert sampler.__name__ == name  # which error messages show
+    assert (name in WITH_ETA) == ("ancestral" in name or "sde" in name or name in STOCHASTIC)
+    assert eta_argument(sampler, None) == {}
+    assert eta_argument(sampler, 0) == ({"eta": 0.0} if name in WITH_ETA else {})
+    if name in WITH_ETA:
+        assert eta_argument(sampler, 0.5) == {"eta": 0.5}
+    else:
+        with pytest.raises(ValueError, match=f"eta is 0.5, but sampler '{name}' has none, expected None"):
+            eta_argument(sampler, 0.5)
+
+
+@pytest.mark.parametrize("scaling", [10.0, 0.01])
+def test_lcm_is_the_formula(scaling):
+    """f(x, t) = c_skip x + c_out x0, noised to the next timestep; at timestep 0 it is x itself."""
+    _, levels = schedule("scaled_linear")
+    timestep = [999, 500, 3, 0]
+    table = lcm(make_grid(levels, timestep), timestep_scaling=scaling)
+    x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
+    x0 = ((x - coroot * m) / root).clamp(-1, 1)
+    scaled = scaling * torch.tensor(timestep).double()
+    f = 0.25 / (scaled**2 + 0.25) * x + scaled / (scaled**2 + 0.25).sqrt() * x0
+    after = torch.tensor([*levels[timestep[1:]].tolist(), 1.0], dtype=torch.float64)
+    close(apply(table, x, m, z), after.sqrt() * f + (1 - after).sqrt() * z, rtol=1e-11, atol=1e-11)
+    assert apply(table, x, m, z)[-1] == x[-1]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_is_the_formula(eta):
+    """Down to timestep (1 - eta) s with the model's eps, and up to s with fresh noise; no noise in the last step."""
+    _, levels = schedule("scaled_linear")
+    timestep = [999, 501, 33, 7]
+    table = tcd(make_grid(levels, timestep), eta=eta)
+    x, m, z = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    root, coroot = levels[timestep].sqrt(), (1 - levels[timestep]).sqrt()
+    x0 = (x - coroot * m) / root
+    down = {0.0: [501, 33, 7], 0.3: [350, 23, 4], 1.0: [0, 0, 0]}[eta]
+    between = torch.tensor([*levels[down].tolist(), 1.0], dtype=torch.float64)
+    up = torch.tensor([*levels[timestep[1:]].tolist(), 1.0], dtype=torch.float64) / between
+    expected = up.sqrt() * (between.sqrt() * x0.clamp(-1, 1) + (1 - between).sqrt() * m) + (1 - up).sqrt() * z
+    close(apply(table, x, m, z), expected, rtol=1e-9, atol=1e-9)
+    assert table.s[-1] == 0

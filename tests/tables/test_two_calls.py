@@ -1,4 +1,7 @@
-"""Samplers that add noise between steps of two calls: restart against its algorithm in float64, and their launches."""
+"""Samplers whose steps are two calls of the model, and those that add noise between steps, against the papers'
+algorithms on y = x / sqrt(alphas_cumprod) in float64."""
+
+from __future__ import annotations
 
 import math
 from itertools import pairwise
@@ -51,9 +54,11 @@ def assert_follows(table, grid, clip, algorithm, near=1e-10):
     """That a loop over the rows is algorithm(denoise, y, sigmas, noise), which returns y at the end."""
     generator = torch.Generator().manual_seed(3)
     outputs, noise = torch.randn(2, 300, 4, dtype=torch.float64, generator=generator).numpy()
-    x, sigmas = outputs[-1], (1 / grid.alphas_cumprod - 1).sqrt().tolist()
+    x = outputs[-1]
+    sigmas = (1 / grid.alphas_cumprod - 1).sqrt().tolist()
     denoise = Denoiser(outputs, clip)
     expected = algorithm(denoise, x / grid.now[0].item() ** 0.5, sigmas, iter(noise))
+
     given = iter(outputs)
     rows, _, reached = zip(*loop(table, x, lambda row, x: next(given), iter(noise), clip=clip), strict=True)
     x, calls = reached[-1], [row for row in rows if calls_model(row)]
@@ -68,14 +73,32 @@ def assert_follows(table, grid, clip, algorithm, near=1e-10):
     assert torch.equal(table.noise_now[1:], table.noise_after[:-1])
 
 
+@clips
 @grids
-@pytest.mark.parametrize("churn", [{}, {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 4.0}, {"s_churn": 0}])
-def test_noise_between_steps_takes_no_launch(grid, churn):
-    """Of its own, but before the first step. The steps: tests/peers/test_k_diffusion_multistep.py."""
+@pytest.mark.parametrize(
+    "churn", [{}, {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 4.0, "s_noise": 1.1}, {"s_tmax": math.inf}, {"s_churn": 0}]
+)
+def test_edm(grid, clip, churn):
+    """Karras et al. 2022, algorithm 2, and the defaults of their table 5."""
+    options = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003, **churn}
+
+    def algorithm(denoise, y, sigmas, noise):
+        steps = len(sigmas) - 1
+        for i, (sigma, after) in enumerate(pairwise(sigmas)):
+            if options["s_churn"] and options["s_tmin"] <= sigma <= options["s_tmax"]:
+                hat = sigma * (1 + min(options["s_churn"] / steps, math.sqrt(2) - 1))
+                y = y + math.sqrt(hat**2 - sigma**2) * options["s_noise"] * next(noise)
+                sigma = hat
+            y = heun_step(denoise, y, sigma, after, i == steps - 1)
+        return y
+
     table = edm(grid, **churn)
-    assert len(table) == 2 * len(grid) - 1 + bool((table.b == 0).any()) and (table.b[1:] != 0).all()
-    assert churn.get("s_churn") != 0 or table == heun(grid)
-    assert all(len(SAMPLERS[name](grid, eta=40)) == len(grid) for name in ("dpm_2_ancestral", "dpmpp_2s"))
+    assert_follows(table, grid, clip, algorithm)
+    # The noise takes no launch of its own but before the first step.
+    assert len(table) == 2 * len(grid) - 1 + bool((table.b == 0).any())
+    assert (table.b[1:] != 0).all()
+    if not options["s_churn"]:
+        assert table == heun(grid)
 
 
 @clips
@@ -106,3 +129,35 @@ def test_restart(grid, clip, intervals):
     assert (table.b != 0).all()
     if not used:
         assert table == heun(grid)
+
+
+@clips
+@grids
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 40.0])
+@pytest.mark.parametrize("name", ["dpm_2", "dpm_2_ancestral", "dpmpp_2s"])
+def test_midpoints(grid, clip, name, eta):
+    """Lu et al. 2022, algorithm 1, and 2022b, algorithm 1, down to less noise; eta 40 leaves none to step down to."""
+    if name == "dpm_2":
+        eta = 0.0
+
+    def algorithm(denoise, y, sigmas, noise):
+        for sigma, after in pairwise(sigmas):
+            up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
+            down = math.sqrt(after**2 - up**2)
+            x0 = denoise(y, sigma)
+            if down == 0:
+                y = x0
+            else:
+                middle = math.sqrt(sigma * down)
+                between = y + (middle - sigma) * (y - x0) / sigma
+                x0 = denoise(between, middle)
+                of_eps = y + (down - sigma) * (between - x0) / middle
+                y = down / sigma * (y - x0) + x0 if name == "dpmpp_2s" else of_eps
+            if up > 0:
+                y = y + up * next(noise)
+        return y
+
+    table = SAMPLERS[name](grid, **({} if name == "dpm_2" else {"eta": eta}))
+    # The root of a difference of numbers near 1, where a step removes all the noise that there was.
+    assert_follows(table, grid, clip, algorithm, near=1e-7 if eta == 40 else 1e-10)
+    assert eta < 40 or len(table) == len(grid)

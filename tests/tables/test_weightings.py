@@ -1,14 +1,17 @@
 """Loss weightings against the papers' formulas in the papers' own quantities, and the rows made from them."""
 
+from __future__ import annotations
+
 import copy
 import math
 import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion
-from ddpm_ext.losses.rows import LossRows
+from ddpm_ext.losses.rows import CACHED, LossRows
 from ddpm_ext.tables import weightings
 from ddpm_ext.tables.weightings import WEIGHTINGS, weights
 
@@ -57,6 +60,7 @@ def test_papers_formulas(name, prediction, schedule):
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_one_loss_whatever_is_predicted(name):
+    """A model's error has the same weight, whatever it is expressed in."""
     gd = GaussianDiffusion(100)
     a, s = gd.sqrt_alphas_cumprod, gd.sqrt_one_minus_alphas_cumprod
     x_t, eps, off = torch.tensor([0.3, -1.2, 0.01], dtype=torch.float64)
@@ -73,6 +77,15 @@ def test_one_loss_whatever_is_predicted(name):
         torch.testing.assert_close(loss, losses["eps"], rtol=1e-9, atol=0)
 
 
+def test_the_papers_parameters():
+    ratio = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)
+    assert weightings.snr(ratio).tolist() == [0.1, 1, 7]
+    assert weightings.min_snr(ratio, 0.5).tolist() == [0.1, 0.5, 0.5]
+    assert weightings.truncated_snr(ratio).tolist() == [1, 1, 7]
+    torch.testing.assert_close(weightings.p2(ratio, 2.0, 0.5), ratio / (2 + ratio).sqrt())
+    torch.testing.assert_close(weightings.edm(ratio, 2.0), 0.25 + ratio)
+
+
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_an_end_without_signal(prediction):
     """With zero terminal SNR weights are finite. For eps the named weightings are refused: they would be infinite."""
@@ -82,15 +95,56 @@ def test_an_end_without_signal(prediction):
     for name, end in ends.items():
         got = weights(gd.alphas_cumprod, prediction, name)
         assert got.isfinite().all() and got[-1] == end
-    ratio = torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)  # the papers' parameters
-    assert weightings.min_snr(ratio, 0.5).tolist() == [0.1, 0.5, 0.5]
-    torch.testing.assert_close(weightings.p2(ratio, 2.0, 0.5), ratio / (2 + ratio).sqrt())
-    torch.testing.assert_close(weightings.edm(ratio, 2.0), 0.25 + ratio)
+
+
+# ------------------------------------------------------------------------------------------------------ rows
 
 
 def rows(of, weighting, dtype=torch.float64):
     """The rows of a diffusion, or of its LossRows."""
     return (of if isinstance(of, LossRows) else LossRows(of.process)).get(weighting, CPU, dtype)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
+def test_rows(prediction):
+    """A row has the target's coefficients, the weight and a zero. In float32 it is the float64 row, rounded."""
+    gd = GaussianDiffusion(100, "cosine", prediction=prediction)
+    own = torch.linspace(-1, 3, 100)
+    for weighting in ("simple", own) if prediction == "x_prev" else (*NAMES, own):
+        got = rows(gd, weighting)
+        x_start, noise = torch.tensor([0.7, -1.3], dtype=torch.float64)
+        x_t = gd.sqrt_alphas_cumprod * x_start + gd.sqrt_one_minus_alphas_cumprod * noise
+        target = {
+            "eps": noise.expand(100),
+            "x0": x_start.expand(100),
+            "v": gd.sqrt_alphas_cumprod * noise - gd.sqrt_one_minus_alphas_cumprod * x_start,
+            "x_prev": gd.posterior_mean_coef1 * x_start + gd.posterior_mean_coef2 * x_t,
+        }[prediction]
+        torch.testing.assert_close(got[:, 0] * x_start + got[:, 1] * noise, target, rtol=1e-12, atol=1e-14)
+        assert torch.equal(got[:, 2], weights(gd.alphas_cumprod, prediction, weighting))
+        assert not got[:, 3].any()
+        assert torch.equal(rows(gd, weighting, torch.float32), got.float())
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_rows_are_made_once(device):
+    loss_rows, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
+    for weighting in (*NAMES, own):
+        first = loss_rows.get(weighting, device, torch.float32)
+        with Operations() as operations:
+            assert loss_rows.get(weighting, device, torch.float32) is first
+        assert operations.count == 0
+        assert first.device == device
+    for i in range(3 * CACHED):
+        rows(loss_rows, torch.full((50,), float(i)))
+    assert len(loss_rows._given) == CACHED
 
 
 def test_weights_that_are_written_to_are_read_again():
@@ -112,12 +166,18 @@ def test_copies_have_no_given_weights(remake):
     """They may lie on a device that is missing here, or belong to a graph, and cannot be copied then. And a copy does
     not recognise other weights by an address that some had for the original."""
     gd, first = GaussianDiffusion(50), LossRows(GaussianDiffusion(50).process)
-    size, of_a_graph = len(pickle.dumps(gd)), torch.ones(50, requires_grad=True) * 2
+    size = len(pickle.dumps(gd))
+    of_a_graph = torch.ones(50, requires_grad=True) * 2
     with torch.no_grad():
         rows(gd, of_a_graph)
         assert (rows(remake(gd), of_a_graph)[:, 2] == 2).all()
     assert len(pickle.dumps(gd)) == size
+    for i in range(CACHED):
+        rows(first, torch.full((50,), float(i)))
     again = remake(first)
+    del first
+    for i in range(50):
+        assert (rows(again, torch.full((50,), 100.0 + i))[:, 2] == 100 + i).all()
     assert torch.equal(rows(again, "min_snr"), rows(gd, "min_snr"))
 
 
@@ -130,8 +190,11 @@ def test_refusals():
             assert all(word in str(info.value) for word in ("weighting", "expected", *words)), info.value
 
     refuse(ValueError, "max_snr", "'max_snr'", "'simple' or 'snr' or 'min_snr'")
+    refuse(TypeError, None, "is a NoneType")
     refuse(TypeError, [1.0] * 100, "is a list")
     refuse(ValueError, torch.ones(99), "(99,)", "(100,)")
+    refuse(ValueError, torch.ones(100, 1), "(100, 1)", "(100,)")
+    refuse(ValueError, torch.full((100,), math.inf), "not finite")
     refuse(ValueError, torch.full((100,), math.nan), "not finite")
     refuse(ValueError, torch.ones(100, requires_grad=True), "requires a gradient")
     for name in WEIGHTINGS:
