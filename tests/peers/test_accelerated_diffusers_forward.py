@@ -170,6 +170,7 @@ def test_timesteps_counted_from_the_end():
         ("FlowMatchEulerDiscreteScheduler", "scale_noise", T[1:2] + 0.5),
         ("LMSDiscreteScheduler", "add_noise", T + 0.5),
         ("UniPCMultistepScheduler", "add_noise", T + 1000),
+        ("UniPCMultistepScheduler", "add_noise", T + 0.5),
     ],
 )
 def test_odd_timesteps_are_taken_or_refused_as_there(name, method, t):
