@@ -16,16 +16,7 @@ import pytest
 import torch
 from support.choices import for_many
 from support.cuda_host import library
-from support.cuda_host.calls import (
-    OPTIONS,
-    PAIRS,
-    SPECIAL,
-    STEP,
-    TAKE_OUT,
-    VARIANTS,
-    Call,
-    make_call,
-)
+from support.cuda_host.calls import OPTIONS, PAIRS, SPECIAL, STEP, TAKE_OUT, VARIANTS, Call, make_call
 from support.cuda_host.guarded import PLACES
 from support.cuda_host.windows import around
 from support.step_inputs import PER_SAMPLE, RESULTS, make_table
