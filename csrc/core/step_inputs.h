@@ -14,7 +14,6 @@
 
 // What to do with an entry.
 #define DDPM_NAME(name, ...) name,
-#define DDPM_COMMA_NAME(name, ...) , name
 #define DDPM_QUOTED_NAME(name, ...) #name,
 #define DDPM_BOOL(name, value) bool name = k##value;
 
