@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 from collections import namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from operator import index
 from typing import TYPE_CHECKING, Any, overload
 
@@ -69,7 +69,7 @@ class StepTable:
 
         StepTable(timestep=[2, 1, 0], a=[...], b=[...], c0=[...], c1=[...], s=[...])
 
-    Args, each (rows,), a tensor of any device, an array or a list; copied:
+    Args, each but notes (rows,), a tensor of any device, an array or a list; copied:
         timestep: integers, or floats for a sampler that visits timesteps between them: what the model is called with.
         a, b, c0, c1: real numbers, finite.
         c2, s: real numbers, finite; None: zeros.
@@ -78,6 +78,10 @@ class StepTable:
         l0, l1, g0, g1, cu, h1, h2, h3, k0, k1, k2: real numbers, finite; None: zeros.
         signal_now, noise_now: the level where the row starts, x = signal_now x0 + noise_now eps; at least 0.
         signal_after, noise_after: the level where it arrives. None: zeros, and where both are 0 the level is unknown.
+
+        notes: what a reader of the table should know of it, by name, as JSON has it: texts, numbers, lists. Files have
+            them, slices and `dataclasses.replace` keep them, and a loop warns where it has another guidance, clip or
+            prediction than they say. They change nothing else, and equal tables may have different ones.
 
     Attributes:
         timestep: (rows,), int64, or float64 where floats were given.
@@ -90,7 +94,8 @@ class StepTable:
     their draws. Tables are equal where all columns are, exactly, and the timesteps are both integers or both floats.
 
     Raises:
-        TypeError: a column of other things than numbers, or a draw of other things than integers.
+        TypeError: a column of other things than numbers, a draw of other things than integers, or notes that JSON does
+            not have.
         ValueError: a column that is not 1-dimensional, of another length than timestep, or empty; a number that is not
             finite; a draw or a level out of range.
 
@@ -128,6 +133,7 @@ class StepTable:
     k0: Column = NOT_PLAIN
     k1: Column = NOT_PLAIN
     k2: Column = NOT_PLAIN
+    notes: Any = field(default_factory=dict)  # dict[str, Any]; a narrower type would refuse **columns of tensors
 
     def __post_init__(self) -> None:
         steps = numbers("timestep", self.timestep)
@@ -142,6 +148,7 @@ class StepTable:
         refuse("draw", draw, (draw < 0) | (draw >= 2**32), "0 <= draw < 2^32")
         for name in LEVELS:
             refuse(name, columns[name], columns[name] < 0, f"{name} >= 0")
+        object.__setattr__(self, "notes", step_table_files.as_notes(self.notes))
         # Inference tensors could not be saved for a backward pass later on.
         with torch.inference_mode(False):
             for name, array in columns.items():
@@ -150,6 +157,7 @@ class StepTable:
     def _each(self, change: Callable[[Tensor], Tensor]) -> StepTable:
         """The table with `change` applied to each column, without a second check."""
         table = object.__new__(StepTable)
+        object.__setattr__(table, "notes", self.notes)
         with torch.inference_mode(False):
             for name, values in self._columns().items():
                 object.__setattr__(table, name, change(values))
@@ -198,8 +206,8 @@ class StepTable:
         return not self.diff(other)
 
     def __repr__(self) -> str:
-        """The rows, aligned. Columns beyond the plain step's are shown where not all of their numbers are 0; g0, g1 and
-        the levels are left out."""
+        """The rows, aligned, and the notes. Columns beyond the plain step's are shown where any of their numbers is not
+        0; g0, g1 and the levels are left out."""
         rows, device = len(self), self.timestep.device
         shown = list(range(rows))
         if rows > 2 * SHOWN + 1:  # to leave out one row would save no line
@@ -210,7 +218,7 @@ class StepTable:
             row = self[i]._asdict()
             lines.append([str(i), *(short(row[name]) for name in names)] if i >= 0 else ["..."] * len(lines[0]))
         title = f"StepTable of {rows} row{'s' * (rows != 1)}{'' if device.type == 'cpu' else f' on {device}'}"
-        return f"{title}\n{aligned(lines)}"
+        return "\n".join([title, aligned(lines), *(f"{name}: {value}" for name, value in self.notes.items())])
 
     # ------------------------------------------------------------------------------------------------ on devices
 
@@ -292,7 +300,7 @@ class StepTable:
         Raises:
             ValueError: `path` is a folder or a device. OSError: it can't be written.
         """
-        step_table_files.write(path, COLUMNS, self)
+        step_table_files.write(path, COLUMNS, self, self.notes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
@@ -302,9 +310,9 @@ class StepTable:
             ValueError, naming `path`: not JSON, another format, a newer version, columns missing or unknown, or numbers
             that a StepTable refuses. OSError: it can't be read.
         """
-        columns = step_table_files.read(path, PLAIN, ADDED)
+        columns, notes = step_table_files.read(path, PLAIN, ADDED)
         try:
-            return cls(**columns)
+            return cls(**columns, notes=notes)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -365,9 +373,9 @@ class StepTable:
         return difference(self._columns(), other._columns())
 
 
-COLUMNS = tuple(field.name for field in fields(StepTable))
-PLAIN = tuple(field.name for field in fields(StepTable) if not field.kw_only)  # in every file and every repr
-ADDED = tuple(field.name for field in fields(StepTable) if field.kw_only)
+COLUMNS = tuple(each.name for each in fields(StepTable) if each.name != "notes")
+PLAIN = tuple(each.name for each in fields(StepTable) if not each.kw_only)  # in every file and every repr
+ADDED = tuple(name for name in COLUMNS if name not in PLAIN)
 FACTORS = tuple(name for name in PLAIN if name not in ("timestep", "draw"))
 BEYOND_PLAIN = tuple(name for name in COLUMNS if vars(StepTable)[name] is NOT_PLAIN)
 HISTORY = ("h1", "h2", "h3", "k0", "k1", "k2")

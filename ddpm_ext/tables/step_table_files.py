@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,23 @@ FORMAT, VERSION = "ddpm_ext.StepTable", 4
 OLD_LEVELS = ("now", "after")
 
 
-def write(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+def as_notes(notes: object) -> dict[str, Any]:
+    """A copy of a table's notes, as a file gives them back. Raises TypeError where JSON can't have them."""
+    try:
+        copied = json.loads(json.dumps(notes, allow_nan=False)) if isinstance(notes, Mapping) else None
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"notes are {notes!r}, expected what JSON has: {error}") from None
+    if not isinstance(copied, dict):
+        raise TypeError(f"notes are {notes!r}, expected a dict")
+    return copied
+
+
+def write(
+    path: str | os.PathLike[str],
+    columns: Sequence[str],
+    rows: Iterable[Sequence[float]],
+    notes: Mapping[str, Any],
+) -> None:
     """Writes the file atomically, with as many digits as it takes to read every number back exactly.
 
     Raises:
@@ -26,11 +42,16 @@ def write(path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[S
     """
     lines = ",\n".join(f"    {json.dumps(row, allow_nan=False)}" for row in rows)
     head = f'  "format": "{FORMAT}",\n  "version": {VERSION},\n  "columns": {json.dumps(columns)}'
+    if notes:
+        head += f',\n  "notes": {json.dumps(notes)}'
     write_text(path, f'{{\n{head},\n  "rows": [\n{lines}\n  ]\n}}\n')
 
 
-def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str]) -> dict[str, list[Any]]:
-    """The columns of a file by name: all of `needed`, any of `others`, and their values, which are not checked.
+def read(
+    path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[str]
+) -> tuple[dict[str, list[Any]], Mapping[str, Any]]:
+    """The columns of a file by name: all of `needed`, any of `others`, and their values, which are not checked; and the
+    notes.
 
     Raises:
         ValueError: not JSON, another format, a newer version, columns missing or unknown, or no rows of numbers.
@@ -41,7 +62,7 @@ def read(path: str | os.PathLike[str], needed: Sequence[str], others: Sequence[s
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     try:
-        return _with_kept_x0(_with_levels(_parse(found, needed, (*others, *OLD_LEVELS, "c3"))))
+        return _with_kept_x0(_with_levels(_parse(found, needed, (*others, *OLD_LEVELS, "c3")))), found.get("notes", {})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

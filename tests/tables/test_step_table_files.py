@@ -2,8 +2,10 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from support.choices import for_many
 from support.refused import refused
 from support.rows import any_rows, bits, changed, of
@@ -138,3 +140,14 @@ def test_files_that_are_refused(change, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         StepTable.load(path)
     assert str(raised.value).startswith(str(path))
+
+
+def test_notes_stay_with_a_table(tmp_path):
+    """In files, slices and copies; they are not compared."""
+    table = changed(notes={"guidance": 2.5, "clip": (-1.0, 1.0), "model": None})
+    table.save(tmp_path / "a.json")
+    for kept in (table, StepTable.load(tmp_path / "a.json"), table[1:], replace(table, s=None), table.to("cpu")):
+        assert kept.notes == {"guidance": 2.5, "clip": [-1.0, 1.0], "model": None}
+    assert table == changed() and "\nguidance: 2.5\n" in repr(table)
+    for wrong in ([1], {"guidance": torch.ones(1)}, {"clip": math.inf}):
+        refused(TypeError, "notes are", changed, notes=wrong)
