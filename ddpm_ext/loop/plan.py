@@ -8,6 +8,7 @@ import torch
 
 from ddpm_ext.base.types import Model
 from ddpm_ext.loop.loop import Loop
+from ddpm_ext.loop.notes import check_notes
 from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows, LoopRowsCache
 from ddpm_ext.process.process import Process
@@ -46,6 +47,7 @@ def make_plan(
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
     rows = cache.get(process, options)
+    check_notes(process, options)
     reads_uncond = any(kind.guided for kind in rows.needs)
     step_options = options.step_options(learned=process.variance_entry.learned, reads_uncond=reads_uncond)
     _check_rows(rows, step_options)

@@ -1,0 +1,223 @@
+"""The numbers of a table's rows, by least squares: row by row first, then all together.
+
+With its timesteps given, a row is linear in what it may add up: the predicted clean sample, the sample, up to three
+clean samples that earlier rows predicted, and with guidance the clean sample by the unconditional output. The row's
+weights are those that lead nearest to where the teacher's trajectory is at the next timestep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tuning.loops import Loops, errors
+from ddpm_ext.tuning.teacher import Trajectory, angles_of
+
+HISTORY = 3  # how many clean samples of earlier rows a row may read
+RIDGE = 1e-6  # how much a weight is held back, relative to what it explains, from Euler's
+FLOOR = 0.1  # of the mean error: errors below it count alike where trajectories are weighted by them
+Weights = list[Tensor]  # of each row, float64 (terms,): of x0, x, the kept ones from the newest on, and the last
+
+
+class Equations:
+    """Normal equations of one row, kept apart for each sample, so that a few of them can be weighted down."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, terms: Sequence[Tensor], target: Tensor) -> None:
+        """More samples: the terms that a row adds up, and what they should be, each (batch, ...)."""
+        x = torch.stack([term.flatten(1).double() for term in terms], -1)
+        y = target.flatten(1).double()
+        gram, right = torch.einsum("bek,bel->bkl", x, x), torch.einsum("bek,be->bk", x, y)
+        self._parts.append(tuple((part / y.shape[1]).cpu() for part in (gram, right, y.square().sum(1))))  # type: ignore[arg-type]
+
+    def solve(self, prior: Tensor) -> Tensor:
+        """The weights, float64 (terms,), near `prior` where the samples say nothing. A second solution weights each
+        sample by the inverse of its error in the first, since a few outlying trajectories spoil a plain fit."""
+        gram, right, power = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
+        of_sample = torch.ones_like(power)
+        for _ in range(2):
+            total = torch.einsum("b,bkl->kl", of_sample, gram)
+            ridge = RIDGE * total.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+            given = torch.einsum("b,bk->k", of_sample, right) + ridge * prior
+            weights = torch.linalg.solve(total + ridge.diag(), given)
+            explained = 2 * right @ weights - torch.einsum("k,bkl,l->b", weights, gram, weights)
+            of_sample = inverse_errors((power - explained).clamp(min=0).sqrt())
+        return weights
+
+
+def inverse_errors(error: Tensor) -> Tensor:
+    return 1 / (error + FLOOR * error.mean() + 1e-12)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A batch before a row. x: its samples. kept: the clean samples that earlier rows predicted, the newest first."""
+
+    x: Tensor
+    kept: tuple[Tensor, ...] = ()
+
+
+class Rows:
+    """The rows at given timesteps, whose weights are to be found.
+
+    Args:
+        loops: what the rows are for.
+        timesteps: of the schedule, descending.
+    """
+
+    def __init__(self, loops: Loops, timesteps: Sequence[int]) -> None:
+        self._loops, self.timesteps = loops, tuple(timesteps)
+        rows = make_loop_rows(loops.diffusion, LoopOptions(sampler="euler", timesteps=self.timesteps))
+        self.base, self._begins_with = rows.table, rows.pure_noise
+        ones = torch.ones_like(self.base.a)
+        self._to_x0 = replace(self.base, c0=ones, c1=torch.zeros_like(ones))
+        after = angles_of(self.base.signal_after, self.base.noise_after)
+        self.arrives = [*after[:-1].tolist(), 0.0]
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def terms(self, row: int, place: Place) -> list[Tensor]:
+        """What the row adds up, by one call of the model."""
+        terms = [self._loops.run(self._to_x0[row : row + 1], noise=place.x), place.x, *place.kept[:HISTORY]]
+        unconditional = self._loops.unconditional()
+        if unconditional is not None:
+            terms.append(self.base.a[row].item() * place.x + self.base.b[row].item() * unconditional)
+        return terms
+
+    def begin(self, trajectory: Trajectory) -> tuple[Place, list[Tensor]]:
+        """Where a batch is before the first row, and that row's terms, which no weights change."""
+        place = Place(trajectory.batch.noise * self._begins_with)
+        first = trajectory.first_terms
+        if self.timesteps[0] not in first:
+            first[self.timesteps[0]] = self.terms(0, place)
+        return place, first[self.timesteps[0]]
+
+    def prior(self, row: int, terms: int) -> Tensor:
+        """Euler's weights."""
+        prior = torch.zeros(terms, dtype=torch.float64)
+        prior[0], prior[1] = self.base.c0[row], self.base.c1[row]
+        return prior
+
+    def finish(self, weights: Weights, place: Place, terms: list[Tensor], row: int = 0) -> tuple[list[Place], Tensor]:
+        """Takes the rows from `row` on, whose terms are given: where the batch is before each, and the last samples."""
+        places = [place]
+        for number in range(row, len(self)):
+            place = _next(place, terms, weights[number])
+            if number + 1 < len(self):
+                terms = self.terms(number + 1, place)
+                places.append(place)
+        return places, place.x
+
+    def table(self, weights: Weights) -> StepTable:
+        """The rows with these weights, as a loop takes them."""
+        columns: dict[str, Any] = {
+            name: torch.zeros_like(self.base.a) for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")
+        }
+        for row, own in enumerate(weights):
+            columns["c0"][row], columns["c1"][row] = own[:2]
+            kept = min(row, HISTORY)
+            for slot in range(kept):
+                columns[f"h{slot + 1}"][row] = own[2 + slot]
+            if len(own) > 2 + kept:  # the clean sample by the unconditional output, a x + b u
+                columns["c1"][row] += own[-1] * self.base.a[row]
+                columns["cu"][row] = own[-1] * self.base.b[row]
+        columns["k0"][:-1] = 1
+        return replace(self.base, c2=None, g1=None, **columns)
+
+
+def _next(place: Place, terms: Sequence[Tensor], weights: Tensor) -> Place:
+    x = sum(weight * term.double() for weight, term in zip(weights.tolist(), terms, strict=True))
+    assert isinstance(x, Tensor)
+    return Place(x.to(place.x.dtype), (terms[0], *place.kept)[:HISTORY])
+
+
+def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor]:
+    """Row by row: the weights, and the errors of the samples that they end with.
+
+    Each row starts where the rows before it arrive, and not where the teacher is, so that it corrects them.
+    """
+    begun = [rows.begin(trajectory) for trajectory in trajectories]
+    places, terms, weights = [place for place, _ in begun], [first for _, first in begun], []
+    for row, arrives in enumerate(rows.arrives):
+        if row:
+            terms = [rows.terms(row, place) for place in places]
+        equations = Equations()
+        for own, trajectory in zip(terms, trajectories, strict=True):
+            equations.add(own, trajectory.at(arrives))
+        weights.append(equations.solve(rows.prior(row, len(terms[0]))))
+        places = [_next(place, own, weights[-1]) for place, own in zip(places, terms, strict=True)]
+    return weights, _errors([place.x for place in places], trajectories)
+
+
+def _errors(samples: Sequence[Tensor], trajectories: Sequence[Trajectory]) -> Tensor:
+    return torch.cat([errors(x, own.samples) for x, own in zip(samples, trajectories, strict=True)])
+
+
+STEP = 1e-3  # by which a weight is changed to see what follows
+ROUNDS = 3
+DAMPINGS, LENGTHS = (1e-1, 1e-2, 1e-3, 1e-4), (1.0, 0.5)
+
+
+def polish(
+    rows: Rows, trajectories: Sequence[Trajectory], weights: Weights, rounds: int = ROUNDS
+) -> tuple[Weights, Tensor]:
+    """All weights together, towards the teacher's last samples: the method of Gauss and Newton, damped as by Levenberg
+    and Marquardt, with differences in place of derivatives. Returns the weights and their errors."""
+    error = _errors([rows.finish(weights, *rows.begin(own))[1] for own in trajectories], trajectories)
+    for _ in range(rounds):
+        gram, right = _slopes(rows, trajectories, weights, inverse_errors(error))
+        best = weights, error
+        for damping in DAMPINGS:
+            change = torch.linalg.solve(gram + damping * gram.diagonal().diag(), right)
+            for length in LENGTHS:
+                moved = [w + d for w, d in zip(weights, (length * change).split(list(map(len, weights))), strict=True)]
+                found = _errors([rows.finish(moved, *rows.begin(own))[1] for own in trajectories], trajectories)
+                if found.mean() < best[1].mean():
+                    best = moved, found
+        gained = 1 - best[1].mean() / error.mean()
+        weights, error = best
+        if gained < 0.01:
+            break
+    return weights, error
+
+
+def polish_calls(steps: int, rounds: int = ROUNDS, *, guided: bool) -> int:
+    """How often `polish` calls the model at most, for a batch."""
+    weights = [2 + min(row, HISTORY) + guided for row in range(steps)]
+    slopes = sum(count * (steps - 1 - row) for row, count in enumerate(weights)) + 2 * (steps - 1)
+    return rounds * (slopes + len(DAMPINGS) * len(LENGTHS) * (steps - 1)) + steps
+
+
+def _slopes(
+    rows: Rows, trajectories: Sequence[Trajectory], weights: Weights, of_sample: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The normal equations for a change of all weights, each sample weighted."""
+    equations = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    batch = len(of_sample) // len(trajectories)
+    for trajectory, own in zip(trajectories, of_sample.split(batch), strict=True):
+        first, first_terms = rows.begin(trajectory)
+        places, samples = rows.finish(weights, first, first_terms)
+        columns = []
+        for row, place in enumerate(places):
+            terms = rows.terms(row, place) if row else first_terms
+            for number in range(len(weights[row])):
+                moved = [w.clone() for w in weights]
+                moved[row][number] += STEP
+                changed = rows.finish(moved, place, terms, row)[1]
+                columns.append(((changed - samples) / STEP).flatten(1).double())
+        slopes = torch.stack(columns, -1)
+        missing = (trajectory.samples.double() - samples.double()).flatten(1)
+        scaled = slopes * own.to(slopes.device)[:, None, None]
+        parts = torch.einsum("bek,bel->kl", scaled, slopes), torch.einsum("bek,be->k", scaled, missing)
+        equations = equations[0] + parts[0].cpu(), equations[1] + parts[1].cpu()
+    return equations

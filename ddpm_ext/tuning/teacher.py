@@ -1,0 +1,99 @@
+"""The trajectories that a table is fitted to: a loop of many steps, and its samples at every level."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.levels import pure_noise
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tuning.loops import Batch, Loops, errors
+
+SAMPLER, STEPS = "deis", 100
+TOLERANCE = 0.05  # of the samples' root mean square: how far half as many steps may end from all of them
+NEAREST = 4  # levels that a trajectory is interpolated between
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch on its way from noise to samples.
+
+    batch: the samples. angles: float64 (levels,), atan(noise / signal) of each level, falling to 0. nodes: the samples
+    at each, float32 (levels, batch, ...), on the loop's device. first_terms: what a table's first row adds up, by its
+    timestep.
+    """
+
+    batch: Batch
+    angles: Tensor
+    nodes: Tensor
+    first_terms: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> Tensor:
+        """The teacher's own samples, at the end."""
+        return self.nodes[-1]
+
+    def at(self, angle: float) -> Tensor:
+        """The samples at a level between, float64: by the polynomial through the nearest levels, since a sample moves
+        smoothly with the angle, on cos(angle) x0 + sin(angle) eps."""
+        above = int(torch.searchsorted(-self.angles, -angle))
+        first = max(0, min(above - NEAREST // 2, len(self.angles) - NEAREST))
+        nodes = self.angles[first : first + NEAREST].tolist()
+        found = torch.zeros_like(self.nodes[0], dtype=torch.float64)
+        for i, own in enumerate(nodes):
+            others = nodes[:i] + nodes[i + 1 :]
+            weight = math.prod((angle - other) / (own - other) for other in others)
+            found += weight * self.nodes[first + i]
+        return found
+
+
+class Teacher:
+    """A deterministic loop of many steps."""
+
+    calls, calls_to_check = STEPS, STEPS // 2  # of the model, for a batch
+
+    def __init__(self, loops: Loops) -> None:
+        self._loops = loops
+        self._table = self._rows(STEPS)
+
+    def _rows(self, steps: int) -> StepTable:
+        return make_loop_rows(self._loops.diffusion, LoopOptions(sampler=SAMPLER, steps=steps)).table
+
+    def trajectory(self, batch: Batch) -> Trajectory:
+        """The whole way of a batch; it takes the memory of a batch for each step."""
+        loops, table = self._loops, self._table
+        nodes = [batch.noise * pure_noise(table.signal_now[0].item(), table.noise_now[0].item())]
+        options = {name: value for name, value in loops.options.items() if name not in ("record", "progress")}
+        for record in loops.diffusion.sample_progressive(
+            loops.model, loops.shape, sampler=table, rng=batch.rng, device=loops.device, **options
+        ):
+            nodes.append(record.x_t.clone())
+        angles = torch.cat([angles_of(table.signal_now, table.noise_now), torch.zeros(1, dtype=torch.float64)])
+        return Trajectory(batch, angles, torch.stack(nodes))
+
+    def error_of(self, trajectory: Trajectory) -> float:
+        """How far half as many steps end from all of them, relative to the root mean square of the samples.
+
+        Raises ValueError where that is so far that nothing could be fitted to the teacher.
+        """
+        samples = trajectory.samples
+        fewer = self._loops.samples(self._rows(STEPS // 2), trajectory.batch)
+        size = samples.double().square().mean().sqrt().item()
+        error = errors(fewer, samples).mean().item() / max(size, 1e-12)
+        if not error <= TOLERANCE:
+            raise ValueError(
+                f"the teacher has not converged: {STEPS // 2} and {STEPS} steps of {SAMPLER!r} end {error:.3g} of the "
+                f"samples' size apart, expected at most {TOLERANCE}; is the model trained, and are prediction, "
+                "schedule and clip_denoised those that it was trained with?"
+            )
+        return error
+
+
+def angles_of(signal: Tensor, noise: Tensor) -> Tensor:
+    """atan(noise / signal) of levels, (levels,) each."""
+    return torch.atan2(noise, signal)
