@@ -104,16 +104,6 @@ def test_reverse_process(backend, prediction, variance, clip, device):
 
 
 @backends
-@pytest.mark.parametrize("name", ["cosine", "sigmoid", "scaled_linear"])
-def test_other_schedules(backend, name, device):
-    gd, truth = pair(backend=backend, schedule=name)
-    x, m, z = normals(3, device)
-    t = timesteps(device)
-    result = gd.p_sample(lambda *_: m, x, t, noise=z)
-    check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
-
-
-@backends
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(backend, dtype, device):
     """The arithmetic is in float32, so that the result is the exact one, rounded once."""

@@ -155,6 +155,7 @@ def test_eta_as_an_option(eta, error):
             refused(ValueError, f"eta is 0.5, but sampler '{name}' has none, expected None", eta_argument, sampler, 0.5)
         refused(error, "eta is", eta_argument, sampler, eta)
         if name in WITH_ETA:
+            assert eta_argument(sampler, 0.5) == {"eta": 0.5}
             refused(error, "eta is", sampler, GRID, eta=eta)
 
 

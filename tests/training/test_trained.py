@@ -25,19 +25,10 @@ class WithClasses(Tiny):
         return super().forward(x, t) + self.classes(labels)[..., None, None]
 
 
-def random_tiny():
-    """A module like the trained one, with other weights."""
-    model = Tiny()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.fill_(0.5)
-    return model
-
-
 def test_module_samples_as_its_trainer_does(tmp_path):
     trainer = make(tmp_path / "run", steps=20, sample_count=6, sample_steps=5, seed=3)
     trainer.fit()
-    expected, trained = trainer.sample(), training.load(tmp_path / "run", random_tiny())
+    expected, trained = trainer.sample(), training.load(tmp_path / "run", Tiny())
     assert trained.shape == (1, 8, 8) and trained.classes is None
     assert not trained.model.training and not any(value.requires_grad for value in trained.model.parameters())
     found = trained.sample(6, seed=3, **LOOP)
@@ -63,7 +54,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
     make(tmp_path / "run", steps=20).fit()
     for name in ("model.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
-    trained = training.load(tmp_path / "run", random_tiny())
+    trained = training.load(tmp_path / "run", Tiny())
     average = checkpoints.under(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
     assert_same(dict(trained.model.state_dict()), average)
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
