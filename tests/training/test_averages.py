@@ -1,6 +1,7 @@
-"""Further moving averages of the weights, beside the one that is sampled from."""
+"""Further moving averages of the weights, beside the one that is sampled from, in a run that is made longer."""
 
 import torch
+from support.refused import refused
 from support.trainer_run import Tiny, assert_same, make
 
 from ddpm_ext import training
@@ -29,3 +30,5 @@ def test_each_average_has_its_decay(tmp_path, monkeypatch):
         assert all(torch.allclose(value.double(), expected[name], atol=1e-6) for name, value in found.items())
     make(tmp_path / "plain", steps=20, lr_schedule="constant").fit()
     assert_same(tmp_path / "plain", folder)
+    refused(ValueError, "change: got lr, expected resume=True beside it", make, folder, change=["lr"])
+    refused(ValueError, "change: got seed, expected some of", make, folder, change=["seed"], resume=True)

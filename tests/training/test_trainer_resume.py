@@ -6,7 +6,6 @@ import signal
 import pytest
 import torch
 from support import trainer_run
-from support.refused import refused
 
 from ddpm_ext.training import checkpoints
 
@@ -50,16 +49,6 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     trainer_run.assert_same(last[0][0], last[1][0])
     logs = [[str(row | {"images_per_second": 0}) for row in trainer_run.rows(run)] for run in (folder, straight)]
     assert logs[0] == logs[1] and len(logs[0]) == 24
-
-
-def test_longer_run_with_a_constant_rate_is_one_that_was_longer(tmp_path):
-    folder, straight = tmp_path / "run", tmp_path / "straight"
-    trainer_run.make(folder, steps=20, lr_schedule="constant").fit()
-    trainer_run.make(folder, steps=40, lr_schedule="constant", resume=True).fit()
-    trainer_run.make(straight, steps=40, lr_schedule="constant").fit()
-    trainer_run.assert_same(folder, straight)
-    refused(ValueError, "change: got lr, expected resume=True beside it", trainer_run.make, straight, change=["lr"])
-    refused(ValueError, "change: got seed, expected some of", trainer_run.make, straight, change=["seed"], resume=True)
 
 
 def test_state_has_the_strides_of_the_weights(tmp_path):
