@@ -118,20 +118,6 @@ def test_low_precision(backend, dtype, device):
     check(result, truth.p_sample(lambda *_: m, x, t, noise=z), step_magnitude(truth, x, m, t, z), device)
 
 
-@predictions
-def test_float64_through_the_reference(prediction, device):
-    gd, truth = pair(prediction, backend="reference")
-    x, m, z = normals(3, device, dtype=torch.float64)
-    t = timesteps(device)
-    result = gd.p_sample(lambda *_: m, x, t, noise=z)
-    assert result.dtype == torch.float64
-    # measured 9e-15, factor 5
-    torch.testing.assert_close(result.cpu(), truth.p_sample(lambda *_: m, x, t, noise=z), rtol=0, atol=5e-14)
-    mean, variance, log_variance = gd.q_posterior_mean_variance(x, m, t)
-    assert (variance.dtype, log_variance.dtype) == (torch.float64, torch.float64)
-    torch.testing.assert_close(mean.cpu(), truth.q_posterior_mean_variance(x, m, t)[0], rtol=0, atol=1e-14)
-
-
 @backends
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 1, 4, 2, 3), (0, 3), (3, 0)])
 def test_any_number_of_dimensions(backend, shape, device):

@@ -19,6 +19,7 @@ VARIANTS = {
     "workers": {"workers": 2, "flip": True},
     "learned": {"variance": "learned_range", "beta_schedule": "cosine"},
     "offset": {"offset_noise": 0.1, "input_perturbation": 0.1},
+    "scored": {"score_every": 8, "score_count": 12, "sample_steps": 3},  # killed after a score that no checkpoint has
     "no clip": {"clip": 0.0, "loss": "huber", "prediction": "v", "weighting": "min_snr"},
 }
 
@@ -38,7 +39,8 @@ def killed(tmp_path_factory):
 def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     folder, straight, lines = killed[name], tmp_path / "straight", []
     assert checkpoints.newest(folder).name == "step-00000010.safetensors"
-    assert len(trainer_run.rows(folder)) == 14  # written every 7 and every 10 steps
+    # Written every 7 and every 10 steps, and with a score.
+    assert len(trainer_run.rows(folder)) == (16 if name == "scored" else 14)
     trainer_run.make(folder, resume=True, steps=24, report=lines.append, **VARIANTS[name]).fit()
     assert any(line.startswith("resumed at step 10 ") for line in lines)
     trainer_run.make(straight, steps=24, **VARIANTS[name]).fit()
@@ -49,6 +51,9 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     trainer_run.assert_same(last[0][0], last[1][0])
     logs = [[str(row | {"images_per_second": 0}) for row in trainer_run.rows(run)] for run in (folder, straight)]
     assert logs[0] == logs[1] and len(logs[0]) == 24
+    if name == "scored":
+        for file in ("scores.csv", "best/score.json", "best/model.safetensors"):
+            assert (folder / file).read_bytes() == (straight / file).read_bytes()
 
 
 def test_state_has_the_strides_of_the_weights(tmp_path):
