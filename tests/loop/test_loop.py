@@ -15,11 +15,10 @@ from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.step_table import StepTable
 
+LEVELS = diffusion().alphas_cumprod
 # Those whose rows read what the rows before found or kept.
 OF_HIGHER_ORDER = [
-    name
-    for name, sampler in SAMPLERS.items()
-    if (table := sampler(make_grid(diffusion().alphas_cumprod, [90, 60, 30]))).history
+    name for name, sampler in SAMPLERS.items() if (table := sampler(make_grid(LEVELS, [90, 60, 30]))).history
 ]
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
@@ -45,45 +44,6 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     run(gd, sampler="ddim", timesteps=[9, 0])
     with pytest.raises(TypeError, match="timestep has dtype"):
         run(gd, sampler="ddim", timesteps=[9.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sampler": "euler", "spacing": "trailing", "steps": 10},
-        {"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]},
-        {"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"},
-        {"sampler": "euler", "spacing": "karras", "steps": 8},
-        {"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
-    """A given table gives the samples of its sampler. The model gets fractional timesteps as float32."""
-    gd, told = diffusion(), []
-    exact = exact_model(gd)
-
-    def model(x, t):
-        told.append(t)
-        return exact(x, t.long())
-
-    by_name = gd.p_sample_loop(model, (4, 5), rng=Philox(1), record="last", progress=False, device=device, **options)
-    name, steps, eta = options["sampler"], options.get("steps"), options.get("eta")
-    spacing = options.get("spacing", "linspace")
-    if spacing in ("karras", "log_snr"):
-        grid = {"karras": karras_grid, "log_snr": log_snr_grid}[spacing](gd.alphas_cumprod, steps)
-    else:
-        chosen = options.get("timesteps")
-        chosen = spaced_timesteps(TIMESTEPS, steps, spacing) if chosen is None else chosen
-        grid = make_grid(gd.alphas_cumprod, chosen, betas=gd.betas)
-    table = SAMPLERS[name](grid, **({} if eta is None else {"eta": eta}))
-    assert torch.stack(told)[:, 0].dtype == (torch.float32 if table.timestep.is_floating_point() else torch.int64)
-    assert torch.equal(torch.stack(told)[:, 0].cpu(), table.timestep.to(told[0].dtype))
-    for _ in range(2):
-        by_table = gd.p_sample_loop(
-            model, (4, 5), sampler=table, rng=Philox(1), record="last", progress=False, device=device
-        )
-        assert torch.equal(by_table, by_name)
 
 
 def test_callback_sees_each_step_and_may_end_the_loop(run, device):
@@ -130,38 +90,54 @@ def test_progressive(run, device):
         gd.sample_progressive(model, (3, 5), sampler="dpm")
 
 
+def of_timesteps(timesteps):
+    return make_grid(LEVELS, timesteps, betas=diffusion().betas)
+
+
 @pytest.mark.parametrize(
-    "options, strength, taken",
+    "options, grid, strength, taken",
     [
-        ({"sampler": "ddpm"}, 0.29, 29),
-        ({"sampler": "ddim"}, 0.5, 50),
-        ({"sampler": "euler_ancestral"}, 1.0, 100),
-        ({"sampler": "euler", "spacing": "karras", "steps": 10}, 0.4, 4),
+        ({"sampler": "ddpm"}, of_timesteps(spaced_timesteps(TIMESTEPS)), 0.29, 29),
+        ({"sampler": "euler_ancestral"}, of_timesteps(spaced_timesteps(TIMESTEPS)), 1.0, 100),
+        ({"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]}, of_timesteps([99, 50, 20, 3]), 0.75, 3),
+        (
+            {"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"},
+            of_timesteps(spaced_timesteps(TIMESTEPS, None, "ddim10")),
+            0.5,
+            5,
+        ),
+        (
+            {"sampler": "euler", "spacing": "trailing", "steps": 10},
+            of_timesteps(spaced_timesteps(TIMESTEPS, 10, "trailing")),
+            1.0,
+            10,
+        ),
+        ({"sampler": "euler", "spacing": "karras", "steps": 10}, karras_grid(LEVELS, 10), 0.4, 4),
+        ({"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8}, log_snr_grid(LEVELS, 8), 1.0, 8),
     ],
 )
-def test_a_start_gets_the_noise_of_the_first_step_that_is_taken(device, options, strength, taken):
-    """The remaining steps are as usual, also between the timesteps, and by a table of the same steps."""
+def test_a_start_gets_the_noise_of_the_first_step_that_is_taken(device, options, grid, strength, taken):
+    """The remaining steps are as usual. A table of the steps gives the samples of the sampler by its name. The model
+    gets fractional timesteps as float32."""
     gd, seen = diffusion(), []
     start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
     rng = Philox(6, torch.tensor([4, 2**33, 0], device=device))
-    if "spacing" in options:
-        grid = karras_grid(gd.alphas_cumprod, options["steps"])
-    else:
-        grid = make_grid(gd.alphas_cumprod, range(TIMESTEPS - 1, -1, -1), betas=gd.betas)
 
     def model(x, t):
-        seen.append((x.clone(), t[0].item()))
+        seen.append((x.clone(), t[0].cpu()))
         return 0.5 * x
 
     shared = {"strength": strength, "start": start, "rng": rng, "device": device, "progress": False}
     recorded = gd.p_sample_loop(model, (3, 5), **shared, **options)
-    assert [t for _, t in seen] == grid.timestep[-taken:].float().tolist() and len(recorded) == taken
+    told, asked = torch.stack([t for _, t in seen]), grid.timestep[-taken:]
+    assert torch.equal(told, asked.float() if asked.is_floating_point() else asked) and len(recorded) == taken
     z, level = ddpm_ext.randn((3, 5), rng, stream=1, draw=0, device=device), grid.now[-taken].item()
     expected = level**0.5 * start.double() + (1 - level) ** 0.5 * z.double()
     torch.testing.assert_close(seen[0][0].double(), expected, rtol=3e-7, atol=3e-7)
     assert torch.equal(start, torch.linspace(-1, 1, 15, device=device).reshape(3, 5))
-    by_table = gd.p_sample_loop(model, (3, 5), sampler=SAMPLERS[options["sampler"]](grid), **shared)
-    assert all(map(np.array_equal, by_table, recorded))
+    table = SAMPLERS[options["sampler"]](grid, **({"eta": options["eta"]} if "eta" in options else {}))
+    for _ in range(2):
+        assert all(map(np.array_equal, gd.p_sample_loop(model, (3, 5), sampler=table, **shared), recorded))
 
 
 @backends

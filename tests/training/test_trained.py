@@ -87,9 +87,7 @@ def test_refusals(tmp_path):
     refused(ValueError, r"model: that of .* is a Tiny, expected model=, a module like", training.load, tmp_path / "run")
     message = r"model\.safetensors holds .* than the Tiny: into\.weight has shape \(6, .*, expected \(7, "
     refused(ValueError, message, training.load, tmp_path / "run", Tiny(width=7))
-    refused(
-        ValueError, r"than the Conditional: of_class\.weight is mis", training.load, tmp_path / "run", Conditional()
-    )
+    refused(ValueError, r"the Conditional: of_class\.weight is mis", training.load, tmp_path / "run", Conditional())
     path = tmp_path / "run" / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [1, 8]}))
     refused(ValueError, r"has samples of shape \[1, 8\], expected \[channels,", training.load, tmp_path / "run", Tiny())
