@@ -169,6 +169,13 @@ def test_float64_is_refused_before_the_model_is_called(backend, device):
 
 
 @backends
+def test_x_prev_between_the_timesteps(backend):
+    gd = GaussianDiffusion(50, prediction="x_prev", backend=backend)
+    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a sampler and a spacing with"):
+        gd.p_sample_loop(lambda x, t: x, SHAPE, sampler="euler", spacing="karras", steps=5, progress=False)
+
+
+@backends
 def test_a_captured_loop_has_a_graph(backend, device):
     with pytest.raises(ValueError, match="graph is False, expected True, 'step' or 'loop'"):
         GaussianDiffusion(50, backend=backend).capture(lambda x, t: x, SHAPE, device=device, graph=False)

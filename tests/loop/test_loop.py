@@ -6,7 +6,7 @@ import torch
 from support.gaussian import TIMESTEPS, diffusion, exact_model
 
 import ddpm_ext
-from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext import Philox
 from ddpm_ext.loop.rows import CACHED
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import KernelTables
@@ -156,13 +156,3 @@ def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler,
     last = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, timesteps=timesteps[-taken:], **options)
     assert len(found) == len(SAMPLERS[sampler](make_grid(gd.alphas_cumprod, timesteps[-taken:])))
     assert all(map(np.array_equal, found, last))
-
-
-def test_start_of_no_signal_is_pure_noise(run, device):
-    """If no signal of the start is left, the loop begins with the starting noise."""
-    betas = torch.linspace(0.1, 1.0, 20, dtype=torch.float64)
-    gd = GaussianDiffusion(20, betas, prediction="x0")
-    options = {"rng": Philox(3), "progress": False, "record": "last", "device": device}
-    start = torch.full((4, 6), 0.7, device=device)
-    loops = [gd.p_sample_loop(lambda x, t: 0.5 * x, (4, 6), start=s, **options) for s in (None, start)]
-    assert torch.equal(*loops)
