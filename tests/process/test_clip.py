@@ -7,9 +7,17 @@ import pytest
 import torch
 from support.loop_cases import PART, given, make_diffusion, model, ours
 
-from ddpm_ext import DynamicThreshold
+from ddpm_ext import DynamicThreshold, ops, reference
 
 F32, F64 = torch.float32, torch.float64
+
+
+def test_the_bound_is_the_operators(device):
+    """ops/test_scales.py compares it with torch's quantile."""
+    for dtype, operators in ((F32, ops), (F64, reference)):
+        x = 4 * given(0, PART, device, dtype)
+        found = DynamicThreshold(0.9, 2.0).x_start_scale(x)
+        assert found.dtype == dtype and torch.equal(found, operators.x_start_scale(x, quantile=0.9, maximum=2.0))
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
