@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.launches import Operators
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.losses.rows import CACHED, LossRows
@@ -126,21 +126,13 @@ def test_rows(prediction):
         assert torch.equal(rows(gd, weighting, torch.float32), got.float())
 
 
-class Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_rows_are_made_once(device):
     loss_rows, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
     for weighting in (*NAMES, own):
         first = loss_rows.get(weighting, device, torch.float32)
-        with Operations() as operations:
+        with Operators() as operators:
             assert loss_rows.get(weighting, device, torch.float32) is first
-        assert operations.count == 0
+        assert operators.names == []
         assert first.device == device
     for i in range(3 * CACHED):
         rows(loss_rows, torch.full((50,), float(i)))
