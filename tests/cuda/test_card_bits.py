@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.rounding import different_bits
+from support.step_inputs import make_table
 from torch import Tensor
 
 from ddpm_ext import GaussianDiffusion, Philox, ops, randn
@@ -106,18 +107,15 @@ def rows(columns: int) -> Tensor:
     """Random numbers as the rows of an operator's table: 2 columns of the forward process and the predictions, 4 of the
     loss, 5 of the loss with the variational bound, 24 of the steps. Each factor that switches something off is 0 in
     some rows."""
-    width = 8 if columns == 5 else columns
-    table = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(columns))
+    if columns == WIDTH:
+        table = make_table(ROWS)
+        table[::4, ROW.index("noise_after")] = 0
+        table[T, [ROW.index("c2"), ROW.index("s")]] = 0.7
+        return table
+    table = torch.randn(ROWS, 8 if columns == 5 else columns, generator=torch.Generator().manual_seed(columns))
     if columns in (4, 5):
         table[::3, 0] = table[1::4, 1] = 0
         table[:, -1] = (torch.arange(ROWS) % 4 == 2).float() if columns == 5 else 0  # rows of the decoder
-    if columns == WIDTH:
-        for i, number in enumerate(("c2", "s", "cu", "h1", "h2", "h3", "k0", "k1", "k2", "noise_after")):
-            table[i % 3 :: 3 + i % 2, ROW.index(number)] = 0
-        table[T, ROW.index("c2")] = table[T, ROW.index("s")] = 0.7
-        table[::2, ROW.index("w")] = 1  # no guidance
-        # draws are read as unsigned
-        table.view(torch.int32)[:, ROW.index("draw")] = torch.arange(ROWS, dtype=torch.int32) - 6
     return table
 
 

@@ -18,11 +18,7 @@ SHAPE = (4, 3, 5)
 TABLE = make_table(1000)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def model(x, t):

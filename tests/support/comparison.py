@@ -60,6 +60,16 @@ def check_variances(actual, expected, device, batch=6, dims=4):
         torch.testing.assert_close(a.cpu(), e.float(), rtol=2.0**-23, atol=0)
 
 
+def target_of(gd, x, z, t):
+    """The model's target from its definition, in float64."""
+    truth = Tutorial(gd.betas, gd.prediction)
+    return (
+        truth.q_posterior_mean_variance(x, truth.q_sample(x, t, z), t)[0]
+        if gd.prediction == "x_prev"
+        else truth.target(x, t, z)
+    )
+
+
 def start_magnitude(truth, x, m, t):
     """The sum of the absolute values of the terms of the predicted x_0."""
     if truth.prediction == "x0":
