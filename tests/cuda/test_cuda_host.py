@@ -21,8 +21,6 @@ from support.cuda_host.guarded import PLACES
 from support.cuda_host.windows import around
 from support.step_inputs import PER_SAMPLE, RESULTS, make_table
 
-from benchmarks.static.kernels import option_sets, sets_by_words
-
 pytest_plugins = "support.cuda_host.fixtures"
 pytestmark = pytest.mark.usefixtures("one_thread")
 not_sanitized = pytest.mark.skipif(library.SANITIZED, reason="takes more memory than AddressSanitizer leaves")
@@ -380,18 +378,12 @@ def test_every_sector_is_touched_once(host, variant):
     assert host.control.sectors_of(lambda: host.run(call)) == (read // 32, written // 32)
 
 
-@pytest.mark.parametrize("variant", [*ELEMENTWISE, *((STEP, "none", pair) for pair in PAIRS)], ids=name)
+@pytest.mark.parametrize("variant", ELEMENTWISE, ids=name)
 def test_dense_samples_off_alignment_move_by_words(host, variant):
     """All but their ends, wherever they begin: in a few more sectors than their bytes, since a warp's words may
-    straddle one. Of steps with options, those of the sets that have a kernel for it."""
+    straddle one."""
     host.control.set_device(SMALL)
-    for members in map(option_sets().get, sets_by_words()) if variant[0] == STEP else [set()]:
-        options, results = ([n for n in names if n in members] for names in (OPTIONS, RESULTS))
-        how = {"options": options, "results": tuple(results)} if members else {}
-        check_words(host, make_call(variant, 5, 20_013, **how))
-
-
-def check_words(host, call):
+    call = make_call(variant, 5, 20_013)
     expected = call.on_cpu()
     found = host.control.sectors_of(lambda: host.check(call, expected=expected))
     for sectors, size in zip(found, moved(call), strict=True):

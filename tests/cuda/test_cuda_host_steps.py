@@ -74,6 +74,20 @@ def test_dense_samples_off_alignment(host, pair):
 
 
 @pairs
+def test_dense_samples_off_alignment_move_by_words(host, pair):
+    """All but their ends: in a few more sectors than their bytes, since a warp's words may straddle one."""
+    host.control.set_device(1)  # where threads take several turns
+    assert sets_by_words()
+    for name in sets_by_words():
+        call = call_of((5, 20_013), pair, option_sets()[name], "none")
+        moved = (sum(call.tensors[name].nbytes for name in call.read), len(call.results) * call.x.nbytes)
+        found = host.control.sectors_of(lambda call=call: host.check(call))
+        for sectors, size in zip(found, moved, strict=True):
+            assert 0.99 * size <= 32 * sectors <= 1.14 * size, (name, sectors, size)
+        assert not host.control.took_vectors()
+
+
+@pairs
 def test_halves_of_one_output(host, pair):
     """Of doubled channels: a batch stride of twice the sample."""
     call = make_call((STEP, "drawn", pair), 4, 2, 3, 8)
