@@ -63,7 +63,7 @@ def bound_of(gd, m, x, z, t):
 
 
 def error_of(gd, m, x, z, t, loss):
-    m, target = m.chunk(2, 1)[0] if gd.variance in LEARNED else m, target_of(gd, x, z, t)
+    m, target = m.chunk(2, 1)[0] if gd.variance in LEARNED else m, target_of(gd.prediction, x, z, t)
     if loss == "huber":
         return F.huber_loss(m, target, reduction="none", delta=0.3)
     return (m - target) ** 2 if loss == "mse" else (m - target).abs()

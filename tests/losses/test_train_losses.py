@@ -53,7 +53,7 @@ def test_values_and_gradients(backend, prediction, loss, reduction, device):
                 got = gd.train_losses(lambda *_, leaf=leaf: leaf, x, t, **options)
 
                 weight = weights(gd.alphas_cumprod, prediction, weighting)[each]
-                truth = LOSSES[loss](wide, target_of(gd, float64(x), z, each)).flatten(1).mean(1) * weight
+                truth = LOSSES[loss](wide, target_of(prediction, float64(x), z, each)).flatten(1).mean(1) * weight
                 truth = REDUCE[reduction](truth)
                 upstream = torch.linspace(1, 2, 6).double() if reduction == "none" else torch.tensor(1.0).double()
                 truth.backward(upstream)
@@ -244,14 +244,16 @@ def test_compiled(fresh_compiler, diffusion, options, device):
         model = lambda x_t, t: torch.cat([net(x_t)] * halves, 1)  # noqa: E731
         return gd.train_losses(model, x, t, rng=Philox(3), weighting=weighting, **options)
 
+    x.requires_grad_(diffusion == {"prediction": "eps"})  # as that of an encoder, whose gradient there is for eps alone
     compiled, own = torch.compile(step, backend="aot_eager", fullgraph=True), torch.linspace(0.5, 2, gd.timesteps)
     weightings = ["simple", *["min_snr"] * (gd.prediction != "x_prev"), own]
     for weighting in weightings[:1] if options.get("loss") == "vlb" else weightings:
         found = []
         for function in (compiled, step):
             loss = function(x, t, weighting)
+            of_x = torch.autograd.grad(loss.sum(), x, retain_graph=True) if x.requires_grad else ()
             loss.sum().backward()
-            found.append([loss.detach(), *parameter_gradients(net)])
+            found.append([loss.detach(), *of_x, *parameter_gradients(net)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
         if weighting is own and halves == 1:  # the graph does not contain the old weights
             before = found[0][0]

@@ -1,5 +1,7 @@
 """GaussianDiffusion and the tutorial's formulas, and a bound for the rounding errors between them."""
 
+import functools
+
 import pytest
 import torch
 from support.tutorial import Tutorial
@@ -60,14 +62,18 @@ def check_variances(actual, expected, device, batch=6, dims=4):
         torch.testing.assert_close(a.cpu(), e.float(), rtol=2.0**-23, atol=0)
 
 
-def target_of(gd, x, z, t):
-    """The model's target from its definition, in float64."""
-    truth = Tutorial(gd.betas, gd.prediction)
-    return (
-        truth.q_posterior_mean_variance(x, truth.q_sample(x, t, z), t)[0]
-        if gd.prediction == "x_prev"
-        else truth.target(x, t, z)
-    )
+@functools.cache
+def tutorial(prediction):
+    """The tutorial's formulas for the linear schedule of 1000 timesteps."""
+    return pair(prediction)[1]
+
+
+def target_of(prediction, x, z, t):
+    """The target of a model of that schedule, from its definition, in float64."""
+    truth = tutorial(prediction)
+    if prediction == "x_prev":
+        return truth.q_posterior_mean_variance(x, truth.q_sample(x, t, z), t)[0]
+    return truth.target(x, t, z)
 
 
 def start_magnitude(truth, x, m, t):
