@@ -300,7 +300,7 @@ def _step(
     output = gd.model(x, times, x_self_cond)
 
     def own_step() -> Step:
-        plain = gd._returning(output)
+        plain = gd._returning(output)  # noqa: SLF001 (of this module)
         if method == "p_sample":
             return plain.p_sample(x, row, x_self_cond)
         x_start = plain.model_predictions(x, times, clip_x_start=True).pred_x_start
