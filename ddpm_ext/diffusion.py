@@ -18,7 +18,6 @@ from ddpm_ext.loop.rows import LoopRowsCache
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossMethods
-from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -79,11 +78,6 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
     ) -> None:
         super().__init__(timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend)
         self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache()
-
-    @property
-    def process(self) -> Process:
-        """Itself: what losses, loops and likelihoods take."""
-        return self
 
     @lists_options_of(LoopOptions)
     def p_sample_loop(

@@ -145,7 +145,7 @@ def test_start_by_hand(run, device, backend, sampler, strength, taken):
     recorded = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, strength=strength, progress=False, **options)
     assert len(recorded) == taken
     assert torch.equal(start, torch.linspace(-1, 1, 15, device=device).reshape(3, 5))
-    ops = gd.process.ops
+    ops = gd.ops
     for i in range(TIMESTEPS - taken, TIMESTEPS):
         m = exact_model(gd)(x, torch.full((3,), TIMESTEPS - 1 - i, device=device))
         x = ops.reverse_step(x, m, table.packed(device), i, clip=(-1.0, 1.0), rng=Philox(6, ids))

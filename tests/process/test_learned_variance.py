@@ -92,7 +92,7 @@ def test_loop_is_p_sample_again_and_again(device, backend, variance):
     both = with_variance(variance)
     options = {"rng": Philox(9), "progress": False, "device": device}
     loop = gd.p_sample_loop(both, SHAPE, **options)
-    x = gd.process.ops.randn(SHAPE, Philox(9, stream=1), device=device)
+    x = gd.ops.randn(SHAPE, Philox(9, stream=1), device=device)
     for t, expected in zip(range(99, -1, -1), loop, strict=True):
         x = gd.p_sample(both, x, t, rng=Philox(9))
         assert np.array_equal(x.cpu().numpy(), expected)
