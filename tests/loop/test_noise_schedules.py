@@ -70,7 +70,7 @@ def test_loops_are_the_variance_preserving_ones_scaled(choose):
         jumps = choose.integer(1, 3, "jumps") if sampler in ("ddpm", "ddim", "euler") else 1
         options["inpaint"] = Inpaint(known, mask, jump_length=2, jump_n_sample=jumps)
     taken = {name: value for name, value in options.items() if name != "progress"}
-    rows = make_loop_rows(ours.process, LoopOptions(**taken))
+    rows = make_loop_rows(ours, LoopOptions(**taken))
     table, asked = rows.table, [kind.calls_model for kind in rows.needs]
     before, after = (
         [math.hypot(*pair) for pair in zip(*(getattr(table, name).tolist() for name in names), strict=True)]
@@ -109,7 +109,7 @@ def test_pure_noise_has_the_first_levels_deviation(device, schedule, deviation):
     next(gd.sample_progressive(model, SHAPE, **options, noise=z))
     torch.testing.assert_close(seen[0], z * deviation, rtol=1e-6, atol=0)
     assert torch.equal(seen[1], z)
-    table = SAMPLERS["euler"](gd.process.grid(), prediction="x0")
+    table = SAMPLERS["euler"](gd.grid(), prediction="x0")
     next(GaussianDiffusion(T).sample_progressive(model, SHAPE, **{**options, "sampler": table}))
     assert torch.equal(seen[2], seen[0])  # the table knows
 
@@ -139,7 +139,7 @@ def test_from_a_level_without_signal(device, prediction):
 )
 def test_models_are_called_with_the_timestep_of_the_level(schedule, spacing, timestep, sampler):
     """Also between the schedule's own levels, and above the greatest, where churn leads."""
-    process = GaussianDiffusion(T, schedule, prediction="x0").process
+    process = GaussianDiffusion(T, schedule, prediction="x0")
     rows = make_loop_rows(process, LoopOptions(sampler=sampler, steps=6, spacing=spacing))
     asked = torch.tensor([kind.calls_model for kind in rows.needs])
     expected = timestep(rows.table.signal_now, rows.table.noise_now)

@@ -71,7 +71,7 @@ def test_a_step(device, backend, variance, prediction, clip):
     rng = Philox(4, torch.arange(6, device=device) * 2**33)
     drawn = gd.p_sample(both, x, t, clip, rng=rng, out=torch.empty_like(x))
     own = [Philox(4, i * 2**33, draw=int(told)) for i, told in enumerate(t)]
-    noise = torch.cat([gd.process.ops.randn((1, *x.shape[1:]), each, device=device) for each in own])
+    noise = torch.cat([gd.ops.randn((1, *x.shape[1:]), each, device=device) for each in own])
     assert torch.equal(drawn, gd.p_sample(both, x, t, clip, noise=noise))
     assert not torch.equal(drawn[1:], mean[1:])
     assert torch.equal(asked[0], t)

@@ -21,7 +21,7 @@ def half(x, t):
 
 def run_of(gd, x):
     """The compiled call that p_sample makes."""
-    return gd.process.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
+    return gd.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
 
 
 def test_steps_are_taken_by_it(normal):
