@@ -253,7 +253,8 @@ def test_rows_follow_the_buffers_and_the_objective():
 def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
     """Near t = 0, they have digits that 1 - alphas_cumprod has lost in float32."""
     plain = make("pred_noise", timesteps=1000, beta_schedule=schedule)
-    rows = accelerate(plain)._tables_of_buffers().steps.get("steps", torch.device("cpu"), torch.float32)
+    of_rows = torch.float32, torch.device("cpu")
+    rows = accelerate(plain)._fused_tables(*of_rows).steps.get("steps", *reversed(of_rows))
     names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
     for column, name in enumerate(names):
         assert torch.equal(rows[:, column].abs(), getattr(plain, name))
