@@ -223,8 +223,8 @@ def tune(
         diffusion, model: as p_sample_loop's. The model is called in its current mode: a network belongs in eval().
         shape: of a batch, (batch, ...).
         steps: calls of the model in a loop with the table, from 1 to the diffusion's timesteps.
-        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, and as in the loops that will take the table: for
-            others it is not made, and they warn.
+        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, and as in the loops that will take the table:
+            for others it is not made, and they warn.
         seeds: samples to fit to, rounded up to whole batches; as many again are held out. Each takes the memory of 100
             samples.
         rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
