@@ -11,7 +11,6 @@ import pytest
 import torch
 from support.accelerated_denoising import (
     OBJECTIVES,
-    PREDICTIONS,
     SCHEDULES,
     SHAPE,
     Given,
@@ -22,7 +21,6 @@ from support.accelerated_denoising import (
     needs,
     normals,
     objectives,
-    peer,
     record_bars,
     same_states,
     seeded,
@@ -31,7 +29,7 @@ from support.accelerated_denoising import (
 from support.accelerated_tutorial import check
 from support.choices import for_many
 
-from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext import Philox, randn
 from ddpm_ext.integrations import accelerate
 
 pytestmark = pytest.mark.filterwarnings("error:.*runs the own code")  # nothing falls back that isn't meant to
@@ -214,59 +212,6 @@ def test_interpolate_draws_in_each_images_memory_format():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_images_are_in_0_to_1_outside_and_in_minus_1_to_1_inside():
-    ones = torch.full(SHAPE, 5.0)
-    for auto, expected in ((True, 1.0), (False, 1.0)):
-        fast = accelerate(make("pred_x0", Given(-ones), auto_normalize=auto))
-        assert (fast.sample(4) == (0.0 if auto else -1.0)).all()
-        fast.model.output = ones
-        assert (fast.sample(4) == expected).all()
-    plain = make("pred_x0", Given(torch.zeros(SHAPE)))
-    img, t = torch.full(SHAPE, 0.75), torch.zeros(4, dtype=torch.int64)
-    loss = accelerate(plain).p_losses(plain.normalize(img), t)
-    torch.testing.assert_close(loss, 0.25 * plain.loss_weight[0])  # 0.75 is 0.5 inside
-    img_inside, x_start = accelerate(plain).p_sample(torch.full(SHAPE, -3.0), 0)
-    assert (img_inside == 0).all() and (x_start == 0).all()
-
-
-@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
-def test_self_condition_is_the_clipped_x_start_of_the_step_before(objective):
-    """At first it is None. In training, half of the calls get an unclipped one, of a first call without a gradient."""
-    plain = make(objective, Net(self_condition=True))
-    told = {}
-    for name, gd in (("ours", accelerate(plain)), ("theirs", plain)):
-        told[name] = []
-        handle = plain.model.register_forward_pre_hook(
-            lambda _, args, name=name: told[name].append(args[2] if args[2] is None else args[2].clone())
-        )
-        torch.manual_seed(0)
-        gd.p_sample_loop(SHAPE)
-        for seed in range(6):
-            random.seed(seed)
-            torch.manual_seed(seed)
-            gd.p_losses(torch.ones(SHAPE) * 3, torch.arange(4) * 16)
-        handle.remove()
-    assert len(told["ours"]) == len(told["theirs"]) > 50 + 6
-    assert told["ours"][0] is None and told["ours"][1].abs().max() <= 1
-    if objective != "pred_x0":  # whose output is small
-        assert any(x is not None and x.abs().max() > 1 for x in told["ours"][50:])
-    for ours, theirs in zip(told["ours"], told["theirs"], strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-            assert not ours.requires_grad
-
-
-@pytest.mark.parametrize("coin, calls", [(0.499, 2), (0.5, 1)])
-def test_half_of_the_losses_are_self_conditioned(monkeypatch, coin, calls):
-    plain = make(model=Net(self_condition=True))
-    monkeypatch.setattr(peer, "random", lambda: coin)
-    for gd in (accelerate(plain), plain):
-        plain.model.calls = 0
-        gd.p_losses(torch.zeros(SHAPE), torch.arange(4))
-        assert plain.model.calls == calls
-
-
 @pytest.mark.parametrize(("strength", "where"), [(0.3, "argument"), (1, "attribute")])
 def test_offset_noise_moves_the_noise_and_writes_to_given_one(strength, where, device):
     plain = make("pred_noise", device=device, offset_noise_strength=strength if where == "attribute" else 0.0)
@@ -319,35 +264,6 @@ def test_p_sample_takes_an_int_and_draws_nothing_at_0(device):
         with pytest.raises((RuntimeError, IndexError)):
             fast.p_sample(x, t)
     assert fast.accelerated.fallbacks == {}
-
-
-@objectives
-@pytest.mark.parametrize(("schedule", "min_snr"), [("linear", False), ("cosine", True), ("sigmoid", True)])
-def test_loss_weights_follow_the_objective(objective, schedule, min_snr):
-    """They are ddpm_ext's weights of the same name, made in float64."""
-    betas = getattr(peer, f"{schedule}_beta_schedule")(100)
-    plain = make(objective, timesteps=100, beta_schedule=schedule, min_snr_loss_weight=min_snr)
-    gd = GaussianDiffusion(100, betas, prediction=PREDICTIONS[objective])
-    x, t = torch.rand(SHAPE), torch.tensor([0, 10, 50, 99])
-    loss = accelerate(plain, noise="philox", seed=1).p_losses(x, t)
-    rng, weighting = Philox(1, draw=0), "min_snr" if min_snr else "snr"
-    torch.testing.assert_close(
-        loss, gd.train_losses(plain.model, x, t, rng=rng, weighting=weighting), rtol=1e-4, atol=0
-    )
-
-
-@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
-def test_return_all_timesteps_keeps_each_step_with_its_own_memory(loop):
-    """The first image is the start; the last one is what the loop returns without return_all_timesteps."""
-    fast = accelerate(make(ddim_sampling_eta=1.0))
-    fast.sampling_timesteps = 10
-    steps, _ = seeded(1, lambda: getattr(fast, loop)(SHAPE, return_all_timesteps=True))
-    last, _ = seeded(1, lambda: getattr(fast, loop)(SHAPE))
-    assert steps.shape == (4, 51 if loop == "p_sample_loop" else 11, *SHAPE[1:])
-    torch.manual_seed(1)
-    assert torch.equal(steps[:, 0], fast.unnormalize(torch.randn(SHAPE)))
-    assert torch.equal(steps[:, -1], last)
-    assert all(not torch.equal(steps[:, i], steps[:, i + 1]) for i in range(steps.shape[1] - 1))
 
 
 def test_the_models_output_is_not_clamped_in_place():

@@ -412,10 +412,3 @@ def test_other_reasons_to_run_the_peers_code():
     inf.posterior_mean_coef1[3] = torch.inf
     ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X, 20)[0], inf)
     assert torch.equal(ours, theirs) and "its buffers make no rows" in fallbacks["p_sample"]
-
-
-def test_a_second_derivative_is_refused():
-    net = Net()
-    loss = accelerate(make(model=net)).p_losses(X, T)
-    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
-        torch.autograd.grad(loss, net.last.weight, create_graph=True)

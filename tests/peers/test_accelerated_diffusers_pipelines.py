@@ -13,7 +13,7 @@ from support.accelerated_diffusers import make, normal, seeded
 from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion
 from support.launches import launches
 
-from ddpm_ext.integrations import accelerate, accelerated_class
+from ddpm_ext.integrations import accelerate
 from ddpm_ext.models.folder import DIGITS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -69,18 +69,6 @@ def test_ddpm_pipeline(several):
     assert all(map(torch.equal, states, after))
 
 
-def test_the_scheduler_alone_and_pil():
-    plain = of_pixels(make("DDIM"), ddim=True)
-    images = []
-    for scheduler in (plain.scheduler, accelerate(plain.scheduler)):
-        plain.scheduler = scheduler
-        with launches() as called:
-            images.append(plain(generator=seeded(0), num_inference_steps=10, return_dict=False)[0])
-    assert len(called) == 10
-    assert type(images[1][0]).__module__.startswith("PIL")
-    close(*images, within=1 / 255)
-
-
 def test_the_digits_model():
     """The model that comes with ddpm_ext gives the same digits in diffusers' pipeline."""
     scheduler = type(make("DDPM")).from_pretrained(DIGITS)
@@ -90,19 +78,6 @@ def test_the_digits_model():
         for pipeline in (plain, accelerate(plain))
     ]
     close(*reversed(images), within=1e-3)
-
-
-def test_philox_in_batches():
-    """The images are the same in a batch and alone, as far as the model's outputs are."""
-    plain = of_pixels(make("DDIM"), ddim=True)
-    found = []
-    for ids in ([0, 1, 2], [2]):
-        pipeline = accelerate(plain, noise="philox", seed=5, sample_ids=torch.tensor(ids))
-        assert pipeline.scheduler.accelerated.rng.seed_value == 5
-        generators = [seeded(i) for i in ids]  # of the noise that it starts from
-        options = {"eta": 1.0, "num_inference_steps": 10, "output_type": "np"}
-        found.append(pipeline(batch_size=len(ids), generator=generators, **options).images)
-    close(found[0][2:], found[1])
 
 
 # ----------------------------------------------------------------------------------------------------------- latent
@@ -215,27 +190,3 @@ def test_a_saved_pipeline_is_diffusers(sd, tmp_path):
     images = [p(**PROMPT, **options, generator=seeded(0)).images for p in (plain, back, accelerate(back), given)]
     for found in images[1:]:
         close(found, images[0])
-
-
-def test_to_another_pipeline(sd):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    _, ours = with_scheduler(sd, "DDIM", {})
-    other = StableDiffusionImg2ImgPipeline.from_pipe(ours)
-    assert type(other.scheduler) is accelerated_class(type(make("DDIM")))
-
-
-def test_in_inference_mode_and_half(sd):
-    """With bfloat16 everywhere, as on a GPU."""
-    plain, ours = with_scheduler(sd, "DDIM", {})
-    images = []
-    for pipeline in (plain, ours):
-        for part in ("unet", "vae", "text_encoder"):
-            getattr(pipeline, part).to(torch.bfloat16)
-        with torch.inference_mode():
-            found = pipeline(**PROMPT, num_inference_steps=4, generator=seeded(0), output_type="latent").images
-        assert found.dtype == torch.bfloat16
-        images.append(found.float())
-    for part in ("unet", "vae", "text_encoder"):
-        getattr(sd, part).to(torch.float32)
-    close(*reversed(images), within=0.05)

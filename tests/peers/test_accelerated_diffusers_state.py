@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import diffusers
-from support.accelerated_diffusers import NAMES, SIGMA, compare, loop, make, normal, seeded
+from support.accelerated_diffusers import NAMES, SIGMA, close, compare, given, loop, make, normal, prepared, seeded
 from support.launches import launches
 
 from ddpm_ext.integrations import accelerate, accelerated_class
@@ -25,23 +25,8 @@ X, M = normal(1, *SHAPE), normal(2, *SHAPE)
 names = pytest.mark.parametrize("name", NAMES)
 
 
-def prepared(name, **config):
-    scheduler = make(name, **config)
-    scheduler.set_timesteps(10)
-    return scheduler
-
-
-def given(name):
-    return {} if name == "DDIMInverse" else {"generator": seeded(1)}
-
-
 def run(name, scheduler, **options):
     return loop(scheduler, X * scheduler.init_noise_sigma, **given(name), **options)
-
-
-def close(found, expected):
-    scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
 
 
 # ------------------------------------------------------------------------------------------- settings that change

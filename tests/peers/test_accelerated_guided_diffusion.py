@@ -220,61 +220,8 @@ def one_step(diffusion, step, output, x, t, z=None, **asked):
     return found["sample"], found["pred_xstart"]
 
 
-def at(values, t):
-    return torch.from_numpy(values)[t].reshape(-1, 1, 1, 1).float()
-
-
 X, M = 3 * numbers(0, *SHAPE), numbers(1, *SHAPE)
 T = torch.tensor([0, 1, 17, 500, 999])
-
-
-@guided_alone
-@pytest.mark.parametrize(("variance", "expected"), [("FIXED_LARGE", 1), ("FIXED_SMALL", 0)])
-def test_the_gradients_weight_at_0(variance, expected):
-    """With FIXED_LARGE it is the posterior's variance at t = 1, not beta; with FIXED_SMALL it is 0."""
-    d, t, big = make(variance=variance), torch.zeros(5, dtype=torch.int64), torch.full(SHAPE, 1e4)
-    with_it, _ = one_step(d, "p_sample", M, X, t, cond_fn=lambda *_: big, model_kwargs={})
-    without, _ = one_step(d, "p_sample", M, X, t)
-    weight = torch.full(SHAPE, d.posterior_variance[expected]).float()
-    torch.testing.assert_close((with_it - without) / 1e4, weight, rtol=1e-3, atol=1e-9)
-    assert abs(d.posterior_variance[1] / d.betas[0] - 1) > 0.1
-
-
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("spacing", [None, "10,15,20"])
-def test_the_timesteps_that_a_model_gets(device, spacing, rescale):
-    """A respaced diffusion's timesteps are mapped once, and scaled by the original's number of steps; in steps,
-    loops and training, for the model and for cond_fn."""
-    d = make("EPSILON", "LEARNED", spacing=spacing, timesteps=300, rescale=rescale)
-    accelerated, seen = accelerate(d), []
-    tell = torch.tensor(list(range(300)) if spacing is None else sorted(d.use_timesteps), device=device)
-    if rescale:
-        tell = tell.float() * (1000 / 300)
-    x, t = X.to(device), torch.tensor([0, 3, 17, 40, 44], device=device)
-    model = model_of("LEARNED", seen)
-    guides = [{}]
-
-    def noted(x, t):
-        seen.append(t)
-        return cond_fn(x, t)
-
-    if GUIDED:
-        guides.append({"model_kwargs": {}, "cond_fn": noted})
-    for guide in guides:
-        accelerated.p_sample(model, x, t, **guide)
-        accelerated.ddim_sample(model, x, t, **guide)
-    accelerated.ddim_reverse_sample(model, x, t)
-    accelerated.training_losses(model, x, t)
-    assert len(seen) == 4 + 4 * GUIDED
-    for told in seen:
-        assert told.dtype == tell.dtype and torch.equal(told, tell[t])
-    for loop in LOOPS:
-        for guide in guides:
-            seen.clear()
-            getattr(accelerated, loop)(model, SHAPE, device=device, **guide)
-            expected = tell.flip(0)[:, None].expand(-1, 5).repeat_interleave(1 + bool(guide), 0)
-            assert seen[0].dtype == tell.dtype and torch.equal(torch.stack(seen), expected)
-    assert set(accelerated.accelerated.fallbacks) <= {"p_sample"}
 
 
 @libraries

@@ -70,27 +70,6 @@ def test_images_of_a_seed_are_those_of_ddpm_exts_own_loop(device, library, loop,
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # of betas that are rounded otherwise
 
 
-@loops
-def test_images_depend_on_seed_and_ids_alone(device, loop):
-    diffusion = make(variance="LEARNED_RANGE", spacing="ddim25")
-
-    def images(batch, seed=0, sample_ids=0):
-        accelerated = accelerate(diffusion, noise="philox", seed=seed, sample_ids=sample_ids)
-        eta = {"eta": 1.0} if loop == "ddim_sample_loop" else {}
-        return getattr(accelerated, loop)(
-            model_of("LEARNED_RANGE"), (batch, 3, 4, 6), device=device, model_kwargs={}, **eta
-        )
-
-    state = torch.get_rng_state()
-    whole = images(6)
-    assert torch.equal(whole, images(6)) and torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(whole, torch.cat([images(2), images(4, sample_ids=2)]))
-    ids = torch.tensor([5, 0, 3], device=device)
-    assert torch.equal(whole[ids], images(3, sample_ids=ids))
-    assert not torch.equal(whole, images(6, seed=1))
-    assert whole.unique(dim=0).shape == whole.shape
-
-
 def test_a_step_draws_by_the_originals_timestep(device):
     """A respaced diffusion's rows have the numbers of the original's draws."""
     diffusion = make(spacing="ddim25")

@@ -362,18 +362,6 @@ def test_a_fork_with_other_arguments_is_refused(library):
         accelerated_class(fork)
 
 
-@guided_alone
-def test_a_likelihood_is_theirs(device):
-    """calc_bpd_loop and p_mean_variance are not replaced."""
-    diffusion = make(variance="LEARNED_RANGE", spacing=[5])
-    x, found = X.clamp(-1, 1).to(device), []
-    for each in (diffusion, accelerate(diffusion)):
-        torch.manual_seed(0)
-        found.append(each.calc_bpd_loop(model_of("LEARNED_RANGE"), x))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-    no_fallback(each)
-
-
 def test_support():
     """Every method that is replaced has its row, and no row is for another."""
     assert {method for row in SUPPORT if row.fused for method in row.method.split(", ")} == set(Guided.replaces)
