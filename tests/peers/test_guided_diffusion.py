@@ -5,6 +5,7 @@ Gradients, DDIM and its inverse are in test_accelerated_guided_diffusion.py, who
 
 import pytest
 import torch
+from support.accelerated_guided import VARIANCES, make
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
@@ -17,26 +18,9 @@ respace = pytest.importorskip("guided_diffusion.respace")
 
 SHAPE = (5, 3, 4, 6)
 T = [0, 1, 17, 500, 999]
-PREDICTIONS = {"eps": peer.ModelMeanType.EPSILON, "x0": peer.ModelMeanType.START_X}
-VARIANCES = {
-    "fixed_small": peer.ModelVarType.FIXED_SMALL,
-    "fixed_large": peer.ModelVarType.FIXED_LARGE,
-    "learned": peer.ModelVarType.LEARNED,
-    "learned_range": peer.ModelVarType.LEARNED_RANGE,
-}
-
 clips = pytest.mark.parametrize("clip", [True, False])
-variances = pytest.mark.parametrize("variance", VARIANCES)
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
-
-
-def options(betas, prediction="eps", variance="fixed_small"):
-    return {
-        "betas": betas.numpy(),
-        "model_mean_type": PREDICTIONS[prediction],
-        "model_var_type": VARIANCES[variance],
-        "loss_type": peer.LossType.MSE,
-    }
+variances = pytest.mark.parametrize("variance", [variance.lower() for variance in VARIANCES])
+predictions = pytest.mark.parametrize("prediction", ["eps", "x0"])
 
 
 @pytest.fixture
@@ -84,7 +68,7 @@ def sizes(gd, x, m, t):
 def test_p_mean_variance(inputs, prediction, variance, clip):
     x, m, v, _, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    theirs = make(prediction, variance, betas=gd.betas)
     told = output(variance, m, v)
     expected = theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)
     mean, var, log_var = gd.p_mean_variance(lambda *_: told, x, t, clip)
@@ -103,7 +87,7 @@ def test_p_mean_variance(inputs, prediction, variance, clip):
 def test_p_sample(inputs, prediction, variance, clip):
     x, m, v, z, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    theirs = make(prediction, variance, betas=gd.betas)
     told = output(variance, m, v)
     expected = theirs.p_sample(lambda *_: told.double(), x.double(), t, clip)["sample"]
     spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
@@ -128,7 +112,7 @@ def test_loop_over_some_of_the_timesteps(device, monkeypatch, sampler, spacing, 
     sections = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
     timesteps = section_timesteps(1000, sections).tolist()
     assert set(timesteps) == respace.space_timesteps(1000, spacing)
-    theirs = respace.SpacedDiffusion(set(timesteps), **options(gd.betas, variance="learned_range"))
+    theirs = make(variance="learned_range", spacing=spacing, betas=gd.betas)
     rng, guide = Philox(3), {"cond_fn": cond_fn if guided else None, "denoised_fn": lambda x0: x0 * 0.9}
     x = start = randn(SHAPE, rng, stream=1, device=device)
     for i in range(len(timesteps) - 1, -1, -1):

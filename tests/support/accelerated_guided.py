@@ -1,4 +1,4 @@
-"""What the tests of accelerated guided-diffusion and improved-diffusion objects share: objects, functions, noise."""
+"""What the tests beside guided-diffusion and improved-diffusion share: objects, functions, noise."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ PREDICTIONS, VARIANCES = (
     ("EPSILON", "START_X", "PREVIOUS_X"),
     ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"),
 )
+OURS = dict(zip(("eps", "x0", "x_prev"), PREDICTIONS, strict=True))  # by our names
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 SHAPE = (5, 3, 4, 6)
 
@@ -44,13 +45,15 @@ def make(
     schedule="linear",
     timesteps=TIMESTEPS,
     rescale=False,
+    betas=None,
 ):
-    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given."""
+    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given. The first two may have our names, and betas
+    may be a tensor of ours in place of a schedule's name."""
     peer, respace = module(library), module(library, "respace")
     options = {
-        "betas": peer.get_named_beta_schedule(schedule, timesteps),
-        "model_mean_type": peer.ModelMeanType[prediction],
-        "model_var_type": peer.ModelVarType[variance],
+        "betas": peer.get_named_beta_schedule(schedule, timesteps) if betas is None else betas.numpy(),
+        "model_mean_type": peer.ModelMeanType[OURS.get(prediction, prediction)],
+        "model_var_type": peer.ModelVarType[variance.upper()],
         "loss_type": peer.LossType[loss],
         "rescale_timesteps": rescale,
     }
