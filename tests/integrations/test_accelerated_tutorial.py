@@ -203,22 +203,6 @@ def test_other_reasons():
 # -------------------------------------------------------------------------------------------------------------- philox
 
 
-def test_philox_images_belong_to_their_ids(device):
-    """They are the same in any batch, in any order and in each run; torch's generator is not touched."""
-    plain, model, before = GaussianDiffusion(30), Net().to(device), torch.get_rng_state()
-
-    def draw(ids):
-        fast = accelerate(plain, noise="philox", seed=9, sample_ids=ids)
-        batch = 4 if isinstance(ids, int) else len(ids)
-        return torch.from_numpy(np.stack(fast.sample(model, 5, batch)))
-
-    whole = draw(0)
-    assert torch.equal(whole, draw(torch.arange(4, device=device)))
-    parts = torch.cat([draw(torch.tensor(ids, device=device)) for ids in ([3], [1, 0], [2])], 1)
-    torch.testing.assert_close(parts, whole[:, [3, 1, 0, 2]], rtol=0, atol=1e-5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("tables", [torch.float32, torch.float64])
 def test_philox_images_and_losses_are_ours(tables, device):
     plain, model = GaussianDiffusion(50, dtype=tables), Net().to(device)

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
 from support.accelerated_diffusers import make, normal, seeded
-from support.accelerated_diffusers_pipelines import of_pixels, quiet, stable_diffusion
+from support.diffusers_families import quiet, with_text
 from support.launches import launches
 
 from ddpm_ext.integrations import accelerate
@@ -52,7 +52,9 @@ def close(found, expected, within=1e-4):
 
 @pytest.mark.parametrize("several", [False, True], ids=["generator", "generators"])
 def test_ddpm_pipeline(several):
-    plain = of_pixels(make("DDPM"))
+    """Of the digits model that comes with ddpm_ext."""
+    scheduler = type(make("DDPM")).from_pretrained(DIGITS)
+    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
     ours = accelerate(plain)
     assert type(ours) is DDPMPipeline and ours.unet is plain.unet
 
@@ -64,20 +66,9 @@ def test_ddpm_pipeline(several):
     expected, states = run(plain)
     with launches() as called:
         found, after = run(ours)
-    close(found, expected)
+    close(found, expected, within=1e-3)
     assert len(called) == 20
     assert all(map(torch.equal, states, after))
-
-
-def test_the_digits_model():
-    """The model that comes with ddpm_ext gives the same digits in diffusers' pipeline."""
-    scheduler = type(make("DDPM")).from_pretrained(DIGITS)
-    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
-    images = [
-        pipeline(batch_size=4, generator=seeded(0), num_inference_steps=50, output_type="np").images
-        for pipeline in (plain, accelerate(plain))
-    ]
-    close(*reversed(images), within=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------- latent
@@ -86,7 +77,7 @@ def test_the_digits_model():
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
     pytest.importorskip("transformers")
-    return stable_diffusion(make("DDIM", **LATENT), tmp_path_factory.mktemp("tokenizer"))
+    return with_text(make("DDIM", **LATENT), tmp_path_factory.mktemp("tokenizer"))
 
 
 def with_scheduler(pipeline, name, config):
@@ -104,36 +95,26 @@ PROMPT = {"prompt": ["a cat", "dogs"], "negative_prompt": ["bad", "odd"], "heigh
 def test_stable_diffusion(sd, name, config):
     plain, ours = with_scheduler(sd, name, config)
     assert type(plain.scheduler) is not type(ours.scheduler)
-    steps = 6
+    options = {"num_inference_steps": 6, "guidance_scale": 5.0, "guidance_rescale": 0.7, "output_type": "pil"}
 
-    def run(pipeline, output_type="latent"):
+    def run(pipeline):
         seen = []
 
         def callback(pipeline, i, t, kwargs):
             seen.append((i, float(t), kwargs["latents"].clone()))
             return {}
 
-        found = pipeline(
-            **PROMPT,
-            num_inference_steps=steps,
-            guidance_scale=5.0,
-            guidance_rescale=0.7,
-            generator=[seeded(1), seeded(2)],
-            output_type=output_type,
-            callback_on_step_end=callback,
-        )
-        return found.images, seen
+        generators = [seeded(1), seeded(2)]
+        return pipeline(**PROMPT, **options, generator=generators, callback_on_step_end=callback).images, seen
 
     expected, theirs = run(plain)
     with launches() as called:
         found, seen = run(ours)
-    close(found, expected)
-    assert len(called) == steps
+    assert len(called) == 6
     assert [(i, t) for i, t, _ in seen] == [(i, t) for i, t, _ in theirs]
     for (_, _, mine), (_, _, other) in zip(seen, theirs, strict=True):
         close(mine, other)
-    close(run(ours, "np")[0], run(plain, "np")[0], within=1e-3)  # through the decoder
-    close(run(ours, "pil")[0], run(plain, "pil")[0], within=1 / 255)
+    close(found, expected, within=1 / 255)  # through the decoder
 
 
 @schedulers
@@ -142,21 +123,12 @@ def test_image_to_image(sd, name, config):
 
     images = []
     for pipeline in with_scheduler(sd, name, config):
-        other = quiet(StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False))
-        assert other.scheduler is pipeline.scheduler
-        picture = normal(4, 2, 3, 16, 16).sigmoid()
-        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt")}
+        other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipeline))
+        assert type(other.scheduler) is type(pipeline.scheduler)
+        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt")} | {"output_type": "latent"}
+        options |= {"image": normal(4, 2, 3, 16, 16).sigmoid(), "strength": 0.6, "num_inference_steps": 10}
         with launches() as called:
-            images.append(
-                other(
-                    **options,
-                    image=picture,
-                    strength=0.6,
-                    num_inference_steps=10,
-                    generator=seeded(3),
-                    output_type="latent",
-                ).images
-            )
+            images.append(other(**options, generator=seeded(3)).images)
     close(*reversed(images))
     assert len(called) - called.count("forward_process") == 6
 

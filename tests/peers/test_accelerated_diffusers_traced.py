@@ -250,16 +250,28 @@ def test_after_set_timesteps_a_loop_is_fused_again(launches):
     assert len(launches) == 4
 
 
-@pytest.mark.parametrize("name", OF_THREE_CHANNELS)
-def test_of_a_variance_beside_the_mean_nothing_is_read(name, launches):
+def after_each(scheduler, i):
+    return {"prev_timestep": scheduler.timesteps[i + 1] if i < 5 else None}
+
+
+@pytest.mark.parametrize(
+    "name, config, channels, options",
+    [
+        # of a variance beside the mean, nothing is read
+        *((name, {"variance_type": "learned"}, 6, lambda *_: {}) for name in OF_THREE_CHANNELS),
+        # UnCLIP's pipelines give the timestep after each one: options may change at every step
+        ("UnCLIPScheduler", {}, 3, after_each),
+    ],
+)
+def test_outputs_and_options_of_their_own(name, config, channels, options, launches):
     results = []
-    for scheduler in (make(name, variance_type="learned"), accelerate(make(name, variance_type="learned"))):
+    for scheduler in (make(name, **config), accelerate(make(name, **config))):
         generator = torch.Generator().manual_seed(0)
         scheduler.set_timesteps(6)
         x = torch.randn(SHAPE, generator=generator)
-        for t in scheduler.timesteps:
-            m = torch.randn(2, 6, *SHAPE[2:], generator=generator)
-            x = scheduler.step(m, t, x, generator=generator).prev_sample
+        for i, t in enumerate(scheduler.timesteps):
+            m = torch.randn(2, channels, *SHAPE[2:], generator=generator)
+            x = scheduler.step(m, t, x, generator=generator, **options(scheduler, i)).prev_sample
         results.append(x)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert len(launches) == 6
@@ -270,22 +282,6 @@ def test_options_are_part_of_a_loop(launches):
     name = "LMSDiscreteScheduler"
     check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
     assert len(launches) == 8
-
-
-def test_options_that_change_at_every_step(launches):
-    """UnCLIP's pipelines give the timestep after each one."""
-    results = []
-    for scheduler in (make("UnCLIPScheduler"), accelerate(make("UnCLIPScheduler"))):
-        generator = torch.Generator().manual_seed(0)
-        scheduler.set_timesteps(6)
-        x = torch.randn(SHAPE, generator=generator)
-        for i, t in enumerate(scheduler.timesteps):
-            after = None if i == 5 else scheduler.timesteps[i + 1]
-            m = torch.randn(SHAPE, generator=generator)
-            x = scheduler.step(m, t, x, prev_timestep=after, generator=generator).prev_sample
-        results.append(x)
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    assert len(launches) == 6
 
 
 # --------------------------------------------------------------------------------------------------------- objects

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections import Counter
 from unittest import mock
 
 import pytest
@@ -97,22 +96,6 @@ class Noise(TorchFunctionMode):
             self.drawn += 1
             return self.z.to(args[0].dtype)
         return function(*args, **(kwargs or {}))
-
-
-class Count(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[str(function.overloadpacket)] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def ours(self):
-        return {name: n for name, n in self.names.items() if name.startswith("ddpm_ext.")}
 
 
 class Readback(TorchDispatchMode):
