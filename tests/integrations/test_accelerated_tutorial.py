@@ -216,8 +216,6 @@ def test_philox_images_and_losses_are_ours(tables, device):
         torch.testing.assert_close(fast.train_losses(model, x, t), expected)
     z = randn(SHAPE, Philox(9, 5, draw=3, stream=2), device=device)
     torch.testing.assert_close(fast.q_sample(x, t), plain.q_sample(x, t, z))
-    with pytest.raises(ValueError, match="draw or a stream of its own"):
-        fast.accelerated.rng = Philox(9, draw=1)
 
 
 @pytest.mark.parametrize("start", ["sizes", "keyword", "moved"])

@@ -21,12 +21,12 @@ from support.accelerated_denoising import (
     needs,
     normals,
     objectives,
-    record_bars,
+    peer,
     same_states,
     seeded,
     states,
 )
-from support.accelerated_tutorial import check
+from support.accelerated_tutorial import check, record_bars
 from support.choices import for_many
 
 from ddpm_ext import Philox, randn
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("error:.*runs the own code")  # nothing 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    return record_bars(monkeypatch)
+    return record_bars(monkeypatch, peer)
 
 
 # ------------------------------------------------------------------------------------------------------- single steps

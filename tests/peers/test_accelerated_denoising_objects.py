@@ -18,12 +18,11 @@ from support.accelerated_denoising import (
     make,
     normals,
     peer,
-    record_bars,
     same_states,
     seeded,
     states,
 )
-from support.accelerated_tutorial import check
+from support.accelerated_tutorial import check, record_bars
 from support.launches import Operators
 from support.noise_of_loops import parts, repeats, unrelated
 from torch import nn
@@ -36,7 +35,7 @@ from ddpm_ext.tables.grid import make_grid
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    return record_bars(monkeypatch)
+    return record_bars(monkeypatch, peer)
 
 
 # -------------------------------------------------------------------------------------------------------------- philox
@@ -153,8 +152,8 @@ def test_loops_of_all_kinds_in_turn():
 
 
 def test_training_between_loops():
-    quiet, gd, t = made(9), made(9), torch.full((10,), 49)
-    expected = [quiet.q_sample(ZEROS, t) for _ in range(2)]
+    alone, gd, t = made(9), made(9), torch.full((10,), 49)
+    expected = [alone.q_sample(ZEROS, t) for _ in range(2)]
     found = [gd.q_sample(ZEROS, t), gd.sample(10), gd.q_sample(ZEROS, t)]
     assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[1])
     unrelated(found)

@@ -1,8 +1,6 @@
 """Accelerated diffusers schedulers with noise="philox": which noise they add, that no other is drawn, and that no two
 loops share noise."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -65,18 +63,18 @@ def from_zeros(scheduler, batch=SHAPE[0], config=None, count=10, **options):
 
 @noisy
 def test_images_belong_to_their_ids(name, config, options):
-    """In any batch, in any order; another seed or id is another image. No generator is touched, even a given one."""
+    """They may be large or come twice; another seed or id is another image. No generator is touched, even a given
+    one."""
     scheduler, generator = made(name, config), seeded(1)
     before, default = generator.get_state(), torch.get_rng_state()
     whole = run(scheduler, config, {**options, "generator": generator})
     assert torch.equal(generator.get_state(), before)
     assert torch.equal(torch.get_rng_state(), default)
     assert not scheduler.accelerated.fallbacks
-    for ids in (torch.arange(10), torch.tensor([7, 3, 3, 2**55, 0, 1, 2, 4, 5, 6])):
-        expected = run(made(name, config, ids=ids), config, options)
-        assert torch.equal(expected, whole) == torch.equal(ids, torch.arange(10))
-        for rows in ([0, 1], [2], [4, 2, 0]):
-            assert torch.equal(run(made(name, config, ids=ids[rows]), config, options, rows), expected[rows])
+    ids = torch.tensor([7, 3, 3, 2**55, 0, 1, 2, 4, 5, 6])
+    expected = run(made(name, config, ids=ids), config, options)
+    for rows in ([0, 1], [2], [4, 2, 0]):
+        assert torch.equal(run(made(name, config, ids=ids[rows]), config, options, rows), expected[rows])
     assert torch.equal(run(made(name, config, ids=3), config, options, slice(3, 5)), whole[3:5])
     for other in (made(name, config, SEED + 1), made(name, config, ids=10)):
         assert not torch.allclose(run(other, config, options), whole, atol=1e-2)
@@ -205,16 +203,3 @@ def test_a_batch_step_by_step_in_parts(name, options, seed):
     assert torch.equal(x, from_zeros(whole, **options))
     if seed is not None:
         assert torch.equal(from_zeros(scheduler, 3, **options), from_zeros(whole, 3, **options))
-
-
-@pytest.mark.parametrize("name", ["DDPM", "UniPCMultistep"])
-def test_set_timesteps_is_diffusers_and_draws_nothing(name):
-    plain = make(name)
-    ours, before = accelerate(plain, noise="philox"), torch.get_rng_state()
-    assert inspect.signature(ours.set_timesteps) == inspect.signature(plain.set_timesteps)
-    for scheduler in (plain, ours):
-        scheduler.set_timesteps(num_inference_steps=7, device="cpu")
-    assert torch.equal(plain.timesteps, ours.timesteps)
-    if name == "UniPCMultistep":  # whose loop has no noise
-        steps(ours, torch.zeros(SHAPE), ours.timesteps)
-    assert torch.equal(torch.get_rng_state(), before)

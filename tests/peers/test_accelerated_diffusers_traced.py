@@ -1,7 +1,6 @@
 """Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
 
 import contextlib
-import importlib.util
 import inspect
 import warnings
 
@@ -33,8 +32,6 @@ from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
 from ddpm_ext.integrations.registry import KNOWN
 
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
-NEED_TORCHSDE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
-MISSING = NEED_TORCHSDE if importlib.util.find_spec("torchsde") is None else set()
 VECTORS = ("DDPMWuerstchenScheduler", "ScoreSdeVpScheduler", "ScoreSdeVeScheduler")  # they take one for each sample
 
 
@@ -192,12 +189,6 @@ def test_other_classes_run_their_own_code(name):
 # -------------------------------------------------------------------------------------------------- what falls back
 
 
-def falls_back(ours, plain, reason, **options):
-    with pytest.warns(UserWarning, match=reason):
-        found = loop(ours, 6, **options)
-    check(found, loop(plain, 6, **options), 0)
-
-
 @pytest.mark.parametrize(
     "name, config, options, reason",
     [
@@ -213,7 +204,9 @@ def falls_back(ours, plain, reason, **options):
 )
 def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
     """All steps of the loop, with one warning."""
-    falls_back(accelerate(make(name, **config)), make(name, **config), reason, **options)
+    with pytest.warns(UserWarning, match=reason):
+        found = loop(accelerate(make(name, **config)), 6, **options)
+    check(found, loop(make(name, **config), 6, **options), 0)
 
 
 # LCM returns no clean sample, but a sum of it and its own sample. EDM's has no prediction_type "sample".

@@ -27,10 +27,8 @@ from support.peer_training import Net, drawn, make_inputs
 
 from ddpm_ext import Philox, accelerate, randn
 
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
 variances = pytest.mark.parametrize("variance", VARIANCES)
 losses = pytest.mark.parametrize("loss", LOSSES)
-SPACED_T = (0, 1, 7, 13, 23, 24)
 
 
 def keys(variance, loss):
@@ -59,24 +57,18 @@ def check(diffusion, name, inputs, prediction, variance, library=LIBRARIES[0]):
     peer_training.check(ours, theirs, truth)
 
 
-@for_many(20)
+@for_many(40)
 def test_losses_and_gradients(device, choose):
-    """Of each term by itself, with none or some of the samples at t = 0."""
+    """Of each term by itself, with none or some of the samples at t = 0. RESCALED losses of a respaced diffusion count
+    the remaining timesteps."""
     prediction, variance = choose.one_of(PREDICTIONS, "prediction"), choose.one_of(VARIANCES, "variance")
-    loss, t = choose.one_of(LOSSES, "loss"), choose.one_of([(1, 2, 17, 500, 998, 999), (0, 3, 0, 40, 999, 0)], "t")
-    diffusion = make(prediction, variance, loss)
+    loss, library = choose.one_of(LOSSES, "loss"), choose.one_of(LIBRARIES, "library")
+    spacing, t = choose.one_of(
+        [(None, (1, 2, 17, 500, 998, 999)), (None, (0, 3, 0, 40, 999, 0)), ("ddim25", (0, 1, 7, 13, 23, 24))], "t"
+    )
+    diffusion = make(prediction, variance, loss, spacing, rescale=spacing is not None, library=library)
     for name in keys(variance, loss):
-        check(diffusion, name, make_inputs(device, t), prediction, variance)
-
-
-@libraries
-@pytest.mark.parametrize("variance", ["FIXED_LARGE", "LEARNED_RANGE"])
-@losses
-def test_of_a_respaced_diffusion(device, library, variance, loss):
-    """RESCALED losses count the remaining timesteps."""
-    diffusion = make("EPSILON", variance, loss, spacing="ddim25", rescale=True, library=library)
-    for name in keys(variance, loss):
-        check(diffusion, name, make_inputs(device, SPACED_T), "EPSILON", variance, library)
+        check(diffusion, name, make_inputs(device, t), prediction, variance, library)
 
 
 @libraries
@@ -222,9 +214,8 @@ def test_an_output_that_does_not_fit_keeps_its_noise():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_function_transforms_gradient_is_their_own_codes(first):
-    """Whether or not the object was used before it."""
+def test_a_function_transforms_gradient_is_their_own_codes():
+    """Also where its tables are first asked for within, which are not kept."""
     x, t = make_inputs(torch.device("cpu"))
     z, found = drawn(t), []
     for each in (make(), accelerate(make())):
@@ -232,13 +223,10 @@ def test_a_function_transforms_gradient_is_their_own_codes(first):
         def losses(weight, each=each):
             return each.training_losses(lambda x, t: x * weight, x, t, noise=z)["loss"].sum()
 
-        if not first:
-            losses(1)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found.append(torch.func.grad(losses)(torch.tensor(0.5)))
-    why = "its tables are first asked for within" if first else "the model's output is no plain tensor"
-    assert [w for w in caught if why in str(w.message)]
+    assert [w for w in caught if "its tables are first asked for within" in str(w.message)]
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     losses(1)
     assert len(each._fused_cache) == 1

@@ -30,7 +30,6 @@ GUIDED = "guided_diffusion" in LIBRARIES
 guided_alone = pytest.mark.skipif(not GUIDED, reason="guided_diffusion is not there")
 STEPS = ("p_sample", "ddim_sample", "ddim_reverse_sample")
 steps = pytest.mark.parametrize("step", STEPS)
-loops = pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
 variances = pytest.mark.parametrize("variance", ["FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"])
 X, T = numbers(0, *SHAPE), torch.tensor([0, 1, 17, 500, 999])
 

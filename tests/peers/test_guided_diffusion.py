@@ -65,33 +65,24 @@ def sizes(gd, x, m, t):
 @clips
 @variances
 @predictions
-def test_p_mean_variance(inputs, prediction, variance, clip):
-    x, m, v, _, t = inputs
+def test_a_step(inputs, prediction, variance, clip):
+    """p_mean_variance, and p_sample with the same noise."""
+    x, m, v, z, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
     theirs = make(prediction, variance, betas=gd.betas)
     told = output(variance, m, v)
     expected = theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)
     mean, var, log_var = gd.p_mean_variance(lambda *_: told, x, t, clip)
-    close(mean, expected["mean"], sizes(gd, x, m, t)[1])
+    size, spread = sizes(gd, x, m, t)[1], (expected["log_variance"] / 2).exp()
+    close(mean, expected["mean"], size)
     # at t = 0 guided-diffusion clips a fixed one to the variance at t = 1, ddpm_ext to 1e-20; no noise is added there
     after = slice(1 if variance == "fixed_small" else 0, None)
     torch.testing.assert_close(var.expand(SHAPE)[1:].double(), expected["variance"][1:], rtol=1e-5, atol=0)
     torch.testing.assert_close(
         log_var.expand(SHAPE)[after].double(), expected["log_variance"][after], rtol=1e-6, atol=1e-6
     )
-
-
-@clips
-@variances
-@predictions
-def test_p_sample(inputs, prediction, variance, clip):
-    x, m, v, z, t = inputs
-    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = make(prediction, variance, betas=gd.betas)
-    told = output(variance, m, v)
     expected = theirs.p_sample(lambda *_: told.double(), x.double(), t, clip)["sample"]
-    spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
-    close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, sizes(gd, x, m, t)[1] + 20 * spread * z.abs())
+    close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, size + 20 * spread * z.abs())
 
 
 def both(x, t, **_):

@@ -14,15 +14,15 @@ FACTOR, ULPS = 4, 4 * 2.0**-23
 own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
 
 
-def record_bars(monkeypatch):
-    """Replaces progress bars by a record of their arguments."""
+def record_bars(monkeypatch, module=eager_tutorial):
+    """Replaces a module's progress bars by a record of their arguments."""
     bars = []
 
     def tqdm(steps, **options):
         bars.append(options)
         return steps
 
-    monkeypatch.setattr(eager_tutorial, "tqdm", tqdm)
+    monkeypatch.setattr(module, "tqdm", tqdm)
     return bars
 
 
