@@ -12,7 +12,6 @@ from support.accelerated_tutorial import (
     SHAPE,
     Exact,
     Given,
-    Net,
     both,
     check,
     own_code,
@@ -23,6 +22,7 @@ from support.accelerated_tutorial import (
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
 from support.launches import launches
+from support.peer_training import Net
 
 import ddpm_ext
 from ddpm_ext import Philox, randn

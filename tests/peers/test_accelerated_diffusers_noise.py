@@ -97,16 +97,6 @@ def test_variance_noise_comes_first():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_memory_layout_and_dtype_of_a_step():
-    """An element's noise is the same in any layout; 16-bit samples get it rounded."""
-    (first, second, third), (x, m) = [made("DDPM", {}) for _ in range(3)], (normal(i, *SHAPE) for i in range(2))
-    found = first.step(m, 500, x).prev_sample
-    last = {"memory_format": torch.channels_last}
-    assert torch.equal(second.step(m.contiguous(**last), 500, x.contiguous(**last)).prev_sample, found)
-    half = third.step(m.bfloat16(), 500, x.bfloat16()).prev_sample
-    torch.testing.assert_close(half.float(), found, rtol=0, atol=0.05)
-
-
 @pytest.mark.parametrize(
     "name, config, options, sampler, of_loop",
     [

@@ -26,19 +26,6 @@ def record_bars(monkeypatch, module=eager_tutorial):
     return bars
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
-        self.calls = 0
-
-    def forward(self, x, t):
-        self.calls += 1
-        return self.last((self.first(x) + (t / 300).to(x.dtype).sin().reshape(-1, 1, 1, 1)).tanh())
-
-
 class Given(nn.Module):
     def __init__(self, output):
         super().__init__()
