@@ -246,7 +246,7 @@ def test_functions_in_between(prediction, launches):
 @pytest.mark.parametrize(("noise", "spacing"), [("torch", None), ("philox", "ddim25")])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     """From the second loop on, when the tables are there. The tensors are of a fake GPU and have no values to read."""
-    monkeypatch.setattr(steps_module, "check_tensors", lambda *_: None)
+    monkeypatch.setattr(steps_module, "check_tensors", lambda *_, **__: None)
     monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
 
