@@ -30,7 +30,7 @@ BARE = StepTable([40, 20, 0], [1.0] * 3, [-0.1] * 3, [0.5] * 3, [0.5] * 3)  # ha
         ({"sampler": "euler", "eta": 1.0}, ValueError, ["eta is 1.0", "'euler' has none"]),
         ({"sampler": ["ddim"]}, ValueError, [r"sampler is \['ddim'\]", "'euler_ancestral'"]),
         ({"spacing": "even"}, ValueError, ["spacing is 'even'", "'linspace'"]),
-        ({"spacing": None}, TypeError, ["spacing is None"]),
+        ({"spacing": 3}, TypeError, ["spacing is 3, expected a string"]),
         ({"spacing": "karras", "steps": None}, ValueError, ["steps is None", "spacing 'karras'"]),
         ({"spacing": "ddim2", "steps": 2}, ValueError, ["steps is 2 beside spacing 'ddim2'"]),
         ({"timesteps": [3, 1], "steps": 2}, ValueError, ["timesteps are given beside steps=2"]),
