@@ -26,6 +26,7 @@ from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_no
 from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.plots.style import plural
+from ddpm_ext.tables.spacing import DEFAULT_SPACING
 from ddpm_ext.version import __version__
 
 _ENDINGS = (".npz", ".png")
@@ -172,7 +173,7 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
         "model_sha256": model_hash(prepared.model),
         "sampler": options.sampler,
         "steps": prepared.steps,
-        "spacing": options.spacing,
+        "spacing": options.spacing or DEFAULT_SPACING,
         "eta": eta_of(options.sampler, options.eta),
         "seed": options.seed,
         "dtype": options.dtype,

@@ -84,9 +84,8 @@ def _jumps(options: LoopOptions) -> Jumps | None:
 
 def _check_beside_table(options: LoopOptions) -> None:
     """A StepTable says all that these options would."""
-    spacing = None if options.spacing == "linspace" else options.spacing
-    chosen = {"steps": options.steps, "spacing": spacing, "timesteps": options.timesteps, "eta": options.eta}
-    for name, value in chosen.items():
+    for name in ("steps", "spacing", "timesteps", "eta"):
+        value = getattr(options, name)
         if value is not None:
             raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
 
@@ -214,7 +213,7 @@ def _levels(process: Process, table: StepTable) -> Tensor | None:
 def _grid(process: Process, options: LoopOptions) -> Grid:
     steps, spacing = options.steps, options.spacing
     if options.timesteps is not None:
-        if steps is not None or spacing != "linspace":
+        if steps is not None or spacing is not None:
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
         grid = process.scaled(make_grid(process.alphas_cumprod, options.timesteps, betas=process.betas))
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():

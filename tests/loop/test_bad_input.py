@@ -31,7 +31,7 @@ EARLY = replace(BARE, h2=[0, 0.5, 0], k0=[1, 1, 0])
         ({"eta": 0.5}, ValueError, ["eta is 0.5", "'ddpm' has none"]),
         ({"sampler": ["ddim"]}, ValueError, [r"sampler is \['ddim'\]", "'euler_ancestral'"]),
         ({"spacing": "even"}, ValueError, ["spacing is 'even'", "'linspace'"]),
-        ({"spacing": None}, TypeError, ["spacing is None"]),
+        ({"spacing": 3}, TypeError, ["spacing is 3, expected a string"]),
         ({"spacing": "karras", "steps": None}, ValueError, ["steps is None", "spacing 'karras'"]),
         ({"spacing": "ddim2", "steps": 2}, ValueError, ["steps is 2 beside spacing 'ddim2'"]),
         ({"timesteps": [3, 1], "steps": 2}, ValueError, ["timesteps are given beside steps=2"]),

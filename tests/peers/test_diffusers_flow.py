@@ -63,8 +63,8 @@ def test_a_process_is_their_schedule(device, steps):
         told.append(t[0].item())
         return torch.cos(x)
 
-    options = {"sampler": "euler", "steps": steps, "clip_denoised": False, "progress": False, "record": "last"}
-    found = gd.p_sample_loop(model, SHAPE, noise=x, **options)
+    options = {"sampler": "euler", "steps": steps, "spacing": "linspace", "clip_denoised": False}
+    found = gd.p_sample_loop(model, SHAPE, noise=x, progress=False, record="last", **options)
     for t in scheduler.timesteps:
         x = scheduler.step(torch.cos(x), t, x).prev_sample
     tolerance = 2e-5 if steps == 1000 else 2e-3

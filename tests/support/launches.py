@@ -1,4 +1,4 @@
-"""Which operators are called."""
+"""Which operators are called: all, or ours."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operators(TorchDispatchMode):
-    """Notes the names of all operators, such as "aten::add"."""
+    """Notes the names of the operators that are called, such as aten::add and ddpm_ext::randn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note(*function._schema.name.split("::"))
-        return function(*args, **(kwargs or {}))
+    def note(self, name: str) -> None:
+        self.names.append(name)
 
-    def note(self, library: str, name: str) -> None:
-        self.names.append(f"{library}::{name}")
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(function._schema.name)
+        return function(*args, **(kwargs or {}))
 
 
 class _Launches(Operators):
-    def note(self, library: str, name: str) -> None:
+    def note(self, name: str) -> None:
+        library, _, name = name.partition("::")
         if library == "ddpm_ext" and name not in ("randn", "draw_seed"):
             self.names.append(name)
 
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
-    """The names of our operators that are called, but for those that only draw."""
+    """The names of the operators that are called, but for those that only draw."""
     with _Launches() as called:
         yield called.names

@@ -26,7 +26,7 @@ from ddpm_ext.tables.samplers import (
     tcd,
 )
 from ddpm_ext.tables.schedules import make_betas, rescale_zero_terminal_snr
-from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, log_snr_grid
+from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, linear_quadratic, log_snr_grid
 from ddpm_ext.tables.spacing import SPACINGS, spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
@@ -35,6 +35,8 @@ GRID = make_grid(LEVELS, [900, 100, 20])
 BARE = Grid(GRID.timestep, GRID.alphas_cumprod, GRID.betas)  # without a schedule
 TABLE = ddpm(GRID)
 GOOD = (3, 1, 0.1, 0.2)  # an interval of restart
+UP = make_grid(LEVELS, [1, 100], final=LEVELS[900].item())
+MOST = 1.0008  # eta of ddim over GRID, whose first step leaves the least room
 TWO, ONES, FALLING = torch.arange(2), torch.ones(3), torch.tensor([2.0, 1, 0])
 BETWEEN = ("dpm_2", "dpm_2_ancestral", "dpmpp_2s", "edm", "restart")  # call the model between the grid's timesteps
 
@@ -119,6 +121,14 @@ ARGUMENTS = [
     (lambda: repaint(TABLE[::2]), ValueError, "table does not descend, .* each to start where one ended"),
     (lambda: repaint(StepTable([1, 0], *[[0, 0]] * 4)), ValueError, "table does not descend"),
     (lambda: repaint(SAMPLERS["dpmpp_2m"](GRID)), ValueError, "table has history"),
+    (lambda: ddim(GRID, eta=MOST + 1e-4), ValueError, rf"in step 0, from timestep 900, .* expected at most {MOST}$"),
+    (
+        lambda: ddim(UP, eta=0.5),
+        ValueError,
+        "grid's step 0, from timestep 1, goes up to more noise, expected steps down",
+    ),
+    (lambda: ddpm(UP), ValueError, "grid's step 0, from timestep 1, goes up to more noise, expected steps down"),
+    (lambda: linear_quadratic(4, linear_steps=5), ValueError, "linear_steps is 5, expected 1 <= linear_steps < 5"),
     *((lambda s=SAMPLERS[s]: s(GRID, prediction="x_prev"), ValueError, "'x_prev'.*between its times") for s in BETWEEN),
     *((lambda s=SAMPLERS[s]: s(BARE), ValueError, "own levels alone.*grid_of_levels with a func") for s in BETWEEN),
     *((lambda s=s: s(LEVELS), TypeError, f"{n}: grid is a Tensor, expected a Grid") for n, s in SAMPLERS.items()),
@@ -137,6 +147,7 @@ def test_refused(call, error, message):
 @pytest.mark.parametrize("eta, error", [(-1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError)])
 def test_eta_as_an_option(eta, error):
     assert dpmpp_2m_sde(GRID, eta=0.0) == SAMPLERS["dpmpp_2m"](GRID)
+    assert ddim(GRID, eta=MOST).s[0] > ddim(GRID, eta=1.0).s[0]  # the largest that is taken
     over = samplers.euler_ancestral(GRID, eta=40.0)  # all the noise that there is
     assert over.c1.abs().max() < 1e-6 and torch.allclose(over.s**2, 1 - GRID.after)
     assert samplers.euler_ancestral(GRID, eta=0.0) == samplers.euler(GRID)
