@@ -14,11 +14,10 @@ from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
 from ddpm_ext.loop.results import CapturedLoop, collect
-from ddpm_ext.loop.rows import LoopRowsCache
+from ddpm_ext.loop.rows import CACHED, LoopRowsCache
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossMethods
-from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -78,12 +77,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         backend: str = "fused",
     ) -> None:
         super().__init__(timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend)
-        self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache()
-
-    @property
-    def process(self) -> Process:
-        """Itself: what losses, loops and likelihoods take."""
-        return self
+        self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache(CACHED)
 
     @lists_options_of(LoopOptions)
     def p_sample_loop(

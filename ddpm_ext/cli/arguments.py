@@ -7,8 +7,9 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from ddpm_ext.base import files
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import SPACINGS
 
+Number = TypeVar("Number", int, float)
 WRONG_INPUT = 2  # the exit code
 FIGURES = (".png", ".svg", ".pdf")  # the endings of figures
 
@@ -72,30 +74,20 @@ def add_command(
 def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """A parser of whole numbers from `low` to `high`."""
     expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
-        return value
-
-    return parse
+    return _parser(int, lambda value: low <= value and (high is None or value <= high), expected)
 
 
 def number(low: float, expected: str, *, below: float = math.inf) -> Callable[[str], float]:
     """A parser of finite numbers that are at least `low`, and less than `below`."""
+    return _parser(float, lambda value: low <= value < below, expected)
 
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < below:  # also for NaN
-            raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
-        return value
+
+def _parser(convert: Callable[[str], Number], fits: Callable[[Number], bool], expected: str) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
+        with suppress(ValueError):
+            if fits(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
 
     return parse
 

@@ -22,6 +22,7 @@ from ddpm_ext.tables.schedules import SCHEDULES
 from ddpm_ext.training.log import curve_title, read_losses, read_quarters
 from ddpm_ext.training.run_options import OPTIONS
 
+DrawKind = Callable[[argparse.Namespace], str]  # draws a picture, and returns what it shows
 _PICTURES = (".png",)
 _HISTOGRAMS = 100  # about how many along the loop
 
@@ -61,17 +62,23 @@ def add_parser(commands: arguments.Subparsers) -> None:
     )
     kinds = plot.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds of pictures")
 
-    def add(name: str, takes: str, summary: str) -> argparse.ArgumentParser:
-        description = f"Draws {summary}."
-        return arguments.add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=_EXAMPLES[name])
+    def add(name: str, takes: str, summary: str, draw_kind: DrawKind | None = None) -> argparse.ArgumentParser:
+        description, epilog = f"Draws {summary}.", _EXAMPLES[name]
+        parser = arguments.add_command(kinds, f"plot {name}", summary, description, takes=takes, epilog=epilog)
+        parser.set_defaults(draw_kind=draw_kind)
+        return parser
 
-    _add_schedules(add("schedules", "[NAME ...] ", "alphas_cumprod and the signal-to-noise ratio of schedules"))
-    _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps"))
-    _add_grid(add("grid", "FILE ", "samples from a file, as a grid"))
+    _add_schedules(
+        add("schedules", "[NAME ...] ", "alphas_cumprod and the signal-to-noise ratio of schedules", _draw_schedules)
+    )
+    _add_table(add("table", "SAMPLER|FILE ... ", "the columns of step tables over the steps", _draw_table))
+    _add_grid(add("grid", "FILE ", "samples from a file, as a grid", _draw_grid))
     trajectory.add_options(add("trajectory", "", "x_t and the predicted x_0 along the loop, as ddpm-ext trajectory"))
-    _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance"))
-    _add_losses(add("losses", "RUN ", "the loss of each step of a training run, and by quarter of the timesteps"))
-    _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop"))
+    _add_guidance(add("guidance", "", "samples of a class-conditional model with rising guidance", _draw_guidance))
+    _add_losses(
+        add("losses", "RUN ", "the loss of each step of a training run, and by quarter of the timesteps", _draw_losses)
+    )
+    _add_histogram(add("histogram", "", "how the values of x_t are distributed along the loop", _draw_histogram))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,16 +91,8 @@ def run(options: argparse.Namespace) -> None:
     if options.kind == "trajectory":
         trajectory.run(options)
         return
-    draw_kind: dict[str, Callable[[argparse.Namespace], str]] = {
-        "schedules": _draw_schedules,
-        "table": _draw_table,
-        "grid": _draw_grid,
-        "guidance": _draw_guidance,
-        "losses": _draw_losses,
-        "histogram": _draw_histogram,
-    }
     arguments.check_out(options.out, _PICTURES if options.kind in ("grid", "guidance") else arguments.FIGURES)
-    print(f"{options.out}: {draw_kind[options.kind](options)}")
+    print(f"{options.out}: {options.draw_kind(options)}")
 
 
 # ------------------------------------------------------------------------------------------------------- schedules

@@ -146,7 +146,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     loop = LoopOptions(**_loop_options(inputs, options, range(1)))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
-    rows = make_loop_rows(loaded.diffusion.process, loop)
+    rows = make_loop_rows(loaded.diffusion, loop)
     return Prepared(**vars(loaded), steps=len(rows), inputs=inputs)
 
 

@@ -110,7 +110,7 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
         spacing, eta = options.spacing or "linspace", arguments.eta_of(source, options.eta)
         chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
-        return make_loop_rows(diffusion.process, chosen).table
+        return make_loop_rows(diffusion, chosen).table
     path = Path(source)
     config = _config_of(source)
     if config is not None:

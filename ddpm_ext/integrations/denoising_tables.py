@@ -11,6 +11,7 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
+from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import KernelTables
@@ -18,8 +19,6 @@ from ddpm_ext.tables.predictions import peer_predictions
 from ddpm_ext.tables.step_table import StepTable
 
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
-LOW = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *LOW)
 PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 CACHED = 8  # settings of ddim_sample
 

@@ -255,9 +255,7 @@ def _sample(
     rng: Philox | None,
 ) -> Tensor:
     checks.samples("x", x)
-    checks.tensor("sigmas", sigmas)
-    if not sigmas.is_floating_point():
-        raise TypeError(f"sigmas has dtype {sigmas.dtype}, expected a floating one")
+    checks.floating("sigmas", sigmas)
     if noise_sampler is not None and rng is not None:
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step

@@ -46,20 +46,14 @@ class LoopRows:
         return len(self.needs)
 
 
-class LoopRowsCache:
-    """The rows of the last few loops of one process: a second loop copies nothing to the device, and so can be captured
-    in a CUDA graph."""
+# Each entry holds its sampler, so that no other StepTable gets its id.
+LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
-    def __init__(self) -> None:
-        # Each entry holds its sampler, so that no other StepTable gets its id.
-        self._entries: BoundedCache[tuple[LoopRows, object]] = BoundedCache(CACHED)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, process: Process, options: LoopOptions) -> LoopRows:
-        """make_loop_rows(process, options), made once."""
-        return self._entries.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
+def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
+    """make_loop_rows(process, options), made once for the last few loops of the process, whose cache it is: a second
+    loop copies nothing to the device, and so can be captured in a CUDA graph."""
+    return cache.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _key(options: LoopOptions) -> object:

@@ -31,6 +31,12 @@ _FLOW_DEFAULTS = {
     "invert_sigmas": False,
     "stochastic_sampling": False,
 }
+# What a loop is told here: the entry, what it must be, and the value of clip_denoised that stands for another.
+_OF_LOOP: tuple[tuple[str, object, str], ...] = (
+    ("thresholding", False, "DynamicThreshold(...)"),
+    ("clip_sample", True, "False"),
+    ("clip_sample_range", 1.0, "(low, high)"),
+)
 _MOST_TIMESTEPS = 1_000_000
 
 
@@ -57,7 +63,7 @@ class DiffusionSettings:
     @classmethod
     def of(cls, diffusion: GaussianDiffusion) -> DiffusionSettings:
         """Those of a GaussianDiffusion. Raises ValueError for levels in place of betas, unless they are "flow"."""
-        schedule, timesteps = diffusion.process.schedule, diffusion.timesteps
+        schedule, timesteps = diffusion.schedule, diffusion.timesteps
         betas: str | tuple[float, ...] = tuple(diffusion.betas.tolist())
         if schedule.scale is not None:
             flow = schedules.forward_levels("flow", timesteps)
@@ -127,20 +133,13 @@ def read_settings(config: dict[str, Any], name: str) -> DiffusionSettings:
         return _read_flow(config, name)
     if kind not in _SCHEDULERS:
         raise ValueError(f"model: {name} is for a {kind}, expected one of {', '.join((*_SCHEDULERS, _FLOW))}")
-    if config.get("thresholding", False):
-        raise ValueError(
-            f"model: {name} has thresholding true, expected false; pass clip_denoised=DynamicThreshold(...) to "
-            "p_sample_loop instead"
-        )
-    if kind != "PNDMScheduler" and not config.get("clip_sample", True):
-        raise ValueError(
-            f"model: {name} has clip_sample false, expected true; pass clip_denoised=False to p_sample_loop instead"
-        )
-    if config.get("clip_sample_range", 1.0) != 1.0:
-        raise ValueError(
-            f"model: {name} has clip_sample_range {config['clip_sample_range']}, expected 1.0; pass "
-            "clip_denoised=(low, high) to p_sample_loop instead"
-        )
+    for entry, value, instead in _OF_LOOP:
+        found = config.get(entry, value)
+        if found != value and not (kind == "PNDMScheduler" and entry == "clip_sample"):
+            raise ValueError(
+                f"model: {name} has {entry} {found!r}, expected {value!r}; pass clip_denoised={instead} to "
+                "p_sample_loop instead"
+            )
     prediction = _ours(config, name, "prediction_type", "epsilon", _PREDICTIONS)
     variance, schedule = _variance(config, name), config.get("beta_schedule", "linear")
     if schedule not in _SCHEDULES and config.get("trained_betas") is None:

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools
@@ -77,6 +76,20 @@ def test_compiles(build, kernels, arch):
     sets, by_words = (len(option_sets()), len(sets_by_words())) if of_step else (0, 0)
     assert by_access["vector"] == (1 + sets) * by_access["strided"] > 0
     assert by_access["words"] == by_words * by_access["strided"]
+
+
+def reads_before_a_barrier(ptx: str) -> list[str]:
+    """The reads of one place in shared memory, which is the same for all threads, that come behind a store and before
+    the next barrier. Threads would race for what such a place holds."""
+    found, stored = [], False
+    for line in ptx.splitlines():
+        if ".entry" in line or "bar.sync" in line:
+            stored = False
+        elif re.search(r"\bst\.shared", line):
+            stored = True
+        elif stored and re.search(r"\bld\.shared\S*\s+[^\[]*\[_Z\w+(\+\d+)?\]", line):
+            found.append(line.strip())
+    return found
 
 
 @EACH_SUM

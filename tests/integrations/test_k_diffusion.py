@@ -35,16 +35,10 @@ def bend(x, sigma, **_):
     return torch.tanh(x / (1 + sigma.reshape(-1, *[1] * (x.dim() - 1))))
 
 
-def exact(signal):
-    """The denoiser of N(MEAN, DEVIATION^2) for samples signal(sigma) x0 + sigma eps."""
-
-    def model(x, sigma):
-        s, n = signal(sigma), sigma
-        gain = s * DEVIATION**2 / (s**2 * DEVIATION**2 + n**2)
-        shape = (-1, *[1] * (x.dim() - 1))
-        return MEAN + gain.reshape(shape) * (x - s.reshape(shape) * MEAN)
-
-    return model
+def exact(x, sigma):
+    """The denoiser of N(MEAN, DEVIATION^2) for samples x0 + sigma eps."""
+    gain = DEVIATION**2 / (DEVIATION**2 + sigma**2)
+    return MEAN + gain.reshape(-1, *[1] * (x.dim() - 1)) * (x - MEAN)
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -75,12 +69,6 @@ def test_calls_without_a_seed_never_share_noise():
     assert (first - second).abs().max() > 0.01
     torch.manual_seed(0)
     assert torch.equal(sample(bend, x, SIGMAS, disable=True), first)
-
-
-def test_churn_has_both_ends_of_its_range():
-    seen, options = [], {"s_churn": 5.0, "s_tmin": 2.5, "s_tmax": 2.5}
-    sampler("euler")(bend, start(), SIGMAS, callback=seen.append, disable=True, **options)
-    assert [bool(step["sigma_hat"] > step["sigma"]) for step in seen] == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
@@ -175,14 +163,6 @@ def test_churn_is_between_two_sigmas_and_at_both():
 # --------------------------------------------------------------------------------------------------------------- flow
 
 
-def test_flow_is_eulers_step_along_the_velocity():
-    x = expected = start(torch.float64, scale=1.0)
-    for now, after in pairwise(FLOW):
-        expected = expected + (expected - bend(expected, now.expand(3))) / now * (after - now)
-    found = sampler("euler")(bend, x, FLOW, disable=True, flow=True)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm"])
 def test_flow_is_the_same_process_at_another_scale(name):
     """x of flow is (1 - sigma) times that of sigma space, at the same ratio of signal and noise."""
@@ -198,25 +178,14 @@ def test_flow_is_the_same_process_at_another_scale(name):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
-def test_order_of_convergence(name, order, flow):
+def test_order_of_convergence(name, order):
     """To the probability flow of Gaussian data, along which a sample stays as many deviations from the mean."""
-    first, last = (0.95, 0.05) if flow else (10.0, 0.1)
-    signal = (lambda sigma: 1 - sigma) if flow else torch.ones_like
-
-    def of_level(sigma):
-        level = torch.tensor(sigma, dtype=torch.float64)
-        s = signal(level)
-        return s * MEAN, (s**2 * DEVIATION**2 + level**2).sqrt()
-
-    (mean, deviation), (mean_after, deviation_after) = of_level(first), of_level(last)
-    z = start(torch.float64, scale=1.0)
-    errors = []
+    first, last, z, errors = 10.0, 0.1, start(torch.float64, scale=1.0), []
     for steps in (160, 320):
         sigmas = torch.linspace(math.log(first), math.log(last), steps + 1, dtype=torch.float64).exp()
-        found = sampler(name)(exact(signal), mean + deviation * z, sigmas, disable=True, flow=flow)
-        errors.append((found - mean_after - deviation_after * z).abs().max().item())
+        found = sampler(name)(exact, MEAN + math.hypot(DEVIATION, first) * z, sigmas, disable=True)
+        errors.append((found - MEAN - math.hypot(DEVIATION, last) * z).abs().max().item())
     assert math.log2(errors[0] / errors[1]) > order - 0.2
 
 
@@ -235,23 +204,21 @@ def test_order_of_convergence(name, order, flow):
         ("dpmpp_2m_sde", [1.0, 0.5], {"solver_type": "heun"}, "solver_type is not 'midpoint'"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0, draw=3)}, "expected one without a draw"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0), "noise_sampler": print}, "noise_sampler and rng are both given"),
+        ("dpmpp_2m", [1.0, 0.5], {"eta": 1.0}, "unexpected keyword argument 'eta'"),
+        ("dpmpp_2m", [3, 1], {}, "sigmas has dtype torch.int64, expected a floating one"),
     ],
 )
 def test_bad_input(name, sigmas, options, message):
     def model(x, sigma):
         raise AssertionError("the model is called")
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sampler(name)(model, start(), torch.tensor(sigmas), disable=True, **options)
 
 
 def test_what_is_no_argument():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'eta'"):
-        sampler("dpmpp_2m")(bend, start(), SIGMAS, eta=1.0)
     with pytest.raises(TypeError, match="sigmas is a list, expected a tensor"):
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
-    with pytest.raises(TypeError, match=r"sigmas has dtype torch.int64, expected a floating one"):
-        sampler("dpmpp_2m")(bend, start(), torch.tensor([3, 1]))
     with pytest.raises(TypeError, match=r"x has dtype torch.int64, expected a floating one"):
         sampler("euler")(bend, torch.ones(SHAPE, dtype=torch.int64), SIGMAS)
     with pytest.raises(TypeError, match=r"the model's output is a NoneType, expected a tensor"):

@@ -191,9 +191,9 @@ def test_variances_there_and_back(variance):
 def test_bad_scheduler_configs():
     for config, message in (
         ({"_class_name": "ScoreSdeVeScheduler"}, "is for a ScoreSdeVeScheduler, expected one of DDPMScheduler"),
-        ({"thresholding": True}, "has thresholding true, expected false; pass clip_denoised=DynamicThreshold"),
+        ({"thresholding": True}, "has thresholding True, expected False; pass clip_denoised=DynamicThreshold"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "has shift 3.0, expected 1.0"),
-        ({"clip_sample": False}, "has clip_sample false, expected true; pass clip_denoised=False"),
+        ({"clip_sample": False}, "has clip_sample False, expected True; pass clip_denoised=False"),
         ({"clip_sample_range": 3.0}, r"has clip_sample_range 3.0, expected 1.0; pass clip_denoised=\(low, high\)"),
         ({"prediction_type": ["epsilon"]}, r"prediction_type \['epsilon'\], expected one of epsilon"),
         ({"beta_schedule": "laplace"}, "beta_schedule 'laplace', expected one of linear"),
@@ -219,14 +219,14 @@ def test_settings_survive_writing(settings):
         assert getattr(found, name) == getattr(settings, name)
     ours, theirs = settings.diffusion(), found.diffusion()
     assert torch.allclose(theirs.betas, ours.betas, rtol=1e-14)
-    assert torch.allclose(theirs.process.schedule.noise, ours.process.schedule.noise, rtol=1e-12)
-    assert torch.equal(DiffusionSettings.of(ours).diffusion().process.schedule.noise, ours.process.schedule.noise)
+    assert torch.allclose(theirs.schedule.noise, ours.schedule.noise, rtol=1e-12)
+    assert torch.equal(DiffusionSettings.of(ours).diffusion().schedule.noise, ours.schedule.noise)
 
 
 def test_rectified_flow_is_a_scheduler_of_diffusers():
     config = DiffusionSettings(timesteps=50, beta_schedule="flow", prediction="flow").to_scheduler_config()
     sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config).sigmas
-    ours = read_settings(config, "s").diffusion().process.schedule.noise
+    ours = read_settings(config, "s").diffusion().schedule.noise
     torch.testing.assert_close(sigmas.double().flip(0), ours, rtol=1e-6, atol=0)
     for settings, message in (
         (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"),
