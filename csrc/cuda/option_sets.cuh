@@ -51,7 +51,7 @@ struct WithX0 : AnyOptions {
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
   static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::out_copy);
-  static constexpr int kBlocks = 4, kWordBlocks = 4;
+  static constexpr int kBlocks = 4, kWordBlocks = 3;
 };
 
 // What a loop without guidance has: the model's output, and history.
