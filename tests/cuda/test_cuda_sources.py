@@ -148,7 +148,9 @@ def code(path: str, function: str = "") -> str:
 
 
 def fma_calls(text: str) -> int:
-    return len(re.findall(r"\bfma\(", text))
+    """Those that are written, and those of polynomials, one for each coefficient but the first."""
+    polynomials = re.findall(r"\bpolynomial\(\w+, ([^)]*)\)", text)
+    return len(re.findall(r"\bfma\(", text)) + sum(coefficients.count(",") for coefficients in polynomials)
 
 
 def fma_a_root() -> int:
