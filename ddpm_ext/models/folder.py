@@ -7,9 +7,10 @@ that scheduler, too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,17 @@ def load_model(
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
     check_finite(unet, inner / WEIGHTS)
     return LoadedModel(unet, settings, folder, classes)
+
+
+def model_sha256(model: LoadedModel) -> str:
+    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
+    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
+    inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
+    for name in (CONFIG, WEIGHTS):
+        with open(inner / name, "rb") as opened:
+            while block := opened.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def save_model(
