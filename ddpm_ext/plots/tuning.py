@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ddpm_ext.base.optional import require
 from ddpm_ext.plots.style import PathLike, line_style, new_figure
 from ddpm_ext.tuning.names import Named
 from ddpm_ext.tuning.report import Report
@@ -55,10 +56,10 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
     """
     if not any(names.values()):
         raise ValueError("names: got none, expected at least 1")
-    with new_figure(9, 5, path, "drawing what samplers reach") as figure:
+    with new_figure(9, 6, path, "drawing what samplers reach") as figure:
         axes = figure.subplots()
         _draw_names(axes, names, list(errors_by_name(names))[:_CURVES], first=0)
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -107,7 +108,7 @@ def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Fi
     return figure
 
 
-_BOLD = {"linewidth": 3.5, "zorder": 3}
+_BOLD = {"linewidth": 3.5, "markersize": 7, "zorder": 3}
 
 
 def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequence[str], first: int) -> None:
@@ -123,6 +124,10 @@ def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequen
             axes.plot(calls, values, label="all others" if number == -len(errors) else None, zorder=1, **style)
     shown = [error for name in curves for error in errors[name].values() if math.isfinite(error)]
     axes.set_yscale("log")
+    ticker = require("matplotlib.ticker", "drawing errors")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     if shown:
         axes.set_ylim(min(shown) / 1.3, _ROOM * max(shown))
     axes.set_xticks(sorted(names))
