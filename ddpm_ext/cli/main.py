@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from typing import Any, TextIO, cast
 
 from ddpm_ext.base.heap import keep_freed_memory
-from ddpm_ext.cli import bits_per_dim, info, invert, plot, sample, table, train, trajectory
+from ddpm_ext.cli import bits_per_dim, compare, info, invert, plot, sample, table, train, trajectory, tune
 from ddpm_ext.cli.arguments import WRONG_INPUT, Formatter, Parser
 from ddpm_ext.version import __version__, default_device
 
@@ -20,6 +20,8 @@ _COMMANDS = {
     "sample": sample,
     "invert": invert,
     "train": train,
+    "tune": tune,
+    "compare": compare,
     "bits-per-dim": bits_per_dim,
     "trajectory": trajectory,
     "table": table,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddpm_ext.models.folder import CONFIG, DIGITS, SHAPES, LoadedModel, check_finite, one_line
+from ddpm_ext.models.folder import CONFIG, DIGITS, SHAPES, LoadedModel, check_finite, model_sha256, one_line
 from ddpm_ext.training import load, run_options
 from ddpm_ext.training.import_by_name import import_by_name
-from ddpm_ext.training.load_run import Trained, network_of
+from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +21,9 @@ class RunModel(LoadedModel):
     sha256: str
 
 
-class _TakesClassLabels(nn.Module):
-    """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
-        return self.module(x, t) if class_labels is None else self.module(x, t, class_labels)
+def model_hash(model: LoadedModel) -> str:
+    """The SHA-256 of all that a model is, wherever its folder lies."""
+    return model.sha256 if isinstance(model, RunModel) else model_sha256(model)
 
 
 def is_run(model: str) -> bool:
@@ -58,10 +50,10 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
             "function that makes one like it without arguments"
         )
     trained = load(folder, None if network is None else _made(network))
-    sha256 = _sha256(trained)
+    sha256 = trained.sha256()
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
-    unet, shape = _TakesClassLabels(placed).eval(), trained.shape
+    unet, shape = TakesClassLabels(placed).eval(), trained.shape
     return RunModel(unet, trained.settings, folder, trained.classes, shape=shape, sha256=sha256)
 
 
@@ -75,12 +67,3 @@ def _made(network: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         raise ValueError(f"network: {network}() returns a {type(found).__name__}, expected a torch.nn.Module")
     return found
-
-
-def _sha256(trained: Trained) -> str:
-    """The SHA-256 of the diffusion and the weights, whatever the dtype is in which the model will be called."""
-    digest = hashlib.sha256(repr(astuple(trained.settings)).encode())
-    for name, value in trained.model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ from ddpm_ext import plots
 from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli import arguments, table, trajectory
+from ddpm_ext.cli.chosen_tables import name_of
 from ddpm_ext.cli.images import read_pixels
 from ddpm_ext.cli.sampling import draw, prepare
 from ddpm_ext.cli.sampling_options import add_sampling
@@ -227,6 +228,6 @@ def _draw_histogram(options: argparse.Namespace) -> str:
     # Heun's method visits each timestep twice; the first visit is shown.
     first = [i for i, t in enumerate(recorder.t) if i == 0 or t < recorder.t[i - 1]]
     timesteps, x_t = [recorder.t[i] for i in first], [recorder.x_t[i] for i in first]
-    shown = {"bins": options.bins, "limit": options.limit, "name": options.sampler}
+    shown = {"bins": options.bins, "limit": options.limit, "name": name_of(options)}
     plots.histogram_figure(x_t, timesteps, options.out, samples=samples, **shown)
     return f"{plural(options.num, 'sample')} at {len(x_t)} of {plural(prepared.steps, 'step')}"

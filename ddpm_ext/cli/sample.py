@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ from ddpm_ext.bulk.export import check_png_folder, write_npz, write_pngs
 from ddpm_ext.bulk.run import sample_many
 from ddpm_ext.bulk.shards import SHARD_SIZE, Pixels, Shards
 from ddpm_ext.cli.arguments import Subparsers, add_command, check_device, check_ending, check_out, eta_of, whole_number
-from ddpm_ext.cli.network import RunModel
+from ddpm_ext.cli.chosen_tables import table_hash
+from ddpm_ext.cli.network import model_hash
 from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.sampling_options import add_sampling
-from ddpm_ext.models.folder import CONFIG, WEIGHTS, LoadedModel
 from ddpm_ext.plots.style import plural
 from ddpm_ext.tables.spacing import DEFAULT_SPACING
 from ddpm_ext.version import __version__
@@ -168,32 +166,20 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
         of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
         if options.guidance is not None:
             of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
+    loop: dict[str, Any] = {"sampler": options.sampler, "steps": prepared.steps}
+    loop |= {"spacing": options.spacing or DEFAULT_SPACING, "eta": eta_of(options.sampler, options.eta)}
+    for table in prepared.tables.values():  # its rows are all, whether it is --table or --sampler tuned
+        loop = {"sampler": "table", "steps": prepared.steps, "table_sha256": table_hash(table)}
     return {
         "version": __version__,
         "model_sha256": model_hash(prepared.model),
-        "sampler": options.sampler,
-        "steps": prepared.steps,
-        "spacing": options.spacing or DEFAULT_SPACING,
-        "eta": eta_of(options.sampler, options.eta),
+        **loop,
         "seed": options.seed,
         "dtype": options.dtype,
         "backend": options.backend,
         **of_classes,
         **prepared.inputs.settings(options),
     }
-
-
-def model_hash(model: LoadedModel) -> str:
-    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
-    if isinstance(model, RunModel):
-        return model.sha256
-    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
-    inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
-    for name in (CONFIG, WEIGHTS):
-        with open(inner / name, "rb") as opened:
-            while block := opened.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def as_arrays(settings: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:

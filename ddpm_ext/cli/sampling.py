@@ -13,6 +13,7 @@ import torch
 
 from ddpm_ext.base.optional import require
 from ddpm_ext.cli.arguments import check_device, check_eta
+from ddpm_ext.cli.chosen_tables import Tables, chosen_tables
 from ddpm_ext.cli.loop_inputs import LoopInputs, guidance_of
 from ddpm_ext.cli.network import RunModel, is_run, load_run_model
 from ddpm_ext.diffusion import GaussianDiffusion
@@ -23,6 +24,7 @@ from ddpm_ext.models.classes import Classes
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.plots.recorder import Recorder
+from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.training.options import DTYPES
 
 
@@ -89,6 +91,7 @@ class Prepared(Loaded):
 
     steps: int
     inputs: LoopInputs
+    tables: Tables
 
 
 def load(options: argparse.Namespace) -> Loaded:
@@ -141,19 +144,24 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
         require("PIL.Image", "writing pictures")
     check_eta(options.eta, [options.sampler])
     loaded = load(options)
+    tables = chosen_tables(options, loaded.model)
     inputs = LoopInputs.read(options, loaded.model.shape, loaded.device, loaded.dtype)
     options.num = inputs.count
-    loop = LoopOptions(**_loop_options(inputs, options, range(1)))
+    steps = 0
+    for table in tables.values() or (None,):
+        loop = LoopOptions(**_loop_options(inputs, options, range(1), table))
+        steps = len(make_loop_rows(loaded.diffusion, loop))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
-    rows = make_loop_rows(loaded.diffusion, loop)
-    return Prepared(**vars(loaded), steps=len(rows), inputs=inputs)
+    return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)
 
 
-def _loop_options(inputs: LoopInputs, options: argparse.Namespace, samples: range) -> dict[str, Any]:
+def _loop_options(
+    inputs: LoopInputs, options: argparse.Namespace, samples: range, table: StepTable | None
+) -> dict[str, Any]:
     """p_sample_loop's options that don't depend on the model, without guidance, of which a command can draw several."""
-    chosen = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
-    return chosen | inputs.of_samples(options, samples)
+    by_name = {name: getattr(options, name) for name in ("sampler", "steps", "spacing", "eta")}
+    return (by_name if table is None else {"sampler": table}) | inputs.of_samples(options, samples)
 
 
 def _classes(model: LoadedModel, options: argparse.Namespace) -> tuple[Classes | None, tuple[int, ...]]:
@@ -196,7 +204,7 @@ def draw(
     """
     model, guidance, samples = prepared.model, guidance_of(options), range(first, first + count)
     chosen = {
-        **_loop_options(prepared.inputs, options, samples),
+        **_loop_options(prepared.inputs, options, samples, prepared.tables.get(options.guidance)),
         "guidance": guidance,
         "model_kwargs": prepared.model_kwargs(samples, guided=guidance is not None),
         "rng": Philox(options.seed, sample_ids=prepared.inputs.sample_ids(options, samples)),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ddpm_ext.cli import arguments
+from ddpm_ext.cli.chosen_tables import TUNED
 from ddpm_ext.cli.loop_inputs import add_clip, add_images
 from ddpm_ext.process.process import BACKENDS
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
@@ -33,6 +34,12 @@ def add_class(group: Any, default: str) -> None:
     group.add_argument("--class", dest="classes", metavar="NAME,...", help=classes)
 
 
+def add_null_class(group: Any) -> None:
+    """Adds --null-class."""
+    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
+    group.add_argument("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
+
+
 def add_spacing(group: Any) -> None:
     """Adds --steps and --spacing."""
     count = "steps of the loop (default: all timesteps of the model)"
@@ -40,7 +47,9 @@ def add_spacing(group: Any) -> None:
     group.add_argument("--spacing", metavar="HOW", help=arguments.SPACING)
 
 
-def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loop: bool = True) -> None:
+def add_running(
+    parser: Any, *, batches: str | None, by_ranks: bool = False, loop: bool = True, dtype: bool = True
+) -> None:
     """Adds how to run: where, how the model is called, in which batches.
 
     Args:
@@ -48,10 +57,13 @@ def add_running(parser: Any, *, batches: str | None, by_ranks: bool = False, loo
             which can be neither compiled nor captured then.
         by_ranks: whether several ranks can run the command.
         loop: whether it runs a sampling loop.
+        dtype: whether other dtypes than float32 can be chosen.
     """
+    parser.set_defaults(dtype="float32")
     add = parser.add_argument_group("how to run").add_argument
     add("--device", metavar="NAME", help=arguments.DEVICES_OF_RANKS if by_ranks else arguments.DEVICES)
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
+    if dtype:
+        add("--dtype", choices=tuple(DTYPES), default="float32", help="of the model and the samples")
     add("--backend", choices=tuple(BACKENDS), default="fused", help="the compiled kernels, or plain torch")
     if loop:
         add("--autocast", choices=("bfloat16", "float16"), help="lower precision of the model's arithmetic")
@@ -115,10 +127,14 @@ def add_sampling(
     add("--guidance-rescale", type=arguments.finite_number, metavar="X", help=rescale)
     interval = "the timesteps at which to guide, both included (default: all)"
     add("--guidance-interval", type=arguments.finite_number, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    null = "class that stands for none in particular, which guidance needs (default: as the model was trained here)"
-    add("--null-class", type=arguments.whole_number(0), metavar="N", help=null)
-    samplers = f"the reverse step: {', '.join(SAMPLERS)}"
-    add("--sampler", choices=tuple(SAMPLERS), default="ddpm", metavar="NAME", help=samplers)
+    add_null_class(group)
+    ways = group.add_mutually_exclusive_group()
+    samplers = (
+        f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune"
+    )
+    ways.add_argument("--sampler", choices=(*SAMPLERS, TUNED), default="ddpm", metavar="NAME", help=samplers)
+    table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
+    ways.add_argument("--table", metavar="FILE", help=table)
     add_spacing(group)
     eta = f"scale of the noise in a step of {' or '.join(WITH_ETA)}"
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=eta)

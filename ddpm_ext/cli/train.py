@@ -184,6 +184,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("score_count", "samples for a score")
     features = "whose Fréchet distance to the training images is the score: pixels, or a function of your own"
     add("features", features, metavar="pixels|MODULE:FUNCTION")
+    tables = "tune step tables of so many calls to the model at the end, for ddpm-ext sample --sampler tuned"
+    add("tune", tables, type=arguments.whole_numbers, default=argparse.SUPPRESS, metavar="N,...")
     add("tensorboard", "also write events for TensorBoard, to FOLDER/tensorboard")
     add("wandb", "also log to this project of Weights & Biases, by its package wandb", metavar="PROJECT")
     add("weights_dtype", "of the final model file")

@@ -7,9 +7,10 @@ that scheduler, too.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def load_model(
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return LoadedModel(unet, settings, folder, classes, shape=(unet.config.in_channels, height, width))
+
+
+def model_sha256(model: LoadedModel) -> str:
+    """The SHA-256 of the architecture, the weights and the diffusion; the folder's place does not enter it."""
+    digest = hashlib.sha256(repr(astuple(model.settings)).encode())
+    inner = model.folder / "unet" if (model.folder / "unet").is_dir() else model.folder
+    for name in (CONFIG, WEIGHTS):
+        with open(inner / name, "rb") as opened:
+            while block := opened.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def save_model(

@@ -1,4 +1,4 @@
-"""Pictures: samples as grids, strips and GIFs; schedules, step tables, values and losses as figures with axes."""
+"""Pictures: samples as grids, strips and GIFs; schedules, tables, tuning, values, losses as figures with axes."""
 
 from ddpm_ext.plots.histograms import histogram_figure
 from ddpm_ext.plots.loss_curve import save_loss_curve
@@ -15,10 +15,12 @@ from ddpm_ext.plots.pictures import (
 )
 from ddpm_ext.plots.schedules import schedule_figure
 from ddpm_ext.plots.step_tables import step_table_figure
+from ddpm_ext.plots.tuning import names_figure, tuning_figure
 
 __all__ = [
     "grid",
     "histogram_figure",
+    "names_figure",
     "save_gif",
     "save_grid",
     "save_loss_curve",
@@ -30,4 +32,5 @@ __all__ = [
     "to_uint8",
     "trajectory",
     "trajectory_frames",
+    "tuning_figure",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,25 @@ class Trained:
             )
         assert isinstance(drawn, Tensor)  # the type for record="last"
         return drawn
+
+    def sha256(self) -> str:
+        """The SHA-256 of the diffusion and the weights."""
+        digest = hashlib.sha256(repr(astuple(self.settings)).encode())
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TakesClassLabels(nn.Module):
+    """Calls a module with labels as the trainer does, by the keyword with which a loop calls a UNet2DModel."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Any:
+        return self.module(x, t) if class_labels is None else self.module(x, t, class_labels)
 
 
 def load(run: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu") -> Trained:

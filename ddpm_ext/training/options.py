@@ -14,8 +14,9 @@ import torch
 
 from ddpm_ext.losses.timestep_samplers import TIMESTEP_SAMPLERS, Mode
 from ddpm_ext.ops.loss_kinds import BOUNDS, LOSSES
-from ddpm_ext.tables.variances import TRAINABLE_VARIANCES
+from ddpm_ext.tables.variances import TRAINABLE_VARIANCES, VARIANCES
 from ddpm_ext.tables.weightings import WEIGHTINGS
+from ddpm_ext.tuning.teacher import STEPS
 from ddpm_ext.version import default_device
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,7 +37,7 @@ _MAY_CHANGE = frozenset[str]().union(
     ("steps", "data", "image_size", "channels", "skip_corrupt", "workers", "model_config"),
     ("accumulate", "device", "graph", "gradient_checkpointing", "checkpoint_every", "keep", "log_every"),
     ("sample_every", "sample_steps", "sample_count", "score_every", "score_count", "features"),
-    ("tensorboard", "wandb", "weights_dtype", "push_to_hub", "hub_private"),
+    ("tune", "tensorboard", "wandb", "weights_dtype", "push_to_hub", "hub_private"),
 )
 CHANGEABLE = (
     *("lr", "lr_schedule", "warmup", "weight_decay", "betas", "adam_eps", "clip", "ema", "batch_size", "flip"),
@@ -139,6 +140,7 @@ class TrainOptions:
     score_every: int = 0
     score_count: int = 256
     features: str = "pixels"
+    tune: tuple[int, ...] = ()
     tensorboard: bool = False
     wandb: str | None = None
     device: str = field(default_factory=default_device)
@@ -165,6 +167,10 @@ class TrainOptions:
             raise ValueError(f"accumulate: got {self.accumulate}, expected at most the batch size, {self.batch_size}")
         if (self.sample_every or self.score_every) and self.sample_steps > self.timesteps:
             raise ValueError(f"sample_steps: got {self.sample_steps}, expected at most {self.timesteps}, the timesteps")
+        good = all(1 <= calls <= self.timesteps for calls in self.tune) and (not self.tune or self.timesteps >= STEPS)
+        _require("tune", self.tune, good, f"numbers from 1 to the timesteps, and at least {STEPS} timesteps")
+        if self.tune and VARIANCES[self.variance].learned:
+            raise ValueError(f"tune: got variance {self.variance} beside it, expected a fixed one")
         if self.graph and self.accumulate > 1:
             raise ValueError(f"graph: got accumulate {self.accumulate} beside it, expected 1")
         if self.graph and self.autocast == "float16":

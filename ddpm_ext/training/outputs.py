@@ -24,6 +24,7 @@ from ddpm_ext.training.options import CHANGEABLE, DTYPES, TrainOptions, as_json,
 from ddpm_ext.training.state import TrainState
 from ddpm_ext.training.step import learning_rate
 from ddpm_ext.training.trackers import require_tensorboard, require_wandb, trackers_of
+from ddpm_ext.training.tuned import tune_run
 
 BEST = "best"
 """The folder in that of a run which has the averaged model with the best score."""
@@ -176,8 +177,8 @@ class Outputs:
         return save_result(model, self.settings, folder, dtype, self.about[run_options.SHAPE], self.classes)
 
     def finish(self, state: TrainState, seconds: float, about: dict[str, Any]) -> Result:
-        """Writes the averaged model, the curve of losses, and training.json with `about` in it; then uploads the model,
-        if that was asked for.
+        """Writes the averaged model, the curve of losses, and training.json with `about` in it; then tunes tables to
+        the model and uploads it, if that was asked for.
 
         If no step was taken, because the run had been finished before, training.json keeps how that was done.
         """
@@ -194,11 +195,19 @@ class Outputs:
             about = about | {"best": dict(zip(("step", "score"), state.scores.best, strict=True))}
         if about["resumed_at"] < self.options.steps or not self._keep_training():
             self._write_training(result, about)
+        if self.options.tune:
+            self._tune(state.average)
         if repo := self.options.push_to_hub:
             model = None if is_unet(state.average) else state.average
             url = push_to_hub(self.folder, repo, model=model, private=self.options.hub_private or None)
             self.report(f"uploaded to {url}")
         return result
+
+    def _tune(self, average: nn.Module) -> None:
+        """Tunes the tables that the options ask for, on the device where the model is."""
+        options, device = self.options, next(average.parameters()).device
+        given = {"seed": options.seed, "batch_size": options.batch_size, "device": device, "report": self.report}
+        tune_run(self.folder, average, options.tune, **given)  # type: ignore[arg-type]
 
     def _keep_training(self) -> bool:
         """Puts the options into training.json if that tells of a run with as many steps; returns whether it does."""

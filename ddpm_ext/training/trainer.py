@@ -183,8 +183,8 @@ class Trainer:
         A UNet2DModel is written as a DDPMPipeline of diffusers. The folder also holds options.json, which is written
         before the first step; training.json (options, versions, final loss), losses.csv and losses.png; checkpoints/
         with the last `options.keep`, of which one is written every `options.checkpoint_every` steps; and samples/ with
-        a grid every `options.sample_every` steps; and with `options.score_every` scores.csv, and in best/ the averaged
-        model of the step with the lowest score.
+        a grid every `options.sample_every` steps; with `options.score_every` scores.csv, and in best/ the averaged
+        model of the step with the lowest score; and with `options.tune` tuned/ with step tables of so many calls.
 
         Ctrl-C or SIGTERM writes a checkpoint after the step that is being taken, or of the last one while images are
         awaited; a second one ends the run at once.

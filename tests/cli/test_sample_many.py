@@ -11,7 +11,7 @@ import pytest
 from support.command_line import call, not_finite, save_tiny
 
 from ddpm_ext import models
-from ddpm_ext.cli.sample import model_hash
+from ddpm_ext.cli.network import model_hash
 from ddpm_ext.models.folder import WEIGHTS, load_model
 
 N = 11

@@ -30,7 +30,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 
 def _on_cpu(arguments):
     """The arguments as text, with --device cpu where there is no other: with a GPU, that would be the default."""
-    commands = ("sample", "trajectory", "train", "invert", "bits-per-dim")
+    commands = ("sample", "trajectory", "train", "invert", "bits-per-dim", "tune", "compare")
     takes_device = arguments[:1] in {(name,) for name in commands} or arguments[:2] == ("plot", "histogram")
     more = ("--device", "cpu") if takes_device and "--device" not in arguments else ()
     return [str(argument) for argument in (*arguments, *more)]

@@ -1,0 +1,36 @@
+"""Step tables in a model's folder that were tuned to it: tuned/6.json for 6 calls of the model without guidance, and
+tuned/6-guidance-2.5.json with guidance."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from ddpm_ext.tables.step_table import StepTable
+
+FOLDER = "tuned"
+MODEL_SHA256 = "model_sha256"
+"""The note that says which model a table was tuned to."""
+
+
+def table_name(calls: int, guidance: float | None = None) -> str:
+    """The name of a table's file. guidance: the scale; 1 and None are none."""
+    return f"{calls}.json" if guidance in (None, 1) else f"{calls}-guidance-{guidance:g}.json"
+
+
+def tables_in(folder: str | os.PathLike[str]) -> list[str]:
+    """The tables in a model's folder, in words: "4", "6", "6 with guidance 2.5"; empty where there are none."""
+    named = [re.fullmatch(r"(\d+)(?:-guidance-(.+))?\.json", path.name) for path in Path(folder, FOLDER).glob("*.json")]
+    found = sorted((match[2] or "", int(match[1])) for match in named if match)
+    return [f"{calls}{f' with guidance {guidance}' * bool(guidance)}" for guidance, calls in found]
+
+
+def save_tuned(table: StepTable, path: str | os.PathLike[str], *, model_sha256: str, seed: int) -> None:
+    """Writes a tuned table, with the model's hash and the seed of the samples in its notes.
+
+    Raises:
+        ValueError: `path` is a folder or a device. OSError: it can't be written.
+    """
+    replace(table, notes=table.notes | {"seed": seed, MODEL_SHA256: model_sha256}).save(path)

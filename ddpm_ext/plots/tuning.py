@@ -1,0 +1,134 @@
+"""How near few calls of a model come to many, as a figure: tuned tables, and samplers by their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ddpm_ext.base.optional import require
+from ddpm_ext.plots.style import PathLike, line_style, new_figure
+from ddpm_ext.tuning.names import Named
+from ddpm_ext.tuning.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["errors_by_name", "names_figure", "tuning_figure"]
+
+_CURVES = 5  # names that have a line of their own in the legend
+_ROOM = 3.0  # the axis ends at so many times the worst of these
+
+
+def errors_by_name(names: Mapping[int, Sequence[Named]]) -> dict[str, dict[int, float]]:
+    """The errors of each sampler and spacing by the number of calls, those with the smallest errors first.
+
+    The order is that of the mean logarithm of the error over the best at as many calls; a name that has no table for a
+    number of calls comes after all that have.
+
+    names: those at each number of calls.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for calls, named in names.items():
+        for each in named:
+            of_name = found.setdefault(f"{each.sampler} with {each.spacing}", {})
+            of_name[calls] = min(each.error if math.isfinite(each.error) else math.inf, of_name.get(calls, math.inf))
+    best = {calls: min(errors[calls] for errors in found.values() if calls in errors) for calls in names}
+
+    def rank(name: str) -> tuple[int, float]:
+        errors = found[name]
+        ratios = [math.log(max(error, 1e-12) / max(best[calls], 1e-12)) for calls, error in errors.items()]
+        return len(best) - len(errors), sum(ratios) / len(ratios)
+
+    return {name: found[name] for name in sorted(found, key=rank)}
+
+
+def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = None) -> Figure:
+    """Draws the errors of named samplers against the calls of the model: the best as curves, all others in grey.
+
+    Args:
+        names: those at each number of calls, as Tuner.compare finds them.
+        path: where the figure is written as well; the ending names the format.
+
+    Raises:
+        ValueError: there are no names. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
+    """
+    if not any(names.values()):
+        raise ValueError("names: got none, expected at least 1")
+    with new_figure(9, 6, path, "drawing what samplers reach") as figure:
+        axes = figure.subplots()
+        _draw_names(axes, names, list(errors_by_name(names))[:_CURVES], first=0)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def tuning_figure(reports: Sequence[Report], path: PathLike | None = None) -> Figure:
+    """Draws what tuning found: left the errors against the calls of the model, of the tuned tables and of the named
+    samplers, right the timesteps of the tables.
+
+    Args:
+        reports: of tables that were tuned to one model, in any order.
+        path: where the figure is written as well; the ending names the format.
+
+    Raises:
+        ValueError: there are no reports. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> from ddpm_ext.tuning import Named, Report
+        >>> names = [Named("unipc", "trailing", steps=6, calls=6, error=0.1, median=0.1)]
+        >>> found = {"fitted": True, "error": 0.04, "median": 0.03, "fitted_error": 0.04, "names": names}
+        >>> by = {"teacher": "100 steps of deis", "teacher_error": 0.001, "seeds": 32, "held_out": 32}
+        >>> report = Report(calls=6, timesteps=[999, 800, 600, 400, 200, 20], model_calls=9000, **found, **by)
+        >>> figure = plots.tuning_figure([report], "tuned.png")
+    """
+    if not reports:
+        raise ValueError("reports: got none, expected at least 1")
+    reports = sorted(reports, key=lambda report: report.calls)
+    names = {report.calls: report.names for report in reports}
+    with new_figure(12, 5, path, "drawing what tuning found") as figure:
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        calls = [report.calls for report in reports]
+        left.plot(calls, [report.error for report in reports], label="tuned", **line_style(0, len(calls)) | _BOLD)
+        bests = [report.best.error for report in reports]
+        left.plot(
+            calls, bests, label="best name", **line_style(1, len(calls)) | {"linestyle": "none", "markersize": 11}
+        )
+        curves = {f"{report.best.sampler} with {report.best.spacing}": None for report in reports}
+        _draw_names(left, names, list(curves | dict.fromkeys(errors_by_name(names)))[:_CURVES], first=2)
+        lowest = min(*(report.error for report in reports), *bests)
+        left.set_ylim(bottom=min(left.get_ylim()[0], lowest / 1.3))
+        figure.legend(loc="outside lower center", ncols=3)
+        for place, report in enumerate(reports):
+            right.plot(report.timesteps, [place] * len(report.timesteps), **line_style(0, 1) | {"markersize": 7})
+        right.set_yticks(range(len(reports)), [str(report.calls) for report in reports])
+        right.set(title="timesteps of the tables", xlabel="timestep", ylabel="calls of the model")
+        right.set_ylim(-0.5, len(reports) - 0.5)
+        right.xaxis.set_inverted(True)
+    return figure
+
+
+_BOLD = {"linewidth": 3.5, "markersize": 7, "zorder": 3}
+
+
+def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequence[str], first: int) -> None:
+    """The errors of all names; `curves` are those with a colour, from line_style's number `first` on."""
+    errors = errors_by_name(names)
+    for number, name in enumerate([*(other for other in errors if other not in curves), *curves], -len(errors)):
+        calls = sorted(errors[name])
+        values = [errors[name][count] for count in calls]
+        if name in curves:
+            axes.plot(calls, values, label=name, **line_style(number + len(curves) + first, len(calls)))
+        else:
+            style: dict[str, Any] = {"color": "0.8", "linewidth": 0.7, "marker": ".", "markersize": 3}
+            axes.plot(calls, values, label="all others" if number == -len(errors) else None, zorder=1, **style)
+    shown = [error for name in curves for error in errors[name].values() if math.isfinite(error)]
+    axes.set_yscale("log")
+    ticker = require("matplotlib.ticker", "drawing errors")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if shown:
+        axes.set_ylim(min(shown) / 1.3, _ROOM * max(shown))
+    axes.set_xticks(sorted(names))
+    axes.set(title="distance to many steps", xlabel="calls of the model", ylabel="error (units of the sample)")

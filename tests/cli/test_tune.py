@@ -1,0 +1,126 @@
+"""`ddpm-ext tune` and `compare`, and sampling with tables that are tuned to a model or given."""
+
+import json
+import re
+
+import pytest
+import torch
+from support.command_line import TINY, call, check_refused
+
+from ddpm_ext import GaussianDiffusion, Philox, StepTable, models
+from ddpm_ext.cli.main import build_parser
+from ddpm_ext.cli.network import model_hash
+from ddpm_ext.cli.sampling import draw, prepare
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.models.scheduler import DiffusionSettings
+from ddpm_ext.models.tuned import table_name
+from ddpm_ext.tuning import search
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """With a table of two steps, and what tuning it printed, in tune.txt."""
+    folder = tmp_path_factory.mktemp("model") / "mine"
+    torch.manual_seed(0)
+    models.save_model(models.build_unet(TINY), DiffusionSettings(timesteps=100), folder)
+    with pytest.MonkeyPatch.context() as patch, open(folder / "tune.txt", "w") as out:
+        patch.setattr(search, "EVALUATIONS", 4)
+        patch.setattr("sys.stdout", out)
+        given = ("--steps", STEPS, "--seeds", 2, "--batch-size", 1, "--seed", 7, "--plot", folder / "tune.png")
+        assert call("tune", "--model", folder, *given) == 0
+    return folder
+
+
+def test_tune_writes_tables_and_says_what_they_reach(model):
+    lines = (model / "tune.txt").read_text().splitlines()
+    most, made = (int(re.search(r"([\d,]+) calls of the model", lines[i])[1].replace(",", "")) for i in (0, 2))
+    assert 100 < made <= most and lines[1] == str(model / "tuned" / "2.json")
+    table = StepTable.load(model / "tuned" / "2.json")
+    calls, error, best = lines[4].split()[:3]
+    assert (calls, float(error)) == ("2", pytest.approx(table.notes["error"], abs=1e-4)) and float(error) <= float(best)
+    assert lines[5].startswith("2 calls are ") and lines[6] == str(model / "tune.png")
+    expected = {"seed": 7, "guidance": None, "model_sha256": model_hash(models.load_model(model))}
+    assert table.notes.items() >= expected.items()
+
+
+def test_sample_takes_the_table_as_the_loop_does(model):
+    loaded, path = models.load_model(model), model / "tuned" / "2.json"
+    options = {"sampler": StepTable.load(path), "rng": Philox(3, sample_ids=1), "record": "last", "progress": False}
+    expected = loaded.settings.diffusion().p_sample_loop(loaded.unet, (2, *loaded.shape), **options)
+    for way in (("--sampler", "tuned", "--steps", "2"), ("--table", str(path))):
+        given = ["sample", "--model", str(model), "--seed", "3", "--quiet", "--device", "cpu", *way]
+        parsed = build_parser().parse_args(given)
+        prepared = prepare(parsed, pictures=False)
+        assert prepared.steps == 2 and torch.equal(draw(prepared, parsed, 1, 2), expected)
+
+
+def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
+    given = ("sample", "--model", model, "--num-images", 2, "--quiet", "--out", tmp_path / "many")
+    assert call(*given, "--sampler", "tuned", "--steps", 2) == 0
+    assert call(*given, "--table", model / "tuned" / "2.json") == 0
+    settings = json.loads((tmp_path / "many" / "manifest.json").read_text())["settings"]
+    assert (settings["sampler"], settings["steps"], len(settings["table_sha256"])) == ("table", 2, 64)
+    capsys.readouterr()
+    ddim = GaussianDiffusion(100)
+    make_loop_rows(ddim, LoopOptions(sampler="ddim", steps=2)).table.save(tmp_path / "ddim.json")
+    check_refused(capsys, "table_sha256 is ", *given, "--table", tmp_path / "ddim.json")
+
+
+def test_missing_tables_and_options_beside_them(model, tmp_path, capsys):
+    sample = ("sample", "--model", model, "--out", tmp_path / "a.npz")
+    guided = model / "tuned" / "4-guidance-2.5.json"
+    guided.write_bytes((model / "tuned" / "2.json").read_bytes())
+    there = f"{model / 'tuned'} has those for 2, 4 with guidance 2.5"
+    makes = f"ddpm-ext tune --model {model} --steps 5 makes it"
+    none = f"{model} has no tuned table for 5 steps, {there}; {makes}"
+    check_refused(capsys, none, *sample, "--sampler", "tuned", "--steps", 5)
+    check_refused(capsys, f"steps: expected the number of a tuned table of {model}", *sample, "--sampler", "tuned")
+    check_refused(capsys, "steps: got 2 beside --table", *sample, "--table", guided, "--steps", 2)
+    check_refused(capsys, "eta: got 0.5", *sample, "--table", guided, "--eta", 0.5)
+    check_refused(capsys, "not allowed with argument", *sample, "--table", guided, "--sampler", "ddim")
+    check_refused(capsys, "table: cannot read", *sample, "--table", tmp_path / "none.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_warns_once(model, tmp_path):
+    given = ("--num", 2, "--batch-size", 1, "--quiet", "--out", tmp_path / "a.npz")
+    with pytest.warns(UserWarning, match="tuned to another model than digits") as warned:
+        assert call("sample", "--model", "digits", "--table", model / "tuned" / "2.json", *given) == 0
+    assert len(warned) == 1
+
+
+def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
+    rows = {scale: ("ddim", "euler")[scale > 1] for scale in (1, 2)}
+    gd = models.load_model(pets).settings.diffusion()
+    for scale, sampler in rows.items():
+        table = make_loop_rows(gd, LoopOptions(sampler=sampler, steps=3, eta=0.0 if scale == 1 else None)).table
+        table.save(pets / "tuned" / table_name(3, scale))
+    given = ("--model", pets, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
+    tuned = ("--sampler", "tuned", "--steps", 3)
+    assert call("plot", "guidance", *given, *tuned, "--out", tmp_path / "a.png") == 0
+    trajectory = ("--model", pets, "--guidance", 2, "--num", 1, "--quiet", "--out", tmp_path / "b.png")
+    assert call("trajectory", *trajectory, *tuned) == 0
+
+
+def test_compare_shows_the_best_and_where_the_others_are(model, tmp_path, capsys):
+    given = ("--calls", "1", "--seeds", 1, "--quiet", "--plot", tmp_path / "compare.png")
+    assert call("compare", "--model", model, *given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split() for line in lines if " with " in line]
+    errors = [float(line[-1].rstrip("*")) for line in shown]
+    assert 1 < len(shown) <= 10 and errors == sorted(errors) and shown[0][-1].endswith("*")
+    assert lines[-1] == str(tmp_path / "compare.png") and (tmp_path / "compare.png").is_file()
+
+
+def test_wrong_input_is_found_before_the_model_runs(model, tiny, tmp_path, capsys):
+    for command, counts in (("tune", "steps"), ("compare", "calls")):
+        refuse = lambda message, *given: check_refused(capsys, message, command, "--model", *given)  # noqa: B023, E731
+        refuse(f"{counts}: got 0,4, expected numbers from 1 to 100", model, f"--{counts}", "0,4")
+        refuse("has 20 timesteps, expected at least 100", tiny)
+        refuse("plot: got a.txt", model, "--plot", "a.txt")
+        refuse("guidance: got 2.5, but", model, "--guidance", 2.5)
+    (tmp_path / "file").write_bytes(b"")
+    check_refused(capsys, "out: cannot write", "tune", "--model", model, "--out", tmp_path / "file")

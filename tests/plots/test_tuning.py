@@ -1,0 +1,45 @@
+"""plots.tuning_figure and plots.names_figure: what their axes show."""
+
+import math
+
+import pytest
+from support.figure_contents import drawn
+
+from ddpm_ext.plots import names_figure, tuning_figure
+from ddpm_ext.plots.tuning import errors_by_name
+from ddpm_ext.tuning import Named, Report
+
+pytest.importorskip("matplotlib")
+
+ERRORS = {"unipc": {4: 0.2, 6: 0.1}, "ddim": {4: 0.4, 6: 0.3}, "plms": {4: 0.3, 6: math.nan}, "heun": {6: 0.05}}
+NAMES = {
+    calls: [Named(name, "trailing", calls, calls, of[calls], 0.1) for name, of in ERRORS.items() if calls in of]
+    for calls in (4, 6)
+}
+
+
+def test_names_by_their_errors():
+    """One that diverges, and one without a table for 4 calls, come last."""
+    found = errors_by_name(NAMES)
+    assert list(found) == [f"{name} with trailing" for name in ("unipc", "ddim", "plms", "heun")]
+    assert found["ddim with trailing"] == {4: 0.4, 6: 0.3} and found["plms with trailing"] == {4: 0.3, 6: math.inf}
+    curves = drawn(names_figure(NAMES).axes[0])
+    assert curves["unipc with trailing"] == [[4, 0.2], [6, 0.1]]
+    with pytest.raises(ValueError, match="names: got none"):
+        names_figure({4: []})
+
+
+@pytest.mark.parametrize("calls", [(6, 4), (6,)])
+def test_tuned_tables_and_their_timesteps(calls, tmp_path):
+    reports = []
+    for count in calls:
+        names = sorted(NAMES[count], key=lambda each: (math.isnan(each.error), each.error))
+        found = {"error": 0.1 / count, "median": 0.01, "fitted_error": 0.1 / count, "names": names}
+        by = {"teacher": "many", "teacher_error": 0.001, "seeds": 2, "held_out": 2, "model_calls": 99}
+        reports.append(Report(count, True, timesteps=list(range(count, 0, -1)), **found, **by))
+    left, right = tuning_figure(reports, tmp_path / "tuned.png").axes
+    assert drawn(left)["tuned"] == [[count, 0.1 / count] for count in sorted(calls)]
+    assert drawn(left)["best name"][-1] == [6, 0.05] and left.get_yscale() == "log"
+    assert left.get_ylim()[0] < 0.1 / 6  # the lowest is seen
+    shown = [line.get_xdata().tolist() for line in right.lines]
+    assert shown == [list(range(count, 0, -1)) for count in sorted(calls)] and (tmp_path / "tuned.png").is_file()
