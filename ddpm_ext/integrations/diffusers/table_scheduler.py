@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin  # by these names DiffusionPipeline.from_pretrained finds its kind
@@ -20,12 +20,12 @@ from ddpm_ext.integrations.diffusers.predictions import prediction_of, predictio
 from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
+from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
-SIGMA_SPACE = 1e-6  # how far the signal is from 1 in samples x0 + sigma eps
 OTHER = 1e-3  # how far a timestep is from a row's that it is not
 
 
@@ -109,6 +109,15 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- the loop
 
     @property
+    def sigmas(self) -> Tensor:
+        """Noise relative to the signal where each row starts, and where the last one arrives, float32 (rows + 1,), as
+        other schedulers have it; a flow's own sigmas. Raises AttributeError where the table has no levels."""
+        try:
+            return table_sigmas(self.table)[0].float()
+        except ValueError as error:
+            raise AttributeError(str(error)) from None
+
+    @property
     def num_inference_steps(self) -> int:
         return len(self.table)
 
@@ -157,11 +166,10 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the model is called with."""
-        signal, noise = self.table.signal_now, self.table.noise_now
-        if not bool(((signal - 1).abs() < SIGMA_SPACE).all()):
+        if scale_of(self.table) != SIGMA_SPACE:
             return sample
         row = self._row(timestep) if self._step_index is None else self._step_index
-        return sample / (1 + noise[row].item() ** 2) ** 0.5
+        return sample / (1 + self.table.noise_now[row].item() ** 2) ** 0.5
 
     @torch.no_grad()
     def step(
@@ -243,6 +251,8 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
+Made = TypeVar("Made", bound=TableScheduler)
+
 
 def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:
     """The table that is given, read or written out, once a pipeline can take its rows. Raises as TableScheduler."""
@@ -267,8 +277,13 @@ def _as_config(table: StepTable) -> dict[str, Any]:
     return {**shown, "notes": table.notes}
 
 
-def with_table(scheduler: Any, table: Any, settings: Acceleration) -> TableScheduler:
-    """A TableScheduler in the place of another scheduler.
+def with_table(
+    scheduler: Any,
+    table: Any,
+    settings: Acceleration,
+    kind: type[Made] = TableScheduler,  # type: ignore[assignment]
+) -> Made:
+    """A TableScheduler, or a subclass's object, in the place of another scheduler.
 
     Raises:
         ValueError: the table was made for another prediction than the scheduler's model has.
@@ -282,7 +297,7 @@ def with_table(scheduler: Any, table: Any, settings: Acceleration) -> TableSched
         )
     known = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
     config = {name: value for name, value in scheduler.config.items() if name in known}
-    made = TableScheduler(table, **config | {"prediction_type": prediction_type_of(prediction)})
+    made = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
     made.__dict__["_acceleration"] = settings
     return made
 

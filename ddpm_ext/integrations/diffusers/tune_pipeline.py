@@ -6,8 +6,6 @@ A run leaves the pipeline from within its scheduler's step, once that has seen w
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,14 +15,9 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.optional import has_bars
-from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.diffusers.levels import OwnLevels, levels_of
-from ddpm_ext.integrations.diffusers.pipeline import is_pipeline, pipeline_with
-from ddpm_ext.integrations.diffusers.predictions import prediction_of
+from ddpm_ext.integrations.diffusers.levels import OwnLevels
+from ddpm_ext.integrations.diffusers.pipeline_runs import Runs
 from ddpm_ext.integrations.diffusers.scheduler import clip_of
-from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler, with_table
-from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
-from ddpm_ext.integrations.shared import peer_class
 from ddpm_ext.tables.grid import Grid
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
@@ -37,94 +30,6 @@ from ddpm_ext.tuning.teacher import TOLERANCE
 TEACHER = "deis"
 NAMES = ("unipc", "dpmpp_2m", "deis")  # that the fit is compared with, beside the pipeline's own scheduler
 POWERS = (1.0, 1.3, 1.7, 2.2)  # the larger, the more timesteps are near the end
-
-
-class Left(Exception):
-    """Raised within a scheduler's step to leave the pipeline."""
-
-
-class Recorder(TableScheduler):
-    """Takes rows up to `last`, and leaves the pipeline there.
-
-    Attributes:
-        samples: those where each row arrives, on the CPU.
-        terms: what row `last` adds up: the clean sample that it predicts, the sample, and those of earlier rows.
-    """
-
-    last: int
-    samples: list[Tensor]
-    terms: list[Tensor]
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ring = self._ring
-        found = super().step(model_output, timestep, sample, *args, **kwargs | {"return_dict": True})
-        self.samples.append(found.prev_sample.cpu())
-        if self.step_index == self.last + 1:
-            self.terms = [x.cpu() for x in (found.pred_original_sample, sample, *ring)]
-            raise Left
-        return found if kwargs.get("return_dict", True) else tuple(found.values())
-
-
-class Runs:
-    """Runs of a pipeline that differ in their scheduler, their prompt and their seed alone.
-
-    Attributes:
-        scheduler: as the pipeline's own, of diffusers' class.
-        calls: steps that were taken so far.
-    """
-
-    def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
-        own = vars(pipe).get("scheduler") if is_pipeline(pipe) else None
-        if not is_scheduler(type(own)) or isinstance(own, TableScheduler):
-            raise TypeError(
-                f"pipe is a {type(pipe).__name__} with the scheduler {type(own).__name__}, expected a pipeline of "
-                "diffusers with a scheduler of diffusers"
-            )
-        self._pipe, self._prompts, self._call, self._own = pipe, prompts, call, own
-        self.scheduler = peer_class(type(own)).from_config(own.config)
-        self.name, self.prediction, self.clip = type(pipe).__name__, prediction_of(own), _clip_note(own.config)
-        self.calls, self.on_call = 0, lambda _: None
-
-    def levels(self, scheduler: Any, steps: int) -> OwnLevels:
-        """Those that a scheduler of diffusers gives the pipeline for so many steps."""
-        probe, given = copy.deepcopy(scheduler), {}
-        set_timesteps = probe.set_timesteps
-
-        @functools.wraps(set_timesteps)
-        def note(*args: Any, **kwargs: Any) -> Any:
-            given.update({name: value for name, value in kwargs.items() if name in ("sigmas", "mu")})
-            return set_timesteps(*args, **kwargs)
-
-        @functools.wraps(probe.step)
-        def leave(*_: Any, **__: Any) -> Any:
-            raise Left
-
-        probe.set_timesteps, probe.step = note, leave
-        self._run(probe, steps, 0)
-        self._count(1)
-        return levels_of(probe, {name: value for name, value in given.items() if value is not None})
-
-    def record(self, table: StepTable, seed: int, last: int | None = None) -> Recorder:
-        """A run with the rows of a table, up to `last`; None: all."""
-        made = with_table(self._own, table, Acceleration())
-        made.__class__ = Recorder
-        made.last, made.samples, made.terms = len(table) - 1 if last is None else last, [], []
-        self._run(made, len(table), seed)
-        self._count(made.last + 1)
-        return made
-
-    def _run(self, scheduler: Any, steps: int, seed: int) -> None:
-        pipeline = pipeline_with(self._pipe, {id(self._own): scheduler})
-        pipeline.set_progress_bar_config(disable=True)
-        prompt = {"prompt": self._prompts[seed % len(self._prompts)]} if self._prompts else {}
-        generator = torch.Generator("cpu").manual_seed(seed)
-        with contextlib.suppress(Left):
-            pipeline(**self._call, **prompt, num_inference_steps=steps, generator=generator)
-            raise ValueError(f"the pipeline did not take {steps} steps by its scheduler's step")
-
-    def _count(self, steps: int) -> None:
-        self.calls += steps
-        self.on_call(steps)
 
 
 def tune_pipeline(
@@ -237,8 +142,12 @@ def _named_tables(runs: Runs, steps: int) -> Iterator[tuple[tuple[str, str], Ste
             if len(traced) == steps and not (traced.s != 0).any():
                 levels = {name: getattr(euler, name) for name in LEVELS}
                 yield (type(runs.scheduler).__name__, spacing), replace(traced, **levels)
-    for name, each in ((spacing, own), ("trailing", runs.levels(trailing, steps) if trailing else None)):
-        if each is not None and len(each) == steps:
+    every = [(spacing, own)]
+    if trailing is not None:
+        every.append(("trailing", runs.levels(trailing, steps)))
+        every = every[1:] if torch.equal(every[1][1].noise, own.noise) else every
+    for name, each in every:
+        if len(each) == steps:
             for sampler in NAMES:
                 yield (sampler, name), _made(runs, sampler, each.grid())
 
@@ -307,25 +216,20 @@ def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) ->
     return error
 
 
-def _clip_note(config: Any) -> list[float] | str | None:
-    clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
-    return str(threshold) if threshold is not None else clip and list(clip)
-
-
 def _notes(runs: Runs, call: dict[str, Any], report: Report) -> dict[str, Any]:
-    made = (
-        f"fitted to {report.seeds} samples of {report.teacher}" if report.fitted else f"{report.best}: no fit is nearer"
-    )
-    notes = {
+    config, best = runs.scheduler.config, f"{report.best}: {report.best.error:.6f}"
+    clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
+    made = f"fitted to {report.seeds} samples of {report.teacher}"
+    return {
         "prediction": runs.prediction,
-        "clip": runs.clip,
-        "pipeline": runs.name,
-        "scheduler": type(runs.scheduler).__name__,
+        "clip": clip if threshold is None else str(threshold),
+        **({"guidance": call["guidance_scale"]} if "guidance_scale" in call else {}),
+        "pipeline": f"{runs.name} with {type(runs.scheduler).__name__}",
+        "made": made if report.fitted else f"{report.best}: no fit is nearer",
+        "calls": report.calls,
+        "error": round(report.error, 6),
+        "best name": best,
     }
-    if "guidance_scale" in call:
-        notes["guidance"] = call["guidance_scale"]
-    best = f"{report.best}: {report.best.error:.6f}"
-    return {**notes, "made": made, "calls": report.calls, "error": round(report.error, 6), "best name": best}
 
 
 @contextlib.contextmanager
