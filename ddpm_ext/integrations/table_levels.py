@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def of_denoiser(table: StepTable) -> StepTable:
         raise ValueError("the table reads more of the model than its predicted clean sample, which a denoiser returns")
     if bool(reads.any()) and clip_in_notes(table, None) is not None:
         raise ValueError("the table reads what the model returned before the clip, expected rows that read x0 alone")
-    moved = {
+    moved: dict[str, Any] = {
         "c0": table.c0 + table.c2 * m_of_x0,
         "c1": table.c1 - table.c2 * m_of_x0 * table.a,
         "k0": table.k0 + table.k2 * m_of_x0,

@@ -57,14 +57,15 @@ class Runs:
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
-        own = vars(pipe).get("scheduler") if is_pipeline(pipe) else None
+        own: Any = vars(pipe).get("scheduler") if is_pipeline(pipe) else None
         if not is_scheduler(type(own)) or isinstance(own, TableScheduler):
             raise TypeError(
                 f"pipe is a {type(pipe).__name__} with the scheduler {type(own).__name__}, expected a pipeline of "
                 "diffusers with a scheduler of diffusers"
             )
         self._pipe, self._prompts, self._call, self._own = pipe, prompts, call, own
-        self.scheduler = peer_class(type(own)).from_config(own.config)
+        cls: Any = peer_class(type(own))
+        self.scheduler = cls.from_config(own.config)
         self.name, self.prediction = type(pipe).__name__, prediction_of(own)
         self.calls, self.on_call = 0, lambda _: None
 

@@ -168,7 +168,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         """What the model is called with."""
         if scale_of(self.table) != SIGMA_SPACE:
             return sample
-        row = self._row(timestep) if self._step_index is None else self._step_index
+        row = self._row_of(timestep) if self._step_index is None else self._step_index
         return sample / (1 + self.table.noise_now[row].item() ** 2) ** 0.5
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         """
         if eta or use_clipped_model_output:
             raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none beside a table")
-        row = self._row(timestep)
+        row = self._row_of(timestep)
         kind, ring = self._stepper.needs[row], self._ring
         if any(kind.history[len(ring) :]):
             raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
@@ -212,7 +212,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         self._step_index = row + 1
         return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
-    def _row(self, timestep: Any) -> int:
+    def _row_of(self, timestep: Any) -> int:
         """The row that is next. A timestep on a GPU is not read, where it is an element of `timesteps`."""
         expected = self._begin_index if self._step_index is None else self._step_index
         if expected is not None and expected >= len(self.table):
@@ -281,7 +281,7 @@ def with_table(
     scheduler: Any,
     table: Any,
     settings: Acceleration,
-    kind: type[Made] = TableScheduler,  # type: ignore[assignment]
+    kind: type[Made] = TableScheduler,
 ) -> Made:
     """A TableScheduler, or a subclass's object, in the place of another scheduler.
 
