@@ -11,9 +11,13 @@ import pytest
 import torch
 from support.launches import launches
 
-from ddpm_ext import Philox, randn
+from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import k_diffusion
 from ddpm_ext.integrations.k_diffusion import NAMES, sampler
+from ddpm_ext.integrations.table_levels import table_sigmas
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
 
 SHAPE = (3, 2, 5)
@@ -319,7 +323,7 @@ def node(root, monkeypatch):
 
 
 def test_comfyui_node(node):
-    (cls,) = node.NODE_CLASS_MAPPINGS.values()
+    cls = node.NODE_CLASS_MAPPINGS["DdpmExtSampler"]
     assert node.NODE_DISPLAY_NAME_MAPPINGS.keys() == node.NODE_CLASS_MAPPINGS.keys() and cls.RETURN_TYPES == (
         "SAMPLER",
     )
@@ -346,3 +350,64 @@ def test_comfyui_node_recognises_flow(node):
     found = made.sample(Wrapped(node.comfy.model_sampling.CONST()), sigmas, extra_args, lambda *_: None, x)
     assert torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True, flow=True))
     assert not torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def table_of(schedule="linear", prediction="eps", name="unipc"):
+    """A process, and a named sampler's table for its loops."""
+    gd = GaussianDiffusion(1000, beta_schedule=schedule, prediction=prediction)
+    return gd, make_loop_rows(gd, LoopOptions(sampler=name, steps=6, spacing="trailing")).table
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, name", [("linear", "eps", "unipc"), ("linear", "v", "plms"), ("flow", "flow", "deis")]
+)
+def test_a_table_takes_the_loop_that_it_was_made_for(schedule, prediction, name, tmp_path):
+    gd, table = table_of(schedule, prediction, name)
+    signal = table.signal_now.float()
+    scaled = schedule != "flow"
+
+    def model(x, t):
+        return torch.tanh(x * (1 + t.reshape(-1, 1, 1) / 1000))
+
+    def denoiser(x, sigma):
+        row = int((sigmas[:-1] - sigma[0]).abs().argmin())
+        own = x * signal[row] if scaled else x
+        return table.a[row] * own + table.b[row] * model(own, table.timestep[row].expand(len(x)).float())
+
+    table.save(tmp_path / "table.json")
+    sigmas = table_sigmas(table)[0].float()
+    x = start(scale=1.0)
+    first = x / signal[0] if scaled else x
+    options = {"record": "last", "progress": False, "clip_denoised": False}
+    expected = gd.p_sample_loop(model, SHAPE, sampler=table, noise=x, **options)
+    for which in (table, tmp_path / "table.json", str(tmp_path / "table.json")):
+        for given in (None, sigmas):
+            found = sampler(which)(denoiser, first.double(), given, disable=True)
+            torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected those of the table"):
+        sampler(table)(denoiser, first, SIGMAS, disable=True)
+
+
+def test_tables_that_no_denoiser_can_run():
+    _, table = table_of()
+    levels = dict.fromkeys(LEVELS, torch.zeros(6))
+    with pytest.raises(ValueError, match="has no levels"):
+        sampler(dataclasses.replace(table, **levels))
+    with pytest.raises(ValueError, match="more of the model"):
+        sampler(dataclasses.replace(table, cu=torch.ones(6)))
+
+
+def test_comfyui_node_of_a_table(node, tmp_path):
+    _, table = table_of("flow", "flow", "deis")
+    table.save(tmp_path / "table.json")
+    made, sigmas = node.DdpmExtTable().get_sampler(str(tmp_path / "table.json"))
+    assert sigmas.dtype == torch.float32 and sigmas[-1] == 0
+    extra_args = {"model_options": {}, "seed": 3}
+    flow, x = Wrapped(node.comfy.model_sampling.CONST()), start(scale=1.0)
+    found = made.sample(flow, sigmas, extra_args, lambda *_: None, x)
+    assert torch.equal(found, sampler(table)(bend, x, None, disable=True))
+    with pytest.raises(ValueError, match="is for models of rectified flow"):
+        made.sample(Wrapped(None), sigmas, extra_args, lambda *_: None, x)
