@@ -51,7 +51,8 @@ class Tuned:
 class Tuner:
     """Tunes tables for loops that differ in their number of calls alone: all have the same teacher.
 
-    Args: those of `tune`.
+    Args:
+        diffusion, model, shape, guidance, clip_denoised, model_kwargs, device, seeds, rng, progress: those of `tune`.
 
     Attributes:
         teacher_error: see Report.
