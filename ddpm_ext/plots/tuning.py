@@ -53,6 +53,11 @@ def names_figure(names: Mapping[int, Sequence[Named]], path: PathLike | None = N
 
     Raises:
         ValueError: there are no names. OSError: `path` can't be written. MissingExtra: matplotlib is not installed.
+
+    Examples:
+        >>> from ddpm_ext.tuning import Named
+        >>> names = {n: [Named("unipc", "trailing", steps=n, calls=n, error=1 / n, median=1 / n)] for n in (4, 6)}
+        >>> figure = plots.names_figure(names, "names.png")
     """
     if not any(names.values()):
         raise ValueError("names: got none, expected at least 1")

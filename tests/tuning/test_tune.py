@@ -93,12 +93,12 @@ def test_least_squares_finds_the_weights_in_spite_of_an_outlier():
     equations = Equations()
     for part in range(0, 24, 8):  # summed over batches
         equations.add(list(terms[:, part : part + 8]), target[part : part + 8])
-    torch.testing.assert_close(equations.solve(zeros), weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(equations.solve(zeros), weights, rtol=0, atol=5e-5)
 
     with_zeros = Equations()  # as x0 is where the samples are nothing but noise
     with_zeros.add([*terms, torch.zeros_like(target)], target)
     expected = torch.cat([weights, torch.tensor([0.5], dtype=torch.float64)])
-    torch.testing.assert_close(with_zeros.solve(torch.full((4,), 0.5).double()), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(with_zeros.solve(torch.full((4,), 0.5).double()), expected, rtol=0, atol=5e-5)
 
     target[5] += 3 * torch.randn(50, generator=generator, dtype=torch.float64)
     spoilt = Equations()
