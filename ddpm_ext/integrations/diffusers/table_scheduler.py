@@ -26,6 +26,8 @@ from ddpm_ext.tables.levels import pure_noise
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 
+__all__ = ["TableScheduler"]
+
 OTHER = 1e-3  # how far a timestep is from a row's that it is not
 
 

@@ -27,6 +27,8 @@ from ddpm_ext.tuning.fit import HISTORY, Equations
 from ddpm_ext.tuning.loops import errors
 from ddpm_ext.tuning.teacher import TOLERANCE
 
+__all__ = ["tune_pipeline"]
+
 TEACHER = "deis"
 NAMES = ("unipc", "dpmpp_2m", "deis")  # that the fit is compared with, beside the pipeline's own scheduler
 POWERS = (1.0, 1.3, 1.7, 2.2)  # the larger, the more timesteps are near the end
