@@ -12,6 +12,8 @@ from ddpm_ext.integrations.row_stepper import clip_in_notes
 from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.step_table import StepTable
 
+__all__ = ["FLOW", "OTHER", "SIGMA_SPACE", "of_denoiser", "scale_of", "table_sigmas"]
+
 SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"
 NEAR = 1e-5
 
