@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ddpm_ext import plots
 from ddpm_ext.base import files
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     recorder = Recorder(prepared.model.unet, every, prepared.steps, options.num)
     samples = draw(prepared, options, 0, options.num, recorder)
     shown = recorder.x_t, recorder.x_0, recorder.labels()
-    named = {"name": name_of(options), "names": prepared.class_names(range(options.num))}
+    named: dict[str, Any] = {"name": name_of(options), "names": prepared.class_names(range(options.num))}
     if ending == ".gif":
         plots.save_gif(plots.trajectory_frames(*shown, **named), options.out)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpm_ext.base.optional import require
 from ddpm_ext.plots.style import PathLike, line_style, new_figure
@@ -120,7 +120,7 @@ def _draw_names(axes: Axes, names: Mapping[int, Sequence[Named]], curves: Sequen
         if name in curves:
             axes.plot(calls, values, label=name, **line_style(number + len(curves) + first, len(calls)))
         else:
-            style = {"color": "0.8", "linewidth": 0.7, "marker": ".", "markersize": 3}
+            style: dict[str, Any] = {"color": "0.8", "linewidth": 0.7, "marker": ".", "markersize": 3}
             axes.plot(calls, values, label="all others" if number == -len(errors) else None, zorder=1, **style)
     shown = [error for name in curves for error in errors[name].values() if math.isfinite(error)]
     axes.set_yscale("log")
