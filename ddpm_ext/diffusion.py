@@ -14,11 +14,10 @@ from ddpm_ext.loop.loop import Record
 from ddpm_ext.loop.options import LoopOptions, lists_options_of
 from ddpm_ext.loop.plan import Plan, make_plan
 from ddpm_ext.loop.results import CapturedLoop, collect
-from ddpm_ext.loop.rows import LoopRowsCache
+from ddpm_ext.loop.rows import CACHED, LoopRowsCache
 from ddpm_ext.losses.likelihood import LikelihoodMethods
 from ddpm_ext.losses.rows import LossRows
 from ddpm_ext.losses.train_losses import LossMethods
-from ddpm_ext.process.process import Process
 from ddpm_ext.tables.schedules import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -78,12 +77,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         backend: str = "fused",
     ) -> None:
         super().__init__(timesteps, beta_schedule, prediction=prediction, variance=variance, backend=backend)
-        self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache()
-
-    @property
-    def process(self) -> Process:
-        """Itself: what losses, loops and likelihoods take."""
-        return self
+        self._loss_rows, self._loop_rows = LossRows(self), LoopRowsCache(CACHED)
 
     @lists_options_of(LoopOptions)
     def p_sample_loop(
@@ -105,10 +99,10 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a
                 StepTable, whose rows are the steps.
             steps: the number of timesteps to visit; None: all.
-            spacing: which timesteps: "linspace" (the default: evenly, with both ends), "trailing" or another of
-                ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or "karras" or another
-                of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's timesteps, so that the
-                model gets float32 timesteps.
+            spacing: which timesteps; None: "trailing", evenly down from the last. "linspace" (evenly, with both ends)
+                or another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or
+                "karras" or another of ddpm_ext.tables.sigma_grids.SIGMA_GRIDS, which lie between the schedule's
+                timesteps, so that the model gets float32 timesteps.
             timesteps: these timesteps, int64, descending, instead of steps and spacing.
             eta: the amount of noise of a sampler that has it, from 0 (none) over 1 (ddpm's) upwards; None: the
                 sampler's own, which is 0 for ddim and 1 for most others.
@@ -178,7 +172,7 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
         Examples:
             >>> loop = GaussianDiffusion(1000).sample_progressive(model, (4, 3, 8, 8), sampler="ddim", steps=4)
             >>> [(record.step, record.timestep) for record in loop]
-            [(0, 999), (1, 666), (2, 333), (3, 0)]
+            [(0, 999), (1, 749), (2, 499), (3, 249)]
         """
         plan = self._plan(model, shape, options)
         if plan.whole:

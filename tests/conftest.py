@@ -201,6 +201,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile without graphs of other tests, and of this one afterwards."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def run(device):
     """p_sample_loop with the exact denoiser of gaussian.py, unclipped, on the device."""

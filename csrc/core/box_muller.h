@@ -16,13 +16,8 @@ DDPM_HD auto radius(U w) {
   const U bits = float_to_bits(u), exponent = (bits - U(0x3f3504f3u)) & U(0xff800000u);  // 2^23 e
   const F f = bits_to_float(bits - exponent) + F(-1.0f);
   // -2 ln(1 + f) = f q(f). q is minimax for the error of the square root, which is 3.1e-7.
-  F q = F(-0x1.eba97ap-3f);
-  q = fma(q, f, F(0x1.82798ep-2f));
-  q = fma(q, f, F(-0x1.a48406p-2f));
-  q = fma(q, f, F(0x1.fd9c34p-2f));
-  q = fma(q, f, F(-0x1.55182cp-1f));
-  q = fma(q, f, F(0x1.000292p+0f));
-  q = fma(q, f, F(-0x1.00001cp+1f));
+  const F q = polynomial(f, -0x1.eba97ap-3f, 0x1.82798ep-2f, -0x1.a48406p-2f, 0x1.fd9c34p-2f, -0x1.55182cp-1f,
+                         0x1.000292p+0f, -0x1.00001cp+1f);
   // Adding 2^-100 changes the sum only where u is 1, where it keeps the square root away from 0.
   return sqrt(fma(q, f, fma(signed_to_float(exponent), F(-0x1.62e430p-23f), F(0x1p-100f))));
 }
@@ -33,15 +28,8 @@ template <class U, class F>
 DDPM_HD void cos_sin(U w, F& cosine, F& sine) {
   const F x = signed_to_float(w << 1) * F(0x1p-31f);  // quarter turns, in [-1, 1]
   const F x2 = x * x;
-  F s = F(0x1.3912a8p-13f);
-  s = fma(s, x2, F(-0x1.31fbf4p-8f));
-  s = fma(s, x2, F(0x1.466504p-4f));
-  s = fma(s, x2, F(-0x1.4abba2p-1f));
-  s = fma(s, x2, F(0x1.921fb4p+0f)) * x;
-  F c = F(0x1.c2939cp-11f);
-  c = fma(c, x2, F(-0x1.55020cp-6f));
-  c = fma(c, x2, F(0x1.03bd9ap-2f));
-  c = fma(c, x2, F(-0x1.3bd3b0p+0f));
+  const F s = polynomial(x2, 0x1.3912a8p-13f, -0x1.31fbf4p-8f, 0x1.466504p-4f, -0x1.4abba2p-1f, 0x1.921fb4p+0f) * x;
+  const F c = polynomial(x2, 0x1.c2939cp-11f, -0x1.55020cp-6f, 0x1.03bd9ap-2f, -0x1.3bd3b0p+0f);
   cosine = fma(c, x2, F(1.0f));
   sine = s;
 }

@@ -25,15 +25,8 @@ DDPM_HD float logarithm(float x) {
   const uint32_t bits = float_to_bits(x), exponent = (bits - 0x3f3504f3u) & 0xff800000u;  // 2^23 e
   const float f = bits_to_float(bits - exponent) - 1.0f;
   // ln(1 + f) = f q. q is minimax for the relative error, which is 3e-8.
-  float q = 0x1.65f094p-4f;
-  q = fma(q, f, -0x1.25059cp-3f);
-  q = fma(q, f, 0x1.317caep-3f);
-  q = fma(q, f, -0x1.535c2cp-3f);
-  q = fma(q, f, 0x1.98d3a0p-3f);
-  q = fma(q, f, -0x1.0004a8p-2f);
-  q = fma(q, f, 0x1.5556f0p-2f);
-  q = fma(q, f, -0x1.fffffap-2f);
-  q = fma(q, f, 1.0f);
+  const float q = polynomial(f, 0x1.65f094p-4f, -0x1.25059cp-3f, 0x1.317caep-3f, -0x1.535c2cp-3f, 0x1.98d3a0p-3f,
+                             -0x1.0004a8p-2f, 0x1.5556f0p-2f, -0x1.fffffap-2f, 1.0f);
   return fma(signed_to_float(exponent), 0x1.62e430p-24f, f * q);
 }
 
@@ -47,17 +40,9 @@ DDPM_HD float unlikeliness_of_rest(float q) {
 DDPM_HD float mills_ratio(float x) {
   const float t = reciprocal(fma(x, 0x1.333334p-2f, 1.0f));
   // p is minimax for the relative error, which is 2.3e-8.
-  float p = -0x1.c32702p-6f;
-  p = fma(p, t, 0x1.9a3afap-4f);
-  p = fma(p, t, -0x1.4fed3cp-4f);
-  p = fma(p, t, -0x1.32d780p-4f);
-  p = fma(p, t, 0x1.b52f3ep-5f);
-  p = fma(p, t, 0x1.545a00p-5f);
-  p = fma(p, t, 0x1.36360ap-3f);
-  p = fma(p, t, 0x1.bed9b8p-3f);
-  p = fma(p, t, 0x1.179a7cp-2f);
-  p = fma(p, t, 0x1.3332eep-2f);
-  p = fma(p, t, 0x1.333334p-2f);
+  const float p =
+      polynomial(t, -0x1.c32702p-6f, 0x1.9a3afap-4f, -0x1.4fed3cp-4f, -0x1.32d780p-4f, 0x1.b52f3ep-5f, 0x1.545a00p-5f,
+                 0x1.36360ap-3f, 0x1.bed9b8p-3f, 0x1.179a7cp-2f, 0x1.3332eep-2f, 0x1.333334p-2f);
   return p * t;
 }
 

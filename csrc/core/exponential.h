@@ -13,11 +13,7 @@ DDPM_HD void exponential_parts(F y, F& scale, F& r, F& p) {
   const F shifted = fma(y, F(0x1.715476p+0f), F(0x1.8p+23f)), n = shifted + F(-0x1.8p+23f);
   r = fma(n, F(0x1.bd0106p-13f), fma(n, F(-0x1.63p-1f), y));  // ln 2 = 0x1.63p-1 - 0x1.bd0106p-13
   // p is minimax for the relative error, which is 3.1e-9.
-  p = F(0x1.6a2434p-10f);
-  p = fma(p, r, F(0x1.1239e2p-7f));
-  p = fma(p, r, F(0x1.5558f2p-5f));
-  p = fma(p, r, F(0x1.555492p-3f));
-  p = fma(p, r, F(0x1.fffffcp-2f));
+  p = polynomial(r, 0x1.6a2434p-10f, 0x1.1239e2p-7f, 0x1.5558f2p-5f, 0x1.555492p-3f, 0x1.fffffcp-2f);
   using U = decltype(float_to_bits(y));
   scale = bits_to_float((float_to_bits(shifted) << 23) + U(0x3f800000u));
 }

@@ -1,7 +1,7 @@
 // The arithmetic of one element, for g++ and nvcc alike. The templates in core/ are written once over the types below
 // and mean the same operations in the same order for each of them.
 //
-// A vector type that stands in for float and uint32_t (cpu/simd/*.h, cuda/pair.cuh) must provide, for its float type F
+// A vector type that stands in for float and uint32_t (cpu/simd/, cuda/pair.cuh) must provide, for its float type F
 // and its integer type U:
 //   F(float), U(uint32_t)            the same value in every lane
 //   F + F, F * F, fma, sqrt, clamp   each correctly rounded, clamp as below
@@ -64,6 +64,14 @@ DDPM_HD float flip_sign(float f, uint32_t u) { return bits_to_float(float_to_bit
 DDPM_HD float clamp(float x, float lo, float hi) {
   x = x < lo ? lo : x;
   return x > hi ? hi : x;
+}
+
+// Computes a polynomial from its coefficients, that of the highest power first.
+template <class F, class... Floats>
+DDPM_HD F polynomial(F x, float highest, Floats... others) {
+  F sum = F(highest);
+  ((sum = fma(sum, x, F(others))), ...);
+  return sum;
 }
 
 // Multiplies 32 by 32 bits to 64. The vector types, too, hold such a product in one lane of 64 bits.

@@ -19,41 +19,37 @@ struct BFloat16 {
 
 constexpr int64_t kRunMultiple = 64;
 
-struct Run {
-  void *x, *model_output, *noise, *out;
+// What the runs of all kernels that may draw noise have.
+struct NoisyRun {
   int64_t count;
-  const void* row;  // StepRow or AffineRow
-  float clip_min, clip_max;
+  const void* row;
   const PhiloxKeys* keys;
   PhiloxSample counter;
   uint32_t block;  // Philox's block of the first element
 };
 
-using RunKernel = void (*)(const Run&);
-
-// A run of the step with options.
-struct StepRun {
-  void *inputs[kRoles], *results[kResults];  // null: the call does not have it
-  int64_t count;
-  const void* row;  // StepRow
-  StepSample sample;
-  const PhiloxKeys* keys;
-  PhiloxSample counter;
-  uint32_t block;
+// Its row is StepRow or AffineRow.
+struct Run : NoisyRun {
+  void *x, *model_output, *noise, *out;
+  float clip_min, clip_max;
 };
 
-// A run of the loss begins at the first element of a chunk.
-struct LossRun {
+using RunKernel = void (*)(const Run&);
+
+// A run of the step with options. Its row is StepRow.
+struct StepRun : NoisyRun {
+  void *inputs[kRoles], *results[kResults];  // null: the call does not have it
+  StepSample sample;
+};
+
+// A run of the loss begins at the first element of a chunk. Its row is LossRow or VariationalRow.
+struct LossRun : NoisyRun {
   void *model_output, *variance, *x_start, *noise, *slope, *variance_slope;  // null: the call does not have it
-  int64_t count, valid;  // only the first `valid` of `count` elements belong to the sample
-  const void* row;       // LossRow or VariationalRow
+  int64_t valid;  // only the first `valid` of `count` elements belong to the sample
   Loss kind;
   bool detached;
   float delta, slope_share;
   double *sample_chunks, *chunks;  // the sums of the sample's chunks, and the first of the run's
-  const PhiloxKeys* keys;
-  PhiloxSample counter;
-  uint32_t block;
 };
 
 // The magnitudes of the predicted clean sample, or without a row of x.
@@ -105,20 +101,14 @@ struct Kernels {
   void (*moments[3])(const MomentsRun&);  // by the dtype of the model's output
 };
 
-namespace portable {
-extern const Kernels kernels;
-}
-namespace neon {
-extern const Kernels kernels;
-}
-namespace sse2 {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
+#define DDPM_DECLARE_KERNELS(isa) \
+  namespace isa {                 \
+  extern const Kernels kernels;   \
+  }
+DDPM_DECLARE_KERNELS(portable)
+DDPM_DECLARE_KERNELS(neon)
+DDPM_DECLARE_KERNELS(sse2)
+DDPM_DECLARE_KERNELS(avx2)
+DDPM_DECLARE_KERNELS(avx512)
 
 }  // namespace ddpm_ext

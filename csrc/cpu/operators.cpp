@@ -21,7 +21,7 @@ void reverse_step(const ElementwiseCall& call) {
     const bool noiseless = call.noise_kind == Noise::drawn && row->s == 0.0f;  // the noise has no weight
     return table[static_cast<int>(noiseless ? Noise::none : call.noise_kind)][x][m];
   };
-  for_each_sample<StepRow, Run>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, clip);
+  for_each_sample<StepRow, Run>(call, choose, clip);
 }
 
 void step_with_options(const StepCall& call) {
@@ -39,21 +39,18 @@ void step_with_options(const StepCall& call) {
     }
     run.sample.variance = call.variance;
   };
-  for_each_sample<StepRow, StepRun>(call, choose, [](const StepRow* row, int64_t) { return row->draw; }, fill);
+  for_each_sample<StepRow, StepRun>(call, choose, fill);
 }
 
 void affine(const ElementwiseCall& call) {
   const int x = index(call.x.dtype), z = call.noise_kind == Noise::given ? index(call.noise.dtype) : x;
   const RunKernel kernel = kernels().affine[static_cast<int>(call.noise_kind)][x][z];
-  for_each_sample<AffineRow, Run>(
-      call, [=](const AffineRow*) { return kernel; },
-      [&](const AffineRow*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, [](Run&, int64_t) {});
+  for_each_sample<AffineRow, Run>(call, [=](const AffineRow*) { return kernel; }, [](Run&, int64_t) {});
 }
 
 void randn(const ElementwiseCall& call) {
   const RunKernel kernel = kernels().randn[index(call.out.dtype)];
-  for_each_sample<NoRow, Run>(
-      call, [=](const NoRow*) { return kernel; }, [](const NoRow*, int64_t) { return 0u; }, [](Run&, int64_t) {});
+  for_each_sample<NoRow, Run>(call, [=](const NoRow*) { return kernel; }, [](Run&, int64_t) {});
 }
 
 namespace {
@@ -73,8 +70,7 @@ void loss_by_rows(const LossCall& call, const LossRunKernel (&table)[3][3][3]) {
     run.slope_share = call.slope_share;
     run.sample_chunks = call.chunks + b * chunks;
   };
-  for_each_sample<Row, LossRun>(
-      call, choose, [&](const Row*, int64_t b) { return static_cast<uint32_t>(timestep(call, b)); }, fill);
+  for_each_sample<Row, LossRun>(call, choose, fill);
   for (int64_t b = 0; b < call.batch; ++b) {
     const double weight = weight_of_sum(static_cast<const Row*>(call.table)[timestep(call, b)]);
     call.loss[b] = static_cast<float>(sum_by_strands(chunks, [&](int64_t i) { return call.chunks[b * chunks + i]; }) *

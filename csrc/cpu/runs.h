@@ -142,10 +142,17 @@ void for_each_range(const Call& call, Range range) {
   });
 }
 
-// Runs kernels over all samples of a call. choose(row) returns the kernel of a sample, draw_of(row, b) returns the draw
-// to use if the caller gave none, and fill(run, b) sets the remaining fields of a sample's run.
-template <class Row, class Run, class AnyCall, class Choose, class DrawOf, class Fill>
-void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fill) {
+// The draw to use for row t if the caller gave none.
+template <class Row>
+uint32_t draw_of(const Row*, int64_t t) {
+  return static_cast<uint32_t>(t);
+}
+inline uint32_t draw_of(const StepRow* row, int64_t) { return row->draw; }
+
+// Runs kernels over all samples of a call. choose(row) returns the kernel of a sample, and fill(run, b) sets the
+// remaining fields of a sample's run.
+template <class Row, class Run, class AnyCall, class Choose, class Fill>
+void for_each_sample(const AnyCall& call, Choose choose, Fill fill) {
   const uint64_t seed = call.seed_data != nullptr ? static_cast<uint64_t>(*call.seed_data) : call.seed;
   const PhiloxKeys keys = philox_keys(seed);
   const Row* table = static_cast<const Row*>(call.table);
@@ -153,11 +160,11 @@ void for_each_sample(const AnyCall& call, Choose choose, DrawOf draw_of, Fill fi
   for_each_range(call, [&](int64_t b, int64_t first, int64_t last) {
     Run run{};
     run.keys = &keys;
-    const Row* row = nullptr;
-    if (table != nullptr) row = table + timestep(call, b);
+    const int64_t t = table == nullptr ? 0 : timestep(call, b);
+    const Row* row = table + t;
     run.row = row;
     const int64_t id = call.sample_ids != nullptr ? call.sample_ids[b * call.ids_stride] : call.first_id + b;
-    const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, b);
+    const uint32_t draw = call.draw >= 0 ? static_cast<uint32_t>(call.draw) : draw_of(row, t);
     run.counter = philox_sample(keys, sample_counter(static_cast<uint64_t>(id), call.stream, draw));
     fill(run, b);
     run_sample(choose(row), call, run, b, first, last);

@@ -26,22 +26,13 @@ struct Affine {
 
 void affine(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (call.x.dtype) {
-      case DType::float16:
-        return launch_noise<Affine, __half, __half, __half>(call, stream);
-      case DType::bfloat16:
-        return launch_noise<Affine, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16>(call, stream);
-      case DType::float32:
-        if (call.noise_kind != Noise::given) return launch_noise<Affine, float, float, float>(call, stream);
-        switch (call.noise.dtype) {
-          case DType::float32:
-            return launch_typed<Affine, Noise::given, false, float, float, float>(call, stream);
-          case DType::float16:
-            return launch_typed<Affine, Noise::given, false, float, float, __half>(call, stream);
-          case DType::bfloat16:
-            return launch_typed<Affine, Noise::given, false, float, float, __nv_bfloat16>(call, stream);
-        }
-    }
+    // Only given noise may have a lower precision than x.
+    by_dtypes(call.x.dtype, call.noise_kind == Noise::given ? call.noise.dtype : call.x.dtype, [&](auto x, auto z) {
+      using X = decltype(x);
+      using Z = decltype(z);
+      if constexpr (std::is_same_v<X, Z>) return launch_noise<Affine, X, X, X>(call, stream);
+      return launch_typed<Affine, Noise::given, false, X, X, Z>(call, stream);
+    });
   });
 }
 

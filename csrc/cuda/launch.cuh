@@ -42,6 +42,7 @@ int64_t blocks_at_once(int threads) {
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline unsigned unsigned_int(int64_t n) { return static_cast<unsigned>(n); }
 
 // Lays out blocks of kThreads threads along a sample, or over several samples if they are small. If there are more than
 // twice as many blocks as the device runs `at_once`, each thread takes several turns, so that the work before its first
@@ -53,7 +54,6 @@ inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t at_on
   while (along < kThreads && along < threads) along *= 2;
   const int64_t samples = kThreads / along, rows = divide_up(batch, samples), columns = divide_up(threads, along);
   const int64_t turns = std::clamp<int64_t>(columns * rows / (2 * at_once), 1, kMaxTurns);
-  const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
   return {dim3(unsigned_int(divide_up(columns, turns)), unsigned_int(std::min(rows, kMaxGridY)),
                unsigned_int(divide_up(rows, kMaxGridY))),
           dim3(unsigned_int(along), unsigned_int(samples))};
@@ -63,7 +63,6 @@ inline Shape launch_shape(int64_t batch, int64_t numel, int items, int64_t at_on
 // as the device runs `at_once`.
 inline Shape shape_of_samples(int64_t batch, int64_t most, int threads, int64_t at_once) {
   const int64_t blocks = std::min(divide_up(2 * at_once, batch), most), rows = std::min(batch, kMaxGridY);
-  const auto unsigned_int = [](int64_t n) { return static_cast<unsigned>(n); };
   return {dim3(unsigned_int(blocks), unsigned_int(rows), unsigned_int(divide_up(batch, rows))),
           dim3(unsigned_int(threads))};
 }

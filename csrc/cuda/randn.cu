@@ -21,24 +21,15 @@ struct Randn {
   }
 };
 
-template <class X>
-void launch_randn(const ElementwiseCall& call, cudaStream_t stream) {
-  if (call.seed_data != nullptr) return launch_typed<Randn, Noise::drawn, true, X, X, X>(call, stream);
-  return launch_typed<Randn, Noise::drawn, false, X, X, X>(call, stream);
-}
-
 }  // namespace
 
 void randn(const ElementwiseCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    switch (call.out.dtype) {
-      case DType::float32:
-        return launch_randn<float>(call, stream);
-      case DType::float16:
-        return launch_randn<__half>(call, stream);
-      case DType::bfloat16:
-        return launch_randn<__nv_bfloat16>(call, stream);
-    }
+    by_dtypes(call.out.dtype, call.out.dtype, [&](auto x, auto) {
+      using X = decltype(x);
+      if (call.seed_data != nullptr) return launch_typed<Randn, Noise::drawn, true, X, X, X>(call, stream);
+      launch_typed<Randn, Noise::drawn, false, X, X, X>(call, stream);
+    });
   });
 }
 

@@ -42,14 +42,17 @@ class VectorTensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
-  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then.
+  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then. `out_copy`
+  // goes with `out`, from the same registers.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
+    if constexpr (kResult == Result::out_copy) return;
     Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
     narrow(value, result.pairs[first + i]);
     if (first + i + 1 < kItems / 2) return;
-    const TensorArg& tensor = call_[kResult];
-    result.store(static_cast<X*>(tensor.data) + offset(tensor));
+    const auto write = [&](const TensorArg& to) { result.store(static_cast<X*>(to.data) + offset(to)); };
+    if (kResult == Result::out && has(Result::out_copy)) write(call_[Result::out_copy]);
+    write(call_[kResult]);
   }
 
   int first = 0;  // the first pair of the four elements that load and store mean
@@ -135,8 +138,8 @@ class ElementTensors {
   int64_t inputs_[kRoles], results_[kResults];
 };
 
-// By strides, a thread takes four of a sample's first `pixels` elements and goes on by `apart`: to the same pixels of
-// the next channel (channels_in_turn), or to its next turn.
+// A thread goes on by `apart` elements to its next turn. By strides, it takes four of a sample's first `pixels`
+// elements, and its next turn may be the same pixels of the next channel (channels_in_turn).
 template <Access kAccess, class Options, class X, class M>
 __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::kWordBlocks : Options::kBlocks)
     with_options(const __grid_constant__ StepCall call, const __grid_constant__ Dividers dividers, const int64_t pixels,
@@ -175,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kAccess == Access::words ? Options::
   const auto end_of_four = [](Index j, Index numel) { return numel - j < 4 ? numel : j + 4; };
 
   const Index numel = static_cast<Index>(call.numel);
-  const Index step = static_cast<Index>(gridDim.x) * blockDim.x * kItems;
+  const Index step = static_cast<Index>(apart);
   Index j = (static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x) * kItems;
   if constexpr (kAccess == Access::vector) {
     const Index whole = numel / kItems * kItems;

@@ -19,6 +19,7 @@
 namespace py = pybind11;
 using at::Tensor;
 using ddpm_ext::OptionalTensor;
+using namespace py::literals;
 
 namespace {
 
@@ -31,11 +32,9 @@ void step_with_options(DDPM_STEP_PARAMETERS) {
 // The kernels' own Philox, for the tests with the published vectors.
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
   const ddpm_ext::PhiloxKeys keys = ddpm_ext::philox_keys(key[0] | (uint64_t{key[1]} << 32));
-  std::array<uint32_t, 4> w;
-  uint32_t out[4];
-  ddpm_ext::philox_block(keys, ddpm_ext::philox_sample(keys, {counter[1], counter[2], counter[3]}), counter[0], out);
-  std::copy(out, out + 4, w.begin());
-  return w;
+  uint32_t w[4];
+  ddpm_ext::philox_block(keys, ddpm_ext::philox_sample(keys, {counter[1], counter[2], counter[3]}), counter[0], w);
+  return {w[0], w[1], w[2], w[3]};
 }
 
 #if defined(__clang__)
@@ -67,12 +66,8 @@ Tensor empty_result_like(const Tensor& like) {
 
 py::dict result_memory() {
   const ddpm_ext::BlockPool::State state = ddpm_ext::BlockPool::instance().state();
-  py::dict info;
-  info["limit"] = state.limit;
-  info["kept"] = state.kept;
-  info["kept_blocks"] = state.kept_blocks;
-  info["used"] = state.used;
-  return info;
+  return py::dict("limit"_a = state.limit, "kept"_a = state.kept, "kept_blocks"_a = state.kept_blocks,
+                  "used"_a = state.used);
 }
 
 }  // namespace

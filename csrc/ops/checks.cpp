@@ -3,16 +3,6 @@
 #include "ops/overlap.h"
 
 namespace ddpm_ext {
-namespace {
-
-// Checks that y has the layout, shape and device of x.
-void check_like(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  CHECK_VALUE(y.layout() == at::kStrided, name, " has layout ", y.layout(), ", expected strided");
-  CHECK_VALUE(y.sizes() == x.sizes(), name, " has shape ", y.sizes(), ", expected that of ", x_name, ", ", x.sizes());
-  CHECK_VALUE(y.device() == x.device(), name, " is on ", y.device(), ", expected ", x_name, "'s device, ", x.device());
-}
-
-}  // namespace
 
 DType dtype_of(const char* op, const char* name, at::ScalarType type) {
   switch (type) {
@@ -45,7 +35,9 @@ DType check_sample(const char* op, const char* name, const Tensor& x) {
 }
 
 DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
-  check_like(op, name, y, x_name, x);
+  CHECK_VALUE(y.layout() == at::kStrided, name, " has layout ", y.layout(), ", expected strided");
+  CHECK_VALUE(y.sizes() == x.sizes(), name, " has shape ", y.sizes(), ", expected that of ", x_name, ", ", x.sizes());
+  CHECK_VALUE(y.device() == x.device(), name, " is on ", y.device(), ", expected ", x_name, "'s device, ", x.device());
   const DType dtype = dtype_of(op, name, y.scalar_type());
   CHECK_TYPE(y.scalar_type() == x.scalar_type() || x.scalar_type() == at::kFloat, name, " has dtype ", y.scalar_type(),
              ", expected that of ", x_name, ", ", x.scalar_type());
@@ -55,12 +47,13 @@ DType check_same_or_lower(const char* op, const char* name, const Tensor& y, con
 DType check_same(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x) {
   CHECK_TYPE(y.scalar_type() == x.scalar_type(), name, " has dtype ", y.scalar_type(), ", expected that of ", x_name,
              ", ", x.scalar_type());
-  check_like(op, name, y, x_name, x);
-  return dtype_of(op, name, y.scalar_type());
+  return check_same_or_lower(op, name, y, x_name, x);
 }
 
-int64_t check_per_sample(const char* op, const char* name, const Tensor& v, int64_t batch, at::Device device) {
-  CHECK_TYPE(v.scalar_type() == at::kLong, name, " has dtype ", v.scalar_type(), ", expected int64");
+int64_t check_per_sample(const char* op, const char* name, const Tensor& v, at::ScalarType dtype, int64_t batch,
+                         at::Device device) {
+  CHECK_TYPE(v.scalar_type() == dtype, name, " has dtype ", v.scalar_type(), ", expected ",
+             dtype == at::kLong ? "int64" : "float32");
   CHECK_VALUE(v.dim() == 1 && v.size(0) == batch, name, " has shape ", v.sizes(), ", expected [", batch,
               "], one a sample");
   CHECK_VALUE(v.device() == device, name, " is on ", v.device(), ", expected the samples' device, ", device);

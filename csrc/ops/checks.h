@@ -24,8 +24,9 @@ DType check_same(const char* op, const char* name, const Tensor& y, const char* 
 // Checks the same, but y may have a lower precision if x is float32.
 DType check_same_or_lower(const char* op, const char* name, const Tensor& y, const char* x_name, const Tensor& x);
 
-// Checks an int64 tensor with one value for each sample. Returns its stride.
-int64_t check_per_sample(const char* op, const char* name, const Tensor& v, int64_t batch, at::Device device);
+// Checks an int64 or float32 tensor with one value for each sample. Returns its stride.
+int64_t check_per_sample(const char* op, const char* name, const Tensor& v, at::ScalarType dtype, int64_t batch,
+                         at::Device device);
 // Checks that its values are from 0 to `last`. Values on a GPU are not read back.
 void check_range(const char* op, const char* name, const Tensor& v, int64_t last);
 

@@ -43,7 +43,7 @@ void set_table(const char* op, Call& call, const Rows& rows, int64_t columns, at
   call.table = table.const_data_ptr();
   call.rows = table.size(0);
   if (t.has_value()) {
-    call.t_stride = check_per_sample(op, "t", *t, call.batch, device);
+    call.t_stride = check_per_sample(op, "t", *t, at::kLong, call.batch, device);
     check_range(op, "t", *t, call.rows - 1);
     call.t = t->const_data_ptr<int64_t>();
   } else {
@@ -56,7 +56,7 @@ void set_rng(const char* op, Call& call, const Rng& rng, at::Device device) {
   CHECK_VALUE(0 <= rng.stream && rng.stream < 256, "stream", " is ", rng.stream, ", expected 0 <= stream < 256");
   CHECK_VALUE(rng.draw < kDraws, "draw", " is ", rng.draw, ", expected 0 <= draw < 2^32");
   if (rng.sample_ids.has_value()) {
-    call.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, call.batch, device);
+    call.ids_stride = check_per_sample(op, "sample_ids", *rng.sample_ids, at::kLong, call.batch, device);
     check_range(op, "sample_ids", *rng.sample_ids, kMaxId);
     call.sample_ids = rng.sample_ids->const_data_ptr<int64_t>();
   } else {
@@ -97,11 +97,8 @@ void set_clip(const char* op, Call& call, double clip_min, double clip_max) {
 void set_per_sample(const char* op, const char* name, PerSample& factor, const Tensor* given, const Call& call,
                     at::Device device) {
   if (given == nullptr) return;
-  CHECK_TYPE(given->scalar_type() == at::kFloat, name, " has dtype ", given->scalar_type(), ", expected float32");
-  CHECK_VALUE(given->dim() == 1 && given->size(0) == call.batch, name, " has shape ", given->sizes(), ", expected [",
-              call.batch, "], one a sample");
-  CHECK_VALUE(given->device() == device, name, " is on ", given->device(), ", expected the samples' device, ", device);
-  factor = {given->const_data_ptr<float>(), given->stride(0)};
+  factor.stride = check_per_sample(op, name, *given, at::kFloat, call.batch, device);
+  factor.data = given->const_data_ptr<float>();
 }
 
 void set_step(const char* op, Call& call, TensorArg& x, TensorArg& noise, TensorArg& out, const Tensor& x_t,

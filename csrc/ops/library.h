@@ -56,11 +56,9 @@ void reverse_step_out(const Tensor& x_t, const Tensor& model_output, DDPM_ROWS_P
 void step_with_options(DDPM_STEP_PARAMETERS);
 Tensor forward_process(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS);
 void forward_process_out(const Tensor& x_start, DDPM_ROWS_PARAMETERS, DDPM_SOURCE_PARAMETERS, Tensor& out);
-Tensor randn(at::IntArrayRef size, DDPM_RNG_PARAMETERS, at::ScalarType dtype, at::Device device);
 std::tuple<Tensor, Tensor> diffusion_loss(const Tensor& model_output, const OptionalTensor& x_start,
                                           DDPM_ROWS_PARAMETERS, int64_t kind, double delta, const OptionalTensor& noise,
                                           DDPM_RNG_PARAMETERS, int64_t reduction, bool want_slope, bool variational,
                                           bool detach_mean);
-Tensor draw_seed();
 
 }  // namespace ddpm_ext::library

@@ -1,4 +1,7 @@
+#include <ATen/CPUGeneratorImpl.h>
+
 #include <algorithm>
+#include <mutex>
 
 #include "ops/checks.h"
 #include "ops/fill_call.h"
@@ -23,6 +26,12 @@ Tensor randn(at::IntArrayRef size, const Rng& rng, at::ScalarType dtype, at::Dev
   bind(op, call, {}, result, call.out);
   DDPM_RUN(randn, call, result.device());
   return result;
+}
+
+int64_t draw_seed() {
+  at::Generator generator = at::detail::getDefaultCPUGenerator();
+  const std::lock_guard<std::mutex> lock(generator.mutex());
+  return static_cast<int64_t>(at::check_generator<at::CPUGeneratorImpl>(generator)->random64());
 }
 
 }  // namespace ddpm_ext

@@ -26,22 +26,18 @@ namespace {
 
 using fastcall::Argument;
 
-// Functions in Python, for what is rare.
-struct Callbacks {
-  py::object split_t;         // (t) -> (None, int), or the error that says what is wrong with t
-  py::object seed_in_memory;  // (device) -> a seed as a tensor, or None
-  py::object timesteps;       // (row, batch, device) -> what a model is called with for an int t
-  py::object unwrap;          // (what a model returned) -> its tensor
-};
-
 struct TableStep {
   Tensor table;
   double clip_min, clip_max;
   NoiseSource source;
   bool fresh;  // whether each call draws a seed of its own
-  Callbacks callbacks;
-  int64_t batch = -1;  // of the last call with an int t,
-  py::object by_row;   // and what models were called with for such a batch, by t
+  // Functions in Python, for what is rare.
+  py::object split_t;         // (t) -> (None, int), or the error that says what is wrong with t
+  py::object seed_in_memory;  // (device) -> a seed as a tensor, or None
+  py::object timesteps;       // (row, batch, device) -> what a model is called with for an int t
+  py::object unwrap;          // (what a model returned) -> its tensor
+  int64_t batch = -1;         // of the last call with an int t,
+  py::object by_row;          // and what models were called with for such a batch, by t
 };
 
 const auto as_tensor = Argument<Tensor>::of;
@@ -56,9 +52,13 @@ struct Options {
   bool any = false;                         // whether the call has any besides its noise
 };
 
-const Tensor* as_pointer(const char* name, PyObject* value) {
+void set(const Tensor*& option, const char* name, PyObject* value) {
   if (!THPVariable_Check(value)) Argument<Tensor>::of(name, value);  // raises
-  return &THPVariable_Unpack(value);
+  option = &THPVariable_Unpack(value);
+}
+void set(bool& option, const char* name, PyObject* value) { option = Argument<bool>::of(name, value); }
+void set(std::optional<double>& option, const char* name, PyObject* value) {
+  option = Argument<double>::of(name, value);
 }
 
 // A keyword, and what it sets.
@@ -67,27 +67,18 @@ struct Keyword {
   void (*set)(Options&, PyObject*);
 };
 
-#define DDPM_INPUT_KEYWORD(name)      \
-  {PyUnicode_InternFromString(#name), \
-   [](Options& o, PyObject* value) { o.inputs[Role::name] = as_pointer(#name, value); }},
-#define DDPM_FACTOR_KEYWORD(name)     \
-  {PyUnicode_InternFromString(#name), \
-   [](Options& o, PyObject* value) { o.inputs[Factor::name] = as_pointer(#name, value); }},
-#define DDPM_RESULT_KEYWORD(name, ...) \
-  {PyUnicode_InternFromString(#name),  \
-   [](Options& o, PyObject* value) { o.inputs[Result::name] = as_pointer(#name, value); }},
-#define DDPM_FLAG_KEYWORD(name, ...)  \
-  {PyUnicode_InternFromString(#name), \
-   [](Options& o, PyObject* value) { o.inputs.name = Argument<bool>::of(#name, value); }},
-
-#define DDPM_NUMBER_KEYWORD(name) \
-  {PyUnicode_InternFromString(#name), [](Options& o, PyObject* value) { o.name = Argument<double>::of(#name, value); }},
+#define DDPM_KEYWORD(name, option) \
+  {PyUnicode_InternFromString(#name), [](Options& o, PyObject* value) { set(o.option, #name, value); }},
+#define DDPM_INPUT_KEYWORD(name) DDPM_KEYWORD(name, inputs[Role::name])
+#define DDPM_FACTOR_KEYWORD(name) DDPM_KEYWORD(name, inputs[Factor::name])
+#define DDPM_RESULT_KEYWORD(name, ...) DDPM_KEYWORD(name, inputs[Result::name])
+#define DDPM_FLAG_KEYWORD(name, ...) DDPM_KEYWORD(name, inputs.name)
 
 const std::vector<Keyword>& keywords() {
   static const std::vector<Keyword> all = {DDPM_INPUT_KEYWORD(noise) DDPM_STEP_INPUTS(
       DDPM_INPUT_KEYWORD, DDPM_INPUT_KEYWORD, DDPM_FACTOR_KEYWORD, DDPM_FLAG_KEYWORD, DDPM_RESULT_KEYWORD)
-                                               DDPM_NUMBER_KEYWORD(quantile) DDPM_NUMBER_KEYWORD(maximum)
-                                                   DDPM_NUMBER_KEYWORD(guidance) DDPM_NUMBER_KEYWORD(rescale)};
+                                               DDPM_KEYWORD(quantile, quantile) DDPM_KEYWORD(maximum, maximum)
+                                                   DDPM_KEYWORD(guidance, guidance) DDPM_KEYWORD(rescale, rescale)};
   return all;
 }
 
@@ -122,7 +113,7 @@ Rows rows_of(const TableStep& step, PyObject* t) {
   } else if (THPVariable_Check(t)) {
     return {step.table, THPVariable_Unpack(t)};
   }
-  const py::tuple split = step.callbacks.split_t(py::handle(t));
+  const py::tuple split = step.split_t(py::handle(t));
   return {step.table, {}, split[1].cast<int64_t>()};
 }
 
@@ -137,7 +128,7 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
   } else if (step.fresh) {
     // A graph that is being captured, and modes and transforms of torch, may need one that torch's operators draw.
     if (!x_t.is_cpu() || !plain({{"x_t", x_t}})) {
-      const py::object drawn = step.callbacks.seed_in_memory(py::handle(samples).attr("device"));
+      const py::object drawn = step.seed_in_memory(py::handle(samples).attr("device"));
       source.rng.seed = as_optional_tensor("seed", drawn.ptr());
     }
     if (!source.rng.seed.has_value()) source.rng.seed_value = draw_seed();
@@ -187,7 +178,7 @@ py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, c
   const py::int_ row(rows.t_index);
   if (PyObject* const found = PyDict_GetItemWithError(by_row.ptr(), row.ptr()))
     return py::reinterpret_borrow<py::object>(found);
-  const py::object made = step.callbacks.timesteps(row, batch, py::handle(samples).attr("device"));
+  const py::object made = step.timesteps(row, batch, py::handle(samples).attr("device"));
   if (THPVariable_CheckExact(made.ptr()) && plain({{"t", THPVariable_Unpack(made.ptr())}})) by_row[row] = made;
   return made;
 }
@@ -222,14 +213,13 @@ PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
       PyObject_Vectorcall(args[0], of_model + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   if (!output) throw py::error_already_set();
   c10::GradMode::set_enabled(false);  // a model may have switched them on
-  if (!THPVariable_Check(output.ptr())) output = step.callbacks.unwrap(output);
+  if (!THPVariable_Check(output.ptr())) output = step.unwrap(output);
   return take_step(step, samples, x_t, output.ptr(), rows, out, options);
 }
 
 TableStep make(const Tensor& table, double clip_min, double clip_max, DDPM_SOURCE_PARAMETERS, bool fresh,
                py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap) {
-  Callbacks callbacks{std::move(split_t), std::move(seed_in_memory), std::move(timesteps), std::move(unwrap)};
-  return {table, clip_min, clip_max, DDPM_SOURCE, fresh, std::move(callbacks)};
+  return {table, clip_min, clip_max, DDPM_SOURCE, fresh, split_t, seed_in_memory, timesteps, unwrap};
 }
 
 using Method = PyObject*(TableStep&, PyObject* const*, Options&);

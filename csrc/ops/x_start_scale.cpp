@@ -9,16 +9,6 @@
 #include "ops/run_on_device.h"
 
 namespace ddpm_ext {
-namespace {
-
-int64_t scratch_size(const XStartScaleCall& call, [[maybe_unused]] at::Device device) {
-#ifdef DDPM_EXT_WITH_CUDA
-  if (device.is_cuda()) return cuda::x_start_scale_scratch(call.batch, call.numel);
-#endif
-  return cpu::x_start_scale_scratch(call.batch, call.numel);
-}
-
-}  // namespace
 
 Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, const OptionalTensor& table,
                      const OptionalTensor& t, int64_t t_index, double quantile, double maximum,
@@ -52,7 +42,11 @@ Tensor x_start_scale(const Tensor& x_t, const OptionalTensor& model_output, cons
   const auto like = at::TensorOptions().device(x_t.device()).dtype(at::kFloat);
   const Tensor scale = at::empty({call.batch}, like);
   if (call.batch == 0) return scale;
-  const Tensor scratch = empty_result({scratch_size(call, x_t.device())}, like);
+  int64_t floats = cpu::x_start_scale_scratch(call.batch, call.numel);
+#ifdef DDPM_EXT_WITH_CUDA
+  if (x_t.is_cuda()) floats = cuda::x_start_scale_scratch(call.batch, call.numel);
+#endif
+  const Tensor scratch = empty_result({floats}, like);
   call.scale = scale.mutable_data_ptr<float>();
   call.scratch = scratch.mutable_data_ptr<float>();
   DDPM_RUN(x_start_scale, call, x_t.device());

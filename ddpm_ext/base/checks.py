@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,12 +90,24 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
 
 
+def floating(name: str, value: Any) -> None:
+    """Raises TypeError for what is no tensor of floating-point numbers."""
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating one")
+
+
+def refuse(name: str, values: Any, bad: Any, expected: str) -> None:
+    """Raises ValueError, which names the first of them, if any value is bad; both are arrays, or tensors on the CPU."""
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"{name}[{i}] is {values[i]}, expected {expected}")
+
+
 def floats(name: str, values: Tensor, shape: str) -> Tensor:
     """Returns numbers as float64 (n,) on the CPU. Raises TypeError unless it is a floating tensor, ValueError unless it
     has one dimension and a number at least, with `shape` as what is expected."""
-    tensor(name, values)
-    if not values.is_floating_point():
-        raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
+    floating(name, values)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, expected {shape}")
     return values.detach().to("cpu", torch.float64)
@@ -157,9 +170,7 @@ def device(value: object) -> torch.device:
 
 def samples(name: str, x: Tensor) -> None:
     """Raises TypeError or ValueError unless x is a floating tensor (batch, ...)."""
-    tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, expected a floating one")
+    floating(name, x)
     plain_layout(name, x)
     if x.dim() < 1:
         raise ValueError(f"{name} is 0-dimensional, expected (batch, ...)")
@@ -195,5 +206,4 @@ def per_sample(name: str, v: Tensor, batch: int, device: torch.device, last: int
     if v.device != device:
         raise ValueError(f"{name} is on {v.device}, expected the samples' device, {device}")
     if v.is_cpu and v.numel() and not (v.min() >= 0 and v.max() <= last):
-        i = int(((v < 0) | (v > last)).nonzero()[0])
-        raise ValueError(f"{name}[{i}] is {v[i]}, expected 0 <= {name} <= {last}")
+        refuse(name, v, (v < 0) | (v > last), f"0 <= {name} <= {last}")

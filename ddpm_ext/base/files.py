@@ -124,6 +124,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
+def errors_name(option: str, path: str | os.PathLike[str], more: str = "") -> Iterator[None]:
+    """Makes an OSError in the block name the file that cannot be written; the message begins with `option`, and ends
+    with `more`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{option}: cannot write {path}: {error.strerror or error}{more}") from error
+
+
+@contextmanager
 def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Locks a file, which keeps a second run out of its folder. The lock ends with the process, even if it is killed.
 

@@ -16,11 +16,13 @@ class MissingExtra(ImportError):
     """An optional package is needed but not installed."""
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, *, in_demo: bool = True) -> ModuleType:
     """Imports and returns a module. Raises MissingExtra, with the pip command, if its package is not installed, or a
     package that this one imports.
 
-    purpose: what it is needed for, as the start of the error's sentence.
+    Args:
+        purpose: what it is needed for, as the start of the error's sentence.
+        in_demo: whether the extra "demo" installs it, which the error then says.
     """
     try:
         return importlib.import_module(module)
@@ -30,7 +32,8 @@ def require(module: str, purpose: str) -> ModuleType:
         tops = (name.partition(".")[0] for name in (module, error.name))
         package, missing = (_INSTALLS.get(top, top) for top in tops)
         inner = "" if missing == package else f", which needs {missing}, which is not installed"
-        raise MissingExtra(f"{purpose} needs {package}{inner}: pip install {package}{ALL_EXTRAS}") from None
+        others = ALL_EXTRAS if in_demo else ""
+        raise MissingExtra(f"{purpose} needs {package}{inner}: pip install {package}{others}") from None
 
 
 def counter(count: int, what: str | None, disable: bool | None = False) -> Iterable[int]:

@@ -15,7 +15,7 @@ import torch
 
 from ddpm_ext.base import files
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
-from ddpm_ext.tables.spacing import SPACINGS
+from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
 Number = TypeVar("Number", int, float)
 WRONG_INPUT = 2  # the exit code
@@ -118,6 +118,7 @@ samples = whole_number(1, 10**9)
 DEVICES = "cpu, cuda, cuda:1, ... (default: cuda where a GPU can be used)"
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
 SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
+SPACING = f"which timesteps: {SPACING_NAMES} (default: {DEFAULT_SPACING})"
 
 
 # --------------------------------------------------------------------------------------------------------- checks

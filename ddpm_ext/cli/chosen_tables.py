@@ -30,7 +30,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
     """
     if options.table is None and options.sampler != TUNED:
         return {}
-    given = {"spacing": options.spacing not in (None, "linspace"), "eta": options.eta is not None}
+    given = {"spacing": options.spacing is not None, "eta": options.eta is not None}
     for name, wrong in (given | {"steps": options.table is not None and options.steps is not None}).items():
         if wrong:
             beside = "a tuned table" if options.table is None else f"--table {options.table}"

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """
     check_ending(options.out, (".npy",))
     loaded = load(options)
-    table = inversion_table(loaded.diffusion.process, options.steps, options.spacing)
+    table = inversion_table(loaded.diffusion, options.steps, options.spacing)
     images = read_images(options.images, loaded.model.shape, "images").to(loaded.device, loaded.dtype)
     files.check_writable(options.out)
     found, wrong = [], 0

@@ -16,14 +16,9 @@ from ddpm_ext.training.load_run import TakesClassLabels, network_of
 
 @dataclass(frozen=True, kw_only=True)
 class RunModel(LoadedModel):
-    """A model that training.load has loaded. sample_shape: (channels, height, width); sha256: of all that it is."""
+    """A model that training.load has loaded. sha256: of all that it is."""
 
-    sample_shape: tuple[int, int, int]
     sha256: str
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.sample_shape
 
 
 def model_hash(model: LoadedModel) -> str:
@@ -59,7 +54,7 @@ def load_run_model(model: str, network: str | None, *, device: torch.device, dty
     placed = nn.Module.to(trained.model, device=device, dtype=dtype)
     check_finite(placed, folder)
     unet, shape = TakesClassLabels(placed).eval(), trained.shape
-    return RunModel(unet, trained.settings, folder, trained.classes, sample_shape=shape, sha256=sha256)
+    return RunModel(unet, trained.settings, folder, trained.classes, shape=shape, sha256=sha256)
 
 
 def _made(network: str) -> nn.Module:

@@ -24,6 +24,7 @@ from ddpm_ext.cli.network import model_hash
 from ddpm_ext.cli.sampling import Prepared, are_finite, draw, prepare, refuse_not_finite
 from ddpm_ext.cli.sampling_options import add_sampling
 from ddpm_ext.plots.style import plural
+from ddpm_ext.tables.spacing import DEFAULT_SPACING
 from ddpm_ext.version import __version__
 
 _ENDINGS = (".npz", ".png")
@@ -165,8 +166,8 @@ def settings_of(options: argparse.Namespace, prepared: Prepared) -> dict[str, An
         of_classes["classes"] = list(prepared.chosen) or f"all {len(prepared.classes.names)}"
         if options.guidance is not None:
             of_classes |= {"guidance": options.guidance, "null_class": prepared.classes.null}
-    loop: dict[str, Any] = {"sampler": options.sampler, "steps": prepared.steps, "spacing": options.spacing}
-    loop["eta"] = eta_of(options.sampler, options.eta)
+    loop: dict[str, Any] = {"sampler": options.sampler, "steps": prepared.steps}
+    loop |= {"spacing": options.spacing or DEFAULT_SPACING, "eta": eta_of(options.sampler, options.eta)}
     for table in prepared.tables.values():  # its rows are all, whether it is --table or --sampler tuned
         loop = {"sampler": "table", "steps": prepared.steps, "table_sha256": table_hash(table)}
     return {

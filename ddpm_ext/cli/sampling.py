@@ -150,7 +150,7 @@ def prepare(options: argparse.Namespace, *, pictures: bool) -> Prepared:
     steps = 0
     for table in tables.values() or (None,):
         loop = LoopOptions(**_loop_options(inputs, options, range(1), table))
-        steps = len(make_loop_rows(loaded.diffusion.process, loop))
+        steps = len(make_loop_rows(loaded.diffusion, loop))
     if not isinstance(options.guidance, tuple):  # several, one after another
         guidance_of(options)
     return Prepared(**vars(loaded), steps=steps, inputs=inputs, tables=tables)

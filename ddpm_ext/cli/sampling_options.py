@@ -44,9 +44,7 @@ def add_spacing(group: Any) -> None:
     """Adds --steps and --spacing."""
     count = "steps of the loop (default: all timesteps of the model)"
     group.add_argument("--steps", type=arguments.steps, metavar="N", help=count)
-    group.add_argument(
-        "--spacing", default="linspace", metavar="HOW", help=f"which timesteps: {arguments.SPACING_NAMES}"
-    )
+    group.add_argument("--spacing", metavar="HOW", help=arguments.SPACING)
 
 
 def add_running(

@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shift = "the logarithm of a flow's shift, with use_dynamic_shifting"
     add("--mu", type=arguments.finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
-    add("--spacing", metavar="NAME", help=f"which timesteps: {arguments.SPACING_NAMES} (default: linspace)")
+    add("--spacing", metavar="NAME", help=arguments.SPACING)
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
     add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")
@@ -108,9 +108,9 @@ def table_of(source: str, options: argparse.Namespace) -> StepTable:
     """
     if source in SAMPLERS:
         diffusion = GaussianDiffusion(options.timesteps, options.beta_schedule, prediction=options.prediction)
-        spacing, eta = options.spacing or "linspace", arguments.eta_of(source, options.eta)
-        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=spacing, eta=eta)
-        return make_loop_rows(diffusion.process, chosen).table
+        eta = arguments.eta_of(source, options.eta)
+        chosen = LoopOptions(sampler=source, steps=options.steps, spacing=options.spacing, eta=eta)
+        return make_loop_rows(diffusion, chosen).table
     path = Path(source)
     config = _config_of(source)
     if config is not None:

@@ -88,10 +88,8 @@ def _add_option(standard: training.TrainOptions, group: Any, name: str, help_tex
     elif name in LIMITS:
         low, below, expected = LIMITS[name]
         if isinstance(default, int):
-            more = {
-                "type": arguments.whole_number(int(low), None if below == math.inf else int(below) - 1),
-                "metavar": "N",
-            } | more
+            highest = None if below == math.inf else int(below) - 1
+            more = {"type": arguments.whole_number(int(low), highest), "metavar": "N"} | more
         else:
             more = {"type": arguments.number(low, expected, below=below), "metavar": "X"} | more
     elif default is False:

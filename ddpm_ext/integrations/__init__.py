@@ -5,21 +5,32 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.pipeline import accelerated_pipeline, is_pipeline
+from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.registry import accelerated_class, support_table
-from ddpm_ext.integrations.shared import Support, accelerated_copy
+from ddpm_ext.integrations.shared import Accelerated, Support, accelerated_copy, peer_class
+from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["Acceleration", "Support", "accelerate", "accelerated_class", "support_table"]
 
 T = TypeVar("T")
 
 
-def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_ids: int | Tensor = 0) -> T:
+def accelerate(
+    obj: T,
+    *,
+    table: StepTable | str | os.PathLike[str] | None = None,
+    noise: str = "torch",
+    seed: int | None = None,
+    sample_ids: int | Tensor = 0,
+) -> T:
     """An object like `obj` whose steps take one launch each.
 
     It is of a subclass of obj's class and shares its model and parameters; obj itself stays as it was. A call that has
@@ -30,6 +41,8 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
         obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
             denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline are accelerated, and those of
             the pipelines in it; modular pipelines are taken after load_components.
+        table: a StepTable, or the path of a saved one: of a pipeline, `scheduler` is then a TableScheduler with its
+            rows, and so is the result for a scheduler.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
             timestep) alone and is made in the launch. Two loops never share noise unless they are given the same seed
@@ -46,18 +59,47 @@ def accelerate(obj: T, *, noise: str = "torch", seed: int | None = None, sample_
 
     Raises:
         TypeError: obj is of another kind, or of a subclass that overrides what is replaced. No scheduler of diffusers
-            is: one that overrides it is traced. Or it is a pipeline without a scheduler.
-        ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch".
+            is: one that overrides it is traced. Or it is a pipeline without a scheduler, or `table` comes with
+            something else than a pipeline or a scheduler of diffusers.
+        ValueError: an argument is out of range, or a seed or sample_ids come with noise "torch"; a table that a
+            TableScheduler refuses, or whose notes have another prediction than the scheduler.
 
     Examples:
         >>> scheduler = accelerate(diffusers.DDIMScheduler())  # the same class, the same images
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
     settings = Acceleration.of(noise, seed, sample_ids)
+    if table is not None:
+        return _of_table(obj, table, settings)
     if is_pipeline(obj):
         return accelerated_pipeline(obj, settings, _accelerated)
     return _accelerated(obj, settings)
 
 
 def _accelerated(obj: Any, settings: Acceleration) -> Any:
+    if isinstance(obj, Accelerated) and peer_class(type(obj)) is type(obj):  # a class of ours
+        return _table_scheduler().with_settings(obj, settings)
     return accelerated_copy(obj, accelerated_class(type(obj)), settings)
+
+
+def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
+    """A pipeline whose `scheduler` has the rows of a table, or a scheduler that has them."""
+    own = vars(obj).get("scheduler") if is_pipeline(obj) else obj
+    if not is_scheduler(type(own)):
+        raise TypeError(f"table is given with a {type(obj).__name__}, expected a pipeline with a scheduler, or one")
+
+    def make(scheduler: Any, of_scheduler: Acceleration) -> Any:
+        if scheduler is own:
+            return _table_scheduler().with_table(scheduler, table, of_scheduler)
+        return _accelerated(scheduler, of_scheduler)
+
+    if own is obj:
+        return make(obj, settings)
+    made = accelerated_pipeline(obj, settings, make)
+    made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
+    return made
+
+
+def _table_scheduler() -> Any:
+    """The module, which needs diffusers."""
+    return importlib.import_module("ddpm_ext.integrations.diffusers.table_scheduler")

@@ -124,9 +124,9 @@ class Acceleration:
             raise ValueError(f"rng is {rng} beside noise {self.noise!r}, expected one beside 'philox' alone")
         if rng is not None:
             if isinstance(rng, Philox) and rng.stream == self.stream:
-                rng = Philox(*seed_and_ids(rng), draw=rng.draw)
+                rng = Philox(*rng.seed_and_ids(), draw=rng.draw)
             check_rng_of_many(rng)
-            self._set(*seed_and_ids(rng))
+            self._set(*rng.seed_and_ids())
 
     def _philox(self, seed: int | Tensor, sample_ids: int | Tensor) -> Philox:
         return Philox(seed, sample_ids, stream=None if self.stream == STREAM_REVERSE else self.stream)
@@ -187,7 +187,7 @@ class Acceleration:
         rng = self._rng or self.rng
         if used and not isinstance(self._ids, Tensor):
             assert rng is not None
-            return self._philox(seed_and_ids(rng)[0], self._ids + used)
+            return self._philox(rng.seed_and_ids()[0], self._ids + used)
         return rng
 
     def rng_of_step_at(self, t: Tensor, timesteps: int) -> Philox | None:
@@ -219,7 +219,7 @@ class Acceleration:
         if self.noise == "torch":
             return None
         draw, self.iteration = self.iteration, self.iteration + 1
-        seed = seed_and_ids(fresh_rng(device))[0] if self._seed is None else self._seed
+        seed = fresh_rng(device).seed_and_ids()[0] if self._seed is None else self._seed
         return Philox(seed, self._sample_ids, stream=STREAM_FORWARD, draw=draw)
 
     # ---------------------------------------------------------------------------------------------------- fallbacks
@@ -232,12 +232,6 @@ class Acceleration:
             noise = " and noise" if self.noise == "philox" else ""
             text = f"{method} runs the own code{noise} of {library}: {reason}"
             warnings.warn(text, stacklevel=_level_outside())
-
-
-def seed_and_ids(rng: Philox) -> tuple[int | Tensor, int | Tensor]:
-    """The seed and the sample ids that a Philox was made of."""
-    seed = rng.seed_value % 2**64 if rng.seed is None else rng.seed
-    return seed, rng.first_id if rng.sample_ids is None else rng.sample_ids
 
 
 def _level_outside() -> int:

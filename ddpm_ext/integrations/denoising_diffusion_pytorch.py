@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext import ops
-from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, LOW, DenoisingTables
+from ddpm_ext.integrations.denoising_tables import BUFFERS, DTYPES, DenoisingTables
 from ddpm_ext.integrations.fallback import Fallback, returning, with_fallback
 from ddpm_ext.integrations.own_tables import OwnTables, check_output, check_timesteps
 from ddpm_ext.integrations.row_stepper import take_step
@@ -101,13 +101,10 @@ class Denoising(OwnTables):
 
     # ----------------------------------------------------------------------------------------------------- what fits
 
-    def _tables_of_buffers(self) -> DenoisingTables:
-        buffers = _take_buffers(self._buffers)
-        return self._of_state((self.objective, *buffers), lambda: DenoisingTables(self.objective, buffers))
-
     def _fused_tables(self, dtype: torch.dtype, device: torch.device) -> DenoisingTables:
         """The rows of the buffers as they are. Raises Fallback where there are none for samples of such a dtype."""
-        tables = self._tables_of_buffers()
+        buffers = _take_buffers(self._buffers)
+        tables = self._of_state((self.objective, *buffers), lambda: DenoisingTables(self.objective, buffers))
         if dtype not in tables.sample_dtypes:  # the results have more bits
             also = f" and its buffers {dtype_name(tables.dtype)}" if dtype in DTYPES else ""
             raise Fallback(f"its samples are {dtype_name(dtype)}{also}")
@@ -259,7 +256,7 @@ class Denoising(OwnTables):
         rows = steps.get("loss", x.device, torch.float32)
         reduction = "none" if loss_reduction == "none" else "mean"
         loss = ops.diffusion_loss(output, target, rows, t, reduction=reduction, **source)
-        if x.dtype in LOW and not torch.is_autocast_enabled(x.device.type):  # the operator's loss is float32
+        if x.dtype != loss.dtype and not torch.is_autocast_enabled(x.device.type):  # the operator's loss is float32
             loss = loss.to(x.dtype)
         return loss
 
@@ -300,7 +297,7 @@ def _step(
     output = gd.model(x, times, x_self_cond)
 
     def own_step() -> Step:
-        plain = gd._returning(output)
+        plain = gd._returning(output)  # noqa: SLF001 (of this module)
         if method == "p_sample":
             return plain.p_sample(x, row, x_self_cond)
         x_start = plain.model_predictions(x, times, clip_x_start=True).pred_x_start

@@ -11,15 +11,15 @@ from torch import Tensor
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.integrations.own_tables import TABLES, rows_of
+from ddpm_ext.integrations.tensors import DTYPES
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.grid import Jumps
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import peer_predictions
+from ddpm_ext.tables.samplers import coefficients
 from ddpm_ext.tables.step_table import StepTable
 
 BUFFERS = ("alphas_cumprod", *TABLES, "loss_weight")
-LOW = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *LOW)
 PREDICTIONS = peer_predictions("denoising-diffusion-pytorch")
 CACHED = 8  # settings of ddim_sample
 
@@ -70,9 +70,10 @@ class DenoisingTables:
             names = ("alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
             levels, recip, recipm1 = (self._own[name][t] for name in names)
             now, after = levels[1:], levels[:-1]
-            made = samplers.ddim(Jumps(t[1:], now, after, now / after), eta=eta, keep_eps=False)
-            if (1 - after - made.s**2 < 0).any():
+            grid = Jumps(t[1:], now, after, now / after)
+            if (1 - after - coefficients.sigma(grid, eta) ** 2 < 0).any():
                 raise ValueError(f"ddim_sampling_eta is {eta}, whose noise is more than a step ends with")
+            made = samplers.ddim(grid, eta=eta, keep_eps=False)
             direction = made.c1 * (1 - now).sqrt()  # what pred_noise is multiplied by
             c0[1:], c1[1:] = after.sqrt() - direction / recipm1[1:], direction * recip[1:] / recipm1[1:]
             s[1:] = made.s

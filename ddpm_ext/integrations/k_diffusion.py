@@ -5,7 +5,7 @@
 
 The model is a denoiser, model(x, sigma, **extra_args), which returns the predicted clean sample; sigma has shape
 (batch,). k-diffusion itself is not needed: the rows are our samplers', for samples x0 + sigma eps. What we have no rows
-for is traced, where k-diffusion is installed or a function is given.
+for is traced, where k-diffusion is installed or a function is given. A step table is a sampler, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -24,7 +25,8 @@ from torch import Tensor
 from ddpm_ext.base import checks
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.optional import counter
-from ddpm_ext.integrations.row_stepper import RowStepper
+from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
+from ddpm_ext.integrations.table_levels import of_denoiser, table_sigmas
 from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
@@ -53,6 +55,7 @@ SIGNATURE = ("model", "x", "sigmas", "extra_args", "callback", "disable")
 MIDPOINT = "midpoint"  # the solver_type of dpmpp_2m_sde
 ADDED: dict[str, Any] = CHURN | {"s_noise": 1.0, "solver_type": MIDPOINT}  # arguments that SAMPLERS do not have
 ROUNDED = 1e-9  # how far a level is from its sigma, relatively
+OTHER = 1e-3  # how far sigmas are from a table's that are others, relatively
 CACHED = 32
 
 
@@ -75,13 +78,18 @@ class SigmaRows(NamedTuple):
 _kept: BoundedCache[SigmaRows] = BoundedCache(CACHED)
 
 
-def sampler(which: str | Sampler) -> Sampler:
+def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
 
     Args:
         which: a name of NAMES; another name of k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is
             installed; or a function with this signature, whose steps are found by StepTable.trace, while the attributes
-            that it reads of the model are the model's own.
+            that it reads of the model are the model's own; or a StepTable, or the path of a saved one (a text that ends
+            in .json, or a Path).
+
+    A table has its own sigmas: the loop is given the same, `table_sigmas(table)`, or None. Its rows are for any
+    samples; those of x0 + sigma eps are taken, and (1 - sigma) x0 + sigma eps where it is a flow's. Predicted clean
+    samples are clipped where its notes have a clip.
 
     The result has as further arguments those of the sampler: eta, s_churn, s_tmin, s_tmax, s_noise, order and the like,
     with k-diffusion's defaults; and these three:
@@ -102,13 +110,17 @@ def sampler(which: str | Sampler) -> Sampler:
     Raises:
         TypeError: a function without an argument sigmas, such as sample_dpm_fast and sample_dpm_adaptive, which choose
             their steps themselves.
-        ValueError: an unknown name.
+        ValueError: an unknown name; a table whose levels are not known, or that reads more than the denoiser's output.
 
     Examples:
         >>> sigmas = torch.tensor([9.0, 3.0, 1.0, 0.0])
         >>> sampler("dpmpp_2m")(lambda x, sigma: 0.1 * x, 9 * x_t, sigmas, disable=True).shape
         torch.Size([4, 3, 8, 8])
     """
+    if isinstance(which, os.PathLike) or (isinstance(which, str) and which.endswith(".json")):
+        which = StepTable.load(which)
+    if isinstance(which, StepTable):
+        return _of_table(which)
     if not callable(which) and which not in NAMES:
         which = _theirs(which)
     if callable(which):
@@ -133,6 +145,36 @@ def sampler(which: str | Sampler) -> Sampler:
     sample.__name__ = sample.__qualname__ = name
     sample.__signature__ = signature  # type: ignore[attr-defined]
     return sample
+
+
+def _of_table(table: StepTable) -> Sampler:
+    """The sampler that takes a table's rows."""
+    sigmas, scaled = table_sigmas(table.to("cpu"))
+    rows = replace(of_denoiser(scaled), timestep=sigmas[:-1], draw=torch.arange(len(table), device="cpu"))
+    own = SigmaRows(
+        RowStepper(rows, clip_in_notes(table, None)), sigmas[:-1], sigmas[1:], [[i] for i in range(len(rows))]
+    )
+
+    def sample_table(
+        model: Callable[..., Tensor],
+        x: Tensor,
+        sigmas: Tensor | None = None,
+        extra_args: Mapping[str, Any] | None = None,
+        callback: Callable[[dict[str, Any]], Any] | None = None,
+        disable: bool | None = None,
+        *,
+        noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+        rng: Philox | None = None,
+    ) -> Tensor:
+        levels = torch.cat([own.sigma, own.arrives[-1:]])
+        if sigmas is None:
+            sigmas = levels.to(x.device, torch.float32)
+        given = checked_sigmas(sigmas)
+        if given.shape != levels.shape or not torch.allclose(given, levels, rtol=OTHER, atol=OTHER * 1e-3):
+            raise ValueError(f"sigmas are {given.tolist()}, expected those of the table, {levels.tolist()}, or None")
+        return _sample(own, {}, model, x, sigmas, extra_args, callback, disable, noise_sampler, rng)
+
+    return sample_table
 
 
 def _theirs(name: str) -> Sampler:
@@ -243,7 +285,7 @@ def _sigma_rows(table: StepTable, begins: list[int]) -> SigmaRows:
 
 @torch.no_grad()
 def _sample(
-    which: str | Sampler,
+    which: str | Sampler | SigmaRows,
     options: dict[str, Any],
     model: Callable[..., Tensor],
     x: Tensor,
@@ -255,14 +297,12 @@ def _sample(
     rng: Philox | None,
 ) -> Tensor:
     checks.samples("x", x)
-    checks.tensor("sigmas", sigmas)
-    if not sigmas.is_floating_point():
-        raise TypeError(f"sigmas has dtype {sigmas.dtype}, expected a floating one")
+    checks.floating("sigmas", sigmas)
     if noise_sampler is not None and rng is not None:
         raise ValueError("noise_sampler and rng are both given, expected one of them")
     if sigmas.numel() < 2:  # no step
         return x
-    rows = _rows_of(which, sigmas, options, model)
+    rows = which if isinstance(which, SigmaRows) else _rows_of(which, sigmas, options, model)
     if noise_sampler is None and (rng is not None or any(kind.noisy for kind in rows.stepper.needs)):
         rng = rng_of_many(rng, x.device)
     called_with, arrives = (each.to(sigmas.device, sigmas.dtype) for each in (rows.sigma, rows.arrives))

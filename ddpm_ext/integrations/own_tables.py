@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm_ext.integrations.fallback import Fallback, kept
 from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.integrations.tensors import TRANSFORMED, check_tensors, dtype_name
+from ddpm_ext.integrations.tensors import LOWER, TRANSFORMED, check_tensors, dtype_name
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.step_table import StepTable
 
@@ -36,7 +36,7 @@ class OwnTables(Accelerated):
         """make(), once for a state: the same objects, of which no tensor was written to since. Raises Fallback."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise Fallback(TRANSFORMED)
-        # For a tensor its `version`, without that function's call.
+        # How often a tensor was written to, as `written` says it, without that function's call.
         key = [(id(x), 0 if x.is_inference() else x._version) if isinstance(x, Tensor) else id(x) for x in state]
         return kept(self, CACHED, tuple(key), make, state)
 
@@ -86,7 +86,7 @@ def check_output(
 
     allow_16_bits: whether it may have 16 bits where the samples have 32.
     """
-    lower = (torch.float16, torch.bfloat16) if allow_16_bits and x.dtype == torch.float32 else ()
+    lower = LOWER if allow_16_bits and x.dtype == torch.float32 else ()
     try:
         check_tensors(x, output)
         fits = output.dtype == x.dtype or output.dtype in lower

@@ -106,6 +106,17 @@ class RowStepper:
         return step
 
 
+def clip_in_notes(table: StepTable, clip: Clip | None, threshold: DynamicThreshold | None = None) -> Clip | None:
+    """The clip that the table was made for; where its notes have none, `clip`.
+
+    Raises ValueError where the notes have a threshold that is not the given one.
+    """
+    noted = table.notes.get("clip", clip)
+    if isinstance(noted, str) and noted != str(threshold):
+        raise ValueError(f"the table was made for the clip {noted}, expected it of the loop, which has {threshold}")
+    return clip if isinstance(noted, str) else checks.clip_range(noted)
+
+
 def take_step(
     tables: KernelTables,
     x: Tensor,

@@ -75,7 +75,7 @@ class Accelerated:
         state = {name: value for name, value in self.__dict__.items() if name != "_fused_cache"}
         if "_acceleration" in state:
             state["_acceleration"] = copy.copy(state["_acceleration"])
-        return type(self)._restore, (self._peer,), state
+        return type(self)._restore, (self._peer,), state  # noqa: SLF001 (of this module)
 
 
 def peer_class(cls: type) -> type:
@@ -113,7 +113,7 @@ def accelerated_copy(obj: Any, made: type[Accelerated], settings: Acceleration) 
         accelerated.__dict__[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
     accelerated.__dict__["_acceleration"] = settings
     accelerated.__dict__.pop("_fused_cache", None)
-    accelerated._check()
+    accelerated._check()  # noqa: SLF001 (of this module)
     return accelerated
 
 

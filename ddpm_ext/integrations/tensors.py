@@ -11,6 +11,8 @@ from ddpm_ext.base import checks
 from ddpm_ext.integrations.fallback import Fallback
 from ddpm_ext.ops.noise import randn
 
+LOWER = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *LOWER)
 TRANSFORMED = "a transform of torch.func is at work"
 
 
@@ -24,15 +26,18 @@ def is_like(y: Any, x: Tensor) -> bool:
     return is_plain_tensor(y) and y.shape == x.shape and y.device == x.device
 
 
-def check_tensors(x: Tensor, *others: Tensor | None) -> None:
-    """Raises Fallback where the fused operators can't take x and the others, which are to have its shape."""
+def check_tensors(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Raises Fallback where the fused operators can't take x and the others, which are to have its shape.
+
+    dtypes: those that x may have.
+    """
     if not torch.compiler.is_compiling():
         for y in (x, *others):
             if type(y) is Tensor and not checks.is_plain(y):
                 raise Fallback(TRANSFORMED)
     if type(x) is not Tensor or not (x.is_cpu or x.is_cuda):
         raise Fallback("its samples are no plain tensors on a CPU or a CUDA device")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in dtypes:
         raise Fallback(f"its samples are {dtype_name(x.dtype)}")
     if x.dim() == 0:
         raise Fallback("its samples have no batch dimension")
@@ -80,11 +85,6 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def version(x: Tensor) -> tuple[int, int]:
-    """A key that changes when x becomes another tensor or is written to; inference tensors count no versions."""
-    return id(x), written(x)
-
-
 def written(x: Tensor) -> int:
-    """How often x was written to, as far as it counts that."""
+    """How often x was written to; 0 for inference tensors, which do not count that."""
     return 0 if x.is_inference() else x._version

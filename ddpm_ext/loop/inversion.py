@@ -12,7 +12,7 @@ from ddpm_ext.tables.spacing import spaced_grid
 from ddpm_ext.tables.step_table import StepTable
 
 
-def inversion_table(process: Process, steps: int | None = None, spacing: str = "linspace") -> StepTable:
+def inversion_table(process: Process, steps: int | None = None, spacing: str | None = None) -> StepTable:
     """The rows that lead an image to the samples from which "ddim", with the same steps and spacing, comes back to it.
 
     They go up through the levels of that loop and end where it begins. The image counts as a sample at timestep 0, or

@@ -28,7 +28,7 @@ class CaptureKeywords(TypedDict, total=False):
 
     sampler: str | StepTable
     steps: int | None
-    spacing: str
+    spacing: str | None
     timesteps: Sequence[int] | Tensor | None
     eta: float | None
     clip_denoised: bool | Clip | DynamicThreshold

@@ -85,11 +85,6 @@ class Loop:
         calls, position = self._step.calls, self._position
         return calls[position].x if position < len(calls) else calls[-1].out
 
-    @property
-    def doubled(self) -> bool:
-        """Whether the samples share their memory with a copy of them."""
-        return self._step.options.doubled
-
     def restart(
         self,
         rng: Philox | None,

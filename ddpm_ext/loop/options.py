@@ -35,7 +35,7 @@ class LoopOptions:
 
     sampler: str | StepTable = "ddpm"
     steps: int | None = None
-    spacing: str = "linspace"
+    spacing: str | None = None
     timesteps: Sequence[int] | Tensor | None = None
     eta: float | None = None
     clip_denoised: bool | Clip | DynamicThreshold = True

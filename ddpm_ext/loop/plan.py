@@ -10,7 +10,7 @@ from ddpm_ext.base.types import Model
 from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.notes import check_notes
 from ddpm_ext.loop.options import LoopOptions, StepOptions
-from ddpm_ext.loop.rows import LoopRows, LoopRowsCache
+from ddpm_ext.loop.rows import LoopRows, LoopRowsCache, kept_loop_rows
 from ddpm_ext.process.process import Process
 
 
@@ -23,11 +23,6 @@ class Plan:
     shape: tuple[int, ...]
     options: StepOptions
     rows: LoopRows
-
-    @property
-    def steps(self) -> int:
-        """How many rows the loop takes."""
-        return len(self.rows)
 
     @property
     def whole(self) -> bool:
@@ -46,7 +41,7 @@ def make_plan(
         raise TypeError(f"model is {model!r}, expected a function")
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
-    rows = cache.get(process, options)
+    rows = kept_loop_rows(cache, process, options)
     check_notes(process, options)
     reads_uncond = any(kind.guided for kind in rows.needs)
     step_options = options.step_options(learned=process.variance_entry.learned, reads_uncond=reads_uncond)

@@ -39,7 +39,7 @@ def collect(
     plan: Plan, *, record: str | int | Sequence[int], callback: Callable[[Record], object] | None, progress: bool
 ) -> list[np.ndarray] | Tensor:
     """Runs a loop to its end, or until `callback` returns true: see GaussianDiffusion.p_sample_loop."""
-    chosen = _recorded_steps(record, plan.steps)
+    chosen = _recorded_steps(record, len(plan.rows))
     if callback is not None and not callable(callback):
         raise TypeError(f"callback is {callback!r}, expected a function of a Record")
     if plan.whole:
@@ -59,7 +59,8 @@ def collect(
             break
     if copies is not None:
         return copies.arrays()
-    return empty_like(now.x_t).copy_(now.x_t) if loop.doubled else now.x_t  # without the other half in its memory
+    # The other half of doubled samples is in the same memory, which the caller need not keep.
+    return empty_like(now.x_t).copy_(now.x_t) if plan.options.doubled else now.x_t
 
 
 class CapturedLoop:

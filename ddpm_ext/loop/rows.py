@@ -46,20 +46,14 @@ class LoopRows:
         return len(self.needs)
 
 
-class LoopRowsCache:
-    """The rows of the last few loops of one process: a second loop copies nothing to the device, and so can be captured
-    in a CUDA graph."""
+# Each entry holds its sampler, so that no other StepTable gets its id.
+LoopRowsCache = BoundedCache[tuple[LoopRows, object]]
 
-    def __init__(self) -> None:
-        # Each entry holds its sampler, so that no other StepTable gets its id.
-        self._entries: BoundedCache[tuple[LoopRows, object]] = BoundedCache(CACHED)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, process: Process, options: LoopOptions) -> LoopRows:
-        """make_loop_rows(process, options), made once."""
-        return self._entries.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
+def kept_loop_rows(cache: LoopRowsCache, process: Process, options: LoopOptions) -> LoopRows:
+    """make_loop_rows(process, options), made once for the last few loops of the process, whose cache it is: a second
+    loop copies nothing to the device, and so can be captured in a CUDA graph."""
+    return cache.get_or_make(_key(options), lambda: (make_loop_rows(process, options), options.sampler))[0]
 
 
 def _key(options: LoopOptions) -> object:
@@ -90,9 +84,8 @@ def _jumps(options: LoopOptions) -> Jumps | None:
 
 def _check_beside_table(options: LoopOptions) -> None:
     """A StepTable says all that these options would."""
-    spacing = None if options.spacing == "linspace" else options.spacing
-    chosen = {"steps": options.steps, "spacing": spacing, "timesteps": options.timesteps, "eta": options.eta}
-    for name, value in chosen.items():
+    for name in ("steps", "spacing", "timesteps", "eta"):
+        value = getattr(options, name)
         if value is not None:
             raise ValueError(f"{name} is {value!r} beside a StepTable as sampler, expected the table alone")
 
@@ -220,7 +213,7 @@ def _levels(process: Process, table: StepTable) -> Tensor | None:
 def _grid(process: Process, options: LoopOptions) -> Grid:
     steps, spacing = options.steps, options.spacing
     if options.timesteps is not None:
-        if steps is not None or spacing != "linspace":
+        if steps is not None or spacing is not None:
             raise ValueError(f"timesteps are given beside steps={steps!r} and spacing={spacing!r}, expected alone")
         grid = process.scaled(make_grid(process.alphas_cumprod, options.timesteps, betas=process.betas))
         if not (grid.timestep[1:] < grid.timestep[:-1]).all():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -11,7 +14,7 @@ from ddpm_ext.process.process import Process
 from ddpm_ext.tables.on_device import DeviceTables
 from ddpm_ext.tables.weightings import check_given, names, weights
 
-CACHED = 8  # given weightings, with their factors of the bound
+CACHED = 8  # given weightings, with their factors of the bound, and scales of the perturbation
 
 
 def _target(process: Process) -> Tensor:
@@ -74,9 +77,7 @@ class LossRows:
         self.needs_x_start, self.needs_noise = (target != 0).any(0).tolist()
         named = {name: _rows(target, weights(*self._of, name)) for name in self._names}
         self._named = DeviceTables(**named, bound=_bound(process), noise=process.schedule.noise)
-        # Each entry holds its weighting, so that no other tensor gets its id.
-        self._given: BoundedCache[tuple[DeviceTables, str | Tensor]] = BoundedCache(CACHED)
-        self._perturbed: BoundedCache[DeviceTables] = BoundedCache(1)
+        self._given: BoundedCache[tuple[DeviceTables, object]] = BoundedCache(CACHED)
 
     def get(
         self,
@@ -98,27 +99,34 @@ class LossRows:
             check_given(self._of[0], weighting)
         elif isinstance(weighting, str) and weighting in self._names and bound is None:
             return self._named.get(weighting, device, dtype)
+        name: object = weighting if isinstance(weighting, str) else None
+        # Inference tensors count no versions, so that a later write to them would go unseen.
+        if isinstance(weighting, Tensor) and not (torch.compiler.is_compiling() or weighting.is_inference()):
+            name = id(weighting), weighting._version
+        key = None if name is None else (name, error, bound)
+        return self._kept(key, partial(self._make, weighting, error, bound), weighting, device, dtype)
+
+    def _kept(
+        self, key: Hashable, make: Callable[..., Tensor], held: object, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """make(device, dtype), made once for a key; for None, in each call.
+
+        held: what the key has the id of, so that no other tensor gets it.
+        """
         if torch.compiler.is_compiling():
             # A compiled graph can't see whether somebody has written to the weights.
-            return self._make(weighting, device, dtype, error, bound)
-        # Inference tensors count no versions, so that a later write to them would go unseen.
-        if not isinstance(weighting, str) and (not isinstance(weighting, Tensor) or weighting.is_inference()):
-            return self._tables(weighting, error, bound).get("loss", device, dtype)
-        key = (weighting if isinstance(weighting, str) else (id(weighting), weighting._version), error, bound)
-        found = self._given.get(key)
-        if found is not None:
-            return found[0].get("loss", device, dtype)
-        tables = self._tables(weighting, error, bound)
-        # What a function transform or a fake mode made is of no use after it.
-        if is_plain(tables.get("loss", torch.device("cpu"), torch.float64)):
-            tables = self._given.get_or_make(key, lambda: (tables, weighting))[0]
-        return tables.get("loss", device, dtype)
-
-    def _tables(self, weighting: str | Tensor, error: bool, bound: float | None) -> DeviceTables:
-        return DeviceTables(loss=self._make(weighting, torch.device("cpu"), torch.float64, error, bound))
+            return make(device, dtype)
+        found = None if key is None else self._given.get(key)
+        if found is None:
+            on_host = torch.device("cpu"), torch.float64
+            found = made = DeviceTables(rows=make(*on_host)), held
+            # What a function transform or a fake mode made is of no use after it.
+            if key is not None and is_plain(made[0].get("rows", *on_host)):
+                found = self._given.get_or_make(key, lambda: made)
+        return found[0].get("rows", device, dtype)
 
     def _make(
-        self, weighting: str | Tensor, device: torch.device, dtype: torch.dtype, error: bool, bound: float | None
+        self, weighting: str | Tensor, error: bool, bound: float | None, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         if isinstance(weighting, str) and weighting in self._names:
             rows = self._named.get(weighting, device, dtype)
@@ -131,14 +139,9 @@ class LossRows:
 
     def perturbation(self, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(timesteps, 2): 1, and `scale` times the standard deviation of x_t's noise."""
-        if torch.compiler.is_compiling():
+
+        def make(device: torch.device, dtype: torch.dtype) -> Tensor:
             noise = self._named.get("noise", device, dtype)
             return torch.stack([torch.ones_like(noise), noise * scale], 1)
-        tables = self._perturbed.get(scale)
-        if tables is None:
-            noise = self._named.get("noise", torch.device("cpu"), torch.float64)
-            rows = torch.stack([torch.ones_like(noise), noise * scale], 1)
-            if not is_plain(rows):
-                return DeviceTables(noise=rows).get("noise", device, dtype)
-            tables = self._perturbed.get_or_make(scale, lambda: DeviceTables(noise=rows))
-        return tables.get("noise", device, dtype)
+
+        return self._kept(("perturbation", scale), make, None, device, dtype)

@@ -176,10 +176,7 @@ class Importance(_Weighted):
             raise ValueError(f"density has shape {tuple(density.shape)}, expected (timesteps,)")
         super().__init__(len(density))
         density = density.detach().to("cpu", torch.float64)
-        bad = ~((density > 0) & density.isfinite())
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise ValueError(f"density[{i}] is {density[i]}, expected finite numbers above 0")
+        checks.refuse("density", density, ~((density > 0) & density.isfinite()), "finite numbers above 0")
         density = density / density.max()  # so that no sum overflows
         self._probabilities = density / density.sum()
 

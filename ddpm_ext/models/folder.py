@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,14 @@ class LoadedModel:
     """A denoiser that is ready to sample, with the settings of the diffusion that it was trained for.
 
     classes: those of a class-conditional model, which is called with class_labels; None for another.
+    shape: (channels, height, width) of one sample.
     """
 
     unet: UNet2DModel
     settings: DiffusionSettings
     folder: Path
     classes: Classes | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one sample"""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+    shape: tuple[int, int, int] = field(kw_only=True)
 
 
 def load_model(
@@ -99,7 +94,9 @@ def load_model(
     # Not the model's own to(), which warns about low precision even if all modules work in it.
     torch.nn.Module.to(unet.eval(), device=device, dtype=dtype)
     check_finite(unet, inner / WEIGHTS)
-    return LoadedModel(unet, settings, folder, classes)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return LoadedModel(unet, settings, folder, classes, shape=(unet.config.in_channels, height, width))
 
 
 def model_sha256(model: LoadedModel) -> str:

@@ -63,7 +63,7 @@ class DiffusionSettings:
     @classmethod
     def of(cls, diffusion: GaussianDiffusion) -> DiffusionSettings:
         """Those of a GaussianDiffusion. Raises ValueError for levels in place of betas, unless they are "flow"."""
-        schedule, timesteps = diffusion.process.schedule, diffusion.timesteps
+        schedule, timesteps = diffusion.schedule, diffusion.timesteps
         betas: str | tuple[float, ...] = tuple(diffusion.betas.tolist())
         if schedule.scale is not None:
             flow = schedules.forward_levels("flow", timesteps)

@@ -62,7 +62,7 @@ def reverse_step(
 
     Examples:
         >>> from ddpm_ext import ops
-        >>> table = GaussianDiffusion(1000).process.table("steps", "x_t", x_t)
+        >>> table = GaussianDiffusion(1000).table("steps", "x_t", x_t)
         >>> x_before = ops.reverse_step(x_t, model(x_t, 999), table, 999, rng=Philox(seed=0))
     """
     checks.tensor("x_t", x_t)

@@ -96,14 +96,14 @@ class Philox:
         self.stream = None if stream is None else checks.integer("stream", stream, 2**8, "2^8")
 
     def __repr__(self) -> str:
-        seed, ids = self._given()
+        seed, ids = self.seed_and_ids()
         return f"Philox(seed={seed}, sample_ids={ids}, draw={self.draw}, stream={self.stream})"
 
     def of(self, stream: int, draw: int | Tensor | None) -> Philox:
         """The same seed and sample ids, with this stream and draw."""
-        return Philox(*self._given(), stream=stream, draw=draw)
+        return Philox(*self.seed_and_ids(), stream=stream, draw=draw)
 
-    def _given(self) -> tuple[int | Tensor, int | Tensor]:
+    def seed_and_ids(self) -> tuple[int | Tensor, int | Tensor]:
         """seed and sample_ids, as they were given."""
         seed = self.seed_value % 2**64 if self.seed is None else self.seed
         return seed, self.first_id if self.sample_ids is None else self.sample_ids

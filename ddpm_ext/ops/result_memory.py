@@ -13,6 +13,7 @@ bound is an eighth of the machine's or the container's memory.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,10 +35,8 @@ def _memory() -> int:
     except (AttributeError, OSError, ValueError):  # not on this system
         return 0
     for path in BOUNDS:
-        try:
+        with suppress(OSError, ValueError):  # no such file, or "max"
             memory = min(memory, int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
     return max(memory, 0)
 
 

@@ -22,6 +22,7 @@ from ddpm_ext.tables.levels import (
     TimestepOf,
     betas_between,
     checked_pairs,
+    checked_timesteps,
     level_columns,
     power_share,
     straight,
@@ -215,18 +216,9 @@ def grid_of_levels(timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor,
         TypeError: an argument of another type or dtype.
         ValueError: another shape, numbers out of range, or the same ratio of signal and noise twice in a row.
     """
-    timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
-    if timestep_of is None:
-        checks.tensor("timestep", timestep)
     signal, noise = checked_pairs(signal, noise)
-    if timestep_of is not None:
-        timestep = timesteps_by(timestep_of, signal[:-1], noise[:-1])
-    assert isinstance(timestep, Tensor)
-    if timestep.shape != (len(signal) - 1,) or len(timestep) == 0:
-        shape = tuple(timestep.shape)
-        raise ValueError(f"timestep has shape {shape}, expected ({len(signal) - 1},), one less than there are levels")
-    chosen = timestep.detach().to("cpu", copy=True)
-    chosen = chosen.double() if chosen.is_floating_point() else chosen.long()
+    expected = f"({len(signal) - 1},), one less than there are levels"
+    chosen, timestep_of = checked_timesteps(timestep, signal[:-1], noise[:-1], expected)
     path = power_share(signal, noise)
     if (path[1:] == path[:-1]).any():
         raise ValueError("signal and noise have the same ratio twice in a row, expected a step between two levels")

@@ -8,6 +8,7 @@ a `Scale`. Without one, r is 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,9 +117,7 @@ def checked_pairs(signal: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Levels of signal and noise, checked, as float64 (levels,) on the CPU: finite, at least 0, and not both 0."""
     checked = []
     for name, values in (("signal", signal), ("noise", noise)):
-        checks.tensor(name, values)
-        if not values.is_floating_point():
-            raise TypeError(f"{name} has dtype {values.dtype}, expected a floating one")
+        checks.floating(name, values)
         if values.dim() != 1 or len(values) == 0 or len(values) != len(signal):
             shape = tuple(values.shape)
             raise ValueError(f"{name} has shape {shape}, expected (levels,), as many of noise as of signal")
@@ -142,6 +141,24 @@ def timesteps_by(function: TimestepOf, signal: Tensor, noise: Tensor) -> Tensor:
             f"timestep returns a tensor of shape {tuple(found.shape)}, expected {tuple(signal.shape)}, one a level"
         )
     return found.detach().to("cpu", torch.float64)
+
+
+def checked_timesteps(
+    timestep: Tensor | TimestepOf, signal: Tensor, noise: Tensor, expected: str
+) -> tuple[Tensor, TimestepOf | None]:
+    """What the model is called with at levels (n,): float64 or int64 (n,) on the CPU; and the function that says so.
+
+    expected: the shape that a tensor `timestep` should have, for the error.
+
+    Raises TypeError for what is neither a tensor nor a function, ValueError for another shape, or none.
+    """
+    timestep_of = None if isinstance(timestep, Tensor) or not callable(timestep) else timestep
+    found: Any = timestep if timestep_of is None else timesteps_by(timestep_of, signal, noise)
+    checks.tensor("timestep", found)
+    if found.shape != signal.shape or not len(found):
+        raise ValueError(f"timestep has shape {tuple(found.shape)}, expected {expected}")
+    kind = torch.float64 if found.is_floating_point() else torch.int64
+    return found.detach().to("cpu", kind, copy=True), timestep_of
 
 
 def power_share(signal: Tensor, noise: Tensor) -> Tensor:

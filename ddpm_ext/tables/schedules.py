@@ -104,16 +104,10 @@ class NoiseSchedule:
             i = int(bad.nonzero()[0])
             raise ValueError(f"noise[{i}] is {noise[i]} beside a signal of {signal[i]}, expected more than before it")
         own: dict[str, object] = {"signal": signal, "noise": noise}
-        if not isinstance(self.timestep, Tensor) and callable(self.timestep):
-            own["timestep_of"] = self.timestep
-            own["timestep"] = levels.timesteps_by(self.timestep, signal, noise)
-        elif self.timestep is not None:
-            checks.tensor("timestep", self.timestep)
-            if self.timestep.shape != signal.shape:
-                shape = tuple(self.timestep.shape)
-                raise ValueError(f"timestep has shape {shape}, expected that of signal, {tuple(signal.shape)}")
-            kind = torch.float64 if self.timestep.is_floating_point() else torch.int64
-            own["timestep"] = self.timestep.detach().to("cpu", kind, copy=True)
+        if self.timestep is not None:
+            expected = f"that of signal, {tuple(signal.shape)}"
+            chosen, timestep_of = levels.checked_timesteps(self.timestep, signal, noise, expected)
+            own |= {"timestep": chosen, "timestep_of": timestep_of}
         for name, values in own.items():
             object.__setattr__(self, name, values)
         if self.scale is None:
@@ -257,9 +251,7 @@ def _checked_betas(given: Tensor, timesteps: int) -> Tensor:
         raise ValueError(f"betas have shape {tuple(betas.shape)}, expected ({timesteps},), one a timestep")
     bad = ~((betas > 0) & (betas < 1))
     bad[-1] &= betas[-1] != 1
-    if bad.any():
-        i = int(bad.nonzero()[0])
-        raise ValueError(f"betas[{i}] is {betas[i].item()}, expected 0 < beta < 1 (the last may be 1)")
+    checks.refuse("betas", betas, bad, "0 < beta < 1 (the last may be 1)")
     if 1 - betas[0] == 1:
         raise ValueError(f"betas[0] is {betas[0].item()}, expected at least 2^-52: 1 - alphas_cumprod would be 0")
     return betas

@@ -106,12 +106,17 @@ def linear_quadratic(steps: int, threshold: float = 0.025, linear_steps: int | N
     Args:
         steps: how many, at least 1.
         threshold: by how much the linear part falls.
-        linear_steps: how many steps it has, at least 1; None: half of them.
+        linear_steps: how many steps it has, 1 to `steps`; None: half of them.
 
     Returns:
         float64 (steps,).
+
+    Raises:
+        TypeError, ValueError: `linear_steps` is not an int, or out of range.
     """
-    linear = max(1, steps // 2 if linear_steps is None else linear_steps)
+    linear = max(1, steps // 2)
+    if linear_steps is not None:
+        linear = checks.integer("linear_steps", linear_steps, steps + 1, f"{steps + 1}", start=1)
     slope = threshold / linear
     curve = (1 - slope * steps) / max(1, steps - linear) ** 2
     i = torch.arange(steps, dtype=torch.float64, device="cpu")

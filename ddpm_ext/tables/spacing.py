@@ -17,7 +17,7 @@ from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import Scale, flow
 from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 
-__all__ = ["SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", "spaced_timesteps"]
+__all__ = ["DEFAULT_SPACING", "SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", "spaced_timesteps"]
 
 
 def _linspace(timesteps: int, steps: int) -> Tensor:
@@ -63,6 +63,9 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int], Tensor]] = {
     "beta": _beta,
 }
 
+# What a spacing of None means. docs/sampling.md has the numbers by which it was chosen.
+DEFAULT_SPACING = "trailing"
+
 # All names that `spacing=` takes, beside guided-diffusion's sections.
 SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS}
 _SECTIONS = re.compile(r"ddim\d+|\d+(,\d+)*")
@@ -73,7 +76,7 @@ def _unknown(spacing: str, names: Iterable[str]) -> ValueError:
     return ValueError(f"spacing is {spacing!r}, expected {known}, 'ddimN' or counts with commas between")
 
 
-def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "linspace") -> Tensor:
+def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | None = None) -> Tensor:
     """Some of the timesteps 0 to timesteps - 1, descending.
 
     Args:
@@ -84,13 +87,14 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
             closer together towards 0 (Song et al. 2021, appendix D.2), but none twice; "simple", "trailing" with other
             rounding (k-diffusion's and ComfyUI's); "beta", closer together towards both ends, at quantiles of a beta
             distribution with parameters 0.6 (Lee et al. 2024, "Beta Sampling is All You Need", as ComfyUI has it), but
-            none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps.
+            none twice; "ddim25" and the like, or counts of sections as "10,15,20": see section_timesteps. None:
+            "trailing". All timesteps are the same with each of these names.
 
     Returns:
         int64 (steps,) on the CPU.
 
     Raises:
-        TypeError: `steps` is not an int, or `spacing` not a string.
+        TypeError: `steps` is not an int, or `spacing` neither a string nor None.
         ValueError: `steps` is not in [1, timesteps], or is given with a spacing that says how many; an unknown
             `spacing`.
 
@@ -99,6 +103,8 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str = "l
         >>> spaced_timesteps(1000, 4, "trailing").tolist()
         [999, 749, 499, 249]
     """
+    if spacing is None:
+        spacing = DEFAULT_SPACING
     if not isinstance(spacing, str):
         raise TypeError(f"spacing is {spacing!r}, expected a string")
     if _SECTIONS.fullmatch(spacing):
@@ -154,7 +160,7 @@ def section_timesteps(timesteps: int, sections: str | Sequence[int]) -> Tensor:
 
 
 def spaced_grid(
-    alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str, *, scale: Scale | None = None
+    alphas_cumprod: Tensor, betas: Tensor, steps: int | None, spacing: str | None = None, *, scale: Scale | None = None
 ) -> Grid:
     """The grid of a spacing by its name.
 
@@ -162,7 +168,7 @@ def spaced_grid(
         alphas_cumprod, betas: the schedule's, (timesteps,).
         scale: of the samples. The levels of SIGMA_GRIDS are spaced by noise / signal, those of a flow by its sigma.
         steps: how many; None: as for spaced_timesteps.
-        spacing: a name of SPACINGS, or sections as for spaced_timesteps.
+        spacing: a name of SPACINGS, or sections or None as for spaced_timesteps.
 
     Raises:
         TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.

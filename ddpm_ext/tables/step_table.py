@@ -51,7 +51,6 @@ from ddpm_ext.tables.step_table_columns import (
     check_float32,
     default_draws,
     numbers,
-    refuse,
 )
 from ddpm_ext.tables.step_table_diff import ColumnDiff, TableDiff, aligned, difference, short
 
@@ -145,9 +144,9 @@ class StepTable:
             columns[name] = numbers(name, values, len(steps)).astype(np.float64)
         columns["draw"] = default_draws(steps) if self.draw is None else numbers("draw", self.draw, len(steps))
         draw = columns["draw"]
-        refuse("draw", draw, (draw < 0) | (draw >= 2**32), "0 <= draw < 2^32")
+        checks.refuse("draw", draw, (draw < 0) | (draw >= 2**32), "0 <= draw < 2^32")
         for name in LEVELS:
-            refuse(name, columns[name], columns[name] < 0, f"{name} >= 0")
+            checks.refuse(name, columns[name], columns[name] < 0, f"{name} >= 0")
         object.__setattr__(self, "notes", step_table_files.as_notes(self.notes))
         # Inference tensors could not be saved for a backward pass later on.
         with torch.inference_mode(False):

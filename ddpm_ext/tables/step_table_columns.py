@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ddpm_ext.base import checks
+
 Values = Tensor | npt.ArrayLike
 Array = npt.NDArray[Any]
 
@@ -72,15 +74,8 @@ def numbers(name: str, values: Values, rows: int | None = None) -> Array:
     if array.dtype.kind == "u" and (array > 2**63 - 1).any():
         raise ValueError(f"{name} holds {array.max()}, expected numbers below 2^63")
     array = array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
-    refuse(name, array, ~np.isfinite(array), "finite numbers")
+    checks.refuse(name, array, ~np.isfinite(array), "finite numbers")
     return array
-
-
-def refuse(name: str, values: Array, bad: Array, expected: str) -> None:
-    """Raises ValueError with the first of the values that are bad, if any is."""
-    if bad.any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"{name}[{i}] is {values[i]}, expected {expected}")
 
 
 def default_draws(timestep: Array) -> Array:

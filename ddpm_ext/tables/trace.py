@@ -132,7 +132,10 @@ def follow_function(
     model comes before it. The samples' levels are (1, sigma).
     """
     function = observed_function(sampler, sigmas, options, like)
-    traced = _traced(function.run, CLEAN_FIELDS)
+    loop = RandomRun.of(function.run, seed=0)
+    linear = Linear(function.run, loop, CLEAN_FIELDS)
+    linear.prove(loop)
+    traced = _proven(linear.rows(), None, linear, function.run, loop)
     sigma = traced.columns["timestep"]
     ones = np.ones_like(sigma)
     levels = {
@@ -143,13 +146,6 @@ def follow_function(
         "draw": np.arange(len(sigma)),
     }
     return traced._replace(columns=traced.columns | levels, begins=function.begins, asks=function.asks)
-
-
-def _traced(run: Run, second: Sequence[str] | None) -> TraceResult:
-    loop = RandomRun.of(run, seed=0)
-    linear = Linear(run, loop, second)
-    linear.prove(loop)
-    return _proven(linear.rows(), None, linear, run, loop)
 
 
 def _proven(

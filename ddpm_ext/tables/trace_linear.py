@@ -124,7 +124,7 @@ class Linear:
             other = copy.copy(self)
             other.prev = self._without_past_noise()
             try:
-                return other._rows()
+                return other._rows()  # noqa: SLF001 (of this module)
             except ValueError:
                 raise error from None
 

@@ -56,10 +56,9 @@ class StepBatches(Dataset):
     def __getitem__(self, step: int) -> Batch | Exception:
         # Returned, not raised: an exception raised in a worker arrives with the worker's traceback in its message.
         try:
-            batch = self._read(step)
+            return self._read(step)
         except (OSError, TypeError, ValueError) as error:
             return error
-        return batch
 
     @contextmanager
     def reading(self, start: int, stop: int, device: torch.device) -> Iterator[Generator[Batch, None, None]]:

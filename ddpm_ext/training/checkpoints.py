@@ -56,11 +56,9 @@ def save(folder: Path, step: int, state: dict[str, Tensor], about: dict[str, Any
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
     content = to_bytes(tensors, metadata={"format": _FORMAT, "header": json.dumps(about)})
     before = newest(folder)
-    try:
+    left = "no checkpoint was written before" if before is None else f"the newest is still {before}"
+    with files.errors_name("checkpoint", path, f"; {left}"):
         files.write_bytes(path, content)
-    except OSError as error:
-        left = "no checkpoint was written before" if before is None else f"the newest is still {before}"
-        raise OSError(f"checkpoint: cannot write {path}: {error.strerror or error}; {left}") from error
     written = _all(folder)
     for old in written[: written.index(path) + 1][:-keep]:
         old.unlink()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,12 +68,12 @@ class Log:
     def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
         self.path, self.trackers = folder / "losses.csv", trackers
         earlier = [f"{','.join(row)}\n" for row in _whole_lines(self.path) if int(row[0]) <= step] if step else []
-        with _errors_name(self.path):
+        with files.errors_name("losses", self.path):
             files.write_text(self.path, _HEADER + "".join(earlier))
 
     def write(self, rows: list[LogRow], images_per_second: float) -> None:
         """Adds lines; they are on the disk when this returns."""
-        with _errors_name(self.path), open(self.path, "a", encoding="utf-8") as opened:
+        with files.errors_name("losses", self.path), open(self.path, "a", encoding="utf-8") as opened:
             for row in rows:
                 quarters = ",".join(f"{mean:.6g}" for mean in quarter_means([row]))
                 opened.write(
@@ -115,15 +115,6 @@ def curve_title(options: Mapping[str, Any]) -> str:
     return f"Training loss: {options['loss']} of {options['prediction']}{weighting}"
 
 
-@contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Makes an OSError in the block name the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"losses: cannot write {path}: {error.strerror or error}") from error
-
-
 def _whole_lines(path: Path) -> list[list[str]]:
     """The values in the lines of a losses.csv, up to the first line that was cut short."""
     try:
@@ -158,8 +149,6 @@ def versions() -> dict[str, str]:
     """The versions of Python and of the packages that the numbers of a run depend on."""
     found = {"python": platform.python_version(), "ddpm-ext": __version__, "torch": torch.__version__}
     for package in ("diffusers", "numpy", "scikit-learn"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found

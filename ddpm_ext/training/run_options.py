@@ -72,10 +72,8 @@ def save(folder: Path, options: dict[str, Any], about: dict[str, Any]) -> None:
     Raises OSError if the file can't be written; the message is one sentence.
     """
     path = folder / OPTIONS
-    try:
+    with files.errors_name("out", path):
         files.write_json(path, {"step": 0, "options": options, "about": about})
-    except OSError as error:
-        raise OSError(f"out: cannot write {path}: {error.strerror or error}") from error
 
 
 def find(folder: Path, report: Callable[[str], None] = checkpoints.discard) -> tuple[Path, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -135,10 +136,8 @@ class Scorer:
                 raise
         found = []
         for place, seed in zip(indices, seeds, strict=True):
-            try:
+            with suppress(DamagedImage):
                 found.append(self.images.batch(place[None], [seed] if self.images.seeded else None))
-            except DamagedImage:
-                continue
         return torch.cat(found) if found else torch.empty(0, device="cpu")
 
 

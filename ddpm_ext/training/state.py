@@ -49,11 +49,14 @@ class TrainState:
         self.scores = Scores(options)
         self.skipped: dict[str, None] = {}  # images that can't be read; a dict, for it keeps their order
         self.extra = {decay: copy.deepcopy(self.average) for decay in options.extra_emas}  # further averages
-        every = {average: dict(average.named_parameters()) for average in (self.average, *self.extra.values())}
         self._averaged: dict[nn.Module, list[Tensor]] = {
-            average: [own[name] for name in self.parameters] for average, own in every.items()
+            average: [average.get_parameter(name) for name in self.parameters]
+            for average in (self.average, *self.extra.values())
         }
         self._weights: list[Tensor] = list(self.parameters.values())
+        # What has a state dict of tensors, by the name that its tensors begin with.
+        averages = {"average": self.average} | {f"average {decay}": own for decay, own in self.extra.items()}
+        self._parts: dict[str, Any] = {"model": model, **averages, "timestep_sampler": self.timestep_sampler}
 
     def set_learning_rate(self, rate: float) -> None:
         """Sets the learning rate, rounded to float32, as a graph's tensor has it, so that the weights are the same."""
@@ -82,15 +85,13 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for decay, average in self.extra.items():
-            tensors |= {f"average {decay}.{name}": value for name, value in average.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for prefix, part in self._parts.items():
+            tensors |= {f"{prefix}.{name}": value for name, value in part.state_dict().items()}
         names = list(self.parameters)
         for index, slots in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{slot}.{names[index]}": value for slot, value in slots.items()}
-        sampler = self.timestep_sampler.state_dict()
-        return tensors | {f"timestep_sampler.{name}": value for name, value in sampler.items()}
+        return tensors
 
     def numbers(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
@@ -108,15 +109,12 @@ class TrainState:
             ValueError: it is the state of another model, or has weights that are not finite. The file is named.
         """
         try:
-            self.model.load_state_dict(checkpoints.under(tensors, "model."))
-            self.average.load_state_dict(checkpoints.under(tensors, "average."))
-            for decay, average in self.extra.items():
-                average.load_state_dict(checkpoints.under(tensors, f"average {decay}."))
+            for prefix, part in self._parts.items():
+                part.load_state_dict(checkpoints.under(tensors, f"{prefix}."))
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = self._slots(checkpoints.under(tensors, "optimizer."))
             self.optimizer.load_state_dict(optimizer)
             self.scaler.load_state_dict(numbers["scaler"])
-            self.timestep_sampler.load_state_dict(checkpoints.under(tensors, "timestep_sampler."))
             self.scores.restore(numbers.get("scores"))
             self.step, self.skipped = int(numbers["step"]), dict.fromkeys(numbers["skipped"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

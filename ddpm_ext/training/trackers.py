@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_ext.base import files
-from ddpm_ext.base.optional import MissingExtra
+from ddpm_ext.base.optional import require
 from ddpm_ext.plots import grid, to_uint8
 
 _RUN = "wandb.json"
@@ -107,15 +106,9 @@ def trackers_of(folder: Path, step: int, options: Mapping[str, Any]) -> list[Tra
 
 def require_tensorboard() -> None:
     """Raises MissingExtra, with the pip command, if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtra("tensorboard: writing its events needs tensorboard: pip install tensorboard")
+    require("tensorboard", "tensorboard: writing its events", in_demo=False)
 
 
 def require_wandb() -> Any:
     """The package wandb; raises MissingExtra, with the pip command, if it is not installed."""
-    try:
-        return importlib.import_module("wandb")
-    except ModuleNotFoundError as error:
-        if error.name != "wandb":
-            raise  # of a package that it needs itself
-        raise MissingExtra("wandb: logging to Weights & Biases needs wandb: pip install wandb") from None
+    return require("wandb", "wandb: logging to Weights & Biases", in_demo=False)

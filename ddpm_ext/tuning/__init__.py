@@ -2,6 +2,6 @@
 
 from ddpm_ext.tuning.names import Named
 from ddpm_ext.tuning.report import Report
-from ddpm_ext.tuning.tune import Tuned, Tuner, tune
+from ddpm_ext.tuning.tuner import Tuned, Tuner, tune
 
 __all__ = ["Named", "Report", "Tuned", "Tuner", "tune"]

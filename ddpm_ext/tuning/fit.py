@@ -21,7 +21,7 @@ from ddpm_ext.tuning.loops import Loops, errors
 from ddpm_ext.tuning.teacher import Trajectory, angles_of
 
 HISTORY = 3  # how many clean samples of earlier rows a row may read
-RIDGE = 1e-6  # how much a weight is held back, relative to what it explains, from Euler's
+RIDGE = 1e-5  # how much a weight is held back, relative to what it explains, from Euler's
 FLOOR = 0.1  # of the mean error: errors below it count alike where trajectories are weighted by them
 Weights = list[Tensor]  # of each row, float64 (terms,): of x0, x, the kept ones from the newest on, and the last
 
@@ -46,7 +46,8 @@ class Equations:
         of_sample = torch.ones_like(power)
         for _ in range(2):
             total = torch.einsum("b,bkl->kl", of_sample, gram)
-            ridge = RIDGE * total.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
+            sizes = total.diagonal()
+            ridge = RIDGE * (sizes + RIDGE * sizes.max())  # above 0 also for a term that is 0 everywhere
             given = torch.einsum("b,bk->k", of_sample, right) + ridge * prior
             weights = torch.linalg.solve(total + ridge.diag(), given)
             explained = 2 * right @ weights - torch.einsum("k,bkl,l->b", weights, gram, weights)

@@ -46,7 +46,7 @@ class Loops:
 
     Args:
         diffusion, model, shape: as p_sample_loop's; shape is that of a batch.
-        guidance, clip_denoised, model_kwargs: as p_sample_loop's, of all loops.
+        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, of all loops.
         rng: seed and first sample id; each batch has the ids after those of the one before.
 
     Raises:
@@ -62,6 +62,7 @@ class Loops:
         guidance: Guidance | float | None = None,
         clip_denoised: bool | Clip | DynamicThreshold = True,
         model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
         rng: Philox,
     ) -> None:
         if diffusion.variance_entry.learned:
@@ -79,7 +80,7 @@ class Loops:
             "progress": False,
         }
         first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
-        self.device = torch.device("cpu") if first is None else first.device
+        self.device = checks.device(device or (torch.device("cpu") if first is None else first.device))
         self._rng = rng
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,45 +40,53 @@ class Named:
         return f"{self.sampler} with {self.spacing}{of_steps}"
 
 
-def named_tables(diffusion: GaussianDiffusion, calls: int) -> list[tuple[tuple[str, str, int], StepTable]]:
+Name = tuple[str, str, int]  # sampler, spacing, steps
+
+
+def named_tables(diffusion: GaussianDiffusion, calls: int) -> dict[Name, StepTable]:
     """The tables of all deterministic samplers with all spacings that call the model so many times, each once.
 
     Samplers with an eta have one of 0. Those that read the unconditional output are left out: their scale of guidance
     is not the usual one, so that they draw other samples.
     """
-    found: list[tuple[tuple[str, str, int], StepTable]] = []
+    found: dict[Name, StepTable] = {}
+    seen = set()
     for sampler in SAMPLERS:
         eta = 0.0 if sampler in WITH_ETA else None
         for spacing in SPACINGS:
+            # A step calls the model once or twice, and the first or the last one may be an exception.
             for steps in dict.fromkeys((calls, (calls + 1) // 2, calls - 1)):
                 try:
                     options = LoopOptions(sampler=sampler, steps=steps, spacing=spacing, eta=eta)
                     table = make_loop_rows(diffusion, options).table
                 except (TypeError, ValueError):  # a spacing that the schedule or this number of steps does not have
                     continue
-                fits = sum(needs.calls_model for needs in row_needs(table)) == calls
-                plain = not ((table.s != 0) | (table.cu != 0)).any()
-                if fits and plain and all(table != other for _, other in found):
-                    found.append(((sampler, spacing, steps), table))
+                if sum(needs.calls_model for needs in row_needs(table)) != calls:
+                    continue
+                numbers = table.packed("cpu", torch.float64).numpy().tobytes()
+                if numbers not in seen and not ((table.s != 0) | (table.cu != 0)).any():
+                    seen.add(numbers)
+                    found[sampler, spacing, steps] = table
+                break
     return found
 
 
-def rank_names(loops: Loops, trajectories: Sequence[Trajectory], calls: int) -> list[Named]:
-    """All names at so many calls, the nearest first; the last ones after one batch alone."""
-    tables = named_tables(loops.diffusion, calls)
-    found: dict[tuple[str, str, int], list[Tensor]] = {}
+def rank_names(
+    loops: Loops, trajectories: Sequence[Trajectory], tables: Mapping[Name, StepTable], calls: int
+) -> list[Named]:
+    """The named tables of so many calls, the nearest first; the last ones after one batch alone."""
+    found: dict[Name, list[Tensor]] = {}
 
-    def try_all(names: Sequence[tuple[str, str, int]], own: Trajectory) -> None:
-        for name, table in tables:
-            if name in names:
-                found.setdefault(name, []).append(errors(loops.samples(table, own.batch), own.samples))
+    def try_all(names: Iterable[Name], own: Trajectory) -> None:
+        for name in names:
+            found.setdefault(name, []).append(errors(loops.samples(tables[name], own.batch), own.samples))
 
     def ranked() -> list[Named]:
         every = ((name, torch.cat(parts)) for name, parts in found.items())
         named = [Named(*name, calls, each.mean().item(), each.median().item()) for name, each in every]
         return sorted(named, key=lambda each: each.error)
 
-    try_all([name for name, _ in tables], trajectories[0])
+    try_all(tables, trajectories[0])
     finalists = [(each.sampler, each.spacing, each.steps) for each in ranked()[:FINALISTS]]
     for trajectory in trajectories[1:]:
         try_all(finalists, trajectory)

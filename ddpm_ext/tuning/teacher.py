@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
-from ddpm_ext.tables.levels import pure_noise
+from ddpm_ext.tables.levels import flow, pure_noise
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning.loops import Batch, Loops, errors
 
@@ -62,7 +62,8 @@ class Teacher:
         self._table = self._rows(STEPS)
 
     def _rows(self, steps: int) -> StepTable:
-        return make_loop_rows(self._loops.diffusion, LoopOptions(sampler=SAMPLER, steps=steps)).table
+        spacing = "trailing" if self._loops.diffusion.schedule.scale is flow else "linspace"
+        return make_loop_rows(self._loops.diffusion, LoopOptions(sampler=SAMPLER, steps=steps, spacing=spacing)).table
 
     def trajectory(self, batch: Batch) -> Trajectory:
         """The whole way of a batch; it takes the memory of a batch for each step."""

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -32,22 +33,16 @@ def test_copies_are_empty(how):
     assert (len(copied), copied.size, len(cache)) == (0, 3, 1)
 
 
-def run(threads):
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def test_threads_get_the_value_that_was_stored_first():
     """Also where all of them make one at the same time."""
-    cache, barrier, found = BoundedCache(4), threading.Barrier(8), []
+    cache, barrier = BoundedCache(4), threading.Barrier(8)
 
     def make():
         barrier.wait()  # every thread is in here before any of them stores
         return object()
 
-    run([threading.Thread(target=lambda: found.append(cache.get_or_make("a", make))) for _ in range(8)])
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda _: cache.get_or_make("a", make), range(8))]
     assert len(found) == 8 and len(set(map(id, found))) == 1
 
 
@@ -64,5 +59,6 @@ def test_threads_never_exceed_the_size_or_see_another_keys_value():
                 errors.append(len(cache))
             n += 1
 
-    run([threading.Thread(target=work, args=(i,)) for i in range(4)])
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert errors == [] and len(cache) <= 3

@@ -1,15 +1,19 @@
 """`ddpm-ext sample` with images to begin from or to fill in, clips, and ways to call the model."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from support import fake_cuda
 from support.command_line import call, check_refused, save_tiny
 
 from ddpm_ext import DynamicThreshold, GaussianDiffusion, Guidance, Inpaint, Interpolation, Philox, models, plots
 from ddpm_ext.cli import loop_inputs
 from ddpm_ext.cli.main import build_parser
+from ddpm_ext.loop import loop
+from ddpm_ext.loop.cuda_graphs import CudaGraphs
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -129,14 +133,14 @@ def test_ways_to_call_the_model(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
     seen = {}
 
-    def loop(self, model, shape, **options):
+    def called(self, model, shape, **options):
         seen.update(options, weight=model.conv_in.weight)
         return torch.zeros(shape)
 
-    monkeypatch.setattr(GaussianDiffusion, "p_sample_loop", loop)
+    monkeypatch.setattr(GaussianDiffusion, "p_sample_loop", called)
 
     def captured(self, model, shape, **options):
-        return lambda *_, **__: loop(self, model, shape, **options)
+        return lambda *_, **__: called(self, model, shape, **options)
 
     monkeypatch.setattr(GaussianDiffusion, "capture", captured)
     for given, compiled, graph in (
@@ -148,6 +152,40 @@ def test_ways_to_call_the_model(files, tmp_path, monkeypatch):
         assert (seen["compile"], seen["graph"]) == (compiled, graph)
         layout = torch.channels_last if "--channels-last" in given else torch.contiguous_format
         assert seen["weight"].is_contiguous(memory_format=layout)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """The loops that are captured, as their CudaGraphs, by a faked torch.cuda."""
+    fake_cuda.install(monkeypatch)
+    made = []
+
+    def graphs(device):
+        made.append(CudaGraphs(torch.device("cuda")))
+        return made[-1]
+
+    monkeypatch.setattr(loop, "CudaGraphs", graphs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("options", "graph"),
+    [
+        (("--num", 3, "--guidance", 2.5), "step"),
+        (("--num", 3, "--guidance", 2.5), "loop"),
+        (START, "loop"),
+        (FILL, "step"),
+    ],
+)
+def test_one_capture_for_each_shape(pets, files, tmp_path, monkeypatch, captures, options, graph):
+    """Two samples and one: two captures, and the samples of a run without graphs, whose classes, noise and images
+    differ from batch to batch."""
+    monkeypatch.chdir(files)
+    fixed = ("--model", pets, "--batch-size", 2, *options)
+    found = [sampled(files, tmp_path / "a.npz", *fixed, *more) for more in ((), ("--graph", graph))]
+    assert np.array_equal(*found) and len(captures) == 2 and len(np.unique(found[0].reshape(3, -1), axis=0)) == 3
 
 
 def test_guidance_with_its_options_and_no_clip():

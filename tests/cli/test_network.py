@@ -17,18 +17,11 @@ N = 5
 LOOP = ("--num", N, "--sampler", "ddim", "--steps", 4, "--quiet")
 # A file of a user's, with a class, with one that takes arguments, and with functions, of which most are no good.
 MODELS = """
-import torch
-from support.trainer_run import Tiny
+from support.trainer_run import Conditional, Tiny
 
-class Pets(Tiny):
+class Pets(Conditional):
     def __init__(self):
-        super().__init__()
-        self.classes = torch.nn.Embedding(3, 1)
-        with torch.no_grad():
-            self.classes.weight.copy_(torch.tensor([[0.5], [-0.5], [0.0]]))
-
-    def forward(self, x, t, y):
-        return super().forward(x, t) + self.classes(y)[..., None, None]
+        super().__init__(3)
 
 class Wide(Tiny):
     def __init__(self, width):

@@ -86,7 +86,7 @@ def test_npz_says_how_its_samples_were_made(tiny, tmp_path, many, capsys):
     assert found["about"]["model"] == str(tiny)
     settings = found["settings"]
     assert len(settings.pop("model_sha256")) == 64 and settings.pop("version")
-    expected = {"sampler": "ddpm", "steps": 6, "spacing": "linspace", "eta": None, "seed": 0, "dtype": "float32"}
+    expected = {"sampler": "ddpm", "steps": 6, "spacing": "trailing", "eta": None, "seed": 0, "dtype": "float32"}
     assert settings == expected | {"backend": "fused", "num_images": N, "shard_size": 4, "shape": [8, 12, 3]}
     changed = ("--sampler", "ddim", "--eta", 0.5, "--clip", -2, 2, "--seed", 2**64 - 1)
     assert call(*arguments(tiny, tmp_path / "many", "--npz", tmp_path / "many.npz", *changed)) == 0

@@ -65,7 +65,7 @@ def test_many_images_go_on_with_the_same_rows_alone(model, tmp_path, capsys):
     assert (settings["sampler"], settings["steps"], len(settings["table_sha256"])) == ("table", 2, 64)
     capsys.readouterr()
     ddim = GaussianDiffusion(100)
-    make_loop_rows(ddim.process, LoopOptions(sampler="ddim", steps=2)).table.save(tmp_path / "ddim.json")
+    make_loop_rows(ddim, LoopOptions(sampler="ddim", steps=2)).table.save(tmp_path / "ddim.json")
     check_refused(capsys, "table_sha256 is ", *given, "--table", tmp_path / "ddim.json")
 
 
@@ -96,7 +96,7 @@ def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
     rows = {scale: ("ddim", "euler")[scale > 1] for scale in (1, 2)}
     gd = models.load_model(pets).settings.diffusion()
     for scale, sampler in rows.items():
-        table = make_loop_rows(gd.process, LoopOptions(sampler=sampler, steps=3, eta=0.0 if scale == 1 else None)).table
+        table = make_loop_rows(gd, LoopOptions(sampler=sampler, steps=3, eta=0.0 if scale == 1 else None)).table
         table.save(pets / "tuned" / table_name(3, scale))
     given = ("--model", pets, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
     tuned = ("--sampler", "tuned", "--steps", 3)

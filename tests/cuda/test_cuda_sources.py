@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.ptx import reads_before_a_barrier
 
 from benchmarks.static.cards import ARCHS
 from benchmarks.static.compiler import EVERY_SOURCE, SOURCES, Build, Missing, build_all, find_tools
@@ -79,6 +78,20 @@ def test_compiles(build, kernels, arch):
     assert by_access["words"] == by_words * by_access["strided"]
 
 
+def reads_before_a_barrier(ptx: str) -> list[str]:
+    """The reads of one place in shared memory, which is the same for all threads, that come behind a store and before
+    the next barrier. Threads would race for what such a place holds."""
+    found, stored = [], False
+    for line in ptx.splitlines():
+        if ".entry" in line or "bar.sync" in line:
+            stored = False
+        elif re.search(r"\bst\.shared", line):
+            stored = True
+        elif stored and re.search(r"\bld\.shared\S*\s+[^\[]*\[_Z\w+(\+\d+)?\]", line):
+            found.append(line.strip())
+    return found
+
+
 @EACH_SUM
 def test_threads_read_what_is_everybodys_behind_a_barrier(build):
     assert "bar.sync" in build.ptx
@@ -135,7 +148,9 @@ def code(path: str, function: str = "") -> str:
 
 
 def fma_calls(text: str) -> int:
-    return len(re.findall(r"\bfma\(", text))
+    """Those that are written, and those of polynomials, one for each coefficient but the first."""
+    polynomials = re.findall(r"\bpolynomial\(\w+, ([^)]*)\)", text)
+    return len(re.findall(r"\bfma\(", text)) + sum(coefficients.count(",") for coefficients in polynomials)
 
 
 def fma_a_root() -> int:

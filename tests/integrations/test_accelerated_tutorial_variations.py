@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.accelerated_tutorial import SHAPE, Exact, Net, T, both, own_code, record_bars, seeded, with_method
+from support.accelerated_tutorial import SHAPE, Exact, T, both, own_code, record_bars, seeded, with_method
 from support.eager_tutorial import GaussianDiffusion
+from support.peer_training import Net
 from torch import nn
 
 import ddpm_ext

@@ -11,9 +11,13 @@ import pytest
 import torch
 from support.launches import launches
 
-from ddpm_ext import Philox, randn
+from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import k_diffusion
 from ddpm_ext.integrations.k_diffusion import NAMES, sampler
+from ddpm_ext.integrations.table_levels import table_sigmas
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
 
 SHAPE = (3, 2, 5)
@@ -35,16 +39,10 @@ def bend(x, sigma, **_):
     return torch.tanh(x / (1 + sigma.reshape(-1, *[1] * (x.dim() - 1))))
 
 
-def exact(signal):
-    """The denoiser of N(MEAN, DEVIATION^2) for samples signal(sigma) x0 + sigma eps."""
-
-    def model(x, sigma):
-        s, n = signal(sigma), sigma
-        gain = s * DEVIATION**2 / (s**2 * DEVIATION**2 + n**2)
-        shape = (-1, *[1] * (x.dim() - 1))
-        return MEAN + gain.reshape(shape) * (x - s.reshape(shape) * MEAN)
-
-    return model
+def exact(x, sigma):
+    """The denoiser of N(MEAN, DEVIATION^2) for samples x0 + sigma eps."""
+    gain = DEVIATION**2 / (DEVIATION**2 + sigma**2)
+    return MEAN + gain.reshape(-1, *[1] * (x.dim() - 1)) * (x - MEAN)
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -75,12 +73,6 @@ def test_calls_without_a_seed_never_share_noise():
     assert (first - second).abs().max() > 0.01
     torch.manual_seed(0)
     assert torch.equal(sample(bend, x, SIGMAS, disable=True), first)
-
-
-def test_churn_has_both_ends_of_its_range():
-    seen, options = [], {"s_churn": 5.0, "s_tmin": 2.5, "s_tmax": 2.5}
-    sampler("euler")(bend, start(), SIGMAS, callback=seen.append, disable=True, **options)
-    assert [bool(step["sigma_hat"] > step["sigma"]) for step in seen] == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOISY])
@@ -175,14 +167,6 @@ def test_churn_is_between_two_sigmas_and_at_both():
 # --------------------------------------------------------------------------------------------------------------- flow
 
 
-def test_flow_is_eulers_step_along_the_velocity():
-    x = expected = start(torch.float64, scale=1.0)
-    for now, after in pairwise(FLOW):
-        expected = expected + (expected - bend(expected, now.expand(3))) / now * (after - now)
-    found = sampler("euler")(bend, x, FLOW, disable=True, flow=True)
-    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ddpm"])
 def test_flow_is_the_same_process_at_another_scale(name):
     """x of flow is (1 - sigma) times that of sigma space, at the same ratio of signal and noise."""
@@ -198,25 +182,14 @@ def test_flow_is_the_same_process_at_another_scale(name):
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
-def test_order_of_convergence(name, order, flow):
+def test_order_of_convergence(name, order):
     """To the probability flow of Gaussian data, along which a sample stays as many deviations from the mean."""
-    first, last = (0.95, 0.05) if flow else (10.0, 0.1)
-    signal = (lambda sigma: 1 - sigma) if flow else torch.ones_like
-
-    def of_level(sigma):
-        level = torch.tensor(sigma, dtype=torch.float64)
-        s = signal(level)
-        return s * MEAN, (s**2 * DEVIATION**2 + level**2).sqrt()
-
-    (mean, deviation), (mean_after, deviation_after) = of_level(first), of_level(last)
-    z = start(torch.float64, scale=1.0)
-    errors = []
+    first, last, z, errors = 10.0, 0.1, start(torch.float64, scale=1.0), []
     for steps in (160, 320):
         sigmas = torch.linspace(math.log(first), math.log(last), steps + 1, dtype=torch.float64).exp()
-        found = sampler(name)(exact(signal), mean + deviation * z, sigmas, disable=True, flow=flow)
-        errors.append((found - mean_after - deviation_after * z).abs().max().item())
+        found = sampler(name)(exact, MEAN + math.hypot(DEVIATION, first) * z, sigmas, disable=True)
+        errors.append((found - MEAN - math.hypot(DEVIATION, last) * z).abs().max().item())
     assert math.log2(errors[0] / errors[1]) > order - 0.2
 
 
@@ -235,23 +208,21 @@ def test_order_of_convergence(name, order, flow):
         ("dpmpp_2m_sde", [1.0, 0.5], {"solver_type": "heun"}, "solver_type is not 'midpoint'"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0, draw=3)}, "expected one without a draw"),
         ("ddpm", [1.0, 0.5], {"rng": Philox(0), "noise_sampler": print}, "noise_sampler and rng are both given"),
+        ("dpmpp_2m", [1.0, 0.5], {"eta": 1.0}, "unexpected keyword argument 'eta'"),
+        ("dpmpp_2m", [3, 1], {}, "sigmas has dtype torch.int64, expected a floating one"),
     ],
 )
 def test_bad_input(name, sigmas, options, message):
     def model(x, sigma):
         raise AssertionError("the model is called")
 
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sampler(name)(model, start(), torch.tensor(sigmas), disable=True, **options)
 
 
 def test_what_is_no_argument():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'eta'"):
-        sampler("dpmpp_2m")(bend, start(), SIGMAS, eta=1.0)
     with pytest.raises(TypeError, match="sigmas is a list, expected a tensor"):
         sampler("dpmpp_2m")(bend, start(), [1.0, 0.0])
-    with pytest.raises(TypeError, match=r"sigmas has dtype torch.int64, expected a floating one"):
-        sampler("dpmpp_2m")(bend, start(), torch.tensor([3, 1]))
     with pytest.raises(TypeError, match=r"x has dtype torch.int64, expected a floating one"):
         sampler("euler")(bend, torch.ones(SHAPE, dtype=torch.int64), SIGMAS)
     with pytest.raises(TypeError, match=r"the model's output is a NoneType, expected a tensor"):
@@ -352,7 +323,7 @@ def node(root, monkeypatch):
 
 
 def test_comfyui_node(node):
-    (cls,) = node.NODE_CLASS_MAPPINGS.values()
+    cls = node.NODE_CLASS_MAPPINGS["DdpmExtSampler"]
     assert node.NODE_DISPLAY_NAME_MAPPINGS.keys() == node.NODE_CLASS_MAPPINGS.keys() and cls.RETURN_TYPES == (
         "SAMPLER",
     )
@@ -379,3 +350,64 @@ def test_comfyui_node_recognises_flow(node):
     found = made.sample(Wrapped(node.comfy.model_sampling.CONST()), sigmas, extra_args, lambda *_: None, x)
     assert torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True, flow=True))
     assert not torch.equal(found, sampler("dpmpp_2m")(bend, x, sigmas, disable=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def table_of(schedule="linear", prediction="eps", name="unipc"):
+    """A process, and a named sampler's table for its loops."""
+    gd = GaussianDiffusion(1000, beta_schedule=schedule, prediction=prediction)
+    return gd, make_loop_rows(gd, LoopOptions(sampler=name, steps=6, spacing="trailing")).table
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, name", [("linear", "eps", "unipc"), ("linear", "v", "plms"), ("flow", "flow", "deis")]
+)
+def test_a_table_takes_the_loop_that_it_was_made_for(schedule, prediction, name, tmp_path):
+    gd, table = table_of(schedule, prediction, name)
+    signal = table.signal_now.float()
+    scaled = schedule != "flow"
+
+    def model(x, t):
+        return torch.tanh(x * (1 + t.reshape(-1, 1, 1) / 1000))
+
+    def denoiser(x, sigma):
+        row = int((sigmas[:-1] - sigma[0]).abs().argmin())
+        own = x * signal[row] if scaled else x
+        return table.a[row] * own + table.b[row] * model(own, table.timestep[row].expand(len(x)).float())
+
+    table.save(tmp_path / "table.json")
+    sigmas = table_sigmas(table)[0].float()
+    x = start(scale=1.0)
+    first = x / signal[0] if scaled else x
+    options = {"record": "last", "progress": False, "clip_denoised": False}
+    expected = gd.p_sample_loop(model, SHAPE, sampler=table, noise=x, **options)
+    for which in (table, tmp_path / "table.json", str(tmp_path / "table.json")):
+        for given in (None, sigmas):
+            found = sampler(which)(denoiser, first.double(), given, disable=True)
+            torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected those of the table"):
+        sampler(table)(denoiser, first, SIGMAS, disable=True)
+
+
+def test_tables_that_no_denoiser_can_run():
+    _, table = table_of()
+    levels = dict.fromkeys(LEVELS, torch.zeros(6))
+    with pytest.raises(ValueError, match="has no levels"):
+        sampler(dataclasses.replace(table, **levels))
+    with pytest.raises(ValueError, match="more of the model"):
+        sampler(dataclasses.replace(table, cu=torch.ones(6)))
+
+
+def test_comfyui_node_of_a_table(node, tmp_path):
+    _, table = table_of("flow", "flow", "deis")
+    table.save(tmp_path / "table.json")
+    made, sigmas = node.DdpmExtTable().get_sampler(str(tmp_path / "table.json"))
+    assert sigmas.dtype == torch.float32 and sigmas[-1] == 0
+    extra_args = {"model_options": {}, "seed": 3}
+    flow, x = Wrapped(node.comfy.model_sampling.CONST()), start(scale=1.0)
+    found = made.sample(flow, sigmas, extra_args, lambda *_: None, x)
+    assert torch.equal(found, sampler(table)(bend, x, None, disable=True))
+    with pytest.raises(ValueError, match="is for models of rectified flow"):
+        made.sample(Wrapped(None), sigmas, extra_args, lambda *_: None, x)

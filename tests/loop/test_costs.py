@@ -24,12 +24,17 @@ VIEWS = {f"aten.{name}" for name in VIEWS}
 
 
 class Count(TorchDispatchMode):
+    """The operators that are called, and whether each launch of a step draws noise."""
+
     def __init__(self):
         super().__init__()
-        self.names = Counter()
+        self.names, self.draws = Counter(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.names[str(function).rsplit(".", 1)[0]] += 1
+        arguments = [argument.name for argument in function._schema.arguments]
+        if "draw_noise" in arguments:
+            self.draws.append({**dict(zip(arguments, args, strict=False)), **(kwargs or {})}["draw_noise"])
         return function(*args, **(kwargs or {}))
 
 
@@ -173,20 +178,6 @@ def test_python_frames(name, more, most):
         begin = end
 
 
-class Draws(TorchDispatchMode):
-    """Whether each launch of a step draws noise."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = [argument.name for argument in function._schema.arguments]
-        if "draw_noise" in names:
-            self.seen.append({**dict(zip(names, args, strict=False)), **(kwargs or {})}["draw_noise"])
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("options", "noisy", "last"),
     [
@@ -205,10 +196,10 @@ def test_rows_without_noise_draw_none(device, options, noisy, last):
     made = Options(device)
     options = {**options, "inpaint": Inpaint(**made.inpaint)} if "inpaint" in options else options
     arguments = {"steps": 5, "rng": Philox(1), "device": device, **options}
-    with Draws() as draws:
+    with Count() as count:
         for _ in GaussianDiffusion(100).sample_progressive(made.model, SHAPE, **arguments):
             pass
-    assert draws.seen == [noisy] * 4 + [last]
+    assert count.draws == [noisy] * 4 + [last]
 
 
 @names

@@ -168,32 +168,3 @@ def test_bits_do_not_depend_on_the_batch(device):
         assert torch.equal(part, whole[i : i + 1])
     guided = run(gd, table, device, record="last", guidance=Guidance(2.5, unconditional))
     assert torch.equal(run(gd, table, device, model=both, record="last", guidance=2.5), guided)
-
-
-def test_a_step_is_one_launch_and_allocates_nothing():
-    table, gd = make_table(), GaussianDiffusion(TIMESTEPS)
-    output = torch.zeros(SHAPE)
-    loop = gd.sample_progressive(lambda x, t: output, SHAPE, sampler=table, rng=RNG)
-    next(loop)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        next(loop)
-    events = [event for event in profile.events() if event.name.startswith(("aten::", "ddpm_ext::"))]
-    assert [event.name for event in events if event.name.startswith("ddpm_ext::")] == ["ddpm_ext::step_with_options"]
-    assert not [event.name for event in events if event.cpu_memory_usage > 0]
-
-
-def test_refusals():
-    gd = GaussianDiffusion(TIMESTEPS)
-
-    def refused(match, table, **options):
-        with pytest.raises(ValueError, match=match):
-            run(gd, table, "cpu", **options)
-
-    early = torch.zeros(STEPS, dtype=torch.float64)
-    early[1] = 0.5
-    refused("row 1 has h2 0.5, but 1 rows of the loop before it keep a tensor", make_table(h2=early))
-    table = make_table(g0=torch.zeros(STEPS), g1=torch.zeros(STEPS))
-    refused("cond_fn is given, expected a sampler whose table says g0", table, cond_fn=cond_fn)
-    refused("row 0 has h1", make_table()[2:])
-    with pytest.raises(ValueError, match="has history"):
-        ddpm_ext.tables.samplers.repaint(make_table())

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from support.gaussian import diffusion
-from support.loop_cases import IDS, PART, SHAPE, given, half_known, make_diffusion, model, ours, truth
-from support.plain_loop import TIMESTEPS, each, noise, rows_of
+from support.loop_cases import IDS, PART, SHAPE, given, make_diffusion, ours, truth
+from support.plain_loop import each, noise, rows_of
 
 from ddpm_ext import Inpaint, Interpolation
 from ddpm_ext.loop.interpolation import slerp
@@ -15,20 +14,6 @@ backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 F32, F64 = torch.float32, torch.float64
 
 # ---------------------------------------------------------------------------------------------------- inpainting
-
-
-@backends
-@pytest.mark.parametrize(  # jumps cannot be combined with history
-    "sampler, passes", [("ddpm", 1), ("ddpm", 2), ("ddim", 2), ("euler_ancestral", 2), ("heun", 1), ("dpmpp_2m", 1)]
-)
-def test_known_pixels_are_in_the_result(run, device, backend, sampler, passes):
-    """The known pixels are in the result bit for bit. After each step they have the noise of its level."""
-    gd = diffusion(backend=backend)
-    known, mask = given(1, PART, device, F32), half_known(PART, device, F32)
-    inpaint = Inpaint(known, mask, jump_length=3, jump_n_sample=passes)
-    end = run(gd, sampler, eta=None, shape=SHAPE, steps=12, inpaint=inpaint, record="last")
-    assert torch.equal(end[mask == 1], known[mask == 1])
-    assert not (end[mask == 0] == known[mask == 0]).any()
 
 
 @backends
@@ -102,14 +87,6 @@ def test_interpolations_are_independent_of_the_batch(device):
         torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
 
 
-def test_slerp_keeps_the_variance():
-    a, b = torch.randn(2, 8, 4096, generator=torch.Generator().manual_seed(3))
-    for weight in (0.0, 0.3, 0.5, 1.0):
-        assert slerp(a, b, weight).var().item() == pytest.approx(1, abs=0.03)
-    torch.testing.assert_close(slerp(a, b, 0.25), slerp(b, a, 0.75), rtol=1e-5, atol=1e-6)
-    assert torch.equal(slerp(a, b, 0.0), a)
-
-
 @pytest.mark.parametrize("dtype", [F32, F64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3,), (3, 8), (3, 2, 2, 2)])
 def test_slerp_of_one_direction_is_lerp(dtype, shape):
@@ -121,32 +98,6 @@ def test_slerp_of_one_direction_is_lerp(dtype, shape):
             found.double(), (a.double() + b.double()) / 2, rtol=1e-2 if dtype != F64 else 1e-12, atol=0
         )
     assert slerp(a, -a, 0.5).isfinite().all()
-
-
-# ------------------------------------------------------------------------------------- to its noise and back
-
-
-def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
-    """A model that predicts the posterior's mean gives the samples of one that predicts x0, with all steps or a few."""
-    x0_of, x_prev_of = make_diffusion(prediction="x0"), make_diffusion(prediction="x_prev")
-    of_x0, of_x = (c.to(device, F32) for c in (x0_of.posterior_mean_coef1, x0_of.posterior_mean_coef2))
-
-    def x_prev(x, t):
-        return each(of_x0[t], x) * model(x, t) + each(of_x[t], x) * x
-
-    for sampler in ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_cfg_pp"):
-        for chosen in ({"timesteps": None}, {"timesteps": list(TIMESTEPS)}):
-            one, other = (
-                gd.p_sample_loop(
-                    **{**ours(gd, "plain", model=m, device=device), "sampler": sampler, **chosen}, record="last"
-                )
-                for gd, m in ((x0_of, model), (x_prev_of, x_prev))
-            )
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)  # measured 1.9e-6, factor 5
-    with pytest.raises(ValueError, match="prediction is 'x_prev', expected a sampler and a spacing with"):
-        x_prev_of.p_sample_loop(
-            **ours(x_prev_of, "plain", sampler="euler") | {"timesteps": None}, spacing="karras", steps=5
-        )
 
 
 # ------------------------------------------------------------------------------------------------------- refused
@@ -161,23 +112,19 @@ def test_x_prev_predictions_give_the_samples_of_x0_predictions(device):
         ({"mask": 1}, TypeError, "mask is a int, expected a tensor"),
         ({"mask": torch.ones(SHAPE, dtype=torch.uint8)}, TypeError, "mask has dtype torch.uint8, expected bool or"),
         ({"mask": torch.ones(7)}, ValueError, r"mask has shape \(7,\), expected one that broadcasts to known's"),
-        ({"mask": torch.ones(2, *SHAPE)}, ValueError, r"mask has shape \(2, 4, 2, 3, 5\), expected one that broad"),
         ({"mask": torch.ones(SHAPE, device="meta")}, ValueError, "mask is on meta, expected known's device, cpu"),
         ({"mask": torch.full((5,), 255.0)}, ValueError, "mask reaches from 255.0 to 255.0, expected all in 0 <="),
         ({"mask": torch.tensor([float("nan")])}, ValueError, "mask reaches from nan to nan, expected"),
         ({"jump_length": 0}, ValueError, "jump_length is 0, expected 1 <= jump_length"),
         ({"jump_length": 2.0}, TypeError, "jump_length is 2.0, expected an int"),
         ({"jump_n_sample": 0}, ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
-        ({"jump_n_sample": True}, TypeError, "jump_n_sample is True, expected an int"),
         ({"first": None}, TypeError, "first is a NoneType, expected a tensor"),
         ({"second": torch.zeros(3)}, ValueError, r"second has shape \(3,\), expected that of first"),
         ({"second": torch.zeros(SHAPE).half()}, TypeError, "second has dtype torch.float16, expected that of first"),
         ({"second": torch.zeros(SHAPE, device="meta")}, ValueError, "second is on meta, expected first's device, cpu"),
         ({"method": "cubic"}, ValueError, "method is 'cubic', expected 'slerp' or 'lerp'"),
         ({"weight": 1.5}, ValueError, "weight is 1.5, expected 0 <= weight <= 1"),
-        ({"weight": float("nan")}, ValueError, "weight is nan, expected 0 <= weight <= 1"),
         ({"weight": "0.5"}, TypeError, "weight is '0.5', expected a float or a tensor"),
-        ({"weight": True}, TypeError, "weight is True, expected a float or a tensor"),
         ({"weight": torch.zeros(3)}, ValueError, r"weight has shape \(3,\) and dtype torch.float32, expected a fl"),
         ({"weight": torch.zeros(4).long()}, ValueError, "weight has shape .* and dtype torch.int64, expected a fl"),
         ({"weight": torch.tensor([0, 0, 0, 1.1])}, ValueError, "weight is tensor.*expected 0 <= weight <= 1"),

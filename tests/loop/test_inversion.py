@@ -17,7 +17,7 @@ def process(schedule="linear", prediction="eps"):
 @pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading", "karras"])
 def test_rows_go_up_through_the_levels_of_the_loop(spacing):
     gd = process()
-    table = inversion_table(gd.process, 10, spacing)
+    table = inversion_table(gd, 10, spacing)
     assert (table.signal_after[:-1] == table.signal_now[1:]).all()
     assert table.signal_now[0] == gd.alphas_cumprod[0].sqrt()
     if spacing != "karras":
@@ -31,7 +31,7 @@ def test_rows_go_up_through_the_levels_of_the_loop(spacing):
 def test_path_of_a_gaussian(schedule, prediction):
     """On the exact path, x / x_0 is the ratio of the deviations at the two levels; short steps come close to it."""
     gd = process(schedule, prediction)
-    signal, noise = gd.process.schedule.signal, gd.process.schedule.noise
+    signal, noise = gd.schedule.signal, gd.schedule.noise
     deviation = (signal**2 * DEVIATION**2 + noise**2).sqrt()
 
     def model(x, t):
@@ -42,7 +42,7 @@ def test_path_of_a_gaussian(schedule, prediction):
 
     errors = []
     for steps in (50, 500):
-        table = inversion_table(gd.process, steps)
+        table = inversion_table(gd, steps)
         top = spaced_timesteps(1000, steps)[0]
         x = torch.full((1, 1, 2, 2), 0.3, dtype=torch.float64)
         given = {"record": "last", "progress": False, "clip_denoised": False, "dtype": torch.float64}
@@ -54,8 +54,8 @@ def test_path_of_a_gaussian(schedule, prediction):
 
 def test_refusals():
     with pytest.raises(ValueError, match="which begins at timestep 0, expected a later one"):
-        inversion_table(process().process, 1, "leading")
+        inversion_table(process(), 1, "leading")
     with pytest.raises(ValueError, match="the mean of a step down"):
-        inversion_table(process(prediction="x_prev").process, 10)
+        inversion_table(process(prediction="x_prev"), 10)
     with pytest.raises(ValueError, match="expected 1 to 1000, the schedule's timesteps"):
-        inversion_table(process().process, 1001)
+        inversion_table(process(), 1001)

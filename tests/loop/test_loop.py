@@ -6,7 +6,7 @@ import torch
 from support.gaussian import TIMESTEPS, diffusion, exact_model
 
 import ddpm_ext
-from ddpm_ext import GaussianDiffusion, Philox
+from ddpm_ext import Philox
 from ddpm_ext.loop.rows import CACHED
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import KernelTables
@@ -15,11 +15,10 @@ from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 from ddpm_ext.tables.step_table import StepTable
 
+LEVELS = diffusion().alphas_cumprod
 # Those whose rows read what the rows before found or kept.
 OF_HIGHER_ORDER = [
-    name
-    for name, sampler in SAMPLERS.items()
-    if (table := sampler(make_grid(diffusion().alphas_cumprod, [90, 60, 30]))).history
+    name for name, sampler in SAMPLERS.items() if (table := sampler(make_grid(LEVELS, [90, 60, 30]))).history
 ]
 backends = pytest.mark.parametrize("backend", ["fused", "reference"])
 
@@ -45,45 +44,6 @@ def test_a_second_loop_makes_no_table(run, device, monkeypatch):
     run(gd, sampler="ddim", timesteps=[9, 0])
     with pytest.raises(TypeError, match="timestep has dtype"):
         run(gd, sampler="ddim", timesteps=[9.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sampler": "euler", "spacing": "trailing", "steps": 10},
-        {"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]},
-        {"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"},
-        {"sampler": "euler", "spacing": "karras", "steps": 8},
-        {"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8},
-    ],
-    ids=lambda options: "-".join(map(str, options.values())),
-)
-def test_a_given_table_gives_the_samples_of_its_sampler(run, device, options):
-    """A given table gives the samples of its sampler. The model gets fractional timesteps as float32."""
-    gd, told = diffusion(), []
-    exact = exact_model(gd)
-
-    def model(x, t):
-        told.append(t)
-        return exact(x, t.long())
-
-    by_name = gd.p_sample_loop(model, (4, 5), rng=Philox(1), record="last", progress=False, device=device, **options)
-    name, steps, eta = options["sampler"], options.get("steps"), options.get("eta")
-    spacing = options.get("spacing", "linspace")
-    if spacing in ("karras", "log_snr"):
-        grid = {"karras": karras_grid, "log_snr": log_snr_grid}[spacing](gd.alphas_cumprod, steps)
-    else:
-        chosen = options.get("timesteps")
-        chosen = spaced_timesteps(TIMESTEPS, steps, spacing) if chosen is None else chosen
-        grid = make_grid(gd.alphas_cumprod, chosen, betas=gd.betas)
-    table = SAMPLERS[name](grid, **({} if eta is None else {"eta": eta}))
-    assert torch.stack(told)[:, 0].dtype == (torch.float32 if table.timestep.is_floating_point() else torch.int64)
-    assert torch.equal(torch.stack(told)[:, 0].cpu(), table.timestep.to(told[0].dtype))
-    for _ in range(2):
-        by_table = gd.p_sample_loop(
-            model, (4, 5), sampler=table, rng=Philox(1), record="last", progress=False, device=device
-        )
-        assert torch.equal(by_table, by_name)
 
 
 def test_callback_sees_each_step_and_may_end_the_loop(run, device):
@@ -130,30 +90,44 @@ def test_progressive(run, device):
         gd.sample_progressive(model, (3, 5), sampler="dpm")
 
 
-@backends
+def of_timesteps(timesteps):
+    return make_grid(LEVELS, timesteps, betas=diffusion().betas)
+
+
 @pytest.mark.parametrize(
-    "sampler, strength, taken", [("ddpm", 0.29, 29), ("ddim", 0.5, 50), ("euler_ancestral", 1.0, 100)]
+    "options, grid, strength, taken",
+    [
+        ({"sampler": "ddpm"}, of_timesteps(range(99, -1, -1)), 0.29, 29),
+        ({"sampler": "euler_ancestral"}, of_timesteps(range(99, -1, -1)), 1.0, 100),
+        ({"sampler": "euler_ancestral", "timesteps": [99, 50, 20, 3]}, of_timesteps([99, 50, 20, 3]), 0.75, 3),
+        ({"sampler": "ddim", "eta": 0.5, "spacing": "ddim10"}, of_timesteps(range(90, -1, -10)), 0.5, 5),
+        ({"sampler": "euler", "spacing": "trailing", "steps": 10}, of_timesteps(range(99, -1, -10)), 1.0, 10),
+        ({"sampler": "euler", "spacing": "karras", "steps": 10}, karras_grid(LEVELS, 10), 0.4, 4),
+        ({"sampler": "euler_ancestral", "spacing": "log_snr", "steps": 8}, log_snr_grid(LEVELS, 8), 1.0, 8),
+    ],
 )
-def test_start_by_hand(run, device, backend, sampler, strength, taken):
-    """The image gets the starting noise of the first step that is taken. The remaining steps are as usual."""
-    gd = diffusion(backend=backend)
+def test_a_start_gets_the_noise_of_the_first_step_that_is_taken(device, options, grid, strength, taken):
+    """The remaining steps are as usual. A table of the steps gives the samples of the sampler by its name. The model
+    gets fractional timesteps as float32."""
+    gd, seen = diffusion(), []
     start = torch.linspace(-1, 1, 15, device=device).reshape(3, 5)
-    ids = torch.tensor([4, 2**33, 0], device=device)
-    x = gd.q_sample(start, taken - 1, rng=Philox(6, ids, stream=1, draw=0))
-    table = SAMPLERS[sampler](make_grid(gd.alphas_cumprod, range(TIMESTEPS - 1, -1, -1), betas=gd.betas))
-    options = {"rng": Philox(6, ids), "device": device, "start": start}
-    recorded = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, strength=strength, progress=False, **options)
-    assert len(recorded) == taken
+    rng = Philox(6, torch.tensor([4, 2**33, 0], device=device))
+
+    def model(x, t):
+        seen.append((x.clone(), t[0].cpu()))
+        return 0.5 * x
+
+    shared = {"strength": strength, "start": start, "rng": rng, "device": device, "progress": False}
+    recorded = gd.p_sample_loop(model, (3, 5), **shared, **options)
+    told, asked = torch.stack([t for _, t in seen]), grid.timestep[-taken:]
+    assert torch.equal(told, asked.float() if asked.is_floating_point() else asked) and len(recorded) == taken
+    z, level = ddpm_ext.randn((3, 5), rng, stream=1, draw=0, device=device), grid.now[-taken].item()
+    expected = level**0.5 * start.double() + (1 - level) ** 0.5 * z.double()
+    torch.testing.assert_close(seen[0][0].double(), expected, rtol=3e-7, atol=3e-7)
     assert torch.equal(start, torch.linspace(-1, 1, 15, device=device).reshape(3, 5))
-    ops = gd.process.ops
-    for i in range(TIMESTEPS - taken, TIMESTEPS):
-        m = exact_model(gd)(x, torch.full((3,), TIMESTEPS - 1 - i, device=device))
-        x = ops.reverse_step(x, m, table.packed(device), i, clip=(-1.0, 1.0), rng=Philox(6, ids))
-        assert np.array_equal(recorded[i - TIMESTEPS + taken], x.cpu().numpy())
-    by_table = gd.p_sample_loop(
-        exact_model(gd), (3, 5), sampler=table, strength=strength, record="last", progress=False, **options
-    )
-    assert torch.equal(by_table, x)
+    table = SAMPLERS[options["sampler"]](grid, **({"eta": options["eta"]} if "eta" in options else {}))
+    for _ in range(2):
+        assert all(map(np.array_equal, gd.p_sample_loop(model, (3, 5), sampler=table, **shared), recorded))
 
 
 @backends
@@ -172,39 +146,3 @@ def test_a_start_of_higher_order_begins_at_first_order(device, backend, sampler,
     last = gd.p_sample_loop(exact_model(gd), (3, 5), sampler=sampler, timesteps=timesteps[-taken:], **options)
     assert len(found) == len(SAMPLERS[sampler](make_grid(gd.alphas_cumprod, timesteps[-taken:])))
     assert all(map(np.array_equal, found, last))
-
-
-def test_start_of_no_signal_is_pure_noise(run, device):
-    """If no signal of the start is left, the loop begins with the starting noise."""
-    betas = torch.linspace(0.1, 1.0, 20, dtype=torch.float64)
-    gd = GaussianDiffusion(20, betas, prediction="x0")
-    options = {"rng": Philox(3), "progress": False, "record": "last", "device": device}
-    start = torch.full((4, 6), 0.7, device=device)
-    loops = [gd.p_sample_loop(lambda x, t: 0.5 * x, (4, 6), start=s, **options) for s in (None, start)]
-    assert torch.equal(*loops)
-
-
-def test_start_between_timesteps(run, device):
-    """With Karras' sigmas, the start gets the noise of the first step that is taken."""
-    gd, told = diffusion(), []
-    start = torch.ones(2, 7, device=device)
-    grid = karras_grid(gd.alphas_cumprod, 10)
-
-    def model(x, t):
-        told.append((x.clone(), t[0].item()))
-        return 0 * x
-
-    options = {"start": start, "rng": Philox(2), "device": device, "progress": False}
-    gd.p_sample_loop(model, (2, 7), sampler="euler", spacing="karras", steps=10, strength=0.4, **options)
-    first, t = told[0]
-    z = ddpm_ext.randn((2, 7), Philox(2), stream=1, draw=0, device=device)
-    expected = grid.now[6].sqrt() * start.double() + (1 - grid.now[6]).sqrt() * z.double()
-    torch.testing.assert_close(first.double(), expected, rtol=3e-7, atol=3e-7)
-    assert t == grid.timestep[6].float().item()
-    assert len(told) == 4
-    table = SAMPLERS["euler"](grid)
-    gd.p_sample_loop(model, (2, 7), sampler=table, strength=0.4, **options)
-    assert torch.equal(told[4][0], first)
-    bare = StepTable(table.timestep, table.a, table.b, table.c0, table.c1)  # doesn't say where it starts
-    with pytest.raises(ValueError, match="start is given beside a sampler whose table has no level"):
-        gd.p_sample_loop(model, (2, 7), sampler=bare, **options)

@@ -12,9 +12,8 @@ from support.choices import for_many
 from ddpm_ext import GaussianDiffusion, Inpaint, Interpolation, Philox, randn
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
-from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import LEVELS
-from ddpm_ext.tables.samplers import SAMPLERS, ddim_inverse, euler
+from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.schedules import NoiseSchedule, edm, sigma_space
 
 F64 = torch.float64
@@ -71,7 +70,7 @@ def test_loops_are_the_variance_preserving_ones_scaled(choose):
         jumps = choose.integer(1, 3, "jumps") if sampler in ("ddpm", "ddim", "euler") else 1
         options["inpaint"] = Inpaint(known, mask, jump_length=2, jump_n_sample=jumps)
     taken = {name: value for name, value in options.items() if name != "progress"}
-    rows = make_loop_rows(ours.process, LoopOptions(**taken))
+    rows = make_loop_rows(ours, LoopOptions(**taken))
     table, asked = rows.table, [kind.calls_model for kind in rows.needs]
     before, after = (
         [math.hypot(*pair) for pair in zip(*(getattr(table, name).tolist() for name in names), strict=True)]
@@ -110,7 +109,7 @@ def test_pure_noise_has_the_first_levels_deviation(device, schedule, deviation):
     next(gd.sample_progressive(model, SHAPE, **options, noise=z))
     torch.testing.assert_close(seen[0], z * deviation, rtol=1e-6, atol=0)
     assert torch.equal(seen[1], z)
-    table = SAMPLERS["euler"](gd.process.grid(), prediction="x0")
+    table = SAMPLERS["euler"](gd.grid(), prediction="x0")
     next(GaussianDiffusion(T).sample_progressive(model, SHAPE, **{**options, "sampler": table}))
     assert torch.equal(seen[2], seen[0])  # the table knows
 
@@ -140,62 +139,8 @@ def test_from_a_level_without_signal(device, prediction):
 )
 def test_models_are_called_with_the_timestep_of_the_level(schedule, spacing, timestep, sampler):
     """Also between the schedule's own levels, and above the greatest, where churn leads."""
-    process = GaussianDiffusion(T, schedule, prediction="x0").process
+    process = GaussianDiffusion(T, schedule, prediction="x0")
     rows = make_loop_rows(process, LoopOptions(sampler=sampler, steps=6, spacing=spacing))
     asked = torch.tensor([kind.calls_model for kind in rows.needs])
     expected = timestep(rows.table.signal_now, rows.table.noise_now)
     torch.testing.assert_close(rows.table.timestep[asked], expected[asked], rtol=1e-9, atol=1e-9)
-
-
-# -------------------------------------------------------------------------------------------------- known equations
-
-
-def karras_heun(denoise, x, sigmas):
-    """Karras et al. 2022, algorithm 1."""
-    for i, sigma in enumerate(sigmas[:-1]):
-        d = (x - denoise(x, sigma)) / sigma
-        after = x + (sigmas[i + 1] - sigma) * d
-        if sigmas[i + 1] != 0:
-            d = (d + (after - denoise(after, sigmas[i + 1])) / sigmas[i + 1]) / 2
-            after = x + (sigmas[i + 1] - sigma) * d
-        x = after
-    return x
-
-
-def test_edm_samples_by_algorithm_1():
-    """heun over an EDM schedule, against table 1 and algorithm 1 in sigma space; the last sample leaves the scale."""
-    ramp = torch.linspace(0, 1, 18, dtype=F64)
-    sigmas = (0.002 ** (1 / 7) * (1 - ramp) + 80 ** (1 / 7) * ramp) ** 7
-    sigma_data = 0.5
-    gd = GaussianDiffusion(18, edm(sigmas, sigma_data), prediction="edm", backend="reference")
-
-    def network(x, c_noise):
-        return torch.tanh(x + torch.as_tensor(c_noise).reshape(-1, *[1] * (x.dim() - 1)))
-
-    def denoise(x, sigma):
-        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
-        return c_skip * x + c_out * network(x / (sigma**2 + sigma_data**2).sqrt(), (sigma.log() / 4).float())
-
-    options = {"sampler": "heun", "clip_denoised": False, "progress": False, "record": "last", "dtype": F64}
-    z = normals(1, 0)[0]
-    first = z * 80 / math.sqrt(80**2 + 0.25)
-    found = gd.p_sample_loop(network, SHAPE, noise=first, **options)
-    expected = karras_heun(denoise, 80 * z, [*sigmas.flip(0), torch.tensor(0.0)])
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_flow_goes_up_and_down_along_its_model():
-    """x + (sigma' - sigma) m in each step, from noise to data and from data to noise."""
-    sigma = torch.linspace(0, 1, 9, dtype=F64)
-    up = ddim_inverse(grid_of_levels(torch.arange(8), 1 - sigma, sigma), prediction="flow")
-    sigma = sigma.flip(0)
-    down = euler(grid_of_levels(torch.arange(8, 0, -1), 1 - sigma, sigma), prediction="flow")
-    gd = GaussianDiffusion(T, "flow", prediction="flow", backend="reference")
-    options = {"clip_denoised": False, "progress": False, "dtype": F64}
-    z = normals(1, 2)[0]
-    for table, step in ((up, 1 / 8), (down, -1 / 8)):
-        x = z.clone()
-        for reached in gd.p_sample_loop(lambda x, t: torch.cos(x), SHAPE, sampler=table, noise=z, **options):
-            x = x + step * torch.cos(x)
-            torch.testing.assert_close(torch.as_tensor(reached), x, rtol=1e-12, atol=1e-13)

@@ -37,17 +37,6 @@ def test_loop_is_p_sample_again_and_again(run, device):
         assert torch.equal(torch.from_numpy(recorded), x.cpu())
 
 
-def test_clip_is_on_by_default(device):
-    gd = diffusion()
-    options = {"steps": 5, "rng": Philox(3), "progress": False, "record": "last", "device": device}
-    plain, clipped, free = (
-        gd.p_sample_loop(lambda x, t: -3 * x, (4, 8), **options, **clip)
-        for clip in ({}, {"clip_denoised": True}, {"clip_denoised": False})
-    )
-    assert torch.equal(plain, clipped)
-    assert clipped.abs().max() == 1 and free.abs().max() > 10
-
-
 # ------------------------------------------------------------------------------------------------------ options
 
 

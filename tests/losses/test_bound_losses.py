@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.comparison import backends, float64, normals
+from support.comparison import backends, float64, normals, target_of
 from support.refusals import Model, raises, refuse
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -63,15 +63,7 @@ def bound_of(gd, m, x, z, t):
 
 
 def error_of(gd, m, x, z, t, loss):
-    exact = GaussianDiffusion(1000, prediction=gd.prediction, backend="reference")
-    m = m.chunk(2, 1)[0] if gd.variance in LEARNED else m
-    a, s = (gd.alphas_cumprod[t] ** 0.5)[:, None, None, None], ((1 - gd.alphas_cumprod[t]) ** 0.5)[:, None, None, None]
-    target = {
-        "eps": lambda: z,
-        "x0": lambda: x,
-        "v": lambda: a * z - s * x,
-        "x_prev": lambda: exact.q_posterior_mean_variance(x, a * x + s * z, t)[0],
-    }[gd.prediction]()
+    m, target = m.chunk(2, 1)[0] if gd.variance in LEARNED else m, target_of(gd.prediction, x, z, t)
     if loss == "huber":
         return F.huber_loss(m, target, reduction="none", delta=0.3)
     return (m - target) ** 2 if loss == "mse" else (m - target).abs()
@@ -201,32 +193,8 @@ def test_any_log_variance_at_the_decoder(log_variance, device):
     torch.testing.assert_close(float64(got.detach()), truth.detach(), rtol=3e-4 if log_variance < -20 else 3e-6, atol=0)
 
 
-def test_compiles_whole(device):
-    torch.compiler.reset()
-    x, t = images(device), TIMESTEPS.to(device)
-    for variance, options in (
-        ("learned_range", {}),
-        ("learned", {"loss": "vlb"}),
-        ("fixed_small", {"loss": "rescaled_vlb"}),
-        ("learned_range", {"weighting": "min_snr", "vlb_weight": 0.01}),
-    ):
-        gd, m = GaussianDiffusion(variance=variance), outputs(variance, device)
-
-        def step(m, x, gd=gd, options=options):
-            return gd.train_losses(lambda x_t, t: m + 0 * x_t.mean(), x, t, rng=Philox(3), **options)
-
-        found = []
-        for function in (torch.compile(step, backend="aot_eager", fullgraph=True), step):
-            leaf = m.clone().requires_grad_()
-            loss = function(leaf, x)
-            found.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    torch.compiler.reset()
-
-
-def test_compiles_once_for_every_weight_of_the_bound(device):
+def test_compiles_once_for_every_weight_of_the_bound(fresh_compiler, device):
     """A weight that changes during training, and other batch sizes, use the same graph."""
-    torch.compiler.reset()
     gd, compiled = GaussianDiffusion(variance="learned_range"), []
 
     def backend(graph, inputs):
@@ -243,7 +211,6 @@ def test_compiles_once_for_every_weight_of_the_bound(device):
         given = m[:size], x[:size], t[:size], vlb_weight
         assert torch.equal(function(*given), step(*given))
     assert len(compiled) <= 3
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ NOISES = {"rng": {"rng": Philox(1)}, "noise given": {"noise": X}, "no noise": {}
 OPTIONS = {f"{p}, {loss}": {"prediction": p, "loss": loss, "rng": Philox(1)} for p in PREDICTIONS for loss in LOSSES}
 OPTIONS |= {
     f"weights {name}, {noise}": {"prediction": "v", "weighting": weighting, **how}
-    for name, weighting in (("simple", "simple"), ("given", WEIGHTS))
+    for name, weighting in (("simple", "simple"), ("min_snr", "min_snr"), ("given", WEIGHTS))
     for noise, how in NOISES.items()
 }
 # With the variational bound: the variance, the number of halves of the model's output, and the loss.
@@ -101,20 +101,6 @@ def held(function, *made):
     return peak, now
 
 
-def test_what_is_held():
-    """The peak counts blocks that are alive together, not blocks that were freed before."""
-
-    def function(given):
-        first, second = torch.empty(256), torch.empty(512)
-        del first, given
-        third = torch.empty(128)
-        torch.empty(512)
-        return second, third
-
-    peak, kept = held(function, lambda: torch.empty(1024))
-    assert (peak, kept) == (512 * 4 + 128 * 4 + 512 * 4, 512 * 4 + 128 * 4)
-
-
 @options
 def test_peak_is_two_batches(options):
     """x_t and the gradient. Neither pass stores noise, a target or a difference."""
@@ -162,10 +148,12 @@ def test_peak_of_a_lower_precision(dtype):
     peak, kept = held(lambda output: train(step, output), make_narrow_output)
     assert 2.5 * BATCH <= peak <= 2.5 * BATCH + SMALL, peak / BATCH
     assert kept == BATCH / 2, kept / BATCH
-    output = make_narrow_output()
-    with Large(NUMEL) as large:
-        train(step, output)
-    assert large.names == [*OURS, "aten._to_copy"]
+    # A gradient is multiplied and cast at once.
+    for scaled, expected in ((step, ["aten._to_copy"]), (lambda x: step(x) * 1024, ["aten.empty_like", "aten.mul"])):
+        output = make_narrow_output()
+        with Large(NUMEL) as large:
+            train(scaled, output)
+        assert large.names == [*OURS, *expected]
 
 
 # --------------------------------------------------------------------------------------------------- operations

@@ -1,11 +1,7 @@
 """ddpm_ext.losses.timestep_samplers: their numbers follow from the noise contract; distributions; several ranks."""
 
-import inspect
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from support import forks
 from support.refusals import spread
 
 from ddpm_ext import reference
+from ddpm_ext.base import ranks as distributed
 from ddpm_ext.losses.timestep_samplers import (
     TIMESTEP_SAMPLERS,
     Importance,
@@ -271,42 +269,25 @@ def learn(sampler, rows, **options):
     sampler.update(t, losses, **options)
 
 
-RANK = f"""
-import sys
-import torch
-from torch import distributed
-from ddpm_ext.losses.timestep_samplers import LossSecondMoment
-
-rank, path = int(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo", init_method=f"file://{{path}}/meet", rank=rank, world_size=2)
-sampler = LossSecondMoment({TIMESTEPS}, history=2)
-
-{inspect.getsource(learn)}
-for rows in {ROWS}[rank::2]:
-    learn(sampler, rows)
-learn(sampler, [(6, 7.0)], local=False)
-torch.save(sampler.state_dict(), f"{{path}}/{{rank}}.pt")
-distributed.destroy_process_group()
-"""
+def as_rank(folder):
+    """One of two ranks: it learns from losses of its own, and then from some that all have."""
+    with distributed.join() as ranks:
+        sampler = LossSecondMoment(TIMESTEPS, history=2)
+        for rows in ROWS[ranks.rank :: 2]:
+            learn(sampler, rows)
+        learn(sampler, [(6, 7.0)], local=False)
+        torch.save(sampler.state_dict(), f"{folder}{ranks.rank}.pt")
 
 
 @pytest.mark.subprocess
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed")
 def test_ranks_learn_the_same(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert forks.in_forks(__file__, tmp_path, {"two": [{}, {}]}) == {"two": [0, 0]}
     alone = LossSecondMoment(TIMESTEPS, history=2)
     for rows in (*ROWS, [(6, 7.0)]):
         learn(alone, rows)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        found = torch.load(tmp_path / "two" / f"run{rank}.pt")
         assert all(torch.equal(found[name], value) for name, value in alone.state_dict().items())
 
 
@@ -402,3 +383,7 @@ def test_bad_losses_and_states(change, kind, message):
             state = before | change
             sampler.load_state_dict({name: value for name, value in state.items() if value is not None})
     assert all(torch.equal(value, before[name]) for name, value in sampler.state_dict().items())
+
+
+if __name__ == "__main__":
+    forks.serve(as_rank)

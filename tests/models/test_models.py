@@ -219,14 +219,14 @@ def test_settings_survive_writing(settings):
         assert getattr(found, name) == getattr(settings, name)
     ours, theirs = settings.diffusion(), found.diffusion()
     assert torch.allclose(theirs.betas, ours.betas, rtol=1e-14)
-    assert torch.allclose(theirs.process.schedule.noise, ours.process.schedule.noise, rtol=1e-12)
-    assert torch.equal(DiffusionSettings.of(ours).diffusion().process.schedule.noise, ours.process.schedule.noise)
+    assert torch.allclose(theirs.schedule.noise, ours.schedule.noise, rtol=1e-12)
+    assert torch.equal(DiffusionSettings.of(ours).diffusion().schedule.noise, ours.schedule.noise)
 
 
 def test_rectified_flow_is_a_scheduler_of_diffusers():
     config = DiffusionSettings(timesteps=50, beta_schedule="flow", prediction="flow").to_scheduler_config()
     sigmas = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config).sigmas
-    ours = read_settings(config, "s").diffusion().process.schedule.noise
+    ours = read_settings(config, "s").diffusion().schedule.noise
     torch.testing.assert_close(sigmas.double().flip(0), ours, rtol=1e-6, atol=0)
     for settings, message in (
         (DiffusionSettings(beta_schedule="flow"), "prediction is 'eps', expected 'flow' beside beta_schedule 'flow'"),

@@ -48,7 +48,7 @@ def test_other_types_are_type_errors(place, value, message):
 
 def test_a_float_may_be_an_int():
     x = X.clone()
-    table = GaussianDiffusion(20).process.table("steps", "x_t", x)
+    table = GaussianDiffusion(20).table("steps", "x_t", x)
     step = (x, 0.5 * x, table, None, 3)
     rest = (None, False, None, 0, None, 0, 0, -1, None, None)
     assert torch.equal(C.reverse_step(*step, -1, 1, *rest), C.reverse_step(*step, -1.0, np.float32(1), *rest))
@@ -68,7 +68,7 @@ def other_thread_runs(elements):
     """Whether another thread that waits gets its turn during some of many calls."""
     x, out = torch.zeros(1, elements), torch.empty(1, elements)
     gd, seen, closed = GaussianDiffusion(20), [], threading.Lock()
-    step = gd.process.reverse_step(x, (-1.0, 1.0), None, Philox(1))
+    step = gd.reverse_step(x, (-1.0, 1.0), None, Philox(1))
 
     def work():
         with closed:

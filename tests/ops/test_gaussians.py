@@ -35,31 +35,23 @@ def inputs(level, offset, log_scale, dtype):
     return x, in_dtype(x.item() + offset[1] * unit, dtype), log_scale
 
 
-def tail(z):
-    return mpmath.erfc(z / mpmath.sqrt(2)) / 2
-
-
-def density(z):
-    return mpmath.exp(-(z**2) / 2) / mpmath.sqrt(2 * mpmath.pi)
-
-
 def exact(x, mean, log_scale):
     """log P, and its derivatives by the mean and by log_scale."""
     with mpmath.workdps(DIGITS):
         scale, distance, half = mpmath.exp(log_scale), mpf(x) - mpf(mean), mpf(1) / 255
         low, high = (distance - half) / scale, (distance + half) / scale
-        density_low, density_high = density(low), density(high)
+        density_low, density_high = mpmath.npdf(low), mpmath.npdf(high)
         low_slope, high_slope = low * density_low, high * density_high
         if x < -0.999:
             low, density_low, low_slope = -mpmath.inf, mpf(0), mpf(0)
         if x > 0.999:
             high, density_high, high_slope = mpmath.inf, mpf(0), mpf(0)
         if low > 0 or high == mpmath.inf:
-            probability, log_p = tail(low) - tail(high), None
+            probability, log_p = mpmath.ncdf(-low) - mpmath.ncdf(-high), None
         elif high < 0 or low == -mpmath.inf:
-            probability, log_p = tail(-high) - tail(-low), None
+            probability, log_p = mpmath.ncdf(high) - mpmath.ncdf(low), None
         else:
-            outside = tail(-low) + tail(high)
+            outside = mpmath.ncdf(low) + mpmath.ncdf(-high)
             probability, log_p = 1 - outside, mpmath.log1p(-outside)
         log_p = mpmath.log(probability) if log_p is None else log_p
         in_mean = (density_low - density_high) / (probability * scale)

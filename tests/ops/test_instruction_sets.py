@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.rounding import same_bits
 
 # The features that a CPU must have, by their names in /proc/cpuinfo. Better sets come later.
 NEEDS = {
@@ -75,11 +76,7 @@ def test_same_bits_as_portable(results, name):
         pytest.skip(f"this CPU has no {name}")
     assert results[name].keys() == results["portable"].keys()
     for key, expected in results["portable"].items():
-        got = results[name][key]
-        number = ~expected.isnan()  # the bits of a NaN are not specified
-        integer = torch.int32 if got.dtype == torch.float32 else torch.int16
-        assert torch.equal(got.isnan(), expected.isnan()), key
-        assert torch.equal(got.view(integer)[number], expected.view(integer)[number]), key
+        assert same_bits(results[name][key], expected), key
 
 
 def test_the_best_is_chosen_for_an_empty_name(root):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from support.choices import for_many
 from support.devices import moved
-from support.operators import BF16, CPU, DTYPES, F16, F32, HALF_ULP, NOISE_ERROR, host, in_some_memory, layouts
+from support.operators import CPU, DTYPES, F16, F32, HALF_ULP, NOISE_ERROR, host, in_some_memory, layouts
 
 from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
@@ -383,44 +383,3 @@ def test_the_bare_operator_refuses_what_it_has_no_slope_for(table, normal):
     assert slope.shape == (0,)
     with pytest.raises(RuntimeError, match="want_slope is False"):
         loss.backward()
-
-
-# -------------------------------------------------------------------------------------------------- compiled
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize(
-    ("loss", "x_dtype", "m_dtype"), [("mse", F32, F32), ("l1", BF16, BF16), ("huber", F32, F16), ("mse", F16, F16)]
-)
-def test_compiled(fresh_compiler, loss, x_dtype, m_dtype, table, normal, device):
-    """One graph gives the bits of eager mode, forward and backward. A second derivative is refused there, too."""
-    x, t = normal(4, 3, 50, seed=1, dtype=x_dtype), torch.tensor([4, 0, 2, 4], device=device)
-    m = normal(4, 3, 50, dtype=m_dtype)
-
-    def everything(m, x, t):
-        drawn = [
-            ops.diffusion_loss(m, x, table, t, loss=loss, delta=0.5, rng=Philox(2), reduction=how) for how in REDUCTIONS
-        ]
-        return [*drawn, ops.diffusion_loss(m, None, table, 3, loss=loss, noise=x)]
-
-    def slopes(function, scale):
-        leaf = m.clone().requires_grad_()
-        results = function(leaf, x, t)
-        sum(result.sum() * scale for result in results).backward()
-        return [*(result.detach() for result in results), leaf.grad]
-
-    compiled = torch.compile(everything, backend="aot_eager", fullgraph=True)
-    for scale in (1.0, 65536.0):
-        assert_same(slopes(compiled, scale), slopes(everything, scale))
-    with torch.no_grad():
-        assert_same(compiled(m, x, t), everything(m, x, t))
-    leaf = m.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match=r"requires create_graph=False|double backward"):  # this message is torch's
-        (first,) = torch.autograd.grad(compiled(leaf, x, t)[0], leaf, create_graph=True)
-        first.sum().backward()

@@ -51,7 +51,7 @@ def within_patience(check):
 
 def results(gd, x):
     """What makes each kind of result."""
-    table = gd.process.table("steps", "x", x)
+    table = gd.table("steps", "x", x)
     return {
         "q_sample": lambda: gd.q_sample(x, 5),
         "p_sample": lambda: gd.p_sample(zeros_model, x, 5),
@@ -171,7 +171,7 @@ def test_inference_mode_subclasses_and_the_profiler():
     with torch.inference_mode():
         assert randn(ONE_MIB, Philox(0)).is_inference()
     x = torch.nn.Parameter(torch.zeros(ONE_MIB), requires_grad=False)
-    table = GaussianDiffusion().process.table("steps", "x", x)
+    table = GaussianDiffusion().table("steps", "x", x)
     assert type(fused.step_with_options(x, x, table, 5, history1=x)) is torch.Tensor
     with torch.profiler.profile(profile_memory=True) as seen:
         GaussianDiffusion().q_sample(torch.zeros(ONE_MIB), 5)

@@ -152,13 +152,6 @@ def test_bits_do_not_depend_on_the_batch_the_layout_or_the_threads(device, threa
         assert torch.equal(call(*tensors), whole)
 
 
-@calls
-def test_compiled(device, call):
-    torch.compiler.reset()
-    tensors = torch.randn(3, 4, 3, 9, generator=torch.Generator().manual_seed(1)).to(device).unbind()
-    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors), call(*tensors))
-
-
 def test_opcheck(device):
     x, m, u = torch.randn(3, 4, 3, 9, generator=torch.Generator().manual_seed(1)).to(device).unbind()
     table, t = TABLE.to(device), torch.tensor([2, 0, 1, 2], device=device)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.accelerated_denoising import peer, record_bars
+from support.accelerated_denoising import peer
+from support.accelerated_tutorial import record_bars
 from support.noise_of_loops import repeats, unrelated
 from torch import nn
 
@@ -12,7 +13,7 @@ from ddpm_ext.integrations import accelerate
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    return record_bars(monkeypatch)
+    return record_bars(monkeypatch, peer)
 
 
 class Pointwise(nn.Module):

@@ -18,13 +18,14 @@ from support.accelerated_denoising import (
     make,
     normals,
     peer,
-    record_bars,
     same_states,
     seeded,
     states,
 )
-from support.accelerated_tutorial import check
-from torch.profiler import ProfilerActivity, profile
+from support.accelerated_tutorial import check, record_bars
+from support.launches import Operators
+from support.noise_of_loops import parts, repeats, unrelated
+from torch import nn
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.integrations import accelerate
@@ -34,7 +35,7 @@ from ddpm_ext.tables.grid import make_grid
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    return record_bars(monkeypatch)
+    return record_bars(monkeypatch, peer)
 
 
 # -------------------------------------------------------------------------------------------------------------- philox
@@ -42,39 +43,6 @@ def quiet(monkeypatch):
 
 def philox(plain, ids=0, **options):
     return accelerate(plain, noise="philox", seed=9, sample_ids=ids, **options)
-
-
-def by_ids(plain, loop, ids):
-    """The images of these samples, by loop(gd, shape)."""
-    ids = torch.tensor(ids, device=plain.device)
-    return loop(philox(plain, ids), (len(ids), *SHAPE[1:]))
-
-
-BATCHES = {
-    "p_sample_loop": lambda gd, shape: gd.p_sample_loop(shape),
-    "ddim_sample": lambda gd, shape: gd.ddim_sample(shape),
-    "interpolate": lambda gd, shape: gd.interpolate(
-        torch.full(shape, -0.5, device=gd.device), torch.full(shape, 0.5, device=gd.device), t=20
-    ),
-    "q_sample": lambda gd, shape: gd.q_sample(
-        torch.full(shape, 0.5, device=gd.device), torch.full(shape[:1], 20, device=gd.device)
-    ),
-}
-
-
-@pytest.mark.parametrize("loop", BATCHES)
-def test_philox_images_belong_to_their_ids(loop, device):
-    """They are the same in any batch, in any order and in each run; no generator is touched."""
-    plain = make(model=Net(self_condition=True), device=device, ddim_sampling_eta=1.0, timesteps=30)
-    plain.sampling_timesteps = 10
-    before = states(device)
-    whole = by_ids(plain, BATCHES[loop], [0, 1, 2, 3])
-    assert torch.equal(whole, by_ids(plain, BATCHES[loop], [0, 1, 2, 3]))
-    assert torch.equal(whole, BATCHES[loop](philox(plain), SHAPE))
-    parts = torch.cat([by_ids(plain, BATCHES[loop], ids) for ids in ([3], [1, 0], [2])])
-    torch.testing.assert_close(parts, whole[[3, 1, 0, 2]], rtol=0, atol=1e-5)  # as far as convolutions round alike
-    assert same_states(states(device), before)
-    assert not torch.equal(whole[0], whole[1])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +91,74 @@ def test_philox_interpolates_between_two_draws_of_the_starting_noise(device):
     torch.testing.assert_close(philox(plain).interpolate(x1, x2, t=0, lam=0.3), 0.7 * first + 0.3 * second)
 
 
+class Pointwise(nn.Module):
+    """A model without a mean of its own, so that samples have no more in common than their noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = self.out_dim = 3
+        self.self_condition = self.random_or_learned_sinusoidal_cond = False
+
+    def forward(self, x, t, x_self_cond=None):
+        return 0.3 * x
+
+
+SIZE = 16
+WHOLE = (10, 3, SIZE, SIZE)
+ZEROS = torch.zeros(WHOLE)
+
+
+def made(seed, sample_ids=0, ddim=False):
+    plain = peer.GaussianDiffusion(
+        Pointwise(), image_size=SIZE, timesteps=50, sampling_timesteps=20 if ddim else None, ddim_sampling_eta=1.0
+    )
+    return accelerate(plain, noise="philox", seed=seed, sample_ids=sample_ids)
+
+
+def by_hand(gd, batch=WHOLE[0], start=0):
+    x = torch.zeros(batch, *WHOLE[1:])
+    for t in reversed(range(50 - start)):
+        x = gd.p_sample(x, t)[0]
+    return x
+
+
+LOOPS = {
+    "sample": lambda gd, batch=WHOLE[0]: gd.sample(batch_size=batch),
+    "p_sample_loop": lambda gd, batch=WHOLE[0]: gd.p_sample_loop((batch, *WHOLE[1:])),
+    "ddim_sample": lambda gd, batch=WHOLE[0]: gd.ddim_sample((batch, *WHOLE[1:])),
+    "interpolate": lambda gd, batch=WHOLE[0]: gd.interpolate(ZEROS[:batch], ZEROS[:batch], t=20),
+    "by_hand": by_hand,
+}
+loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
+
+
+@loops
+def test_loops_share_no_noise(loop):
+    repeats(lambda seed: made(seed, ddim=loop is LOOPS["ddim_sample"]), loop)
+
+
+@loops
+def test_parts_of_a_batch(loop):
+    parts(lambda **ids: made(9, **ids), loop)
+
+
+def test_loops_of_all_kinds_in_turn():
+    gd = made(9)
+    found = []
+    for _ in range(2):
+        found += [loop(gd) for loop in LOOPS.values()]
+        found += [by_hand(gd, start=30), *(gd.p_sample(ZEROS, 20)[0] for _ in range(2))]
+    unrelated(found)
+
+
+def test_training_between_loops():
+    alone, gd, t = made(9), made(9), torch.full((10,), 49)
+    expected = [alone.q_sample(ZEROS, t) for _ in range(2)]
+    found = [gd.q_sample(ZEROS, t), gd.sample(10), gd.q_sample(ZEROS, t)]
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[1])
+    unrelated(found)
+
+
 # --------------------------------------------------------------------------------------------------------------- costs
 
 
@@ -130,10 +166,10 @@ VIEWS = {"aten::select", "aten::slice", "aten::as_strided", "aten::view", "aten:
 EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided"}
 
 
-def launches(call):
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+def operators(call):
+    with Operators() as called:
         call()
-    return Counter(e.name for e in profiler.events() if e.name.startswith(("aten::", "ddpm_ext::")))
+    return Counter(name for name in called.names if name not in VIEWS | EMPTY)
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample"])
@@ -145,11 +181,11 @@ def test_a_step_of_a_loop_is_one_launch(loop, self_condition, noise):
     for steps in (10, 30):
         fast.num_timesteps = fast.sampling_timesteps = steps
         getattr(fast, loop)(SHAPE)
-        counts.append(launches(lambda: getattr(fast, loop)(SHAPE)))
+        counts.append(operators(lambda: getattr(fast, loop)(SHAPE)))
     more = counts[1] - counts[0]
-    drawn = {"aten::randn_like": 20, "aten::normal_": 20} if noise == "torch" else {}
+    drawn = {"aten::randn_like": 20} if noise == "torch" else {}
     operator = "ddpm_ext::step_with_options" if self_condition else "ddpm_ext::reverse_step"
-    assert {name: n for name, n in more.items() if name not in VIEWS | EMPTY} == {operator: 20, **drawn}
+    assert more == {operator: 20, **drawn}
 
 
 def test_a_step_alone_is_one_launch():
@@ -157,13 +193,7 @@ def test_a_step_alone_is_one_launch():
     fast = philox(make(model=Given(torch.zeros(SHAPE))))
     x = torch.zeros(SHAPE)
     fast.p_sample(x, 20)
-    found = launches(lambda: fast.p_sample(x, 20))
-    assert {name for name in found if name not in VIEWS | EMPTY} == {
-        "ddpm_ext::step_with_options",
-        "aten::full",
-        "aten::fill_",
-    }
-    assert found["ddpm_ext::step_with_options"] == 1
+    assert operators(lambda: fast.p_sample(x, 20)) == {"ddpm_ext::step_with_options": 1, "aten::full": 1}
 
 
 @pytest.mark.parametrize(("objective", "noise"), [("pred_noise", "torch"), ("pred_v", "philox")])
@@ -171,37 +201,33 @@ def test_a_loss_is_two_launches(objective, noise):
     fast = accelerate(make(objective, Given(torch.zeros(SHAPE).requires_grad_())), noise=noise)
     x, t = torch.zeros(SHAPE), torch.arange(4)
     fast.p_losses(x, t)
-    found = launches(lambda: fast.p_losses(x, t))
-    drawn = {"aten::randn_like", "aten::normal_"} if noise == "torch" else set()
-    assert set(found) - VIEWS - EMPTY == {"ddpm_ext::forward_process", "ddpm_ext::diffusion_loss"} | drawn
-    assert found["ddpm_ext::forward_process"] == found["ddpm_ext::diffusion_loss"] == 1
+    drawn = {"aten::randn_like": 1} if noise == "torch" else {}
+    expected = {"ddpm_ext::forward_process": 1, "ddpm_ext::diffusion_loss": 1, **drawn}
+    assert operators(lambda: fast.p_losses(x, t)) == expected
 
 
 # --------------------------------------------------------------------------------------------------- the object itself
 
 
-def test_state_and_modes_are_the_peers(device):
-    plain = make(device=device)
-    fast = accelerate(plain)
-    assert isinstance(fast, peer.GaussianDiffusion) and type(fast).__name__ == "GaussianDiffusion"
-    assert fast.model is plain.model
-    keys = list(plain.state_dict())
-    fast.sample(1)
-    fast.p_losses(torch.zeros(SHAPE, device=device), torch.arange(4, device=device))
-    assert list(fast.state_dict()) == keys
-    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in plain.named_parameters()]
-    assert fast.train().training and not fast.eval().training
-    assert plain.training  # a flag of the object itself
-    fast.load_state_dict(plain.state_dict())
-    assert repr(fast) == repr(plain)
-
-
-def test_the_original_is_untouched():
-    plain = make(timesteps=10)
-    before = {name: value for name, value in vars(plain).items()}
+def test_the_object(device):
+    """Its state and modes are the peer's, the original is untouched, and copies are accelerated."""
+    plain = make(timesteps=10, device=device)
+    before = dict(vars(plain))
     contents = {name: dict(getattr(plain, name)) for name in ("_buffers", "_modules", "_parameters")}
-    fast = accelerate(plain)
-    fast.sample(1)
+    keys, shown = list(plain.state_dict()), repr(plain)
+    fast = philox(plain)
+    fast.sample(4)
+    fast.p_losses(torch.zeros(SHAPE, device=device), torch.arange(4, device=device))
+    assert isinstance(fast, peer.GaussianDiffusion) and type(fast).__name__ == "GaussianDiffusion"
+    assert list(fast.state_dict()) == keys and repr(fast) == shown and fast.model is plain.model
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    fast.load_state_dict(plain.state_dict())
+    copies = [copier(fast) for copier in (copy.deepcopy, copy.copy, lambda gd: pickle.loads(pickle.dumps(gd)))]
+    images = fast.sample(4)
+    for copied in copies:
+        assert type(copied) is type(fast) and "_fused_cache" not in vars(copied)
+        assert torch.equal(copied.sample(4), images) and copied.state_dict().keys() == fast.state_dict().keys()
+    assert fast.train().training and not fast.eval().training
     fast.betas = torch.zeros(10)
     fast.register_buffer("more", torch.zeros(1))
     fast.objective = "pred_x0"
@@ -210,17 +236,7 @@ def test_the_original_is_untouched():
     for name, content in contents.items():
         found = getattr(plain, name)
         assert found.keys() == content.keys() and all(found[key] is content[key] for key in content)
-    assert plain.betas.dtype == torch.float32 and type(plain) is peer.GaussianDiffusion
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, copy.copy, lambda gd: pickle.loads(pickle.dumps(gd))])
-def test_copies_are_accelerated_too(copier):
-    fast = philox(make(timesteps=10))
-    fast.sample(4)
-    copied = copier(fast)
-    assert type(copied) is type(fast) and "_fused_cache" not in vars(copied)
-    assert torch.equal(copied.sample(4), fast.sample(4))
-    assert copied.state_dict().keys() == fast.state_dict().keys()
+    assert plain.training and plain.betas.dtype == torch.float32 and type(plain) is peer.GaussianDiffusion
 
 
 def test_rows_follow_the_buffers_and_the_objective():
@@ -253,7 +269,8 @@ def test_rows_follow_the_buffers_and_the_objective():
 def test_rows_are_what_the_buffers_hold_bit_for_bit(schedule):
     """Near t = 0, they have digits that 1 - alphas_cumprod has lost in float32."""
     plain = make("pred_noise", timesteps=1000, beta_schedule=schedule)
-    rows = accelerate(plain)._tables_of_buffers().steps.get("steps", torch.device("cpu"), torch.float32)
+    of_rows = torch.float32, torch.device("cpu")
+    rows = accelerate(plain)._fused_tables(*of_rows).steps.get("steps", *reversed(of_rows))
     names = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2")
     for column, name in enumerate(names):
         assert torch.equal(rows[:, column].abs(), getattr(plain, name))
@@ -412,10 +429,3 @@ def test_other_reasons_to_run_the_peers_code():
     inf.posterior_mean_coef1[3] = torch.inf
     ours, theirs, _, fallbacks = both(lambda gd: gd.p_sample(X, 20)[0], inf)
     assert torch.equal(ours, theirs) and "its buffers make no rows" in fallbacks["p_sample"]
-
-
-def test_a_second_derivative_is_refused():
-    net = Net()
-    loss = accelerate(make(model=net)).p_losses(X, T)
-    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
-        torch.autograd.grad(loss, net.last.weight, create_graph=True)

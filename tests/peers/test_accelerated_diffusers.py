@@ -1,6 +1,8 @@
 """Single steps of DDPM, DDIM and its inverse, accelerated: of any configuration, against diffusers in float64; and what
 is peculiar to them, one by one. The loops of all other schedulers are in test_accelerated_diffusers_traced.py."""
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -10,22 +12,100 @@ pytest.importorskip("diffusers")
 from diffusers.utils import torch_utils
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.accelerated_diffusers import compare, make, normal, seeded
-from support.accelerated_diffusers_cases import (
-    ddim_configs,
-    ddim_inverse_configs,
-    ddpm_configs,
-    flag,
-    given_tensors,
-    in_schedule,
-    mixes_halves,
-)
+from support.accelerated_diffusers import compare, make, normal, prepared, seeded
 from support.launches import launches
+from torch import Tensor
 
 from ddpm_ext.integrations import accelerate
 from ddpm_ext.integrations.diffusers import scheduler as sched
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what runs diffusers' own code says so; tested by name elsewhere
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((1, 3, 8, 8), (2, 3, 5, 7), (3, 4, 33), (2, 2, 3, 4, 5), (4, 21), (1, 1, 1, 67))
+LAYOUTS = ("contiguous", "channels_last", "every second", "transposed", "one for all")
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+flag = st.booleans()
+common = {
+    "num_train_timesteps": st.sampled_from([1000, 60]),
+    "beta_schedule": st.sampled_from(SCHEDULES),
+    "rescale_betas_zero_snr": flag,
+    "prediction_type": st.sampled_from(["epsilon", "sample", "v_prediction"]),
+    "timestep_spacing": st.sampled_from(["linspace", "leading", "trailing"]),
+    "steps_offset": st.integers(0, 1),
+}
+clipped = {"clip_sample": flag, "clip_sample_range": st.sampled_from([1.0, 0.5, 2, 1.3])}
+threshold = {
+    "thresholding": flag,
+    "dynamic_thresholding_ratio": st.sampled_from([0.995, 0.9, 0.5, 1.0]),
+    "sample_max_value": st.sampled_from([1.0, 1.5, 100.0, 0.7]),
+}
+
+variance_types = ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+ddpm_configs = st.fixed_dictionaries(common | clipped | threshold | {"variance_type": st.sampled_from(variance_types)})
+ddpm_configs |= ddpm_configs.map(lambda config: {**config, "beta_schedule": "sigmoid"})
+ddim_configs = st.fixed_dictionaries(common | clipped | threshold | {"set_alpha_to_one": flag})
+spacings = {"timestep_spacing": st.sampled_from(["leading", "trailing"])}
+ddim_inverse_configs = st.fixed_dictionaries(common | spacings | clipped | {"set_alpha_to_one": flag})
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in another memory layout; with "one for all", all samples are the first one."""
+    if layout == "channels_last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "every second":
+        return torch.stack([x, -x], -1)[..., 0]
+    if layout == "transposed" and x.dim() > 2:
+        return x.transpose(1, -1).contiguous().transpose(1, -1)
+    if layout == "one for all":
+        return x[:1].expand(x.shape)
+    return x
+
+
+class Given(NamedTuple):
+    """A step's tensors. dtypes: the sample's and the model output's."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    layouts: tuple[str, str]
+    seed: int
+
+    def x(self) -> Tensor:
+        return laid_out(1.5 * normal(self.seed, *self.shape), self.layouts[0]).to(self.dtypes[0])
+
+    def m(self, channels: int | None = None) -> Tensor:
+        shape = (self.shape[0], channels or self.shape[1], *self.shape[2:])
+        return laid_out(normal(self.seed + 1, *shape), self.layouts[1]).to(self.dtypes[1])
+
+    def z(self) -> Tensor:
+        return normal(self.seed + 2, *self.shape, dtype=self.dtypes[1])
+
+
+def given_tensors() -> st.SearchStrategy[Given]:
+    """Mostly of one dtype."""
+    alike = st.sampled_from(FLOATS).map(lambda dtype: (dtype, dtype))
+    dtypes = st.one_of(alike, alike, st.tuples(st.sampled_from(FLOATS), st.sampled_from(FLOATS)))
+    layouts = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
+    return st.builds(Given, st.sampled_from(SHAPES), dtypes, layouts, st.integers(0, 10**6))
+
+
+def mixes_halves(given: Given) -> bool:
+    return set(given.dtypes) == {torch.float16, torch.bfloat16}
+
+
+def in_schedule(name: str, config: dict[str, Any], steps: int) -> Any:
+    """A scheduler with its timesteps set, or None where diffusers would refuse or go past the schedule's end."""
+    scheduler = make(name, **config)
+    train = scheduler.config.num_train_timesteps
+    if steps > train:
+        return None
+    scheduler.set_timesteps(steps)
+    inside = bool(((scheduler.timesteps >= 0) & (scheduler.timesteps < train)).all())
+    return scheduler if inside else None
+
+
+# ----------------------------------------------------------------------------------------------- any configuration
 
 checks = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 many = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=checks)
@@ -136,74 +216,13 @@ def test_ddim_inverse(config, steps, part, kind, tensors):
     assert fused != (mixes_halves(tensors) or clean)
 
 
-# ---------------------------------------------------------------------------------------- DDPM's variances and noise
-
-
 SHAPE = (2, 3, 4, 5)
 X, M = (normal(i, *SHAPE) for i in range(2))
-NOTHING = torch.zeros(SHAPE)
-
-
-def ours(name, steps=10, **config):
-    scheduler = accelerate(make(name, **config))
-    if isinstance(steps, int):
-        scheduler.set_timesteps(steps)
-    elif steps is not None:
-        scheduler.set_timesteps(timesteps=steps)
-    return scheduler
-
-
-def deviation(scheduler, t, v=None):
-    """The factor of the noise in a step from zeros with an output of zeros."""
-    m = NOTHING if v is None else torch.cat([NOTHING, torch.full(SHAPE, v)], 1)
-    with launches() as called:
-        found = scheduler.step(m, t, NOTHING, generator=seeded(1)).prev_sample
-    assert called
-    z = torch.randn(SHAPE, generator=seeded(1))
-    torch.testing.assert_close(found, found.flatten()[0] / z.flatten()[0] * z, rtol=1e-5, atol=0)
-    return (found.flatten()[0] / z.flatten()[0]).item()
-
-
-def test_variances_of_ddpm():
-    """fixed_small is at least 1e-20, fixed_large is beta, "learned" a variance, as in no other library, and
-    learned_range lies between the logarithms of the first two."""
-    small, custom, large = ours("DDPM"), ours("DDPM", [500, 20]), ours("DDPM", variance_type="fixed_large")
-    low = small._get_variance(400).item()
-    beta = (1 - large.alphas_cumprod[400] / large.alphas_cumprod[300]).item()
-    assert deviation(custom, 20) == pytest.approx(1e-10, rel=1e-5)
-    assert deviation(small, 400) == pytest.approx(low**0.5, rel=1e-5)
-    assert deviation(ours("DDPM", variance_type="fixed_small_log"), 400) == deviation(small, 400)
-    assert deviation(large, 400) == pytest.approx(beta**0.5, rel=1e-6)
-    for v in (0.09, 1e-9):
-        assert deviation(ours("DDPM", variance_type="learned"), 400, v) == pytest.approx(v**0.5, rel=1e-6)
-    for v, power in ((-1, 0), (1, 1), (0, 0.5), (0.4, 0.7), (3.0, 2.0)):
-        expected = (low ** (1 - power) * beta**power) ** 0.5
-        assert deviation(ours("DDPM", variance_type="learned_range"), 400, v) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "name, steps, t, options, draws",
-    [
-        *(("DDPM", steps, 0, {}, False) for steps in (None, 1, 10, 1000)),
-        ("DDPM", 10, 100, {}, True),
-        ("DDPM", [700, 30], 30, {}, True),  # a last timestep above 0
-        ("DDIM", 10, 400, {}, False),
-        ("DDIM", 10, 400, {"eta": 0.0, "variance_noise": X}, False),
-        ("DDIM", 10, 400, {"eta": 1e-3}, True),
-    ],
-)
-def test_when_noise_is_drawn(name, steps, t, options, draws):
-    scheduler, generator = ours(name, steps), seeded(1)
-    torch.manual_seed(1)
-    before, default = generator.get_state(), torch.get_rng_state()
-    scheduler.step(M, t, X, generator=generator, **options)
-    assert torch.equal(generator.get_state(), before) != draws
-    assert torch.equal(torch.get_rng_state(), default)
 
 
 def test_the_next_sample_lies_where_its_noise_was_drawn(monkeypatch):
     """Unless somebody has replaced the function that draws, and may keep its results."""
-    scheduler, drawn, draw = ours("DDPM"), [], torch_utils.randn_tensor
+    scheduler, drawn, draw = accelerate(prepared("DDPM")), [], torch_utils.randn_tensor
     monkeypatch.setattr(sched, "imported", lambda *_: lambda *a, **k: drawn.append(draw(*a, **k)) or drawn[-1])
     t, z = scheduler.timesteps[3], normal(2, *SHAPE)
     assert scheduler.step(M, t, X, return_dict=False)[0].data_ptr() == drawn[0].data_ptr()
@@ -221,8 +240,7 @@ def test_ddpm_goes_to_the_next_custom_timestep(timesteps):
     """Also from the last timestep to clean data, and from the one before a negative one. Far from the next one,
     1 - beta has no digits left, so alpha is read from the ratio itself."""
     for schedule in ("linear", "squaredcos_cap_v2"):
-        plain = make("DDPM", prediction_type="v_prediction", beta_schedule=schedule)
-        plain.set_timesteps(timesteps=timesteps)
+        plain = prepared("DDPM", timesteps, prediction_type="v_prediction", beta_schedule=schedule)
         for t in timesteps:
             if t >= 0:
                 assert compare("DDPM", plain, M, t, 100 * X)[1]
@@ -232,15 +250,14 @@ def test_ddpm_goes_to_the_next_custom_timestep(timesteps):
 def test_epsilon_from_noise_alone(name):
     """With a clip, x0 is the sign of x - m; without one it is infinite, and diffusers' own code runs."""
     config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    scheduler = ours(name, **config)
+    scheduler = accelerate(prepared(name, **config))
     assert scheduler.alphas_cumprod[999] == 0
     with launches() as called:
         found = scheduler.step(M, 999, X, generator=seeded(1))
     assert called
     assert torch.equal(found.pred_original_sample, (X - M).sign())
     assert not scheduler.step(X, 999, X).pred_original_sample.any()  # 0 / 0 there
-    plain = make(name, **config, clip_sample=False)
-    plain.set_timesteps(10)
+    plain = prepared(name, **config, clip_sample=False)
     free, fused = compare(name, plain, M, 999, X)
     assert not fused and free.accelerated.fallbacks == {"step": "alphas_cumprod is 0 or 1 there, or does not rise"}
     assert compare(name, plain, M, 899, X)[1]
@@ -249,8 +266,7 @@ def test_epsilon_from_noise_alone(name):
 def test_a_step_to_more_noise_is_no_number_and_runs_the_own_code():
     """Its variance is negative. With eta 0, the root of it is multiplied by 0, which is NaN."""
     for name, change in (("DDPM", {"timesteps": torch.tensor([100, 500])}), ("DDIM", {"final_alpha_cumprod": 0.9})):
-        plain = make(name)
-        plain.set_timesteps(10)
+        plain = prepared(name)
         vars(plain).update({key: torch.as_tensor(value) for key, value in change.items()})
         scheduler, fused = compare(name, plain, M, 100 if name == "DDPM" else 0, X)
         assert not fused and scheduler.accelerated.fallbacks
@@ -259,8 +275,7 @@ def test_a_step_to_more_noise_is_no_number_and_runs_the_own_code():
 @pytest.mark.parametrize("name", ["DDIM", "DDIMInverse"])
 def test_no_step_has_a_fused_form(name):
     """Each step begins or ends at clean data, where the noise would have to follow from the model's output."""
-    plain = make(name, prediction_type="sample")
-    plain.set_timesteps(1)
+    plain = prepared(name, 1, prediction_type="sample")
     if name == "DDIM":
         plain.alphas_cumprod = torch.ones(1000)
     assert not compare(name, plain, M, np.int64(5), X)[1]
@@ -269,25 +284,9 @@ def test_no_step_has_a_fused_form(name):
 # ------------------------------------------------------------------------------------------ single numbers
 
 
-def test_threshold_is_a_samples_own():
-    """It is a quantile in float32, at least 1 and at most sample_max_value, of each sample by itself."""
-    size = torch.tensor([0.1, 1.0, 4.0, 40.0]).reshape(4, 1, 1, 1)
-    config = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 20.0}
-    plain = make("DDIM", **config)
-    plain.set_timesteps(10)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x, m = ((size * normal(i, 4, 3, 8, 8)).to(dtype) for i in range(2))
-        assert compare("DDIM", plain, m, 500, x)[1]
-        together = ours("DDIM", **config).step(m, 500, x)[0]
-        for i in range(4):
-            alone = ours("DDIM", **config).step(m[i : i + 1], 500, x[i : i + 1])[0]
-            assert torch.equal(alone, together[i : i + 1])
-
-
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep"])
 def test_numbers_that_are_none_stay_so(name):
     x = X.clone()
     x[0, 0, 0, 0] = torch.nan
-    plain = make(name)
-    plain.set_timesteps(10)
+    plain = prepared(name)
     assert compare(name, plain, M, int(plain.timesteps[3]), x)[1]

@@ -8,8 +8,7 @@ pytest.importorskip("diffusers")
 
 import diffusers
 from support.accelerated_diffusers import make, normal, seeded
-from support.accelerated_diffusers_pipelines import quiet
-from support.diffusers_families import BOTH, FAMILIES, OF_16, deep_floyd, embeds, kandinsky, upscaler, wan_parts
+from support.diffusers_families import BOTH, FAMILIES, OF_16, deep_floyd, embeds, kandinsky, quiet, upscaler, wan_parts
 from support.launches import launches
 from support.noise_of_loops import unrelated
 

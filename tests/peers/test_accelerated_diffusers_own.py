@@ -6,14 +6,12 @@ isn't installed, or the checkout is of another version.
 """
 
 import contextlib
-import functools
 import importlib
 import inspect
 import os
 import sys
 import types
 import unittest
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -24,20 +22,14 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from ddpm_ext.integrations import accelerated_class
-from ddpm_ext.integrations.row_stepper import RowStepper
-from ddpm_ext.integrations.shared import Accelerated
-from ddpm_ext.tables.trace_run import step_name
 
 CHECKOUT = os.environ.get("DDPM_EXT_DIFFUSERS")
 if not CHECKOUT:
     pytest.skip("DDPM_EXT_DIFFUSERS names no checkout of diffusers", allow_module_level=True)
 
 PACKAGE = "diffusers_own_tests"
-BY_HAND = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler")
-FUSED = 0.85  # of all steps that the tests of a scheduler take, at least
 # It takes a second loop without set_timesteps, which begins with outputs of the first.
 REFUSED = ("IPNDMSchedulerTest", "test_full_loop_no_noise")
-fused, own = Counter(), Counter()
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -94,25 +86,6 @@ def test_own(scheduler, case, method):
         pytest.skip(f"with diffusers' own class: {error!r}")
     cls = accelerated_class(plain)
     with contextlib.ExitStack() as stack:
-        for where, name, counter in ((plain, step_name(plain), own), (RowStepper, "take", fused)):
-            stack.enter_context(mock.patch.object(where, name, counting(getattr(where, name), counter, scheduler)))
         if (case.__name__, method) == REFUSED:
             stack.enter_context(pytest.raises(RuntimeError, match=r"the loop is over.*set_timesteps before another"))
         run(case, method, scheduler, cls)
-
-
-def counting(function, counter, key):
-    @functools.wraps(function)
-    def counted(*args, **options):
-        # tracing runs diffusers' own objects
-        counter[key] += isinstance(args[0], Accelerated | RowStepper)
-        return function(*args, **options)
-
-    return counted
-
-
-@pytest.mark.parametrize("scheduler", BY_HAND)
-def test_most_of_their_steps_were_fused(scheduler):
-    if not fused[scheduler] + own[scheduler]:
-        pytest.skip("its tests were not run")
-    assert fused[scheduler] / (fused[scheduler] + own[scheduler]) >= FUSED

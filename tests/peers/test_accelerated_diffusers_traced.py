@@ -1,7 +1,6 @@
 """Every scheduler class of the installed diffusers: fused by hand, traced, or left to diffusers, with its reason."""
 
 import contextlib
-import importlib.util
 import inspect
 import warnings
 
@@ -33,8 +32,6 @@ from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS
 from ddpm_ext.integrations.registry import KNOWN
 
 FUSED = {known.name for known in KNOWN if known.module.startswith("diffusers.")}
-NEED_TORCHSDE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}
-MISSING = NEED_TORCHSDE if importlib.util.find_spec("torchsde") is None else set()
 VECTORS = ("DDPMWuerstchenScheduler", "ScoreSdeVpScheduler", "ScoreSdeVeScheduler")  # they take one for each sample
 
 
@@ -109,11 +106,19 @@ def test_a_timestep_with_a_dimension(name, launches):
     assert launches
 
 
-@pytest.mark.parametrize("name", [name for name in TRACED if hasattr(classes()[name], "set_begin_index")])
+@pytest.mark.parametrize(
+    "name, by_index",
+    [
+        *((name, True) for name in TRACED if hasattr(classes()[name], "set_begin_index")),
+        ("DPMSolverMultistepScheduler", False),
+        ("EulerAncestralDiscreteScheduler", False),
+    ],
+)
 @pytest.mark.filterwarnings("error:step runs the own code")
-def test_a_loop_from_the_middle(name, launches):
-    theirs = loop(make(name), 12, start=4)
-    check(loop(accelerate(make(name)), 12, start=4), theirs, 1e-5)
+def test_a_loop_from_the_middle(name, by_index, launches):
+    where = {"start": 4, "by_index": by_index}
+    theirs = loop(make(name), 12, **where)
+    check(loop(accelerate(make(name)), 12, **where), theirs, 1e-5)
     assert len(launches) == len(theirs[0])
 
 
@@ -184,12 +189,6 @@ def test_other_classes_run_their_own_code(name):
 # -------------------------------------------------------------------------------------------------- what falls back
 
 
-def falls_back(ours, plain, reason, **options):
-    with pytest.warns(UserWarning, match=reason):
-        found = loop(ours, 6, **options)
-    check(found, loop(plain, 6, **options), 0)
-
-
 @pytest.mark.parametrize(
     "name, config, options, reason",
     [
@@ -205,7 +204,9 @@ def falls_back(ours, plain, reason, **options):
 )
 def test_what_is_no_row_runs_its_own_code(name, config, options, reason):
     """All steps of the loop, with one warning."""
-    falls_back(accelerate(make(name, **config)), make(name, **config), reason, **options)
+    with pytest.warns(UserWarning, match=reason):
+        found = loop(accelerate(make(name, **config)), 6, **options)
+    check(found, loop(make(name, **config), 6, **options), 0)
 
 
 # LCM returns no clean sample, but a sum of it and its own sample. EDM's has no prediction_type "sample".
@@ -233,17 +234,6 @@ def test_a_clip_beside_history(prediction_type, launches):
     assert len(launches) == len(theirs[0])
 
 
-def test_a_gradient_falls_back():
-    ours = accelerate(make("UniPCMultistepScheduler"))
-    ours.set_timesteps(4)
-    x = torch.randn(SHAPE, requires_grad=True)
-    with pytest.warns(UserWarning, match="a gradient is asked for"):
-        for t in ours.timesteps:
-            found = ours.step(torch.zeros(SHAPE), t, x).prev_sample
-    found.sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
 def test_after_set_timesteps_a_loop_is_fused_again(launches):
     ours = accelerate(make("UniPCMultistepScheduler"))
     with pytest.warns(UserWarning, match="float64"):
@@ -253,16 +243,28 @@ def test_after_set_timesteps_a_loop_is_fused_again(launches):
     assert len(launches) == 4
 
 
-@pytest.mark.parametrize("name", OF_THREE_CHANNELS)
-def test_of_a_variance_beside_the_mean_nothing_is_read(name, launches):
+def after_each(scheduler, i):
+    return {"prev_timestep": scheduler.timesteps[i + 1] if i < 5 else None}
+
+
+@pytest.mark.parametrize(
+    "name, config, channels, options",
+    [
+        # of a variance beside the mean, nothing is read
+        *((name, {"variance_type": "learned"}, 6, lambda *_: {}) for name in OF_THREE_CHANNELS),
+        # UnCLIP's pipelines give the timestep after each one: options may change at every step
+        ("UnCLIPScheduler", {}, 3, after_each),
+    ],
+)
+def test_outputs_and_options_of_their_own(name, config, channels, options, launches):
     results = []
-    for scheduler in (make(name, variance_type="learned"), accelerate(make(name, variance_type="learned"))):
+    for scheduler in (make(name, **config), accelerate(make(name, **config))):
         generator = torch.Generator().manual_seed(0)
         scheduler.set_timesteps(6)
         x = torch.randn(SHAPE, generator=generator)
-        for t in scheduler.timesteps:
-            m = torch.randn(2, 6, *SHAPE[2:], generator=generator)
-            x = scheduler.step(m, t, x, generator=generator).prev_sample
+        for i, t in enumerate(scheduler.timesteps):
+            m = torch.randn(2, channels, *SHAPE[2:], generator=generator)
+            x = scheduler.step(m, t, x, generator=generator, **options(scheduler, i)).prev_sample
         results.append(x)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert len(launches) == 6
@@ -273,22 +275,6 @@ def test_options_are_part_of_a_loop(launches):
     name = "LMSDiscreteScheduler"
     check(loop(accelerate(make(name)), 8, order=2), loop(make(name), 8, order=2), 1e-5)
     assert len(launches) == 8
-
-
-def test_options_that_change_at_every_step(launches):
-    """UnCLIP's pipelines give the timestep after each one."""
-    results = []
-    for scheduler in (make("UnCLIPScheduler"), accelerate(make("UnCLIPScheduler"))):
-        generator = torch.Generator().manual_seed(0)
-        scheduler.set_timesteps(6)
-        x = torch.randn(SHAPE, generator=generator)
-        for i, t in enumerate(scheduler.timesteps):
-            after = None if i == 5 else scheduler.timesteps[i + 1]
-            m = torch.randn(SHAPE, generator=generator)
-            x = scheduler.step(m, t, x, prev_timestep=after, generator=generator).prev_sample
-        results.append(x)
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    assert len(launches) == 6
 
 
 # --------------------------------------------------------------------------------------------------------- objects

@@ -7,8 +7,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from support.accelerated_diffusers import make, model, normal, seeded
-from support.launches import launches
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.launches import Operators, launches
 
 from ddpm_ext import accelerate
 from ddpm_ext.integrations.diffusers.traced import TracedScheduler
@@ -124,18 +123,6 @@ def test_compiled_add_noise():
         found = torch.compile(lambda x: scheduler.add_noise(x.sin(), z, t) + 1, backend="eager")(x)
     assert called == ["forward_process"]
     torch.testing.assert_close(found, make("DDPM").add_noise(x.sin(), z, t) + 1)
-
-
-class Operators(TorchDispatchMode):
-    """Notes the names of torch's operators that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function._schema.name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])

@@ -7,7 +7,6 @@ import torch
 from support.accelerated_guided import (
     LIBRARIES,
     SHAPE,
-    Count,
     Readback,
     learned,
     libraries,
@@ -17,6 +16,8 @@ from support.accelerated_guided import (
     no_fallback,
     numbers,
 )
+from support.launches import Operators
+from support.noise_of_loops import parts, repeats, unrelated
 from torch._subclasses import FakeTensorMode
 
 from ddpm_ext import GaussianDiffusion, Philox, accelerate, randn
@@ -70,27 +71,6 @@ def test_images_of_a_seed_are_those_of_ddpm_exts_own_loop(device, library, loop,
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # of betas that are rounded otherwise
 
 
-@loops
-def test_images_depend_on_seed_and_ids_alone(device, loop):
-    diffusion = make(variance="LEARNED_RANGE", spacing="ddim25")
-
-    def images(batch, seed=0, sample_ids=0):
-        accelerated = accelerate(diffusion, noise="philox", seed=seed, sample_ids=sample_ids)
-        eta = {"eta": 1.0} if loop == "ddim_sample_loop" else {}
-        return getattr(accelerated, loop)(
-            model_of("LEARNED_RANGE"), (batch, 3, 4, 6), device=device, model_kwargs={}, **eta
-        )
-
-    state = torch.get_rng_state()
-    whole = images(6)
-    assert torch.equal(whole, images(6)) and torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(whole, torch.cat([images(2), images(4, sample_ids=2)]))
-    ids = torch.tensor([5, 0, 3], device=device)
-    assert torch.equal(whole[ids], images(3, sample_ids=ids))
-    assert not torch.equal(whole, images(6, seed=1))
-    assert whole.unique(dim=0).shape == whole.shape
-
-
 def test_a_step_draws_by_the_originals_timestep(device):
     """A respaced diffusion's rows have the numbers of the original's draws."""
     diffusion = make(spacing="ddim25")
@@ -130,19 +110,88 @@ def test_q_sample(device, noise):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------- noise of loops
+
+
+WHOLE = (10, 1, 16, 16)
+METHODS = ("p_sample_loop", "ddim_sample_loop")
+kinds = pytest.mark.parametrize("method", [*METHODS, "by_hand"])
+
+
+def pointwise(x, t, **_):
+    return x * 0.3 + 0.001 * t.reshape(-1, 1, 1, 1)
+
+
+def made(library, spacing, **options):
+    return accelerate(make(library=library, spacing=spacing, timesteps=50), noise="philox", **options)
+
+
+def taken(diffusion, x, method="p_sample", start=0):
+    for t in reversed(range(diffusion.num_timesteps - start)):
+        x = getattr(diffusion, method)(pointwise, x, torch.full((len(x),), t))["sample"]
+    return x
+
+
+def sampled(diffusion, method, batch=WHOLE[0], noise=None):
+    if method == "by_hand":
+        return taken(diffusion, torch.zeros(batch, *WHOLE[1:]))
+    eta = {"eta": 1.0} if method == "ddim_sample_loop" else {}
+    return getattr(diffusion, method)(pointwise, (batch, *WHOLE[1:]), noise=noise, device="cpu", **eta)
+
+
+@libraries
+@kinds
+def test_loops_share_no_noise(library, method):
+    spacing = None if library == LIBRARIES[0] else "ddim25"
+    repeats(lambda seed: made(library, spacing, seed=seed), lambda diffusion: sampled(diffusion, method))
+
+
+@libraries
+@kinds
+def test_parts_of_a_batch(library, method):
+    parts(
+        lambda **ids: made(library, "ddim25", seed=9, **ids), lambda diffusion, batch: sampled(diffusion, method, batch)
+    )
+
+
+@libraries
+def test_loops_that_are_taken_in_turn(library):
+    """Each progressive loop has its own noise, whichever is taken further."""
+    alone, both = (made(library, "ddim25", seed=9) for _ in range(2))
+    expected = [sampled(alone, "p_sample_loop") for _ in range(2)]
+    turns = zip(*[both.p_sample_loop_progressive(pointwise, WHOLE, device="cpu") for _ in range(2)], strict=True)
+    with torch.no_grad():  # the loops, as the library's own, yield within it
+        *_, last = turns
+    found = [out["sample"] for out in last]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@libraries
+def test_loops_of_all_kinds_in_turn(library):
+    diffusion, x = made(library, "ddim25", seed=9), torch.zeros(WHOLE)
+    found = []
+    for _ in range(2):
+        found += [sampled(diffusion, method) for method in (*METHODS, "by_hand")]
+        found.append(taken(diffusion, x, start=10))
+        found.append(diffusion.p_sample(pointwise, x, torch.full((len(x),), 5))["sample"])
+        found.append(diffusion.q_sample(x, torch.full((len(x),), 24)))
+        found.append(sampled(diffusion, "ddim_sample_loop", noise=torch.ones(WHOLE)))
+    unrelated(found)
+
+
 # ---------------------------------------------------------------------------------------------------------- costs
 
-VIEWS = {"aten.select", "aten.slice", "aten.as_strided", "aten.detach", "aten.view", "aten.expand"}
-PLAIN, OPTIONS = "ddpm_ext.reverse_step", "ddpm_ext.step_with_options"
+VIEWS = {"aten::select", "aten::slice", "aten::as_strided", "aten::detach", "aten::view", "aten::expand"}
+PLAIN, OPTIONS = "ddpm_ext::reverse_step", "ddpm_ext::step_with_options"
 
 
 def cost(diffusion, call):
     """The operators of a second call, except for views."""
     call(diffusion)
-    with Count() as count:
+    with Operators() as called:
         call(diffusion)
     no_fallback(diffusion)
-    return Counter({name: n for name, n in count.names.items() if name not in VIEWS})
+    return Counter(name for name in called.names if name not in VIEWS)
 
 
 @steps
@@ -155,7 +204,7 @@ def test_a_step_is_one_launch(device, step, variance, noise):
     counted = cost(accelerated, lambda d: getattr(d, step)(lambda *_: output, x, t))
     draws = noise == "torch" and step != "ddim_reverse_sample"
     made = 1 if noise == "torch" and step == "p_sample" else 2  # the next sample lies where its noise was drawn
-    assert counted == {OPTIONS: 1, "aten.empty_like": made, **({"aten.randn_like": 1} if draws else {})}
+    assert counted == {OPTIONS: 1, "aten::empty_like": made, **({"aten::randn_like": 1} if draws else {})}
 
 
 @loops
@@ -171,12 +220,12 @@ def test_a_loops_step_is_one_launch_and_makes_no_timesteps(device, loop, varianc
     output = torch.cat([X, X], 1).to(device) if learned(variance) else X.to(device)
     counted = cost(accelerated, lambda d: getattr(d, loop)(lambda *_: output, SHAPE, device=device))
     operator = OPTIONS if learned(variance) and loop == "p_sample_loop" else PLAIN
-    each = {operator: steps, **({"aten.randn_like": steps} if noise == "torch" else {})}
-    once = set(counted) - set(each) - {"aten.empty_like"}
+    each = {operator: steps, **({"aten::randn_like": steps} if noise == "torch" else {})}
+    once = set(counted) - set(each) - {"aten::empty_like"}
     assert {name: counted[name] for name in each} == each
     assert all(counted[name] <= 2 for name in once), counted
-    assert once <= {"aten.randn", "aten.normal_", "aten.arange", "aten.repeat", "aten.empty", "ddpm_ext.randn",
-                    "aten.copy_", "aten.alias", "aten.unfold", "aten.unsqueeze"}, counted  # fmt: skip
+    assert once <= {"aten::randn", "aten::normal_", "aten::arange", "aten::repeat", "aten::empty", "ddpm_ext::randn",
+                    "aten::copy_", "aten::alias", "aten::unfold", "aten::unsqueeze"}, counted  # fmt: skip
     assert not any("lift_fresh" in name or "_to_copy" in name for name in counted)
 
 
@@ -189,15 +238,15 @@ def test_functions_in_between(prediction, launches):
     for step in STEPS[:2]:
         accelerated = accelerate(make(prediction), noise="philox")
         counted = cost(accelerated, lambda d, step=step: getattr(d, step)(lambda *_: X, X, T, **given))
-        ours = Counter({name: n for name, n in counted.items() if name.startswith("ddpm_ext.")})
-        assert ours == Counter({OPTIONS: 1, "ddpm_ext.predict_start": launches})
-        assert set(counted) - set(ours) == {"aten.empty_like"}
+        ours = Counter({name: n for name, n in counted.items() if name.startswith("ddpm_ext::")})
+        assert ours == Counter({OPTIONS: 1, "ddpm_ext::predict_start": launches})
+        assert set(counted) - set(ours) == {"aten::empty_like"}
 
 
 @pytest.mark.parametrize(("noise", "spacing"), [("torch", None), ("philox", "ddim25")])
 def test_nothing_goes_to_a_gpu_or_comes_back(monkeypatch, noise, spacing):
     """From the second loop on, when the tables are there. The tensors are of a fake GPU and have no values to read."""
-    monkeypatch.setattr(steps_module, "check_tensors", lambda *_: None)
+    monkeypatch.setattr(steps_module, "check_tensors", lambda *_, **__: None)
     monkeypatch.setattr(steps_module, "is_plain_tensor", lambda x: isinstance(x, torch.Tensor))
     monkeypatch.setattr(tables_module, "is_plain", lambda x: True)  # tables of the fake GPU stay on it, too
 

@@ -11,9 +11,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-import diffusers
-from support.accelerated_diffusers import MODULES, compare, loop, make, normal
-from support.launches import launches
+from support.accelerated_diffusers import MODULES, compare, make, normal
 
 from ddpm_ext import accelerate, integrations
 from ddpm_ext.integrations import registry
@@ -48,19 +46,6 @@ def test_its_steps(stochastic, dtype, shift):
         x, m = (normal(seed + i, *SHAPE, dtype=dtype) for i in (0, 100))
         _, fused = compare(NAME, scheduler, m, scheduler.timesteps[step], x, seed)
         assert fused
-
-
-def test_a_loop_is_a_launch_a_step():
-    plain, found = make(NAME), []
-    plain.set_timesteps(9)
-    plain.scale_model_input = lambda x, t: x  # it has none
-    fast = accelerate(plain)
-    assert isinstance(fast, diffusers.FlowMatchEulerDiscreteScheduler)
-    with launches() as called:
-        for scheduler in (plain, fast):
-            found.append(loop(scheduler, normal(0, *SHAPE)))
-    assert called == ["step_with_options"] * 9 and fast.accelerated.fallbacks == {}
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_its_fallback():

@@ -43,7 +43,7 @@ def test_spacings(steps, spacing):
     """A loop over a flow has their sigmas and timesteps."""
     scheduler = schedulers(**{f"use_{spacing.removesuffix('_sigmas')}_sigmas": True})
     scheduler.set_timesteps(steps)
-    process = GaussianDiffusion(1000, "flow", prediction="flow").process
+    process = GaussianDiffusion(1000, "flow", prediction="flow")
     table = make_loop_rows(process, LoopOptions(sampler="euler", spacing=spacing, steps=steps)).table
     close = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close(torch.cat([table.noise_now, table.noise_after[-1:]]), scheduler.sigmas, **close)
@@ -55,7 +55,7 @@ def test_spacings(steps, spacing):
 def test_a_process_is_their_schedule(device, steps):
     """beta_schedule="flow" has their levels and timesteps; a loop of 28 steps visits the nearest of these."""
     gd, scheduler = GaussianDiffusion(1000, "flow", prediction="flow"), schedulers()
-    torch.testing.assert_close(gd.process.schedule.timestep.flip(0), scheduler.timesteps.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gd.schedule.timestep.flip(0), scheduler.timesteps.double(), rtol=1e-6, atol=0)
     scheduler.set_timesteps(steps, device=device)
     told, x = [], torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -63,8 +63,8 @@ def test_a_process_is_their_schedule(device, steps):
         told.append(t[0].item())
         return torch.cos(x)
 
-    options = {"sampler": "euler", "steps": steps, "clip_denoised": False, "progress": False, "record": "last"}
-    found = gd.p_sample_loop(model, SHAPE, noise=x, **options)
+    options = {"sampler": "euler", "steps": steps, "spacing": "linspace", "clip_denoised": False}
+    found = gd.p_sample_loop(model, SHAPE, noise=x, progress=False, record="last", **options)
     for t in scheduler.timesteps:
         x = scheduler.step(torch.cos(x), t, x).prev_sample
     tolerance = 2e-5 if steps == 1000 else 2e-3

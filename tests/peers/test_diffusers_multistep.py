@@ -5,6 +5,8 @@ Their tables of noise levels are float32; here they get ours in float64, so that
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from support.gaussian import push, take
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.tables.grid import Grid, make_grid
-from ddpm_ext.tables.samplers import SAMPLERS, ipndm, lcm, sa_solver, tcd
+from ddpm_ext.tables.samplers import SAMPLERS, ipndm, sa_solver
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -74,25 +76,32 @@ def make(kind: str, steps: int, spacing: str, final: str, **options: object) -> 
     return scheduler, grid
 
 
-def compare(sampler: str, arguments: dict, kind: str, options: dict, steps: int, ends: tuple[str, str], how: str):
-    """The greatest difference in a loop, over the largest sample."""
-    prediction = "x0" if how == "clipped" else how
-    scheduler, grid = make(kind, steps, *ends, prediction_type=PREDICTIONS[prediction], **options)
-    table = SAMPLERS[sampler](grid, prediction=prediction, **arguments)
-    assert table.timestep.tolist() == scheduler.timesteps.tolist()
-    outputs = torch.randn(len(table) + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    x = outputs[-1].numpy()
-    by_sigma = sampler in SIGMA_SPACE
-    theirs = outputs[-1] / (table.signal_now[0] if by_sigma else 1)
+def normals(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def draw_given(monkeypatch, scheduler, z):
+    monkeypatch.setattr(importlib.import_module(type(scheduler).__module__), "randn_tensor", lambda *_, **__: z)
+
+
+def compare(table, scheduler, start, outputs, *, clip=None, by_sigma=False, noise=None, monkeypatch=None):
+    """The greatest difference in a loop from `start`, over the largest sample.
+
+    Args:
+        by_sigma: their sample is ours divided by sqrt(alphas_cumprod).
+        noise: each step's, which monkeypatch feeds to them.
+    """
+    x, theirs = start.numpy(), start / (table.signal_now[0] if by_sigma else 1)
     history, worst, largest = [], 0.0, 0.0
-    for row, t, m in zip(table, scheduler.timesteps, 2 * outputs, strict=False):
-        # With a model that predicts x0, a clip of x0 is a clip of the output, which they get clipped already.
-        given, clip = (m.clamp(-1, 1), (-1, 1)) if how == "clipped" else (m, None)
+    for i, (row, t, m) in enumerate(zip(table, scheduler.timesteps, outputs, strict=True)):
+        z = None if noise is None else noise[i]
+        if z is not None:
+            draw_given(monkeypatch, scheduler, z)
         scheduler.is_scale_input_called = True
-        theirs = scheduler.step(given, t, theirs).prev_sample
-        x0, after = take(row, x, m.numpy(), history=history, clip=clip)
-        history = push(row, history, x0, x, m.numpy())
-        x = after
+        # With a model that predicts x0, a clip of x0 is a clip of the output, which they get clipped already.
+        theirs = scheduler.step(m if clip is None else m.clamp(*clip), t, theirs).prev_sample
+        x0, after = take(row, x, m.numpy(), 0.0 if z is None else z.numpy(), history=history, clip=clip)
+        history, x = push(row, history, x0, x, m.numpy()), after
         expected = (theirs * (row.signal_after if by_sigma else 1)).numpy()
         assert np.isfinite(expected).all()
         worst, largest = max(worst, abs(x - expected).max()), max(largest, abs(expected).max())
@@ -100,11 +109,21 @@ def compare(sampler: str, arguments: dict, kind: str, options: dict, steps: int,
     return worst / largest
 
 
+def of(how: str) -> tuple[str, tuple[int, int] | None]:
+    """A prediction, and a clip."""
+    return ("x0", (-1, 1)) if how == "clipped" else (how, None)
+
+
 @pytest.mark.parametrize("steps", [5, 20])
 @pytest.mark.parametrize("sampler, arguments, kind, options, ends, how", EACH)
 def test_whole_loop(sampler, arguments, kind, options, ends, how, steps):
-    bound = FLOAT32 if kind == "DPMSolverMultistep" else RELATIVE
-    assert compare(sampler, arguments, kind, options, steps, ends, how) < bound
+    prediction, clip = of(how)
+    scheduler, grid = make(kind, steps, *ends, prediction_type=PREDICTIONS[prediction], **options)
+    table = SAMPLERS[sampler](grid, prediction=prediction, **arguments)
+    assert table.timestep.tolist() == scheduler.timesteps.tolist()
+    *outputs, start = normals(len(table) + 1)
+    found = compare(table, scheduler, start, [2 * m for m in outputs], clip=clip, by_sigma=sampler in SIGMA_SPACE)
+    assert found < (FLOAT32 if kind == "DPMSolverMultistep" else RELATIVE)
 
 
 @pytest.mark.parametrize("how, spacing", [("v", "linspace"), ("clipped", "leading")])
@@ -122,20 +141,13 @@ def test_whole_loop(sampler, arguments, kind, options, ends, how, steps):
 def test_sa_solver(monkeypatch, arguments, theirs, orders, spacing, how):
     """With the noise fed in. Their corrector has the noise of the predictor before it, so that ours needs none."""
     names, steps = ("predictor_order", "corrector_order"), 9
-    prediction, clip = ("x0", (-1, 1)) if how == "clipped" else (how, None)
+    prediction, clip = of(how)
     options = {**theirs, **dict(zip(names, orders, strict=True)), "prediction_type": PREDICTIONS[prediction]}
     scheduler, grid = make("SASolver", steps, spacing, "sigma_min", **options)
     table = sa_solver(grid, prediction=prediction, **arguments, **dict(zip(names, orders, strict=True)))
     assert table.timestep.tolist() == scheduler.timesteps.tolist()
-    draws = torch.randn(2, steps + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sample, x, history, largest = draws[0, -1], draws[0, -1].numpy(), [], 0.0
-    for row, t, m, z in zip(table, scheduler.timesteps, *draws, strict=False):
-        monkeypatch.setattr(diffusers.schedulers.scheduling_sasolver, "randn_tensor", lambda *_, z=z, **__: z)
-        sample = scheduler.step(m if clip is None else m.clamp(*clip), t, sample).prev_sample
-        x0, after = take(row, x, m.numpy(), z=z.numpy(), history=history, clip=clip)
-        history, x = push(row, history, x0, x, m.numpy()), after
-        largest = max(largest, sample.abs().max().item())
-        assert abs(x - sample.numpy()).max() < RELATIVE * largest
+    (*outputs, start), noise = normals(2, steps + 1)
+    assert compare(table, scheduler, start, outputs, clip=clip, noise=noise, monkeypatch=monkeypatch) < RELATIVE
 
 
 KDPM2 = {
@@ -157,19 +169,10 @@ def test_midpoints(monkeypatch, name, spacing, prediction):
     timesteps = scheduler.timesteps[::2].round().long()
     table = SAMPLERS[name](make_grid(LEVELS, timesteps), prediction=prediction, **arguments)
     assert table.timestep.tolist() == pytest.approx(scheduler.timesteps.tolist(), abs=2e-3)
-    outputs = torch.randn(len(table) + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    sample, x, history = outputs[-1] / table.signal_now[0], outputs[-1].numpy(), []
-    for row, t, m in zip(table, scheduler.timesteps, outputs, strict=False):
-        z = torch.full(SHAPE, 0.5, dtype=torch.float64)
-        if "Ancestral" in kind:
-            module = diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, z=z, **__: z)
-        scheduler.is_scale_input_called = True
-        sample = scheduler.step(m, t, sample).prev_sample
-        x0, after = take(row, x, m.numpy(), z.numpy(), history=history)
-        history, x = push(row, history, x0, x, m.numpy()), after
-        expected = sample.numpy() * row.signal_after
-        assert abs(x - expected).max() < 5e-6 * max(1, abs(expected).max())  # measured 1.6e-6, factor 3
+    *outputs, start = normals(len(table) + 1)
+    noise = normals(len(table)) if "Ancestral" in kind else None
+    found = compare(table, scheduler, start, outputs, by_sigma=True, noise=noise, monkeypatch=monkeypatch)
+    assert found < 5e-6  # measured 1.6e-6, factor 3
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -181,46 +184,33 @@ def test_ipndm(steps):
     scheduler.set_timesteps(steps)
     scheduler.alphas, scheduler.betas = levels.sqrt(), (1 - levels).sqrt()
     grid = Grid(torch.arange(steps, 0, -1), levels, 1 - levels[:-1] / levels[1:])
-    x, *outputs = torch.randn(steps + 1, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    theirs, x, history = x, x.numpy(), []
-    for row, t, m in zip(ipndm(grid, prediction="v"), scheduler.timesteps, outputs, strict=True):
-        theirs = scheduler.step(m, t, theirs).prev_sample
-        x0, after = take(row, x, m.numpy(), history=history)
-        history, x = push(row, history, x0, x, m.numpy()), after
-        assert abs(x - theirs.numpy()).max() < 1e-12 * max(1, abs(x).max())
+    start, *outputs = normals(steps + 1)
+    assert compare(ipndm(grid, prediction="v"), scheduler, start, outputs) < 1e-12
+
+
+CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(
+    "name, options, clip, arguments, bound",
+    [
+        ("LCM", {}, None, {}, 1e-7),  # their c_out is float32; measured 3.4e-8, factor 3
+        ("LCM", CLIPPED, (-1, 1), {}, 1e-7),
+        *(("TCD", {}, None, {"eta": eta}, RELATIVE) for eta in (0.0, 0.3, 1.0)),
+    ],
+)
 @pytest.mark.parametrize("steps", [1, 4, 10])
-def test_lcm(monkeypatch, steps, clip, prediction):
-    """Each step from a sample of its own, with the noise fed in."""
-    clipped = {} if clip is None else {"clip_sample": True, "clip_sample_range": clip}
-    scheduler = diffusers.LCMScheduler(**OPTIONS, prediction_type=PREDICTIONS[prediction], **clipped)
+def test_consistency(monkeypatch, steps, name, options, clip, arguments, bound, prediction):
+    """Each step from a sample of its own, with the noise fed in. TCD's ends at timestep 0."""
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**OPTIONS, prediction_type=PREDICTIONS[prediction], **options)
     scheduler.set_timesteps(steps)
     scheduler.alphas_cumprod = LEVELS
-    table = lcm(make_grid(LEVELS, scheduler.timesteps), prediction=prediction)
-    draws = torch.randn(steps, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for row, t, (x, m, z) in zip(table, scheduler.timesteps, draws, strict=True):
-        monkeypatch.setattr(diffusers.schedulers.scheduling_lcm, "randn_tensor", lambda *_, z=z, **__: z)
-        expected = scheduler.step(m, t, x).prev_sample.numpy()
-        _, found = take(row, *(value.numpy() for value in (x, m)), z=z.numpy(), clip=clip and (-clip, clip))
-        off = abs(found - expected).max() / max(1, abs(expected).max())
-        assert off < 1e-7  # their c_out is float32; measured 3.4e-8, factor 3
-
-
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_tcd(monkeypatch, steps, eta, prediction):
-    """Each step from a sample of its own, with the noise fed in. Theirs ends at timestep 0."""
-    scheduler = diffusers.TCDScheduler(**OPTIONS, prediction_type=PREDICTIONS[prediction])
-    scheduler.set_timesteps(steps)
-    scheduler.alphas_cumprod = LEVELS
-    table = tcd(make_grid(LEVELS, scheduler.timesteps, final=LEVELS[0].item()), prediction=prediction, eta=eta)
-    draws = torch.randn(steps, 3, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for row, t, (x, m, z) in zip(table, scheduler.timesteps, draws, strict=True):
-        monkeypatch.setattr(diffusers.schedulers.scheduling_tcd, "randn_tensor", lambda *_, z=z, **__: z)
-        expected = scheduler.step(m, t, x, eta=eta).prev_sample.numpy()
-        _, found = take(row, *(value.numpy() for value in (x, m)), z=z.numpy())
-        assert abs(found - expected).max() < RELATIVE * max(1, abs(expected).max())
+    final = 1.0 if name == "LCM" else LEVELS[0].item()
+    grid = make_grid(LEVELS, scheduler.timesteps, final=final)
+    table = SAMPLERS[name.lower()](grid, prediction=prediction, **arguments)
+    for row, t, (x, m, z) in zip(table, scheduler.timesteps, normals(steps, 3), strict=True):
+        draw_given(monkeypatch, scheduler, z)
+        expected = scheduler.step(m, t, x, **arguments).prev_sample.numpy()
+        _, found = take(row, x.numpy(), m.numpy(), z=z.numpy(), clip=clip)
+        assert abs(found - expected).max() < bound * max(1, abs(expected).max())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.gaussian import take
 
-from ddpm_ext import GaussianDiffusion, Philox, randn
+from ddpm_ext import GaussianDiffusion
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.sigma_grids import karras_grid
@@ -92,23 +92,3 @@ def test_steps(monkeypatch, sampler, name, options, by_sigma, spacing, final, pr
         kept, start = take(row, start, m, z, history=[h])
         expected = outer.double().numpy() * (row.signal_after if by_sigma else 1)
         assert (abs(start - expected) / scale).max() <= RELATIVE, i
-
-
-@pytest.mark.parametrize("sampler, name, options, by_sigma", SAMPLED)
-def test_loop(monkeypatch, sampler, name, options, by_sigma, device):
-    """From the same start to the same image."""
-    scheduler, grid = make(name, 20, "trailing", **options)
-    gd, rng = GaussianDiffusion(1000, scheduler.betas), Philox(1)
-
-    def model(x, t):
-        return 0.9 * x
-
-    x = randn(SHAPE, rng, stream=1, device=device) / (grid.now[0].sqrt().item() if by_sigma else 1)
-    for t in scheduler.timesteps:
-        z = randn(SHAPE, rng, draw=int(t), device=device)
-        draw_given(monkeypatch, scheduler, z)
-        noise = {"variance_noise": z} if options else {}
-        x = scheduler.step(model(scheduler.scale_model_input(x, t), t), t, x, **noise).prev_sample
-    options = {"sampler": sampler, "steps": 20, "spacing": "trailing", "clip_denoised": False, "rng": rng}
-    ours = gd.p_sample_loop(model, SHAPE, record="last", progress=False, device=device, **options)
-    torch.testing.assert_close(ours, x, rtol=0, atol=7e-6)  # measured 2.3e-6 (Heun), factor 3

@@ -5,11 +5,12 @@ Gradients, DDIM and its inverse are in test_accelerated_guided_diffusion.py, who
 
 import pytest
 import torch
+from support.accelerated_guided import VARIANCES, make
 from support.choices import for_many
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.tables.grid import make_grid
-from ddpm_ext.tables.samplers import ddim, ddpm
+from ddpm_ext.tables.samplers import ddim
 from ddpm_ext.tables.spacing import section_timesteps
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
@@ -17,26 +18,9 @@ respace = pytest.importorskip("guided_diffusion.respace")
 
 SHAPE = (5, 3, 4, 6)
 T = [0, 1, 17, 500, 999]
-PREDICTIONS = {"eps": peer.ModelMeanType.EPSILON, "x0": peer.ModelMeanType.START_X}
-VARIANCES = {
-    "fixed_small": peer.ModelVarType.FIXED_SMALL,
-    "fixed_large": peer.ModelVarType.FIXED_LARGE,
-    "learned": peer.ModelVarType.LEARNED,
-    "learned_range": peer.ModelVarType.LEARNED_RANGE,
-}
-
 clips = pytest.mark.parametrize("clip", [True, False])
-variances = pytest.mark.parametrize("variance", VARIANCES)
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
-
-
-def options(betas, prediction="eps", variance="fixed_small"):
-    return {
-        "betas": betas.numpy(),
-        "model_mean_type": PREDICTIONS[prediction],
-        "model_var_type": VARIANCES[variance],
-        "loss_type": peer.LossType.MSE,
-    }
+variances = pytest.mark.parametrize("variance", [variance.lower() for variance in VARIANCES])
+predictions = pytest.mark.parametrize("prediction", ["eps", "x0"])
 
 
 @pytest.fixture
@@ -81,33 +65,24 @@ def sizes(gd, x, m, t):
 @clips
 @variances
 @predictions
-def test_p_mean_variance(inputs, prediction, variance, clip):
-    x, m, v, _, t = inputs
+def test_a_step(inputs, prediction, variance, clip):
+    """p_mean_variance, and p_sample with the same noise."""
+    x, m, v, z, t = inputs
     gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
+    theirs = make(prediction, variance, betas=gd.betas)
     told = output(variance, m, v)
     expected = theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)
     mean, var, log_var = gd.p_mean_variance(lambda *_: told, x, t, clip)
-    close(mean, expected["mean"], sizes(gd, x, m, t)[1])
+    size, spread = sizes(gd, x, m, t)[1], (expected["log_variance"] / 2).exp()
+    close(mean, expected["mean"], size)
     # at t = 0 guided-diffusion clips a fixed one to the variance at t = 1, ddpm_ext to 1e-20; no noise is added there
     after = slice(1 if variance == "fixed_small" else 0, None)
     torch.testing.assert_close(var.expand(SHAPE)[1:].double(), expected["variance"][1:], rtol=1e-5, atol=0)
     torch.testing.assert_close(
         log_var.expand(SHAPE)[after].double(), expected["log_variance"][after], rtol=1e-6, atol=1e-6
     )
-
-
-@clips
-@variances
-@predictions
-def test_p_sample(inputs, prediction, variance, clip):
-    x, m, v, z, t = inputs
-    gd = GaussianDiffusion(1000, prediction=prediction, variance=variance)
-    theirs = peer.GaussianDiffusion(**options(gd.betas, prediction, variance))
-    told = output(variance, m, v)
     expected = theirs.p_sample(lambda *_: told.double(), x.double(), t, clip)["sample"]
-    spread = (theirs.p_mean_variance(lambda *_: told.double(), x.double(), t, clip)["log_variance"] / 2).exp()
-    close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, sizes(gd, x, m, t)[1] + 20 * spread * z.abs())
+    close(gd.p_sample(lambda *_: told, x, t, clip, noise=z), expected, size + 20 * spread * z.abs())
 
 
 def both(x, t, **_):
@@ -128,7 +103,7 @@ def test_loop_over_some_of_the_timesteps(device, monkeypatch, sampler, spacing, 
     sections = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
     timesteps = section_timesteps(1000, sections).tolist()
     assert set(timesteps) == respace.space_timesteps(1000, spacing)
-    theirs = respace.SpacedDiffusion(set(timesteps), **options(gd.betas, variance="learned_range"))
+    theirs = make(variance="learned_range", spacing=spacing, betas=gd.betas)
     rng, guide = Philox(3), {"cond_fn": cond_fn if guided else None, "denoised_fn": lambda x0: x0 * 0.9}
     x = start = randn(SHAPE, rng, stream=1, device=device)
     for i in range(len(timesteps) - 1, -1, -1):
@@ -144,21 +119,6 @@ def test_loop_over_some_of_the_timesteps(device, monkeypatch, sampler, spacing, 
     assert not torch.equal(ours, start)
     # measured 7e-5 by a gradient at t = 0, where learned ranges start elsewhere; 2.8e-6 without
     torch.testing.assert_close(ours, x, rtol=0, atol=3e-4 if guided and sampler == "ddpm" else 1e-5)
-
-
-def test_rows_say_what_their_tables_say():
-    """The betas and levels of a respaced diffusion."""
-    gd = GaussianDiffusion(1000, "cosine")
-    timesteps = section_timesteps(1000, "ddim25")
-    theirs = respace.SpacedDiffusion(set(timesteps.tolist()), **options(gd.betas))
-    grid = make_grid(gd.alphas_cumprod, timesteps, betas=gd.betas)
-    table = ddpm(grid, variance="fixed_large")
-    for ours, name in (
-        (table.signal_now**2, "alphas_cumprod"),
-        (table.c0, "posterior_mean_coef1"),
-        (table.c1, "posterior_mean_coef2"),
-    ):
-        torch.testing.assert_close(ours, torch.from_numpy(getattr(theirs, name)).flip(0), rtol=1e-9, atol=1e-12)
 
 
 @for_many(100)

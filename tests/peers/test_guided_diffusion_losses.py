@@ -1,5 +1,4 @@
-"""guided-diffusion's training_losses, with the same noise, timesteps and model: each sample's loss and the
-gradients.
+"""guided-diffusion's training_losses and its bound, with the same noise, timesteps and model.
 
 These tests run where a checkout of it is on PYTHONPATH.
 """
@@ -8,21 +7,17 @@ import functools
 
 import pytest
 import torch
+from support.accelerated_guided import OURS, in_float64, make
 from support.peer_training import RNG, Net, check, drawn, make_inputs, step
 
-from ddpm_ext import GaussianDiffusion
+from ddpm_ext import GaussianDiffusion, randn
+from ddpm_ext.ops.noise import STREAM_FORWARD
 
 peer = pytest.importorskip("guided_diffusion.gaussian_diffusion")
 peer_losses = pytest.importorskip("guided_diffusion.losses")
 
-PREDICTIONS = {
-    "eps": peer.ModelMeanType.EPSILON,
-    "x0": peer.ModelMeanType.START_X,
-    "x_prev": peer.ModelMeanType.PREVIOUS_X,
-}
-FIXED = {"fixed_small": peer.ModelVarType.FIXED_SMALL, "fixed_large": peer.ModelVarType.FIXED_LARGE}
-LEARNED = {"learned": peer.ModelVarType.LEARNED, "learned_range": peer.ModelVarType.LEARNED_RANGE}
-VARIANCES = FIXED | LEARNED
+FIXED, LEARNED = ("fixed_small", "fixed_large"), ("learned", "learned_range")
+VARIANCES = FIXED + LEARNED
 # Ours of theirs, and how much of the bound comes to the error.
 LOSSES = {
     "MSE": {"loss": "mse", "vlb_weight": 1 / 1000},
@@ -30,44 +25,27 @@ LOSSES = {
     "KL": {"loss": "vlb"},
     "RESCALED_KL": {"loss": "rescaled_vlb"},
 }
+predictions = pytest.mark.parametrize("prediction", OURS)
 
 
-def make(betas, prediction, variance, loss="MSE"):
-    return peer.GaussianDiffusion(
-        betas=betas.numpy(),
-        model_mean_type=PREDICTIONS[prediction],
-        model_var_type=VARIANCES[variance],
-        loss_type=peer.LossType[loss],
-    )
-
-
-@pytest.fixture
-def truth(monkeypatch):
+def truth(*arguments, **options):
     """One of their steps in float64, which reads its float64 tables without rounding."""
-
-    def extract(values, t, shape):
-        return torch.from_numpy(values).to(t.device)[t].reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-
-    def take(losses, x, t, z, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(peer, "_extract_into_tensor", extract)
-            return step(losses, x, t, z, torch.float64, **options)
-
-    return take
+    with in_float64():
+        return step(*arguments, torch.float64, **options)
 
 
 # ---------------------------------------------------------------------------------------------- fixed variances
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@predictions
 @pytest.mark.parametrize("variance", FIXED)
 @pytest.mark.parametrize(("schedule", "noise"), [("linear", "given"), ("cosine", "drawn")])
-def test_mse(truth, device, schedule, prediction, variance, noise):
+def test_mse(device, schedule, prediction, variance, noise):
     """LossType.MSE, with the betas of their schedule."""
     x, t = make_inputs(device)
     z = drawn(t)
     betas = torch.from_numpy(peer.get_named_beta_schedule(schedule, 1000))
-    theirs, gd = make(betas, prediction, variance), GaussianDiffusion(1000, betas, prediction=prediction)
+    theirs, gd = make(prediction, variance, betas=betas), GaussianDiffusion(1000, betas, prediction=prediction)
 
     def losses(model, x, t, z):
         return theirs.training_losses(model, x, t, noise=z)["loss"]
@@ -88,11 +66,25 @@ def exact_bins(monkeypatch):
     monkeypatch.setattr(peer_losses, "approx_standard_normal_cdf", torch.special.ndtr)
 
 
-def check_bound(truth, inputs, prediction, variance, loss):
-    x, t = inputs
+INNER, FIRST = (1, 2, 17, 500, 998, 999), (0,) * 6
+
+
+@predictions
+@pytest.mark.parametrize(
+    ("variance", "loss", "t"),
+    [
+        *((v, loss, INNER) for v in LEARNED for loss in LOSSES),
+        *((v, loss, INNER) for v in FIXED for loss in ("KL", "RESCALED_KL")),
+        *((v, "RESCALED_MSE", FIRST) for v in LEARNED),
+        *((v, "KL", FIRST) for v in VARIANCES),
+    ],
+)
+def test_bound(exact_bins, device, prediction, variance, loss, t):
+    """The divergence at all timesteps but the last, and the likelihood of the bins of 8 bits at t = 0."""
+    x, t = make_inputs(device, t)
     z = drawn(t)
     betas = torch.from_numpy(peer.get_named_beta_schedule("linear", 1000))
-    theirs = make(betas, prediction, variance, loss)
+    theirs = make(prediction, variance, loss, betas=betas)
     gd = GaussianDiffusion(1000, betas, prediction=prediction, variance=variance)
     net = functools.partial(Net, outputs=2 if variance in LEARNED else 1, skip=prediction != "eps")
 
@@ -106,18 +98,66 @@ def check_bound(truth, inputs, prediction, variance, loss):
     check(step(ours, x, t, z, f32, net), step(losses, x, t, z, f32, net), truth(losses, x, t, z, net=net))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(
-    ("variance", "loss"),
-    [(v, loss) for v in LEARNED for loss in LOSSES] + [(v, loss) for v in FIXED for loss in ("KL", "RESCALED_KL")],
+# ----------------------------------------------------------------------------------------- the bound of a whole process
+
+
+SHAPE = (4, 3, 4, 6)
+TIMESTEPS = 60
+# its mean of an "x_prev" is the model's, whatever the clip of x_0
+clipped = pytest.mark.parametrize(
+    ("prediction", "clip"),
+    [("eps", True), ("eps", False), ("x0", True), ("x0", False), ("x_prev", False)],
 )
-def test_bound(truth, exact_bins, device, prediction, variance, loss):
-    """The divergence at all timesteps but the last."""
-    check_bound(truth, make_inputs(device, [1, 2, 17, 500, 998, 999]), prediction, variance, loss)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize(("variance", "loss"), [(v, "RESCALED_MSE") for v in LEARNED] + [(v, "KL") for v in VARIANCES])
-def test_decoder(truth, exact_bins, device, prediction, variance, loss):
-    """The likelihood of the bins of 8 bits, at t = 0."""
-    check_bound(truth, make_inputs(device, [0] * 6), prediction, variance, loss)
+def pair(prediction, variance):
+    gd = GaussianDiffusion(TIMESTEPS, "cosine", prediction=prediction, variance=variance, backend="reference")
+    return gd, make(prediction, variance, "RESCALED_KL", betas=gd.betas)
+
+
+def images(device):
+    levels = torch.randint(0, 256, SHAPE, generator=torch.Generator().manual_seed(0))
+    levels[0, 0, 0, :2] = torch.tensor([0, 255])
+    return (levels.double() / 127.5 - 1).to(device)
+
+
+def model_of(gd, x_start):
+    """A model near enough to x_start that its log-likelihood is above guided-diffusion's limit, ln 1e-12."""
+
+    def model(x, t):
+        kept = gd.alphas_cumprod.to(x.device)[t].reshape(-1, 1, 1, 1)
+        x0 = x_start + 0.01 * torch.sin(40 * x)
+        of_x0, of_x = (
+            table.to(x.device)[t].reshape(-1, 1, 1, 1) for table in (gd.posterior_mean_coef1, gd.posterior_mean_coef2)
+        )
+        m = {"x0": x0, "eps": (x - kept.sqrt() * x0) / (1 - kept).sqrt(), "x_prev": of_x0 * x0 + of_x * x}[
+            gd.prediction
+        ]
+        if gd.variance == "learned":
+            return torch.cat([m, -4 + torch.cos(3 * x)], 1)
+        return m if gd.variance.startswith("fixed") else torch.cat([m, torch.cos(3 * x)], 1)
+
+    return model
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@clipped
+def test_whole_bound(device, exact_bins, monkeypatch, prediction, clip, variance):
+    """Their columns run from the last timestep to the first."""
+    gd, theirs = pair(prediction, variance)
+    x_start = images(device)
+    drawn = iter(range(TIMESTEPS - 1, -1, -1))
+    monkeypatch.setattr(
+        peer.th,
+        "randn_like",
+        lambda x: randn(SHAPE, RNG, stream=STREAM_FORWARD, draw=next(drawn), device=device).to(x.dtype),
+    )
+    model = model_of(gd, x_start)
+    with in_float64():
+        expected = theirs.calc_bpd_loop(model, x_start, clip_denoised=clip)
+    found = gd.bits_per_dim(model, x_start, rng=RNG, clip_denoised=clip)
+    assert next(drawn, None) is None
+    torch.testing.assert_close(found.total, expected["total_bpd"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.prior, expected["prior_bpd"], rtol=1e-9, atol=0)
+    for ours, name in ((found.vlb, "vb"), (found.x_start_mse, "xstart_mse"), (found.mse, "mse")):
+        torch.testing.assert_close(ours, expected[name].flip(1), rtol=1e-5, atol=1e-6)

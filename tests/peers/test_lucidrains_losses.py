@@ -70,36 +70,6 @@ def test_p_losses(truth, device, schedule, prediction, min_snr, noise):
     check(step(ours, x, t, z, torch.float32), step(theirs, x, t, z, torch.float32), truth(theirs, x, t, z))
 
 
-class OffsetTorch(WideTorch):
-    """torch, but the normals that move their noise are given."""
-
-    def __init__(self, offset, wide):
-        self.offset, self.float32 = offset, torch.float64 if wide else torch.float32
-
-    def randn(self, shape, device):
-        assert self.offset.shape == shape and self.offset.device == device
-        return self.offset.to(self.float32)
-
-
-@pytest.mark.parametrize("prediction", OBJECTIVES)
-def test_offset_noise(monkeypatch, device, prediction):
-    """Each channel of their noise adds one more normal, which in ours comes from stream 4."""
-    x, t = make_inputs(device)
-    z, offset = drawn(t), drawn(t, SHAPE[:2], stream=4)
-    gd = GaussianDiffusion(1000, peer.linear_beta_schedule(1000), prediction=prediction)
-    plain = p_losses("linear", prediction, False, offset_noise_strength=0.3)
-
-    def theirs(dtype):
-        with monkeypatch.context() as patch:
-            patch.setattr(peer, "torch", OffsetTorch(offset, dtype == torch.float64))
-            return step(plain, x, t, z.clone(), dtype)  # they write to it
-
-    def ours(model, x, t, z):
-        return gd.train_losses(model, x, t, rng=RNG, offset_noise=0.3, weighting="snr", reduction="none")
-
-    check(step(ours, x, t, z, torch.float32), theirs(torch.float32), theirs(torch.float64))
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_betas(schedule):
     """Of the schedules with the same names; their sigmoid begins from float32 numbers."""

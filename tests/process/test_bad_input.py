@@ -230,14 +230,8 @@ def test_rng_of_the_references_randn(case, device):
     "make, error, words",
     [
         (lambda: GaussianDiffusion(0), ValueError, ["timesteps is 0"]),
-        (lambda: GaussianDiffusion(-5), ValueError, ["timesteps is -5"]),
-        (lambda: GaussianDiffusion(100.0), TypeError, ["timesteps is 100.0"]),
-        (lambda: GaussianDiffusion(10), ValueError, ["timesteps is 10", "linear"]),
         (lambda: GaussianDiffusion(100, "quadratic"), ValueError, ["beta_schedule is 'quadratic'", "'cosine'"]),
-        (lambda: GaussianDiffusion(100, None), TypeError, ["beta_schedule", "None"]),
-        (lambda: GaussianDiffusion(3, torch.tensor([0.1, 0.2])), ValueError, ["betas", r"\(2,\)", r"\(3,\)"]),
         (lambda: GaussianDiffusion(2, torch.tensor([0.1, 1.1])), ValueError, [r"betas\[1\] is 1.1"]),
-        (lambda: GaussianDiffusion(2, torch.tensor([0.1, float("nan")])), ValueError, [r"betas\[1\] is nan"]),
         (lambda: GaussianDiffusion(2, torch.empty(2, device="meta")), ValueError, ["betas are on meta"]),
         (lambda: GaussianDiffusion(prediction="noise"), ValueError, ["prediction is 'noise'", "'eps'", "'x0'", "'v'"]),
         (lambda: GaussianDiffusion(prediction=None), ValueError, ["prediction is None"]),
@@ -246,4 +240,5 @@ def test_rng_of_the_references_randn(case, device):
     ],
 )
 def test_gaussian_diffusion(make, error, words):
+    """tables/test_refusals.py has the schedules' other values."""
     raises(error, words, make)

@@ -27,16 +27,8 @@ def model(x, t):
     return torch.cat([x, x], 1)
 
 
-def take_a_step():
-    GD.p_sample(model, torch.ones(1, 1, 2), 3, rng=Philox(0))
-
-
-def take_a_loop():
-    GD.p_sample_loop(model, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
-
-
-def take_a_plain_loop():
-    PLAIN.p_sample_loop(lambda x, t: x, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
+def take_a_loop(gd, model):
+    gd.p_sample_loop(model, (1, 1, 2), steps=2, rng=Philox(0), record="last", progress=False)
 
 
 class Interruption:
@@ -73,9 +65,9 @@ class Interruption:
 @pytest.mark.parametrize(
     ("take", "functions"),
     [
-        (take_a_step, [GaussianDiffusion.p_sample]),
-        (take_a_loop, [Loop.run, Loop._take]),
-        (take_a_plain_loop, [Loop.run]),
+        (lambda: GD.p_sample(model, torch.ones(1, 1, 2), 3, rng=Philox(0)), [GaussianDiffusion.p_sample]),
+        (lambda: take_a_loop(GD, model), [Loop.run, Loop._take]),
+        (lambda: take_a_loop(PLAIN, lambda x, t: x), [Loop.run]),
     ],
 )
 def test_an_interrupt_at_any_instruction_restores_the_gradient_mode(take, functions):

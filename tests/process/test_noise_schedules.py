@@ -141,7 +141,7 @@ def test_every_method_is_the_variance_preserving_one_scaled(choose):
     options = {"prediction": prediction, "variance": choose.one_of(names, "variance"), "backend": "reference"}
     ours = GaussianDiffusion(T, SCHEDULES[make](), **options)
     unit = GaussianDiffusion(T, ours.betas, **options)
-    signal, noise = ours.process.schedule.signal, ours.process.schedule.noise
+    signal, noise = ours.schedule.signal, ours.schedule.noise
     r = torch.hypot(signal, noise)
     r_before = torch.cat([torch.ones(1, dtype=F64), r[:-1]])
     t = torch.tensor(choose.several(lambda: choose.integer(0, T - 2 if prediction == "eps" else T - 1), 4, 4, "t"))

@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ def half(x, t):
 
 def run_of(gd, x):
     """The compiled call that p_sample makes."""
-    return gd.process.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
+    return gd.reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
 
 
 def test_steps_are_taken_by_it(normal):
@@ -107,11 +108,8 @@ def test_threads_with_batches_of_their_own(normal):
             found[batch, t] = gd.p_sample(model, samples[batch], t, rng=Philox(1))
 
     samples = {batch: normal(batch, 3, 4) for batch in (1, 2, 3)}
-    threads = [threading.Thread(target=work, args=(batch,)) for batch in samples]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, samples))
     for batch, t in found:
         expected = GD.p_sample(lambda x, t: 0.5 * x + t[0], samples[batch], t, rng=Philox(1))
         assert torch.equal(found[batch, t], expected)

@@ -1,6 +1,6 @@
 """A GaussianDiffusion where torch does something around it: export, subclasses, distributed tensors, threads."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -71,11 +71,8 @@ def test_threads_share_an_object(device):
             which = (i * 5 + number) % len(choices)
             found[number, which] = loop(shared, choices[which])
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
     assert len(found) == 4 * len(choices)
     for which, options in enumerate(choices):
         expected = loop(GaussianDiffusion(50), options)

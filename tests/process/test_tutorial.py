@@ -1,15 +1,11 @@
-"""The gradients of the tutorial's methods, and the tutorial's sampling code with ddpm_ext's class."""
+"""The gradients of the tutorial's methods, and the defaults of its `sample`."""
 
-import numpy as np
 import pytest
 import torch
 from support.comparison import backends, clips, float64, normals, pair, predictions, start_magnitude, timesteps
-from support.tutorial import Tutorial
 from torch import nn
 
 from ddpm_ext import GaussianDiffusion
-
-# -------------------------------------------------------------------------------------------------- gradients
 
 
 def gradients(function, tensors):
@@ -95,58 +91,6 @@ def test_sampling_builds_no_graph(backend, device):
     assert not result.requires_grad and not last.requires_grad and torch.is_grad_enabled()
     assert graphs == [False] * 3
     assert gd.p_mean_variance(model, result, 3)[0].requires_grad
-
-
-# -------------------------------------------------------------------------------------------- the tutorial's cells
-
-
-class TinyModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
-        self.embedding = nn.Embedding(500, 3)
-        nn.init.zeros_(self.embedding.weight)
-
-    def forward(self, x, t):
-        return self.convolution(x) + self.embedding(t)[:, :, None, None]
-
-
-def test_parameter_gradients_of_train_losses(device):
-    """The gradient of the model's output is tested in losses/test_train_losses.py, for every prediction and backend."""
-    gd = GaussianDiffusion(500, prediction="v")
-    truth = Tutorial(gd.betas, "v")
-    torch.manual_seed(0)
-    model, true_model = TinyModel().to(device), TinyModel().double()
-    true_model.load_state_dict(model.state_dict())
-    x, z = normals(2, device, (4, 3, 8, 8))
-    t = torch.tensor([0, 3, 250, 499], device=device)
-    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's convolutions may round to TF32
-        gd.train_losses(model, x, t, z).backward()
-    truth.train_losses(true_model, x, t, noise=z).backward()
-    for a, b in zip(model.parameters(), true_model.parameters(), strict=True):
-        # measured 3.3e-7 of the largest, factor 3
-        torch.testing.assert_close(float64(a.grad), b.grad, rtol=0, atol=1e-6 * b.grad.abs().max().item())
-
-
-@pytest.mark.slow
-@backends
-def test_sampling_cell(backend, device):
-    timesteps, model = 500, TinyModel().to(device)
-    gaussian_diffusion = GaussianDiffusion(timesteps=timesteps, backend=backend)
-    steps = timesteps if backend == "fused" else 4
-    generated_images = gaussian_diffusion.sample(
-        model, 8, batch_size=64, channels=3, **{} if backend == "fused" else {"steps": 4}
-    )
-    assert isinstance(generated_images, list) and len(generated_images) == steps
-    for images in generated_images:
-        assert isinstance(images, np.ndarray) and (images.shape, images.dtype) == ((64, 3, 8, 8), np.float32)
-    assert np.abs(generated_images[-1]).max() <= 1  # the last step is x_0 alone, clipped
-    # the tutorial's last cell: the x_0 that is predicted during sampling
-    t = torch.full((64,), timesteps - 1, device=device).long()
-    ori = torch.from_numpy(generated_images[0]).to(device)
-    with torch.no_grad():
-        x_recon = gaussian_diffusion.predict_start_from_noise(ori, t, model(ori, t)).to("cpu").numpy()
-    assert x_recon.shape == (64, 3, 8, 8)
 
 
 def test_sample_defaults(device):

@@ -23,7 +23,7 @@ PAGES = [
     DOCS.parent / "README.md",
     *(p for p in sorted(DOCS.rglob("*.md")) if p.name not in ("index.md", "pictures.md")),
 ]
-WRITTEN = {"sampling.md": {"mine.json", "mine.png"}, "training.md": {"my-run"}}
+WRITTEN = {"sampling.md": {"mine.json", "mine.png"}, "training.md": {"my-run"}, "migrate.md": {"tuned.json"}}
 
 
 @pytest.mark.filterwarnings("ignore:graph. steps are not captured")

@@ -1,6 +1,5 @@
 """What setup.py decides, and what `ddpm_ext.ops.extension` says where there is no compiled module that fits."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,17 +11,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from support.compilers import find_compiler
+from support.compilers import ROOT, find_compiler, load_setup
 
-ROOT = Path(__file__).resolve().parents[2]
 BOTH = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-
-
-def load_setup():
-    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 setup = load_setup()

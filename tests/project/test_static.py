@@ -72,15 +72,10 @@ def test_way_through_straight_code():
     assert way.issued(5) == Counter(way.turn)  # there is no loop to repeat
 
 
-def test_way_through_a_loop():
-    way = path.hot_path(kernel(LOOP))
-    assert way.loops and opcodes(way.once) == "S2R BSSY BRA BSYNC EXIT"
-    assert opcodes(way.turn) == "FFMA STG.E.128 STG.E.128 BRA" and sum(way.issued(7).values()) == len(way.once) + 7 * 4
-
-
 STORE, LOAD, ADD = "STG.E.128 desc[UR4][R6.64], R8", "LDG.E.128 R8, desc[UR4][R6.64]", "FADD R0, R1, R2"
 # Listings, the instructions of a turn and those of once; a path without a loop has no second.
 WAYS = {
+    LOOP: ("FFMA STG.E.128 STG.E.128 BRA", "S2R BSSY BRA BSYNC EXIT"),
     # ptxas closes loops for sm_80 like this. The part that leads back to the head belongs to an iteration.
     f"MOV R0, RZ; .L_x_0:; {ADD}; {STORE}; @P0| CALL.REL.NOINC `(.L_x_1); NOP; BRA `(.L_x_0); .L_x_1:; EXIT": (
         ("FADD STG.E.128 CALL.REL.NOINC NOP BRA", "MOV EXIT")
@@ -104,6 +99,7 @@ def test_ways():
     for code, (turn, once) in WAYS.items():
         way = path.hot_path(kernel(code))
         assert (opcodes(way.turn), opcodes(way.once), way.loops) == (turn, once, bool(once))
+        assert sum(way.issued(7).values()) == len(way.once) + (7 if once else 1) * len(way.turn)
 
 
 def test_way_with_all_options():

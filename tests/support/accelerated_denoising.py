@@ -133,16 +133,3 @@ def seeded(seed, call, device="cpu"):
 
 def same_states(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def record_bars(monkeypatch):
-    """Replaces progress bars by a record of their lengths and other arguments."""
-    bars = []
-
-    def tqdm(steps, **options):
-        steps = list(steps)
-        bars.append((len(steps), options))
-        return iter(steps)
-
-    monkeypatch.setattr(peer, "tqdm", tqdm)
-    return bars

@@ -35,6 +35,18 @@ def make(name: str, **config: Any) -> Any:
     return getattr(diffusers, f"{name}Scheduler")(**{**schedule, **config})
 
 
+def prepared(name: str, steps: int | list[int] = 10, **config: Any) -> Any:
+    """One with the timesteps of a loop: so many, or these."""
+    scheduler = make(name, **config)
+    scheduler.set_timesteps(**{"num_inference_steps" if isinstance(steps, int) else "timesteps": steps})
+    return scheduler
+
+
+def given(name: str, seed: int = 1) -> dict[str, Any]:
+    """A generator for a step, where it takes one."""
+    return {} if name == "DDIMInverse" else {"generator": seeded(seed)}
+
+
 def module(name: str) -> Any:
     return importlib.import_module(MODULES[name])
 
@@ -185,6 +197,12 @@ def equal(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == other.dtype
         torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Checks that the results of two loops are at most 1e-4 apart, relative to the largest: with sigmas, samples start
+    as large as those."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * max(1.0, expected.abs().max().item()))
 
 
 def compare(name: str, plain: Any, m: Tensor, t: Any, x: Tensor, seed: int = 0, noise: Tensor | None = None, **options):

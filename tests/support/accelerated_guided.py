@@ -1,4 +1,4 @@
-"""What the tests of accelerated guided-diffusion and improved-diffusion objects share: objects, functions, noise."""
+"""What the tests beside guided-diffusion and improved-diffusion share: objects, functions, noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-from collections import Counter
 from unittest import mock
 
 import pytest
@@ -24,6 +23,7 @@ PREDICTIONS, VARIANCES = (
     ("EPSILON", "START_X", "PREVIOUS_X"),
     ("FIXED_SMALL", "FIXED_LARGE", "LEARNED", "LEARNED_RANGE"),
 )
+OURS = dict(zip(("eps", "x0", "x_prev"), PREDICTIONS, strict=True))  # by our names
 LOSSES = ("MSE", "RESCALED_MSE", "KL", "RESCALED_KL")
 SHAPE = (5, 3, 4, 6)
 
@@ -44,13 +44,15 @@ def make(
     schedule="linear",
     timesteps=TIMESTEPS,
     rescale=False,
+    betas=None,
 ):
-    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given."""
+    """A GaussianDiffusion, or a SpacedDiffusion where a spacing is given. The first two may have our names, and betas
+    may be a tensor of ours in place of a schedule's name."""
     peer, respace = module(library), module(library, "respace")
     options = {
-        "betas": peer.get_named_beta_schedule(schedule, timesteps),
-        "model_mean_type": peer.ModelMeanType[prediction],
-        "model_var_type": peer.ModelVarType[variance],
+        "betas": peer.get_named_beta_schedule(schedule, timesteps) if betas is None else betas.numpy(),
+        "model_mean_type": peer.ModelMeanType[OURS.get(prediction, prediction)],
+        "model_var_type": peer.ModelVarType[variance.upper()],
         "loss_type": peer.LossType[loss],
         "rescale_timesteps": rescale,
     }
@@ -94,22 +96,6 @@ class Noise(TorchFunctionMode):
             self.drawn += 1
             return self.z.to(args[0].dtype)
         return function(*args, **(kwargs or {}))
-
-
-class Count(TorchDispatchMode):
-    """Counts operators by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[str(function.overloadpacket)] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def ours(self):
-        return {name: n for name, n in self.names.items() if name.startswith("ddpm_ext.")}
 
 
 class Readback(TorchDispatchMode):

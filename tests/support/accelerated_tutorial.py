@@ -14,29 +14,16 @@ FACTOR, ULPS = 4, 4 * 2.0**-23
 own_code = pytest.mark.filterwarnings("ignore:.*runs the own code")
 
 
-def record_bars(monkeypatch):
-    """Replaces progress bars by a record of their arguments."""
+def record_bars(monkeypatch, module=eager_tutorial):
+    """Replaces a module's progress bars by a record of their arguments."""
     bars = []
 
     def tqdm(steps, **options):
         bars.append(options)
         return steps
 
-    monkeypatch.setattr(eager_tutorial, "tqdm", tqdm)
+    monkeypatch.setattr(module, "tqdm", tqdm)
     return bars
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
-        self.calls = 0
-
-    def forward(self, x, t):
-        self.calls += 1
-        return self.last((self.first(x) + (t / 300).to(x.dtype).sin().reshape(-1, 1, 1, 1)).tanh())
 
 
 class Given(nn.Module):

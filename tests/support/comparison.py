@@ -1,5 +1,7 @@
 """GaussianDiffusion and the tutorial's formulas, and a bound for the rounding errors between them."""
 
+import functools
+
 import pytest
 import torch
 from support.tutorial import Tutorial
@@ -58,6 +60,20 @@ def check_variances(actual, expected, device, batch=6, dims=4):
         assert a.dtype == torch.float32
         assert a.device == device
         torch.testing.assert_close(a.cpu(), e.float(), rtol=2.0**-23, atol=0)
+
+
+@functools.cache
+def tutorial(prediction):
+    """The tutorial's formulas for the linear schedule of 1000 timesteps."""
+    return pair(prediction)[1]
+
+
+def target_of(prediction, x, z, t):
+    """The target of a model of that schedule, from its definition, in float64."""
+    truth = tutorial(prediction)
+    if prediction == "x_prev":
+        return truth.q_posterior_mean_variance(x, truth.q_sample(x, t, z), t)[0]
+    return truth.target(x, t, z)
 
 
 def start_magnitude(truth, x, m, t):

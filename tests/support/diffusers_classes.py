@@ -105,11 +105,13 @@ def loop(
     return_dict: bool = True,
     start: int = 0,
     stop: int | None = None,
+    by_index: bool = True,
     rounded: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[list[tuple[Any, ...]], Tensor]:
     """The results of a loop whose outputs are random, and the generator's state after it.
 
+    by_index: whether a start is told by set_begin_index; otherwise the first timestep tells it.
     rounded: the dtype that all numbers are rounded to; None: `dtype`.
     """
 
@@ -118,7 +120,7 @@ def loop(
 
     generator = torch.Generator().manual_seed(0)
     timesteps = set_timesteps(scheduler, steps)[:stop]
-    if start:
+    if start and by_index:
         scheduler.set_begin_index(start)
     parameters = inspect.signature(step_of(scheduler)).parameters
     if "generator" in parameters:

@@ -1,10 +1,11 @@
-"""The families of diffusers' pipelines, each with its usual scheduler and small models of random weights.
+"""diffusers' pipelines with small models of random weights: its families, each with its usual scheduler, and others.
 
 Text encoders are left out where a pipeline takes embeddings, and VAEs where it gives latents. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,82 @@ from typing import Any
 import diffusers
 import torch
 from support.accelerated_diffusers import make, normal
-from support.accelerated_diffusers_pipelines import HIDDEN, XL, latent_parts, text_config, tokenizer
+
+CROSS = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+HIDDEN = 16
+XL = {  # of Stable Diffusion XL's UNet, for two text encoders
+    "cross_attention_dim": 2 * HIDDEN,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "transformer_layers_per_block": (1, 1),
+    "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 6 * 8 + HIDDEN,
+}
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tokenizer(folder: Path) -> Any:
+    """A tokenizer of single letters, read from files."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 9}))
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def text_config(projection: int = HIDDEN) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=54,
+        max_position_embeddings=9,
+        projection_dim=projection,
+    )
+
+
+def latent_parts(**unet: Any) -> dict[str, Any]:
+    down, up = CROSS
+    torch.manual_seed(0)
+    options = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "down_block_types": down,
+        "up_block_types": up,
+        "attention_head_dim": 2,
+    }
+    found = diffusers.UNet2DConditionModel(**options | unet)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
+    return {"unet": found.eval(), "vae": vae.eval()}
+
+
+# ---------------------------------------------------------------------------------------------- the families
+
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "steps_offset": 1}  # make() has its betas
 TOKENS = 5
@@ -31,10 +107,18 @@ NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safet
 OF_16 = {"height": 16, "width": 16, "output_type": "latent", "num_inference_steps": 8}
 
 
-def stable_diffusion() -> Any:
+def stable_diffusion(**changed: Any) -> Any:
     scheduler = make("PNDM", skip_prk_steps=True, **STABLE_DIFFUSION)
-    parts = latent_parts(cross_attention_dim=HIDDEN)
-    return diffusers.StableDiffusionPipeline(**parts, **NO_TEXT, **NO_CHECKER, scheduler=scheduler)
+    parts = latent_parts(cross_attention_dim=HIDDEN) | NO_TEXT | NO_CHECKER | {"scheduler": scheduler}
+    return diffusers.StableDiffusionPipeline(**parts | changed)
+
+
+def with_text(scheduler: Any, folder: Path) -> Any:
+    """Stable Diffusion with a text encoder."""
+    from transformers import CLIPTextModel
+
+    encoder = CLIPTextModel(text_config()).eval()
+    return quiet(stable_diffusion(scheduler=scheduler, text_encoder=encoder, tokenizer=tokenizer(folder)))
 
 
 def latent_consistency() -> Any:

@@ -6,19 +6,33 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from support.command_line import ENVIRONMENT
-from support.ports import reserved_port
 
 FORKS = "--forks"
 Runs = dict[str, list[dict[str, Any]]]
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port of 127.0.0.1. In the block no other process gets it, unless it asks for this number, as rank 0 does.
+
+    A port that was free a moment ago may be another program's by the time that rank 0 listens on it.
+    """
+    with socket.socket() as holder:
+        # It is bound but does not listen, so a listener that shares addresses, too, as torch's store does, may have it.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 class Leave(SystemExit):

@@ -86,7 +86,7 @@ def loop(table, x, model, noise=None, **options):
         yield row, x0, x
 
 
-def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA, model=None):
+def moments(table, levels, mean, variance, model=None):
     """Mean and variance of x after each row of the table, in a loop that starts from N(mean, variance).
 
     `levels` has alphas_cumprod by timestep; between these, the row's own level counts. model: as loop's, in place of
@@ -94,7 +94,7 @@ def moments(table, levels, mean, variance, prediction="eps", sigma=SIGMA, model=
     """
 
     def best(row, x):
-        return best_prediction(levels.get(row.timestep, row.signal_now**2), x, prediction, sigma)
+        return best_prediction(levels.get(row.timestep, row.signal_now**2), x, "eps")
 
     size = 4  # x, and three tensors of history
     state, covariance = np.array([mean, 0.0, 0.0, 0.0]), np.diag([variance, 0.0, 0.0, 0.0])

@@ -1,4 +1,4 @@
-"""Which of our operators are called."""
+"""Which operators are called: all, or ours."""
 
 from __future__ import annotations
 
@@ -9,16 +9,26 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Launches(TorchDispatchMode):
+class Operators(TorchDispatchMode):
+    """Notes the names of the operators that are called, such as aten::add and ddpm_ext::randn."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
+    def note(self, name: str) -> None:
+        self.names.append(name)
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        library, _, name = function._schema.name.partition("::")
+        self.note(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+class _Launches(Operators):
+    def note(self, name: str) -> None:
+        library, _, name = name.partition("::")
         if library == "ddpm_ext" and name not in ("randn", "draw_seed"):
             self.names.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

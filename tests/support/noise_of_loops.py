@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_ext import Philox
+
 UNRELATED = 0.12  # about 5 deviations of the correlation between the fewest numbers that are compared, 2000
 
 
@@ -44,3 +46,21 @@ def repeats(make: Callable[..., Any], loop: Callable[[Any], Tensor]) -> None:
             assert all(torch.equal(x, y) for x, y in zip(runs[0], runs[2], strict=True))
             obj.accelerated.seed = seed
             assert torch.equal(loop(obj), runs[0][0])
+
+
+def parts(make: Callable[..., Any], loop: Callable[..., Tensor], batch: int = 10) -> None:
+    """Checks that two loops of an object with a seed, of 4 and of the rest of a batch, are one of the whole batch; and
+    so are loops of objects that begin with later ids, or have the ids of a tensor, in any order.
+
+    make: an object with a seed, and perhaps `sample_ids`. loop: of an object and a number of samples.
+    """
+    obj, state = make(), torch.get_rng_state()
+    whole = loop(make(), batch)
+    assert torch.equal(torch.cat([loop(obj, 4), loop(obj, batch - 4)]), whole)
+    assert torch.equal(loop(make(sample_ids=4), batch - 4), whole[4:])
+    ids = torch.tensor([5, 0, 3])
+    assert torch.equal(loop(make(sample_ids=ids), 3), whole[ids])
+    obj.accelerated.rng = Philox(obj.accelerated.seed, 4)
+    assert torch.equal(loop(obj, batch - 4), whole[4:])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert whole.unique(dim=0).shape == whole.shape

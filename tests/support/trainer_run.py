@@ -47,6 +47,21 @@ class Tiny(nn.Module):
         return self.out(self.dropout(torch.nn.functional.silu(hidden)))
 
 
+class Conditional(Tiny):
+    """Tiny with a class embedding, of which the last is the null class; remembers the labels that it was given."""
+
+    def __init__(self, classes: int = 5, **sizes) -> None:
+        super().__init__(**sizes)
+        self.of_class = nn.Embedding(classes, 1)
+        nn.init.normal_(self.of_class.weight, generator=torch.Generator().manual_seed(6))
+        self.seen = []
+
+    def forward(self, x, t, y):
+        if self.training:
+            self.seen += y.tolist()
+        return super().forward(x, t) + self.of_class(y)[..., None, None]
+
+
 class Squares(Dataset):
     """Squares on a dark ground, drawn with the generators of three libraries at each read."""
 

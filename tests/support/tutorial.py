@@ -52,11 +52,12 @@ class Tutorial:
     def at(self, values: Tensor, t: Tensor, x: Tensor) -> Tensor:
         return values[t.cpu()].reshape(-1, *[1] * (x.dim() - 1))
 
+    def affine(self, k0: Tensor, x: Tensor, k1: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        """k0_t x + k1_t y"""
+        return self.at(k0, t, x) * x.double().cpu() + self.at(k1, t, y) * y.double().cpu()
+
     def q_sample(self, x_start, t, noise):
-        return (
-            self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double().cpu()
-            + self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise.double().cpu()
-        )
+        return self.affine(self.sqrt_alphas_cumprod, x_start, self.sqrt_one_minus_alphas_cumprod, noise, t)
 
     def q_mean_variance(self, x_start, t):
         mean = self.at(self.sqrt_alphas_cumprod, t, x_start) * x_start.double().cpu()
@@ -64,40 +65,30 @@ class Tutorial:
         return mean, variance, self.at(self.log_one_minus_alphas_cumprod, t, x_start)
 
     def q_posterior_mean_variance(self, x_start, x_t, t):
-        mean = (
-            self.at(self.posterior_mean_coef1, t, x_t) * x_start.double().cpu()
-            + self.at(self.posterior_mean_coef2, t, x_t) * x_t.double().cpu()
-        )
+        mean = self.affine(self.posterior_mean_coef1, x_start, self.posterior_mean_coef2, x_t, t)
         variance = self.at(self.posterior_variance, t, x_t)
         return mean, variance, self.at(self.posterior_log_variance_clipped, t, x_t)
 
     def predict_start_from_noise(self, x_t, t, noise):
-        return (
-            self.at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t.double().cpu()
-            - self.at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise.double().cpu()
-        )
+        return self.affine(self.sqrt_recip_alphas_cumprod, x_t, -self.sqrt_recipm1_alphas_cumprod, noise, t)
+
+    def rotated(self, x, y, t):
+        """sqrt(abar_t) x - sqrt(1 - abar_t) y: v of noise and x_0, and x_0 of x_t and v."""
+        return self.affine(self.sqrt_alphas_cumprod, x, -self.sqrt_one_minus_alphas_cumprod, y, t)
 
     def predict_start(self, x_t, t, model_output):
         """x_0 from what the model predicts."""
         if self.prediction == "x0":
             return model_output.double().cpu()
         if self.prediction == "v":
-            return (
-                self.at(self.sqrt_alphas_cumprod, t, x_t) * x_t.double().cpu()
-                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * model_output.double().cpu()
-            )
+            return self.rotated(x_t, model_output, t)
         return self.predict_start_from_noise(x_t, t, model_output)
 
     def target(self, x_start, t, noise):
         """The target of the model's training."""
-        if self.prediction == "x0":
-            return x_start.double().cpu()
         if self.prediction == "v":
-            return (
-                self.at(self.sqrt_alphas_cumprod, t, x_start) * noise.double().cpu()
-                - self.at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * x_start.double().cpu()
-            )
-        return noise.double().cpu()
+            return self.rotated(noise, x_start, t)
+        return (x_start if self.prediction == "x0" else noise).double().cpu()
 
     def p_mean_variance(self, model, x_t, t, clip_denoised=True):
         x_recon = self.predict_start(x_t, t, model(x_t, t))

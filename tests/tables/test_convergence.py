@@ -1,14 +1,10 @@
 """Samplers on normal data, whose exact flow and distributions are known: their orders, first rows and last rows."""
 
-import math
-
 import pytest
 import torch
-from support.gaussian import MU, SIGMA, best_prediction, flow, loop, marginal, moments, push, take
+from support.gaussian import best_prediction, flow, loop, marginal, moments, push, take
 
-from ddpm_ext.tables.flow_grids import flow_grid, flow_shift
-from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
-from ddpm_ext.tables.levels import edm_timestep
+from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, dpmpp_2m_sde, euler
 from ddpm_ext.tables.schedules import make_betas
 from ddpm_ext.tables.sigma_grids import karras_grid, log_snr_grid
@@ -37,15 +33,10 @@ def even_in_sigma(steps):
     return Grid(torch.arange(steps, 0, -1), levels, 1 - levels[:-1] / levels[1:])
 
 
-def end(grid, table, *start, **options):
-    """Mean and variance at the end of a loop that begins with N(*start), or that of the grid's first level."""
-    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
-    return [*moments(table, levels, *(start or marginal(grid.now[0].item())), **options)][-1]
-
-
 def off_the_distribution(grid, table, rel=1e-11):
     """The relative error of the variance at the end of a loop, whose mean is exact."""
-    mean, variance = end(grid, table)
+    levels = dict(zip(grid.timestep.tolist(), grid.now.tolist(), strict=True))
+    *_, (mean, variance) = moments(table, levels, *marginal(grid.now[0].item()))
     exact_mean, exact_variance = marginal(grid.after[-1].item())
     assert mean == pytest.approx(exact_mean, rel=rel)
     return abs(variance / exact_variance - 1)
@@ -138,64 +129,6 @@ def test_order_of_the_distribution(name, options, least, largest):
             grid, table = Grid(grid.timestep[:-1], grid.alphas_cumprod[:-1], grid.betas[:-1]), table[:-1]
         errors.append(off_the_distribution(grid, table))
     assert errors[0] / errors[1] > 2**least and errors[1] < largest
-
-
-def flow_levels(steps):
-    """A grid, and how the level for which a model answers follows from its timestep."""
-    t = flow_shift(torch.linspace(0.97, 0.02, steps + 1, dtype=torch.float64), 1.7)
-    return flow_grid(t[:-1], final=t[-1].item()), lambda t: (1 - t / 1000, t / 1000)
-
-
-def sigma_space(steps):
-    """For a model that is called with EDM's c_noise."""
-    sigma = torch.linspace(20 ** (1 / 3), 0.2, steps + 1, dtype=torch.float64) ** 3
-    return grid_of_levels(edm_timestep, torch.ones_like(sigma), sigma), lambda t: (1.0, math.exp(4 * t))
-
-
-def straight_lines(steps):
-    """Levels of no name, which have a timestep of their own."""
-    noise = torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)
-    return grid_of_levels(lambda signal, noise: noise**2, 1 - 0.8 * noise, noise), lambda t: (1 - 0.8 * t**0.5, t**0.5)
-
-
-def distribution_at(signal, noise):
-    return signal * MU, (signal * SIGMA) ** 2 + noise**2
-
-
-@pytest.mark.parametrize("make", [flow_levels, sigma_space, straight_lines])
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("heun", {}),
-        ("dpm_2", {}),
-        ("dpmpp_2s", {}),
-        ("dpmpp_2s", {"eta": 0.5}),
-        ("dpm_2_ancestral", {}),
-        ("edm", {"s_churn": 5.0, "s_tmin": 0.1, "s_tmax": 3.0, "s_noise": 1.0}),
-        ("restart", {}),
-    ],
-)
-def test_order_between_given_levels(name, options, make):
-    """The model answers for the level that its timestep says."""
-    errors = []
-    for steps in (100, 200):
-        grid, levels_of = make(steps)
-        if name == "restart":
-            options = {"intervals": ((steps // 6, 2, 0.3, 0.6),)}
-        table = SAMPLERS[name](grid, prediction="x0", **options)
-
-        def model(row, x, levels_of=levels_of):
-            signal, noise = levels_of(row.timestep)
-            assert noise / signal == pytest.approx(row.noise_now / row.signal_now, rel=1e-10)
-            mean, variance = distribution_at(signal, noise)
-            return MU + signal * SIGMA**2 / variance * (x - mean)
-
-        start = distribution_at(*(level[0].item() for level in grid.pairs))
-        mean, variance = [*moments(table, {}, *start, model=model)][-1]
-        exact_mean, exact_variance = distribution_at(table.signal_after[-1].item(), table.noise_after[-1].item())
-        errors.append(abs(mean - exact_mean) + abs(variance / exact_variance - 1))
-    assert errors[0] / errors[1] > 2**1.8  # measured 1.86 to 2.06 for the exponent
-    assert errors[1] < 5e-3
 
 
 def deterministic(name, grid):

@@ -130,7 +130,7 @@ def test_grids(choose):
 )
 def test_spacings_of_a_flow(spacing, sigma, steps):
     """Their timesteps are those of the schedule that has level t / 50 at timestep t - 1, and lie in between."""
-    process = GaussianDiffusion(50, "flow").process
+    process = GaussianDiffusion(50, "flow")
     grid = spaced_grid(process.alphas_cumprod, process.betas, steps, spacing, scale=process.schedule.scale)
     torch.testing.assert_close(grid.pairs[1][:-1], sigma(steps), rtol=1e-12, atol=0)
     torch.testing.assert_close(grid.pairs[0], 1 - grid.pairs[1], rtol=1e-12, atol=1e-15)

@@ -12,9 +12,21 @@ from ddpm_ext.tables import samplers
 from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, flow_spaced_grid
 from ddpm_ext.tables.grid import Grid, grid_of_levels, make_grid
-from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA, ddim, ddpm, dpmpp_2m_sde, eta_argument, repaint, tcd
+from ddpm_ext.tables.samplers import (
+    SAMPLERS,
+    WITH_ETA,
+    ddim,
+    ddpm,
+    dpmpp_2m_sde,
+    eta_argument,
+    flow_sde,
+    repaint,
+    restart,
+    sa_solver,
+    tcd,
+)
 from ddpm_ext.tables.schedules import make_betas, rescale_zero_terminal_snr
-from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, log_snr_grid
+from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, linear_quadratic, log_snr_grid
 from ddpm_ext.tables.spacing import SPACINGS, spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
@@ -22,6 +34,9 @@ SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
 GRID = make_grid(LEVELS, [900, 100, 20])
 BARE = Grid(GRID.timestep, GRID.alphas_cumprod, GRID.betas)  # without a schedule
 TABLE = ddpm(GRID)
+GOOD = (3, 1, 0.1, 0.2)  # an interval of restart
+UP = make_grid(LEVELS, [1, 100], final=LEVELS[900].item())
+MOST = 1.0008  # eta of ddim over GRID, whose first step leaves the least room
 TWO, ONES, FALLING = torch.arange(2), torch.ones(3), torch.tensor([2.0, 1, 0])
 BETWEEN = ("dpm_2", "dpm_2_ancestral", "dpmpp_2s", "edm", "restart")  # call the model between the grid's timesteps
 
@@ -32,9 +47,7 @@ SCHEDULES = [
     (lambda: make_betas(torch.full((3,), 0.1), 2), ValueError, r"betas .*\(3,\).*\(2,\)"),
     (lambda: make_betas(torch.full((200,), 0.99), 200), ValueError, r"betas: alphas_cumprod\[161\] is 0 in float64"),
     (lambda: make_betas(torch.tensor([0.1, 0.0, 0.3]), 3), ValueError, r"betas\[1\] is .*expected 0 < beta"),
-    (lambda: make_betas(torch.tensor([0.1, 0.2, 1.5]), 3), ValueError, r"betas\[2\] is .*expected 0 < beta"),
     (lambda: make_betas(torch.tensor([0.1, 0.2, math.nan]), 3), ValueError, r"betas\[2\] is .*expected 0 < beta"),
-    (lambda: make_betas("linear", 0), ValueError, "timesteps is 0"),
     (lambda: make_betas("linear", True), TypeError, "timesteps is True"),
     (lambda: make_betas("linear", 19), ValueError, r"timesteps is 19.*'linear'.*20"),
     (lambda: rescale_zero_terminal_snr([0.1, 0.2]), TypeError, "betas is a list"),
@@ -90,40 +103,32 @@ ARGUMENTS = [
     (lambda: samplers.ddim_inverse(GRID, prediction="x_prev"), ValueError, r"prediction is 'x_prev'.*expected another"),
     (lambda: tcd(GRID, eta=1.5), ValueError, r"eta is 1.5, expected 0 <= eta <= 1"),
     (lambda: tcd(BARE), ValueError, "grid has no schedule, in which tcd counts"),
-    (
-        lambda: samplers.flow_sde(GRID, variant="cps"),
-        ValueError,
-        "variant is 'cps', expected 'flow_grpo' or 'dance_grpo'",
-    ),
+    (lambda: flow_sde(GRID, variant="cps"), ValueError, "variant is 'cps', expected 'flow_grpo' or 'dance_grpo'"),
     (lambda: samplers.unipc(GRID, solver="bh3"), ValueError, "solver is 'bh3', expected 'bh2' or 'bh1'"),
     *((lambda s=SAMPLERS[s]: s(GRID, order=5), ValueError, "order is 5") for s in ("deis", "lms", "unipc")),
     *((lambda s=SAMPLERS[s]: s(GRID, order=2.0), TypeError, "order is 2.0") for s in ("deis", "lms", "unipc")),
-    (
-        lambda: samplers.sa_solver(GRID, predictor_order=4),
-        ValueError,
-        "predictor_order is 4, expected 1 <= predictor_order < 4",
-    ),
-    (lambda: samplers.sa_solver(GRID, interval=(200, "800")), TypeError, "interval is '800'"),
+    (lambda: sa_solver(GRID, predictor_order=4), ValueError, "predictor_order is 4, expected 1 <= predictor_order < 4"),
+    (lambda: sa_solver(GRID, interval=(200, "800")), TypeError, "interval is '800'"),
     (lambda: samplers.edm(GRID, s_churn=-1.0), ValueError, "s_churn is -1.0"),
     (lambda: samplers.edm(GRID, s_tmin=math.nan), ValueError, "s_tmin is nan"),
-    (lambda: samplers.restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
-    (
-        lambda: samplers.restart(GRID, intervals=[(3, 1, 0.1, 0.2), (3, 0, 0.1, 0.2)]),
-        ValueError,
-        r"intervals\[1\]'s k is 0",
-    ),
-    (
-        lambda: samplers.restart(GRID, intervals=[(3, 1, 0.2, 0.1)]),
-        ValueError,
-        r"intervals\[0\] has t_min 0.2 and t_max 0.1",
-    ),
-    (lambda: samplers.restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
+    (lambda: restart(GRID, intervals=[(1, 1, 0.1, 0.2)]), ValueError, r"intervals\[0\]'s n is 1"),
+    (lambda: restart(GRID, intervals=[GOOD, (3, 0, 0.1, 0.2)]), ValueError, r"intervals\[1\]'s k is 0"),
+    (lambda: restart(GRID, intervals=[(3, 1, 0.2, 0.1)]), ValueError, r"\[0\] has t_min 0.2 and t_max 0.1"),
+    (lambda: restart(GRID, intervals=[], s_noise=-1), ValueError, "s_noise is -1"),
     (lambda: repaint([1]), TypeError, "table is a list, expected a StepTable"),
     (lambda: repaint(TABLE, jump_length=0), ValueError, "jump_length is 0, expected 1 <= jump_length"),
     (lambda: repaint(TABLE, jump_n_sample=0), ValueError, "jump_n_sample is 0, expected 1 <= jump_n_sample"),
     (lambda: repaint(TABLE[::2]), ValueError, "table does not descend, .* each to start where one ended"),
     (lambda: repaint(StepTable([1, 0], *[[0, 0]] * 4)), ValueError, "table does not descend"),
     (lambda: repaint(SAMPLERS["dpmpp_2m"](GRID)), ValueError, "table has history"),
+    (lambda: ddim(GRID, eta=MOST + 1e-4), ValueError, rf"in step 0, from timestep 900, .* expected at most {MOST}$"),
+    (
+        lambda: ddim(UP, eta=0.5),
+        ValueError,
+        "grid's step 0, from timestep 1, goes up to more noise, expected steps down",
+    ),
+    (lambda: ddpm(UP), ValueError, "grid's step 0, from timestep 1, goes up to more noise, expected steps down"),
+    (lambda: linear_quadratic(4, linear_steps=5), ValueError, "linear_steps is 5, expected 1 <= linear_steps < 5"),
     *((lambda s=SAMPLERS[s]: s(GRID, prediction="x_prev"), ValueError, "'x_prev'.*between its times") for s in BETWEEN),
     *((lambda s=SAMPLERS[s]: s(BARE), ValueError, "own levels alone.*grid_of_levels with a func") for s in BETWEEN),
     *((lambda s=s: s(LEVELS), TypeError, f"{n}: grid is a Tensor, expected a Grid") for n, s in SAMPLERS.items()),
@@ -142,6 +147,7 @@ def test_refused(call, error, message):
 @pytest.mark.parametrize("eta, error", [(-1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError)])
 def test_eta_as_an_option(eta, error):
     assert dpmpp_2m_sde(GRID, eta=0.0) == SAMPLERS["dpmpp_2m"](GRID)
+    assert ddim(GRID, eta=MOST).s[0] > ddim(GRID, eta=1.0).s[0]  # the largest that is taken
     over = samplers.euler_ancestral(GRID, eta=40.0)  # all the noise that there is
     assert over.c1.abs().max() < 1e-6 and torch.allclose(over.s**2, 1 - GRID.after)
     assert samplers.euler_ancestral(GRID, eta=0.0) == samplers.euler(GRID)
@@ -155,6 +161,7 @@ def test_eta_as_an_option(eta, error):
             refused(ValueError, f"eta is 0.5, but sampler '{name}' has none, expected None", eta_argument, sampler, 0.5)
         refused(error, "eta is", eta_argument, sampler, eta)
         if name in WITH_ETA:
+            assert eta_argument(sampler, 0.5) == {"eta": 0.5}
             refused(error, "eta is", sampler, GRID, eta=eta)
 
 

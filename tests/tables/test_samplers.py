@@ -10,13 +10,11 @@ from support.gaussian import take
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.samplers import (
     SAMPLERS,
-    WITH_ETA,
     ddim,
     ddim_inverse,
     ddpm,
     dpmpp_2m,
     dpmpp_2m_sde,
-    eta_argument,
     euler,
     euler_ancestral,
     lcm,
@@ -27,7 +25,6 @@ from ddpm_ext.tables.sigma_grids import karras_grid
 from ddpm_ext.tables.spacing import spaced_timesteps
 
 PREDICTIONS = ("eps", "x0", "v")
-STOCHASTIC = ("ddim", "dpmpp_2s", "sa_solver", "tcd")  # have eta, as those with "ancestral" or "sde" in their names
 # They call the model between the grid's timesteps: tests/tables/test_two_calls.py.
 BETWEEN = ("edm", "restart", "dpm_2", "dpm_2_ancestral", "dpmpp_2s")
 
@@ -240,20 +237,6 @@ def test_rows_have_the_levels_where_they_start_and_end(name, grid):
     assert_close(torch.stack([table.signal_now, table.noise_now], 1), now)
     assert_close(torch.stack([table.signal_after, table.noise_after], 1), after)
     assert len(set(table.draw.tolist())) == len(table)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_eta_as_an_option(name):
-    sampler = SAMPLERS[name]
-    assert sampler.__name__ == name  # which error messages show
-    assert (name in WITH_ETA) == ("ancestral" in name or "sde" in name or name in STOCHASTIC)
-    assert eta_argument(sampler, None) == {}
-    assert eta_argument(sampler, 0) == ({"eta": 0.0} if name in WITH_ETA else {})
-    if name in WITH_ETA:
-        assert eta_argument(sampler, 0.5) == {"eta": 0.5}
-    else:
-        with pytest.raises(ValueError, match=f"eta is 0.5, but sampler '{name}' has none, expected None"):
-            eta_argument(sampler, 0.5)
 
 
 @pytest.mark.parametrize("scaling", [10.0, 0.01])

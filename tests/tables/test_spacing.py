@@ -16,7 +16,8 @@ def test_spaced_timesteps(choose):
     steps = choose.integer(1, timesteps)
     for all_of_them in (None, timesteps):
         assert torch.equal(spaced_timesteps(timesteps, all_of_them), torch.arange(timesteps - 1, -1, -1))
-    spaced = spaced_timesteps(timesteps, steps)
+    assert torch.equal(spaced_timesteps(timesteps, steps), spaced_timesteps(timesteps, steps, "trailing"))
+    spaced = spaced_timesteps(timesteps, steps, "linspace")
     assert spaced.dtype == torch.int64 and spaced.shape == (steps,) and spaced[0] == timesteps - 1
     if steps > 1:
         assert spaced[-1] == 0

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.launches import Operators
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.losses.rows import CACHED, LossRows
@@ -102,7 +102,7 @@ def test_an_end_without_signal(prediction):
 
 def rows(of, weighting, dtype=torch.float64):
     """The rows of a diffusion, or of its LossRows."""
-    return (of if isinstance(of, LossRows) else LossRows(of.process)).get(weighting, CPU, dtype)
+    return (of if isinstance(of, LossRows) else LossRows(of)).get(weighting, CPU, dtype)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])
@@ -126,21 +126,13 @@ def test_rows(prediction):
         assert torch.equal(rows(gd, weighting, torch.float32), got.float())
 
 
-class Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_rows_are_made_once(device):
-    loss_rows, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
+    loss_rows, own = LossRows(GaussianDiffusion(50)), torch.rand(50)
     for weighting in (*NAMES, own):
         first = loss_rows.get(weighting, device, torch.float32)
-        with Operations() as operations:
+        with Operators() as operators:
             assert loss_rows.get(weighting, device, torch.float32) is first
-        assert operations.count == 0
+        assert operators.names == []
         assert first.device == device
     for i in range(3 * CACHED):
         rows(loss_rows, torch.full((50,), float(i)))
@@ -148,7 +140,7 @@ def test_rows_are_made_once(device):
 
 
 def test_weights_that_are_written_to_are_read_again():
-    gd, own = LossRows(GaussianDiffusion(50).process), torch.rand(50)
+    gd, own = LossRows(GaussianDiffusion(50)), torch.rand(50)
     for value in (2.0, 3.0):
         own.fill_(value)
         assert (rows(gd, own)[:, 2] == value).all()
@@ -165,7 +157,7 @@ def test_weights_that_are_written_to_are_read_again():
 def test_copies_have_no_given_weights(remake):
     """They may lie on a device that is missing here, or belong to a graph, and cannot be copied then. And a copy does
     not recognise other weights by an address that some had for the original."""
-    gd, first = GaussianDiffusion(50), LossRows(GaussianDiffusion(50).process)
+    gd, first = GaussianDiffusion(50), LossRows(GaussianDiffusion(50))
     size = len(pickle.dumps(gd))
     of_a_graph = torch.ones(50, requires_grad=True) * 2
     with torch.no_grad():

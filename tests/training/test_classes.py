@@ -7,8 +7,7 @@ import pytest
 import torch
 from support import fake_cuda, trainer_run
 from support.refused import refused
-from support.trainer_run import Tiny, make
-from torch import nn
+from support.trainer_run import Conditional, Tiny, make
 from torch.utils.data import Subset, TensorDataset
 
 from ddpm_ext.loop.cuda_graphs import CudaGraphs
@@ -18,21 +17,6 @@ from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import DamagedImage, Labels, Shapes, TensorImages, as_images, labels_of, load_images
 
 COUNT, CLASSES = 11, 4
-
-
-class Conditional(Tiny):
-    """Tiny with a class embedding, of which the last is the null class; remembers the labels that it was given."""
-
-    def __init__(self, classes: int = CLASSES + 1, **sizes):
-        super().__init__(**sizes)
-        self.of_class = nn.Embedding(classes, 1)
-        nn.init.normal_(self.of_class.weight, generator=torch.Generator().manual_seed(6))
-        self.seen = []
-
-    def forward(self, x, t, y):
-        if self.training:
-            self.seen += y.tolist()
-        return super().forward(x, t) + self.of_class(y)[..., None, None]
 
 
 def labelled():

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -144,7 +144,6 @@ def test_handlers_of_others_stay_and_other_threads_have_none():
         with noted_signals() as noted:
             came.append(noted.number)
 
-    thread = threading.Thread(target=block)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(block).result()
     assert came == [signal.SIGTERM, 0]

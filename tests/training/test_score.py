@@ -129,21 +129,6 @@ def test_a_worse_score_leaves_the_best(tmp_path, monkeypatch):
     assert "score 1.0000 at step 32; the best is 1.0000 at step 16" in lines
 
 
-def test_killed_and_resumed_run_has_the_same_best(tmp_path, monkeypatch):
-    """It ends after a score that is in no checkpoint yet."""
-    folder, straight = tmp_path / "killed", tmp_path / "straight"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        trainer_run.die_after(patch, 28)
-        make(folder, steps=40, **SCORED).fit()
-    assert list(table(folder)) == [8, 16, 24]
-    make(folder, resume=True, steps=40, **SCORED).fit()
-    make(straight, steps=40, **SCORED).fit()
-    assert table(folder) == table(straight) and list(table(straight)) == [8, 16, 24, 32, 40]
-    for name in ("score.json", "model.safetensors"):
-        assert (folder / "best" / name).read_bytes() == (straight / "best" / name).read_bytes()
-    assert checkpoints.header(checkpoints.newest(folder)) == checkpoints.header(checkpoints.newest(straight))
-
-
 def test_scores_of_other_features_are_forgotten():
     first, other = Scores(TrainOptions(score_count=9)), Scores(TrainOptions(score_count=8))
     first.of = {3: 2.0, 5: 1.0, 7: 1.0}

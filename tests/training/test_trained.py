@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from support.refused import refused
-from support.trainer_run import IMAGES, SIZES, Squares, Tiny, assert_same, make, make_unet
-from torch import nn
+from support.trainer_run import IMAGES, SIZES, Conditional, Squares, Tiny, assert_same, make, make_unet
 
 from ddpm_ext import GaussianDiffusion, Guidance, Philox, training
 from ddpm_ext.training import checkpoints
@@ -14,30 +13,10 @@ from ddpm_ext.training import checkpoints
 LOOP = {"sampler": "ddim", "steps": 5}
 
 
-class WithClasses(Tiny):
-    """model(x, t, labels)"""
-
-    def __init__(self):
-        super().__init__()
-        self.classes = nn.Embedding(4, 1)
-
-    def forward(self, x, t, labels):
-        return super().forward(x, t) + self.classes(labels)[..., None, None]
-
-
-def random_tiny():
-    """A module like the trained one, with other weights."""
-    model = Tiny()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.fill_(0.5)
-    return model
-
-
 def test_module_samples_as_its_trainer_does(tmp_path):
     trainer = make(tmp_path / "run", steps=20, sample_count=6, sample_steps=5, seed=3)
     trainer.fit()
-    expected, trained = trainer.sample(), training.load(tmp_path / "run", random_tiny())
+    expected, trained = trainer.sample(), training.load(tmp_path / "run", Tiny())
     assert trained.shape == (1, 8, 8) and trained.classes is None
     assert not trained.model.training and not any(value.requires_grad for value in trained.model.parameters())
     found = trained.sample(6, seed=3, **LOOP)
@@ -63,7 +42,7 @@ def test_unfinished_run_gives_its_newest_average(tmp_path):
     make(tmp_path / "run", steps=20).fit()
     for name in ("model.json", "model.safetensors"):
         (tmp_path / "run" / name).unlink()
-    trained = training.load(tmp_path / "run", random_tiny())
+    trained = training.load(tmp_path / "run", Tiny())
     average = checkpoints.under(checkpoints.load(checkpoints.newest(tmp_path / "run"))[0], "average.")
     assert_same(dict(trained.model.state_dict()), average)
     assert (trained.shape, trained.settings.timesteps) == ((1, 8, 8), SIZES["timesteps"])
@@ -76,10 +55,10 @@ def test_classes_of_a_module(tmp_path):
     """Guidance is with the null class, unless it has an unconditional model of its own."""
     images = torch.utils.data.TensorDataset(IMAGES, torch.arange(6) % 3)
     options = {"data": images, "classes": True, "steps": 10, "sample_steps": 5}
-    trainer = make(tmp_path / "run", model=WithClasses(), **options)
+    trainer = make(tmp_path / "run", model=Conditional(4), **options)
     trainer.fit()
     for _ in range(2):
-        trained = training.load(tmp_path / "run", WithClasses())
+        trained = training.load(tmp_path / "run", Conditional(4))
         assert (trained.classes.names, trained.classes.null) == (("0", "1", "2"), 3)
         assert torch.allclose(trained.sample(16, **LOOP), trainer.sample(), atol=1e-5)
         one = trained.sample(3, classes=[1], **LOOP)
@@ -89,9 +68,9 @@ def test_classes_of_a_module(tmp_path):
     null = Guidance(3.0, lambda x, t: trained.model(x, t, torch.full((len(x),), 3)))
     found = [trained.sample(4, guidance=guidance, **LOOP) for guidance in (Guidance(3.0), null, None)]
     assert torch.allclose(found[0], found[1], atol=1e-5) and not torch.allclose(found[0], found[2], atol=1e-3)
-    make(tmp_path / "without", model=WithClasses(), class_dropout=0.0, **options | {"steps": 2}).fit()
+    make(tmp_path / "without", model=Conditional(4), class_dropout=0.0, **options | {"steps": 2}).fit()
     with pytest.raises(ValueError, match="guidance: the model has no null class"):
-        training.load(tmp_path / "without", WithClasses()).sample(4, guidance=Guidance(3.0), **LOOP)
+        training.load(tmp_path / "without", Conditional(4)).sample(4, guidance=Guidance(3.0), **LOOP)
 
 
 def test_unet_needs_no_module(tmp_path):
@@ -108,7 +87,7 @@ def test_refusals(tmp_path):
     refused(ValueError, r"model: that of .* is a Tiny, expected model=, a module like", training.load, tmp_path / "run")
     message = r"model\.safetensors holds .* than the Tiny: into\.weight has shape \(6, .*, expected \(7, "
     refused(ValueError, message, training.load, tmp_path / "run", Tiny(width=7))
-    refused(ValueError, r"than the WithClasses: classes\.weight is mis", training.load, tmp_path / "run", WithClasses())
+    refused(ValueError, r"the Conditional: of_class\.weight is mis", training.load, tmp_path / "run", Conditional())
     path = tmp_path / "run" / "model.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": [1, 8]}))
     refused(ValueError, r"has samples of shape \[1, 8\], expected \[channels,", training.load, tmp_path / "run", Tiny())

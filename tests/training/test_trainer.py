@@ -11,12 +11,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import trainer_run
 from support.command_line import TINY
+from support.launches import Operators
+from support.refused import refused
 from support.trainer_run import Squares, Tiny, make, rows
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_ext import GaussianDiffusion, Philox, randn
 from ddpm_ext.losses.timestep_samplers import Importance, LogitNormal, Mode
-from ddpm_ext.training import Trainer, TrainOptions, checkpoints
+from ddpm_ext.training import Trainer, TrainOptions, checkpoints, load
 from ddpm_ext.training.batches import StepBatches
 from ddpm_ext.training.data import TensorImages, as_images
 from ddpm_ext.training.log import QUARTERS
@@ -117,24 +118,15 @@ def test_float16_skips_a_step_that_overflows(tmp_path):
 
 
 def test_steps_wait_for_no_device(tmp_path):
-
-    class Reads(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, function, types, arguments=(), options=None):
-            names = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
-            self.count += function.name().startswith(names) or "::item" in function.name()
-            return function(*arguments, **(options or {}))
-
     for autocast in ("none", "bfloat16"):
         trainer = make(tmp_path / "run", autocast=autocast, accumulate=2)
         step = TrainingStep(trainer.state, trainer.diffusion, trainer.options, trainer.ranks, trainer.device)
         images = torch.zeros(6, 1, 8, 8)
         step.take(images)
-        with Reads() as reads:
+        with Operators() as operators:
             for _ in range(3):
                 step.take(images)
-            assert reads.count == 0 and len(step.log_rows(lambda: None)) == 4
+            assert not any("::item" in name for name in operators.names) and len(step.log_rows(lambda: None)) == 4
         assert step.log_rows(lambda: None) == []
 
 
@@ -241,3 +233,30 @@ def test_configuration_of_a_unet(tmp_path):
         loaded = load_model(tmp_path / f"{number}")
         assert (loaded.unet.config.block_out_channels, loaded.unet.config.dropout) == ([8, 8], 0.25)
         assert loaded.shape == (1, 8, 8)
+
+
+def test_each_average_has_its_decay(tmp_path, monkeypatch):
+    """Those beside the one that is sampled from; and a longer run with a constant rate is one that was longer."""
+    seen, take = [], TrainingStep.take
+
+    def note(self, images, labels):
+        take(self, images, labels)
+        seen.append({name: value.detach().clone() for name, value in self.state.model.state_dict().items()})
+
+    monkeypatch.setattr(TrainingStep, "take", note)
+    folder, decays = tmp_path / "run", (0.3, 0.95)
+    make(folder, steps=10, lr_schedule="constant", extra_emas=decays).fit()
+    make(folder, steps=20, lr_schedule="constant", extra_emas=decays, resume=True).fit()
+    assert len(seen) == 20
+    for decay in decays:
+        expected = {name: value.double() for name, value in Tiny().state_dict().items()}
+        for step, now in enumerate(seen):
+            kept = min(decay, (1 + step) / (10 + step))
+            expected = {name: kept * value + (1 - kept) * now[name] for name, value in expected.items()}
+        found = load(folder / f"ema-{decay}", Tiny()).model.state_dict()
+        assert found.pop("calls") == 20
+        assert all(torch.allclose(value.double(), expected[name], atol=1e-6) for name, value in found.items())
+    make(tmp_path / "plain", steps=20, lr_schedule="constant").fit()
+    trainer_run.assert_same(tmp_path / "plain", folder)
+    refused(ValueError, "change: got lr, expected resume=True beside it", make, folder, change=["lr"])
+    refused(ValueError, "change: got seed, expected some of", make, folder, change=["seed"], resume=True)

@@ -6,7 +6,6 @@ import signal
 import pytest
 import torch
 from support import trainer_run
-from support.refused import refused
 
 from ddpm_ext.training import checkpoints
 
@@ -20,6 +19,7 @@ VARIANTS = {
     "workers": {"workers": 2, "flip": True},
     "learned": {"variance": "learned_range", "beta_schedule": "cosine"},
     "offset": {"offset_noise": 0.1, "input_perturbation": 0.1},
+    "scored": {"score_every": 8, "score_count": 12, "sample_steps": 3},  # killed after a score that no checkpoint has
     "no clip": {"clip": 0.0, "loss": "huber", "prediction": "v", "weighting": "min_snr"},
 }
 
@@ -39,7 +39,8 @@ def killed(tmp_path_factory):
 def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     folder, straight, lines = killed[name], tmp_path / "straight", []
     assert checkpoints.newest(folder).name == "step-00000010.safetensors"
-    assert len(trainer_run.rows(folder)) == 14  # written every 7 and every 10 steps
+    # Written every 7 and every 10 steps, and with a score.
+    assert len(trainer_run.rows(folder)) == (16 if name == "scored" else 14)
     trainer_run.make(folder, resume=True, steps=24, report=lines.append, **VARIANTS[name]).fit()
     assert any(line.startswith("resumed at step 10 ") for line in lines)
     trainer_run.make(straight, steps=24, **VARIANTS[name]).fit()
@@ -50,16 +51,9 @@ def test_killed_and_resumed_ends_like_never_stopped(killed, tmp_path, name):
     trainer_run.assert_same(last[0][0], last[1][0])
     logs = [[str(row | {"images_per_second": 0}) for row in trainer_run.rows(run)] for run in (folder, straight)]
     assert logs[0] == logs[1] and len(logs[0]) == 24
-
-
-def test_longer_run_with_a_constant_rate_is_one_that_was_longer(tmp_path):
-    folder, straight = tmp_path / "run", tmp_path / "straight"
-    trainer_run.make(folder, steps=20, lr_schedule="constant").fit()
-    trainer_run.make(folder, steps=40, lr_schedule="constant", resume=True).fit()
-    trainer_run.make(straight, steps=40, lr_schedule="constant").fit()
-    trainer_run.assert_same(folder, straight)
-    refused(ValueError, "change: got lr, expected resume=True beside it", trainer_run.make, straight, change=["lr"])
-    refused(ValueError, "change: got seed, expected some of", trainer_run.make, straight, change=["seed"], resume=True)
+    if name == "scored":
+        for file in ("scores.csv", "best/score.json", "best/model.safetensors"):
+            assert (folder / file).read_bytes() == (straight / file).read_bytes()
 
 
 def test_state_has_the_strides_of_the_weights(tmp_path):

@@ -1,28 +1,12 @@
-// The kernels compiled for AVX-512. Standard headers must come before the pragma: otherwise one of their inline
-// functions would be compiled for this instruction set, and the linker could give that copy to the other files, which
-// then fail on machines without it. The functions of this project are always inlined.
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+// The kernels compiled for AVX-512.
+#include "cpu/isa/target.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx2,fma,f16c")
-#endif
-
-#define DDPM_ISA avx512
+DDPM_BEGIN_TARGET("avx512f,avx512dq,avx2,fma,f16c")
 #include "cpu/simd/avx512.h"
 // The kernels come after the vector type.
 #include "cpu/kernels/all.h"
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+DDPM_END_TARGET
 #endif

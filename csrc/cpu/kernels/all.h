@@ -1,5 +1,5 @@
-// The kernels of one instruction set. A file in cpu/isa/ defines DDPM_ISA as their namespace, includes the vector type
-// from cpu/simd/ and then this file.
+// The kernels of one instruction set. A file in cpu/isa/ includes the vector type from cpu/simd/, which defines
+// DDPM_ISA as their namespace, and then this file.
 #pragma once
 
 #include "cpu/kernels/loss.h"
@@ -10,18 +10,19 @@
 
 namespace ddpm_ext::DDPM_ISA {
 
-// The kernels by the dtype of x and then by that of the second tensor, which may be lower if x is float32.
-#define DDPM_BY_DTYPE(kernel, noise)                                                                \
-  {                                                                                                 \
-      {kernel<noise, float, float>, kernel<noise, float, Float16>, kernel<noise, float, BFloat16>}, \
-      {nullptr, kernel<noise, Float16, Float16>, nullptr},                                          \
-      {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>},                                        \
+// The kernels of a template by the dtype of x and then by that of the second tensor, which may be lower if x is
+// float32. What follows the template's name are its first arguments.
+#define DDPM_BY_DTYPE(kernel, ...)                                                                                    \
+  {                                                                                                                   \
+      {kernel<__VA_ARGS__, float, float>, kernel<__VA_ARGS__, float, Float16>, kernel<__VA_ARGS__, float, BFloat16>}, \
+      {nullptr, kernel<__VA_ARGS__, Float16, Float16>, nullptr},                                                      \
+      {nullptr, nullptr, kernel<__VA_ARGS__, BFloat16, BFloat16>},                                                    \
   }
-#define DDPM_BY_ONE_DTYPE(kernel, noise)                     \
-  {                                                          \
-      {kernel<noise, float, float>, nullptr, nullptr},       \
-      {nullptr, kernel<noise, Float16, Float16>, nullptr},   \
-      {nullptr, nullptr, kernel<noise, BFloat16, BFloat16>}, \
+#define DDPM_BY_ONE_DTYPE(kernel, ...)                             \
+  {                                                                \
+      {kernel<__VA_ARGS__, float, float>, nullptr, nullptr},       \
+      {nullptr, kernel<__VA_ARGS__, Float16, Float16>, nullptr},   \
+      {nullptr, nullptr, kernel<__VA_ARGS__, BFloat16, BFloat16>}, \
   }
 #define DDPM_STRING2(x) #x
 #define DDPM_STRING(x) DDPM_STRING2(x)
@@ -34,10 +35,10 @@ const Kernels kernels = {
      DDPM_BY_ONE_DTYPE(affine_run, Noise::drawn)},
     {randn<float>, randn<Float16>, randn<BFloat16>},
     {DDPM_BY_DTYPE(step_with_options, false), DDPM_BY_DTYPE(step_with_options, true)},
-    {DDPM_BY_DTYPE(loss_run, Noise::none), DDPM_BY_DTYPE(loss_run, Noise::given),
-     DDPM_BY_DTYPE(loss_run, Noise::drawn)},
-    {DDPM_BY_DTYPE(variational_run, Noise::none), DDPM_BY_DTYPE(variational_run, Noise::given),
-     DDPM_BY_DTYPE(variational_run, Noise::drawn)},
+    {DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::none), DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::given),
+     DDPM_BY_DTYPE(loss_of_run, LossRow, Noise::drawn)},
+    {DDPM_BY_DTYPE(loss_of_run, VariationalRow, Noise::none), DDPM_BY_DTYPE(loss_of_run, VariationalRow, Noise::given),
+     DDPM_BY_DTYPE(loss_of_run, VariationalRow, Noise::drawn)},
     {{magnitudes<float, float>, magnitudes<float, Float16>, magnitudes<float, BFloat16>},
      {nullptr, magnitudes<Float16, Float16>, nullptr},
      {nullptr, nullptr, magnitudes<BFloat16, BFloat16>}},

@@ -20,7 +20,7 @@ DDPM_HD LossParts<F32> decoder_bound(const VariationalRow& row, F32 d, F32 v, F3
 }
 
 template <class Row, Noise kNoise, class X, class M>
-DDPM_HD void loss_of_run(const LossRun& run) {
+void loss_of_run(const LossRun& run) {
   constexpr bool kVariational = std::is_same_v<Row, VariationalRow>;
   const Row row = *static_cast<const Row*>(run.row);
   const M* m = static_cast<const M*>(run.model_output);
@@ -65,16 +65,6 @@ DDPM_HD void loss_of_run(const LossRun& run) {
     sums.add(i, values);
   });
   if (run.count % kLossChunk != 0) sums.finish();
-}
-
-template <Noise kNoise, class X, class M>
-void loss_run(const LossRun& run) {
-  loss_of_run<LossRow, kNoise, X, M>(run);
-}
-
-template <Noise kNoise, class X, class M>
-void variational_run(const LossRun& run) {
-  loss_of_run<VariationalRow, kNoise, X, M>(run);
 }
 
 }  // namespace

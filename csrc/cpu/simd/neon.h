@@ -5,39 +5,25 @@
 
 #include "cpu/kernel_table.h"
 
+#define DDPM_ISA neon
+
 namespace ddpm_ext::neon {
 
-struct F32 {
-  static constexpr int kLanes = 4;
-  float32x4_t v;
-  F32() = default;
-  F32(float32x4_t x) : v(x) {}
-  explicit F32(float x) : v(vdupq_n_f32(x)) {}
-};
-struct U32 {
-  uint32x4_t v;
-  U32() = default;
-  U32(uint32x4_t x) : v(x) {}
-  explicit U32(uint32_t x) : v(vdupq_n_u32(x)) {}
-};
+using Floats = float32x4_t;
+using Integers = uint32x4_t;
 
-DDPM_HD F32 operator+(F32 a, F32 b) { return vaddq_f32(a.v, b.v); }
-DDPM_HD F32 operator*(F32 a, F32 b) { return vmulq_f32(a.v, b.v); }
+DDPM_HD Floats broadcast(float x) { return vdupq_n_f32(x); }
+DDPM_HD Integers broadcast(uint32_t x) { return vdupq_n_u32(x); }
+
+}  // namespace ddpm_ext::neon
+
+#include "cpu/simd/vector.h"
+
+namespace ddpm_ext::neon {
+
 DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c.v, a.v, b.v); }
 DDPM_HD F32 sqrt(F32 x) { return vsqrtq_f32(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return vminq_f32(vmaxq_f32(x.v, lo.v), hi.v); }  // NaN stays NaN
-
-DDPM_HD U32 operator+(U32 a, U32 b) { return vaddq_u32(a.v, b.v); }
-DDPM_HD U32 operator-(U32 a, U32 b) { return vsubq_u32(a.v, b.v); }
-DDPM_HD U32 operator&(U32 a, U32 b) { return vandq_u32(a.v, b.v); }
-DDPM_HD U32 operator^(U32 a, uint32_t b) { return veorq_u32(a.v, vdupq_n_u32(b)); }
-DDPM_HD U32 operator<<(U32 a, int n) { return vshlq_u32(a.v, vdupq_n_s32(n)); }
-
-DDPM_HD F32 bits_to_float(U32 u) { return vreinterpretq_f32_u32(u.v); }
-DDPM_HD U32 float_to_bits(F32 f) { return vreinterpretq_u32_f32(f.v); }
-DDPM_HD F32 unsigned_to_float(U32 u) { return vcvtq_f32_u32(u.v); }
-DDPM_HD F32 signed_to_float(U32 u) { return vcvtq_f32_s32(vreinterpretq_s32_u32(u.v)); }
-DDPM_HD F32 flip_sign(F32 f, U32 u) { return bits_to_float(veorq_u32(float_to_bits(f).v, (u & U32(0x80000000u)).v)); }
 
 // Unlike on x86, one instruction takes the high or low words of four products, so that Philox's words stay in order.
 using Words = U32;
@@ -50,12 +36,13 @@ DDPM_HD Products multiply_wide(Words a, uint32_t b) {
 }
 DDPM_HD Words high(Products p) { return vuzp2q_u32(p.lower, p.upper); }
 DDPM_HD Words low(Products p) { return vuzp1q_u32(p.lower, p.upper); }
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(veorq_u32(a.v, b.v)) ^ c; }
+DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
+DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
 DDPM_HD U32 join(Words w) { return w; }
 
 DDPM_HD Words block_words(uint32_t first) {
   const uint32_t order[] = {0, 1, 2, 3};
-  return vaddq_u32(vdupq_n_u32(first), vld1q_u32(order));
+  return U32(first) + U32(vld1q_u32(order));
 }
 
 DDPM_HD void transpose(F32 (&z)[4]) {
@@ -74,11 +61,6 @@ DDPM_HD F32 load(const Float16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vl
 DDPM_HD void store(Float16* p, F32 x) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(x.v))); }
 
 DDPM_HD F32 load(const BFloat16* p) { return bits_to_float(vshll_n_u16(vld1_u16(&p->bits), 16)); }
-DDPM_HD void store(BFloat16* p, F32 x) {  // rounds to nearest even; any NaN becomes the quiet one
-  const uint32x4_t bits = float_to_bits(x).v, odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
-  const uint32x4_t number = vceqq_f32(x.v, x.v);
-  vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(number, rounded, vdupq_n_u32(0x7fc00000)), 16));
-}
+DDPM_HD void store(BFloat16* p, F32 x) { vst1_u16(&p->bits, vshrn_n_u32(to_bfloat16(x).v, 16)); }
 
 }  // namespace ddpm_ext::neon

@@ -1,5 +1,5 @@
-// The arithmetic of core/scalar.h over 4 elements at once, for any machine. These are loops over core/scalar.h itself,
-// which the compiler vectorises where it can.
+// The arithmetic of core/scalar.h over 4 elements at once, for any machine. What the compiler's own vectors do not have
+// are loops over core/scalar.h itself.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -7,20 +7,23 @@
 
 #include "cpu/kernel_table.h"
 
+#define DDPM_ISA portable
+
 namespace ddpm_ext::portable {
 
-struct F32 {
-  static constexpr int kLanes = 4;
-  float v[kLanes];
-  F32() = default;
-  explicit F32(float x) : v{x, x, x, x} {}
-};
-struct U32 {
-  uint32_t v[F32::kLanes];
-  U32() = default;
-  explicit U32(uint32_t x) : v{x, x, x, x} {}
-};
+using Floats = float __attribute__((vector_size(16)));
+using Integers = uint32_t __attribute__((vector_size(16)));
 
+DDPM_HD Floats broadcast(float x) { return Floats{x, x, x, x}; }
+DDPM_HD Integers broadcast(uint32_t x) { return Integers{x, x, x, x}; }
+
+}  // namespace ddpm_ext::portable
+
+#include "cpu/simd/vector.h"
+
+namespace ddpm_ext::portable {
+
+// A vector whose element i is f(i).
 template <class Out, class Function>
 DDPM_HD Out map(Function f) {
   Out out;
@@ -28,37 +31,34 @@ DDPM_HD Out map(Function f) {
   return out;
 }
 
-// clang-format off
-DDPM_HD F32 operator+(F32 a, F32 b) { return map<F32>([&](int i) { return a.v[i] + b.v[i]; }); }
-DDPM_HD F32 operator*(F32 a, F32 b) { return map<F32>([&](int i) { return a.v[i] * b.v[i]; }); }
-DDPM_HD F32 fma(F32 a, F32 b, F32 c) { return map<F32>([&](int i) { return ddpm_ext::fma(a.v[i], b.v[i], c.v[i]); }); }
-DDPM_HD F32 sqrt(F32 x) { return map<F32>([&](int i) { return ddpm_ext::sqrt(x.v[i]); }); }
-DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return map<F32>([&](int i) { return ddpm_ext::clamp(x.v[i], lo.v[i], hi.v[i]); }); }
-
-DDPM_HD U32 operator+(U32 a, U32 b) { return map<U32>([&](int i) { return a.v[i] + b.v[i]; }); }
-DDPM_HD U32 operator-(U32 a, U32 b) { return map<U32>([&](int i) { return a.v[i] - b.v[i]; }); }
-DDPM_HD U32 operator&(U32 a, U32 b) { return map<U32>([&](int i) { return a.v[i] & b.v[i]; }); }
-DDPM_HD U32 operator^(U32 a, uint32_t b) { return map<U32>([&](int i) { return a.v[i] ^ b; }); }
-DDPM_HD U32 operator<<(U32 a, int n) { return map<U32>([&](int i) { return a.v[i] << n; }); }
-
-DDPM_HD F32 bits_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::bits_to_float(u.v[i]); }); }
-DDPM_HD U32 float_to_bits(F32 f) { return map<U32>([&](int i) { return ddpm_ext::float_to_bits(f.v[i]); }); }
-DDPM_HD F32 unsigned_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::unsigned_to_float(u.v[i]); }); }
-DDPM_HD F32 signed_to_float(U32 u) { return map<F32>([&](int i) { return ddpm_ext::signed_to_float(u.v[i]); }); }
-DDPM_HD F32 flip_sign(F32 f, U32 u) { return map<F32>([&](int i) { return ddpm_ext::flip_sign(f.v[i], u.v[i]); }); }
+DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
+  return map<F32>([&](int i) { return ddpm_ext::fma(a.v[i], b.v[i], c.v[i]); });
+}
+DDPM_HD F32 sqrt(F32 x) {
+  return map<F32>([&](int i) { return ddpm_ext::sqrt(x.v[i]); });
+}
+DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) {
+  return map<F32>([&](int i) { return ddpm_ext::clamp(x.v[i], lo.v[i], hi.v[i]); });
+}
 
 using Words = U32;
 struct Products {
   uint64_t v[F32::kLanes];
 };
 
-DDPM_HD Products multiply_wide(Words a, uint32_t b) { return map<Products>([&](int i) { return ddpm_ext::multiply_wide(a.v[i], b); }); }
-DDPM_HD Words high(Products p) { return map<Words>([&](int i) { return ddpm_ext::high(p.v[i]); }); }
-DDPM_HD Words low(Products p) { return map<Words>([&](int i) { return ddpm_ext::low(p.v[i]); }); }
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return map<Words>([&](int i) { return ddpm_ext::xor3(a.v[i], b.v[i], c); }); }
+DDPM_HD Products multiply_wide(Words a, uint32_t b) {
+  return map<Products>([&](int i) { return ddpm_ext::multiply_wide(a.v[i], b); });
+}
+DDPM_HD Words high(Products p) {
+  return map<Words>([&](int i) { return ddpm_ext::high(p.v[i]); });
+}
+DDPM_HD Words low(Products p) {
+  return map<Words>([&](int i) { return ddpm_ext::low(p.v[i]); });
+}
+DDPM_HD Words operator^(Words a, uint32_t b) { return a.v ^ broadcast(b); }
+DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.v ^ b.v) ^ c; }
 DDPM_HD U32 join(Words w) { return w; }
-DDPM_HD Words block_words(uint32_t first) { return map<Words>([&](int i) { return first + static_cast<uint32_t>(i); }); }
-// clang-format on
+DDPM_HD Words block_words(uint32_t first) { return U32(first) + U32(Integers{0, 1, 2, 3}); }
 
 DDPM_HD void transpose(F32 (&z)[4]) {
   for (int i = 0; i < 4; ++i) {

@@ -1,5 +1,5 @@
 // The arithmetic of core/scalar.h over 4 elements at once, with SSE2, which every x86-64 has. There is no fma: it is
-// done in double. The layout of Philox's words is explained in avx512.h.
+// done in double.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -7,24 +7,23 @@
 
 #include "cpu/kernel_table.h"
 
+#define DDPM_ISA sse2
+
 namespace ddpm_ext::sse2 {
 
-struct F32 {
-  static constexpr int kLanes = 4;
-  __m128 v;
-  F32() = default;
-  F32(__m128 x) : v(x) {}
-  explicit F32(float x) : v(_mm_set1_ps(x)) {}
-};
-struct U32 {
-  __m128i v;
-  U32() = default;
-  U32(__m128i x) : v(x) {}
-  explicit U32(uint32_t x) : v(_mm_set1_epi32(static_cast<int>(x))) {}
-};
+using Floats = __m128;
+using Integers = __m128i;
 
-DDPM_HD F32 operator+(F32 a, F32 b) { return _mm_add_ps(a.v, b.v); }
-DDPM_HD F32 operator*(F32 a, F32 b) { return _mm_mul_ps(a.v, b.v); }
+DDPM_HD Floats broadcast(float x) { return _mm_set1_ps(x); }
+DDPM_HD Integers broadcast(uint32_t x) { return _mm_set1_epi32(static_cast<int>(x)); }
+DDPM_HD Integers multiply_even(Integers a, Integers b) { return _mm_mul_epu32(a, b); }
+
+}  // namespace ddpm_ext::sse2
+
+#include "cpu/simd/x86.h"
+
+namespace ddpm_ext::sse2 {
+
 DDPM_HD F32 sqrt(F32 x) { return _mm_sqrt_ps(x.v); }
 DDPM_HD F32 clamp(F32 x, F32 lo, F32 hi) { return _mm_min_ps(hi.v, _mm_max_ps(lo.v, x.v)); }  // NaN stays NaN
 
@@ -63,52 +62,13 @@ DDPM_HD F32 fma(F32 a, F32 b, F32 c) {
   return result;
 }
 
-DDPM_HD U32 operator+(U32 a, U32 b) { return _mm_add_epi32(a.v, b.v); }
-DDPM_HD U32 operator-(U32 a, U32 b) { return _mm_sub_epi32(a.v, b.v); }
-DDPM_HD U32 operator&(U32 a, U32 b) { return _mm_and_si128(a.v, b.v); }
-DDPM_HD U32 operator<<(U32 a, int n) { return _mm_slli_epi32(a.v, n); }
-
-DDPM_HD F32 bits_to_float(U32 u) { return _mm_castsi128_ps(u.v); }
-DDPM_HD U32 float_to_bits(F32 f) { return _mm_castps_si128(f.v); }
-DDPM_HD F32 signed_to_float(U32 u) { return _mm_cvtepi32_ps(u.v); }
-DDPM_HD F32 unsigned_to_float(U32 u) {  // both halves and the product are exact, so that only the sum rounds
-  const F32 upper = signed_to_float(_mm_srli_epi32(u.v, 16));
-  return upper * F32(65536.0f) + signed_to_float(u & U32(0xffff));
-}
-DDPM_HD F32 flip_sign(F32 f, U32 u) { return _mm_xor_ps(f.v, bits_to_float(u & U32(0x80000000u)).v); }
-
-struct Words {
-  __m128i even, odd;
-  Words() = default;
-  Words(__m128i e, __m128i o) : even(e), odd(o) {}
-  explicit Words(uint32_t x) : even(_mm_set1_epi32(static_cast<int>(x))), odd(even) {}
-};
-struct Products {
-  __m128i even, odd;
-};
-
-DDPM_HD Products multiply_wide(Words a, uint32_t b) {
-  const __m128i m = _mm_set1_epi32(static_cast<int>(b));
-  return {_mm_mul_epu32(a.even, m), _mm_mul_epu32(a.odd, m)};
-}
-DDPM_HD Words high(Products p) { return {_mm_srli_epi64(p.even, 32), _mm_srli_epi64(p.odd, 32)}; }
-DDPM_HD Words low(Products p) { return {p.even, p.odd}; }
-DDPM_HD Words operator^(Words a, uint32_t b) {
-  const __m128i k = _mm_set1_epi32(static_cast<int>(b));
-  return {_mm_xor_si128(a.even, k), _mm_xor_si128(a.odd, k)};
-}
-DDPM_HD Words xor3(Words a, Words b, uint32_t c) {
-  return Words(_mm_xor_si128(a.even, b.even), _mm_xor_si128(a.odd, b.odd)) ^ c;
-}
+DDPM_HD Words xor3(Words a, Words b, uint32_t c) { return Words(a.even ^ b.even, a.odd ^ b.odd) ^ c; }
 // Joins the even words, blocks 0 and 1, to the odd ones, blocks 2 and 3.
 DDPM_HD U32 join(Words w) {
   return _mm_castps_si128(_mm_shuffle_ps(_mm_castsi128_ps(w.even), _mm_castsi128_ps(w.odd), 0x88));
 }
 
-DDPM_HD Words block_words(uint32_t first) {
-  const __m128i blocks = _mm_add_epi32(_mm_set1_epi32(static_cast<int>(first)), _mm_setr_epi32(0, 2, 1, 3));
-  return {blocks, _mm_srli_epi64(blocks, 32)};
-}
+DDPM_HD Words block_words(uint32_t first) { return Words(U32(first) + U32(_mm_setr_epi32(0, 2, 1, 3))); }
 
 DDPM_HD void transpose(F32 (&z)[4]) { _MM_TRANSPOSE4_PS(z[0].v, z[1].v, z[2].v, z[3].v); }
 
@@ -130,14 +90,8 @@ DDPM_HD F32 load(const BFloat16* p) {
   const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), raw));
 }
-DDPM_HD void store(BFloat16* p, F32 x) {  // rounds to nearest even; any NaN becomes the quiet one
-  const __m128i bits = _mm_castps_si128(x.v);
-  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-  const __m128i rounded = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd);
-  const __m128i nan = _mm_castps_si128(_mm_cmpunord_ps(x.v, x.v));
-  const __m128i quiet = _mm_and_si128(nan, _mm_set1_epi32(0x7fc00000));
-  // The upper halves, signed, so that packing leaves their bits as they are.
-  const __m128i upper = _mm_srai_epi32(_mm_or_si128(_mm_andnot_si128(nan, rounded), quiet), 16);
+DDPM_HD void store(BFloat16* p, F32 x) {
+  const __m128i upper = _mm_srai_epi32(to_bfloat16(x).v, 16);  // signed, so that packing leaves their bits as they are
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(upper, upper));
 }
 

@@ -60,7 +60,7 @@ class Weights(NamedTuple):
         return torch.where(found.bool(), rows, len(own))
 
 
-def _trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
+def forward_trial(scheduler: Any, method: str, timesteps: Tensor) -> Tensor:
     """(timesteps, 2), k0 and k1, by diffusers' own method. Raises Fallback where it raises an error."""
     ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64, device="cpu")
     named = {"timestep" if method == "scale_noise" else "timesteps": timesteps}
@@ -84,17 +84,17 @@ def _weights(cls: Any, state: dict[str, Any], method: str, in_loop: bool, dtype:
         rows = []
         for i in range(len(scheduler.sigmas)):
             scheduler._step_index = i
-            rows.append(_trial(scheduler, method, own[:1]))
+            rows.append(forward_trial(scheduler, method, own[:1]))
         table = torch.cat(rows)
         if not (table == table[0]).all():  # else the timestep matters in a loop, too
             return Weights(DeviceTables(weights=table), STEP)
     if "alphas_cumprod" in state and not dtype.is_floating_point:
-        found = attempt(_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
+        found = attempt(forward_trial, scheduler, method, torch.arange(len(scheduler.alphas_cumprod), device="cpu"))
         if not isinstance(found, Fallback):
             return Weights(DeviceTables(weights=found), TIMESTEP)
     own = own.to(torch.promote_types(own.dtype, dtype))
-    weights = _trial(scheduler, method, own)
-    other = attempt(_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
+    weights = forward_trial(scheduler, method, own)
+    other = attempt(forward_trial, scheduler, method, torch.tensor([ELSEWHERE], dtype=own.dtype, device="cpu"))
     if isinstance(other, Fallback):
         other = torch.full_like(weights[:1], torch.nan)
     tables = DeviceTables(weights=torch.cat([weights, other]), timesteps=own)

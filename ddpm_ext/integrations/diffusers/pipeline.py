@@ -48,7 +48,7 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Cal
     for number, (key, scheduler) in enumerate(schedulers.items()):
         own = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
         copies[key] = accelerated(scheduler, own)
-    return _copy(pipeline, copies)
+    return pipeline_with(pipeline, copies)
 
 
 def _attributes(pipeline: Any) -> list[tuple[str, Any]]:
@@ -65,11 +65,12 @@ def _schedulers(pipeline: Any, seen: set[int]) -> Iterator[Any]:
             yield from _schedulers(value, seen)
 
 
-def _copy(pipeline: Any, copies: dict[int, Any]) -> Any:
+def pipeline_with(pipeline: Any, copies: dict[int, Any]) -> Any:
+    """A copy that holds `copies` in the place of the objects whose identities they have."""
     copied = copies[id(pipeline)] = copy.copy(pipeline)
     for name, value in _attributes(pipeline):
         if is_pipeline(value) and id(value) not in copies:
-            _copy(value, copies)
+            pipeline_with(value, copies)
         if id(value) in copies:
             vars(copied)[name] = copies[id(value)]
         elif type(value) in (dict, list, set):  # a modular pipeline writes to those of its components

@@ -17,6 +17,7 @@ from ddpm_ext.integrations.guided_diffusion.tables import FusedTables, tables_of
 from ddpm_ext.integrations.row_stepper import take_step
 from ddpm_ext.integrations.shared import peer_method
 from ddpm_ext.integrations.tensors import (
+    LOWER,
     check_tensors,
     dtype_name,
     is_like,
@@ -28,7 +29,7 @@ from ddpm_ext.ops.noise import STREAM_START, Philox, randn
 from ddpm_ext.ops.result_memory import empty_like
 
 Function = Callable[..., Any]
-LOWER = (torch.float16, torch.bfloat16)
+FLOAT32 = (torch.float32,)  # the peer's float32 tables make float32 of other dtypes
 OF_CALL = ("model", "x", "t", "shape", "noise", "device", "progress")  # arguments that are no options of a step
 GRADIENT = "a gradient is asked for through a step"
 
@@ -48,7 +49,7 @@ class DrawnNoise(TorchFunctionMode):
 
 def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = None) -> None:
     """Raises Fallback where the operators can't take samples x, timesteps t and the noise."""
-    _check_samples(x)
+    check_tensors(x, dtypes=FLOAT32)
     if not isinstance(t, Tensor) or t.shape != (len(x),) or (noise is not None and noise.shape != x.shape):
         raise Fallback
     if t.dtype != torch.int64:
@@ -59,12 +60,6 @@ def check_inputs(tables: FusedTables, x: Tensor, t: Any, noise: Tensor | None = 
         ops.TableStep(tables.get("steps", x.device), add_noise=False).check(x, t, 0)
     except (TypeError, ValueError):
         raise Fallback from None
-
-
-def _check_samples(x: Tensor) -> None:
-    check_tensors(x)
-    if x.dtype != torch.float32:  # the peer's float32 tables make float32 of other dtypes
-        raise Fallback(f"its samples are {dtype_name(x.dtype)}")
 
 
 def split_output(
@@ -114,7 +109,7 @@ def _take_step(
     if row is None:
         check_inputs(fused, x, t)
     else:  # t is the loop's own
-        _check_samples(x)
+        check_tensors(x, dtypes=FLOAT32)
         if x.shape[0] != t.shape[0] or x.device != t.device:
             raise Fallback
     if wants_gradient(x):

@@ -20,7 +20,7 @@ from ddpm_ext.process.process import SCHEDULE_ATTRIBUTES, Process
 from ddpm_ext.tables.grid import make_grid
 from ddpm_ext.tables.on_device import KernelTables
 from ddpm_ext.tables.predictions import peer_predictions
-from ddpm_ext.tables.samplers import ddim, ddim_inverse, ddpm
+from ddpm_ext.tables.samplers import coefficients, ddim, ddim_inverse, ddpm
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.variances import peer_variances
 
@@ -121,10 +121,9 @@ class FusedTables:
         if not 0 <= eta < math.inf:
             raise Fallback("its eta is negative or not finite")
         grid = self._process.grid()
-        steps = ddim(grid, prediction=self.prediction, eta=eta, keep_eps=keep_eps)
-        if (1 - grid.after - steps.s**2 < 0).any():
+        if (1 - grid.after - coefficients.sigma(grid, eta) ** 2 < 0).any():
             raise Fallback("its eta asks for more noise than there is")
-        return self._on_device(steps[::-1])
+        return self._on_device(ddim(grid, prediction=self.prediction, eta=eta, keep_eps=keep_eps)[::-1])
 
     def _inverse(self, eta: float, keep_eps: bool) -> KernelTables:
         if eta != 0:

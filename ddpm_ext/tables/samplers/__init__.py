@@ -31,42 +31,6 @@ from ddpm_ext.tables.samplers.singlestep import dpm_2, dpm_2_ancestral, dpmpp_2s
 from ddpm_ext.tables.samplers.unipc import unipc
 from ddpm_ext.tables.step_table import StepTable
 
-__all__ = [
-    "SAMPLERS",
-    "WITH_ETA",
-    "check_eta",
-    "ddim",
-    "ddim_inverse",
-    "ddpm",
-    "deis",
-    "dpm_2",
-    "dpm_2_ancestral",
-    "dpm_solver_2m",
-    "dpmpp_2m",
-    "dpmpp_2m_cfg_pp",
-    "dpmpp_2m_sde",
-    "dpmpp_2s",
-    "dpmpp_3m",
-    "dpmpp_3m_sde",
-    "edm",
-    "eta_argument",
-    "euler",
-    "euler_ancestral",
-    "euler_ancestral_cfg_pp",
-    "euler_cfg_pp",
-    "flow_sde",
-    "heun",
-    "ipndm",
-    "lcm",
-    "lms",
-    "plms",
-    "repaint",
-    "restart",
-    "sa_solver",
-    "tcd",
-    "unipc",
-]
-
 # By the names that `sampler=` takes.
 SAMPLERS: dict[str, Callable[..., StepTable]] = {
     sampler.__name__: sampler
@@ -101,3 +65,5 @@ SAMPLERS: dict[str, Callable[..., StepTable]] = {
     )
 }
 WITH_ETA = tuple(name for name, sampler in SAMPLERS.items() if takes_eta(sampler))
+
+__all__ = ["SAMPLERS", "WITH_ETA", "check_eta", "ddim_inverse", "eta_argument", "repaint", *SAMPLERS]

@@ -25,6 +25,22 @@ def posterior(grid: Grid | Jumps) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def posterior_variance(grid: Grid | Jumps) -> Tensor:
+    """The variance of q(x_s | x_t, x_0).
+
+    Raises:
+        ValueError: a step goes up to more noise, of which there is no such distribution.
+    """
+    up = grid.after < grid.now
+    if up.any():
+        i = int(up.byte().argmax())
+        raise ValueError(
+            f"grid's step {i}, from timestep {grid.timestep[i].item()}, goes up to more noise, expected steps down "
+            "for a sampler that adds the posterior's noise"
+        )
+    return posterior(grid)[2].clamp(min=0)  # levels that are next to equal differ by their rounding
+
+
 def half_log_snr(grid: Grid) -> Tensor:
     """Half the logarithm of the signal-to-noise ratio at each level, (rows + 1,): lambda of Lu et al. 2022.
 
@@ -82,7 +98,7 @@ def sigma(grid: Grid | Jumps, eta: float) -> Tensor:
     """eta times the posterior's standard deviation: Song et al. 2021, eq. (16).
 
     Raises:
-        TypeError, ValueError: `eta` is not a finite number >= 0.
+        TypeError, ValueError: `eta` is not a finite number >= 0; as posterior_variance, unless it is 0.
     """
     eta = check_eta(eta)
-    return eta * posterior(grid)[2].clamp(min=0).sqrt() if eta else torch.zeros_like(grid.now)
+    return eta * posterior_variance(grid).sqrt() if eta else torch.zeros_like(grid.now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,14 @@ from ddpm_ext.tables.step_table import StepTable
 
 __all__ = ["ancestral_sigma", "ddim", "ddim_inverse", "euler", "euler_ancestral", "implicit"]
 
+ROUNDING = 1e-6  # of levels in float32, as other libraries have them
+
 
 def implicit(
     grid: Grid | Jumps, prediction: str, sigma: Tensor, keep_eps: bool, direction: Tensor | None = None
 ) -> StepTable:
     """prev = sqrt(a_s) x0 + direction eps + sigma z. A direction of None is sqrt(1 - a_s - sigma^2), and gives prev
-    its right variance: Song et al. 2021, eq. (12)."""
+    its right variance: Song et al. 2021, eq. (12); sigma^2 is at most 1 - a_s then, up to rounding."""
     now, after = grid.now, grid.after
     if direction is None:
         direction = (1 - after - sigma**2).clamp(min=0).sqrt()
@@ -37,16 +41,33 @@ def ddim(grid: Grid | Jumps, *, prediction: str = "eps", eta: float = 0.0, keep_
     Args:
         grid: descending.
         prediction: as for ddpm.
-        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0.
+        eta: 0 for the deterministic sampler, 1 for DDPM's posterior; finite, >= 0. A little above 1 a step asks for
+            more noise than there is where it arrives: how little depends on the grid.
         keep_eps: which noise a step goes on with once x0 has been clipped: the model's own (True: the tutorial,
             diffusers), or the noise that leads from the clipped x0 to x_t (False: guided-diffusion, lucidrains,
             diffusers with use_clipped_model_output).
 
     Raises:
         TypeError: `eta` is not a number.
-        ValueError: `eta` is negative or not finite, or an unknown `prediction`.
+        ValueError: `eta` is negative, not finite, or so large that a step asks for more noise than there is where it
+            arrives; a grid that goes up to more noise, unless `eta` is 0; or an unknown `prediction`.
     """
-    return implicit(grid, prediction, coefficients.sigma(grid, eta), keep_eps)
+    sigma = coefficients.sigma(grid, eta)
+    _check_noise(grid, sigma, eta)
+    return implicit(grid, prediction, sigma, keep_eps)
+
+
+def _check_noise(grid: Grid | Jumps, sigma: Tensor, eta: float) -> None:
+    """Raises ValueError where sigma^2 > 1 - a_s, which leaves no noise for the direction to x_t: a step of eq. (12)
+    would have a variance of more than 1."""
+    room = torch.where(sigma > 0, (1 - grid.after) / sigma**2, torch.inf)
+    i = int(room.argmin())
+    if room[i] < 1 - ROUNDING:
+        largest = math.floor(1e4 * eta * room[i].item() ** 0.5 + 1e-3) / 1e4
+        raise ValueError(
+            f"eta is {eta}, which in step {i}, from timestep {grid.timestep[i].item()}, asks for more noise than there "
+            f"is where it arrives: expected at most {largest}"
+        )
 
 
 @at_any_scale

@@ -35,12 +35,12 @@ def ddpm(grid: Grid | Jumps, *, prediction: str = "eps", variance: str = "fixed_
     smallest variance of "learned_range" in a last step that arrives at clean data.
 
     Raises:
-        ValueError: an unknown `prediction` or `variance`.
+        ValueError: an unknown `prediction` or `variance`, or a grid that goes up to more noise.
     """
     entry = VARIANCES[checks.one_of("variance", variance, VARIANCES)]
     has_end = isinstance(grid, Grid)
-    of_x0, of_x, posterior_variance = coefficients.posterior(grid)
-    s, l0, l1, weight = entry.columns(Posterior(posterior_variance, grid.betas, has_end))
+    of_x0, of_x, _ = coefficients.posterior(grid)
+    s, l0, l1, weight = entry.columns(Posterior(coefficients.posterior_variance(grid), grid.betas, has_end))
     if has_end:
         s[-1] = 0
     return coefficients.rows(grid, prediction, c0=of_x0, c1=of_x, s=s, l0=l0, l1=l1, g0=None, g1=weight)

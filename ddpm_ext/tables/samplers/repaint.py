@@ -52,7 +52,7 @@ def repaint(table: StepTable, *, jump_length: int = 10, jump_n_sample: int = 10)
     slope = signal_after / signal
     forward = {
         "c1": slope,
-        "s": (noise_after**2 - (slope * noise) ** 2).clamp(min=0).sqrt(),
+        "s": (noise_after**2 - (slope * noise) ** 2).clamp(min=0).sqrt(),  # rounding: the table descends
         **dict(zip(LEVELS, (signal, noise, signal_after, noise_after), strict=True)),
     }
     zeros = torch.zeros_like(slope)

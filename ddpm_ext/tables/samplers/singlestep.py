@@ -65,7 +65,7 @@ def _midpoint(grid: Grid, prediction: str, eta: float, of_eps: bool) -> StepTabl
     y follows from y_m and x0.
     """
     coefficients.check_between(prediction)
-    s = ancestral_sigma(grid, eta)
+    s = ancestral_sigma(grid, eta)  # at most sqrt(1 - a_s), so that the clamp removes rounding errors alone
     sigma, left = sigmas_of(grid.now), (1 - grid.after - s**2).clamp(min=0).sqrt() / grid.after.sqrt()
     twice = (grid.now > 0) & (s < (1 - grid.after).sqrt())
     r, after = (left / sigma)[twice].sqrt(), grid.after[twice]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from support.cuda_host import library
 from support.cuda_host.guarded import Placed, extent
+from support.rounding import same_bits
 from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_table
 from torch import Tensor
 
@@ -63,12 +64,8 @@ AFFINE = torch.tensor([[0.75, -1.5], [-2.0, 0.5], [1 / 3, 0.0], [0.0, 1.0]])
 
 
 def assert_same_bits(got: Tensor, expected: Tensor, what: str = "") -> None:
-    """Which of the NaNs it is, is nobody's promise."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    whole = torch.int32 if got.dtype == WIDE else torch.int16
-    number = ~expected.isnan()
-    assert torch.equal(got.isnan(), expected.isnan()), what
-    assert torch.equal(got.view(whole)[number], expected.view(whole)[number]), what
+    assert same_bits(got, expected), what
 
 
 @dataclass(frozen=True)

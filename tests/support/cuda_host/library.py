@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.compilers import load_setup
 from torch.utils import cpp_extension
 
 FOLDER = Path(__file__).resolve().parent
@@ -43,14 +44,6 @@ def why_not() -> str | None:
     if shutil.which("g++") is None:
         return "there is no g++ on PATH"
     return None
-
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ddpm_ext_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(*command: str | Path) -> None:

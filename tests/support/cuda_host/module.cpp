@@ -136,14 +136,11 @@ PYBIND11_MODULE(control, m) {
   m.def("caches_emptied", [] { return standin::caches_emptied; });
   m.def("set_rsqrt", [](int choice) { standin::rsqrt_choice = static_cast<standin::Rsqrt>(choice); });
   m.def("rsqrt", &ddpm_ext::cuda::rsqrt_approx);
-  m.def("umul64hi", &__umul64hi);
-  m.def("umulhi", &__umulhi);
   m.def("normals", &normals);
   m.def("radius_mismatches", &radius_mismatches);
   m.def("poison", [](uintptr_t p, size_t size) { standin::poison(reinterpret_cast<void*>(p), size); });
   m.def("unpoison", [](uintptr_t p, size_t size) { standin::unpoison(reinterpret_cast<void*>(p), size); });
   m.def("roots_from_every_start", &probe::roots_from_every_start);
-  m.def("block_sums", &probe::block_sums);
   m.def("order_of_threads", &probe::order_of_threads);
   m.def("run_kernel", &probe::run_kernel);
 }

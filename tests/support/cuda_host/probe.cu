@@ -11,44 +11,6 @@ namespace {
 
 constexpr unsigned kThreads = 1024;
 
-__global__ void sum_by_shared(const int* numbers, int64_t* sums) {
-  __shared__ int64_t part[kThreads];
-  const unsigned i = threadIdx.x;
-  part[i] = numbers[blockIdx.x * blockDim.x + i];
-  __syncthreads();
-  unsigned n = blockDim.x;
-  while (n > 1) {
-    const unsigned half = (n + 1) / 2;
-    if (i < n / 2) part[i] += part[i + half];
-    __syncthreads();
-    n = half;
-  }
-  if (i == 0) sums[blockIdx.x] = part[0];
-}
-
-// Takes only whole warps of threads.
-__global__ void sum_by_shuffles(const int* numbers, int64_t* sums) {
-  __shared__ int64_t part[kThreads / warpSize];
-  int64_t sum = numbers[blockIdx.x * blockDim.x + threadIdx.x];
-  for (int lanes = warpSize / 2; lanes > 0; lanes /= 2) {
-    if (blockIdx.x % 2 == 0)
-      sum += __shfl_down_sync(0xffffffffu, sum, lanes);
-    else
-      sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-  }
-  if (threadIdx.x % warpSize == 0) part[threadIdx.x / warpSize] = sum;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  sum = 0;
-  for (unsigned w = 0; w < blockDim.x / warpSize; ++w) sum += part[w];
-  sums[blockIdx.x] = sum;
-}
-
-__global__ void sum_by_atomics(const int* numbers, int64_t* sums) {
-  atomicAdd(reinterpret_cast<unsigned long long*>(sums + blockIdx.x),
-            static_cast<unsigned long long>(numbers[blockIdx.x * blockDim.x + threadIdx.x]));
-}
-
 __global__ void take_numbers(int* counter, int* numbers) { numbers[threadIdx.x] = atomicAdd(counter, 1); }
 
 // ----------------------------------- kernels that are right, and kernels that are wrong in one way each
@@ -110,16 +72,6 @@ std::vector<int64_t> roots_from_every_start() {
     }
   }
   return {starts, wrong, near, near_wrong};
-}
-
-std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads) {
-  const unsigned blocks = static_cast<unsigned>(numbers.size()) / threads;
-  std::vector<std::vector<int64_t>> result;
-  for (auto* kernel : {sum_by_shared, sum_by_shuffles, sum_by_atomics}) {
-    result.emplace_back(blocks);
-    launch(blocks, threads, kernel, numbers.data(), result.back().data());
-  }
-  return result;
 }
 
 std::vector<int> order_of_threads(unsigned threads) {

@@ -15,9 +15,6 @@ float radius(uint32_t w);  // that of core/box_muller.h with the kernels' square
 // correctly rounded, and both again for the starts within 2^-23.3.
 std::vector<int64_t> roots_from_every_start();
 
-// Adds up runs of `threads` numbers in three ways: through shared memory, by shuffles and by atomic additions.
-std::vector<std::vector<int64_t>> block_sums(const std::vector<int>& numbers, unsigned threads);
-
 // The order of a block's threads: the number that each of them takes from a counter.
 std::vector<int> order_of_threads(unsigned threads);
 

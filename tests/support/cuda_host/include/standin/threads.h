@@ -71,9 +71,6 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize,
 
 inline int atomicAdd(int* p, int value) { return standin::add(p, value); }
 inline unsigned atomicAdd(unsigned* p, unsigned value) { return standin::add(p, value); }
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long value) { return standin::add(p, value); }
-inline float atomicAdd(float* p, float value) { return standin::add(p, value); }
-inline double atomicAdd(double* p, double value) { return standin::add(p, value); }
 
 // Counts up to `last`, and then begins at 0.
 inline unsigned atomicInc(unsigned* p, unsigned last) {

@@ -23,7 +23,7 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning import search as timesteps_search
 from ddpm_ext.tuning.fit import Rows, fit, polish, polish_calls
 from ddpm_ext.tuning.loops import Loops, errors
-from ddpm_ext.tuning.names import FINALISTS, Named, named_tables, rank_names
+from ddpm_ext.tuning.names import FINALISTS, Name, Named, named_tables, rank_names
 from ddpm_ext.tuning.report import Report
 from ddpm_ext.tuning.search import search
 from ddpm_ext.tuning.teacher import SAMPLER, STEPS, Teacher, Trajectory
@@ -66,19 +66,21 @@ class Tuner:
         guidance: Guidance | float | None = None,
         clip_denoised: bool | Clip | DynamicThreshold = True,
         model_kwargs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
         seeds: int = 32,
         rng: Philox | None = None,
         progress: bool = True,
     ) -> None:
         rng = check_rng_of_many(Philox(seed=0) if rng is None else rng)
         options = {"guidance": guidance, "clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
-        self._loops = Loops(diffusion, model, shape, rng=rng, **options)  # type: ignore[arg-type]
+        self._loops = Loops(diffusion, model, shape, device=device, rng=rng, **options)  # type: ignore[arg-type]
         self._notes = notes_of_loop(diffusion, LoopOptions(**options))  # type: ignore[arg-type]
         self._batches = -(-checks.integer("seeds", seeds, 2**20, "2^20", start=1) // self._loops.shape[0])
         self._progress = progress
         self._fitted: list[Trajectory] = []
         self._held_out: list[Trajectory] = []
-        self._names: dict[int, list[Named]] = {}
+        self._names: dict[int, list[Named]] = {}  # by the number of calls, as the next one
+        self._tables: dict[int, dict[Name, StepTable]] = {}
         self.teacher_error = 0.0
 
     @property
@@ -96,7 +98,7 @@ class Tuner:
         planned = of_batch + Teacher.calls * batches * (2 if fit else 1)
         for count in steps:
             checks.integer("steps", count, self._loops.diffusion.timesteps + 1, "timesteps + 1", start=1)
-            names = len(named_tables(self._loops.diffusion, count))
+            names = len(self._named_tables(count))
             planned += count * (names + min(names, FINALISTS) * (batches - 1) + 2 * batches)
             if fit:
                 planned += batches * (timesteps_search.EVALUATIONS * len(timesteps_search.STARTS) + 2) * count
@@ -108,10 +110,7 @@ class Tuner:
         if calls not in self._names:
             with self._counted(self.planned_calls([calls], fit=False), "named samplers"):
                 self._prepare(fit=False)
-                found = rank_names(self._loops, self._held_out, calls)
-            if not found:
-                raise ValueError(f"steps is {calls}, for which no named sampler has a table")
-            self._names[calls] = found
+                self._names[calls] = rank_names(self._loops, self._held_out, self._named_tables(calls), calls)
         return self._names[calls]
 
     def tune(self, steps: int) -> Tuned:
@@ -159,12 +158,16 @@ class Tuner:
         if fit and not self._fitted:
             self._fitted = [teacher.trajectory(self._loops.batch(i)) for i in range(self._batches)]
 
+    def _named_tables(self, calls: int) -> dict[Name, StepTable]:
+        if calls not in self._tables:
+            self._tables[calls] = named_tables(self._loops.diffusion, calls)
+        return self._tables[calls]
+
     def _held_out_errors(self, table: StepTable) -> Tensor:
         return torch.cat([errors(self._loops.samples(table, own.batch), own.samples) for own in self._held_out])
 
     def _table_of(self, name: Named) -> tuple[StepTable, Tensor]:
-        tables = dict(named_tables(self._loops.diffusion, name.calls))
-        table = tables[name.sampler, name.spacing, name.steps]
+        table = self._named_tables(name.calls)[name.sampler, name.spacing, name.steps]
         return table, self._held_out_errors(table)
 
     @contextmanager
@@ -204,6 +207,7 @@ def tune(
     guidance: Guidance | float | None = None,
     clip_denoised: bool | Clip | DynamicThreshold = True,
     model_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
     seeds: int = 32,
     rng: Philox | None = None,
     progress: bool = True,
@@ -219,8 +223,8 @@ def tune(
         diffusion, model: as p_sample_loop's. The model is called in its current mode: a network belongs in eval().
         shape: of a batch, (batch, ...).
         steps: calls of the model in a loop with the table, from 1 to the diffusion's timesteps.
-        guidance, clip_denoised, model_kwargs: as p_sample_loop's, and as in the loops that will take the table: for
-            others it is not made, and they warn.
+        guidance, clip_denoised, model_kwargs, device: as p_sample_loop's, and as in the loops that will take the table:
+            for others it is not made, and they warn.
         seeds: samples to fit to, rounded up to whole batches; as many again are held out. Each takes the memory of 100
             samples.
         rng: seed and first sample id of the samples; None: Philox(seed=0). The same seed gives the same table.
@@ -245,6 +249,7 @@ def tune(
         guidance=guidance,
         clip_denoised=clip_denoised,
         model_kwargs=model_kwargs,
+        device=device,
         seeds=seeds,
         rng=rng,
         progress=progress,

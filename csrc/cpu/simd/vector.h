@@ -1,0 +1,45 @@
+// What the vector types of all instruction sets share. The operators are those that g++ and clang have for vectors, and
+// mean the same on every machine. A file that includes this defines DDPM_ISA as its namespace before, and there Floats
+// and Integers, the vectors that its instructions take, and broadcast, which puts a number into every lane of them.
+#pragma once
+
+namespace ddpm_ext::DDPM_ISA {
+
+using Signed = int32_t __attribute__((vector_size(sizeof(Floats))));
+using Unsigned = uint32_t __attribute__((vector_size(sizeof(Floats))));
+
+struct F32 {
+  static constexpr int kLanes = sizeof(Floats) / sizeof(float);
+  Floats v;
+  F32() = default;
+  F32(Floats x) : v(x) {}
+  explicit F32(float x) : v(broadcast(x)) {}
+};
+struct U32 {
+  Integers v;
+  U32() = default;
+  U32(Integers x) : v(x) {}
+  explicit U32(uint32_t x) : v(broadcast(x)) {}
+};
+
+DDPM_HD F32 operator+(F32 a, F32 b) { return a.v + b.v; }
+DDPM_HD F32 operator*(F32 a, F32 b) { return a.v * b.v; }
+
+DDPM_HD U32 operator+(U32 a, U32 b) { return Integers(Unsigned(a.v) + Unsigned(b.v)); }
+DDPM_HD U32 operator-(U32 a, U32 b) { return Integers(Unsigned(a.v) - Unsigned(b.v)); }
+DDPM_HD U32 operator&(U32 a, U32 b) { return a.v & b.v; }
+DDPM_HD U32 operator<<(U32 a, int n) { return Integers(Unsigned(a.v) << n); }
+
+DDPM_HD F32 bits_to_float(U32 u) { return Floats(u.v); }
+DDPM_HD U32 float_to_bits(F32 f) { return Integers(f.v); }
+DDPM_HD F32 signed_to_float(U32 u) { return __builtin_convertvector(Signed(u.v), Floats); }
+DDPM_HD F32 unsigned_to_float(U32 u) { return __builtin_convertvector(Unsigned(u.v), Floats); }
+DDPM_HD F32 flip_sign(F32 f, U32 u) { return Floats(Integers(f.v) ^ (u.v & broadcast(0x80000000u))); }
+
+// The nearest BFloat16s in the upper halves, to even; any NaN becomes the quiet one.
+DDPM_HD U32 to_bfloat16(F32 x) {
+  const Unsigned bits = Unsigned(x.v), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return Integers(x.v == x.v ? rounded : Unsigned(broadcast(0x7fc00000u)));
+}
+
+}  // namespace ddpm_ext::DDPM_ISA

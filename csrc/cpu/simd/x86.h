@@ -1,0 +1,34 @@
+// Philox's words for all vector types of x86, which have an instruction for the products of every other word.
+// multiply_even is that instruction.
+#pragma once
+
+#include "cpu/simd/vector.h"
+
+namespace ddpm_ext::DDPM_ISA {
+
+using Longs = uint64_t __attribute__((vector_size(sizeof(Integers))));
+
+DDPM_HD Integers upper_words(Integers x) { return Integers(Longs(x) >> 32); }
+
+// Words of Philox's state, one for each lane. Even and odd words are in separate registers, each in the low half of a
+// 64-bit lane whose upper half is never read. So the low word of a product needs no instruction, and its high word
+// needs one shift.
+struct Words {
+  Integers even, odd;
+  Words() = default;
+  Words(Integers e, Integers o) : even(e), odd(o) {}
+  explicit Words(uint32_t x) : Words(broadcast(x), broadcast(x)) {}
+  explicit Words(U32 u) : Words(u.v, upper_words(u.v)) {}
+};
+struct Products {
+  Integers even, odd;
+};
+
+DDPM_HD Products multiply_wide(Words a, uint32_t b) {
+  return {multiply_even(a.even, broadcast(b)), multiply_even(a.odd, broadcast(b))};
+}
+DDPM_HD Words high(Products p) { return {upper_words(p.even), upper_words(p.odd)}; }
+DDPM_HD Words low(Products p) { return {p.even, p.odd}; }
+DDPM_HD Words operator^(Words a, uint32_t b) { return {a.even ^ broadcast(b), a.odd ^ broadcast(b)}; }
+
+}  // namespace ddpm_ext::DDPM_ISA

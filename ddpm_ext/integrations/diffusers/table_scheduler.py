@@ -1,0 +1,309 @@
+"""A scheduler of diffusers' kind that takes the rows of any step table, each in one launch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin  # by these names DiffusionPipeline.from_pretrained finds its kind
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from ddpm_ext import ops
+from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.diffusers.predictions import prediction_of, prediction_type_of
+from ddpm_ext.integrations.diffusers.scheduler import Scheduler, clip_of
+from ddpm_ext.integrations.fallback import Fallback
+from ddpm_ext.integrations.row_stepper import RowStepper, clip_in_notes
+from ddpm_ext.integrations.table_levels import SIGMA_SPACE, scale_of, table_sigmas
+from ddpm_ext.ops.result_memory import empty_like
+from ddpm_ext.tables.levels import pure_noise
+from ddpm_ext.tables.on_device import DeviceTables
+from ddpm_ext.tables.step_table import COLUMNS, StepTable
+
+OTHER = 1e-3  # how far a timestep is from a row's that it is not
+
+
+class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
+    """The rows of a step table, for pipelines of diffusers and for loops that call set_timesteps, scale_model_input and
+    step.
+
+    `save_pretrained` writes the whole table with its notes into scheduler_config.json, and `from_pretrained`, also a
+    pipeline's, reads it. A copy for another table is `TableScheduler.from_config(scheduler.config, table=table)`, also
+    of the config of another scheduler of diffusers.
+
+    Args:
+        table: a StepTable, the path of a saved one, or what `config.table` has.
+        num_train_timesteps, prediction_type: for pipelines that read them; the rows have their own numbers.
+        clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: how predicted clean
+            samples are clipped, as in DDPMScheduler. Where the table's notes have a clip, it is that one.
+
+    Attributes:
+        timesteps: the rows', (rows,), int64 or float32.
+        table: the StepTable.
+        accelerated: settings of the noise of rows that have some, as of accelerated schedulers; see Acceleration.
+
+    Rows for samples with a signal of 1, x0 + sigma eps, have models that take x / sqrt(1 + sigma^2), as diffusers'
+    EulerDiscreteScheduler gives it to them; all others take x itself.
+
+    Raises:
+        TypeError: table is something else.
+        ValueError: rows that read the model's unconditional output or variance, which a pipeline does not hand over; a
+            clip in the notes that no option says; what StepTable refuses.
+
+    Examples:
+        >>> scheduler = TableScheduler(StepTable(timestep=[9, 0], a=[2, 1], b=[-1, 0], c0=[1, 1], c1=[0.1, 0]))
+        >>> scheduler.set_timesteps(2)
+        >>> scheduler.step(torch.zeros(1, 3, 8, 8), 9, torch.ones(1, 3, 8, 8)).prev_sample.unique()
+        tensor([2.1000])
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        table: StepTable | str | os.PathLike[str] | Mapping[str, Any],
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+    ) -> None:
+        self.table = as_table(table)
+        self.register_to_config(table=_as_config(self.table))
+        self._stepper = RowStepper(self.table, *self._clip())
+        self._levels = DeviceTables(levels=torch.stack([self.table.signal_now, self.table.noise_now], 1))
+        times = self.table.timestep
+        self._own_times = times.float() if times.is_floating_point() else times
+        self.timesteps = self._own_times.clone()
+        self._begin_index: int | None = None
+        self._begin()
+
+    def _clip(self) -> tuple[Any, Any]:
+        try:
+            clip, threshold = clip_of(self.config)
+        except Fallback as refused:
+            raise ValueError(str(refused)) from None
+        return clip_in_notes(self.table, clip, threshold), threshold
+
+    def _begin(self) -> None:
+        self._step_index: int | None = None
+        self._ring: tuple[Tensor, ...] = ()
+        self.accelerated.begin_loop()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object: its class can be imported."""
+        return object.__reduce_ex__(self, protocol)
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+    # -------------------------------------------------------------------------------------------------- the loop
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise relative to the signal where each row starts, and where the last one arrives, float32 (rows + 1,), as
+        other schedulers have it; a flow's own sigmas. Raises AttributeError where the table has no levels."""
+        try:
+            return table_sigmas(self.table)[0].float()
+        except ValueError as error:
+            raise AttributeError(str(error)) from None
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.table)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the samples that a loop begins with."""
+        return pure_noise(self.table.signal_now[0].item(), self.table.noise_now[0].item())
+
+    @property
+    def step_index(self) -> int | None:
+        """The row of the next step; None before a loop's first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The row with which the loop begins, where it is not that of the first step's timestep."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Begins a loop: forgets what earlier rows kept.
+
+        Args:
+            num_inference_steps: the table's number of rows, or None.
+            device: where `timesteps` are placed.
+            sigmas, mu: those that pipelines of flows give to every scheduler; the table has its own, as many.
+
+        Raises:
+            ValueError: another number of steps.
+        """
+        count = len(self.table)
+        given = len(sigmas) if num_inference_steps is None and sigmas is not None else num_inference_steps
+        if given is not None and given != count:
+            raise ValueError(f"num_inference_steps is {given}, expected {count}, the rows of the table")
+        self.timesteps = self._own_times.to(device, copy=True)
+        self._begin_index = None
+        self._begin()
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the model is called with."""
+        if scale_of(self.table) != SIGMA_SPACE:
+            return sample
+        row = self._row_of(timestep) if self._step_index is None else self._step_index
+        return sample / (1 + self.table.noise_now[row].item() ** 2) ** 0.5
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ) -> Any:
+        """The next sample, of the wider dtype of sample and output, and the predicted clean one.
+
+        Args:
+            model_output, sample: floating, (batch, ...), of one shape, on one device.
+            timestep: the row's, which follows on that of the step before.
+            generator: draws the noise of rows that have some, as diffusers draws it; with noise "philox", it is not
+                read.
+            return_dict: whether to return a DDIMSchedulerOutput in place of a tuple.
+            eta, use_clipped_model_output: for pipelines that give them to every scheduler: 0, and None or False.
+
+        Raises:
+            ValueError: a timestep out of turn, a loop that is over or begins with a row that reads what rows before it
+                kept, or an eta.
+        """
+        if eta or use_clipped_model_output:
+            raise ValueError("eta and use_clipped_model_output are for DDIMScheduler, expected none beside a table")
+        row = self._row_of(timestep)
+        kind, ring = self._stepper.needs[row], self._ring
+        if any(kind.history[len(ring) :]):
+            raise ValueError(f"row {row} reads what rows before it kept, expected a loop that begins before those")
+        x = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        x0 = empty_like(x)
+        noise = self._noise(kind.noisy, model_output, generator, x, row)
+        prev, kept = self._stepper.take(row, x, model_output, ring, x0=x0, **noise)
+        if kept is not None:
+            self._ring = (kept, *ring[:2])
+        self._step_index = row + 1
+        return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
+
+    def _row_of(self, timestep: Any) -> int:
+        """The row that is next. A timestep on a GPU is not read, where it is an element of `timesteps`."""
+        expected = self._begin_index if self._step_index is None else self._step_index
+        if expected is not None and expected >= len(self.table):
+            raise ValueError(f"the loop of {len(self.table)} rows is over, expected set_timesteps before another one")
+        found = self._index_of(timestep) if isinstance(timestep, Tensor) else None
+        if found is None:
+            at = float(timestep)
+            near = ((self._own_times.double() - at).abs() < OTHER).nonzero().flatten().tolist()
+            found = expected if expected in near else next(iter(near), None)
+        if found is None or (expected is not None and found != expected):
+            wanted = self._own_times.tolist() if expected is None else self._own_times[expected].item()
+            raise ValueError(f"timestep is {float(timestep):g}, expected {wanted}, in the order of the table")
+        return found
+
+    # ----------------------------------------------------------------------------------------- the forward process
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Samples at the levels of the table's rows that have these timesteps, (batch,) or (1,).
+
+        Raises:
+            ValueError: a timestep that no row has, or rows whose levels are not known.
+        """
+        if not bool((self.table.signal_now + self.table.noise_now > 0).all()):
+            raise ValueError("the table does not have its rows' levels, so that no noise can be added")
+        own, x = self._own_times.to(timesteps.device), original_samples
+        found, rows = (own == timesteps.to(own.dtype)[:, None]).byte().max(1)
+        if not bool(found.all()):
+            raise ValueError(f"timesteps are {timesteps.tolist()}, expected some of {self._own_times.tolist()}")
+        levels = self._levels.get("levels", x.device, torch.float32)
+        return ops.forward_process(x, levels, rows.to(x.device).expand(len(x)).contiguous(), noise=noise.to(x.dtype))
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """add_noise, as schedulers of flows call it."""
+        return self.add_noise(sample, noise, timestep)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+Made = TypeVar("Made", bound=TableScheduler)
+
+
+def as_table(table: StepTable | str | os.PathLike[str] | Mapping[str, Any]) -> StepTable:
+    """The table that is given, read or written out, once a pipeline can take its rows. Raises as TableScheduler."""
+    if isinstance(table, Mapping):
+        table = StepTable(**table)
+    elif isinstance(table, str | os.PathLike):
+        table = StepTable.load(table)
+    if not isinstance(table, StepTable):
+        raise TypeError(f"table is a {type(table).__name__}, expected a StepTable or the path of one")
+    table = table.to("cpu")
+    for names, what in ((("cu",), "unconditional output"), (("l0", "l1"), "variance")):
+        if any(bool((getattr(table, name) != 0).any()) for name in names):
+            raise ValueError(f"the table reads the model's {what}, and a pipeline gives a scheduler its output alone")
+    return table
+
+
+def _as_config(table: StepTable) -> dict[str, Any]:
+    """Lists that JSON has, without columns of zeros; `as_table` reads them."""
+    columns = {name: getattr(table, name) for name in COLUMNS}
+    needed = ("timestep", "a", "b", "c0", "c1", "draw")
+    shown = {name: column.tolist() for name, column in columns.items() if name in needed or bool((column != 0).any())}
+    return {**shown, "notes": table.notes}
+
+
+def with_table(
+    scheduler: Any,
+    table: Any,
+    settings: Acceleration,
+    kind: type[Made] = TableScheduler,
+) -> Made:
+    """A TableScheduler, or a subclass's object, in the place of another scheduler.
+
+    Raises:
+        ValueError: the table was made for another prediction than the scheduler's model has.
+    """
+    table, prediction = as_table(table), prediction_of(scheduler)
+    made_for = table.notes.get("prediction", prediction)
+    if made_for != prediction:
+        raise ValueError(
+            f"the table was made for a model that predicts {made_for!r}, and that of the pipeline's "
+            f"{type(scheduler).__name__} predicts {prediction!r}"
+        )
+    known = inspect.signature(TableScheduler.__init__).parameters.keys() - {"table"}
+    config = {name: value for name, value in scheduler.config.items() if name in known}
+    made = kind(table, **config | {"prediction_type": prediction_type_of(prediction)})
+    made.__dict__["_acceleration"] = settings
+    return made
+
+
+def with_settings(scheduler: TableScheduler, settings: Acceleration) -> TableScheduler:
+    """A copy whose noise has other settings."""
+    copied = copy.copy(scheduler)
+    copied.__dict__["_acceleration"] = settings
+    return copied

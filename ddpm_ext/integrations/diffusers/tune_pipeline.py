@@ -1,0 +1,245 @@
+"""A step table for a pipeline of diffusers, fitted by running the pipeline as it is.
+
+A run leaves the pipeline from within its scheduler's step, once that has seen what it needs: nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.base import checks
+from ddpm_ext.base.optional import has_bars
+from ddpm_ext.integrations.diffusers.levels import OwnLevels
+from ddpm_ext.integrations.diffusers.pipeline_runs import Runs
+from ddpm_ext.integrations.diffusers.scheduler import clip_of
+from ddpm_ext.tables.grid import Grid
+from ddpm_ext.tables.levels import LEVELS
+from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tuning import Named, Report, Tuned
+from ddpm_ext.tuning.fit import HISTORY, Equations
+from ddpm_ext.tuning.loops import errors
+from ddpm_ext.tuning.teacher import TOLERANCE
+
+TEACHER = "deis"
+NAMES = ("unipc", "dpmpp_2m", "deis")  # that the fit is compared with, beside the pipeline's own scheduler
+POWERS = (1.0, 1.3, 1.7, 2.2)  # the larger, the more timesteps are near the end
+
+
+def tune_pipeline(
+    pipe: Any,
+    prompts: str | Sequence[str] = (),
+    *,
+    steps: int = 6,
+    teacher_steps: int = 100,
+    seeds: int = 8,
+    first_seed: int = 0,
+    progress: bool = True,
+    **call: Any,
+) -> Tuned:
+    """A step table for a pipeline of diffusers, whose samples end nearer to those of many steps than the pipeline's own
+    scheduler or a named sampler leads in as few; the best name's table where no fit is nearer.
+
+    The pipeline is run as it is, with another scheduler in its place, and stays as it was. The first runs record a
+    teacher: our "deis" in many steps at the scheduler's own levels. Then each row of the table is fitted by
+    least squares to where the teacher is at the next timestep, once all runs have come to it. Timesteps are the
+    teacher's, by the best of four powers. Other seeds tell which is nearest in the end. It takes about
+    2 * teacher_steps + 2 * steps^2 + 8 * steps steps of the pipeline for each seed.
+
+    Args:
+        pipe: stays as it is. Its scheduler says what the model predicts, and which levels it has.
+        prompts: a run takes the next of them in turn; none for a pipeline without `prompt`.
+        steps: calls of the model, from 2 to teacher_steps / 4.
+        teacher_steps: at most the scheduler's training timesteps.
+        seeds: runs to fit to; as many others are held out. Each takes the memory of teacher_steps samples on the CPU.
+        first_seed: of the first run's generator; the others have the next ones.
+        progress: whether to show a progress bar (where tqdm is installed).
+        call: further arguments of the pipeline, as in the calls that will take the table: guidance_scale, height,
+            num_images_per_prompt, batch_size, prompt_embeds and the like.
+
+    Returns:
+        Tuned: its table is for `accelerate(pipe, table=tuned.table)`.
+
+    Raises:
+        TypeError: pipe is no pipeline with a scheduler of diffusers.
+        ValueError: an argument is out of range, a scheduler that does not tell its levels or prediction, or a teacher
+            that has not converged.
+    """
+    steps = checks.integer("steps", steps, 2**20, "2^20", start=2)
+    teacher_steps = checks.integer("teacher_steps", teacher_steps, 2**20, "2^20", start=4 * steps)
+    seeds = checks.integer("seeds", seeds, 2**20, "2^20", start=1)
+    refused = {"num_inference_steps", "timesteps", "sigmas", "generator"} & call.keys()
+    if refused:
+        raise ValueError(f"{', '.join(sorted(refused))} is given, but is chosen here")
+    runs = Runs(pipe, [prompts] if isinstance(prompts, str) else list(prompts), call)
+    fitted_to, held_out = (range(first_seed + i * seeds, first_seed + (i + 1) * seeds) for i in range(2))
+    planned = 2 * seeds * teacher_steps + teacher_steps // 2 + 3
+    planned += seeds * (len(POWERS) * steps * (steps + 1) // 2 + (2 * len(NAMES) + 2) * steps)
+    with _bar(runs, planned if progress else None):
+        levels = runs.levels(_trailing(runs.scheduler) or runs.scheduler, teacher_steps)
+        teacher = _made(runs, TEACHER, levels.grid())
+        nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
+        teacher_error = _check_teacher(runs, levels, held_out[0], nodes[held_out[0]][-1])
+        found = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
+        table = min(found, key=lambda each: each[1])[0]
+        own = _errors(runs, table, nodes, held_out)
+        names = []
+        for name, other in _named_tables(runs, steps):
+            error = _errors(runs, other, nodes, held_out)
+            names.append((Named(*name, steps, steps, error.mean().item(), error.median().item()), other, error))
+    names.sort(key=lambda each: each[0].error)
+    fitted_error = own.mean().item()
+    fitted = not names or fitted_error < names[0][0].error
+    if not fitted:
+        _, table, own = names[0]
+    report = Report(
+        calls=steps,
+        fitted=fitted,
+        error=own.mean().item(),
+        median=own.median().item(),
+        fitted_error=fitted_error,
+        names=[each for each, _, _ in names],
+        timesteps=table.timestep.tolist(),
+        teacher=f"{len(levels)} steps of {TEACHER}",
+        teacher_error=teacher_error,
+        seeds=len(own),
+        held_out=len(own),
+        model_calls=runs.calls,
+    )
+    return Tuned(replace(table, notes=_notes(runs, call, report)), report)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def _trailing(scheduler: Any) -> Any:
+    """The scheduler with the last training timestep as its first, as students have it; None where that is no choice."""
+    if "timestep_spacing" not in scheduler.config or scheduler.config.timestep_spacing == "trailing":
+        return None
+    return type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+
+
+def _made(runs: Runs, sampler: str, grid: Grid) -> StepTable:
+    return SAMPLERS[sampler](grid, prediction=runs.prediction)
+
+
+def _named_tables(runs: Runs, steps: int) -> Iterator[tuple[tuple[str, str], StepTable]]:
+    """The scheduler's own rows and those of NAMES, by the scheduler's own spacing and by trailing, in so many steps.
+    Rows with noise are left out: they end at other samples."""
+    own = runs.levels(runs.scheduler, steps)
+    spacing = runs.scheduler.config.get("timestep_spacing", None) or "its own"
+    trailing = _trailing(runs.scheduler)
+    if len(own) == steps:
+        with contextlib.suppress(ValueError):  # what is no rows
+            traced = StepTable.trace(runs.scheduler, steps, **own.given)
+            euler = _made(runs, "euler", own.grid())
+            if len(traced) == steps and not (traced.s != 0).any():
+                levels = {name: getattr(euler, name) for name in LEVELS}
+                yield (type(runs.scheduler).__name__, spacing), replace(traced, **levels)
+    every = [(spacing, own)]
+    if trailing is not None:
+        every.append(("trailing", runs.levels(trailing, steps)))
+        every = every[1:] if torch.equal(every[1][1].noise, own.noise) else every
+    for name, each in every:
+        if len(each) == steps:
+            for sampler in NAMES:
+                yield (sampler, name), _made(runs, sampler, each.grid())
+
+
+def _spaced(levels: int, steps: int, power: float) -> list[int]:
+    """The teacher's steps at which a student's begin: the shares that remain are powers of evenly spaced ones."""
+    found = [round(levels * (1 - (1 - step / steps) ** power)) for step in range(steps)]
+    for step in range(1, steps):
+        found[step] = max(found[step], found[step - 1] + 1)
+    return [min(at, levels - steps + step) for step, at in enumerate(found)]
+
+
+def _with_weights(base: StepTable, weights: Sequence[Tensor]) -> StepTable:
+    """Euler's rows, the first of which have these weights: of x0, x, and the kept x0, the newest first."""
+    names = ("c0", "c1", "h1", "h2", "h3")
+    columns = {name: getattr(base, name).clone() for name in (*names, "k0")}
+    for row, own in enumerate(weights):
+        for name, weight in zip(names, own.tolist(), strict=False):
+            columns[name][row] = weight
+    columns["k0"][:-1] = 1
+    return replace(base, **columns)
+
+
+# --------------------------------------------------------------------------------------------------------------- fit
+
+
+def _fit(
+    runs: Runs, levels: OwnLevels, nodes: dict[int, list[Tensor]], seeds: Sequence[int], rows: list[int]
+) -> tuple[StepTable, float]:
+    """The rows that begin at these steps of the teacher, and their mean error.
+
+    Each row starts where the rows before it arrive, and not where the teacher is, so that it corrects them.
+    """
+    base = _made(runs, "euler", levels.grid(rows))
+    arrives = [*(at - 1 for at in rows[1:]), len(levels) - 1]  # the teacher's step that arrives there
+    weights: list[Tensor] = []
+    for row, at in enumerate(arrives):
+        table, equations, parts = _with_weights(base, weights), Equations(), []
+        for seed in seeds:
+            parts.append((runs.record(table, seed, row).terms, nodes[seed][at]))
+            equations.add(*parts[-1])
+        prior = torch.zeros(2 + min(row, HISTORY), dtype=torch.float64)
+        prior[0], prior[1] = base.c0[row], base.c1[row]
+        weights.append(equations.solve(prior))
+    ends = [(sum(w * x.double() for w, x in zip(weights[-1].tolist(), own, strict=True)), end) for own, end in parts]
+    return _with_weights(base, weights), torch.cat([errors(x, end) for x, end in ends]).mean().item()
+
+
+def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
+    """How far each sample ends from the teacher's."""
+    return torch.cat([errors(runs.record(table, seed).samples[-1], nodes[seed][-1]) for seed in seeds])
+
+
+def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) -> float:
+    """How far half the teacher's steps end from all of them, relative to the samples' root mean square. Raises
+    ValueError where that is too far."""
+    fewer = runs.record(_made(runs, TEACHER, levels.grid(slice(None, None, 2))), seed).samples[-1]
+    size = samples.double().square().mean().sqrt().item()
+    error = errors(fewer, samples).mean().item() / max(size, 1e-12)
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"the teacher has not converged: {-(-len(levels) // 2)} and {len(levels)} steps of {TEACHER!r} end "
+            f"{error:.3g} of the samples' size apart, expected at most {TOLERANCE}: more teacher_steps may help, or "
+            "less guidance"
+        )
+    return error
+
+
+def _notes(runs: Runs, call: dict[str, Any], report: Report) -> dict[str, Any]:
+    config, best = runs.scheduler.config, f"{report.best}: {report.best.error:.6f}"
+    clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
+    made = f"fitted to {report.seeds} samples of {report.teacher}"
+    return {
+        "prediction": runs.prediction,
+        "clip": clip if threshold is None else str(threshold),
+        **({"guidance": call["guidance_scale"]} if "guidance_scale" in call else {}),
+        "pipeline": f"{runs.name} with {type(runs.scheduler).__name__}",
+        "made": made if report.fitted else f"{report.best}: no fit is nearer",
+        "calls": report.calls,
+        "error": round(report.error, 6),
+        "best name": best,
+    }
+
+
+@contextlib.contextmanager
+def _bar(runs: Runs, planned: int | None) -> Iterator[None]:
+    """Shows a progress bar of the pipeline's steps, of which there are about so many."""
+    if planned is None or not has_bars():
+        yield
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=planned, desc="steps of the pipeline, about") as bar:
+        runs.on_call = bar.update
+        yield

@@ -1,0 +1,65 @@
+"""Which samples a step table is for, told by its levels; and its rows for other samples and models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_ext.integrations.row_stepper import clip_in_notes
+from ddpm_ext.tables.levels import LEVELS
+from ddpm_ext.tables.step_table import StepTable
+
+SIGMA_SPACE, FLOW, OTHER = "x0 + sigma eps", "(1 - sigma) x0 + sigma eps", "others"
+NEAR = 1e-5
+
+
+def scale_of(table: StepTable) -> str:
+    """SIGMA_SPACE, FLOW or OTHER, as variance-preserving samples are, and those whose levels are not known."""
+    signal, noise = table.signal_now, table.noise_now
+    for scale, one in ((SIGMA_SPACE, signal), (FLOW, signal + noise)):
+        if bool(((one - 1).abs() < NEAR).all()):
+            return scale
+    return OTHER
+
+
+def table_sigmas(table: StepTable) -> tuple[Tensor, StepTable]:
+    """The sigmas between which the rows lie, float64 (rows + 1,): of a flow its own, of other samples the ratio of
+    noise and signal; and the table, for samples of x0 + sigma eps unless it is a flow's.
+
+    Raises:
+        ValueError: levels that are not known, that do not follow on one another, or without signal.
+    """
+    signal, noise, signal_after, noise_after = (getattr(table, name) for name in LEVELS)
+    if scale_of(table) != FLOW:
+        if not bool(((signal > 0) & (signal_after > 0)).all()):
+            raise ValueError("the table has no levels, or one without signal, expected some that have sigmas")
+        table = table.scaled(1 / signal, 1 / signal_after)
+        noise, noise_after = noise / signal, noise_after / signal_after
+    if bool(((noise[1:] - noise_after[:-1]).abs() > NEAR * noise_after[:-1]).any()):
+        raise ValueError("the table's rows do not start where the rows before them arrive")
+    return torch.cat([noise, noise_after[-1:]]), table
+
+
+def of_denoiser(table: StepTable) -> StepTable:
+    """The rows for a model that returns the predicted clean sample, x0 = a x + b m, in place of m.
+
+    Raises:
+        ValueError: rows that read more than that.
+    """
+    m_of_x0 = torch.where(table.b != 0, 1 / table.b, 0)
+    reads = (table.c2 != 0) | (table.k2 != 0)
+    if bool(((table.cu != 0) | (table.l0 != 0) | (table.l1 != 0) | ((reads | (table.c0 != 0)) & (table.b == 0))).any()):
+        raise ValueError("the table reads more of the model than its predicted clean sample, which a denoiser returns")
+    if bool(reads.any()) and clip_in_notes(table, None) is not None:
+        raise ValueError("the table reads what the model returned before the clip, expected rows that read x0 alone")
+    moved: dict[str, Any] = {
+        "c0": table.c0 + table.c2 * m_of_x0,
+        "c1": table.c1 - table.c2 * m_of_x0 * table.a,
+        "k0": table.k0 + table.k2 * m_of_x0,
+        "k1": table.k1 - table.k2 * m_of_x0 * table.a,
+    }
+    zeros, called = torch.zeros_like(table.a), (table.b != 0).to(table.a.dtype)
+    return replace(table, **moved, a=zeros, b=called, c2=zeros, k2=zeros, g0=None, g1=None)

@@ -1,0 +1,186 @@
+"""TableScheduler in pipelines of diffusers: the samples of a loop with its table, and of diffusers' own scheduler."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import DDIMPipeline, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from support.accelerated_diffusers import make, normal, seeded
+from support.accelerated_diffusers_pipelines import of_pixels, quiet
+from support.diffusers_families import FAMILIES, embeds
+from support.launches import launches
+
+from ddpm_ext import GaussianDiffusion, Philox, StepTable, accelerate, randn
+from ddpm_ext.integrations.diffusers.levels import levels_of
+from ddpm_ext.integrations.diffusers.table_scheduler import TableScheduler
+from ddpm_ext.loop.options import LoopOptions
+from ddpm_ext.loop.rows import make_loop_rows
+from ddpm_ext.tables.grid import grid_of_levels
+from ddpm_ext.tables.levels import sigma_space
+from ddpm_ext.tables.samplers import euler
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning", "ignore::FutureWarning")
+GD = GaussianDiffusion(1000)
+STEPS, SHAPE = 5, (2, 3, 8, 8)
+NOTES = {"prediction": "eps", "clip": [-1.0, 1.0], "made": "by hand"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+def table_of(sampler="deis", **columns):
+    table = make_loop_rows(GD, LoopOptions(sampler=sampler, steps=STEPS, spacing="trailing")).table
+    return dataclasses.replace(table, notes=NOTES, **columns)
+
+
+def samples(pipeline, **options):
+    options = {"batch_size": 2, "generator": seeded(0), "num_inference_steps": STEPS, "output_type": "np"} | options
+    return 2 * torch.from_numpy(pipeline(**options).images).permute(0, 3, 1, 2) - 1
+
+
+def test_loop_pipeline_and_files_agree(tmp_path):
+    """The clip is the one of the notes: this scheduler has none."""
+    plain, table = of_pixels(make("DDPM", clip_sample=False)), table_of()
+    table.save(tmp_path / "table.json")
+    ours = accelerate(plain, table=tmp_path / "table.json")
+    assert type(plain.scheduler).__name__ == "DDPMScheduler" and isinstance(ours.scheduler, TableScheduler)
+    noise = torch.randn(SHAPE, generator=seeded(0))
+    expected = GD.p_sample_loop(
+        lambda x, t: plain.unet(x, t).sample, SHAPE, sampler=table, noise=noise, record="last", progress=False
+    )
+    with launches() as called:
+        found = samples(ours)
+    assert len(called) == STEPS
+    torch.testing.assert_close(found, expected.clamp(-1, 1), rtol=0, atol=2e-6)
+    assert torch.equal(samples(ours), found)  # what the first loop's rows kept is forgotten
+
+    ours.save_pretrained(tmp_path / "first")
+    back = quiet(DiffusionPipeline.from_pretrained(tmp_path / "first"))
+    back.save_pretrained(tmp_path / "second")
+    again = quiet(DiffusionPipeline.from_pretrained(tmp_path / "second"))
+    for pipeline in (back, again):
+        assert pipeline.scheduler.table == table and pipeline.scheduler.table.notes == NOTES
+        assert torch.equal(samples(pipeline), found)
+    first, second = (tmp_path / name / "scheduler" / "scheduler_config.json" for name in ("first", "second"))
+    assert json.loads(first.read_text()) == json.loads(second.read_text())
+    other = TableScheduler.from_config(back.scheduler.config, table=table[:2])
+    assert len(other.table) == 2 and other.config.prediction_type == "epsilon"
+    assert torch.equal(samples(accelerate(plain, table=pickle.loads(pickle.dumps(back.scheduler)).table)), found)
+
+
+@pytest.mark.parametrize("seeded_by", ["philox", "torch"])
+def test_noise(seeded_by):
+    """With "philox" it is the loop's; the draws of "torch" are diffusers'."""
+    plain, table = of_pixels(make("DDPM")), table_of("sa_solver")
+    if seeded_by == "torch":
+        found = [samples(accelerate(plain, table=table), generator=seeded(i)) for i in (0, 0, 1)]
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        return
+    scheduler, found = accelerate(plain, table=table, noise="philox", seed=7).scheduler, []
+    for ids in (0, 2):
+        scheduler.set_timesteps(STEPS)
+        x = randn(SHAPE, Philox(7, ids), stream=1)
+        for t in scheduler.timesteps:
+            x = scheduler.step(plain.unet(x, t).sample, t, x, return_dict=False)[0]
+        found.append(x)
+    for ids, own in zip((0, 2), found, strict=True):
+        expected = GD.p_sample_loop(
+            lambda x, t: plain.unet(x, t).sample,
+            SHAPE,
+            sampler=table,
+            rng=Philox(7, ids),
+            record="last",
+            progress=False,
+        )
+        torch.testing.assert_close(own, expected, rtol=0, atol=2e-6)
+    assert accelerate(scheduler, noise="philox", seed=3).accelerated.seed == 3 != scheduler.accelerated.seed
+
+
+def test_16_bits():
+    scheduler, m, x = TableScheduler(table_of()), normal(1, *SHAPE), normal(2, *SHAPE)
+    exact = TableScheduler(table_of())
+    for t in scheduler.timesteps:
+        found = scheduler.step(m.half(), t, x.half())
+        expected = exact.step(m.half().double(), t, x.half().double())
+        assert found.prev_sample.dtype == torch.float16
+        for own, other in zip(found.values(), expected.values(), strict=True):
+            torch.testing.assert_close(own.double(), other, rtol=1e-2, atol=1e-2)
+    assert scheduler.step_index == STEPS
+
+
+def test_samples_of_sigma_space_are_those_of_diffusers():
+    make_pipeline, arguments, steps = FAMILIES["stable_diffusion_xl"]
+    plain = quiet(make_pipeline())
+    own = plain.scheduler = EulerDiscreteScheduler.from_config(plain.scheduler.config, timestep_spacing="trailing")
+    own.set_timesteps(steps)
+    sigmas = own.sigmas.double()
+    table = euler(grid_of_levels(own.timesteps, torch.ones_like(sigmas), sigmas, scale=sigma_space))
+    ours = accelerate(plain, table=table)
+    torch.testing.assert_close(ours.scheduler.sigmas, own.sigmas)
+    expected, found = (each(**arguments, generator=seeded(3)).images for each in (plain, ours))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_image_to_image():
+    """A loop that begins in the middle, with samples at the row's level."""
+    pipe = quiet(FAMILIES["stable_diffusion"][0]())
+    pipe.scheduler = make("DDIM", beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
+    pipe.scheduler.set_timesteps(STEPS)
+    table = euler(levels_of(pipe.scheduler, {}).grid())
+    options = embeds("prompt_embeds", "negative_prompt_embeds") | {"image": normal(4, 2, 3, 16, 16).sigmoid()}
+    options |= {"strength": 0.6, "num_inference_steps": STEPS, "output_type": "latent"}
+    found = []
+    for each in (pipe, accelerate(pipe, table=table)):
+        parts = {**each.components, "requires_safety_checker": False}
+        found.append(quiet(StableDiffusionImg2ImgPipeline(**parts))(**options, generator=seeded(1)).images)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3)
+
+
+def test_a_pipeline_with_arguments_for_its_own_scheduler():
+    plain = of_pixels(make("DDIM"), ddim=True)
+    assert type(plain) is DDIMPipeline
+    assert samples(accelerate(plain, table=table_of())).std() > 0.01
+    with pytest.raises(ValueError, match="expected none beside a table"):
+        samples(accelerate(plain, table=table_of()), eta=0.5)
+
+
+def test_refused():
+    zeros, table = torch.zeros(STEPS), table_of()
+    for names, what in (("cu", "unconditional output"), ("l1", "variance")):
+        with pytest.raises(ValueError, match=f"reads the model's {what}"):
+            TableScheduler(dataclasses.replace(table, **{names: zeros + 1}))
+    with pytest.raises(TypeError, match="table is a list, expected a StepTable"):
+        TableScheduler([1])
+    threshold = dataclasses.replace(table, notes={"clip": "DynamicThreshold(0.9)"})
+    with pytest.raises(ValueError, match="made for the clip DynamicThreshold"):
+        TableScheduler(threshold)
+    flow = FAMILIES["stable_diffusion_3"][0]()
+    with pytest.raises(ValueError, match=r"predicts 'eps', and that of .* FlowMatchEuler\w+ predicts 'flow'"):
+        accelerate(flow, table=table)
+    with pytest.raises(TypeError, match="table is given with a int"):
+        accelerate(3, table=table)
+    scheduler, x = TableScheduler(table), torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match="num_inference_steps is 50, expected 5"):
+        scheduler.set_timesteps(50)
+    with pytest.raises(ValueError, match="row 2 reads what rows before it kept"):
+        scheduler.step(x, scheduler.timesteps[2], x)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match="timestep is 399, expected 799"):
+        scheduler.step(x, 399, x)
+    for t in scheduler.timesteps[1:]:
+        scheduler.step(x, t, x)
+    with pytest.raises(ValueError, match="the loop of 5 rows is over"):
+        scheduler.step(x, 0, x)
+    with pytest.raises(ValueError, match=r"timesteps are \[3\],"):
+        scheduler.add_noise(x, x, torch.tensor([3]))
+    unknown = StepTable(timestep=[1, 0], a=[1, 1], b=[0, 0], c0=[1, 1], c1=[0, 0])
+    with pytest.raises(ValueError, match="levels"):
+        TableScheduler(unknown).add_noise(x, x, torch.tensor([1]))
+    assert not hasattr(TableScheduler(unknown), "sigmas") and TableScheduler(unknown).init_noise_sigma == 1

@@ -1,0 +1,194 @@
+"""Step tables that are fitted to a model: what least squares must find, and that a loop with them comes nearer."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from support.choices import for_many
+from support.refused import refused
+
+from ddpm_ext import GaussianDiffusion, Philox, StepTable
+from ddpm_ext.tuning import Tuner, tune
+from ddpm_ext.tuning.fit import Equations, Rows, fit, polish
+from ddpm_ext.tuning.loops import Loops, errors
+from ddpm_ext.tuning.names import named_tables
+from ddpm_ext.tuning.search import search, spaced
+from ddpm_ext.tuning.teacher import Teacher, Trajectory
+
+SHAPE, TIMESTEPS = (16, 3, 4), 200
+QUIET = {"record": "last", "progress": False}
+
+
+def mixture(shift=0.0):
+    """The best prediction of eps for data whose elements are -0.6 or 0.6, plus a shift, with a deviation of 0.15."""
+    kept = GaussianDiffusion(TIMESTEPS).alphas_cumprod.numpy()
+    log_sigma = np.log(1 / kept - 1) / 2
+
+    def model(x, t):
+        between = np.interp(t.double().numpy(), np.arange(TIMESTEPS), log_sigma)  # linear between timesteps
+        a = torch.from_numpy(1 / (1 + np.exp(2 * between))).float().reshape(-1, 1, 1)
+        spread = a * 0.15**2 + 1 - a
+        centred = x - a.sqrt() * shift
+        middle = 0.6 * torch.tanh(0.6 * a.sqrt() * centred / spread)
+        x0 = shift + middle + a.sqrt() * 0.15**2 / spread * (centred - a.sqrt() * middle)
+        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+
+    return model
+
+
+def doubled(x, t):
+    """A model for guidance: the first half of the batch is without the condition, which shifts the data."""
+    half = len(x) // 2
+    return torch.cat([mixture()(x[:half], t[:half]), mixture(0.1)(x[half:], t[half:])])
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    return tune(GaussianDiffusion(TIMESTEPS), mixture(), SHAPE, steps=4, seeds=16, progress=False)
+
+
+def test_a_tuned_loop_is_nearer_than_any_name(tuned):
+    """Also on samples that tuning never saw; and the same seed gives the same table."""
+    gd, report = GaussianDiffusion(TIMESTEPS), tuned.report
+    assert report.fitted and report.error < 0.6 * report.best.error and len(tuned.table) == report.calls == 4
+
+    def final(sampler, **options):
+        return gd.p_sample_loop(mixture(), (64, 3, 4), sampler=sampler, rng=Philox(99), **options, **QUIET)
+
+    truth = final("dpmpp_2m", steps=TIMESTEPS)
+    named = final(report.best.sampler, steps=report.best.steps, spacing=report.best.spacing)
+    assert errors(final(tuned.table), truth).mean() < 0.7 * errors(named, truth).mean()
+    assert tune(gd, mixture(), SHAPE, steps=4, seeds=10, progress=False).table == tuned.table  # rounded up to a batch
+    other = tune(gd, mixture(), SHAPE, steps=4, seeds=16, rng=Philox(1), progress=False)
+    assert other.table != tuned.table and other.report.error < 0.6 * other.report.best.error
+    text = str(report)
+    assert str(report.best) in text and f"{report.error:.4f}" in text and f"{report.model_calls} calls" in text
+
+
+def test_the_loop_is_the_fit(tuned, tmp_path):
+    """A loop with the table ends where the fit did, also with guidance, whose rows read the unconditional output."""
+    for model, options in ((mixture(), {}), (doubled, {"guidance": 2.0, "clip_denoised": (-0.7, 0.9)})):
+        loops = Loops(GaussianDiffusion(TIMESTEPS), model, SHAPE, rng=Philox(3), **options)
+        trajectory = Teacher(loops).trajectory(loops.batch(0))
+        rows = Rows(loops, (190, 120, 60, 30, 5))
+        weights, error = fit(rows, [trajectory])
+        better, polished = polish(rows, [trajectory], weights)
+        for own, expected in ((weights, error), (better, polished)):
+            found = errors(loops.samples(rows.table(own), trajectory.batch), trajectory.samples)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert polished.mean() < error.mean()
+        assert bool(rows.table(better).cu.any()) == bool(options)
+    tuned.table.save(tmp_path / "a.json")
+    assert StepTable.load(tmp_path / "a.json") == tuned.table
+
+
+def test_least_squares_finds_the_weights_in_spite_of_an_outlier():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.7, -1.3, 0.2], dtype=torch.float64)
+    terms = torch.randn(3, 24, 50, generator=generator, dtype=torch.float64)
+    target = torch.einsum("k,kbe->be", weights, terms)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    equations = Equations()
+    for part in range(0, 24, 8):  # summed over batches
+        equations.add(list(terms[:, part : part + 8]), target[part : part + 8])
+    torch.testing.assert_close(equations.solve(zeros), weights, rtol=0, atol=1e-5)
+
+    with_zeros = Equations()  # as x0 is where the samples are nothing but noise
+    with_zeros.add([*terms, torch.zeros_like(target)], target)
+    expected = torch.cat([weights, torch.tensor([0.5], dtype=torch.float64)])
+    torch.testing.assert_close(with_zeros.solve(torch.full((4,), 0.5).double()), expected, rtol=0, atol=1e-5)
+
+    target[5] += 3 * torch.randn(50, generator=generator, dtype=torch.float64)
+    spoilt = Equations()
+    spoilt.add(list(terms), target)
+    plain = torch.linalg.lstsq(terms.flatten(1).T, target.flatten()).solution
+    assert (spoilt.solve(zeros) - weights).abs().max() < 0.3 * (plain - weights).abs().max()
+
+
+def test_a_trajectory_is_smooth_between_its_levels():
+    angles = torch.linspace(math.pi / 2, 0, 12, dtype=torch.float64)
+    nodes = torch.stack([torch.stack([a.sin(), (a**3).cos()]) for a in angles]).unsqueeze(1)
+    trajectory = Trajectory(None, angles, nodes)
+    for angle in (1.4, 0.8, 0.33, 0.02):
+        expected = torch.tensor([[math.sin(angle), math.cos(angle**3)]], dtype=torch.float64)
+        torch.testing.assert_close(trajectory.at(angle), expected, rtol=0, atol=2e-3)
+    assert torch.equal(trajectory.at(0.0), nodes[-1]) and torch.equal(trajectory.at(math.pi / 2), nodes[0])
+
+
+@for_many(100)
+def test_spaced_timesteps_descend_in_the_schedule(choose):
+    steps = choose.integer(1, 12, "steps")
+    largest, power = choose.integer(1, 100, "largest") / 100, choose.one_of((0.3, 1.0, 3.0, 10.0), "power")
+    smallest = largest * choose.integer(0, 99, "smallest") / 100
+    found = spaced(choose.integer(steps, 1000, "timesteps"), steps, largest, power, smallest)
+    assert len(found) == steps and list(found) == sorted(set(found), reverse=True) and found[-1] >= 0
+
+
+def test_search_finds_the_smallest_error():
+    best = spaced(1000, 5, 0.8, 1.7, 0.02)
+    found = search(lambda at: sum((x - y) ** 2 for x, y in zip(at, best, strict=True)) + 1.0, 1000, 5)
+    assert max(abs(x - y) for x, y in zip(found, best, strict=True)) <= 15
+
+
+def test_named_tables_call_the_model_as_often_and_add_no_noise():
+    found = named_tables(GaussianDiffusion(TIMESTEPS), 5)
+    assert {"ddim", "heun", "unipc", "sa_solver"} <= {name for name, _, _ in found}
+    for (name, _, steps), table in found.items():
+        calls = int(((table.b != 0) | (table.c2 != 0)).sum())
+        assert calls == 5 and not table.s.any() and (steps == 5 or name in ("heun", "dpm_2", "dpmpp_2s", "plms")), name
+
+
+def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch):
+    def of_euler(rows, trajectories):
+        weights = [rows.prior(row, 2 + min(row, 3)) for row in range(len(rows))]
+        return weights, torch.ones(1)
+
+    monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)
+    monkeypatch.setattr("ddpm_ext.tuning.tuner.polish", lambda rows, trajectories, weights: (weights, None))
+    tuner = Tuner(GaussianDiffusion(TIMESTEPS), mixture(), SHAPE, seeds=16, progress=False)
+    found = tuner.tune(4)
+    best = found.report.best
+    named = named_tables(GaussianDiffusion(TIMESTEPS), 4)[best.sampler, best.spacing, best.steps]
+    assert not found.report.fitted and found.table == named and "no fit is nearer" in str(found.report)
+    assert found.report.error == best.error and tuner.calls <= tuner.planned_calls([4])
+
+
+def test_a_loop_that_the_table_was_not_made_for_warns(tuned):
+    gd = GaussianDiffusion(TIMESTEPS)
+
+    def sample(**options):
+        gd.p_sample_loop(
+            doubled if "guidance" in options else mixture(), SHAPE, sampler=tuned.table, **options, **QUIET
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample()
+    for options, named in (({"guidance": 3.0}, "guidance"), ({"clip_denoised": False}, "clip")):
+        with pytest.warns(UserWarning, match=f"made for {named}"):
+            sample(**options)
+
+
+def test_bad_arguments():
+    gd = GaussianDiffusion(TIMESTEPS)
+    refused(ValueError, "has not converged", tune, gd, lambda x, t: (50 * x).sin(), SHAPE, progress=False)
+    refused(ValueError, "learned_range", tune, GaussianDiffusion(50, variance="learned_range"), mixture(), SHAPE)
+    for options, error, message in (
+        ({"steps": 0}, ValueError, "steps is 0"),
+        ({"steps": TIMESTEPS + 1}, ValueError, "steps is 201"),
+        ({"seeds": 0}, ValueError, "seeds is 0"),
+        ({"rng": Philox(0, draw=3)}, ValueError, "rng is"),
+        ({"guidance": "2"}, TypeError, "guidance is '2'"),
+    ):
+        refused(error, message, tune, gd, mixture(), SHAPE, progress=False, **options)
+
+
+@pytest.mark.slow
+def test_six_calls_of_the_digits_model_are_nearer_than_any_names_six():
+    from ddpm_ext.models import load_model
+
+    model = load_model("digits")
+    found = tune(model.settings.diffusion(), model.unet, (32, *model.shape), steps=6, progress=False)
+    assert found.report.fitted and found.report.error < 0.6 * found.report.best.error
