@@ -103,12 +103,6 @@ class Rows:
             first[self.timesteps[0]] = self.terms(0, place)
         return place, first[self.timesteps[0]]
 
-    def prior(self, row: int, terms: int) -> Tensor:
-        """Euler's weights."""
-        prior = torch.zeros(terms, dtype=torch.float64)
-        prior[0], prior[1] = self.base.c0[row], self.base.c1[row]
-        return prior
-
     def finish(self, weights: Weights, place: Place, terms: list[Tensor], row: int = 0) -> tuple[list[Place], Tensor]:
         """Takes the rows from `row` on, whose terms are given: where the batch is before each, and the last samples."""
         places = [place]
@@ -121,19 +115,29 @@ class Rows:
 
     def table(self, weights: Weights) -> StepTable:
         """The rows with these weights, as a loop takes them."""
-        columns: dict[str, Any] = {
-            name: torch.zeros_like(self.base.a) for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")
-        }
-        for row, own in enumerate(weights):
-            columns["c0"][row], columns["c1"][row] = own[:2]
-            kept = min(row, HISTORY)
-            for slot in range(kept):
-                columns[f"h{slot + 1}"][row] = own[2 + slot]
-            if len(own) > 2 + kept:  # the clean sample by the unconditional output, a x + b u
-                columns["c1"][row] += own[-1] * self.base.a[row]
-                columns["cu"][row] = own[-1] * self.base.b[row]
-        columns["k0"][:-1] = 1
-        return replace(self.base, c2=None, g1=None, **columns)
+        return with_weights(self.base, weights)
+
+
+def euler_weights(base: StepTable, row: int, terms: int) -> Tensor:
+    """The weights of a row of Euler's table `base`."""
+    weights = base.a.new_zeros(terms)
+    weights[0], weights[1] = base.c0[row], base.c1[row]
+    return weights
+
+
+def with_weights(base: StepTable, weights: Weights) -> StepTable:
+    """Euler's table `base`, the first rows of which have these weights."""
+    columns: dict[str, Any] = {name: getattr(base, name).clone() for name in ("c0", "c1", "cu", "h1", "h2", "h3", "k0")}
+    for row, own in enumerate(weights):
+        columns["c0"][row], columns["c1"][row] = own[:2]
+        kept = min(row, HISTORY)
+        for slot in range(kept):
+            columns[f"h{slot + 1}"][row] = own[2 + slot]
+        if len(own) > 2 + kept:  # the clean sample by the unconditional output, a x + b u
+            columns["c1"][row] += own[-1] * base.a[row]
+            columns["cu"][row] = own[-1] * base.b[row]
+    columns["k0"][:-1] = 1
+    return replace(base, c2=None, g1=None, **columns)
 
 
 def _next(place: Place, terms: Sequence[Tensor], weights: Tensor) -> Place:
@@ -155,7 +159,7 @@ def fit(rows: Rows, trajectories: Sequence[Trajectory]) -> tuple[Weights, Tensor
         equations = Equations()
         for own, trajectory in zip(terms, trajectories, strict=True):
             equations.add(own, trajectory.at(arrives))
-        weights.append(equations.solve(rows.prior(row, len(terms[0]))))
+        weights.append(equations.solve(euler_weights(rows.base, row, len(terms[0]))))
         places = [_next(place, own, weights[-1]) for place, own in zip(places, terms, strict=True)]
     return weights, _errors([place.x for place in places], trajectories)
 
@@ -203,7 +207,8 @@ def _slopes(
     rows: Rows, trajectories: Sequence[Trajectory], weights: Weights, of_sample: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The normal equations for a change of all weights, each sample weighted."""
-    equations = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    count = sum(map(len, weights))
+    gram, right = weights[0].new_zeros(count, count), weights[0].new_zeros(count)
     batch = len(of_sample) // len(trajectories)
     for trajectory, own in zip(trajectories, of_sample.split(batch), strict=True):
         first, first_terms = rows.begin(trajectory)
@@ -219,6 +224,6 @@ def _slopes(
         slopes = torch.stack(columns, -1)
         missing = (trajectory.samples.double() - samples.double()).flatten(1)
         scaled = slopes * own.to(slopes.device)[:, None, None]
-        parts = torch.einsum("bek,bel->kl", scaled, slopes), torch.einsum("bek,be->k", scaled, missing)
-        equations = equations[0] + parts[0].cpu(), equations[1] + parts[1].cpu()
-    return equations
+        gram += torch.einsum("bek,bel->kl", scaled, slopes).cpu()
+        right += torch.einsum("bek,be->k", scaled, missing).cpu()
+    return gram, right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,7 @@ def rank_names(
     def ranked() -> list[Named]:
         every = ((name, torch.cat(parts)) for name, parts in found.items())
         named = [Named(*name, calls, each.mean().item(), each.median().item()) for name, each in every]
-        return sorted(named, key=lambda each: each.error)
+        return sorted(named, key=lambda each: (math.isnan(each.error), each.error))
 
     try_all(tables, trajectories[0])
     finalists = [(each.sampler, each.spacing, each.steps) for each in ranked()[:FINALISTS]]

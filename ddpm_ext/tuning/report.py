@@ -72,8 +72,8 @@ def as_near_as(reports: Sequence[Report]) -> list[str]:
     names = sorted((report.best for report in reports), key=lambda each: each.calls)
     for report in reports:
         near = next((each for each in names if each.error <= report.error), None)
-        most = names[-1].calls
-        as_near = f"{near} in {near.calls}" if near is not None else f"no name in up to {most} calls is"
-        verb = "are as near as" if near is not None else "are nearer than any name:"
-        sentences.append(f"{report.calls} calls {verb} {as_near}")
+        if near is None:
+            sentences.append(f"{report.calls} calls are nearer than any name in up to {names[-1].calls}")
+        else:
+            sentences.append(f"{report.calls} calls are as near as {near} in {near.calls}")
     return sentences

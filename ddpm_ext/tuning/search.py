@@ -23,7 +23,7 @@ def spaced(timesteps: int, steps: int, largest: float, power: float, smallest: f
         power: above 0: the larger, the more timesteps are near the smallest.
     """
     high, low = (share * (timesteps - 1) for share in (largest, smallest))
-    along = torch.linspace(0, 1, steps, dtype=torch.float64)
+    along = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
     roots = high ** (1 / power) + along * (low ** (1 / power) - high ** (1 / power))
     found = (roots**power).round().long().tolist()
     for i in range(steps - 1, -1, -1):  # none twice, and none beyond the ends

@@ -74,7 +74,7 @@ class Teacher:
             loops.model, loops.shape, sampler=table, rng=batch.rng, device=loops.device, **options
         ):
             nodes.append(record.x_t.clone())
-        angles = torch.cat([angles_of(table.signal_now, table.noise_now), torch.zeros(1, dtype=torch.float64)])
+        angles = torch.cat([angles_of(table.signal_now, table.noise_now), table.a.new_zeros(1)])
         return Trajectory(batch, angles, torch.stack(nodes))
 
     def error_of(self, trajectory: Trajectory) -> float:

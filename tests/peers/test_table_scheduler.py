@@ -11,8 +11,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import DDIMPipeline, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 from support.accelerated_diffusers import make, normal, seeded
-from support.accelerated_diffusers_pipelines import of_pixels, quiet
-from support.diffusers_families import FAMILIES, embeds
+from support.diffusers_families import FAMILIES, embeds, of_pixels, quiet
 from support.launches import launches
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable, accelerate, randn

@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from support.accelerated_diffusers import make, seeded
-from support.accelerated_diffusers_pipelines import of_pixels, quiet
-from support.diffusers_families import FAMILIES
+from support.diffusers_families import FAMILIES, of_pixels, quiet
 
 from ddpm_ext import accelerate
 from ddpm_ext.integrations.diffusers import tune_pipeline as module

@@ -31,6 +31,21 @@ def quiet(pipeline: Any) -> Any:
     return pipeline
 
 
+def of_pixels(scheduler: Any, ddim: bool = False) -> Any:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return quiet((diffusers.DDIMPipeline if ddim else diffusers.DDPMPipeline)(unet=unet.eval(), scheduler=scheduler))
+
+
 def tokenizer(folder: Path) -> Any:
     """A tokenizer of single letters, read from files."""
     from transformers import CLIPTokenizer

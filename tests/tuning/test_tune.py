@@ -11,7 +11,7 @@ from support.refused import refused
 
 from ddpm_ext import GaussianDiffusion, Philox, StepTable
 from ddpm_ext.tuning import Tuner, tune
-from ddpm_ext.tuning.fit import Equations, Rows, fit, polish
+from ddpm_ext.tuning.fit import Equations, Rows, euler_weights, fit, polish
 from ddpm_ext.tuning.loops import Loops, errors
 from ddpm_ext.tuning.names import named_tables
 from ddpm_ext.tuning.search import search, spaced
@@ -142,7 +142,7 @@ def test_named_tables_call_the_model_as_often_and_add_no_noise():
 
 def test_the_best_name_is_returned_where_no_fit_is_nearer(monkeypatch):
     def of_euler(rows, trajectories):
-        weights = [rows.prior(row, 2 + min(row, 3)) for row in range(len(rows))]
+        weights = [euler_weights(rows.base, row, 2 + min(row, 3)) for row in range(len(rows))]
         return weights, torch.ones(1)
 
     monkeypatch.setattr("ddpm_ext.tuning.tuner.fit", of_euler)

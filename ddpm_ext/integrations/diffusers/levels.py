@@ -49,7 +49,8 @@ class OwnLevels:
 
     def grid(self, rows: Sequence[int] | slice = slice(None)) -> Grid:
         """These steps, as samplers take them."""
-        signal, noise = torch.cat([self.signal[rows], torch.ones(1)]), torch.cat([self.noise[rows], torch.zeros(1)])
+        signal = torch.cat([self.signal[rows], self.signal.new_ones(1)])
+        noise = torch.cat([self.noise[rows], self.noise.new_zeros(1)])
         return grid_of_levels(self.timesteps[rows], signal, noise, scale=self.scale)
 
 

@@ -23,7 +23,7 @@ from ddpm_ext.tables.levels import LEVELS
 from ddpm_ext.tables.samplers import SAMPLERS
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning import Named, Report, Tuned
-from ddpm_ext.tuning.fit import HISTORY, Equations
+from ddpm_ext.tuning.fit import HISTORY, Equations, euler_weights, with_weights
 from ddpm_ext.tuning.loops import errors
 from ddpm_ext.tuning.teacher import TOLERANCE
 
@@ -162,17 +162,6 @@ def _spaced(levels: int, steps: int, power: float) -> list[int]:
     return [min(at, levels - steps + step) for step, at in enumerate(found)]
 
 
-def _with_weights(base: StepTable, weights: Sequence[Tensor]) -> StepTable:
-    """Euler's rows, the first of which have these weights: of x0, x, and the kept x0, the newest first."""
-    names = ("c0", "c1", "h1", "h2", "h3")
-    columns = {name: getattr(base, name).clone() for name in (*names, "k0")}
-    for row, own in enumerate(weights):
-        for name, weight in zip(names, own.tolist(), strict=False):
-            columns[name][row] = weight
-    columns["k0"][:-1] = 1
-    return replace(base, **columns)
-
-
 # --------------------------------------------------------------------------------------------------------------- fit
 
 
@@ -187,15 +176,13 @@ def _fit(
     arrives = [*(at - 1 for at in rows[1:]), len(levels) - 1]  # the teacher's step that arrives there
     weights: list[Tensor] = []
     for row, at in enumerate(arrives):
-        table, equations, parts = _with_weights(base, weights), Equations(), []
+        table, equations, parts = with_weights(base, weights), Equations(), []
         for seed in seeds:
             parts.append((runs.record(table, seed, row).terms, nodes[seed][at]))
             equations.add(*parts[-1])
-        prior = torch.zeros(2 + min(row, HISTORY), dtype=torch.float64)
-        prior[0], prior[1] = base.c0[row], base.c1[row]
-        weights.append(equations.solve(prior))
+        weights.append(equations.solve(euler_weights(base, row, 2 + min(row, HISTORY))))
     ends = [(sum(w * x.double() for w, x in zip(weights[-1].tolist(), own, strict=True)), end) for own, end in parts]
-    return _with_weights(base, weights), torch.cat([errors(x, end) for x, end in ends]).mean().item()
+    return with_weights(base, weights), torch.cat([errors(x, end) for x, end in ends]).mean().item()
 
 
 def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds: Sequence[int]) -> Tensor:
