@@ -107,6 +107,8 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
     ]
     for file, curve, calls, loop in loops:
         path = options.keep / name / f"{file}.npy"
+        if options.kept_only and not path.exists():
+            continue
         samples = kept(path, lambda loop=loop: draw(model, GUIDANCE[name], options.num, batch, **loop), options.num)
         cells.setdefault(curve, {})[calls] = distance(samples)
         print(f"{name}, {file}: {cells[curve][calls]:.3f}", flush=True)
@@ -137,8 +139,8 @@ def plot(found: dict[str, Cells], path: Path) -> None:
             for number, (curve, own) in enumerate(each for each in cells.items() if each[0] != "ddpm"):
                 style = line_style(number, len(own)) | ({"linewidth": 3} if curve == "tuned" else {})
                 axes.plot(list(own), list(own.values()), label=curve, **style)
-            last = cells["ddpm"][EVERY_STEP]
-            axes.axhline(last, color="grey", linestyle=":", label=f"ddpm, {EVERY_STEP:,} calls")
+            for calls, last in cells.get("ddpm", {}).items():
+                axes.axhline(last, color="grey", linestyle=":", label=f"ddpm, {calls:,} calls")
             guidance = GUIDANCE[name]
             title = name if guidance is None else f"{name}, guidance {guidance:g}"
             axes.set(title=title, xlabel="calls of the model", ylabel="Fréchet distance to images", yscale="log")
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(GUIDANCE), choices=list(GUIDANCE))
     parser.add_argument("--num", type=int, default=2000, help="samples for each number (default: 2000)")
     parser.add_argument("--keep", type=Path, default=Path("build/calls"), help="folder for samples")
+    parser.add_argument("--kept-only", action="store_true", help="leave out what would have to be drawn")
     parser.add_argument("--table", type=Path, help="also write the table there")
     parser.add_argument("--plot", type=Path, help="also draw the figure there")
     options = parser.parse_args()
