@@ -22,7 +22,7 @@ from sampler_quality import Features, frechet, pixels
 from shapes_quality import OF_REFERENCE, train_classifier
 from torch import Tensor
 
-from ddpm_ext import Philox, StepTable
+from ddpm_ext import Philox
 from ddpm_ext.base.files import atomic_path, write_text
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.plots.style import line_style, new_figure
@@ -38,13 +38,6 @@ NAMED: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 GUIDANCE = {"digits": None, "shapes": 2.5}
 SEED = 11  # none that tables were tuned with
-
-
-def table_of(name: str, calls: int) -> StepTable:
-    """The tuned table that comes with a model."""
-    guidance = GUIDANCE[name]
-    ending = "" if guidance is None else f"-guidance-{guidance:g}"
-    return StepTable.load(load_model(name).folder / "tuned" / f"{calls}{ending}.json")
 
 
 def draw(model: LoadedModel, guidance: float | None, count: int, batch: int, **loop: Any) -> Tensor:
@@ -99,7 +92,7 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
     model, distance = load_model(name), distance_to_data(name, options.num)
     batch = 500 if name == "digits" else 100
     cells: Cells = {}
-    loops = [(f"tuned, {calls}", "tuned", calls, {"sampler": table_of(name, calls)}) for calls in TUNED]
+    loops = [(f"tuned, {calls}", "tuned", calls, {"sampler": model.tuned(calls, GUIDANCE[name])}) for calls in TUNED]
     loops += [
         (f"{sampler}, {calls}", sampler, calls, {"sampler": sampler, "steps": calls})
         for sampler, every in NAMED

@@ -37,7 +37,7 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
             raise ValueError(f"{name}: got {getattr(options, name)} beside {beside}, which has rows of its own")
     scales = options.guidance if isinstance(options.guidance, tuple) else (options.guidance,)
     if options.table is not None:
-        found = dict.fromkeys(scales, _load(Path(options.table), "table"))
+        found = dict.fromkeys(scales, _load(Path(options.table)))
     else:
         found = {scale: _tuned(options, model, scale) for scale in scales}
     made_for = {table.notes.get(tuned.MODEL_SHA256) for table in found.values()} - {None}
@@ -51,29 +51,22 @@ def chosen_tables(options: argparse.Namespace, model: LoadedModel) -> Tables:
 
 def _tuned(options: argparse.Namespace, model: LoadedModel, scale: float | None) -> StepTable:
     """The table in the model's folder."""
-    there = tuned.tables_in(model.folder)
-    has = f"{model.folder / tuned.FOLDER} has those for {', '.join(there)}" if there else "it has none"
     if options.steps is None:
-        raise ValueError(
-            f"steps: expected the number of a tuned table of {options.model} beside --sampler tuned; {has}"
-        )
-    path = model.folder / tuned.FOLDER / tuned.table_name(options.steps, scale)
-    if not path.is_file():
-        command = ["ddpm-ext", "tune", "--model", options.model, "--steps", str(options.steps)]
-        guided = scale not in (None, 1)
-        command += ["--guidance", f"{scale:g}"] if guided else []
-        wanted = f"{options.steps} steps" + (f" with guidance {scale:g}" if guided else "")
-        raise ValueError(
-            f"sampler: {options.model} has no tuned table for {wanted}, {has}; {shlex.join(command)} makes it"
-        )
-    return _load(path, "sampler")
+        there = ", ".join(tuned.tables_in(model.folder)) or "none"
+        raise ValueError(f"steps: expected that of a tuned table beside --sampler tuned; {options.model} has {there}")
+    command = ["ddpm-ext", "tune", "--model", options.model, "--steps", str(options.steps)]
+    command += [] if scale in (None, 1) else ["--guidance", f"{scale:g}"]
+    try:
+        return model.tuned(options.steps, scale)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"sampler: {error}; {shlex.join(command)} makes it") from error
 
 
-def _load(path: Path, option: str) -> StepTable:
+def _load(path: Path) -> StepTable:
     try:
         return StepTable.load(path)
     except OSError as error:
-        raise ValueError(f"{option}: cannot read {path}: {error.strerror or error}") from error
+        raise ValueError(f"table: cannot read {path}: {error.strerror or error}") from error
 
 
 def name_of(options: argparse.Namespace) -> str:

@@ -21,6 +21,8 @@ from ddpm_ext.base import files
 from ddpm_ext.base.optional import require
 from ddpm_ext.models.classes import CLASSES, Classes
 from ddpm_ext.models.scheduler import DiffusionSettings, read_settings
+from ddpm_ext.models.tuned import FOLDER, table_name, tables_in
+from ddpm_ext.tables.step_table import StepTable
 
 UNet2DModel = Any  # diffusers' class; diffusers is imported only when a model is made
 
@@ -45,6 +47,24 @@ class LoadedModel:
     folder: Path
     classes: Classes | None = None
     shape: tuple[int, int, int] = field(kw_only=True)
+
+    def tuned(self, calls: int, guidance: float | None = None) -> StepTable:
+        """The step table in the folder that was tuned to the model, as `ddpm-ext tune` writes it; for `sampler=`.
+
+        Args:
+            calls: of the model, in a loop with the table.
+            guidance: the scale of the loop's classifier-free guidance.
+
+        Raises:
+            ValueError: the folder has no such table, or it is damaged. OSError: it can't be read.
+        """
+        path = self.folder / FOLDER / table_name(calls, guidance)
+        if not path.is_file():
+            there = tables_in(self.folder)
+            has = f"has those for {', '.join(there)}" if there else "has none"
+            guided = "" if guidance in (None, 1) else f" with guidance {guidance:g}"
+            raise ValueError(f"there is no tuned table for {calls} calls{guided}; {self.folder / FOLDER} {has}")
+        return StepTable.load(path)
 
 
 def load_model(

@@ -75,9 +75,9 @@ def test_missing_tables_and_options_beside_them(model, tmp_path, capsys):
     guided.write_bytes((model / "tuned" / "2.json").read_bytes())
     there = f"{model / 'tuned'} has those for 2, 4 with guidance 2.5"
     makes = f"ddpm-ext tune --model {model} --steps 5 makes it"
-    none = f"{model} has no tuned table for 5 steps, {there}; {makes}"
+    none = f"there is no tuned table for 5 calls; {there}; {makes}"
     check_refused(capsys, none, *sample, "--sampler", "tuned", "--steps", 5)
-    check_refused(capsys, f"steps: expected the number of a tuned table of {model}", *sample, "--sampler", "tuned")
+    check_refused(capsys, "steps: expected that of a tuned table", *sample, "--sampler", "tuned")
     check_refused(capsys, "steps: got 2 beside --table", *sample, "--table", guided, "--steps", 2)
     check_refused(capsys, "eta: got 0.5", *sample, "--table", guided, "--eta", 0.5)
     check_refused(capsys, "not allowed with argument", *sample, "--table", guided, "--sampler", "ddim")
