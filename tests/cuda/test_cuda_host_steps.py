@@ -87,16 +87,6 @@ def test_dense_samples_off_alignment_move_by_words(host, pair):
         assert not host.control.took_vectors()
 
 
-@pairs
-def test_halves_of_one_output(host, pair):
-    """Of doubled channels: a batch stride of twice the sample."""
-    call = make_call((STEP, "drawn", pair), 4, 2, 3, 8)
-    both = torch.cat([call.tensors["model_output"], call.tensors["model_variance"]], 1)
-    halves = dict(zip(("model_output", "model_variance"), both.chunk(2, 1), strict=True))
-    host.check(replace(call, tensors={**call.tensors, **halves}), expected=call.on_cpu())
-    assert host.control.took_vectors()
-
-
 @pytest.mark.parametrize("size", [256, 77])
 @pairs
 def test_in_place(host, pair, size):

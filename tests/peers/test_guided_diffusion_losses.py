@@ -37,26 +37,6 @@ def truth(*arguments, **options):
 # ---------------------------------------------------------------------------------------------- fixed variances
 
 
-@predictions
-@pytest.mark.parametrize("variance", FIXED)
-@pytest.mark.parametrize(("schedule", "noise"), [("linear", "given"), ("cosine", "drawn")])
-def test_mse(device, schedule, prediction, variance, noise):
-    """LossType.MSE, with the betas of their schedule."""
-    x, t = make_inputs(device)
-    z = drawn(t)
-    betas = torch.from_numpy(peer.get_named_beta_schedule(schedule, 1000))
-    theirs, gd = make(prediction, variance, betas=betas), GaussianDiffusion(1000, betas, prediction=prediction)
-
-    def losses(model, x, t, z):
-        return theirs.training_losses(model, x, t, noise=z)["loss"]
-
-    def ours(model, x, t, z):
-        how = {"noise": z} if noise == "given" else {"rng": RNG}
-        return gd.train_losses(model, x, t, reduction="none", **how)
-
-    check(step(ours, x, t, z, torch.float32), step(losses, x, t, z, torch.float32), truth(losses, x, t, z))
-
-
 # ------------------------------------------------------------------------------------------ the variational bound
 
 

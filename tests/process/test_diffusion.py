@@ -176,30 +176,6 @@ def test_rng_draws_what_randn_gives(backend, device):
 
 
 @backends
-def test_out(backend, device):
-    gd, _ = pair(backend=backend)
-    x, m, z = normals(3, device)
-    t = timesteps(device)
-    for step in (
-        lambda x, **o: gd.q_sample(x, t, **o),
-        lambda x, **o: gd.p_sample(lambda *_: m, x, t, **o),
-    ):
-        for options in ({"noise": z}, {"rng": Philox(1)}):
-            expected = step(x, **options)
-            buffer = torch.full_like(x, float("nan"))
-            assert step(x, **options, out=buffer) is buffer
-            assert torch.equal(buffer, expected)
-            strided = torch.full((6, 7, 5, 3), float("nan"), device=device).permute(0, 3, 2, 1)
-            assert step(x, **options, out=strided) is strided
-            assert torch.equal(strided, expected)
-            in_place = x.clone()
-            version = in_place._version
-            assert step(in_place, **options, out=in_place) is in_place
-            assert torch.equal(in_place, expected)
-            assert in_place._version > version
-
-
-@backends
 def test_seeds(backend, device):
     """torch.manual_seed repeats the noise, which is the same for both backends."""
     (gd, _), (other, _) = pair(backend=backend), pair()
