@@ -1,9 +1,9 @@
-"""diffusers' FlowMatchEulerDiscreteScheduler, step by step, against rows of flow's levels; and what it trains with."""
+"""diffusers' FlowMatchEulerDiscreteScheduler beside the schedule "flow": its sigmas, its loop, and what it trains with."""
 
 import pytest
 import torch
 
-from ddpm_ext import GaussianDiffusion, Inpaint, Philox, randn
+from ddpm_ext import GaussianDiffusion
 from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.loop.rows import make_loop_rows
 
@@ -56,18 +56,3 @@ def test_a_process_is_their_schedule(device, steps):
     scheduler = schedulers()
     noised = scheduler.scale_noise(x_0, scheduler.timesteps[999 - at.cpu()].to(device), z)
     torch.testing.assert_close(gd.q_sample(x_0, at, z), noised, rtol=1e-6, atol=1e-6)
-
-
-def test_a_known_part_is_noised_as_they_noise(device):
-    """After a step it is scale_noise of the image at the level where the step ends, with the step's noise."""
-    gd, scheduler = GaussianDiffusion(1000, "flow", prediction="flow"), schedulers()
-    known = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)).to(device)
-    mask = torch.ones(SHAPE, dtype=torch.bool, device=device)
-    options = {"sampler": "euler", "timesteps": [999, 499, 99], "progress": False, "rng": Philox(4), "device": device}
-    steps = gd.sample_progressive(lambda x, t: x, SHAPE, inpaint=Inpaint(known, mask), **options)
-    for record, draw, after in zip(steps, (999, 499, 99), (500, 100, None), strict=True):
-        z = randn(SHAPE, Philox(4), draw=draw, device=device)
-        expected = (
-            known if after is None else scheduler.scale_noise(known, torch.tensor([float(after)] * 3).to(device), z)
-        )
-        torch.testing.assert_close(record.x_t, expected, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,5 @@
-"""guided-diffusion's choice of timesteps. Its steps are in test_accelerated_guided_diffusion.py, whose objects take them
-by our rows; test_accelerated_guided_diffusion_costs.py has their images beside those of our own loops."""
+"""guided-diffusion's choice of timesteps. Its steps are in test_accelerated_guided_diffusion.py, whose objects take
+them by our rows; test_accelerated_guided_diffusion_costs.py has their images beside those of our own loops."""
 
 import pytest
 from support.choices import for_many
