@@ -1,4 +1,4 @@
-"""diffusers' FlowMatchEulerDiscreteScheduler beside the schedule "flow": its sigmas, its loop, and what it trains with."""
+"""diffusers' FlowMatchEulerDiscreteScheduler beside the schedule "flow": its sigmas, its loop, what it trains with."""
 
 import pytest
 import torch
