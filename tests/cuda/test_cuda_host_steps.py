@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cuda_host.calls import OPTIONS, PAIRS, ROWS, SPECIAL, STEP, Call, make_call
+from support.cuda_host.calls import OPTIONS, PAIRS, ROWS, SPECIAL, STEP, Call, make_call, moves_by_words
 from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_row
 
 from benchmarks.static.kernels import option_sets, sets_by_words
@@ -75,26 +75,9 @@ def test_dense_samples_off_alignment(host, pair):
 
 @pairs
 def test_dense_samples_off_alignment_move_by_words(host, pair):
-    """All but their ends: in a few more sectors than their bytes, since a warp's words may straddle one."""
-    host.control.set_device(1)  # where threads take several turns
     assert sets_by_words()
     for name in sets_by_words():
-        call = call_of((5, 20_013), pair, option_sets()[name], "none")
-        moved = (sum(call.tensors[name].nbytes for name in call.read), len(call.results) * call.x.nbytes)
-        found = host.control.sectors_of(lambda call=call: host.check(call))
-        for sectors, size in zip(found, moved, strict=True):
-            assert 0.99 * size <= 32 * sectors <= 1.14 * size, (name, sectors, size)
-        assert not host.control.took_vectors()
-
-
-@pairs
-def test_halves_of_one_output(host, pair):
-    """Of doubled channels: a batch stride of twice the sample."""
-    call = make_call((STEP, "drawn", pair), 4, 2, 3, 8)
-    both = torch.cat([call.tensors["model_output"], call.tensors["model_variance"]], 1)
-    halves = dict(zip(("model_output", "model_variance"), both.chunk(2, 1), strict=True))
-    host.check(replace(call, tensors={**call.tensors, **halves}), expected=call.on_cpu())
-    assert host.control.took_vectors()
+        moves_by_words(host, call_of((5, 20_013), pair, option_sets()[name], "none"))
 
 
 @pytest.mark.parametrize("size", [256, 77])

@@ -116,15 +116,6 @@ def test_low_precision(device, backend, dtype, close, case):
     torch.testing.assert_close(found.double().cpu(), truth(gd, case)[-1][0], rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("case", ["plain", "guidance doubled", "threshold", "everything"])
-def test_inference_mode(device, case):
-    gd = make_diffusion()
-    expected = gd.p_sample_loop(**ours(gd, case, device=device), record="last")
-    with torch.inference_mode():
-        assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
-    assert torch.equal(gd.p_sample_loop(**ours(gd, case, device=device), record="last"), expected)
-
-
 @backends
 def test_numbers_of_numpy_are_numbers(backend, device):
     """As they come out of an array of settings."""

@@ -18,8 +18,6 @@ from ddpm_ext import Philox, ops, reference
 from ddpm_ext.ops.loss_kinds import LOSSES, REDUCTIONS
 
 FIRST = 2**32 - 2  # the ids cross 2^32
-
-backends = pytest.mark.parametrize("backend", [ops, reference], ids=["fused", "reference"])
 losses = pytest.mark.parametrize("loss", LOSSES)
 dtypes = pytest.mark.parametrize(("x_dtype", "m_dtype"), DTYPES)
 

@@ -10,7 +10,7 @@ from support.rounding import same_bits
 from support.step_inputs import LIKE_X, OF_MODEL, PER_SAMPLE, RESULTS, make_table, options
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm_ext import Philox, ops
+from ddpm_ext import GaussianDiffusion, Philox, ops
 from ddpm_ext.ops import reference
 from ddpm_ext.ops.extension import C
 from ddpm_ext.process.model_output import unwrap
@@ -267,5 +267,11 @@ def test_the_count_of_positional_arguments(tensors):
     x = tensors()["x_t"]
     with pytest.raises(TypeError, match="__init__ was not called"):
         C.TableStep.__new__(C.TableStep).take(x, x, None, 1)
+    with pytest.raises(TypeError, match="__init__ was not called"):
+        C.TableStep.__new__(C.TableStep).run(len, x, 1, None, None)
     with pytest.raises(TypeError, match="TableStep: got 2 arguments, expected 5"):
         ops.TableStep(TABLE.to(x.device)).take(x, x)
+    run = GaussianDiffusion(20).reverse_step(x, (-1.0, 1.0), None, Philox(1)).run
+    for arguments in ((), (len, x, 1, None, None, None)):
+        with pytest.raises(TypeError, match=f"got {len(arguments)} arguments, expected 5"):
+            run(*arguments)

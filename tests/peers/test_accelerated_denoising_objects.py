@@ -151,14 +151,6 @@ def test_loops_of_all_kinds_in_turn():
     unrelated(found)
 
 
-def test_training_between_loops():
-    alone, gd, t = made(9), made(9), torch.full((10,), 49)
-    expected = [alone.q_sample(ZEROS, t) for _ in range(2)]
-    found = [gd.q_sample(ZEROS, t), gd.sample(10), gd.q_sample(ZEROS, t)]
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[1])
-    unrelated(found)
-
-
 # --------------------------------------------------------------------------------------------------------------- costs
 
 

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDPMPipeline, DiffusionPipeline, UNet2DModel
-from support.accelerated_diffusers import make, normal, seeded
+from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DModel
+from support.accelerated_diffusers import make, seeded
 from support.diffusers_families import quiet, with_text
 from support.launches import launches
 
@@ -117,26 +117,11 @@ def test_stable_diffusion(sd, name, config):
     close(found, expected, within=1 / 255)  # through the decoder
 
 
-@schedulers
-def test_image_to_image(sd, name, config):
-    from diffusers import StableDiffusionImg2ImgPipeline
-
-    images = []
-    for pipeline in with_scheduler(sd, name, config):
-        other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipeline))
-        assert type(other.scheduler) is type(pipeline.scheduler)
-        options = {key: PROMPT[key] for key in ("prompt", "negative_prompt")} | {"output_type": "latent"}
-        options |= {"image": normal(4, 2, 3, 16, 16).sigmoid(), "strength": 0.6, "num_inference_steps": 10}
-        with launches() as called:
-            images.append(other(**options, generator=seeded(3)).images)
-    close(*reversed(images))
-    assert len(called) - called.count("forward_process") == 6
-
-
 # -------------------------------------------------------------------------------------------------- what it is
 
 
 def test_a_saved_pipeline_is_diffusers(sd, tmp_path):
+    """One that is made of another's parts has its accelerated scheduler."""
     plain, ours = with_scheduler(sd, "EulerDiscrete", {})
     ours.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -150,3 +135,5 @@ def test_a_saved_pipeline_is_diffusers(sd, tmp_path):
     images = [p(**PROMPT, **options, generator=seeded(0)).images for p in (plain, back, accelerate(back), given)]
     for found in images[1:]:
         close(found, images[0])
+    other = StableDiffusionImg2ImgPipeline.from_pipe(ours)
+    assert type(other.scheduler) is type(ours.scheduler) is not type(plain.scheduler)

@@ -225,15 +225,6 @@ def test_thresholding(name, launches):
     assert len(launches) == 2 * len(theirs[0]) or name == "TCDScheduler"  # which has the option, and no use for it
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.filterwarnings("error:step runs the own code")
-def test_a_clip_beside_history(prediction_type, launches):
-    config = {"clip_sample": True, "clip_sample_range": 0.7, "prediction_type": prediction_type}
-    theirs = loop(make("HeunDiscreteScheduler", **config), 8)
-    check(loop(accelerate(make("HeunDiscreteScheduler", **config)), 8), theirs, 1e-5)
-    assert len(launches) == len(theirs[0])
-
-
 def test_after_set_timesteps_a_loop_is_fused_again(launches):
     ours = accelerate(make("UniPCMultistepScheduler"))
     with pytest.warns(UserWarning, match="float64"):

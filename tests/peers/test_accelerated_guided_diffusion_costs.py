@@ -85,16 +85,6 @@ def test_a_step_draws_by_the_originals_timestep(device):
     torch.testing.assert_close(moved, mean + spread.float().reshape(-1, 1, 1, 1) * z, rtol=0, atol=1e-5)
 
 
-def test_q_sample_draws_anew_each_time(device):
-    accelerated = accelerate(make(), noise="philox", seed=3)
-    x, t = X.to(device), T.to(device)
-    found = [accelerated.q_sample(x, t) for _ in range(2)]
-    for draw, noised in enumerate(found):
-        z = randn(SHAPE, Philox(3, stream=2, draw=draw), device=device)
-        torch.testing.assert_close(noised, make().q_sample(x, t, z), rtol=0, atol=1e-6)
-    assert accelerated.accelerated.iteration == 2
-
-
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_q_sample(device, noise):
     """Also with gradients."""

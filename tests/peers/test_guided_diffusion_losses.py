@@ -1,14 +1,13 @@
-"""guided-diffusion's training_losses and its bound, with the same noise, timesteps and model.
+"""guided-diffusion's bound of a whole process, with the same noise and model. Its training_losses are in
+test_accelerated_guided_diffusion_losses.py.
 
 These tests run where a checkout of it is on PYTHONPATH.
 """
 
-import functools
-
 import pytest
 import torch
-from support.accelerated_guided import OURS, in_float64, make
-from support.peer_training import RNG, Net, check, drawn, make_inputs, step
+from support.accelerated_guided import in_float64, make
+from support.peer_training import RNG
 
 from ddpm_ext import GaussianDiffusion, randn
 from ddpm_ext.ops.noise import STREAM_FORWARD
@@ -18,87 +17,12 @@ peer_losses = pytest.importorskip("guided_diffusion.losses")
 
 FIXED, LEARNED = ("fixed_small", "fixed_large"), ("learned", "learned_range")
 VARIANCES = FIXED + LEARNED
-# Ours of theirs, and how much of the bound comes to the error.
-LOSSES = {
-    "MSE": {"loss": "mse", "vlb_weight": 1 / 1000},
-    "RESCALED_MSE": {"loss": "mse"},
-    "KL": {"loss": "vlb"},
-    "RESCALED_KL": {"loss": "rescaled_vlb"},
-}
-predictions = pytest.mark.parametrize("prediction", OURS)
-
-
-def truth(*arguments, **options):
-    """One of their steps in float64, which reads its float64 tables without rounding."""
-    with in_float64():
-        return step(*arguments, torch.float64, **options)
-
-
-# ---------------------------------------------------------------------------------------------- fixed variances
-
-
-@predictions
-@pytest.mark.parametrize("variance", FIXED)
-@pytest.mark.parametrize(("schedule", "noise"), [("linear", "given"), ("cosine", "drawn")])
-def test_mse(device, schedule, prediction, variance, noise):
-    """LossType.MSE, with the betas of their schedule."""
-    x, t = make_inputs(device)
-    z = drawn(t)
-    betas = torch.from_numpy(peer.get_named_beta_schedule(schedule, 1000))
-    theirs, gd = make(prediction, variance, betas=betas), GaussianDiffusion(1000, betas, prediction=prediction)
-
-    def losses(model, x, t, z):
-        return theirs.training_losses(model, x, t, noise=z)["loss"]
-
-    def ours(model, x, t, z):
-        how = {"noise": z} if noise == "given" else {"rng": RNG}
-        return gd.train_losses(model, x, t, reduction="none", **how)
-
-    check(step(ours, x, t, z, torch.float32), step(losses, x, t, z, torch.float32), truth(losses, x, t, z))
-
-
-# ------------------------------------------------------------------------------------------ the variational bound
 
 
 @pytest.fixture
 def exact_bins(monkeypatch):
     """The exact normal distribution function in place of their approximation, which is wrong by up to 2e-4."""
     monkeypatch.setattr(peer_losses, "approx_standard_normal_cdf", torch.special.ndtr)
-
-
-INNER, FIRST = (1, 2, 17, 500, 998, 999), (0,) * 6
-
-
-@predictions
-@pytest.mark.parametrize(
-    ("variance", "loss", "t"),
-    [
-        *((v, loss, INNER) for v in LEARNED for loss in LOSSES),
-        *((v, loss, INNER) for v in FIXED for loss in ("KL", "RESCALED_KL")),
-        *((v, "RESCALED_MSE", FIRST) for v in LEARNED),
-        *((v, "KL", FIRST) for v in VARIANCES),
-    ],
-)
-def test_bound(exact_bins, device, prediction, variance, loss, t):
-    """The divergence at all timesteps but the last, and the likelihood of the bins of 8 bits at t = 0."""
-    x, t = make_inputs(device, t)
-    z = drawn(t)
-    betas = torch.from_numpy(peer.get_named_beta_schedule("linear", 1000))
-    theirs = make(prediction, variance, loss, betas=betas)
-    gd = GaussianDiffusion(1000, betas, prediction=prediction, variance=variance)
-    net = functools.partial(Net, outputs=2 if variance in LEARNED else 1, skip=prediction != "eps")
-
-    def losses(model, x, t, z):
-        return theirs.training_losses(model, x, t, noise=z)["loss"]
-
-    def ours(model, x, t, z):
-        return gd.train_losses(model, x, t, rng=RNG, reduction="none", **LOSSES[loss])
-
-    f32 = torch.float32
-    check(step(ours, x, t, z, f32, net), step(losses, x, t, z, f32, net), truth(losses, x, t, z, net=net))
-
-
-# ----------------------------------------------------------------------------------------- the bound of a whole process
 
 
 SHAPE = (4, 3, 4, 6)

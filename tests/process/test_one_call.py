@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ddpm_ext import GaussianDiffusion, Philox
-from ddpm_ext.ops.extension import C
 
 GD = GaussianDiffusion(50)
 
@@ -143,19 +142,3 @@ def test_nothing_is_held_after_a_call(normal):
     for _ in range(100):
         call()
     assert all(abs(now - then) < 50 for now, then in zip(counts(), before, strict=True))
-
-
-def test_wrong_calls_of_the_class_are_type_errors(normal):
-    x = normal(2, 3, 4)
-    run = run_of(GD, x)
-    for arguments in ((), (half, x, 7), (half, x, 7, None, None, None)):
-        with pytest.raises(TypeError, match=f"got {len(arguments)} arguments, expected 5"):
-            run(*arguments)
-    with pytest.raises(TypeError):
-        C.TableStep.run(object(), half, x, 7, None, None)
-    with pytest.raises(TypeError, match="__init__ was not called"):
-        C.TableStep.__new__(C.TableStep).run(half, x, 7, None, None)
-    with pytest.raises(TypeError, match="x_t is a str, expected a tensor"):
-        run(half, "x", 7, None, None)
-    with pytest.raises(TypeError, match="the model's output is a NoneType"):
-        run(lambda x, t: None, x, 7, None, None)

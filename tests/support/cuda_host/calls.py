@@ -101,6 +101,11 @@ class Call:
         """The tensors like x_t that its kernel reads."""
         return () if self.op == "randn" else tuple(name for name in self.tensors if name not in PER_SAMPLE)
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """The bytes of the samples' tensors that it reads, and of those that it writes."""
+        return sum(self.tensors[name].nbytes for name in self.read), len(self.results) * self.x.nbytes
+
     def arguments(self, results: Mapping[str, Tensor]) -> tuple[Any, ...]:
         """As the compiled modules take them; randn's for torch.ops."""
         given = {**self.tensors, **results, "log_variance": self.log_variance}
@@ -233,6 +238,17 @@ class Host:
         assert got.keys() == expected.keys()
         for name, result in got.items():
             assert_same_bits(result, expected[name], f"{name} of {call} {args} {options}")
+
+
+def moves_by_words(host: Host, call: Call) -> None:
+    """Checks that a call of samples off alignment moves all but their ends by words: in a few more sectors than their
+    bytes, since a warp's words may straddle one. The device is one on which threads take several turns."""
+    host.control.set_device(1)
+    expected = call.on_cpu()
+    found = host.control.sectors_of(lambda: host.check(call, expected=expected))
+    for sectors, size in zip(found, call.moved, strict=True):
+        assert 0.99 * size <= 32 * sectors <= 1.14 * size, (call, sectors, size)
+    assert not host.control.took_vectors()
 
 
 @functools.cache
