@@ -42,11 +42,3 @@ def test_what_a_test_draws_does_not_depend_on_the_tests_before(tmp_path):
     parts = done.stdout.split("\nnext\n")[:-1]
     drawn = [{line.partition("drawn ")[2] for line in part.splitlines() if "drawn " in line} for part in parts]
     assert len(drawn[0]) == 2 and drawn[0] == drawn[1] > drawn[2]
-
-
-def test_property_tests_are_not_timed():
-    """A process may be stopped for a while at any place: an example that takes long is no error."""
-    hypothesis = pytest.importorskip("hypothesis")
-    chosen = hypothesis.settings.default
-    assert chosen.deadline is None and chosen.derandomize and chosen.database is None
-    assert hypothesis.HealthCheck.too_slow in chosen.suppress_health_check
