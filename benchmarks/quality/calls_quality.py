@@ -40,6 +40,7 @@ GUIDANCE = {"digits": None, "shapes": 2.5}
 SEED = 11  # none that tables were tuned with
 
 
+@torch.no_grad()
 def draw(model: LoadedModel, guidance: float | None, count: int, batch: int, **loop: Any) -> Tensor:
     """Samples (count, ...), of all classes in turn."""
     diffusion, parts = model.settings.diffusion(), []
@@ -87,7 +88,6 @@ def distance_to_data(name: str, count: int) -> Callable[[Tensor], float]:
     return lambda samples: frechet(units(samples), drawn)
 
 
-@torch.no_grad()
 def measure(name: str, options: argparse.Namespace) -> Cells:
     model, distance = load_model(name), distance_to_data(name, options.num)
     batch = 500 if name == "digits" else 100

@@ -58,7 +58,7 @@ def test_tables_of_samplers_and_files(saved, tmp_path, capsys):
     mine.save("mine.json")
     options = ("--steps", 4, "--eta", 1, "--against", "timestep", "--out", "a.png")
     assert call("plot", "table", "mine.json", "ddim", "euler", *options) == 0
-    found, grid = drawn(saved[0].axes[0]), grid_of(4, "linspace")
+    found, grid = drawn(saved[0].axes[0]), grid_of(4)
     tables = {"mine.json": mine, "ddim": ddim(grid, eta=1.0), "euler": euler(grid)}
     assert found == {name: points(table.timestep, table.a) for name, table in tables.items()}
     noise = next(axes for axes in saved[0].axes if axes.get_title().startswith("s,"))
@@ -115,7 +115,7 @@ def test_histogram_goes_from_the_starting_noise_to_the_samples(tiny, monkeypatch
     assert np.array_equal(x_t[0], randn(x_t[0].shape, Philox(5), stream=1)) and np.allclose(given["samples"], samples)
     assert capsys.readouterr().out == "histogram.png: 4 samples at 6 of 6 steps\n"
     assert call("plot", "histogram", "--model", tiny, "--num", 2, "--sampler", "heun", "--steps", 5, "--quiet") == 0
-    assert seen[1][0][1] == [19, 14, 10, 5, 0]  # the first visit of a sampler that comes twice to a timestep
+    assert seen[1][0][1] == [19, 15, 11, 7, 3]  # the first visit of a sampler that comes twice to a timestep
 
 
 BAD = [

@@ -68,7 +68,7 @@ def save_pets(folder):
     return folder
 
 
-def grid_of(steps, spacing="linspace", schedule="linear"):
+def grid_of(steps, spacing="trailing", schedule="linear"):
     """The grid of the step tables of 1,000 timesteps."""
     gd = GaussianDiffusion(1000, schedule)
     return make_grid(gd.alphas_cumprod, spaced_timesteps(1000, steps, spacing), betas=gd.betas)
