@@ -2,10 +2,10 @@
 
     python benchmarks/quality/calls_quality.py --keep build/calls --table build/calls.md --plot build/calls.png
 
-A number is the Fréchet distance (Heusel et al. 2017) between samples and images that the model was not trained on, or
-for digits those that it was trained on, in the hidden units of a small classifier: 0 for the same distribution. All
-have the same starting noise. Shapes are drawn with a guidance of 2.5. Samples are kept in a folder, and a later run
-draws only those that are missing.
+A number is the Fréchet distance (Heusel et al. 2017) of samples in the hidden units of a small classifier, 0 for the
+same distribution: for digits to the images that the model was trained on; for shapes, which are drawn with a guidance
+of 2.5 and so are not distributed as images are, to a loop of 100 steps. All loops have the same starting noise. Samples
+are kept in a folder, and a later run draws only those that are missing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from sampler_quality import Features, frechet, pixels
-from shapes_quality import OF_REFERENCE, train_classifier
+from shapes_quality import train_classifier
 from torch import Tensor
 
 from ddpm_ext import Philox
 from ddpm_ext.base.files import atomic_path, write_text
 from ddpm_ext.models.folder import LoadedModel, load_model
 from ddpm_ext.plots.style import line_style, new_figure
-from ddpm_ext.training.data import Shapes, digits
+from ddpm_ext.training.data import digits
 
 Cells = dict[str, dict[int, float]]  # the distance by a curve's name and the calls of the model
 TUNED, EVERY_STEP = (4, 6, 8, 10), 1000
@@ -36,7 +36,9 @@ NAMED: tuple[tuple[str, tuple[int, ...]], ...] = (
     ("ddim", (4, 6, 8, 10, 15, 20)),
     ("ddpm", (EVERY_STEP,)),
 )
+MANY_STEPS = {"sampler": "deis", "steps": 100, "spacing": "linspace"}
 GUIDANCE = {"digits": None, "shapes": 2.5}
+REFERENCES = {"digits": "images", "shapes": "100 steps"}
 SEED = 11  # none that tables were tuned with
 
 
@@ -73,24 +75,30 @@ def kept(path: Path, make: Callable[[], Tensor], count: int) -> Tensor:
     return made
 
 
-def distance_to_data(name: str, count: int) -> Callable[[Tensor], float]:
-    """The Fréchet distance of samples to the model's data."""
+def distance_of(name: str, many_steps: Callable[[], Tensor]) -> Callable[[Tensor], float]:
+    """The Fréchet distance of a model's samples to the reference. many_steps: draws samples of 100 steps."""
     if name == "digits":
         features = Features()
         real = features(pixels(digits("train")[0]))
         return lambda samples: frechet(features(pixels(samples)), real)
     network = train_classifier()
 
+    @torch.no_grad()
     def units(images: Tensor) -> Any:
         return torch.cat([network.features(part) for part in images.split(500)]).double().numpy()
 
-    drawn = units(Shapes(16, OF_REFERENCE).batch(torch.arange(count)))
-    return lambda samples: frechet(units(samples), drawn)
+    reference = units(many_steps())
+    return lambda samples: frechet(units(samples), reference)
 
 
 def measure(name: str, options: argparse.Namespace) -> Cells:
-    model, distance = load_model(name), distance_to_data(name, options.num)
-    batch = 500 if name == "digits" else 100
+    model, batch = load_model(name), 500 if name == "digits" else 100
+
+    def samples_of(file: str, loop: dict[str, Any]) -> Tensor:
+        path = options.keep / name / f"{file}.npy"
+        return kept(path, lambda: draw(model, GUIDANCE[name], options.num, batch, **loop), options.num)
+
+    distance = distance_of(name, lambda: samples_of("deis, 100", MANY_STEPS))
     cells: Cells = {}
     loops = [(f"tuned, {calls}", "tuned", calls, {"sampler": model.tuned(calls, GUIDANCE[name])}) for calls in TUNED]
     loops += [
@@ -99,11 +107,9 @@ def measure(name: str, options: argparse.Namespace) -> Cells:
         for calls in every
     ]
     for file, curve, calls, loop in loops:
-        path = options.keep / name / f"{file}.npy"
-        if options.kept_only and not path.exists():
+        if options.kept_only and not (options.keep / name / f"{file}.npy").exists():
             continue
-        samples = kept(path, lambda loop=loop: draw(model, GUIDANCE[name], options.num, batch, **loop), options.num)
-        cells.setdefault(curve, {})[calls] = distance(samples)
+        cells.setdefault(curve, {})[calls] = distance(samples_of(file, loop))
         print(f"{name}, {file}: {cells[curve][calls]:.3f}", flush=True)
     return cells
 
@@ -112,8 +118,9 @@ def as_text(found: dict[str, Cells], options: argparse.Namespace) -> str:
     lines = [
         "# Quality against calls of the model",
         "",
-        f"Fréchet distance of {options.num:,} samples to images, in a classifier's hidden units; seed {SEED}, x0",
-        "clipped to [-1, 1], named samplers with their default spacing, shapes with a guidance of 2.5.",
+        f"Fréchet distance of {options.num:,} samples in a classifier's hidden units: of digits to images, of shapes,",
+        "with a guidance of 2.5, to samples of 100 steps of deis. Named samplers have their default spacing, x0 is",
+        f"clipped to [-1, 1], and the seed is {SEED}.",
     ]
     for name, cells in found.items():
         columns = sorted({calls for own in cells.values() for calls in own})
@@ -136,7 +143,8 @@ def plot(found: dict[str, Cells], path: Path) -> None:
                 axes.axhline(last, color="grey", linestyle=":", label=f"ddpm, {calls:,} calls")
             guidance = GUIDANCE[name]
             title = name if guidance is None else f"{name}, guidance {guidance:g}"
-            axes.set(title=title, xlabel="calls of the model", ylabel="Fréchet distance to images", yscale="log")
+            axes.set(title=title, xlabel="calls of the model", ylabel=f"Fréchet distance to {REFERENCES[name]}")
+            axes.set_yscale("log")
             axes.legend(fontsize="small")
 
 
