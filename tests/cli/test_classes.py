@@ -1,6 +1,7 @@
 """`ddpm-ext` with a class-conditional model: samples, many samples, trajectories, rising guidance."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -95,10 +96,7 @@ def test_wrong_classes(pets, tiny, tmp_path, capsys):
 
 
 def test_null_class_of_another_programs_model_is_asked_for(pets, tmp_path, capsys):
-    (tmp_path / "theirs").mkdir()
-    for path in pets.iterdir():
-        if path.name != "classes.json":
-            (tmp_path / "theirs" / path.name).write_bytes(path.read_bytes())
+    (shutil.copytree(pets, tmp_path / "theirs") / "classes.json").unlink()
     command = ("sample", "--model", tmp_path / "theirs", "--num", 1, "--steps", 2, "--quiet", "--guidance", 2)
     assert call(*command, "--out", tmp_path / "a.npz") == 2
     assert "does not say which class is the null class, expected --null-class" in capsys.readouterr().err

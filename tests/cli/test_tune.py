@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -93,15 +94,16 @@ def test_another_model_warns_once(model, tmp_path):
 
 
 def test_each_scale_of_guidance_has_its_table(pets, tmp_path):
+    model = shutil.copytree(pets, tmp_path / "pets")
     rows = {scale: ("ddim", "euler")[scale > 1] for scale in (1, 2)}
-    gd = models.load_model(pets).settings.diffusion()
+    gd = models.load_model(model).settings.diffusion()
     for scale, sampler in rows.items():
         table = make_loop_rows(gd, LoopOptions(sampler=sampler, steps=3, eta=0.0 if scale == 1 else None)).table
-        table.save(pets / "tuned" / table_name(3, scale))
-    given = ("--model", pets, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
+        table.save(model / "tuned" / table_name(3, scale))
+    given = ("--model", model, "--guidance", "1,2", "--num", 2, "--device", "cpu", "--quiet")
     tuned = ("--sampler", "tuned", "--steps", 3)
     assert call("plot", "guidance", *given, *tuned, "--out", tmp_path / "a.png") == 0
-    trajectory = ("--model", pets, "--guidance", 2, "--num", 1, "--quiet", "--out", tmp_path / "b.png")
+    trajectory = ("--model", model, "--guidance", 2, "--num", 1, "--quiet", "--out", tmp_path / "b.png")
     assert call("trajectory", *trajectory, *tuned) == 0
 
 
