@@ -81,7 +81,10 @@ class Loops:
         }
         first = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
         self.device = checks.device(device or (torch.device("cpu") if first is None else first.device))
-        self._rng = rng
+        seed, ids = rng.seed_and_ids()
+        if isinstance(seed, Tensor) or isinstance(ids, Tensor):
+            raise ValueError(f"rng is {rng}, expected a seed and a first sample id that are ints")
+        self._seed, self._first_id = seed, ids
 
     @property
     def guidance(self) -> Guidance | None:
@@ -89,7 +92,7 @@ class Loops:
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of this rng's samples: ids number * shape[0] and on after the rng's own."""
-        rng = Philox(self._rng.seed_value % 2**64, self._rng.first_id + number * self.shape[0])
+        rng = Philox(self._seed, self._first_id + number * self.shape[0])
         noise = self.diffusion.ops.randn(self.shape, rng.of(STREAM_START, 0), device=self.device)
         return Batch(rng, noise)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ddpm_ext.tuning.names import Named
 
@@ -47,6 +48,17 @@ class Report:
     def best(self) -> Named:
         """The best name."""
         return self.names[0]
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What the table's notes say of it."""
+        fitted = f"fitted to {self.seeds} samples of {self.teacher}"
+        return {
+            "made": fitted if self.fitted else f"{self.best}: no fit is nearer",
+            "calls": self.calls,
+            "error": round(self.error, 6),
+            "best name": f"{self.best}: {self.best.error:.6f}",
+        }
 
     def __str__(self) -> str:
         lines = [

@@ -82,17 +82,24 @@ class Teacher:
 
         Raises ValueError where that is so far that nothing could be fitted to the teacher.
         """
-        samples = trajectory.samples
         fewer = self._loops.samples(self._rows(STEPS // 2), trajectory.batch)
-        size = samples.double().square().mean().sqrt().item()
-        error = errors(fewer, samples).mean().item() / max(size, 1e-12)
-        if not error <= TOLERANCE:
-            raise ValueError(
-                f"the teacher has not converged: {STEPS // 2} and {STEPS} steps of {SAMPLER!r} end {error:.3g} of the "
-                f"samples' size apart, expected at most {TOLERANCE}; is the model trained, and are prediction, "
-                "schedule and clip_denoised those that it was trained with?"
-            )
-        return error
+        remedy = "is the model trained, and are prediction, schedule and clip_denoised those that it was trained with?"
+        return converged(fewer, trajectory.samples, STEPS, remedy)
+
+
+def converged(fewer: Tensor, samples: Tensor, steps: int, remedy: str) -> float:
+    """How far the samples of half the teacher's steps end from those of all, relative to their root mean square.
+
+    Raises ValueError, with what may help, where that is more than TOLERANCE.
+    """
+    size = samples.double().square().mean().sqrt().item()
+    error = errors(fewer, samples).mean().item() / max(size, 1e-12)
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"the teacher has not converged: {-(-steps // 2)} and {steps} steps of {SAMPLER!r} end {error:.3g} of the "
+            f"samples' size apart, expected at most {TOLERANCE}; {remedy}"
+        )
+    return error
 
 
 def angles_of(signal: Tensor, noise: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class Tuner:
             held_out=len(own),
             model_calls=self.calls,
         )
-        return Tuned(replace(table, notes=self._notes | _notes_of(report)), report)
+        return Tuned(replace(table, notes=self._notes | report.notes), report)
 
     def _prepare(self, *, fit: bool) -> None:
         """Runs the teacher where that was not done."""
@@ -185,18 +185,6 @@ class Tuner:
                 yield
             finally:
                 self._loops.model.on_call = lambda: None
-
-
-def _notes_of(report: Report) -> dict[str, Any]:
-    made = (
-        f"fitted to {report.seeds} samples of {report.teacher}" if report.fitted else f"{report.best}: no fit is nearer"
-    )
-    return {
-        "made": made,
-        "calls": report.calls,
-        "error": round(report.error, 6),
-        "best name": f"{report.best}: {report.best.error:.6f}",
-    }
 
 
 def tune(

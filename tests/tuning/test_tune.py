@@ -180,6 +180,7 @@ def test_bad_arguments():
         ({"steps": TIMESTEPS + 1}, ValueError, "steps is 201"),
         ({"seeds": 0}, ValueError, "seeds is 0"),
         ({"rng": Philox(0, draw=3)}, ValueError, "rng is"),
+        ({"rng": Philox(torch.tensor(7))}, ValueError, "expected a seed and a first sample id that are ints"),
         ({"guidance": "2"}, TypeError, "guidance is '2'"),
     ):
         refused(error, message, tune, gd, mixture(), SHAPE, progress=False, **options)

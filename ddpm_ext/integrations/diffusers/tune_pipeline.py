@@ -25,11 +25,10 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tuning import Named, Report, Tuned
 from ddpm_ext.tuning.fit import HISTORY, Equations, euler_weights, with_weights
 from ddpm_ext.tuning.loops import errors
-from ddpm_ext.tuning.teacher import TOLERANCE
+from ddpm_ext.tuning.teacher import SAMPLER, converged
 
 __all__ = ["tune_pipeline"]
 
-TEACHER = "deis"
 NAMES = ("unipc", "dpmpp_2m", "deis")  # that the fit is compared with, beside the pipeline's own scheduler
 POWERS = (1.0, 1.3, 1.7, 2.2)  # the larger, the more timesteps are near the end
 
@@ -85,7 +84,7 @@ def tune_pipeline(
     planned += seeds * (len(POWERS) * steps * (steps + 1) // 2 + (2 * len(NAMES) + 2) * steps)
     with _bar(runs, planned if progress else None):
         levels = runs.levels(_trailing(runs.scheduler) or runs.scheduler, teacher_steps)
-        teacher = _made(runs, TEACHER, levels.grid())
+        teacher = _made(runs, SAMPLER, levels.grid())
         nodes = {seed: runs.record(teacher, seed).samples for seed in (*fitted_to, *held_out)}
         teacher_error = _check_teacher(runs, levels, held_out[0], nodes[held_out[0]][-1])
         found = [_fit(runs, levels, nodes, fitted_to, _spaced(len(levels), steps, power)) for power in POWERS]
@@ -108,7 +107,7 @@ def tune_pipeline(
         fitted_error=fitted_error,
         names=[each for each, _, _ in names],
         timesteps=table.timestep.tolist(),
-        teacher=f"{len(levels)} steps of {TEACHER}",
+        teacher=f"{len(levels)} steps of {SAMPLER}",
         teacher_error=teacher_error,
         seeds=len(own),
         held_out=len(own),
@@ -193,31 +192,19 @@ def _errors(runs: Runs, table: StepTable, nodes: dict[int, list[Tensor]], seeds:
 def _check_teacher(runs: Runs, levels: OwnLevels, seed: int, samples: Tensor) -> float:
     """How far half the teacher's steps end from all of them, relative to the samples' root mean square. Raises
     ValueError where that is too far."""
-    fewer = runs.record(_made(runs, TEACHER, levels.grid(slice(None, None, 2))), seed).samples[-1]
-    size = samples.double().square().mean().sqrt().item()
-    error = errors(fewer, samples).mean().item() / max(size, 1e-12)
-    if not error <= TOLERANCE:
-        raise ValueError(
-            f"the teacher has not converged: {-(-len(levels) // 2)} and {len(levels)} steps of {TEACHER!r} end "
-            f"{error:.3g} of the samples' size apart, expected at most {TOLERANCE}: more teacher_steps may help, or "
-            "less guidance"
-        )
-    return error
+    fewer = runs.record(_made(runs, SAMPLER, levels.grid(slice(None, None, 2))), seed).samples[-1]
+    return converged(fewer, samples, len(levels), "more teacher_steps may help, or less guidance")
 
 
 def _notes(runs: Runs, call: dict[str, Any], report: Report) -> dict[str, Any]:
-    config, best = runs.scheduler.config, f"{report.best}: {report.best.error:.6f}"
+    config = runs.scheduler.config
     clip, threshold = clip_of(config) if "clip_sample" in config else (None, None)
-    made = f"fitted to {report.seeds} samples of {report.teacher}"
     return {
         "prediction": runs.prediction,
         "clip": clip if threshold is None else str(threshold),
         **({"guidance": call["guidance_scale"]} if "guidance_scale" in call else {}),
         "pipeline": f"{runs.name} with {type(runs.scheduler).__name__}",
-        "made": made if report.fitted else f"{report.best}: no fit is nearer",
-        "calls": report.calls,
-        "error": round(report.error, 6),
-        "best name": best,
+        **report.notes,
     }
 
 
