@@ -128,7 +128,9 @@ def test_launches(walk, name):
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_3m", "unipc", "deis", "lms", "sa_solver", "plms", "dpmpp_2m_cfg_pp"])
-@pytest.mark.parametrize("name", ["x0", "guidance", "cond_fn", "inpaint", "self_condition", "threshold", "rescale"])
+@pytest.mark.parametrize(
+    "name", ["x0", "guidance", "cond_fn", "inpaint", "self_condition", "learned", "threshold", "rescale"]
+)
 def test_history_costs_an_option_no_launch(walk, sampler, name):
     """Of rows that call the model; those that don't take one."""
     found = list(launches_of(walk(name, sampler=sampler), 6))
@@ -147,8 +149,7 @@ def test_history_costs_an_option_no_launch(walk, sampler, name):
     ids=str,
 )
 def test_python_frames(name, more, most):
-    """How many functions of Python run from one call of the model to the next, but for the model's and the callbacks'
-    own: measured 2 where the compiled module calls the model, else 8 to 12."""
+    """How many functions of Python run between two calls of the model, without the model's and the callbacks' own."""
     made, seen, calls = Options("cpu"), [], []
     options = made.find(name)
     gd = GaussianDiffusion(100, variance=options.pop("variance", "fixed_small"))
@@ -239,8 +240,7 @@ def test_models_see_two_buffers_in_turn(walk, device, name):
 
 def test_a_record_on_the_host_is_all_that_is_copied(device):
     """Each record is one copy. record="last" copies nothing."""
-    made = Options(device)
-    gd = GaussianDiffusion(100)
+    made, gd = Options(device), GaussianDiffusion(100)
     arguments = {"model": made.model, "shape": SHAPE, "steps": 20, "rng": Philox(1), "device": device}
     arguments["progress"] = False
     gd.p_sample_loop(**arguments, record="last")
