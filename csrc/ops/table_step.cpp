@@ -7,6 +7,7 @@
 #include "ops/table_step.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
 
@@ -36,6 +37,8 @@ struct TableStep {
   py::object seed_in_memory;  // (device) -> a seed as a tensor, or None
   py::object timesteps;       // (row, batch, device) -> what a model is called with for an int t
   py::object unwrap;          // (what a model returned) -> its tensor
+  py::object split_variance;  // (x_t, a model's output) -> the error for one that is not twice x_t's channels,
+  py::object split_batch;     // and for one that is not twice its batch
   int64_t batch = -1;         // of the last call with an int t,
   py::object by_row;          // and what models were called with for such a batch, by t
 };
@@ -49,14 +52,23 @@ struct Options {
   StepInputs inputs;
   std::optional<double> quantile, maximum;  // of x_start_scale
   std::optional<double> guidance, rescale;  // of output_scale
-  bool any = false;                         // whether the call has any besides its noise
+  // Of run: x_t twice, for a model that returns the unconditional output first, and then the other one; and whether
+  // rows read the variance that is the second half of the output's channels.
+  PyObject* doubled = nullptr;
+  std::optional<bool> learned;
+  bool any = false;  // whether the call has any besides its noise
 };
 
 void set(const Tensor*& option, const char* name, PyObject* value) {
   if (!THPVariable_Check(value)) Argument<Tensor>::of(name, value);  // raises
   option = &THPVariable_Unpack(value);
 }
+void set(PyObject*& option, const char* name, PyObject* value) {
+  Argument<Tensor>::of(name, value);  // raises
+  option = value;
+}
 void set(bool& option, const char* name, PyObject* value) { option = Argument<bool>::of(name, value); }
+void set(std::optional<bool>& option, const char* name, PyObject* value) { option = Argument<bool>::of(name, value); }
 void set(std::optional<double>& option, const char* name, PyObject* value) {
   option = Argument<double>::of(name, value);
 }
@@ -74,11 +86,15 @@ struct Keyword {
 #define DDPM_RESULT_KEYWORD(name, ...) DDPM_KEYWORD(name, inputs[Result::name])
 #define DDPM_FLAG_KEYWORD(name, ...) DDPM_KEYWORD(name, inputs.name)
 
+// The first of the keywords do not make a step one with options.
+constexpr Py_ssize_t kOfAnyStep = 3;
+
 const std::vector<Keyword>& keywords() {
-  static const std::vector<Keyword> all = {DDPM_INPUT_KEYWORD(noise) DDPM_STEP_INPUTS(
-      DDPM_INPUT_KEYWORD, DDPM_INPUT_KEYWORD, DDPM_FACTOR_KEYWORD, DDPM_FLAG_KEYWORD, DDPM_RESULT_KEYWORD)
-                                               DDPM_KEYWORD(quantile, quantile) DDPM_KEYWORD(maximum, maximum)
-                                                   DDPM_KEYWORD(guidance, guidance) DDPM_KEYWORD(rescale, rescale)};
+  static const std::vector<Keyword> all = {
+      DDPM_INPUT_KEYWORD(noise) DDPM_KEYWORD(doubled, doubled) DDPM_KEYWORD(learned, learned) DDPM_STEP_INPUTS(
+          DDPM_INPUT_KEYWORD, DDPM_INPUT_KEYWORD, DDPM_FACTOR_KEYWORD, DDPM_FLAG_KEYWORD, DDPM_RESULT_KEYWORD)
+          DDPM_KEYWORD(quantile, quantile) DDPM_KEYWORD(maximum, maximum) DDPM_KEYWORD(guidance, guidance)
+              DDPM_KEYWORD(rescale, rescale)};
   return all;
 }
 
@@ -99,7 +115,7 @@ Options read_options(PyObject* const* values, PyObject* names) {
     const Keyword& keyword = find_keyword(PyTuple_GET_ITEM(names, i));
     if (values[i] == Py_None) continue;
     keyword.set(options, values[i]);
-    options.any = options.any || &keyword != &keywords().front();
+    options.any = options.any || &keyword - keywords().data() >= kOfAnyStep;
   }
   return options;
 }
@@ -118,7 +134,7 @@ Rows rows_of(const TableStep& step, PyObject* t) {
 }
 
 // A new reference to the result, which is `out` itself unless that is None.
-PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t, PyObject* model_output,
+PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t, const OptionalTensor& m,
                     const Rows& rows, PyObject* out, Options& options) {
   StepInputs& given = options.inputs;
   NoiseSource source = step.source;
@@ -133,9 +149,8 @@ PyObject* take_step(const TableStep& step, PyObject* samples, const Tensor& x_t,
     }
     if (!source.rng.seed.has_value()) source.rng.seed_value = draw_seed();
   }
-  const bool with_options = options.any || model_output == Py_None;
+  const bool with_options = options.any || !m.has_value();
   OptionalTensor result = as_optional_tensor("out", out), output_scale, x_start_scale;
-  const OptionalTensor m = as_optional_tensor("model_output", model_output);
   {
     const fastcall::WithoutGil unlocked(!fastcall::is_brief(x_t));
     if (with_options) {
@@ -183,6 +198,44 @@ py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, c
   return made;
 }
 
+// whole.narrow(dim, from, size), past the dispatcher where that has nothing to do.
+Tensor part_of(const Tensor& whole, int64_t dim, int64_t from, int64_t size) {
+  if (!plain({{"model_output", whole}})) return whole.narrow(dim, from, size);
+  c10::DimVector sizes(whole.sizes());
+  sizes[dim] = size;
+  return at::native::as_strided_tensorimpl(whole, sizes, whole.strides(),
+                                           whole.storage_offset() + from * whole.stride(dim));
+}
+
+// The parts of what a model returned, which the inputs then point to, and the prediction.
+struct Parts {
+  Tensor prediction, unconditional, variance;
+};
+
+void split(const TableStep& step, const py::handle x_t, const Tensor& batch, Options& options, Parts& parts) {
+  if (options.doubled != nullptr) {
+    const int64_t half = batch.dim() == 0 ? 0 : batch.size(0);
+    if (parts.prediction.dim() == 0 || parts.prediction.size(0) != 2 * half) step.split_batch(x_t, parts.prediction);
+    parts.unconditional = part_of(parts.prediction, 0, 0, half);
+    parts.prediction = part_of(parts.prediction, 0, half, half);
+    options.inputs[Role::uncond_output] = &parts.unconditional;
+    options.any = true;
+  }
+  if (!options.learned.has_value()) return;
+  const int64_t channels = batch.dim() < 2 ? 0 : batch.size(1);
+  c10::DimVector expected(batch.sizes());
+  if (channels != 0) expected[1] *= 2;
+  for (Tensor* const part : {&parts.unconditional, &parts.prediction}) {
+    if (!part->defined()) continue;
+    if (channels == 0 || part->sizes() != expected) step.split_variance(x_t, *part);
+    if (part == &parts.prediction) parts.variance = part_of(*part, 1, channels, channels);
+    *part = part_of(*part, 1, 0, channels);
+  }
+  if (!*options.learned) return;
+  options.inputs[Role::model_variance] = &parts.variance;
+  options.any = true;
+}
+
 // check(x_t, row, index, out): raises what take would raise.
 PyObject* check(TableStep& step, PyObject* const* args, Options&) {
   const Tensor x_t = as_tensor("x_t", args[0]);
@@ -195,11 +248,14 @@ PyObject* check(TableStep& step, PyObject* const* args, Options&) {
 PyObject* take(TableStep& step, PyObject* const* args, Options& options) {
   const Tensor x_t = as_tensor("x_t", args[0]);
   const Rows rows{step.table, as_optional_tensor("t", args[2]), as_index("t", args[3])};
-  return take_step(step, args[0], x_t, args[1], rows, args[4], options);
+  TORCH_CHECK_TYPE(options.doubled == nullptr && !options.learned.has_value(),
+                   "TableStep: take has no doubled and no learned, which are run's");
+  return take_step(step, args[0], x_t, as_optional_tensor("model_output", args[1]), rows, args[4], options);
 }
 
-// run(model, x_t, t, out, timesteps, **options): the next samples by what model(x_t, timesteps) returns, all without
-// recording gradients. Wrong arguments are errors before the model is called. If timesteps is None, they follow from t.
+// run(model, x_t, t, out, timesteps, **options): the next samples by what model(x_t, timesteps) returns, or
+// model(doubled, timesteps), all without recording gradients. Wrong arguments are errors before the model is called. If
+// timesteps is None, they follow from t.
 PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
   const at::NoGradGuard no_grad;
   PyObject *const samples = args[1], *const t = args[2], *const out = args[3];
@@ -208,18 +264,22 @@ PyObject* run(TableStep& step, PyObject* const* args, Options& options) {
   eager::check_reverse_step(x_t, rows, step.source, as_optional_tensor("out", out));
   const py::object timesteps =
       args[4] == Py_None ? timesteps_of(step, samples, x_t, rows, t) : py::reinterpret_borrow<py::object>(args[4]);
-  PyObject* of_model[] = {nullptr, samples, timesteps.ptr()};
+  PyObject* of_model[] = {nullptr, options.doubled == nullptr ? samples : options.doubled, timesteps.ptr()};
   auto output = py::reinterpret_steal<py::object>(
       PyObject_Vectorcall(args[0], of_model + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   if (!output) throw py::error_already_set();
   c10::GradMode::set_enabled(false);  // a model may have switched them on
   if (!THPVariable_Check(output.ptr())) output = step.unwrap(output);
-  return take_step(step, samples, x_t, output.ptr(), rows, out, options);
+  Parts parts{as_tensor("model_output", output.ptr())};
+  if (options.doubled != nullptr || options.learned.has_value()) split(step, samples, x_t, options, parts);
+  return take_step(step, samples, x_t, parts.prediction, rows, out, options);
 }
 
 TableStep make(const Tensor& table, double clip_min, double clip_max, DDPM_SOURCE_PARAMETERS, bool fresh,
-               py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap) {
-  return {table, clip_min, clip_max, DDPM_SOURCE, fresh, split_t, seed_in_memory, timesteps, unwrap};
+               py::object split_t, py::object seed_in_memory, py::object timesteps, py::object unwrap,
+               py::object split_variance, py::object split_batch) {
+  return {table,          clip_min,  clip_max, DDPM_SOURCE,    fresh,      split_t,
+          seed_in_memory, timesteps, unwrap,   split_variance, split_batch};
 }
 
 using Method = PyObject*(TableStep&, PyObject* const*, Options&);

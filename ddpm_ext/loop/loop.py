@@ -55,7 +55,6 @@ class Loop:
         self._initial = InitialSamples(ops, model, shape, rows, options)
         rng = rng_of_many(options.rng, self._initial.device)
         x = self._initial.samples(rng, options.start, options.noise)
-        ops.TableStep(rows.device.get("steps", x.device, checks.compute_dtype(x.dtype)), rng=rng).check(x, None, 0)
         if options.graph:
             rng = rng_in_memory(rng, len(x), x.device)
             given = options.model_kwargs.items()
@@ -73,7 +72,8 @@ class Loop:
             self._row = torch.zeros(batch, dtype=torch.int64, device=x.device)
         else:
             # Every step's timesteps at once: the model gets one of these, and no step makes a tensor.
-            self._timesteps_at = self._timesteps[:, None].repeat(1, batch).unbind()
+            of_all = self._timesteps[:, None].expand(-1, batch)
+            self._timesteps_at = of_all.clone(memory_format=torch.contiguous_format).unbind()
 
     def __len__(self) -> int:
         """Steps."""
@@ -129,13 +129,16 @@ class Loop:
                 if "x0_out" in call.inputs:
                     copies.before_overwriting(call.inputs["x0_out"])
             if call.run is not None and self._graphs is None:  # which records no gradients
-                call.run(step.run_model, call.x, row, call.out, self._timesteps_at[row], **call.inputs)
+                call.run(step.run_model, call.x, row, call.out, self._timesteps_at[row], **call.run_inputs)
             else:
                 # Not around the loop: what runs between two steps is the caller's.
                 recording = torch.is_grad_enabled()
                 try:
                     torch._C._set_grad_enabled(False)  # as in process.reverse.p_sample
-                    self._take(call, row)
+                    if self._graphs is None:
+                        step.take(call, None, row, self._timesteps_at[row])
+                    else:
+                        self._take_captured(self._graphs, call)
                 finally:
                     torch._C._set_grad_enabled(recording)
             self._position = row + 1
@@ -155,16 +158,14 @@ class Loop:
         self._position = len(self)
         return self.x
 
-    def _take(self, call: StepCall, row: int) -> None:
-        if self._graphs is None:
-            return self._step.take(call, None, row, self._timesteps_at[row])
+    def _take_captured(self, graphs: CudaGraphs, call: StepCall) -> None:
         batch = len(call.x)
 
         def take() -> None:
             self._step.take(call, self._row[:batch], 0, self._timesteps.index_select(0, self._row))
             self._row.add_(1)
 
-        self._graphs.run(call, take, lambda: self._row.sub_(1))
+        graphs.run(call, take, lambda: self._row.sub_(1))
 
 
 def _steps(count: int, batch: int, progress: bool) -> Iterable[int]:

@@ -17,7 +17,7 @@ from ddpm_ext.loop.options import StepOptions
 from ddpm_ext.loop.rows import LoopRows
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.result_memory import empty_like
-from ddpm_ext.process.model_output import split_variance, unwrap
+from ddpm_ext.process.model_output import OF_TABLE_STEP, split_batch, split_variance, unwrap
 from ddpm_ext.tables.row_needs import RowNeeds
 
 HISTORY = ("history1", "history2", "history3")
@@ -35,6 +35,7 @@ class StepCall:
         last_x0, x0: the predicted clean samples before and after the step, where the loop has them.
         inputs: further arguments of the TableStep.
         run: takes the step in one call of the compiled module; None where Python has something to do in it.
+        run_inputs: its further arguments.
     """
 
     needs: RowNeeds
@@ -46,6 +47,7 @@ class StepCall:
     x0: Tensor | None
     inputs: dict[str, Any]
     run: Callable[..., Tensor] | None
+    run_inputs: dict[str, Any]
 
 
 def _twice(x: Tensor) -> Tensor:
@@ -80,20 +82,21 @@ class LoopStep:
             name: value[len(x) :] if options.doubled_kwargs and _has_rows(value, 2 * len(x)) else value
             for name, value in options.model_kwargs.items()
         }
-        self.run_model = partial(model, **self._kwargs) if self._kwargs else model
+        kwargs = options.model_kwargs if options.doubled else self._kwargs
+        self.run_model = partial(model, **kwargs) if kwargs else model
         tables, dtype = rows.device, checks.compute_dtype(x.dtype)
         if options.denoised_fn is not None:
             self._to_x0 = ops.TableStep(tables.get("x0", x.device, dtype), clip=None, add_noise=False)
             self._x_start = empty_like(x)
         # A row without noise takes the kernels without: they have less to find out, and hold fewer registers. A known
         # part of the samples has noise of its own.
-        steps, how = tables.get("steps", x.device, dtype), {"timesteps": tables.timestep, "unwrap": unwrap}
+        steps, how = tables.get("steps", x.device, dtype), {"timesteps": tables.timestep, "model_output": OF_TABLE_STEP}
         quiet = ops.TableStep(steps, clip=options.clip, add_noise=False, **how)
         noisy = ops.TableStep(steps, clip=options.clip, rng=rng, **how)
+        noisy.check(x, None, 0)
         # Python has to do with the model's output, or with what the model is called with.
         by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
-        in_python = any(each is not None for each in by_hand) or options.learned or options.doubled
-        self._direct = not (in_python or options.self_condition)
+        self._direct = not (any(each is not None for each in by_hand) or options.self_condition)
         self.calls = self._calls(rows, x, quiet, noisy)
 
     def _calls(self, rows: LoopRows, x: Tensor, quiet: Any, noisy: Any) -> list[StepCall]:
@@ -147,8 +150,17 @@ class LoopStep:
         guidance = self.options.guidance
         if needs.guided and guidance is not None and guidance.rescale > 0:
             inputs |= {"guidance": float(guidance.scale), "rescale": float(guidance.rescale)}
-        run = step.run if self._direct and needs.calls_model and not needs.guided else None
-        return StepCall(needs, step, x, samples[0], out, clean[0], clean[int(needs.calls_model)], inputs, run)
+        run = step.run if self._direct and needs.calls_model and needs.guided == doubled else None
+        run_inputs = dict(inputs)
+        if doubled:
+            run_inputs["doubled"] = samples[0]
+        if self.options.learned:
+            run_inputs["learned"] = self._variance is not None
+            if self._variance is not None:
+                run_inputs["log_variance"] = self._variance == "log"
+        return StepCall(
+            needs, step, x, samples[0], out, clean[0], clean[int(needs.calls_model)], inputs, run, run_inputs
+        )
 
     def take(self, call: StepCall, row: Tensor | None, index: int, t: Tensor) -> None:
         """One step, by Python.
@@ -194,13 +206,8 @@ class LoopStep:
         if guidance.unconditional is not None:
             m = self._output(call, call.x, t, self.model, self.options.model_kwargs)
             return m, self._output(call, call.x, t, guidance.unconditional, {})
-        both, batch = self._output(call, call.twice, t, self.model, self.options.model_kwargs), self._batch
-        if len(both) != 2 * batch:
-            raise ValueError(
-                f"the model's output has {len(both)} samples, expected {2 * batch}: guidance without a function for "
-                "the unconditional output gives it the batch twice"
-            )
-        return both[batch:], both[:batch]
+        both = self._output(call, call.twice, t, self.model, self.options.model_kwargs)
+        return split_batch(call.x, both)
 
     def _output(self, call: StepCall, x: Tensor, t: Tensor, model: Model, kwargs: Any) -> Tensor:
         last_x0 = (call.last_x0,) if self.options.self_condition else ()

@@ -6,7 +6,7 @@ tensor subclasses and modes. Compiled calls go through torch.ops.ddpm_ext.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,8 +88,9 @@ class TableStep(CalledTableStep):
 
     Args:
         table, clip, noise, rng, add_noise: reverse_step's.
-        timesteps: (row, batch, device) -> what a model is called with where t is an int. unwrap: (what a model
-            returned) -> its tensor. Both are for run.
+        timesteps: (row, batch, device) -> what a model is called with where t is an int.
+        model_output: functions of what a model returned, by name: unwrap gives its tensor, and split_variance and
+            split_batch raise the errors for one that cannot be split. It and timesteps are for run.
 
     Attributes:
         check: (x_t, row, index, out=None) raises what take would raise for these arguments, before a model is called;
@@ -100,8 +101,11 @@ class TableStep(CalledTableStep):
             for the output_scale, each computed in a launch before the step. With any input but noise no gradients are
             recorded.
         run: (model, x_t, t, out, timesteps=None, **inputs) -> the next samples. It makes all checks, calls
-            model(x_t, timesteps), and takes the step, without recording gradients; timesteps None: those of t. run is
-            None without the arguments timesteps and unwrap, and where torch.compile or torch.jit.trace records.
+            model(x_t, timesteps), and takes the step, without recording gradients; timesteps None: those of t. Further
+            inputs: `doubled`, x_t twice, (2 batch, ...), which the model gets in place of x_t, and returns the
+            unconditional output before the other one; `learned`, where the output has twice the channels: whether
+            their second half is the model_variance, or is left out. run is None without the arguments timesteps and
+            model_output, and where torch.compile or torch.jit.trace records.
     """
 
     operators = operators_by_name(reverse_step, step_with_options, output_scale, x_start_scale)
@@ -115,7 +119,7 @@ class TableStep(CalledTableStep):
         rng: Philox | None = None,
         add_noise: bool = True,
         timesteps: Callable[[int, int, torch.device], Tensor] | None = None,
-        unwrap: Callable[[Any], Tensor] | None = None,
+        model_output: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         super().__init__(table, clip=clip, noise=noise, rng=rng, add_noise=add_noise)
         ends = checks.clip_range(clip) or NO_CLIP
@@ -123,9 +127,10 @@ class TableStep(CalledTableStep):
         source = Philox(0) if fresh else rng  # each call has a fresh seed in place of this one
         arguments = noise_arguments(noise, source, False, STREAM_REVERSE, table.device)
         if not _registration.is_recorded():
-            step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, unwrap)
+            of_output = [(model_output or {}).get(name) for name in ("unwrap", "split_variance", "split_batch")]
+            step = C.TableStep(table, *ends, *arguments, fresh, split_t, seed_in_memory, timesteps, *of_output)
             self.check, self.take = step.check, step.take  # type: ignore[method-assign]
-            if timesteps is not None and unwrap is not None:
+            if timesteps is not None and model_output is not None:
                 self.run = step.run
 
 

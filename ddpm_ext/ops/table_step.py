@@ -34,7 +34,7 @@ class CalledTableStep:
         rng: Philox | None = None,
         add_noise: bool = True,
         timesteps: object = None,
-        unwrap: object = None,
+        model_output: object = None,
     ) -> None:
         checks.tensor("table", table)
         self._table = table

@@ -18,7 +18,7 @@ from ddpm_ext.base.types import Clip, Model
 from ddpm_ext.ops import fused, reference
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.ops.torch_library import is_recorded
-from ddpm_ext.process.model_output import unwrap
+from ddpm_ext.process.model_output import OF_TABLE_STEP, unwrap
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import timesteps_by
 from ddpm_ext.tables.on_device import KernelTables
@@ -211,8 +211,8 @@ class Process:
 
     def _make_reverse_step(self, x_t: Tensor, clip: Clip | None, noise: Tensor | None, rng: Philox | None) -> Any:
         calls: dict[str, Any] = {}
-        if not self.variance_entry.learned and self.schedule.timestep is None:
-            calls = {"timesteps": self.tables.timestep, "unwrap": unwrap}
+        if self.schedule.timestep is None:
+            calls = {"timesteps": self.tables.timestep, "model_output": OF_TABLE_STEP}
         return self.ops.TableStep(self.table("steps", "x_t", x_t), clip=clip, noise=noise, rng=rng, **calls)
 
     def extract(self, name: str, t: int | Tensor, x: Tensor) -> Tensor:

@@ -90,8 +90,10 @@ class ReverseMethods(Process):
         """
         clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
         step = self.reverse_step(x_t, clip, noise, rng)
+        variance = self.variance_entry
         if step.run is not None:
-            return step.run(model, x_t, t, out, None)
+            learned = {"learned": True, "log_variance": variance.logarithm} if variance.learned else {}
+            return step.run(model, x_t, t, out, None, **learned)
         recording = _is_grad_enabled()
         try:
             # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
@@ -99,7 +101,6 @@ class ReverseMethods(Process):
             row, index = checks.split_t(t)
             step.check(x_t, row, index, out)
             model_output = self.call_model(model, x_t, t)
-            variance = self.variance_entry
             if not variance.learned:
                 return step.take(x_t, model_output, row, index, out)
             model_output, returned = split_variance(x_t, model_output)

@@ -143,7 +143,7 @@ def test_history_costs_an_option_no_launch(walk, sampler, name):
     [
         *(("plain", {}, 6), ("ddim", {}, 6), ("x0", {"sampler": "ddim"}, 6), ("threshold", {}, 6)),
         *(("history", {}, 6), ("inpaint", {}, 6), ("inpaint", {"sampler": "unipc"}, 6)),
-        *(("guidance", {}, 15), ("guidance doubled", {}, 15), ("rescale", {}, 15), ("learned", {}, 15)),
+        *(("guidance doubled", {}, 6), ("learned", {}, 6), ("guidance", {}, 15), ("rescale", {}, 15)),
         *(("cond_fn", {}, 15), ("self_condition", {}, 15), ("denoised_fn", {}, 15), ("most", {}, 15)),
     ],
     ids=str,

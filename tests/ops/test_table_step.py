@@ -165,7 +165,8 @@ def run(device):
         asked.append((row, batch, device))
         return torch.full((batch,), 10 * row, device=device)
 
-    return ops.TableStep(TABLE.to(device), rng=Philox(2), timesteps=timesteps, unwrap=unwrap).run, asked
+    functions = {"timesteps": timesteps, "model_output": {"unwrap": unwrap}}
+    return ops.TableStep(TABLE.to(device), rng=Philox(2), **functions).run, asked
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -226,15 +227,14 @@ def test_run_refuses_before_it_calls_the_model(device, tensors, run):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"histories": torch.zeros(SHAPE)}, "unknown input histories, expected one of noise, uncond_"),
+        ({"histories": torch.zeros(SHAPE)}, "unknown input histories, expected one of noise, doubled, "),
         ({"history4": None}, "unknown input history4"),
         ({"history1": [0.0]}, "history1 is a list, expected a tensor"),
         ({"output_scale": 2.0}, "output_scale is a float, expected a tensor"),
-        ({"x0_out": "x"}, "x0_out is a str, expected a tensor"),
         ({"noise": 1}, "noise is a int, expected a tensor"),
         ({"log_variance": "yes"}, "log_variance is 'yes', expected a bool"),
         ({"quantile": "0.9"}, "quantile is '0.9', expected a float"),
-        ({"guidance": [2.0]}, r"guidance is \[2.0\], expected a float"),
+        ({"learned": True}, "take has no doubled and no learned"),
     ],
 )
 def test_wrong_keywords(device, tensors, inputs, message):
