@@ -191,7 +191,8 @@ py::object timesteps_of(TableStep& step, PyObject* samples, const Tensor& x_t, c
   if (step.batch != batch) step.by_row = py::dict(), step.batch = batch;
   const py::object by_row = step.by_row;  // another thread's call may put one for another batch in its place
   const py::int_ row(rows.t_index);
-  if (PyObject* const found = PyDict_GetItemWithError(by_row.ptr(), row.ptr()))
+  PyObject* const found = PyDict_GetItemWithError(by_row.ptr(), row.ptr());
+  if (found != nullptr && THPVariable_Unpack(found)._version() == 0)  // a model may have written to it
     return py::reinterpret_borrow<py::object>(found);
   const py::object made = step.timesteps(row, batch, py::handle(samples).attr("device"));
   if (THPVariable_CheckExact(made.ptr()) && plain({{"t", THPVariable_Unpack(made.ptr())}})) by_row[row] = made;

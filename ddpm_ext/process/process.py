@@ -226,7 +226,7 @@ class Process:
         return picked.reshape(len(x), *[1] * (x.dim() - 1))
 
     def call_model(self, model: Model, x: Tensor, t: int | Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The model's output; an int t is passed as a view of a table, which costs no launch."""
+        """The model's output; an int t is passed as a tensor that is kept, which costs no launch."""
         if not isinstance(t, Tensor):
             t = self.tables.timestep(t, x.size(0), x.device)
         elif self.schedule.timestep is not None:

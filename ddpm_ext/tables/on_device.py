@@ -78,13 +78,15 @@ class KernelTables(DeviceTables):
         return self.get("timesteps", device, self._timestep_dtype)
 
     def timestep(self, row: int, batch: int, device: torch.device) -> Tensor:
-        """The timestep of a row for each sample, (batch,): a view of the table, which is kept for the next call."""
+        """The timestep of a row for each sample, (batch,), which is kept for the next call, unless somebody wrote to
+        it."""
         if torch.compiler.is_compiling():
             return self._timestep(row, batch, device)
         views = self._views.get((batch, device)) or self._views.get_or_make((batch, device), dict)
         view = views.get(row)
-        if view is None:
-            view = self._timestep(row, batch, device)
+        if view is None or view._version:
+            with torch.inference_mode(False):
+                view = self._timestep(row, batch, device)
             if is_plain(view):
                 views[row] = view
         return view
@@ -93,4 +95,4 @@ class KernelTables(DeviceTables):
         timesteps = self.timesteps(device)
         if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
-        return timesteps[row].expand(batch)
+        return timesteps[row].clone().expand(batch)  # no view of the table, which a model could write to
