@@ -11,6 +11,7 @@ from ddpm_ext.loop.loop import Loop
 from ddpm_ext.loop.notes import check_notes
 from ddpm_ext.loop.options import LoopOptions, StepOptions
 from ddpm_ext.loop.rows import LoopRows, LoopRowsCache, kept_loop_rows
+from ddpm_ext.ops.noise import is_differentiated
 from ddpm_ext.process.process import Process
 
 
@@ -41,6 +42,11 @@ def make_plan(
         raise TypeError(f"model is {model!r}, expected a function")
     if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise NotImplementedError("a sampling loop: torch.jit.trace cannot record it, expected single steps (p_sample)")
+    if not torch.compiler.is_compiling() and is_differentiated():
+        raise NotImplementedError(
+            "a sampling loop: torch.func takes a derivative, expected none, or single steps (p_sample) with "
+            "backend='reference'"
+        )
     rows = kept_loop_rows(cache, process, options)
     check_notes(process, options)
     reads_uncond = any(kind.guided for kind in rows.needs)

@@ -158,10 +158,20 @@ def random_seed() -> int:
     return C.draw_seed() % 2**64
 
 
-def in_vmap() -> bool:
-    """Whether a torch.func.vmap is at work, also around another transform."""
+def in_transform(*kinds: TransformType) -> bool:
+    """Whether a torch.func transform of these kinds is at work, also around another one."""
     stack = get_interpreter_stack()
-    return stack is not None and any(interpreter.key() == TransformType.Vmap for interpreter in stack)
+    return stack is not None and any(interpreter.key() in kinds for interpreter in stack)
+
+
+def in_vmap() -> bool:
+    """Whether a torch.func.vmap is at work."""
+    return in_transform(TransformType.Vmap)
+
+
+def is_differentiated() -> bool:
+    """Whether torch.func takes a derivative, by grad, vjp, jvp and what is made of these."""
+    return in_transform(TransformType.Grad, TransformType.Jvp)
 
 
 def _seed_of_torch() -> Tensor:

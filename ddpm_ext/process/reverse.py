@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ddpm_ext.base import checks
 from ddpm_ext.base.types import Clip, Model
-from ddpm_ext.ops.noise import Philox
+from ddpm_ext.ops.noise import Philox, is_differentiated
+from ddpm_ext.ops.torch_library import is_recorded
 from ddpm_ext.process.clip import as_fixed_clip
 from ddpm_ext.process.model_output import split_variance
 from ddpm_ext.process.process import Process
 
+_transforms = torch._C._functorch.peek_interpreter_stack
 _is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 
 # As ops.step_with_options's standard deviation, which is in [e^-87, e^88], or is the root of a variance in this range.
@@ -78,10 +80,11 @@ class ReverseMethods(Process):
             out: as x_t: where the result is written; it may be x_t.
 
         Returns:
-            x_{t-1}, as x_t, without gradients; at t = 0 no noise is added.
+            x_{t-1}, as x_t, without gradients, but for torch.func's by backend="reference"; at t = 0 no noise is added.
 
         Raises:
             TypeError, ValueError: an argument of another type, shape, dtype or device, or out of range.
+            NotImplementedError: torch.func takes a derivative through a fused step.
 
         Examples:
             >>> gd, x = GaussianDiffusion(1000), x_t
@@ -91,13 +94,16 @@ class ReverseMethods(Process):
         clip = (-1.0, 1.0) if clip_denoised is True else as_fixed_clip(clip_denoised)
         step = self.reverse_step(x_t, clip, noise, rng)
         variance = self.variance_entry
-        if step.run is not None:
+        if step.run is not None and _transforms() is None:
             learned = {"learned": True, "log_variance": variance.logarithm} if variance.learned else {}
             return step.run(model, x_t, t, out, None, **learned)
+        differentiated = not is_recorded() and is_differentiated()
+        if differentiated and self.backend == "fused":
+            raise NotImplementedError("p_sample: torch.func takes a derivative, expected none, or backend='reference'")
         recording = _is_grad_enabled()
         try:
             # Not torch.no_grad(), whose Python can be interrupted before it restores the mode.
-            _set_grad_enabled(False)
+            _set_grad_enabled(differentiated and recording)
             row, index = checks.split_t(t)
             step.check(x_t, row, index, out)
             model_output = self.call_model(model, x_t, t)

@@ -53,6 +53,23 @@ def test_forward_mode_is_refused_and_not_zero(device):
             function(torch.autograd.forward_ad.make_dual(x, x))
 
 
+def test_torch_func_gets_the_references_derivative_of_a_step_and_none_of_others(device):
+    x = torch.full((2, 3), 0.1, dtype=torch.float64, device=device)
+    fused, reference = (GaussianDiffusion(50, backend=backend) for backend in ("fused", "reference"))
+
+    def step(gd, x):
+        return gd.p_sample(lambda x, t: 0.5 * x, x, 3, noise=torch.zeros_like(x)).sum()
+
+    slope = torch.func.grad(lambda x: step(reference, x))(x)
+    assert torch.allclose(slope.sum(), (step(reference, x + 0.01) - step(reference, x)) / 0.01)
+    loop = {"steps": 2, "record": "last", "progress": False}
+    for gd in (fused, reference):
+        with pytest.raises(NotImplementedError, match=r"a sampling loop: torch\.func takes a derivative"):
+            torch.func.grad(lambda x, gd=gd: gd.p_sample_loop(lambda x, t: x, (2, 3), noise=x, **loop).sum())(x.float())
+    with pytest.raises(NotImplementedError, match=r"p_sample: torch\.func takes a derivative"):
+        torch.func.grad(lambda x: step(fused, x))(x.float())
+
+
 def test_out_in_the_memory_of_t_is_refused(device):
     memory = torch.zeros(64, dtype=torch.int64, device=device)
     x = torch.full((40,), 1e30, device=device)
