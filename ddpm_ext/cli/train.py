@@ -46,10 +46,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         _, found = run_options.find(Path(options.out))
         given = _given(options.arguments, names)
+        _check_repeated(Path(options.out), found["options"], given)
         chosen = training.with_defaults_of(found["options"], given)
         change = [name for name in given if options.change and name in CHANGEABLE]
         arguments.check_device(chosen.device)
-    if chosen.score_every and os.getcwd() not in sys.path:
+    if chosen.score_every and chosen.features != training.TrainOptions.features and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the module of --features may lie
     result = training.train(
         chosen,
@@ -65,6 +66,19 @@ def run(options: argparse.Namespace) -> None:
             f"{result.folder}: final loss {result.final_loss:.4f}, {result.parameters:,} parameters, "
             f"{result.seconds:.0f} s"
         )
+
+
+def _check_repeated(folder: Path, of_run: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises ValueError where an option of the run imports code or sends data away, and is not given again: the folder
+    may be a stranger's."""
+    for name in ("features", "wandb", "push_to_hub"):
+        value = of_run.get(name)
+        if name not in given and value is not None and value != getattr(training.TrainOptions, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"resume: the run in {folder} has {option} {value}, which imports code or sends data, expected "
+                f"{option} again on the command line"
+            )
 
 
 def _given(line: list[str], names: set[str]) -> dict[str, Any]:

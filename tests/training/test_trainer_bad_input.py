@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from unittest.mock import Mock
@@ -14,12 +15,24 @@ import numpy as np
 import pytest
 import torch
 from support import trainer_run
+from support.command_line import check_refused
 from support.refused import refused
 from support.trainer_run import Squares, Tiny, make
 
 from ddpm_ext import GaussianDiffusion
 from ddpm_ext.training import Trainer, batches, checkpoints, log
 from ddpm_ext.training.step import TrainingStep
+
+
+@pytest.mark.parametrize("option", ["features evil:f", "wandb theirs", "push-to-hub they/model"])
+def test_a_folder_alone_imports_no_code_and_sends_nothing(tmp_path, monkeypatch, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("raise RuntimeError('imported')")
+    name, value = option.split()
+    given = {name.replace("-", "_"): value, "score_every": 1}
+    (tmp_path / "options.json").write_text(json.dumps({"step": 0, "options": given, "about": {}}))
+    check_refused(capsys, f"expected --{name} again on the command line", "train", "--resume", "--out", ".")
+    assert "evil" not in sys.modules and str(tmp_path) not in sys.path
 
 
 class Items:
