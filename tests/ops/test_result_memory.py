@@ -24,6 +24,13 @@ MIB = 2**20
 ONE_MIB = (4, 1, 256, 256)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_older_objects():
+    gc.freeze()  # a collection of all that a process of many tests holds takes a second
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def empty_pool():
     gc.collect()
