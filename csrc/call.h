@@ -66,6 +66,7 @@ struct PerSample {
 // A call of the step with options. Rows are StepRow.
 struct StepCall : Call {
   TensorArg inputs[kRoles], results[kResults];
+  TensorArg input_again;  // the second half of a model_input that has twice the batch
   PerSample factors[kFactors];
   Variance variance = Variance::of_row;
 

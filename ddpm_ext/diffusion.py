@@ -137,6 +137,8 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             compile: whether to compile the model by torch.compile; or the mode to compile it with.
             autocast: float16 or bfloat16, to which torch.autocast lowers the model's arithmetic; the steps' stays
                 float32.
+            input_dtype: float16 or bfloat16, in which the model gets the samples, where its parameters have that dtype;
+                the steps' stay float32, and write both. cond_fn and self-conditioning have those of the steps.
             graph: True or "step": one step, with the model, is captured in a CUDA graph and replayed; "loop": all steps
                 are one graph. Where that is impossible, a warning says why, and the loop runs without.
 

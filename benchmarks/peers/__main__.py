@@ -9,33 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu.conftest import machine
 from benchmarks.overview.steps import medians
 from benchmarks.peers.cases import Case, cases
+from benchmarks.peers.pipelines import Count, table
 from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
 
 ROUNDS = 15  # how often each way is timed
-
-
-class Count(TorchDispatchMode):
-    """Counts operators that write more than one number, each a launch on a GPU; and values that the host reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = self.reads = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        name = function._schema.name
-        if name in ("aten::_local_scalar_dense", "aten::nonzero"):
-            self.reads += 1
-        elif not function.is_view and not name.startswith(("aten::empty", "aten::detach", "aten::lift_fresh")):
-            written = [x for x in (result if isinstance(result, tuple | list) else [result, *args])]
-            self.launches += any(isinstance(x, torch.Tensor) and x.numel() > 1 for x in written)
-        return result
 
 
 def counted(run: Callable[[], Any], steps: int) -> tuple[float, float]:
@@ -98,6 +80,15 @@ def main() -> None:
         for case in (case for case in measured if shape in case.shapes):
             lines.append(row(case, shape))
             print(lines[-1], flush=True)
+    lines += [
+        "",
+        "Launches and reads from one call of the model to the next, by the pipeline's own code and the scheduler;",
+        "small models of random weights on a CPU, where a read of what a GPU's host has itself counts, too.",
+        "",
+    ]
+    for line in table():
+        lines.append(line)
+        print(line, flush=True)
     if path:
         write_text(Path(path), "\n".join([*lines, ""]))
 

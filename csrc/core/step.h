@@ -14,7 +14,7 @@ namespace ddpm_ext {
 // A row as it lies in memory: float32 (rows, kRowWidth). The plain step reads its first seven numbers.
 struct alignas(16) StepRow {
   DDPM_STEP_ROW(DDPM_ROW_NUMBER, DDPM_ROW_BITS)
-  float unused[3];
+  float unused[2];
 };
 
 constexpr const char* kRowNames[] = {DDPM_STEP_ROW(DDPM_QUOTED, DDPM_QUOTED)};

@@ -6,6 +6,7 @@
 // - `output_scale` multiplies the guided output m.
 // - `x_start` is used in place of a x + b m, and `x_start_scale` multiplies either before the clip.
 // - `known` and `mask`: prev becomes mask (signal_after known + noise_after z) + (1 - mask) prev.
+// - `model_input` becomes c_in prev.
 // The term of a tensor that the call does not have is left out.
 #pragma once
 
@@ -118,8 +119,8 @@ DDPM_HD void take_step(const StepRow& row, const StepSample& sample, Io& io, boo
     add_values(row.k0, x0, kept);
     DDPM_EACH io.template store<Result::history_out>(i, kept[i]);
   }
-  if (io.has(Result::out_copy)) {
-    DDPM_EACH io.template store<Result::out_copy>(i, prev[i]);
+  if (io.has(Result::model_input)) {
+    DDPM_EACH io.template store<Result::model_input>(i, F(row.c_in) * prev[i]);
   }
   DDPM_EACH io.template store<Result::out>(i, prev[i]);
 #undef DDPM_EACH

@@ -38,7 +38,8 @@ using RunKernel = void (*)(const Run&);
 
 // A run of the step with options. Its row is StepRow.
 struct StepRun : NoisyRun {
-  void *inputs[kRoles], *results[kResults];  // null: the call does not have it
+  void *inputs[kRoles], *results[kResults], *input_again;  // null: the call does not have it
+  DType input_dtype;                                       // of model_input
   StepSample sample;
 };
 

@@ -38,6 +38,7 @@ void step_with_options(const StepCall& call) {
       run.sample.factors[i] = values.data == nullptr ? 1.0f : values.data[b * values.stride];
     }
     run.sample.variance = call.variance;
+    run.input_dtype = call[Result::model_input].dtype;
   };
   for_each_sample<StepRow, StepRun>(call, choose, fill);
 }

@@ -32,10 +32,11 @@ inline std::array<Part, 4> parts_of(const ElementwiseCall& call, Run& run) {
            {&call.out, &run.out, true}}};
 }
 
-inline std::array<Part, kRoles + kResults> parts_of(const StepCall& call, StepRun& run) {
-  std::array<Part, kRoles + kResults> parts;
+inline std::array<Part, kRoles + kResults + 1> parts_of(const StepCall& call, StepRun& run) {
+  std::array<Part, kRoles + kResults + 1> parts;
   for (int i = 0; i < kRoles; ++i) parts[i] = {&call.inputs[i], &run.inputs[i], false};
   for (int i = 0; i < kResults; ++i) parts[kRoles + i] = {&call.results[i], &run.results[i], true};
+  parts[kRoles + kResults] = {&call.input_again, &run.input_again, true};
   return parts;
 }
 

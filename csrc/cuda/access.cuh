@@ -46,6 +46,7 @@ inline Access choose_access(const StepCall& call) {
   for (const PerSample& factor : call.factors) vector = vector && factor.stride < int64_t{1} << 32;
   for (const TensorArg& tensor : call.inputs) vector = vector && in_vectors(tensor, call.batch);
   for (const TensorArg& tensor : call.results) vector = vector && in_vectors(tensor, call.batch);
+  vector = vector && in_vectors(call.input_again, call.batch);
   return vector ? Access::vector : Access::strided;
 }
 
@@ -66,6 +67,7 @@ inline bool in_words(const StepCall& call) {
   for (const PerSample& factor : call.factors) words = words && factor.stride < k32;
   for (const TensorArg& tensor : call.inputs) add(tensor);
   for (const TensorArg& tensor : call.results) add(tensor);
+  add(call.input_again);
   return words;
 }
 

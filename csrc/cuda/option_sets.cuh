@@ -29,14 +29,16 @@ struct AnyOptions {
   // says that there is none.
   static constexpr int kBlocks = 2, kWordBlocks = 0;
   static constexpr bool kEight = false;  // whether a thread takes eight elements of 16 bits at once, or four
+  // Whether model_input may have any dtype and twice the batch. If not, it is as the samples.
+  static constexpr bool kAnyInput = true;
 };
 
-// Classifier-free guidance. A loop that calls its model once for both halves has the copy.
+// Classifier-free guidance. A loop that calls its model once for both halves has the model's next input.
 struct Guided : AnyOptions {
   static constexpr uint32_t kMust = kAlways | set_of(Role::uncond_output);
-  static constexpr uint32_t kMay = kMust | set_of(Result::out_copy, Factor::output_scale);
+  static constexpr uint32_t kMay = kMust | set_of(Result::model_input, Factor::output_scale);
   static constexpr int kBlocks = 4, kWordBlocks = 4;
-  static constexpr bool kEight = true;
+  static constexpr bool kEight = true, kAnyInput = false;
 };
 
 // The predicted clean sample as a result or as what the step keeps, and what the step before kept.
@@ -50,8 +52,9 @@ struct WithX0 : AnyOptions {
 // Both, and the predicted clean sample off alignment.
 struct GuidedWithX0 : AnyOptions {
   static constexpr uint32_t kMust = kAlways;
-  static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::out_copy);
+  static constexpr uint32_t kMay = WithX0::kMay | set_of(Role::uncond_output, Result::model_input);
   static constexpr int kBlocks = 4, kWordBlocks = 3;
+  static constexpr bool kAnyInput = false;
 };
 
 // What a loop without guidance has: the model's output, and history.
@@ -60,6 +63,13 @@ struct WithHistory : AnyOptions {
   static constexpr uint32_t kMay = kMust | set_of(Role::history1, Role::history2, Role::history3, Result::history_out);
   static constexpr int kBlocks = 3, kWordBlocks = 3;
   static constexpr bool kEight = true;
+};
+
+// The model's next input in its dtype, beside what a step of a loop or of other libraries' schedulers has.
+struct NextInput : AnyOptions {
+  static constexpr uint32_t kMust = kAlways | set_of(Result::model_input);
+  static constexpr uint32_t kMay = GuidedWithX0::kMay | WithHistory::kMay | set_of(Role::noise);
+  static constexpr int kBlocks = 3;
 };
 
 // A variance that the model returns. It is behind the output, so samples off alignment begin elsewhere in both halves
@@ -88,7 +98,9 @@ bool fits(const StepCall& call) {
     if (call.results[i].data != nullptr) given |= bit(static_cast<Result>(i));
   for (int i = 0; i < kFactors; ++i)
     if (call.factors[i].data != nullptr) given |= bit(static_cast<Factor>(i));
-  return (Options::kMust & ~given) == 0 && (given & ~Options::kMay) == 0;
+  const bool like_x = call.input_again.data == nullptr && (call[Result::model_input].data == nullptr ||
+                                                           call[Result::model_input].dtype == call[Role::x_t].dtype);
+  return (Options::kMust & ~given) == 0 && (given & ~Options::kMay) == 0 && (Options::kAnyInput || like_x);
 }
 
 }  // namespace ddpm_ext::cuda

@@ -21,6 +21,19 @@ namespace {
 template <Access kAccess, class Options, class X>
 constexpr int kStepItems = kAccess == Access::vector && Options::kEight && sizeof(X) == 2 ? 8 : 4;
 
+// Calls store(value) with a value of the dtype of model_input, which may be another than the samples' and the output's.
+template <class Store>
+__device__ __forceinline__ void by_input_dtype(const StepCall& call, Store store) {
+  switch (call[Result::model_input].dtype) {
+    case DType::float32:
+      return store(float());
+    case DType::float16:
+      return store(__half());
+    case DType::bfloat16:
+      return store(__nv_bfloat16());
+  }
+}
+
 // kItems elements of a step's tensors, moved 128 or 64 bits at a time. take_step takes four of them. All loads are
 // issued before the first value is used.
 template <class Options, class X, class M, int kItems, class Index>
@@ -42,17 +55,19 @@ class VectorTensors {
   __device__ __forceinline__ F2 load(int i) const {
     return widen(get<kRole>().pairs[first + i]);
   }
-  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then. `out_copy`
-  // goes with `out`, from the same registers.
+  // Writes a result to memory as soon as its last elements are here. All inputs have been loaded by then.
   template <Result kResult>
   __device__ __forceinline__ void store(int i, F2 value) {
-    if constexpr (kResult == Result::out_copy) return;
-    Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
-    narrow(value, result.pairs[first + i]);
-    if (first + i + 1 < kItems / 2) return;
-    const auto write = [&](const TensorArg& to) { result.store(static_cast<X*>(to.data) + offset(to)); };
-    if (kResult == Result::out && has(Result::out_copy)) write(call_[Result::out_copy]);
-    write(call_[kResult]);
+    if constexpr (kResult == Result::model_input && Options::kAnyInput) {
+      input_[i] = value;
+      if (i == 1) by_input_dtype(call_, [&](auto of) { store_input<decltype(of)>(); });
+    } else {
+      Vector<X, kItems>& result = results_[static_cast<int>(kResult)];
+      narrow(value, result.pairs[first + i]);
+      if (first + i + 1 < kItems / 2) return;
+      const TensorArg& to = call_[kResult];
+      result.store(static_cast<X*>(to.data) + offset(to));
+    }
   }
 
   int first = 0;  // the first pair of the four elements that load and store mean
@@ -69,6 +84,18 @@ class VectorTensors {
 
   __device__ __forceinline__ int64_t offset(const TensorArg& tensor) const {
     return sample_start(tensor.batch_stride, b_) + j_;
+  }
+
+  // Four elements at a time, since their dtype is known only here.
+  template <class T>
+  __device__ __forceinline__ void store_input() const {
+    Vector<T, 4> four;
+    DDPM_UNROLL
+    for (int i = 0; i < 2; ++i) narrow(input_[i], four.pairs[i]);
+    const TensorArg &to = call_[Result::model_input], &again = call_.input_again;
+    const int64_t place = offset(to) + 2 * first;
+    four.store(static_cast<T*>(to.data) + place);
+    if (again.data != nullptr) four.store(static_cast<T*>(again.data) + place);
   }
 
   template <int... kEach>
@@ -92,6 +119,7 @@ class VectorTensors {
   Vector<M, kItems> of_model_[kRoles - kLikeX];
   // Set, or ptxas would keep the registers that a branch writes to through the whole loop.
   Vector<X, kItems> results_[kResults] = {};
+  F2 input_[2] = {F2(0.0f), F2(0.0f)};
 };
 
 // One element of a step's tensors, by any strides or in the rest of a sample beyond its whole vectors. It is the first
@@ -122,7 +150,17 @@ class ElementTensors {
   }
   template <Result kResult>
   __device__ __forceinline__ void store(int, F2 value) const {
-    static_cast<X*>(call_[kResult].data)[results_[static_cast<int>(kResult)]] = from_float<X>(value.v.x);
+    const int64_t place = results_[static_cast<int>(kResult)];
+    if constexpr (kResult == Result::model_input && Options::kAnyInput) {
+      by_input_dtype(call_, [&](auto of) {
+        using T = decltype(of);
+        static_cast<T*>(call_[kResult].data)[place] = from_float<T>(value.v.x);
+        if (call_.input_again.data != nullptr)
+          static_cast<T*>(call_.input_again.data)[place] = from_float<T>(value.v.x);
+      });
+    } else {
+      static_cast<X*>(call_[kResult].data)[place] = from_float<X>(value.v.x);
+    }
   }
 
  private:
@@ -267,7 +305,7 @@ void launch_first(const StepCall& call, cudaStream_t stream) {
 
 void step_with_options(const StepCall& call, int device) {
   on_device(device, [&](cudaStream_t stream) {
-    launch_first<Guided, WithX0, GuidedWithX0, WithHistory, LearnedVariance>(call, stream);
+    launch_first<Guided, WithX0, GuidedWithX0, WithHistory, NextInput, LearnedVariance>(call, stream);
   });
 }
 

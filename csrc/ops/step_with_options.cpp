@@ -32,6 +32,20 @@ void check_pair(const StepInputs& given, Role one, Role other) {
               kRoleNames[static_cast<int>(other)], ", expected both");
 }
 
+// A model_input has the sample's shape or twice its batch, and any dtype.
+void check_model_input(StepCall& call, const Tensor* given, const Tensor& x_t) {
+  if (given == nullptr) return;
+  const char* name = "model_input";
+  const int64_t batch = x_t.size(0);
+  call[Result::model_input].dtype = dtype_of(op, name, given->scalar_type());
+  CHECK_VALUE(given->layout() == at::kStrided, name, " has layout ", given->layout(), ", expected strided");
+  CHECK_VALUE(given->dim() == x_t.dim() && given->sizes().slice(1) == x_t.sizes().slice(1) &&
+                  (given->size(0) == batch || given->size(0) == 2 * batch),
+              name, " has shape ", given->sizes(), ", expected that of x_t, ", x_t.sizes(), ", or twice the batch");
+  CHECK_VALUE(given->device() == x_t.device(), name, " is on ", given->device(), ", expected x_t's device, ",
+              x_t.device());
+}
+
 // Checks that each result has memory of its own. It may share memory only with a tensor that it is computed from
 // element by element, and then at the same places.
 void check_results(const StepInputs& given, const Rows& rows, const Rng& rng) {
@@ -91,8 +105,9 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   for (int i = static_cast<int>(Role::noise) + 1; i < kLikeX; ++i)
     if (given.inputs[i] != nullptr) call.inputs[i].dtype = check_same(op, kRoleNames[i], *given.inputs[i], "x_t", x_t);
   for (int i = 1; i < kResults; ++i)
-    if (given.results[i] != nullptr)
+    if (given.results[i] != nullptr && static_cast<Result>(i) != Result::model_input)
       call.results[i].dtype = check_same(op, kResultNames[i], *given.results[i], "x_t", x_t);
+  check_model_input(call, given[Result::model_input], x_t);
   for (int i = 0; i < kFactors; ++i)
     set_per_sample(op, kFactorNames[i], call.factors[i], given.factors[i], call, x_t.device());
   check_results(given, rows, source.rng);
@@ -102,6 +117,12 @@ void step_with_options(StepInputs given, const Rows& rows, double clip_min, doub
   for (int i = 0; i < kRoles; ++i) bound[count++] = {given.inputs[i], &call.inputs[i]};
   for (int i = 1; i < kResults; ++i) bound[count++] = {given.results[i], &call.results[i]};
   bind(op, call, bound, out, call[Result::out]);
+  const Tensor* const input = given[Result::model_input];
+  if (input != nullptr && input->size(0) > call.batch) {
+    call.input_again = call[Result::model_input];
+    call.input_again.data =
+        static_cast<char*>(call.input_again.data) + call.batch * call.input_again.batch_stride * input->element_size();
+  }
 
   if (is_plain(call)) {
     ElementwiseCall plain;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,11 @@ class RowStepper:
     Attributes:
         table, clip, threshold: the arguments.
         needs: what each row needs.
+        scales: what a traced scheduler multiplies the model's inputs by; False where it does something else; None until
+            somebody asks.
     """
+
+    scales: Any = None
 
     def __init__(
         self,
@@ -58,6 +63,15 @@ class RowStepper:
     def __getstate__(self) -> dict[str, Any]:
         """Without steps for devices that may not be there when they are unpickled."""
         return {**self.__dict__, "_quiet_steps": {}}
+
+    def for_inputs(self, c_in: Tensor) -> RowStepper:
+        """The same rows, which can also write the model's next input, by `model_input`: c_in[i] times row i's sample.
+
+        c_in: float64 (rows,).
+        """
+        made = copy.copy(self)
+        made._tables = self._tables.for_inputs(c_in)  # noqa: SLF001 (of this class)
+        return made
 
     def take(
         self,

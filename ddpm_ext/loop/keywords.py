@@ -46,6 +46,7 @@ class CaptureKeywords(TypedDict, total=False):
     dtype: torch.dtype
     compile: bool | str
     autocast: torch.dtype | None
+    input_dtype: torch.dtype | None
 
 
 class ProgressiveKeywords(CaptureKeywords, total=False):

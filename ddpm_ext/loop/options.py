@@ -54,6 +54,7 @@ class LoopOptions:
     dtype: torch.dtype = torch.float32
     compile: bool | str = False
     autocast: torch.dtype | None = None
+    input_dtype: torch.dtype | None = None
     graph: bool | str = False
     clip: Clip | None = field(init=False)
     threshold: DynamicThreshold | None = field(init=False)
@@ -73,6 +74,10 @@ class LoopOptions:
             raise TypeError(f"model_kwargs is a {type(self.model_kwargs).__name__}, expected a dict")
         if self.autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast is {self.autocast!r}, expected torch.float16, torch.bfloat16 or None")
+        lower = (torch.float16, torch.bfloat16) if self.dtype is torch.float32 else ()
+        if self.input_dtype not in (None, self.dtype, *lower):
+            expected = ", ".join(map(str, (self.dtype, *lower)))
+            raise ValueError(f"input_dtype is {self.input_dtype!r}, expected None or one of {expected}")
         if self.graph not in (False, True, "step", "loop"):
             raise ValueError(f"graph is {self.graph!r}, expected False, True, 'step' or 'loop'")
         if self.graph and self.compile in ("reduce-overhead", "max-autotune"):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class StepCall:
     Attributes:
         needs: of the rows.
         step: the TableStep that takes them, with or without noise.
-        x: the samples. twice: x and x again behind it, where the model gets the batch twice; elsewhere x.
+        x: the samples.
+        once, twice: what the model is called with: the samples, and where it gets the batch twice the samples and again
+            the samples behind them; elsewhere once. They have the dtype that the model asks for.
         out: the next samples.
         last_x0, x0: the predicted clean samples before and after the step, where the loop has them.
         inputs: further arguments of the TableStep.
@@ -41,6 +43,7 @@ class StepCall:
     needs: RowNeeds
     step: Any
     x: Tensor
+    once: Tensor
     twice: Tensor
     out: Tensor
     last_x0: Tensor | None
@@ -50,11 +53,41 @@ class StepCall:
     run_inputs: dict[str, Any]
 
 
-def _twice(x: Tensor) -> Tensor:
-    """x, and x again behind it: (2 batch, ...), in memory of the pool, which torch.cat does not have."""
-    both = empty_like(x.expand(2, *x.shape))
-    both.copy_(x)
-    return both.flatten(0, 1)
+class _Buffers(NamedTuple):
+    """The samples, and what the model is called with at them, as StepCall has them.
+
+    They are one memory where the model gets the samples themselves. For a batch that it gets twice, the second half
+    alone, `again`, is written beside x.
+    """
+
+    x: Tensor
+    once: Tensor
+    twice: Tensor
+    again: Tensor | None
+
+    @classmethod
+    def like(cls, x: Tensor, doubled: bool, dtype: torch.dtype) -> _Buffers:
+        batch = len(x)
+        whole = x.expand(2, *x.shape) if doubled else x[None]
+        # In memory of the pool, which torch.cat does not have
+        twice = (empty_like(whole) if dtype is x.dtype else torch.empty_like(whole, dtype=dtype)).flatten(0, 1)
+        once = twice[:batch] if doubled else twice
+        if dtype is x.dtype:
+            return cls(once, once, twice, twice[batch:] if doubled else None)
+        return cls(empty_like(x), once, twice, None)
+
+    def fill(self, x: Tensor) -> None:
+        self.twice.unflatten(0, (-1, len(x))).copy_(x)
+        if self.once is not self.x:
+            self.x.copy_(x)
+
+    def model_input(self, following: RowNeeds | None) -> Tensor | None:
+        """What the step that makes these samples writes beside them, for the row that follows it."""
+        if following is None or not following.calls_model:
+            return None
+        if self.once is not self.x:
+            return self.twice if following.guided else self.once
+        return self.again if following.guided else None
 
 
 def _has_rows(value: object, rows: int) -> bool:
@@ -96,15 +129,17 @@ class LoopStep:
         noisy.check(x, None, 0)
         # Python has to do with the model's output, or with what the model is called with.
         by_hand = (options.cond_fn, options.denoised_fn, options.autocast)
-        self._direct = not (any(each is not None for each in by_hand) or options.self_condition)
+        self._dtype = options.input_dtype or x.dtype
+        is_direct = options.doubled or self._dtype is x.dtype
+        self._direct = is_direct and not (any(each is not None for each in by_hand) or options.self_condition)
         self.calls = self._calls(rows, x, quiet, noisy)
 
     def _calls(self, rows: LoopRows, x: Tensor, quiet: Any, noisy: Any) -> list[StepCall]:
         """Lays out the loop's buffers: two of the samples and two of the predicted clean samples, of which a step reads
         one and writes the other; and three tensors of history, of which the newest replaces the oldest."""
         options = self.options
-        first = _twice(x) if options.doubled else torch.cat([x])
-        samples = [first, empty_like(first)]
+        samples = [_Buffers.like(x, options.doubled, self._dtype) for _ in range(2)]
+        samples[0].fill(x)
         has_x0 = options.x0 or options.self_condition
         clean = [torch.zeros_like(x), torch.zeros_like(x)] if has_x0 else [None, None]
         history = [torch.zeros_like(x) for _ in HISTORY] if any(needs.keeps for needs in rows.needs) else []
@@ -116,10 +151,12 @@ class LoopStep:
         step_of = {False: noisy if options.inpaint is not None else quiet, True: noisy}
         made: dict[Any, StepCall] = {}
         calls = []
-        for needs in rows.needs:
-            key = (needs, *map(id, (samples[0], clean[0], *history)))
+        for needs, following in zip(rows.needs, [*rows.needs[1:], None], strict=True):
+            model_input = samples[1].model_input(following)
+            key = (needs, *map(id, (samples[0], clean[0], *history, model_input)))
             if key not in made:
-                made[key] = self._call(needs, step_of[needs.noisy], samples, clean, history, constant)
+                own = constant if model_input is None else constant | {"model_input": model_input}
+                made[key] = self._call(needs, step_of[needs.noisy], samples, clean, history, own)
             calls.append(made[key])
             samples = samples[::-1]
             if needs.calls_model:
@@ -132,35 +169,31 @@ class LoopStep:
         self,
         needs: RowNeeds,
         step: Any,
-        samples: list[Tensor],
+        samples: list[_Buffers],
         clean: list[Tensor] | list[None],
         history: list[Tensor],
         constant: dict[str, Any],
     ) -> StepCall:
-        batch, doubled = self._batch, self.options.doubled
-        x, out = ((whole[:batch] if doubled else whole) for whole in samples)
-        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in ("known", "mask")}
+        always = ("known", "mask", "model_input")
+        inputs = dict(constant) if needs.calls_model else {k: v for k, v in constant.items() if k in always}
         inputs |= {name: history[i] for i, name in enumerate(HISTORY) if needs.history[i]}
         if needs.keeps:
             inputs["history_out"] = history[2]
-        if doubled:
-            inputs["out_copy"] = samples[1][batch:]
         if needs.calls_model and clean[1] is not None:
             inputs["x0_out"] = clean[1]
         guidance = self.options.guidance
         if needs.guided and guidance is not None and guidance.rescale > 0:
             inputs |= {"guidance": float(guidance.scale), "rescale": float(guidance.rescale)}
-        run = step.run if self._direct and needs.calls_model and needs.guided == doubled else None
+        run = step.run if self._direct and needs.calls_model and needs.guided == self.options.doubled else None
         run_inputs = dict(inputs)
-        if doubled:
-            run_inputs["doubled"] = samples[0]
+        if self.options.doubled:
+            run_inputs["doubled"] = samples[0].twice
         if self.options.learned:
             run_inputs["learned"] = self._variance is not None
             if self._variance is not None:
                 run_inputs["log_variance"] = self._variance == "log"
-        return StepCall(
-            needs, step, x, samples[0], out, clean[0], clean[int(needs.calls_model)], inputs, run, run_inputs
-        )
+        x0 = clean[int(needs.calls_model)]
+        return StepCall(needs, step, *samples[0][:3], samples[1].x, clean[0], x0, inputs, run, run_inputs)
 
     def take(self, call: StepCall, row: Tensor | None, index: int, t: Tensor) -> None:
         """One step, by Python.
@@ -202,10 +235,10 @@ class LoopStep:
         """What the model returns with its condition and without; None where the row does not need the latter."""
         guidance = self.options.guidance
         if not call.needs.guided or guidance is None:
-            return self._output(call, call.x, once, self.model, self._kwargs), None
+            return self._output(call, call.once, once, self.model, self._kwargs), None
         if guidance.unconditional is not None:
-            m = self._output(call, call.x, t, self.model, self.options.model_kwargs)
-            return m, self._output(call, call.x, t, guidance.unconditional, {})
+            m = self._output(call, call.once, t, self.model, self.options.model_kwargs)
+            return m, self._output(call, call.once, t, guidance.unconditional, {})
         both = self._output(call, call.twice, t, self.model, self.options.model_kwargs)
         return split_batch(call.x, both)
 
@@ -221,6 +254,6 @@ class LoopStep:
     def restart(self, x: Tensor) -> None:
         """Begins again with new samples, in the same buffers."""
         first = self.calls[0]
-        first.twice.unflatten(0, (-1, self._batch)).copy_(x)
+        _Buffers(first.x, first.once, first.twice, None).fill(x)
         if first.last_x0 is not None:
             first.last_x0.zero_()

@@ -59,6 +59,13 @@ def _check_inputs(x_t: Tensor, model_output: Tensor | None, inputs: Mapping[str,
         given = inputs[name]
         if given is not None:
             checks.like(name, given, "x_t", x_t)
+    model_input = inputs["model_input"]
+    if model_input is not None:
+        checks.floating("model_input", model_input)
+        if model_input.dtype == torch.float64 != x_t.dtype:
+            raise TypeError("model_input has dtype torch.float64, expected float32, float16 or bfloat16")
+        twice = x_t.expand(2, *x_t.shape).flatten(0, 1) if len(model_input) == 2 * len(x_t) else x_t
+        checks.like("model_input", model_input, "x_t", twice.to(model_input.dtype))
     of_model = {"model_output": model_output} | {name: inputs[name] for name in names(InputKind.OF_MODEL)}
     first, *others = [(name, given) for name, given in of_model.items() if given is not None] or [("x_t", x_t)]
     checks.like(*first, "x_t", x_t, lower=True)
@@ -115,7 +122,7 @@ def step_with_options(
     known: Tensor | None = None,
     mask: Tensor | None = None,
     out: Tensor | None = None,
-    out_copy: Tensor | None = None,
+    model_input: Tensor | None = None,
     x0_out: Tensor | None = None,
     history_out: Tensor | None = None,
 ) -> Tensor:
@@ -157,7 +164,10 @@ def step_with_options(
         share = mask.to(dtype)
         prev = share * (row.signal_after * known.to(dtype) + row.noise_after * z) + (1 - share) * prev
     kept = term(row.k0, x0) + term(row.k1, x) + term(row.k2, m)
-    for result, value in ((history_out, kept), (x0_out, x0), (out_copy, prev)):
+    for result, value in ((history_out, kept), (x0_out, x0)):
         if result is not None:
             result.copy_(value)
+    if model_input is not None and len(x):
+        for half in model_input.split(len(x)):
+            half.copy_(row.c_in * prev)
     return finish(prev, x_t, out)

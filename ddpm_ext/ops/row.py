@@ -38,6 +38,7 @@ class RowNumbers(NamedTuple):
     g1: Tensor
     signal_after: Tensor
     noise_after: Tensor
+    c_in: Tensor  # the factor of the model's next input
 
 
 ROW = RowNumbers._fields

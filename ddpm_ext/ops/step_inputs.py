@@ -16,6 +16,7 @@ class InputKind(Enum):
     OF_MODEL = "x_t's shape, the model output's dtype"
     PER_SAMPLE = "float32 (batch,)"
     RESULT = "written, x_t's shape and dtype"
+    MODEL_INPUT = "written, x_t's shape or twice its batch, any dtype"
     FLAG = "a bool"
 
 
@@ -33,7 +34,7 @@ STEP_INPUTS: dict[str, InputKind] = {
     "gradient": InputKind.LIKE_X,
     "known": InputKind.LIKE_X,
     "mask": InputKind.LIKE_X,
-    "out_copy": InputKind.RESULT,
+    "model_input": InputKind.MODEL_INPUT,
     "x0_out": InputKind.RESULT,
     "history_out": InputKind.RESULT,
 }

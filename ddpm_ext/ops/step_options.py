@@ -46,7 +46,7 @@ def step_with_options(
     known: Tensor | None = None,
     mask: Tensor | None = None,
     out: Tensor | None = None,
-    out_copy: Tensor | None = None,
+    model_input: Tensor | None = None,
     x0_out: Tensor | None = None,
     history_out: Tensor | None = None,
 ) -> Tensor:
@@ -83,11 +83,12 @@ def step_with_options(
         gradient: as x_t: that of a classifier's log-probability (Dhariwal & Nichol 2021).
         known, mask: as x_t: a clean sample, and how much of it to keep, from 0 to 1. It gets the step's own noise z.
         out: as x_t: where the result is written.
-        out_copy: as x_t: a second copy of the result is written here.
+        model_input: as x_t, or with twice its batch, and of any of the three dtypes: what the model is called with
+            next, c_in prev, is written here, and again to the second half of the batch.
         x0_out: as x_t: the predicted clean sample, with the gradient's term, is written here.
         history_out: as x_t: what the row keeps, k0 x0 + k1 x + k2 m, is written here.
 
-    Each of these four may be one of the arguments, element by element: history_out may be history3.
+    Each of these four that is as x_t may be one of the arguments, element by element: history_out may be history3.
 
     Returns:
         x_{t-1}, as x_t. Gradients are not recorded.
@@ -109,7 +110,7 @@ def step_with_options(
         "gradient": gradient,
         "known": known,
         "mask": mask,
-        "out_copy": out_copy,
+        "model_input": model_input,
         "x0_out": x0_out,
         "history_out": history_out,
     }

@@ -249,11 +249,15 @@ class StepTable:
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
-        w = torch.from_numpy(numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self)))
+        ones = np.ones(len(self))
+        w = torch.from_numpy(numbers("guidance", ones if guidance is None else guidance, len(self)))
+        loops = {"w": w, "c_in": torch.from_numpy(ones)}  # which are no columns
         table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
         integers = table.view(torch.int32 if dtype == torch.float32 else torch.int64)
         for i, name in enumerate(ROW):
-            values = w if name == "w" else getattr(self, name)
+            values = loops.get(name)
+            if values is None:
+                values = getattr(self, name)
             if name != "draw" and dtype == torch.float32:
                 check_float32(name, values)
             # Draws from 2^31 up wrap to negative int32, whose bits are those of the kernel's uint32.

@@ -40,6 +40,7 @@ OPERATORS = (
 # The tensors that the step with options reads: of the sample's dtype, of the model output's, or one number a sample.
 OF_MODEL, PER_SAMPLE = names(InputKind.OF_MODEL), names(InputKind.PER_SAMPLE)
 OPTIONS = names(InputKind.LIKE_X, InputKind.OF_MODEL, InputKind.PER_SAMPLE)
+ALL_RESULTS = names(InputKind.RESULT, InputKind.MODEL_INPUT)
 # Each option, those of the sets that have kernels of their own, and all.
 OPTION_SETS = (
     *((name,) for name in OPTIONS if name not in ("known", "mask")),
@@ -47,7 +48,7 @@ OPTION_SETS = (
     *(("history1", "history2", "history3"), OPTIONS),
 )
 # Which of the results besides the next sample a call with these options has, where it hasn't all.
-RESULTS = {("uncond_output", "output_scale"): ("out_copy",), ("history1", "history2", "history3"): ("history_out",)}
+RESULTS = {("uncond_output", "output_scale"): ("model_input",), ("history1", "history2", "history3"): ("history_out",)}
 RESULTS |= {("history1",): ("history_out", "x0_out"), ("model_variance",): ("x0_out",)}
 LOSS_OPTIONS = (
     *(("mse", "x_start"), ("l1", "x_start"), ("huber", "x_start"), ("mse",), ("huber", "x_start", "no gradient")),
@@ -168,7 +169,7 @@ def call(case: Case, device: torch.device, layout: str) -> Tensor:
             how[option] = values((batch,), F32, "normal", seed).to(device)
         elif option in case.options:
             how[option] = tensor(seed, case.second if option in OF_MODEL else case.dtype)
-    results = {name: torch.empty_like(x) for name in RESULTS.get(case.options, names(InputKind.RESULT))}
+    results = {name: torch.empty_like(x) for name in RESULTS.get(case.options, ALL_RESULTS)}
     if case.in_place and "history3" in how and "history_out" in results:
         results["history_out"] = how["history3"] = how["history3"].clone()
     how["log_variance"] = case.fill == "normal"

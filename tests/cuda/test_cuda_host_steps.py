@@ -89,7 +89,18 @@ def test_in_place(host, pair, size):
     for result, name in itertools.product(RESULTS, call.read):
         if call.tensors[name].dtype == pair[0]:
             host.check(call, expected=expected, instead={result: name})
-    host.check(call, expected=expected, instead={"out": "x_t", "history_out": "history3", "out_copy": "noise"})
+    host.check(call, expected=expected, instead={"out": "x_t", "history_out": "history3", "model_input": "noise"})
+
+
+@pairs
+def test_the_models_next_input(host, pair):
+    """In every dtype, alone and for both halves of a doubled batch; by vectors, by words and element by element."""
+    for chosen in (option_sets()["NextInput"], option_sets()["Guided"], {*OPTIONS, *RESULTS}):
+        for kind in itertools.product((torch.float32, torch.float16, torch.bfloat16), (1, 2)):
+            for size in (72, 77):
+                call = call_of((3, size), pair, chosen, "given" if "noise" in chosen else "drawn", input_kind=kind)
+                host.check(call)
+                host.check(call, "odd")
 
 
 @pytest.mark.parametrize("pair", [PAIRS[0], PAIRS[3]])

@@ -64,6 +64,8 @@ class Options:
             "clip range": {"clip_denoised": (-0.5, 0.5)},
             "model_kwargs": y,
             "x0": {"x0": True},
+            "input_dtype": {"input_dtype": torch.bfloat16},
+            "input_dtype doubled": {"input_dtype": torch.bfloat16, "guidance": 2.0},
             "history": {"sampler": "dpmpp_2m"},
             "guidance": {"guidance": guidance},
             "guidance doubled": {"guidance": 2.0},
@@ -87,6 +89,7 @@ LAUNCHES = {
     **{name: {PLAIN: 1} for name in ("plain", "ddim", "clip range", "model_kwargs")},
     **{name: {STEP: 1} for name in ("x0", "history", "guidance", "guidance doubled", "cond_fn", "inpaint")},
     **{name: {STEP: 1} for name in ("inpaint jumps", "self_condition", "learned", "most")},
+    **{name: {STEP: 1} for name in ("input_dtype", "input_dtype doubled")},
     **{"denoised_fn": {PLAIN: 1, STEP: 1}, "threshold": {X_START_SCALE: 1, STEP: 1}},
     "rescale": {OUTPUT_SCALE: 1, STEP: 1},
 }

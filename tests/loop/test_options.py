@@ -1,5 +1,7 @@
 """Each of the loop's options against plain_loop.py, a loop in plain torch and float64, also for split batches."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,32 @@ def test_autocast_lowers_the_models_arithmetic_alone(device):
     assert {how for how in seen[16:]} == {(torch.float32, torch.float32)}
     assert lower.dtype == torch.float32 and not torch.equal(lower, full)
     torch.testing.assert_close(lower, full, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("case", ["plain", "guidance", "guidance doubled", "inpaint jumps"])
+def test_the_model_gets_the_samples_in_its_dtype(device, case):
+    """Where it gets them once or twice, also in a graph; the steps' own stay as they are."""
+    gd, dtype = make_diffusion(), torch.bfloat16
+    options = ours(gd, case, device=device)
+    model, seen = options.pop("model"), set()
+
+    def low(x, t, **kwargs):
+        seen.add(x.dtype)
+        return model(x.to(dtype), t, **kwargs)
+
+    if "guidance" in case:
+        unconditional = None if case == "guidance doubled" else lambda x, t: low(x, t) / 2
+        options["guidance"] = Guidance(2.0, unconditional, interval=(10, 30))
+    expected = gd.p_sample_loop(low, **options, record="last")
+    assert seen == {torch.float32}
+    for graph in (False, "step"):
+        seen.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = gd.p_sample_loop(low, **options, record="last", input_dtype=dtype, graph=graph)
+        assert seen == {dtype} and found.dtype == torch.float32 and torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"input_dtype is torch\.float64, expected None or one of torch"):
+        gd.p_sample_loop(low, **options, record="last", input_dtype=torch.float64)
 
 
 def test_compile(device):

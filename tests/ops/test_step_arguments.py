@@ -18,7 +18,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 BACKENDS = pytest.mark.parametrize("backend", [ops, reference], ids=["fused", "reference"])
 CPU, META = torch.device("cpu"), torch.device("meta")
 SHAPE = (4, 4, 3, 7)
-TABLE = make_table(5)
+TABLE = make_table(5, c_in=1.0)
 WRITTEN = pytest.mark.parametrize("result", RESULTS)
 
 
@@ -45,7 +45,7 @@ def test_results_are_filled(device, backend, dtype):
     results = {name: torch.full_like(expected, float("nan")) for name in RESULTS}
     got = backend.step_with_options(**given, **results)
     assert got is results["out"]
-    assert torch.equal(got, expected) and torch.equal(results["out_copy"], expected)
+    assert torch.equal(got, expected) and torch.equal(results["model_input"], expected)
     # a row whose result is x0 itself gives the same x0, and one that gives what is kept the same history
     without = {name: value for name, value in given.items() if name not in ("mask", "known", "noise", "model_variance")}
     for result, names in (("x0_out", {"c0": None}), ("history_out", {"c0": "k0", "c1": "k1", "c2": "k2"})):
@@ -82,7 +82,7 @@ def test_all_in_place(device, backend):
     """As in a loop: the next sample over the sample, what the step keeps over what it needs no more."""
     expected, given = arguments(device), arguments(device)
     backend.step_with_options(**expected)
-    given |= {"out": given["x_t"], "history_out": given["history3"], "out_copy": given["noise"]}
+    given |= {"out": given["x_t"], "history_out": given["history3"], "model_input": given["noise"]}
     given["x0_out"] = given["model_output"]
     backend.step_with_options(**given)
     assert all(torch.equal(given[name], expected[name]) for name in RESULTS)

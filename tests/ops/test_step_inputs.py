@@ -18,12 +18,12 @@ PLAIN = ["x_t", "model_output", "table", "t", "clip", "noise", "rng", "add_noise
 
 def test_the_rows_numbers_are_one_list():
     assert list(ROW) == list(C.row_names()) and len(set(ROW)) == len(ROW) <= WIDTH
-    numbers = {name: [i + 1] for i, name in enumerate(ROW) if name != "w"}
+    numbers = {name: [i + 1] for i, name in enumerate(ROW) if name not in ("w", "c_in")}
     packed = StepTable([0], **numbers).packed("cpu", guidance=[ROW.index("w") + 1.0])
     assert packed.shape == (1, WIDTH) and not packed[0, len(ROW) :].any()
     draw = packed.view(torch.int32)[0, ROW.index("draw")].item()
     packed[0, ROW.index("draw")] = draw
-    assert packed[0, : len(ROW)].tolist() == list(range(1, len(ROW) + 1))
+    assert ROW[-1] == "c_in" and packed[0, : len(ROW)].tolist() == [*range(1, len(ROW)), 1]
 
 
 def test_the_reference_takes_numbers_by_their_names():
@@ -53,7 +53,8 @@ def test_schema():
     for argument in arguments[at + 1 :]:
         kind = STEP_INPUTS[argument.name]
         assert str(argument.type) == ("bool" if kind is InputKind.FLAG else "Optional[Tensor]")
-        assert (argument.alias_info is not None and argument.alias_info.is_write) == (kind is InputKind.RESULT)
+        written = kind in (InputKind.RESULT, InputKind.MODEL_INPUT)
+        assert (argument.alias_info is not None and argument.alias_info.is_write) == written
 
 
 def test_every_kind_is_listed():

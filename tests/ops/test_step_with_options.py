@@ -100,7 +100,9 @@ def test_any_subset_of_inputs(device, choose: Choose):
     for name in set(PER_SAMPLE) & set(exact):
         exact[name] = exact[name].reshape(-1, *[1] * (x.ndim - 1))
     m = None if model_output is None else host(model_output)
-    prev, x0, kept, scale = formula(x, m, z, row_numbers(table, t, x), exact, variance == "log", clip)
+    row = row_numbers(table, t, x)
+    prev, x0, kept, scale = formula(x, m, z, row, exact, variance == "log", clip)
+    c_in = Number(row["c_in"])
     wide = {name: value.double() for name, value in (given | noise).items() if isinstance(value, torch.Tensor)}
     if not drawn:  # in float64 the reference has the formula's numbers, but for their rounding
         results = {name: torch.empty_like(x_t, dtype=torch.float64) for name in RESULTS}
@@ -113,6 +115,11 @@ def test_any_subset_of_inputs(device, choose: Choose):
     before = {name: value.clone() for name, value in everything.items() if value is not None}
     for backend in (ops, reference):
         results = {name: torch.full_like(x_t, NAN) for name in RESULTS if choose.one_of([False, True], name)}
+        if "model_input" in results:  # of any dtype, once or twice
+            whole = torch.cat([results["model_input"]] * choose.one_of([1, 2], "halves"))
+            whole = whole.to(choose.one_of([F32, torch.float16, torch.bfloat16], "input dtype"))
+            apart = choose.one_of([False, True], "apart")
+            results["model_input"] = torch.stack([whole, whole], -1)[..., 0] if apart else whole
         got = backend.step_with_options(
             x_t, model_output, table, t, clip=clip, log_variance=variance == "log", **noise, **given, **results
         )
@@ -120,17 +127,20 @@ def test_any_subset_of_inputs(device, choose: Choose):
         assert roundings(got, prev, scale * NOISE_ERROR * drawn) <= ROUNDINGS
         for name, truth in (("x0_out", x0), ("history_out", kept)):
             assert name not in results or roundings(results[name], truth) <= ROUNDINGS
-        assert got is results.get("out", got) and torch.equal(results.get("out_copy", got), got)
+        assert got is results.get("out", got)
+        for half in results["model_input"].split(len(x_t)) if "model_input" in results and len(x_t) else ():
+            assert roundings(half, c_in * prev, np.abs(c_in.value) * scale * NOISE_ERROR * drawn) <= ROUNDINGS
     assert all(torch.equal(value, everything[name]) for name, value in before.items())
 
 
 @BACKENDS
 def test_each_number_of_a_packed_row_has_its_place(device, backend):
     """All of them differ, and none is 0, so that any two that changed places would show."""
-    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73]
+    primes = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79]
     row = {name: prime / 32 for name, prime in zip(ROW, primes, strict=True)} | {"draw": 12345}
-    columns = {name: [value] for name, value in row.items() if name != "w"}
+    columns = {name: [value] for name, value in row.items() if name not in ("w", "c_in")}
     table = StepTable([3], **columns).packed(device, guidance=[row["w"]])
+    table[:, ROW.index("c_in")] = row["c_in"]
     shape = (2, 3, 5)
     x, m = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     given = moved(options(shape, F32, F32), device)
@@ -141,7 +151,8 @@ def test_each_number_of_a_packed_row_has_its_place(device, backend):
     exact |= {name: exact[name].reshape(-1, 1, 1) for name in PER_SAMPLE}
     row = {name: np.full((2, 1, 1), value) for name, value in row.items()}
     prev, x0, kept, scale = formula(host(x), host(m), z, row, exact, True, None)
-    assert roundings(results["out"], prev, scale * NOISE_ERROR) <= ROUNDINGS
+    for name, factor in (("out", 1.0), ("model_input", row["c_in"])):
+        assert roundings(results[name], prev * Number(factor), factor * scale * NOISE_ERROR) <= ROUNDINGS
     assert roundings(results["x0_out"], x0) <= ROUNDINGS and roundings(results["history_out"], kept) <= ROUNDINGS
 
 
@@ -180,13 +191,13 @@ def step(device, normal):
 @pytest.mark.parametrize("clip", [None, (-1.0, 1.0)])
 def test_without_inputs_the_plain_steps_bits(step, special, device, noise, dtype, model_dtype, clip):
     """Also by the kernel with options, which a second result asks for. Numbers of other tensors may hold anything."""
-    table, how = make_table(8), {"clip": clip, **NOISES[noise]}
+    table, how = make_table(8, c_in=1.0), {"clip": clip, **NOISES[noise]}
     if noise == "given":
         how["noise"] = special(2, dtype)
     x_t, m = special(0, dtype), special(1, model_dtype)
     expected = ops.reverse_step(x_t, m, table.to(device), torch.arange(8, device=device), **how)
     copy = torch.empty_like(x_t)
-    assert same_bits(step(table, x_t=x_t, model_output=m, **how, out_copy=copy), expected)
+    assert same_bits(step(table, x_t=x_t, model_output=m, **how, model_input=copy), expected)
     assert same_bits(copy, expected)
     last = x_t.to(memory_format=torch.channels_last)
     assert same_bits(step(table, x_t=last, model_output=m, **how), expected)

@@ -1,6 +1,9 @@
 """What a traced scheduler's step does beside its launch, and models that write each output into the same tensor, as a
 CUDA graph's does."""
 
+import inspect
+from unittest import mock
+
 import pytest
 import torch
 
@@ -125,18 +128,106 @@ def test_compiled_add_noise():
     torch.testing.assert_close(found, make("DDPM").add_noise(x.sin(), z, t) + 1)
 
 
-@pytest.mark.parametrize("name", ["FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])
-def test_a_step_launches_nothing_else(name):
-    """It makes the tensors that it writes. Anything more would be a launch or a synchronisation in each step."""
-    scheduler = accelerate(make(name, **(PNDM if name == "PNDM" else {})))
-    scheduler.set_timesteps(8)
-    x = normal(0, 2, 3, 4, 5)
-    for i, t in enumerate(scheduler.timesteps):
-        m = model(x, t)
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(x, t)
+# -------------------------------------------------------------------------------------------- the model's next input
+
+
+SCALED = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "EDMEuler",
+          "EDMDPMSolverMultistep", "CMStochasticIterative")  # fmt: skip
+
+
+def scaled_loop(scheduler, between=lambda x: x, calls=None):
+    """The last samples and the scheduler's numbers at each step; the operators between two calls of the model."""
+    scheduler.set_timesteps(6)
+    scale = getattr(scheduler, "scale_model_input", lambda x, _: x)
+    x, generator, seen = 9 * normal(0, 2, 3, 4, 5), seeded(1), []
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    for t in scheduler.timesteps:
         with Operators() as called:
-            x = scheduler.step(m, t, x, return_dict=False)[0]
-        if i:  # the first step looks the loop up
-            launched = [name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")]
-            assert launched in (["ddpm_ext::step_with_options"], ["ddpm_ext::reverse_step"])
+            scaled = scale(between(x), t)
+        seen.append({k: v for k, v in vars(scheduler).items() if isinstance(v, bool | int) and k != "_scales_inputs"})
+        m = model(scaled, t)
+        with called:
+            x = scheduler.step(m, t, x, **({"generator": generator} if takes else {})).prev_sample
+        if calls is not None:
+            calls.append([name for name in called.names if name not in ("aten::empty_like", "aten::promote_types")])
+    return x, seen
+
+
+@pytest.mark.parametrize("name", [*SCALED, "FlowMatchEulerDiscrete", *(name for name, *_ in SCHEDULERS)])
+def test_the_step_writes_what_scale_model_input_returns(name):
+    """So that one launch lies between two calls of the model: anything more would be a launch or a synchronisation in
+    each step. The scheduler's own attributes stay right."""
+    plain = make(name, **(PNDM if name == "PNDM" else {}))
+    ours, counted = accelerate(plain), accelerate(plain, noise="philox", seed=0)
+    expected, states = scaled_loop(plain)
+    found, seen = scaled_loop(ours)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert seen == states
+    assert torch.equal(found, scaled_loop(ours)[0])
+    calls = []
+    scaled_loop(counted, calls=calls)
+    launched = ["step_with_options"] if name in SCALED else ["step_with_options", "reverse_step"]
+    assert all(len(names) == 1 and names[0].removeprefix("ddpm_ext::") in launched for names in calls[1:-1]), calls
+    assert ours.accelerated.fallbacks == {}
+
+
+def test_another_sample_is_scaled_by_the_schedulers_own_code():
+    """A copy, one that was written to, one whose gradient is wanted, or a doubled batch, for which nothing is written
+    in vain; the second time the same sample; and another timestep or edited sigmas."""
+    plain, ours = make("EulerDiscrete"), accelerate(make("EulerDiscrete"))
+    scaled_loop(ours)
+    changes = [torch.clone, lambda x: x.mul_(2), lambda x: torch.cat([x] * 2), lambda x: x.requires_grad_(), None]
+    for change in changes:
+        for scheduler in (plain, ours):
+            scheduler.set_timesteps(6)
+        x, first, second, third = normal(0, 2, 3, 4, 5), *plain.timesteps[:3]
+        m = model(plain.scale_model_input(x, first), first)
+        ours.scale_model_input(x, first)
+        a, b = (scheduler.step(m, first, x).prev_sample for scheduler in (plain, ours))
+        if change is None:
+            ours.scale_model_input(b, second).zero_()
+        else:
+            a, b = change(a), change(b)
+        scaled, expected = ours.scale_model_input(b, second), plain.scale_model_input(a, second)
+        torch.testing.assert_close(scaled, expected)
+        assert scaled.requires_grad == expected.requires_grad
+    with torch.no_grad():
+        for edit in (lambda scheduler: scheduler.sigmas.mul_(2), lambda scheduler: None):
+            for scheduler in (plain, ours):
+                scheduler.set_timesteps(6)
+                scheduler.scale_model_input(x, first)
+            a, b = (scheduler.step(m, first, x).prev_sample for scheduler in (plain, ours))
+            edit(plain), edit(ours)
+            torch.testing.assert_close(ours.scale_model_input(b, third), plain.scale_model_input(a, third))
+    written = []
+    for doubled in (False, True, False):
+        with mock.patch.object(RowStepper, "take", watched(written)):
+            scaled_loop(ours, (lambda x: torch.cat([x] * 2)[:2]) if doubled else (lambda x: x))
+    assert written == [True] * 5 + [False] + [True] + [False] * 5 + [True] * 5 + [False]
+
+
+def watched(written):
+    own = RowStepper.take
+
+    def take(self, *args, **options):
+        written.append(options["model_input"] is not None)
+        return own(self, *args, **options)
+
+    return take
+
+
+def test_what_is_not_scaled_is_not_written_twice():
+    written = []
+    for _ in range(2):
+        with mock.patch.object(RowStepper, "take", watched(written)):
+            scaled_loop(accelerate(make("UniPCMultistep")))
+    assert written == [False] * 12
+
+
+def test_what_is_no_factor_is_the_classes_own():
+    class Shifted(type(make("EulerDiscrete"))):
+        def scale_model_input(self, sample, timestep):
+            return super().scale_model_input(sample, timestep) + 0.1
+
+    (expected, _), (found, _) = scaled_loop(Shifted()), scaled_loop(accelerate(Shifted()))
+    torch.testing.assert_close(found, expected)

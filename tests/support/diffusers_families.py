@@ -200,6 +200,44 @@ def wan() -> Any:
     return diffusers.WanPipeline(**wan_parts(), **NO_TEXT, vae=None)
 
 
+def stable_video_diffusion() -> Any:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig
+    from transformers import CLIPVisionModelWithProjection as VisionModel
+
+    torch.manual_seed(0)
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        sample_size=8, in_channels=8, out_channels=4, layers_per_block=1, block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=HIDDEN,
+        num_attention_heads=2, projection_class_embeddings_input_dim=3 * 8, addition_time_embed_dim=8,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=[32, 64], latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 2
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=HIDDEN, projection_dim=HIDDEN, intermediate_size=HIDDEN, num_attention_heads=2,
+        num_hidden_layers=1, image_size=16, patch_size=4,
+    )  # fmt: skip
+    scheduler = make(
+        "EulerDiscrete", **STABLE_DIFFUSION, prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002,
+        timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True,
+    )  # fmt: skip
+    return diffusers.StableVideoDiffusionPipeline(
+        unet=unet.eval(), vae=vae.eval(), image_encoder=VisionModel(vision).eval(), scheduler=scheduler,
+        feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
+    )  # fmt: skip
+
+
+def cogvideox() -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2, num_layers=1,
+        text_embed_dim=HIDDEN, sample_width=2, sample_height=2, sample_frames=5, max_text_seq_length=TOKENS,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    return diffusers.CogVideoXPipeline(transformer=transformer.eval(), scheduler=scheduler, vae=None, **NO_TEXT)
+
+
 # By name: what makes the pipeline, its call's arguments apart from the generator, and how many steps these take.
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "stable_diffusion": (stable_diffusion, embeds(*BOTH) | OF_16, 9),  # PNDM takes its second step twice
@@ -213,6 +251,12 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any], int]] = {
     "wan": (wan, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
     "latent_consistency": (latent_consistency, embeds(*BOTH[:1]) | OF_16 | {"num_inference_steps": 4}, 4),
     "controlnet": (controlnet, embeds(*BOTH) | OF_16 | {"image": normal(7, 2, 3, 16, 16).sigmoid()}, 8),
+    "stable_video_diffusion": (
+        stable_video_diffusion,
+        OF_16 | {"image": normal(7, 1, 3, 16, 16).sigmoid(), "num_frames": 2},
+        8,
+    ),
+    "cogvideox": (cogvideox, embeds(*BOTH) | OF_16 | {"num_frames": 5}, 8),
 }
 
 

@@ -9,7 +9,7 @@ from ddpm_ext.ops.row import ROW, WIDTH
 from ddpm_ext.ops.step_inputs import InputKind, names
 
 LIKE_X, OF_MODEL, PER_SAMPLE = map(names, (InputKind.LIKE_X, InputKind.OF_MODEL, InputKind.PER_SAMPLE))
-RESULTS = ("out", *names(InputKind.RESULT))
+RESULTS = ("out", *names(InputKind.RESULT, InputKind.MODEL_INPUT))
 READ = ("x_t", "model_output", "noise", *LIKE_X, *OF_MODEL)  # all tensors of x_t's shape that a step reads
 
 
@@ -35,9 +35,9 @@ def make_table(rows: int, seed: int = 0, dtype: torch.dtype = torch.float32, **n
 
 
 def make_row(**numbers: float) -> Tensor:
-    """A table (1, 24): no guidance, and zeros for all other numbers that are not given."""
+    """A table (1, 24): no guidance, no change of the model's input, and zeros for all others that are not given."""
     row = torch.zeros(1, WIDTH)
-    for name, value in {"w": 1.0, **numbers}.items():
+    for name, value in {"w": 1.0, "c_in": 1.0, **numbers}.items():
         row[0, ROW.index(name)] = value
     return row
 

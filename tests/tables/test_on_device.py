@@ -39,7 +39,8 @@ def test_packed(device, choose):
         found = packed.cpu().view(integer)
         for i, name in enumerate(ROW):
             values = [1.0] * len(rows) if name == "w" and guidance is None else guidance
-            values = values if name == "w" else [getattr(row, name) for row in rows]
+            if name != "w":
+                values = [getattr(row, name, 1.0) for row in rows]  # the model's next input is not scaled
             if name == "draw":
                 assert (found[:, i].long() & (2**32 - 1)).tolist() == values
             else:

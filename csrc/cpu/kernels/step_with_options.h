@@ -27,7 +27,23 @@ struct RunTensors {
   template <Result kResult>
   DDPM_HD void store(int i, F32 value) const {
     void* data = run.results[static_cast<int>(kResult)];
-    ddpm_ext::DDPM_ISA::store(static_cast<X*>(data) + at + i * F32::kLanes, value);
+    if constexpr (kResult == Result::model_input) {
+      store_input(data, i, value);
+      if (run.input_again != nullptr) store_input(run.input_again, i, value);
+    } else {
+      ddpm_ext::DDPM_ISA::store(static_cast<X*>(data) + at + i * F32::kLanes, value);
+    }
+  }
+  DDPM_HD void store_input(void* data, int i, F32 value) const {
+    const int64_t place = at + i * F32::kLanes;
+    switch (run.input_dtype) {
+      case DType::float32:
+        return ddpm_ext::DDPM_ISA::store(static_cast<float*>(data) + place, value);
+      case DType::float16:
+        return ddpm_ext::DDPM_ISA::store(static_cast<Float16*>(data) + place, value);
+      case DType::bfloat16:
+        return ddpm_ext::DDPM_ISA::store(static_cast<BFloat16*>(data) + place, value);
+    }
   }
 };
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
+from ddpm_ext.integrations.diffusers.next_input import scales_of
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
-from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, RepeatedCall, Settings
+from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, Made, RepeatedCall, Settings
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsKey, TracedRows, state_contents, trace_rows
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
-from ddpm_ext.integrations.shared import new, peer_class
-from ddpm_ext.integrations.tensors import dtype_name
+from ddpm_ext.integrations.shared import new, peer_class, peer_method
+from ddpm_ext.integrations.tensors import dtype_name, written
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
 
@@ -31,7 +32,7 @@ __all__ = ["SUPPORT", "TracedScheduler", "is_scheduler"]
 CACHED = 64  # loops whose rows are kept, of all schedulers together
 STEPS = ("step", "step_pred")
 OTHERS = ("generator", "return_dict")
-OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop")
+OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop", "_scales_inputs")
 EMPTY = inspect.Parameter.empty
 
 _rows: BoundedCache[TracedRows | Fallback] = BoundedCache(CACHED)
@@ -41,13 +42,14 @@ class TracedScheduler(Forward):
     """Mixin placed before any scheduler in the bases; replaces step, add_noise and the like, and takes note of
     set_timesteps."""
 
-    replaces = (*STEPS, "set_timesteps", *FORWARD)
+    replaces = (*STEPS, "set_timesteps", "scale_model_input", *FORWARD)
     _parameters: dict[str, Any]  # step's, by name, with the defaults of its options
     _inputs: tuple[str, ...]  # what step calls the model's output, the timestep and the sample
     _are_known: bool  # whether these are such names, by which tracing calls it
     _are_first: bool  # whether they come first, in this order
     # None before a loop's first step; False where diffusers' own code takes all steps until set_timesteps is called.
     _traced_loop: LoopPosition | bool | None = None
+    _scales_inputs = False  # whether scale_model_input was called and returned another tensor
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -162,16 +164,23 @@ class TracedScheduler(Forward):
         noise = {} if of_loop.quiet[i] else self._drawn(rows, of_loop, i, m, others.get("generator"), x, tensors)
         x0 = empty_like(x) if trace.second else None
         history = [tensors[draw] for draw in trace.given[i]] if trace.given[i] else ring
-        prev, kept = rows.stepper.take(i, x, m, history, x0=x0, **noise)
+        is_last = i + 1 == len(rows.timesteps)
+        stepper, model_input = rows.stepper, None
+        if self._scales_inputs and loop.made is None and not is_last:
+            scales = scales_of(rows)
+            if scales is not None:
+                stepper = scales.stepper
+                model_input = empty_like(x) if x.dtype is of_loop.prev else torch.empty_like(x, dtype=of_loop.prev)
+        prev, kept = stepper.take(i, x, m, history, x0=x0, model_input=model_input, **noise)
         if prev.dtype is not of_loop.prev:
             prev = prev.to(of_loop.prev)
-        is_last = i + 1 == len(rows.timesteps)
         self.__dict__.update(step.state)
         if step.tensors:
             self._hold(rows, step, None if is_last else x)
         if kept is not None:
             ring = (kept, *ring[:2])
-        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated)
+        made = loop.made if model_input is None else Made(prev, written(prev), model_input)
+        self._traced_loop = LoopPosition(rows, loop.settings, i + 1, ring, None if is_last else repeated, made)
         if x0 is not None and of_loop.second is not None and x0.dtype is not of_loop.second:
             x0 = x0.to(of_loop.second)
         result = step.result
@@ -179,6 +188,32 @@ class TracedScheduler(Forward):
             return (prev,) if of_loop.second is None else (prev, x0)
         second = {} if result.name is None else {result.name: x0}
         return result.cls(prev_sample=prev, **second)
+
+    def _scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
+        """What the last step has written, where that is asked for. Of another tensor a product, with the same bits for
+        the same float32 numbers; the loop's later steps write none then."""
+        loop: Any = self._traced_loop
+        scales = loop.rows.stepper.scales if isinstance(loop, LoopPosition) and not loop.is_over() else None
+        if not scales or kwargs or not scales.take(*args) or not self._is_next(loop, args[1]):
+            found = peer_method(self, "scale_model_input")(*args, **kwargs)
+            if not self._scales_inputs:
+                self._scales_inputs = bool(args) and found is not args[0]
+            return found
+        self.__dict__.update(scales.changes[loop.at])
+        if loop.made is None or not loop.made.is_of(args[0]):
+            return args[0] * scales.factors[loop.at]
+        self._traced_loop = LoopPosition(*loop[:-1])  # once: who has it may write to it
+        return loop.made.model_input
+
+    def _is_next(self, loop: LoopPosition, timestep: Any) -> bool:
+        """Whether that is the timestep of the loop's next row, and nothing was edited. No tensor on a GPU is read."""
+        rows, is_tensor = loop.rows, isinstance(timestep, Tensor)
+        index = self._index_of(timestep) if is_tensor else None
+        if index is None and is_tensor and not (timestep.is_cpu and timestep.numel() == 1):
+            return False
+        if not bool(rows.timesteps[loop.at] == timestep if index is None else rows.first + loop.at == index):
+            return False
+        return loop.settings.are_those_of(self) or loop.settings.renewed(self, vars(rows.scheduler)) is not None
 
     # -------------------------------------------------------------------------------------------------- arguments
 

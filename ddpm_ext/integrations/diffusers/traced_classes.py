@@ -31,6 +31,13 @@ SUPPORT = (
     ),
     Support(
         "any other scheduler",
+        "scale_model_input",
+        "of the tensor that the step before returned: that step has written it; of another, such as a doubled batch, "
+        "one product",
+        "before a loop's first step; float64; a class that does more than to multiply by a number",
+    ),
+    Support(
+        "any other scheduler",
         "add_noise, scale_noise, get_velocity",
         "float32, float16, bfloat16; a timestep a sample, looked up on its device; gradients",
         "float64; samples that are broadcast; FlowMatchHeunDiscrete, ScoreSdeVe",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, TracedRows, state_contents
+from ddpm_ext.integrations.tensors import written
 
 EDITED = ("sigmas", "alphas_cumprod", "timesteps")
 FUNCTORCH = torch._C._functorch
@@ -112,12 +113,38 @@ class RepeatedCall(NamedTuple):
         return loop.settings.are_those_of(scheduler)
 
 
+class Made(NamedTuple):
+    """What a loop's step has made for the model's next call. Copies and pickles have none.
+
+    Attributes:
+        sample, version: the step's result, and how often it had been written to.
+        model_input: what scale_model_input returns for it.
+    """
+
+    sample: Tensor
+    version: int
+    model_input: Tensor
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def is_of(self, sample: object) -> bool:
+        """Whether that is the very tensor that the step returned, as it was."""
+        return (
+            sample is self.sample
+            and written(self.sample) == self.version
+            and not (self.sample.requires_grad and torch.is_grad_enabled())
+        )
+
+
 class LoopPosition(NamedTuple):
     """Where an object is in a loop: the next row, and what the last rows kept, the newest first.
 
     Attributes:
         settings: the scheduler's when the loop began.
         repeated: None where the next step's arguments are to be looked at, whatever they are.
+        made: by the last step that made some and of which it was not asked for, as by a pipeline that doubles its batch
+            before it scales it. No later step makes any then.
     """
 
     rows: TracedRows
@@ -125,6 +152,7 @@ class LoopPosition(NamedTuple):
     at: int = 0
     ring: tuple[Tensor, ...] = ()
     repeated: RepeatedCall | None = None
+    made: Made | None = None
 
     def is_over(self) -> bool:
         return self.at == len(self.rows.timesteps)

@@ -91,6 +91,7 @@ class Call:
     first_id: int = 0
     stream: int = 0
     draw: int = -1
+    input_kind: tuple[torch.dtype | None, int] = (None, 1)  # of model_input: its dtype, and how often x_t's batch
 
     @property
     def x(self) -> Tensor:
@@ -128,9 +129,13 @@ class Call:
     def on_cpu(self) -> dict[str, Tensor]:
         if self.op == "randn":
             return {"out": torch.ops.ddpm_ext.randn(*self.arguments({}), dtype=self.x.dtype, device="cpu")}
-        results = {name: torch.empty_like(self.x) for name in self.results} if self.op == STEP else {}
+        results = {name: self.result_like(name, self.x) for name in self.results} if self.op == STEP else {}
         found = getattr(C, self.op)(*self.arguments(results))
         return results or {"out": found}
+
+    def result_like(self, name: str, like: Tensor) -> Tensor:
+        dtype, times = self.input_kind if name == "model_input" else (None, 1)
+        return torch.empty_like(like if times == 1 else torch.cat([like] * times), dtype=dtype)
 
     def with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Call:
         """change(name, tensor) in place of each that is like x_t."""
@@ -161,6 +166,11 @@ def make_call(
     how |= {"first_id": 2**32 - 2, "t": None if op == "randn" else torch.arange(shape[0]) % len(table)}
     how |= {"results": RESULTS} if op == STEP else {}
     return Call(op, tensors, **{"table": table, **how, **changes})
+
+
+def unwritten(like: Tensor) -> Tensor:
+    whole = torch.int32 if like.dtype == WIDE else torch.int16
+    return torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
 
 
 @dataclass
@@ -224,9 +234,8 @@ class Host:
             call = replace(call, table=place("table", call.table))
         call = replace(call, t=place("t", call.t), ids=place("ids", call.ids))
         where = {name: (instead or {}).get(name, name) for name in call.results}
-        whole = torch.int32 if like.dtype == WIDE else torch.int16
-        nothing = torch.empty_strided(like.shape, like.stride(), dtype=whole).fill_(-63).view(like.dtype)
-        results = {name: place(name, nothing) if at == name else call.tensors[at] for name, at in where.items()}
+        own = {name: place(name, unwritten(call.result_like(name, like))) for name, at in where.items() if at == name}
+        results = {name: own[name] if at == name else call.tensors[at] for name, at in where.items()}
         self.launch(call, results, {name: place(f"gpu {name}", tensor) for name, tensor in (gpu or {}).items()})
         found = {name: p.done(name in where.values()) for name, p in placed.items()}
         return {name: found[at] for name, at in where.items()}
