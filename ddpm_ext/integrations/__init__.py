@@ -95,7 +95,7 @@ def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
 
     if own is obj:
         return make(obj, settings)
-    made = accelerated_pipeline(obj, settings, make)
+    made = accelerated_pipeline(obj, settings, make, _accelerated)
     made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
     return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
@@ -86,6 +87,12 @@ class Acceleration:
     def __copy__(self) -> Acceleration:
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, fallbacks=dict(self.fallbacks), _warned=set(self._warned))
+        return copied
+
+    def continued(self) -> Acceleration:
+        """A copy for another object, which goes on with the loops and has no fallbacks of its own yet."""
+        copied = copy.copy(self)
+        vars(copied).update(fallbacks={}, _warned=set())
         return copied
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import numbers
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
+from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated, peer_method
@@ -55,8 +57,8 @@ class Scheduler(Accelerated):
     """The base of the mixins for schedulers."""
 
     library = "diffusers"
-    config: Any
     timesteps: Tensor
+    _internal_dict: Any
 
     def __init_subclass__(cls) -> None:
         """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
@@ -84,6 +86,25 @@ class Scheduler(Accelerated):
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         self.accelerated.begin_loop()
         return peer_method(self, "set_timesteps")(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The peer's, which from_config of any accelerated class knows again."""
+        config, settings = self._internal_dict, self.__dict__.get("_acceleration")
+        if settings is not None and _settings_of(config) is not settings:
+            key = id(config)
+            _of_configs[key] = weakref.ref(config, lambda _: _of_configs.pop(key, None)), settings
+        return config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As the peer's. Of an accelerated scheduler's config, the result has its noise, and goes on with its loops."""
+        found = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        settings = _settings_of(config)
+        if settings is not None:
+            made = found[0] if return_unused_kwargs else found
+            made.__dict__["_acceleration"] = settings.continued()
+        return found
 
     # ----------------------------------------------------------------------------------------------------- settings
 
@@ -207,6 +228,16 @@ class Scheduler(Accelerated):
         if x0.dtype != model_output.dtype and getattr(self.config, "prediction_type", None) == "sample":
             x0 = x0.to(model_output.dtype)  # diffusers returns the model's output itself there
         return prev, x0
+
+
+# The settings of accelerated schedulers by the identity of their configs: a config's own attributes would be in its
+# copies and pickles, and be taken for settings of the scheduler.
+_of_configs: dict[int, tuple[weakref.ref[Any], Acceleration]] = {}
+
+
+def _settings_of(config: Any) -> Acceleration | None:
+    found = _of_configs.get(id(config))
+    return None if found is None or found[0]() is not config else found[1]
 
 
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
