@@ -31,16 +31,17 @@ def accelerate(
     seed: int | None = None,
     sample_ids: int | Tensor = 0,
 ) -> T:
-    """An object like `obj` whose steps take one launch each.
+    """An object like `obj` whose steps take one launch each: `pipe = accelerate(pipe)`, as obj itself stays as it was.
 
-    It is of a subclass of obj's class and shares its model and parameters; obj itself stays as it was. A call that has
-    no fused form runs the library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks`
-    keeps the reason.
+    It is of a subclass of obj's class and shares its model and parameters. A call that has no fused form runs the
+    library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks` keeps the reason. Its
+    repr says that it is accelerated, with the fused calls and fallbacks so far.
 
     Args:
         obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
             denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline are accelerated, and those of
-            the pipelines in it; modular pipelines are taken after load_components.
+            the pipelines in it, and those that are put in their places later on; modular pipelines are taken after
+            load_components.
         table: a StepTable, or the path of a saved one: of a pipeline, `scheduler` is then a TableScheduler with its
             rows, and so is the result for a scheduler.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
@@ -65,7 +66,8 @@ def accelerate(
             TableScheduler refuses, or whose notes have another prediction than the scheduler.
 
     Examples:
-        >>> scheduler = accelerate(diffusers.DDIMScheduler())  # the same class, the same images
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> scheduler = accelerate(scheduler)  # the same images; where the result is not used, nothing is accelerated
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
     settings = Acceleration.of(noise, seed, sample_ids)

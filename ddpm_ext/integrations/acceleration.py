@@ -49,6 +49,8 @@ class Acceleration:
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
+        fused_calls, own_calls: how many calls of methods took their fused form, each mostly one launch, and how many
+            ran the peer's own code. Code compiled by torch.compile is not counted.
     """
 
     _rng: Philox | None
@@ -64,6 +66,7 @@ class Acceleration:
         self.stream = stream
         self.iteration = 0
         self.fallbacks: dict[str, str] = {}
+        self.fused_calls = self.own_calls = 0
         self._warned: set[tuple[str, str]] = set()
         self._set(seed, sample_ids)
 
@@ -92,12 +95,19 @@ class Acceleration:
     def continued(self) -> Acceleration:
         """A copy for another object, which goes on with the loops and has no fallbacks of its own yet."""
         copied = copy.copy(self)
-        vars(copied).update(fallbacks={}, _warned=set())
+        vars(copied).update(fallbacks={}, fused_calls=0, own_calls=0, _warned=set())
         return copied
 
     def __repr__(self) -> str:
         given = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
         return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def summary(self) -> str:
+        """One line for people: the noise, and what was fused so far."""
+        seed = f" of seed {self._seed}" if self._seed is not None else ""
+        reasons = "; ".join(f"{method}: {reason}" for method, reason in self.fallbacks.items())
+        counts = f"fused calls: {self.fused_calls}, fallbacks: {self.own_calls}"
+        return f"noise {self.noise!r}{seed}, {counts}" + (f" ({reasons})" if reasons else "")
 
     # ------------------------------------------------------------------------------------------------- seed and ids
 
@@ -234,6 +244,8 @@ class Acceleration:
     def record_fallback(self, library: str, method: str, reason: str) -> None:
         """Keeps why the peer's own code runs, and warns of it, once for each reason."""
         self.fallbacks[method] = reason
+        if not torch.compiler.is_compiling():
+            self.own_calls += 1
         if (method, reason) not in self._warned:
             self._warned.add((method, reason))
             noise = " and noise" if self.noise == "philox" else ""

@@ -165,6 +165,8 @@ def test_a_fallback():
         assert found.step(x=101) == 7
     assert [warning.filename for warning in user_warnings(caught)] == [__file__]
     assert found.accelerated.fallbacks == {"step": "x is large"}
+    said = "# Peer, accelerated by ddpm_ext: noise 'torch', fused calls: 1, fallbacks: 3 (step: x is large)\n<"
+    assert found.step(2) == 20 and repr(found).startswith(said)
     assert peer_of(Peer).accelerated.fallbacks == {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
-from ddpm_ext.integrations.shared import Accelerated, make_class, new, peer_class
+from ddpm_ext.integrations.shared import Accelerated, make_class, new, peer_class, peer_method, shown
 from ddpm_ext.ops.noise import STREAM_REVERSE, STREAMS_REVERSE_MORE
 
 Accelerate = Callable[[Any, Acceleration], Any]
@@ -51,6 +51,10 @@ class Pipeline(Accelerated):
         super().__setattr__(name, value)
         if reason is not None:
             self.accelerated.record_fallback(self.library, name, reason)
+
+    def __repr__(self) -> str:
+        """Lines for its schedulers, then the peer's own."""
+        return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
 
     def _settings_in_place_of(self, replaced: Any) -> Acceleration:
         if isinstance(replaced, Accelerated):
