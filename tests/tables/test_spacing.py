@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from support.choices import for_many
 
+from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.spacing import section_timesteps, spaced_timesteps
 
@@ -85,3 +86,27 @@ def test_quantiles_of_the_beta_distribution_are_scipys(choose):
     p = torch.linspace(0, 1, choose.integer(2, 40), dtype=torch.float64)
     expected = torch.from_numpy(stats.beta.ppf(p.numpy(), alpha, beta))
     torch.testing.assert_close(beta_quantile(p, alpha, beta), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "given, spacing, expected",
+    [
+        ("euler_a", None, ("euler_ancestral", None)),
+        ("uni_pc", "Karras", ("unipc", "karras")),
+        ("dpmpp2m", "ddim25", ("dpmpp_2m", "ddim25")),
+        ("k_euler", None, ("euler", None)),
+        ("sample_dpm_2_ancestral", None, ("dpm_2_ancestral", None)),
+        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 3M SDE SGM Uniform", "sgm_uniform", ("dpmpp_3m_sde", "sgm_uniform")),
+        ("LMSDiscreteScheduler", None, ("lms", None)),
+        ("dpmpp_2m_sde_gpu", None, ("dpmpp_2m_sde", None)),
+    ],
+)
+def test_names_as_people_type_them(given, spacing, expected):
+    options = LoopOptions(sampler=given, spacing=spacing)
+    assert (options.sampler, options.spacing) == expected
+    for name, other in (("DPM++ 2M Karras", "beta"), ("dpmpp_4m Karras", None)):
+        with pytest.raises(
+            ValueError, match=r"expected ('karras' or none beside it|a name such as ('\w+', ){2}'\w+')$"
+        ):
+            LoopOptions(sampler=name, spacing=other)
