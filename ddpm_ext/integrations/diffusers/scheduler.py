@@ -53,6 +53,31 @@ def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
     return torch.promote_types(model_output.dtype, sample.dtype)
 
 
+class HostTimesteps(NamedTuple):
+    """A scheduler's timesteps on the host. Copies and pickles have none.
+
+    Attributes:
+        own, version: the tensor that was read, and how often it was written to by then.
+        address, stride: where the first one lies in memory, and how many bytes lie between two.
+        values: as numbers; none where the tensor is no vector.
+    """
+
+    own: Tensor
+    version: int
+    address: int
+    stride: int
+    values: list[int]
+
+    @classmethod
+    def of(cls, own: Tensor) -> HostTimesteps:
+        is_vector = own.dim() == 1
+        stride = (own.stride(0) if is_vector else 0) * own.element_size()
+        return cls(own, written(own), own.data_ptr(), stride or 1, own.tolist() if is_vector else [])
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class Scheduler(Accelerated):
     """The base of the mixins for schedulers."""
 
@@ -144,15 +169,24 @@ class Scheduler(Accelerated):
     def _host_timestep(self, timestep: Any) -> int | None:
         """The timestep as an int, or None where it is none.
 
-        An element of self.timesteps on a GPU is found by its address. Only the first one after set_timesteps makes the
-        host wait.
+        An element of self.timesteps is found by its address, and not read: on a GPU, only the first one after
+        set_timesteps makes the host wait. A pipeline's loop goes over these.
         """
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1 or timestep.is_floating_point():
-                return None
-            at = None if timestep.is_cpu else self._index_of(timestep)
-            return int(timestep.item()) if at is None else self._rows(Tensor.tolist, self.timesteps)[at]
-        return int(timestep) if isinstance(timestep, numbers.Integral) else None
+        if not isinstance(timestep, Tensor):
+            return int(timestep) if isinstance(timestep, numbers.Integral) else None
+        if timestep.numel() != 1 or timestep.is_floating_point():
+            return None
+        own: Any = self.timesteps
+        if not isinstance(own, Tensor):
+            return int(timestep.item())
+        known = self.__dict__.get("_host_timesteps")
+        if known is None or known.own is not own or known.version != written(own):
+            known = self.__dict__["_host_timesteps"] = HostTimesteps.of(own)
+        if timestep.dtype is own.dtype and timestep.is_cpu is own.is_cpu:
+            at, rest = divmod(timestep.data_ptr() - known.address, known.stride)
+            if rest == 0 and 0 <= at < len(known.values):
+                return known.values[at]
+        return int(timestep.item())
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None."""
