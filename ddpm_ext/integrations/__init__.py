@@ -46,8 +46,9 @@ def accelerate(
             rows, and so is the result for a scheduler.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
-            timestep) alone and is made in the launch. Two loops never share noise unless they are given the same seed
-            and ids; Acceleration says where a loop begins.
+            timestep) alone and is made in the launch. What a pipeline starts from is, too, where it is given neither a
+            generator nor latents. Two loops never share noise unless they are given the same seed and ids; Acceleration
+            says where a loop begins.
         seed: for "philox", 0 <= seed < 2^64: each loop takes the sample ids after the last loop's, and a new object
             begins anew at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
             torch.manual_seed makes a run repeatable.

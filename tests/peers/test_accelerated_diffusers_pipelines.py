@@ -81,6 +81,18 @@ def test_ddpm_pipeline(several):
     assert all(map(torch.equal, states, after))
 
 
+def test_ddpm_pipeline_by_seed_and_id():
+    """It draws its start noise before set_timesteps, and takes no latents."""
+    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))
+    whole, alone = (
+        accelerate(plain, noise="philox", seed=1, sample_ids=i)(
+            batch_size=2 - i, num_inference_steps=5, output_type="np"
+        )
+        for i in (0, 1)
+    )
+    close(alone.images, whole.images[1:])
+
+
 # ----------------------------------------------------------------------------------------------------------- latent
 
 

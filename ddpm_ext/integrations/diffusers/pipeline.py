@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddpm_ext.integrations.acceleration import Acceleration
+from ddpm_ext.integrations.diffusers.start_noise import start_noise
 from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
 from ddpm_ext.integrations.shared import Accelerated, make_class, new, peer_class, peer_method, shown
 from ddpm_ext.ops.noise import STREAM_REVERSE, STREAMS_REVERSE_MORE
@@ -30,6 +32,14 @@ class Pipeline(Accelerated):
     library = "diffusers"
     replaces = ()
     _accelerate_later: Accelerate  # an attribute of each object
+
+    def __init_subclass__(cls) -> None:
+        """Replaces __call__, with the signature of the peer's own, where there is one."""
+        super().__init_subclass__()
+        mro = getattr(vars(cls).get("_peer"), "__mro__", ())
+        own = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
+        if own is not None:
+            cls.__call__ = _with_start_noise(own)  # type: ignore[attr-defined]
 
     @property
     def accelerated(self) -> Acceleration:
@@ -63,6 +73,15 @@ class Pipeline(Accelerated):
         used = {own.accelerated.stream for own in _accelerated_schedulers(self)}
         unused = [stream for stream in STREAMS if stream not in used]
         return settings.of_stream(unused[0] if unused and settings.noise == "philox" else STREAM_REVERSE)
+
+
+def _with_start_noise(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
+            return own(self, *args, **kwargs)
+
+    return call
 
 
 def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:
