@@ -132,7 +132,7 @@ def add_sampling(
     samplers = (
         f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune"
     )
-    names = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
+    names: dict[str, Any] = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
     ways.add_argument("--sampler", **names, default="ddpm", metavar="NAME", help=samplers)
     table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
     ways.add_argument("--table", metavar="FILE", help=table)

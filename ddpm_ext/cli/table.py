@@ -36,7 +36,7 @@ def add_parser(commands: arguments.Subparsers) -> None:
     summary = "print, save, draw and compare step tables"
     parser = arguments.add_command(commands, "table", summary, description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
-    sampler = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
+    sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
     what.add_argument("--sampler", **sampler, metavar="NAME", help=", ".join(SAMPLERS))
     traced = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/; needs diffusers"
     what.add_argument("--scheduler", metavar="FOLDER", help=traced)

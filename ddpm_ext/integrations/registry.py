@@ -80,7 +80,7 @@ def accelerated_class(peer: type) -> type:
     others = "; ".join(f"a {' or '.join(classes)} of {library}" for library, classes in libraries.items())
     raise TypeError(
         f"obj is a {peer.__module__}.{peer.__qualname__}, expected any scheduler or pipeline of diffusers; {others}; "
-        "or an object with the tutorial's p_sample, q_sample and tables"
+        "or a class with the tutorial's p_sample, q_sample and tables"
     )
 
 

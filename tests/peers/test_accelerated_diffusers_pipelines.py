@@ -60,27 +60,6 @@ def close(found, expected, within=1e-4):
 # ---------------------------------------------------------------------------------------------------- unconditional
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["generator", "generators"])
-def test_ddpm_pipeline(several):
-    """Of the digits model that comes with ddpm_ext."""
-    scheduler = type(make("DDPM")).from_pretrained(DIGITS)
-    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
-    ours = accelerate(plain)
-    assert isinstance(ours, DDPMPipeline) and ours.unet is plain.unet
-
-    def run(pipeline):
-        generator = [seeded(i) for i in range(2)] if several else seeded(0)
-        found = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np")
-        return found.images, [g.get_state() for g in (generator if several else [generator])]
-
-    expected, states = run(plain)
-    with launches() as called:
-        found, after = run(ours)
-    close(found, expected, within=1e-3)
-    assert len(called) == 20
-    assert all(map(torch.equal, states, after))
-
-
 def test_ddpm_pipeline_by_seed_and_id():
     """It draws its start noise before set_timesteps, and takes no latents."""
     plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))

@@ -88,25 +88,17 @@ def test_quantiles_of_the_beta_distribution_are_scipys(choose):
     torch.testing.assert_close(beta_quantile(p, alpha, beta), expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    "given, spacing, expected",
-    [
-        ("euler_a", None, ("euler_ancestral", None)),
-        ("uni_pc", "Karras", ("unipc", "karras")),
-        ("dpmpp2m", "ddim25", ("dpmpp_2m", "ddim25")),
-        ("k_euler", None, ("euler", None)),
-        ("sample_dpm_2_ancestral", None, ("dpm_2_ancestral", None)),
-        ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")),
-        ("DPM++ 3M SDE SGM Uniform", "sgm_uniform", ("dpmpp_3m_sde", "sgm_uniform")),
-        ("LMSDiscreteScheduler", None, ("lms", None)),
-        ("dpmpp_2m_sde_gpu", None, ("dpmpp_2m_sde", None)),
-    ],
-)
-def test_names_as_people_type_them(given, spacing, expected):
-    options = LoopOptions(sampler=given, spacing=spacing)
-    assert (options.sampler, options.spacing) == expected
-    for name, other in (("DPM++ 2M Karras", "beta"), ("dpmpp_4m Karras", None)):
-        with pytest.raises(
-            ValueError, match=r"expected ('karras' or none beside it|a name such as ('\w+', ){2}'\w+')$"
-        ):
-            LoopOptions(sampler=name, spacing=other)
+def test_names_as_people_type_them():
+    names = {"euler_a": "euler_ancestral", "uni_pc": "unipc", "k_euler": "euler", "LMSDiscreteScheduler": "lms"}
+    names |= {"sample_dpm_2": "dpm_2", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde"}
+    found = {(given, None): (name, None) for given, name in names.items()} | {("ddim", "ddim25"): ("ddim", "ddim25")}
+    for given in (("DPM++ 2M Karras", None), ("dpmpp2m", "Karras"), ("dpmpp_2m_karras", "karras")):
+        found[given] = "dpmpp_2m", "karras"
+    found["DPM++ 3M SDE SGM Uniform", None] = "dpmpp_3m_sde", "sgm_uniform"
+    for (sampler, spacing), expected in found.items():
+        options = LoopOptions(sampler=sampler, spacing=spacing)
+        assert (options.sampler, options.spacing) == expected
+    with pytest.raises(ValueError, match="spacing is 'beta' beside sampler 'Euler Karras', expected 'karras' or none"):
+        LoopOptions(sampler="Euler Karras", spacing="beta")
+    with pytest.raises(ValueError, match=r"^sampler is 'dpmpp_4m', expected a name such as ('\w+', ){2}'\w+'$"):
+        LoopOptions(sampler="dpmpp_4m")

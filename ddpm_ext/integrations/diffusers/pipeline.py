@@ -39,7 +39,7 @@ class Pipeline(Accelerated):
         mro = getattr(vars(cls).get("_peer"), "__mro__", ())
         own = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
         if own is not None:
-            cls.__call__ = _with_start_noise(own)  # type: ignore[attr-defined]
+            cls.__call__ = _with_start_noise(own)  # type: ignore[method-assign]
 
     @property
     def accelerated(self) -> Acceleration:

@@ -83,7 +83,6 @@ class Scheduler(Accelerated):
 
     library = "diffusers"
     timesteps: Tensor
-    _internal_dict: Any
 
     def __init_subclass__(cls) -> None:
         """The mixin's _step takes the place of the peer's step in an accelerated class, and so on; any Fallback that it
@@ -115,7 +114,8 @@ class Scheduler(Accelerated):
     @property
     def config(self) -> Any:
         """The peer's, which from_config of any accelerated class knows again."""
-        config, settings = self._internal_dict, self.__dict__.get("_acceleration")
+        config: Any = self._internal_dict  # type: ignore[attr-defined]
+        settings = self.__dict__.get("_acceleration")
         if settings is not None and _settings_of(config) is not settings:
             key = id(config)
             _of_configs[key] = weakref.ref(config, lambda _: _of_configs.pop(key, None)), settings
