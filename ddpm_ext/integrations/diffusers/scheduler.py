@@ -115,8 +115,8 @@ class Scheduler(Accelerated):
     def config(self) -> Any:
         """The peer's, which from_config of any accelerated class knows again."""
         config: Any = self._internal_dict  # type: ignore[attr-defined]
-        settings = self.__dict__.get("_acceleration")
-        if settings is not None and _settings_of(config) is not settings:
+        settings, noted = self.__dict__.get("_acceleration"), _of_configs.get(id(config))
+        if settings is not None and (noted is None or noted[1] is not settings or noted[0]() is not config):
             key = id(config)
             _of_configs[key] = weakref.ref(config, lambda _: _of_configs.pop(key, None)), settings
         return config
@@ -182,10 +182,10 @@ class Scheduler(Accelerated):
         known = self.__dict__.get("_host_timesteps")
         if known is None or known.own is not own or known.version != written(own):
             known = self.__dict__["_host_timesteps"] = HostTimesteps.of(own)
-        if timestep.dtype is own.dtype and timestep.is_cpu is own.is_cpu:
-            at, rest = divmod(timestep.data_ptr() - known.address, known.stride)
-            if rest == 0 and 0 <= at < len(known.values):
-                return known.values[at]
+        offset = timestep.data_ptr() - known.address
+        at = offset // known.stride
+        if 0 <= at < len(known.values) and offset % known.stride == 0 and timestep.dtype is own.dtype:
+            return known.values[at] if timestep.is_cpu is own.is_cpu else int(timestep.item())
         return int(timestep.item())
 
     def _index_of(self, timestep: Tensor) -> int | None:
