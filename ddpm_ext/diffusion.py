@@ -96,8 +96,9 @@ class GaussianDiffusion(LossMethods, LikelihoodMethods):
             model: model(x_t, t, **model_kwargs) -> (batch, ...), with twice the channels where the variance is learned.
                 Its inputs are buffers that later steps overwrite: it must copy what it wants to keep.
             shape: (batch, ...).
-            sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS; or a
-                StepTable, whose rows are the steps.
+            sampler: "ddpm" (the default), "ddim", "dpmpp_2m" or another of ddpm_ext.tables.samplers.SAMPLERS, also by
+                other libraries' names and with a spacing after it, as "DPM++ 2M Karras"; or a StepTable,
+                whose rows are the steps.
             steps: the number of timesteps to visit; None: all.
             spacing: which timesteps; None: "trailing", evenly down from the last. "linspace" (evenly, with both ends)
                 or another of ddpm_ext.tables.spacing.TIMESTEP_SPACINGS, or "ddim25", "10,15,20" and the like; or

@@ -60,7 +60,8 @@ def main() -> None:
         f"- {versions(list(dict.fromkeys(case.library for case in measured)))}",
         "- medians in microseconds of a step, the three ways in turn in one process, float32; the models cost nothing",
         "- launches: operators that write more than one number; reads: values that the host reads, each a "
-        "synchronisation where they are on a GPU; plain / torch / philox, of a step",
+        "synchronisation where they are on a GPU; plain / torch / philox, of a step; timesteps on a GPU are read once "
+        "a loop more",
         "- what a library's own step takes depends on whether the allocator keeps its temporaries' memory: at "
         "64x3x32x32 up to twice as long in other runs; ours repeat within a tenth",
         "- `make bench-peers`, with what isn't installed on PYTHONPATH",

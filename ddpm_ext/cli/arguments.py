@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from ddpm_ext.base import files
+from ddpm_ext.tables.names import find_name, sampler_and_spacing
 from ddpm_ext.tables.samplers import SAMPLERS, WITH_ETA
 from ddpm_ext.tables.spacing import DEFAULT_SPACING, SPACINGS
 
@@ -119,6 +120,40 @@ DEVICES = "cpu, cuda, cuda:1, ... (default: cuda where a GPU can be used)"
 DEVICES_OF_RANKS = f"{DEVICES}; with several ranks, cuda means a GPU for each"
 SPACING_NAMES = f"{', '.join(SPACINGS)}; or ddim25, 10,15,20 and the like"
 SPACING = f"which timesteps: {SPACING_NAMES} (default: {DEFAULT_SPACING})"
+
+
+class _OfSampler(str):
+    """A spacing that came with a sampler's name."""
+
+
+class SamplerName(argparse.Action):
+    """Stores the known name of a sampler, and the spacing that "DPM++ 2M Karras" has after it.
+
+    Args:
+        known: the names.
+    """
+
+    def __init__(self, *args: Any, known: Collection[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known = known
+
+    def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
+        beside = None if isinstance(options.spacing, _OfSampler) else options.spacing
+        try:
+            options.sampler, spacing = sampler_and_spacing(given, beside, self.known, SPACINGS)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+        options.spacing = _OfSampler(spacing) if beside is None and spacing is not None else spacing
+
+
+class SpacingName(argparse.Action):
+    """Stores the known name of a spacing, or any other text."""
+
+    def __call__(self, parser: Any, options: argparse.Namespace, given: Any, _: str | None = None) -> None:
+        spacing = find_name(given, SPACINGS) or given
+        if isinstance(options.spacing, _OfSampler) and spacing != options.spacing:
+            raise argparse.ArgumentError(self, f"got {given}, but the name of the sampler has {options.spacing}")
+        options.spacing = spacing
 
 
 # --------------------------------------------------------------------------------------------------------- checks

@@ -44,7 +44,7 @@ def add_spacing(group: Any) -> None:
     """Adds --steps and --spacing."""
     count = "steps of the loop (default: all timesteps of the model)"
     group.add_argument("--steps", type=arguments.steps, metavar="N", help=count)
-    group.add_argument("--spacing", metavar="HOW", help=arguments.SPACING)
+    group.add_argument("--spacing", action=arguments.SpacingName, metavar="HOW", help=arguments.SPACING)
 
 
 def add_running(
@@ -132,7 +132,8 @@ def add_sampling(
     samplers = (
         f"the reverse step: {', '.join(SAMPLERS)}; or {TUNED}: the model's own table for --steps, of ddpm-ext tune"
     )
-    ways.add_argument("--sampler", choices=(*SAMPLERS, TUNED), default="ddpm", metavar="NAME", help=samplers)
+    names: dict[str, Any] = {"action": arguments.SamplerName, "known": (*SAMPLERS, TUNED)}
+    ways.add_argument("--sampler", **names, default="ddpm", metavar="NAME", help=samplers)
     table = "the rows of a .json file that StepTable.save wrote, as ddpm-ext tune and ddpm-ext table --save do"
     ways.add_argument("--table", metavar="FILE", help=table)
     add_spacing(group)

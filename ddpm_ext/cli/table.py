@@ -36,7 +36,8 @@ def add_parser(commands: arguments.Subparsers) -> None:
     summary = "print, save, draw and compare step tables"
     parser = arguments.add_command(commands, "table", summary, description, epilog=_EXAMPLES)
     what = parser.add_argument_group("what to print").add_mutually_exclusive_group(required=True)
-    what.add_argument("--sampler", choices=tuple(SAMPLERS), metavar="NAME", help=", ".join(SAMPLERS))
+    sampler: dict[str, Any] = {"action": arguments.SamplerName, "known": tuple(SAMPLERS)}
+    what.add_argument("--sampler", **sampler, metavar="NAME", help=", ".join(SAMPLERS))
     traced = f"a folder of diffusers with a {CONFIG}, or with one in its scheduler/; needs diffusers"
     what.add_argument("--scheduler", metavar="FOLDER", help=traced)
     add_options(parser)
@@ -54,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     shift = "the logarithm of a flow's shift, with use_dynamic_shifting"
     add("--mu", type=arguments.finite_number, metavar="X", help=shift)
     add = parser.add_argument_group("of samplers").add_argument
-    add("--spacing", metavar="NAME", help=arguments.SPACING)
+    add("--spacing", action=arguments.SpacingName, metavar="NAME", help=arguments.SPACING)
     add("--eta", type=arguments.nonnegative_number, metavar="X", help=f"of {' or '.join(WITH_ETA)}")
     add("--prediction", choices=SPACED_PREDICTIONS, default="eps", help="what the model predicts")
     add("--beta-schedule", choices=tuple(SCHEDULES), default="linear", help="how fast the noise grows")

@@ -31,22 +31,24 @@ def accelerate(
     seed: int | None = None,
     sample_ids: int | Tensor = 0,
 ) -> T:
-    """An object like `obj` whose steps take one launch each.
+    """An object like `obj` whose steps take one launch each: `pipe = accelerate(pipe)`, as obj itself stays as it was.
 
-    It is of a subclass of obj's class and shares its model and parameters; obj itself stays as it was. A call that has
-    no fused form runs the library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks`
-    keeps the reason.
+    It is of a subclass of obj's class and shares its model and parameters. A call that has no fused form runs the
+    library's own code: a warning says why, once for each reason, and `.accelerated.fallbacks` keeps the reason. Its
+    repr says that it is accelerated, with the fused calls and fallbacks so far.
 
     Args:
         obj: any scheduler or a pipeline of diffusers, a diffusion of guided-diffusion, improved-diffusion or
             denoising-diffusion-pytorch, or the tutorial's. All schedulers of a pipeline are accelerated, and those of
-            the pipelines in it; modular pipelines are taken after load_components.
+            the pipelines in it, and those that are put in their places later on; modular pipelines are taken after
+            load_components.
         table: a StepTable, or the path of a saved one: of a pipeline, `scheduler` is then a TableScheduler with its
             rows, and so is the result for a scheduler.
         noise: "torch": the library's own draws, by the same generators in the same order, so the images are the same
             as before, to float32 rounding. "philox": noise of the noise contract, which depends on (seed, sample id,
-            timestep) alone and is made in the launch. Two loops never share noise unless they are given the same seed
-            and ids; Acceleration says where a loop begins.
+            timestep) alone and is made in the launch. What a pipeline starts from is, too, where it is given neither a
+            generator nor latents. Two loops never share noise unless they are given the same seed and ids; Acceleration
+            says where a loop begins.
         seed: for "philox", 0 <= seed < 2^64: each loop takes the sample ids after the last loop's, and a new object
             begins anew at sample_ids. None: each loop draws a seed from torch's default CPU generator, so that
             torch.manual_seed makes a run repeatable.
@@ -65,7 +67,8 @@ def accelerate(
             TableScheduler refuses, or whose notes have another prediction than the scheduler.
 
     Examples:
-        >>> scheduler = accelerate(diffusers.DDIMScheduler())  # the same class, the same images
+        >>> scheduler = diffusers.DDIMScheduler()
+        >>> scheduler = accelerate(scheduler)  # the same images; where the result is not used, nothing is accelerated
         >>> scheduler = accelerate(diffusers.DDPMScheduler(), noise="philox", seed=0)
     """
     settings = Acceleration.of(noise, seed, sample_ids)
@@ -95,7 +98,7 @@ def _of_table(obj: Any, table: Any, settings: Acceleration) -> Any:
 
     if own is obj:
         return make(obj, settings)
-    made = accelerated_pipeline(obj, settings, make)
+    made = accelerated_pipeline(obj, settings, make, _accelerated)
     made.register_modules(scheduler=made.scheduler)  # model_index.json names the class
     return made
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import sys
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ddpm_ext.base import checks
-from ddpm_ext.ops.noise import STREAM_FORWARD, STREAM_REVERSE, Philox, check_rng_of_many, fresh_rng, random_seed
+from ddpm_ext.ops.noise import (
+    STREAM_FORWARD,
+    STREAM_REVERSE,
+    STREAM_START,
+    Philox,
+    check_rng_of_many,
+    fresh_rng,
+    random_seed,
+)
 
 NOISES = ("torch", "philox")
 BEFORE, OVER = -math.inf, math.inf  # the place of a loop that has taken no step, or to which no step can belong
@@ -29,6 +40,7 @@ class Acceleration:
 
     - Each call of a loop's method (p_sample_loop, ddim_sample_loop, ddim_sample, sample, interpolate) is a loop.
     - diffusers' set_timesteps begins a loop, and so does `begin_loop()`. The steps that follow belong to it.
+    - A call of a pipeline begins a loop, to which its start noise and the steps after its first set_timesteps belong.
     - A single step begins a loop if it goes back to an earlier place of a loop than the last step's: to a larger
       timestep. A step at the last step's timestep stays in the loop and takes the ids after those that were used there,
       as for a batch in parts.
@@ -48,6 +60,8 @@ class Acceleration:
         iteration: how often training noise was drawn, which is the number of the next draw. Training noise always has
             the first sample ids, however many loops there were.
         fallbacks: {method: reason}, the latest reason why the peer's own code ran.
+        fused_calls, own_calls: how many calls of methods took their fused form, each mostly one launch, and how many
+            ran the peer's own code. Code compiled by torch.compile is not counted.
     """
 
     _rng: Philox | None
@@ -62,7 +76,9 @@ class Acceleration:
         self.noise = noise
         self.stream = stream
         self.iteration = 0
+        self._calls = 0  # of a pipeline that are under way, one in another
         self.fallbacks: dict[str, str] = {}
+        self.fused_calls = self.own_calls = 0
         self._warned: set[tuple[str, str]] = set()
         self._set(seed, sample_ids)
 
@@ -88,9 +104,22 @@ class Acceleration:
         copied.__dict__.update(self.__dict__, fallbacks=dict(self.fallbacks), _warned=set(self._warned))
         return copied
 
+    def continued(self) -> Acceleration:
+        """A copy for another object, which goes on with the loops and has no fallbacks of its own yet."""
+        copied = copy.copy(self)
+        vars(copied).update(fallbacks={}, fused_calls=0, own_calls=0, _calls=0, _warned=set())
+        return copied
+
     def __repr__(self) -> str:
         given = {"noise": self.noise, "rng": self._rng, "fallbacks": self.fallbacks}
         return f"Acceleration({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def summary(self) -> str:
+        """One line for people: the noise, and what was fused so far."""
+        seed = f" of seed {self._seed}" if self._seed is not None else ""
+        reasons = "; ".join(f"{method}: {reason}" for method, reason in self.fallbacks.items())
+        counts = f"fused calls: {self.fused_calls}, fallbacks: {self.own_calls}"
+        return f"noise {self.noise!r}{seed}, {counts}" + (f" ({reasons})" if reasons else "")
 
     # ------------------------------------------------------------------------------------------------- seed and ids
 
@@ -137,13 +166,14 @@ class Acceleration:
         self._place: float = BEFORE  # the last step's, rising along a loop
         self._used_here = 0  # ids at this place
         self._unread = 0  # steps whose timesteps were not read
+        self._starts = 0  # how often start noise was drawn
         self._rng = None
         if self._seed is not None:  # made at once, so that a compiler finds it
             self._rng = self._philox(self._seed, self._ids)
 
     def begin_loop(self) -> None:
         """Begins a loop, which the following single steps belong to."""
-        if self.noise == "torch":
+        if self.noise == "torch" or (self._calls and self._place == BEFORE):  # the call has begun it
             return
         if self._seed is not None and not isinstance(self._ids, Tensor):
             self._ids += self._count
@@ -153,6 +183,25 @@ class Acceleration:
     def end_loop(self) -> None:
         """The next single step begins another loop."""
         self._place = OVER
+
+    @contextlib.contextmanager
+    def within_call(self) -> Iterator[None]:
+        """A call of a pipeline, which may draw its start noise before or after set_timesteps."""
+        self.begin_loop()
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    def rng_of_start(self, batch: int) -> Philox:
+        """The generator of noise that the loop of `batch` samples starts from, another draw each time: the first one is
+        that of ddpm_ext's loops. Schedulers of one pipeline have draws of their own."""
+        assert self.rng is not None
+        draw = 16 * self._starts + self.stream
+        self._starts += 1
+        self._count = max(self._count, batch)
+        return self.rng.of(STREAM_START, draw)
 
     def whole_loop(self, batch: int) -> Philox | None:
         """The generator of a whole loop of `batch` samples, which begins here; None where the peer draws the noise."""
@@ -227,6 +276,8 @@ class Acceleration:
     def record_fallback(self, library: str, method: str, reason: str) -> None:
         """Keeps why the peer's own code runs, and warns of it, once for each reason."""
         self.fallbacks[method] = reason
+        if not torch.compiler.is_compiling():
+            self.own_calls += 1
         if (method, reason) not in self._warned:
             self._warned.add((method, reason))
             noise = " and noise" if self.noise == "philox" else ""

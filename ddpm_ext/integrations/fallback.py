@@ -37,7 +37,7 @@ class Fallback(Exception):
 
 
 def with_fallback(
-    method: str | None = None, own: Function | None = None, *, compiles: bool = True
+    method: str | None = None, own: Function | None = None, *, compiles: bool = True, counts: bool = True
 ) -> Callable[[Function], Function]:
     """Decorates a method of an Accelerated class that may raise a Fallback: then the peer's own method runs.
 
@@ -45,6 +45,7 @@ def with_fallback(
         method: the peer's name of the method; without one, that of the decorated function.
         own: what runs then, as own(method, obj, ...) with the call's arguments; without one, the peer's method itself.
         compiles: whether torch.compile may trace the method; if not, it gets the peer's.
+        counts: whether it is fused at all, and no method that only takes note of something.
     """
 
     def decorate(function: Function) -> Function:
@@ -54,7 +55,10 @@ def with_fallback(
         @functools.wraps(function)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return function(self, *args, **kwargs)
+                result = function(self, *args, **kwargs)
+                if counts and not torch.compiler.is_compiling():
+                    self.accelerated.fused_calls += 1
+                return result
             except Fallback as fallback:
                 reason, instead = fallback.reason, fallback.instead
             # Outside of the handler, so that an error of the peer's is not shown as one that came of a Fallback.

@@ -31,7 +31,9 @@ from ddpm_ext.ops.noise import Philox, rng_of_many
 from ddpm_ext.tables.grid import grid_of_levels
 from ddpm_ext.tables.levels import flow as flow_scale
 from ddpm_ext.tables.levels import sigma_space
+from ddpm_ext.tables.names import find_name, sampler_and_spacing
 from ddpm_ext.tables.samplers import SAMPLERS
+from ddpm_ext.tables.spacing import SPACINGS
 from ddpm_ext.tables.step_table import COLUMNS, StepTable
 from ddpm_ext.tables.trace import follow_function
 from ddpm_ext.tables.trace_function import check_function, checked_sigmas
@@ -82,10 +84,10 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
     """A sampler with the signature of k-diffusion's: (model, x, sigmas, extra_args=None, callback=None, disable=None).
 
     Args:
-        which: a name of NAMES; another name of k-diffusion's, "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is
-            installed; or a function with this signature, whose steps are found by StepTable.trace, while the attributes
-            that it reads of the model are the model's own; or a StepTable, or the path of a saved one (a text that ends
-            in .json, or a Path).
+        which: a name of NAMES, also as others write it, such as "DPM++ 2M" or "euler_a"; another name of k-diffusion's,
+            "dpmpp_sde" for its sample_dpmpp_sde, if k-diffusion is installed; or a function with this signature, whose
+            steps are found by StepTable.trace, while the attributes that it reads of the model are the model's own; or
+            a StepTable, or the path of a saved one (a text that ends in .json, or a Path).
 
     A table has its own sigmas: the loop is given the same, `table_sigmas(table)`, or None. Its rows are for any
     samples; those of x0 + sigma eps are taken, and (1 - sigma) x0 + sigma eps where it is a flow's. Predicted clean
@@ -121,8 +123,8 @@ def sampler(which: str | Sampler | StepTable | os.PathLike[str]) -> Sampler:
         which = StepTable.load(which)
     if isinstance(which, StepTable):
         return _of_table(which)
-    if not callable(which) and which not in NAMES:
-        which = _theirs(which)
+    if not callable(which):
+        which = _named(which)
     if callable(which):
         check_function(which)
         name = getattr(which, "__name__", "sample")
@@ -177,15 +179,21 @@ def _of_table(table: StepTable) -> Sampler:
     return sample_table
 
 
-def _theirs(name: str) -> Sampler:
-    """k-diffusion's own function. Raises ValueError where there is none."""
+def _named(name: str) -> str | Sampler:
+    """A name of ours, or else k-diffusion's own function. Raises ValueError where there is none."""
+    ours = find_name(name, NAMES)
+    if ours is not None:
+        return ours
     try:
         found = getattr(importlib.import_module("k_diffusion.sampling"), f"sample_{name}", None)
     except ImportError:
         found = None
     if found is None:
-        expected = ", ".join(map(repr, NAMES))
-        raise ValueError(f"sampler is {name!r}, expected {expected}, or with k-diffusion installed one of its samplers")
+        try:
+            ours, _ = sampler_and_spacing(name, None, NAMES, SPACINGS)
+        except ValueError as error:
+            raise ValueError(f"{error}, or with k-diffusion installed one of its samplers") from None
+        raise ValueError(f"sampler is {name!r}, expected {ours!r}: it is given its sigmas, and has no other spacing")
     return found
 
 

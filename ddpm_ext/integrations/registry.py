@@ -76,10 +76,11 @@ def accelerated_class(peer: type) -> type:
     libraries: dict[str, list[str]] = {}
     for known in KNOWN:
         libraries.setdefault(known.module.partition(".")[0], []).append(known.name)
-    expected = "; ".join(f"{library}'s {', '.join(classes)}" for library, classes in libraries.items())
+    del libraries["diffusers"]  # all of its schedulers are taken
+    others = "; ".join(f"a {' or '.join(classes)} of {library}" for library, classes in libraries.items())
     raise TypeError(
-        f"obj is a {peer.__module__}.{peer.__qualname__}, expected {expected}; a pipeline of diffusers; or a class "
-        "with the tutorial's p_sample, q_sample and tables"
+        f"obj is a {peer.__module__}.{peer.__qualname__}, expected any scheduler or pipeline of diffusers; {others}; "
+        "or a class with the tutorial's p_sample, q_sample and tables"
     )
 
 

@@ -57,6 +57,9 @@ class Accelerated:
             found = self.__dict__["_acceleration"] = Acceleration()
         return found
 
+    def __repr__(self) -> str:
+        return f"{shown(self)}\n{super().__repr__()}"
+
     def _check(self) -> None:
         """Is called once for each new object. Raises TypeError where the object is not what its class promises."""
 
@@ -76,6 +79,11 @@ class Accelerated:
         if "_acceleration" in state:
             state["_acceleration"] = copy.copy(state["_acceleration"])
         return type(self)._restore, (self._peer,), state  # noqa: SLF001 (of this module)
+
+
+def shown(obj: Any) -> str:
+    """A line that says what is accelerated, and what came of it so far."""
+    return f"# {type(obj).__name__}, accelerated by ddpm_ext: {obj.accelerated.summary()}"
 
 
 def peer_class(cls: type) -> type:

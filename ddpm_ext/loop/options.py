@@ -17,6 +17,8 @@ from ddpm_ext.loop.inpaint import Inpaint
 from ddpm_ext.loop.interpolation import Interpolation
 from ddpm_ext.ops.noise import Philox
 from ddpm_ext.process.clip import DynamicThreshold, as_clip
+from ddpm_ext.tables import SAMPLERS, SPACINGS
+from ddpm_ext.tables.names import sampler_and_spacing
 from ddpm_ext.tables.step_table import StepTable
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -26,6 +28,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 class LoopOptions:
     """The options of GaussianDiffusion.p_sample_loop, by the same names, with their defaults.
 
+    sampler, spacing: by their own names, also where they were given by others, or together as "DPM++ 2M Karras".
     clip: the fixed range to clip to, or None. threshold: how to find each sample's own range for the clip, or None.
 
     Raises:
@@ -85,6 +88,10 @@ class LoopOptions:
                 f"compile is {self.compile!r}, which makes CUDA graphs itself, beside graph, expected one of them"
             )
         self._check_strength()
+        if isinstance(self.sampler, str):
+            sampler, spacing = sampler_and_spacing(self.sampler, self.spacing, SAMPLERS, SPACINGS)
+            object.__setattr__(self, "sampler", sampler)
+            object.__setattr__(self, "spacing", spacing)
         clip, threshold = as_clip(self.clip_denoised)
         changed = {"clip": clip, "threshold": threshold, "guidance": as_guidance(self.guidance)}
         for name, value in (changed | {"model_kwargs": dict(self.model_kwargs or {})}).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.flow_grids import flow_spaced_grid
 from ddpm_ext.tables.grid import Grid, make_grid
 from ddpm_ext.tables.levels import Scale, flow
+from ddpm_ext.tables.names import find_name, nearest_names
 from ddpm_ext.tables.sigma_grids import SIGMA_GRIDS
 
 __all__ = ["DEFAULT_SPACING", "SPACINGS", "TIMESTEP_SPACINGS", "section_timesteps", "spaced_grid", "spaced_timesteps"]
@@ -71,9 +72,15 @@ SPACINGS: Mapping[str, Callable[..., Any]] = {**TIMESTEP_SPACINGS, **SIGMA_GRIDS
 _SECTIONS = re.compile(r"ddim\d+|\d+(,\d+)*")
 
 
-def _unknown(spacing: str, names: Iterable[str]) -> ValueError:
-    known = ", ".join(map(repr, names))
-    return ValueError(f"spacing is {spacing!r}, expected {known}, 'ddimN' or counts with commas between")
+def _known(spacing: str, names: Collection[str]) -> str:
+    """One of the names, however it is written. Raises ValueError for another one."""
+    found = find_name(spacing, names)
+    if found is None:
+        near = nearest_names(spacing, names)
+        raise ValueError(
+            f"spacing is {spacing!r}, expected a name such as {near}, 'ddimN' or counts with commas between"
+        )
+    return found
 
 
 def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | None = None) -> Tensor:
@@ -112,8 +119,7 @@ def spaced_timesteps(timesteps: int, steps: int | None = None, spacing: str | No
             raise ValueError(f"steps is {steps!r} beside spacing {spacing!r}, which says how many, expected None")
         sections: str | list[int] = spacing if spacing.startswith("ddim") else [int(n) for n in spacing.split(",")]
         return section_timesteps(timesteps, sections)
-    if spacing not in TIMESTEP_SPACINGS:
-        raise _unknown(spacing, TIMESTEP_SPACINGS)
+    spacing = _known(spacing, TIMESTEP_SPACINGS)
     if steps is None:
         steps = timesteps
     steps = checks.as_int("steps", steps)
@@ -173,13 +179,13 @@ def spaced_grid(
     Raises:
         TypeError, ValueError: as spaced_timesteps; a schedule that SIGMA_GRIDS do not take, or no `steps` for them.
     """
+    if isinstance(spacing, str) and not _SECTIONS.fullmatch(spacing):
+        spacing = _known(spacing, SPACINGS)
     if isinstance(spacing, str) and spacing in SIGMA_GRIDS:
         if steps is None:
             raise ValueError(f"steps is None, expected a number of steps for spacing {spacing!r}")
         if scale is flow:
             return flow_spaced_grid(alphas_cumprod, steps, spacing)
         return replace(SIGMA_GRIDS[spacing](alphas_cumprod, steps), scale=scale)
-    if isinstance(spacing, str) and spacing not in SPACINGS and not _SECTIONS.fullmatch(spacing):
-        raise _unknown(spacing, SPACINGS)
     grid = make_grid(alphas_cumprod, spaced_timesteps(len(alphas_cumprod), steps, spacing), betas=betas)
     return replace(grid, scale=scale)

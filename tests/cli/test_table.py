@@ -62,6 +62,8 @@ BAD = [
     (("--steps", "3"), "one of the arguments --sampler --scheduler is required"),
     (("--sampler", "euler", "--save", "a.txt"), "save: got a.txt, expected a name that ends in .json"),
     (("--scheduler", "nowhere", "--steps", "20"), "table: got nowhere, expected ddpm"),
+    (("--sampler", "dpmpp_4m"), "sampler is 'dpmpp_4m', expected a name such as 'dpmpp_3m', 'dpmpp_2m'"),
+    (("--sampler", "Euler Karras", "--spacing", "beta"), "got beta, but the name of the sampler has karras"),
     (("--sampler", "euler", "--mu", "1"), "mu: got 1.0, but there is no scheduler that it is for"),
     (("--scheduler", "."), "table: . has no scheduler_config.json, nor has its scheduler/, expected one of them"),
     (("--scheduler", "damaged"), "steps: got none, expected a number of steps for the scheduler of"),

@@ -227,8 +227,13 @@ def test_what_is_no_argument():
         sampler("euler")(bend, torch.ones(SHAPE, dtype=torch.int64), SIGMAS)
     with pytest.raises(TypeError, match=r"the model's output is a NoneType, expected a tensor"):
         sampler("euler")(lambda x, sigma: None, start(), SIGMAS)
-    with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected 'ddpm', .* or with k-diffusion installed"):
+    with pytest.raises(ValueError, match=r"sampler is 'dpm_fast', expected .*, or with k-diffusion installed"):
         sampler("dpm_fast")
+    with pytest.raises(
+        ValueError, match=r"sampler is 'Euler a Karras', expected 'euler_ancestral': it is given its sig"
+    ):
+        sampler("Euler a Karras")
+    assert sampler("DPM++ 2S a").__name__ == "sample_dpmpp_2s_ancestral"
 
 
 def test_samplers_that_read_an_unconditional_output_are_refused(monkeypatch):

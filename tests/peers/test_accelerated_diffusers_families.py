@@ -1,19 +1,24 @@
 """The families of diffusers' pipelines, with their usual schedulers: accelerate(pipeline) gives the same images, by one
 launch a step. Pipelines with several schedulers."""
 
+import sys
+import threading
+
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
 import diffusers
+from diffusers.utils.torch_utils import randn_tensor
 from support.accelerated_diffusers import make, normal, seeded
 from support.diffusers_families import BOTH, FAMILIES, OF_16, deep_floyd, embeds, kandinsky, quiet, upscaler, wan_parts
 from support.launches import launches
 from support.noise_of_loops import unrelated
 
 from benchmarks.peers.pipelines import between_calls
-from ddpm_ext import Philox, accelerate
+from ddpm_ext import Philox, accelerate, randn
+from ddpm_ext.integrations.shared import peer_class
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__:DeprecationWarning", "ignore::FutureWarning", "error:.*runs the own code:UserWarning"
@@ -34,7 +39,7 @@ def one_thread(threads):
 def check(plain, arguments, steps, dtype=torch.float32, ulps=ULPS):
     """Checks that both pipelines give the same images, and that the accelerated one's steps take so many launches."""
     ours = accelerate(plain)
-    assert type(ours) is type(plain)
+    assert peer_class(type(ours)) is type(plain)
     found, states = [], []
     for pipeline in (plain, ours):
         generator = seeded(3)
@@ -63,6 +68,46 @@ def test_families(name, dtype):
             module.to(dtype)
     given = {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
     check(plain, given, steps, dtype, ulps=ULPS_OF_SVD if name == "stable_video_diffusion" else ULPS)
+
+
+@pytest.mark.parametrize(
+    "name, packed",
+    [("stable_diffusion", lambda z: z), ("flux", lambda z: diffusers.FluxPipeline._pack_latents(z, *z.shape))],
+)
+def test_start_noise_by_seed_and_id(name, packed):
+    """It is that of our loops, drawn after set_timesteps or before it. Other threads draw as they do without us."""
+    plain, arguments, seen = quiet(FAMILIES[name][0]()), FAMILIES[name][1] | {"num_inference_steps": 3}, []
+    module = sys.modules[type(plain).__module__]
+
+    def images(pipeline, rows=slice(None), **others):
+        given = {key: x[rows] if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
+        return pipeline(**given, **others)[0]
+
+    def made(seed=5, ids=0):
+        return accelerate(plain, noise="philox", seed=seed, sample_ids=ids)
+
+    def in_a_thread(*_):
+        thread = threading.Thread(target=lambda: seen.append(module.randn_tensor((2,))))
+        thread.start()
+        thread.join()
+        return {}
+
+    torch.manual_seed(1)
+    ours = made()
+    first, second = images(ours, callback_on_step_end=in_a_thread), images(ours)
+    assert module.randn_tensor is randn_tensor
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat(seen), torch.cat([torch.randn(2) for _ in seen])) and len(seen) >= 3
+    found = [images(made()), images(made(ids=1), slice(1, 2)), images(made(ids=3), slice(1, 2))]
+    found += [
+        images(plain, latents=packed(randn((2, 4, 8, 8), Philox(5), stream=1))),
+        images(ours, generator=seeded(1)),
+    ]
+    for image, expected in zip(
+        found, (first, first[1:], second[1:], first, images(plain, generator=seeded(1))), strict=True
+    ):
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-4)
+    assert all((first - other).abs().max() > 0.1 for other in (second, images(made(seed=6))))
 
 
 # ------------------------------------------------------------------------------------------------- several schedulers
@@ -98,7 +143,7 @@ def test_a_pipeline_of_pipelines(combined):
     before = vars(combined) | {}, vars(prior) | {}
     arguments = {"prompt": ["a cat", "dogs"], "prior_num_inference_steps": 5, "num_inference_steps": 6}
     ours = check(combined, OF_16 | arguments, 5 + 6)
-    assert type(ours.prior_pipe) is type(prior) and ours.prior_pipe is not prior
+    assert peer_class(type(ours.prior_pipe)) is type(prior) and ours.prior_pipe is not prior
     assert ours.prior_pipe.scheduler is ours.prior_scheduler is not combined.prior_scheduler
     assert ours.decoder_pipe.scheduler is ours.scheduler is not combined.scheduler
     assert ours.prior_pipe.prior is prior.prior

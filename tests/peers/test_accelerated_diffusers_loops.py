@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from support.accelerated_diffusers import Elsewhere, close, given, loop, make, model, normal, prepared, seeded
-from support.launches import launches
+from support.launches import Operators, launches
 
 from ddpm_ext.integrations import accelerate
 
@@ -75,6 +75,16 @@ def test_timesteps_elsewhere_are_read_once(name):
             reads.append(Elsewhere.reads)
     assert 0 < reads[10] == reads[-1] <= 5
     close(*reversed(results))
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM"])
+def test_only_timesteps_that_are_somebody_elses_are_read(name):
+    ours, x = accelerate(prepared(name)), normal(1, *SHAPE)
+    loop(ours, x, generator=seeded(1))  # makes the rows
+    for timesteps, reads in ((ours.timesteps, 0), ([t.clone() for t in ours.timesteps], 10)):
+        with Operators() as called:
+            loop(ours, x, timesteps=timesteps, generator=seeded(1))
+        assert called.names.count("aten::_local_scalar_dense") == reads
 
 
 @pytest.mark.parametrize("cut", [slice(4, None), slice(None, 5), slice(None, None, 2), slice(1, None, 3)])

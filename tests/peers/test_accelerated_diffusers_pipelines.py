@@ -1,6 +1,8 @@
 """diffusers' pipelines before and after accelerate(pipeline) give the same images."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -8,7 +10,15 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionImg2ImgPipeline, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DModel,
+)
 from support.accelerated_diffusers import make, seeded
 from support.diffusers_families import quiet, with_text
 from support.launches import launches
@@ -50,25 +60,16 @@ def close(found, expected, within=1e-4):
 # ---------------------------------------------------------------------------------------------------- unconditional
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["generator", "generators"])
-def test_ddpm_pipeline(several):
-    """Of the digits model that comes with ddpm_ext."""
-    scheduler = type(make("DDPM")).from_pretrained(DIGITS)
-    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=scheduler))
-    ours = accelerate(plain)
-    assert type(ours) is DDPMPipeline and ours.unet is plain.unet
-
-    def run(pipeline):
-        generator = [seeded(i) for i in range(2)] if several else seeded(0)
-        found = pipeline(batch_size=2, generator=generator, num_inference_steps=20, output_type="np")
-        return found.images, [g.get_state() for g in (generator if several else [generator])]
-
-    expected, states = run(plain)
-    with launches() as called:
-        found, after = run(ours)
-    close(found, expected, within=1e-3)
-    assert len(called) == 20
-    assert all(map(torch.equal, states, after))
+def test_ddpm_pipeline_by_seed_and_id():
+    """It draws its start noise before set_timesteps, and takes no latents."""
+    plain = quiet(DDPMPipeline(unet=UNet2DModel.from_pretrained(DIGITS), scheduler=make("DDPM")))
+    whole, alone = (
+        accelerate(plain, noise="philox", seed=1, sample_ids=i)(
+            batch_size=2 - i, num_inference_steps=5, output_type="np"
+        )
+        for i in (0, 1)
+    )
+    close(alone.images, whole.images[1:])
 
 
 # ----------------------------------------------------------------------------------------------------------- latent
@@ -118,6 +119,30 @@ def test_stable_diffusion(sd, name, config):
 
 
 # -------------------------------------------------------------------------------------------------- what it is
+
+
+def test_another_scheduler_by_the_line_of_every_guide(sd):
+    """It is accelerated with the settings of the one before, whose sample ids it goes on with. So are copies."""
+    ours = accelerate(sd, noise="philox", seed=4)
+    for cls in (EulerAncestralDiscreteScheduler, LCMScheduler):
+        ours.scheduler = cls.from_config(ours.scheduler.config)
+        assert ours.config.scheduler == ("diffusers", cls.__name__)
+        with launches() as called:
+            ours(**PROMPT, num_inference_steps=3, output_type="latent")
+        assert len([name for name in called if name != "forward_process"]) == 3
+    for each in (ours, copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(each) is type(ours)
+        of_class = type(each.scheduler).from_config(each.scheduler.config, return_unused_kwargs=True)[0]
+        each.scheduler = DDIMScheduler.from_config(each.scheduler.config)
+        for scheduler in (of_class, each.scheduler):
+            scheduler.set_timesteps(2)
+            assert scheduler.accelerated.rng.seed_and_ids() == (4, 4)
+    assert isinstance(sd.scheduler, DDIMScheduler) and "_acceleration" not in vars(sd.scheduler)
+    refused = DDIMScheduler()
+    refused.step = DDIMScheduler().step
+    with pytest.warns(UserWarning, match="^scheduler runs the own code and noise of diffusers: obj has a step of its"):
+        ours.scheduler = refused
+    assert ours.scheduler is refused
 
 
 def test_a_saved_pipeline_is_diffusers(sd, tmp_path):

@@ -204,6 +204,10 @@ def test_made_by_its_class_and_accelerated_again():
     with launches() as called:
         ours.step(M, 500, X)
     again = accelerate(ours, noise="philox", seed=3)
+    shown = repr(ours).partition("\n")
+    assert shown[0] == "# DDIMScheduler, accelerated by ddpm_ext: noise 'torch', fused calls: 1, fallbacks: 0"
+    assert shown[2] == f"DDIMScheduler {ours.to_json_string()}"
+    assert repr(again).partition("\n")[0].endswith("noise 'philox' of seed 3, fused calls: 0, fallbacks: 0")
     assert called and type(again) is type(ours)
     assert ours.accelerated.rng is None and again.accelerated.rng.seed_value == 3
 
@@ -229,7 +233,8 @@ def test_files(name, tmp_path):
     other = diffusers.PNDMScheduler.from_config(ours.config)
     assert type(other) is diffusers.PNDMScheduler
     assert (other.config.beta_schedule, other.config.prediction_type) == ("scaled_linear", "v_prediction")
-    assert type(type(ours).from_config(other.config)) is type(ours)
+    back = type(ours).from_config(other.config)  # of a plain scheduler: begins anew
+    assert type(back) is type(ours) and back.accelerated.noise == "torch"
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerAncestralDiscrete", "UniPCMultistep", "PNDM", "LCM"])

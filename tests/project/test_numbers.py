@@ -113,5 +113,14 @@ def test_sentences():
     compare(told_in(SPEED, "A step of a single 3x32x32 sample takes # µs"), [step])
     noise = [float(chained[f"randn {shape}", "ddpm_ext"][-1]) for shape in shapes]
     compare(told_in(SPEED, "`randn` is # and # times as fast"), noise)
-    peers = table_after(RESULTS / "peers.md", "## 1x4x64x64", keys=2)["diffusers", "FlowMatchEuler: loop"]
-    compare(told_in(SPEED, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), numbers(peers[:2]))
+    shapes = ("1x3x32x32", "1x4x64x64")
+    peers = table_after(RESULTS / "peers.md", f"## {shapes[0]}", keys=2)
+    peers |= table_after(RESULTS / "peers.md", f"## {shapes[1]}", keys=2)
+    loop = numbers(peers["diffusers", "FlowMatchEuler: loop"][:2])
+    compare(told_in(SPEED, "two cheap operators: # µs a step at 1x4x64x64, and # accelerated"), loop)
+    told = table_after(ROOT / "docs" / "migrate.md", "| diffusers' scheduler | reads")
+    for (name,), cells in told.items():
+        launches, reads = (peers["diffusers", f"{name}: loop"][i].split(" / ") for i in (5, 6))
+        assert cells == [*reads[:2], *launches[:2]]
+    reads = [float(told[name,][0]) for name in ("DDPM", "DDIM", "LCM (noise)", "PNDM")]
+    compare(told_in(readme, "DDPM # times a step, DDIM #, LCM #, PNDM #."), reads)

@@ -1,13 +1,12 @@
 """What schedules, grids, spacings and samplers refuse: the error names the argument, what came and what is expected."""
 
 import math
-import re
 
 import pytest
 import torch
 from support.refused import refused
 
-from ddpm_ext import GaussianDiffusion, StepTable
+from ddpm_ext import StepTable
 from ddpm_ext.tables import samplers
 from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.flow_grids import flow_grid, flow_shift, flow_sigmas, flow_spaced_grid
@@ -27,7 +26,7 @@ from ddpm_ext.tables.samplers import (
 )
 from ddpm_ext.tables.schedules import make_betas, rescale_zero_terminal_snr
 from ddpm_ext.tables.sigma_grids import align_your_steps_grid, karras_grid, linear_quadratic, log_snr_grid
-from ddpm_ext.tables.spacing import SPACINGS, spaced_timesteps
+from ddpm_ext.tables.spacing import spaced_timesteps
 
 LEVELS = (1 - make_betas("scaled_linear", 1000)).cumprod(0)
 SIGMA = torch.linspace(1, 0, 50, dtype=torch.float64)
@@ -91,7 +90,7 @@ GRIDS = [
 SPACED = [
     (lambda: spaced_timesteps(100, 101), ValueError, "steps is 101"),
     (lambda: spaced_timesteps(100, 2.0), TypeError, "steps is 2.0"),
-    (lambda: spaced_timesteps(100, 5, "even"), ValueError, "spacing is 'even', expected 'linspace', 'leading'"),
+    (lambda: spaced_timesteps(100, 5, "even"), ValueError, "spacing is 'even', expected a name such as"),
     (lambda: spaced_timesteps(100, 5, 3), TypeError, "spacing is 3, expected a string"),
     (lambda: spaced_timesteps(100, 5, "ddim25"), ValueError, "steps is 5 beside spacing 'ddim25'"),
     (lambda: spaced_timesteps(1000, None, "ddim999"), ValueError, "no stride takes 999 of 1000"),
@@ -163,12 +162,6 @@ def test_eta_as_an_option(eta, error):
         if name in WITH_ETA:
             assert eta_argument(sampler, 0.5) == {"eta": 0.5}
             refused(error, "eta is", sampler, GRID, eta=eta)
-
-
-def test_an_unknown_spacing_of_a_loop_lists_all_that_it_takes():
-    with pytest.raises(ValueError) as raised:
-        GaussianDiffusion(100).p_sample_loop(lambda x, t: x, (1, 1), steps=5, spacing="even")
-    assert set(re.findall(r"'(\w+)'", str(raised.value))) == {"even", "ddimN", *SPACINGS}
 
 
 def test_without_a_schedule_tcd_takes_no_noise():

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from support.choices import for_many
 
+from ddpm_ext.loop.options import LoopOptions
 from ddpm_ext.tables.beta_quantile import beta_quantile
 from ddpm_ext.tables.spacing import section_timesteps, spaced_timesteps
 
@@ -85,3 +86,19 @@ def test_quantiles_of_the_beta_distribution_are_scipys(choose):
     p = torch.linspace(0, 1, choose.integer(2, 40), dtype=torch.float64)
     expected = torch.from_numpy(stats.beta.ppf(p.numpy(), alpha, beta))
     torch.testing.assert_close(beta_quantile(p, alpha, beta), expected, rtol=0, atol=1e-11)
+
+
+def test_names_as_people_type_them():
+    names = {"euler_a": "euler_ancestral", "uni_pc": "unipc", "k_euler": "euler", "LMSDiscreteScheduler": "lms"}
+    names |= {"sample_dpm_2": "dpm_2", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde"}
+    found = {(given, None): (name, None) for given, name in names.items()} | {("ddim", "ddim25"): ("ddim", "ddim25")}
+    for given in (("DPM++ 2M Karras", None), ("dpmpp2m", "Karras"), ("dpmpp_2m_karras", "karras")):
+        found[given] = "dpmpp_2m", "karras"
+    found["DPM++ 3M SDE SGM Uniform", None] = "dpmpp_3m_sde", "sgm_uniform"
+    for (sampler, spacing), expected in found.items():
+        options = LoopOptions(sampler=sampler, spacing=spacing)
+        assert (options.sampler, options.spacing) == expected
+    with pytest.raises(ValueError, match="spacing is 'beta' beside sampler 'Euler Karras', expected 'karras' or none"):
+        LoopOptions(sampler="Euler Karras", spacing="beta")
+    with pytest.raises(ValueError, match=r"^sampler is 'dpmpp_4m', expected a name such as ('\w+', ){2}'\w+'$"):
+        LoopOptions(sampler="dpmpp_4m")

@@ -1,15 +1,19 @@
-"""Pipelines of diffusers: the same class and the same modules, with all schedulers accelerated."""
+"""Pipelines of diffusers: a subclass with the same modules, whose schedulers are all accelerated, and stay so."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ddpm_ext.integrations.acceleration import Acceleration
-from ddpm_ext.integrations.diffusers.traced import is_scheduler
+from ddpm_ext.integrations.diffusers.start_noise import start_noise
+from ddpm_ext.integrations.diffusers.traced_classes import is_scheduler
+from ddpm_ext.integrations.shared import Accelerated, make_class, new, peer_class, peer_method, shown
 from ddpm_ext.ops.noise import STREAM_REVERSE, STREAMS_REVERSE_MORE
 
+Accelerate = Callable[[Any, Acceleration], Any]
 STREAMS = (STREAM_REVERSE, *STREAMS_REVERSE_MORE)
 BASES = {
     ("diffusers.pipelines.pipeline_utils", "DiffusionPipeline"),
@@ -22,8 +26,77 @@ def is_pipeline(obj: Any) -> bool:
     return any((base.__module__, base.__name__) in BASES for base in type(obj).__mro__)
 
 
-def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Callable[[Any, Acceleration], Any]) -> Any:
-    """A copy of the pipeline whose schedulers, and those of pipelines in it, are accelerated.
+class Pipeline(Accelerated):
+    """Mixin placed before a pipeline's class in the bases."""
+
+    library = "diffusers"
+    replaces = ()
+    _accelerate_later: Accelerate  # an attribute of each object
+
+    def __init_subclass__(cls) -> None:
+        """Replaces __call__, with the signature of the peer's own, where there is one."""
+        super().__init_subclass__()
+        mro = getattr(vars(cls).get("_peer"), "__mro__", ())
+        own = next((vars(base)["__call__"] for base in mro if "__call__" in vars(base)), None)
+        if own is not None:
+            cls.__call__ = _with_start_noise(own)  # type: ignore[method-assign]
+
+    @property
+    def accelerated(self) -> Acceleration:
+        """The settings of its first scheduler, which is `scheduler` where it has one of that name."""
+        return next((own.accelerated for own in _accelerated_schedulers(self)), super().accelerated)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A scheduler of diffusers is accelerated as the one was whose place it takes.
+
+        `pipeline.scheduler = X.from_config(pipeline.scheduler.config)` stands in every guide, and X makes plain ones.
+        """
+        reason = None
+        if is_scheduler(type(value)) and not isinstance(value, Accelerated):
+            settings = self._settings_in_place_of(vars(self).get(name))
+            try:
+                value = self._accelerate_later(value, settings)
+            except TypeError as refused:
+                reason = str(refused)
+        super().__setattr__(name, value)
+        if reason is not None:
+            self.accelerated.record_fallback(self.library, name, reason)
+
+    def __repr__(self) -> str:
+        """Lines for its schedulers, then the peer's own."""
+        return "\n".join([*map(shown, _accelerated_schedulers(self)), peer_method(self, "__repr__")()])
+
+    def _settings_in_place_of(self, replaced: Any) -> Acceleration:
+        if isinstance(replaced, Accelerated):
+            return replaced.accelerated.continued()
+        settings = self.accelerated
+        used = {own.accelerated.stream for own in _accelerated_schedulers(self)}
+        unused = [stream for stream in STREAMS if stream not in used]
+        return settings.of_stream(unused[0] if unused and settings.noise == "philox" else STREAM_REVERSE)
+
+
+def _with_start_noise(own: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with start_noise(self, [each.accelerated for each in _accelerated_schedulers(self)]):
+            return own(self, *args, **kwargs)
+
+    return call
+
+
+def _accelerated_schedulers(pipeline: Any) -> Iterator[Any]:
+    return (scheduler for scheduler in _schedulers(pipeline, set()) if isinstance(scheduler, Accelerated))
+
+
+def _restore(peer: type) -> Any:
+    """What pickle calls: an accelerated pipeline without its state."""
+    return new(make_class(Pipeline, peer, peer, _restore))
+
+
+def accelerated_pipeline(
+    pipeline: Any, settings: Acceleration, accelerated: Accelerate, later: Accelerate | None = None
+) -> Any:
+    """A copy, of a subclass of the pipeline's class, whose schedulers and those of pipelines in it are accelerated.
 
     What the pipeline holds twice, its copy holds twice. With noise "philox", the attribute `scheduler` has the noise of
     a scheduler alone, and each of the others, in the order of their names, a stream of its own.
@@ -31,6 +104,7 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Cal
     Args:
         settings: those of every scheduler, apart from the stream.
         accelerated: makes the accelerated scheduler of a scheduler and its settings.
+        later: does so for schedulers that are put in their places, and can be pickled; None: `accelerated`.
 
     Raises:
         TypeError: it has no scheduler.
@@ -48,7 +122,13 @@ def accelerated_pipeline(pipeline: Any, settings: Acceleration, accelerated: Cal
     for number, (key, scheduler) in enumerate(schedulers.items()):
         own = settings.of_stream(STREAMS[number] if settings.noise == "philox" else STREAM_REVERSE)
         copies[key] = accelerated(scheduler, own)
-    return pipeline_with(pipeline, copies)
+
+    def copied(each: Any) -> Any:
+        made = _restore(peer_class(type(each)))
+        vars(made).update(vars(each), _acceleration=settings, _accelerate_later=later or accelerated)
+        return made
+
+    return pipeline_with(pipeline, copies, copied)
 
 
 def _attributes(pipeline: Any) -> list[tuple[str, Any]]:
@@ -65,12 +145,15 @@ def _schedulers(pipeline: Any, seen: set[int]) -> Iterator[Any]:
             yield from _schedulers(value, seen)
 
 
-def pipeline_with(pipeline: Any, copies: dict[int, Any]) -> Any:
-    """A copy that holds `copies` in the place of the objects whose identities they have."""
-    copied = copies[id(pipeline)] = copy.copy(pipeline)
+def pipeline_with(pipeline: Any, copies: dict[int, Any], copied_of: Callable[[Any], Any] = copy.copy) -> Any:
+    """A copy that holds `copies` in the place of the objects whose identities they have.
+
+    copied_of: makes the copies of the pipeline and of those in it.
+    """
+    copied = copies[id(pipeline)] = copied_of(pipeline)
     for name, value in _attributes(pipeline):
         if is_pipeline(value) and id(value) not in copies:
-            pipeline_with(value, copies)
+            pipeline_with(value, copies, copied_of)
         if id(value) in copies:
             vars(copied)[name] = copies[id(value)]
         elif type(value) in (dict, list, set):  # a modular pipeline writes to those of its components

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import numbers
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.types import Clip
+from ddpm_ext.integrations.acceleration import Acceleration
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of, with_fallback
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.integrations.shared import Accelerated, peer_method
@@ -51,11 +53,35 @@ def result_dtype(model_output: Tensor, sample: Tensor) -> torch.dtype:
     return torch.promote_types(model_output.dtype, sample.dtype)
 
 
+class HostTimesteps(NamedTuple):
+    """A scheduler's timesteps on the host. Copies and pickles have none.
+
+    Attributes:
+        own, version: the tensor that was read, and how often it was written to by then.
+        address, stride: where the first one lies in memory, and how many bytes lie between two.
+        values: as numbers; none where the tensor is no vector.
+    """
+
+    own: Tensor
+    version: int
+    address: int
+    stride: int
+    values: list[int]
+
+    @classmethod
+    def of(cls, own: Tensor) -> HostTimesteps:
+        is_vector = own.dim() == 1
+        stride = (own.stride(0) if is_vector else 0) * own.element_size()
+        return cls(own, written(own), own.data_ptr(), stride or 1, own.tolist() if is_vector else [])
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
 class Scheduler(Accelerated):
     """The base of the mixins for schedulers."""
 
     library = "diffusers"
-    config: Any
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -84,6 +110,26 @@ class Scheduler(Accelerated):
     def _set_timesteps(self, *args: Any, **kwargs: Any) -> Any:
         self.accelerated.begin_loop()
         return peer_method(self, "set_timesteps")(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The peer's, which from_config of any accelerated class knows again."""
+        config: Any = self._internal_dict  # type: ignore[attr-defined]
+        settings, noted = self.__dict__.get("_acceleration"), _of_configs.get(id(config))
+        if settings is not None and (noted is None or noted[1] is not settings or noted[0]() is not config):
+            key = id(config)
+            _of_configs[key] = weakref.ref(config, lambda _: _of_configs.pop(key, None)), settings
+        return config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As the peer's. Of an accelerated scheduler's config, the result has its noise, and goes on with its loops."""
+        found = super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
+        settings = _settings_of(config)
+        if settings is not None:
+            made = found[0] if return_unused_kwargs else found
+            made.__dict__["_acceleration"] = settings.continued()
+        return found
 
     # ----------------------------------------------------------------------------------------------------- settings
 
@@ -123,15 +169,24 @@ class Scheduler(Accelerated):
     def _host_timestep(self, timestep: Any) -> int | None:
         """The timestep as an int, or None where it is none.
 
-        An element of self.timesteps on a GPU is found by its address. Only the first one after set_timesteps makes the
-        host wait.
+        An element of self.timesteps is found by its address, and not read: on a GPU, only the first one after
+        set_timesteps makes the host wait. A pipeline's loop goes over these.
         """
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1 or timestep.is_floating_point():
-                return None
-            at = None if timestep.is_cpu else self._index_of(timestep)
-            return int(timestep.item()) if at is None else self._rows(Tensor.tolist, self.timesteps)[at]
-        return int(timestep) if isinstance(timestep, numbers.Integral) else None
+        if not isinstance(timestep, Tensor):
+            return int(timestep) if isinstance(timestep, numbers.Integral) else None
+        if timestep.numel() != 1 or timestep.is_floating_point():
+            return None
+        own: Any = self.timesteps
+        if not isinstance(own, Tensor):
+            return int(timestep.item())
+        known = self.__dict__.get("_host_timesteps")
+        if known is None or known.own is not own or known.version != written(own):
+            known = self.__dict__["_host_timesteps"] = HostTimesteps.of(own)
+        offset = timestep.data_ptr() - known.address
+        at = offset // known.stride
+        if 0 <= at < len(known.values) and offset % known.stride == 0 and timestep.dtype is own.dtype:
+            return known.values[at] if timestep.is_cpu is own.is_cpu else int(timestep.item())
+        return int(timestep.item())
 
     def _index_of(self, timestep: Tensor) -> int | None:
         """The index of the element of self.timesteps that `timestep` is a view of, or None."""
@@ -209,10 +264,20 @@ class Scheduler(Accelerated):
         return prev, x0
 
 
+# The settings of accelerated schedulers by the identity of their configs: a config's own attributes would be in its
+# copies and pickles, and be taken for settings of the scheduler.
+_of_configs: dict[int, tuple[weakref.ref[Any], Acceleration]] = {}
+
+
+def _settings_of(config: Any) -> Acceleration | None:
+    found = _of_configs.get(id(config))
+    return None if found is None or found[0]() is not config else found[1]
+
+
 def _in_place_of(own: Callable[..., Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """The mixin's method, with the signature of the peer's own one, which pipelines read. A compiler breaks its graph
     there: what is counted would be constants of it."""
-    fused = with_fallback(name)(method)
+    fused = with_fallback(name, counts=name != "set_timesteps")(method)
     uncompiled = torch.compiler.disable(fused)  # diffusers has imported the compiler
 
     @functools.wraps(own)

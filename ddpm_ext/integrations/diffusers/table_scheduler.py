@@ -212,6 +212,7 @@ class TableScheduler(Scheduler, SchedulerMixin, ConfigMixin):
         if kept is not None:
             self._ring = (kept, *ring[:2])
         self._step_index = row + 1
+        self.accelerated.fused_calls += 1
         return DDIMSchedulerOutput(prev, x0) if return_dict else (prev, x0)
 
     def _row_of(self, timestep: Any) -> int:
