@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step
+from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -102,7 +102,7 @@ def observed_function(
         times.append(float(torch.as_tensor(sigma, device="cpu").reshape(-1)[0]))
         return 0.5 * x
 
-    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, normal) as observed:
+    with on_cpu(), torch.no_grad(), Observed(start.shape, normal) as observed:
         probe = _Model(model, like)
         call(observed, probe, start.clone(), lambda _: begins.append(len(times) - 1))
     if not times:
@@ -126,7 +126,7 @@ def _call(
     callback: Callable[[Any], Any] | None = None,
 ) -> Any:
     def noise_sampler(*_: Any) -> Tensor:
-        return observed.draw(x.shape, x.dtype)
+        return observed.draw(x.shape, dtype=x.dtype)
 
     own: dict[str, Any] = {"extra_args": {}, "callback": callback, "disable": True, "noise_sampler": noise_sampler}
     return sampler(model, x, sigmas.clone(), **{name: own[name] for name in own if name in names} | options)
@@ -144,7 +144,7 @@ def _observe(
     def end(prev: Tensor) -> None:
         nonlocal drawn
         result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
-        made.append(Step(result, observed.draws[drawn:], state={}, tensors={}, stores=False))
+        made.append(Step(result, observed.draws[drawn:], {}))
         drawn = len(observed.draws)
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -164,7 +164,7 @@ def _observe(
                 "which the steps depend: they are not linear"
             )
 
-    with torch.device("cpu"), torch.no_grad(), Observed(start.shape, noise) as observed:
+    with on_cpu(), torch.no_grad(), Observed(start.shape, noise) as observed:
         result = call(observed, _Model(model, like), start)
     if not isinstance(result, Tensor):
         raise ValueError(f"the function returns a {type(result).__name__}, expected the samples")

@@ -10,13 +10,15 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ddpm_ext.tables.trace_watch import Watch, Wide, is_simple, wide_arguments
 
 # The names under which a step returns the predicted clean sample.
 CLEAN_FIELDS = ("pred_original_sample", "denoised")
@@ -27,13 +29,13 @@ CLIPS = ("clip_sample", "clip_denoised", "thresholding")
 GIVEN = object()
 # What steps call the model's output, the timestep and the sample.
 INPUTS = (("model_output", "score"), ("timestep", "t"), ("sample", "x"))
-NARROW = (torch.float32, torch.float16, torch.bfloat16)
 CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16}
 OTHER_DRAWS = {
     torch.rand, torch.rand_like, torch.randint, torch.randint_like, torch.randperm, torch.normal, torch.bernoulli,
     torch.multinomial, torch.poisson, Tensor.normal_, Tensor.uniform_, Tensor.exponential_, Tensor.bernoulli_,
     Tensor.random_,
 }  # fmt: skip
+SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
 
 
 class Result(NamedTuple):
@@ -60,20 +62,25 @@ class Step(NamedTuple):
             order, and the dtype of each in which it asked for them.
         state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
             strings or None.
-        tensors: the attributes that are a tensor of the samples' shape after it, or a list, which may hold such.
+        tensors: the attributes that are a tensor of the samples' shape after it.
         stores: whether it stores anything else than `state`, such as a tensor.
-        sample, output: what it was called with.
+        holds_output: whether a list of the scheduler's then holds the very tensor that is the model's output.
         given: how many of `draws` are tensors that it was given.
     """
 
     result: Result
     draws: list[tuple[Tensor, torch.dtype]]
     state: dict[str, Any]
-    tensors: dict[str, Any]
-    stores: bool
-    sample: Tensor | None = None
-    output: Tensor | None = None
+    tensors: tuple[str, ...] = ()
+    stores: bool = False
+    holds_output: bool = False
     given: int = 0
+
+    def without_numbers(self) -> Step:
+        """All but what is in the tensors, which may be large."""
+        prev, second = self.result.prev[:0].clone(), self.result.second
+        result = self.result._replace(prev=prev, second=None if second is None else prev)
+        return self._replace(result=result, draws=[(prev, dtype) for _, dtype in self.draws])
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -90,6 +97,8 @@ class Run(NamedTuple):
         observe: the loop's steps. Its arguments are functions: of a step's number and the result of the step before it,
             None before the first, its sample; of a step's number, the model's output; and what the next draw gives.
         clip: the bound of the range to which the loop clips, if it clips.
+        clips: whether it may clip.
+        given: how many tensors each step is given beside sample and output.
         dims: how many dimensions samples have.
     """
 
@@ -97,11 +106,13 @@ class Run(NamedTuple):
     unit: str
     observe: Callable[[Samples, Outputs, Noise], list[Step]]
     clip: float = 1.0
+    clips: bool = False
+    given: int = 0
     dims: int = 4
 
 
 class Observed(TorchFunctionMode):
-    """Hands out the noise, and computes in float64 what a scheduler would cast to less.
+    """Hands out the noise, and computes in float64 what a sampler would cast to less, while it is entered as a mode.
 
     Args:
         shape: that of the samples.
@@ -126,36 +137,33 @@ class Observed(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._watches:
+        if function not in SEEN or not self._watches:
             return function(*args, **kwargs)
         if function is torch.randn:
             size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            return self.draw(torch.Size(size), kwargs.get("dtype") or torch.get_default_dtype())
+            return self.draw(size, dtype=kwargs.get("dtype"))
         if function is torch.randn_like:
-            return self.draw(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+            return self.draw(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if function in OTHER_DRAWS:
             raise ValueError(f"a step draws other random numbers than torch.randn's, by {function.__name__}")
-        if self.wide and args and isinstance(args[0], Tensor) and self._is_sample(args[0]):
-            if function in CASTS:
-                return args[0]
-            if function is Tensor.to:
-                args = tuple(x for x in args if not (isinstance(x, torch.dtype) and x in NARROW))
-                kwargs = {name: x for name, x in kwargs.items() if not (name == "dtype" and x in NARROW)}
-                if len(args) == 1 and not kwargs:
-                    return args[0]
-        return function(*args, **kwargs)
+        x = args[0] if args else None
+        if not (self.wide and isinstance(x, Tensor) and x.dtype == torch.float64 and x.shape == self.shape):
+            return function(*args, **kwargs)
+        if function is Tensor.to:
+            args, kwargs = wide_arguments(args[1:], kwargs)
+            return x.to(*args, **kwargs) if args or kwargs else x
+        return x
 
-    def _is_sample(self, x: Tensor) -> bool:
-        return x.dtype == torch.float64 and x.shape == self.shape
-
-    def draw(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The next noise, which is kept in `draws`, too. Raises ValueError where it is not of the samples' shape."""
-        if shape != self.shape:
+    def draw(self, shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+        """The next noise, which is kept in `draws`, too; with the arguments of torch.randn and diffusers' randn_tensor.
+        Raises ValueError where it is not of the samples' shape."""
+        if torch.Size(shape) != self.shape:
             raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
+        dtype = dtype or torch.get_default_dtype()
         with self.paused():
             z = self.noise()
         self.draws.append((z, dtype))
-        return z if self.wide else z.to(dtype)
+        return z.as_subclass(Wide) if self.wide else z.to(dtype)
 
 
 def step_name(scheduler: Any) -> str:
@@ -169,10 +177,18 @@ def input_names(parameters: Sequence[str]) -> tuple[str, ...]:
     return tuple(parameters[:3]) if None in found else tuple(name for name in found if name is not None)
 
 
-def run_of(scheduler: Any, timesteps: Sequence[Any], options: Mapping[str, Any], dims: int = 4) -> Run:
+def run_of(
+    scheduler: Any,
+    timesteps: Sequence[Any],
+    options: Mapping[str, Any],
+    dims: int = 4,
+    watch: Watch | None = None,
+) -> Run:
     """A scheduler's loop; the arguments are those of `observe`, and how many dimensions samples have."""
-    own = partial(observe, scheduler, timesteps, options=options)
-    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], dims)
+    own = partial(observe, scheduler, timesteps, options=options, watch=watch)
+    clips = any(setting(scheduler, name) for name in CLIPS)
+    given = sum(value is GIVEN for value in options.values())
+    return Run(timesteps, "timestep", own, clip_of(scheduler)[1], clips, given, dims)
 
 
 def observe(
@@ -184,6 +200,7 @@ def observe(
     options: Mapping[str, Any],
     *,
     wide: bool = True,
+    watch: Watch | None = None,
 ) -> list[Step]:
     """The steps of a copy of `scheduler`.
 
@@ -194,49 +211,74 @@ def observe(
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
             samples, which `noise` makes, too.
         wide: whether what is cast to a lower precision stays float64.
+        watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
+            is looked at.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
     """
-    own = copy.deepcopy(scheduler)
-    step = getattr(own, step_name(own))
-    names = input_names(list(inspect.signature(step).parameters))
+    x = samples(0, None)
+    observed = Observed(x.shape, noise, wide)
+    own = copy.deepcopy(scheduler) if watch is None else watch.copy(scheduler, observed.draw)
     made: list[Step] = []
-    for i, t in enumerate(timesteps):
-        x, m = samples(i, made[-1].result.prev if made else None), outputs(i)
-        quiet, cpu = warnings.catch_warnings(), torch.device("cpu")  # where all numbers are, whatever the default
-        with quiet, cpu, torch.no_grad(), Observed(x.shape, noise, wide) as observed:
-            warnings.simplefilter("ignore")
-            if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
-                own.noise_sampler = partial(_sample, x)
-            if hasattr(own, "scale_model_input"):
-                own.scale_model_input(x.clone(), t)
-            given = {name: torch.randn_like(x) if value is GIVEN else value for name, value in options.items()}
-            before = dict(vars(own))
-            result = _parts(step(**dict(zip(names, (m, t, x.clone()), strict=True)), **given))
-        changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
-        state = {name: value for name, value in changes.items() if _is_simple(value)}
-        tensors = {name: copy.copy(value) for name, value in vars(own).items() if _holds(value, x.shape)}
-        lists = (value for value in vars(own).values() if isinstance(value, list))
-        stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
-        number = sum(value is GIVEN for value in options.values())
-        made.append(Step(result, observed.draws, state, tensors, stores, x, m, number))
+    with ExitStack() as entered:
+        entered.enter_context(warnings.catch_warnings())
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(on_cpu())
+        if watch is None:
+            entered.enter_context(observed)
+        warnings.simplefilter("ignore")
+        step = getattr(own, step_name(own))
+        names = input_names(list(inspect.signature(step).parameters))
+        for i, t in enumerate(timesteps):
+            if i:
+                x = samples(i, made[-1].result.prev)
+            made.append(_observed_step(own, step, names, x, outputs(i), t, options, observed, watch))
     return made
 
 
-def _sample(x: Tensor, *_: Any) -> Tensor:
-    """Noise for a scheduler that samples it between two ends of a path."""
-    return torch.randn_like(x)
+def on_cpu() -> AbstractContextManager[Any]:
+    """Where all numbers are, whatever the default device."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _holds(value: object, shape: torch.Size) -> bool:
-    return isinstance(value, list) or (isinstance(value, Tensor) and value.shape == shape)
-
-
-def _is_simple(value: object) -> bool:
-    return (
-        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+def _observed_step(
+    own: Any,
+    step: Callable[..., Any],
+    names: Sequence[str],
+    x: Tensor,
+    m: Tensor,
+    t: Any,
+    options: Mapping[str, Any],
+    observed: Observed,
+    watch: Watch | None,
+) -> Step:
+    drawn, shape = len(observed.draws), x.shape
+    if observed.wide:
+        m = m.as_subclass(Wide)
+    if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+        own.noise_sampler = lambda *_: observed.draw(shape, dtype=x.dtype)
+    if hasattr(own, "scale_model_input"):
+        own.scale_model_input(x.clone(), t)
+    given = {name: observed.draw(shape, dtype=x.dtype) if value is GIVEN else value for name, value in options.items()}
+    before = dict(vars(own))
+    sample = x.as_subclass(Wide) if observed.wide else x
+    result = _parts(step(**dict(zip(names, (m, t, sample), strict=True)), **given))
+    if watch is not None:
+        before = watch.loaded | before
+    changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
+    state = {name: value for name, value in changes.items() if is_simple(value)}
+    lists = [value for value in vars(own).values() if isinstance(value, list)]
+    tensors = tuple(name for name, x in vars(own).items() if isinstance(x, Tensor) and x.shape == shape)
+    return Step(
+        result,
+        observed.draws[drawn:],
+        state,
+        tensors,
+        stores=len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values),
+        holds_output=any(x is m for values in lists for x in values),
+        given=sum(value is GIVEN for value in options.values()),
     )
 
 
@@ -267,12 +309,6 @@ def with_settings(scheduler: Any, **changes: Any) -> Any:
     other = copy.deepcopy(scheduler)
     other.register_to_config(**{name: setting(scheduler, name) for name in scheduler.config} | changes)
     return other
-
-
-def without_clip(scheduler: Any) -> Any:
-    """A copy that does not clip the predicted clean sample; the scheduler itself where it does not clip."""
-    switches = [name for name in CLIPS if setting(scheduler, name)]
-    return with_settings(scheduler, **dict.fromkeys(switches, False)) if switches else scheduler
 
 
 def clip_of(scheduler: Any) -> tuple[float, float]:

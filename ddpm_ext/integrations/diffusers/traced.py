@@ -77,9 +77,8 @@ class TracedScheduler(Forward):
     def _hold(self, rows: TracedRows, step: Step, x: Tensor | None) -> None:
         """Puts x in the place of each tensor that the scheduler would store in a step, since its other methods look
         whether there is one; None: what was there before the loop."""
-        for name, held in step.tensors.items():
-            if isinstance(held, Tensor):
-                self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
+        for name in step.tensors:
+            self.__dict__[name] = vars(rows.scheduler).get(name) if x is None else x
 
     # ------------------------------------------------------------------------------------------------------ steps
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import io
 import pickle
@@ -17,8 +16,12 @@ from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
 from ddpm_ext.tables.step_table import StepTable
+from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import Step, observe, setting, step_name
+from ddpm_ext.tables.trace_run import observe, setting, step_name
+from ddpm_ext.tables.trace_watch import Watch, copied
+
+FEW = 4  # steps by which the dtypes of a loop in float32 are known
 
 
 class RowsKey(NamedTuple):
@@ -126,7 +129,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     scheduler: an object of diffusers' class without its state.
     """
     for name, value in state.items():
-        scheduler.__dict__[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        scheduler.__dict__[name] = copied(value)
     own, first = scheduler.timesteps, key.first
     if first is None:
         times = torch.as_tensor(key.timestep, device="cpu")[None]
@@ -141,7 +144,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         timesteps = timesteps[: len(trace.steps)]
         draws = None
         if first is not None:  # whatever part of a loop the rows are of, their noise is that of the whole loop's
-            draws = StepTable(own, *[torch.zeros(len(own), device="cpu")] * 4).draw[first:][: len(timesteps)]
+            draws = default_draws(numbers("timestep", own))[first:][: len(timesteps)]
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
@@ -150,30 +153,25 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
         threshold = clip_of(scheduler.config)[1]
-    stepper = RowStepper(table, trace.clip, threshold, held=[_holds_output(step) for step in trace.steps])
+    stepper = RowStepper(table, trace.clip, threshold, held=[step.holds_output for step in trace.steps])
     stateless = not any(kind.keeps for kind in stepper.needs) and not any(step.stores for step in trace.steps)
     if first is None and not stateless:  # nobody knows at which timestep the next step is
         raise Fallback("its timestep is none of the scheduler's")
     return TracedRows(key, trace, stepper, timesteps, stateless, scheduler, {}, {})
 
 
-def _holds_output(step: Step) -> bool:
-    """Whether a scheduler holds the very tensor that is the model's output."""
-    lists = (held if isinstance(held, list) else [held] for held in step.tensors.values())
-    return any(value is step.output for values in lists for value in values)
-
-
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
-    probe = rows.trace.steps[0].sample
-    assert probe is not None
-    x, m = (torch.full_like(probe[:2], 0.5, dtype=dtype) for dtype in (sample, output))
+    x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
     step = getattr(rows.scheduler, step_name(rows.scheduler))
     tuples = "return_dict" in inspect.signature(step).parameters
     options = dict(rows.key.options) | ({"return_dict": False} if tuples else {})
+    n, watch = len(rows.timesteps), None if rows.trace.read is None else Watch()
+    # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
+    few = n if {output, sample} != {torch.float32} else min(n, FEW)
     try:
         steps = observe(
-            rows.scheduler, rows.timesteps, lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(), options,
-            wide=False,
+            rows.scheduler, rows.timesteps[:few], lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
+            options, wide=False, watch=watch,
         )  # fmt: skip
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
@@ -181,7 +179,8 @@ def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> 
     prev, second = results[0].prev.dtype, None if results[0].second is None else results[0].second.dtype
     if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
         raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
-    draws = [[dtype for _, dtype in step.draws] for step in steps]
-    quiet = [used is None and not drawn for used, drawn in zip(rows.trace.noise, draws, strict=True)]
+    drawn = [[dtype for _, dtype in step.draws] for step in steps]
+    drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
+    quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
-    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, draws, quiet)
+    return LoopDtypes(torch.promote_types(computed, second or computed), prev, second, drawn, quiet)
