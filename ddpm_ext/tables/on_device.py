@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.base.checks import is_plain
+from ddpm_ext.ops.row import ROW
 from ddpm_ext.tables.step_table import StepTable
 
 VIEWED = 4  # batches of which the timesteps' views are kept
@@ -57,12 +58,10 @@ class KernelTables(DeviceTables):
         super().__init__(**tables)
         self._views: BoundedCache[dict[int, Tensor]] = BoundedCache(VIEWED)
         cpu = torch.device("cpu")
-        zeros = torch.zeros_like(steps.a)
-        x0 = StepTable(steps.timestep, steps.a, steps.b, torch.ones_like(zeros), zeros, draw=steps.draw)
         with torch.inference_mode(False):
             for dtype in (torch.float32, torch.float64):
-                self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
-                self._tables["x0", cpu, dtype] = x0.packed(cpu, dtype, guidance)
+                rows = self._tables["steps", cpu, dtype] = steps.packed(cpu, dtype, guidance)
+                self._tables["x0", cpu, dtype] = _to_x0(rows)
             # What the model is called with: in float32 where timesteps lie between the schedule's own.
             fractional = steps.timestep.is_floating_point()
             self._timestep_dtype = torch.float32 if fractional else torch.int64
@@ -94,3 +93,13 @@ class KernelTables(DeviceTables):
         if not 0 <= row < len(timesteps):  # only compiled calls come here without a check
             raise ValueError(f"t is {row}, expected 0 <= t < {len(timesteps)}")
         return timesteps[row].expand(batch)
+
+
+def _to_x0(rows: Tensor) -> Tensor:
+    """Packed rows whose next sample is the predicted clean sample of `rows`."""
+    found = torch.zeros_like(rows)
+    found[:, ROW.index("c0")] = 1
+    bits = torch.int32 if rows.dtype == torch.float32 else torch.int64  # of which the draw's are no number's
+    for i in map(ROW.index, ("a", "b", "draw", "w")):
+        found.view(bits)[:, i] = rows.view(bits)[:, i]
+    return found

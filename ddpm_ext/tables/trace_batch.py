@@ -91,22 +91,24 @@ class Trial(NamedTuple):
             return made
 
         x, m, z = inputs(n, 0, size), inputs(n, n, size), inputs(most_draws * n, 2 * n, 1.0)
-        shape = -1, *[1] * (run.dims - 1)
-        drawn = iter(torch.from_numpy(z))
+        shape = random.stop, *[1] * (run.dims - 1)
+        xs, ms, zs = (torch.from_numpy(each).reshape(-1, *shape) for each in (x, m, z))
+        drawn, results = iter(zs), []
 
         def sample(i: int, prev: Tensor | None) -> Tensor:
             if prev is not None:
-                x[i, following] = flat(prev)[following]
-            return torch.tensor(x[i], device="cpu").reshape(shape)
+                results.append(flat(prev))
+                x[i, following] = results[-1][following]
+            return xs[i].clone()
 
         def noise() -> Tensor:
             found = next(drawn, None)
             if found is None:
                 raise TooManyDraws
-            return found.reshape(shape).clone()
+            return found.clone()
 
-        steps = run.observe(sample, lambda i: torch.tensor(m[i], device="cpu").reshape(shape), noise)
-        prev = np.stack([flat(step.result.prev) for step in steps])
+        steps = run.observe(sample, lambda i: ms[i].clone(), noise)
+        prev = np.stack([*results, flat(steps[-1].result.prev)])
         second = [None if step.result.second is None else flat(step.result.second) for step in steps]
         ends = np.cumsum([0, *(len(step.draws) for step in steps)])
         wide = all(step.result.prev.dtype == torch.float64 for step in steps)

@@ -7,6 +7,7 @@ scale_model_input, step (or step_pred).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -223,18 +224,30 @@ def observe(
     own = copy.deepcopy(scheduler) if watch is None else watch.copy(scheduler, observed.draw)
     made: list[Step] = []
     with ExitStack() as entered:
-        entered.enter_context(warnings.catch_warnings())
-        entered.enter_context(torch.no_grad())
-        entered.enter_context(on_cpu())
-        if watch is None:
-            entered.enter_context(observed)
+        for context in (warnings.catch_warnings(), torch.no_grad(), on_cpu(), *([observed] if watch is None else [])):
+            entered.enter_context(context)
         warnings.simplefilter("ignore")
         step = getattr(own, step_name(own))
-        names = input_names(list(inspect.signature(step).parameters))
+        names = input_names(_parameters(getattr(type(scheduler), step_name(own))))
+        if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
+            own.noise_sampler = lambda *_: observed.draw(observed.shape, dtype=x.dtype)
+        scale = getattr(own, "scale_model_input", None)
         for i, t in enumerate(timesteps):
             if i:
                 x = samples(i, made[-1].result.prev)
-            made.append(_observed_step(own, step, names, x, outputs(i), t, options, observed, watch))
+            m = outputs(i).as_subclass(Wide) if wide else outputs(i)
+            if scale is not None:
+                scale(x.clone(), t)
+            drawn = len(observed.draws)
+            given = {
+                name: observed.draw(x.shape, dtype=x.dtype) if value is GIVEN else value
+                for name, value in options.items()
+            }
+            before = vars(own).copy()
+            returned = step(**dict(zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)), **given)
+            if watch is not None:  # what a step only reads is there from the beginning
+                before = watch.loaded | before
+            made.append(_step_of(own, _parts(returned), m, before, observed.draws[drawn:], options))
     return made
 
 
@@ -243,43 +256,35 @@ def on_cpu() -> AbstractContextManager[Any]:
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _observed_step(
+@functools.lru_cache(maxsize=64)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Those of a method, without the object."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+def _step_of(
     own: Any,
-    step: Callable[..., Any],
-    names: Sequence[str],
-    x: Tensor,
+    result: Result,
     m: Tensor,
-    t: Any,
+    before: Mapping[str, Any],
+    draws: list[tuple[Tensor, torch.dtype]],
     options: Mapping[str, Any],
-    observed: Observed,
-    watch: Watch | None,
 ) -> Step:
-    drawn, shape = len(observed.draws), x.shape
-    if observed.wide:
-        m = m.as_subclass(Wide)
-    if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
-        own.noise_sampler = lambda *_: observed.draw(shape, dtype=x.dtype)
-    if hasattr(own, "scale_model_input"):
-        own.scale_model_input(x.clone(), t)
-    given = {name: observed.draw(shape, dtype=x.dtype) if value is GIVEN else value for name, value in options.items()}
-    before = dict(vars(own))
-    sample = x.as_subclass(Wide) if observed.wide else x
-    result = _parts(step(**dict(zip(names, (m, t, sample), strict=True)), **given))
-    if watch is not None:
-        before = watch.loaded | before
-    changes = {name: value for name, value in vars(own).items() if before.get(name, before) is not value}
-    state = {name: value for name, value in changes.items() if is_simple(value)}
-    lists = [value for value in vars(own).values() if isinstance(value, list)]
-    tensors = tuple(name for name, x in vars(own).items() if isinstance(x, Tensor) and x.shape == shape)
-    return Step(
-        result,
-        observed.draws[drawn:],
-        state,
-        tensors,
-        stores=len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values),
-        holds_output=any(x is m for values in lists for x in values),
-        given=sum(value is GIVEN for value in options.values()),
-    )
+    """What a step did to a scheduler, whose attributes were `before`. m: the model's output."""
+    state, tensors, stores, holds_output = {}, [], False, False
+    for name, value in vars(own).items():
+        if before.get(name, before) is not value:
+            if is_simple(value):
+                state[name] = value
+            else:
+                stores = True
+        if isinstance(value, list):
+            stores = stores or any(isinstance(x, Tensor) for x in value)
+            holds_output = holds_output or any(x is m for x in value)
+        elif isinstance(value, Tensor) and value.shape == m.shape:
+            tensors.append(name)
+    given = sum(value is GIVEN for value in options.values())
+    return Step(result, draws, state, tuple(tensors), stores, holds_output, given)
 
 
 def _parts(returned: Any) -> Result:

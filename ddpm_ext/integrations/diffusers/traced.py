@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.forward import FORWARD, Forward
 from ddpm_ext.integrations.diffusers.scheduler import are_tensors, imported, result_dtype
 from ddpm_ext.integrations.diffusers.traced_classes import OF_THREE_CHANNELS, SUPPORT, is_scheduler
 from ddpm_ext.integrations.diffusers.traced_loop import LoopPosition, RepeatedCall, Settings
-from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsKey, TracedRows, state_contents, trace_rows
-from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
-from ddpm_ext.integrations.shared import new, peer_class
+from ddpm_ext.integrations.diffusers.traced_rows import LoopDtypes, RowsCache, RowsKey, TracedRows
+from ddpm_ext.integrations.fallback import Fallback, result_of
+from ddpm_ext.integrations.shared import peer_class
 from ddpm_ext.integrations.tensors import dtype_name
 from ddpm_ext.ops.result_memory import empty_like
 from ddpm_ext.tables.trace_run import GIVEN, INPUTS, Step, input_names, step_name
@@ -34,7 +33,7 @@ OTHERS = ("generator", "return_dict")
 OWN_STATE = ("_acceleration", "_fused_cache", "_traced_loop")
 EMPTY = inspect.Parameter.empty
 
-_rows: BoundedCache[TracedRows | Fallback] = BoundedCache(CACHED)
+_rows = RowsCache(CACHED)
 
 
 class TracedScheduler(Forward):
@@ -271,11 +270,8 @@ class TracedScheduler(Forward):
             known = loop.rows.after.get((loop.at, key))
             if known is not None:
                 return LoopPosition(known, loop.settings)
-        cls = peer_class(type(self))
         state = {name: x for name, x in vars(self).items() if name not in OWN_STATE}
-        of_state = cls, torch.get_default_dtype(), state_contents(state), key
-        found = _rows.get_or_make(of_state, lambda: made_outside_autograd(trace_rows, new(cls), state, key))
-        rows = result_of(found)
+        rows = result_of(_rows.get_or_trace(peer_class(type(self)), state, key))
         if alone and loop is not None:
             loop.rows.after[loop.at, key] = rows
         return LoopPosition(rows, Settings.of(self))

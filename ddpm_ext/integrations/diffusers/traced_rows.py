@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpm_ext.base.cache import BoundedCache
 from ddpm_ext.integrations.diffusers.scheduler import clip_of, tensor_contents
 from ddpm_ext.integrations.fallback import Fallback, made_outside_autograd, result_of
 from ddpm_ext.integrations.row_stepper import RowStepper
+from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, setting, step_name
 from ddpm_ext.tables.trace_watch import Watch, copied
 
+READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
 FEW = 4  # steps by which the dtypes of a loop in float32 are known
 
 
@@ -121,6 +124,39 @@ def state_contents(state: Mapping[str, Any]) -> bytes:
     except Exception as error:
         raise Fallback(f"its state cannot be compared: {error}") from None
     return file.getvalue()
+
+
+class RowsCache:
+    """Rows by all that tracing read to find them. What a scheduler writes before it reads it, such as a tensor that the
+    loop before left, is no part of that."""
+
+    def __init__(self, size: int) -> None:
+        self._rows: BoundedCache[TracedRows | Fallback] = BoundedCache(size)
+        # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
+        self._reads: BoundedCache[dict[frozenset[str], None]] = BoundedCache(size)
+
+    def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows | Fallback:
+        """The rows of a loop, or why there are none. Raises Fallback where the state cannot be compared.
+
+        state: the attributes of an object of diffusers' class.
+        """
+        of_class = cls, torch.get_default_dtype(), key
+        reads = self._reads.get_or_make(of_class, dict)
+        for names in list(reads):
+            found = self._rows.get((of_class, names, _contents_of(state, names)))
+            if found is not None:
+                return found
+        made = made_outside_autograd(trace_rows, new(cls), state, key)
+        names = frozenset(state)
+        if isinstance(made, TracedRows) and made.trace.read is not None:
+            names = made.trace.read | READ_HERE
+        contents = _contents_of(state, names)
+        reads[names] = None
+        return self._rows.get_or_make((of_class, names, contents), lambda: made)
+
+
+def _contents_of(state: Mapping[str, Any], names: frozenset[str]) -> bytes:
+    return state_contents({name: state[name] for name in sorted(names & state.keys())})
 
 
 def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
