@@ -251,9 +251,12 @@ class StepTable:
             raise TypeError(f"dtype is {dtype}, expected torch.float32 or torch.float64")
         there = checks.device(device)
         w = torch.from_numpy(numbers("guidance", np.ones(len(self)) if guidance is None else guidance, len(self)))
-        columns = [w if name == "w" else getattr(self, name).cpu() for name in ROW]
+        columns = [w if name == "w" else getattr(self, name) for name in ROW]
+        if self.timestep.device.type != "cpu":
+            columns = [column.cpu() for column in columns]
         table = torch.zeros(len(self), WIDTH, dtype=dtype, device="cpu")
-        table[:, : len(ROW)] = torch.stack([column.double() for column in columns], 1)
+        floats = [column if column.is_floating_point() else column.double() for column in columns]
+        table[:, : len(ROW)] = torch.stack(floats, 1)
         if dtype == torch.float32 and table.isinf().any():
             for name, column in zip(ROW, columns, strict=True):
                 check_float32(name, column)

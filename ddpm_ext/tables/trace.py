@@ -97,7 +97,7 @@ def follow(
         ValueError: a step is not linear, or no row can say what it does.
     """
     options = options or {}
-    if can_watch(type(scheduler)):
+    if can_watch(scheduler):
         try:
             return _followed(scheduler, timesteps, options, second, dims, Watch())
         except ValueError:  # which the look at each function may find another reason for, or none

@@ -3,6 +3,7 @@ by which they are proven."""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Run, Step
+from ddpm_ext.tables.trace_run import OtherResults, Run, Step
 
 Array = npt.NDArray[np.float64]
 
@@ -66,13 +67,19 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, run: Run) -> Trial:
-        """The loop, which is run again where it draws more noise than the first batch has unit vectors for."""
-        for draws in DRAWS[:-1]:
+        """The loop, which is run again where it draws more noise than the first batch has unit vectors for, or where
+        its steps have to return objects."""
+        draws = iter(DRAWS)
+        most = next(draws)
+        while True:
             try:
-                return cls._of(run, draws + run.given)
+                return cls._of(run, most + run.given)
             except TooManyDraws:
-                continue
-        return cls._of(run, DRAWS[-1] + run.given)
+                most = next(draws, 0)
+                if not most:
+                    raise ValueError(f"a step draws more than {DRAWS[-1]} tensors of noise") from None
+            except OtherResults:
+                run = run._replace(observe=partial(run.observe, tuples=False))
 
     @classmethod
     def _of(cls, run: Run, most_draws: int) -> Trial:
@@ -92,37 +99,41 @@ class Trial(NamedTuple):
 
         x, m, z = inputs(n, 0, size), inputs(n, n, size), inputs(most_draws * n, 2 * n, 1.0)
         shape = random.stop, *[1] * (run.dims - 1)
-        xs, ms, zs = (torch.from_numpy(each).reshape(-1, *shape) for each in (x, m, z))
-        drawn, results = iter(zs), []
+        # The loop's own copies, of which it gets one after the other.
+        xs, ms, zs = (torch.from_numpy(each.copy()).reshape(-1, *shape).unbind() for each in (x, m, z))
+        drawn, prev = iter(zs), []
 
-        def sample(i: int, prev: Tensor | None) -> Tensor:
-            if prev is not None:
-                results.append(flat(prev))
-                x[i, following] = results[-1][following]
-            return xs[i].clone()
+        def sample(i: int, before: Tensor | None) -> Tensor:
+            if before is not None:
+                prev.append(flat(before))
+                x[i, following] = prev[-1][following]
+                xs[i].numpy().reshape(-1)[following] = x[i, following]
+            return xs[i]
 
         def noise() -> Tensor:
             found = next(drawn, None)
             if found is None:
                 raise TooManyDraws
-            return found.clone()
+            return found
 
-        steps = run.observe(sample, lambda i: ms[i].clone(), noise)
-        prev = np.stack([*results, flat(steps[-1].result.prev)])
-        second = [None if step.result.second is None else flat(step.result.second) for step in steps]
+        taken = run.observe(sample, ms.__getitem__, noise)
+        steps = [each.step for each in taken]
+        prev.append(flat(taken[-1].prev))
+        results = np.stack(prev)
+        second = [None if each.second is None else flat(each.second) for each in taken]
         ends = np.cumsum([0, *(len(step.draws) for step in steps)])
-        wide = all(step.result.prev.dtype == torch.float64 for step in steps)
+        wide = all(each.prev.dtype == torch.float64 for each in taken)
 
         def numbers(part: slice) -> Numbers:
             draws = [z[begin:end, part] for begin, end in pairwise(ends)]
             cut = [None if found is None else found[part] for found in second]
-            return Numbers(x[:, part], m[:, part], draws, prev[:, part], cut, wide)
+            return Numbers(x[:, part], m[:, part], draws, results[:, part], cut, wide)
 
         count = 2 * n + int(ends[-1])
         return cls(
-            [step.without_numbers() for step in steps],
-            prev[:, :count] / UNIT,
-            prev[:, zeros],
+            steps,
+            results[:, :count] / UNIT,
+            results[:, zeros],
             [None if found is None else found[:count] / UNIT for found in second],
             numbers(parts[0]),
             tuple(map(numbers, parts[1:])),
@@ -130,9 +141,9 @@ class Trial(NamedTuple):
 
 
 def flat(x: Tensor) -> Array:
-    if x.numel() != len(x):
+    if x.dim() == 0 or x.numel() != x.shape[0]:
         raise ValueError(f"a step returns a tensor of shape {tuple(x.shape)} for samples of one number each")
-    return x.detach().double().reshape(-1).numpy()
+    return x.detach().double().numpy().reshape(-1)
 
 
 def relative(error: Array, parts: Array) -> Array:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step, on_cpu
+from ddpm_ext.tables.trace_run import Noise, Observed, Outputs, Result, Run, Samples, Step, Taken, on_cpu
 
 CLEAN = "denoised"  # the name of the model's output, which is the clean sample
 
@@ -134,17 +134,17 @@ def _call(
 
 def _observe(
     call: Callable[..., Any], count: int, leads: bool, like: object, samples: Samples, outputs: Outputs, noise: Noise
-) -> list[Step]:
+) -> list[Taken]:
     """The steps, as Run's observe gives them. leads: whether the first of them comes before the model is called."""
-    made: list[Step] = []
+    made: list[Taken] = []
     drawn = 0
     second: Tensor | None = None
     start = samples(0, None)
 
     def end(prev: Tensor) -> None:
         nonlocal drawn
-        result = Result(Tensor, prev.clone(), None if second is None else CLEAN, second)
-        made.append(Step(result, observed.draws[drawn:], {}))
+        step = Step(Result(Tensor, None if second is None else CLEAN), observed.draws[drawn:], {})
+        made.append(Taken(step, prev.clone(), second))
         drawn = len(observed.draws)
 
     def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -153,7 +153,7 @@ def _observe(
             if leads or second is not None:
                 end(x)
                 check(more=1)
-                x.copy_(samples(len(made), made[-1].result.prev))
+                x.copy_(samples(len(made), made[-1].prev))
             second = outputs(len(made))
             return second.clone()
 

@@ -173,9 +173,11 @@ class Linear:
                 if unread:
                     keeps[j] = self._scaled(j, self.prev[j, [j, self.n + j]])
                 continue
-            _, sizes, directions = np.linalg.svd(later, full_matrices=False)
-            if len(sizes) == 1 or sizes[1] <= 1e-9 * sizes[0]:
-                keeps[j] = self._scaled(j, directions[0])
+            # Where all are in one proportion, that of the largest is it.
+            direction = later[np.abs(later).max(1).argmax()]
+            across = later[:, 0] * direction[1] - later[:, 1] * direction[0]
+            if np.abs(across).max() <= 1e-9 * (direction @ direction):
+                keeps[j] = self._scaled(j, direction)
             else:
                 keeps[j] = keeps.get(j + 1, (0.0, 1.0)) if both is None else both
         return dict(sorted(keeps.items()))
@@ -240,12 +242,11 @@ class Linear:
         rest[self.given_columns(i)] = 0
         bound = NEGLIGIBLE * max(np.abs(self.prev[i]).max(), 1e-300) * 10
         history = {}
-        for j, keep in ring.items():
-            at, direction = [j, self.n + j], np.array(keep)
-            factor = rest[at] @ direction / (direction @ direction)
-            if np.abs(rest[at]).max() > bound:
-                history[j] = float(factor)
-                rest[at] -= factor * direction
+        for j, (a, b) in ring.items():
+            x, m = float(rest[j]), float(rest[self.n + j])
+            if max(abs(x), abs(m)) > bound:
+                factor = history[j] = (x * a + m * b) / (a * a + b * b)
+                rest[[j, self.n + j]] = x - factor * a, m - factor * b
         return None if np.abs(rest).max() > bound else (float(own[0]), float(own[1]), float(s), history)
 
     def _fitted(self, i: int, samples: Array, ring: Mapping[int, Array]) -> Factors:

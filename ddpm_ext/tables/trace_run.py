@@ -39,19 +39,15 @@ OTHER_DRAWS = {
 SEEN = {torch.randn, torch.randn_like, Tensor.to, *CASTS, *OTHER_DRAWS}
 
 
-class Result(NamedTuple):
-    """What a step returned.
+class OtherResults(Exception):
+    """Steps return another number of tensors in a tuple than in an object."""
 
-    Attributes:
-        cls: its class.
-        prev: the next sample.
-        name, second: the other tensor of the result and its name; None where there is none.
-    """
+
+class Result(NamedTuple):
+    """What a step returned: its class, and the name of the tensor beside the next sample; None where there is none."""
 
     cls: type
-    prev: Tensor
     name: str | None
-    second: Tensor | None
 
 
 class Step(NamedTuple):
@@ -59,8 +55,8 @@ class Step(NamedTuple):
 
     Attributes:
         result: what it returned.
-        draws: the tensors that it was given beyond sample and output, and then the normal numbers that it drew, in
-            order, and the dtype of each in which it asked for them.
+        draws: the dtypes of the tensors that it was given beyond sample and output, and then of the normal numbers that
+            it drew, in order, as it asked for them.
         state: the attributes of the scheduler that it changed, where they are numbers, also in tensors,
             strings or None.
         tensors: the attributes that are a tensor of the samples' shape after it.
@@ -70,18 +66,20 @@ class Step(NamedTuple):
     """
 
     result: Result
-    draws: list[tuple[Tensor, torch.dtype]]
+    draws: list[torch.dtype]
     state: dict[str, Any]
-    tensors: tuple[str, ...] = ()
+    tensors: Sequence[str] = ()
     stores: bool = False
     holds_output: bool = False
     given: int = 0
 
-    def without_numbers(self) -> Step:
-        """All but what is in the tensors, which may be large."""
-        prev, second = self.result.prev[:0].clone(), self.result.second
-        result = self.result._replace(prev=prev, second=None if second is None else prev)
-        return self._replace(result=result, draws=[(prev, dtype) for _, dtype in self.draws])
+
+class Taken(NamedTuple):
+    """A step, the next sample, and the other tensor that it returned."""
+
+    step: Step
+    prev: Tensor
+    second: Tensor | None
 
 
 Samples = Callable[[int, Tensor | None], Tensor]
@@ -105,7 +103,7 @@ class Run(NamedTuple):
 
     times: Sequence[Any]
     unit: str
-    observe: Callable[[Samples, Outputs, Noise], list[Step]]
+    observe: Callable[[Samples, Outputs, Noise], list[Taken]]
     clip: float = 1.0
     clips: bool = False
     given: int = 0
@@ -124,7 +122,7 @@ class Observed(TorchFunctionMode):
     def __init__(self, shape: torch.Size, noise: Callable[[], Tensor], wide: bool = True) -> None:
         super().__init__()
         self.shape, self.noise, self.wide = shape, noise, wide
-        self.draws: list[tuple[Tensor, torch.dtype]] = []
+        self.draws: list[torch.dtype] = []
         self._watches = True
 
     @contextmanager
@@ -156,14 +154,14 @@ class Observed(TorchFunctionMode):
         return x
 
     def draw(self, shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
-        """The next noise, which is kept in `draws`, too; with the arguments of torch.randn and diffusers' randn_tensor.
+        """The next noise, whose dtype is kept in `draws`. The arguments are those of torch.randn and randn_tensor.
         Raises ValueError where it is not of the samples' shape."""
         if torch.Size(shape) != self.shape:
             raise ValueError(f"a step draws noise of shape {tuple(shape)} for samples of shape {tuple(self.shape)}")
         dtype = dtype or torch.get_default_dtype()
         with self.paused():
             z = self.noise()
-        self.draws.append((z, dtype))
+        self.draws.append(dtype)
         return z.as_subclass(Wide) if self.wide else z.to(dtype)
 
 
@@ -202,52 +200,65 @@ def observe(
     *,
     wide: bool = True,
     watch: Watch | None = None,
-) -> list[Step]:
+    tuples: bool = True,
+) -> list[Taken]:
     """The steps of a copy of `scheduler`.
 
     Args:
         scheduler: in the state in which a loop begins; it stays as it is.
         timesteps: those of the steps, as the scheduler has them, or (1,), of all samples.
-        samples, outputs, noise: as Run's observe takes them.
+        samples, outputs, noise: as Run's observe takes them. What they give is the loop's own, and may be written to.
         options: of every step, beyond the model's output, the timestep and the sample; GIVEN for a tensor like the
             samples, which `noise` makes, too.
         wide: whether what is cast to a lower precision stays float64.
         watch: makes the copy, which then runs as fast as the scheduler; None: each of torch's functions that it calls
             is looked at.
+        tuples: whether all steps but the first may be asked for tuples, which takes less time than objects.
 
     Raises:
         ValueError: a step draws other noise than torch.randn's of the samples' shape, or returns anything else than a
             next sample and at most one more tensor.
+        OtherResults: tuples are other results.
     """
     x = samples(0, None)
     observed = Observed(x.shape, noise, wide)
     own = copy.deepcopy(scheduler) if watch is None else watch.copy(scheduler, observed.draw)
-    made: list[Step] = []
+    given = [name for name, value in options.items() if value is GIVEN]
+    made: list[Taken] = []
     with ExitStack() as entered:
         for context in (warnings.catch_warnings(), torch.no_grad(), on_cpu(), *([observed] if watch is None else [])):
             entered.enter_context(context)
         warnings.simplefilter("ignore")
         step = getattr(own, step_name(own))
-        names = input_names(_parameters(getattr(type(scheduler), step_name(own))))
+        parameters = parameters_of(getattr(type(scheduler), step_name(own)))
+        names, arguments = input_names(parameters), dict(options)
         if hasattr(own, "noise_sampler"):  # diffusers' schedulers that follow a Brownian path
             own.noise_sampler = lambda *_: observed.draw(observed.shape, dtype=x.dtype)
         scale = getattr(own, "scale_model_input", None)
         for i, t in enumerate(timesteps):
             if i:
-                x = samples(i, made[-1].result.prev)
+                x = samples(i, made[-1].prev)
             m = outputs(i).as_subclass(Wide) if wide else outputs(i)
             if scale is not None:
                 scale(x.clone(), t)
             drawn = len(observed.draws)
-            given = {
-                name: observed.draw(x.shape, dtype=x.dtype) if value is GIVEN else value
-                for name, value in options.items()
-            }
+            for name in given:
+                arguments[name] = observed.draw(x.shape, dtype=x.dtype)
             before = vars(own).copy()
-            returned = step(**dict(zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)), **given)
+            arguments |= zip(names, (m, t, x.as_subclass(Wide) if wide else x), strict=True)
+            returned = step(**arguments)
             if watch is not None:  # what a step only reads is there from the beginning
                 before = watch.loaded | before
-            made.append(_step_of(own, _parts(returned), m, before, observed.draws[drawn:], options))
+            result, prev, second = _parts(returned)
+            if i and tuples:
+                first = made[0].step.result
+                if (first.name is None) != (result.name is None):
+                    raise OtherResults
+                result = first
+            elif tuples and "return_dict" in parameters:
+                arguments.setdefault("return_dict", False)
+            taken = _step_of(own, result, m, before, observed.draws[drawn:], len(given))
+            made.append(Taken(taken, prev, second))
     return made
 
 
@@ -257,37 +268,25 @@ def on_cpu() -> AbstractContextManager[Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Those of a method, without the object."""
     return tuple(inspect.signature(function).parameters)[1:]
 
 
 def _step_of(
-    own: Any,
-    result: Result,
-    m: Tensor,
-    before: Mapping[str, Any],
-    draws: list[tuple[Tensor, torch.dtype]],
-    options: Mapping[str, Any],
+    own: Any, result: Result, m: Tensor, before: Mapping[str, Any], draws: list[torch.dtype], given: int
 ) -> Step:
     """What a step did to a scheduler, whose attributes were `before`. m: the model's output."""
-    state, tensors, stores, holds_output = {}, [], False, False
-    for name, value in vars(own).items():
-        if before.get(name, before) is not value:
-            if is_simple(value):
-                state[name] = value
-            else:
-                stores = True
-        if isinstance(value, list):
-            stores = stores or any(isinstance(x, Tensor) for x in value)
-            holds_output = holds_output or any(x is m for x in value)
-        elif isinstance(value, Tensor) and value.shape == m.shape:
-            tensors.append(name)
-    given = sum(value is GIVEN for value in options.values())
-    return Step(result, draws, state, tuple(tensors), stores, holds_output, given)
+    attributes, shape = vars(own), m.shape
+    changes = {name: value for name, value in attributes.items() if before.get(name, before) is not value}
+    state = {name: value for name, value in changes.items() if is_simple(value)}
+    lists = [value for value in attributes.values() if type(value) is list]
+    tensors = [name for name, value in attributes.items() if isinstance(value, Tensor) and value.shape == shape]
+    stores = len(state) < len(changes) or any(isinstance(x, Tensor) for values in lists for x in values)
+    return Step(result, draws, state, tensors, stores, any(x is m for values in lists for x in values), given)
 
 
-def _parts(returned: Any) -> Result:
+def _parts(returned: Any) -> tuple[Result, Tensor, Tensor | None]:
     if hasattr(returned, "prev_sample"):
         fields = {name: value for name, value in vars(returned).items() if isinstance(value, Tensor)}
         prev = fields.pop("prev_sample")
@@ -300,7 +299,7 @@ def _parts(returned: Any) -> Result:
     if len(fields) > 1:
         raise ValueError(f"a step returns {len(fields) + 1} tensors, expected at most 2")
     name, second = next(iter(fields.items()), (None, None))
-    return Result(type(returned), prev, name, second)
+    return Result(type(returned), name), prev, second
 
 
 def setting(scheduler: Any, name: str, default: Any = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import pickle
 import types
@@ -20,7 +19,7 @@ from ddpm_ext.integrations.shared import new
 from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
-from ddpm_ext.tables.trace_run import observe, setting, step_name
+from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import Watch, copied
 
 READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
@@ -184,7 +183,7 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
         table = StepTable(**trace.columns, draw=draws)
     except Exception as error:  # what a scheduler's own code raises, it will raise again
         raise Fallback(f"it cannot be traced: {error}") from error
-    if trace.steps[0].result.second is not None and not trace.second:
+    if trace.steps[0].result.name is not None and not trace.second:
         raise Fallback("its step returns a second tensor, which is not of sample and output alone")
     threshold = None
     if trace.clip is not None and setting(scheduler, "thresholding"):
@@ -198,24 +197,22 @@ def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> Traced
 
 def _make_dtypes(rows: TracedRows, output: torch.dtype, sample: torch.dtype) -> LoopDtypes:
     x, m = (torch.full((2, *[1] * (rows.key.dims - 1)), 0.5, dtype=dtype, device="cpu") for dtype in (sample, output))
-    step = getattr(rows.scheduler, step_name(rows.scheduler))
-    tuples = "return_dict" in inspect.signature(step).parameters
-    options = dict(rows.key.options) | ({"return_dict": False} if tuples else {})
+    step = getattr(type(rows.scheduler), step_name(rows.scheduler))
+    options = dict(rows.key.options) | ({"return_dict": False} if "return_dict" in parameters_of(step) else {})
     n, watch = len(rows.timesteps), None if rows.trace.read is None else Watch()
     # In float32, or what a timestep with a dimension makes of it, all steps are as the first ones.
-    few = n if {output, sample} != {torch.float32} else min(n, FEW)
+    few = n if {output, sample} != {torch.float32} else min(n, 2 if rows.stateless else FEW)
     try:
-        steps = observe(
+        taken = observe(
             rows.scheduler, rows.timesteps[:few], lambda *_: x.clone(), lambda _: m.clone(), lambda: x.double(),
-            options, wide=False, watch=watch,
+            options, wide=False, watch=watch, tuples=False,
         )  # fmt: skip
     except Exception as error:
         raise Fallback(f"it cannot be run in {output} and {sample}: {error}") from error
-    results = [step.result for step in steps]
-    prev, second = results[0].prev.dtype, None if results[0].second is None else results[0].second.dtype
-    if any(result.prev.dtype != prev for result in results) or prev not in (torch.float32, output, sample):
-        raise Fallback(f"its results are {', '.join({str(result.prev.dtype) for result in results})}")
-    drawn = [[dtype for _, dtype in step.draws] for step in steps]
+    prev, second = taken[0].prev.dtype, None if taken[0].second is None else taken[0].second.dtype
+    if any(each.prev.dtype != prev for each in taken) or prev not in (torch.float32, output, sample):
+        raise Fallback(f"its results are {', '.join({str(each.prev.dtype) for each in taken})}")
+    drawn = [each.step.draws for each in taken]
     drawn += [[torch.float32] * len(step.draws) for step in rows.trace.steps[few:n]]
     quiet = [used is None and not dtypes for used, dtypes in zip(rows.trace.noise, drawn, strict=True)]
     computed = torch.promote_types(torch.promote_types(output, sample), prev)
