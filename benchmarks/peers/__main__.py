@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cpu.conftest import machine
 from benchmarks.overview.steps import medians
 from benchmarks.peers.cases import Case, cases
+from benchmarks.peers.first_loop import HEAD, first_loop_rows
 from ddpm_ext import accelerate
 from ddpm_ext.base.files import write_text
 
@@ -98,6 +100,10 @@ def main() -> None:
         for case in (case for case in measured if shape in case.shapes):
             lines.append(row(case, shape))
             print(lines[-1], flush=True)
+    if any(case.library == "diffusers" for case in measured):
+        for line in itertools.chain(HEAD, first_loop_rows()):
+            lines.append(line)
+            print(line, flush=True)
     if path:
         write_text(Path(path), "\n".join([*lines, ""]))
 
