@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from ddpm_ext.tables.step_table import StepTable
 from ddpm_ext.tables.step_table_columns import default_draws, numbers
 from ddpm_ext.tables.trace import TraceResult, follow
 from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
-from ddpm_ext.tables.trace_watch import Watch, copied
+from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
 
 READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
 FEW = 4  # steps by which the dtypes of a loop in float32 are known
@@ -132,7 +132,7 @@ class RowsCache:
     def __init__(self, size: int) -> None:
         self._rows: BoundedCache[TracedRows | Fallback] = BoundedCache(size)
         # By class and key, the names of the attributes that tracing has read, which may hang on what it found there.
-        self._reads: BoundedCache[dict[frozenset[str], None]] = BoundedCache(size)
+        self._reads: BoundedCache[dict[tuple[str, ...], None]] = BoundedCache(size)
 
     def get_or_trace(self, cls: type, state: Mapping[str, Any], key: RowsKey) -> TracedRows | Fallback:
         """The rows of a loop, or why there are none. Raises Fallback where the state cannot be compared.
@@ -146,16 +146,27 @@ class RowsCache:
             if found is not None:
                 return found
         made = made_outside_autograd(trace_rows, new(cls), state, key)
-        names = frozenset(state)
+        read: Iterable[str] = state
         if isinstance(made, TracedRows) and made.trace.read is not None:
-            names = made.trace.read | READ_HERE
+            read = made.trace.read | READ_HERE
+        names = tuple(sorted(read))
         contents = _contents_of(state, names)
         reads[names] = None
         return self._rows.get_or_make((of_class, names, contents), lambda: made)
 
 
-def _contents_of(state: Mapping[str, Any], names: frozenset[str]) -> bytes:
-    return state_contents({name: state[name] for name in sorted(names & state.keys())})
+def _contents_of(state: Mapping[str, Any], names: Sequence[str]) -> tuple[object, ...]:
+    """A key of some attributes. Raises Fallback where one cannot be compared."""
+    found: list[object] = []
+    for name in names:
+        value = state.get(name, MISSING)
+        if isinstance(value, Tensor):
+            found.append(tensor_contents(value))
+        elif value is None or value is MISSING or type(value) in (bool, int, str):  # most are, and need no pickle
+            found.append((type(value), value))
+        else:
+            found.append(state_contents({name: value}))
+    return tuple(found)
 
 
 def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
