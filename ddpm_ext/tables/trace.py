@@ -5,8 +5,8 @@ before it were given, each times a number. These numbers are read off by running
 unit vectors, one for each of those tensors. A step gets a sample of its own there, as if it did not follow from the
 step before: then a tensor that the scheduler stores appears in all later steps with the same proportions of sample and
 output, and these are what a row keeps. The numbers of each row are fitted with the samples that do follow from each
-other, since a sample may stand for what it was made of. A loop on random numbers proves the rows in the end, and shows
-where a scheduler is not linear.
+other, since a sample may stand for what it was made of. Random numbers beside the unit vectors, in the same run, prove
+the rows in the end, and show where a scheduler is not linear.
 
 A function that runs its whole loop itself, as k-diffusion's do, takes its steps between its calls of the model.
 """
@@ -260,6 +260,8 @@ def _prove(rows: Columns, clip: Clip | None, linear: Linear, loop: Numbers) -> f
     if linear.second:
         second = np.stack([values for values in loop.second if values is not None])
         errors = np.maximum(errors, relative(np.abs(second - x0), np.abs(parts).sum(0)))
-    for i in np.flatnonzero(~(errors <= loop.bound())):
-        raise ValueError(f"{at(linear, i)}, is not linear: random numbers differ by {errors[i]:.1e}, relatively")
+    for worst in np.flatnonzero(~(errors <= loop.bound())):
+        raise ValueError(
+            f"{at(linear, worst)}, is not linear: random numbers differ by {errors[worst]:.1e}, relatively"
+        )
     return float(errors.max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,8 @@ class Trial(NamedTuple):
                 if not most:
                     raise ValueError(f"a step draws more than {DRAWS[-1]} tensors of noise") from None
             except OtherResults:
-                run = run._replace(observe=partial(run.observe, tuples=False))
+                observe: Any = run.observe
+                run = run._replace(observe=partial(observe, tuples=False))
 
     @classmethod
     def _of(cls, run: Run, most_draws: int) -> Trial:

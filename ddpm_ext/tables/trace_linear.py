@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -19,7 +20,7 @@ Columns = dict[str, Array]
 Factors = tuple[float, float, float, dict[int, float]]  # of sample, output, noise, and the tensors kept by steps
 
 
-def at(linear: Linear, i: int) -> str:
+def at(linear: Linear, i: SupportsIndex) -> str:
     return f"step {i}, at {linear.run.unit} {float(linear.run.times[i]):g}"
 
 
@@ -115,7 +116,7 @@ class Linear:
 
     def _rows_without_history(self) -> Columns:
         steps = np.arange(self.n)
-        z = np.array([-1 if column is None else column for column in map(self.column, steps)])
+        z = np.array([-1 if column is None else column for column in map(self.column, range(self.n))])
         rows = self.columns(self.prev[steps, steps], self.prev[steps, self.n + steps])
         rows["s"] = np.where(z < 0, 0.0, self.prev[steps, z])
         self._put_given(rows)

@@ -226,8 +226,11 @@ def observe(
     given = [name for name, value in options.items() if value is GIVEN]
     made: list[Taken] = []
     with ExitStack() as entered:
-        for context in (warnings.catch_warnings(), torch.no_grad(), on_cpu(), *([observed] if watch is None else [])):
-            entered.enter_context(context)
+        entered.enter_context(warnings.catch_warnings())
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(on_cpu())
+        if watch is None:
+            entered.enter_context(observed)
         warnings.simplefilter("ignore")
         step = getattr(own, step_name(own))
         parameters = parameters_of(getattr(type(scheduler), step_name(own)))

@@ -28,7 +28,7 @@ MISSING = object()
 class Wide(Tensor):
     """A tensor that stays float64. What is computed of it is an ordinary tensor."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # noqa: SLF001 (as torch.nn.Parameter has it)
+    __torch_function__: Any = torch._C._disabled_torch_function_impl  # noqa: SLF001 (as torch.nn.Parameter has it)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and args == FLOAT:  # most calls are of this kind
@@ -65,7 +65,8 @@ class Watch:
 
     def copy(self, scheduler: Any, draw: Callable[..., Tensor]) -> Any:
         """A copy of a scheduler that can_watch. draw: in the place of diffusers' randn_tensor."""
-        cls, state = type(scheduler), vars(scheduler)
+        cls: Any = type(scheduler)
+        state = vars(scheduler)
         known = _known(cls)
         assert known is not None
         own = known.watched.__new__(known.watched)
@@ -86,8 +87,9 @@ class Watch:
 
 def can_watch(scheduler: Any) -> bool:
     """Whether all that an object draws and reads is seen in a copy of Watch's, as far as its methods' code tells."""
+    cls: Any = type(scheduler)
     own = any(isinstance(value, types.FunctionType | types.MethodType) for value in vars(scheduler).values())
-    return not own and _known(type(scheduler)) is not None
+    return not own and _known(cls) is not None
 
 
 def copied(value: Any) -> Any:
@@ -128,7 +130,7 @@ class _Known(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _known(cls: type) -> _Known | None:
+def _known(cls: Any) -> _Known | None:
     """None for a class that cannot be watched."""
     members: dict[str, Any] = {}
     for base in reversed(cls.__mro__[:-1]):
