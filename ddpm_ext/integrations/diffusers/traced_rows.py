@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -141,8 +142,9 @@ class RowsCache:
         """
         of_class = cls, torch.get_default_dtype(), key
         reads = self._reads.get_or_make(of_class, dict)
+        contents = functools.cache(lambda name: _contents_of(state.get(name, MISSING)))  # read once from a GPU
         for names in list(reads):
-            found = self._rows.get((of_class, names, _contents_of(state, names)))
+            found = self._rows.get((of_class, names, tuple(map(contents, names))))
             if found is not None:
                 return found
         made = made_outside_autograd(trace_rows, new(cls), state, key)
@@ -150,23 +152,17 @@ class RowsCache:
         if isinstance(made, TracedRows) and made.trace.read is not None:
             read = made.trace.read | READ_HERE
         names = tuple(sorted(read))
-        contents = _contents_of(state, names)
         reads[names] = None
-        return self._rows.get_or_make((of_class, names, contents), lambda: made)
+        return self._rows.get_or_make((of_class, names, tuple(map(contents, names))), lambda: made)
 
 
-def _contents_of(state: Mapping[str, Any], names: Sequence[str]) -> tuple[object, ...]:
-    """A key of some attributes. Raises Fallback where one cannot be compared."""
-    found: list[object] = []
-    for name in names:
-        value = state.get(name, MISSING)
-        if isinstance(value, Tensor):
-            found.append(tensor_contents(value))
-        elif value is None or value is MISSING or type(value) in (bool, int, str):  # most are, and need no pickle
-            found.append((type(value), value))
-        else:
-            found.append(state_contents({name: value}))
-    return tuple(found)
+def _contents_of(value: object) -> object:
+    """A key of an attribute. Raises Fallback where it cannot be compared."""
+    if isinstance(value, Tensor):
+        return tensor_contents(value)
+    if value is None or value is MISSING or type(value) in (bool, int, str):  # most are, and need no pickle
+        return type(value), value
+    return state_contents({"": value})
 
 
 def trace_rows(scheduler: Any, state: Mapping[str, Any], key: RowsKey) -> TracedRows:
