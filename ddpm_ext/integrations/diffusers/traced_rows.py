@@ -24,7 +24,7 @@ from ddpm_ext.tables.trace_run import observe, parameters_of, setting, step_name
 from ddpm_ext.tables.trace_watch import MISSING, Watch, copied
 
 READ_HERE = {"timesteps", "_internal_dict"}  # beside what the steps read
-FEW = 4  # steps by which the dtypes of a loop in float32 are known
+FEW = 3  # steps by which the dtypes of a loop in float32 are known
 
 
 class RowsKey(NamedTuple):
